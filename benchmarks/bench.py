@@ -1,0 +1,336 @@
+"""Every figure that we claim, measured side by side in one run: medians and ratios, with their goals.
+
+``make bench`` runs all; name groups to run some: ``python benchmarks/bench.py commands throughput latency memory``.
+Machines are shared and noisy, so what is compared alternates, and only ratios are worth quoting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import site
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from websockets.asyncio.client import ClientConnection, connect
+
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import SUBPROTOCOL, Hello, Reply, Run, Welcome
+from sandbox import Client, Sandbox, Server, board, wait_for
+
+ACTOR = ("--actor", "human:ana")
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the report: what was measured, its value, and the goal as text and as a test."""
+
+    name: str
+    value: float
+    unit: str
+    goal: str = ""
+    reached: bool | None = None
+
+    def __str__(self) -> str:
+        verdict = "" if self.reached is None else ("reached" if self.reached else "MISSED")
+        return f"  {self.name:<62} {self.value:>9.2f} {self.unit:<8} {self.goal:<18} {verdict}"
+
+
+def at_most(name: str, value: float, unit: str, goal: float) -> Figure:
+    return Figure(name, value, unit, f"goal <= {goal:g}", value <= goal)
+
+
+def at_least(name: str, value: float, unit: str, goal: float) -> Figure:
+    return Figure(name, value, unit, f"goal >= {goal:g}", value >= goal)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def paired(runs: int, one: Callable[[], object], other: Callable[[], object]) -> tuple[float, float, float]:
+    """Alternate two things; return their median seconds and the median of the ratios one/other, pair by pair."""
+    one(), other()
+    pairs = [(seconds(one), seconds(other)) for _ in range(runs)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(a / b for a, b in pairs),
+    )
+
+
+def local_project(sandbox: Sandbox, name: str, tasks: int) -> Client:
+    """A plain Lattice project in a directory of its own."""
+    client = sandbox.client(name)
+    client.ok("init", "--project-code", "LAT", "--actor", "human:ana", "--no-setup-agents", "--no-setup-claude")
+    for n in range(tasks):
+        client.ok("create", f"Task {n}", *ACTOR)
+    return client
+
+
+# --- commands: whole processes ---
+
+
+def commands(runs: int) -> Iterator[Figure]:
+    tasks = 20
+    with board("ana") as (server, (ana,)):
+        sandbox = Sandbox()
+        with sandbox:
+            local = local_project(sandbox, "local", tasks)
+            for n in range(tasks):
+                ana.ok("create", f"Task {n}", *ACTOR)
+            text = "a comment of usual length, as people and agents write them"
+            remote_s, local_s, ratio = paired(
+                runs,
+                lambda: ana.ok("comment", "LAT-1", text, *ACTOR),
+                lambda: local.ok("comment", "LAT-1", text, *ACTOR),
+            )
+            yield Figure("lattice comment, remote", remote_s * 1000, "ms")
+            yield Figure("lattice comment, local", local_s * 1000, "ms")
+            yield at_most("lattice comment, remote / local", ratio, "x", 0.95)
+            remote_s, local_s, ratio = paired(runs, lambda: ana.ok("list"), lambda: local.ok("list"))
+            yield Figure("lattice list, remote", remote_s * 1000, "ms")
+            yield Figure("lattice list, local", local_s * 1000, "ms")
+            yield at_most("lattice list, remote / local", ratio, "x", 1.03)
+            with two_installations(sandbox) as (with_us, without_us):
+                run = lambda python: subprocess.run(  # noqa: E731
+                    [python, "-c", "from lattice.cli.main import cli; cli()", "list"],
+                    cwd=local.dir, env=local.env, check=True, capture_output=True,
+                )  # fmt: skip
+                a, b, ratio = paired(runs * 2, lambda: run(with_us), lambda: run(without_us))
+            yield Figure("lattice list, no remote, our package installed", a * 1000, "ms")
+            yield Figure("lattice list, no remote, our package not installed", b * 1000, "ms")
+            yield at_most("lattice list, no remote, with / without our package", ratio, "x", 1.02)
+        assert server.process is not None
+
+
+@contextlib.contextmanager
+def two_installations(sandbox: Sandbox) -> Iterator[tuple[Path, Path]]:
+    """Two virtual environments with the same packages, the second without ours; return their interpreters."""
+    packages = Path(next(p for p in site.getsitepackages() if Path(p, "lattice").is_dir()))
+    source = Path(__file__).resolve().parent.parent / "src" / "lattice_remote"
+    pythons = []
+    for name in ("with", "without"):
+        home = sandbox.root / name
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+        target = next(home.glob("lib/python*/site-packages"))
+        for entry in packages.iterdir():
+            ours = "lattice_remote" in entry.name
+            if entry.suffix == ".pth" or (ours and (name == "without" or not entry.name.endswith(".dist-info"))):
+                continue
+            (target / entry.name).symlink_to(entry)
+        if name == "with":
+            (target / "lattice_remote").symlink_to(source)
+        pythons.append(home / "bin" / "python")
+    yield pythons[0], pythons[1]
+    for name in ("with", "without"):
+        shutil.rmtree(sandbox.root / name)
+
+
+# --- throughput: commands a second ---
+
+_WARM_LOCAL = """
+import contextlib, io, os, sys, time
+from lattice.cli.main import cli
+count = int(sys.argv[1])
+def run(*argv):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        cli.main(args=list(argv), prog_name="lattice")
+run("comment", "LAT-1", "warm up", "--actor", "human:ana")
+began = time.perf_counter()
+for n in range(count):
+    run("comment", "LAT-%d" % (n % 20 + 1), "comment number %d of many" % n, "--actor", "human:ana")
+print(count / (time.perf_counter() - began))
+"""
+
+
+async def _throughput(server: Server, token: str, clients: int, total: int) -> float:
+    """Commands a second of ``clients`` connections that each send their next command when the last is answered."""
+
+    async def open_one() -> ClientConnection:
+        connection = await connect(
+            f"ws://127.0.0.1:{server.port}/projects/board/ws",
+            subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+            additional_headers={"Authorization": f"Bearer {token}"},
+            compression=None,
+        )
+        await connection.send(encode(Hello(versions=[1], client_version="bench", lattice_version="", follow=False)))
+        assert isinstance(decode_server_frame(bytes(await connection.recv(decode=False))), Welcome)
+        return connection
+
+    async def work(connection: ClientConnection, number: int) -> None:
+        for n in range(number, total, clients):
+            argv = ["comment", f"LAT-{n % 20 + 1}", f"comment number {n} of many", *ACTOR]
+            await connection.send(encode(Run(id=secrets.token_hex(16), argv=argv)))
+            reply = decode_server_frame(bytes(await connection.recv(decode=False)))
+            assert isinstance(reply, Reply), reply
+            assert reply.exit_code == 0, reply
+
+    connections = [await open_one() for _ in range(clients)]
+    await work(connections[0], total - clients)  # one, to warm up
+    began = time.perf_counter()
+    await asyncio.gather(*(work(connection, n) for n, connection in enumerate(connections)))
+    rate = total / (time.perf_counter() - began)
+    await asyncio.gather(*(connection.close() for connection in connections))
+    return rate
+
+
+def throughput(runs: int) -> Iterator[Figure]:
+    rounds, total = max(3, runs // 4), 320
+    with board("ana") as (server, (ana,)), Sandbox() as sandbox:
+        local = local_project(sandbox, "local", 20)
+        for n in range(20):
+            ana.ok("create", f"Task {n}", *ACTOR)
+        token = server.token("human:ana")
+        rates: dict[str, list[float]] = {"local": [], "one": [], "many": []}
+        for _ in range(rounds):
+            warm = subprocess.run(
+                [sys.executable, "-c", _WARM_LOCAL, str(total)],
+                cwd=local.dir, env=local.env, check=True, capture_output=True, text=True,
+            )  # fmt: skip
+            rates["local"].append(float(warm.stdout.split()[-1]))
+            rates["one"].append(asyncio.run(_throughput(server, token, 1, total)))
+            rates["many"].append(asyncio.run(_throughput(server, token, 32, total)))
+        yield Figure("comments a second, one warm local process", statistics.median(rates["local"]), "/s")
+        yield Figure("comments a second, 1 client", statistics.median(rates["one"]), "/s")
+        yield Figure("comments a second, 32 clients", statistics.median(rates["many"]), "/s")
+        ratios = {k: statistics.median(a / b for a, b in zip(rates[k], rates["local"], strict=True)) for k in rates}
+        yield Figure("1 client / one warm local process", ratios["one"], "x")
+        yield at_least("32 clients / one warm local process", ratios["many"], "x", 1.0)
+
+
+# --- latency: from a command's start here to its files there ---
+
+
+def latency(runs: int) -> Iterator[Figure]:
+    with board("ana", "ben") as (_server, (ana, ben)):
+        ana.ok("create", "One", *ACTOR)
+        task = json.loads(ana.ok("show", "LAT-1", "--json"))["data"]["id"]
+        ben.ok("list")
+        log = ben.lattice_dir / "events" / f"{task}.jsonl"
+        arrivals, beyond = [], []
+        for n in range(runs * 3):
+            size = log.stat().st_size
+            arrived: list[float] = []
+            watcher = threading.Thread(target=_note_growth, args=(log, size, arrived))
+            watcher.start()
+            began = time.perf_counter()
+            ana.ok("comment", "LAT-1", f"number {n}", *ACTOR)
+            ended = time.perf_counter()
+            watcher.join()
+            arrivals.append((arrived[0] - began) * 1000)
+            beyond.append((arrived[0] - ended) * 1000)
+        quantiles = statistics.quantiles(arrivals, n=100)
+        yield Figure("from a command's start to its files elsewhere, p50", statistics.median(arrivals), "ms")
+        yield Figure("from a command's start to its files elsewhere, p99", quantiles[98], "ms")
+        yield at_most("the same, beyond the command's own time, p50", statistics.median(beyond), "ms", 20)
+        yield Figure("the same, beyond the command's own time, p99", statistics.quantiles(beyond, n=100)[98], "ms")
+
+
+def _note_growth(path: Path, size: int, arrived: list[float]) -> None:
+    wait_for(lambda: path.stat().st_size > size, "the change on the other side")
+    arrived.append(time.perf_counter())
+
+
+# --- memory: resident sets ---
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process in MiB, shared pages counted whole."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Rss:"):
+            return int(line.split()[1]) / 1024
+    raise LookupError(pid)
+
+
+def memory(_runs: int) -> Iterator[Figure]:
+    further, peers = 10, 100
+    with Sandbox() as sandbox:
+        server = sandbox.server()
+        server.project()
+        server.start()
+        token = server.token("human:ana", "agent:*")
+        first = sandbox.client("ana", "machine")
+        first.add_remote(server, token)
+        for n in range(20):
+            first.ok("create", f"Task {n}", *ACTOR)
+        agent = json.loads(first.ok("remote", "agent", "status", "--json"))["pid"]
+        one = resident_mib(agent)
+        yield at_most("agent with one cache", one, "MiB", 60)
+        for n in range(further):
+            sandbox.client(f"further-{n}", "machine").add_remote(server, token)
+        yield Figure("agent, each further cache", (resident_mib(agent) - one) / further, "MiB")
+        assert server.process is not None
+        pids = [server.process.pid, *server.worker_pids()]
+        few = sum(map(resident_mib, pids))
+        yield at_most("server with one project and its worker", few, "MiB", 150)
+        with asyncio.Runner() as runner:
+            connections = runner.run(_open_peers(server, token, peers))
+            many = sum(map(resident_mib, pids))
+            runner.run(_close_peers(connections))
+        yield Figure("server, each further connected client", (many - few) / peers, "MiB")
+
+
+async def _open_peers(server: Server, token: str, count: int) -> list[ClientConnection]:
+    connections = []
+    for _ in range(count):
+        connection = await connect(
+            f"ws://127.0.0.1:{server.port}/projects/board/ws",
+            subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+            additional_headers={"Authorization": f"Bearer {token}"},
+            compression=None,
+        )
+        await connection.send(encode(Hello(versions=[1], client_version="bench", lattice_version="")))
+        await connection.recv()
+        connections.append(connection)
+    return connections
+
+
+async def _close_peers(connections: list[ClientConnection]) -> None:
+    await asyncio.gather(*(connection.close() for connection in connections))
+
+
+GROUPS = {"commands": commands, "throughput": throughput, "latency": latency, "memory": memory}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="which to run (default: all)")
+    parser.add_argument("--runs", type=int, default=15, help="pairs of runs (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    options = parser.parse_args()
+    figures: list[Figure] = []
+    for name in options.groups or GROUPS:
+        if not options.json:
+            print(f"\n{name}")
+        for figure in GROUPS[name](options.runs):
+            figures.append(figure)
+            if not options.json:
+                print(figure, flush=True)
+    if options.json:
+        print(json.dumps([figure.__dict__ for figure in figures], indent=2))
+    missed = [figure.name for figure in figures if figure.reached is False]
+    if not options.json:
+        cores = len(os.sched_getaffinity(0))
+        print(f"\n{cores} cores, Python {sys.version.split()[0]}; missed: {', '.join(missed) or 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

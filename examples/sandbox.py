@@ -1,0 +1,263 @@
+"""A server and its clients in a temporary directory: what the demo, the tests and the benchmarks stand on.
+
+Everything is real: processes, sockets, files. Nothing of the user's is touched: home, configuration and
+runtime directories are the sandbox's own. Each client is a "machine": it has a background agent of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from lattice_remote.protocol.paths import is_replicated
+
+__all__ = ["Client", "Sandbox", "Server", "differences", "tree_of", "wait_for"]
+
+BIN = Path(sys.executable).parent
+COMMAND_TIMEOUT_S = 60.0
+
+
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
+    """Wait until ``condition()`` is true, looking every 5 ms.
+
+    Raises:
+        TimeoutError: it never became true; ``what`` names what was waited for.
+    """
+    end = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {timeout_s:.0f} s for: {what}")
+        time.sleep(0.005)
+
+
+def tree_of(lattice_dir: Path) -> dict[str, bytes]:
+    """Return the replicated files below a ``.lattice`` directory: relative path to content."""
+    tree = {}
+    for path in lattice_dir.rglob("*"):
+        relative = path.relative_to(lattice_dir).as_posix()
+        if is_replicated(relative) and path.is_file():
+            tree[relative] = path.read_bytes()
+    return tree
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Return the paths on which two ``.lattice`` directories differ, byte for byte."""
+    a, b = tree_of(one), tree_of(other)
+    return sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
+
+
+class Server:
+    """One ``lattice-remote`` data directory, and the server on it while it is started."""
+
+    def __init__(self, sandbox: Sandbox, name: str = "server") -> None:
+        self.data = sandbox.root / name
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log = sandbox.root / f"{name}.log"
+        self._env = sandbox.environment(name)
+        self.admin("init", str(self.data))
+
+    @property
+    def url(self) -> str:
+        """Where it listens; known once it was started."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def admin(self, *args: str) -> str:
+        """Run ``lattice-remote`` with these arguments on this data directory and return what it prints."""
+        env = {**self._env, "LATTICE_REMOTE_DATA": str(self.data)}
+        done = subprocess.run(
+            [BIN / "lattice-remote", *args], env=env, capture_output=True, text=True, timeout=60, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"lattice-remote {' '.join(args)}: exit {done.returncode}: {done.stderr}{done.stdout}")
+        return done.stdout.strip()
+
+    def project(self, slug: str = "board", code: str = "LAT") -> Path:
+        """Create a project and return its ``.lattice`` directory."""
+        self.admin("project", "create", slug, "--code", code)
+        return self.lattice_dir(slug)
+
+    def lattice_dir(self, slug: str = "board") -> Path:
+        """Return the project's ``.lattice`` directory, the truth."""
+        return self.data / "projects" / slug / ".lattice"
+
+    def token(self, actor: str, *act_as: str, slug: str = "board") -> str:
+        """Create a token and return its text."""
+        patterns = [argument for pattern in act_as for argument in ("--act-as", pattern)]
+        return self.admin("token", "create", "--project", slug, "--actor", actor, *patterns)
+
+    def start(self) -> Server:
+        """Start the server, on the port it had before if it had one, and return once it listens."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [BIN / "lattice-remote", "start", "--port", str(self.port)],
+                env={**self._env, "LATTICE_REMOTE_DATA": str(self.data)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        if not line.startswith("Listening on http://"):
+            self.process.kill()
+            self.process.wait()
+            raise RuntimeError(f"the server did not start: {line!r} {self.log.read_text()[-2000:]}")
+        self.port = int(line.rsplit(":", 1)[1])
+        return self
+
+    def stop(self) -> int:
+        """Ask it to stop and return its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it with no warning, as a crash would; its workers notice and leave."""
+        self._end(signal.SIGKILL)
+
+    def worker_pids(self) -> list[int]:
+        """Return the process ids of the project workers."""
+        if self.process is None:
+            return []
+        with contextlib.suppress(FileNotFoundError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+            return [int(pid) for pid in children.split()]
+        return []
+
+    def _end(self, sign: signal.Signals) -> int:
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        process.send_signal(sign)
+        code = process.wait(timeout=20)
+        assert process.stdout is not None
+        process.stdout.close()
+        return code
+
+
+class Client:
+    """A directory in which somebody types ``lattice`` commands, on a machine of their own."""
+
+    def __init__(self, sandbox: Sandbox, name: str, machine: str | None = None) -> None:
+        self.dir = sandbox.root / "clients" / name
+        self.dir.mkdir(parents=True, exist_ok=True)
+        self.env = sandbox.environment(machine or name)
+
+    @property
+    def lattice_dir(self) -> Path:
+        """The cache."""
+        return self.dir / ".lattice"
+
+    def popen(self, *argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start ``lattice`` with these arguments and do not wait for it."""
+        return subprocess.Popen(
+            [BIN / "lattice", *argv],
+            cwd=self.dir,
+            env={**self.env, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, *argv: str, stdin: str | None = None, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``lattice`` with these arguments and return what it did, whatever its exit code."""
+        return subprocess.run(
+            [BIN / "lattice", *argv],
+            cwd=cwd or self.dir,
+            env={**self.env, **(env or {})},
+            input=stdin or "",
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_TIMEOUT_S,
+            check=False,
+        )
+
+    def ok(self, *argv: str, stdin: str | None = None) -> str:
+        """Run ``lattice`` with these arguments, insist on success, and return what it prints."""
+        done = self.run(*argv, stdin=stdin)
+        if done.returncode:
+            raise RuntimeError(f"lattice {' '.join(argv)}: exit {done.returncode}: {done.stderr}{done.stdout}")
+        return done.stdout
+
+    def add_remote(self, server: Server, token: str, slug: str = "board") -> str:
+        """Add the server's project as this directory's remote and return what is said."""
+        return self.ok("remote", "add", "origin", server.url, "--project", slug, "--token", token)
+
+
+class Sandbox:
+    """A temporary directory with servers and clients; on exit everything in it is ended and removed."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="lattice-"))
+        self._servers: list[Server] = []
+        self._clients: list[Client] = []
+
+    def environment(self, machine: str) -> dict[str, str]:
+        """Return the environment of one machine: its own home, configuration and runtime directories."""
+        home = self.root / "home" / machine
+        runtime = self.root / "run" / machine
+        for directory in (home, runtime):
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("LATTICE_", "XDG_"))}
+        return {
+            **kept,
+            "PATH": f"{BIN}{os.pathsep}{kept.get('PATH', '')}",
+            "HOME": str(home),
+            "XDG_CONFIG_HOME": str(home / ".config"),
+            "XDG_RUNTIME_DIR": str(runtime),
+            "LATTICE_REMOTE_RUNTIME_DIR": str(runtime),
+        }
+
+    def server(self, name: str = "server") -> Server:
+        """Make a server's data directory (not started)."""
+        self._servers.append(Server(self, name))
+        return self._servers[-1]
+
+    def client(self, name: str, machine: str | None = None) -> Client:
+        """Make an empty directory; clients that name the same machine share its agent."""
+        self._clients.append(Client(self, name, machine))
+        return self._clients[-1]
+
+    def close(self) -> None:
+        """End the agents and servers, then remove the directory."""
+        for environment in {client.env["XDG_RUNTIME_DIR"]: client for client in self._clients}.values():
+            environment.run("remote", "agent", "stop", cwd=self.root)
+        for server in self._servers:
+            server.stop()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def board(*people: str) -> Iterator[tuple[Server, list[Client]]]:
+    """A started server with one project ``board``, and one connected client for each of ``people``.
+
+    Everybody's token acts as ``human:NAME`` and as any agent.
+    """
+    with Sandbox() as sandbox:
+        server = sandbox.server()
+        server.project()
+        server.start()
+        clients = []
+        for person in people:
+            client = sandbox.client(person)
+            client.add_remote(server, server.token(f"human:{person}", "agent:*"))
+            clients.append(client)
+        yield server, clients

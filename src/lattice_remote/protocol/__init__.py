@@ -1,0 +1,8 @@
+"""What is said on the wire and what it means; no I/O, no clock, no task (see ``protocol/SPEC.md``).
+
+paths        which files are shared, and the grammar of their names
+operations   the six things a change does to a file, and how a tree applies them
+messages     the frames
+codec        frames to bytes and back, bounded
+replica      what a client does with each frame
+"""

@@ -1,0 +1,82 @@
+"""Frames to bytes and back, bounded (SPEC section 2).
+
+Decoding never raises anything but ``ProtocolError``, whatever the bytes.
+"""
+
+import msgspec
+
+from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol.messages import Change, ClientFrame, Entries, Fetch, Part, Put, ServerFrame
+from lattice_remote.protocol.operations import paths_of
+from lattice_remote.protocol.paths import check_path
+
+__all__ = ["FIRST_FRAME_BYTES", "MAX_FRAME_BYTES", "decode_client_frame", "decode_server_frame", "encode"]
+
+FIRST_FRAME_BYTES = 64 * 1024
+"""The most that a server reads of a peer which has not said Hello."""
+MAX_FRAME_BYTES = 32 * 1024 * 1024
+"""The most that either side reads as one message."""
+
+_encoder = msgspec.msgpack.Encoder()
+_client_decoder: msgspec.msgpack.Decoder[ClientFrame] = msgspec.msgpack.Decoder(ClientFrame)
+_server_decoder: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(ServerFrame)
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+def encode(frame: ClientFrame | ServerFrame) -> bytes:
+    """Return a frame's bytes: one msgpack map."""
+    return _encoder.encode(frame)
+
+
+def decode_client_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> ClientFrame:
+    """Return the frame that a client sent.
+
+    Raises:
+        ProtocolError: over ``max_bytes``, not msgpack, an unknown kind, a wrong type, out of bounds, or a
+            path outside the replicated tree.
+    """
+    _check_size(data, max_bytes)
+    try:
+        frame = _client_decoder.decode(data)
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed frame: {error}") from error
+    match frame:
+        case Put():
+            check_path(frame.path)
+        case Fetch():
+            for path in frame.paths:
+                check_path(path)
+        case _:
+            pass
+    return frame
+
+
+def decode_server_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> ServerFrame:
+    """Return the frame that a server sent.
+
+    Raises:
+        ProtocolError: as for ``decode_client_frame``.
+    """
+    _check_size(data, max_bytes)
+    try:
+        frame = _server_decoder.decode(data)
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed frame: {error}") from error
+    match frame:
+        case Change():
+            for operation in frame.ops:
+                for path in paths_of(operation):
+                    check_path(path)
+        case Entries():
+            for entry in frame.entries:
+                check_path(entry.path)
+        case Part():
+            check_path(frame.path)
+        case _:
+            pass
+    return frame
+
+
+def _check_size(data: bytes, max_bytes: int) -> None:
+    if len(data) > max_bytes:
+        raise ProtocolError(f"frame of {len(data)} bytes is over the limit of {max_bytes}", code="REMOTE_TOO_LARGE")

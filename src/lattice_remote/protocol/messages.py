@@ -1,0 +1,231 @@
+"""The frames of ``lattice.v1``: what a client and a server say to each other (SPEC section 3).
+
+Every frame is one binary WebSocket message: a msgpack map with its kind under ``type``. A field that a
+receiver does not know is ignored, a field with a default may be missing; an unknown kind is a violation.
+Sequence numbers count a project's changes from 1 within an epoch; 0 means "none yet" (I1).
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from lattice_remote.protocol.operations import Digest, Operation
+
+__all__ = [
+    "CAPABILITIES",
+    "MAX_ARGV",
+    "MAX_FETCH_PATHS",
+    "PROTOCOL_VERSION",
+    "SUBPROTOCOL",
+    "Applied",
+    "Attachment",
+    "Bye",
+    "Change",
+    "ClientFrame",
+    "Entries",
+    "Entry",
+    "Fetch",
+    "Hello",
+    "Limits",
+    "Manifest",
+    "Part",
+    "Put",
+    "Refused",
+    "Reply",
+    "Run",
+    "ServerFrame",
+    "Stored",
+    "Welcome",
+]
+
+SUBPROTOCOL = "lattice.v1"
+PROTOCOL_VERSION = 1
+CAPABILITIES = ("append", "merge", "move", "announce", "put-text")
+"""What this version can do beyond whole files; a peer uses only what the other side named."""
+
+MAX_ARGV = 1024
+MAX_FETCH_PATHS = 1024
+
+Epoch = Annotated[str, Meta(max_length=64)]
+"""Names one unbroken history of a project; random, opaque (I7)."""
+Seq = Annotated[int, Meta(ge=0)]
+"""The number of a change within its epoch."""
+Mark = Annotated[bytes, Meta(max_length=32)]
+"""Random bytes of one change: two histories that differ have different marks at the same number."""
+RequestId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
+"""128 random bits in hexadecimal, made by the client, the same when it asks again (I6)."""
+_Short = Annotated[str, Meta(max_length=256)]
+_Line = Annotated[str, Meta(max_length=4096)]
+_Path = Annotated[str, Meta(min_length=1, max_length=512)]
+_Size = Annotated[int, Meta(ge=0)]
+
+
+class _Frame(msgspec.Struct, frozen=True, tag_field="type"):
+    pass
+
+
+class Attachment(msgspec.Struct, frozen=True):
+    """A file of the caller, for the argument at ``index`` of the argv. ``data`` is None when there is no file."""
+
+    index: Annotated[int, Meta(ge=0, lt=MAX_ARGV)]
+    name: Annotated[str, Meta(min_length=1, max_length=255)]
+    data: bytes | None = None
+
+
+class Hello(_Frame, frozen=True, tag="hello"):
+    """The client's first frame: what it speaks, and where its copy stands. ``follow`` is False to write only."""
+
+    versions: Annotated[list[int], Meta(min_length=1, max_length=16)]
+    client_version: _Short
+    lattice_version: _Short
+    capabilities: Annotated[list[_Short], Meta(max_length=64)] = []
+    epoch: Epoch = ""
+    seq: Seq = 0
+    mark: Mark = b""
+    follow: bool = True
+
+
+class Run(_Frame, frozen=True, tag="run"):
+    """Run ``lattice`` with this argv (the program's name left out), once for this id (I6)."""
+
+    id: RequestId
+    argv: Annotated[list[str], Meta(min_length=1, max_length=MAX_ARGV)]
+    files: Annotated[list[Attachment], Meta(max_length=16)] = []
+
+
+class Put(_Frame, frozen=True, tag="put"):
+    """A plan or notes as edited here: ``text``, made from ``base`` (None: there was no file)."""
+
+    id: RequestId
+    path: _Path
+    base: bytes | None
+    text: bytes
+
+
+class Fetch(_Frame, frozen=True, tag="fetch"):
+    """Send the content of these files."""
+
+    paths: Annotated[list[_Path], Meta(min_length=1, max_length=MAX_FETCH_PATHS)]
+
+
+class Manifest(_Frame, frozen=True, tag="manifest"):
+    """Send the list of all files."""
+
+
+class Applied(_Frame, frozen=True, tag="applied"):
+    """The client's files hold every change up to ``seq``. Informs only."""
+
+    seq: Seq
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the server takes, in bytes."""
+
+    max_frame_bytes: _Size
+    max_file_bytes: _Size
+
+
+class Welcome(_Frame, frozen=True, tag="welcome"):
+    """The server's first frame.
+
+    With ``resync`` the client's copy can't be continued: it asks for the manifest. Otherwise the changes
+    after its number follow. ``oldest`` is the first change that can still be replayed.
+    """
+
+    version: int
+    server_version: _Short
+    lattice_version: _Short
+    project: _Short
+    actor: _Short
+    epoch: Epoch
+    head: Seq
+    oldest: Seq
+    resync: bool
+    limits: Limits
+    act_as: list[_Short] = []
+    capabilities: list[_Short] = []
+
+
+class Change(_Frame, frozen=True, tag="change"):
+    """One change: what was written, by whom, when, and because of what.
+
+    ``cause`` is the id of the request, or ``edit`` (somebody changed the server's files), or ``recovery``.
+    ``time`` is UTC, RFC 3339 with milliseconds. The operations are applied in order.
+    """
+
+    seq: Annotated[int, Meta(ge=1)]
+    mark: Mark
+    time: _Short
+    actor: _Short
+    token_id: _Short
+    cause: _Short
+    command: _Line
+    ops: list[Operation]
+
+
+class Reply(_Frame, frozen=True, tag="reply"):
+    """A command's outcome. Every change up to ``seq`` has travelled before it on this connection."""
+
+    id: RequestId
+    seq: Seq
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+
+
+class Stored(_Frame, frozen=True, tag="stored"):
+    """The outcome of a ``Put``; on ``conflict`` the server's text is unchanged, and so is every file."""
+
+    id: RequestId
+    seq: Seq
+    outcome: Literal["stored", "merged", "unchanged", "conflict"]
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One file of the manifest."""
+
+    path: _Path
+    size: _Size
+    digest: Digest
+
+
+class Entries(_Frame, frozen=True, tag="entries"):
+    """A piece of the manifest as it is at ``seq``; ``last`` ends it."""
+
+    seq: Seq
+    mark: Mark
+    entries: list[Entry]
+    last: bool
+
+
+class Part(_Frame, frozen=True, tag="part"):
+    """A piece of a file as it was at ``seq``; the piece that reaches ``size`` ends it. ``gone``: no such file."""
+
+    path: _Path
+    seq: Seq
+    size: _Size = 0
+    digest: Annotated[bytes, Meta(max_length=32)] = b""
+    offset: _Size = 0
+    data: bytes = b""
+    gone: bool = False
+
+
+class Refused(_Frame, frozen=True, tag="refused"):
+    """A request was not carried out and had no effect."""
+
+    id: RequestId
+    code: _Short
+    message: _Line
+
+
+class Bye(_Frame, frozen=True, tag="bye"):
+    """The server's last frame: why it closes, and in how many seconds to come back (None: don't)."""
+
+    code: _Short
+    reason: _Line
+    retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
+
+
+ClientFrame = Hello | Run | Put | Fetch | Manifest | Applied
+ServerFrame = Welcome | Change | Reply | Stored | Entries | Part | Refused | Bye

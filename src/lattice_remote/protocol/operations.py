@@ -1,0 +1,201 @@
+"""What a change does to files: six operations, and how a tree applies them (SPEC section 4).
+
+Every operation says what the file must be before or after, so that applying is idempotent and drift is
+noticed: a path on which the operation can't be applied is returned, and its content is then fetched whole.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Protocol, cast
+
+import msgspec
+from msgspec import Meta
+
+__all__ = [
+    "TAIL_BYTES",
+    "AnnounceFile",
+    "AppendBytes",
+    "DeleteFile",
+    "Digest",
+    "MergeJson",
+    "MoveFile",
+    "Operation",
+    "PutFile",
+    "Tree",
+    "apply",
+    "canonical_json",
+    "digest_of",
+    "merge_patch",
+    "paths_of",
+]
+
+TAIL_BYTES = 4096
+"""How many bytes before the end of a file vouch for it when something is appended."""
+
+Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
+"""SHA-256, 32 bytes."""
+_Path = Annotated[str, Meta(min_length=1, max_length=512)]
+_Size = Annotated[int, Meta(ge=0)]
+
+
+class _Operation(msgspec.Struct, frozen=True, tag_field="op"):
+    path: _Path
+
+
+class PutFile(_Operation, frozen=True, tag="put"):
+    """The whole file, replaced atomically. Afterwards it is exactly ``data``."""
+
+    data: bytes
+
+
+class AppendBytes(_Operation, frozen=True, tag="append"):
+    """``data`` at ``offset``, the file's size before. ``tail`` is the digest of its last ``TAIL_BYTES`` before."""
+
+    offset: _Size
+    tail: Digest
+    data: Annotated[bytes, Meta(min_length=1)]
+
+
+class MergeJson(_Operation, frozen=True, tag="merge"):
+    """An RFC 7396 patch (JSON) on a canonical JSON file; ``digest`` is that of the canonical result."""
+
+    patch: bytes
+    digest: Digest
+
+
+class MoveFile(_Operation, frozen=True, tag="move"):
+    """The file at ``path``, whose content has ``digest``, becomes ``to``."""
+
+    to: _Path
+    digest: Digest
+
+
+class DeleteFile(_Operation, frozen=True, tag="delete"):
+    """Afterwards there is no file at ``path``."""
+
+
+class AnnounceFile(_Operation, frozen=True, tag="announce"):
+    """A large file's size and digest; each client fetches its content in pieces."""
+
+    size: _Size
+    digest: Digest
+
+
+Operation = PutFile | AppendBytes | MergeJson | MoveFile | DeleteFile | AnnounceFile
+
+
+class Tree(Protocol):
+    """A replicated tree: plain files on disk, or a dictionary in a test. Paths were checked before."""
+
+    def size(self, path: str) -> int | None:
+        """Return the file's size in bytes, None when there is no file."""
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        """Return the content from ``offset`` on."""
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Make the file exactly ``data``, atomically, with its parent directories (I8)."""
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add ``data`` at the end in one write; creates the file."""
+
+    def move(self, path: str, to: str) -> None:
+        """Rename, replacing what is at ``to``."""
+
+    def delete(self, path: str) -> None:
+        """Remove the file; nothing happens when there is none."""
+
+
+def digest_of(data: bytes) -> bytes:
+    """Return the SHA-256 of ``data``, 32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
+def canonical_json(value: object) -> bytes:
+    """Return the one form in which Lattice writes JSON files: sorted keys, two spaces, ASCII, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=2) + "\n").encode()
+
+
+def merge_patch(target: object, patch: object) -> object:
+    """Apply an RFC 7396 merge patch and return the result; the arguments are left alone."""
+    if not isinstance(patch, dict):
+        return patch
+    result: dict[str, Any] = dict(cast("dict[str, Any]", target)) if isinstance(target, dict) else {}
+    for key, value in cast("dict[str, Any]", patch).items():
+        if value is None:
+            result.pop(key, None)
+        else:
+            result[key] = merge_patch(result.get(key), value)
+    return result
+
+
+def paths_of(operation: Operation) -> tuple[str, ...]:
+    """Return the paths that an operation reads or changes: two for a move, else one."""
+    return (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
+
+
+def apply(operation: Operation, tree: Tree) -> frozenset[str]:
+    """Apply one operation; return the paths whose content must be fetched because they were not as expected.
+
+    Idempotent: applying it again to its own result changes nothing. Errors of the tree itself (a full disk)
+    come through; the operation can then be applied again.
+    """
+    match operation:
+        case PutFile():
+            tree.replace(operation.path, operation.data)
+            return frozenset()
+        case AppendBytes():
+            applied = _append(operation, tree)
+        case MergeJson():
+            applied = _merge(operation, tree)
+        case MoveFile():
+            return _move(operation, tree)
+        case DeleteFile():
+            tree.delete(operation.path)
+            return frozenset()
+        case AnnounceFile():
+            size = tree.size(operation.path)
+            applied = size == operation.size and digest_of(tree.read(operation.path)) == operation.digest
+    return frozenset() if applied else frozenset({operation.path})
+
+
+def _append(operation: AppendBytes, tree: Tree) -> bool:
+    size = tree.size(operation.path) or 0
+    end = operation.offset + len(operation.data)
+    if not operation.offset <= size <= end:
+        return False
+    start = max(0, operation.offset - TAIL_BYTES)
+    present = tree.read(operation.path, start) if size else b""
+    tail, written = present[: operation.offset - start], present[operation.offset - start :]
+    if digest_of(tail) != operation.tail or not operation.data.startswith(written):
+        return False
+    if rest := operation.data[len(written) :]:
+        tree.append(operation.path, rest)
+    return True
+
+
+def _merge(operation: MergeJson, tree: Tree) -> bool:
+    if tree.size(operation.path) is None:
+        return False
+    before = tree.read(operation.path)
+    if digest_of(before) == operation.digest:
+        return True
+    try:
+        after = canonical_json(merge_patch(json.loads(before), json.loads(operation.patch)))
+    except (ValueError, RecursionError):
+        return False
+    if digest_of(after) != operation.digest:
+        return False
+    tree.replace(operation.path, after)
+    return True
+
+
+def _move(operation: MoveFile, tree: Tree) -> frozenset[str]:
+    if tree.size(operation.path) is None:
+        there = tree.size(operation.to) is not None and digest_of(tree.read(operation.to)) == operation.digest
+        return frozenset() if there else frozenset({operation.to})
+    if digest_of(tree.read(operation.path)) == operation.digest:
+        tree.move(operation.path, operation.to)
+        return frozenset()
+    tree.delete(operation.path)
+    return frozenset({operation.to})

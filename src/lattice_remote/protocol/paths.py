@@ -1,0 +1,74 @@
+"""Which paths belong to the replicated tree, and which of them people edit in place (I9).
+
+A path is relative to ``.lattice/``, with ``/`` between its components. What is left out everywhere: anything
+whose component starts with a dot (temporary files, our own ``.base/``), ``locks/``, and the three files that
+make a directory a cache. Editors' backups are left out in ``plans/`` and ``notes/``.
+"""
+
+import re
+
+from lattice_remote.errors import HostilePath
+
+__all__ = ["MAX_DEPTH", "MAX_PATH_BYTES", "check_path", "is_editable", "is_replicated", "parse_path"]
+
+MAX_PATH_BYTES = 512
+MAX_DEPTH = 8
+_MAX_COMPONENT_BYTES = 255
+
+_LOCAL_TOP_LEVEL = frozenset({"remote.json", "cache_state.json", "locks"})
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")
+_EDITABLE = re.compile(r"(?:plans|notes)/task_[0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{26}\.md")
+_EDITED_BY_HAND = ("plans/", "notes/")
+
+
+def parse_path(path: str) -> tuple[str, ...]:
+    """Return the components of a well-formed path.
+
+    Raises:
+        HostilePath: empty, absolute, with ``..`` or any component that starts with a dot, with a backslash,
+            colon or control character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
+    """
+    try:
+        size = len(path.encode())
+    except UnicodeEncodeError:
+        raise HostilePath(f"path is not valid Unicode: {path!r}") from None
+    if not 0 < size <= MAX_PATH_BYTES:
+        raise HostilePath(f"path is empty or longer than {MAX_PATH_BYTES} bytes")
+    if _FORBIDDEN.search(path):
+        raise HostilePath(f"path holds a character that is not allowed: {path!r}")
+    components = tuple(path.split("/"))
+    if len(components) > MAX_DEPTH:
+        raise HostilePath(f"path is nested deeper than {MAX_DEPTH}: {path!r}")
+    for component in components:
+        if not component or component.startswith(".") or len(component.encode()) > _MAX_COMPONENT_BYTES:
+            raise HostilePath(f"path has a component that is not allowed: {path!r}")
+    return components
+
+
+def is_replicated(path: str) -> bool:
+    """Tell whether a path is part of the tree that server and caches share; never raises."""
+    try:
+        components = parse_path(path)
+    except HostilePath:
+        return False
+    if components[0].casefold() in _LOCAL_TOP_LEVEL:  # some file systems don't tell Locks/ from locks/
+        return False
+    # What an editor leaves beside a plan (x.md~, #x.md#, x.md.swp, x.md.mine) is its own.
+    return not path.startswith(_EDITED_BY_HAND) or path.endswith(".md")
+
+
+def check_path(path: str) -> str:
+    """Return a path from a peer unchanged if it lies in the replicated tree.
+
+    Raises:
+        HostilePath: it does not (I9).
+    """
+    parse_path(path)
+    if not is_replicated(path):
+        raise HostilePath(f"path is outside the replicated tree: {path!r}")
+    return path
+
+
+def is_editable(path: str) -> bool:
+    """Tell whether people edit this file in place: the plan or the notes of a task."""
+    return _EDITABLE.fullmatch(path) is not None

@@ -1,0 +1,467 @@
+"""What a client does with each frame: the state of one copy of a project, without I/O (SPEC section 5).
+
+The shell around it feeds ``receive()`` and performs the effects it returns, in order, before it feeds the next
+frame. Files are the shell's; the replica decides which operations reach them, which files must be fetched
+whole, and at which number of the history the copy stands:
+
+    idle --hello()--> greeting --Welcome--> following <--> comparing (a manifest is being read)
+
+Its promise: when ``position`` is (epoch, n) and ``wanted`` is empty, the files equal the server's tree at
+(epoch, n) (I3); a path in ``wanted`` is one of which that can't be said yet, so the number is never ahead of
+the files (I5). Any interleaving of cuts, repeats, restarts and epochs gets there.
+"""
+
+import enum
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    PROTOCOL_VERSION,
+    Bye,
+    Change,
+    ClientFrame,
+    Entries,
+    Fetch,
+    Hello,
+    Manifest,
+    Part,
+    Refused,
+    Reply,
+    ServerFrame,
+    Stored,
+    Welcome,
+)
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    Operation,
+    PutFile,
+)
+
+__all__ = [
+    "NOWHERE",
+    "Answer",
+    "ApplyChange",
+    "Compare",
+    "Effect",
+    "Position",
+    "Remove",
+    "Replica",
+    "Save",
+    "Send",
+    "State",
+    "WritePart",
+]
+
+FETCH_BATCH = 256
+"""How many files are asked for at once."""
+_MAX_BUFFERED_CHANGES = 100_000
+
+
+class State(enum.Enum):
+    """Where the conversation stands."""
+
+    IDLE = "idle"
+    GREETING = "greeting"
+    FOLLOWING = "following"
+    COMPARING = "comparing"
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point in a project's history. The empty epoch is "nowhere": the copy must be compared as a whole."""
+
+    epoch: str
+    seq: int
+    mark: bytes
+
+
+NOWHERE = Position("", 0, b"")
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyChange:
+    """Apply ``operations`` in order; report paths that did not match with ``drifted()``.
+
+    An operation on a file that somebody edits here is not applied: ``hold()`` its path, and for a move also
+    report its target with ``drifted()``.
+    """
+
+    change: Change
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WritePart:
+    """Write this piece of a file; one at offset 0 begins it anew.
+
+    On the last piece, check size and digest and replace the file; when they differ, report ``drifted()``.
+    """
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Remove these files; the server has none there."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Compare the files with the server's at ``seq`` and call ``compared()`` (to mend) or ``verified()``."""
+
+    seq: int
+    entries: Mapping[str, tuple[int, bytes]]
+    mend: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this frame."""
+
+    frame: ClientFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A request's outcome; every change up to its number is in the files."""
+
+    frame: Reply | Stored | Refused
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Store ``position`` and ``wanted`` durably enough that they are never ahead of the files (I5)."""
+
+
+Effect = ApplyChange | WritePart | Remove | Compare | Send | Answer | Save
+
+
+@dataclass(slots=True)
+class _Comparison:
+    """A manifest that is being read, and the changes that arrived meanwhile."""
+
+    mend: bool
+    seq: int = -1  # of the manifest, once its first piece is here
+    mark: bytes = b""
+    entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    later: list[Change] = field(default_factory=list)  # without a gap, from ``seq`` on
+    complete: bool = False
+
+    def keep(self, change: Change) -> None:
+        """Remember a change until the comparison is over; a gap is noticed here, before anything is taken."""
+        last = self.later[-1].seq if self.later else self.seq
+        if 0 <= last < change.seq - 1:
+            raise ProtocolError(f"change {change.seq} follows {last}: the history has a gap")
+        if len(self.later) >= _MAX_BUFFERED_CHANGES:
+            raise ProtocolError("too many changes before the manifest was complete")
+        if change.seq > last:
+            self.later.append(change)
+
+    def begin(self, seq: int, mark: bytes) -> None:
+        """The manifest is of this number: the changes up to it are in it."""
+        later = [change for change in self.later if change.seq > seq]
+        if later and later[0].seq != seq + 1:
+            raise ProtocolError(f"change {later[0].seq} follows the manifest of {seq}: the history has a gap")
+        self.seq, self.mark, self.later = seq, mark, later
+
+
+class Replica:
+    """One copy of a project. Not thread-safe; see the module's text for how a shell drives it."""
+
+    def __init__(self, position: Position = NOWHERE, wanted: Iterable[str] = (), *, follow: bool = True) -> None:
+        self.position = position
+        """Where the copy stands: every change up to here is in the files, except in ``wanted`` ones."""
+        self.wanted: dict[str, int] = dict.fromkeys(wanted, position.seq)
+        """Paths of which ``position`` can't be said yet, with the least number at which they must be read.
+
+        A file that was read at a later number than ``position`` stays here until the changes up to there came:
+        should the server lose them (I7), it is fetched again.
+        """
+        self.held: set[str] = set()
+        """Those of ``wanted`` that somebody is editing here: not fetched until ``release()``."""
+        self.welcome: Welcome | None = None
+        """What the server said of itself on this connection; None before."""
+        self.state = State.IDLE
+        self.head = position.seq
+        """The highest number that the server has named on this connection."""
+        self._follow = follow
+        self._requested: set[str] = set()
+        self._floors: dict[str, int] = {}  # path -> number at which its content was read, while that is ahead of us
+        self._comparison: _Comparison | None = None
+        self._answers: list[Reply | Stored] = []
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files hold everything that the server has told of, as far as nobody edits them."""
+        return self.state is State.FOLLOWING and self.position.seq >= self.head and len(self.wanted) == len(self.held)
+
+    # --- the connection ---
+
+    def hello(self, *, client_version: str, lattice_version: str) -> Hello:
+        """Start a conversation on a new connection and return its first frame."""
+        self.state = State.GREETING
+        self.welcome = None
+        self._requested.clear()
+        self._comparison = None
+        self._answers.clear()
+        return Hello(
+            versions=[PROTOCOL_VERSION],
+            client_version=client_version,
+            lattice_version=lattice_version,
+            capabilities=list(CAPABILITIES),
+            epoch=self.position.epoch,
+            seq=self.position.seq,
+            mark=self.position.mark,
+            follow=self._follow,
+        )
+
+    def disconnected(self) -> None:
+        """The connection is gone; requests without an answer are the shell's to ask again."""
+        self.state = State.IDLE
+        self.welcome = None
+
+    def receive(self, frame: ServerFrame) -> list[Effect]:
+        """Take one frame and return what to do, in order.
+
+        Raises:
+            ProtocolError: the server broke the protocol (a gap in the numbers, a frame out of turn); the
+                connection must be closed. Nothing of the frame was taken.
+        """
+        greeting = isinstance(frame, Welcome) and self.state is State.GREETING
+        talking = not isinstance(frame, Welcome) and self.state in (State.FOLLOWING, State.COMPARING)
+        if not greeting and not talking and not (isinstance(frame, Bye) and self.state is State.GREETING):
+            raise ProtocolError(f"{type(frame).__name__} is out of turn while {self.state.value}")
+        match frame:
+            case Welcome():
+                return self._welcomed(frame)
+            case Change():
+                effects = list(self._changed(frame))
+                self.head = max(self.head, frame.seq)
+                return effects
+            case Entries():
+                return self._listed(frame)
+            case Part():
+                return self._part_received(frame)
+            case Reply() | Stored():
+                self.head = max(self.head, frame.seq) if self._follow else self.head
+                self._answers.append(frame)
+                return self._answers_ready()
+            case Refused():
+                return [Answer(frame)]
+            case Bye():
+                raise ProtocolError(frame.reason, code=frame.code)
+
+    def _welcomed(self, frame: Welcome) -> list[Effect]:
+        if frame.version != PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the server chose protocol {frame.version}, this side speaks {PROTOCOL_VERSION}",
+                code="REMOTE_VERSION",
+            )
+        if self._follow and not frame.resync and frame.epoch != self.position.epoch:
+            raise ProtocolError("the server continues an epoch that this copy is not in")
+        if self._follow and not frame.resync and frame.head < self.position.seq:
+            raise ProtocolError(f"the server continues at {frame.head}, this copy is already at {self.position.seq}")
+        self.welcome = frame
+        self.head = frame.head
+        self.state = State.FOLLOWING
+        self._floors.clear()
+        # Their old numbers may lie in a future that the server has lost; what it reads now is good enough.
+        self.wanted = dict.fromkeys(self.wanted, self.position.seq)
+        if not self._follow or not frame.resync:
+            return self._requests()
+        self.position = Position("", 0, b"")
+        self.wanted.clear()
+        self.held.clear()
+        return [Save(), *self.compare(mend=True)]
+
+    # --- changes ---
+
+    def _changed(self, change: Change) -> Iterator[Effect]:
+        if not self._follow:
+            raise ProtocolError(f"change {change.seq} on a connection that only writes")
+        if self._comparison is not None and (self._comparison.seq >= 0 or not self.position.epoch):
+            self._comparison.keep(change)
+            return
+        if change.seq <= self.position.seq:
+            return
+        if change.seq != self.position.seq + 1:
+            raise ProtocolError(f"change {change.seq} follows {self.position.seq}: the history has a gap")
+        operations = tuple(op for given in change.ops for op in self._reduce(given, change.seq))
+        self.position = Position(self.position.epoch, change.seq, change.mark)
+        for path in [path for path, floor in self._floors.items() if floor <= change.seq]:
+            self._unwant(path)
+        yield ApplyChange(change, operations)
+        yield Save()
+        yield from self._requests()
+        yield from self._answers_ready()
+
+    def _reduce(self, operation: Operation, seq: int) -> Iterator[Operation]:
+        """Yield what of an operation still has to reach the files, given what was or will be fetched."""
+        path = operation.path
+        if path in self._floors:  # read at this number or later: the operation is in it
+            if isinstance(operation, MoveFile) and operation.to not in self._floors:
+                self._want(operation.to, seq)
+            return
+        match operation:
+            case PutFile() | DeleteFile():
+                self._unwant(path)
+                yield operation
+            case AppendBytes() | MergeJson():
+                if path in self.wanted:
+                    self._want(path, seq)
+                else:
+                    yield operation
+            case AnnounceFile():
+                if path in self.wanted:
+                    self._want(path, seq)
+                yield operation
+            case MoveFile():
+                if path in self.wanted:
+                    self._unwant(path)
+                    yield DeleteFile(path)
+                    if operation.to not in self._floors:
+                        self._want(operation.to, seq)
+                elif operation.to in self._floors:
+                    yield DeleteFile(path)
+                else:
+                    self._unwant(operation.to)
+                    yield operation
+
+    def drifted(self, paths: Iterable[str]) -> list[Effect]:
+        """These files were not what an operation or a digest expected: have them fetched whole."""
+        for path in paths:
+            self._want(path, self.position.seq)
+        return self._requests()
+
+    def hold(self, path: str) -> None:
+        """Somebody edits this file here: what the server has for it waits until ``release()``."""
+        self._want(path, self.position.seq)
+        self.held.add(path)
+
+    def release(self, paths: Iterable[str]) -> list[Effect]:
+        """The edits on these files are settled: fetch what is still wanted of them."""
+        self.held.difference_update(paths)
+        return [*self._requests(), *self._answers_ready()]
+
+    def _want(self, path: str, seq: int) -> None:
+        self.wanted[path] = seq
+        self._requested.discard(path)
+        self._floors.pop(path, None)
+
+    def _unwant(self, path: str) -> None:
+        self.wanted.pop(path, None)
+        self.held.discard(path)
+        self._requested.discard(path)
+        self._floors.pop(path, None)
+
+    # --- whole files ---
+
+    def _requests(self) -> list[Effect]:
+        """Ask for more of the wanted files once most of the last batch has come."""
+        if self.state is not State.FOLLOWING or self._comparison is not None or len(self._requested) > FETCH_BATCH // 2:
+            return []
+        paths: list[str] = []
+        for path in self.wanted:
+            if path not in self._requested and path not in self.held and path not in self._floors:
+                paths.append(path)
+                if len(paths) == FETCH_BATCH:
+                    break
+        self._requested.update(paths)
+        return [Send(Fetch(paths))] if paths else []
+
+    def _part_received(self, part: Part) -> list[Effect]:
+        if part.offset + len(part.data) > part.size:
+            raise ProtocolError(f"part of {part.path!r} reaches beyond its size")
+        self.head = max(self.head, part.seq)
+        if part.path not in self._requested or part.seq < self.wanted[part.path]:
+            return []  # it answers an older request: an operation, an edit or a newer request came since
+        effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
+        if part.gone or part.offset + len(part.data) == part.size:
+            self._unwant(part.path)
+            if part.seq > self.position.seq:
+                self.wanted[part.path] = self._floors[part.path] = part.seq
+            effects += [Save(), *self._requests(), *self._answers_ready()]
+        return effects
+
+    # --- comparing with the server's manifest ---
+
+    def compare(self, *, mend: bool) -> list[Effect]:
+        """Ask for the manifest; a ``Compare`` effect follows. Call while following or comparing."""
+        if self._comparison is not None:
+            self._comparison.mend |= mend
+            return []
+        assert self.state is State.FOLLOWING, "there is no server to compare with"
+        self._comparison = _Comparison(mend)
+        self.state = State.COMPARING
+        return [Send(Manifest())]
+
+    def _listed(self, frame: Entries) -> list[Effect]:
+        comparison = self._comparison
+        if comparison is None or comparison.complete or comparison.seq not in (-1, frame.seq):
+            raise ProtocolError("a manifest that was not asked for")
+        if self.position.epoch and frame.seq != self.position.seq:
+            raise ProtocolError(f"the manifest is of {frame.seq}, but changes came up to {self.position.seq}")
+        if comparison.seq < 0:
+            comparison.begin(frame.seq, frame.mark)
+        comparison.entries.update((entry.path, (entry.size, entry.digest)) for entry in frame.entries)
+        if not frame.last:
+            return []
+        comparison.complete = True
+        return [Compare(frame.seq, comparison.entries, comparison.mend)]
+
+    def verified(self) -> list[Effect]:
+        """The comparison is over and nothing is to be mended: go on."""
+        return self._resume(self._finish_comparison())
+
+    def compared(self, local: Mapping[str, tuple[int, bytes]], *, edited: Iterable[str] = ()) -> list[Effect]:
+        """Mend: fetch what differs from the manifest and remove what it does not list.
+
+        Args:
+            local: size in bytes and digest of each file of the copy, ``edited`` ones by their content before.
+            edited: paths with unsent edits; these are left alone, and held where the server's text is another.
+        """
+        comparison = self._finish_comparison()
+        assert self.welcome is not None, "a manifest only comes after a Welcome"
+        self.position = Position(self.welcome.epoch, comparison.seq, comparison.mark)
+        self.head = max(self.head, comparison.seq)
+        self._floors.clear()
+        self.wanted = {path: comparison.seq for path, entry in comparison.entries.items() if local.get(path) != entry}
+        untouchable = frozenset(edited)
+        self.held = {path for path in self.wanted if path in untouchable}
+        self._requested.clear()
+        surplus = tuple(path for path in local if path not in comparison.entries and path not in untouchable)
+        return [*([Remove(surplus)] if surplus else []), Save(), *self._resume(comparison)]
+
+    def _finish_comparison(self) -> _Comparison:
+        comparison = self._comparison
+        assert comparison is not None, "compared() and verified() answer a Compare effect"
+        assert comparison.complete, "compared() and verified() answer a Compare effect"
+        self._comparison = None
+        self.state = State.FOLLOWING
+        return comparison
+
+    def _resume(self, comparison: _Comparison) -> list[Effect]:
+        effects = self._requests()
+        for change in comparison.later:
+            effects += self._changed(change)
+        return [*effects, *self._answers_ready()]
+
+    # --- answers ---
+
+    def _answers_ready(self) -> list[Effect]:
+        """Hand on the answers whose changes are in the files; the others wait."""
+        if not self._answers or self._comparison is not None:
+            return []
+        missing = [seq for path, seq in self.wanted.items() if path not in self.held] if self._follow else []
+        reached = self.position.seq if self._follow else self._answers[-1].seq
+        ready = [a for a in self._answers if a.seq <= reached and not any(seq <= a.seq for seq in missing)]
+        self._answers = [a for a in self._answers if a not in ready]
+        return [Answer(answer) for answer in ready]

@@ -1,0 +1,154 @@
+"""What a project's server side and its worker process say to each other, over a socket pair.
+
+Each message is a length (4 bytes, big endian) and one msgpack map. The worker answers requests in order. What
+it reports as ``Done`` is on disk: its journal record has been fsynced (I2).
+"""
+
+import msgspec
+
+from lattice_remote.protocol.messages import Attachment
+
+__all__ = [
+    "After",
+    "Done",
+    "Edit",
+    "Execute",
+    "Failed",
+    "HookCall",
+    "NewEpoch",
+    "Ready",
+    "Reconcile",
+    "Settle",
+    "Stop",
+    "ToServer",
+    "ToWorker",
+]
+
+
+class _Message(msgspec.Struct, frozen=True, tag_field="type"):
+    pass
+
+
+# --- to the worker ---
+
+
+class Execute(_Message, frozen=True, tag="execute"):
+    """Run this command line for the holder of this token, once for this id (I6).
+
+    ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and says in
+    ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
+    """
+
+    id: str
+    argv: list[str]
+    files: list[Attachment]
+    token_id: str
+    actor: str
+    act_as: list[str]
+    last_try: bool = False
+
+
+class Edit(_Message, frozen=True, tag="edit"):
+    """Store a plan or notes, merged by line when it was made from another base than the file's content."""
+
+    id: str
+    path: str
+    base: bytes | None
+    text: bytes
+    token_id: str
+    actor: str
+
+
+class Reconcile(_Message, frozen=True, tag="reconcile"):
+    """Somebody may have changed these files (None: any file): number what differs from the manifest (I12)."""
+
+    paths: list[str] | None
+
+
+class NewEpoch(_Message, frozen=True, tag="new-epoch"):
+    """A client has proved a rollback: begin a new epoch (I7)."""
+
+    reason: str
+
+
+class Settle(_Message, frozen=True, tag="settle"):
+    """Give up on a request that has ended its worker: answer as for ``Execute`` if the journal holds its reply.
+
+    Else answer ``Done`` with a ``Refused`` frame of this code and message; nothing is run, nothing is
+    journalled. The request's partial effects were undone when the worker started (I6).
+    """
+
+    id: str
+    token_id: str
+    code: str
+    message: str
+
+
+class Stop(_Message, frozen=True, tag="stop"):
+    """Finish, write the manifest, leave."""
+
+
+ToWorker = Execute | Edit | Reconcile | NewEpoch | Settle | Stop
+
+
+# --- from the worker ---
+
+
+class After(msgspec.Struct, frozen=True):
+    """A file after a change: its size in bytes and digest; ``digest`` is None when it is gone."""
+
+    path: str
+    size: int
+    digest: bytes | None
+
+
+class HookCall(msgspec.Struct, frozen=True):
+    """A hook of ``config.json`` that lattice wanted to run: a shell command, its environment and standard input."""
+
+    command: str
+    env: dict[str, str]
+    stdin: str
+
+
+class Ready(_Message, frozen=True, tag="ready"):
+    """The worker has opened the project. Sent first, and again after ``NewEpoch``.
+
+    ``notes`` are lines for the log: what was repaired, what was found changed.
+    """
+
+    epoch: str
+    head: int
+    mark: bytes
+    oldest: int
+    lattice_version: str
+    files: list[After]
+    notes: list[str] = []
+
+
+class Done(_Message, frozen=True, tag="done"):
+    """One request is finished and durable; ``change`` and ``reply`` are encoded frames, ready to be sent.
+
+    ``id`` is empty for a reconciliation. ``waiting_for`` names the resource whose next change, or whose expiry
+    at ``retry_at`` (seconds since the epoch), is worth another try; nothing was answered then.
+    """
+
+    id: str
+    seq: int
+    mark: bytes = b""
+    change: bytes | None = None
+    reply: bytes | None = None
+    after: list[After] = []
+    hooks: list[HookCall] = []
+    waiting_for: str | None = None
+    wait_timeout_s: float = 0.0
+    retry_at: float | None = None
+    oldest: int = 0
+
+
+class Failed(_Message, frozen=True, tag="failed"):
+    """The project can't go on (its journal can't be written, its tree can't be read); the worker leaves."""
+
+    message: str
+
+
+ToServer = Ready | Done | Failed

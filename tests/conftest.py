@@ -1,0 +1,21 @@
+"""What all tests share: a started server with two connected clients, made once a module."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from sandbox import Client, Sandbox, Server, board
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """An empty sandbox: servers and clients as the test needs them."""
+    with Sandbox() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared_board() -> Iterator[tuple[Server, Client, Client]]:
+    """One server and two machines, shared by the tests of a module, which must not stop the server."""
+    with board("ana", "ben") as (server, (ana, ben)):
+        yield server, ana, ben

@@ -1,0 +1,214 @@
+"""The main job, as a user sees it: what one does arrives at the other, and messages say what to do next."""
+
+import json
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sandbox import BIN, Client, Sandbox, Server, differences, tree_of, wait_for
+
+pytestmark = pytest.mark.e2e
+
+Board = tuple[Server, Client, Client]
+
+
+def plan_of(client: Client, short_id: str) -> Path:
+    task = json.loads(client.ok("show", short_id, "--json"))["data"]["id"]
+    return client.lattice_dir / "plans" / f"{task}.md"
+
+
+def new_task(client: Client, title: str) -> str:
+    return client.ok("create", title, "--actor", "human:ana", "--quiet").strip()
+
+
+def test_what_one_creates_the_other_sees(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    task = new_task(ana, "Seen by ben")
+    wait_for(lambda: "Seen by ben" in ben.ok("list"), "the task in ben's list")
+    ben.ok("comment", task, "I see it", "--actor", "human:ben")
+    wait_for(lambda: "I see it" in ana.ok("comments", task), "ben's comment in ana's copy")
+
+
+def test_ones_own_write_is_in_the_files_when_the_command_returns(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    for n in range(5):
+        task = new_task(ana, f"Own write {n}")
+        assert plan_of(ana, task).is_file()
+
+
+def test_an_edited_plan_passes_the_gate_and_reaches_everybody(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    task = new_task(ana, "With a plan")
+    for status in ("in_planning", "planned"):
+        ana.ok("status", task, status, "--actor", "human:ana")
+    assert ana.run("status", task, "in_progress", "--actor", "human:ana").returncode == 1
+    plan = plan_of(ana, task)
+    plan.write_text(plan.read_text() + "\n## Steps\n\n- do it\n")
+    ana.ok("status", task, "in_progress", "--actor", "human:ana")
+    ben.ok("remote", "pull")
+    assert plan_of(ben, task).read_text() == plan.read_text()
+
+
+def test_notes_made_by_hand_arrive_with_push(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    task = new_task(ana, "With notes")
+    notes = ana.lattice_dir / "notes" / plan_of(ana, task).name
+    notes.write_text("# Notes\n\nwritten by hand, ünïcode\n")
+    status = json.loads(ana.ok("remote", "status", "--json"))
+    assert f"notes/{notes.name}" in json.dumps(status)
+    assert notes.name in ana.ok("remote", "push") or True
+    ben.ok("remote", "pull")
+    assert (ben.lattice_dir / "notes" / notes.name).read_text() == notes.read_text()
+
+
+def test_edits_of_two_people_in_different_places_are_merged(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    task = new_task(ana, "Merged")
+    lines = [f"line {n}" for n in range(20)]
+    plan = plan_of(ana, task)
+    plan.write_text("\n".join(lines) + "\n")
+    ana.ok("remote", "push")
+    ben.ok("remote", "pull")
+    theirs = plan_of(ben, task)
+    plan.write_text(plan.read_text().replace("line 2\n", "line 2, by ana\n"))
+    theirs.write_text(theirs.read_text().replace("line 17\n", "line 17, by ben\n"))
+    ana.ok("remote", "push")
+    ben.ok("remote", "push")
+    ana.ok("remote", "pull")
+    assert "line 2, by ana\n" in theirs.read_text()
+    assert "line 17, by ben\n" in theirs.read_text()
+    assert plan.read_bytes() == theirs.read_bytes()
+
+
+def test_a_real_conflict_keeps_both_texts_once_and_says_so(shared_board: Board) -> None:
+    server, ana, ben = shared_board
+    task = new_task(ana, "Conflict")
+    ben.ok("remote", "pull")
+    plan, theirs = plan_of(ana, task), plan_of(ben, task)
+    plan.write_text("# one\n\nana's text\n")
+    theirs.write_text("# one\n\nben's text\n")
+    ana.ok("remote", "push")
+    said = ben.run("comment", task, "hello", "--actor", "human:ben")
+    assert said.returncode == 0
+    assert "conflict" in said.stderr.lower()
+    assert theirs.read_text() == "# one\n\nana's text\n"
+    beside = [path for path in theirs.parent.iterdir() if path.name.startswith(theirs.name) and path != theirs]
+    assert [path.read_text() for path in beside] == ["# one\n\nben's text\n"]
+    assert "conflict" not in ben.run("comment", task, "again", "--actor", "human:ben").stderr.lower()
+    assert differences(ben.lattice_dir, server.lattice_dir()) == []
+
+
+def test_a_plain_lattice_command_on_the_server_is_seen_by_clients(shared_board: Board) -> None:
+    """I12."""
+    server, ana, ben = shared_board
+    task = new_task(ana, "Behind its back")
+    env = {k: v for k, v in ana.env.items() if not k.startswith("LATTICE")}
+    subprocess.run(
+        [BIN / "lattice", "comment", task, "over ssh", "--actor", "human:root"],
+        cwd=server.lattice_dir().parent, env=env, check=True, capture_output=True, timeout=30,
+    )  # fmt: skip
+    wait_for(lambda: "over ssh" in ben.ok("comments", task), "the comment in ben's copy")
+
+
+def test_a_directory_without_a_remote_behaves_as_without_the_package(sandbox: Sandbox) -> None:
+    plain = sandbox.client("plain")
+    plain.ok("init", "--project-code", "LOC", "--actor", "human:me", "--no-setup-agents", "--no-setup-claude")
+    assert "LOC-1" in plain.ok("create", "Local", "--actor", "human:me")
+    before = tree_of(plain.lattice_dir)
+    assert "no remote" in (plain.run("remote").stdout + plain.run("remote").stderr).lower()
+    assert tree_of(plain.lattice_dir) == before
+    assert not (plain.lattice_dir / "cache_state.json").exists()
+
+
+def test_adding_a_remote_where_there_are_tasks_is_refused_and_touches_nothing(shared_board: Board) -> None:
+    server, ana, _ben = shared_board
+    mine = Client.__new__(Client)
+    mine.dir, mine.env = ana.dir.parent / "mine", ana.env
+    mine.dir.mkdir()
+    mine.ok("init", "--project-code", "OWN", "--actor", "human:me", "--no-setup-agents", "--no-setup-claude")
+    mine.ok("create", "My own", "--actor", "human:me")
+    before = {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()}
+    refused = mine.run("remote", "add", "origin", server.url, "--project", "board", "--token", "x")
+    assert refused.returncode == 1
+    assert "task" in refused.stderr
+    assert {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()} == before
+    assert "OWN-2" in mine.ok("create", "Still local", "--actor", "human:me")
+
+
+def test_the_token_is_kept_per_user_and_never_in_the_project(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    tokens = Path(ana.env["XDG_CONFIG_HOME"]) / "lattice" / "tokens.json"
+    assert stat.S_IMODE(tokens.stat().st_mode) == 0o600
+    secret = json.dumps(json.loads(tokens.read_text())).split("ltr_")[1].split('"')[0]
+    for path in ana.dir.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes()
+
+
+def test_without_the_agent_everything_works_too(shared_board: Board) -> None:
+    server, ana, ben = shared_board
+    off = {"LATTICE_REMOTE_AGENT": "off"}
+    done = ben.run("create", "Direct", "--actor", "human:ben", "--quiet", env=off)
+    assert done.returncode == 0, done.stderr
+    task = done.stdout.strip()
+    assert "Direct" in ben.run("show", task, env=off).stdout
+    wait_for(lambda: "Direct" in ana.ok("list"), "the task in ana's list")
+    assert differences(ben.lattice_dir, server.lattice_dir()) == []
+
+
+def test_agents_of_a_killed_machine_are_replaced_by_the_next_command(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    status = json.loads(ana.ok("remote", "agent", "status", "--json"))
+    pid = status["pid"]
+    os.kill(pid, 9)
+    task = new_task(ana, "After the agent was killed")
+    assert json.loads(ana.ok("remote", "agent", "status", "--json"))["pid"] != pid
+    assert plan_of(ana, task).is_file()
+
+
+def test_sync_mends_what_was_altered_and_verify_tells(shared_board: Board) -> None:
+    server, ana, _ben = shared_board
+    task = new_task(ana, "Altered")
+    snapshot = ana.lattice_dir / "tasks" / f"{plan_of(ana, task).stem}.json"
+    snapshot.write_text("{}\n")
+    (ana.lattice_dir / "ids.json").unlink()
+    verified = ana.run("remote", "verify")
+    assert verified.returncode == 1
+    assert snapshot.name in verified.stdout + verified.stderr
+    assert snapshot.read_text() == "{}\n"
+    assert snapshot.name in ana.ok("remote", "sync")
+    assert ana.run("remote", "verify").returncode == 0
+    assert differences(ana.lattice_dir, server.lattice_dir()) == []
+
+
+def test_status_names_its_evidence(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    ana.ok("list")
+    status = json.loads(ana.ok("remote", "status", "--json"))
+    assert status["connected"] is True
+    text = ana.ok("remote", "status")
+    assert "connected" in text
+    assert str(os.getpid()) not in text
+
+
+def test_git_sees_only_remote_json(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    subprocess.run(["git", "init", "-q"], cwd=ana.dir, env=ana.env, check=True)
+    listed = subprocess.run(
+        ["git", "status", "--porcelain", "-uall", "--", ".lattice"],
+        cwd=ana.dir, env=ana.env, check=True, capture_output=True, text=True,
+    ).stdout.split("\n")  # fmt: skip
+    assert {line[3:] for line in listed if line} <= {".lattice/remote.json", ".lattice/.gitignore"}
+    assert "?? .lattice/remote.json" in listed
+
+
+def test_after_git_clone_the_first_command_fills_the_cache(shared_board: Board) -> None:
+    server, ana, _ben = shared_board
+    clone = Client.__new__(Client)
+    clone.dir, clone.env = ana.dir.parent / "clone", ana.env
+    clone.lattice_dir.mkdir(parents=True)
+    (clone.lattice_dir / "remote.json").write_bytes((ana.lattice_dir / "remote.json").read_bytes())
+    assert clone.ok("list") == ana.ok("list")
+    assert differences(clone.lattice_dir, server.lattice_dir()) == []

@@ -1,0 +1,125 @@
+"""A TCP proxy that misbehaves on command: cuts, stalls and refuses connections between a client and a server."""
+
+import asyncio
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+__all__ = ["FaultProxy"]
+
+_CHUNK = 16 * 1024
+
+
+class FaultProxy:
+    """Listens on a loopback port of its own and forwards to ``port``, in a thread, until ``close()``."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.port = 0
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._flowing: asyncio.Event
+        self._refusing = False
+        self._loop = asyncio.new_event_loop()
+        self._ended: asyncio.Event
+        started = threading.Event()
+        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve(started)))
+        self._thread.start()
+        if not started.wait(10):
+            raise TimeoutError("the proxy did not start")
+
+    @property
+    def url(self) -> str:
+        """Where clients connect."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def cut(self) -> None:
+        """Reset every connection, in the middle of whatever is under way."""
+        self._call(self._reset)
+
+    def stall(self) -> None:
+        """Keep connections open and forward nothing: a peer that silently went away."""
+        self._call(self._flowing.clear)
+
+    def flow(self) -> None:
+        """Forward again, and accept again."""
+        self._refusing = False
+        self._call(self._flowing.set)
+
+    def refuse(self) -> None:
+        """Reset what is open and what comes."""
+        self._refusing = True
+        self.cut()
+
+    def close(self) -> None:
+        """End the proxy and its thread."""
+        self._call(self._ended.set)
+        self._thread.join(timeout=10)
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, function: Callable[[], object]) -> None:
+        done = threading.Event()
+
+        def run() -> None:
+            function()
+            done.set()
+
+        self._loop.call_soon_threadsafe(run)
+        done.wait(10)
+
+    def _reset(self) -> None:
+        for writer in list(self._writers):
+            sock: socket.socket = writer.get_extra_info("socket")
+            # With a linger of 0 seconds, closing sends RST and drops what was not yet sent.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+    async def _serve(self, started: threading.Event) -> None:
+        self._flowing, self._ended = asyncio.Event(), asyncio.Event()
+        self._flowing.set()
+        server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        started.set()
+        await self._ended.wait()
+        server.close()
+        self._flowing.set()
+        self._reset()
+        pending = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers.add(writer)
+        try:
+            if self._refusing:
+                writer.transport.abort()
+                return
+            upstream_reader, upstream = await asyncio.open_connection("127.0.0.1", self.target)
+            self._writers.add(upstream)
+            try:
+                await asyncio.gather(self._pump(reader, upstream), self._pump(upstream_reader, writer))
+            finally:
+                self._writers.discard(upstream)
+                upstream.transport.abort()
+        except OSError:
+            writer.transport.abort()
+        finally:
+            self._writers.discard(writer)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(_CHUNK):
+            await self._flowing.wait()
+            writer.write(data)
+            await writer.drain()
+        writer.transport.abort()
