@@ -112,7 +112,7 @@ class FaultProxy:
             finally:
                 self._writers.discard(upstream)
                 upstream.transport.abort()
-        except OSError:
+        except (OSError, asyncio.CancelledError):  # cancelled only by close()
             writer.transport.abort()
         finally:
             self._writers.discard(writer)

@@ -31,8 +31,8 @@ def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], Fault
         clients = []
         for name, machine in (("ana", "one"), ("ben", "one"), ("cem", "two")):
             client = sandbox.client(name, machine)
-            token = server.token(f"human:{name}", "agent:*")
-            client.ok("remote", "add", "origin", proxy.url, "--project", "board", "--token", token)
+            client.env["LATTICE_TOKEN"] = server.token(f"human:{name}", "agent:*")
+            client.ok("remote", "add", "origin", proxy.url, "--project", "board")
             clients.append(client)
         yield server, clients, proxy
 

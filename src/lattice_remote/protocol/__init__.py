@@ -5,4 +5,5 @@ operations   the six things a change does to a file, and how a tree applies them
 messages     the frames
 codec        frames to bytes and back, bounded
 replica      what a client does with each frame
+schema       all of it as JSON Schema, for protocol/schema.json
 """

@@ -329,8 +329,6 @@ class Replica:
                     yield DeleteFile(path)
                     if operation.to not in self._floors:
                         self._want(operation.to, seq)
-                elif operation.to in self._floors:
-                    yield DeleteFile(path)
                 else:
                     self._unwant(operation.to)
                     yield operation
@@ -349,6 +347,20 @@ class Replica:
     def release(self, paths: Iterable[str]) -> list[Effect]:
         """The edits on these files are settled: fetch what is still wanted of them."""
         self.held.difference_update(paths)
+        return [*self._requests(), *self._answers_ready()]
+
+    def overtaken(self, position: Position, wanted: Iterable[str]) -> list[Effect]:
+        """Another process has brought the same files to ``position``: go on from there. Not while comparing.
+
+        What was on its way is asked for anew: only the other process knows what the files hold now.
+        """
+        assert self._comparison is None, "the manifest is compared with the files of one number; greet again"
+        self.position = position
+        self.head = max(self.head, position.seq)
+        self.wanted = dict.fromkeys(wanted, position.seq)
+        self.held.intersection_update(self.wanted)
+        self._floors.clear()
+        self._requested.clear()
         return [*self._requests(), *self._answers_ready()]
 
     def _want(self, path: str, seq: int) -> None:
@@ -381,7 +393,7 @@ class Replica:
         if part.offset + len(part.data) > part.size:
             raise ProtocolError(f"part of {part.path!r} reaches beyond its size")
         self.head = max(self.head, part.seq)
-        if part.path not in self._requested or part.seq < self.wanted[part.path]:
+        if part.path not in self._requested or part.seq < self.wanted.get(part.path, part.seq + 1):
             return []  # it answers an older request: an operation, an edit or a newer request came since
         effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
         if part.gone or part.offset + len(part.data) == part.size:
@@ -426,7 +438,7 @@ class Replica:
 
         Args:
             local: size in bytes and digest of each file of the copy, ``edited`` ones by their content before.
-            edited: paths with unsent edits; these are left alone, and held where the server's text is another.
+            edited: paths with unsent edits; these are left alone, and held where the server has another text, or none.
         """
         comparison = self._finish_comparison()
         assert self.welcome is not None, "a manifest only comes after a Welcome"
@@ -435,6 +447,7 @@ class Replica:
         self._floors.clear()
         self.wanted = {path: comparison.seq for path, entry in comparison.entries.items() if local.get(path) != entry}
         untouchable = frozenset(edited)
+        self.wanted |= {path: comparison.seq for path in untouchable if path not in comparison.entries}
         self.held = {path for path in self.wanted if path in untouchable}
         self._requested.clear()
         surplus = tuple(path for path in local if path not in comparison.entries and path not in untouchable)

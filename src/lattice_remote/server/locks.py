@@ -2,12 +2,9 @@
 
 import fcntl
 import os
-import time
 from pathlib import Path
 
 __all__ = ["LockedElsewhere", "lock"]
-
-_RETRY_S = 0.02
 
 
 class LockedElsewhere(Exception):
@@ -18,7 +15,7 @@ class LockedElsewhere(Exception):
         self.holder = holder
 
 
-def lock(path: Path, *, timeout_s: float = 0.0) -> int:
+def lock(path: Path) -> int:
     """Lock ``path``, write this process's id into it, and return the descriptor that holds the lock.
 
     The lock lives until every process that inherited the descriptor has closed it or died, however it died. A
@@ -26,21 +23,16 @@ def lock(path: Path, *, timeout_s: float = 0.0) -> int:
     processes lock two files of one name.
 
     Raises:
-        LockedElsewhere: somebody else still held it after ``timeout_s`` seconds.
+        LockedElsewhere: somebody else holds it.
         OSError: the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                raise LockedElsewhere(path, holder) from None
-            time.sleep(_RETRY_S)
-        else:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            return descriptor
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise LockedElsewhere(path, holder) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor

@@ -5,19 +5,18 @@ an inherited descriptor, so that not even a server that was killed leaves a seco
 """
 
 import asyncio
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import msgspec
 
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ToServer, ToWorker
-from lattice_remote.server.locks import lock
+from lattice_remote.server.locks import LockedElsewhere, lock
 
 __all__ = ["WORKER_COMMAND", "Writer"]
 
@@ -26,6 +25,8 @@ WORKER_COMMAND: Sequence[str] = (sys.executable, "-m", "lattice_remote.server.wo
 
 _LOCK_TIMEOUT_S = 40.0
 """How long to wait for the end of a worker whose server was killed: one command's time limit, and a little."""
+
+_LOCK_RETRY_S = 0.05
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
@@ -58,7 +59,7 @@ class Writer(asyncio.Protocol):
             OSError: the process can't be started.
         """
         writer = cls(on_message, on_end)
-        writer_lock = await asyncio.to_thread(lock, paths.writer_lock, timeout_s=_LOCK_TIMEOUT_S)
+        writer_lock = await _writer_lock(paths)
         ours, theirs = socket.socketpair()
         try:
             ours.setblocking(False)
@@ -96,8 +97,8 @@ class Writer(asyncio.Protocol):
 
     def kill(self) -> None:
         """End the process at once; ``on_end`` follows. What it was doing is undone at the next start."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        assert self._process is not None, "start() sets it before anybody gets the writer"
+        self._process.kill()
 
     async def wait(self, timeout_s: float) -> bool:
         """Wait for the process to have ended; return whether it has. Reaps it."""
@@ -112,8 +113,7 @@ class Writer(asyncio.Protocol):
     # --- asyncio.Protocol ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport), "a stream socket has a stream transport"
-        self._transport = transport
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
 
     def data_received(self, data: bytes) -> None:
         received = self._received
@@ -127,8 +127,21 @@ class Writer(asyncio.Protocol):
             start = end
         del received[:start]
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         # The socket is closed by the end of the process, or by a worker that is beyond use: make sure of it.
         self._transport = None
         self.kill()
         self._on_end()
+
+
+async def _writer_lock(paths: ProjectPaths) -> int:
+    """Take the project's writer lock, waiting for the end of a worker that is still at its last command."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            return lock(paths.writer_lock)
+        except LockedElsewhere:
+            if loop.time() >= deadline:
+                raise
+            await asyncio.sleep(_LOCK_RETRY_S)

@@ -1,0 +1,39 @@
+# Everything runs in .venv, which `make venv` builds with the versions of constraints.txt.
+PYTHON_VENV := .venv/bin/python
+export PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench protocol format clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+venv:  ## Make .venv with everything in it (at once when it is up to date)
+	@scripts/bootstrap.sh
+
+demo: venv  ## See it work: a server and two machines, cut off and put together again
+	@$(PYTHON_VENV) examples/demo.py
+
+test: venv  ## Run every test (under 5 minutes)
+	@$(PYTHON_VENV) -m pytest $(ARGS)
+
+check: venv  ## Format, lint, strict types, import layering; protocol/ agrees with the code
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+	@$(PYTHON_VENV) scripts/protocol_files.py --check
+
+bench: venv  ## Measure against local lattice, side by side
+	@$(PYTHON_VENV) benchmarks/bench.py $(ARGS)
+
+protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
+	@$(PYTHON_VENV) scripts/protocol_files.py
+
+format: venv  ## Format the code and fix what can be fixed
+	@.venv/bin/ruff format .
+	@.venv/bin/ruff check --fix .
+
+clean:  ## Remove .venv and every cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests examples benchmarks scripts -name __pycache__ -type d -exec rm -rf {} +

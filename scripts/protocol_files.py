@@ -1,0 +1,258 @@
+"""Write protocol/schema.json and protocol/vectors/ from the code; with --check, only tell whether they agree.
+
+Inputs are fixed, so that the files change only when the protocol does.
+"""
+
+import base64
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+
+from lattice_remote.protocol import messages as m
+from lattice_remote.protocol import operations as o
+from lattice_remote.protocol.schema import schema
+
+ROOT = Path(__file__).parent.parent / "protocol"
+ID = "00112233445566778899aabbccddeeff"
+MARK = bytes(range(8))
+TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
+EVENTS, PLAN, SNAPSHOT = f"events/{TASK}.jsonl", f"plans/{TASK}.md", f"tasks/{TASK}.json"
+LINE = b'{"type":"comment_added"}\n'
+LONG = b"".join(b"%07d\n" % number for number in range(600))
+IDS = o.canonical_json({"map": {"LAT-1": "task_a", "LAT-2": "task_b"}, "next_seq": 3})
+IDS_AFTER = o.canonical_json({"map": {"LAT-1": "task_a", "LAT-3": "task_c"}, "next_seq": 4})
+PATCH = b'{"map":{"LAT-2":null,"LAT-3":"task_c"},"next_seq":4}'
+
+Files = dict[str, bytes]
+
+
+class Tree:
+    """A tree of a dictionary."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = dict(files)
+
+    def size(self, path: str) -> int | None:
+        return len(self.files[path]) if path in self.files else None
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        return self.files[path][offset:]
+
+    def replace(self, path: str, data: bytes) -> None:
+        self.files[path] = data
+
+    def append(self, path: str, data: bytes) -> None:
+        self.files[path] = self.files.get(path, b"") + data
+
+    def move(self, path: str, to: str) -> None:
+        self.files[to] = self.files.pop(path)
+
+    def delete(self, path: str) -> None:
+        self.files.pop(path, None)
+
+
+def _append(path: str, before: bytes, data: bytes) -> o.AppendBytes:
+    return o.AppendBytes(path, offset=len(before), tail=o.digest_of(before[-o.TAIL_BYTES :]), data=data)
+
+
+MERGE = o.MergeJson("ids.json", patch=PATCH, digest=o.digest_of(IDS_AFTER))
+MOVE = o.MoveFile(PLAN, to=f"archive/{PLAN}", digest=o.digest_of(b"# Plan\n"))
+ANNOUNCE = o.AnnounceFile("artifacts/payload/art_1.bin", size=len(LONG), digest=o.digest_of(LONG))
+PUT = o.PutFile(SNAPSHOT, b'{\n  "title": "T"\n}\n')
+
+OPERATIONS: list[tuple[str, o.Operation, Files]] = [
+    ("put: a new file", PUT, {}),
+    ("put: replaces whatever is there", PUT, {SNAPSHOT: b"old", PLAN: b"other"}),
+    ("append: the first line creates the file", _append(EVENTS, b"", LINE), {}),
+    ("append: the next line", _append(EVENTS, LINE, LINE), {EVENTS: LINE}),
+    ("append: the tail is the last 4096 bytes", _append(EVENTS, LONG, LINE), {EVENTS: LONG}),
+    ("append: already there", _append(EVENTS, LINE, LINE), {EVENTS: LINE + LINE}),
+    ("append: torn by a crash, completed", _append(EVENTS, LINE, LINE), {EVENTS: LINE + LINE[:5]}),
+    ("append: the file is too short", _append(EVENTS, LINE, LINE), {EVENTS: LINE[:5]}),
+    ("append: the file is too long", _append(EVENTS, LINE, LINE), {EVENTS: LINE * 3}),
+    ("append: another tail", _append(EVENTS, LINE, LINE), {EVENTS: b"x" * len(LINE)}),
+    ("append: something else follows", _append(EVENTS, LINE, LINE), {EVENTS: LINE + b"x"}),
+    ("merge: members set, replaced and removed", MERGE, {"ids.json": IDS}),
+    ("merge: already there", MERGE, {"ids.json": IDS_AFTER}),
+    ("merge: the result is another", MERGE, {"ids.json": b'{"x": 1}\n'}),
+    ("merge: not JSON", MERGE, {"ids.json": b"\xff"}),
+    ("merge: no file", MERGE, {}),
+    ("move", MOVE, {PLAN: b"# Plan\n"}),
+    ("move: replaces what is at the target", MOVE, {PLAN: b"# Plan\n", MOVE.to: b"old"}),
+    ("move: already there", MOVE, {MOVE.to: b"# Plan\n"}),
+    ("move: another content", MOVE, {PLAN: b"# Mine\n"}),
+    ("move: nothing there", MOVE, {}),
+    ("delete", o.DeleteFile(PLAN), {PLAN: b"# Plan\n"}),
+    ("delete: nothing there", o.DeleteFile(PLAN), {}),
+    ("announce: already there", ANNOUNCE, {ANNOUNCE.path: LONG}),
+    ("announce: to be fetched", ANNOUNCE, {}),
+    ("announce: another content", ANNOUNCE, {ANNOUNCE.path: b"x"}),
+]
+
+_CHANGE = m.Change(
+    seq=42,
+    mark=MARK,
+    time="2026-01-02T03:04:05.678Z",
+    actor="human:ana",
+    token_id="tok_1",  # noqa: S106 - a token's public name
+    cause=ID,
+    command="comment",
+    ops=[_append(EVENTS, b"", LINE), PUT, MERGE, MOVE, o.DeleteFile("notes/old.md"), ANNOUNCE],
+)
+FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
+    ("hello: a first connection", m.Hello([1], "0.1.0", "0.2.0", list(m.CAPABILITIES))),
+    ("hello: goes on at a number", m.Hello([1], "0.1.0", "0.2.0", ["append"], "8f2c", 41, MARK)),
+    ("hello: only writes", m.Hello([1], "0.1.0", "0.2.0", follow=False)),
+    ("run", m.Run(ID, ["comment", "LAT-1", "größer", "--actor", "human:ana"])),
+    (
+        "run: with files",
+        m.Run(
+            ID,
+            ["attach", "LAT-1", "log.txt", "--actor", "human:ana"],
+            [m.Attachment(2, "log.txt", b"\x00\xff"), m.Attachment(1, "missing.txt")],
+        ),
+    ),
+    ("put: of a new file", m.Put(ID, PLAN, None, b"# Plan\n")),
+    ("put: of an edited file", m.Put(ID, PLAN, b"# Plan\n", b"# My plan\n")),
+    ("fetch", m.Fetch([SNAPSHOT, "config.json"])),
+    ("manifest", m.Manifest()),
+    ("applied", m.Applied(42)),
+    (
+        "welcome: the missing changes follow",
+        m.Welcome(
+            1,
+            "0.1.0",
+            "0.2.0",
+            "p",
+            "human:ana",
+            "8f2c",
+            42,
+            3,
+            False,
+            m.Limits(1 << 25, 1 << 24),
+            ["agent:*"],
+            ["merge"],
+        ),
+    ),
+    (
+        "welcome: the copy can't be continued",
+        m.Welcome(1, "0.1.0", "0.2.0", "p", "human:ana", "8f2c", 0, 1, True, m.Limits(1 << 25, 1 << 24)),
+    ),
+    ("change: every operation", _CHANGE),
+    ("change: no operation", m.Change(1, MARK, "2026-01-02T03:04:05.678Z", "server", "", "recovery", "", [])),
+    ("reply", m.Reply(ID, 42, 0, b"Comment added\n", b"")),
+    ("reply: a failed command", m.Reply(ID, 42, 1, b"", b"Error: no such task\n")),
+    *[(f"stored: {outcome}", m.Stored(ID, 43, outcome)) for outcome in ("stored", "merged", "unchanged", "conflict")],
+    ("entries: one of several pieces", m.Entries(42, MARK, [m.Entry(EVENTS, 25, o.digest_of(LINE))], False)),
+    ("entries: of an empty project", m.Entries(0, b"", [], True)),
+    ("part: a whole file", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 0, LINE)),
+    ("part: the second piece", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 20, LINE[20:])),
+    ("part: an empty file", m.Part(EVENTS, 42, 0, o.digest_of(b""))),
+    ("part: no such file", m.Part(EVENTS, 42, gone=True)),
+    ("refused", m.Refused(ID, "REMOTE_FORBIDDEN", "token may act as human:ana, agent:*; not as human:bob")),
+    ("bye: come back", m.Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0)),
+    ("bye: do not come back", m.Bye("REMOTE_UNAUTHORIZED", "the token was revoked")),
+]
+
+_HELLO = {"type": "hello", "versions": [1], "client_version": "1", "lattice_version": "1"}
+_REPLY = {"type": "reply", "id": ID, "seq": 1, "exit_code": 0, "stdout": b"", "stderr": b""}
+_DELETE = {"seq": 1, "mark": b"", "time": "", "actor": "", "token_id": "", "cause": "", "command": "", "type": "change"}
+REJECTED: list[tuple[str, str, Any]] = [
+    ("client", "an unknown kind", {"type": "shout"}),
+    ("client", "no kind", {"seq": 1}),
+    ("client", "a frame of the other side", _REPLY),
+    ("client", "not a map", [1, 2]),
+    ("client", "no versions", {**_HELLO, "versions": []}),
+    ("client", "a negative number", {**_HELLO, "seq": -1}),
+    ("client", "a string where a number belongs", {**_HELLO, "seq": "1"}),
+    ("client", "a long mark", {**_HELLO, "mark": bytes(33)}),
+    ("client", "an id of 31 digits", {"type": "run", "id": ID[1:], "argv": ["list"]}),
+    ("client", "an id that ends in a line break", {"type": "run", "id": ID + "\n", "argv": ["list"]}),
+    ("client", "an empty argv", {"type": "run", "id": ID, "argv": []}),
+    ("client", "an argument that is no string", {"type": "run", "id": ID, "argv": [b"list"]}),
+    *[
+        ("client", f"a path that is not allowed: {path!r}", {"type": "fetch", "paths": [path]})
+        for path in (
+            "../config.json",
+            "/etc/passwd",
+            ".base/x",
+            "a//b",
+            "locks/x",
+            "Remote.json",
+            "plans/x.md~",
+            "a\\b",
+            "",
+        )
+    ],
+    ("server", "an unknown operation", {**_DELETE, "ops": [{"op": "chmod", "path": "a"}]}),
+    ("server", "a path that is not allowed", {**_DELETE, "ops": [{"op": "delete", "path": "../a"}]}),
+    (
+        "server",
+        "a move out of the tree",
+        {**_DELETE, "ops": [{"op": "move", "path": "a", "to": "/a", "digest": bytes(32)}]},
+    ),
+    ("server", "a short digest", {**_DELETE, "ops": [{"op": "announce", "path": "a", "size": 1, "digest": bytes(31)}]}),
+    ("server", "a change without a number", {**_DELETE, "seq": 0, "ops": []}),
+    ("server", "a field is missing", {"type": "reply", "id": ID, "seq": 1}),
+    ("server", "an outcome that does not exist", {"type": "stored", "id": ID, "seq": 1, "outcome": "lost"}),
+]
+
+
+def _text(files: Files) -> dict[str, str]:
+    return {path: base64.b64encode(data).decode() for path, data in files.items()}
+
+
+def _operation_vector(name: str, operation: o.Operation, before: Files) -> dict[str, Any]:
+    tree = Tree(before)
+    drifted = o.apply(operation, tree)
+    return {
+        "name": name,
+        "operation": msgspec.to_builtins(operation),
+        "msgpack": msgspec.msgpack.encode(operation).hex(),
+        "before": _text(before),
+        "after": _text(tree.files),
+        "drifted": sorted(drifted),
+    }
+
+
+def _frame_vector(name: str, frame: m.ClientFrame | m.ServerFrame) -> dict[str, Any]:
+    return {
+        "name": name,
+        "from": "client" if isinstance(frame, get_args(m.ClientFrame)) else "server",
+        "frame": msgspec.to_builtins(frame),
+        "msgpack": msgspec.msgpack.encode(frame).hex(),
+    }
+
+
+def files() -> dict[Path, bytes]:
+    """Return the content of each generated file."""
+    rejected = [
+        {"name": name, "from": side, "msgpack": msgspec.msgpack.encode(frame).hex()} for side, name, frame in REJECTED
+    ]
+    contents = {
+        "schema.json": schema(),
+        "vectors/frames.json": [_frame_vector(*case) for case in FRAMES],
+        "vectors/operations.json": [_operation_vector(*case) for case in OPERATIONS],
+        "vectors/rejected.json": rejected,
+    }
+    return {ROOT / name: o.canonical_json(content) for name, content in contents.items()}
+
+
+def main(arguments: list[str]) -> int:
+    """Write what differs, or with --check name it; return the exit code."""
+    outdated = [path for path, data in files().items() if not path.exists() or path.read_bytes() != data]
+    if arguments == ["--check"]:
+        for path in outdated:
+            sys.stderr.write(f"{path} does not agree with the code; run: make protocol\n")
+        return 1 if outdated else 0
+    for path in outdated:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(files()[path])
+        sys.stdout.write(f"wrote {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,25 @@
+"""The client: the plugin inside ``lattice``, the background agent, and the cache of plain files.
+
+Light, imported by every command of a remote project (standard library only):
+
+    plugin        what ``lattice`` loads; decides whether there is a remote at all
+    routing       reads stay here under the guard, everything else travels to the server
+    guard         refuses what a local command would write into the cache
+    settings      ``remote.json`` and the grammar of a remote's URL
+    credentials   tokens, per user
+    runtime       where the agent's socket is
+    agent_client  the fast path: one line to the agent, one line back
+
+Heavy, imported by the agent, or by a command that works without it:
+
+    agent         the process: one service per cache behind a Unix socket
+    direct        the same service inside a command's own process
+    service       what can be asked of a cache: run, push, pull, sync, verify, status
+    follower      drives a replica (``protocol/replica.py``) against a cache
+    link          one WebSocket that comes back after every cut
+    cache         the directory as a tree: atomic, never through a link
+    state         which point of the history the directory holds
+    edits         plans and notes that people edit in place
+    adding        a directory becomes a copy, or stops being one
+    commands      ``lattice remote ...``
+"""

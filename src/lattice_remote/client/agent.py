@@ -1,0 +1,217 @@
+"""The background process: one per user and package version, for all of that user's caches.
+
+It listens on a Unix socket in a directory of the user's own (see ``runtime.py``) for requests, one JSON object a
+line (see ``service.py``), and while it works on one it sends ``{"progress": ...}`` lines, at least one every two
+seconds. Two requests are its own: ``agent-status`` and ``agent-stop``. It leaves when nobody has used it for a
+while. Start it with ``python -m lattice_remote.client.agent``; commands do so by themselves.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lattice_remote import __version__
+from lattice_remote.client import runtime
+from lattice_remote.client.service import Service, answered
+from lattice_remote.errors import Misuse
+
+__all__ = ["Agent", "main"]
+
+IDLE_ENV = "LATTICE_REMOTE_AGENT_IDLE_S"
+DEFAULT_IDLE_S = 1800.0
+MAX_REQUEST_BYTES = 64 * 1024 * 1024
+_HEARTBEAT_S = 2.0
+_SWEEP_INTERVAL_S = 1.0
+_MAX_LOG_BYTES = 1024 * 1024
+_log = logging.getLogger(__name__)
+
+
+class Agent:
+    """Serves requests from ``run()`` until it is stopped, idle, or its socket is taken away."""
+
+    def __init__(self, place: runtime.Runtime, idle_s: float) -> None:
+        self._place = place
+        self._idle_s = idle_s
+        self._services: dict[str, Service] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._used_at = time.monotonic()
+        self._started_at = time.time()
+        self._stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve. The caller holds the agent's lock, so that a socket that is already there is a dead one's."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._place.socket)
+        server = await asyncio.start_unix_server(self._connected, self._place.socket, limit=MAX_REQUEST_BYTES)
+        os.chmod(self._place.socket, 0o600)
+        identity = os.stat(self._place.socket).st_ino
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
+        try:
+            while not self._stopping.is_set() and not self._is_idle() and self._owns_socket(identity):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_SWEEP_INTERVAL_S):
+                        await self._stopping.wait()
+                self._sweep()
+        finally:
+            if self._owns_socket(identity):
+                os.unlink(self._place.socket)  # first: whoever comes now starts a new agent
+            server.close()
+            await self._leave()
+
+    async def _leave(self) -> None:
+        """Let what runs come to its end for a moment, then close everything."""
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=1.0)
+        for task in list(self._connections):
+            task.cancel()
+        closing = [service.close() for service in self._services.values()]
+        await asyncio.gather(*closing, *self._closing, *self._connections, return_exceptions=True)
+
+    def _is_idle(self) -> bool:
+        if self._connections:
+            self._used_at = time.monotonic()
+        return time.monotonic() - self._used_at > self._idle_s
+
+    def _owns_socket(self, identity: int) -> bool:
+        try:
+            return os.stat(self._place.socket).st_ino == identity
+        except OSError:
+            return False
+
+    def _sweep(self) -> None:
+        """Drop caches whose directory is gone or has another remote now, and those that nobody has used for long."""
+        for directory, service in list(self._services.items()):
+            unused = not self._connections and time.monotonic() - service.used_at > self._idle_s
+            if service.is_stale() or unused:
+                self._drop(directory)
+
+    def _drop(self, directory: str) -> None:
+        task = asyncio.get_running_loop().create_task(self._services.pop(directory).close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    # --- one connection ---
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None, "asyncio runs this as a task"
+        self._connections.add(task)
+        try:
+            # A client that leaves, or is interrupted, is none of our trouble.
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                while line := await reader.readline():
+                    await self._serve(line, reader, writer)
+        except ValueError:
+            _log.warning("a request over %d bytes was refused", MAX_REQUEST_BYTES)
+        finally:
+            self._connections.discard(task)
+            self._used_at = time.monotonic()
+            writer.close()
+
+    async def _serve(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer one request; give it up when the command that asked goes away."""
+
+        def report(progress: dict[str, Any] | None) -> None:
+            writer.write(json.dumps({"progress": progress}).encode() + b"\n")
+
+        if (ready := self._ready_now(line)) is not None:
+            writer.write(json.dumps(ready).encode() + b"\n")
+            return
+        work = asyncio.ensure_future(answered(self._handle(line, report)))
+        gone = asyncio.ensure_future(reader.read(1))
+        try:
+            while not work.done() and not gone.done():
+                await asyncio.wait([work, gone], timeout=_HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+                if not work.done():
+                    report(None)
+            if work.done():
+                writer.write(json.dumps(work.result()).encode() + b"\n")
+                await writer.drain()
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    def _ready_now(self, line: bytes) -> dict[str, Any] | None:
+        """Answer a read of a cache that is current at once, without a task of its own."""
+        if not line.startswith(b'{"do": "ready"'):
+            return None
+        service = self._services.get(json.loads(line)["directory"])
+        answer = service.ready_now() if service is not None and not service.is_stale() else None
+        return None if answer is None else {"ok": True, **answer}
+
+    async def _handle(self, line: bytes, report: Any) -> dict[str, Any]:
+        try:
+            request: dict[str, Any] = json.loads(line)
+            if request["do"] == "agent-status":
+                return self._status()
+            if request["do"] == "agent-stop":
+                self._stopping.set()
+                return {"pid": os.getpid()}
+            return await self._service(request).handle(request, report)
+        except (ValueError, KeyError, TypeError) as error:
+            _log.exception("a request failed")
+            raise Misuse(f"the agent could not handle this request ({error!r}); its log says more") from error
+
+    def _service(self, request: dict[str, Any]) -> Service:
+        directory = os.path.realpath(request["directory"])
+        service = self._services.get(directory)
+        if service is not None and service.is_stale():
+            self._drop(directory)
+            service = None
+        if service is None:
+            service = Service(directory)
+            service.start(request.get("token"))
+            self._services[directory] = service
+        return service
+
+    def _status(self) -> dict[str, Any]:
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "socket": self._place.socket,
+            "log": self._place.log,
+            "uptime_s": time.time() - self._started_at,
+            "idle_exit_s": self._idle_s,
+            "caches": [{"directory": d, **service.summary()} for d, service in sorted(self._services.items())],
+        }
+
+
+def main() -> int:
+    """Run the agent unless one runs already. Returns the exit code."""
+    place = runtime.locate()
+    runtime.prepare(place)
+    lock = FileLock(place.lock, mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return 0  # somebody else has started one at the same time
+    with contextlib.suppress(OSError):
+        if os.path.getsize(place.log) > _MAX_LOG_BYTES:
+            os.truncate(place.log, 0)
+    with open(place.pid, "w", encoding="ascii") as file:
+        file.write(f"{os.getpid()}\n")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("websockets").setLevel(logging.ERROR)
+    idle_s = float(os.environ.get(IDLE_ENV) or DEFAULT_IDLE_S)
+    try:
+        asyncio.run(Agent(place, idle_s).run())
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(place.pid)
+        lock.release()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

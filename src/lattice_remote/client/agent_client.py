@@ -1,0 +1,158 @@
+"""The fast path from a command to the agent: one JSON line there, one back. Standard library only.
+
+``ask`` starts the agent when there is none, and does without one where there can be none.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
+
+from lattice_remote.client import runtime
+from lattice_remote.errors import CODES, ConnectionFailed, RemoteError, StorageError
+
+__all__ = ["Progress", "agent_enabled", "ask", "ask_running_agent", "raise_error", "stay_connected"]
+
+AGENT_ENV = "LATTICE_REMOTE_AGENT"
+START_TIMEOUT_S = 10.0
+SILENCE_TIMEOUT_S = 15.0
+"""An agent that works says so every two seconds."""
+_ATTEMPTS = 3
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with ``{"what": ..., "done": n, "total": n}`` while something takes its time."""
+
+
+class _AgentLost(Exception):
+    """The agent left, or was killed, before it answered."""
+
+
+def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
+    """Return the answer to one request of ``service.py``.
+
+    A request that was cut off by an agent's end is asked again of a new agent: a command carries its id, so
+    that it runs once (I6).
+
+    Raises:
+        RemoteError: what the answer says went wrong.
+    """
+    if not agent_enabled():
+        return _ask_directly(request, on_progress)
+    for _ in range(_ATTEMPTS):
+        try:
+            stream = _connect(runtime.locate()) or _start()
+        except (StorageError, OSError):
+            return _ask_directly(request, on_progress)  # no place for a socket: do the same steps here
+        try:
+            return raise_error(_exchange(stream, request, on_progress))
+        except _AgentLost:
+            continue
+        finally:
+            stream.close()
+    raise ConnectionFailed("the background agent ends whenever it is asked; see its log: lattice remote agent status")
+
+
+def agent_enabled() -> bool:
+    """Whether commands use the agent: there are Unix sockets, and ``LATTICE_REMOTE_AGENT`` is not ``off``."""
+    return hasattr(socket, "AF_UNIX") and os.environ.get(AGENT_ENV, "").lower() not in {"off", "no", "0", "false"}
+
+
+def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
+    """Like ``ask``, but None when no agent is running."""
+    stream = _connect(runtime.locate()) if agent_enabled() else None
+    if stream is None:
+        return None
+    try:
+        return raise_error(_exchange(stream, request, None))
+    except _AgentLost:
+        return None
+    finally:
+        stream.close()
+
+
+def stay_connected() -> AbstractContextManager[object]:
+    """While the returned context is open, the agent stays, and keeps the caches current."""
+    stream = _connect(runtime.locate()) if agent_enabled() else None
+    return nullcontext() if stream is None else closing(stream)
+
+
+def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer that is not an error.
+
+    Raises:
+        RemoteError: it is one; with its code and message.
+    """
+    if answer.get("ok"):
+        return answer
+    code = answer.get("code")
+    raise RemoteError(str(answer.get("message")), code=code if code in CODES else "REMOTE_FAILED")
+
+
+def _ask_directly(request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
+    from lattice_remote.client.direct import ask_directly
+
+    return raise_error(ask_directly(request, on_progress))
+
+
+def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
+    stream.settimeout(SILENCE_TIMEOUT_S)
+    try:
+        stream.sendall(json.dumps(request).encode() + b"\n")
+        with stream.makefile("rb") as lines:
+            for line in lines:
+                answer: dict[str, Any] = json.loads(line)
+                if "progress" not in answer:
+                    return answer
+                if on_progress is not None and answer["progress"]:
+                    on_progress(answer["progress"])
+    except TimeoutError:
+        raise ConnectionFailed(
+            "the background agent does not answer; stop it with: lattice remote agent stop",
+            sent=request["do"] == "run",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _AgentLost from error
+    raise _AgentLost
+
+
+def _connect(place: runtime.Runtime) -> socket.socket | None:
+    stream = socket.socket(socket.AF_UNIX)
+    try:
+        stream.connect(place.socket)
+    except OSError:
+        stream.close()
+        return None
+    return stream
+
+
+def _start() -> socket.socket:
+    """Start an agent and wait for its socket. When two are started at once, one of them leaves again."""
+    place = runtime.locate()
+    runtime.prepare(place)
+    environment = {name: value for name, value in os.environ.items() if name not in {"LATTICE_TOKEN", "LATTICE_ROOT"}}
+    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lattice_remote.client.agent"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd="/",
+            env=environment,
+            start_new_session=True,
+        )
+    finally:
+        os.close(log)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        stream = _connect(place)
+        if stream is not None:
+            process.returncode = 0  # it is nobody's child to wait for: keeps Popen from warning
+            return stream
+        time.sleep(0.005)
+    raise StorageError(f"the background agent did not start; see {place.log}")

@@ -1,0 +1,393 @@
+"""``lattice remote ...``: a Typer app over the requests of ``service.py``.
+
+Results go to stdout, everything else to stderr; colours and progress only where there is a terminal.
+"""
+
+import asyncio
+import contextlib
+import getpass
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from lattice.storage.fs import LatticeRootError, find_root
+
+from lattice_remote.client import adding, credentials, runtime
+from lattice_remote.client.agent_client import Progress, agent_enabled, ask, ask_running_agent
+from lattice_remote.client.routing import describe_age
+from lattice_remote.client.settings import Remote, parse_url, read_remote, write_remote
+from lattice_remote.errors import Misuse, RemoteError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    help="Share this board through a server.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+agent_app = typer.Typer(help="The background agent of this user.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(agent_app, name="agent")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main(args: Sequence[str], prog_name: str) -> NoReturn:
+    """Run ``lattice remote`` with these arguments and exit; our errors are one line, or an envelope with ``--json``."""
+    try:
+        app(args=list(args), prog_name=prog_name)
+    except RemoteError as error:
+        _fail(error, is_json="--json" in args)
+    raise SystemExit(0)
+
+
+def _fail(error: RemoteError, *, is_json: bool) -> NoReturn:
+    if is_json:
+        _print_json({"ok": False, "error": {"code": error.code, "message": error.message}})
+    else:
+        typer.echo(f"Error: {error.message}", err=True)
+    raise SystemExit(1)
+
+
+def _print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def _result(data: dict[str, Any]) -> None:
+    _print_json({"ok": True, "data": {key: value for key, value in data.items() if key != "ok"}})
+
+
+# --- which remote ---
+
+
+@app.callback(invoke_without_command=True)
+def remote(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the URL and project too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Share this board through a server. Without a subcommand: list the project's remote."""
+    if context.invoked_subcommand is not None:
+        return
+    directory = _lattice_directory()
+    found = read_remote(directory) if directory and os.path.exists(os.path.join(directory, "remote.json")) else None
+    if as_json:
+        _result({"remotes": [_fields(found)] if found else []})
+    elif found is not None:
+        typer.echo(f"{found.name}\t{found.url} {found.project}" if verbose else found.name)
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What to call it: origin, by habit.")],
+    url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, also with /SLUG.")],
+    project: Annotated[str | None, typer.Option(help="The project's slug on the server.")] = None,
+    token: Annotated[str | None, typer.Option(help="Kept for this user; else LATTICE_TOKEN or a login.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make this directory a copy of a project on a server."""
+    root = os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
+    with _progress("fetching") as show:
+        added = asyncio.run(adding.add_remote(root, name, url, project=project, token=token, show=show))
+    with contextlib.suppress(RemoteError):
+        ask(_request("ready", added.directory))  # from here on the agent follows
+    if as_json:
+        _result({**_fields(added.remote), "tasks": added.tasks, "files": added.files, "seq": added.seq})
+    else:
+        typer.echo(
+            f"Added remote {added.remote.name} ({added.remote.url}, project {added.remote.project}): "
+            f"{_count(added.tasks, 'task')}, {_count(added.files, 'file')}, at change {added.seq}."
+        )
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
+    """Show where the remote is and how the copy stands."""
+    directory, found = _here(name)
+    status = ask(_request("status", directory))
+    if as_json:
+        _result(status)
+        return
+    typer.echo(f"* remote {found.name}")
+    typer.echo(f"  URL: {found.url}")
+    typer.echo(f"  Project: {found.project}")
+    typer.echo(f"  Acting as: {_acting(status)}")
+    typer.echo(f"  Connection: {_connection(status)}")
+    typer.echo(f"  Copy: {_copy(status)}")
+
+
+@app.command(name="set-url")
+def set_url(name: str, url: str, project: Annotated[str | None, typer.Option()] = None) -> None:
+    """Change where the remote is, after its server has moved."""
+    directory, found = _here(name)
+    new_url, slug = parse_url(url, project)
+    write_remote(directory, Remote(found.name, new_url, slug or found.project))
+    typer.echo(
+        f"{found.name} is now {new_url} {slug or found.project}; the copy is compared with it when it is next used."
+    )
+
+
+@app.command()
+def remove(name: str) -> None:
+    """Take the remote and its copy out of this directory. Refused while edits are unsent."""
+    directory, found = _here(name)
+    adding.remove_remote(directory, found)
+    typer.echo(f"Removed remote {found.name} and the copy of {found.project}; nothing changes on the server.")
+
+
+# --- tokens ---
+
+
+@app.command()
+def login(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
+    """Keep a token for this user, typed without echo or read from stdin."""
+    server, slug = _server_and_slug(url)
+    token = (getpass.getpass(f"Token for {server}: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
+    credentials.check_token(token)
+    checked = asyncio.run(adding.check_token(server, slug, token)) if slug else "not checked: no project given"
+    credentials.store(server, slug or credentials.ANY_PROJECT, token)
+    typer.echo(f"Token for {server}{'/' + slug if slug else ''} is kept in {credentials.tokens_path()} ({checked}).")
+
+
+@app.command()
+def logout(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
+    """Forget this user's token."""
+    server, slug = _server_and_slug(url)
+    gone = credentials.forget(server, slug)
+    typer.echo(f"Forgot {_count(gone, 'token')} for {server}." if gone else f"There was no token for {server}.")
+
+
+def _server_and_slug(url: str) -> tuple[str, str | None]:
+    if url:
+        return parse_url(url)
+    _, found = _here()
+    return found.url, found.project
+
+
+# --- the copy ---
+
+
+@app.command()
+def status(as_json: Json = False) -> None:
+    """Say whether the copy is connected and current, and how that is known."""
+    directory, found = _here()
+    answer = ask(_request("status", directory))
+    answer["agent"] = _agent_status()
+    if as_json:
+        _result(answer)
+        return
+    versions = answer["versions"]
+    agent = answer["agent"]
+    rows = [
+        ("remote", f"{found.name} {found.url} project {found.project}"),
+        ("connection", _connection(answer)),
+        ("copy", _copy(answer)),
+        ("acting as", _acting(answer)),
+        ("unsent edits", ", ".join(answer["unsent_edits"]) or "none"),
+        ("set aside", ", ".join(answer["set_aside"]) or "none"),
+        ("agent", f"pid {agent['pid']}, {_count(len(agent['caches']), 'copy', 'copies')}" if agent else "not used"),
+        ("versions here", _versions(versions["here"])),
+        ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
+    ]
+    for label, text in rows:
+        typer.echo(f"{label + ':':16}{text}")
+
+
+@app.command()
+def pull(as_json: Json = False) -> None:
+    """Bring the copy up to date now."""
+    directory, _ = _here()
+    with _progress("fetching") as show:
+        answer = ask(_request("pull", directory), show)
+    if as_json:
+        _result(answer)
+    else:
+        typer.echo(f"Up to date at change {answer['seq']}.")
+
+
+@app.command()
+def push(as_json: Json = False) -> None:
+    """Send edited plans and notes now."""
+    directory, _ = _here()
+    answer = ask(_request("push", directory))
+    if as_json:
+        _result(answer)
+    else:
+        for sent in answer["sent"]:
+            typer.echo(f"{sent['path']}: {sent['outcome']}")
+        for notice in answer["notices"]:
+            typer.echo(f"lattice-remote: {notice}", err=True)
+        if not answer["sent"]:
+            typer.echo("Nothing to send.")
+    if any(sent["outcome"] in ("conflict", "refused") for sent in answer["sent"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def sync(as_json: Json = False) -> None:
+    """Compare every file with the server's and mend what differs."""
+    directory, _ = _here()
+    with _progress("comparing") as show:
+        answer = ask(_request("sync", directory), show)
+    if as_json:
+        _result(answer)
+        return
+    for label, key in (
+        ("fetched", "differing"),
+        ("restored", "missing"),
+        ("removed", "surplus"),
+        ("kept edit", "edited"),
+    ):
+        for path in answer[key]:
+            typer.echo(f"{label}: {path}")
+    mended = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
+    what = f"mended {_count(mended, 'file')} of" if mended else "nothing to mend in"
+    typer.echo(f"Compared with the server at change {answer['seq']}: {what} {_count(answer['total'], 'file')}.")
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Compare every file with the server's; change nothing. Exits with 1 when anything differs."""
+    directory, _ = _here()
+    with _progress("comparing") as show:
+        answer = ask(_request("verify", directory), show)
+    differences = sum(len(answer[key]) for key in ("differing", "missing", "surplus", "edited"))
+    if as_json:
+        _result({**answer, "equal": not differences})
+    else:
+        for label, key in (
+            ("differs", "differing"),
+            ("missing here", "missing"),
+            ("not on the server", "surplus"),
+            ("edited, not sent yet", "edited"),
+        ):
+            for path in answer[key]:
+                typer.echo(f"{label}: {path}")
+        outcome = f"{_count(differences, 'difference')} in" if differences else "equal, all"
+        typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {_count(answer['total'], 'file')}.")
+    if differences:
+        raise typer.Exit(1)
+
+
+# --- the agent ---
+
+
+@agent_app.command(name="status")
+def agent_status(as_json: Json = False) -> None:
+    """Say whether the agent runs, and which copies it looks after."""
+    answer = _agent_status()
+    if as_json:
+        _result({"running": answer is not None, **(answer or {})})
+    elif answer is None:
+        place = runtime.locate()
+        why = "switched off" if not agent_enabled() else f"it starts with the next command; log: {place.log}"
+        typer.echo(f"The agent is not running ({why}).")
+    else:
+        typer.echo(f"pid {answer['pid']}, version {answer['version']}, up {describe_age(answer['uptime_s'])}")
+        typer.echo(f"socket {answer['socket']}, log {answer['log']}")
+        for cache in answer["caches"]:
+            how = "connected" if cache["connected"] else "not connected"
+            typer.echo(f"{cache['directory']}: {cache['url']} {cache['project']}, {how}, at change {cache['seq']}")
+
+
+@agent_app.command(name="stop")
+def agent_stop() -> None:
+    """End the agent; the next command starts a new one."""
+    answer = ask_running_agent({"do": "agent-stop"})
+    typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
+
+
+def _agent_status() -> dict[str, Any] | None:
+    return ask_running_agent({"do": "agent-status"})
+
+
+# --- shared ---
+
+
+def _lattice_directory() -> str | None:
+    try:
+        root = find_root()
+    except LatticeRootError as error:
+        raise Misuse(str(error)) from error
+    return None if root is None else os.path.join(root, ".lattice")
+
+
+def _here(name: str = "") -> tuple[str, Remote]:
+    """Return the cache around us and its remote, which must be called ``name`` if one is given."""
+    directory = _lattice_directory()
+    if directory is None:
+        raise Misuse("there is no lattice project here; add one with: lattice remote add origin URL --project SLUG")
+    found = read_remote(directory)
+    if name and name != found.name:
+        raise Misuse(f"no remote called {name!r} here; there is {found.name!r}")
+    return directory, found
+
+
+def _request(do: str, directory: str) -> dict[str, Any]:
+    return {"do": do, "directory": directory, "token": credentials.from_environment()}
+
+
+def _fields(found: Remote) -> dict[str, str]:
+    return {"name": found.name, "url": found.url, "project": found.project}
+
+
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _connection(answer: dict[str, Any]) -> str:
+    heard = answer["last_heard_s"]
+    if answer["connected"]:
+        return f"connected (last frame {heard} s ago)"
+    ago = "nothing heard of the server yet" if heard is None else f"last frame {describe_age(heard)} ago"
+    return f"not connected: {answer['error'] or 'connecting'} ({ago})"
+
+
+def _copy(answer: dict[str, Any]) -> str:
+    here, there = answer["seq"], answer["server_seq"]
+    if answer["current"]:
+        return f"current (change {here} here, {there} on the server)"
+    if there is None:
+        age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
+        return f"{age} (change {here} here, unknown on the server)"
+    return f"catching up (change {here} here, {there} on the server, {_count(answer['wanted'], 'file')} to fetch)"
+
+
+def _acting(answer: dict[str, Any]) -> str:
+    if answer["actor"] is None:
+        return (
+            "unknown: not connected" if answer["has_token"] else "nobody: no token; log in with: lattice remote login"
+        )
+    return ", ".join([answer["actor"], *answer["act_as"]])
+
+
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Progress | None]:
+    """Show a bar on stderr while something takes its time; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    with Bars(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
+    ) as bars:
+        bar = bars.add_task(what, total=None)
+
+        def show(progress: dict[str, Any]) -> None:
+            bars.update(
+                bar, description=f"{what} {progress['what']}", completed=progress["done"], total=progress["total"]
+            )
+
+        yield show

@@ -1,0 +1,353 @@
+"""Drives a replica against a cache: feeds it frames, performs on the files what it says.
+
+Several processes may follow one cache. Each takes the cache's lock for every batch of frames, looks whether
+another one has gone on meanwhile, and skips what is already in the files. A whole resync is done under the
+lock, so that the others find it done.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+from lattice_remote import __version__
+from lattice_remote.client.cache import Cache, Signature
+from lattice_remote.client.edits import Edits
+from lattice_remote.client.state import STATE_FILE, CacheState
+from lattice_remote.errors import ConnectionFailed, StorageError
+from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Refused, Reply, ServerFrame, Stored
+from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.replica import (
+    Answer,
+    ApplyChange,
+    Compare,
+    Effect,
+    Remove,
+    Replica,
+    Save,
+    Send,
+    State,
+    WritePart,
+)
+
+__all__ = ["Comparison", "Follower", "Outcome", "Writer"]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a batch of frames leads to, after the files: frames to send, and answers to requests."""
+
+    to_send: list[ClientFrame] = field(default_factory=list)
+    answers: list[Reply | Stored | Refused] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How the files differ from the server's at ``seq``."""
+
+    seq: int
+    total: int
+    differing: tuple[str, ...]
+    missing: tuple[str, ...]
+    surplus: tuple[str, ...]
+    edited: tuple[str, ...]
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every file is the server's, unsent edits aside."""
+        return not (self.differing or self.missing or self.surplus)
+
+
+class Writer:
+    """The conversation of a link that only sends requests: for a further token of a cache that has its follower."""
+
+    def __init__(self) -> None:
+        self.replica = Replica(follow=False)
+
+    async def hello(self) -> Hello:
+        """Begin a conversation on a new connection."""
+        return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        """Take frames; only answers come of them."""
+        outcome = Outcome()
+        for frame in frames:
+            outcome.answers += [e.frame for e in self.replica.receive(frame) if isinstance(e, Answer)]
+        return outcome
+
+    async def disconnected(self) -> None:
+        """The connection is gone."""
+        self.replica.disconnected()
+
+
+class Follower:
+    """One cache that follows its project. Driven by one link; ``is_current`` tells what the files are worth."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.edits = Edits(cache)
+        self.replica = Replica()
+        self.state = cache.load_state()
+        """What is stored in the cache, as far as this process knows."""
+        self.current_at = self.state.current_at
+        """When the files were last known to be all that the server has (seconds since 1970)."""
+        self.resyncs = 0
+        """How often the whole tree was compared because the history could not be continued."""
+        self.received = 0
+        """Parts of files that have arrived: shows that a long fill advances."""
+        self._stored: Signature | None = None
+        self._resync_lock = contextlib.AsyncExitStack()
+        self._resyncing = False
+        self._to_fetch = 0
+        self._mutex = asyncio.Lock()
+        self._comparing: asyncio.Future[Comparison] | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files hold everything that the server has told of."""
+        return self.replica.is_current
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is at work on the files: slow here, not stalled there."""
+        return self._mutex.locked()
+
+    def progress(self) -> tuple[int, int] | None:
+        """Return how many of how many files have come that must be fetched, None when that is not going on."""
+        missing = len(self.replica.wanted) - len(self.replica.held)
+        if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
+            return None
+        return max(0, self._to_fetch - missing), self._to_fetch
+
+    # --- the conversation, as a link drives it ---
+
+    async def hello(self) -> Hello:
+        """Begin a conversation from what the files hold now."""
+        async with self._mutex, self.cache.locked():
+            self.cache.prepare()
+            self._load()
+        return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        """Take frames in order and bring the files there; then return what to send and what was answered.
+
+        Raises:
+            ProtocolError: the server broke the protocol.
+            StorageError: the cache can't be written; the position that is stored stays behind the files.
+            ConnectionFailed: another process took the cache elsewhere; greet again.
+        """
+        async with self._mutex, self.cache.locked():
+            self._catch_up_with_others()
+            outcome = Outcome()
+            save = False
+            for frame in frames:
+                save |= await self._perform(self.replica.receive(frame), outcome)
+            if save:
+                self._save()
+            self.heard()
+            await self._keep_others_out_while_resyncing()
+        return outcome
+
+    async def disconnected(self) -> None:
+        """The connection is gone: what was half done is done again from what is stored."""
+        async with self._mutex:
+            self.replica.disconnected()
+            self._fail_comparison()
+            self._resyncing = False
+            await self._resync_lock.aclose()
+        with contextlib.suppress(StorageError):
+            await self.store_age()
+
+    def heard(self) -> None:
+        """The server is there: what was current still is."""
+        if self.replica.is_current:
+            self.current_at = time.time()
+
+    async def store_age(self) -> None:
+        """Store when the files were last current, for a process that later finds the server out of reach."""
+        async with self._mutex, self.cache.locked():
+            if self._stored is not None and not self._changed_by_others():
+                self._store(replace(self.state, current_at=self.current_at))
+
+    def _fail_comparison(self) -> None:
+        if self._comparing is not None and not self._comparing.done():
+            self._comparing.set_exception(ConnectionFailed("the connection was lost while the files were compared"))
+            self._comparing.exception()  # whoever waits for it sees it; if nobody does, that is no defect
+        self._comparing = None
+
+    # --- edits and comparisons, as the service asks for them ---
+
+    async def settle(self, path: str, text: bytes, outcome: str) -> tuple[Outcome, str | None]:
+        """The server has answered an edit: go on from there.
+
+        Returns:
+            What to send, and for a conflict where the local text was put.
+        """
+        result, copy = Outcome(), None
+        async with self._mutex, self.cache.locked():
+            if outcome != "conflict":
+                self.edits.sent(path, text)
+            elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
+                self.replica.hold(path)
+                self._save()  # that the server's text is wanted must be known before the edit looks sent
+                copy = self.edits.set_aside(path)
+            if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
+                self._save()
+        return result, copy
+
+    async def compare(self, *, mend: bool) -> tuple[Outcome, "asyncio.Future[Comparison]"]:
+        """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended."""
+        result = Outcome()
+        async with self._mutex:
+            if self._comparing is None:
+                self._comparing = asyncio.get_running_loop().create_future()
+            await self._perform(self.replica.compare(mend=mend), result)
+            return result, self._comparing
+
+    # --- effects ---
+
+    async def _perform(self, effects: Iterable[Effect], outcome: Outcome) -> bool:
+        """Perform effects in order; return whether the state must be stored."""
+        queue = deque(effects)
+        save = False
+        while queue:
+            match queue.popleft():
+                case ApplyChange(operations=operations):
+                    queue.extend(self._apply(operations))
+                case WritePart(part=part):
+                    self.received += 1
+                    queue.extend(self._write_part(part))
+                case Remove(paths=paths):
+                    for path in paths:
+                        self._remove(path)
+                case Compare() as compare:
+                    queue.extend(await self._compare(compare))
+                case Send(frame=frame):
+                    outcome.to_send.append(frame)
+                case Answer(frame=answer):
+                    outcome.answers.append(answer)
+                case Save():
+                    save = True
+        return save
+
+    def _apply(self, operations: Iterable[Operation]) -> list[Effect]:
+        drifted: set[str] = set()
+        for operation in operations:
+            edited = self.edits.edited_by(operation)
+            if not edited:
+                drifted |= apply(operation, self.cache)
+                self._rebase(paths_of(operation))
+            elif not self.edits.absorb(operation):
+                drifted |= self._hold(operation, edited)
+        return self.replica.drifted(drifted) if drifted else []
+
+    def _hold(self, operation: Operation, edited: list[str]) -> set[str]:
+        """Leave edited files alone; return which other file of a move must be fetched."""
+        for path in edited:
+            self.replica.hold(path)
+        if isinstance(operation, MoveFile):
+            if operation.path not in edited:
+                self._remove(operation.path)
+            elif operation.to not in edited:
+                return {operation.to}
+        return set()
+
+    def _write_part(self, part: Part) -> list[Effect]:
+        if is_editable(part.path) and self.edits.is_edited(part.path):
+            self.replica.hold(part.path)
+            return []
+        placed = self.cache.write_part(part)
+        if placed is False:
+            return self.replica.drifted([part.path])
+        if placed:
+            self._rebase([part.path])
+        return []
+
+    def _remove(self, path: str) -> None:
+        if is_editable(path) and self.edits.is_edited(path):
+            self.replica.hold(path)
+            return
+        self.cache.delete(path)
+        self._rebase([path])
+
+    def _rebase(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            if is_editable(path):
+                self.edits.rebase(path)
+
+    async def _compare(self, compare: Compare) -> list[Effect]:
+        """Read every file, in a thread, and compare; the lock is held, so that nobody changes them meanwhile."""
+        local = await asyncio.to_thread(self.cache.manifest)
+        edited = self.edits.scan()
+        for path in edited:
+            local.pop(path, None)
+            if (entry := self.edits.base_entry(path)) is not None:
+                local[path] = entry
+        entries = compare.entries
+        comparison = Comparison(
+            seq=compare.seq,
+            total=len(entries),
+            differing=tuple(sorted(p for p in local if p in entries and local[p] != entries[p] and p not in edited)),
+            missing=tuple(sorted(entries.keys() - local.keys())),
+            surplus=tuple(sorted(local.keys() - entries.keys() - set(edited))),
+            edited=tuple(edited),
+        )
+        if self._comparing is not None and not self._comparing.done():
+            self._comparing.set_result(comparison)
+        self._comparing = None
+        if not compare.mend:
+            return self.replica.verified()
+        effects = self.replica.compared(local, edited=edited)
+        self._to_fetch = len(self.replica.wanted)
+        return effects
+
+    # --- state ---
+
+    def _load(self) -> None:
+        self._stored = self.cache.signature(STATE_FILE)
+        self.state = self.cache.load_state()
+        self.current_at = self.state.current_at
+        self.replica = Replica(self.state.position, self.state.wanted)
+
+    def _catch_up_with_others(self) -> None:
+        """Go on from where another process has brought the files meanwhile."""
+        if not self._changed_by_others():
+            return
+        found = self.cache.load_state()
+        here = self.replica.position
+        if found.position.epoch != here.epoch or found.position.seq < here.seq:
+            raise ConnectionFailed("another process has begun this cache anew")
+        self._stored = self.cache.signature(STATE_FILE)
+        self.state = found
+        self.replica.position = found.position
+        self.replica.wanted = dict.fromkeys(found.wanted, found.position.seq)
+        self.replica.held.intersection_update(found.wanted)
+
+    def _changed_by_others(self) -> bool:
+        return self.cache.signature(STATE_FILE) != self._stored
+
+    def _save(self) -> None:
+        self.heard()
+        self._store(CacheState(self.replica.position, tuple(self.replica.wanted), self.current_at))
+
+    def _store(self, state: CacheState) -> None:
+        self.state = state
+        self._stored = self.cache.save_state(state)
+
+    async def _keep_others_out_while_resyncing(self) -> None:
+        """Hold the lock from a resync's start until its last file has come, so that others find it done."""
+        if (
+            self._resyncing
+            and self.replica.state is State.FOLLOWING
+            and len(self.replica.wanted) == len(self.replica.held)
+        ):
+            self._resyncing = False
+            await self._resync_lock.aclose()
+        elif not self._resyncing and self.replica.state is State.COMPARING and not self.replica.position.epoch:
+            self._resyncing = True
+            self.resyncs += 1
+            await self._resync_lock.enter_async_context(self.cache.locked())

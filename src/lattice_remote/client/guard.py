@@ -1,0 +1,81 @@
+"""Refuses what a command that runs here would write into the cache (I4). Standard library only.
+
+An audit hook sees each file before it is opened for writing, renamed or removed, whichever library does it.
+"""
+
+import os
+import sys
+from typing import Any
+
+from lattice_remote.errors import RemoteError
+
+__all__ = ["Guard", "WriteRefused"]
+
+_WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_TOUCHING = {  # event -> positions of the paths that it changes
+    "os.chmod": (0,),
+    "os.chown": (0,),
+    "os.link": (1,),
+    "os.mkdir": (0,),
+    "os.remove": (0,),
+    "os.rename": (0, 1),
+    "os.rmdir": (0,),
+    "os.symlink": (1,),
+    "os.truncate": (0,),
+    "os.utime": (0,),
+    "shutil.rmtree": (0,),
+}
+
+
+class WriteRefused(RemoteError, PermissionError):
+    """A local command tried to write into the cache. Also a ``PermissionError``, as for a read-only directory."""
+
+    code = "REMOTE_GUARD"
+
+
+class Guard:
+    """Watches one ``.lattice`` directory between ``start()`` and ``stop()``; ``refused`` keeps the first refusal."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._inside = tuple({os.path.abspath(directory) + os.sep, os.path.realpath(directory) + os.sep})
+        self._allowed = tuple(prefix + "locks" + os.sep for prefix in self._inside)
+        self._on = False
+        self.refused: WriteRefused | None = None
+
+    def start(self) -> None:
+        """Begin to watch. An audit hook can't be removed, only told to look away."""
+        self._on = True
+        sys.addaudithook(self._hook)
+
+    def stop(self) -> None:
+        """Look away."""
+        self._on = False
+
+    def _hook(self, event: str, args: tuple[Any, ...]) -> None:
+        if not self._on:
+            return
+        if event == "open":
+            path, mode, flags = args
+            if flags & _WRITE_FLAGS if isinstance(flags, int) else mode and mode != "r":
+                self._check(path)
+        elif event in _TOUCHING:
+            for position in _TOUCHING[event]:
+                self._check(args[position])
+
+    def _check(self, path: object) -> None:
+        if not isinstance(path, str | bytes):
+            return  # a descriptor: what it names was checked when it was opened
+        name = os.fsdecode(path)
+        parent, leaf = os.path.split(os.path.abspath(name))
+        for form in (os.path.join(parent, leaf), os.path.join(os.path.realpath(parent), leaf)):
+            if (form + os.sep).startswith(self._inside) and not (form + os.sep).startswith(self._allowed):
+                self._refuse(name)
+
+    def _refuse(self, name: str) -> None:
+        refusal = WriteRefused(
+            f"this command writes {name}, but the project's files belong to its remote; "
+            "it can't run here (lattice remote show says where the remote is)"
+        )
+        self.refused = self.refused or refusal
+        raise refusal

@@ -1,0 +1,66 @@
+"""What ``lattice`` loads at every start, in every project: it must cost next to nothing.
+
+``register`` adds the ``remote`` command and one hook. Only when a command is about to run in a directory that
+has a ``.lattice/remote.json`` is anything else of this package imported.
+"""
+
+import os
+from typing import Any
+
+import click
+from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
+
+__all__ = ["register", "remote_directory"]
+
+SERVER_ENV = "LATTICE_REMOTE_SERVER"
+"""Set in the server's own processes, whose commands must run right where they are."""
+
+
+def register(cli_group: click.Group) -> None:
+    """Hook into lattice's command group. Does nothing inside our own server."""
+    if SERVER_ENV in os.environ:
+        return
+    cli_group.add_command(_RemoteCommand("remote", help="Share this board through a server.", add_help_option=False))
+    resolve = cli_group.resolve_command
+
+    def resolve_command(ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = resolve(ctx, args)
+        directory = remote_directory() if command is not None and name != "remote" else None
+        if directory is not None and name is not None and command is not None:
+            from lattice_remote.client.routing import hooked
+
+            command = hooked(command, (name,), directory, args)
+        return name, command, rest
+
+    cli_group.resolve_command = resolve_command  # type: ignore[method-assign]
+
+
+def remote_directory() -> str | None:
+    """Return the ``.lattice`` directory of the project around us if it has a remote, found as lattice finds it."""
+    try:
+        root = find_root()
+    except (LatticeRootError, OSError):
+        return None  # lattice itself says what is wrong
+    if root is None:
+        return None
+    directory = os.path.join(root, LATTICE_DIR)
+    return directory if os.path.isfile(os.path.join(directory, "remote.json")) else None
+
+
+class _RemoteCommand(click.Command):
+    """``lattice remote``: a Typer app, loaded when it is used. Typer's commands are no Click commands of ours."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:  # noqa: ARG002 - Click's signature
+        """Return none: ``--help`` and every option belong to Typer."""
+        return []
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the arguments as they are."""
+        ctx.args = list(args)
+        return ctx.args
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Hand over to the Typer app, which exits by itself."""
+        from lattice_remote.client.commands import main
+
+        main(ctx.args, prog_name=ctx.command_path)

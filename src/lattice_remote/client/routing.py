@@ -1,0 +1,259 @@
+"""Where a command of a remote project runs: reads here, on the cache; everything else on the server.
+
+Click still parses every command line here, so that usage errors and ``--help`` are Click's own. Standard
+library only, plus what lattice itself has imported.
+"""
+
+import base64
+import copy
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import click
+
+from lattice_remote.client.agent_client import ask, stay_connected
+from lattice_remote.client.guard import Guard
+from lattice_remote.errors import Misuse, RemoteError
+
+__all__ = ["hooked"]
+
+_READS = {
+    ("comments",),
+    ("dashboard",),
+    ("doctor",),
+    ("list",),
+    ("next",),
+    ("plan",),
+    ("resource", "list"),
+    ("resource", "status"),
+    ("session", "list"),
+    ("session", "show"),
+    ("show",),
+    ("stats",),
+    ("weather",),
+}
+"""Commands that only read the project, save for the exceptions of ``_is_read``."""
+_ELSEWHERE = {
+    ("demo", "init"),
+    ("init",),
+    ("plugins",),
+    ("restart",),
+    ("setup-claude",),
+    ("setup-claude-skill",),
+    ("setup-codex",),
+    ("setup-openclaw",),
+    ("setup-prompt",),
+}
+"""Commands that don't concern the project's data at all."""
+_FILE_PARAMETERS: dict[tuple[str, ...], str] = {("attach",): "source", ("comment",): "file_path"}
+"""Which parameter names a file of the caller, whose content travels with the command."""
+_REGULAR_FILE_ONLY = {("attach",)}
+"""Commands for which a pipe or a directory is no file."""
+MAX_FILE_BYTES = 24 * 1024 * 1024
+
+
+def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
+    """Return a twin of ``command`` that decides, once parsed, where it runs. ``directory`` is the cache.
+
+    Args:
+        path: the command's names, from the outermost group inward.
+        argv: the whole command line after ``lattice``.
+    """
+    twin = copy.copy(command)
+    if isinstance(command, click.Group):
+        inner = command.resolve_command
+
+        def resolve_command(ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+            name, found, rest = inner(ctx, args)
+            if name is not None and found is not None:
+                found = hooked(found, (*path, name), directory, argv)
+            return name, found, rest
+
+        twin.resolve_command = resolve_command  # type: ignore[attr-defined]
+    else:
+        twin.invoke = partial(_invoke, command, path, directory, argv)  # type: ignore[method-assign]
+    return twin
+
+
+def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str], ctx: click.Context) -> Any:
+    try:
+        if path in _ELSEWHERE:
+            return _run_here(command, ctx, directory)
+        if _is_read(path, ctx):
+            _ensure_current(directory)
+            with stay_connected() if path == ("dashboard",) else nullcontext():
+                return _run_here(command, ctx, directory)
+        return _run_there(command, path, ctx, directory, argv)
+    except RemoteError as error:
+        fail(error, is_json=bool(ctx.params.get("output_json")))
+
+
+def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:
+    if path == ("doctor",):
+        return not ctx.params.get("fix")
+    if path == ("next",):
+        # With a session's name even a plain look writes: it touches the session's file.
+        session = ctx.params.get("session_name") or (ctx.obj or {}).get("_session_name")
+        return not ctx.params.get("claim") and session is None
+    return path in _READS
+
+
+def fail(error: RemoteError, *, is_json: bool) -> None:
+    """Say what went wrong, as lattice says it, and exit with 1."""
+    from lattice.cli.helpers import output_error
+
+    output_error(error.message, error.code, is_json)
+
+
+# --- here ---
+
+
+def _run_here(command: click.Command, ctx: click.Context, directory: str) -> Any:
+    """Run under the guard; a refusal that the command swallowed is still an error in the end."""
+    guard = Guard(directory)
+    guard.start()
+    try:
+        result = command.invoke(ctx)
+    finally:
+        guard.stop()
+    if guard.refused is not None:
+        raise guard.refused
+    return result
+
+
+def _ensure_current(directory: str) -> None:
+    """Bring the cache up to date if the server is in reach; else say, in one line, how old it is.
+
+    Raises:
+        RemoteError: the cache was never filled, so there is nothing to show.
+    """
+    answer = ask(_request("ready", directory), _progress())
+    if answer["current"]:
+        return
+    if not answer["filled"]:
+        raise RemoteError(answer["message"], code=answer["code"])
+    age = "data of unknown age" if answer["age_s"] is None else f"data from {describe_age(answer['age_s'])} ago"
+    click.echo(f"lattice-remote: {answer['message']}; showing {age} (change {answer['seq']})", err=True)
+
+
+def describe_age(age_s: float) -> str:
+    """Return an age in its largest fitting unit: ``8 s``, ``3 min``, ``5 h``, ``2 days``."""
+    if age_s < 120:
+        return f"{age_s:.0f} s"
+    if age_s < 7200:
+        return f"{age_s / 60:.0f} min"
+    if age_s < 172800:
+        return f"{age_s / 3600:.0f} h"
+    return f"{age_s / 86400:.0f} days"
+
+
+# --- there ---
+
+
+def _run_there(
+    command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str, argv: list[str]
+) -> None:
+    argv, files = _attached(command, path, ctx, list(argv))
+    # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
+    request = _request("run", directory, id=os.urandom(16).hex(), argv=argv, files=files)
+    request["own_link"] = path == ("resource", "acquire") and bool(ctx.params.get("wait"))
+    answer = ask(request, _progress())
+    _write(sys.stdout, base64.b64decode(answer["stdout"]))
+    _write(sys.stderr, base64.b64decode(answer["stderr"]))
+    for notice in answer["notices"]:
+        click.echo(f"lattice-remote: {notice}", err=True)
+    ctx.exit(answer["exit_code"])
+
+
+def _request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
+    return {"do": do, "directory": directory, "token": os.environ.get("LATTICE_TOKEN", "").strip() or None, **fields}
+
+
+def _progress() -> Any:
+    """Return what shows progress on a terminal, None elsewhere; loaded when there is something to show."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(progress: dict[str, Any]) -> None:
+        sys.stderr.write(f"\r\x1b[Klattice-remote: {progress['what']} {progress['done']}/{progress['total']}")
+        if progress["done"] >= progress["total"]:
+            sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+    return show
+
+
+def _write(stream: Any, data: bytes) -> None:
+    """Write bytes as the server's lattice wrote them; a reader that has left is Click's to handle."""
+    stream.flush()
+    stream.buffer.write(data)
+    stream.flush()
+
+
+# --- files of the caller ---
+
+
+def _attached(
+    command: click.Command, path: tuple[str, ...], ctx: click.Context, argv: list[str]
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the argv and the attachments for it: the content of the one file that a command may name."""
+    parameter = _FILE_PARAMETERS.get(path)
+    source = ctx.params.get(parameter) if parameter else None
+    if parameter is None or not isinstance(source, str) or source.startswith(("http://", "https://")):
+        return argv, []
+    argv, index = _locate(command, parameter, source, argv, depth=len(path))
+    only_regular = path in _REGULAR_FILE_ONLY
+    data = _content(source, only_regular=only_regular)
+    name = (os.path.basename(source.rstrip(os.sep)) or "file")[:200]
+    encoded = None if data is None else base64.b64encode(data).decode("ascii")
+    return argv, [{"index": index, "name": name, "data": encoded}]
+
+
+def _locate(
+    command: click.Command, parameter: str, value: str, argv: list[str], *, depth: int
+) -> tuple[list[str], int]:
+    """Find the argument that gave ``parameter`` its value: the one whose change changes the parameter.
+
+    ``--file=VALUE`` is taken apart, so that the value is an argument of its own.
+    """
+    for index in range(depth, len(argv)):
+        for parts in _readings(argv[index], value):
+            probe = [*argv[depth:index], *parts[:-1], value + "\x01", *argv[index + 1 :]]
+            if _parse(command, probe).params.get(parameter) != value:
+                return [*argv[:index], *parts, *argv[index + 1 :]], index + len(parts) - 1
+    raise Misuse(f"can't tell which argument is the file {value!r}")
+
+
+def _readings(argument: str, value: str) -> Iterator[list[str]]:
+    if argument == value:
+        yield [argument]
+    if argument.startswith("--") and argument.endswith("=" + value):
+        yield [argument.removesuffix("=" + value), value]
+
+
+def _parse(command: click.Command, args: list[str]) -> click.Context:
+    return command.make_context(command.name, args, resilient_parsing=True)
+
+
+def _content(source: str, *, only_regular: bool) -> bytes | None:
+    """Return what is in a file, a pipe or ``/dev/stdin`` of the caller; None where lattice sees no file.
+
+    Raises:
+        Misuse: it can't be read, or is too large to travel.
+    """
+    if only_regular and not os.path.isfile(source):
+        return None
+    try:
+        with open(source, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise Misuse(f"cannot read {source}: {error.strerror}", code="REMOTE_STORAGE") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise Misuse(f"{source} is over {MAX_FILE_BYTES >> 20} MiB", code="REMOTE_TOO_LARGE")
+    return data

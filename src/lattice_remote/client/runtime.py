@@ -1,0 +1,66 @@
+"""Where the agent of this user and this package version is to be found. Standard library only."""
+
+import hashlib
+import os
+import stat
+import tempfile
+
+from lattice_remote import __version__
+from lattice_remote.errors import StorageError
+
+__all__ = ["Runtime", "locate", "prepare"]
+
+DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
+_MAX_SOCKET_PATH_BYTES = 100
+"""The kernel takes 108 bytes on Linux, 104 on macOS."""
+
+
+class Runtime:
+    """The agent's files: ``directory``, and in it the paths of its ``socket``, ``lock``, ``log`` and ``pid``."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        name = os.path.join(directory, f"agent-{__version__}")
+        self.socket = name + ".sock"
+        self.lock = name + ".lock"
+        self.log = name + ".log"
+        self.pid = name + ".pid"
+
+
+def locate() -> Runtime:
+    """Return where the agent's files are; nothing is created.
+
+    The versioned name lets an upgraded package start its own agent, while the old one leaves when idle.
+    """
+    given = os.environ.get(DIRECTORY_ENV)
+    if given:
+        directory = os.path.abspath(given)
+    elif session := os.environ.get("XDG_RUNTIME_DIR"):
+        directory = os.path.join(session, "lattice-remote")
+    else:
+        directory = os.path.join(tempfile.gettempdir(), f"lattice-remote-{_user()}")
+    if len(os.fsencode(Runtime(directory).socket)) > _MAX_SOCKET_PATH_BYTES:
+        short = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
+        directory = os.path.join(tempfile.gettempdir(), f"lattice-remote-{_user()}-{short}")
+    return Runtime(directory)
+
+
+def prepare(runtime: Runtime) -> None:
+    """Make the directory, for this user alone.
+
+    Raises:
+        StorageError: it can't be made, or is somebody else's, or is a link: a socket there is not to be trusted.
+    """
+    try:
+        os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
+        found = os.lstat(runtime.directory)
+    except OSError as error:
+        raise StorageError(f"cannot make {runtime.directory} for the agent: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != _user():
+        raise StorageError(f"{runtime.directory} is not a directory of this user; remove it, or set {DIRECTORY_ENV}")
+    if found.st_mode & 0o077:
+        os.chmod(runtime.directory, 0o700)
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0

@@ -1,0 +1,447 @@
+"""What can be asked of one cache: the same steps in the agent and in a command that does without it.
+
+A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` (``LATTICE_TOKEN`` of the command, or
+null), and
+
+    ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message
+    run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices
+    push     send edited plans and notes           -> sent, notices
+    pull     bring the cache up to date            -> seq
+    sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited
+    verify   compare all files                     -> the same
+    status   what is known, with its evidence      -> see ``Service._status``
+
+An answer has ``ok``; a failure has ``code`` and ``message``.
+"""
+
+import asyncio
+import base64
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from importlib.metadata import version
+from typing import Any
+
+from lattice_remote import __version__
+from lattice_remote.client import credentials
+from lattice_remote.client.cache import Cache
+from lattice_remote.client.follower import Comparison, Follower, Writer
+from lattice_remote.client.link import ALIVE_S, Link
+from lattice_remote.client.settings import Remote, read_remote
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
+from lattice_remote.protocol.messages import MAX_ARGV, Attachment, Put, Refused, Reply, Run, Stored
+from lattice_remote.protocol.replica import State
+
+__all__ = ["Report", "Service", "answered"]
+
+READY_WAIT_S = 2.0
+FIRST_READY_WAIT_S = 5.0
+"""A read waits so long for a server that answers but has not yet sent everything."""
+REACH_WAIT_S = 10.0
+STALLED_S = 30.0
+"""Behind, and not advancing for this long: the connection is given up for a new one."""
+_WATCH_INTERVAL_S = 5.0
+_STORE_AGE_INTERVAL_S = 60.0
+_WRITER_IDLE_S = 300.0
+_PROGRESS_INTERVAL_S = 0.2
+_COMPARE_ATTEMPTS = 3
+_MAX_EDIT_BYTES = 16 * 1024 * 1024
+
+Report = Callable[[dict[str, Any]], None]
+"""Called with ``what``, ``done`` and ``total`` while something takes its time."""
+
+
+async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """Return a request's answer; an error of ours becomes one, on one line."""
+    try:
+        return {"ok": True, **await work}
+    except RemoteError as error:
+        return {"ok": False, "code": error.code, "message": error.message}
+
+
+class Service:
+    """One cache at work. ``start()`` it in a running loop, ``close()`` it in the end."""
+
+    def __init__(self, directory: str) -> None:
+        self.remote: Remote = read_remote(directory)
+        self.cache = Cache(directory, self.remote)
+        self.used_at = time.monotonic()
+        """When it was last asked for something."""
+        self._follower = Follower(self.cache)
+        self._link = Link(self.remote, self._follower, None, on_heard=self._follower.heard)
+        self._writers: dict[str, tuple[Link, float]] = {}
+        self._pushing = asyncio.Lock()
+        self._is_new = True
+        self._last_stored: str | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self, token: str | None, *, prefer_given: bool = False) -> None:
+        """Begin to follow the project, with the user's stored token before one that a command brought."""
+        self._last_stored = self._stored_token()
+        self._link.token = (token or self._last_stored) if prefer_given else (self._last_stored or token)
+        self._link.start()
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        for link, _ in self._writers.values():
+            await link.close()
+        await self._link.close()
+
+    def is_stale(self) -> bool:
+        """Whether the directory is gone, or names another remote than when it was opened."""
+        try:
+            return not self.cache.is_there() or read_remote(self.cache.directory) != self.remote
+        except RemoteError:
+            return True
+
+    async def handle(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        """Do what a request asks for.
+
+        Raises:
+            RemoteError: it can't be done; the message says what to do next.
+        """
+        self.used_at = time.monotonic()
+        token = request.get("token")
+        self._choose_token(token)
+        match request["do"]:
+            case "ready":
+                return await self._with_progress(self._ready(), report)
+            case "run":
+                return await self._with_progress(self._run(request, token), report)
+            case "push":
+                return await self._push_now(token)
+            case "pull":
+                return await self._with_progress(self._pull(), report)
+            case "sync" | "verify" as do:
+                return await self._with_progress(self._compare(mend=do == "sync"), report)
+            case "status":
+                return await self._status(token)
+        raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
+
+    def ready_now(self) -> dict[str, Any] | None:
+        """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
+        if not self._is_current():
+            return None
+        self.used_at = time.monotonic()
+        return self._readiness()
+
+    # --- tokens ---
+
+    def _stored_token(self) -> str | None:
+        return credentials.stored(self.remote.url, self.remote.project)
+
+    def _choose_token(self, given: str | None) -> None:
+        """Follow with the user's stored token, or with one that a command brought, whichever the server takes."""
+        stored = self._stored_token()
+        candidates = [token for token in (stored, given) if token]
+        if not candidates and self._link.token == self._last_stored:
+            self._link.use_token(None)  # logged out
+        elif candidates and (self._link.token is None or self._link.token == self._last_stored != candidates[0]):
+            self._link.use_token(candidates[0])
+        elif self._link.is_refused and (others := [token for token in candidates if token != self._link.token]):
+            self._link.use_token(others[0])
+        self._last_stored = stored
+
+    def _link_for(self, given: str | None) -> Link:
+        """Return the link that writes with a command's token: the follower's, or one of its own."""
+        token = given or self._stored_token()
+        if token is None:
+            raise Rejected(
+                f"no token for {self.remote.url}; log in with: lattice remote login", code="REMOTE_UNAUTHORIZED"
+            )
+        if token == self._link.token:
+            return self._link
+        link = self._writers[token][0] if token in self._writers else self._new_writer(token)
+        self._writers[token] = (link, time.monotonic())
+        return link
+
+    def _new_writer(self, token: str) -> Link:
+        link = Link(self.remote, Writer(), token)
+        link.start()
+        return link
+
+    # --- reading ---
+
+    async def _ready(self) -> dict[str, Any]:
+        """Wait until the files are current, the server is known to be out of reach, or it takes too long."""
+        failed_before = self._link.failed_attempts
+        wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
+        if not self._is_current():
+            self._link.kick()
+            await self._until(lambda: self._is_current() or self._has_failed(failed_before), wait_s)
+        if not self._follower.state.is_filled:
+            await self._fill(failed_before)
+        return self._readiness()
+
+    def _readiness(self) -> dict[str, Any]:
+        trouble = self._trouble()
+        return {
+            "current": self._is_current(),
+            "filled": self._follower.state.is_filled,
+            "seq": self._follower.state.position.seq,
+            "age_s": self._age_s(),
+            "code": trouble.code,
+            "message": trouble.message,
+        }
+
+    async def _fill(self, failed_before: int) -> None:
+        """The first fill may take long: wait for as long as it advances."""
+        while not self._is_current() and not self._has_failed(failed_before):
+            before = self._advance()
+            if not await self._until(lambda: self._is_current() or self._advance() != before, STALLED_S):  # noqa: B023
+                return
+
+    def _is_current(self) -> bool:
+        return self._follower.is_current and self._link.is_open
+
+    def _has_failed(self, failed_before: int) -> bool:
+        return self._link.failed_attempts > failed_before and self._link.welcome is None
+
+    def _advance(self) -> tuple[object, ...]:
+        replica = self._follower.replica
+        return replica.state, replica.position, self._follower.received, self._link.failed_attempts
+
+    async def _until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        return await self._link.changed.until(predicate, timeout_s)
+
+    def _trouble(self) -> RemoteError:
+        """Return why the files are not current."""
+        error = self._link.error
+        if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
+            return error
+        if self._link.welcome is None or not self._link.is_open:
+            return ConnectionFailed(f"cannot reach server {self.remote.url}")
+        here, there = self._follower.replica.position.seq, self._follower.replica.head
+        return ConnectionFailed(f"still catching up with server {self.remote.url} (change {here} of {there})")
+
+    def _age_s(self) -> float | None:
+        current_at = self._follower.current_at
+        return None if current_at is None else max(0.0, time.time() - current_at)
+
+    async def _pull(self) -> dict[str, Any]:
+        await self._must_be_current()
+        return {"seq": self._follower.state.position.seq}
+
+    async def _must_be_current(self) -> None:
+        answer = await self._ready()
+        if not answer["current"] and self._link.is_open:
+            failed_before = self._link.failed_attempts
+            await self._fill(failed_before)
+        if not self._is_current():
+            raise self._trouble() if self._link.is_open or self._link.is_refused else self._link.unreachable(is_write=False)
+
+    # --- writing ---
+
+    async def _run(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        """Send edited plans and notes, then the command line; return once its change is in the files."""
+        run = _run_frame(request)
+        link = self._link_for(token)
+        notices = (await self._push(link))[1]
+        if request.get("own_link"):
+            # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
+            link = self._new_writer(str(link.token))
+            try:
+                answer = await link.ask(run)
+            finally:
+                await link.close()
+        else:
+            answer = await link.ask(run)
+        if isinstance(answer, Refused):
+            raise Rejected(answer.message, code=answer.code)
+        if not isinstance(answer, Reply):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        if link is not self._link and not await self._reached(answer.seq):
+            notices.append(f"done, but the copy here is behind: {self._trouble().message}")
+        return {
+            "exit_code": answer.exit_code,
+            "stdout": base64.b64encode(answer.stdout).decode("ascii"),
+            "stderr": base64.b64encode(answer.stderr).decode("ascii"),
+            "notices": notices,
+        }
+
+    async def _reached(self, seq: int) -> bool:
+        self._link.kick()
+        replica = self._follower
+        return await self._until(
+            lambda: replica.replica.position.seq >= seq and replica.replica.state is State.FOLLOWING, REACH_WAIT_S
+        )
+
+    async def _push_now(self, token: str | None) -> dict[str, Any]:
+        sent, notices = await self._push(self._link_for(token))
+        return {"sent": sent, "notices": notices}
+
+    async def _push(self, link: Link) -> tuple[list[dict[str, str]], list[str]]:
+        """Send every edited plan and notes; return the outcomes, and what the user should know."""
+        sent: list[dict[str, str]] = []
+        notices: list[str] = []
+        async with self._pushing:
+            for path in self._follower.edits.scan():
+                outcome, notice = await self._push_one(link, path)
+                sent.append({"path": path, "outcome": outcome})
+                if notice:
+                    notices.append(notice)
+        return sent, notices
+
+    async def _push_one(self, link: Link, path: str) -> tuple[str, str | None]:
+        text, base = self.cache.read(path), self._follower.edits.base(path)
+        if len(text) + len(base or b"") > _MAX_EDIT_BYTES:
+            return "refused", f"{path} was not sent: it is over {_MAX_EDIT_BYTES >> 20} MiB"
+        answer = await link.ask(Put(id=os.urandom(16).hex(), path=path, base=base, text=text))
+        if isinstance(answer, Refused):
+            return "refused", f"{path} was not sent: {answer.message}"
+        if not isinstance(answer, Stored):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        effects, copy = await self._follower.settle(path, text, answer.outcome)
+        await self._link.carry_out(effects)
+        if copy is not None:
+            return (
+                "conflict",
+                f"{path}: somebody changed the same lines; the server's text is in place, yours is in {copy}",
+            )
+        return answer.outcome, None
+
+    # --- comparing ---
+
+    async def _compare(self, *, mend: bool) -> dict[str, Any]:
+        """Compare every file with the server's; with ``mend`` return once what differs has been fetched."""
+        comparison = await self._compared(mend=mend)
+        if mend and not comparison.is_clean:
+            await self._fill(self._link.failed_attempts)
+            if not self._is_current():
+                raise self._trouble()
+        return _comparison_fields(comparison)
+
+    async def _compared(self, *, mend: bool) -> Comparison:
+        for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
+            await self._must_be_current()
+            effects, future = await self._follower.compare(mend=mend)
+            await self._link.carry_out(effects)
+            try:
+                return await asyncio.shield(future)
+            except ConnectionFailed:
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _with_progress(self, work: Coroutine[Any, Any, dict[str, Any]], report: Report) -> dict[str, Any]:
+        """Await ``work``, and report meanwhile how many of the files that must be fetched have come."""
+        task = asyncio.ensure_future(work)
+        shown = False
+        try:
+            while not (await asyncio.wait([task], timeout=_PROGRESS_INTERVAL_S))[0]:
+                if (progress := self._follower.progress()) is not None:
+                    report({"what": "files", "done": progress[0], "total": progress[1]})
+                    shown = True
+            if shown:
+                report({"what": "files", "done": 1, "total": 1})
+            return task.result()
+        finally:
+            task.cancel()
+
+    # --- looking after it ---
+
+    async def _watch(self) -> None:
+        """Give up a connection that is behind and does not advance; keep the stored age fresh; drop idle writers."""
+        advance, advanced_at, stored_at = self._advance(), time.monotonic(), time.monotonic()
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            now = time.monotonic()
+            if (
+                self._advance() != advance
+                or not self._link.is_open
+                or self._follower.is_current
+                or self._follower.is_busy
+            ):
+                advance, advanced_at = self._advance(), now
+            elif now - advanced_at > STALLED_S:
+                self._link.abort()
+                advanced_at = now
+            if self._is_current() and now - stored_at > _STORE_AGE_INTERVAL_S:
+                stored_at = now
+                with contextlib.suppress(StorageError):
+                    await self._follower.store_age()
+            for token, (link, used_at) in list(self._writers.items()):
+                if now - used_at > _WRITER_IDLE_S and not link.is_waiting:
+                    del self._writers[token]
+                    await link.close()
+
+    def summary(self) -> dict[str, Any]:
+        """Return the little that the agent's own status says of each cache."""
+        return {
+            "url": self.remote.url,
+            "project": self.remote.project,
+            "connected": self._link.is_open,
+            "current": self._is_current(),
+            "seq": self._follower.state.position.seq,
+        }
+
+    async def _status(self, token: str | None) -> dict[str, Any]:
+        """Return what is known, each with its evidence; never more than what was heard lately allows to say."""
+        failed_before = self._link.failed_attempts
+        if not self._link.is_open:
+            self._link.kick()
+            await self._until(lambda: self._link.is_open or self._has_failed(failed_before), FIRST_READY_WAIT_S)
+        welcome, is_open, silence_s = self._link.welcome, self._link.is_open, self._link.silence_s()
+        return {
+            "remote": {"name": self.remote.name, "url": self.remote.url, "project": self.remote.project},
+            "connected": is_open,
+            "last_heard_s": None if silence_s == float("inf") else round(silence_s, 1),
+            "silence_limit_s": ALIVE_S,
+            "error": None if is_open or self._link.error is None else self._link.error.message,
+            "code": None if is_open or self._link.error is None else self._link.error.code,
+            "current": self._is_current(),
+            "epoch": self._follower.state.position.epoch,
+            "seq": self._follower.state.position.seq,
+            "server_seq": self._follower.replica.head if is_open else None,
+            "wanted": len(self._follower.replica.wanted),
+            "age_s": self._age_s(),
+            "resyncs": self._follower.resyncs,
+            "unsent_edits": self._follower.edits.scan(),
+            "set_aside": self._follower.edits.set_aside_copies(),
+            "actor": welcome.actor if welcome else None,
+            "act_as": welcome.act_as if welcome else None,
+            "has_token": (token or self._stored_token()) is not None,
+            "pid": os.getpid(),
+            "versions": {
+                "here": {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")},
+                "server": {"lattice-remote": welcome.server_version, "lattice-tracker": welcome.lattice_version}
+                if welcome
+                else None,
+            },
+        }
+
+
+def _run_frame(request: dict[str, Any]) -> Run:
+    argv = request["argv"]
+    if not 0 < len(argv) <= MAX_ARGV:
+        raise Misuse(f"too many arguments: at most {MAX_ARGV}")
+    try:
+        "\0".join(argv).encode()
+    except UnicodeEncodeError:
+        raise Misuse("an argument is not valid UTF-8") from None
+    files = [
+        Attachment(
+            index=file["index"],
+            name=file["name"].encode(errors="replace").decode(),
+            data=None if file["data"] is None else base64.b64decode(file["data"]),
+        )
+        for file in request["files"]
+    ]
+    return Run(id=request["id"], argv=argv, files=files)
+
+
+def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "seq": comparison.seq,
+        "total": comparison.total,
+        "differing": comparison.differing,
+        "missing": comparison.missing,
+        "surplus": comparison.surplus,
+        "edited": comparison.edited,
+    }

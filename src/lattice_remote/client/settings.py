@@ -1,0 +1,109 @@
+"""Which server and project a directory belongs to: ``.lattice/remote.json``. Standard library only."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+
+from lattice_remote.errors import Misuse, StorageError
+
+__all__ = ["REMOTE_FILE", "Remote", "check_name", "parse_url", "read_remote", "write_remote"]
+
+REMOTE_FILE = "remote.json"
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?",
+    re.IGNORECASE,
+)
+_SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A project on a server, as ``remote.json`` names it. It may be committed; it never holds a token."""
+
+    name: str
+    """What the user calls it, ``origin`` by habit."""
+    url: str
+    """The server: scheme, host and port, without a slash at the end."""
+    project: str
+    """The project's slug on that server."""
+
+    @property
+    def websocket_url(self) -> str:
+        """Where the WebSocket is."""
+        return f"ws{self.url.removeprefix('http')}/projects/{self.project}/ws"
+
+
+def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
+    """Return a server's URL in its one form, and the slug: given apart, or as the URL's only path component.
+
+    Raises:
+        Misuse: not an http or https URL, a malformed slug, or two different slugs.
+    """
+    match = _URL.fullmatch(text.strip())
+    if match is None:
+        raise Misuse(f"not a server's URL: {text!r}; it looks like http://host:8443 or https://host/project")
+    port = match["port"]
+    if port is not None and not 0 < int(port) < 65536:
+        raise Misuse(f"port {port} in {text!r} is out of range")
+    url = f"{match['scheme'].lower()}://{match['host'].lower()}" + (f":{int(port)}" if port else "")
+    slug = (match["path"] or "").strip("/").removeprefix("projects/") or None
+    if slug and project and slug != project:
+        raise Misuse(f"the URL names project {slug!r}, but --project says {project!r}")
+    slug = slug or project
+    if slug is not None and not _SLUG.fullmatch(slug):
+        raise Misuse(f"not a project's slug: {slug!r}; lower-case letters, digits and dashes, at most 63")
+    return url, slug
+
+
+def read_remote(directory: str) -> Remote:
+    """Return what the ``remote.json`` in a ``.lattice`` directory says.
+
+    Raises:
+        Misuse: there is none.
+        StorageError: it can't be read, or is not what we wrote.
+    """
+    path = os.path.join(directory, REMOTE_FILE)
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(65536))
+        name, given, project = found["name"], found["url"], found["project"]
+        url, slug = parse_url(given, project)
+    except FileNotFoundError:
+        raise Misuse("this project has no remote; add one with: lattice remote add origin URL --project SLUG") from None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, Misuse) as error:
+        raise StorageError(f"{path} is not valid; it needs name, url and project ({error})") from error
+    if slug is None:
+        raise StorageError(f"{path} names no project")
+    return Remote(name=check_name(name), url=url, project=slug)
+
+
+def check_name(name: object) -> str:
+    """Return a remote's name if it is one.
+
+    Raises:
+        Misuse: it is not.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise Misuse(f"not a remote's name: {name!r}; letters, digits, dots and dashes, at most 63")
+    return name
+
+
+def write_remote(directory: str, remote: Remote) -> None:
+    """Write ``remote.json`` atomically.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    text = json.dumps({"name": remote.name, "project": remote.project, "url": remote.url}, indent=2, sort_keys=True)
+    path = os.path.join(directory, REMOTE_FILE)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,148 @@
+"""The server process: one port, plain HTTP by Starlette on uvicorn, WebSockets by the hand-off, an orderly end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import lattice_remote
+from lattice_remote.errors import Misuse
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.handoff import handoff_class, websocket_server
+from lattice_remote.server.hub import Hub, error_body
+
+__all__ = ["bind", "make_server", "run"]
+
+_USER_TIMEOUT_MS = 20_000
+"""How long the kernel keeps sending to a peer that acknowledges nothing."""
+_BACKLOG = 2048
+_GOODBYE_S = 0.3
+
+_log = logging.getLogger(__name__)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a listening socket; port 0 picks a free one.
+
+    Raises:
+        Misuse: the address is taken, not ours, or can't be resolved.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise Misuse(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise Misuse(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+    return listener
+
+
+def run(data: DataDir, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
+
+    Raises:
+        StorageError: ``tokens.json`` cannot be read.
+    """
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(data, listener))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def _serve(data: DataDir, listener: socket.socket) -> None:
+    hub = Hub(data)
+    hub.start()
+    await make_server(hub).serve(sockets=[listener])
+
+
+def make_server(hub: Hub) -> uvicorn.Server:
+    """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end."""
+    sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
+    config = uvicorn.Config(
+        _http_app(hub),
+        http="h11",
+        ws=handoff_class(sockets),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_graceful_shutdown=1,
+    )
+    return _Server(config, hub)
+
+
+def _http_app(hub: Hub) -> Starlette:
+    async def healthz(_: Request) -> Response:
+        projects = await asyncio.to_thread(hub.data.slugs)
+        return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        status = getattr(error, "status_code", 500)
+        if request.url.path.endswith("/ws"):
+            body = error_body("REMOTE_PROTOCOL", "this is a WebSocket endpoint: upgrade the request")
+            return Response(body, 426, {"Upgrade": "websocket"}, "application/json")
+        code = "REMOTE_NOT_FOUND" if status == 404 else "REMOTE_PROTOCOL"
+        body = error_body(code, f"{request.method} {request.url.path}: there is nothing here")
+        return Response(body, status, media_type="application/json")
+
+    return Starlette(routes=[Route("/healthz", healthz)], exception_handlers={404: refuse, 405: refuse})
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with our words at its start and our order at its end."""
+
+    def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
+        super().__init__(config)
+        self._hub = hub
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        assert sockets, "run() passes the one it listens on"
+        host, port = sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        print(f"Listening on http://{shown}:{port}", flush=True)  # noqa: T201 - the one line of its output
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left."""
+        _log.info("stopping")
+        for server in self.servers:
+            server.close()
+        await self._hub.stop()
+        await self._hub.wait_until_alone(_GOODBYE_S)
+        await super().shutdown(sockets)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop in order at the first SIGTERM or SIGINT, at once at the second. uvicorn's own would raise it again."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_asked)
+        yield
+
+    def _stop_asked(self) -> None:
+        if self.should_exit:
+            os._exit(1)  # the workers end by themselves when their socket closes; all that was answered is durable
+        self.should_exit = True

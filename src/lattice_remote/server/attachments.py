@@ -1,0 +1,92 @@
+"""A caller's files, put where the command can read them, and called by their own names in what it prints (I9).
+
+The argument in the command line is replaced by a private path. A file that the caller does not have becomes a path at
+which nothing is, so that the command says so itself.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.messages import Attachment
+
+__all__ = ["Attached"]
+
+# Python's repr and JSON both write the backslash as two. So it can be told from the output how a path was quoted
+# there, and the caller's own argument be quoted alike.
+_DIRECTORY_MARK = "\\"
+
+
+class Attached:
+    """The attachments of one request, on disk.
+
+    Attributes:
+        argv: the command line with the private paths in it.
+        paths: the private paths; nothing else may be read as a caller's file.
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+        self.paths: frozenset[str] = frozenset()
+        self._given: dict[str, str] = {}
+
+    @classmethod
+    def write(cls, argv: Sequence[str], files: Sequence[Attachment], directory: Path) -> Self:
+        """Put the files below ``directory``, which the caller empties when the command is done.
+
+        Raises:
+            Rejected: an index outside the command line, the same one twice, or a name that is none.
+            OSError: the disk is full.
+        """
+        attached = cls(list(argv))
+        indexes = [file.index for file in files]
+        if len(set(indexes)) != len(indexes) or any(index >= len(argv) for index in indexes):
+            raise Rejected("an attached file belongs to no argument of the command", code="REMOTE_PROTOCOL")
+        for file in files:
+            attached._write_one(file, directory)
+        attached.paths = frozenset(attached._given)
+        return attached
+
+    def _write_one(self, file: Attachment, directory: Path) -> None:
+        option, given = _split(self.argv[file.index])
+        folder = directory / (secrets.token_hex(16) + _DIRECTORY_MARK)
+        folder.mkdir(mode=0o700)
+        if file.data is None:
+            path = folder / "missing"
+        else:
+            path = folder / _checked_name(file.name)
+            path.write_bytes(file.data)
+        self._given[str(path)] = given
+        self.argv[file.index] = f"{option}{path}"
+
+    def restore_names(self, output: bytes, *, is_json: bool) -> bytes:
+        """Put the caller's own arguments back where ``output`` names the private paths."""
+        for path, given in self._given.items():
+            if is_json:
+                output = output.replace(_in_json(path), _in_json(given))
+            else:
+                output = output.replace(repr(path).encode(), repr(given).encode("utf-8", "backslashreplace"))
+                output = output.replace(path.encode(), given.encode())
+        return output
+
+
+def _split(argument: str) -> tuple[str, str]:
+    """Split ``--file=PATH`` into what stays and what is replaced."""
+    if not argument.startswith("--"):
+        return "", argument
+    option, equals, given = argument.partition("=")
+    return (option + equals, given) if equals else ("", argument)
+
+
+def _checked_name(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
+        raise Rejected(f"{name!r} can't be the name of an attached file", code="REMOTE_UNSUPPORTED")
+    return name
+
+
+def _in_json(text: str) -> bytes:
+    return json.dumps(text)[1:-1].encode()

@@ -1,0 +1,219 @@
+"""``lattice-remote``: the administrator's command line.
+
+Errors are one line on stderr that says what to do next, exit 1; a wrong command line is exit 2. What a script reads
+(a token, a listing with --json, the address) is alone on stdout.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+import lattice_remote
+from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.server.datadir import DataDir, default_location
+from lattice_remote.server.tokens import Token, TokenFile
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="The server of lattice-remote: one Lattice board for many machines.\n\n"
+    "lattice-remote init ./board; lattice-remote --data ./board project create web --code WEB; "
+    "lattice-remote --data ./board start",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_projects = typer.Typer(help="The projects on this server.", no_args_is_help=True)
+_tokens = typer.Typer(help="Who may use them.", no_args_is_help=True)
+app.add_typer(_projects, name="project")
+app.add_typer(_tokens, name="token")
+
+_DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
+DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help=_DATA_HELP, show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app(prog_name="lattice-remote")
+    except RemoteError as error:
+        print(f"Error: {error.message}", file=sys.stderr)  # noqa: T201 - a command line prints
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lattice-remote {lattice_remote.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    context: typer.Context,
+    data: DataOption = None,
+    version: Annotated[  # noqa: ARG001 - the callback prints it
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    context.obj = data
+
+
+def _data(context: typer.Context, after: Path | None) -> DataDir:
+    """Return the data directory: named after the subcommand, before it, or the default one."""
+    named = after or context.find_root().obj
+    return DataDir(named or default_location())
+
+
+@app.command()
+def init(
+    context: typer.Context,
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", show_default=False)] = None,
+    data: DataOption = None,
+) -> None:
+    """Create a data directory.
+
+    Example: lattice-remote init ./board
+    """
+    target = _data(context, directory or data)
+    target.create()
+    typer.echo(f"Created {target.path}. Next: lattice-remote --data {target.path} project create SLUG --code CODE")
+
+
+@app.command()
+def start(
+    context: typer.Context,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8443,
+    data: DataOption = None,
+) -> None:
+    """Run the server. Prints one line once it is ready; ends in order on SIGTERM and Ctrl-C.
+
+    Example: lattice-remote --data ./board start --port 8443
+    """
+    from lattice_remote.server.app import bind, run
+
+    target = _data(context, data)
+    target.config()
+    lock = target.lock()
+    assert lock >= 0, "held until this process ends"
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    for noisy in ("websockets.server", "uvicorn.error", "watchfiles.main"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    run(target, bind(host, port))
+
+
+# --- projects ---
+
+
+@_projects.command("create")
+def create_project(  # noqa: PLR0917 - Typer calls it
+    context: typer.Context,
+    slug: Annotated[str, typer.Argument(help="Its name in URLs: lower case letters, digits, dashes.")],
+    code: Annotated[str, typer.Option(help="The prefix of its tasks, 1 to 5 letters, such as LAT for LAT-1.")],
+    name: Annotated[str | None, typer.Option(help="A title for people.", show_default=False)] = None,
+    actor: Annotated[
+        str | None, typer.Option(help="Who acts when a command names nobody, such as human:ana.", show_default=False)
+    ] = None,
+    data: DataOption = None,
+) -> None:
+    """Create a project; a running server has it at once.
+
+    Example: lattice-remote project create web --code WEB --name "The web site"
+    """
+    _data(context, data).create_project(slug, code=code, name=name, actor=actor)
+    typer.echo(f"Created project {slug}. Next: lattice-remote token create --project {slug} --actor human:YOU")
+
+
+@_projects.command("list")
+def list_projects(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """List the projects with their numbers of tasks."""
+    target = _data(context, data)
+    target.config()
+    summaries = [target.summary(slug) for slug in target.slugs()]
+    if as_json:
+        typer.echo(msgspec.json.encode(summaries))
+        return
+    rows = [(s.slug, s.code or "-", str(s.tasks), str(s.archived), s.name or "") for s in summaries]
+    _table(("PROJECT", "CODE", "TASKS", "ARCHIVED", "NAME"), rows)
+
+
+# --- tokens ---
+
+
+@_tokens.command("create")
+def create_token(
+    context: typer.Context,
+    project: Annotated[list[str], typer.Option(metavar="SLUG", help="A project it is for; may be repeated.")],
+    actor: Annotated[str, typer.Option(help="Whose it is, such as human:ana.")],
+    act_as: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Further actors it may name, such as 'agent:*'; may be repeated."),
+    ] = None,
+    data: DataOption = None,
+) -> None:
+    """Create a token. It is printed alone on stdout, once: only its digest is kept.
+
+    Example: lattice-remote token create --project web --actor human:ana --act-as 'agent:*'
+    """
+    target = _data(context, data)
+    target.config()
+    for slug in project:
+        if not target.has_project(slug):
+            raise Misuse(
+                f"there is no project {slug!r}; create it with: lattice-remote project create {slug} --code CODE"
+            )
+    token, text = TokenFile(target.tokens).create(projects=project, actor=actor, act_as=act_as or [])
+    typer.echo(f"{token.id} for {actor}; the token is shown only this once:", err=True)
+    typer.echo(text)
+
+
+@_tokens.command("list")
+def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """List the tokens; their texts are not known here."""
+    target = _data(context, data)
+    target.config()
+    tokens = TokenFile(target.tokens).read()
+    if as_json:
+        typer.echo(msgspec.json.encode([_shown(token) for token in tokens]))
+        return
+    rows = [(t.id, t.actor, ",".join(t.act_as) or "-", ",".join(t.projects), t.created) for t in tokens]
+    _table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED"), rows)
+
+
+@_tokens.command("revoke")
+def revoke_token(
+    context: typer.Context,
+    id_or_token: Annotated[str, typer.Argument(help="Its id, or the token itself.")],
+    data: DataOption = None,
+) -> None:
+    """Revoke a token; its live connections end within a second.
+
+    Example: lattice-remote token revoke tok_0123456789ab
+    """
+    target = _data(context, data)
+    target.config()
+    token = TokenFile(target.tokens).revoke(id_or_token)
+    typer.echo(f"Revoked {token.id} ({token.actor})")
+
+
+def _shown(token: Token) -> dict[str, object]:
+    return {
+        "id": token.id,
+        "actor": token.actor,
+        "act_as": token.act_as,
+        "projects": token.projects,
+        "created": token.created,
+    }
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print columns, as wide as they need to be."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,146 @@
+"""uvicorn's upgraded sockets, handed to the websockets package: everything that leans on their insides.
+
+uvicorn alone can't abort a transport, websockets alone can't share the port with plain HTTP (measured in
+docs/decisions/0010). What is relied on beyond their documentation, checked by tests/server/test_handoff.py:
+
+- uvicorn makes ``Config.ws`` with ``config, server_state, app_state``, replays the request's bytes into it as one
+  ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and calls
+  ``shutdown()`` on what is left of them when it stops.
+- websockets' ``serve()`` makes a usable ``Server`` without binding a port; a connection asks its ``is_serving()``.
+- ``ServerProtocol.max_message_size`` may change between messages.
+- Between messages, a whole frame may be written to ``connection.transport`` past the library, until it has sent a
+  close frame, which it always does in ``send_data()``.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+from websockets.typing import Subprotocol
+
+from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
+from lattice_remote.protocol.messages import SUBPROTOCOL
+from lattice_remote.server.outbox import Outbox
+
+__all__ = ["CLOSE_TIMEOUT_S", "Handoff", "Request", "Response", "handoff_class", "http_answer", "websocket_server"]
+
+CLOSE_TIMEOUT_S = 0.6
+"""How long a client has to answer a close frame before its connection is aborted."""
+_KEEPALIVE_S = 10.0
+_HIGH_WATER_BYTES = 64 * 1024
+
+
+class Handoff(ServerConnection):
+    """One client's WebSocket connection. ``outbox`` is the only way to send a message."""
+
+    outbox: Outbox
+
+    def __init__(self, server: Server, state: ServerState) -> None:
+        super().__init__(
+            ServerProtocol(subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=FIRST_FRAME_BYTES),
+            server,
+            ping_interval=_KEEPALIVE_S,
+            ping_timeout=_KEEPALIVE_S,
+            close_timeout=CLOSE_TIMEOUT_S,
+            write_limit=_HIGH_WATER_BYTES,
+        )
+        self._state = state
+        self.who: Any = None
+        """Whatever the check of the request left here for the handler."""
+
+    @property
+    def peer_name(self) -> str:
+        """The client's address and port, for the log."""
+        address = self.remote_address
+        return f"{address[0]}:{address[1]}" if address else "client"
+
+    def allow_message_bytes(self, limit: int) -> None:
+        """Take messages of up to ``limit`` bytes from now on; before, it is ``FIRST_FRAME_BYTES``."""
+        self.protocol.max_message_size = limit
+
+    def end(self, code: int, reason: str) -> None:
+        """Send what is queued and a close frame; abort when the client does not answer in time. Never waits."""
+        if self.protocol.state is State.OPEN:
+            self.outbox.finish()
+            self.protocol.send_close(code, reason.encode()[:120].decode(errors="ignore"))
+            self.send_data()
+        self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+
+    def send_data(self) -> None:
+        """Write what the library wants written: after a close frame, nothing may follow it."""
+        super().send_data()
+        if self.protocol.state in (State.CLOSING, State.CLOSED):
+            self.outbox.close()
+
+    # --- asyncio.Protocol, and uvicorn's addition to it ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._state.connections.add(cast("Any", self))
+        super().connection_made(transport)
+        self.outbox = Outbox(self.transport, self.peer_name)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._state.connections.discard(cast("Any", self))
+        self.outbox.close()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.outbox.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.outbox.resume()
+
+    def shutdown(self) -> None:
+        """uvicorn stops, and whoever is still here has had his goodbye."""
+        self.transport.abort()
+
+
+def websocket_server(
+    handler: Callable[[Handoff], Awaitable[None]],
+    check: Callable[[Handoff, Request], Awaitable[Response | None] | Response | None],
+    is_serving: Callable[[], bool],
+) -> Server:
+    """Return the server object that connections belong to; it never has a port of its own.
+
+    ``check`` sees each request before the upgrade and returns an answer to refuse it. ``handler`` runs for each
+    connection; when it returns the connection is closed.
+    """
+    server = serve(
+        cast("Callable[[ServerConnection], Awaitable[None]]", handler),
+        process_request=cast("Any", check),
+        compression=None,
+        server_header=None,
+    )
+    server.server = cast("asyncio.Server", SimpleNamespace(is_serving=is_serving))
+    return server
+
+
+def handoff_class(server: Server) -> type[asyncio.Protocol]:
+    """Return the class for ``uvicorn.Config(ws=...)``, whose connections belong to ``server``."""
+
+    class BoundHandoff(Handoff):
+        def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:  # noqa: ARG002
+            super().__init__(server, server_state)
+
+    return cast("type[asyncio.Protocol]", BoundHandoff)
+
+
+def http_answer(status: int, reason: str, body: bytes) -> Response:
+    """Return an HTTP answer with a JSON body, for ``check`` to refuse an upgrade with."""
+    headers = Headers()
+    headers["Content-Type"] = "application/json"
+    headers["Content-Length"] = str(len(body))
+    headers["Connection"] = "close"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(status, reason, headers, body)

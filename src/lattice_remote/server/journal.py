@@ -1,0 +1,383 @@
+"""The journal: a project's numbered changes and the replies to its requests, durable and bounded (I1, I2, I6).
+
+``journal/`` holds segments named by the number of their first record, ``%020d.log``. The first record of a
+segment is a ``Segment``, which says where the history stood; the others are ``Record``s. A record without a change is a
+request that changed nothing: it is kept so that asking again returns the same reply.
+
+``Journal`` is the worker's: it appends with ``write()``, which a killed process survives; the caller makes it durable
+with fsync. ``JournalReader`` is for another process, and may read while the worker appends.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from lattice_remote.server.framing import HEAD_BYTES, frame, frames, payload_at
+from lattice_remote.server.manifest import FileState, sync_directory
+
+__all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment"]
+
+
+class Segment(msgspec.Struct, frozen=True, tag="segment"):
+    """The first record of a segment: the history's name, and its head when the segment began."""
+
+    epoch: str
+    number: int
+    head: int
+    mark: bytes
+
+
+class Record(msgspec.Struct, frozen=True, tag="record"):
+    """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
+
+    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
+    """
+
+    seq: int
+    mark: bytes
+    time: float
+    id: str = ""
+    token_id: str = ""
+    change: bytes | None = None
+    reply: bytes | None = None
+    files: dict[str, FileState | None] = {}
+
+
+class _Outline(msgspec.Struct, frozen=True, tag="record"):
+    """A ``Record`` without its bytes, for reading through much of it."""
+
+    seq: int
+    mark: bytes
+    time: float
+    id: str = ""
+    token_id: str = ""
+    files: dict[str, FileState | None] = {}
+
+
+_decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
+_outline_decoder: msgspec.msgpack.Decoder[Segment | _Outline] = msgspec.msgpack.Decoder(Segment | _Outline)
+_encoder = msgspec.msgpack.Encoder()
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How much history is kept, in whole segments; the newest segment always is."""
+
+    max_bytes: int = 64 * 1024 * 1024
+    max_age_s: float = 7 * 24 * 3600.0
+    segment_bytes: int = 8 * 1024 * 1024
+
+
+@dataclass
+class _Kept:
+    """A segment on disk: its header, and how many bytes of it are whole records."""
+
+    path: Path
+    header: Segment
+    size: int
+    newest: float
+
+
+@dataclass(frozen=True)
+class _Place:
+    segment: int
+    offset: int
+
+
+class Journal:
+    """The worker's side of the journal. Not thread-safe; ``open`` or ``create`` makes one.
+
+    Attributes:
+        epoch, head, mark: where the history stands; ``head`` counts changes from 1, 0 means none.
+        notes: what ``open`` had to repair, one line each.
+    """
+
+    def __init__(self, directory: Path, retention: Retention) -> None:
+        self.directory = directory
+        self.retention = retention
+        self.epoch = ""
+        self.head = 0
+        self.mark = b""
+        self.notes: list[str] = []
+        self._next_number = 0
+        self._segments: list[_Kept] = []
+        self._places: dict[bytes, _Place] = {}
+        self._descriptor = -1
+
+    @classmethod
+    def open(cls, directory: Path, retention: Retention | None = None) -> Self | None:
+        """Open what is there and cut a torn tail.
+
+        Returns None when there is no readable journal: the caller then calls ``create`` with a new epoch (I7).
+
+        Raises:
+            OSError: the directory can't be read or written.
+        """
+        journal = cls(directory, retention or Retention())
+        journal._load()
+        if not journal._segments:
+            return None
+        journal._cut_tail()
+        return journal
+
+    @classmethod
+    def create(cls, directory: Path, epoch: str, retention: Retention | None = None) -> Self:
+        """Begin a new history: whatever segments are there are removed, the numbers start at 0.
+
+        Raises:
+            OSError: the directory can't be written.
+        """
+        journal = cls(directory, retention or Retention())
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in directory.glob("*.log"):
+            path.unlink()
+        journal.epoch = epoch
+        journal._begin_segment()
+        return journal
+
+    # --- reading back ---
+
+    def _load(self) -> None:
+        paths = sorted(self.directory.glob("*.log"))
+        for path in paths:
+            loaded = _parse(path)
+            if loaded is None and path is paths[-1]:
+                # Its header is fsynced before it is used: it holds nothing that anybody was told of.
+                path.unlink()
+            elif loaded is None or not self._continues(loaded[0].header):
+                # What came before can't be reached from here: history starts with the next good segment.
+                self._segments.clear()
+                self._places.clear()
+                self.notes.append(f"journal: {path.name} does not continue the segment before it")
+            if loaded is not None:
+                self._adopt(*loaded)
+
+    def _continues(self, header: Segment) -> bool:
+        if not self._segments:
+            return True
+        whole = self._segments[-1].size == self._segments[-1].path.stat().st_size
+        return whole and (header.epoch, header.head, header.mark) == (self.epoch, self.head, self.mark)
+
+    def _adopt(self, kept: _Kept, items: list[tuple[int, _Outline]]) -> None:
+        self.epoch, self.head, self.mark = kept.header.epoch, kept.header.head, kept.header.mark
+        self._next_number = kept.header.number
+        self._segments.append(kept)
+        for offset, record in items:
+            self._remember(record, offset)
+            self.head, self.mark = record.seq, record.mark
+            self._next_number += 1
+
+    def _cut_tail(self) -> None:
+        last = self._segments[-1]
+        self._descriptor = os.open(last.path, os.O_WRONLY | os.O_APPEND)
+        surplus = os.fstat(self._descriptor).st_size - last.size
+        if surplus:
+            self.notes.append(
+                f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
+            )
+            os.ftruncate(self._descriptor, last.size)
+            os.fsync(self._descriptor)
+
+    # --- appending ---
+
+    def append(self, record: Record) -> int:
+        """Add a record and return the descriptor to fsync before anybody is told of it (I2).
+
+        Raises:
+            OSError: it could not be written whole; the journal must not be used any more.
+        """
+        data = frame(_encoder.encode(record))
+        last = self._segments[-1]
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError(f"short write to {last.path}")
+        self._remember(record, last.size)
+        last.size += len(data)
+        last.newest = record.time
+        self.head, self.mark = record.seq, record.mark
+        self._next_number += 1
+        return self._descriptor
+
+    def _remember(self, record: Record | _Outline, offset: int) -> None:
+        if record.id:
+            self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
+
+    @property
+    def is_segment_full(self) -> bool:
+        """Tell whether it is time to ``rotate``."""
+        return self._segments[-1].size >= self.retention.segment_bytes
+
+    def rotate(self) -> int:
+        """Begin a new segment and return the old one's descriptor: fsync it, then close it.
+
+        Raises:
+            OSError: the new segment could not be made durable.
+        """
+        old = self._descriptor
+        self._begin_segment()
+        return old
+
+    def _begin_segment(self) -> None:
+        header = Segment(self.epoch, self._next_number, self.head, self.mark)
+        path = self.directory / f"{header.number:020d}.log"
+        data = frame(_encoder.encode(header))
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.write(self._descriptor, data)
+        os.fsync(self._descriptor)
+        sync_directory(self.directory)
+        self._segments.append(_Kept(path, header, len(data), time.time()))
+
+    def expire(self, now: float) -> list[Path]:
+        """Forget the segments that are over the retention and return their paths, to be removed by the caller."""
+        expired: list[Path] = []
+        total = sum(kept.size for kept in self._segments)
+        while len(self._segments) > 1:
+            oldest = self._segments[0]
+            if total <= self.retention.max_bytes and now - oldest.newest <= self.retention.max_age_s:
+                break
+            total -= oldest.size
+            expired.append(self._segments.pop(0).path)
+        if expired:
+            first = self._segments[0].header.number
+            self._places = {id_: place for id_, place in self._places.items() if place.segment >= first}
+        return expired
+
+    def close(self) -> None:
+        """Close the newest segment; what was appended must have been fsynced by the caller."""
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    # --- asking again ---
+
+    def states_after(self, seq: int) -> Iterator[dict[str, FileState | None]]:
+        """Yield the states of the files that each commit after ``seq`` changed, oldest first; call after ``open``.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        for kept in self._segments:
+            for _, payload in frames(kept.path.read_bytes()):
+                item = _outline_decoder.decode(payload)
+                if isinstance(item, _Outline) and item.seq > seq:
+                    yield item.files
+
+    @property
+    def oldest(self) -> int:
+        """The first change that can still be replayed; ``head + 1`` when there is none."""
+        return self._segments[0].header.head + 1
+
+    def find(self, request_id: str) -> Record | None:
+        """Return the record that answered a request, None when it is not known (any more).
+
+        Raises:
+            OSError: the segment can't be read.
+        """
+        place = self._places.get(bytes.fromhex(request_id))
+        if place is None:
+            return None
+        path = next(kept.path for kept in self._segments if kept.header.number == place.segment)
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            head = file.read(HEAD_BYTES)
+            payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
+        found = _decoder.decode(payload) if payload is not None else None
+        return found if isinstance(found, Record) else None
+
+
+def _parse(path: Path) -> tuple[_Kept, list[tuple[int, _Outline]]] | None:
+    """Return a segment with the offset and outline of each whole record; None when even its header is damaged."""
+    header: Segment | None = None
+    items: list[tuple[int, _Outline]] = []
+    size, newest = 0, path.stat().st_mtime
+    for offset, payload in frames(path.read_bytes()):
+        try:
+            item = _outline_decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            break
+        if isinstance(item, Segment) != (header is None):
+            break
+        if isinstance(item, Segment):
+            header = item
+        else:
+            items.append((offset, item))
+            newest = item.time
+        size = offset + HEAD_BYTES + len(payload)
+    return (_Kept(path, header, size, newest), items) if header is not None else None
+
+
+class JournalReader:
+    """Reads the journal while the worker writes it. Blocking: call it from a thread. One per follower, or shared.
+
+    It may see records that are not durable yet: ask only up to a number that the worker has reported as done (I2).
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def read(self, after: int, upto: int, max_bytes: int) -> list[tuple[int, bytes]] | None:
+        """Return (number, encoded ``Change``) for ``after < number <= upto``, in order, without a gap.
+
+        At most ``max_bytes`` of changes, but at least one when there is one: go on with the last number returned.
+        None when change ``after + 1`` is not kept any more: the client must resync.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        changes: list[tuple[int, bytes]] = []
+        total = 0
+        for item in self._items(after):
+            if isinstance(item, Record) and item.change is not None and after < item.seq <= upto:
+                if item.seq != after + 1:
+                    return changes or None
+                changes.append((item.seq, item.change))
+                after, total = item.seq, total + len(item.change)
+                if total >= max_bytes:
+                    break
+            if isinstance(item, Record) and item.seq > upto:
+                break
+        return changes if changes or after >= upto else None
+
+    def mark_at(self, seq: int) -> bytes | None:
+        """Return the mark of change ``seq`` (of the state before the first kept one too), None when not known.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        for item in self._items(seq):
+            number = item.head if isinstance(item, Segment) else item.seq
+            if number == seq:
+                return item.mark
+            if number > seq:
+                return None
+        return None
+
+    def _items(self, seq: int) -> Iterator[Segment | Record]:
+        """Yield what is on disk from the segment on in which change ``seq + 1`` would be."""
+        paths = sorted(self._directory.glob("*.log"))
+        start = 0
+        for index, path in enumerate(paths):
+            header = _header_of(path)
+            if header is not None and header.head <= seq:
+                start = index
+        for path in paths[start:]:
+            try:
+                data = path.read_bytes()
+            except FileNotFoundError:
+                return  # expired meanwhile
+            for _, payload in frames(data):
+                yield _decoder.decode(payload)
+
+
+def _header_of(path: Path) -> Segment | None:
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
+    except FileNotFoundError:
+        return None
+    item = _decoder.decode(payload) if payload is not None else None
+    return item if isinstance(item, Segment) else None

@@ -1,0 +1,76 @@
+"""The list of a project's files as it was at one change, on disk.
+
+It saves hashing the whole tree at every start: a file whose size, modification time and inode are those in the
+list still has the digest in the list.
+"""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+__all__ = ["FileState", "ManifestFile", "load_manifest", "save_manifest", "sync_directory"]
+
+
+class FileState(msgspec.Struct, frozen=True, array_like=True):
+    """One file: its size in bytes, SHA-256, and the signature by which a change of it is noticed."""
+
+    size: int
+    digest: bytes
+    mtime_ns: int
+    inode: int
+    settled: bool = True
+    """False when the file was so young that another write could leave the same modification time."""
+
+
+class ManifestFile(msgspec.Struct, frozen=True):
+    """All files at (``epoch``, ``seq``). ``clean`` says that the worker ended in order and nothing ran after it."""
+
+    epoch: str
+    seq: int
+    mark: bytes
+    boot_id: str
+    clean: bool
+    files: dict[str, FileState]
+
+
+_decoder = msgspec.msgpack.Decoder(ManifestFile)
+
+
+def load_manifest(path: Path) -> ManifestFile | None:
+    """Return the manifest, None when there is none or it can't be read."""
+    try:
+        return _decoder.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def save_manifest(path: Path, content: bytes) -> None:
+    """Replace the manifest atomically with encoded ``content``; durable once this returns.
+
+    Raises:
+        OSError: it could not be written; the old one is still there.
+    """
+    scratch = path.with_name(path.name + ".new")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(scratch, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,295 @@
+"""One connected client: its greeting, what it missed, and then changes, answers and files, in that order's keeping.
+
+Two things run for a client. What it sends is read at once, whatever it is owed. What it is owed goes out in its
+own time: first the changes that it missed, then, for good, every new change in the very moment in which it is
+committed, and files in pieces between them as the outbox has room.
+
+    greeting --Hello--> catching up --its last change is the head--> live
+
+Answers are held until it is live, so that each comes after its change. A manifest and each part of a file are
+queued in the tick in which they are right, so the number they carry is that of the last change queued before.
+"""
+
+import asyncio
+import logging
+
+from websockets.exceptions import ConnectionClosed
+
+import lattice_remote
+from lattice_remote.errors import ProtocolError, RemoteError, StorageError
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_client_frame, encode
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    PROTOCOL_VERSION,
+    Applied,
+    Bye,
+    ClientFrame,
+    Fetch,
+    Hello,
+    Limits,
+    Manifest,
+    Put,
+    Refused,
+    Run,
+    ServerFrame,
+    Welcome,
+)
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.files import FileSender
+from lattice_remote.server.handoff import Handoff
+from lattice_remote.server.ipc import Edit, Execute
+from lattice_remote.server.outbox import websocket_frame
+from lattice_remote.server.project import Project
+from lattice_remote.server.tokens import Token
+
+__all__ = ["HELLO_TIMEOUT_S", "Peer"]
+
+HELLO_TIMEOUT_S = 10.0
+_MAX_IN_FLIGHT = 256
+_MAX_FETCHES = 65_536
+_MAX_FILE_BYTES = MAX_FRAME_BYTES - 64 * 1024  # beside the frame's other fields
+
+_CLOSE_CODES = {
+    "REMOTE_SHUTDOWN": 1001,
+    "REMOTE_PROTOCOL": 1002,
+    "REMOTE_UNAUTHORIZED": 1008,
+    "REMOTE_FORBIDDEN": 1008,
+    "REMOTE_VERSION": 1008,
+    "REMOTE_TOO_LARGE": 1009,
+    "REMOTE_BUSY": 1012,
+}
+"""RFC 6455 section 7.4 for each goodbye; 1011 (internal error) for any other."""
+
+_log = logging.getLogger(__name__)
+
+
+class Peer:
+    """One client's connection to one project. ``run()`` it; everything else is called by its project and by itself."""
+
+    def __init__(self, connection: Handoff, token: Token, project: Project) -> None:
+        self.token = token
+        self.project = project
+        self.applied = 0
+        """The last change that the client says to hold; informs only."""
+        self._connection = connection
+        self._outbox = connection.outbox
+        self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
+        self._follows = True
+        self._live = False
+        self._sent = 0  # the last change that was queued for it
+        self._held_answers: list[bytes] = []  # until it is live
+        self._in_flight: set[str] = set()
+        self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
+        self._wants_manifest = False
+        self._work = asyncio.Event()
+        self._ended = False
+
+    async def run(self) -> None:
+        """Serve the client until its connection is closed, from either side. Raises nothing."""
+        try:
+            await self._welcome(await self._greeting())
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(self._send_owed())
+                await self._read()
+                sender.cancel()
+        except* ConnectionClosed:
+            pass
+        except* RemoteError as group:
+            self._end_because(group)
+        except* Exception as group:  # noqa: BLE001 - one client's trouble must not be the server's
+            _log.exception("%s: unexpected failure", self._name)
+            self._end_because(group)
+        finally:
+            self.project.leave(self)
+            self.project.forget(self, self._in_flight)
+            _log.info("%s: disconnected", self._name)
+
+    def end(self, bye: Bye) -> None:
+        """Say goodbye and close; what is queued goes first. Idempotent, never waits."""
+        if self._ended:
+            return
+        self._ended = True
+        _log.info("%s: bye, %s %s", self._name, bye.code, bye.reason)
+        self._outbox.push(websocket_frame(encode(bye)))
+        self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
+
+    def _end_because(self, group: BaseExceptionGroup[BaseException]) -> None:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, RemoteError):
+            self.end(Bye(error.code, error.message[:4096], None if isinstance(error, ProtocolError) else 1.0))
+        else:
+            self.end(Bye("REMOTE_FAILED", "the server failed at this; see its log", 1.0))
+
+    # --- greeting ---
+
+    async def _greeting(self) -> Hello:
+        """Return the client's first frame.
+
+        Raises:
+            ProtocolError: it is something else, or does not come in time, or shares no version with this side.
+        """
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = _decode(await self._connection.recv())
+        except TimeoutError:
+            raise ProtocolError(f"no Hello within {HELLO_TIMEOUT_S:g} s") from None
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"the first frame must be Hello, not {type(hello).__name__}")
+        if PROTOCOL_VERSION not in hello.versions:
+            side = "client" if max(hello.versions) < PROTOCOL_VERSION else "server"
+            raise ProtocolError(
+                f"the client speaks protocol {hello.versions}, the server {PROTOCOL_VERSION}: upgrade the {side}",
+                code="REMOTE_VERSION",
+            )
+        return hello
+
+    async def _welcome(self, hello: Hello) -> None:
+        """Answer the greeting. From the last look at the project to the queued frame nothing waits."""
+        project = self.project
+        await project.opened()
+        continues = hello.follow and await self._continues(hello) and hello.epoch == project.epoch
+        self._follows = hello.follow
+        self._sent = hello.seq if continues else project.head
+        self._connection.allow_message_bytes(MAX_FRAME_BYTES)
+        project.join(self)
+        self._push(
+            Welcome(
+                version=PROTOCOL_VERSION,
+                server_version=lattice_remote.__version__,
+                lattice_version=project.lattice_version,
+                project=project.slug,
+                actor=self.token.actor,
+                epoch=project.epoch,
+                head=project.head,
+                oldest=project.oldest,
+                resync=hello.follow and not continues,
+                limits=Limits(MAX_FRAME_BYTES, _MAX_FILE_BYTES),
+                act_as=self.token.act_as,
+                capabilities=list(CAPABILITIES),
+            )
+        )
+        _log.info("%s: connected at %d of %d", self._name, self._sent, project.head)
+        if self._sent == project.head:
+            self._go_live()
+
+    async def _continues(self, hello: Hello) -> bool:
+        """Tell whether changes can bring the copy up to date; begin a new epoch if it proves a rollback (I7)."""
+        project = self.project
+        if hello.epoch != project.epoch:
+            return False
+        if hello.seq > project.head:
+            await project.rollback_proved(f"a client holds change {hello.seq}, the head is {project.head}")
+            return False
+        mark = await project.mark_at(hello.seq)
+        if mark is None:
+            return False
+        if mark != hello.mark:
+            await project.rollback_proved(f"a client holds another change {hello.seq}")
+            return False
+        return hello.seq == project.head or hello.seq + 1 >= project.oldest
+
+    # --- what the client sends ---
+
+    async def _read(self) -> None:
+        async for message in self._connection:
+            if not self._ended:
+                self._take(_decode(message))
+
+    def _take(self, frame: ClientFrame) -> None:
+        token = self.token
+        match frame:
+            case Run():
+                self._submit(Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as))
+            case Put() if is_editable(frame.path):
+                self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor))
+            case Put():
+                self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+            case Fetch():
+                self._wanted.update(dict.fromkeys(frame.paths))
+                if len(self._wanted) > _MAX_FETCHES:
+                    raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
+                self._work.set()
+            case Manifest():
+                self._wants_manifest = True
+                self._work.set()
+            case Applied():
+                self.applied = frame.seq
+            case Hello():
+                raise ProtocolError("Hello comes once")
+
+    def _submit(self, request: Execute | Edit) -> None:
+        if request.id in self._in_flight:
+            return  # asked twice on one connection: one answer
+        if len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._refuse(request.id, "REMOTE_BUSY", f"{_MAX_IN_FLIGHT} requests are under way on this connection")
+            return
+        self._in_flight.add(request.id)
+        self.project.submit(request, self)
+
+    def _refuse(self, request_id: str, code: str, message: str) -> None:
+        self.answer(request_id, encode(Refused(request_id, code, message)))
+
+    # --- what the client is owed ---
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """Queue a change, if the client has all before it."""
+        if self._live and self._follows:
+            assert seq == self._sent + 1, "a live client was sent every change up to the head"
+            self._sent = seq
+            self._outbox.push(frame)
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """Queue an answer; one that comes while the client catches up waits for the changes before it."""
+        self._in_flight.discard(request_id)
+        if self._live:
+            self._outbox.push(websocket_frame(reply))
+        else:
+            self._held_answers.append(websocket_frame(reply))
+
+    def _push(self, frame: ServerFrame) -> None:
+        self._outbox.push(websocket_frame(encode(frame)))
+
+    def _go_live(self) -> None:
+        self._live = True
+        for answer in self._held_answers:
+            self._outbox.push(answer)
+        self._held_answers.clear()
+
+    async def _send_owed(self) -> None:
+        """Send what it missed, then manifests and files as it asks for them."""
+        await self._catch_up()
+        files = FileSender(self.project, self._outbox, self._push, follows=self._follows)
+        while True:
+            if self._wants_manifest:
+                self._wants_manifest = False
+                for frame in self.project.entries():
+                    self._outbox.push(frame)
+                    await self._outbox.room()
+            elif self._wanted:
+                unsettled = await files.send(files.batch(self._wanted))
+                self._wanted.update(dict.fromkeys(unsettled))
+            else:
+                self._work.clear()
+                await self._work.wait()
+
+    async def _catch_up(self) -> None:
+        """Send the changes after ``_sent`` at the client's pace, and go live in the tick in which there are no more."""
+        while not self._live:
+            batch = await self.project.changes_after(self._sent)
+            if not batch:
+                raise StorageError(f"change {self._sent + 1} is not kept any more; come back to resync")
+            for seq, frame in batch:
+                assert seq == self._sent + 1, "numbers have no gap (I1)"
+                self._sent = seq
+                self._outbox.push(frame)
+            await self._outbox.room()
+            if self._sent == self.project.head:
+                self._go_live()
+
+
+def _decode(message: str | bytes) -> ClientFrame:
+    if isinstance(message, str):
+        raise ProtocolError("frames are binary messages, this one is text")
+    return decode_client_frame(message)

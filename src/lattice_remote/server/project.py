@@ -1,0 +1,613 @@
+"""One project, seen from the network: its queue, its worker, its head, and who follows it.
+
+Requests go to the worker in the order in which they came, a window at a time so that one fsync covers many. What
+comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the answer to whoever
+asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
+
+    starting --Ready--> open --the worker ends--> starting ...      any --Failed--> failed (until a restart)
+
+A worker that dies takes nothing with it: its requests are sent to the next one in the same order, which answers
+those that its predecessor finished from the journal and runs the others (I6). Nothing here reads the clock of the
+tree or writes into it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, Refused
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.hooks import HookRunner
+from lattice_remote.server.ipc import (
+    After,
+    Done,
+    Edit,
+    Execute,
+    Failed,
+    NewEpoch,
+    Ready,
+    Reconcile,
+    Settle,
+    Stop,
+    ToServer,
+    ToWorker,
+)
+from lattice_remote.server.journal import JournalReader
+from lattice_remote.server.outbox import websocket_frame
+from lattice_remote.server.recent import Recent
+from lattice_remote.server.waiting import Waiting
+from lattice_remote.server.writer import WORKER_COMMAND, Writer
+
+__all__ = ["COMMAND_LIMIT_S", "Bounds", "Content", "Follower", "Job", "Project"]
+
+COMMAND_LIMIT_S = 30.0
+"""A command that takes longer is ended and undone."""
+_ENTRIES_PER_FRAME = 1000
+_REPLAY_BYTES = 1024 * 1024
+_MAX_START_FAILURES = 5
+_RESTART_DELAY_S = 0.2
+
+Content = tuple[int, bytes]
+"""A file's size in bytes and its digest."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Bounds of a project's queue and its worker."""
+
+    command_s: float = COMMAND_LIMIT_S
+    """How long a command may run."""
+    upkeep_s: float = 600.0
+    """How long opening the project, or reading all of its tree, may take."""
+    window: int = 64
+    """Requests that the worker may hold at once: one fsync covers them together."""
+    queued: int = 1024
+    """Requests that may wait; more are refused as busy."""
+    queued_bytes: int = 256 * 1024 * 1024
+    """And what the files that travel with them may weigh together."""
+
+
+class Follower(Protocol):
+    """A connected client, as its project sees it. No call waits or raises."""
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """Change ``seq`` is durable; ``frame`` is ready for the wire and shared."""
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """A request is answered with this encoded frame."""
+
+    def end(self, bye: Bye) -> None:
+        """Say goodbye and close."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way through the queue, the worker, and perhaps the waiting for a resource."""
+
+    message: ToWorker
+    askers: list[Follower] = field(default_factory=list)
+    """Who wants the answer; the same request may be asked again on a new connection."""
+    submitted_at: float = field(default_factory=time.monotonic)
+    weight: int = 0
+    """Bytes of the files that it carries."""
+    suspect: bool = False
+    """Was with a worker that died; is sent alone until it is known which request was to blame."""
+    deaths: int = 0
+    """Workers that certainly died of it."""
+    resource: str | None = None
+    """What it waited for last."""
+    wait_until: float = 0.0
+    """When that waiting is over, by the monotonic clock."""
+
+
+class Project:
+    """See the module's text. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        slug: str,
+        paths: ProjectPaths,
+        *,
+        hooks: HookRunner | None,
+        bounds: Bounds | None = None,
+        worker_command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self.slug = slug
+        self.paths = paths
+        self.epoch = ""
+        """The name of the history; "" before the worker was ready for the first time."""
+        self.head = 0
+        """The number of the last change that followers were told of."""
+        self.mark = b""
+        """The mark of the state at ``head``."""
+        self.oldest = 0
+        """The first change that can still be replayed."""
+        self.lattice_version = ""
+        """Of the lattice-tracker that runs the commands."""
+        self.files: dict[str, Content] = {}
+        """The tree at ``head``."""
+        self._hooks = hooks
+        self._bounds = bounds or Bounds()
+        self._worker_command = worker_command
+        self._journal = JournalReader(paths.journal)
+        self._recent = Recent()
+        self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
+        self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
+        self._followers: set[Follower] = set()
+        self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
+        self._queue: deque[Job] = deque()
+        self._queued_bytes = 0
+        self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
+        self._oldest_since = 0.0  # since when the first of them has been the first
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._waiting = Waiting(self._retry)
+        self._edited: set[str] = set()
+        self._rescan = False
+        self._reconciling = False
+        self._epoch_renewed = False  # a client may prove a rollback once; see rollback_proved()
+        self._writer: Writer | None = None
+        self._open = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._writer_ended = asyncio.Event()
+        self._ready: asyncio.Future[Ready] | None = None  # what the worker says first
+        self._working = False  # the worker has opened the project, and everything before its head is published
+        self._stopping = False
+        self._failure: StorageError | None = None
+        self._keeper: asyncio.Task[None] | None = None
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Begin to keep a worker running; ``opened()`` tells when it is ready."""
+        self._keeper = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
+
+    async def opened(self) -> None:
+        """Wait until the project can be used.
+
+        Raises:
+            StorageError: it can't be, until the server is restarted.
+        """
+        await self._open.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def failure(self) -> StorageError | None:
+        """Why the project can't be used until the server is restarted; None when it can."""
+        return self._failure
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests and wait for those that the worker holds."""
+        self._stopping = True
+        self._waiting.clear()
+        if self._outstanding:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the worker: in order, or by force after ``timeout_s``. Call ``drain()`` before."""
+        self._stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._writer is not None:
+            self._writer.send(Stop())
+            if not await self._writer.wait(timeout_s):
+                self._writer.kill()
+                await self._writer.wait(1.0)
+        if self._hooks is not None:
+            await self._hooks.close()
+
+    # --- requests ---
+
+    def submit(self, message: Execute | Edit, asker: Follower) -> None:
+        """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
+
+        A request that is under way already is joined, not run again (I6).
+        """
+        if self._stopping or self._failure is not None:
+            return  # the goodbye on this connection says more
+        job = self._jobs.get(message.id)
+        if job is not None:
+            self._join(job, message, asker)
+            return
+        weight = _weight_of(message)
+        if len(self._queue) >= self._bounds.queued or self._queued_bytes + weight > self._bounds.queued_bytes:
+            _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
+            return
+        job = Job(message, [asker], weight=weight)
+        self._jobs[message.id] = job
+        self._enqueue(job)
+
+    def _join(self, job: Job, message: Execute | Edit, asker: Follower) -> None:
+        running = job.message
+        assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
+        if running.token_id != message.token_id:
+            _refuse(asker, message.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif asker not in job.askers:
+            job.askers.append(asker)
+
+    def forget(self, asker: Follower, request_ids: set[str]) -> None:
+        """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
+        for request_id in request_ids:
+            job = self._jobs.get(request_id)
+            if job is None or asker not in job.askers:
+                continue
+            job.askers.remove(asker)
+            if not job.askers and self._waiting.remove(job):
+                del self._jobs[request_id]
+
+    def files_touched(self, paths: set[str] | None) -> None:
+        """Somebody may have changed these files (None: any); have the worker look at them (I12)."""
+        if paths is None:
+            self._rescan = True
+        else:
+            self._edited |= paths
+        self._reconcile()
+
+    async def rollback_proved(self, reason: str) -> None:
+        """A client has seen what this history does not hold: begin a new epoch, and wait for it (I7).
+
+        Once per run of the server: a history that began in this run was not rolled back since.
+        """
+        if self._epoch_renewed:
+            return
+        self._epoch_renewed = True
+        _log.warning("%s: %s; a new epoch begins", self.slug, reason)
+        self._open.clear()
+        self._enqueue(Job(NewEpoch(reason)))
+        await self.opened()
+
+    # --- what followers need ---
+
+    def join(self, follower: Follower) -> None:
+        """Tell this follower of everything from the next change on."""
+        self._followers.add(follower)
+
+    def leave(self, follower: Follower) -> None:
+        """Forget a follower. Idempotent."""
+        self._followers.discard(follower)
+
+    async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
+        """Return numbers and frames of changes after ``seq``, in order: a batch, empty when they are not kept.
+
+        Raises:
+            OSError: the journal can't be read.
+        """
+        batch = self._recent.after(seq, _REPLAY_BYTES)
+        if batch or seq >= self.head:
+            return batch
+        kept = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
+        return [(number, websocket_frame(change)) for number, change in kept or ()]
+
+    async def mark_at(self, seq: int) -> bytes | None:
+        """Return the mark of the state at ``seq``, None when it is not known any more.
+
+        Raises:
+            OSError: the journal can't be read.
+        """
+        if seq in (0, self.head):
+            return self.mark if seq else b""
+        known = self._recent.mark_at(seq)
+        return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
+
+    def entries(self) -> list[bytes]:
+        """Return the manifest at ``head`` as frames, shared by all who ask before the next change."""
+        if self._entries is None or self._entries[0] != self.head:
+            self._entries = (self.head, self._make_entries())
+        return self._entries[1]
+
+    def _make_entries(self) -> list[bytes]:
+        entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
+        pieces = [entries[i : i + _ENTRIES_PER_FRAME] for i in range(0, len(entries), _ENTRIES_PER_FRAME)] or [[]]
+        return [websocket_frame(encode(Entries(self.head, self.mark, piece, piece is pieces[-1]))) for piece in pieces]
+
+    def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
+        """Call ``call()`` in the very moment in which a change has made the file this content.
+
+        That is after followers were told of the change and before they are told of the next. Returns what takes
+        the wish back.
+        """
+        calls = self._expected.setdefault((path, content), [])
+        calls.append(call)
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                calls.remove(call)
+            if not calls and self._expected.get((path, content)) is calls:
+                del self._expected[path, content]
+
+        return forget
+
+    # --- the queue ---
+
+    def _enqueue(self, job: Job) -> None:
+        self._queue.append(job)
+        self._queued_bytes += job.weight
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send the worker as much as it may hold; suspects one at a time."""
+        if not self._working or self._stopping:
+            return
+        batch: list[ToWorker] = []
+        while self._queue and len(self._outstanding) < self._window():
+            job = self._queue.popleft()
+            self._queued_bytes -= job.weight
+            if not self._outstanding:
+                self._oldest_since = time.monotonic()
+            self._outstanding.append(job)
+            batch.append(job.message)
+        if batch:
+            assert self._writer is not None, "an open project has a worker"
+            self._writer.send(*batch)
+            self._arm_watchdog()
+
+    def _window(self) -> int:
+        first = self._outstanding[0] if self._outstanding else self._queue[0]
+        return 1 if first.suspect else self._bounds.window
+
+    def _retry(self, job: Job) -> None:
+        """Try again what waited for a resource."""
+        assert isinstance(job.message, Execute), "only commands wait"
+        last = time.monotonic() >= job.wait_until
+        job.message = msgspec.structs.replace(job.message, last_try=last)
+        self._enqueue(job)
+
+    def _reconcile(self) -> None:
+        if self._reconciling or not (self._rescan or self._edited) or self._stopping or self._failure is not None:
+            return
+        paths = None if self._rescan else sorted(self._edited)
+        self._rescan, self._reconciling = False, True
+        self._edited.clear()
+        self._enqueue(Job(Reconcile(paths)))
+
+    # --- what the worker says ---
+
+    def _received(self, message: ToServer) -> None:
+        match message:
+            case Ready():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message)
+                else:
+                    self._epoch_begun(message)
+            case Done():
+                self._done(message)
+            case Failed():
+                self._fail(message.message)
+
+    def _done(self, done: Done) -> None:
+        """Take one outcome: tell the followers, then whoever asked, then the hooks."""
+        assert done.change is None or done.seq == self.head + 1, f"{done.seq} follows {self.head}: a gap (I1)"
+        assert self._outstanding, "the worker answers only what it was sent"
+        assert done.id == getattr(self._outstanding[0].message, "id", ""), "the worker answers in order"
+        job = self._settled()
+        if done.change is not None:
+            self._commit(done)
+        self._waiting.touched(done)
+        self._finish(job, done)
+        if self._hooks is not None and done.hooks:
+            self._hooks.submit(done.hooks)
+        self._pump()
+
+    def _settled(self) -> Job:
+        job = self._outstanding.popleft()
+        job.suspect, job.deaths = False, 0
+        self._oldest_since = time.monotonic()
+        if not self._outstanding:
+            self._idle.set()
+        return job
+
+    def _commit(self, done: Done) -> None:
+        assert done.change is not None, "the caller has looked"
+        self.oldest = done.oldest or self.oldest or done.seq
+        self._publish(done.seq, done.mark, websocket_frame(done.change), done.after)
+
+    def _publish(self, seq: int, mark: bytes, frame: bytes, after: list[After]) -> None:
+        self.head, self.mark = seq, mark
+        for file in after:
+            if file.digest is None:
+                self.files.pop(file.path, None)
+            else:
+                self.files[file.path] = (file.size, file.digest)
+        self._recent.append(seq, mark, frame)
+        for follower in tuple(self._followers):
+            follower.change_committed(seq, frame)
+        for file in after if self._expected else ():
+            if file.digest is not None:
+                for call in self._expected.pop((file.path, (file.size, file.digest)), ()):
+                    call()
+
+    def _finish(self, job: Job, done: Done) -> None:
+        """Answer, or let wait, or note that a look at the tree is over."""
+        match job.message:
+            case Execute() | Edit() | Settle() as message:
+                if done.waiting_for is not None:
+                    self._wait(job, message.id, done)
+                    return
+                self._jobs.pop(message.id, None)
+                assert done.reply is not None, "a request that does not wait is answered"
+                for asker in job.askers:
+                    asker.answer(message.id, done.reply)
+                if job.resource is not None:
+                    self._waiting.wake_first(job.resource)  # it was woken and did not use it up, perhaps
+            case Reconcile():
+                self._reconciling = False
+                self._reconcile()
+            case NewEpoch() | Stop():
+                raise AssertionError("these are not answered with an outcome")
+
+    def _wait(self, job: Job, request_id: str, done: Done) -> None:
+        if job.askers and not self._stopping:
+            self._waiting.add(job, done)
+        else:
+            del self._jobs[request_id]
+
+    # --- beginnings and ends of the worker ---
+
+    async def _keep_worker(self) -> None:
+        """Keep a worker running until the project fails or stops."""
+        failures = 0
+        while self._failure is None:
+            try:
+                await self._start_worker()
+                failures = 0
+                await self._writer_ended.wait()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the project ends up running or failed
+                failures += 1
+                _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
+                if failures == _MAX_START_FAILURES:
+                    self._fail(f"the server's worker for project {self.slug} does not start: {error}")
+                await asyncio.sleep(_RESTART_DELAY_S * 2**failures)
+            if self._writer is not None:
+                self._writer.kill()
+                await self._writer.wait(5.0)
+                self._writer = None
+
+    async def _start_worker(self) -> None:
+        """Start a worker, take what it knows, and send it what its predecessor has not answered."""
+        self._writer_ended = asyncio.Event()
+        self._ready = asyncio.get_running_loop().create_future()
+        self._writer = await Writer.start(
+            self.slug, self.paths, on_message=self._received, on_end=self._ended, command=self._worker_command
+        )
+        ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
+        for note in ready.notes:
+            _log.info("%s: %s", self.slug, note)
+        if self.epoch == ready.epoch and self.head <= ready.head:
+            await self._publish_missed(ready)
+        elif self.epoch:
+            self._forget_history("the project's history begins anew; come back at once")
+        self._take(ready)
+        self._working = True
+        _log.info("%s: open at change %d, worker pid %d", self.slug, self.head, self._writer.pid)
+        self._open.set()
+        self._pump()
+
+    async def _publish_missed(self, ready: Ready) -> None:
+        """Tell the followers what the last worker made durable and had no time to report."""
+        missed: list[tuple[int, bytes]] = []
+        while self.head + len(missed) < ready.head:
+            batch = await asyncio.to_thread(self._journal.read, self.head + len(missed), ready.head, 64 * _REPLAY_BYTES)
+            if not batch:
+                raise StorageError(f"change {self.head + len(missed) + 1} is not in the journal")
+            missed += batch
+        for seq, change in missed:
+            mark = msgspec.msgpack.decode(change, type=Change).mark
+            self._publish(seq, mark, websocket_frame(change), [])
+
+    def _take(self, ready: Ready) -> None:
+        self.epoch, self.head, self.mark = ready.epoch, ready.head, ready.mark
+        self.oldest, self.lattice_version = ready.oldest, ready.lattice_version
+        self.files = {file.path: (file.size, file.digest) for file in ready.files if file.digest is not None}
+        self._entries = None
+
+    def _epoch_begun(self, ready: Ready) -> None:
+        """The worker has begun a new epoch, as it was asked to."""
+        asked = self._outstanding and isinstance(self._outstanding[0].message, NewEpoch)
+        assert asked, "a worker says Ready once at its start, and for a new epoch"
+        self._settled()
+        self._forget_history("the server's files were rolled back; come back at once")
+        self._take(ready)
+        self._open.set()
+        self._pump()
+
+    def _forget_history(self, reason: str) -> None:
+        """Send everybody away; when they are back they resync."""
+        self._recent.clear()
+        self._expected.clear()
+        for follower in tuple(self._followers):
+            follower.end(Bye("REMOTE_BUSY", reason, 0.0))
+
+    def _ended(self) -> None:
+        """The worker is gone. What it held is sent again, first, and in the same order."""
+        held = list(self._outstanding)
+        self._outstanding.clear()
+        self._idle.set()
+        self._writer_ended.set()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(StorageError("it ended before it was ready"))
+        self._ready, self._working = None, False
+        if self._stopping or self._failure is not None:
+            return
+        _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
+        for job in reversed(held):
+            job.suspect = True
+            self._queue.appendleft(job)
+            self._queued_bytes += job.weight
+        if len(held) == 1:
+            held[0].deaths += 1
+            if held[0].deaths > 1:
+                self._give_up(held[0], "the command ended the server's worker twice, and was undone")
+
+    def _give_up(self, job: Job, why: str) -> None:
+        """Have the next worker answer from the journal, or refuse; which of the two only the files can tell (I6)."""
+        match job.message:
+            case Execute() | Edit() as message:
+                job.message = Settle(message.id, message.token_id, "REMOTE_FAILED", why)
+            case Settle():
+                pass
+            case _:
+                self._fail(f"the server's worker for project {self.slug} dies of its own upkeep; see the server's log")
+
+    def _fail(self, message: str) -> None:
+        """Nothing is acknowledged any more. Whether what was under way took effect is not known: nobody is answered."""
+        if self._failure is not None:
+            return
+        _log.critical("%s: %s", self.slug, message)
+        self._failure = StorageError(message)
+        self._working = False
+        self._waiting.clear()
+        self._jobs.clear()
+        self._queue.clear()
+        self._open.set()
+        for follower in tuple(self._followers):
+            follower.end(Bye("REMOTE_STORAGE", message, 5.0))
+
+    # --- the time limit ---
+
+    def _arm_watchdog(self) -> None:
+        if self._watchdog is None:
+            self._watchdog = asyncio.get_running_loop().call_later(self._time_left(), self._look_after_worker)
+
+    def _time_left(self) -> float:
+        upkeep = isinstance(self._outstanding[0].message, Reconcile | NewEpoch)
+        limit = self._bounds.upkeep_s if upkeep else self._bounds.command_s
+        return self._oldest_since + limit - time.monotonic()
+
+    def _look_after_worker(self) -> None:
+        """End a worker that has had its oldest request for too long."""
+        self._watchdog = None
+        if not self._outstanding or self._writer is None:
+            return
+        if self._time_left() > 0:
+            self._arm_watchdog()
+            return
+        job = self._outstanding[0]
+        _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
+        self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s, and was undone")
+        self._writer.kill()
+
+
+def _weight_of(message: Execute | Edit) -> int:
+    if isinstance(message, Edit):
+        return len(message.text) + len(message.base or b"")
+    return sum(len(file.data or b"") for file in message.files) + sum(map(len, message.argv))
+
+
+def _refuse(asker: Follower, request_id: str, code: str, message: str) -> None:
+    asker.answer(request_id, encode(Refused(request_id, code, message)))

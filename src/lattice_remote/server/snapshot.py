@@ -1,0 +1,78 @@
+"""A file of the tree as it was when it was opened, to be sent in pieces while commands go on changing it.
+
+lattice replaces files or appends to them. An open descriptor keeps what was replaced, and what was appended comes
+after the bytes that count, so the content stays as it was. An editor that rewrites a file in place breaks that;
+the client notices by the digest and asks again.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+__all__ = ["PIECE_BYTES", "Snapshot"]
+
+PIECE_BYTES = 1024 * 1024
+"""The most of a file that travels in one frame."""
+
+
+class Snapshot:
+    """An open file of which both the first bytes and the whole may be what somebody asks for. Close it."""
+
+    def __init__(self, descriptor: int, size: int, digest: bytes, first: bytes | None, data: bytes | None) -> None:
+        self.size = size
+        """Of the whole file, in bytes."""
+        self.digest = digest
+        """Of the whole file."""
+        self.first_digest = first
+        """Of as many first bytes as were expected; None when the file is shorter."""
+        self._descriptor = descriptor
+        self._data = data  # all of it, when it is small
+
+    @classmethod
+    def open(cls, path: Path, expected_size: int) -> "Snapshot | None":
+        """Open and digest a file; None when there is none, or no plain one. Blocking: call it from a thread.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            return cls._read(descriptor, expected_size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    @classmethod
+    def _read(cls, descriptor: int, expected_size: int) -> "Snapshot":
+        """Digest the file in one pass of bounded memory, with its expected first bytes on the way."""
+        digest = hashlib.sha256()
+        first_digest: bytes | None = None
+        data: bytes | None = None
+        size = 0
+        while True:
+            if size == expected_size:
+                first_digest = digest.digest()
+            wanted = PIECE_BYTES if size >= expected_size else min(PIECE_BYTES, expected_size - size)
+            piece = os.pread(descriptor, wanted, size)
+            if not piece:
+                return cls(descriptor, size, digest.digest(), first_digest, data)
+            data = piece if size == 0 else None
+            digest.update(piece)
+            size += len(piece)
+
+    def piece(self, offset: int, size: int) -> bytes:
+        """Return the piece at ``offset`` of content that is ``size`` bytes long.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        if self._data is not None:
+            return self._data[offset : min(size, offset + PIECE_BYTES)]
+        return os.pread(self._descriptor, min(PIECE_BYTES, size - offset), offset)
+
+    def close(self) -> None:
+        """Close the file. Once."""
+        os.close(self._descriptor)

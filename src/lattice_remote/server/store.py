@@ -1,0 +1,205 @@
+"""A project's tree, undo log and journal as one thing that commits: the only writer (I1, I2, I5, I6).
+
+A transaction runs ``with store.transaction() as transaction:``; it ends with ``store.commit(...)`` or
+``store.roll_back()``. Whatever happens before the commit's record is in the journal, it is as if nothing had been done.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Change, Reply, Stored
+from lattice_remote.server.capture import Capture, Touched
+from lattice_remote.server.committer import Committer, Job
+from lattice_remote.server.executor import Waiting
+from lattice_remote.server.ipc import After, Done, HookCall
+from lattice_remote.server.journal import Journal, Record
+from lattice_remote.server.manifest import ManifestFile, save_manifest
+from lattice_remote.server.tree import Difference, Tree
+from lattice_remote.server.undo import Begin, UndoLog
+
+__all__ = ["BY_SERVER", "Cause", "Store"]
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why something changes: a request (``id``) of a token, or the server itself."""
+
+    id: str
+    token_id: str
+    actor: str
+    cause: str
+    command: str = ""
+
+
+def BY_SERVER(cause: str) -> Cause:  # noqa: N802 - reads as the constant it nearly is
+    """Return the cause of a change that nobody asked for: ``edit`` or ``recovery``."""
+    return Cause("", "", "server", cause)
+
+
+class Store:
+    """Everything durable of one project; see ``recovery.open_store``. Raises OSError when the storage fails.
+
+    After such an error the store must not be used any more: the process ends, and the next start recovers.
+    """
+
+    def __init__(
+        self, *, journal: Journal, tree: Tree, undo: UndoLog, capture: Capture, committer: Committer, boot_id: str
+    ) -> None:
+        self.journal = journal
+        self.tree = tree
+        self._undo = undo
+        self._capture = capture
+        self._committer = committer
+        self._boot_id = boot_id
+
+    @contextmanager
+    def transaction(self) -> Iterator[Touched]:
+        """Watch what the block touches, with pre-images; then call ``difference`` and ``commit``, or ``roll_back``."""
+        self._undo.begin(Begin(self.journal.epoch, self.journal.head + 1, self._boot_id))
+        with self._capture.watch() as touched:
+            yield touched
+
+    def difference(self, touched: Touched) -> Difference:
+        """Return what a transaction did to the tree; call before its end."""
+        return self.tree.after_command(touched, self._undo.before)
+
+    def roll_back(self) -> None:
+        """Undo the transaction: every file is as before. What others changed in them meanwhile becomes a change."""
+        restored = self._undo.restore()
+        prefix = self.tree.absolute("")
+        found = self.tree.reconcile([path.removeprefix(prefix) for path in restored])
+        if found.operations:
+            self.commit(found, BY_SERVER("edit"))
+        else:
+            self.tree.accept(found)
+
+    def commit(
+        self,
+        difference: Difference,
+        cause: Cause,
+        answer: Callable[[int], Reply | Stored] | None = None,
+        *,
+        hooks: Sequence[HookCall] = (),
+        waiting: Waiting | None = None,
+    ) -> None:
+        """Number the difference (if it is one), journal it with its answer, and report it once it is durable.
+
+        A killed process has done either all of it or nothing; a power cut may take it back as long as it has not
+        been reported.
+
+        Args:
+            difference: what to number; without operations only the answer is journalled.
+            cause: whose doing it is. Its id can be asked again if there is an answer.
+            answer: makes the reply from the number up to which it is true.
+            hooks: what lattice wanted to run after the commit.
+            waiting: there is no answer yet.
+        """
+        seq, mark, change = self.journal.head, self.journal.mark, None
+        if difference.operations:
+            seq, mark = seq + 1, secrets.token_bytes(8)
+            change = _encode_change(seq, mark, cause, difference)
+        reply = encode(answer(seq)) if answer is not None else None
+        descriptor = None
+        if change is not None or reply is not None:
+            id_ = cause.id if reply is not None else ""
+            states = difference.states if change is not None else {}
+            descriptor = self.journal.append(Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states))
+        self._undo.clear()
+        self.tree.accept(difference)
+        done = Done(
+            id=cause.id,
+            seq=seq,
+            mark=mark,
+            change=change,
+            reply=reply,
+            after=_after(difference) if change is not None else [],
+            hooks=list(hooks),
+            waiting_for=waiting.resource if waiting else None,
+            wait_timeout_s=waiting.timeout_s if waiting else 0.0,
+            retry_at=waiting.retry_at if waiting else None,
+            oldest=self.journal.oldest,
+        )
+        self._committer.submit(Job(done, descriptor))
+        if self.journal.is_segment_full:
+            self._rotate()
+
+    def reply_again(self, request_id: str, record: Record) -> None:
+        """Report once more what was answered to a request."""
+        self._report(request_id, record.reply, seq=record.seq)
+
+    def refuse(self, request_id: str, refused: bytes) -> None:
+        """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
+        self._report(request_id, refused, seq=self.journal.head)
+
+    def _report(self, request_id: str, reply: bytes | None, *, seq: int) -> None:
+        done = Done(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest)
+        self._committer.submit(Job(done))
+
+    # --- the journal's upkeep ---
+
+    def _rotate(self) -> None:
+        """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
+        old = self.journal.rotate()
+        content = self.manifest(clean=False)
+        expired = self.journal.expire(time.time())
+
+        def finish() -> None:
+            os.close(old)
+            save_manifest(self._manifest_path, content)
+            for path in expired:
+                path.unlink(missing_ok=True)
+
+        self._committer.submit(Job(descriptor=old, then=finish))
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.journal.directory / "manifest"
+
+    def manifest(self, *, clean: bool) -> bytes:
+        """Return the list of all files at the head, encoded."""
+        journal = self.journal
+        return _encoder.encode(
+            ManifestFile(journal.epoch, journal.head, journal.mark, self._boot_id, clean, self.tree.files)
+        )
+
+    def save_manifest(self, *, clean: bool) -> None:
+        """Write the list of files; every commit must be durable (``Committer.wait``)."""
+        save_manifest(self._manifest_path, self.manifest(clean=clean))
+
+    def new_epoch(self) -> None:
+        """Begin a new history on the files as they are (I7); every commit must have been reported."""
+        self.journal.close()
+        retention = self.journal.retention
+        self.journal = Journal.create(self.journal.directory, secrets.token_hex(16), retention)
+        self.save_manifest(clean=False)
+
+    def close(self) -> None:
+        """End in order: the next start trusts the list of files."""
+        self._committer.finish()
+        self.save_manifest(clean=True)
+        self.journal.close()
+
+
+def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return encode(
+        Change(seq, mark, now, cause.actor, cause.token_id, cause.cause, cause.command, difference.operations)
+    )
+
+
+def _after(difference: Difference) -> list[After]:
+    return [
+        After(path, state.size, state.digest) if state is not None else After(path, 0, None)
+        for path, state in difference.states.items()
+    ]

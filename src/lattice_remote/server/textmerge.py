@@ -1,0 +1,46 @@
+"""Edited plans and notes, merged by line against the text they were made from.
+
+Bytes throughout: nothing is assumed of the encoding.
+"""
+
+from typing import Literal, NamedTuple
+
+from merge3 import Merge3
+
+__all__ = ["Merged", "merge_text"]
+
+Outcome = Literal["stored", "merged", "unchanged", "conflict"]
+
+
+class Merged(NamedTuple):
+    """``text`` is what the file has to hold afterwards; on ``unchanged`` and ``conflict`` what it held before."""
+
+    outcome: Outcome
+    text: bytes | None
+
+
+def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> Merged:
+    """Merge an edit of ``base`` that reads ``mine`` into the file, which now reads ``theirs``.
+
+    None for ``base`` or ``theirs``: there was, or is, no file. A file that was removed meanwhile is a conflict, and so
+    are two texts that were begun independently and differ.
+    """
+    if mine in (theirs, base):
+        return Merged("unchanged", theirs)
+    if theirs == base:
+        return Merged("stored", mine)
+    if base is None or theirs is None:
+        return Merged("conflict", theirs)
+    merge = Merge3(_lines(base), _lines(mine), _lines(theirs))
+    pieces: list[bytes] = []
+    for group in merge.merge_groups():
+        if group[0] == "conflict":
+            return Merged("conflict", theirs)
+        pieces += group[1]
+    text = b"".join(pieces)
+    return Merged("unchanged", theirs) if text == theirs else Merged("merged", text)
+
+
+def _lines(text: bytes) -> list[bytes]:
+    """Split after each line end, so that joining gives back the same bytes."""
+    return text.splitlines(keepends=True)

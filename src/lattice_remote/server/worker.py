@@ -1,0 +1,312 @@
+"""The process that owns one project: requests in over a socket pair, outcomes out, one at a time (I1).
+
+    python -m lattice_remote.server.worker --fd 5 --project-dir DATA/projects/web --slug web
+
+It leaves when told to (``Stop``), when the server is gone (end of file), or when the storage fails (``Failed``).
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Refused, Reply, Stored
+from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.attachments import Attached
+from lattice_remote.server.capture import Touched, Vetoed
+from lattice_remote.server.committer import Committer, Job
+from lattice_remote.server.executor import Executor, Outcome
+from lattice_remote.server.ipc import After, Edit, Execute, Failed, NewEpoch, Ready, Reconcile, Settle, Stop, ToWorker
+from lattice_remote.server.journal import Record
+from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, Identity, parse
+from lattice_remote.server.recovery import open_store
+from lattice_remote.server.store import BY_SERVER, Cause, Store
+from lattice_remote.server.textmerge import merge_text
+from lattice_remote.server.tree import Difference
+
+__all__ = ["Worker", "main"]
+
+_log = logging.getLogger(__name__)
+_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_MAX_COMMAND_CHARS = 200
+
+
+class Worker:
+    """One project's requests, carried out in order.
+
+    Args:
+        project: the project's directory, a real path.
+        scratch: a private directory, a real path; emptied after each command.
+        store, executor, committer: see there.
+    """
+
+    def __init__(self, project: Path, scratch: Path, store: Store, executor: Executor, committer: Committer) -> None:
+        self._lattice_dir = project / ".lattice"
+        self._scratch = scratch
+        self._store = store
+        self._executor = executor
+        self._committer = committer
+
+    def ready(self, notes: list[str]) -> None:
+        """Report that the project is open, after everything that was committed so far."""
+        from importlib.metadata import version
+
+        journal, files = self._store.journal, self._store.tree.files
+        message = Ready(
+            epoch=journal.epoch,
+            head=journal.head,
+            mark=journal.mark,
+            oldest=journal.oldest,
+            lattice_version=version("lattice-tracker"),
+            files=[After(path, state.size, state.digest) for path, state in files.items()],
+            notes=notes,
+        )
+        self._committer.submit(Job(message))
+
+    def handle(self, message: ToWorker) -> bool:
+        """Carry out one request; return False when it was the last.
+
+        Raises:
+            OSError: the storage failed; the process must end.
+        """
+        match message:
+            case Execute():
+                self._once(message, self._execute)
+            case Edit():
+                self._once(message, self._edit)
+            case Settle():
+                self._once(message, _refuse_settled)
+            case Reconcile():
+                self._store.commit(self._store.tree.reconcile(message.paths), BY_SERVER("edit"))
+            case NewEpoch():
+                self._committer.wait()
+                self._store.new_epoch()
+                self.ready([f"a new epoch begins: {message.reason}"])
+            case Stop():
+                return False
+        return True
+
+    def _once(self, request: Execute | Edit | Settle, carry_out: Callable[..., None]) -> None:
+        """Carry out a request unless it was before: then its answer is given again (I6)."""
+        known = self._store.journal.find(request.id)
+        try:
+            if known is None:
+                carry_out(request)
+            else:
+                self._answer_again(request, known)
+        except Rejected as rejected:
+            self._store.refuse(request.id, encode(Refused(request.id, rejected.code, rejected.message)))
+
+    def _answer_again(self, request: Execute | Edit | Settle, known: Record) -> None:
+        if known.token_id != request.token_id:
+            raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
+        self._store.reply_again(request.id, known)
+
+    # --- a command line ---
+
+    def _execute(self, request: Execute) -> None:
+        try:
+            attached = Attached.write(request.argv, request.files, self._scratch)
+            identity = Identity(request.actor, request.act_as)
+            command = parse(
+                self._executor.cli, attached.argv, identity, files=attached.paths, lattice_dir=self._lattice_dir
+            )
+            self._run(request, command, attached)
+        finally:
+            if request.files:
+                self._empty_scratch()
+
+    def _run(self, request: Execute, command: Command, attached: Attached) -> None:
+        outcome = Outcome()
+        # What was vetoed is noted in what was touched.
+        with self._store.transaction() as touched, contextlib.suppress(Vetoed):
+            outcome = self._executor.run(attached.argv, last_try=request.last_try)
+        if touched.private:
+            self._empty_scratch()
+        if outcome.failure is not None or touched.veto is not None or touched.unshared:
+            self._store.roll_back()
+            _refuse_vetoed(touched, command)
+            outcome = _broken(outcome.failure or "", is_json=command.is_json)
+            difference = Difference()
+        else:
+            difference = self._store.difference(touched)
+        cause = Cause(request.id, request.token_id, command.actor or request.actor, request.id, _shown(request.argv))
+        if outcome.waiting is not None:
+            self._store.commit(difference, cause, hooks=outcome.hooks, waiting=outcome.waiting)
+            return
+        is_json = command.is_json
+        stdout = attached.restore_names(outcome.stdout, is_json=is_json)
+        stderr = attached.restore_names(outcome.stderr, is_json=False)
+        self._store.commit(
+            difference,
+            cause,
+            lambda seq: Reply(request.id, seq, outcome.exit_code, stdout, stderr),
+            hooks=outcome.hooks,
+        )
+
+    def _empty_scratch(self) -> None:
+        for entry in os.scandir(self._scratch):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+    # --- a plan or notes ---
+
+    def _edit(self, request: Edit) -> None:
+        if not is_editable(request.path):
+            raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
+        if len(request.text) > MAX_TEXT_BYTES:
+            raise Rejected(f"{request.path} is longer than 1 MiB", code="REMOTE_TOO_LARGE")
+        path = self._store.tree.absolute(request.path)
+        if self._store.tree.status(request.path) is None and os.path.lexists(path):
+            raise Rejected(f"{request.path} is not a plain file on the server", code="REMOTE_UNSUPPORTED")
+        outcome, text = merge_text(request.base, request.text, self._current(path))
+        if outcome in ("stored", "merged") and not self._is_active(request.path):
+            outcome = "conflict"  # archived meanwhile, or no such task: the text stays with the client
+        difference = Difference()
+        if outcome in ("stored", "merged"):
+            assert text is not None, "there is a text whenever something is to be stored"
+            with self._store.transaction() as touched:
+                _replace(path, text)
+            difference = self._store.difference(touched)
+        else:
+            difference = self._store.tree.reconcile([request.path])
+        cause = Cause(request.id, request.token_id, request.actor, request.id, f"edit {request.path}")
+        self._store.commit(difference, cause, lambda seq: Stored(request.id, seq, outcome))
+
+    def _current(self, path: str) -> bytes | None:
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _is_active(self, path: str) -> bool:
+        return (self._lattice_dir / "tasks" / f"{Path(path).stem}.json").is_file()
+
+
+def _refuse_settled(request: Settle) -> None:
+    """The journal does not know it: what its predecessor did of it was undone, and nothing more is tried."""
+    raise Rejected(request.message, code=request.code)
+
+
+def _refuse_vetoed(touched: Touched, command: Command) -> None:
+    """Refuse a command that was undone because of what it touched."""
+    if touched.veto is not None:
+        why = f"tried to {touched.veto}, which the server does not allow"
+    elif touched.unshared:
+        why = f"would write {touched.unshared[0]!r}, a name that can't be shared"
+    else:
+        return
+    raise Rejected(f"'lattice {command.path}' {why}; nothing was changed", code="REMOTE_UNSUPPORTED")
+
+
+def _broken(failure: str, *, is_json: bool) -> Outcome:
+    """Return what a command that broke down prints, in lattice's own forms."""
+    message = f"the command broke down on the server and was undone: {failure}"
+    if is_json:
+        envelope = {"error": {"code": "REMOTE_FAILED", "message": message}, "ok": False}
+        return Outcome(1, canonical_json(envelope) + b"\n")
+    return Outcome(1, stderr=f"Error: {message}\n".encode("utf-8", "backslashreplace"))
+
+
+def _shown(argv: list[str]) -> str:
+    line = shlex.join(argv)
+    return line if len(line) <= _MAX_COMMAND_CHARS else line[: _MAX_COMMAND_CHARS - 1] + "…"
+
+
+def _replace(path: str, text: bytes) -> None:
+    scratch = os.path.join(os.path.dirname(path), f".tmp.edit.{os.path.basename(path)}")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(scratch, "wb") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def _messages(connection: socket.socket) -> Iterator[ToWorker]:
+    """Yield what the server asks, until it is gone."""
+    buffer = bytearray()
+    while True:
+        try:
+            received = connection.recv(1 << 20)
+        except ConnectionError:
+            return
+        if not received:
+            return
+        buffer += received
+        while len(buffer) >= 4 and len(buffer) - 4 >= (length := int.from_bytes(buffer[:4])):
+            message = _decoder.decode(bytes(buffer[4 : 4 + length]))
+            del buffer[: 4 + length]
+            yield message
+
+
+def _code_directories() -> list[str]:
+    """Return where Python and its packages lie; the directory it was started in is none of them."""
+    started_in = os.getcwd()
+    paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(path for path in sys.path if path)}
+    return sorted(path for path in paths if path not in (started_in, "/"))
+
+
+def _prepare_scratch(project: Path) -> Path:
+    """Make the private directory, empty, and live in it."""
+    scratch = project / "tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(mode=0o700)
+    tempfile.tempdir = str(scratch)
+    os.chdir(scratch)
+    return scratch
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the worker until it is told to stop; return the exit code."""
+    parser = argparse.ArgumentParser(prog="lattice-remote-worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--project-dir", type=Path, required=True)
+    parser.add_argument("--slug", required=True)
+    options = parser.parse_args(arguments)
+    # The server tells when to leave; a signal to the whole process group must not cut a command off.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.dont_write_bytecode = True
+    logging.basicConfig(level=logging.INFO, format=f"worker {options.slug}: %(levelname)s %(message)s")
+    connection = socket.socket(fileno=options.fd)
+    committer = Committer(connection)
+    try:
+        return _serve(options.project_dir.resolve(), connection, committer)
+    except OSError as error:
+        _log.exception("the project can't go on")
+        committer.submit(Job(Failed(f"the project can't go on: {error}")))
+        committer.finish()
+        return 1
+
+
+def _serve(project: Path, connection: socket.socket, committer: Committer) -> int:
+    code = _code_directories()
+    scratch = _prepare_scratch(project)
+    opened = open_store(project, scratch, committer, code=code)
+    worker = Worker(project, scratch, opened.store, Executor(project), committer)
+    worker.ready(opened.notes)
+    for message in _messages(connection):
+        if not worker.handle(message):
+            break
+    opened.store.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

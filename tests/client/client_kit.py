@@ -1,0 +1,47 @@
+"""Small steps that the client's tests share."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from fake_server import TOKEN
+
+from lattice_remote.client.cache import Cache
+from lattice_remote.client.service import Service
+from lattice_remote.client.settings import Remote, read_remote, write_remote
+
+TASK = "task_01HZZZZZZZZZZZZZZZZZZZZZZZ"
+PLAN = f"plans/{TASK}.md"
+
+
+def make_cache(root: Path, url: str, project: str = "web") -> Path:
+    """Make a directory as ``git clone`` leaves it: with a ``remote.json`` and nothing else."""
+    directory = root / ".lattice"
+    directory.mkdir(parents=True)
+    write_remote(str(directory), Remote("origin", url, project))
+    return directory
+
+
+async def ask(service: Service, do: str, token: str | None = TOKEN, **fields: object) -> dict[str, object]:
+    async with asyncio.timeout(10):
+        return await service.handle({"do": do, "token": token, **fields}, lambda _: None)
+
+
+async def run(service: Service, *argv: str, token: str | None = TOKEN, **fields: object) -> dict[str, object]:
+    return await ask(service, "run", token, id=os.urandom(16).hex(), argv=list(argv), files=[], **fields)
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait for a condition, with a bound."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        await asyncio.sleep(0.005)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Return the replicated files of a cache."""
+    cache = Cache(str(directory), read_remote(str(directory)))
+    return {path: cache.read(path) for path in cache.paths()}

@@ -1,0 +1,277 @@
+"""A server for the client's tests: one project as a dictionary, real WebSockets, and any misbehaviour asked for.
+
+Commands it knows: ``put PATH TEXT``, ``append PATH TEXT``, ``delete PATH``, ``move PATH TO``, ``slow``, and
+anything else, which changes nothing. Each answers with its own argv as stdout.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
+
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from lattice_remote.protocol.codec import decode_client_frame, encode
+from lattice_remote.protocol.messages import (
+    PROTOCOL_VERSION,
+    SUBPROTOCOL,
+    Change,
+    ClientFrame,
+    Entries,
+    Entry,
+    Fetch,
+    Hello,
+    Limits,
+    Manifest,
+    Part,
+    Put,
+    Refused,
+    Reply,
+    Run,
+    ServerFrame,
+    Stored,
+    Welcome,
+)
+from lattice_remote.protocol.operations import (
+    TAIL_BYTES,
+    AppendBytes,
+    DeleteFile,
+    MoveFile,
+    Operation,
+    PutFile,
+    digest_of,
+)
+
+TOKEN = "ltr_ana"
+PIECE = 64
+
+
+class FakeServer:
+    """One project. ``files`` is its tree; ``frames`` holds every frame that clients have sent."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {"config.json": b"{}\n", "tasks/task_1.json": b'{"id": 1}\n'}
+        self.epoch = "epoch-1"
+        self.changes: list[Change] = []
+        self.frames: list[ClientFrame] = []
+        self.replies: dict[str, ServerFrame] = {}
+        self.tokens = {TOKEN: "human:ana"}
+        self.status: HTTPStatus | None = None
+        self.error_body = b""
+        self.connections: dict[ServerConnection, bool] = {}
+        self.greetings = 0
+        self.cut_before_reply = 0
+        self.misbehave: Callable[[ServerConnection, ClientFrame], asyncio.Future[bool] | None] | None = None
+        self.put_outcome: str | None = None
+        self.slow = asyncio.Event()
+        self.port = 0
+        self._server: Server | None = None
+
+    # --- life ---
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        self._server = await serve(
+            self._serve,
+            "127.0.0.1",
+            self.port,
+            subprotocols=[SUBPROTOCOL],
+            process_request=self._check,
+            compression=None,
+            max_size=None,
+            ping_interval=None,
+        )
+        self.port = next(iter(self._server.sockets)).getsockname()[1]
+
+    async def stop(self) -> None:
+        self.slow.set()
+        if self._server is not None:
+            for connection in list(self.connections):
+                connection.transport.abort()
+            self._server.close()
+            await self._server.wait_closed()
+            self._server = None
+
+    def cut(self) -> None:
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    def _check(self, connection: ServerConnection, request: Request) -> Response | None:
+        if self.status is not None:
+            response = connection.respond(self.status, "")
+            response.body = self.error_body
+            del response.headers["Content-Length"]
+            response.headers["Content-Length"] = str(len(self.error_body))
+            return response
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in self.tokens:
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "")
+        return None
+
+    # --- the project ---
+
+    @property
+    def seq(self) -> int:
+        return len(self.changes)
+
+    @property
+    def mark(self) -> bytes:
+        return self.changes[-1].mark if self.changes else b""
+
+    def change(self, *operations: Operation, cause: str = "edit") -> Change:
+        """Number a change, carry it out, and send it to everybody."""
+        made = self.numbered(*operations, cause=cause)
+        for operation in operations:
+            self._carry_out(operation)
+        self.broadcast(made)
+        return made
+
+    def numbered(self, *operations: Operation, cause: str = "edit") -> Change:
+        seq = self.seq + 1
+        change = Change(seq, bytes([seq % 256]) * 16, "2026-01-01T00:00:00.000Z", "x", "t", cause, "", list(operations))
+        self.changes.append(change)
+        return change
+
+    def put(self, path: str, data: bytes) -> Change:
+        return self.change(PutFile(path, data))
+
+    def append(self, path: str, data: bytes) -> Change:
+        before = self.files.get(path, b"")
+        return self.change(AppendBytes(path, len(before), digest_of(before[-TAIL_BYTES:]), data))
+
+    def broadcast(self, frame: ServerFrame) -> None:
+        for connection, follows in self.connections.items():
+            if follows:
+                asyncio.get_running_loop().create_task(_send(connection, frame))
+
+    def _carry_out(self, operation: Operation) -> None:
+        match operation:
+            case PutFile():
+                self.files[operation.path] = operation.data
+            case AppendBytes():
+                self.files[operation.path] = self.files.get(operation.path, b"") + operation.data
+            case DeleteFile():
+                self.files.pop(operation.path, None)
+            case MoveFile():
+                self.files[operation.to] = self.files.pop(operation.path)
+
+    # --- one connection ---
+
+    async def _serve(self, connection: ServerConnection) -> None:
+        token = connection.request.headers["Authorization"].removeprefix("Bearer ")
+        try:
+            async for message in connection:
+                assert isinstance(message, bytes)
+                frame = decode_client_frame(message)
+                self.frames.append(frame)
+                if self.misbehave is not None and await self.misbehave(connection, frame):
+                    continue
+                await self._answer(connection, frame, self.tokens[token])
+        except ConnectionClosed:
+            pass
+        finally:
+            self.connections.pop(connection, None)
+
+    async def _answer(self, connection: ServerConnection, frame: ClientFrame, actor: str) -> None:
+        match frame:
+            case Hello():
+                await self._greet(connection, frame, actor)
+            case Manifest():
+                await self._list(connection)
+            case Fetch(paths=paths):
+                for path in paths:
+                    await self._part(connection, path)
+            case Run() | Put():
+                if frame.id not in self.replies:
+                    self.replies[frame.id] = await (self._run(frame) if isinstance(frame, Run) else self._put(frame))
+                    await asyncio.sleep(0)  # the change goes out first
+                if self.cut_before_reply:
+                    self.cut_before_reply -= 1
+                    connection.transport.abort()
+                else:
+                    await _send(connection, self.replies[frame.id])
+
+    async def _greet(self, connection: ServerConnection, hello: Hello, actor: str) -> None:
+        self.greetings += 1
+        marks = [b"", *(change.mark for change in self.changes)]
+        resync = hello.epoch != self.epoch or hello.seq > self.seq or marks[hello.seq] != hello.mark
+        await _send(
+            connection,
+            Welcome(
+                version=PROTOCOL_VERSION,
+                server_version="0",
+                lattice_version="0",
+                project="web",
+                actor=actor,
+                epoch=self.epoch,
+                head=self.seq,
+                oldest=1,
+                resync=resync,
+                limits=Limits(1 << 25, 1 << 25),
+            ),
+        )
+        if hello.follow and not resync:
+            for change in self.changes[hello.seq :]:
+                await _send(connection, change)
+        self.connections[connection] = hello.follow
+
+    async def _list(self, connection: ServerConnection) -> None:
+        entries = [Entry(path, len(data), digest_of(data)) for path, data in self.files.items()]
+        for start in range(0, len(entries), 3):
+            piece = entries[start : start + 3]
+            await _send(connection, Entries(self.seq, self.mark, piece, last=start + 3 >= len(entries)))
+        if not entries:
+            await _send(connection, Entries(self.seq, self.mark, [], last=True))
+
+    async def _part(self, connection: ServerConnection, path: str) -> None:
+        data = self.files.get(path)
+        if data is None:
+            await _send(connection, Part(path, self.seq, gone=True))
+            return
+        for offset in range(0, max(1, len(data)), PIECE):
+            piece = data[offset : offset + PIECE]
+            await _send(connection, Part(path, self.seq, len(data), digest_of(data), offset, piece))
+
+    async def _run(self, run: Run) -> ServerFrame:
+        match run.argv:
+            case ["put", path, text]:
+                self.change(PutFile(path, text.encode()), cause=run.id)
+            case ["append", path, text]:
+                self.append(path, text.encode())
+            case ["delete", path]:
+                self.change(DeleteFile(path), cause=run.id)
+            case ["move", path, to]:
+                self.change(MoveFile(path, to, digest_of(self.files[path])), cause=run.id)
+            case ["slow"]:
+                await self.slow.wait()
+            case ["refuse"]:
+                return Refused(run.id, "REMOTE_FORBIDDEN", "token may act as human:ana; not as human:bob")
+        return Reply(run.id, self.seq, 7 if run.argv[0] == "fail" else 0, " ".join(run.argv).encode(), b"")
+
+    async def _put(self, put: Put) -> ServerFrame:
+        outcome = self.put_outcome or ("stored" if self.files.get(put.path) == put.base else "conflict")
+        if outcome == "stored":
+            self.change(PutFile(put.path, put.text), cause=put.id)
+        elif outcome == "merged":
+            self.change(PutFile(put.path, put.text + b"theirs\n"), cause=put.id)
+        return Stored(put.id, self.seq, outcome)  # type: ignore[arg-type]
+
+
+async def _send(connection: ServerConnection, frame: ServerFrame) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        await connection.send(encode(frame))
+
+
+@contextlib.asynccontextmanager
+async def running() -> AsyncIterator[FakeServer]:
+    server = FakeServer()
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.stop()

@@ -1,0 +1,600 @@
+"""What a cache does, against a server that can be made to do anything."""
+
+import asyncio
+import base64
+import os
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, TASK, ask, make_cache, run, tree, until
+from fake_server import TOKEN, FakeServer
+from websockets.asyncio.server import ServerConnection
+
+from lattice_remote.client.cache import Cache
+from lattice_remote.client.service import Service
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MoveFile,
+    PutFile,
+    digest_of,
+)
+
+# --- filling and following ---
+
+
+async def test_a_directory_with_only_a_remote_is_filled(server: FakeServer, service: Service, directory: Path) -> None:
+    server.files["artifacts/payload/art_1.bin"] = os.urandom(10_000)
+    answer = await ask(service, "ready")
+    assert answer["current"] and answer["filled"]
+    assert tree(directory) == server.files
+    assert (directory / "locks").is_dir() and (directory / ".gitignore").read_text().startswith("#")
+
+
+async def test_changes_arrive_by_themselves(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.put("tasks/task_2.json", b"two")
+    server.append("events/task_2.jsonl", b"line\n")
+    server.append("events/task_2.jsonl", b"more\n")
+    server.change(MoveFile("tasks/task_2.json", "archive/tasks/task_2.json", digest_of(b"two")))
+    server.change(DeleteFile("tasks/task_1.json"))
+    await until(lambda: tree(directory) == server.files)
+
+
+async def test_an_announced_file_is_fetched(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    data = os.urandom(5000)
+    server.files["artifacts/payload/big"] = data
+    server.change(AnnounceFile("artifacts/payload/big", len(data), digest_of(data)))
+    await until(lambda: tree(directory) == server.files)
+
+
+async def test_a_command_returns_when_its_change_is_in_the_files(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    answer = await run(service, "put", "tasks/task_9.json", "nine")
+    assert base64.b64decode(str(answer["stdout"])) == b"put tasks/task_9.json nine"
+    assert (directory / "tasks/task_9.json").read_bytes() == b"nine"
+
+
+async def test_the_exit_code_is_the_servers(service: Service) -> None:
+    assert (await run(service, "fail"))["exit_code"] == 7
+
+
+async def test_a_drifted_file_is_fetched_before_the_answer(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    server.files["events/task_1.jsonl"] = b"one\n"
+    await ask(service, "ready")
+    (directory / "events/task_1.jsonl").write_bytes(b"tampered\n")
+    await run(service, "append", "events/task_1.jsonl", "two\n")
+    assert (directory / "events/task_1.jsonl").read_bytes() == b"one\ntwo\n"
+
+
+async def test_the_copy_goes_on_where_it_stood(server: FakeServer, directory: Path) -> None:
+    first = Service(str(directory))
+    first.start(TOKEN)
+    await ask(first, "ready")
+    server.put("tasks/task_2.json", b"two")
+    await until((directory / "tasks/task_2.json").exists)
+    await first.close()
+    server.put("tasks/task_3.json", b"three")
+    server.frames.clear()
+    second = Service(str(directory))
+    second.start(TOKEN)
+    await ask(second, "ready")
+    assert tree(directory) == server.files
+    assert not [frame for frame in server.frames if isinstance(frame, Fetch)]
+    await second.close()
+
+
+async def test_a_new_epoch_leads_to_a_resync(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.put("tasks/task_2.json", b"two")
+    await until((directory / "tasks/task_2.json").exists)
+    server.epoch, server.changes = "epoch-2", []
+    server.files = {"config.json": b"restored\n"}
+    server.cut()
+    await until(lambda: tree(directory) == server.files)
+
+
+async def test_the_age_is_that_of_the_last_word(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    await server.stop()
+    await until(lambda: not service._link.is_open)
+    answer = await ask(service, "ready")
+    assert not answer["current"] and answer["filled"]
+    assert answer["message"] == f"cannot reach server {server.url}" and 0 <= float(str(answer["age_s"])) < 5
+
+
+async def test_a_copy_that_was_never_filled_has_nothing_to_show(server: FakeServer, service: Service) -> None:
+    await server.stop()
+    answer = await ask(service, "ready")
+    assert not answer["filled"] and answer["code"] == "REMOTE_UNREACHABLE"
+
+
+async def test_after_a_reboot_the_files_are_compared(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Service(str(directory))
+    first.start(TOKEN)
+    await ask(first, "ready")
+    await first.close()
+    (directory / "tasks/task_1.json").write_bytes(b"")  # what a power cut may leave
+    monkeypatch.setattr("lattice_remote.client.state._boot_id", "another")
+    second = Service(str(directory))
+    second.start(TOKEN)
+    await ask(second, "ready")
+    assert tree(directory) == server.files
+    await second.close()
+
+
+async def test_two_processes_may_follow_one_cache(server: FakeServer, directory: Path) -> None:
+    services = [Service(str(directory)) for _ in range(3)]
+    for service in services:
+        service.start(TOKEN)
+    await asyncio.gather(*(ask(service, "ready") for service in services))
+    await asyncio.gather(
+        *(run(service, "append", "events/x.jsonl", f"{n}\n") for n in range(10) for service in services)
+    )
+    await until(lambda: tree(directory) == server.files)
+    assert len(server.files["events/x.jsonl"].splitlines()) == 30
+    for service in services:
+        await service.close()
+
+
+# --- cuts ---
+
+
+async def test_a_command_that_was_cut_off_runs_once(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.cut_before_reply = 2
+    answer = await run(service, "append", "events/x.jsonl", "once\n")
+    assert answer["exit_code"] == 0
+    assert (directory / "events/x.jsonl").read_bytes() == b"once\n"
+
+
+async def test_a_command_that_was_never_sent_says_so(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(service, "ready")
+    await server.stop()
+    monkeypatch.setattr("lattice_remote.client.link.UNSENT_PATIENCE_S", 0.3)
+    with pytest.raises(
+        ConnectionFailed, match=r"cannot reach server .*connection refused.*nothing was written"
+    ) as error:
+        await run(service, "put", "tasks/x.json", "x")
+    assert error.value.code == "REMOTE_UNREACHABLE"
+
+
+async def test_a_command_whose_answer_is_lost_may_have_taken_effect(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(service, "ready")
+    monkeypatch.setattr("lattice_remote.client.link.SENT_PATIENCE_S", 0.3)
+    running = asyncio.ensure_future(run(service, "slow"))
+    await until(lambda: any(isinstance(frame, Run) for frame in server.frames))
+    await server.stop()
+    with pytest.raises(ConnectionFailed, match="may have taken effect") as error:
+        await running
+    assert error.value.sent and error.value.code == "REMOTE_UNKNOWN_OUTCOME"
+
+
+async def test_a_server_that_comes_back_in_time_is_waited_for(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    await server.stop()
+    running = asyncio.ensure_future(run(service, "put", "tasks/x.json", "x"))
+    await until(lambda: service._link.failed_attempts > 1)
+    await server.start()
+    assert (await running)["exit_code"] == 0
+
+
+async def test_a_server_that_accepts_and_closes_is_not_asked_in_a_hot_loop(
+    server: FakeServer, service: Service
+) -> None:
+    async def close(connection: ServerConnection, frame: ClientFrame) -> bool:
+        connection.transport.abort()
+        return True
+
+    server.misbehave = close
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.5):
+            await asyncio.Event().wait()
+    assert 1 <= sum(isinstance(frame, Hello) for frame in server.frames) <= 15
+
+
+# --- tokens ---
+
+
+async def test_a_refused_token_is_named(server: FakeServer, directory: Path) -> None:
+    service = Service(str(directory))
+    service.start("wrong")
+    with pytest.raises(Rejected, match="lattice remote login") as error:
+        await run(service, "put", "tasks/x.json", "x", token="wrong")
+    assert error.value.code == "REMOTE_UNAUTHORIZED"
+    await service.close()
+
+
+async def test_no_token_at_all_says_how_to_log_in(directory: Path) -> None:
+    service = Service(str(directory))
+    service.start(None)
+    answer = await ask(service, "ready", None)
+    assert answer["code"] == "REMOTE_UNAUTHORIZED" and "lattice remote login" in str(answer["message"])
+    with pytest.raises(Rejected, match="no token"):
+        await run(service, "list", token=None)
+    await service.close()
+
+
+async def test_each_command_writes_with_its_own_token(server: FakeServer, service: Service, directory: Path) -> None:
+    server.tokens["ltr_bob"] = "human:bob"
+    await run(service, "put", "tasks/a.json", "a")
+    await run(service, "put", "tasks/b.json", "b", token="ltr_bob")
+    assert (directory / "tasks/b.json").read_bytes() == b"b"
+    hellos = [frame for frame in server.frames if isinstance(frame, Hello)]
+    assert [hello.follow for hello in hellos] == [True, False]
+
+
+async def test_a_better_token_replaces_a_refused_one(server: FakeServer, directory: Path) -> None:
+    service = Service(str(directory))
+    service.start("wrong")
+    await until(lambda: service._link.is_refused)
+    assert (await ask(service, "ready"))["current"]
+    await service.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code", "text"),
+    [
+        (403, b'{"error": {"code": "REMOTE_FORBIDDEN", "message": "not yours"}}', "REMOTE_FORBIDDEN", "not yours"),
+        (404, b"", "REMOTE_NOT_FOUND", "no such project"),
+        (426, b"<html>", "REMOTE_VERSION", "another version"),
+        (503, b'{"error": {"code": "REMOTE_BUSY", "message": "full"}}', "REMOTE_BUSY", "full"),
+        (502, b"Bad Gateway", "REMOTE_UNREACHABLE", "HTTP 502"),
+        (403, b'{"error": {"code": "REMOTE_FORBIDDEN", "message": "\\u001b[31m\\nred"}}', "REMOTE_FORBIDDEN", "red"),
+    ],
+)
+async def test_a_refusal_before_the_upgrade_is_understood(
+    server: FakeServer, service: Service, status: int, body: bytes, code: str, text: str
+) -> None:
+    server.status, server.error_body = HTTPStatus(status), body
+    await until(lambda: service._link.error is not None)
+    error = service._link.error
+    assert error is not None and error.code == code and text in error.message and error.message.isprintable()
+
+
+async def test_a_goodbye_is_obeyed(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    connection = next(iter(server.connections))
+    await connection.send(encode(Bye("REMOTE_UNAUTHORIZED", "this token was revoked")))
+    await until(lambda: service._link.error is not None)
+    error = service._link.error
+    assert error is not None and error.code == "REMOTE_UNAUTHORIZED" and "revoked" in error.message
+
+
+# --- refusals ---
+
+
+async def test_a_refused_command_is_an_error(service: Service) -> None:
+    with pytest.raises(Rejected, match="may act as") as error:
+        await run(service, "refuse")
+    assert error.value.code == "REMOTE_FORBIDDEN"
+
+
+async def test_an_argument_that_is_no_text_is_refused_here(service: Service) -> None:
+    with pytest.raises(Misuse, match="UTF-8"):
+        await run(service, "comment", "\udcff")
+    with pytest.raises(Misuse, match="too many"):
+        await run(service, *["x"] * 2000)
+
+
+async def test_an_unknown_request_is_refused(service: Service) -> None:
+    with pytest.raises(Misuse, match="another version"):
+        await ask(service, "dance")
+
+
+# --- plans and notes ---
+
+
+async def edited(server: FakeServer, service: Service, directory: Path) -> Path:
+    """Fill a cache that has a plan, and edit the plan."""
+    server.files[PLAN] = b"# Plan\n"
+    await ask(service, "ready")
+    (directory / PLAN).write_bytes(b"# Plan\nmine\n")
+    return directory / PLAN
+
+
+async def test_an_edit_is_sent_before_the_command(server: FakeServer, service: Service, directory: Path) -> None:
+    await edited(server, service, directory)
+    await run(service, "status", "x")
+    sent = [frame for frame in server.frames if isinstance(frame, Put | Run)]
+    assert isinstance(sent[0], Put) and sent[0].base == b"# Plan\n" and sent[0].text == b"# Plan\nmine\n"
+    assert isinstance(sent[1], Run)
+    assert (await ask(service, "status"))["unsent_edits"] == []
+    assert (await ask(service, "verify"))["edited"] == ()
+
+
+async def test_new_notes_are_sent_without_a_base(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    (directory / f"notes/{TASK}.md").write_bytes(b"note\n")
+    (directory / f"notes/{TASK}.md~").write_bytes(b"an editor's backup\n")
+    answer = await ask(service, "push")
+    assert answer["sent"] == [{"path": f"notes/{TASK}.md", "outcome": "stored"}]
+    assert server.files[f"notes/{TASK}.md"] == b"note\n"
+
+
+async def test_a_merged_edit_comes_back_merged(server: FakeServer, service: Service, directory: Path) -> None:
+    plan = await edited(server, service, directory)
+    server.put_outcome = "merged"
+    await ask(service, "push")
+    await until(lambda: plan.read_bytes() == b"# Plan\nmine\ntheirs\n")
+    assert (await ask(service, "status"))["unsent_edits"] == []
+
+
+async def test_a_conflict_keeps_both_texts(server: FakeServer, service: Service, directory: Path) -> None:
+    plan = await edited(server, service, directory)
+    server.put(PLAN, b"# Plan\ntheirs\n")
+    await until(lambda: service._follower.replica.position.seq == 1)
+    assert plan.read_bytes() == b"# Plan\nmine\n"  # an edited file is left alone
+    answer = await ask(service, "push")
+    assert answer["sent"] == [{"path": PLAN, "outcome": "conflict"}]
+    await until(lambda: plan.read_bytes() == b"# Plan\ntheirs\n")
+    assert (directory / f"{PLAN}.mine").read_bytes() == b"# Plan\nmine\n"
+    assert (await ask(service, "verify"))["differing"] == ()
+    assert tree(directory) == server.files
+
+
+async def test_what_is_edited_while_it_is_sent_is_the_next_edit(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    plan = await edited(server, service, directory)
+
+    async def edit_meanwhile(_: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put) and server.misbehave is not None:
+            server.misbehave = None
+            plan.write_bytes(b"# Plan\nmine\nand more\n")
+        return False
+
+    server.misbehave = edit_meanwhile
+    await ask(service, "push")
+    await until(lambda: server.files[PLAN] == b"# Plan\nmine\n")
+    assert plan.read_bytes() == b"# Plan\nmine\nand more\n"
+    await ask(service, "push")
+    assert server.files[PLAN] == b"# Plan\nmine\nand more\n"
+    await until(lambda: tree(directory) == server.files)
+
+
+async def test_an_archived_plan_does_not_take_an_edit_with_it(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    plan = await edited(server, service, directory)
+    server.change(MoveFile(PLAN, f"archive/{PLAN}", digest_of(b"# Plan\n")))
+    await until((directory / f"archive/{PLAN}").exists)
+    assert plan.read_bytes() == b"# Plan\nmine\n"
+    await ask(service, "push")
+    await until(lambda: tree(directory) == server.files)
+    assert (directory / f"{PLAN}.mine").read_bytes() == b"# Plan\nmine\n"
+
+
+async def test_a_removed_plan_is_no_edit_and_sync_restores_it(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    plan = await edited(server, service, directory)
+    plan.unlink()
+    assert (await ask(service, "push"))["sent"] == []
+    assert (await ask(service, "sync"))["missing"] == (PLAN,)
+    assert plan.read_bytes() == b"# Plan\n"
+
+
+async def test_an_unsent_edit_survives_a_sync(server: FakeServer, service: Service, directory: Path) -> None:
+    plan = await edited(server, service, directory)
+    assert (await ask(service, "sync"))["edited"] == (PLAN,)
+    assert plan.read_bytes() == b"# Plan\nmine\n"
+
+
+# --- comparing ---
+
+
+async def test_verify_lists_differences_and_changes_nothing(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    await ask(service, "ready")
+    (directory / "config.json").write_bytes(b"tampered")
+    (directory / "tasks/task_1.json").unlink()
+    (directory / "tasks/task_7.json").write_bytes(b"foreign")
+    before = tree(directory)
+    answer = await ask(service, "verify")
+    assert answer["differing"] == ("config.json",)
+    assert answer["missing"] == ("tasks/task_1.json",)
+    assert answer["surplus"] == ("tasks/task_7.json",)
+    assert tree(directory) == before
+
+
+async def test_sync_mends(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    (directory / "config.json").write_bytes(b"tampered")
+    (directory / "tasks/task_1.json").unlink()
+    (directory / "tasks/task_7.json").write_bytes(b"foreign")
+    await ask(service, "sync")
+    assert tree(directory) == server.files
+    assert (await ask(service, "verify"))["total"] == len(server.files)
+
+
+# --- a hostile server ---
+
+
+def outside(directory: Path) -> set[str]:
+    """Return every file around a cache, links not followed."""
+    root = directory.parent.parent
+    return {str(path.relative_to(root)) for path in root.rglob("*") if directory not in path.parents and path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../outside.md",
+        "/tmp/outside.md",
+        "tasks/../../outside",
+        ".gitignore",
+        "remote.json",
+        "cache_state.json",
+        "a\\b",
+    ],
+)
+async def test_a_path_out_of_the_cache_ends_the_connection(
+    server: FakeServer, service: Service, directory: Path, path: str
+) -> None:
+    await ask(service, "ready")
+    before, inside = outside(directory), tree(directory)
+    server.broadcast(server.numbered(PutFile(path, b"evil")))
+    await until(lambda: service._link.error is not None and service._link.error.code == "REMOTE_PROTOCOL")
+    assert outside(directory) == before and tree(directory) == inside
+
+
+async def test_links_in_the_way_are_never_followed(server: FakeServer, directory: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_bytes(b"precious")
+    (directory / "tasks").symlink_to(victim)
+    (directory / "config.json").symlink_to(victim / "file")
+    service = Service(str(directory))
+    service.start(TOKEN)
+    answer = await ask(service, "ready")
+    assert not answer["current"] and "in the way" in str(answer["message"])
+    assert [path.name for path in victim.iterdir()] == ["file"] and (victim / "file").read_bytes() == b"precious"
+    (directory / "tasks").unlink()
+    service._link.kick()
+    await until(lambda: tree(directory) == server.files)
+    assert (victim / "file").read_bytes() == b"precious" and not (directory / "config.json").is_symlink()
+    await service.close()
+
+
+async def test_a_gap_in_the_numbers_is_a_violation(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.broadcast(Change(5, b"m" * 16, "", "x", "t", "edit", "", [PutFile("tasks/x.json", b"x")]))
+    await until(lambda: service._link.failed_attempts > 0)
+    await until(lambda: service._link.is_open)
+    assert tree(directory) == server.files
+
+
+async def test_parts_that_nobody_asked_for_are_ignored(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.broadcast(Part("tasks/x.json", 0, 4, digest_of(b"evil"), 0, b"evil"))
+    server.put("tasks/y.json", b"y")
+    await until((directory / "tasks/y.json").exists)
+    assert not (directory / "tasks/x.json").exists()
+
+
+async def test_a_huge_announcement_takes_no_room(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.change(AnnounceFile("artifacts/payload/huge", 1 << 60, digest_of(b"")))
+    server.files["artifacts/payload/huge"] = b"small after all"
+    await until(lambda: any(isinstance(f, Fetch) and "artifacts/payload/huge" in f.paths for f in server.frames))
+    assert sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) < 10_000
+
+
+async def test_an_append_that_does_not_fit_is_fetched(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.files["events/x.jsonl"] = b"true\n"
+    server.broadcast(server.numbered(AppendBytes("events/x.jsonl", 1 << 40, digest_of(b"?"), b"y")))
+    await until((directory / "events/x.jsonl").exists)
+    assert (directory / "events/x.jsonl").read_bytes() == b"true\n"
+
+
+@pytest.mark.parametrize("message", ["text", b"\xc1", b"", b"\x81\xa4type\xa4nope"])
+async def test_a_bad_frame_ends_only_the_connection(server: FakeServer, service: Service, message: str | bytes) -> None:
+    await ask(service, "ready")
+    connection = next(iter(server.connections))
+    await connection.send(message)
+    await until(lambda: service._link.failed_attempts > 0)
+    assert (await ask(service, "ready"))["current"]
+
+
+async def test_a_server_that_says_nothing_is_given_up(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def silence(_: ServerConnection, frame: ClientFrame) -> bool:
+        return True
+
+    monkeypatch.setattr("lattice_remote.client.link.OPEN_TIMEOUT_S", 0.2)
+    server.misbehave = silence
+    await until(lambda: service._link.error is not None)
+    assert service._link.error is not None and "says nothing" in service._link.error.message
+
+
+async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:
+    async def babble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 ready\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    other = await asyncio.start_server(babble, "127.0.0.1", 0)
+    port = other.sockets[0].getsockname()[1]
+    service = Service(str(make_cache(tmp_path / "x", f"http://127.0.0.1:{port}")))
+    service.start(TOKEN)
+    await until(lambda: service._link.error is not None)
+    assert service._link.error is not None and "not a lattice-remote server" in service._link.error.message
+    await service.close()
+    other.close()
+    await other.wait_closed()
+
+
+# --- trouble on this side ---
+
+
+async def test_a_full_disk_is_said_and_nothing_is_corrupt(
+    server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(service, "ready")
+
+    def full(self: Cache, path: str, data: bytes) -> None:
+        raise StorageError("cannot write the cache: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "replace", full)
+        with pytest.raises(StorageError, match=r"No space left.*may have taken effect"):
+            await run(service, "put", "tasks/x.json", "x")
+        answer = await ask(service, "ready")
+        assert not answer["current"] and "No space left" in str(answer["message"])
+    assert (await ask(service, "ready"))["current"]
+    assert tree(directory) == server.files
+
+
+async def test_a_removed_directory_is_not_made_again(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    directory.rename(directory.with_name("elsewhere"))
+    assert service.is_stale()
+    server.put("tasks/x.json", b"x")
+    await until(lambda: service._link.error is not None)
+    assert not directory.exists()
+
+
+async def test_another_remote_makes_a_service_stale(service: Service, directory: Path) -> None:
+    from lattice_remote.client.settings import Remote, write_remote
+
+    assert not service.is_stale()
+    write_remote(str(directory), Remote("origin", "http://127.0.0.1:1", "web"))
+    assert service.is_stale()
+
+
+async def test_status_names_its_evidence(server: FakeServer, service: Service) -> None:
+    await run(service, "put", "tasks/x.json", "x")
+    status = await ask(service, "status")
+    assert status["connected"] and status["current"] and status["seq"] == status["server_seq"] == 1
+    assert float(str(status["last_heard_s"])) < 5 and status["pid"] == os.getpid() and status["actor"] == "human:ana"
+    await server.stop()
+    await until(lambda: not service._link.is_open)
+    status = await ask(service, "status")
+    assert not status["connected"] and status["server_seq"] is None and "refused" in str(status["error"])
+
+
+async def test_silence_is_not_called_connected(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    await ask(service, "ready")
+    monkeypatch.setattr("lattice_remote.client.link.ALIVE_S", -1.0)
+    assert not service.summary()["connected"]
+    with pytest.raises(RemoteError, match="cannot reach server"):
+        await ask(service, "pull")

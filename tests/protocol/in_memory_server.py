@@ -1,0 +1,281 @@
+"""A server, a wire and a disk in memory, to drive a ``Replica`` through any interleaving.
+
+The server keeps every tree of its history, so that a test can ask what a copy at a number must hold. It does
+what SPEC.md allows a server to do, at the least convenient moment: it replays slowly while others write, reads
+files for a ``Fetch`` long before the replay gets there, and sends manifests and files in small pieces.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lattice_remote.protocol.codec import decode_client_frame, decode_server_frame, encode
+from lattice_remote.protocol.messages import (
+    Change,
+    Entries,
+    Entry,
+    Fetch,
+    Hello,
+    Limits,
+    Manifest,
+    Part,
+    Reply,
+    ServerFrame,
+    Welcome,
+)
+from lattice_remote.protocol.operations import (
+    TAIL_BYTES,
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    Operation,
+    PutFile,
+    canonical_json,
+    digest_of,
+    merge_patch,
+)
+
+Files = dict[str, bytes]
+PIECE = 7
+"""Bytes in a part, entries in a manifest's piece: small, so that everything comes in several."""
+
+
+class MemoryTree:
+    """A ``Tree`` of a dictionary."""
+
+    def __init__(self, files: Files | None = None) -> None:
+        self.files: Files = {} if files is None else files
+
+    def size(self, path: str) -> int | None:
+        return len(self.files[path]) if path in self.files else None
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        return self.files[path][offset:]
+
+    def replace(self, path: str, data: bytes) -> None:
+        self.files[path] = data
+
+    def append(self, path: str, data: bytes) -> None:
+        self.files[path] = self.files.get(path, b"") + data
+
+    def move(self, path: str, to: str) -> None:
+        self.files[to] = self.files.pop(path)
+
+    def delete(self, path: str) -> None:
+        self.files.pop(path, None)
+
+
+def append_to(path: str, before: bytes, data: bytes) -> AppendBytes:
+    """Return the operation that adds ``data`` to a file of which ``before`` is the content."""
+    return AppendBytes(path, offset=len(before), tail=digest_of(before[-TAIL_BYTES:]), data=data)
+
+
+def merge_into(path: str, before: bytes, patch: dict[str, object]) -> tuple[MergeJson, bytes]:
+    """Return the operation that patches a canonical JSON file, and the file's content afterwards."""
+    import json
+
+    after = canonical_json(merge_patch(json.loads(before), patch))
+    return MergeJson(path, patch=json.dumps(patch).encode(), digest=digest_of(after)), after
+
+
+def announce(path: str, after: bytes) -> AnnounceFile:
+    return AnnounceFile(path, size=len(after), digest=digest_of(after))
+
+
+def delta(before: Files, after: Files, *, announced: frozenset[str] = frozenset()) -> list[Operation]:
+    """Return operations that lead from one tree to another: appends where a file grew, moves where one moved."""
+    operations: list[Operation] = []
+    gone = [path for path in before if path not in after]
+    for path, data in after.items():
+        old = before.get(path)
+        if old == data:
+            continue
+        source = next((p for p in gone if before[p] == data), None) if old is None else None
+        if path in announced:
+            operations.append(announce(path, data))
+        elif source is not None:
+            gone.remove(source)
+            operations.append(MoveFile(source, to=path, digest=digest_of(data)))
+        elif old is not None and len(data) > len(old) and data.startswith(old):
+            operations.append(append_to(path, old, data[len(old) :]))
+        else:
+            operations.append(PutFile(path, data))
+    return operations + [DeleteFile(path) for path in gone]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a history: the tree there, and the change that led to it."""
+
+    mark: bytes
+    files: Files
+    change: Change | None = None
+
+
+class Connection:
+    """One WebSocket: two FIFO streams of encoded frames, and what the server has still to say on it."""
+
+    def __init__(self) -> None:
+        self.to_client: deque[bytes] = deque()
+        self.to_server: deque[bytes] = deque()
+        self.cursor: int | None = None  # number of the last change sent; None before the greeting
+        self.pending: deque[ServerFrame] = deque()  # pieces of files and manifests, sent one at a time
+
+    def send(self, frame: ServerFrame) -> None:
+        self.to_client.append(encode(frame))
+
+
+@dataclass
+class InMemoryServer:
+    """One project's writer and its connections."""
+
+    epoch: str = "epoch-0"
+    history: list[Moment] = field(default_factory=lambda: [Moment(b"", {})])
+    oldest: int = 1
+    connections: list[Connection] = field(default_factory=list)
+    trees: dict[tuple[str, bytes], Files] = field(default_factory=lambda: {("epoch-0", b""): {}})
+    """Every tree that ever was, also in histories that were rolled back, by epoch and mark."""
+    _marks: int = 0
+    _epochs: int = 0
+
+    @property
+    def head(self) -> int:
+        return len(self.history) - 1
+
+    @property
+    def files(self) -> Files:
+        return self.history[-1].files
+
+    # --- what happens to the project ---
+
+    def write(self, operations: list[Operation], after: Files, *, request_id: str | None = None) -> int:
+        """Append a change, and answer the request that caused it on this connection."""
+        self._marks += 1
+        mark = hashlib.sha256(b"%d" % self._marks).digest()[:8]
+        change = Change(self.head + 1, mark, "2026-01-01T00:00:00.000Z", "human:ana", "", "edit", "x", operations)
+        self.history.append(Moment(mark, after, change))
+        self.trees[self.epoch, mark] = after
+        for connection in self.connections:
+            if connection.cursor == self.head - 1:
+                connection.cursor = self.head
+                connection.send(change)
+            if connection.cursor is not None and request_id is not None:
+                connection.pending.append(Reply(request_id, self.head, 0, b"", b""))
+        return self.head
+
+    def trim(self, oldest: int) -> None:
+        """Forget the changes before this one (retention)."""
+        self.oldest = max(self.oldest, min(oldest, self.head + 1))
+
+    def roll_back(self, seq: int) -> None:
+        """Become an older copy of itself, as a restored backup does, not knowing it."""
+        del self.history[seq + 1 :]
+        self.oldest = min(self.oldest, self.head + 1)
+        self.connections.clear()
+
+    def new_epoch(self) -> None:
+        """Begin to count anew (I7)."""
+        self._epochs += 1
+        self.epoch = f"epoch-{self._epochs}"
+        self.history = [Moment(b"", self.files)]
+        self.oldest = 1
+        self.trees[self.epoch, b""] = self.files
+        self.connections.clear()
+
+    # --- the conversation ---
+
+    def accept(self) -> Connection:
+        connection = Connection()
+        self.connections.append(connection)
+        return connection
+
+    def take(self, connection: Connection) -> None:
+        """Handle the next frame of a client; on a connection that it has ended nothing is."""
+        if connection not in self.connections:
+            connection.to_server.clear()
+            return
+        match decode_client_frame(connection.to_server.popleft()):
+            case Hello() as hello:
+                self._greet(connection, hello)
+            case Manifest():
+                self._list(connection)
+            case Fetch(paths):
+                for path in paths:
+                    connection.pending.extend(self._parts(path))
+            case frame:
+                raise AssertionError(f"a replica never sends {frame}")
+
+    def _greet(self, connection: Connection, hello: Hello) -> None:
+        known = hello.epoch == self.epoch
+        if known and (hello.seq > self.head or self.history[hello.seq].mark != hello.mark):
+            self.new_epoch()
+            self.connections.append(connection)
+            known = False
+        resync = not known or hello.seq + 1 < self.oldest
+        connection.cursor = self.head if resync else hello.seq
+        connection.send(
+            Welcome(
+                version=1,
+                server_version="0",
+                lattice_version="0",
+                project="p",
+                actor="human:ana",
+                epoch=self.epoch,
+                head=self.head,
+                oldest=self.oldest,
+                resync=resync,
+                limits=Limits(1 << 20, 1 << 20),
+            )
+        )
+
+    def _list(self, connection: Connection) -> None:
+        while self._replay_one(connection):
+            pass
+        entries = [Entry(path, len(data), digest_of(data)) for path, data in self.files.items()]
+        pieces = [entries[i : i + PIECE] for i in range(0, len(entries), PIECE)] or [[]]
+        frames = [
+            Entries(self.head, self.history[-1].mark, piece, last=i == len(pieces) - 1)
+            for i, piece in enumerate(pieces)
+        ]
+        connection.send(frames[0])
+        connection.pending.extend(frames[1:])
+
+    def _parts(self, path: str) -> Iterator[Part]:
+        data = self.files.get(path)
+        if data is None:
+            yield Part(path, self.head, gone=True)
+            return
+        for offset in range(0, max(1, len(data)), PIECE):
+            yield Part(path, self.head, len(data), digest_of(data), offset, data[offset : offset + PIECE])
+
+    def _replay_one(self, connection: Connection) -> bool:
+        if connection.cursor is None or connection.cursor >= self.head:
+            return False
+        connection.cursor += 1
+        change = self.history[connection.cursor].change
+        assert change is not None
+        connection.send(change)
+        return True
+
+    def say(self, connection: Connection, *, piece_first: bool) -> bool:
+        """Send one more frame: a change that is being replayed, or a piece; tell whether there was any."""
+        if connection not in self.connections:
+            return False
+        if not (piece_first and connection.pending) and self._replay_one(connection):
+            return True
+        if not connection.pending:
+            return False
+        frame = connection.pending[0]
+        if isinstance(frame, Reply) and connection.cursor is not None and connection.cursor < frame.seq:
+            return self._replay_one(connection)
+        connection.pending.popleft()
+        connection.send(frame)
+        return True
+
+
+def received(connection: Connection) -> ServerFrame:
+    """Return the next frame that reached the client, having gone through the codec."""
+    return decode_server_frame(connection.to_client.popleft())

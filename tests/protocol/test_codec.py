@@ -1,0 +1,99 @@
+"""Bytes from a peer become a frame or a ``ProtocolError``, whatever they are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattice_remote.errors import HostilePath, ProtocolError
+from lattice_remote.protocol import codec
+from lattice_remote.protocol.messages import ClientFrame, Fetch, Hello, Put, Run
+
+DECODERS = [codec.decode_client_frame, codec.decode_server_frame]
+ID = "0" * 32
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=40)
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | TEXT | st.binary(max_size=40),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=12,
+)
+
+
+PUBLISHED = json.loads((Path(__file__).parents[2] / "protocol/vectors/frames.json").read_text())
+FRAMES = [msgspec.msgpack.decode(bytes.fromhex(vector["msgpack"])) for vector in PUBLISHED]
+
+
+@st.composite
+def spoiled_frames(draw: st.DrawFn) -> bytes:
+    """Draw the bytes of a frame, with some of its fields replaced by junk."""
+    frame = draw(st.sampled_from(FRAMES))
+    return msgspec.msgpack.encode(frame | draw(st.dictionaries(st.sampled_from(sorted(frame)), JUNK, max_size=2)))
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@given(data=st.binary() | JUNK.map(msgspec.msgpack.encode))
+def test_random_bytes_raise_nothing_else(decode: Any, data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(data)
+
+
+@given(data=spoiled_frames())
+def test_spoiled_frames_raise_nothing_else(data: bytes) -> None:
+    for decode in DECODERS:
+        try:
+            frame = decode(data)
+        except ProtocolError:
+            continue
+        assert decode(codec.encode(frame)) == frame
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\x91" * 100_000 + b"\xc0", id="arrays"),
+        pytest.param(b"\x81\xa1a" * 100_000 + b"\xc0", id="maps"),
+        pytest.param(b"\x82\xa1x" + b"\x91" * 100_000 + b"\xc0\xa4type\xa8manifest", id="in a field nobody knows"),
+        pytest.param(b"\xdd\xff\xff\xff\xff", id="an array that says it is huge"),
+        pytest.param(b"\xc6\xff\xff\xff\xff", id="a binary that says it is huge"),
+        pytest.param(b"\x81\xa4type\xa4\xff\xfe\xfd\xfc", id="a kind that is not UTF-8"),
+        pytest.param(b"\x81\x90\xc0", id="a key that is an array"),
+        pytest.param(b"", id="nothing"),
+    ],
+)
+def test_hostile_shapes_are_refused(decode: Any, data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(data)
+
+
+@pytest.mark.parametrize("decode", DECODERS)
+def test_frame_over_the_limit_is_not_even_looked_at(decode: Any) -> None:
+    data = codec.encode(Hello([1], "1", "1"))
+    with pytest.raises(ProtocolError) as caught:
+        decode(data, max_bytes=len(data) - 1)
+    assert caught.value.code == "REMOTE_TOO_LARGE"
+
+
+def test_frame_at_the_limit_is_taken() -> None:
+    hello = Hello([1], "1", "1")
+    data = codec.encode(hello)
+    assert codec.decode_client_frame(data, max_bytes=len(data)) == hello
+
+
+@pytest.mark.parametrize(
+    "frame", [Fetch(["config.json", "../x"]), Put(ID, ".base/plans/x.md", None, b""), Fetch(["remote.json"])]
+)
+def test_paths_are_checked_while_decoding(frame: ClientFrame) -> None:
+    with pytest.raises(HostilePath):
+        codec.decode_client_frame(codec.encode(frame))
+
+
+@pytest.mark.parametrize("argv", [[], ["x"] * 1025])
+def test_argv_is_bounded(argv: list[str]) -> None:
+    with pytest.raises(ProtocolError):
+        codec.decode_client_frame(codec.encode(Run(ID, argv)))

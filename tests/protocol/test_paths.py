@@ -1,0 +1,114 @@
+"""What may be named by a peer, and what may not (I9)."""
+
+import posixpath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattice_remote.errors import HostilePath
+from lattice_remote.protocol.paths import MAX_DEPTH, MAX_PATH_BYTES, check_path, is_editable, is_replicated, parse_path
+
+TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
+
+SHARED = [
+    "config.json",
+    "ids.json",
+    f"tasks/{TASK}.json",
+    f"events/{TASK}.jsonl",
+    "events/_lifecycle.jsonl",
+    f"plans/{TASK}.md",
+    f"archive/plans/{TASK}.md",
+    "artifacts/payload/art_01.tar.gz",
+    "sessions/größe-1.json",
+    "resources/staging db/resource.json",
+    "a/b/c/d/e/f/g/h",
+]
+LOCAL = [
+    "remote.json",
+    "Remote.JSON",
+    "cache_state.json",
+    "locks",
+    "locks/tasks",
+    "LOCKS/tasks",
+    f"plans/{TASK}.md~",
+    f"plans/{TASK}.md.mine",
+    f"notes/#{TASK}.md#",
+    "notes/4913",
+]
+HOSTILE = [
+    "",
+    ".",
+    "..",
+    "/",
+    "/etc/passwd",
+    "../config.json",
+    "tasks/../../x",
+    "tasks/..",
+    "tasks//x",
+    "tasks/",
+    "./tasks/x",
+    ".base/plans/x.md",
+    "tasks/.tmp.123",
+    "tasks\\..\\x",
+    "C:/x",
+    "tasks/x\x00.json",
+    "tasks/x\n",
+    "tasks/\x7f",
+    "tasks/\udcff",
+    "x" * (MAX_PATH_BYTES + 1),
+    "ü" * 200,
+    "x" * 256,
+    "/".join("x" * (MAX_DEPTH + 1)),
+]
+
+
+@pytest.mark.parametrize("path", SHARED)
+def test_files_of_a_project_are_shared(path: str) -> None:
+    assert check_path(path) == path
+    assert is_replicated(path)
+    assert "/".join(parse_path(path)) == path
+
+
+@pytest.mark.parametrize("path", LOCAL)
+def test_files_of_one_machine_are_not_shared_and_not_taken_from_a_peer(path: str) -> None:
+    assert not is_replicated(path)
+    with pytest.raises(HostilePath):
+        check_path(path)
+
+
+@pytest.mark.parametrize("path", HOSTILE)
+def test_paths_that_are_not_plain_are_refused(path: str) -> None:
+    assert not is_replicated(path)
+    for check in (check_path, parse_path):
+        with pytest.raises(HostilePath):
+            check(path)
+
+
+@given(st.text() | st.lists(st.sampled_from(["..", ".", "", "a", "/", "\\", "tasks"])).map("/".join))
+def test_whatever_is_accepted_stays_inside(path: str) -> None:
+    try:
+        check_path(path)
+    except HostilePath:
+        assert not is_replicated(path)
+    else:
+        assert is_replicated(path)
+        assert posixpath.normpath(path) == path
+        assert posixpath.normpath(posixpath.join("/root", path)).startswith("/root/")
+
+
+@pytest.mark.parametrize(
+    ("path", "editable"),
+    [
+        (f"plans/{TASK}.md", True),
+        (f"notes/{TASK}.md", True),
+        (f"plans/{TASK}.md\n", False),
+        (f"plans/{TASK}.txt", False),
+        (f"archive/plans/{TASK}.md", False),
+        (f"tasks/{TASK}.md", False),
+        (f"plans/x/{TASK}.md", False),
+        ("plans/task_1.md", False),
+    ],
+)
+def test_only_the_plans_and_notes_of_tasks_are_edited_by_hand(path: str, editable: bool) -> None:
+    assert is_editable(path) is editable

@@ -1,0 +1,826 @@
+"""A replica reaches its server's tree, whatever happens on the way (I3, I5, I7)."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from in_memory_server import (
+    PIECE,
+    Connection,
+    Files,
+    InMemoryServer,
+    MemoryTree,
+    announce,
+    append_to,
+    delta,
+    merge_into,
+    received,
+)
+
+from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import (
+    Bye,
+    Change,
+    Entries,
+    Entry,
+    Fetch,
+    Limits,
+    Manifest,
+    Part,
+    Refused,
+    Reply,
+    ServerFrame,
+    Stored,
+    Welcome,
+)
+from lattice_remote.protocol.operations import (
+    AppendBytes,
+    DeleteFile,
+    MoveFile,
+    Operation,
+    PutFile,
+    apply,
+    canonical_json,
+    digest_of,
+    paths_of,
+)
+from lattice_remote.protocol.replica import (
+    NOWHERE,
+    Answer,
+    ApplyChange,
+    Compare,
+    Effect,
+    Position,
+    Remove,
+    Replica,
+    Save,
+    Send,
+    State,
+    WritePart,
+)
+
+PLAN = "plans/a.md"
+LOGS = ("events/a.jsonl", "events/b.jsonl", PLAN)
+JSONS = ("ids.json", "tasks/a.json")
+PATHS = (*LOGS, *JSONS, "archive/plans/a.md", "archive/tasks/a.json", "notes/a.md")
+REQUEST = "0" * 32
+
+
+class Crash(Exception):
+    """The process is gone."""
+
+
+class Disk:
+    """One copy's files, and what is stored about them; one or more processes share it."""
+
+    def __init__(self) -> None:
+        self.files: Files = {}
+        self.saved: tuple[Position, tuple[str, ...]] = (NOWHERE, ())
+        self.version = 0  # how often something was stored
+        self.locked_by: Copy | None = None  # a process that resyncs keeps the others out until it is done
+        self.edits: dict[str, bytes | None] = {}  # path -> the text before (the edit's base)
+        self.touched: set[str] = set()  # files that were changed behind our back, until a full comparison
+        self.ahead = 0  # a crash may have left the files at up to this number, ahead of the stored one
+        self.rolled_back = False  # the server lost changes; were some in files of which nothing is stored?
+
+
+class Copy:
+    """The shell of one replica: a process that brings a disk's files to where the server is."""
+
+    def __init__(self, server: InMemoryServer, disk: Disk) -> None:
+        self.server = server
+        self.disk = disk
+        self.version = 0  # of the disk, as this process knows it
+        self.replica = Replica()
+        self.connection: Connection | None = None
+        self.arriving: dict[str, bytes] = {}
+        self.sent: dict[str, int] = {}  # edits that the server has taken, and as which change
+
+    # --- running ---
+
+    @property
+    def may_run(self) -> bool:
+        return self.disk.locked_by in (None, self)
+
+    def connect(self) -> None:
+        """Greet, with the same replica when no other process has stored anything since."""
+        if self.version != self.disk.version:
+            self.restart()
+        self.connection = self.server.accept()
+        hello = self.replica.hello(client_version="0", lattice_version="0")
+        self.connection.to_server.append(encode(hello))
+
+    def cut(self) -> None:
+        if self.connection in self.server.connections:
+            self.server.connections.remove(self.connection)
+        self.connection = None
+        self.sent.clear()
+        self.replica.disconnected()
+        if self.disk.locked_by is self:
+            self.disk.locked_by = None
+
+    def restart(self) -> None:
+        if self.connection is not None:
+            self.cut()
+        position, wanted = self.disk.saved
+        self.version = self.disk.version
+        self.replica = Replica(position, wanted)
+        self.arriving.clear()
+
+    def receive(self, *, crash_at: int | None = None) -> None:
+        assert self.may_run, "it would wait for the lock"
+        if not self.catch_up_with_others():
+            return
+        assert self.connection is not None
+        self.perform(self.replica.receive(received(self.connection)), crash_at=crash_at)
+        for path in [path for path, seq in self.sent.items() if seq <= self.replica.position.seq]:
+            del self.sent[path]
+            self.disk.edits.pop(path, None)
+            self.perform(self.replica.release([path]))
+        replica = self.replica
+        if replica.state is State.COMPARING and not replica.position.epoch:
+            self.disk.locked_by = self
+        elif replica.state is State.FOLLOWING and len(replica.wanted) == len(replica.held) and self.disk.locked_by:
+            self.disk.locked_by = None
+
+    def catch_up_with_others(self) -> bool:
+        """Go on from where another process has brought the files; tell whether that can be done."""
+        if self.version == self.disk.version:
+            return True
+        self.version = self.disk.version
+        (position, wanted), here = self.disk.saved, self.replica.position
+        greeted = self.replica.state is State.FOLLOWING
+        if not greeted or position.epoch != here.epoch or position.seq < here.seq:
+            self.cut()
+            return False
+        self.arriving.clear()
+        self.perform(self.replica.overtaken(position, wanted))
+        return True
+
+    def perform(self, effects: list[Effect], *, crash_at: int | None = None) -> None:
+        drifted = False
+        for number, effect in enumerate(effects):
+            if number == crash_at:
+                raise Crash
+            match effect:
+                case ApplyChange(change, operations):
+                    drifted |= self._apply(change, operations, torn=number + 1 == crash_at)
+                case WritePart(part):
+                    self._write(part)
+                case Remove(paths):
+                    for path in paths:
+                        self._replace(path, None)
+                case Compare():
+                    self._compare(effect)
+                case Send(frame):
+                    assert self.connection is not None
+                    self.connection.to_server.append(encode(frame))
+                case Answer(frame):
+                    assert not isinstance(frame, Refused)
+                    assert self.replica.position.seq >= frame.seq
+                    if not drifted:
+                        self.check(at_least=frame.seq)
+                case Save():
+                    self.check()
+                    self.disk.saved = (self.replica.position, tuple(self.replica.wanted))
+                    self.disk.version += 1
+                    self.version = self.disk.version
+
+    def _apply(self, change: Change, operations: tuple[Operation, ...], *, torn: bool) -> bool:
+        self.disk.ahead = max(self.disk.ahead, change.seq)
+        drifted: set[str] = set()
+        for number, operation in enumerate(operations):
+            if torn and number == len(operations) - 1:
+                if (
+                    isinstance(operation, AppendBytes)
+                    and self.disk.files.get(operation.path, b"").__len__() == operation.offset
+                ):
+                    MemoryTree(self.disk.files).append(operation.path, operation.data[:1])
+                raise Crash
+            edited = [path for path in paths_of(operation) if path in self.disk.edits]
+            for path in edited:
+                self.replica.hold(path)
+            if edited:
+                drifted |= {path for path in paths_of(operation) if path not in edited}
+            else:
+                drifted |= apply(operation, MemoryTree(self.disk.files))
+        self.perform(self.replica.drifted(drifted))
+        return bool(drifted)
+
+    def _write(self, part: Part) -> None:
+        before = b"" if part.offset == 0 else self.arriving.get(part.path, b"")
+        content = self.arriving[part.path] = before + part.data
+        if part.offset + len(part.data) < part.size:
+            return
+        del self.arriving[part.path]
+        if digest_of(content) == part.digest:
+            self._replace(part.path, content)
+        else:
+            self.perform(self.replica.drifted([part.path]))
+
+    def _replace(self, path: str, content: bytes | None) -> None:
+        if path in self.disk.edits:
+            self.replica.hold(path)
+        elif content is None:
+            self.disk.files.pop(path, None)
+        else:
+            self.disk.files[path] = content
+
+    def _compare(self, compare: Compare) -> None:
+        files = self.disk.files | {path: text for path, text in self.disk.edits.items() if text is not None}
+        local = {
+            path: (len(data), digest_of(data))
+            for path, data in files.items()
+            if self.disk.edits.get(path, data) is not None
+        }
+        if compare.mend:
+            self.disk.touched.clear()
+            self.disk.rolled_back = False
+            self.disk.ahead = 0
+            self.perform(self.replica.compared(local, edited=list(self.disk.edits)))
+            return
+        known = {*local, *compare.entries} - {*self.replica.wanted}
+        differences = {path for path in known if local.get(path) != compare.entries.get(path)}
+        excused = {*self.disk.edits, *self.disk.touched}
+        assert differences <= excused or self.disk.rolled_back or self.disk.ahead > compare.seq
+        self.perform(self.replica.verified())
+
+    # --- what must always hold ---
+
+    def check(self, *, at_least: int = 0) -> None:
+        """Every file is as the server had it at our number, except those that we say we don't know."""
+        position = self.replica.position
+        if not position.epoch or self.disk.rolled_back:
+            return
+        expected = self.server.trees[position.epoch, position.mark]
+        excused = {*self.disk.edits, *self.disk.touched}
+        excused |= {path for path, seq in self.replica.wanted.items() if not 0 < seq <= at_least}
+        acceptable = [expected]
+        if self.disk.ahead > position.seq and position.epoch == self.server.epoch:
+            acceptable += [moment.files for moment in self.server.history[position.seq : self.disk.ahead + 1]]
+        for path in {*expected, *self.disk.files} - excused:
+            found = self.disk.files.get(path)
+            torn = self.disk.ahead > position.seq and found is not None
+            assert torn or found in [files.get(path) for files in acceptable], f"{path} at {position}"
+
+
+WHO = st.integers(0, 1)
+
+
+class Replication(RuleBasedStateMachine):
+    """One server, one copy with one or two processes at work on it, and everything that can come between them.
+
+    Troubles of one kind share a rule, so that most steps are ordinary work, which they then meet in all its phases.
+    """
+
+    @initialize(
+        files=st.dictionaries(st.sampled_from(PATHS), st.just(b"{}\n"), min_size=1), processes=st.integers(1, 2)
+    )
+    def begin(self, files: Files, processes: int) -> None:
+        self.server = InMemoryServer()
+        self.server.write([], files)
+        self.server.trim(2)
+        self.disk = Disk()
+        self.copies = [Copy(self.server, self.disk) for _ in range(processes)]
+
+    @property
+    def unsent(self) -> list[str]:
+        sent = {path for copy in self.copies for path in copy.sent}
+        return [path for path in self.disk.edits if path not in sent]
+
+    # --- the server's side ---
+
+    @rule(log=st.sampled_from(LOGS), data=st.binary(min_size=1, max_size=3 * PIECE), mine=st.booleans())
+    def log_grows(self, log: str, data: bytes, mine: bool) -> None:
+        before = self.server.files.get(log, b"")
+        self._write([append_to(log, before, data)], self.server.files | {log: before + data}, mine)
+
+    @rule(
+        path=st.sampled_from(JSONS), key=st.sampled_from("abc"), value=st.integers(0, 2) | st.none(), mine=st.booleans()
+    )
+    def json_is_patched(self, path: str, key: str, value: int | None, mine: bool) -> None:
+        before = self.server.files.get(path, b"")
+        try:
+            operation, after = merge_into(path, before, {key: value})
+        except ValueError:
+            after = canonical_json({key: value})
+            self._write([PutFile(path, after)], self.server.files | {path: after}, mine)
+        else:
+            self._write([operation], self.server.files | {path: after}, mine)
+
+    @rule(path=st.sampled_from(PATHS), to=st.sampled_from(PATHS), mine=st.booleans())
+    def file_moves(self, path: str, to: str, mine: bool) -> None:
+        if path not in self.server.files or path == to:
+            return
+        after = dict(self.server.files)
+        data = after[to] = after.pop(path)
+        self._write([MoveFile(path, to=to, digest=digest_of(data))], after, mine)
+
+    @rule(
+        changed=st.dictionaries(st.sampled_from(PATHS), st.binary(max_size=4 * PIECE) | st.none(), max_size=4),
+        announced=st.booleans(),
+    )
+    def several_files_change(self, changed: dict[str, bytes | None], announced: bool) -> None:
+        after = {path: data for path, data in (self.server.files | changed).items() if data is not None}
+        large = frozenset(path for path, data in changed.items() if data is not None) if announced else frozenset()
+        self._write(delta(self.server.files, after, announced=large), after, False)
+
+    def _write(self, operations: list[Operation], after: Files, mine: bool) -> None:
+        self.server.write(operations, after, request_id=REQUEST if mine else None)
+
+    @rule(what=st.sampled_from(["rolled back", "rolled back", "new epoch", "trimmed"]), number=st.integers(0, 11))
+    def history_changes(self, what: str, number: int) -> None:
+        if what == "rolled back":
+            self._roll_back(1 + number % 3, number // 3)
+        elif what == "trimmed":
+            self.server.trim(self.server.head - number)
+        else:
+            self._cut_all()
+            self.server.new_epoch()
+
+    def _roll_back(self, back: int, overtake: int) -> None:
+        """Restored from a backup; it may have gone on from there before anybody connects."""
+        seq = max(self.server.head - back, 0)
+        self._cut_all()
+        # Files that a crash left ahead of the stored number may be of the lost history: only a comparison tells.
+        self.disk.rolled_back |= self.disk.ahead > min(seq, self.disk.saved[0].seq)
+        self.server.roll_back(seq)
+        for number in range(overtake):
+            self.log_grows("events/a.jsonl", b"other%d\n" % number, False)
+
+    def _cut_all(self) -> None:
+        for copy in self.copies:
+            if copy.connection is not None:
+                copy.cut()
+
+    # --- the wire ---
+
+    @rule(who=WHO)
+    def server_takes_a_frame(self, who: int) -> None:
+        connection = self.copies[who % len(self.copies)].connection
+        if connection is not None and connection.to_server:
+            self.server.take(connection)
+
+    @rule(who=WHO, piece_first=st.booleans(), frames=st.integers(1, 4))
+    def server_says_more(self, who: int, piece_first: bool, frames: int) -> None:
+        connection = self.copies[who % len(self.copies)].connection
+        for _ in range(frames):
+            if connection is not None:
+                self.server.say(connection, piece_first=piece_first)
+
+    @rule(who=WHO, frames=st.integers(1, 4))
+    def client_receives(self, who: int, frames: int) -> None:
+        for _ in range(frames):
+            if self._can_receive(who):
+                self.copies[who % len(self.copies)].receive()
+
+    @rule(who=WHO, frames=st.integers(2, 60))
+    def much_gets_through(self, who: int, frames: int) -> None:
+        copy = self.copies[who % len(self.copies)]
+        if copy.connection is None and copy.may_run:
+            copy.connect()
+        self._exchange(who, frames)
+
+    def _can_receive(self, who: int) -> bool:
+        copy = self.copies[who % len(self.copies)]
+        return copy.may_run and copy.connection is not None and bool(copy.connection.to_client)
+
+    # --- the client's side ---
+
+    @rule(who=WHO, what=st.sampled_from(["cut", "cut and back", "restart", "crash"]), crash_at=st.integers(0, 3))
+    def client_is_disturbed(self, who: int, what: str, crash_at: int) -> None:
+        copy = self.copies[who % len(self.copies)]
+        if what == "restart":
+            copy.restart()
+        elif what == "crash" and self._can_receive(who):
+            try:
+                copy.receive(crash_at=crash_at)
+            except Crash:
+                copy.restart()
+        elif copy.connection is not None:
+            copy.cut()
+            if what == "cut and back" and copy.may_run:
+                copy.connect()
+
+    @rule(who=WHO, mend=st.booleans())
+    def client_compares(self, who: int, mend: bool) -> None:
+        copy = self.copies[who % len(self.copies)]
+        if copy.replica.state in (State.FOLLOWING, State.COMPARING):
+            copy.perform(copy.replica.compare(mend=mend))
+
+    @rule(path=st.sampled_from(PATHS), data=st.binary(max_size=PIECE) | st.none())
+    def file_is_tampered_with(self, path: str, data: bytes | None) -> None:
+        if path in self.disk.edits:
+            return
+        self.disk.touched.add(path)
+        if data is None:
+            self.disk.files.pop(path, None)
+        else:
+            self.disk.files[path] = data
+
+    @rule(path=st.sampled_from([PLAN, "notes/a.md"]), text=st.binary(max_size=PIECE))
+    def somebody_edits(self, path: str, text: bytes) -> None:
+        self.disk.edits.setdefault(path, self.disk.files.get(path))
+        self.disk.files[path] = text
+
+    @precondition(lambda self: self.unsent)
+    @rule(who=WHO)
+    def edit_is_given_up(self, who: int) -> None:
+        copy = self.copies[who % len(self.copies)]
+        if not copy.may_run or copy.replica.state is not State.FOLLOWING or not copy.catch_up_with_others():
+            return
+        path = self.unsent[0]
+        base = self.disk.edits.pop(path)
+        if base is None:
+            self.disk.files.pop(path, None)
+        else:
+            self.disk.files[path] = base
+        copy.perform(copy.replica.release([path]))
+
+    @precondition(lambda self: self.unsent)
+    @rule(who=WHO)
+    def edit_is_stored(self, who: int) -> None:
+        copy = self.copies[who % len(self.copies)]
+        if copy.connection in self.server.connections and copy.replica.welcome is not None:
+            path = self.unsent[0]
+            text = self.disk.files.get(path, b"")
+            copy.sent[path] = self.server.write([PutFile(path, text)], self.server.files | {path: text})
+
+    # --- the promise ---
+
+    def _exchange(self, who: int, frames: int = 10_000) -> None:
+        """Deliver until nobody has anything left to say, or so many frames have gone either way."""
+        copy = self.copies[who % len(self.copies)]
+        for _ in range(frames):
+            if copy.connection is None:
+                return
+            if copy.connection.to_server:
+                self.server.take(copy.connection)
+            elif self._can_receive(who):
+                copy.receive()
+            elif not self.server.say(copy.connection, piece_first=False):
+                return
+        assert frames < 10_000, "the conversation never ends"
+
+    def _settle(self, who: int) -> None:
+        self._exchange(who)
+        copy = self.copies[who % len(self.copies)]
+        assert copy.replica.is_current, "the copy is stuck"
+        assert copy.replica.position.seq == self.server.head, "the copy is behind"
+
+    def teardown(self) -> None:
+        """Once nothing disturbs it any more, the copy gets there, and stays within its bounds."""
+        if not hasattr(self, "copies"):
+            return
+        first, *others = self.copies
+        for other in others:
+            if other.connection is not None:
+                other.cut()
+        if first.connection is not None and first.connection not in self.server.connections:
+            first.cut()
+        if first.connection is None:
+            first.connect()
+        self._exchange(0)
+        if first.connection is None:
+            first.connect()  # it found that the other process had begun anew
+        self._settle(0)
+        while self.unsent:
+            self.edit_is_stored(who=0)
+        self._settle(0)
+        if self.disk.touched or self.disk.rolled_back:
+            first.perform(first.replica.compare(mend=True))
+            self._settle(0)
+        assert not first.replica.wanted
+        assert self.disk.files == self.server.files
+        assert self.disk.saved[0] == first.replica.position
+        assert first.replica.position.epoch == self.server.epoch
+        for other in others:
+            other.connect()
+            self._settle(1)
+            assert self.disk.files == self.server.files
+
+
+TestReplication = Replication.TestCase
+TestReplication.settings = settings(
+    max_examples=200, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+# --- single steps, as a table of what the server says and what follows ---
+
+
+def welcome(*, epoch: str = "e", head: int = 0, resync: bool = False, version: int = 1) -> Welcome:
+    return Welcome(version, "0", "0", "p", "human:ana", epoch, head, 1, resync, Limits(1, 1))
+
+
+def change(seq: int, *operations: Operation) -> Change:
+    return Change(seq, b"m%d" % seq, "2026-01-01T00:00:00.000Z", "human:ana", "", "edit", "x", list(operations))
+
+
+def reply(seq: int) -> Reply:
+    return Reply(REQUEST, seq, 0, b"", b"")
+
+
+def part(path: str, seq: int, data: bytes = b"x") -> Part:
+    return Part(path, seq, len(data), digest_of(data), 0, data)
+
+
+def following(seq: int = 1, *, head: int | None = None, wanted: tuple[str, ...] = ()) -> Replica:
+    """Return a replica at (e, seq) whose server has just said that it goes on from there."""
+    replica = Replica(Position("e", seq, b"m%d" % seq), wanted)
+    replica.hello(client_version="0", lattice_version="0")
+    replica.receive(welcome(head=seq if head is None else head))
+    return replica
+
+
+def sent(effects: list[Effect]) -> list[object]:
+    return [effect.frame for effect in effects if isinstance(effect, Send)]
+
+
+def answers(effects: list[Effect]) -> list[int]:
+    return [
+        effect.frame.seq for effect in effects if isinstance(effect, Answer) and not isinstance(effect.frame, Refused)
+    ]
+
+
+def test_hello_says_where_the_copy_stands() -> None:
+    replica = Replica(Position("e", 7, b"m"), follow=False)
+    hello = replica.hello(client_version="0.1", lattice_version="0.2")
+    assert (hello.epoch, hello.seq, hello.mark, hello.follow) == ("e", 7, b"m", False)
+    assert (hello.client_version, hello.lattice_version) == ("0.1", "0.2")
+
+
+def test_resync_forgets_the_position_before_it_asks_for_the_manifest() -> None:
+    replica = Replica(Position("old", 7, b"m"), ["a"])
+    replica.hello(client_version="0", lattice_version="0")
+    assert replica.receive(welcome(resync=True, head=3)) == [Save(), Send(Manifest())]
+    assert (replica.position, replica.wanted, replica.state) == (NOWHERE, {}, State.COMPARING)
+
+
+def test_change_is_applied_then_saved() -> None:
+    replica = following()
+    operation = PutFile("a", b"1")
+    assert replica.receive(change(2, operation)) == [ApplyChange(change(2, operation), (operation,)), Save()]
+    assert replica.position == Position("e", 2, b"m2")
+
+
+def test_repeated_change_is_ignored() -> None:
+    assert following(5).receive(change(5, PutFile("a", b"1"))) == []
+
+
+def test_copy_is_current_once_it_has_the_head_and_every_wanted_file() -> None:
+    replica = following(1, head=2, wanted=("a",))
+    assert not replica.is_current
+    replica.receive(change(2))
+    assert not replica.is_current
+    replica.receive(part("a", 2))
+    assert replica.is_current
+
+
+def test_reply_waits_for_the_files_that_its_changes_touched() -> None:
+    replica = following()
+    replica.receive(change(2, announce("a", b"large")))
+    replica.drifted(["a"])
+    assert replica.receive(reply(2)) == []
+    assert answers(replica.receive(part("a", 2, b"large"))) == [2]
+
+
+def test_reply_does_not_wait_for_a_file_that_is_edited_here() -> None:
+    replica = following()
+    replica.hold(PLAN)
+    assert answers(replica.receive(reply(1))) == [1]
+    assert sent(replica.release([PLAN])) == [Fetch([PLAN])]
+
+
+def test_reply_before_its_change_waits_for_it() -> None:
+    replica = following()
+    assert replica.receive(reply(2)) == []
+    assert answers(replica.receive(change(2))) == [2]
+
+
+def test_reply_of_a_lost_connection_is_not_handed_on_later() -> None:
+    replica = following()
+    replica.receive(reply(2))
+    replica.disconnected()
+    replica.hello(client_version="0", lattice_version="0")
+    replica.receive(welcome(head=2))
+    assert answers(replica.receive(change(2))) == []
+
+
+def test_refusal_is_handed_on_at_once() -> None:
+    refused = Refused(REQUEST, "REMOTE_FORBIDDEN", "no")
+    assert following().receive(refused) == [Answer(refused)]
+
+
+def test_connection_that_only_writes_gets_its_answer_at_once() -> None:
+    replica = Replica(follow=False)
+    replica.hello(client_version="0", lattice_version="0")
+    assert replica.receive(welcome(head=40, resync=True)) == []
+    stored = Stored(REQUEST, 41, "merged")
+    assert replica.receive(stored) == [Answer(stored)]
+    assert replica.position == NOWHERE
+
+
+def test_files_are_asked_for_in_batches_while_the_last_one_arrives() -> None:
+    paths = [f"tasks/{number}.json" for number in range(1000)]
+    replica = Replica(Position("e", 1, b"m1"), paths)
+    replica.hello(client_version="0", lattice_version="0")
+    asked = [list(frame.paths) for frame in sent(replica.receive(welcome(head=1))) if isinstance(frame, Fetch)]
+    assert len(asked) == 1
+    batch = len(asked[0])
+    for path in paths:
+        asked += [list(frame.paths) for frame in sent(replica.receive(part(path, 1))) if isinstance(frame, Fetch)]
+    assert [path for paths_asked in asked for path in paths_asked] == paths
+    assert all(len(paths_asked) <= batch for paths_asked in asked)
+    assert replica.is_current
+
+
+def test_operation_on_a_file_that_was_read_later_is_skipped() -> None:
+    replica = following(1, head=9, wanted=("a", "b"))
+    replica.receive(part("a", 5, b"as of 5"))
+    move = MoveFile("a", to="c", digest=digest_of(b""))
+    effects = replica.receive(change(2, PutFile("a", b"older"), move))
+    assert effects[0] == ApplyChange(change(2, PutFile("a", b"older"), move), ())
+    assert Fetch(["c"]) in sent(effects)
+
+
+def test_file_that_was_read_later_stays_unknown_until_its_number_is_reached() -> None:
+    replica = following(1, head=3, wanted=("a",))
+    assert sent(replica.receive(part("a", 3))) == []
+    assert replica.wanted == {"a": 3}
+    assert sent(replica.receive(change(2))) == []
+    assert replica.wanted == {"a": 3}
+    replica.receive(change(3))
+    assert replica.wanted == {}
+    assert replica.is_current
+
+
+def test_file_that_was_read_later_is_fetched_again_after_a_cut() -> None:
+    replica = following(1, head=3, wanted=("a",))
+    replica.receive(part("a", 3))
+    replica.disconnected()
+    replica.hello(client_version="0", lattice_version="0")
+    assert sent(replica.receive(welcome(head=1))) == [Fetch(["a"])]
+    replica.receive(part("a", 1))
+    assert replica.is_current
+
+
+def test_moving_a_file_that_is_on_its_way_fetches_it_at_its_new_place() -> None:
+    replica = following(1, wanted=("a",))
+    move = MoveFile("a", to="b", digest=digest_of(b"x"))
+    effects = replica.receive(change(2, move))
+    assert effects[0] == ApplyChange(change(2, move), (DeleteFile("a"),))
+    assert sent(effects) == [Fetch(["b"])]
+
+
+def test_whole_file_in_a_change_need_not_be_fetched_any_more() -> None:
+    for operation in (PutFile("a", b"x"), DeleteFile("a"), MoveFile("b", to="a", digest=digest_of(b"x"))):
+        replica = following(1, wanted=("a",))
+        assert replica.receive(change(2, operation)) == [ApplyChange(change(2, operation), (operation,)), Save()]
+        assert replica.is_current
+        assert replica.receive(part("a", 2)) == []
+
+
+def test_file_that_is_announced_while_it_is_on_its_way_must_be_as_announced() -> None:
+    replica = following(1, wanted=("a",))
+    assert sent(replica.receive(change(2, announce("a", b"new")))) == [Fetch(["a"])]
+    assert replica.receive(part("a", 1, b"old")) == []
+    assert replica.receive(part("a", 2, b"new"))[0] == WritePart(part("a", 2, b"new"))
+
+
+def test_file_that_somebody_begins_to_edit_while_it_is_on_its_way_is_left_alone() -> None:
+    replica = following(1, wanted=("a",))
+    replica.hold("a")
+    assert replica.receive(part("a", 1)) == []
+    assert sent(replica.release(["a"])) == [Fetch(["a"])]
+
+
+def test_files_that_were_asked_for_on_a_lost_connection_are_asked_for_again() -> None:
+    replica = following(1, wanted=("a",))
+    replica.disconnected()
+    replica.hello(client_version="0", lattice_version="0")
+    assert sent(replica.receive(welcome(head=1))) == [Fetch(["a"])]
+
+
+def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
+    replica = following(1, wanted=("a",))
+    replica.receive(change(2, append_to("a", b"", b"y")))
+    assert replica.receive(Part("a", 1, 2, b"", 1, b"x")) == []
+    assert replica.wanted == {"a": 2}
+
+
+def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
+    replica = following(1, head=5, wanted=("a", "b"))
+    replica.receive(part("a", 5, b"ahead"))
+    replica.receive(reply(4))
+    replica.hold("c")
+    effects = replica.overtaken(Position("e", 4, b"m4"), ["a", "d"])
+    assert (sent(effects), answers(effects)) == ([Fetch(["a", "d"])], [])
+    assert replica.held == set()
+    assert replica.receive(change(4)) == []
+    assert replica.receive(part("b", 5)) == []
+    assert replica.receive(change(5, PutFile("a", b"x")))[0] == ApplyChange(
+        change(5, PutFile("a", b"x")), (PutFile("a", b"x"),)
+    )
+    assert answers(replica.receive(part("d", 5))) == [4]
+    assert replica.is_current
+
+
+def test_mending_fetches_what_differs_and_removes_what_is_not_listed() -> None:
+    replica = following()
+    assert replica.compare(mend=True) == [Send(Manifest())]
+    same, other = (1, digest_of(b"s")), (1, digest_of(b"o"))
+    effects = replica.receive(
+        Entries(1, b"m1", [Entry("same", *same), Entry("differs", *same), Entry("edited", *same)], last=True)
+    )
+    assert effects == [Compare(1, {"same": same, "differs": same, "edited": same}, mend=True)]
+    local = {"same": same, "differs": other, "edited": other, "surplus": same, "new": same}
+    effects = replica.compared(local, edited=["edited", "new"])
+    assert effects == [Remove(("surplus",)), Save(), Send(Fetch(["differs"]))]
+    assert replica.held == {"edited", "new"}
+
+
+def test_changes_during_a_comparison_follow_it() -> None:
+    replica = following()
+    replica.compare(mend=False)
+    assert replica.receive(Entries(1, b"m1", [], last=False)) == []
+    assert replica.receive(change(2)) == []
+    assert replica.receive(reply(2)) == []
+    assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, mend=False)]
+    assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[Answer(reply(2))]]
+
+
+def test_comparison_asked_for_twice_is_one_that_mends() -> None:
+    replica = following()
+    replica.compare(mend=False)
+    assert replica.compare(mend=True) == []
+    assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, mend=True)]
+
+
+def resyncing() -> Replica:
+    replica = Replica()
+    replica.hello(client_version="0", lattice_version="0")
+    replica.receive(welcome(head=5, resync=True))
+    return replica
+
+
+def greeting(*, position: Position = NOWHERE, follow: bool = True) -> Replica:
+    replica = Replica(position, follow=follow)
+    replica.hello(client_version="0", lattice_version="0")
+    return replica
+
+
+def write_only() -> Replica:
+    replica = greeting(follow=False)
+    replica.receive(welcome())
+    return replica
+
+
+def told(replica: Replica, *frames: ServerFrame) -> Replica:
+    for frame in frames:
+        replica.receive(frame)
+    return replica
+
+
+@pytest.mark.parametrize(
+    ("replica", "frame"),
+    [
+        pytest.param(Replica(), welcome(), id="nobody said hello"),
+        pytest.param(greeting(), change(1), id="a change before the greeting"),
+        pytest.param(following(), welcome(), id="a second greeting"),
+        pytest.param(greeting(), welcome(version=2, resync=True), id="another version"),
+        pytest.param(greeting(position=Position("f", 1, b"")), welcome(), id="another epoch goes on"),
+        pytest.param(greeting(), welcome(), id="a copy that is nowhere goes on"),
+        pytest.param(greeting(position=Position("e", 3, b"")), welcome(head=2), id="goes on behind the copy"),
+        pytest.param(following(1), change(3), id="a gap"),
+        pytest.param(write_only(), change(1), id="a change to a connection that only writes"),
+        pytest.param(following(), Entries(1, b"", [], last=True), id="a manifest nobody asked for"),
+        pytest.param(told(resyncing(), change(6)), change(8), id="a gap before the manifest"),
+        pytest.param(told(resyncing(), change(7)), Entries(5, b"", [], last=True), id="a gap after the manifest"),
+        pytest.param(told(resyncing(), Entries(5, b"", [], last=False)), change(7), id="a gap within the manifest"),
+        pytest.param(
+            told(resyncing(), Entries(5, b"", [], last=False)), Entries(6, b"", [], last=True), id="two manifests"
+        ),
+        pytest.param(
+            told(resyncing(), Entries(5, b"", [], last=True)), Entries(5, b"", [], last=True), id="too many pieces"
+        ),
+        pytest.param(following(wanted=("a",)), Part("a", 1, 1, b"", 1, b"x"), id="a part beyond its file"),
+        pytest.param(following(), Bye("REMOTE_SHUTDOWN", "later", 1.0), id="the end"),
+        pytest.param(greeting(), Bye("REMOTE_VERSION", "upgrade the server"), id="the end at once"),
+    ],
+)
+def test_violation_ends_the_connection_and_leaves_the_copy_as_it_was(replica: Replica, frame: ServerFrame) -> None:
+    before = (replica.position, dict(replica.wanted), replica.state, replica.head)
+    with pytest.raises(ProtocolError) as caught:
+        replica.receive(frame)
+    assert (replica.position, dict(replica.wanted), replica.state, replica.head) == before
+    if isinstance(frame, Bye):
+        assert (caught.value.code, caught.value.message) == (frame.code, frame.reason)
+
+
+def test_manifest_of_another_number_than_the_copy_reached_is_a_violation() -> None:
+    replica = following(1)
+    replica.compare(mend=False)
+    with pytest.raises(ProtocolError):
+        replica.receive(Entries(2, b"", [], last=True))

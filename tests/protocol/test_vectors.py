@@ -1,0 +1,95 @@
+"""What protocol/ publishes is what the code does: the vectors, the schema and SPEC.md."""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from in_memory_server import MemoryTree
+
+from lattice_remote.errors import CODES, ProtocolError
+from lattice_remote.protocol import codec, messages, operations
+from lattice_remote.protocol.schema import schema
+
+PUBLISHED = Path(__file__).parents[2] / "protocol"
+
+
+def load(name: str) -> Any:
+    return json.loads((PUBLISHED / name).read_text())
+
+
+FRAMES, OPERATIONS, REJECTED = (load(f"vectors/{name}.json") for name in ("frames", "operations", "rejected"))
+DECODE = {"client": codec.decode_client_frame, "server": codec.decode_server_frame}
+KINDS = {"client": messages.ClientFrame, "server": messages.ServerFrame}
+
+
+def named(cases: list[dict[str, Any]]) -> Any:
+    return pytest.mark.parametrize("vector", cases, ids=[case["name"] for case in cases])
+
+
+@named(FRAMES)
+def test_frame_has_the_published_bytes_and_meaning(vector: dict[str, Any]) -> None:
+    data = bytes.fromhex(vector["msgpack"])
+    frame = DECODE[vector["from"]](data)
+    assert codec.encode(frame) == data
+    assert frame == msgspec.convert(vector["frame"], KINDS[vector["from"]])
+    assert msgspec.to_builtins(frame) == vector["frame"]
+
+
+@named(FRAMES)
+def test_part_of_a_frame_is_refused(vector: dict[str, Any]) -> None:
+    data = bytes.fromhex(vector["msgpack"])
+    for end in range(len(data)):
+        with pytest.raises(ProtocolError):
+            DECODE[vector["from"]](data[:end])
+    with pytest.raises(ProtocolError):
+        DECODE[vector["from"]](data + b"\xc0")
+
+
+@named(FRAMES)
+def test_frame_may_have_more_fields_than_are_known(vector: dict[str, Any]) -> None:
+    fields = msgspec.msgpack.decode(bytes.fromhex(vector["msgpack"]))
+    longer = msgspec.msgpack.encode({"later": {"a": [1, None]}, **fields, "even_later": 1.5})
+    assert DECODE[vector["from"]](longer) == DECODE[vector["from"]](bytes.fromhex(vector["msgpack"]))
+
+
+@named(REJECTED)
+def test_frame_that_breaks_the_rules_is_refused(vector: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        DECODE[vector["from"]](bytes.fromhex(vector["msgpack"]))
+
+
+@named(OPERATIONS)
+def test_operation_has_the_published_bytes_and_effect(vector: dict[str, Any]) -> None:
+    data = bytes.fromhex(vector["msgpack"])
+    operation = msgspec.msgpack.decode(data, type=operations.Operation)
+    assert msgspec.msgpack.encode(operation) == data
+    assert msgspec.to_builtins(operation) == vector["operation"]
+    tree = MemoryTree({path: base64.b64decode(text) for path, text in vector["before"].items()})
+    for _ in range(2):
+        assert sorted(operations.apply(operation, tree)) == vector["drifted"]
+        assert {path: base64.b64encode(text).decode() for path, text in tree.files.items()} == vector["after"]
+
+
+def test_every_frame_and_operation_has_a_vector() -> None:
+    def tags(union: Any) -> set[str]:
+        return {kind.__struct_config__.tag for kind in get_args(union)}
+
+    for side, kinds in KINDS.items():
+        assert {vector["frame"]["type"] for vector in FRAMES if vector["from"] == side} == tags(kinds)
+    assert {vector["operation"]["op"] for vector in OPERATIONS} == tags(operations.Operation)
+
+
+def test_schema_is_the_codes_own() -> None:
+    assert load("schema.json") == schema()
+
+
+def test_specification_has_every_frame_field_operation_and_code() -> None:
+    words = set(re.findall(r"[A-Za-z_]+", (PUBLISHED / "SPEC.md").read_text()))
+    kinds = [*get_args(messages.ClientFrame), *get_args(messages.ServerFrame), *get_args(operations.Operation)]
+    kinds += [messages.Attachment, messages.Limits, messages.Entry]
+    expected = {kind.__name__ for kind in kinds} | {field for kind in kinds for field in kind.__struct_fields__}
+    assert expected | {*CODES, *(c for c in messages.CAPABILITIES if "-" not in c)} <= words

@@ -1,0 +1,195 @@
+"""A worker that does as it is told: the process behind ``server/ipc.py`` with commands for tests instead of lattice.
+
+put PATH TEXT      write a file                    noop           answer, change nothing
+die                end without a trace             die-once       the same, but only the first time
+die-after TEXT     commit ``put died TEXT``, then end before saying so
+sleep SECONDS      take long                       fail           report Failed
+want NAME SECONDS  as ``resource acquire --wait``: succeeds when resources/NAME/free exists, and removes it
+hook COMMAND       ask for a hook                  count          answer with the number of runs so far
+slow PATH TEXT     write the file, wait 50 ms, then commit
+"""
+
+import argparse
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Change, Refused, Reply
+from lattice_remote.protocol.operations import DeleteFile, PutFile, digest_of
+from lattice_remote.server.ipc import (
+    After,
+    Done,
+    Edit,
+    Execute,
+    Failed,
+    HookCall,
+    NewEpoch,
+    Ready,
+    Reconcile,
+    Settle,
+    Stop,
+    ToWorker,
+)
+from lattice_remote.server.journal import Journal, Record
+
+
+class FakeWorker:
+    def __init__(self, connection: socket.socket, project: Path) -> None:
+        self.connection = connection
+        self.project = project
+        self.tree = project / ".lattice"
+        self.journal = Journal.open(project / "journal") or self._new_journal()
+
+    def _new_journal(self) -> Journal:
+        return Journal.create(self.project / "journal", os.urandom(8).hex())
+
+    def send(self, message: object) -> None:
+        data = msgspec.msgpack.encode(message)
+        self.connection.sendall(len(data).to_bytes(4) + data)
+
+    def ready(self) -> None:
+        files = [p for p in self.tree.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        after = [
+            After(str(p.relative_to(self.tree)), p.stat().st_size, digest_of(p.read_bytes())) for p in sorted(files)
+        ]
+        journal = self.journal
+        self.send(Ready(journal.epoch, journal.head, journal.mark, journal.oldest, "fake", after))
+
+    def handle(self, message: ToWorker) -> None:
+        match message:
+            case Execute():
+                known = self.journal.find(message.id)
+                if known is not None:
+                    self.send(Done(message.id, known.seq, reply=known.reply))
+                else:
+                    self.execute(message)
+            case Settle():
+                known = self.journal.find(message.id)
+                refused = encode(Refused(message.id, message.code, message.message))
+                self.send(Done(message.id, self.journal.head, reply=known.reply if known else refused))
+            case Reconcile():
+                self.reconcile(message.paths or [])
+            case NewEpoch():
+                self.journal.close()
+                self.journal = self._new_journal()
+                self.ready()
+            case Edit() | Stop():
+                raise SystemExit(0)
+
+    def execute(self, request: Execute) -> None:
+        with (self.project / "runs").open("a") as runs:
+            runs.write(request.id + "\n")
+        match request.argv:
+            case ["put", path, text]:
+                self.commit(request, {path: text.encode()})
+            case ["slow", path, text]:
+                self.write(path, text.encode())
+                time.sleep(0.05)
+                self.commit(request, {path: text.encode()})
+            case ["die"]:
+                os._exit(9)
+            case ["die-once"]:
+                if not (self.project / "died").exists():
+                    (self.project / "died").touch()
+                    os._exit(9)
+                self.commit(request, {})
+            case ["die-after", text]:
+                self.commit(request, {"died": text.encode()}, die=True)
+            case ["sleep", seconds]:
+                time.sleep(float(seconds))
+                self.commit(request, {})
+            case ["fail"]:
+                self.send(Failed("the disk is gone"))
+                os._exit(1)
+            case ["want", name, seconds]:
+                self.want(request, name, float(seconds))
+            case ["hook", command]:
+                hook = HookCall(command, dict(os.environ), "the event")
+                self.send(Done(request.id, self.journal.head, reply=self.reply(request, b""), hooks=[hook]))
+            case ["count"]:
+                self.commit(request, {}, stdout=(self.project / "runs").read_bytes())
+            case _:
+                self.commit(request, {})
+
+    def want(self, request: Execute, name: str, seconds: float) -> None:
+        free = self.tree / "resources" / name / "free"
+        if free.exists():
+            self.commit(request, {f"resources/{name}/free": None}, stdout=b"yours")
+        elif request.last_try:
+            self.commit(request, {}, stdout=b"timeout")
+        else:
+            self.send(Done(request.id, self.journal.head, waiting_for=name, wait_timeout_s=seconds))
+
+    def write(self, path: str, data: bytes | None) -> None:
+        target = self.tree / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if data is None:
+            target.unlink()
+        else:
+            scratch = target.with_name(".tmp.x")
+            scratch.write_bytes(data)
+            scratch.rename(target)
+
+    def reply(self, request: Execute, stdout: bytes) -> bytes:
+        return encode(Reply(request.id, self.journal.head, 0, stdout, b""))
+
+    def commit(
+        self, request: Execute, files: dict[str, bytes | None], *, stdout: bytes = b"", die: bool = False
+    ) -> None:
+        for path, data in files.items():
+            self.write(path, data)
+        change = self.number(request.id, files, request) if files else None
+        if change is None:
+            reply = self.reply(request, stdout)
+            self.journal.append(Record(self.journal.head, self.journal.mark, time.time(), request.id, "t", None, reply))
+            self.send(Done(request.id, self.journal.head, reply=reply))
+        else:
+            if die:
+                os._exit(9)
+            self.send(change)
+
+    def number(self, cause: str, files: dict[str, bytes | None], request: Execute | None) -> Done:
+        seq, mark = self.journal.head + 1, os.urandom(8)
+        ops = [DeleteFile(p) if data is None else PutFile(p, data) for p, data in files.items()]
+        change = encode(Change(seq, mark, "2026-01-01T00:00:00.000Z", "human:ana", "t", cause, "fake", list(ops)))
+        reply = encode(Reply(request.id, seq, 0, b"", b"")) if request else None
+        self.journal.append(Record(seq, mark, time.time(), request.id if request else "", "t", change, reply))
+        after = [After(p, len(d or b""), None if d is None else digest_of(d)) for p, d in files.items()]
+        return Done(request.id if request else "", seq, mark, change, reply, after, oldest=1)
+
+    def reconcile(self, paths: list[str]) -> None:
+        files = {
+            path: (self.tree / path).read_bytes() if (self.tree / path).exists() else None
+            for path in paths
+            if path.startswith("edited/")
+        }
+        self.send(self.number("edit", files, None) if files else Done("", self.journal.head))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int)
+    parser.add_argument("--project-dir", type=Path)
+    parser.add_argument("--slug")
+    options = parser.parse_args()
+    worker = FakeWorker(socket.socket(fileno=options.fd), options.project_dir)
+    worker.ready()
+    buffer = b""
+    decoder = msgspec.msgpack.Decoder(ToWorker)
+    while received := worker.connection.recv(1 << 20):
+        buffer += received
+        while len(buffer) >= 4 and len(buffer) >= 4 + int.from_bytes(buffer[:4]):
+            end = 4 + int.from_bytes(buffer[:4])
+            message, buffer = decoder.decode(buffer[4:end]), buffer[end:]
+            if isinstance(message, Stop):
+                sys.exit(0)
+            worker.handle(message)
+
+
+if __name__ == "__main__":
+    main()

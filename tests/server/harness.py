@@ -1,0 +1,196 @@
+"""A server inside the test's own event loop, on a real port, and a client that keeps its copy in memory."""
+
+import asyncio
+import contextlib
+import secrets
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import SUBPROTOCOL, Bye, ClientFrame, Refused, Reply, Run, ServerFrame, Stored
+from lattice_remote.protocol.operations import apply, digest_of
+from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.protocol.replica import Answer, ApplyChange, Compare, Remove, Replica, Send, WritePart
+from lattice_remote.server.app import bind, make_server
+from lattice_remote.server.datadir import DataDir, write_atomically
+from lattice_remote.server.hub import Hub
+from lattice_remote.server.tokens import TokenFile
+
+FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    """Wait for a condition, within a bound."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - any condition, not only ours
+            await asyncio.sleep(0.005)
+
+
+@dataclass
+class Running:
+    """A running server: its hub, address, data directory, and one token for the project ``web``."""
+
+    hub: Hub
+    port: int
+    data: DataDir
+    token: str
+    server: Any
+
+    def url(self, slug: str = "web") -> str:
+        return f"ws://127.0.0.1:{self.port}/projects/{slug}/ws"
+
+    @property
+    def tree(self) -> Path:
+        return self.data.project("web").lattice
+
+    @contextlib.asynccontextmanager
+    async def connected(
+        self, token: str | None = None, slug: str = "web", **options: Any
+    ) -> AsyncIterator[ClientConnection]:
+        headers = {"Authorization": f"Bearer {token or self.token}"}
+        options = {"compression": None, "max_size": None, "max_queue": None, "subprotocols": [SUBPROTOCOL], **options}
+        async with connect(self.url(slug), additional_headers=headers, **options) as socket:
+            yield socket
+
+
+def make_data(path: Path) -> tuple[DataDir, str]:
+    """Make a data directory with a bare project ``web`` and a token for it."""
+    data = DataDir(path)
+    data.create()
+    tree = data.project("web").lattice
+    tree.mkdir(parents=True)
+    (data.project("web").journal).mkdir()
+    write_atomically(tree / "config.json", b"{}\n")
+    _, text = TokenFile(data.tokens).create(projects=["web"], actor="human:ana", act_as=["agent:*"])
+    return data, text
+
+
+@contextlib.asynccontextmanager
+async def serving(data: DataDir, token: str, *, worker: Sequence[str] = FAKE_WORKER) -> AsyncIterator[Running]:
+    """Run a server on a free port until the block ends."""
+    hub = Hub(data, worker_command=worker)
+    hub.start()
+    listener = bind("127.0.0.1", 0)
+    port = listener.getsockname()[1]
+    server = make_server(hub)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    await until(lambda: server.started or task.done())
+    try:
+        yield Running(hub, port, data, token, server)
+    finally:
+        server.should_exit = True
+        await task
+
+
+class MemoryTree(dict[str, bytes]):
+    """Files in memory, as ``operations.apply`` wants them."""
+
+    def size(self, path: str) -> int | None:
+        return len(self[path]) if path in self else None
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        return self[path][offset:]
+
+    def replace(self, path: str, data: bytes) -> None:
+        self[path] = data
+
+    def append(self, path: str, data: bytes) -> None:
+        self[path] = self.get(path, b"") + data
+
+    def move(self, path: str, to: str) -> None:
+        self[to] = self.pop(path)
+
+    def delete(self, path: str) -> None:
+        self.pop(path, None)
+
+
+class Copy:
+    """A client: a replica over a connection, files in memory. ``pump()`` takes one frame."""
+
+    def __init__(self, *, follow: bool = True) -> None:
+        self.replica = Replica(follow=follow)
+        self.tree = MemoryTree()
+        self.answers: dict[str, Reply | Stored | Refused] = {}
+        self.frames: list[ServerFrame] = []
+        self._parts: dict[str, bytes] = {}
+        self._socket: ClientConnection | None = None
+
+    async def greet(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        await self.send(self.replica.hello(client_version="test", lattice_version="test"))
+        await self.pump()
+
+    async def send(self, frame: ClientFrame) -> None:
+        assert self._socket is not None
+        await self._socket.send(encode(frame))
+
+    async def run(self, *argv: str) -> Reply | Stored | Refused:
+        id_ = secrets.token_hex(16)
+        await self.send(Run(id_, list(argv)))
+        return await self.answer(id_)
+
+    async def answer(self, id_: str) -> Reply | Stored | Refused:
+        async with asyncio.timeout(20):
+            while id_ not in self.answers:
+                await self.pump()
+        return self.answers[id_]
+
+    async def sync(self) -> None:
+        """Take frames until the copy is current."""
+        async with asyncio.timeout(20):
+            while not self.replica.is_current:
+                await self.pump()
+
+    async def pump(self) -> ServerFrame:
+        assert self._socket is not None
+        data = await self._socket.recv()
+        assert isinstance(data, bytes)
+        frame = decode_server_frame(data)
+        self.frames.append(frame)
+        assert not isinstance(frame, Bye), frame
+        effects = list(self.replica.receive(frame))
+        while effects:
+            effects += await self._perform(effects.pop(0))
+        return frame
+
+    async def _perform(self, effect: object) -> list[Any]:
+        match effect:
+            case Send(frame):
+                await self.send(frame)
+            case ApplyChange(_, operations):
+                drifted = [path for operation in operations for path in apply(operation, self.tree)]
+                return self.replica.drifted(drifted) if drifted else []
+            case WritePart(part):
+                data = part.data if part.offset == 0 else self._parts.pop(part.path) + part.data
+                if len(data) < part.size:
+                    self._parts[part.path] = data
+                elif digest_of(data) == part.digest:
+                    self.tree[part.path] = data
+                else:
+                    return self.replica.drifted([part.path])
+            case Remove(paths):
+                for path in paths:
+                    self.tree.pop(path, None)
+            case Compare(_, entries, mend):
+                local = {path: (len(data), digest_of(data)) for path, data in self.tree.items()}
+                if mend:
+                    return self.replica.compared(local)
+                assert local == entries
+                return self.replica.verified()
+            case Answer(frame):
+                self.answers[frame.id] = frame
+        return []
+
+
+def tree_of(directory: Path) -> dict[str, bytes]:
+    """Return the shared files of a directory."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and is_replicated(str(path.relative_to(directory)))
+    }

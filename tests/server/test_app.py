@@ -1,0 +1,189 @@
+"""The server as a process: its one line, its lock, its signals, its end; with lattice itself behind it."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from harness import Copy, tree_of
+from websockets.asyncio.client import ClientConnection, connect
+
+from lattice_remote.protocol.messages import Reply
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.tokens import TokenFile
+
+COMMAND = [sys.executable, "-c", "from lattice_remote.server.cli import main; main()"]
+
+
+class Process:
+    """``lattice-remote start`` on a free port, and what it printed."""
+
+    def __init__(self, data: DataDir) -> None:
+        self.data = data
+        self.log = (data.path.parent / "log").open("ab")
+        self.process = subprocess.Popen(
+            [*COMMAND, "--data", data.path, "start", "--port", "0"], stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("Listening on http://127.0.0.1:"), line
+        self.port = int(line.rsplit(":", 1)[1])
+
+    def get(self, path: str, method: str = "GET") -> tuple[int, dict[str, object]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        with contextlib.closing(connection):
+            connection.request(method, path)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+    @contextlib.asynccontextmanager
+    async def connected(self, token: str) -> AsyncIterator[ClientConnection]:
+        url = f"ws://127.0.0.1:{self.port}/projects/web/ws"
+        headers = {"Authorization": f"Bearer {token}"}
+        async with connect(
+            url,
+            additional_headers=headers,
+            subprotocols=["lattice.v1"],
+            max_size=None,
+            max_queue=None,  # type: ignore[list-item]
+        ) as client:
+            yield client
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(10)
+        assert self.process.stdout is not None
+        assert self.process.stdout.read() == ""
+        self.process.stdout.close()
+        self.log.close()
+        return code
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataDir:
+    made = DataDir(tmp_path / "data")
+    made.create()
+    made.create_project("web", code="WEB", name=None, actor=None)
+    return made
+
+
+@pytest.fixture
+def token(data: DataDir) -> str:
+    return TokenFile(data.tokens).create(projects=["web"], actor="human:ana", act_as=["agent:*"])[1]
+
+
+@pytest.fixture
+def process(data: DataDir) -> Iterator[Process]:
+    started = Process(data)
+    yield started
+    if started.process.poll() is None:
+        started.end()
+
+
+def test_plain_http_answers_in_json(process: Process) -> None:
+    status, body = process.get("/healthz")
+    assert (status, body["status"], body["projects"]) == (200, "ok", 1)
+    for path, method, expected in (("/", "GET", 404), ("/healthz", "POST", 405), ("/projects/web/ws", "GET", 426)):
+        status, body = process.get(path, method)
+        assert status == expected
+        assert set(body["error"]) == {"code", "message"}  # type: ignore[call-overload]
+
+
+def test_a_second_server_on_the_same_directory_is_refused(process: Process) -> None:
+    second = subprocess.run(
+        [*COMMAND, "start", "--data", process.data.path, "--port", "0"], capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 1
+    assert second.stdout == ""
+    assert f"pid {process.process.pid}" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_one_line(process: Process, tmp_path: Path) -> None:
+    other = DataDir(tmp_path / "other")
+    other.create()
+    second = subprocess.run(
+        [*COMMAND, "start", "--data", other.path, "--port", str(process.port)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert len(second.stderr.splitlines()) == 1
+    assert f"cannot listen on 127.0.0.1:{process.port}" in second.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_stops_in_order_with_a_client_connected(process: Process, token: str, number: int) -> None:
+    async with process.connected(token) as client:
+        copy = Copy()
+        await copy.greet(client)
+        assert isinstance(await copy.run("create", "a task", "--actor", "human:ana"), Reply)
+        before = time.monotonic()
+        assert await asyncio.to_thread(process.end, number) == 0
+        assert time.monotonic() - before < 2
+
+
+async def test_a_killed_server_is_succeeded_by_another_with_nothing_lost(data: DataDir, token: str) -> None:
+    first = Process(data)
+    copy = Copy()
+    async with first.connected(token) as client:
+        await copy.greet(client)
+        await copy.sync()
+        reply = await copy.run("create", "a task", "--actor", "human:ana")
+        assert isinstance(reply, Reply)
+        assert reply.exit_code == 0, reply.stderr
+        for i in range(20):
+            await copy.run("comment", "WEB-1", f"no {i}", "--actor", "agent:claude")
+        assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    copy.replica.disconnected()
+    second = Process(data)
+    try:
+        async with second.connected(token) as client:
+            await copy.greet(client)
+            await copy.sync()
+            assert (await copy.run("comment", "WEB-1", "last", "--actor", "human:ana")).seq >= 22  # type: ignore[union-attr]
+            assert "ids.json" in copy.tree
+            assert copy.tree == tree_of(data.project("web").lattice)
+    finally:
+        assert second.end() == 0
+
+
+async def test_a_worker_killed_under_load_answers_everything_once(process: Process, token: str) -> None:
+    async with process.connected(token) as client:
+        copy = Copy()
+        await copy.greet(client)
+        await copy.sync()
+        await copy.run("create", "a task", "--actor", "human:ana")
+
+        async def kill() -> None:
+            for _ in range(2):
+                await asyncio.sleep(0.3)
+                for pid in _children(process.process.pid):
+                    os.kill(pid, signal.SIGKILL)
+
+        killing = asyncio.create_task(kill())
+        sent = 0
+        while not killing.done() or sent < 40:
+            reply = await copy.run("comment", "WEB-1", f"comment {sent}", "--actor", "human:ana")
+            assert isinstance(reply, Reply)
+            assert reply.exit_code == 0
+            sent += 1
+        await copy.sync()
+        tree = process.data.project("web").lattice
+        assert copy.tree == tree_of(tree)
+        [events] = (tree / "events").glob("task_*.jsonl")
+        bodies = [json.loads(line)["data"].get("body") for line in events.read_text().splitlines()][1:]
+        assert bodies == [f"comment {i}" for i in range(sent)]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

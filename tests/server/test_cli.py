@@ -1,0 +1,114 @@
+"""``lattice-remote`` as an administrator types it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lattice_remote
+
+
+def lattice_remote_command(*argv: object, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from lattice_remote.server.cli import main; main()", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "data"
+    made = lattice_remote_command("init", path)
+    assert made.returncode == 0, made.stderr
+    assert str(path) in made.stdout
+    created = lattice_remote_command("project", "create", "web", "--code", "WEB", "--name", "The web", "--data", path)
+    assert created.returncode == 0, created.stderr
+    return path
+
+
+def test_the_version() -> None:
+    assert lattice_remote_command("--version").stdout.strip() == f"lattice-remote {lattice_remote.__version__}"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["token", "create", "--help"], ["start", "--help"]])
+def test_help_says_how(argv: list[str]) -> None:
+    result = lattice_remote_command(*argv)
+    assert result.returncode == 0
+    assert "lattice-remote" in result.stdout
+
+
+def test_the_data_directory_may_be_named_before_after_or_in_the_environment(data: Path) -> None:
+    listings = [
+        lattice_remote_command("--data", data, "project", "list", "--json"),
+        lattice_remote_command("project", "list", "--json", "--data", data),
+        lattice_remote_command("project", "list", "--json", LATTICE_REMOTE_DATA=str(data)),
+    ]
+    for listing in listings:
+        assert json.loads(listing.stdout) == [
+            {"slug": "web", "code": "WEB", "name": "The web", "tasks": 0, "archived": 0}
+        ]
+
+
+def test_a_token_is_alone_on_stdout_and_can_be_listed_and_revoked(data: Path) -> None:
+    created = lattice_remote_command(
+        "token", "create", "--project", "web", "--actor", "human:ana", "--act-as", "agent:*", "--data", data
+    )
+    text = created.stdout.strip()
+    assert created.stdout == f"{text}\n"
+    assert text.startswith("ltr_")
+    listed = lattice_remote_command("token", "list", "--json", "--data", data).stdout
+    [token] = json.loads(listed)
+    assert (token["actor"], token["act_as"], token["projects"]) == ("human:ana", ["agent:*"], ["web"])
+    assert "sha256" not in token
+    assert text not in listed
+    assert token["id"] in lattice_remote_command("token", "list", "--data", data).stdout
+    assert lattice_remote_command("token", "revoke", text, "--data", data).returncode == 0
+    assert json.loads(lattice_remote_command("token", "list", "--json", "--data", data).stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["project", "list"], "lattice-remote init"),
+        (["start"], "lattice-remote init"),
+        (["token", "create", "--project", "web", "--actor", "human:ana"], "lattice-remote init"),
+    ],
+)
+def test_a_directory_that_was_never_made_is_one_line_that_says_what_to_do(
+    tmp_path: Path, argv: list[str], said: str
+) -> None:
+    result = lattice_remote_command(*argv, "--data", tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1
+    assert said in result.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["token", "create", "--project", "nope", "--actor", "human:ana"],
+        ["token", "create", "--project", "web", "--actor", "nobody"],
+        ["token", "revoke", "tok_none"],
+        ["project", "create", "web", "--code", "WEB"],
+        ["project", "create", "../web", "--code", "WEB"],
+        ["init"],
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_1(data: Path, argv: list[str]) -> None:
+    result = lattice_remote_command(*argv, "--data", data)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wrong_command_line_is_exit_2(data: Path) -> None:
+    assert lattice_remote_command("start", "--port", "x", "--data", data).returncode == 2
+    assert lattice_remote_command("nonsense").returncode == 2

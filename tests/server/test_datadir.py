@@ -1,0 +1,143 @@
+"""The data directory: made whole, found, locked, and never left half made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.datadir import DataDir, default_location, write_atomically
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataDir:
+    made = DataDir(tmp_path / "data")
+    made.create()
+    return made
+
+
+def test_it_holds_what_its_documentation_says(data: DataDir) -> None:
+    assert sorted(os.listdir(data.path)) == ["config.json", "projects", "tokens.json"]
+    assert data.tokens.stat().st_mode & 0o777 == 0o600
+    assert data.config().hooks
+    assert data.slugs() == []
+
+
+def test_creating_it_twice_is_refused(data: DataDir) -> None:
+    with pytest.raises(Misuse, match="already"):
+        data.create()
+
+
+def test_a_directory_that_was_never_made_names_the_command_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match=f"lattice-remote init {tmp_path}"):
+        DataDir(tmp_path).config()
+
+
+@pytest.mark.parametrize("text", ["{", '{"hoks": true}', '{"hooks": 3}', "[]"])
+def test_settings_that_are_wrong_are_noticed(data: DataDir, text: str) -> None:
+    (data.path / "config.json").write_text(text)
+    with pytest.raises(Misuse, match=r"config\.json"):
+        data.config()
+
+
+def test_a_project_is_what_lattice_itself_would_make(data: DataDir, tmp_path: Path) -> None:
+    data.create_project("web", code="web", name=None, actor=None)
+    own = tmp_path / "own" / "web"
+    own.mkdir(parents=True)
+    named = ["--path", own, "--project-code", "WEB", "--project-name", "web", "--actor", ""]
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "lattice.cli.main",
+            "init",
+            *named,
+            "--no-setup-claude",
+            "--no-setup-agents",
+            "--no-seed",
+        ],
+        check=True,
+        capture_output=True,
+    )
+    made, expected = _files(data.project("web").lattice), _files(own / ".lattice")
+    for files in (made, expected):
+        config = json.loads(files["config.json"])
+        del config["instance_id"]
+        files["config.json"] = json.dumps(config)
+    assert made == expected
+    assert os.listdir(data.path / "projects") == ["web"]
+
+
+def _files(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() if path.is_file() else "" for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("slug", ["", "-a", "A", "a b", "../x", ".", "a/b", "a" * 64, "ä", "web\n", ".new-1"])
+def test_a_slug_out_of_the_grammar_is_refused_and_never_found(data: DataDir, slug: str) -> None:
+    assert not data.has_project(slug)
+    with pytest.raises(Misuse, match="bad project name"):
+        data.create_project(slug, code="WEB", name=None, actor=None)
+    assert os.listdir(data.path / "projects") == []
+
+
+def test_a_project_that_lattice_refuses_leaves_nothing(data: DataDir) -> None:
+    with pytest.raises(Misuse, match="project code"):
+        data.create_project("web", code="TOOLONG", name=None, actor=None)
+    with pytest.raises(Misuse, match="actor"):
+        data.create_project("web", code="WEB", name=None, actor="nobody")
+    assert os.listdir(data.path / "projects") == []
+
+
+def test_a_project_is_not_made_over_another(data: DataDir) -> None:
+    data.create_project("web", code="WEB", name=None, actor=None)
+    with pytest.raises(Misuse, match="exists"):
+        data.create_project("web", code="WEB", name=None, actor=None)
+
+
+def test_a_summary_counts_the_tasks(data: DataDir) -> None:
+    data.create_project("web", code="WEB", name="The web", actor="human:ana")
+    tasks = data.project("web").lattice / "tasks"
+    for name in ("task_1.json", "task_2.json", ".tmp.x.json"):
+        (tasks / name).write_text("{}")
+    summary = data.summary("web")
+    assert (summary.slug, summary.code, summary.name, summary.tasks, summary.archived) == (
+        "web",
+        "WEB",
+        "The web",
+        2,
+        0,
+    )
+
+
+def test_one_server_holds_it_until_it_ends(data: DataDir) -> None:
+    lock = data.lock()
+    with pytest.raises(Misuse, match=f"pid {os.getpid()}"):
+        data.lock()
+    os.close(lock)
+    os.close(data.lock())
+
+
+def test_where_it_is_when_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LATTICE_REMOTE_DATA", str(tmp_path))
+    assert default_location() == tmp_path
+    monkeypatch.delenv("LATTICE_REMOTE_DATA")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    assert default_location().name == "lattice-remote"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    target = tmp_path / "file"
+    write_atomically(target, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(target, "text")  # type: ignore[arg-type]
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot create"):
+        DataDir(tmp_path / "file" / "data").create()

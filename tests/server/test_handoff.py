@@ -1,0 +1,88 @@
+"""What handoff.py relies on beyond documentation: a new uvicorn or websockets breaks here first."""
+
+import asyncio
+import inspect
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from harness import Running, make_data, serving, until
+from uvicorn.protocols.http import h11_impl
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.protocol import State
+from websockets.server import ServerProtocol
+
+from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
+from lattice_remote.server.handoff import Handoff
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with serving(*make_data(tmp_path / "data")) as server:
+        yield server
+
+
+def test_uvicorn_makes_replays_and_hands_over() -> None:
+    source = inspect.getsource(h11_impl.H11Protocol.handle_websocket_upgrade)
+    for line in ("config=self.config", "server_state=self.server_state", "app_state=self.app_state"):
+        assert line in source
+    order = [
+        "self.connections.discard(self)",
+        "connection_made(self.transport)",
+        "data_received(",
+        "set_protocol(protocol)",
+    ]
+    assert [source.index(step) for step in order] == sorted(source.index(step) for step in order)
+
+
+def test_uvicorn_asks_what_is_left_to_shut_down() -> None:
+    assert "connection.shutdown()" in inspect.getsource(uvicorn.Server.shutdown)
+    assert "capture_signals" in inspect.getsource(uvicorn.Server.serve)
+
+
+async def test_websockets_makes_a_server_without_a_port() -> None:
+    async def handler(_: ServerConnection) -> None:
+        return
+
+    server = serve(handler)
+    assert not hasattr(server, "server")
+    assert "self.server.is_serving()" in inspect.getsource(ServerConnection.handshake)
+
+
+def test_websockets_reads_its_limit_for_each_message() -> None:
+    assert ServerProtocol(max_size=5).max_message_size == 5
+
+
+def test_websockets_writes_close_frames_through_send_data() -> None:
+    assert "self.send_data()" in inspect.getsource(ServerConnection.send_context)
+    assert "self.send_data()" in inspect.getsource(ServerConnection.data_received)
+
+
+async def test_a_connection_counts_with_uvicorn_until_it_is_lost(running: Running) -> None:
+    connections = running.server.server_state.connections
+    async with running.connected():
+        await until(lambda: any(isinstance(connection, Handoff) for connection in connections))
+    await until(lambda: not connections)
+
+
+async def test_a_client_may_say_little_before_it_has_said_hello(running: Running) -> None:
+    async with running.connected():
+        await until(lambda: running.hub._peers)
+        [peer] = running.hub._peers
+        connection = peer._connection
+        assert connection.protocol.max_message_size == FIRST_FRAME_BYTES
+        connection.allow_message_bytes(7)
+        assert connection.protocol.max_message_size == 7
+        assert connection.protocol.state is State.OPEN
+        assert connection.subprotocol == "lattice.v1"
+
+
+async def test_plain_http_shares_the_port(running: Running) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port, family=socket.AF_INET)
+    writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b'"projects":1' in answer

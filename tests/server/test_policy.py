@@ -1,0 +1,159 @@
+"""What a client's command line may do (I9)."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lattice.cli.main import cli
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.policy import ROUTED, Command, Identity, parse
+
+ANA = Identity("human:ana", ["agent:*", "team:web-*-x"])
+PRIVATE = "/private/0123\\/given.txt"
+
+
+def check(lattice_dir: Path, *argv: str, identity: Identity = ANA, files: tuple[str, ...] = ()) -> Command:
+    return parse(cli, argv, identity, files=files, lattice_dir=lattice_dir)
+
+
+def refused(lattice_dir: Path, *argv: str, identity: Identity = ANA, files: tuple[str, ...] = ()) -> Rejected:
+    with pytest.raises(Rejected) as caught:
+        check(lattice_dir, *argv, identity=identity, files=files)
+    return caught.value
+
+
+def test_every_routed_command_is_one_of_lattice_and_names_only_its_parameters() -> None:
+    for path, kinds in ROUTED.items():
+        command = cli
+        for word in path.split():
+            command = command.commands[word]
+        names = {parameter.name for parameter in command.params}
+        if path not in ("resource create", "resource acquire", "resource release", "resource heartbeat"):
+            assert kinds.keys() - names <= {"task_id"}, path
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["create", "a title; rm -rf /", "--actor", "human:ana", "--description", "../../etc/passwd\n"],
+        ["comment", "LAT-1", "hi", "--actor", "agent:anything"],
+        ["comment", "nonsense id!", "hi", "--actor", "human:ana"],
+        ["archive", "LAT-1, LAT-2", "LAT-3", "--actor", "human:ana"],
+        ["resource", "create", "gpu-1_ä", "--actor", "team:web-7-x"],
+        ["session", "start", "--name", "Argus", "--model", "m", "--framework", "f"],
+        ["session", "end", "Argus-1"],
+        ["attach", "LAT-1", "https://example.org/../x", "--actor", "human:ana"],
+        ["next"],
+        ["doctor", "--fix"],
+        ["rebuild", "task_01M8173J64RGGH4YR2NPR23QWA"],
+        ["backfill-ids"],
+    ],
+)
+def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
+    assert check(tmp_path, *argv).path == " ".join(argv[: 2 if argv[0] in ("resource", "session") else 1])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["session", "end", "../config"],
+        ["session", "end", "index"],
+        ["session", "end", "Argus-1\n"],
+        ["session", "end", "a/b-1"],
+        ["session", "end", ""],
+        ["session", "start", "--name", "../x", "--model", "human"],
+        ["session", "start", "--name", ".x", "--model", "human"],
+        ["session", "start", "--agent-type", "../x", "--model", "human"],
+        ["comment", "LAT-1", "x", "--name", "../x"],
+        ["comment", "LAT-1", "x", "--name=../x-1"],
+        ["comment", "LAT-1", "x", "--name", "index"],
+        ["next", "--name", "../tasks/task_x-1"],
+        ["rebuild", "../../x"],
+        ["rebuild", "_lifecycle.x"],
+        ["resource", "create", "../x", "--actor", "human:ana"],
+        ["resource", "create", "x.y", "--actor", "human:ana"],
+        ["resource", "create", "x" * 101, "--actor", "human:ana"],
+        ["resource", "acquire", "x/../y", "--actor", "human:ana"],
+        ["create", "x", "--id", "task_01M8173J64RGGH4YR2NPR23QWA\n", "--actor", "human:ana"],
+        ["status", "../x", "done", "--actor", "human:ana"],
+        ["set-project-code", "ABC\n"],
+        ["archive", "LAT-1", "../x", "--actor", "human:ana"],
+        ["attach", "LAT-1", "/etc/passwd", "--actor", "human:ana"],
+        ["attach", "LAT-1", "file:///etc/passwd", "--actor", "human:ana"],
+        ["comment", "LAT-1", "--file", "/etc/passwd", "--actor", "human:ana"],
+        ["comment", "LAT-1", "--file=/etc/passwd", "--actor", "human:ana"],
+        ["comment", "LAT-1", "nul\0", "--actor", "human:ana"],
+        ["comment", "LAT-1", "x" * 1024 * 1024 + "x", "--actor", "human:ana"],
+        ["list"],
+        ["init"],
+        ["dashboard"],
+        ["demo", "init"],
+        ["setup-claude"],
+        ["resource", "list"],
+        ["resource", "nope"],
+        ["nope"],
+    ],
+)
+def test_what_could_reach_another_file_or_is_not_routed_is_refused(tmp_path: Path, argv: list[str]) -> None:
+    assert refused(tmp_path, *argv).code == "REMOTE_UNSUPPORTED"
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--help"], ["--version"], ["comment", "--help"], ["resource"], ["comment", "--nope"], ["--nope"]]
+)
+def test_help_and_errors_of_usage_are_left_to_click(tmp_path: Path, argv: list[str]) -> None:
+    assert check(tmp_path, *argv) == Command("", {})
+
+
+def test_an_actor_that_the_token_may_not_use_is_refused_by_naming_what_is_allowed(tmp_path: Path) -> None:
+    error = refused(tmp_path, "comment", "LAT-1", "x", "--actor", "human:bob")
+    assert error.code == "REMOTE_FORBIDDEN"
+    assert error.message == "token may act as human:ana, agent:*, team:web-*-x; not as human:bob"
+    assert refused(tmp_path, "backfill-ids", "--actor", "human:bob").code == "REMOTE_FORBIDDEN"
+    assert refused(tmp_path, "next", "--actor=human:bob").code == "REMOTE_FORBIDDEN"
+    assert refused(tmp_path, "comment", "LAT-1", "x", "--actor", "human:ana", "--actor", "human:bob")
+
+
+@pytest.mark.parametrize("actor", ["human:anax", "xhuman:ana", "human:ana\n", "agentx", "team:web-x", "Agent:a", ""])
+def test_patterns_match_the_whole_actor(actor: str) -> None:
+    assert not ANA.may_act_as(actor)
+
+
+def test_a_star_in_the_tokens_own_actor_is_only_a_star() -> None:
+    assert not Identity("human:*").may_act_as("human:bob")
+
+
+def test_the_actor_behind_a_session_counts(tmp_path: Path) -> None:
+    (tmp_path / "sessions").mkdir()
+    for name, model in (("Ana", "human"), ("Bob", "human"), ("Bob2", "claude")):
+        session = {"name": f"{name}-1", "base_name": name, "serial": 1, "session": "s", "model": model}
+        (tmp_path / "sessions" / f"{name}-1.json").write_text(json.dumps(session))
+    assert check(tmp_path, "comment", "LAT-1", "x", "--name", "Ana-1").actor == "human:Ana"
+    assert check(tmp_path, "comment", "LAT-1", "x", "--name", "Bob2-1").actor == "agent:Bob2"
+    assert check(tmp_path, "comment", "LAT-1", "x", "--name", "Nobody-1").actor is None
+    for line in (
+        ["comment", "LAT-1", "x", "--name", "Bob-1"],
+        ["next", "--name", "Bob-1"],
+        ["session", "end", "Bob-1"],
+    ):
+        assert refused(tmp_path, *line).code == "REMOTE_FORBIDDEN"
+    assert refused(tmp_path, "comment", "LAT-1", "x", "--name", "Ana-1", "--actor", "human:bob")
+
+
+def test_a_session_starts_only_as_somebody_whom_the_token_may_be(tmp_path: Path) -> None:
+    start = ["session", "start", "--model"]
+    assert check(tmp_path, *start, "human", "--name", "Ana").actor == "human:Ana"
+    assert refused(tmp_path, *start, "human", "--name", "Bob").code == "REMOTE_FORBIDDEN"
+    assert refused(tmp_path, *start, "human").code == "REMOTE_FORBIDDEN"
+    assert check(tmp_path, *start, "claude").actor == "agent:*"
+    assert refused(tmp_path, *start, "claude", identity=Identity("agent:one")).code == "REMOTE_FORBIDDEN"
+
+
+def test_only_files_that_came_with_the_request_are_read(tmp_path: Path) -> None:
+    attach = ["attach", "LAT-1", PRIVATE, "--actor", "human:ana"]
+    assert check(tmp_path, *attach, files=(PRIVATE,)).values["source"] == PRIVATE
+    comment = ["comment", "LAT-1", f"--file={PRIVATE}", "--actor", "human:ana"]
+    assert check(tmp_path, *comment, files=(PRIVATE,))
+    assert refused(tmp_path, "comment", "LAT-1", PRIVATE, "--actor", "human:ana", files=(PRIVATE,))
+    assert refused(tmp_path, "comment", "LAT-1", "--file", "https://x/y", "--actor", "human:ana")

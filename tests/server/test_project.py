@@ -1,0 +1,320 @@
+"""A project's queue, its worker's life, and what followers are told: with a real process that misbehaves on demand."""
+
+import asyncio
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from harness import FAKE_WORKER, until
+
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Bye, Change, Refused, Reply
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.hooks import HookRunner
+from lattice_remote.server.ipc import Execute
+from lattice_remote.server.project import Bounds, Project
+
+
+class Watcher:
+    """A follower that remembers what it was told, in order."""
+
+    def __init__(self) -> None:
+        self.events: list[object] = []
+        self.answers: dict[str, Reply | Refused] = {}
+        self.byes: list[Bye] = []
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        payload = frame[2:] if frame[1] < 126 else frame[4:] if frame[1] == 126 else frame[10:]
+        change = decode_server_frame(payload)
+        assert isinstance(change, Change)
+        assert change.seq == seq
+        self.events.append(change)
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        frame = decode_server_frame(reply)
+        assert isinstance(frame, Reply | Refused)
+        assert request_id not in self.answers, "every request is answered once"
+        self.answers[request_id] = frame
+        self.events.append(frame)
+
+    def end(self, bye: Bye) -> None:
+        self.byes.append(bye)
+
+    @property
+    def changes(self) -> list[int]:
+        return [event.seq for event in self.events if isinstance(event, Change)]
+
+
+def command(*argv: str, id_: str | None = None, token: str = "t") -> Execute:
+    return Execute(id_ or secrets.token_hex(16), list(argv), [], token, "human:ana", [])
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> ProjectPaths:
+    (tmp_path / ".lattice").mkdir()
+    (tmp_path / "journal").mkdir()
+    return ProjectPaths(tmp_path)
+
+
+class Opened:
+    def __init__(self, project: Project, watcher: Watcher) -> None:
+        self.project = project
+        self.watcher = watcher
+
+    async def run(self, *argv: str, id_: str | None = None) -> Reply | Refused:
+        request = command(*argv, id_=id_)
+        self.project.submit(request, self.watcher)
+        await until(lambda: request.id in self.watcher.answers)
+        return self.watcher.answers.pop(request.id)
+
+
+@pytest.fixture
+async def opened(paths: ProjectPaths) -> AsyncIterator[Opened]:
+    bounds = Bounds(command_s=1.0, queued=100)
+    project = Project(
+        "web", paths, hooks=HookRunner("web", paths.root, timeout_s=1.0), bounds=bounds, worker_command=FAKE_WORKER
+    )
+    project.start()
+    await project.opened()
+    watcher = Watcher()
+    project.join(watcher)
+    yield Opened(project, watcher)
+    await project.drain(1.0)
+    await project.stop(1.0)
+
+
+async def test_a_change_precedes_the_answer_that_names_it(opened: Opened) -> None:
+    requests = [command("put", f"f{i}", "x") for i in range(50)]
+    for request in requests:
+        opened.project.submit(request, opened.watcher)
+    await until(lambda: len(opened.watcher.answers) == 50)
+    assert opened.watcher.changes == list(range(1, 51))
+    seen = 0
+    for event in opened.watcher.events:
+        seen = event.seq if isinstance(event, Change) else seen
+        assert event.seq <= seen  # type: ignore[attr-defined]
+
+
+async def test_the_manifest_is_that_of_the_head(opened: Opened) -> None:
+    await opened.run("put", "a", "xyz")
+    assert opened.project.files["a"][0] == 3
+    assert len(opened.project.entries()) == 1
+    assert opened.project.entries() is opened.project.entries()
+
+
+async def test_a_killed_worker_loses_and_doubles_nothing(opened: Opened, paths: ProjectPaths) -> None:
+    requests = [command("put", f"f{i}", "x") for i in range(300)]
+    for request in requests[:90]:
+        opened.project.submit(request, opened.watcher)
+    await until(lambda: len(opened.watcher.answers) > 5)
+    os.kill(int(_worker_pid(opened.project)), signal.SIGKILL)
+    for request in requests[90:99]:
+        opened.project.submit(request, opened.watcher)
+    await until(lambda: len(opened.watcher.answers) == 99)
+    assert opened.watcher.changes == list(range(1, 100))
+    runs = (paths.root / "runs").read_text().split()
+    assert all(isinstance(answer, Reply) for answer in opened.watcher.answers.values())
+    assert set(runs) == {request.id for request in requests[:99]}
+
+
+def _worker_pid(project: Project) -> int:
+    writer = project._writer
+    assert writer is not None
+    return writer.pid
+
+
+async def test_a_change_whose_worker_died_before_saying_so_still_reaches_the_followers(opened: Opened) -> None:
+    answer = await opened.run("die-after", "text")
+    assert isinstance(answer, Reply)
+    assert answer.seq == 1
+    assert opened.watcher.changes == [1]
+    assert (await opened.run("put", "b", "y")).seq == 2  # type: ignore[union-attr]
+
+
+async def test_a_command_that_ends_its_worker_once_is_run_again(opened: Opened) -> None:
+    assert isinstance(await opened.run("die-once"), Reply)
+
+
+async def test_a_command_that_ends_its_worker_twice_is_refused_and_the_others_go_on(opened: Opened) -> None:
+    bad, good = command("die"), command("put", "a", "x")
+    opened.project.submit(bad, opened.watcher)
+    opened.project.submit(good, opened.watcher)
+    await until(lambda: len(opened.watcher.answers) == 2)
+    refused = opened.watcher.answers[bad.id]
+    assert isinstance(refused, Refused)
+    assert refused.code == "REMOTE_FAILED"
+    assert isinstance(opened.watcher.answers[good.id], Reply)
+
+
+async def test_a_command_over_its_time_is_refused_and_the_others_go_on(opened: Opened) -> None:
+    slow, good = command("sleep", "60"), command("put", "a", "x")
+    opened.project.submit(slow, opened.watcher)
+    opened.project.submit(good, opened.watcher)
+    await until(lambda: len(opened.watcher.answers) == 2)
+    refused = opened.watcher.answers[slow.id]
+    assert isinstance(refused, Refused)
+    assert "longer than 1 s" in refused.message
+    assert isinstance(opened.watcher.answers[good.id], Reply)
+
+
+async def test_the_same_request_asked_again_runs_once(opened: Opened, paths: ProjectPaths) -> None:
+    request = command("sleep", "0.2")
+    other = Watcher()
+    opened.project.submit(request, opened.watcher)
+    opened.project.submit(request, other)
+    await until(lambda: other.answers and opened.watcher.answers)
+    again = Watcher()
+    opened.project.submit(request, again)
+    await until(lambda: again.answers)
+    assert again.answers == other.answers == opened.watcher.answers
+    assert (paths.root / "runs").read_text().split() == [request.id]
+
+
+async def test_a_request_id_belongs_to_its_token(opened: Opened) -> None:
+    request = command("sleep", "0.2")
+    other = Watcher()
+    opened.project.submit(request, opened.watcher)
+    opened.project.submit(command("noop", id_=request.id, token="other"), other)
+    await until(lambda: other.answers)
+    refused = other.answers[request.id]
+    assert isinstance(refused, Refused)
+    assert refused.code == "REMOTE_FORBIDDEN"
+
+
+async def test_a_full_queue_refuses_as_busy(opened: Opened) -> None:
+    requests = [command("sleep", "0.001") for _ in range(300)]
+    for request in requests:
+        opened.project.submit(request, opened.watcher)
+    await until(lambda: len(opened.watcher.answers) == 300)
+    codes = {answer.code for answer in opened.watcher.answers.values() if isinstance(answer, Refused)}
+    assert codes == {"REMOTE_BUSY"}
+
+
+async def test_a_failed_project_answers_nobody_and_says_why(opened: Opened) -> None:
+    opened.project.submit(command("fail"), opened.watcher)
+    await until(lambda: opened.watcher.byes)
+    assert opened.watcher.byes[0].code == "REMOTE_STORAGE"
+    assert opened.project.failure is not None
+    assert not opened.watcher.answers
+
+
+async def test_a_waiter_gets_the_resource_when_a_change_frees_it(opened: Opened) -> None:
+    request = command("want", "gpu", "30")
+    opened.project.submit(request, opened.watcher)
+    await opened.run("put", "other", "x")
+    assert request.id not in opened.watcher.answers
+    await opened.run("put", "resources/gpu/free", "")
+    await until(lambda: request.id in opened.watcher.answers)
+    answer = opened.watcher.answers[request.id]
+    assert isinstance(answer, Reply)
+    assert opened.project.files.get("resources/gpu/free") is None
+
+
+async def test_one_of_many_waiters_gets_it_and_the_others_wait_on(opened: Opened) -> None:
+    requests = [command("want", "gpu", "30") for _ in range(8)]
+    for request in requests:
+        opened.project.submit(request, opened.watcher)
+    await opened.run("noop")
+    for n in range(1, 4):
+        await opened.run("put", "resources/gpu/free", "")
+        await until(lambda n=n: len(opened.watcher.answers) == n)
+    assert list(opened.watcher.answers) == [request.id for request in requests[:3]]
+
+
+async def test_a_waiter_whose_time_is_over_tries_a_last_time(opened: Opened) -> None:
+    before = time.monotonic()
+    answer = await opened.run("want", "gpu", "0.3")
+    assert isinstance(answer, Reply)
+    assert answer.stdout == b"timeout"
+    assert 0.3 <= time.monotonic() - before < 2
+
+
+async def test_a_waiter_whose_connection_is_gone_takes_nothing(opened: Opened) -> None:
+    request = command("want", "gpu", "30")
+    gone = Watcher()
+    opened.project.submit(request, gone)
+    await opened.run("noop")
+    opened.project.forget(gone, {request.id})
+    await opened.run("put", "resources/gpu/free", "")
+    await opened.run("noop")
+    assert "resources/gpu/free" in opened.project.files
+
+
+async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:
+    (paths.lattice / "edited").mkdir()
+    (paths.lattice / "edited/x").write_text("by hand")
+    opened.project.files_touched({"edited/x"})
+    await until(lambda: opened.watcher.changes == [1])
+    assert opened.project.files["edited/x"][0] == 7
+
+
+async def test_a_rollback_begins_a_new_epoch_once(opened: Opened) -> None:
+    await opened.run("put", "a", "x")
+    epoch = opened.project.epoch
+    await opened.project.rollback_proved("a client is ahead")
+    assert opened.project.epoch != epoch
+    assert opened.project.head == 0
+    assert opened.watcher.byes[0].retry_after_s == 0
+    renewed = opened.project.epoch
+    await opened.project.rollback_proved("and again")
+    assert opened.project.epoch == renewed
+    assert (await opened.run("put", "a", "y")).seq == 1  # type: ignore[union-attr]
+
+
+async def test_missed_changes_come_from_memory_and_from_the_journal(opened: Opened) -> None:
+    for i in range(20):
+        await opened.run("put", "a", str(i))
+    from_memory = await opened.project.changes_after(5)
+    opened.project._recent.clear()
+    from_disk = await opened.project.changes_after(5)
+    assert [seq for seq, _ in from_disk] == list(range(6, 21))
+    assert from_memory == from_disk
+    assert await opened.project.mark_at(20) == opened.project.mark
+
+
+async def test_hooks_run_in_order_after_the_answer_and_within_their_time(opened: Opened, paths: ProjectPaths) -> None:
+    out = paths.root / "out"
+    await opened.run("hook", f"cat >> {out}; sleep 30")
+    await opened.run("hook", f"echo second >> {out}")
+    await until(lambda: out.exists() and "second" in out.read_text())
+    assert out.read_text() == "the eventsecond\n"
+
+
+async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:
+    project = Project("web", paths, hooks=None, worker_command=FAKE_WORKER)
+    project.start()
+    await project.opened()
+    watcher = Watcher()
+    request = command("sleep", "0.3")
+    project.submit(request, watcher)
+    await project.drain(2.0)
+    assert isinstance(watcher.answers[request.id], Reply)
+    await project.stop(1.0)
+
+
+async def test_a_worker_that_never_starts_fails_the_project(
+    paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.server.project._RESTART_DELAY_S", 0.001)
+    project = Project("web", paths, hooks=None, worker_command=("/bin/false",))
+    project.start()
+    with pytest.raises(Exception, match="does not start"):
+        await project.opened()
+    await project.stop(1.0)
+
+
+async def test_a_second_writer_waits_for_the_first_to_end(paths: ProjectPaths) -> None:
+    first = Project("web", paths, hooks=None, worker_command=FAKE_WORKER)
+    first.start()
+    await first.opened()
+    second = Project("web", paths, hooks=None, worker_command=FAKE_WORKER)
+    second.start()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(second.opened(), 0.3)
+    await first.stop(1.0)
+    await asyncio.wait_for(second.opened(), 5.0)
+    await second.stop(1.0)

@@ -1,0 +1,448 @@
+"""One connected client and the server: greeting, catching up, files under load, violations, goodbyes."""
+
+import asyncio
+import json
+import secrets
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from harness import Copy, Running, make_data, serving, tree_of, until
+from websockets.asyncio.client import connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import (
+    Bye,
+    Change,
+    Entries,
+    Fetch,
+    Hello,
+    Manifest,
+    Part,
+    Put,
+    Refused,
+    Reply,
+    Run,
+    Welcome,
+)
+from lattice_remote.server.tokens import TokenFile
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with serving(*make_data(tmp_path / "data")) as server:
+        yield server
+
+
+def hello(**fields: object) -> bytes:
+    return encode(Hello(versions=[1], client_version="t", lattice_version="t", **fields))  # type: ignore[arg-type]
+
+
+async def farewell(client: object) -> tuple[Bye | None, int]:
+    """Read to the end; return the goodbye and the close code."""
+    bye = None
+    try:
+        async with asyncio.timeout(10):
+            while True:
+                frame = decode_server_frame(await client.recv())  # type: ignore[attr-defined]
+                bye = frame if isinstance(frame, Bye) else bye
+    except ConnectionClosed as closed:
+        return bye, closed.rcvd.code if closed.rcvd else 1006
+
+
+# --- before the upgrade ---
+
+
+async def refused(url: str, **headers: str) -> tuple[int, str]:
+    with pytest.raises(InvalidStatus) as caught:
+        async with connect(url, additional_headers=headers, subprotocols=["lattice.v1"]):  # type: ignore[list-item]
+            pass
+    response = caught.value.response
+    assert response.body is not None
+    return response.status_code, json.loads(response.body)["error"]["code"]
+
+
+async def test_who_may_not_in_is_told_why_before_the_upgrade(running: Running) -> None:
+    good = f"Bearer {running.token}"
+    assert await refused(running.url()) == (401, "REMOTE_UNAUTHORIZED")
+    assert await refused(running.url(), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
+    assert await refused(running.url("other"), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
+    assert await refused(running.url("other"), Authorization=good) == (404, "REMOTE_NOT_FOUND")
+    assert await refused(running.url("..%2fweb"), Authorization=good) == (404, "REMOTE_NOT_FOUND")
+    assert await refused(running.url() + "/more", Authorization=good) == (404, "REMOTE_NOT_FOUND")
+    _, text = TokenFile(running.data.tokens).create(projects=["else"], actor="human:eve", act_as=[])
+    assert await refused(running.url(), Authorization=f"Bearer {text}") == (403, "REMOTE_FORBIDDEN")
+
+
+async def test_a_client_without_the_subprotocol_is_told_to_upgrade(running: Running) -> None:
+    with pytest.raises(InvalidStatus) as caught:
+        async with running.connected(subprotocols=["lattice.v9"]):
+            pass
+    assert caught.value.response.status_code == 426
+
+
+# --- greeting and catching up ---
+
+
+async def test_a_new_copy_is_filled_and_follows(running: Running) -> None:
+    copy = Copy()
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+        reply = await copy.run("put", "a/b", "text")
+        assert isinstance(reply, Reply)
+        assert copy.tree == tree_of(running.tree)
+        assert copy.replica.position.seq == reply.seq == 1
+
+
+async def test_a_copy_that_was_away_gets_only_what_it_missed(running: Running) -> None:
+    copy = Copy()
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+        await copy.run("put", "a", "0")
+    async with running.connected() as client:
+        other = Copy()
+        await other.greet(client)
+        for i in range(50):
+            await other.run("put", "a", str(i))
+    copy.replica.disconnected()
+    copy.frames.clear()
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+    kinds = [type(frame) for frame in copy.frames]
+    assert kinds == [Welcome, *[Change] * 50]
+    assert copy.tree == tree_of(running.tree)
+
+
+async def test_a_client_that_proves_a_rollback_gets_a_new_epoch(running: Running) -> None:
+    copy = Copy()
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+        await copy.run("put", "a", "0")
+        epoch = copy.replica.position.epoch
+        async with running.connected() as ahead:
+            await ahead.send(hello(epoch=epoch, seq=7, mark=b"x" * 8))
+            welcome = decode_server_frame(await ahead.recv())
+            assert isinstance(welcome, Welcome)
+            assert welcome.resync
+            assert welcome.epoch != epoch
+        bye, code = await farewell(client)
+        assert bye is not None
+        assert bye.retry_after_s == 0
+        assert code == 1012
+
+
+async def test_another_mark_at_the_same_number_is_a_rollback(running: Running) -> None:
+    copy = Copy()
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+        await copy.run("put", "a", "0")
+    async with running.connected() as client:
+        await client.send(hello(epoch=copy.replica.position.epoch, seq=1, mark=b"y" * 8))
+        welcome = decode_server_frame(await client.recv())
+        assert isinstance(welcome, Welcome)
+        assert welcome.resync
+        assert welcome.epoch != copy.replica.position.epoch
+
+
+async def test_a_writer_that_does_not_follow_gets_answers_only(running: Running) -> None:
+    copy = Copy(follow=False)
+    async with running.connected() as client:
+        await copy.greet(client)
+        assert isinstance(await copy.run("put", "a", "x"), Reply)
+    assert [type(frame) for frame in copy.frames] == [Welcome, Reply]
+
+
+async def test_an_answer_waits_for_the_changes_that_its_client_missed(running: Running) -> None:
+    copy = Copy()
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+    async with running.connected() as client:
+        other = Copy()
+        await other.greet(client)
+        for i in range(200):
+            await other.send(Run(secrets.token_hex(16), ["put", "a", str(i) * 1000]))
+        await other.run("noop")
+    copy.replica.disconnected()
+    async with running.connected() as client:
+        id_ = secrets.token_hex(16)
+        await client.send(encode(copy.replica.hello(client_version="t", lattice_version="t")))
+        await client.send(encode(Run(id_, ["put", "b", "mine"])))
+        copy._socket = client
+        reply = await copy.answer(id_)
+        assert copy.replica.position.seq >= reply.seq  # type: ignore[union-attr]
+        numbers = [frame.seq for frame in copy.frames if isinstance(frame, Change | Reply)]
+        assert numbers == sorted(numbers)
+
+
+# --- files ---
+
+
+async def test_copies_filled_under_load_equal_the_server(running: Running) -> None:
+    big = running.tree / "big.bin"
+    big.write_bytes(secrets.token_bytes(5_000_000))
+    async with running.connected() as client:
+        writer = Copy(follow=False)
+        await writer.greet(client)
+
+        async def write() -> None:
+            for i in range(150):
+                await writer.run("slow" if i % 3 == 0 else "put", f"hot{i % 3}", f"{i}" * 500)
+
+        writing = asyncio.create_task(write())
+        copies = [Copy() for _ in range(4)]
+
+        async def fill(copy: Copy) -> None:
+            async with running.connected() as client:
+                await copy.greet(client)
+                await copy.sync()
+                while not copy.replica.is_current or copy.replica.head < 150:
+                    await copy.pump()
+
+        async with asyncio.timeout(30):
+            await asyncio.gather(writing, *(fill(copy) for copy in copies))
+    for copy in copies:
+        assert copy.replica.position.seq == 150
+        assert copy.tree == tree_of(running.tree)
+
+
+async def test_a_manifest_is_of_the_last_change_before_it_however_busy(running: Running) -> None:
+    async with running.connected() as client, running.connected() as busy:
+        writer, copy = Copy(follow=False), Copy()
+        await writer.greet(busy)
+        await copy.greet(client)
+        await copy.sync()
+        ids = [secrets.token_hex(16) for _ in range(100)]
+        for id_ in ids:
+            await writer.send(Run(id_, ["put", "a", id_]))
+        for _ in range(10):
+            for effect in copy.replica.compare(mend=False):
+                await copy._perform(effect)
+            await copy.sync()
+        assert sum(isinstance(frame, Entries) for frame in copy.frames) == 11
+
+
+async def test_a_file_that_is_not_there_is_reported_gone(running: Running) -> None:
+    async with running.connected() as client:
+        await client.send(hello(follow=False))
+        await client.send(encode(Fetch(["tasks/none.json", "config.json"])))
+        frames = [decode_server_frame(await client.recv()) for _ in range(3)]
+        parts = {frame.path: frame for frame in frames if isinstance(frame, Part)}
+        assert parts["tasks/none.json"].gone
+        assert parts["config.json"].data == b"{}\n"
+
+
+async def test_only_what_people_edit_can_be_put(running: Running) -> None:
+    async with running.connected() as client:
+        await client.send(hello(follow=False))
+        await client.recv()
+        await client.send(encode(Put(secrets.token_hex(16), "config.json", None, b"{}")))
+        answer = decode_server_frame(await client.recv())
+        assert isinstance(answer, Refused)
+        assert answer.code == "REMOTE_UNSUPPORTED"
+
+
+async def test_an_edit_on_the_server_reaches_its_clients(running: Running) -> None:
+    async with running.connected() as client:
+        copy = Copy()
+        await copy.greet(client)
+        await copy.sync()
+        (running.tree / "edited").mkdir()
+        deadline = time.monotonic() + 10
+        while "edited/x" not in copy.tree and time.monotonic() < deadline:
+            # The directory itself must be watched before what happens in it is seen.
+            (running.tree / "edited/x").write_text(str(time.monotonic()))
+            try:
+                async with asyncio.timeout(0.3):
+                    await copy.pump()
+            except TimeoutError:
+                continue
+        assert "edited/x" in copy.tree
+
+
+# --- violations ---
+
+
+VIOLATIONS = {
+    "not msgpack": b"\xc1\xff\xff",
+    "an unknown kind": msgspec.msgpack.encode({"type": "nonsense"}),
+    "a wrong type": msgspec.msgpack.encode({"type": "run", "id": 5, "argv": ["x"]}),
+    "a path that escapes": msgspec.msgpack.encode({"type": "fetch", "paths": ["../../etc/passwd"]}),
+    "a second Hello": hello(),
+    "deep nesting": b"\x91" * 100_000,
+    "an empty frame": b"",
+}
+
+
+@pytest.mark.parametrize("data", VIOLATIONS.values(), ids=VIOLATIONS.keys())
+async def test_a_violation_ends_that_connection_and_nothing_else(running: Running, data: bytes) -> None:
+    async with running.connected() as good, running.connected() as bad:
+        copy = Copy()
+        await copy.greet(good)
+        await bad.send(hello())
+        await bad.recv()
+        await bad.send(data)
+        bye, code = await farewell(bad)
+        assert bye is not None
+        assert bye.code == "REMOTE_PROTOCOL"
+        assert bye.retry_after_s is None
+        assert code == 1002
+        assert isinstance(await copy.run("put", "a", "x"), Reply)
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        (b"junk", 1002),
+        (encode(Manifest()), 1002),
+        (b"x" * 100_000, 1009),
+        (encode(Hello(versions=[99], client_version="t", lattice_version="t")), 1008),
+    ],
+    ids=["junk", "not Hello", "too large", "another version"],
+)
+async def test_a_bad_greeting_ends_the_connection(running: Running, first: bytes, code: int) -> None:
+    async with running.connected() as client:
+        await client.send(first)
+        assert (await farewell(client))[1] == code
+
+
+async def test_text_messages_are_a_violation(running: Running) -> None:
+    async with running.connected() as client:
+        await client.send("hello")
+        assert (await farewell(client))[1] == 1002
+
+
+# --- who is slow, gone or no longer welcome ---
+
+
+async def test_a_revoked_token_ends_its_connections_within_a_second(running: Running) -> None:
+    tokens = TokenFile(running.data.tokens)
+    token, text = tokens.create(projects=["web"], actor="human:ben", act_as=[])
+    async with running.connected(text) as client, running.connected() as other:
+        await client.send(hello())
+        await client.recv()
+        copy = Copy()
+        await copy.greet(other)
+        await copy.sync()
+        before = time.monotonic()
+        tokens.revoke(token.id)
+        bye, code = await farewell(client)
+        assert time.monotonic() - before < 1
+        assert bye is not None
+        assert bye.code == "REMOTE_UNAUTHORIZED"
+        assert code == 1008
+        assert isinstance(await copy.run("put", "a", "x"), Reply)
+
+
+async def stalled(running: Running) -> socket.socket:
+    """Return a connection that greets, and then never reads again."""
+    loop = asyncio.get_running_loop()
+    raw = socket.socket()
+    raw.setblocking(False)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    await loop.sock_connect(raw, ("127.0.0.1", running.port))
+    request = (
+        "GET /projects/web/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Protocol: lattice.v1\r\nAuthorization: Bearer {running.token}\r\n\r\n"
+    )
+    await loop.sock_sendall(raw, request.encode())
+    assert b" 101 " in await loop.sock_recv(raw, 4096)
+    before = len(running.hub._peers)
+    await loop.sock_sendall(raw, masked(hello()))
+    await until(lambda: sum(peer._live for peer in running.hub._peers) >= before)
+    return raw
+
+
+def masked(payload: bytes) -> bytes:
+    head = bytes((0x82, 0x80 | len(payload))) if len(payload) < 126 else struct.pack(">BBH", 0x82, 0xFE, len(payload))
+    return head + b"\0\0\0\0" + payload
+
+
+async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = await stalled(running)
+    try:
+        [peer] = running.hub._peers
+        monkeypatch.setattr(peer._outbox, "_max_bytes", 4_000_000)
+        copy = Copy()
+        slowest = 0.0
+        async with running.connected(max_size=None) as client:
+            await copy.greet(client)
+            await copy.sync()
+            most = 0
+            while peer in running.hub._peers:
+                before = time.monotonic()
+                assert isinstance(await copy.run("put", "a", "x" * 500_000), Reply)
+                slowest = max(slowest, time.monotonic() - before)
+                most = max(most, peer._outbox.pending_bytes)
+                assert copy.replica.position.seq < 100
+        assert slowest < 1
+        assert most < 6_000_000
+    finally:
+        raw.close()
+
+
+async def test_a_stalled_client_is_cut_by_its_deadline(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = await stalled(running)
+    try:
+        [peer] = running.hub._peers
+        monkeypatch.setattr(peer._outbox, "_deadline_s", 0.5)
+        copy = Copy()
+        async with running.connected() as client:
+            await copy.greet(client)
+            for _ in range(12):
+                await copy.run("put", "a", "x" * 500_000)
+            await until(lambda: peer not in running.hub._peers, 5.0)
+            assert isinstance(await copy.run("noop"), Reply)
+    finally:
+        raw.close()
+
+
+async def test_stopping_takes_less_than_two_seconds_beside_stalled_clients(tmp_path: Path) -> None:
+    async with serving(*make_data(tmp_path / "data")) as running:
+        raws = [await stalled(running) for _ in range(3)]
+        async with running.connected() as client:
+            copy = Copy()
+            await copy.greet(client)
+            for _ in range(12):
+                await copy.run("put", "a", "x" * 500_000)
+            before = time.monotonic()
+            running.server.should_exit = True
+            bye, code = await farewell(client)
+            assert bye is not None
+            assert (bye.code, bye.retry_after_s, code) == ("REMOTE_SHUTDOWN", 1.0, 1001)
+    assert time.monotonic() - before < 2
+    for raw in raws:
+        raw.close()
+
+
+async def test_a_project_made_while_it_runs_can_be_used(running: Running) -> None:
+    (running.data.path / "projects/new/.lattice").mkdir(parents=True)
+    (running.data.path / "projects/new/journal").mkdir()
+    _, text = TokenFile(running.data.tokens).create(projects=["new"], actor="human:ana", act_as=[])
+    async with running.connected(text, "new") as client:
+        copy = Copy()
+        await copy.greet(client)
+        assert isinstance(await copy.run("put", "a", "x"), Reply)
+
+
+async def test_many_writers_at_once_are_all_answered(running: Running) -> None:
+    async def write(n: int) -> None:
+        async with running.connected() as client:
+            copy = Copy()
+            await copy.greet(client)
+            for i in range(10):
+                assert isinstance(await copy.run("put", f"f{n}", str(i)), Reply)
+            assert copy.tree[f"f{n}"] == b"9"
+
+    await asyncio.gather(*(write(n) for n in range(32)))

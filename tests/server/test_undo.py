@@ -1,0 +1,152 @@
+"""Pre-images: whatever was done to a file, restoring brings back its bytes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lattice_remote.server.undo import SMALL_BYTES, Begin, UndoLog
+
+SMALL, LARGE = b"small\n", os.urandom(SMALL_BYTES + 10)
+HERE = Begin("epoch", 7, "boot")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> UndoLog:
+    (tmp_path / "journal").mkdir()
+    opened = UndoLog.open(tmp_path / "journal")
+    opened.begin(HERE)
+    return opened
+
+
+def append(log: UndoLog, path: Path) -> None:
+    log.keep_for_append(str(path))
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def rewrite(log: UndoLog, path: Path) -> None:
+    log.keep_for_rewrite(str(path))
+    path.write_bytes(b"rewritten")
+
+
+def replace(log: UndoLog, path: Path) -> None:
+    scratch = path.with_name(".tmp.new")
+    log.keep_for_rewrite(str(scratch))
+    scratch.write_bytes(b"replaced")
+    log.keep_for_replace(str(scratch))
+    log.keep_for_replace(str(path))
+    scratch.replace(path)
+
+
+def remove(log: UndoLog, path: Path) -> None:
+    log.keep_for_replace(str(path))
+    path.unlink()
+
+
+def move_away_and_rewrite(log: UndoLog, path: Path) -> None:
+    target = path.with_name("moved")
+    log.keep_for_replace(str(path))
+    log.keep_for_replace(str(target))
+    path.replace(target)
+    log.keep_for_append(str(target))
+    with target.open("ab") as file:
+        file.write(b"more")
+    log.keep_for_rewrite(str(target))
+    target.write_bytes(b"x")
+
+
+Deed = Callable[[UndoLog, Path], None]
+
+
+@pytest.mark.parametrize("content", [SMALL, LARGE, b"", None], ids=["small", "large", "empty", "absent"])
+@pytest.mark.parametrize(
+    "deeds",
+    [
+        [append],
+        [rewrite],
+        [replace],
+        [append, append, rewrite],
+        [append, replace],
+        [append, move_away_and_rewrite],
+        [replace, rewrite],
+        [replace, append, replace],
+        [rewrite, remove],
+        [append, remove, append],
+        [replace, remove, rewrite],
+    ],
+    ids=lambda deeds: "-".join(deed.__name__ for deed in deeds),
+)
+def test_restoring_brings_back_the_bytes(
+    tmp_path: Path, log: UndoLog, content: bytes | None, deeds: list[Deed]
+) -> None:
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    for deed in deeds:
+        deed(log, path)
+    reopened = UndoLog.open(tmp_path / "journal")  # as after the death of the process
+    assert reopened.pending == HERE
+    reopened.restore()
+    assert (path.read_bytes() if path.exists() else None) == content
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("file", "journal")] == []
+    assert UndoLog.open(tmp_path / "journal").pending is None
+    assert list((tmp_path / "journal" / "undo.d").iterdir()) == []
+
+
+def test_restoring_can_be_cut_off_and_done_again(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(LARGE)
+    replace(log, path)
+    copy = (tmp_path / "journal" / "undo").read_bytes()
+    first = UndoLog.open(tmp_path / "journal")
+    first._restore_one(first._images[str(path)])  # killed here, before the log was cleared
+    assert (tmp_path / "journal" / "undo").read_bytes() == copy
+    UndoLog.open(tmp_path / "journal").restore()
+    assert path.read_bytes() == LARGE
+
+
+def test_a_torn_log_restores_what_it_holds(tmp_path: Path, log: UndoLog) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(SMALL)
+    second.write_bytes(SMALL)
+    rewrite(log, first)
+    log.keep_for_rewrite(str(second))  # and killed before it was touched
+    os.truncate(tmp_path / "journal" / "undo", (tmp_path / "journal" / "undo").stat().st_size - 3)
+    UndoLog.open(tmp_path / "journal").restore()
+    assert first.read_bytes() == second.read_bytes() == SMALL
+
+
+def test_what_was_cleared_is_not_restored(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(LARGE)
+    replace(log, path)
+    log.clear()
+    assert UndoLog.open(tmp_path / "journal").pending is None
+    assert path.read_bytes() == b"replaced"
+
+
+def test_nothing_is_written_for_a_transaction_that_changes_nothing(tmp_path: Path, log: UndoLog) -> None:
+    assert (tmp_path / "journal" / "undo").stat().st_size == 0
+    assert log.pending is None
+
+
+def test_directories_that_were_made_go_again_unless_something_lies_there(tmp_path: Path, log: UndoLog) -> None:
+    for name in ("empty", "used"):
+        log.keep_directory(str(tmp_path / name))
+        (tmp_path / name).mkdir()
+    (tmp_path / "used" / "foreign").write_bytes(b"")
+    UndoLog.open(tmp_path / "journal").restore()
+    assert not (tmp_path / "empty").exists()
+    assert (tmp_path / "used" / "foreign").exists()
+
+
+def test_the_content_before_is_known_where_it_was_kept(tmp_path: Path, log: UndoLog) -> None:
+    for name, content in (("small", SMALL), ("large", LARGE)):
+        path = tmp_path / name
+        path.write_bytes(content)
+        replace(log, path)
+        assert log.before(str(path)) == content
+    append(log, tmp_path / "new")
+    assert log.before(str(tmp_path / "new")) is None

@@ -1,0 +1,299 @@
+"""The worker process, as the server sees it: numbers, answers, and what is left when it is killed."""
+
+import os
+import random
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from random_commands import command_lines
+from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execute, make_project, tree_of
+
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Change, Refused, Reply, Stored
+from lattice_remote.server.ipc import NewEpoch, Ready, Settle
+from lattice_remote.server.journal import JournalReader
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path / "web")
+
+
+@pytest.fixture
+def worker(project: Path) -> Iterator[WorkerProcess]:
+    with WorkerProcess(project) as started:
+        yield started
+
+
+def catch_up(copy: Copy, project: Path, head: int) -> None:
+    """Follow what the journal holds, as a client does that comes back."""
+    changes = JournalReader(project / "journal").read(copy.seq, head, 1 << 30)
+    assert changes is not None
+    for _, data in changes:
+        change = decode_server_frame(data)
+        assert isinstance(change, Change)
+        copy.follow(change)
+
+
+def test_a_copy_that_follows_every_change_has_the_same_bytes(worker: WorkerProcess) -> None:
+    lattice = worker.project / ".lattice"
+    copy = Copy(lattice, tree_of(lattice))
+    codes = []
+    for argv, files in command_lines(random.Random(7), 250, lattice):
+        done = worker.run(*argv, files=files)
+        change = change_of(done)
+        if change is not None:
+            copy.follow(change)
+        answer = answer_of(done)
+        codes.append(answer.exit_code if isinstance(answer, Reply) else -1)
+        assert copy.files == tree_of(lattice), argv
+    assert codes.count(0) > 80
+    assert worker.reconcile().change is None
+
+
+def test_a_request_runs_once_and_is_answered_again(worker: WorkerProcess) -> None:
+    request_id = secrets.token_hex(16)
+    first = worker.run("create", "x", *ANA, id=request_id)
+    again = worker.run("create", "x", *ANA, id=request_id)
+    assert (again.reply, again.change, again.seq) == (first.reply, None, 1)
+    failed = worker.run("status", "LAT-9", "done", *ANA, id="1" * 32)
+    assert worker.run("status", "LAT-9", "done", *ANA, id="1" * 32).reply == failed.reply
+    assert worker.refused("create", "x", *ANA, id=request_id, token_id="tok_2").code == "REMOTE_FORBIDDEN"
+    worker.stop()
+    with WorkerProcess(worker.project) as restarted:
+        assert restarted.run("create", "x", *ANA, id=request_id).reply == first.reply
+        restarted.send(Settle(request_id, "tok_1", "REMOTE_FAILED", "given up"))
+        assert restarted.done().reply == first.reply
+        restarted.send(Settle("2" * 32, "tok_1", "REMOTE_FAILED", "given up"))
+        assert answer_of(restarted.done()) == Refused("2" * 32, "REMOTE_FAILED", "given up")
+
+
+def test_a_refusal_has_no_effect_and_may_be_asked_again(worker: WorkerProcess) -> None:
+    request_id = secrets.token_hex(16)
+    refused = worker.refused("create", "x", "--actor", "human:bob", id=request_id)
+    assert refused.code == "REMOTE_FORBIDDEN"
+    assert worker.reply("create", "x", "--actor", "human:bob", id=request_id, act_as=["human:*"]).exit_code == 0
+
+
+def test_changes_say_who_and_why(worker: WorkerProcess) -> None:
+    change = change_of(worker.run("create", "x" * 300, "--actor", "agent:a", id="3" * 32))
+    assert change is not None
+    assert (change.actor, change.token_id, change.cause) == ("agent:a", "tok_1", "3" * 32)
+    assert change.command.startswith("create xxx")
+    assert len(change.command) == 200
+    assert change.time.endswith("Z")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    lattice = project / ".lattice"
+    copy = Copy(lattice, tree_of(lattice))
+    words = {secrets.token_hex(16): f"word-{number}-" for number in range(60)}
+    waiting = {id_: execute("comment", "LAT-1", word, *ANA, id=id_) for id_, word in words.items()}
+    waiting = {"f" * 32: execute("create", "x", *ANA, id="f" * 32), **waiting}
+    answered: dict[str, bytes] = {}
+    while waiting:
+        with WorkerProcess(project) as worker:
+            assert worker.ready.head >= copy.seq
+            catch_up(copy, project, worker.ready.head)
+            assert copy.files == tree_of(lattice)
+            for request in waiting.values():
+                worker.send(request)
+            try:
+                for _ in range(rng.randint(5, 25) if len(waiting) > 20 else len(waiting)):
+                    done = worker.done()
+                    change = change_of(done)
+                    if change is not None:
+                        copy.follow(change)
+                    assert done.reply is not None
+                    answered[done.id] = done.reply
+                    del waiting[done.id]
+                os.sched_yield()
+            finally:
+                worker.kill()
+    with WorkerProcess(project) as worker:
+        catch_up(copy, project, worker.ready.head)
+        assert copy.files == tree_of(lattice)
+        log = next(content for path, content in copy.files.items() if path.startswith("events/task_")).decode()
+        assert all(log.count(word) == 1 for word in words.values())
+        for id_, reply in answered.items():
+            assert worker.run("comment", "LAT-1", "again", *ANA, id=id_).reply == reply
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_an_edit_behind_its_back_is_numbered(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    plan = next((worker.project / ".lattice/plans").iterdir())
+    plan.write_text("# By hand\n")
+    done = worker.reconcile([f"plans/{plan.name}"])
+    change = change_of(done)
+    assert change is not None
+    assert (change.seq, change.cause, change.actor, change.token_id, done.id) == (2, "edit", "server", "", "")
+    assert worker.reconcile().change is None
+
+
+def test_an_edit_between_commands_travels_with_the_next_command_on_that_file(worker: WorkerProcess) -> None:
+    lattice = worker.project / ".lattice"
+    copy = Copy(lattice, tree_of(lattice))
+    for number in range(5):
+        change = change_of(worker.run("create", f"x {number}", *ANA))
+        assert change is not None
+        copy.follow(change)
+        for name in ("events/_lifecycle.jsonl", "ids.json"):
+            with (lattice / name).open("ab") as file:
+                file.write(b"\n")
+    change = change_of(worker.reconcile())
+    assert change is not None
+    copy.follow(change)
+    assert copy.files == tree_of(lattice)
+
+
+def test_what_happened_while_it_was_down_becomes_a_change(project: Path) -> None:
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        worker.stop()
+    plan = next((project / ".lattice/plans").iterdir())
+    plan.write_text("# By hand\n")
+    with WorkerProcess(project) as worker:
+        assert worker.ready.head == 2
+        assert plan.name in worker.ready.notes[0]
+        copy = Copy(project / ".lattice", {})
+        changes = JournalReader(project / "journal").read(1, 2, 1000)
+        assert changes is not None
+        change = decode_server_frame(changes[0][1])
+        assert isinstance(change, Change)
+        assert (change.cause, change.actor) == ("recovery", "server")
+        copy.seq = 1
+        copy.follow(change)
+        assert copy.files == {f"plans/{plan.name}": b"# By hand\n"}
+        worker.stop()
+    with WorkerProcess(project) as worker:
+        assert (worker.ready.head, worker.ready.notes) == (2, [])
+
+
+def test_a_restored_copy_of_the_directory_is_no_change(project: Path, tmp_path: Path) -> None:
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        epoch = worker.ready.epoch
+    os.system(f"cp -r {project} {tmp_path / 'restored'}")  # noqa: S605 - times and inodes are new
+    with WorkerProcess(tmp_path / "restored") as worker:
+        assert (worker.ready.epoch, worker.ready.head, worker.ready.notes) == (epoch, 1, [])
+
+
+@pytest.mark.parametrize("lost", ["*.log", "manifest", "*"])
+def test_without_its_journal_a_project_begins_a_new_epoch(project: Path, lost: str) -> None:
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        epoch = worker.ready.epoch
+        worker.stop()
+    for path in (project / "journal").glob(lost):
+        if path.is_file():
+            path.unlink()
+    with WorkerProcess(project) as worker:
+        assert worker.ready.epoch != epoch
+        assert worker.ready.head == 0
+        assert {after.path for after in worker.ready.files} == tree_of(project / ".lattice").keys()
+        worker.ok("comment", "LAT-1", "goes on", *ANA)
+
+
+def test_a_journal_older_than_the_list_of_files_begins_a_new_epoch(project: Path) -> None:
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        segment = next((project / "journal").glob("*.log"))
+        old = segment.read_bytes()
+        worker.ok("create", "y", *ANA)
+        worker.stop()
+    segment.write_bytes(old)
+    with WorkerProcess(project) as restarted:
+        assert restarted.ready.epoch != worker.ready.epoch
+
+
+def test_a_new_epoch_keeps_the_files_and_restarts_the_numbers(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    worker.send(NewEpoch("a client is ahead"))
+    ready = worker.receive()
+    assert isinstance(ready, Ready)
+    assert (ready.head, ready.oldest, ready.mark) == (0, 1, b"")
+    assert ready.epoch != worker.ready.epoch
+    assert "a client is ahead" in ready.notes[0]
+    assert worker.run("create", "y", *ANA).seq == 1
+    worker.kill()
+    with WorkerProcess(worker.project) as restarted:
+        assert (restarted.ready.epoch, restarted.ready.head) == (ready.epoch, 1)
+
+
+def test_edits_are_stored_merged_or_left_to_their_author(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    plan = next((worker.project / ".lattice/plans").iterdir())
+    path, base = f"plans/{plan.name}", plan.read_bytes()
+    text = base + b"one\ntwo\nthree\n"
+    done, answer = worker.edit(path, base, text)
+    assert isinstance(answer, Stored)
+    assert (answer.outcome, answer.seq, plan.read_bytes()) == ("stored", 2, text)
+    change = change_of(done)
+    assert change is not None
+    assert change.command == f"edit {path}"
+    assert (
+        worker.edit(path, text, text.replace(b"one", b"1"))[1] == Stored(change_id := "4" * 32, 3, "stored")
+        or change_id
+    )
+    _, answer = worker.edit(path, text, text.replace(b"three", b"3"))
+    assert isinstance(answer, Stored)
+    assert answer.outcome == "merged"
+    assert plan.read_bytes() == base + b"1\ntwo\n3\n"
+    _, answer = worker.edit(path, text, text.replace(b"one", b"uno"))
+    assert isinstance(answer, Stored)
+    assert (answer.outcome, plan.read_bytes()) == ("conflict", base + b"1\ntwo\n3\n")
+    _, answer = worker.edit(path, text, base + b"1\ntwo\n3\n")
+    assert isinstance(answer, Stored)
+    assert answer.outcome == "unchanged"
+
+
+def test_an_edit_is_answered_once(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    plan = next((worker.project / ".lattice/plans").iterdir())
+    notes = f"notes/{plan.name}"
+    first, answer = worker.edit(notes, None, b"# Notes\n", id="5" * 32)
+    assert isinstance(answer, Stored)
+    assert answer.outcome == "stored"
+    assert worker.edit(notes, None, b"# Notes\n", id="5" * 32)[0].reply == first.reply
+
+
+def test_edits_of_tasks_that_are_gone_and_of_other_files_change_nothing(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    plan = next((worker.project / ".lattice/plans").iterdir())
+    worker.ok("archive", "LAT-1", *ANA)
+    before = tree_of(worker.project / ".lattice")
+    for path in (f"plans/{plan.name}", f"notes/{plan.name}", "notes/task_01M8173J64RGGH4YR2NPR23QWA.md"):
+        _, answer = worker.edit(path, None, b"text\n")
+        assert isinstance(answer, Stored)
+        assert answer.outcome == "conflict"
+    for path in ("config.json", "plans/x.md", "../x", f"plans/../plans/{plan.name}"):
+        _, answer = worker.edit(path, None, b"text\n")
+        assert isinstance(answer, Refused)
+    _, answer = worker.edit(f"notes/{plan.name}", None, b"x" * (1 << 20) + b"x")
+    assert isinstance(answer, Refused)
+    assert tree_of(worker.project / ".lattice") == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["session end ../config", "session end index", "comment LAT-1 x --name ../x", "rebuild ../../x",
+     "resource create ../x --actor human:ana", "attach LAT-1 /etc/passwd --actor human:ana"],
+)  # fmt: skip
+def test_hostile_command_lines_leave_the_project_whole(worker: WorkerProcess, line: str) -> None:
+    worker.ok("create", "x", *ANA)
+    before = tree_of(worker.project / ".lattice")
+    assert worker.refused(*line.split()).code == "REMOTE_UNSUPPORTED"
+    assert tree_of(worker.project / ".lattice") == before
+    worker.ok("comment", "LAT-1", "goes on", *ANA)
+
+
+def test_it_leaves_when_the_server_is_gone(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    worker.__exit__()
+    with WorkerProcess(worker.project) as restarted:
+        assert (restarted.ready.head, restarted.ready.notes) == (1, [])

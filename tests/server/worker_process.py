@@ -1,0 +1,232 @@
+"""A real worker process and a copy of its tree that follows its changes: what the tests of this folder share."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
+from lattice_remote.protocol.operations import AnnounceFile, apply, digest_of
+from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.server.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
+
+__all__ = ["ANA", "Copy", "WorkerProcess", "make_project", "tree_of"]
+
+ANA = ("--actor", "human:ana")
+_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+def make_project(directory: Path) -> Path:
+    """Make a project as the server lays it out, with the code LAT; return its directory."""
+    from lattice.core.config import default_config, serialize_config
+    from lattice.storage.fs import atomic_write, ensure_lattice_dirs
+
+    directory.mkdir(parents=True)
+    ensure_lattice_dirs(directory)
+    config = dict(default_config())
+    config["project_code"] = "LAT"
+    atomic_write(directory / ".lattice" / "config.json", serialize_config(config))
+    return directory
+
+
+def tree_of(lattice_dir: Path) -> dict[str, bytes]:
+    """Return every replicated file by its path."""
+    found = {}
+    for path in lattice_dir.rglob("*"):
+        name = path.relative_to(lattice_dir).as_posix()
+        if path.is_file() and not path.is_symlink() and is_replicated(name):
+            found[name] = path.read_bytes()
+    return found
+
+
+@dataclass
+class Copy:
+    """What a client has: its files, and its number. Files that are only announced are read from the server's tree."""
+
+    origin: Path
+    files: dict[str, bytes] = field(default_factory=dict)
+    seq: int = 0
+    announced: list[str] = field(default_factory=list)
+
+    def follow(self, change: Change) -> None:
+        assert change.seq == self.seq + 1, "numbers have no gap (I1)"
+        for operation in change.ops:
+            drifted = apply(operation, self)
+            if isinstance(operation, AnnounceFile):
+                for path in drifted:
+                    self.announced.append(path)
+                    self.files[path] = (self.origin / path).read_bytes()
+            else:
+                assert not drifted, f"{operation} does not fit"
+        self.seq = change.seq
+
+    # --- operations.Tree ---
+
+    def size(self, path: str) -> int | None:
+        return len(self.files[path]) if path in self.files else None
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        return self.files[path][offset:]
+
+    def replace(self, path: str, data: bytes) -> None:
+        self.files[path] = data
+
+    def append(self, path: str, data: bytes) -> None:
+        self.files[path] = self.files.get(path, b"") + data
+
+    def move(self, path: str, to: str) -> None:
+        self.files[to] = self.files.pop(path)
+
+    def delete(self, path: str) -> None:
+        self.files.pop(path, None)
+
+
+class WorkerProcess:
+    """A worker that was started on a project. Use it with ``with``: it is stopped, or killed if need be."""
+
+    def __init__(self, project: Path, *, environment: dict[str, str] | None = None) -> None:
+        self.project = project
+        ours, theirs = socket.socketpair()
+        ours.settimeout(30)
+        self._connection, self._received = ours, b""
+        command = [sys.executable, "-m", "lattice_remote.server.worker", "--fd", str(theirs.fileno())]
+        self._process = subprocess.Popen(
+            [*command, "--project-dir", str(project), "--slug", project.name],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+        )
+        theirs.close()
+        try:
+            ready = self.receive()
+            assert isinstance(ready, Ready), ready
+        except BaseException:
+            self.kill()
+            raise
+        self.ready = ready
+
+    def __enter__(self) -> "WorkerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._connection.shutdown(socket.SHUT_WR)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._connection.close()
+
+    def send(self, message: ToWorker) -> None:
+        data = msgspec.msgpack.encode(message)
+        self._connection.sendall(len(data).to_bytes(4) + data)
+
+    def receive(self) -> ToServer:
+        """Return the next message; EOFError when the process is gone."""
+        while len(self._received) < 4 or len(self._received) < 4 + int.from_bytes(self._received[:4]):
+            try:
+                piece = self._connection.recv(1 << 20)
+            except ConnectionError:
+                piece = b""
+            if not piece:
+                raise EOFError
+            self._received += piece
+        end = 4 + int.from_bytes(self._received[:4])
+        data, self._received = self._received[4:end], self._received[end:]
+        return _decoder.decode(data)
+
+    def done(self) -> Done:
+        message = self.receive()
+        assert isinstance(message, Done), message
+        return message
+
+    def failed(self) -> Failed:
+        message = self.receive()
+        assert isinstance(message, Failed), message
+        return message
+
+    def run(self, *argv: str, **options: object) -> Done:
+        """Run a command line and wait for its outcome."""
+        self.send(execute(*argv, **options))
+        return self.done()
+
+    def reply(self, *argv: str, **options: object) -> Reply:
+        """Run a command line that is answered, not refused."""
+        answer = answer_of(self.run(*argv, **options))
+        assert isinstance(answer, Reply), answer
+        return answer
+
+    def ok(self, *argv: str, **options: object) -> str:
+        """Run a command line that succeeds; return what it printed."""
+        reply = self.reply(*argv, **options)
+        assert reply.exit_code == 0, reply
+        return reply.stdout.decode()
+
+    def refused(self, *argv: str, **options: object) -> Refused:
+        """Run a command line that is refused."""
+        answer = answer_of(self.run(*argv, **options))
+        assert isinstance(answer, Refused), answer
+        return answer
+
+    def edit(self, path: str, base: bytes | None, text: bytes, **options: str) -> tuple[Done, Stored | Refused]:
+        self.send(Edit(options.get("id", secrets.token_hex(16)), path, base, text, "tok_1", "human:ana"))
+        done = self.done()
+        answer = answer_of(done)
+        assert isinstance(answer, Stored | Refused), answer
+        return done, answer
+
+    def reconcile(self, paths: list[str] | None = None) -> Done:
+        self.send(Reconcile(paths))
+        return self.done()
+
+    def stop(self) -> None:
+        self.send(Stop())
+        assert self._process.wait(10) == 0
+
+    def kill(self) -> None:
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self._connection.close()
+
+
+def execute(
+    *argv: str,
+    id: str | None = None,  # noqa: A002 - the message's own word
+    files: Sequence[Attachment] = (),
+    actor: str = "human:ana",
+    act_as: Sequence[str] = ("agent:*",),
+    token_id: str = "tok_1",  # noqa: S107 - an id
+    last_try: bool = False,
+) -> Execute:
+    """Return the request to run a command line."""
+    return Execute(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
+
+
+def change_of(done: Done) -> Change | None:
+    if done.change is None:
+        return None
+    frame = decode_server_frame(done.change)
+    assert isinstance(frame, Change)
+    assert frame.seq == done.seq
+    for after in done.after:
+        assert after.digest is None or len(after.digest) == len(digest_of(b""))
+    return frame
+
+
+def answer_of(done: Done) -> Reply | Stored | Refused | None:
+    if done.reply is None:
+        return None
+    frame = decode_server_frame(done.reply)
+    assert isinstance(frame, Reply | Stored | Refused)
+    assert frame.id == done.id
+    return frame
