@@ -270,7 +270,7 @@ def memory(_runs: int) -> Iterator[Figure]:
         first.add_remote(server, token)
         for n in range(20):
             first.ok("create", f"Task {n}", *ACTOR)
-        agent = json.loads(first.ok("remote", "agent", "status", "--json"))["pid"]
+        agent = json.loads(first.ok("remote", "agent", "status", "--json"))["data"]["pid"]
         one = resident_mib(agent)
         yield at_most("agent with one cache", one, "MiB", 60)
         for n in range(further):

@@ -4,7 +4,7 @@
 set -eu
 
 here=$(cd "$(dirname "$0")/.." && pwd)
-PATH="$here/.venv/bin:$PATH"
+PATH="${VIRTUAL_ENV:-$here/.venv}/bin:$PATH"
 play=$(mktemp -d)
 export LATTICE_REMOTE_DATA="$play/data" XDG_CONFIG_HOME="$play/config" LATTICE_REMOTE_RUNTIME_DIR="$play/run"
 export XDG_RUNTIME_DIR="$play/run"

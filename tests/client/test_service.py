@@ -112,10 +112,13 @@ async def test_the_age_is_that_of_the_last_word(server: FakeServer, service: Ser
     assert answer["message"] == f"cannot reach server {server.url}" and 0 <= float(str(answer["age_s"])) < 5
 
 
-async def test_a_copy_that_was_never_filled_has_nothing_to_show(server: FakeServer, service: Service) -> None:
+async def test_a_copy_that_was_never_filled_has_nothing_to_show(server: FakeServer, directory: Path) -> None:
     await server.stop()
+    service = Service(str(directory))
+    service.start(TOKEN)
     answer = await ask(service, "ready")
     assert not answer["filled"] and answer["code"] == "REMOTE_UNREACHABLE"
+    await service.close()
 
 
 async def test_after_a_reboot_the_files_are_compared(
@@ -164,6 +167,7 @@ async def test_a_command_that_was_never_sent_says_so(
 ) -> None:
     await ask(service, "ready")
     await server.stop()
+    await until(lambda: not service._link.is_open)
     monkeypatch.setattr("lattice_remote.client.link.UNSENT_PATIENCE_S", 0.3)
     with pytest.raises(
         ConnectionFailed, match=r"cannot reach server .*connection refused.*nothing was written"
@@ -427,6 +431,18 @@ async def test_sync_mends(server: FakeServer, service: Service, directory: Path)
 # --- a hostile server ---
 
 
+def bytes_in(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def move_away(directory: Path) -> None:
+    directory.rename(directory.with_name("elsewhere"))
+
+
+def is_there(directory: Path) -> bool:
+    return directory.exists()
+
+
 def outside(directory: Path) -> set[str]:
     """Return every file around a cache, links not followed."""
     root = directory.parent.parent
@@ -494,7 +510,7 @@ async def test_a_huge_announcement_takes_no_room(server: FakeServer, service: Se
     server.change(AnnounceFile("artifacts/payload/huge", 1 << 60, digest_of(b"")))
     server.files["artifacts/payload/huge"] = b"small after all"
     await until(lambda: any(isinstance(f, Fetch) and "artifacts/payload/huge" in f.paths for f in server.frames))
-    assert sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) < 10_000
+    assert bytes_in(directory) < 10_000
 
 
 async def test_an_append_that_does_not_fit_is_fetched(server: FakeServer, service: Service, directory: Path) -> None:
@@ -560,17 +576,20 @@ async def test_a_full_disk_is_said_and_nothing_is_corrupt(
             await run(service, "put", "tasks/x.json", "x")
         answer = await ask(service, "ready")
         assert not answer["current"] and "No space left" in str(answer["message"])
-    assert (await ask(service, "ready"))["current"]
+        assert "No space left" in str((await ask(service, "status"))["trouble"])
+    service._link.kick()
+    await until(service._is_current)
+    assert (await ask(service, "status"))["trouble"] is None
     assert tree(directory) == server.files
 
 
 async def test_a_removed_directory_is_not_made_again(server: FakeServer, service: Service, directory: Path) -> None:
     await ask(service, "ready")
-    directory.rename(directory.with_name("elsewhere"))
+    move_away(directory)
     assert service.is_stale()
     server.put("tasks/x.json", b"x")
     await until(lambda: service._link.error is not None)
-    assert not directory.exists()
+    assert not is_there(directory)
 
 
 async def test_another_remote_makes_a_service_stale(service: Service, directory: Path) -> None:

@@ -133,6 +133,7 @@ class Copy:
         if not self.catch_up_with_others():
             return
         assert self.connection is not None
+        self.release_settled()
         self.perform(self.replica.receive(received(self.connection)), crash_at=crash_at)
         for path in [path for path, seq in self.sent.items() if seq <= self.replica.position.seq]:
             del self.sent[path]
@@ -144,16 +145,20 @@ class Copy:
         elif replica.state is State.FOLLOWING and len(replica.wanted) == len(replica.held) and self.disk.locked_by:
             self.disk.locked_by = None
 
+    def release_settled(self) -> None:
+        """Go on with the files whose edits were sent, given up or undone, here or by another process."""
+        self.perform(self.replica.release([path for path in self.replica.held if path not in self.disk.edits]))
+
     def catch_up_with_others(self) -> bool:
         """Go on from where another process has brought the files; tell whether that can be done."""
         if self.version == self.disk.version:
             return True
-        self.version = self.disk.version
         (position, wanted), here = self.disk.saved, self.replica.position
         greeted = self.replica.state is State.FOLLOWING
         if not greeted or position.epoch != here.epoch or position.seq < here.seq:
             self.cut()
             return False
+        self.version = self.disk.version
         self.arriving.clear()
         self.perform(self.replica.overtaken(position, wanted))
         return True
@@ -484,6 +489,7 @@ class Replication(RuleBasedStateMachine):
         self._exchange(0)
         if first.connection is None:
             first.connect()  # it found that the other process had begun anew
+        first.release_settled()
         self._settle(0)
         while self.unsent:
             self.edit_is_stored(who=0)
@@ -711,7 +717,7 @@ def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
 
 
 def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
-    replica = following(1, head=5, wanted=("a", "b"))
+    replica = following(1, head=5, wanted=("a", "b", "d"))
     replica.receive(part("a", 5, b"ahead"))
     replica.receive(reply(4))
     replica.hold("c")
@@ -749,6 +755,14 @@ def test_changes_during_a_comparison_follow_it() -> None:
     assert replica.receive(reply(2)) == []
     assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, mend=False)]
     assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[Answer(reply(2))]]
+
+
+def test_nothing_is_saved_between_a_mending_and_the_changes_that_follow_it() -> None:
+    replica = told(resyncing(), Entries(5, b"m5", [], last=False), change(6, DeleteFile("a")), change(7))
+    replica.receive(Entries(5, b"m5", [], last=True))
+    effects = replica.compared({"a": (1, b""), "b": (1, b"")})
+    six = ApplyChange(change(6, DeleteFile("a")), (DeleteFile("a"),))
+    assert effects == [Remove(("a", "b")), six, ApplyChange(change(7), ()), Save()]
 
 
 def test_comparison_asked_for_twice_is_one_that_mends() -> None:

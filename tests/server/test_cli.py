@@ -1,24 +1,39 @@
 """``lattice-remote`` as an administrator types it."""
 
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import lattice_remote
+from lattice_remote.server.cli import main
 
 
-def lattice_remote_command(*argv: object, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from lattice_remote.server.cli import main; main()", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **env},
-    )
+@dataclass
+class Result:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def lattice_remote_command(*argv: object, **env: str) -> Result:
+    """Run the console script's function as a process would, in this one."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["lattice-remote", *map(str, argv)])
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+    assert isinstance(code, int | None)
+    return Result(code or 0, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

@@ -42,25 +42,20 @@ class Anonymous:
 LINES: list[tuple[list[str], int | None]] = [
     (["create", "Über", *ANA], None),
     (["create", "Second", *ANA, "--json"], None),
-    (["create", "Third", *ANA, "--quiet"], None),
     (["create", "x", "--priority", "no", *ANA], None),
     (["create"], None),
     (["comment", "LAT-1", "hello", *ANA], None),
-    (["comment", "LAT-1", "hello", "--json"], None),
     (["comment", "LAT-99", "hello", *ANA, "--json"], None),
-    (["comment", "not an id", "hello", *ANA], None),
     (["comment", "LAT-1", "--file", "text é.md", *ANA], 3),
     (["comment", "LAT-1", "--file=text é.md", *ANA], 2),
     (["comment", "LAT-1", "--file", "missing 'é\".md", *ANA], 3),
     (["attach", "LAT-1", "b'\"x.tar.gz", *ANA, "--json"], 2),
     (["attach", "LAT-1", "missing 'é\".md", *ANA], 2),
     (["attach", "LAT-1", "missing 'é\".md", *ANA, "--json"], 2),
-    (["attach", "LAT-1", "--inline", "text", *ANA], None),
     (["status", "LAT-1", "in_progress", *ANA, "--json"], None),
     (["archive", "LAT-1,LAT-99", "LAT-2", *ANA], None),
     (["session", "start", "--name", "Argus", "--model", "m", "--framework", "f"], None),
     (["comment", "LAT-3", "by session", "--name", "Argus-1", "--json"], None),
-    (["resource", "acquire", "nothing", *ANA], None),
 ]
 
 
@@ -174,14 +169,10 @@ def test_an_attached_file_whose_name_can_not_be_shared_is_refused(worker: Worker
     assert not list((worker.project / ".lattice/artifacts/payload").iterdir())
 
 
-@pytest.mark.parametrize(
-    "file",
-    [Attachment(2, "../x", b""), Attachment(2, "..", b""), Attachment(9, "x", b""), Attachment(1, "x", b"")],
-    ids=["separator", "dots", "no argument", "no file"],
-)
-def test_attachments_that_do_not_belong_are_refused(worker: WorkerProcess, file: Attachment) -> None:
-    worker.refused("attach", "LAT-1", "x", *ANA, files=[file])
-    assert not list((worker.project / "tmp").iterdir())
+def test_attachments_that_do_not_belong_are_refused(worker: WorkerProcess) -> None:
+    for index, name in ((2, "../x"), (2, ".."), (2, "a\0b"), (9, "x"), (1, "x")):
+        worker.refused("attach", "LAT-1", "x", *ANA, files=[Attachment(index, name, b"")])
+        assert not list((worker.project / "tmp").iterdir())
 
 
 def test_symbolic_links_in_the_project_lead_nowhere(worker: WorkerProcess, tmp_path: Path) -> None:
@@ -193,7 +184,6 @@ def test_symbolic_links_in_the_project_lead_nowhere(worker: WorkerProcess, tmp_p
     plan.unlink()
     plan.symlink_to(secret)
     assert "follow a symbolic link" in worker.refused("next", "--json").message
-    worker.refused("status", "LAT-1", "in_progress", *ANA)
     _, refused = worker.edit(f"plans/{plan.name}", None, b"x")
     assert refused.code == "REMOTE_UNSUPPORTED"
     assert secret.read_text() == "# secret\n\n- a plan\n"

@@ -49,8 +49,8 @@ class Watcher:
         return [event.seq for event in self.events if isinstance(event, Change)]
 
 
-def command(*argv: str, id_: str | None = None, token: str = "t") -> Execute:
-    return Execute(id_ or secrets.token_hex(16), list(argv), [], token, "human:ana", [])
+def command(*argv: str, id_: str | None = None, holder: str = "t") -> Execute:
+    return Execute(id_ or secrets.token_hex(16), list(argv), [], holder, "human:ana", [])
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ async def test_a_request_id_belongs_to_its_token(opened: Opened) -> None:
     request = command("sleep", "0.2")
     other = Watcher()
     opened.project.submit(request, opened.watcher)
-    opened.project.submit(command("noop", id_=request.id, token="other"), other)
+    opened.project.submit(command("noop", id_=request.id, holder="other"), other)
     await until(lambda: other.answers)
     refused = other.answers[request.id]
     assert isinstance(refused, Refused)

@@ -238,7 +238,7 @@ _json = st.recursive(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(st.dictionaries(st.sampled_from("abcdefgh"), _json), st.dictionaries(st.sampled_from("abcdefgh"), _json))
 def test_a_patch_produces_exactly_the_bytes(before: dict[str, object], after: dict[str, object]) -> None:
     import json

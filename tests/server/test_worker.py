@@ -41,7 +41,7 @@ def test_a_copy_that_follows_every_change_has_the_same_bytes(worker: WorkerProce
     lattice = worker.project / ".lattice"
     copy = Copy(lattice, tree_of(lattice))
     codes = []
-    for argv, files in command_lines(random.Random(7), 250, lattice):
+    for argv, files in command_lines(random.Random(7), 150, lattice):
         done = worker.run(*argv, files=files)
         change = change_of(done)
         if change is not None:
@@ -49,7 +49,7 @@ def test_a_copy_that_follows_every_change_has_the_same_bytes(worker: WorkerProce
         answer = answer_of(done)
         codes.append(answer.exit_code if isinstance(answer, Reply) else -1)
         assert copy.files == tree_of(lattice), argv
-    assert codes.count(0) > 80
+    assert codes.count(0) > 50
     assert worker.reconcile().change is None
 
 
@@ -86,7 +86,7 @@ def test_changes_say_who_and_why(worker: WorkerProcess) -> None:
     assert change.time.endswith("Z")
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path, seed: int) -> None:
     rng = random.Random(seed)
     lattice = project / ".lattice"
@@ -111,7 +111,6 @@ def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path
                     assert done.reply is not None
                     answered[done.id] = done.reply
                     del waiting[done.id]
-                os.sched_yield()
             finally:
                 worker.kill()
     with WorkerProcess(project) as worker:
@@ -183,7 +182,7 @@ def test_a_restored_copy_of_the_directory_is_no_change(project: Path, tmp_path: 
         assert (worker.ready.epoch, worker.ready.head, worker.ready.notes) == (epoch, 1, [])
 
 
-@pytest.mark.parametrize("lost", ["*.log", "manifest", "*"])
+@pytest.mark.parametrize("lost", ["*.log", "manifest"])
 def test_without_its_journal_a_project_begins_a_new_epoch(project: Path, lost: str) -> None:
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)
@@ -236,10 +235,7 @@ def test_edits_are_stored_merged_or_left_to_their_author(worker: WorkerProcess) 
     change = change_of(done)
     assert change is not None
     assert change.command == f"edit {path}"
-    assert (
-        worker.edit(path, text, text.replace(b"one", b"1"))[1] == Stored(change_id := "4" * 32, 3, "stored")
-        or change_id
-    )
+    worker.edit(path, text, text.replace(b"one", b"1"))
     _, answer = worker.edit(path, text, text.replace(b"three", b"3"))
     assert isinstance(answer, Stored)
     assert answer.outcome == "merged"
@@ -279,17 +275,29 @@ def test_edits_of_tasks_that_are_gone_and_of_other_files_change_nothing(worker: 
     assert tree_of(worker.project / ".lattice") == before
 
 
-@pytest.mark.parametrize(
-    "line",
-    ["session end ../config", "session end index", "comment LAT-1 x --name ../x", "rebuild ../../x",
-     "resource create ../x --actor human:ana", "attach LAT-1 /etc/passwd --actor human:ana"],
-)  # fmt: skip
-def test_hostile_command_lines_leave_the_project_whole(worker: WorkerProcess, line: str) -> None:
+def test_hostile_command_lines_leave_the_project_whole(worker: WorkerProcess) -> None:
     worker.ok("create", "x", *ANA)
     before = tree_of(worker.project / ".lattice")
-    assert worker.refused(*line.split()).code == "REMOTE_UNSUPPORTED"
+    for line in (
+        "session end ../config",
+        "session end index",
+        "comment LAT-1 x --name ../x",
+        "rebuild ../../x",
+        "resource create ../x --actor human:ana",
+        "attach LAT-1 /etc/passwd --actor human:ana",
+        "comment LAT-1 --file /etc/passwd --actor human:ana",
+    ):
+        assert worker.refused(*line.split()).code == "REMOTE_UNSUPPORTED"
     assert tree_of(worker.project / ".lattice") == before
     worker.ok("comment", "LAT-1", "goes on", *ANA)
+
+
+def test_what_is_too_long_for_a_frame_is_shortened(worker: WorkerProcess) -> None:
+    long = "human:" + "x" * 10_000
+    assert len(worker.refused("create", "x", "--actor", long).message) <= 4096
+    change = change_of(worker.run("create", "x", "--actor", long, act_as=["human:*"]))
+    assert change is not None
+    assert len(change.actor) == 256
 
 
 def test_it_leaves_when_the_server_is_gone(worker: WorkerProcess) -> None:

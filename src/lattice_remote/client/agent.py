@@ -30,6 +30,8 @@ DEFAULT_IDLE_S = 1800.0
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 _HEARTBEAT_S = 2.0
 _SWEEP_INTERVAL_S = 1.0
+_UNUSED_S = 30.0
+"""An agent that nobody has ever asked lost a race to one that has already ended: it leaves sooner."""
 _MAX_LOG_BYTES = 1024 * 1024
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Agent:
         self._closing: set[asyncio.Task[None]] = set()
         self._connections: set[asyncio.Task[None]] = set()
         self._used_at = time.monotonic()
+        self._was_used = False
         self._started_at = time.time()
         self._stopping = asyncio.Event()
 
@@ -80,7 +83,8 @@ class Agent:
     def _is_idle(self) -> bool:
         if self._connections:
             self._used_at = time.monotonic()
-        return time.monotonic() - self._used_at > self._idle_s
+        limit_s = self._idle_s if self._was_used else min(self._idle_s, _UNUSED_S)
+        return time.monotonic() - self._used_at > limit_s
 
     def _owns_socket(self, identity: int) -> bool:
         try:
@@ -106,6 +110,7 @@ class Agent:
         task = asyncio.current_task()
         assert task is not None, "asyncio runs this as a task"
         self._connections.add(task)
+        self._was_used = True
         try:
             # A client that leaves, or is interrupted, is none of our trouble.
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
@@ -146,7 +151,11 @@ class Agent:
         """Answer a read of a cache that is current at once, without a task of its own."""
         if not line.startswith(b'{"do": "ready"'):
             return None
-        service = self._services.get(json.loads(line)["directory"])
+        try:
+            directory = json.loads(line)["directory"]
+        except (ValueError, KeyError):
+            return None  # refused where all requests are handled
+        service = self._services.get(directory)
         answer = service.ready_now() if service is not None and not service.is_stale() else None
         return None if answer is None else {"ok": True, **answer}
 

@@ -138,7 +138,7 @@ def _start() -> socket.socket:
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lattice_remote.client.agent"],
+            [sys.executable, "-P", "-m", "lattice_remote.client.agent"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

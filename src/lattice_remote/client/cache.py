@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Iterator
 
 from filelock import FileLock, Timeout
 
-from lattice_remote.client.settings import REMOTE_FILE, Remote, write_remote
+from lattice_remote.client.settings import REMOTE_FILE, Remote
 from lattice_remote.client.state import STATE_FILE, CacheState, decode_state, encode_state
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
@@ -76,14 +76,13 @@ class Cache:
             ignore = os.path.join(self.directory, ".gitignore")
             if not os.path.lexists(ignore):
                 self._write_temporary(_GITIGNORE, ignore)
-            if not os.path.lexists(os.path.join(self.directory, REMOTE_FILE)):
-                write_remote(self.directory, self.remote)
             self._remove_stale_temporaries()
 
     def is_there(self) -> bool:
-        """Whether the directory is still the one that was opened, not removed or made anew."""
+        """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""
         try:
-            return self._stat_directory() == self._identity
+            here = self._stat_directory() == self._identity
+            return here and os.path.lexists(os.path.join(self.directory, REMOTE_FILE))
         except StorageError:
             return False
 

@@ -349,6 +349,8 @@ def _connection(answer: dict[str, Any]) -> str:
 
 def _copy(answer: dict[str, Any]) -> str:
     here, there = answer["seq"], answer["server_seq"]
+    if answer["trouble"]:
+        return f"stuck at change {here}: {answer['trouble']}"
     if answer["current"]:
         return f"current (change {here} here, {there} on the server)"
     if there is None:

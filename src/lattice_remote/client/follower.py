@@ -43,6 +43,8 @@ class Outcome:
 
     to_send: list[ClientFrame] = field(default_factory=list)
     answers: list[Reply | Stored | Refused] = field(default_factory=list)
+    applied: bool = False
+    """Whether the files, and what is stored of their state, were written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Follower:
         """What is stored in the cache, as far as this process knows."""
         self.current_at = self.state.current_at
         """When the files were last known to be all that the server has (seconds since 1970)."""
+        self.trouble: StorageError | None = None
+        """Why the files could not be written, until they can be."""
         self.resyncs = 0
         """How often the whole tree was compared because the history could not be continued."""
         self.received = 0
@@ -141,15 +145,26 @@ class Follower:
             ConnectionFailed: another process took the cache elsewhere; greet again.
         """
         async with self._mutex, self.cache.locked():
-            self._catch_up_with_others()
-            outcome = Outcome()
-            save = False
-            for frame in frames:
-                save |= await self._perform(self.replica.receive(frame), outcome)
-            if save:
-                self._save()
-            self.heard()
-            await self._keep_others_out_while_resyncing()
+            try:
+                outcome = await self._receive(frames)
+            except BaseException as error:
+                self.trouble = error if isinstance(error, StorageError) else None
+                self.replica.disconnected()  # it may be ahead of the files now: nothing may be concluded from it
+                raise
+            self.trouble = None if outcome.applied else self.trouble
+            return outcome
+
+    async def _receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        self._catch_up_with_others()
+        outcome = Outcome()
+        save = False
+        for frame in frames:
+            save |= await self._perform(self.replica.receive(frame), outcome)
+        if save:
+            self._save()
+            outcome.applied = True
+        self.heard()
+        await self._keep_others_out_while_resyncing()
         return outcome
 
     async def disconnected(self) -> None:
@@ -169,6 +184,8 @@ class Follower:
 
     async def store_age(self) -> None:
         """Store when the files were last current, for a process that later finds the server out of reach."""
+        if self._changed_by_others():
+            return  # another process goes on with it; or it is being removed, and must not be written to
         async with self._mutex, self.cache.locked():
             if self._stored is not None and not self._changed_by_others():
                 self._store(replace(self.state, current_at=self.current_at))

@@ -131,7 +131,7 @@ class Link:
 
     remote: Remote
     conversation: Conversation
-    token: str | None
+    token: str | None = field(repr=False)
     on_heard: Callable[[], None] = lambda: None
     changed: Signal = field(default_factory=Signal)
     """Notified whenever anything below changes."""

@@ -160,13 +160,18 @@ def _run_there(
     argv, files = _attached(command, path, ctx, list(argv))
     # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
     request = _request("run", directory, id=os.urandom(16).hex(), argv=argv, files=files)
-    request["own_link"] = path == ("resource", "acquire") and bool(ctx.params.get("wait"))
+    request["own_link"] = _waits(path, ctx)
     answer = ask(request, _progress())
     _write(sys.stdout, base64.b64decode(answer["stdout"]))
     _write(sys.stderr, base64.b64decode(answer["stderr"]))
     for notice in answer["notices"]:
         click.echo(f"lattice-remote: {notice}", err=True)
     ctx.exit(answer["exit_code"])
+
+
+def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
+    """Whether this command may wait for others, for so long that somebody interrupts it."""
+    return path == ("resource", "acquire") and bool(ctx.params.get("do_wait"))
 
 
 def _request(do: str, directory: str, **fields: Any) -> dict[str, Any]:

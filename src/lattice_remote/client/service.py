@@ -175,7 +175,7 @@ class Service:
         if not self._is_current():
             self._link.kick()
             await self._until(lambda: self._is_current() or self._has_failed(failed_before), wait_s)
-        if not self._follower.state.is_filled:
+        if not self._follower.state.is_filled and self._link.welcome is not None:
             await self._fill(failed_before)
         return self._readiness()
 
@@ -212,7 +212,7 @@ class Service:
 
     def _trouble(self) -> RemoteError:
         """Return why the files are not current."""
-        error = self._link.error
+        error = self._follower.trouble or self._link.error
         if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
             return error
         if self._link.welcome is None or not self._link.is_open:
@@ -234,7 +234,8 @@ class Service:
             failed_before = self._link.failed_attempts
             await self._fill(failed_before)
         if not self._is_current():
-            raise self._trouble() if self._link.is_open or self._link.is_refused else self._link.unreachable(is_write=False)
+            knows_why = self._link.is_open or self._link.is_refused or isinstance(self._trouble(), StorageError)
+            raise self._trouble() if knows_why else self._link.unreachable(is_write=False)
 
     # --- writing ---
 
@@ -396,6 +397,7 @@ class Service:
             "error": None if is_open or self._link.error is None else self._link.error.message,
             "code": None if is_open or self._link.error is None else self._link.error.code,
             "current": self._is_current(),
+            "trouble": None if self._follower.trouble is None else self._follower.trouble.message,
             "epoch": self._follower.state.position.epoch,
             "seq": self._follower.state.position.seq,
             "server_seq": self._follower.replica.head if is_open else None,

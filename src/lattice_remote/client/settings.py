@@ -68,8 +68,7 @@ def read_remote(directory: str) -> Remote:
     try:
         with open(path, "rb") as file:
             found = json.loads(file.read(65536))
-        name, given, project = found["name"], found["url"], found["project"]
-        url, slug = parse_url(given, project)
+        name, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
     except FileNotFoundError:
         raise Misuse("this project has no remote; add one with: lattice remote add origin URL --project SLUG") from None
     except OSError as error:
@@ -78,7 +77,7 @@ def read_remote(directory: str) -> Remote:
         raise StorageError(f"{path} is not valid; it needs name, url and project ({error})") from error
     if slug is None:
         raise StorageError(f"{path} names no project")
-    return Remote(name=check_name(name), url=url, project=slug)
+    return Remote(name=name, url=url, project=slug)
 
 
 def check_name(name: object) -> str:

@@ -294,14 +294,18 @@ class Replica:
             return
         if change.seq != self.position.seq + 1:
             raise ProtocolError(f"change {change.seq} follows {self.position.seq}: the history has a gap")
+        yield self._advance(change)
+        yield Save()
+        yield from self._requests()
+        yield from self._answers_ready()
+
+    def _advance(self, change: Change) -> ApplyChange:
+        """Go on by one change; no ``Save`` may come before what is returned, since ``position`` is past it already."""
         operations = tuple(op for given in change.ops for op in self._reduce(given, change.seq))
         self.position = Position(self.position.epoch, change.seq, change.mark)
         for path in [path for path, floor in self._floors.items() if floor <= change.seq]:
             self._unwant(path)
-        yield ApplyChange(change, operations)
-        yield Save()
-        yield from self._requests()
-        yield from self._answers_ready()
+        return ApplyChange(change, operations)
 
     def _reduce(self, operation: Operation, seq: int) -> Iterator[Operation]:
         """Yield what of an operation still has to reach the files, given what was or will be fetched."""
@@ -340,7 +344,10 @@ class Replica:
         return self._requests()
 
     def hold(self, path: str) -> None:
-        """Somebody edits this file here: what the server has for it waits until ``release()``."""
+        """Somebody edits this file here: what the server has for it waits until ``release()``.
+
+        That must come once the edit was sent, given up or undone, by whichever process.
+        """
         self._want(path, self.position.seq)
         self.held.add(path)
 
@@ -431,7 +438,9 @@ class Replica:
 
     def verified(self) -> list[Effect]:
         """The comparison is over and nothing is to be mended: go on."""
-        return self._resume(self._finish_comparison())
+        comparison = self._finish_comparison()
+        applied = [self._advance(change) for change in comparison.later]
+        return [*applied, *([Save()] if applied else []), *self._requests(), *self._answers_ready()]
 
     def compared(self, local: Mapping[str, tuple[int, bytes]], *, edited: Iterable[str] = ()) -> list[Effect]:
         """Mend: fetch what differs from the manifest and remove what it does not list.
@@ -451,7 +460,9 @@ class Replica:
         self.held = {path for path in self.wanted if path in untouchable}
         self._requested.clear()
         surplus = tuple(path for path in local if path not in comparison.entries and path not in untouchable)
-        return [*([Remove(surplus)] if surplus else []), Save(), *self._resume(comparison)]
+        removed = [Remove(surplus)] if surplus else []
+        applied = [self._advance(change) for change in comparison.later]
+        return [*removed, *applied, Save(), *self._requests(), *self._answers_ready()]
 
     def _finish_comparison(self) -> _Comparison:
         comparison = self._comparison
@@ -460,12 +471,6 @@ class Replica:
         self._comparison = None
         self.state = State.FOLLOWING
         return comparison
-
-    def _resume(self, comparison: _Comparison) -> list[Effect]:
-        effects = self._requests()
-        for change in comparison.later:
-            effects += self._changed(change)
-        return [*effects, *self._answers_ready()]
 
     # --- answers ---
 

@@ -6,6 +6,7 @@ policy       what a client's command line may do: one table
 capture      what a command touches, in order, and what it must not
 undo         pre-images, so that a command is all or nothing
 tree         the files as they were, and the operations that lead to what they are
+jsondiff     the patch between two JSON files
 attachments  a caller's files, put where a command can read them
 textmerge    edited plans and notes, merged by line
 executor     one command line, run by lattice itself
@@ -14,6 +15,7 @@ manifest     the list of all files, on disk
 journal      the numbered changes and replies, on disk
 committer    the thread that makes them durable in groups
 recovery     what happened while nobody looked
+repair       what a power cut took
 store        tree, journal and undo as one thing that commits
 worker       the process: requests in, outcomes out
 
@@ -21,11 +23,20 @@ The network's half:
 
 ipc          what the two halves say to each other
 datadir      the directory that holds everything
+locks        one server, one writer
 tokens       who may do what, where
+writer       the worker process, seen from here
 project      a project's queue, its worker, its followers
+waiting      who waits for a resource
+recent       the newest changes in memory
 outbox       what one client has still to be sent
-socket       the WebSocket endpoint
-app          HTTP on the same port
+snapshot     a file as it was when it was opened
+files        files of the tree, sent at a number
+peer         one connected client
+handoff      uvicorn's sockets, handed to websockets
+watch        edits behind the server's back
 hooks        config.json's hooks, after the commit
+hub          all of a running server
+app          HTTP on the same port, start and end
 cli          lattice-remote init, project, token, start
 """

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from starlette.routing import Route
 import lattice_remote
 from lattice_remote.errors import Misuse
 from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.handoff import handoff_class, websocket_server
+from lattice_remote.server.handoff import PlainHttp, handoff_class, websocket_server
 from lattice_remote.server.hub import Hub, error_body
 
 __all__ = ["bind", "make_server", "run"]
@@ -25,6 +26,7 @@ __all__ = ["bind", "make_server", "run"]
 _USER_TIMEOUT_MS = 20_000
 """How long the kernel keeps sending to a peer that acknowledges nothing."""
 _BACKLOG = 2048
+_OPEN_FILES = 65_536
 _GOODBYE_S = 0.3
 
 _log = logging.getLogger(__name__)
@@ -39,8 +41,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise Misuse(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name could look like this
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise Misuse(f"cannot listen on {host}:{port}: {why}; choose another --host") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -59,8 +62,18 @@ def run(data: DataDir, listener: socket.socket) -> None:
     Raises:
         StorageError: ``tokens.json`` cannot be read.
     """
+    _allow_many_connections()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(data, listener))
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit on open files, which often stands at 1,024, as far as is allowed and useful."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the system has another, lower bound
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -82,7 +95,7 @@ def make_server(hub: Hub) -> uvicorn.Server:
     sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
     config = uvicorn.Config(
         _http_app(hub),
-        http="h11",
+        http=PlainHttp,
         ws=handoff_class(sockets),
         lifespan="off",
         log_config=None,

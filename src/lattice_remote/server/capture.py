@@ -96,7 +96,9 @@ class Capture:
         self._touched = Touched()
         self._seen: set[str] = set()
         self._moved: dict[str, str] = {}
+        self._roots = {self._tree[:-1], self._private[:-1]}
         self._real_directories: set[str] = set()
+        self._ignored: set[str] = set()
         sys.addaudithook(self._hook)
 
     @contextmanager
@@ -105,7 +107,7 @@ class Capture:
         self._touched = Touched()
         self._seen.clear()
         self._moved.clear()
-        self._real_directories.clear()
+        self._real_directories = set(self._roots)
         self._thread = threading.get_ident()
         try:
             yield self._touched
@@ -122,7 +124,8 @@ class Capture:
             self._thread = thread
 
     def _hook(self, event: str, args: tuple[object, ...]) -> None:
-        if self._thread == 0 or threading.get_ident() != self._thread:
+        # This runs a hundred times a command: what is not looked at must cost next to nothing.
+        if self._thread == 0 or event in self._ignored or threading.get_ident() != self._thread:
             return
         handler = _HANDLERS.get(event)
         if handler is not None:
@@ -130,6 +133,8 @@ class Capture:
                 handler(self, args)
         elif event.startswith(_REFUSED_PREFIXES):
             self._refuse(f"run {event}")
+        else:
+            self._ignored.add(event)
 
     def _refuse(self, what: str) -> NoReturn:
         if self._touched.veto is None:
@@ -148,17 +153,16 @@ class Capture:
 
     def _check_real(self, path: str) -> None:
         """Refuse a path in the project that leads through a symbolic link."""
-        directory = os.path.dirname(path)
-        if directory not in self._real_directories:
-            if os.path.realpath(directory) != directory:
-                self._refuse(f"follow a symbolic link at {self._name(directory)}")
-            self._real_directories.add(directory)
-        try:
-            mode = os.lstat(path).st_mode
-        except OSError:
+        if path in self._real_directories:
             return
-        if stat.S_ISLNK(mode):
+        self._check_real_directory(os.path.dirname(path))
+        if _is_link(path):
             self._refuse(f"follow a symbolic link at {self._name(path)}")
+
+    def _check_real_directory(self, path: str) -> None:
+        if path not in self._real_directories:
+            self._check_real(path)
+            self._real_directories.add(path)
 
     def _name(self, path: str) -> str:
         return path.removeprefix(self._tree).removeprefix(self._private)
@@ -294,6 +298,13 @@ class Capture:
                 self._touched.appended[relative] = os.lstat(path)
             except FileNotFoundError:
                 self._touched.appended[relative] = None
+
+
+def _is_link(path: str) -> bool:
+    try:
+        return stat.S_ISLNK(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 _HANDLERS = {

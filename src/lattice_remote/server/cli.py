@@ -45,6 +45,10 @@ def main() -> None:
     except RemoteError as error:
         print(f"Error: {error.message}", file=sys.stderr)  # noqa: T201 - a command line prints
         sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"Error: {where}{error.strerror or error}", file=sys.stderr)  # noqa: T201
+        sys.exit(1)
 
 
 def _print_version(asked: bool) -> None:
@@ -137,7 +141,7 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
     target.config()
     summaries = [target.summary(slug) for slug in target.slugs()]
     if as_json:
-        typer.echo(msgspec.json.encode(summaries))
+        typer.echo(msgspec.json.encode(summaries).decode())
         return
     rows = [(s.slug, s.code or "-", str(s.tasks), str(s.archived), s.name or "") for s in summaries]
     _table(("PROJECT", "CODE", "TASKS", "ARCHIVED", "NAME"), rows)
@@ -180,7 +184,7 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
     target.config()
     tokens = TokenFile(target.tokens).read()
     if as_json:
-        typer.echo(msgspec.json.encode([_shown(token) for token in tokens]))
+        typer.echo(msgspec.json.encode([_shown(token) for token in tokens]).decode())
         return
     rows = [(t.id, t.actor, ",".join(t.act_as) or "-", ",".join(t.projects), t.created) for t in tokens]
     _table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED"), rows)

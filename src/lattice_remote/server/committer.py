@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from lattice_remote.server.ipc import Failed, ToServer
+from lattice_remote.server.manifest import sync_files
 
 __all__ = ["Committer", "Job"]
 
@@ -24,10 +25,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 @dataclass(frozen=True)
 class Job:
-    """What is to happen, in this order: fsync ``descriptor``, run ``then``, send ``message``."""
+    """What is to happen: fsync ``descriptor`` and the files at ``paths``, then run ``then``, then send ``message``."""
 
     message: ToServer | None = None
     descriptor: int | None = None
+    paths: tuple[str, ...] = ()
     then: Callable[[], None] | None = None
 
 
@@ -76,6 +78,7 @@ class Committer:
         jobs = [job for job in batch if job is not None]
         for descriptor in dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None):
             os.fdatasync(descriptor)
+        sync_files(dict.fromkeys(path for job in jobs for path in job.paths))
         for job in jobs:
             if job.then is not None:
                 job.then()

@@ -203,15 +203,17 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:
-    """Run ``lattice init`` in this process, quietly. Naming an actor, even an empty one, keeps it from asking."""
-    os.environ["LATTICE_REMOTE_SERVER"] = "1"  # our own plugin inside lattice is for clients
-    import click
-    from lattice.cli.main import cli
+    """Run ``lattice init`` in this process, quietly. Naming an actor, even an empty one, keeps it from asking.
 
-    argv = ["init", "--path", str(root), "--project-code", code, "--project-name", name, "--actor", actor or ""]
+    The command is called past its group, where our own plugin for clients sits.
+    """
+    import click
+    from lattice.cli.main import init
+
+    argv = ["--path", str(root), "--project-code", code, "--project-name", name, "--actor", actor or ""]
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            cli.main([*argv, "--no-setup-claude", "--no-setup-agents", "--no-seed"], "lattice", standalone_mode=False)
+            init.main([*argv, "--no-setup-claude", "--no-setup-agents", "--no-seed"], "init", standalone_mode=False)
     except click.ClickException as error:
         raise Misuse(error.format_message()) from error
 

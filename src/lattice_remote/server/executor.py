@@ -3,6 +3,7 @@
 The process must have been prepared with ``prepare()``; one command runs at a time, in the main thread.
 """
 
+import fcntl
 import io
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lattice_remote.server.ipc import HookCall
+from lattice_remote.server.tree import MERGE_FROM_BYTES
 
 if TYPE_CHECKING:
     import click
@@ -83,21 +85,40 @@ class _Clock:
         return getattr(time, name)
 
 
+class _LazyDisk:
+    """Stands for ``os`` in lattice's file functions: leaves out the fsyncs that the journal makes needless.
+
+    What is kept is that of a file which the journal holds only as a patch on what it was before.
+    """
+
+    def fsync(self, descriptor: int) -> None:
+        appends = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
+        if not appends and os.fstat(descriptor).st_size >= MERGE_FROM_BYTES:
+            os.fsync(descriptor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
 class Executor:
     """Runs commands in the project at ``root`` (the directory that holds ``.lattice``).
 
     Making one changes the process: lattice is loaded with ``LATTICE_ROOT`` set, its hooks are collected instead of
     run, and its waiting is taken out. So there is one per process.
+
+    Args:
+        root: a real path.
+        lazy: leave out lattice's fsyncs; a power cut is then repaired from the journal.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, lazy: bool) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
         import mimetypes
 
         from lattice.cli import resource_cmds
         from lattice.cli.main import cli
-        from lattice.storage import hooks
+        from lattice.storage import fs, hooks
 
         mimetypes.init()  # reads system files, which a command may not
         self.cli: click.Group = cli
@@ -105,6 +126,9 @@ class Executor:
         self._hooks: list[HookCall] = []
         self._clock = _Clock()
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
+        if lazy:
+            setattr(fs, "os", _LazyDisk())  # noqa: B010 - likewise
+            fs._fsync_directory = _leave_it
         hooks._run_hook = self._collect_hook
 
     def run(self, argv: Sequence[str], *, last_try: bool = False) -> Outcome:
@@ -137,6 +161,10 @@ class Executor:
         """Return one line on an error, without the server's directories."""
         line = " ".join(f"{type(error).__name__}: {error}".split())
         return line.replace(f"{self._root}/", "")[:1000]
+
+
+def _leave_it(path: Path) -> None:
+    """Stand for lattice's fsync of a directory."""
 
 
 @contextmanager

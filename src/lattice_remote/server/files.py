@@ -96,8 +96,12 @@ class FileSender:
         content = (snapshot.size, snapshot.digest)
 
         def begin() -> None:
-            if not sent.done():
+            if sent.done():
+                return
+            try:
                 sent.set_result(self._send_first(path, snapshot, content))
+            except OSError as error:  # this client's trouble, not that of whoever publishes
+                sent.set_exception(error)
 
         forget = self._project.expect(path, content, begin)
         try:

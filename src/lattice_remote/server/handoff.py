@@ -3,6 +3,8 @@
 uvicorn alone can't abort a transport, websockets alone can't share the port with plain HTTP (measured in
 docs/decisions/0010). What is relied on beyond their documentation, checked by tests/server/test_handoff.py:
 
+- uvicorn's ``H11Protocol`` sets ``cycle`` for each request whose head is complete, and calls
+  ``on_response_complete()`` after each response.
 - uvicorn makes ``Config.ws`` with ``config, server_state, app_state``, replays the request's bytes into it as one
   ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and calls
   ``shutdown()`` on what is left of them when it stops.
@@ -18,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
@@ -30,12 +33,58 @@ from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.protocol.messages import SUBPROTOCOL
 from lattice_remote.server.outbox import Outbox
 
-__all__ = ["CLOSE_TIMEOUT_S", "Handoff", "Request", "Response", "handoff_class", "http_answer", "websocket_server"]
+__all__ = [
+    "CLOSE_TIMEOUT_S",
+    "HEAD_TIMEOUT_S",
+    "Handoff",
+    "PlainHttp",
+    "Request",
+    "Response",
+    "handoff_class",
+    "http_answer",
+    "websocket_server",
+]
 
 CLOSE_TIMEOUT_S = 0.6
 """How long a client has to answer a close frame before its connection is aborted."""
+HEAD_TIMEOUT_S = 10.0
+"""How long a client has for the head of its request, from connecting or from the response before it."""
 _KEEPALIVE_S = 10.0
 _HIGH_WATER_BYTES = 64 * 1024
+
+
+class PlainHttp(H11Protocol):
+    """uvicorn's own, which would wait for the rest of a request's head for ever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        before = self.cycle
+        super().data_received(data)
+        if self.cycle is not before or self not in self.connections:  # a request, or it was handed over
+            self._head_received()
+
+    def on_response_complete(self) -> None:
+        answered = self.cycle
+        super().on_response_complete()
+        if self.cycle is answered:  # else the next request was there already
+            self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_received()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._head_received()
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+
+    def _head_received(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
 
 
 class Handoff(ServerConnection):

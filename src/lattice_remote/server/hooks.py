@@ -69,7 +69,7 @@ class HookRunner:
                 stderr=asyncio.subprocess.DEVNULL,
                 start_new_session=True,
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the command or in its environment
             _log.error("%s: hook could not start (%s): %s", self._slug, error, call.command)
             return
         try:

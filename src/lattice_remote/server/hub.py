@@ -52,6 +52,7 @@ class Hub:
         self._bounds = bounds
         self._worker_command = worker_command
         self._tokens = TokenStore(data.tokens)
+        self._tokens_error = ""  # what was logged last, so that it is logged once
         self._projects: dict[str, Project] = {}
         self._peers: set[Peer] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -157,8 +158,11 @@ class Hub:
         try:
             changed = self._tokens.refresh()
         except RemoteError as error:
-            _log.error("the tokens stay as they were: %s", error.message)
+            if error.message != self._tokens_error:
+                _log.error("the tokens stay as they were: %s", error.message)
+            self._tokens_error = error.message
             return
+        self._tokens_error = ""
         for peer in tuple(self._peers) if changed else ():
             if not self._tokens.is_valid(peer.token):
                 peer.end(_revoked(peer.token))

@@ -341,6 +341,14 @@ class JournalReader:
                 break
         return changes if changes or after >= upto else None
 
+    def records(self) -> Iterator[Record]:
+        """Yield every record that is there, oldest first.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        return (item for item in self._items(0) if isinstance(item, Record))
+
     def mark_at(self, seq: int) -> bytes | None:
         """Return the mark of change ``seq`` (of the state before the first kept one too), None when not known.
 

@@ -4,12 +4,14 @@ It saves hashing the whole tree at every start: a file whose size, modification 
 list still has the digest in the list.
 """
 
+import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 
-__all__ = ["FileState", "ManifestFile", "load_manifest", "save_manifest", "sync_directory"]
+__all__ = ["FileState", "ManifestFile", "load_manifest", "save_manifest", "sync_directory", "sync_files"]
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
@@ -61,6 +63,26 @@ def save_manifest(path: Path, content: bytes) -> None:
         os.close(descriptor)
     os.replace(scratch, path)
     sync_directory(path.parent)
+
+
+def sync_files(paths: Iterable[str]) -> None:
+    """Make the content and the names of these files durable; those that are gone, that they are gone.
+
+    Raises:
+        OSError: the storage failed.
+    """
+    directories = set()
+    for path in paths:
+        directories.add(os.path.dirname(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            sync_directory(Path(directory))
 
 
 def sync_directory(path: Path) -> None:

@@ -38,7 +38,7 @@ from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.files import FileSender
 from lattice_remote.server.handoff import Handoff
 from lattice_remote.server.ipc import Edit, Execute
-from lattice_remote.server.outbox import websocket_frame
+from lattice_remote.server.outbox import MAX_PENDING_BYTES, websocket_frame
 from lattice_remote.server.project import Project
 from lattice_remote.server.tokens import Token
 
@@ -78,6 +78,7 @@ class Peer:
         self._live = False
         self._sent = 0  # the last change that was queued for it
         self._held_answers: list[bytes] = []  # until it is live
+        self._held_bytes = 0
         self._in_flight: set[str] = set()
         self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
         self._wants_manifest = False
@@ -150,6 +151,8 @@ class Peer:
         project = self.project
         await project.opened()
         continues = hello.follow and await self._continues(hello) and hello.epoch == project.epoch
+        if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
+            raise project.failure
         self._follows = hello.follow
         self._sent = hello.seq if continues else project.head
         self._connection.allow_message_bytes(MAX_FRAME_BYTES)
@@ -243,10 +246,14 @@ class Peer:
     def answer(self, request_id: str, reply: bytes) -> None:
         """Queue an answer; one that comes while the client catches up waits for the changes before it."""
         self._in_flight.discard(request_id)
+        frame = websocket_frame(reply)
         if self._live:
-            self._outbox.push(websocket_frame(reply))
+            self._outbox.push(frame)
+        elif self._held_bytes + len(frame) > MAX_PENDING_BYTES:
+            self.end(Bye("REMOTE_BUSY", "too many answers wait for the changes before them; read those first", 1.0))
         else:
-            self._held_answers.append(websocket_frame(reply))
+            self._held_answers.append(frame)
+            self._held_bytes += len(frame)
 
     def _push(self, frame: ServerFrame) -> None:
         self._outbox.push(websocket_frame(encode(frame)))

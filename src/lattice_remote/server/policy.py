@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,9 @@ def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str
     """
     command: click.Command = cli
     words: list[str] = []
-    context = click.Context(cli, info_name="lattice")
     while True:
-        values, rest, _ = command.make_parser(context).parse_args(list(argv))
+        context, parser = _parser_of(command)
+        values, rest, _ = parser.parse_args(list(argv))
         if not isinstance(command, click.Group):
             help_option = command.get_help_option(context)
             if help_option is not None and values.get(help_option.name or ""):
@@ -193,7 +194,13 @@ def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str
         assert word is not None and found is not None, "resolve_command raises when there is no such command"
         words.append(word)
         command = found
-        context = click.Context(command, info_name=word, parent=context)
+
+
+@cache
+def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
+    """Return Click's parser for one command; making it takes longer than parsing. Its errors are nobody's to see."""
+    context = click.Context(command)
+    return context, command.make_parser(context)
 
 
 def _check_actor(path: str, values: Mapping[str, Any], identity: Identity, lattice_dir: Path) -> str | None:

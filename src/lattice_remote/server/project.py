@@ -74,8 +74,10 @@ class Bounds:
     """Requests that the worker may hold at once: one fsync covers them together."""
     queued: int = 1024
     """Requests that may wait; more are refused as busy."""
-    queued_bytes: int = 256 * 1024 * 1024
-    """And what the files that travel with them may weigh together."""
+    held_bytes: int = 256 * 1024 * 1024
+    """What all requests may weigh together that are queued or with the worker."""
+    window_bytes: int = 32 * 1024 * 1024
+    """The worker gets no more requests while those that it holds weigh this much."""
 
 
 class Follower(Protocol):
@@ -100,7 +102,7 @@ class Job:
     """Who wants the answer; the same request may be asked again on a new connection."""
     submitted_at: float = field(default_factory=time.monotonic)
     weight: int = 0
-    """Bytes of the files that it carries."""
+    """Bytes of its arguments and of the files that it carries."""
     suspect: bool = False
     """Was with a worker that died; is sent alone until it is known which request was to blame."""
     deaths: int = 0
@@ -147,7 +149,7 @@ class Project:
         self._followers: set[Follower] = set()
         self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
         self._queue: deque[Job] = deque()
-        self._queued_bytes = 0
+        self._held_bytes = 0  # what the jobs in _jobs weigh
         self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
         self._oldest_since = 0.0  # since when the first of them has been the first
         self._watchdog: asyncio.TimerHandle | None = None
@@ -226,11 +228,12 @@ class Project:
             self._join(job, message, asker)
             return
         weight = _weight_of(message)
-        if len(self._queue) >= self._bounds.queued or self._queued_bytes + weight > self._bounds.queued_bytes:
+        if len(self._queue) >= self._bounds.queued or self._held_bytes + weight > self._bounds.held_bytes:
             _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
             return
         job = Job(message, [asker], weight=weight)
         self._jobs[message.id] = job
+        self._held_bytes += weight
         self._enqueue(job)
 
     def _join(self, job: Job, message: Execute | Edit, asker: Follower) -> None:
@@ -241,6 +244,10 @@ class Project:
         elif asker not in job.askers:
             job.askers.append(asker)
 
+    def _drop(self, request_id: str) -> None:
+        if (job := self._jobs.pop(request_id, None)) is not None:
+            self._held_bytes -= job.weight
+
     def forget(self, asker: Follower, request_ids: set[str]) -> None:
         """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
         for request_id in request_ids:
@@ -249,7 +256,7 @@ class Project:
                 continue
             job.askers.remove(asker)
             if not job.askers and self._waiting.remove(job):
-                del self._jobs[request_id]
+                self._drop(request_id)
 
     def files_touched(self, paths: set[str] | None) -> None:
         """Somebody may have changed these files (None: any); have the worker look at them (I12)."""
@@ -337,7 +344,6 @@ class Project:
 
     def _enqueue(self, job: Job) -> None:
         self._queue.append(job)
-        self._queued_bytes += job.weight
         self._pump()
 
     def _pump(self) -> None:
@@ -345,9 +351,10 @@ class Project:
         if not self._working or self._stopping:
             return
         batch: list[ToWorker] = []
-        while self._queue and len(self._outstanding) < self._window():
+        room = self._bounds.window_bytes - sum(job.weight for job in self._outstanding)
+        while self._queue and room > 0 and len(self._outstanding) < self._window():
             job = self._queue.popleft()
-            self._queued_bytes -= job.weight
+            room -= job.weight
             if not self._outstanding:
                 self._oldest_since = time.monotonic()
             self._outstanding.append(job)
@@ -439,7 +446,7 @@ class Project:
                 if done.waiting_for is not None:
                     self._wait(job, message.id, done)
                     return
-                self._jobs.pop(message.id, None)
+                self._drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
                 for asker in job.askers:
                     asker.answer(message.id, done.reply)
@@ -452,10 +459,14 @@ class Project:
                 raise AssertionError("these are not answered with an outcome")
 
     def _wait(self, job: Job, request_id: str, done: Done) -> None:
-        if job.askers and not self._stopping:
-            self._waiting.add(job, done)
-        else:
-            del self._jobs[request_id]
+        if not job.askers or self._stopping:
+            self._drop(request_id)
+            return
+        assert isinstance(job.message, Execute), "only commands wait"
+        self._held_bytes -= job.weight
+        # No command that waits reads a file of its caller's; it may wait for hours.
+        job.message, job.weight = msgspec.structs.replace(job.message, files=[]), 0
+        self._waiting.add(job, done)
 
     # --- beginnings and ends of the worker ---
 
@@ -471,7 +482,9 @@ class Project:
                 failures += 1
                 _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
                 if failures == _MAX_START_FAILURES:
-                    self._fail(f"the server's worker for project {self.slug} does not start: {error}")
+                    self._fail(
+                        f"the server's worker for project {self.slug} does not start: {error}; see the server's log"
+                    )
                 await asyncio.sleep(_RESTART_DELAY_S * 2**failures)
             if self._writer is not None:
                 self._writer.kill()
@@ -493,10 +506,13 @@ class Project:
         elif self.epoch:
             self._forget_history("the project's history begins anew; come back at once")
         self._take(ready)
+        if self._writer_ended.is_set():
+            raise StorageError("it ended as soon as it was ready")
         self._working = True
         _log.info("%s: open at change %d, worker pid %d", self.slug, self.head, self._writer.pid)
         self._open.set()
         self._pump()
+        self._waiting.wake_each_first()  # what the last worker did may have freed their resources
 
     async def _publish_missed(self, ready: Ready) -> None:
         """Tell the followers what the last worker made durable and had no time to report."""
@@ -541,6 +557,7 @@ class Project:
         self._writer_ended.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(StorageError("it ended before it was ready"))
+            self._ready.exception()  # nobody may be waiting any more, when the server stops
         self._ready, self._working = None, False
         if self._stopping or self._failure is not None:
             return
@@ -548,7 +565,6 @@ class Project:
         for job in reversed(held):
             job.suspect = True
             self._queue.appendleft(job)
-            self._queued_bytes += job.weight
         if len(held) == 1:
             held[0].deaths += 1
             if held[0].deaths > 1:
@@ -582,7 +598,9 @@ class Project:
 
     def _arm_watchdog(self) -> None:
         if self._watchdog is None:
-            self._watchdog = asyncio.get_running_loop().call_later(self._time_left(), self._look_after_worker)
+            # Not later than a command's time limit: the next request may be one, and this timer serves it too.
+            delay = min(self._time_left(), self._bounds.command_s)
+            self._watchdog = asyncio.get_running_loop().call_later(delay, self._look_after_worker)
 
     def _time_left(self) -> float:
         upkeep = isinstance(self._outstanding[0].message, Reconcile | NewEpoch)

@@ -6,16 +6,20 @@ everything else that differs becomes a numbered change.
 
 import secrets
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Change
 from lattice_remote.server.capture import Capture
 from lattice_remote.server.committer import Committer
-from lattice_remote.server.journal import Journal, Retention
-from lattice_remote.server.manifest import FileState, ManifestFile, load_manifest
+from lattice_remote.server.journal import Journal, JournalReader, Retention
+from lattice_remote.server.manifest import FileState, load_manifest
+from lattice_remote.server.repair import booted_at, repair
 from lattice_remote.server.store import BY_SERVER, Store
-from lattice_remote.server.tree import Tree
+from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import UndoLog
 
 __all__ = ["Opened", "open_store"]
@@ -25,9 +29,35 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass
 class Opened:
-    """A project ready for work, and what had to be done for that, one line each."""
+    """A project ready for work.
+
+    Attributes:
+        store: see there.
+        notes: what had to be done, one line each.
+        can_repair: a power cut will be noticed and repaired from the journal: lattice's own fsyncs may be left out.
+    """
 
     store: Store
+    notes: list[str]
+    can_repair: bool
+
+
+@dataclass
+class _History:
+    """What the journal and the list of files say.
+
+    Attributes:
+        journal: None when it can't be read, or does not fit the list.
+        files: those at the journal's head.
+        unsynced: paths that were changed since the list was written.
+        is_trusted: an unchanged signature means an unchanged file: the last worker ended in order, or in this boot.
+        notes: what was found amiss.
+    """
+
+    journal: Journal | None
+    files: dict[str, FileState] = field(default_factory=dict)
+    unsynced: set[str] = field(default_factory=set)
+    is_trusted: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -50,53 +80,72 @@ def open_store(
     directory.mkdir(mode=0o700, exist_ok=True)
     boot_id = _boot_id()
     undo = UndoLog.open(directory)
-    journal = Journal.open(directory, retention)
-    listed = load_manifest(directory / "manifest")
-    files, notes = _files_at_head(journal, listed)
-    if journal is None or files is None:
-        if listed is not None or journal is not None:
-            notes.append("the journal is not complete: a new epoch begins")
-        journal = Journal.create(directory, secrets.token_hex(16), retention)
-        begins, trusted = True, False
-    else:
-        begins, trusted = False, listed is not None and (listed.clean or listed.boot_id == boot_id != "")
-    notes += _undo_what_was_cut_off(undo, journal, boot_id)
-    tree = Tree(project / ".lattice", files or {})
-    capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
-    store = Store(journal=journal, tree=tree, undo=undo, capture=capture, committer=committer, boot_id=boot_id)
-    found = tree.reconcile(trust_signatures=trusted)
-    if found.operations and not begins:
-        store.commit(found, BY_SERVER("recovery"))
-        shown = ", ".join(list(found.states)[:5])
-        notes.append(f"{len(found.states)} files differed from change {journal.head - 1}: now {journal.head} ({shown})")
+    history = _read_history(directory, boot_id, retention)
+    journal = history.journal or Journal.create(directory, secrets.token_hex(16), retention)
+    notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
+    tree = Tree(project / ".lattice", history.files)
+    if history.journal is not None and not history.is_trusted and boot_id:
+        notes += repair(tree, _changes(directory), boot_time=booted_at(), lost=directory / "lost")
+    store = Store(
+        journal=journal,
+        tree=tree,
+        undo=undo,
+        capture=Capture(str(tree.root), str(scratch), undo, tuple(code)),
+        committer=committer,
+        boot_id=boot_id,
+        unsynced=history.unsynced,
+    )
+    found = tree.reconcile(trust_signatures=history.is_trusted)
+    if found.operations and history.journal is not None:
+        notes.append(_describe(found, journal.head))
+        store.commit(found, BY_SERVER("recovery"), report=False)
         committer.wait()
     else:
-        tree.accept(found)
+        store.adopt(found)
     store.save_manifest(clean=False)
-    return Opened(store, notes)
+    for path in journal.expire(time.time()):
+        path.unlink()
+    return Opened(store, notes, bool(boot_id))
 
 
-def _files_at_head(
-    journal: Journal | None, listed: ManifestFile | None
-) -> tuple[dict[str, FileState] | None, list[str]]:
-    """Return the files as of the journal's head: the list on disk, rolled forward. None when that can't be done."""
-    if journal is None:
-        return None, []
-    notes = list(journal.notes)
-    if listed is None:
-        return None, [*notes, "there is no list of files"]
-    if listed.epoch != journal.epoch:
-        return None, [*notes, "the list of files and the journal are of different epochs"]
+def _read_history(directory: Path, boot_id: str, retention: Retention | None) -> _History:
+    """Return what was; without a journal when the history can't be continued (I7)."""
+    journal = Journal.open(directory, retention)
+    listed = load_manifest(directory / "manifest")
+    if journal is None and listed is None:
+        return _History(None)
+    notes = list(journal.notes) if journal is not None else []
+    if journal is None or listed is None or listed.epoch != journal.epoch:
+        return _History(None, notes=[*notes, "journal and list of files don't belong together: a new epoch begins"])
     if not journal.oldest - 1 <= listed.seq <= journal.head:
-        return None, [*notes, f"the list of files is of {listed.seq}, the journal ends at {journal.head}"]
+        ends = f"the journal has {journal.oldest} to {journal.head}, the list of files is of {listed.seq}"
+        return _History(None, notes=[*notes, f"{ends}: a new epoch begins"])
     files = dict(listed.files)
+    unsynced: set[str] = set()
     for states in journal.states_after(listed.seq):
+        unsynced.update(states)
         for path, state in states.items():
             if state is None:
                 files.pop(path, None)
             else:
                 files[path] = state
-    return files, notes
+    is_trusted = listed.clean or listed.boot_id == boot_id != ""
+    return _History(journal, files, unsynced, is_trusted, notes)
+
+
+def _changes(directory: Path) -> Iterator[Change]:
+    """Yield every change that the journal has, oldest first."""
+    for record in JournalReader(directory).records():
+        if record.change is not None:
+            frame = decode_server_frame(record.change)
+            assert isinstance(frame, Change), "the journal holds what this package has encoded"
+            yield frame
+
+
+def _describe(found: Difference, head: int) -> str:
+    paths = [operation.path for operation in found.operations]
+    shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+    return f"{len(paths)} files were not as change {head} left them, see change {head + 1}: {shown}"
 
 
 def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str) -> list[str]:

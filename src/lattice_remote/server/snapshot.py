@@ -25,8 +25,10 @@ class Snapshot:
         """Of the whole file."""
         self.first_digest = first
         """Of as many first bytes as were expected; None when the file is shorter."""
-        self._descriptor = descriptor
+        self._descriptor: int | None = descriptor
         self._data = data  # all of it, when it is small
+        if data is not None:
+            self.close()  # a thousand clients that are filled at once hold no descriptor for every small file
 
     @classmethod
     def open(cls, path: Path, expected_size: int) -> "Snapshot | None":
@@ -50,7 +52,7 @@ class Snapshot:
         """Digest the file in one pass of bounded memory, with its expected first bytes on the way."""
         digest = hashlib.sha256()
         first_digest: bytes | None = None
-        data: bytes | None = None
+        data: bytes | None = b""
         size = 0
         while True:
             if size == expected_size:
@@ -59,9 +61,9 @@ class Snapshot:
             piece = os.pread(descriptor, wanted, size)
             if not piece:
                 return cls(descriptor, size, digest.digest(), first_digest, data)
-            data = piece if size == 0 else None
             digest.update(piece)
             size += len(piece)
+            data = None if data is None or size > PIECE_BYTES else data + piece
 
     def piece(self, offset: int, size: int) -> bytes:
         """Return the piece at ``offset`` of content that is ``size`` bytes long.
@@ -71,8 +73,11 @@ class Snapshot:
         """
         if self._data is not None:
             return self._data[offset : min(size, offset + PIECE_BYTES)]
+        assert self._descriptor is not None, "a large file stays open until close()"
         return os.pread(self._descriptor, min(PIECE_BYTES, size - offset), offset)
 
     def close(self) -> None:
-        """Close the file. Once."""
-        os.close(self._descriptor)
+        """Close the file. Idempotent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

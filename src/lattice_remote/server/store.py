@@ -7,7 +7,7 @@ A transaction runs ``with store.transaction() as transaction:``; it ends with ``
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +22,7 @@ from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Waiting
 from lattice_remote.server.ipc import After, Done, HookCall
 from lattice_remote.server.journal import Journal, Record
-from lattice_remote.server.manifest import ManifestFile, save_manifest
+from lattice_remote.server.manifest import ManifestFile, save_manifest, sync_files
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import Begin, UndoLog
 
@@ -54,11 +54,20 @@ class Store:
     """
 
     def __init__(
-        self, *, journal: Journal, tree: Tree, undo: UndoLog, capture: Capture, committer: Committer, boot_id: str
+        self,
+        *,
+        journal: Journal,
+        tree: Tree,
+        undo: UndoLog,
+        capture: Capture,
+        committer: Committer,
+        boot_id: str,
+        unsynced: Iterable[str] = (),
     ) -> None:
         self.journal = journal
         self.tree = tree
         self._undo = undo
+        self._unsynced = set(unsynced)
         self._capture = capture
         self._committer = committer
         self._boot_id = boot_id
@@ -82,7 +91,12 @@ class Store:
         if found.operations:
             self.commit(found, BY_SERVER("edit"))
         else:
-            self.tree.accept(found)
+            self.adopt(found)
+
+    def adopt(self, difference: Difference) -> None:
+        """Take the files as they are without a number: what changed is no content that anybody has been told of."""
+        self._unsynced.update(difference.states)
+        self.tree.accept(difference)
 
     def commit(
         self,
@@ -92,6 +106,7 @@ class Store:
         *,
         hooks: Sequence[HookCall] = (),
         waiting: Waiting | None = None,
+        report: bool = True,
     ) -> None:
         """Number the difference (if it is one), journal it with its answer, and report it once it is durable.
 
@@ -104,6 +119,7 @@ class Store:
             answer: makes the reply from the number up to which it is true.
             hooks: what lattice wanted to run after the commit.
             waiting: there is no answer yet.
+            report: send ``Done``; without, the change is found in the journal.
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
@@ -116,23 +132,35 @@ class Store:
             states = difference.states if change is not None else {}
             descriptor = self.journal.append(Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states))
         self._undo.clear()
-        self.tree.accept(difference)
+        after = self._after(difference) if change is not None else []
+        self.adopt(difference)
         done = Done(
             id=cause.id,
             seq=seq,
             mark=mark,
             change=change,
             reply=reply,
-            after=_after(difference) if change is not None else [],
+            after=after,
             hooks=list(hooks),
             waiting_for=waiting.resource if waiting else None,
             wait_timeout_s=waiting.timeout_s if waiting else 0.0,
             retry_at=waiting.retry_at if waiting else None,
             oldest=self.journal.oldest,
         )
-        self._committer.submit(Job(done, descriptor))
+        paths = tuple(map(self.tree.absolute, difference.volatile))
+        self._committer.submit(Job(done if report else None, descriptor, paths))
         if self.journal.is_segment_full:
             self._rotate()
+
+    def _after(self, difference: Difference) -> list[After]:
+        """Return the files whose content the difference changes; call before it is accepted."""
+        files, after = self.tree.files, []
+        for path, state in difference.states.items():
+            if state is None:
+                after.append(After(path, 0, None))
+            elif path not in files or files[path].digest != state.digest:
+                after.append(After(path, state.size, state.digest))
+        return after
 
     def reply_again(self, request_id: str, record: Record) -> None:
         """Report once more what was answered to a request."""
@@ -152,10 +180,12 @@ class Store:
         """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
         old = self.journal.rotate()
         content = self.manifest(clean=False)
+        unsynced = self._take_unsynced()
         expired = self.journal.expire(time.time())
 
         def finish() -> None:
             os.close(old)
+            sync_files(unsynced)
             save_manifest(self._manifest_path, content)
             for path in expired:
                 path.unlink(missing_ok=True)
@@ -173,12 +203,19 @@ class Store:
             ManifestFile(journal.epoch, journal.head, journal.mark, self._boot_id, clean, self.tree.files)
         )
 
+    def _take_unsynced(self) -> list[str]:
+        paths = [self.tree.absolute(path) for path in self._unsynced]
+        self._unsynced = set()
+        return paths
+
     def save_manifest(self, *, clean: bool) -> None:
-        """Write the list of files; every commit must be durable (``Committer.wait``)."""
+        """Make the files durable, then write the list of them; every commit must be (``Committer.wait``)."""
+        sync_files(self._take_unsynced())
         save_manifest(self._manifest_path, self.manifest(clean=clean))
 
     def new_epoch(self) -> None:
         """Begin a new history on the files as they are (I7); every commit must have been reported."""
+        sync_files(self._take_unsynced())  # the journal that could repair them goes
         self.journal.close()
         retention = self.journal.retention
         self.journal = Journal.create(self.journal.directory, secrets.token_hex(16), retention)
@@ -196,10 +233,3 @@ def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) 
     return encode(
         Change(seq, mark, now, cause.actor, cause.token_id, cause.cause, cause.command, difference.operations)
     )
-
-
-def _after(difference: Difference) -> list[After]:
-    return [
-        After(path, state.size, state.digest) if state is not None else After(path, 0, None)
-        for path, state in difference.states.items()
-    ]

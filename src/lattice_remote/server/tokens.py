@@ -128,7 +128,10 @@ class TokenStore:
         Raises:
             StorageError: the file cannot be read; the tokens read before stay valid, and the next call tries again.
         """
-        signature = self._stat()
+        try:
+            signature = self._stat()
+        except OSError as error:
+            raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
         if signature == self._signature:
             return False
         self._by_id = {token.id: token for token in self._file.read()}

@@ -30,13 +30,14 @@ from lattice_remote.server.capture import Move, Touched
 from lattice_remote.server.jsondiff import patch_between
 from lattice_remote.server.manifest import FileState
 
-__all__ = ["INLINE_BYTES", "Difference", "Tree"]
+__all__ = ["INLINE_BYTES", "MERGE_FROM_BYTES", "Difference", "Tree"]
 
 INLINE_BYTES = 256 * 1024
 """A file, or an addition to one, that is larger is announced, and fetched by each client in pieces."""
 MAX_CHANGE_BYTES = 4 * 1024 * 1024
 """What one change carries at most; what does not fit is announced."""
-_MERGE_FROM_BYTES = 4096
+MERGE_FROM_BYTES = 4096
+"""From this size on a JSON file that changes a little is sent as a patch."""
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _MAX_HASHERS = 2048
 _RACY_NS = 50_000_000
@@ -51,6 +52,8 @@ class Difference:
     """
 
     operations: list[Operation] = field(default_factory=list)
+    volatile: list[str] = field(default_factory=list)
+    """Files whose content the operations don't hold, or that were rewritten in place: to be made durable themselves."""
     states: dict[str, FileState | None] = field(default_factory=dict)
 
 
@@ -146,8 +149,11 @@ class Tree:
             status = os.lstat(full)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        directory = os.path.dirname(full)
-        return status if stat.S_ISREG(status.st_mode) and os.path.realpath(directory) == directory else None
+        return status if stat.S_ISREG(status.st_mode) and not self._leads_through_link(path) else None
+
+    def _leads_through_link(self, path: str) -> bool:
+        parts = path.split("/")[:-1]
+        return any(os.path.islink(self._prefix + "/".join(parts[: depth + 1])) for depth in range(len(parts)))
 
     # --- content ---
 
@@ -299,14 +305,18 @@ class _Comparison:
         state = content.state
         if old is not None and old.digest == state.digest:
             return
-        self._result.operations.append(self._operation(path, was, old, content))
+        operation = self._operation(path, was, old, content)
+        self._result.operations.append(operation)
+        in_place = isinstance(operation, AppendBytes) and was not in self._touched.appended
+        if in_place or isinstance(operation, AnnounceFile):
+            self._result.volatile.append(path)
 
     def _operation(self, path: str, was: str, old: FileState | None, content: _Content) -> Operation:
         state = content.state
         if old is not None and content.grown is not None and self._fits(len(content.grown)):
             return AppendBytes(path, old.size, content.tail, content.grown)
         if content.data is not None:
-            if old is not None and path.endswith(".json") and state.size >= _MERGE_FROM_BYTES:
+            if old is not None and path.endswith(".json") and state.size >= MERGE_FROM_BYTES:
                 before = self._before(self._tree.absolute(was))
                 patch = patch_between(before, content.data) if before and digest_of(before) == old.digest else None
                 if patch is not None and self._fits(len(patch)):

@@ -244,4 +244,6 @@ def _replace(path: str, data: bytes, mode: int) -> None:
     with open(scratch, "wb") as file:
         file.write(data)
         os.fchmod(file.fileno(), mode)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(scratch, path)

@@ -51,6 +51,11 @@ class Waiting:
         if waiters := self._by_resource.get(resource):
             self._wake(min(waiters, key=lambda job: job.submitted_at))
 
+    def wake_each_first(self) -> None:
+        """Let the first waiter of every resource try again."""
+        for resource in tuple(self._by_resource):
+            self.wake_first(resource)
+
     def remove(self, job: "Job") -> bool:
         """Forget a waiter; return whether it was one."""
         waiters = self._by_resource.get(job.resource or "", {})

@@ -42,6 +42,8 @@ __all__ = ["Worker", "main"]
 _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _MAX_COMMAND_CHARS = 200
+_MAX_ACTOR_CHARS = 256
+_MAX_MESSAGE_CHARS = 4096
 
 
 class Worker:
@@ -108,7 +110,8 @@ class Worker:
             else:
                 self._answer_again(request, known)
         except Rejected as rejected:
-            self._store.refuse(request.id, encode(Refused(request.id, rejected.code, rejected.message)))
+            message = rejected.message[:_MAX_MESSAGE_CHARS]
+            self._store.refuse(request.id, encode(Refused(request.id, rejected.code, message)))
 
     def _answer_again(self, request: Execute | Edit | Settle, known: Record) -> None:
         if known.token_id != request.token_id:
@@ -143,7 +146,8 @@ class Worker:
             difference = Difference()
         else:
             difference = self._store.difference(touched)
-        cause = Cause(request.id, request.token_id, command.actor or request.actor, request.id, _shown(request.argv))
+        actor = (command.actor or request.actor)[:_MAX_ACTOR_CHARS]
+        cause = Cause(request.id, request.token_id, actor, request.id, _shown(request.argv))
         if outcome.waiting is not None:
             self._store.commit(difference, cause, hooks=outcome.hooks, waiting=outcome.waiting)
             return
@@ -229,12 +233,10 @@ def _shown(argv: list[str]) -> str:
 
 
 def _replace(path: str, text: bytes) -> None:
+    """Replace a plan or notes atomically; the journal makes it durable."""
     scratch = os.path.join(os.path.dirname(path), f".tmp.edit.{os.path.basename(path)}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(scratch, "wb") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    Path(scratch).write_bytes(text)
     os.replace(scratch, path)
 
 
@@ -299,7 +301,7 @@ def _serve(project: Path, connection: socket.socket, committer: Committer) -> in
     code = _code_directories()
     scratch = _prepare_scratch(project)
     opened = open_store(project, scratch, committer, code=code)
-    worker = Worker(project, scratch, opened.store, Executor(project), committer)
+    worker = Worker(project, scratch, opened.store, Executor(project, lazy=opened.can_repair), committer)
     worker.ready(opened.notes)
     for message in _messages(connection):
         if not worker.handle(message):

@@ -101,10 +101,10 @@ class Writer(asyncio.Protocol):
         self._process.kill()
 
     async def wait(self, timeout_s: float) -> bool:
-        """Wait for the process to have ended; return whether it has. Reaps it."""
+        """Wait for the process to have ended and ``on_end`` to have been called; return whether so. Reaps it."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._process.poll() is None:
+        while self._process.poll() is None or self._transport is not None:
             if asyncio.get_running_loop().time() >= deadline:
                 return False
             await asyncio.sleep(0.005)

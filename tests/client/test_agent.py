@@ -1,0 +1,203 @@
+"""The background process, as commands meet it: started, shared, killed, idle, and its caches removed."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_kit import make_cache, tree, until
+from fake_server import TOKEN, FakeServer
+
+from lattice_remote.client import agent_client, runtime
+from lattice_remote.errors import ConnectionFailed, RemoteError
+
+
+@pytest.fixture(autouse=True)
+async def agent_ends(home: Path) -> AsyncIterator[None]:
+    """Whatever agent a test has started ends with it."""
+    yield
+    if (pid := agent_pid()) is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        await until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or is_zombie(pid))
+
+
+def agent_pid() -> int | None:
+    try:
+        return int(Path(runtime.locate().pid).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_zombie(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+async def ask(do: str, directory: Path, **fields: object) -> dict[str, Any]:
+    """Ask as a command does, which blocks its own process: in a thread, as the server lives in this one."""
+    request = {"do": do, "directory": str(directory), "token": TOKEN, **fields}
+    return await asyncio.to_thread(agent_client.ask, request)
+
+
+async def run(directory: Path, *argv: str) -> dict[str, Any]:
+    return await ask("run", directory, id=os.urandom(16).hex(), argv=list(argv), files=[])
+
+
+async def status() -> dict[str, Any] | None:
+    return await asyncio.to_thread(agent_client.ask_running_agent, {"do": "agent-status"})
+
+
+async def test_the_first_command_starts_it_and_the_next_ones_share_it(server: FakeServer, tmp_path: Path) -> None:
+    assert await status() is None
+    one, two = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
+    await run(one, "put", "tasks/x.json", "x")
+    assert (await ask("ready", two))["current"]
+    await until(lambda: tree(one) == tree(two) == server.files)
+    found = await status()
+    assert found is not None and found["pid"] == agent_pid()
+    assert [cache["directory"] for cache in found["caches"]] == [str(one), str(two)]
+    assert oct(os.stat(found["socket"]).st_mode)[-3:] == "600"
+
+
+async def test_two_started_at_once_leave_one(server: FakeServer, directory: Path) -> None:
+    answers = await asyncio.gather(*(ask("ready", directory) for _ in range(3)))
+    assert all(answer["current"] for answer in answers)
+    found = await status()
+    assert found is not None and found["pid"] == agent_pid()
+    assert sum(server.connections.values()) == 1
+
+
+async def test_a_killed_agent_is_replaced_and_the_command_runs_once(server: FakeServer, directory: Path) -> None:
+    await ask("ready", directory)
+    before = agent_pid()
+    assert before is not None
+
+    async def kill(_: object, frame: object) -> bool:
+        if type(frame).__name__ == "Run" and server.misbehave is not None:
+            server.misbehave = None
+            os.kill(before, signal.SIGKILL)
+        return False
+
+    server.misbehave = kill  # type: ignore[assignment]
+    answer = await run(directory, "append", "events/x.jsonl", "once\n")
+    assert answer["exit_code"] == 0 and agent_pid() != before
+    assert server.files["events/x.jsonl"] == b"once\n"
+    assert tree(directory) == server.files
+
+
+def make_file(path: str) -> None:
+    Path(path).write_bytes(b"")
+
+
+async def test_a_stale_socket_is_no_obstacle(server: FakeServer, directory: Path) -> None:
+    place = runtime.locate()
+    runtime.prepare(place)
+    make_file(place.socket)
+    assert (await ask("ready", directory))["current"]
+
+
+async def test_an_idle_agent_leaves(server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_REMOTE_AGENT_IDLE_S", "0.2")
+    await ask("ready", directory)
+    await until(lambda: not os.path.exists(runtime.locate().socket))
+    assert await status() is None
+
+
+async def test_a_cache_that_disappears_is_dropped(server: FakeServer, tmp_path: Path) -> None:
+    one, two = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
+    await ask("ready", one)
+    await ask("ready", two)
+    shutil.rmtree(one.parent)
+    await until(lambda: len(server.connections) == 1)
+    found = await status()
+    assert found is not None and [cache["directory"] for cache in found["caches"]] == [str(two)]
+    assert not one.exists()
+
+
+async def test_one_cache_in_trouble_disturbs_no_other(server: FakeServer, tmp_path: Path) -> None:
+    good, bad = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
+    (bad / "tasks").symlink_to(tmp_path)
+    assert "in the way" in (await ask("ready", bad))["message"]
+    assert (await ask("ready", good))["current"]
+
+
+async def test_no_place_for_a_socket_means_no_agent(server: FakeServer, directory: Path, home: Path) -> None:
+    (home / "run").write_text("a file")
+    assert (await ask("ready", directory))["current"]
+    assert await status() is None
+
+
+async def test_off_means_off(server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
+    assert (await run(directory, "put", "tasks/x.json", "x"))["exit_code"] == 0
+    assert tree(directory) == server.files and agent_pid() is None
+
+
+async def test_an_agent_that_hangs_is_named(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask("ready", directory)
+    pid = agent_pid()
+    assert pid is not None
+    monkeypatch.setattr(agent_client, "SILENCE_TIMEOUT_S", 0.3)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(ConnectionFailed, match="agent does not answer"):
+            await ask("ready", directory)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: Path) -> None:
+    await ask("ready", directory)
+    for line in (b"nonsense\n", b"[]\n", b"{}\n", b'{"do": "ready", "directory": 7}\n', b'{"do": "ready"}\n'):
+        reader, writer = await asyncio.open_unix_connection(runtime.locate().socket)
+        writer.write(line)
+        assert json.loads(await reader.readline())["ok"] is False
+        writer.close()
+        await writer.wait_closed()
+    assert (await ask("ready", directory))["current"]
+
+
+async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, directory: Path) -> None:
+    request = {"do": "run", "directory": str(directory), "token": TOKEN, "own_link": True}
+    request |= {"id": os.urandom(16).hex(), "argv": ["slow"], "files": []}
+    await ask("ready", directory)
+    _, writer = await asyncio.open_unix_connection(runtime.locate().socket)
+    writer.write(json.dumps(request).encode() + b"\n")
+    await until(lambda: len(server.connections) == 2)
+    writer.close()
+    await until(lambda: sum(connection.close_code is None for connection in server.connections) == 1)
+
+
+async def test_memory_stays_small(server: FakeServer, directory: Path) -> None:
+    await ask("ready", directory)
+    assert resident_kib() < 60 * 1024
+
+
+def resident_kib() -> int:
+    text = Path(f"/proc/{agent_pid()}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1])
+
+
+async def test_an_error_keeps_its_code(directory: Path, server: FakeServer) -> None:
+    with pytest.raises(RemoteError) as error:
+        await run(directory, "refuse")
+    assert error.value.code == "REMOTE_FORBIDDEN"
+
+
+def test_the_agent_imports_nothing_that_it_does_not_need() -> None:
+    import subprocess
+
+    script = "import lattice_remote.client.agent, sys; print(*{'typer', 'rich', 'lattice', 'click'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not done.stdout.split()

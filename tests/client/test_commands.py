@@ -1,0 +1,274 @@
+"""``lattice remote ...`` and routed commands as they are typed, against the fake server."""
+
+import asyncio
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from client_kit import PLAN, make_cache, tree, until
+from fake_server import TOKEN, FakeServer
+from lattice.cli.main import cli
+
+from lattice_remote.client import credentials
+
+LATTICE = [sys.executable, "-c", "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"]
+
+
+@pytest.fixture(autouse=True)
+def no_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the agent: these are about the commands."""
+    monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    made = tmp_path / "pro ject ü"
+    made.mkdir()
+    return made
+
+
+class Done:
+    """A finished command."""
+
+    def __init__(self, code: int, out: bytes, err: bytes) -> None:
+        self.code, self.out, self.err = code, out.decode(), err.decode()
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.out)["data"]
+
+
+async def lattice(cwd: Path, *args: str, stdin: str = "", **environment: str) -> Done:
+    """Run a command in a thread of this process: many of these would take long as processes."""
+    return await asyncio.to_thread(_invoke, cwd, args, stdin, environment)
+
+
+def _invoke(cwd: Path, args: tuple[str, ...], stdin: str, environment: dict[str, str]) -> Done:
+    before = os.getcwd()
+    os.chdir(cwd)
+    try:
+        result = CliRunner().invoke(cli, list(args), input=stdin, env=environment, prog_name="lattice")
+    finally:
+        os.chdir(before)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Done(result.exit_code, result.stdout_bytes, result.stderr_bytes)
+
+
+async def lattice_process(cwd: Path, *args: str) -> Done:
+    process = await asyncio.create_subprocess_exec(
+        *LATTICE,
+        *args,
+        cwd=cwd,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    assert b"Traceback" not in err
+    return Done(process.returncode, out, err)
+
+
+async def add(server: FakeServer, root: Path, *more: str) -> Done:
+    return await lattice(root, "remote", "add", "origin", f"{server.url}/web", "--token", TOKEN, *more)
+
+
+async def initialise(root: Path) -> None:
+    done = await lattice(
+        root, "init", "--actor", "human:a", "--project-code", "LOC", "--no-setup-agents", "--no-setup-claude"
+    )
+    assert done.code == 0
+
+
+# --- add and remove ---
+
+
+async def test_adding_fills_an_empty_directory_and_says_so(server: FakeServer, root: Path) -> None:
+    done = await add(server, root)
+    assert done.code == 0, done.err
+    assert "1 task, 2 files, at change 0" in done.out
+    assert tree(root / ".lattice") == server.files
+    assert TOKEN not in (root / ".lattice/remote.json").read_text()
+    assert stat.S_IMODE(os.stat(credentials.tokens_path()).st_mode) == 0o600
+    assert names(root) == [".lattice"]
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+async def test_adding_takes_over_a_project_in_which_nothing_was_done(server: FakeServer, root: Path) -> None:
+    await initialise(root)
+    assert (await add(server, root)).code == 0
+    assert tree(root / ".lattice") == server.files and names(root) == [".lattice"]
+
+
+async def test_a_project_with_tasks_of_its_own_is_not_touched(server: FakeServer, root: Path) -> None:
+    await initialise(root)
+    await lattice(root, "create", "Mine", "--actor", "human:a")
+    before = everything(root)
+    done = await add(server, root)
+    assert done.code == 1 and "project of its own" in done.err and done.err.count("\n") == 1
+    assert everything(root) == before
+
+
+def has_tokens() -> bool:
+    return os.path.exists(credentials.tokens_path())
+
+
+def everything(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+async def test_a_second_remote_is_refused(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    done = await add(server, root, "--json")
+    assert done.code == 1 and "set-url" in json.loads(done.out)["error"]["message"]
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 426, 502])
+async def test_a_refusal_leaves_nothing_behind(server: FakeServer, root: Path, status: int) -> None:
+    from http import HTTPStatus
+
+    server.status = HTTPStatus(status)
+    done = await add(server, root)
+    assert done.code == 1 and done.err.startswith("Error: ") and done.err.count("\n") == 1
+    assert names(root) == [] and not has_tokens()
+
+
+async def test_an_interrupted_fill_leaves_nothing_behind(server: FakeServer, root: Path) -> None:
+    async def hang(_: object, frame: object) -> bool:
+        return type(frame).__name__ == "Manifest"
+
+    server.misbehave = hang  # type: ignore[assignment]
+    process = await asyncio.create_subprocess_exec(
+        *LATTICE, "remote", "add", "origin", f"{server.url}/web", "--token", TOKEN, cwd=root, stderr=-1
+    )
+    await until(lambda: any(type(frame).__name__ == "Manifest" for frame in server.frames), 15)
+    process.send_signal(2)
+    _, err = await process.communicate()
+    assert process.returncode != 0 and b"Traceback" not in err
+    assert names(root) == [] and not has_tokens()
+
+
+async def test_removing_takes_the_copy_away(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    (root / ".lattice" / PLAN).write_text("edited")
+    done = await lattice(root, "remote", "remove", "origin")
+    assert done.code == 1 and PLAN in done.err and "remote push" in done.err
+    (root / ".lattice" / PLAN).unlink()
+    assert (await lattice(root, "remote", "remove", "other")).code == 1
+    assert (await lattice(root, "remote", "remove", "origin")).code == 0
+    assert names(root) == []
+
+
+async def test_a_file_that_is_only_here_is_not_removed(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    (root / ".lattice" / (PLAN + ".mine")).write_text("precious")
+    done = await lattice(root, "remote", "remove", "origin")
+    assert done.code == 1 and ".mine" in done.err and (root / ".lattice/config.json").exists()
+
+
+# --- the other subcommands ---
+
+
+async def test_the_remote_is_listed_and_moved(server: FakeServer, root: Path) -> None:
+    assert (await lattice(root, "remote")).out == ""
+    await add(server, root)
+    assert (await lattice(root, "remote")).out == "origin\n"
+    assert (await lattice(root, "remote", "-v")).out == f"origin\t{server.url} web\n"
+    assert server.url in (await lattice(root, "remote", "show", "origin")).out
+    assert (await lattice(root, "remote", "set-url", "origin", "http://127.0.0.1:1")).code == 0
+    assert (await lattice(root, "remote", "--json")).data == {
+        "remotes": [{"name": "origin", "project": "web", "url": "http://127.0.0.1:1"}]
+    }
+
+
+async def test_status_verify_sync_pull_and_push(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    status = (await lattice(root, "remote", "status", "--json")).data
+    assert status["connected"] and status["current"] and status["agent"] is None
+    assert "connected (last frame" in (await lattice(root, "remote", "status")).out
+    (root / ".lattice/config.json").write_text("tampered")
+    done = await lattice_process(root, "remote", "verify")
+    assert done.code == 1 and "differs: config.json" in done.out
+    done = await lattice(root, "remote", "sync")
+    assert done.code == 0 and "fetched: config.json" in done.out and "mended 1 file" in done.out
+    done = await lattice(root, "remote", "verify", "--json")
+    assert done.code == 0 and done.data["equal"]
+    (root / ".lattice" / PLAN).write_text("new")
+    assert (await lattice(root, "remote", "push")).out == f"{PLAN}: stored\n"
+    assert server.files[PLAN] == b"new"
+    assert (await lattice(root, "remote", "pull")).out == "Up to date at change 1.\n"
+
+
+async def test_logging_in_and_out(server: FakeServer, tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "clone", server.url).parent
+    done = await lattice(root, "list")
+    assert done.code == 1 and "lattice remote login" in done.err
+    assert (await lattice(root, "remote", "login", stdin="wrong\n")).code == 1
+    done = await lattice(root, "remote", "login", stdin=TOKEN + "\n")
+    assert done.code == 0 and "accepted, acting as human:ana" in done.out and TOKEN not in done.out
+    assert (await lattice(root, "remote", "pull")).code == 0
+    assert (await lattice(root, "remote", "logout")).code == 0
+    assert (await lattice(root, "comment", "X-1", "x", "--actor", "human:a")).code == 1
+
+
+async def test_outside_a_project_the_way_in_is_named(root: Path) -> None:
+    done = await lattice(root, "remote", "status")
+    assert done.code == 1 and "lattice remote add origin" in done.err
+
+
+# --- routed commands ---
+
+
+async def test_a_command_travels_as_it_was_typed(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    (root / "sub").mkdir()
+    (root / "sub/file ü").write_bytes(b"content")
+    done = await lattice_process(root / "sub", "attach", "WEB-1", "file ü", "--actor", "human:ana")
+    assert done.out == "attach WEB-1 file ü --actor human:ana" and done.code == 0
+    run = next(frame for frame in server.frames if type(frame).__name__ == "Run")
+    assert [(file.index, file.name, file.data) for file in run.files] == [(2, "file ü", b"content")]  # type: ignore[union-attr]
+
+
+async def test_reads_go_on_without_the_server(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    server.files.pop("tasks/task_1.json")
+    await lattice(root, "remote", "sync")
+    await server.stop()
+    done = await lattice_process(root, "list", "--json")
+    assert done.code == 0 and json.loads(done.out)["ok"]
+    assert done.err.startswith(f"lattice-remote: cannot reach server {server.url}; showing data from ")
+    assert done.err.endswith("(change 0)\n") and done.err.count("\n") == 1
+
+
+async def test_a_write_without_the_server_is_an_error(server: FakeServer, root: Path) -> None:
+    await add(server, root)
+    await server.stop()
+    before = everything(root / ".lattice/tasks")
+    done = await lattice_process(root, "comment", "WEB-1", "x", "--actor", "human:ana", "--json")
+    error = json.loads(done.out)
+    assert done.code == 1 and error["ok"] is False and error["error"]["code"] == "REMOTE_UNREACHABLE"
+    assert "cannot reach server" in error["error"]["message"] and everything(root / ".lattice/tasks") == before
+
+
+async def test_the_root_may_be_named(server: FakeServer, root: Path, tmp_path: Path) -> None:
+    await add(server, root)
+    done = await lattice(tmp_path, "comment", "WEB-1", "x", "--actor", "human:ana", LATTICE_ROOT=str(root))
+    assert done.out.startswith("comment WEB-1")
+
+
+async def test_help_and_usage_errors_are_clicks_own(root: Path) -> None:
+    make_cache(root, "http://127.0.0.1:1")
+    done = await lattice(root, "comment", "--help")
+    assert done.code == 0 and done.out.startswith("Usage: lattice comment")
+    done = await lattice(root, "comment", "--nope")
+    assert done.code == 2 and "No such option" in done.err

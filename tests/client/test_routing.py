@@ -1,0 +1,242 @@
+"""Which command runs where, what travels with it, and what the guard refuses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from lattice.cli.main import cli
+
+from lattice_remote.client import routing
+from lattice_remote.client.guard import Guard, WriteRefused
+from lattice_remote.client.routing import describe_age
+from lattice_remote.errors import Misuse
+
+ROUTED = """create update status assign comment comment-edit comment-delete react unreact complete attach event link
+unlink branch-link branch-unlink archive unarchive backfill-ids set-project-code set-subproject-code rebuild"""
+
+
+def leaves(group: click.Group, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], click.Command]:
+    found: dict[tuple[str, ...], click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= leaves(command, (*path, name))
+        else:
+            found[(*path, name)] = command
+    return found
+
+
+def test_every_command_that_writes_is_routed() -> None:
+    here = routing._READS | routing._ELSEWHERE | {("remote",)}
+    elsewhere = {("resource", name) for name in ("create", "acquire", "release", "heartbeat")}
+    elsewhere |= {("session", name) for name in ("start", "end")} | {(name,) for name in ROUTED.split()}
+    assert set(leaves(cli)) - here == elsewhere
+
+
+def context(args: list[str]) -> tuple[click.Command, tuple[str, ...], click.Context]:
+    """Parse a command line as Click does; return the innermost command, its path and its context."""
+    command: click.Command = cli
+    path: tuple[str, ...] = ()
+    while isinstance(command, click.Group):
+        path, command = (*path, args[len(path)]), command.commands[args[len(path)]]
+    return command, path, command.make_context(path[-1], args[len(path) :])
+
+
+@pytest.mark.parametrize(
+    ("args", "is_read"),
+    [
+        (["doctor"], True),
+        (["doctor", "--fix"], False),
+        (["next"], True),
+        (["next", "--claim", "--actor", "human:a"], False),
+        (["next", "--name", "Argus-1"], False),
+        (["list"], True),
+        (["session", "show", "x"], True),
+        (["resource", "acquire", "x"], False),
+    ],
+)
+def test_what_only_reads_stays_here(args: list[str], is_read: bool) -> None:
+    _, path, ctx = context(args)
+    assert routing._is_read(path, ctx) is is_read
+
+
+@pytest.mark.parametrize(("flags", "waits"), [([], False), (["--wait"], True), (["--timeout", "3"], False)])
+def test_a_command_that_waits_is_known(flags: list[str], waits: bool) -> None:
+    _, path, ctx = context(["resource", "acquire", "gpu", *flags])
+    assert routing._waits(path, ctx) is waits
+
+
+def attached(args: list[str]) -> tuple[list[str], list[dict[str, object]]]:
+    command, path, ctx = context(args)
+    return routing._attached(command, path, ctx, list(args))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a b ü.txt").write_bytes(b"\xff\x00")
+    (tmp_path / "x").write_bytes(b"file x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("args", "index"),
+    [
+        (["attach", "LAT-1", "x"], 2),
+        (["attach", "x", "x", "--title", "x"], 2),
+        (["attach", "--title", "x", "LAT-1", "x"], 4),
+        (["attach", "LAT-1", "--", "x"], 3),
+        (["comment", "LAT-1", "--file", "x"], 3),
+    ],
+)
+def test_the_right_argument_is_the_file(here: Path, args: list[str], index: int) -> None:
+    argv, files = attached(args)
+    assert argv == args
+    assert files == [{"index": index, "name": "x", "data": "ZmlsZSB4"}]
+
+
+def test_an_option_with_its_value_is_taken_apart(here: Path) -> None:
+    argv, files = attached(["comment", "LAT-1", "--file=x", "--role", "--file=x"])
+    assert argv == ["comment", "LAT-1", "--file", "x", "--role", "--file=x"]
+    assert files[0]["index"] == 3
+
+
+@pytest.mark.parametrize("source", ["a b ü.txt", "./a b ü.txt"])
+def test_names_may_be_anything(here: Path, source: str) -> None:
+    _, files = attached(["attach", "LAT-1", source])
+    assert files == [{"index": 2, "name": "a b ü.txt", "data": "/wA="}]
+
+
+@pytest.mark.parametrize("source", ["missing", ".", "/", ""])
+def test_what_is_no_file_travels_as_none(here: Path, source: str) -> None:
+    _, files = attached(["attach", "LAT-1", source])
+    assert files[0]["data"] is None and files[0]["name"]
+
+
+@pytest.mark.parametrize("args", [["attach", "LAT-1", "https://h/x"], ["attach", "LAT-1", "--inline", "x"], ["list"]])
+def test_a_url_or_text_brings_no_file(args: list[str]) -> None:
+    assert attached(args) == (args, [])
+
+
+def test_a_pipe_is_read_here(here: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, b"piped")
+    os.close(write)
+    _, files = attached(["comment", "LAT-1", "--file", f"/dev/fd/{read}"])
+    os.close(read)
+    assert files[0]["data"] == "cGlwZWQ="
+
+
+def test_a_file_that_is_too_large_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "MAX_FILE_BYTES", 3)
+    with pytest.raises(Misuse) as error:
+        attached(["attach", "LAT-1", "x"])
+    assert error.value.code == "REMOTE_TOO_LARGE"
+
+
+def test_ages_are_in_the_largest_unit() -> None:
+    ages = (8.4, 180, 18000, 200000)
+    assert [describe_age(age) for age in ages] == ["8 s", "3 min", "5 h", "2 days"]
+
+
+# --- the guard ---
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Path:
+    directory = tmp_path / ".lattice"
+    (directory / "locks").mkdir(parents=True)
+    (directory / "config.json").write_text("{}")
+    return directory
+
+
+def refused(guarded: Path, action: str) -> Guard:
+    """Run a line of Python with ``d`` as the guarded directory, under a guard."""
+    guard = Guard(str(guarded))
+    guard.start()
+    try:
+        exec(action, {"os": os, "d": str(guarded), "Path": Path})  # noqa: S102
+    finally:
+        guard.stop()
+    return guard
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "open(d + '/config.json', 'w')",
+        "open(d + '/config.json', 'r+')",
+        "open(d + '/events.jsonl', 'ab')",
+        "os.open(d + '/x', os.O_CREAT | os.O_WRONLY)",
+        "os.replace(d + '/config.json', d + '/../x')",
+        "Path(d, 'x').mkdir()",
+        "os.unlink(d + '/remote.json')",
+        "os.symlink('x', d + '/y')",
+        "os.truncate(d + '/config.json', 0)",
+        "os.rename(d, d + '2')",
+        "os.chdir(d); open('config.json', 'w')",
+    ],
+)
+def test_writes_into_the_cache_are_refused(guarded: Path, action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(guarded.parent)
+    with pytest.raises(WriteRefused) as error:
+        refused(guarded, action)
+    assert error.value.code == "REMOTE_GUARD"
+    assert sorted(path.name for path in guarded.iterdir()) == ["config.json", "locks"]
+    assert (guarded / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "action",
+    ["open(d + '/config.json').close()", "open(d + '/locks/x.lock', 'w').close()", "open(d + '/../x', 'w').close()"],
+)
+def test_reading_and_locking_is_allowed(guarded: Path, action: str) -> None:
+    assert refused(guarded, action).refused is None
+
+
+def test_a_link_into_the_cache_is_seen_through(guarded: Path) -> None:
+    (guarded.parent / "link").symlink_to(guarded)
+    with pytest.raises(WriteRefused):
+        refused(guarded, "open(d + '/../link/config.json', 'w')")
+
+
+def test_a_refusal_that_was_swallowed_is_remembered(guarded: Path) -> None:
+    guard = refused(guarded, "try:\n open(d + '/x', 'w')\nexcept OSError:\n pass")
+    assert isinstance(guard.refused, WriteRefused)
+
+
+# --- what lattice pays for us ---
+
+
+def loaded_by(code: str, cwd: Path, **environment: str) -> set[str]:
+    """Return which of our modules, and of the heavy ones, a lattice command has imported in the end."""
+    script = f"""
+import sys
+from lattice.cli.main import cli
+try:
+    {code}
+except SystemExit:
+    pass
+heavy = {{"asyncio", "websockets", "msgspec", "typer", "rich", "ssl"}}
+print("LOADED", *[n for n in sys.modules if n.startswith("lattice_remote.") or n in heavy])
+"""
+    env = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", script], cwd=cwd, env=env, capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("LOADED")[2].split())
+
+
+def test_a_project_without_a_remote_pays_for_the_plugin_alone(guarded: Path) -> None:
+    assert loaded_by("cli(['list'])", guarded.parent) == {"lattice_remote.client", "lattice_remote.client.plugin"}
+
+
+def test_the_server_is_left_alone(guarded: Path) -> None:
+    (guarded / "remote.json").write_text("{}")
+    loaded = loaded_by("cli(['list'])", guarded.parent, LATTICE_REMOTE_SERVER="1")
+    assert loaded == {"lattice_remote.client", "lattice_remote.client.plugin"}
+
+
+def test_a_usage_error_needs_no_server(guarded: Path) -> None:
+    (guarded / "remote.json").write_text("{}")
+    assert not loaded_by("cli(['comment', '--nope'])", guarded.parent) & {"asyncio", "websockets", "msgspec", "typer"}
