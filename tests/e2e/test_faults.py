@@ -112,11 +112,12 @@ def test_nothing_is_lost_doubled_or_different_when_everything_breaks(sandbox: Sa
         assert len(outcome.acknowledged) > 10, outcome.errors
 
 
-def test_a_quiet_random_mix_has_no_errors_of_ours(sandbox: Sandbox) -> None:
+def test_a_quiet_random_mix_has_no_errors_but_lattices_own(sandbox: Sandbox) -> None:
     with three_people(sandbox) as (server, clients, _proxy):
         mix = Mix(server, clients, seed=7, commands=25)
         outcome = mix.run()
-        assert not [error for error in outcome.errors if "remote" in error.lower()], outcome.errors
+        ours = ("reach server", "connection", "token may", "undone", "internal")
+        assert not [error for error in outcome.errors if any(word in error for word in ours)], outcome.errors
         mix.check(outcome)
 
 

@@ -2,11 +2,13 @@
 
 put PATH TEXT      write a file                    noop           answer, change nothing
 die                end without a trace             die-once       the same, but only the first time
-die-after TEXT     commit ``put died TEXT``, then end before saying so
+die-after PATH     commit ``put PATH died``, then end before saying so
 sleep SECONDS      take long                       fail           report Failed
 want NAME SECONDS  as ``resource acquire --wait``: succeeds when resources/NAME/free exists, and removes it
 hook COMMAND       ask for a hook                  count          answer with the number of runs so far
 slow PATH TEXT     write the file, wait 50 ms, then commit
+
+Where there is a file ``die-when-ready``, it is removed, and the worker ends as soon as it has opened the project.
 """
 
 import argparse
@@ -98,8 +100,8 @@ class FakeWorker:
                     (self.project / "died").touch()
                     os._exit(9)
                 self.commit(request, {})
-            case ["die-after", text]:
-                self.commit(request, {"died": text.encode()}, die=True)
+            case ["die-after", path]:
+                self.commit(request, {path: b"died"}, die=True)
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
                 self.commit(request, {})
@@ -179,6 +181,9 @@ def main() -> None:
     options = parser.parse_args()
     worker = FakeWorker(socket.socket(fileno=options.fd), options.project_dir)
     worker.ready()
+    if (options.project_dir / "die-when-ready").exists():
+        (options.project_dir / "die-when-ready").unlink()
+        os._exit(9)
     buffer = b""
     decoder = msgspec.msgpack.Decoder(ToWorker)
     while received := worker.connection.recv(1 << 20):

@@ -127,3 +127,16 @@ def test_what_cannot_be_done_is_one_line_and_exit_1(data: Path, argv: list[str])
 def test_a_wrong_command_line_is_exit_2(data: Path) -> None:
     assert lattice_remote_command("start", "--port", "x", "--data", data).returncode == 2
     assert lattice_remote_command("nonsense").returncode == 2
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    lattice_remote_command("init", path)
+    for argv, said in ((["--host", "x" * 70], "not a host name"), ([], "Is a directory")):
+        if not argv:
+            (path / ".lock").unlink()
+            (path / ".lock").mkdir()
+        result = lattice_remote_command("start", *argv, "--port", "0", "--data", path)
+        assert result.returncode == 1
+        assert said in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -37,6 +37,12 @@ def test_uvicorn_makes_replays_and_hands_over() -> None:
     assert [source.index(step) for step in order] == sorted(source.index(step) for step in order)
 
 
+def test_uvicorn_tells_of_each_request_and_response() -> None:
+    source = inspect.getsource(h11_impl.H11Protocol)
+    assert "self.cycle = RequestResponseCycle(" in source
+    assert "on_response=self.on_response_complete" in source
+
+
 def test_uvicorn_asks_what_is_left_to_shut_down() -> None:
     assert "connection.shutdown()" in inspect.getsource(uvicorn.Server.shutdown)
     assert "capture_signals" in inspect.getsource(uvicorn.Server.serve)
@@ -77,6 +83,28 @@ async def test_a_client_may_say_little_before_it_has_said_hello(running: Running
         assert connection.protocol.max_message_size == 7
         assert connection.protocol.state is State.OPEN
         assert connection.subprotocol == "lattice.v1"
+
+
+async def silent_until_closed(reader: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(3):
+        try:
+            return await reader.read()
+        except ConnectionResetError:
+            return b""
+
+
+async def test_a_head_that_does_not_end_is_cut_and_an_upgraded_connection_is_not(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.server.handoff.HEAD_TIMEOUT_S", 0.3)
+    async with running.connected() as client:
+        for first in (b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            writer.write(first)
+            answers = 1 if first.endswith(b"/he") else 0
+            assert (await silent_until_closed(reader)).count(b"HTTP/1.1 200") == answers
+            writer.close()
+        await (await client.ping())
 
 
 async def test_plain_http_shares_the_port(running: Running) -> None:

@@ -12,10 +12,10 @@ import pytest
 from harness import FAKE_WORKER, until
 
 from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Bye, Change, Refused, Reply
+from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.hooks import HookRunner
-from lattice_remote.server.ipc import Execute
+from lattice_remote.server.ipc import Execute, HookCall, Ready
 from lattice_remote.server.project import Bounds, Project
 
 
@@ -111,7 +111,7 @@ async def test_a_killed_worker_loses_and_doubles_nothing(opened: Opened, paths: 
     for request in requests[:90]:
         opened.project.submit(request, opened.watcher)
     await until(lambda: len(opened.watcher.answers) > 5)
-    os.kill(int(_worker_pid(opened.project)), signal.SIGKILL)
+    os.kill(_worker_pid(opened.project), signal.SIGKILL)
     for request in requests[90:99]:
         opened.project.submit(request, opened.watcher)
     await until(lambda: len(opened.watcher.answers) == 99)
@@ -128,11 +128,30 @@ def _worker_pid(project: Project) -> int:
 
 
 async def test_a_change_whose_worker_died_before_saying_so_still_reaches_the_followers(opened: Opened) -> None:
-    answer = await opened.run("die-after", "text")
+    answer = await opened.run("die-after", "died")
     assert isinstance(answer, Reply)
     assert answer.seq == 1
     assert opened.watcher.changes == [1]
     assert (await opened.run("put", "b", "y")).seq == 2  # type: ignore[union-attr]
+
+
+async def test_a_worker_that_ends_as_soon_as_it_is_ready_loses_no_request(
+    opened: Opened, paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, publish_missed = opened.project, opened.project._publish_missed
+
+    async def publish_slowly(ready: Ready) -> None:
+        if not again.is_set():
+            again.set()
+            await project._writer_ended.wait()
+        await publish_missed(ready)
+
+    again = asyncio.Event()
+    monkeypatch.setattr(project, "_publish_missed", publish_slowly)
+    (paths.root / "die-when-ready").touch()
+    os.kill(_worker_pid(project), signal.SIGKILL)
+    await again.wait()
+    assert isinstance(await opened.run("put", "a", "x"), Reply)
 
 
 async def test_a_command_that_ends_its_worker_once_is_run_again(opened: Opened) -> None:
@@ -159,6 +178,15 @@ async def test_a_command_over_its_time_is_refused_and_the_others_go_on(opened: O
     assert isinstance(refused, Refused)
     assert "longer than 1 s" in refused.message
     assert isinstance(opened.watcher.answers[good.id], Reply)
+
+
+async def test_upkeep_before_a_command_does_not_lengthen_its_time(opened: Opened) -> None:
+    opened.project.files_touched({"edited/none"})
+    await opened.run("noop")
+    slow = command("sleep", "60")
+    opened.project.submit(slow, opened.watcher)
+    await until(lambda: opened.watcher.answers, 5.0)
+    assert isinstance(opened.watcher.answers[slow.id], Refused)
 
 
 async def test_the_same_request_asked_again_runs_once(opened: Opened, paths: ProjectPaths) -> None:
@@ -194,6 +222,30 @@ async def test_a_full_queue_refuses_as_busy(opened: Opened) -> None:
     assert codes == {"REMOTE_BUSY"}
 
 
+def carrying(size: int) -> Execute:
+    """Return a request with a file."""
+    return Execute(secrets.token_hex(16), ["sleep", "0.05"], [Attachment(0, "f", b"x" * size)], "t", "human:ana", [])
+
+
+async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths) -> None:
+    bounds = Bounds(held_bytes=2500, window_bytes=1000)
+    project = Project("web", paths, hooks=None, bounds=bounds, worker_command=FAKE_WORKER)
+    project.start()
+    await project.opened()
+    watcher = Watcher()
+    requests = [carrying(600) for _ in range(5)]
+    for request in requests:
+        project.submit(request, watcher)
+    assert [len(queue) for queue in (project._outstanding, project._queue)] == [2, 2]
+    await until(lambda: len(watcher.answers) == 5)
+    refused = watcher.answers[requests[4].id]
+    assert isinstance(refused, Refused)
+    assert refused.code == "REMOTE_BUSY"
+    assert all(isinstance(watcher.answers[request.id], Reply) for request in requests[:4])
+    assert project._held_bytes == 0
+    await project.stop(1.0)
+
+
 async def test_a_failed_project_answers_nobody_and_says_why(opened: Opened) -> None:
     opened.project.submit(command("fail"), opened.watcher)
     await until(lambda: opened.watcher.byes)
@@ -212,6 +264,16 @@ async def test_a_waiter_gets_the_resource_when_a_change_frees_it(opened: Opened)
     answer = opened.watcher.answers[request.id]
     assert isinstance(answer, Reply)
     assert opened.project.files.get("resources/gpu/free") is None
+
+
+async def test_a_waiter_gets_what_was_freed_by_a_worker_that_died_before_saying_so(opened: Opened) -> None:
+    request = command("want", "gpu", "30")
+    opened.project.submit(request, opened.watcher)
+    await opened.run("die-after", "resources/gpu/free")
+    await until(lambda: request.id in opened.watcher.answers)
+    answer = opened.watcher.answers[request.id]
+    assert isinstance(answer, Reply)
+    assert answer.seq == 2
 
 
 async def test_one_of_many_waiters_gets_it_and_the_others_wait_on(opened: Opened) -> None:
@@ -282,6 +344,14 @@ async def test_hooks_run_in_order_after_the_answer_and_within_their_time(opened:
     await opened.run("hook", f"echo second >> {out}")
     await until(lambda: out.exists() and "second" in out.read_text())
     assert out.read_text() == "the eventsecond\n"
+
+
+async def test_a_hook_that_cannot_be_started_does_not_stop_the_next(paths: ProjectPaths) -> None:
+    hooks = HookRunner("web", paths.root, timeout_s=1.0)
+    out = paths.root / "out"
+    hooks.submit([HookCall("echo a\0b", {}, ""), HookCall(f"echo second > {out}", dict(os.environ), "")])
+    await until(lambda: out.exists() and out.read_text())
+    await hooks.close()
 
 
 async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:

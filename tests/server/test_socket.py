@@ -1,6 +1,7 @@
 """One connected client and the server: greeting, catching up, files under load, violations, goodbyes."""
 
 import asyncio
+import contextlib
 import json
 import secrets
 import socket
@@ -344,8 +345,8 @@ async def test_a_revoked_token_ends_its_connections_within_a_second(running: Run
         assert isinstance(await copy.run("put", "a", "x"), Reply)
 
 
-async def stalled(running: Running) -> socket.socket:
-    """Return a connection that greets, and then never reads again."""
+async def upgraded(running: Running) -> socket.socket:
+    """Return a WebSocket connection with a small buffer that reads nothing by itself."""
     loop = asyncio.get_running_loop()
     raw = socket.socket()
     raw.setblocking(False)
@@ -358,8 +359,14 @@ async def stalled(running: Running) -> socket.socket:
     )
     await loop.sock_sendall(raw, request.encode())
     assert b" 101 " in await loop.sock_recv(raw, 4096)
+    return raw
+
+
+async def stalled(running: Running) -> socket.socket:
+    """Return a connection that greets, and then never reads again."""
+    raw = await upgraded(running)
     before = len(running.hub._peers)
-    await loop.sock_sendall(raw, masked(hello()))
+    await asyncio.get_running_loop().sock_sendall(raw, masked(hello()))
     await until(lambda: sum(peer._live for peer in running.hub._peers) >= before)
     return raw
 
@@ -367,6 +374,52 @@ async def stalled(running: Running) -> socket.socket:
 def masked(payload: bytes) -> bytes:
     head = bytes((0x82, 0x80 | len(payload))) if len(payload) < 126 else struct.pack(">BBH", 0x82, 0xFE, len(payload))
     return head + b"\0\0\0\0" + payload
+
+
+async def test_answers_that_wait_for_a_client_to_catch_up_are_bounded(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.server.peer.MAX_PENDING_BYTES", 5_000)
+    async with running.connected() as client:
+        copy = Copy()
+        await copy.greet(client)
+        epoch = copy.replica.welcome.epoch  # type: ignore[union-attr]
+        for _ in range(12):
+            await copy.run("put", "a", "x" * 500_000)
+    await until(lambda: not running.hub._peers)
+    raw = await upgraded(running)
+    try:
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(raw, masked(hello(epoch=epoch)))
+        await until(lambda: any(peer._sent for peer in running.hub._peers))
+        [peer] = running.hub._peers
+        with contextlib.suppress(ConnectionError):
+            for _ in range(400):
+                await loop.sock_sendall(raw, masked(encode(Run(secrets.token_hex(16), ["noop"]))))
+        await until(lambda: not running.hub._peers)
+        assert 0 < peer._held_bytes <= 5_000
+    finally:
+        raw.close()
+
+
+async def test_a_client_that_greets_while_its_project_fails_is_told(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running.connected() as other, running.connected() as client:
+        copy = Copy()
+        await copy.greet(other)
+        project = running.hub.project("web")
+
+        async def mark_at(seq: int) -> bytes:
+            await copy.send(Run(secrets.token_hex(16), ["fail"]))
+            await until(lambda: project.failure is not None)
+            return b""
+
+        monkeypatch.setattr(project, "mark_at", mark_at)
+        await client.send(hello(epoch=project.epoch))
+        bye, _ = await farewell(client)
+        assert bye is not None
+        assert bye.code == "REMOTE_STORAGE"
 
 
 async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,3 +109,9 @@ def test_the_file_is_plain_json(path: Path) -> None:
     made(path)
     [token] = json.loads(path.read_text())["tokens"]
     assert set(token) == {"id", "sha256", "projects", "actor", "act_as", "created"}
+
+
+def test_a_file_that_cannot_even_be_looked_at_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="cannot read"):
+        TokenStore(tmp_path / "file/tokens.json").refresh()

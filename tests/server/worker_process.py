@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -144,6 +145,10 @@ class WorkerProcess:
         end = 4 + int.from_bytes(self._received[:4])
         data, self._received = self._received[4:end], self._received[end:]
         return _decoder.decode(data)
+
+    def has_message(self, *, within_s: float) -> bool:
+        """Tell whether something has come from the worker, or comes within this time."""
+        return bool(self._received or select.select([self._connection], [], [], within_s)[0])
 
     def done(self) -> Done:
         message = self.receive()

@@ -26,6 +26,16 @@ __all__ = ["Added", "add_remote", "check_token", "remove_remote"]
 
 _CHECK_TIMEOUT_S = 10.0
 _PLAIN_FILES = {"config.json", "context.md", "ids.json"}
+_ASKED_BY_INIT = {
+    "instance_id",
+    "default_actor",
+    "project_code",
+    "subproject_code",
+    "instance_name",
+    "project_name",
+    "model",
+    "heartbeat",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +125,11 @@ def _require_room(target: str) -> None:
 
 
 def _first_sign_of_use(target: str) -> str | None:
-    """Return a file that a freshly initialised project does not have, None when there is none."""
+    """Return what a freshly initialised project does not have, in words; None when there is nothing."""
+    if tasks := _count(target, "tasks", ".json"):
+        return f"{tasks} task{'s' * (tasks != 1)}"
+    if _is_configured(target):
+        return "a config.json that was changed"
     for directory, directories, names in os.walk(target):
         directories.sort()
         for name in sorted(names):
@@ -128,6 +142,27 @@ def _first_sign_of_use(target: str) -> str | None:
                 continue
             return path
     return None
+
+
+def _count(target: str, directory: str, ending: str) -> int:
+    with contextlib.suppress(OSError):
+        return sum(name.endswith(ending) for name in os.listdir(os.path.join(target, directory)))
+    return 0
+
+
+def _is_configured(target: str) -> bool:
+    """Whether somebody has changed more of ``config.json`` than ``lattice init`` asks for."""
+    from lattice.core.config import default_config
+
+    try:
+        with open(os.path.join(target, "config.json"), encoding="utf-8") as file:
+            config: dict[str, Any] = json.load(file)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    made = {key: value for key, value in config.items() if key not in _ASKED_BY_INIT}
+    return all(made != dict(default_config(preset=preset)) for preset in ("classic", "opinionated"))
 
 
 def _lists_tasks(path: str) -> bool:

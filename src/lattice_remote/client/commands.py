@@ -89,7 +89,10 @@ def add(
     token: Annotated[str | None, typer.Option(help="Kept for this user; else LATTICE_TOKEN or a login.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make this directory a copy of a project on a server."""
+    """Make this directory a copy of a project on a server.
+
+    Example: lattice remote add origin https://board.example.org --project web
+    """
     root = os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
     with _progress("fetching") as show:
         added = asyncio.run(adding.add_remote(root, name, url, project=project, token=token, show=show))
@@ -122,7 +125,10 @@ def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> 
 
 @app.command(name="set-url")
 def set_url(name: str, url: str, project: Annotated[str | None, typer.Option()] = None) -> None:
-    """Change where the remote is, after its server has moved."""
+    """Change where the remote is, after its server has moved.
+
+    Example: lattice remote set-url origin https://new.example.org
+    """
     directory, found = _here(name)
     new_url, slug = parse_url(url, project)
     write_remote(directory, Remote(found.name, new_url, slug or found.project))
@@ -144,7 +150,10 @@ def remove(name: str) -> None:
 
 @app.command()
 def login(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
-    """Keep a token for this user, typed without echo or read from stdin."""
+    """Keep a token for this user, typed without echo or read from stdin.
+
+    Example: lattice remote login https://board.example.org < token.txt
+    """
     server, slug = _server_and_slug(url)
     token = (getpass.getpass(f"Token for {server}: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
     credentials.check_token(token)

@@ -353,7 +353,8 @@ class Link:
     async def _connect(self) -> ClientConnection:
         if self.token is None:
             raise Rejected(
-                f"no token for {self.remote.url}; log in with: lattice remote login", code="REMOTE_UNAUTHORIZED"
+                f"no token for {self.remote.url}; log in with: lattice remote login {self.remote.url}",
+                code="REMOTE_UNAUTHORIZED",
             )
         try:
             return await connect(
@@ -468,7 +469,7 @@ def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
         pass  # not our server's own answer: a proxy's, say
     if not code:
         return ConnectionFailed(f"it answers HTTP {status}")
-    hint = "; log in with: lattice remote login" if code == "REMOTE_UNAUTHORIZED" else ""
+    hint = f"; log in with: lattice remote login {remote.url}" if code == "REMOTE_UNAUTHORIZED" else ""
     return _error_of(code, f"{remote.url}: {message}{hint}")
 
 

@@ -30,7 +30,7 @@ from lattice_remote.client.follower import Comparison, Follower, Writer
 from lattice_remote.client.link import ALIVE_S, Link
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
-from lattice_remote.protocol.messages import MAX_ARGV, Attachment, Put, Refused, Reply, Run, Stored
+from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Put, Refused, Reply, Run, Stored, Welcome
 from lattice_remote.protocol.replica import State
 
 __all__ = ["Report", "Service", "answered"]
@@ -75,6 +75,7 @@ class Service:
         self._is_new = True
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._acknowledged: tuple[Welcome | None, int] = (None, 0)
 
     def start(self, token: str | None, *, prefer_given: bool = False) -> None:
         """Begin to follow the project, with the user's stored token before one that a command brought."""
@@ -153,7 +154,8 @@ class Service:
         token = given or self._stored_token()
         if token is None:
             raise Rejected(
-                f"no token for {self.remote.url}; log in with: lattice remote login", code="REMOTE_UNAUTHORIZED"
+                f"no token for {self.remote.url}; log in with: lattice remote login {self.remote.url}",
+                code="REMOTE_UNAUTHORIZED",
             )
         if token == self._link.token:
             return self._link
@@ -303,7 +305,7 @@ class Service:
         if copy is not None:
             return (
                 "conflict",
-                f"{path}: somebody changed the same lines; the server's text is in place, yours is in {copy}",
+                f"conflict in {path}: others changed the same lines; the server's text is in place, yours is in {copy}",
             )
         return answer.outcome, None
 
@@ -348,7 +350,7 @@ class Service:
     # --- looking after it ---
 
     async def _watch(self) -> None:
-        """Give up a connection that is behind and does not advance; keep the stored age fresh; drop idle writers."""
+        """Give up a connection that is behind and does not advance; keep what is stored and told of it fresh."""
         advance, advanced_at, stored_at = self._advance(), time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
@@ -367,10 +369,21 @@ class Service:
                 stored_at = now
                 with contextlib.suppress(StorageError):
                     await self._follower.store_age()
-            for token, (link, used_at) in list(self._writers.items()):
-                if now - used_at > _WRITER_IDLE_S and not link.is_waiting:
-                    del self._writers[token]
-                    await link.close()
+            await self._acknowledge()
+            await self._drop_idle_writers()
+
+    async def _acknowledge(self) -> None:
+        """Tell the server how far the files are; it informs only, so now and then is enough."""
+        reached = (self._link.welcome, self._follower.state.position.seq)
+        if reached[0] is not None and reached != self._acknowledged:
+            self._acknowledged = reached
+            await self._link.send(Applied(reached[1]))
+
+    async def _drop_idle_writers(self) -> None:
+        for token, (link, used_at) in list(self._writers.items()):
+            if time.monotonic() - used_at > _WRITER_IDLE_S and not link.is_waiting:
+                del self._writers[token]
+                await link.close()
 
     def summary(self) -> dict[str, Any]:
         """Return the little that the agent's own status says of each cache."""

@@ -16,6 +16,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import filelock
+
 from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree import MERGE_FROM_BYTES
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Executor", "Outcome", "Waiting"]
 
 _log = logging.getLogger(__name__)
+_LOCK_RETRY_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,41 @@ class _LazyDisk:
         return getattr(os, name)
 
 
+class _Lock:
+    """Stands for ``FileLock`` in lattice: the same flock on the same file, at a tenth of the cost.
+
+    Plain ``lattice`` in the same directory still waits for it, and is waited for (I12).
+    """
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._path = path
+        self._timeout_s = timeout
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            filelock.Timeout: somebody else has had it for all of the time.
+        """
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    self.release()
+                    raise filelock.Timeout(str(self._path)) from None
+                time.sleep(_LOCK_RETRY_S)
+            else:
+                return
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.close(self._descriptor)
+
+
 class Executor:
     """Runs commands in the project at ``root`` (the directory that holds ``.lattice``).
 
@@ -118,7 +156,7 @@ class Executor:
 
         from lattice.cli import resource_cmds
         from lattice.cli.main import cli
-        from lattice.storage import fs, hooks
+        from lattice.storage import fs, hooks, locks
 
         mimetypes.init()  # reads system files, which a command may not
         self.cli: click.Group = cli
@@ -129,6 +167,7 @@ class Executor:
         if lazy:
             setattr(fs, "os", _LazyDisk())  # noqa: B010 - likewise
             fs._fsync_directory = _leave_it
+        setattr(locks, "FileLock", _Lock)  # noqa: B010 - likewise
         hooks._run_hook = self._collect_hook
 
     def run(self, argv: Sequence[str], *, last_try: bool = False) -> Outcome:
