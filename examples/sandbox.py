@@ -208,7 +208,7 @@ class Sandbox:
         runtime = self.root / "run" / machine
         for directory in (home, runtime):
             directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("LATTICE_", "XDG_"))}
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("LATTICE_", "XDG_", "PYTHON"))}
         return {
             **kept,
             "PATH": f"{BIN}{os.pathsep}{kept.get('PATH', '')}",

@@ -10,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import SUBPROTOCOL, Bye, ClientFrame, Refused, Reply, Run, ServerFrame, Stored
+from lattice_remote.protocol.messages import (
+    SUBPROTOCOL,
+    Bye,
+    ClientFrame,
+    Hello,
+    Refused,
+    Reply,
+    Run,
+    ServerFrame,
+    Stored,
+)
 from lattice_remote.protocol.operations import apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.protocol.replica import Answer, ApplyChange, Compare, Remove, Replica, Send, WritePart
@@ -85,6 +96,22 @@ async def serving(data: DataDir, token: str, *, worker: Sequence[str] = FAKE_WOR
     finally:
         server.should_exit = True
         await task
+
+
+def hello(**fields: object) -> bytes:
+    return encode(Hello(versions=[1], client_version="t", lattice_version="t", **fields))  # type: ignore[arg-type]
+
+
+async def farewell(client: object) -> tuple[Bye | None, int]:
+    """Read to the end; return the goodbye and the close code."""
+    bye = None
+    try:
+        async with asyncio.timeout(10):
+            while True:
+                frame = decode_server_frame(await client.recv())  # type: ignore[attr-defined]
+                bye = frame if isinstance(frame, Bye) else bye
+    except ConnectionClosed as closed:
+        return bye, closed.rcvd.code if closed.rcvd else 1006
 
 
 class MemoryTree(dict[str, bytes]):

@@ -67,25 +67,28 @@ class Process:
         return code
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> DataDir:
-    made = DataDir(tmp_path / "data")
+def make_data(path: Path) -> DataDir:
+    made = DataDir(path)
     made.create()
     made.create_project("web", code="WEB", name=None, actor=None)
     return made
 
 
-@pytest.fixture
-def token(data: DataDir) -> str:
+def make_token(data: DataDir) -> str:
     return TokenFile(data.tokens).create(projects=["web"], actor="human:ana", act_as=["agent:*"])[1]
 
 
 @pytest.fixture
-def process(data: DataDir) -> Iterator[Process]:
-    started = Process(data)
+def data(tmp_path: Path) -> DataDir:
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server that all tests share which do not end it."""
+    started = Process(make_data(tmp_path_factory.mktemp("app") / "data"))
     yield started
-    if started.process.poll() is None:
-        started.end()
+    assert started.end() == 0
 
 
 def test_plain_http_answers_in_json(process: Process) -> None:
@@ -95,6 +98,12 @@ def test_plain_http_answers_in_json(process: Process) -> None:
         status, body = process.get(path, method)
         assert status == expected
         assert set(body["error"]) == {"code", "message"}  # type: ignore[call-overload]
+
+
+def test_it_may_hold_many_connections(process: Process) -> None:
+    limits = Path(f"/proc/{process.process.pid}/limits").read_text()
+    soft, hard = next(line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files"))
+    assert int(soft) == min(int(hard), 65_536) if hard != "unlimited" else int(soft) >= 65_536
 
 
 def test_a_second_server_on_the_same_directory_is_refused(process: Process) -> None:
@@ -122,8 +131,9 @@ def test_a_port_in_use_is_one_line(process: Process, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_it_stops_in_order_with_a_client_connected(process: Process, token: str, number: int) -> None:
-    async with process.connected(token) as client:
+async def test_it_stops_in_order_with_a_client_connected(data: DataDir, number: int) -> None:
+    process = Process(data)
+    async with process.connected(make_token(data)) as client:
         copy = Copy()
         await copy.greet(client)
         assert isinstance(await copy.run("create", "a task", "--actor", "human:ana"), Reply)
@@ -132,8 +142,8 @@ async def test_it_stops_in_order_with_a_client_connected(process: Process, token
         assert time.monotonic() - before < 2
 
 
-async def test_a_killed_server_is_succeeded_by_another_with_nothing_lost(data: DataDir, token: str) -> None:
-    first = Process(data)
+async def test_a_killed_server_is_succeeded_by_another_with_nothing_lost(data: DataDir) -> None:
+    first, token = Process(data), make_token(data)
     copy = Copy()
     async with first.connected(token) as client:
         await copy.greet(client)
@@ -157,8 +167,8 @@ async def test_a_killed_server_is_succeeded_by_another_with_nothing_lost(data: D
         assert second.end() == 0
 
 
-async def test_a_worker_killed_under_load_answers_everything_once(process: Process, token: str) -> None:
-    async with process.connected(token) as client:
+async def test_a_worker_killed_under_load_answers_everything_once(process: Process) -> None:
+    async with process.connected(make_token(process.data)) as client:
         copy = Copy()
         await copy.greet(client)
         await copy.sync()

@@ -13,8 +13,9 @@ from harness import until
 
 from lattice_remote.protocol.messages import Part
 from lattice_remote.server.files import FileSender
+from lattice_remote.server.history import Content
 from lattice_remote.server.outbox import Outbox
-from lattice_remote.server.project import Content, Project
+from lattice_remote.server.project import Project
 from lattice_remote.server.snapshot import PIECE_BYTES, Snapshot
 
 
@@ -61,8 +62,7 @@ class OneFile:
 
     def __init__(self, root: Path) -> None:
         self.paths = SimpleNamespace(lattice=root)
-        self.head = 1
-        self.files = {"f": content_of(b"old")}
+        self.history = SimpleNamespace(head=1, files={"f": content_of(b"old")}, expect=self.expect)
         self.committed: list[Callable[[], None]] = []
 
     def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:

@@ -4,9 +4,9 @@ import asyncio
 import inspect
 import socket
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import uvicorn
 from harness import Running, make_data, serving, until
 from uvicorn.protocols.http import h11_impl
@@ -17,10 +17,12 @@ from websockets.server import ServerProtocol
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.server.handoff import Handoff
 
+shares_a_server = pytest.mark.asyncio(loop_scope="module")
 
-@pytest.fixture
-async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    async with serving(*make_data(tmp_path / "data")) as server:
+
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def running(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    async with serving(*make_data(tmp_path_factory.mktemp("handoff") / "data")) as server:
         yield server
 
 
@@ -66,6 +68,7 @@ def test_websockets_writes_close_frames_through_send_data() -> None:
     assert "self.send_data()" in inspect.getsource(ServerConnection.data_received)
 
 
+@shares_a_server
 async def test_a_connection_counts_with_uvicorn_until_it_is_lost(running: Running) -> None:
     connections = running.server.server_state.connections
     async with running.connected():
@@ -73,9 +76,10 @@ async def test_a_connection_counts_with_uvicorn_until_it_is_lost(running: Runnin
     await until(lambda: not connections)
 
 
+@shares_a_server
 async def test_a_client_may_say_little_before_it_has_said_hello(running: Running) -> None:
     async with running.connected():
-        await until(lambda: running.hub._peers)
+        await until(lambda: len(running.hub._peers) == 1)
         [peer] = running.hub._peers
         connection = peer._connection
         assert connection.protocol.max_message_size == FIRST_FRAME_BYTES
@@ -93,6 +97,7 @@ async def silent_until_closed(reader: asyncio.StreamReader) -> bytes:
             return b""
 
 
+@shares_a_server
 async def test_a_head_that_does_not_end_is_cut_and_an_upgraded_connection_is_not(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +112,7 @@ async def test_a_head_that_does_not_end_is_cut_and_an_upgraded_connection_is_not
         await (await client.ping())
 
 
+@shares_a_server
 async def test_plain_http_shares_the_port(running: Running) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", running.port, family=socket.AF_INET)
     writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")

@@ -76,12 +76,12 @@ class Opened:
 async def opened(paths: ProjectPaths) -> AsyncIterator[Opened]:
     bounds = Bounds(command_s=1.0, queued=100)
     project = Project(
-        "web", paths, hooks=HookRunner("web", paths.root, timeout_s=1.0), bounds=bounds, worker_command=FAKE_WORKER
+        "web", paths, hooks=HookRunner("web", paths.root, timeout_s=0.5), bounds=bounds, worker_command=FAKE_WORKER
     )
     project.start()
     await project.opened()
     watcher = Watcher()
-    project.join(watcher)
+    project.history.join(watcher)
     yield Opened(project, watcher)
     await project.drain(1.0)
     await project.stop(1.0)
@@ -101,9 +101,9 @@ async def test_a_change_precedes_the_answer_that_names_it(opened: Opened) -> Non
 
 async def test_the_manifest_is_that_of_the_head(opened: Opened) -> None:
     await opened.run("put", "a", "xyz")
-    assert opened.project.files["a"][0] == 3
-    assert len(opened.project.entries()) == 1
-    assert opened.project.entries() is opened.project.entries()
+    assert opened.project.history.files["a"][0] == 3
+    assert len(opened.project.history.entries()) == 1
+    assert opened.project.history.entries() is opened.project.history.entries()
 
 
 async def test_a_killed_worker_loses_and_doubles_nothing(opened: Opened, paths: ProjectPaths) -> None:
@@ -138,7 +138,7 @@ async def test_a_change_whose_worker_died_before_saying_so_still_reaches_the_fol
 async def test_a_worker_that_ends_as_soon_as_it_is_ready_loses_no_request(
     opened: Opened, paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    project, publish_missed = opened.project, opened.project._publish_missed
+    project, publish_missed = opened.project, opened.project.history._publish_missed
 
     async def publish_slowly(ready: Ready) -> None:
         if not again.is_set():
@@ -147,7 +147,7 @@ async def test_a_worker_that_ends_as_soon_as_it_is_ready_loses_no_request(
         await publish_missed(ready)
 
     again = asyncio.Event()
-    monkeypatch.setattr(project, "_publish_missed", publish_slowly)
+    monkeypatch.setattr(project.history, "_publish_missed", publish_slowly)
     (paths.root / "die-when-ready").touch()
     os.kill(_worker_pid(project), signal.SIGKILL)
     await again.wait()
@@ -263,7 +263,7 @@ async def test_a_waiter_gets_the_resource_when_a_change_frees_it(opened: Opened)
     await until(lambda: request.id in opened.watcher.answers)
     answer = opened.watcher.answers[request.id]
     assert isinstance(answer, Reply)
-    assert opened.project.files.get("resources/gpu/free") is None
+    assert opened.project.history.files.get("resources/gpu/free") is None
 
 
 async def test_a_waiter_gets_what_was_freed_by_a_worker_that_died_before_saying_so(opened: Opened) -> None:
@@ -303,7 +303,7 @@ async def test_a_waiter_whose_connection_is_gone_takes_nothing(opened: Opened) -
     opened.project.forget(gone, {request.id})
     await opened.run("put", "resources/gpu/free", "")
     await opened.run("noop")
-    assert "resources/gpu/free" in opened.project.files
+    assert "resources/gpu/free" in opened.project.history.files
 
 
 async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:
@@ -311,31 +311,31 @@ async def test_edits_behind_its_back_become_changes(opened: Opened, paths: Proje
     (paths.lattice / "edited/x").write_text("by hand")
     opened.project.files_touched({"edited/x"})
     await until(lambda: opened.watcher.changes == [1])
-    assert opened.project.files["edited/x"][0] == 7
+    assert opened.project.history.files["edited/x"][0] == 7
 
 
 async def test_a_rollback_begins_a_new_epoch_once(opened: Opened) -> None:
     await opened.run("put", "a", "x")
-    epoch = opened.project.epoch
+    epoch = opened.project.history.epoch
     await opened.project.rollback_proved("a client is ahead")
-    assert opened.project.epoch != epoch
-    assert opened.project.head == 0
+    assert opened.project.history.epoch != epoch
+    assert opened.project.history.head == 0
     assert opened.watcher.byes[0].retry_after_s == 0
-    renewed = opened.project.epoch
+    renewed = opened.project.history.epoch
     await opened.project.rollback_proved("and again")
-    assert opened.project.epoch == renewed
+    assert opened.project.history.epoch == renewed
     assert (await opened.run("put", "a", "y")).seq == 1  # type: ignore[union-attr]
 
 
 async def test_missed_changes_come_from_memory_and_from_the_journal(opened: Opened) -> None:
     for i in range(20):
         await opened.run("put", "a", str(i))
-    from_memory = await opened.project.changes_after(5)
-    opened.project._recent.clear()
-    from_disk = await opened.project.changes_after(5)
+    from_memory = await opened.project.history.changes_after(5)
+    opened.project.history._recent.clear()
+    from_disk = await opened.project.history.changes_after(5)
     assert [seq for seq, _ in from_disk] == list(range(6, 21))
     assert from_memory == from_disk
-    assert await opened.project.mark_at(20) == opened.project.mark
+    assert await opened.project.history.mark_at(20) == opened.project.history.mark
 
 
 async def test_hooks_run_in_order_after_the_answer_and_within_their_time(opened: Opened, paths: ProjectPaths) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import secrets
 import socket
 import struct
@@ -10,23 +9,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import msgspec
 import pytest
-from harness import Copy, Running, make_data, serving, tree_of, until
-from websockets.asyncio.client import connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus
+from harness import Copy, Running, farewell, hello, make_data, serving, tree_of, until
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
-    Bye,
     Change,
     Entries,
-    Fetch,
-    Hello,
-    Manifest,
-    Part,
-    Put,
-    Refused,
     Reply,
     Run,
     Welcome,
@@ -38,53 +27,6 @@ from lattice_remote.server.tokens import TokenFile
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
     async with serving(*make_data(tmp_path / "data")) as server:
         yield server
-
-
-def hello(**fields: object) -> bytes:
-    return encode(Hello(versions=[1], client_version="t", lattice_version="t", **fields))  # type: ignore[arg-type]
-
-
-async def farewell(client: object) -> tuple[Bye | None, int]:
-    """Read to the end; return the goodbye and the close code."""
-    bye = None
-    try:
-        async with asyncio.timeout(10):
-            while True:
-                frame = decode_server_frame(await client.recv())  # type: ignore[attr-defined]
-                bye = frame if isinstance(frame, Bye) else bye
-    except ConnectionClosed as closed:
-        return bye, closed.rcvd.code if closed.rcvd else 1006
-
-
-# --- before the upgrade ---
-
-
-async def refused(url: str, **headers: str) -> tuple[int, str]:
-    with pytest.raises(InvalidStatus) as caught:
-        async with connect(url, additional_headers=headers, subprotocols=["lattice.v1"]):  # type: ignore[list-item]
-            pass
-    response = caught.value.response
-    assert response.body is not None
-    return response.status_code, json.loads(response.body)["error"]["code"]
-
-
-async def test_who_may_not_in_is_told_why_before_the_upgrade(running: Running) -> None:
-    good = f"Bearer {running.token}"
-    assert await refused(running.url()) == (401, "REMOTE_UNAUTHORIZED")
-    assert await refused(running.url(), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
-    assert await refused(running.url("other"), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
-    assert await refused(running.url("other"), Authorization=good) == (404, "REMOTE_NOT_FOUND")
-    assert await refused(running.url("..%2fweb"), Authorization=good) == (404, "REMOTE_NOT_FOUND")
-    assert await refused(running.url() + "/more", Authorization=good) == (404, "REMOTE_NOT_FOUND")
-    _, text = TokenFile(running.data.tokens).create(projects=["else"], actor="human:eve", act_as=[])
-    assert await refused(running.url(), Authorization=f"Bearer {text}") == (403, "REMOTE_FORBIDDEN")
-
-
-async def test_a_client_without_the_subprotocol_is_told_to_upgrade(running: Running) -> None:
-    with pytest.raises(InvalidStatus) as caught:
-        async with running.connected(subprotocols=["lattice.v9"]):
-            pass
-    assert caught.value.response.status_code == 426
 
 
 # --- greeting and catching up ---
@@ -233,26 +175,6 @@ async def test_a_manifest_is_of_the_last_change_before_it_however_busy(running: 
         assert sum(isinstance(frame, Entries) for frame in copy.frames) == 11
 
 
-async def test_a_file_that_is_not_there_is_reported_gone(running: Running) -> None:
-    async with running.connected() as client:
-        await client.send(hello(follow=False))
-        await client.send(encode(Fetch(["tasks/none.json", "config.json"])))
-        frames = [decode_server_frame(await client.recv()) for _ in range(3)]
-        parts = {frame.path: frame for frame in frames if isinstance(frame, Part)}
-        assert parts["tasks/none.json"].gone
-        assert parts["config.json"].data == b"{}\n"
-
-
-async def test_only_what_people_edit_can_be_put(running: Running) -> None:
-    async with running.connected() as client:
-        await client.send(hello(follow=False))
-        await client.recv()
-        await client.send(encode(Put(secrets.token_hex(16), "config.json", None, b"{}")))
-        answer = decode_server_frame(await client.recv())
-        assert isinstance(answer, Refused)
-        assert answer.code == "REMOTE_UNSUPPORTED"
-
-
 async def test_an_edit_on_the_server_reaches_its_clients(running: Running) -> None:
     async with running.connected() as client:
         copy = Copy()
@@ -271,78 +193,7 @@ async def test_an_edit_on_the_server_reaches_its_clients(running: Running) -> No
         assert "edited/x" in copy.tree
 
 
-# --- violations ---
-
-
-VIOLATIONS = {
-    "not msgpack": b"\xc1\xff\xff",
-    "an unknown kind": msgspec.msgpack.encode({"type": "nonsense"}),
-    "a wrong type": msgspec.msgpack.encode({"type": "run", "id": 5, "argv": ["x"]}),
-    "a path that escapes": msgspec.msgpack.encode({"type": "fetch", "paths": ["../../etc/passwd"]}),
-    "a second Hello": hello(),
-    "deep nesting": b"\x91" * 100_000,
-    "an empty frame": b"",
-}
-
-
-@pytest.mark.parametrize("data", VIOLATIONS.values(), ids=VIOLATIONS.keys())
-async def test_a_violation_ends_that_connection_and_nothing_else(running: Running, data: bytes) -> None:
-    async with running.connected() as good, running.connected() as bad:
-        copy = Copy()
-        await copy.greet(good)
-        await bad.send(hello())
-        await bad.recv()
-        await bad.send(data)
-        bye, code = await farewell(bad)
-        assert bye is not None
-        assert bye.code == "REMOTE_PROTOCOL"
-        assert bye.retry_after_s is None
-        assert code == 1002
-        assert isinstance(await copy.run("put", "a", "x"), Reply)
-
-
-@pytest.mark.parametrize(
-    ("first", "code"),
-    [
-        (b"junk", 1002),
-        (encode(Manifest()), 1002),
-        (b"x" * 100_000, 1009),
-        (encode(Hello(versions=[99], client_version="t", lattice_version="t")), 1008),
-    ],
-    ids=["junk", "not Hello", "too large", "another version"],
-)
-async def test_a_bad_greeting_ends_the_connection(running: Running, first: bytes, code: int) -> None:
-    async with running.connected() as client:
-        await client.send(first)
-        assert (await farewell(client))[1] == code
-
-
-async def test_text_messages_are_a_violation(running: Running) -> None:
-    async with running.connected() as client:
-        await client.send("hello")
-        assert (await farewell(client))[1] == 1002
-
-
 # --- who is slow, gone or no longer welcome ---
-
-
-async def test_a_revoked_token_ends_its_connections_within_a_second(running: Running) -> None:
-    tokens = TokenFile(running.data.tokens)
-    token, text = tokens.create(projects=["web"], actor="human:ben", act_as=[])
-    async with running.connected(text) as client, running.connected() as other:
-        await client.send(hello())
-        await client.recv()
-        copy = Copy()
-        await copy.greet(other)
-        await copy.sync()
-        before = time.monotonic()
-        tokens.revoke(token.id)
-        bye, code = await farewell(client)
-        assert time.monotonic() - before < 1
-        assert bye is not None
-        assert bye.code == "REMOTE_UNAUTHORIZED"
-        assert code == 1008
-        assert isinstance(await copy.run("put", "a", "x"), Reply)
 
 
 async def upgraded(running: Running) -> socket.socket:
@@ -415,8 +266,8 @@ async def test_a_client_that_greets_while_its_project_fails_is_told(
             await until(lambda: project.failure is not None)
             return b""
 
-        monkeypatch.setattr(project, "mark_at", mark_at)
-        await client.send(hello(epoch=project.epoch))
+        monkeypatch.setattr(project.history, "mark_at", mark_at)
+        await client.send(hello(epoch=project.history.epoch))
         bye, _ = await farewell(client)
         assert bye is not None
         assert bye.code == "REMOTE_STORAGE"

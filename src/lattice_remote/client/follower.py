@@ -154,10 +154,14 @@ class Follower:
             self.trouble = None if outcome.applied else self.trouble
             return outcome
 
+    async def _go_on(self, outcome: Outcome) -> None:
+        # Where that is impossible, the next batch finds so too, and ends the connection.
+        with contextlib.suppress(ConnectionFailed):
+            await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
+
     async def _receive(self, frames: Iterable[ServerFrame]) -> Outcome:
-        self._catch_up_with_others()
         outcome = Outcome()
-        save = False
+        save = await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
         for frame in frames:
             save |= await self._perform(self.replica.receive(frame), outcome)
         if save:
@@ -206,6 +210,7 @@ class Follower:
         """
         result, copy = Outcome(), None
         async with self._mutex, self.cache.locked():
+            await self._go_on(result)
             if outcome != "conflict":
                 self.edits.sent(path, text)
             elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
@@ -215,6 +220,14 @@ class Follower:
             if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
                 self._save()
         return result, copy
+
+    async def look_at_edits(self) -> Outcome:
+        """Fetch what was held back for an edit that is none any more: undone by hand, or sent by another process."""
+        result = Outcome()
+        if self.replica.held:
+            async with self._mutex, self.cache.locked():
+                await self._go_on(result)
+        return result
 
     async def compare(self, *, mend: bool) -> tuple[Outcome, "asyncio.Future[Comparison]"]:
         """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended."""
@@ -330,19 +343,25 @@ class Follower:
         self.current_at = self.state.current_at
         self.replica = Replica(self.state.position, self.state.wanted)
 
-    def _catch_up_with_others(self) -> None:
+    def _catch_up_with_others(self) -> list[Effect]:
         """Go on from where another process has brought the files meanwhile."""
-        if not self._changed_by_others():
-            return
+        if self.replica.state is State.IDLE or not self._changed_by_others():
+            return []
         found = self.cache.load_state()
         here = self.replica.position
         if found.position.epoch != here.epoch or found.position.seq < here.seq:
             raise ConnectionFailed("another process has begun this cache anew")
         self._stored = self.cache.signature(STATE_FILE)
         self.state = found
-        self.replica.position = found.position
-        self.replica.wanted = dict.fromkeys(found.wanted, found.position.seq)
-        self.replica.held.intersection_update(found.wanted)
+        if found.position == here and set(found.wanted) == self.replica.wanted.keys():
+            return []  # only the stored age is new
+        if self.replica.state is State.COMPARING:
+            raise ConnectionFailed("another process has gone on while the files were compared")
+        return self.replica.overtaken(found.position, found.wanted)
+
+    def _release_settled(self) -> list[Effect]:
+        settled = [path for path in self.replica.held if not self.edits.is_edited(path)]
+        return self.replica.release(settled) if settled and self.replica.state is State.FOLLOWING else []
 
     def _changed_by_others(self) -> bool:
         return self.cache.signature(STATE_FILE) != self._stored

@@ -110,6 +110,7 @@ class Service:
         self.used_at = time.monotonic()
         token = request.get("token")
         self._choose_token(token)
+        await self._link.carry_out(await self._follower.look_at_edits())
         match request["do"]:
             case "ready":
                 return await self._with_progress(self._ready(), report)
@@ -127,7 +128,7 @@ class Service:
 
     def ready_now(self) -> dict[str, Any] | None:
         """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
-        if not self._is_current():
+        if not self._is_current() or self._follower.replica.held:
             return None
         self.used_at = time.monotonic()
         return self._readiness()

@@ -26,7 +26,8 @@ datadir      the directory that holds everything
 locks        one server, one writer
 tokens       who may do what, where
 writer       the worker process, seen from here
-project      a project's queue, its worker, its followers
+project      a project's queue and its worker
+history      its head, the tree at the head, its followers
 waiting      who waits for a resource
 recent       the newest changes in memory
 outbox       what one client has still to be sent

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lattice_remote.protocol.messages import Part
+from lattice_remote.server.history import Content
 from lattice_remote.server.outbox import Outbox
-from lattice_remote.server.project import Content, Project
+from lattice_remote.server.project import Project
 from lattice_remote.server.snapshot import PIECE_BYTES, Snapshot
 
 __all__ = ["FileSender"]
@@ -37,7 +38,7 @@ class FileSender:
         taken: list[str] = []
         weight = 0
         for path in paths:
-            weight += self._project.files.get(path, (0, b""))[0]
+            weight += self._project.history.files.get(path, (0, b""))[0]
             if taken and (weight > PIECE_BYTES or len(taken) == _BATCH_FILES):
                 break
             taken.append(path)
@@ -47,7 +48,7 @@ class FileSender:
 
     async def send(self, paths: list[str]) -> list[str]:
         """Send these files; return those that were changing all the while, to be sent again later."""
-        files = self._project.files
+        files = self._project.history.files
         known = [(path, files[path]) for path in paths if path in files]
         snapshots = await asyncio.to_thread(_open_all, self._project.paths.lattice, known)
         try:
@@ -58,9 +59,9 @@ class FileSender:
 
     async def _send(self, path: str, snapshot: Snapshot | None) -> bool:
         """Send one file; return whether it could be done. From a look at the manifest to the push nothing waits."""
-        content = self._project.files.get(path)
+        content = self._project.history.files.get(path)
         if content is None:
-            self._push(Part(path, self._project.head, gone=True))
+            self._push(Part(path, self._project.history.head, gone=True))
             return True
         if snapshot is None or content[1] not in (snapshot.digest, snapshot.first_digest):
             return await self._send_when_committed(path, snapshot)
@@ -68,7 +69,7 @@ class FileSender:
         return await self._send_rest(path, snapshot, content, seq)
 
     def _send_first(self, path: str, snapshot: Snapshot, content: Content) -> int:
-        seq = self._project.head
+        seq = self._project.history.head
         size, digest = content
         self._push(Part(path, seq, size, digest, 0, snapshot.piece(0, size)))
         return seq
@@ -78,7 +79,7 @@ class FileSender:
         await self._outbox.room()
         for offset in range(PIECE_BYTES, size, PIECE_BYTES):
             piece = await asyncio.to_thread(snapshot.piece, offset, size)
-            if self._follows and self._project.files.get(path) != content:
+            if self._follows and self._project.history.files.get(path) != content:
                 return True  # it was told of the change, and asks again if it still needs the file whole
             if len(piece) != min(PIECE_BYTES, size - offset):
                 return False  # somebody is cutting it short
@@ -103,7 +104,7 @@ class FileSender:
             except OSError as error:  # this client's trouble, not that of whoever publishes
                 sent.set_exception(error)
 
-        forget = self._project.expect(path, content, begin)
+        forget = self._project.history.expect(path, content, begin)
         try:
             async with asyncio.timeout(_SETTLE_S):
                 seq = await sent

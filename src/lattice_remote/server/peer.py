@@ -101,7 +101,7 @@ class Peer:
             _log.exception("%s: unexpected failure", self._name)
             self._end_because(group)
         finally:
-            self.project.leave(self)
+            self.project.history.leave(self)
             self.project.forget(self, self._in_flight)
             _log.info("%s: disconnected", self._name)
 
@@ -150,13 +150,13 @@ class Peer:
         """Answer the greeting. From the last look at the project to the queued frame nothing waits."""
         project = self.project
         await project.opened()
-        continues = hello.follow and await self._continues(hello) and hello.epoch == project.epoch
+        continues = hello.follow and await self._continues(hello) and hello.epoch == project.history.epoch
         if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
             raise project.failure
         self._follows = hello.follow
-        self._sent = hello.seq if continues else project.head
+        self._sent = hello.seq if continues else project.history.head
         self._connection.allow_message_bytes(MAX_FRAME_BYTES)
-        project.join(self)
+        project.history.join(self)
         self._push(
             Welcome(
                 version=PROTOCOL_VERSION,
@@ -164,34 +164,34 @@ class Peer:
                 lattice_version=project.lattice_version,
                 project=project.slug,
                 actor=self.token.actor,
-                epoch=project.epoch,
-                head=project.head,
-                oldest=project.oldest,
+                epoch=project.history.epoch,
+                head=project.history.head,
+                oldest=project.history.oldest,
                 resync=hello.follow and not continues,
                 limits=Limits(MAX_FRAME_BYTES, _MAX_FILE_BYTES),
                 act_as=self.token.act_as,
                 capabilities=list(CAPABILITIES),
             )
         )
-        _log.info("%s: connected at %d of %d", self._name, self._sent, project.head)
-        if self._sent == project.head:
+        _log.info("%s: connected at %d of %d", self._name, self._sent, project.history.head)
+        if self._sent == project.history.head:
             self._go_live()
 
     async def _continues(self, hello: Hello) -> bool:
         """Tell whether changes can bring the copy up to date; begin a new epoch if it proves a rollback (I7)."""
         project = self.project
-        if hello.epoch != project.epoch:
+        if hello.epoch != project.history.epoch:
             return False
-        if hello.seq > project.head:
-            await project.rollback_proved(f"a client holds change {hello.seq}, the head is {project.head}")
+        if hello.seq > project.history.head:
+            await project.rollback_proved(f"a client holds change {hello.seq}, the head is {project.history.head}")
             return False
-        mark = await project.mark_at(hello.seq)
+        mark = await project.history.mark_at(hello.seq)
         if mark is None:
             return False
         if mark != hello.mark:
             await project.rollback_proved(f"a client holds another change {hello.seq}")
             return False
-        return hello.seq == project.head or hello.seq + 1 >= project.oldest
+        return hello.seq == project.history.head or hello.seq + 1 >= project.history.oldest
 
     # --- what the client sends ---
 
@@ -271,7 +271,7 @@ class Peer:
         while True:
             if self._wants_manifest:
                 self._wants_manifest = False
-                for frame in self.project.entries():
+                for frame in self.project.history.entries():
                     self._outbox.push(frame)
                     await self._outbox.room()
             elif self._wanted:
@@ -284,7 +284,7 @@ class Peer:
     async def _catch_up(self) -> None:
         """Send the changes after ``_sent`` at the client's pace, and go live in the tick in which there are no more."""
         while not self._live:
-            batch = await self.project.changes_after(self._sent)
+            batch = await self.project.history.changes_after(self._sent)
             if not batch:
                 raise StorageError(f"change {self._sent + 1} is not kept any more; come back to resync")
             for seq, frame in batch:
@@ -292,7 +292,7 @@ class Peer:
                 self._sent = seq
                 self._outbox.push(frame)
             await self._outbox.room()
-            if self._sent == self.project.head:
+            if self._sent == self.project.history.head:
                 self._go_live()
 
 

@@ -1,4 +1,4 @@
-"""One project, seen from the network: its queue, its worker, its head, and who follows it.
+"""One project, seen from the network: its queue and its worker.
 
 Requests go to the worker in the order in which they came, a window at a time so that one fsync covers many. What
 comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the answer to whoever
@@ -16,19 +16,18 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, Refused
+from lattice_remote.protocol.messages import Bye, Refused
 from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.history import Follower, History
 from lattice_remote.server.hooks import HookRunner
 from lattice_remote.server.ipc import (
-    After,
     Done,
     Edit,
     Execute,
@@ -41,23 +40,15 @@ from lattice_remote.server.ipc import (
     ToServer,
     ToWorker,
 )
-from lattice_remote.server.journal import JournalReader
-from lattice_remote.server.outbox import websocket_frame
-from lattice_remote.server.recent import Recent
 from lattice_remote.server.waiting import Waiting
 from lattice_remote.server.writer import WORKER_COMMAND, Writer
 
-__all__ = ["COMMAND_LIMIT_S", "Bounds", "Content", "Follower", "Job", "Project"]
+__all__ = ["COMMAND_LIMIT_S", "Bounds", "Job", "Project"]
 
 COMMAND_LIMIT_S = 30.0
 """A command that takes longer is ended and undone."""
-_ENTRIES_PER_FRAME = 1000
-_REPLAY_BYTES = 1024 * 1024
 _MAX_START_FAILURES = 5
 _RESTART_DELAY_S = 0.2
-
-Content = tuple[int, bytes]
-"""A file's size in bytes and its digest."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,19 +69,6 @@ class Bounds:
     """What all requests may weigh together that are queued or with the worker."""
     window_bytes: int = 32 * 1024 * 1024
     """The worker gets no more requests while those that it holds weigh this much."""
-
-
-class Follower(Protocol):
-    """A connected client, as its project sees it. No call waits or raises."""
-
-    def change_committed(self, seq: int, frame: bytes) -> None:
-        """Change ``seq`` is durable; ``frame`` is ready for the wire and shared."""
-
-    def answer(self, request_id: str, reply: bytes) -> None:
-        """A request is answered with this encoded frame."""
-
-    def end(self, bye: Bye) -> None:
-        """Say goodbye and close."""
 
 
 @dataclass(slots=True, eq=False)
@@ -127,26 +105,13 @@ class Project:
     ) -> None:
         self.slug = slug
         self.paths = paths
-        self.epoch = ""
-        """The name of the history; "" before the worker was ready for the first time."""
-        self.head = 0
-        """The number of the last change that followers were told of."""
-        self.mark = b""
-        """The mark of the state at ``head``."""
-        self.oldest = 0
-        """The first change that can still be replayed."""
+        self.history = History(paths.journal)
+        """What the followers know, and may ask for."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
-        self.files: dict[str, Content] = {}
-        """The tree at ``head``."""
         self._hooks = hooks
         self._bounds = bounds or Bounds()
         self._worker_command = worker_command
-        self._journal = JournalReader(paths.journal)
-        self._recent = Recent()
-        self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
-        self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
-        self._followers: set[Follower] = set()
         self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
         self._queue: deque[Job] = deque()
         self._held_bytes = 0  # what the jobs in _jobs weigh
@@ -279,67 +244,6 @@ class Project:
         self._enqueue(Job(NewEpoch(reason)))
         await self.opened()
 
-    # --- what followers need ---
-
-    def join(self, follower: Follower) -> None:
-        """Tell this follower of everything from the next change on."""
-        self._followers.add(follower)
-
-    def leave(self, follower: Follower) -> None:
-        """Forget a follower. Idempotent."""
-        self._followers.discard(follower)
-
-    async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
-        """Return numbers and frames of changes after ``seq``, in order: a batch, empty when they are not kept.
-
-        Raises:
-            OSError: the journal can't be read.
-        """
-        batch = self._recent.after(seq, _REPLAY_BYTES)
-        if batch or seq >= self.head:
-            return batch
-        kept = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
-        return [(number, websocket_frame(change)) for number, change in kept or ()]
-
-    async def mark_at(self, seq: int) -> bytes | None:
-        """Return the mark of the state at ``seq``, None when it is not known any more.
-
-        Raises:
-            OSError: the journal can't be read.
-        """
-        if seq in (0, self.head):
-            return self.mark if seq else b""
-        known = self._recent.mark_at(seq)
-        return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
-
-    def entries(self) -> list[bytes]:
-        """Return the manifest at ``head`` as frames, shared by all who ask before the next change."""
-        if self._entries is None or self._entries[0] != self.head:
-            self._entries = (self.head, self._make_entries())
-        return self._entries[1]
-
-    def _make_entries(self) -> list[bytes]:
-        entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
-        pieces = [entries[i : i + _ENTRIES_PER_FRAME] for i in range(0, len(entries), _ENTRIES_PER_FRAME)] or [[]]
-        return [websocket_frame(encode(Entries(self.head, self.mark, piece, piece is pieces[-1]))) for piece in pieces]
-
-    def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
-        """Call ``call()`` in the very moment in which a change has made the file this content.
-
-        That is after followers were told of the change and before they are told of the next. Returns what takes
-        the wish back.
-        """
-        calls = self._expected.setdefault((path, content), [])
-        calls.append(call)
-
-        def forget() -> None:
-            with contextlib.suppress(ValueError):
-                calls.remove(call)
-            if not calls and self._expected.get((path, content)) is calls:
-                del self._expected[path, content]
-
-        return forget
-
     # --- the queue ---
 
     def _enqueue(self, job: Job) -> None:
@@ -399,12 +303,11 @@ class Project:
 
     def _done(self, done: Done) -> None:
         """Take one outcome: tell the followers, then whoever asked, then the hooks."""
-        assert done.change is None or done.seq == self.head + 1, f"{done.seq} follows {self.head}: a gap (I1)"
         assert self._outstanding, "the worker answers only what it was sent"
         assert done.id == getattr(self._outstanding[0].message, "id", ""), "the worker answers in order"
         job = self._settled()
         if done.change is not None:
-            self._commit(done)
+            self.history.publish(done.seq, done.mark, done.change, done.after, oldest=done.oldest)
         self._waiting.touched(done)
         self._finish(job, done)
         if self._hooks is not None and done.hooks:
@@ -418,26 +321,6 @@ class Project:
         if not self._outstanding:
             self._idle.set()
         return job
-
-    def _commit(self, done: Done) -> None:
-        assert done.change is not None, "the caller has looked"
-        self.oldest = done.oldest or self.oldest or done.seq
-        self._publish(done.seq, done.mark, websocket_frame(done.change), done.after)
-
-    def _publish(self, seq: int, mark: bytes, frame: bytes, after: list[After]) -> None:
-        self.head, self.mark = seq, mark
-        for file in after:
-            if file.digest is None:
-                self.files.pop(file.path, None)
-            else:
-                self.files[file.path] = (file.size, file.digest)
-        self._recent.append(seq, mark, frame)
-        for follower in tuple(self._followers):
-            follower.change_committed(seq, frame)
-        for file in after if self._expected else ():
-            if file.digest is not None:
-                for call in self._expected.pop((file.path, (file.size, file.digest)), ()):
-                    call()
 
     def _finish(self, job: Job, done: Done) -> None:
         """Answer, or let wait, or note that a look at the tree is over."""
@@ -501,53 +384,24 @@ class Project:
         ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
         for note in ready.notes:
             _log.info("%s: %s", self.slug, note)
-        if self.epoch == ready.epoch and self.head <= ready.head:
-            await self._publish_missed(ready)
-        elif self.epoch:
-            self._forget_history("the project's history begins anew; come back at once")
-        self._take(ready)
+        self.lattice_version = ready.lattice_version
+        await self.history.resume(ready)
         if self._writer_ended.is_set():
             raise StorageError("it ended as soon as it was ready")
         self._working = True
-        _log.info("%s: open at change %d, worker pid %d", self.slug, self.head, self._writer.pid)
+        _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._writer.pid)
         self._open.set()
         self._pump()
         self._waiting.wake_each_first()  # what the last worker did may have freed their resources
-
-    async def _publish_missed(self, ready: Ready) -> None:
-        """Tell the followers what the last worker made durable and had no time to report."""
-        missed: list[tuple[int, bytes]] = []
-        while self.head + len(missed) < ready.head:
-            batch = await asyncio.to_thread(self._journal.read, self.head + len(missed), ready.head, 64 * _REPLAY_BYTES)
-            if not batch:
-                raise StorageError(f"change {self.head + len(missed) + 1} is not in the journal")
-            missed += batch
-        for seq, change in missed:
-            mark = msgspec.msgpack.decode(change, type=Change).mark
-            self._publish(seq, mark, websocket_frame(change), [])
-
-    def _take(self, ready: Ready) -> None:
-        self.epoch, self.head, self.mark = ready.epoch, ready.head, ready.mark
-        self.oldest, self.lattice_version = ready.oldest, ready.lattice_version
-        self.files = {file.path: (file.size, file.digest) for file in ready.files if file.digest is not None}
-        self._entries = None
 
     def _epoch_begun(self, ready: Ready) -> None:
         """The worker has begun a new epoch, as it was asked to."""
         asked = self._outstanding and isinstance(self._outstanding[0].message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
-        self._forget_history("the server's files were rolled back; come back at once")
-        self._take(ready)
+        self.history.begin(ready, "the server's files were rolled back; come back at once")
         self._open.set()
         self._pump()
-
-    def _forget_history(self, reason: str) -> None:
-        """Send everybody away; when they are back they resync."""
-        self._recent.clear()
-        self._expected.clear()
-        for follower in tuple(self._followers):
-            follower.end(Bye("REMOTE_BUSY", reason, 0.0))
 
     def _ended(self) -> None:
         """The worker is gone. What it held is sent again, first, and in the same order."""
@@ -591,8 +445,7 @@ class Project:
         self._jobs.clear()
         self._queue.clear()
         self._open.set()
-        for follower in tuple(self._followers):
-            follower.end(Bye("REMOTE_STORAGE", message, 5.0))
+        self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
 
     # --- the time limit ---
 

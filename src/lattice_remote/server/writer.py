@@ -20,8 +20,8 @@ from lattice_remote.server.locks import LockedElsewhere, lock
 
 __all__ = ["WORKER_COMMAND", "Writer"]
 
-WORKER_COMMAND: Sequence[str] = (sys.executable, "-P", "-m", "lattice_remote.server.worker")
-"""What is run, without the current directory among the places of code; tests put a worker of their own here."""
+WORKER_COMMAND: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker")
+"""What is run: nothing of the current directory or the locale gets into it; tests put a worker of their own here."""
 
 _LOCK_TIMEOUT_S = 40.0
 """How long to wait for the end of a worker whose server was killed: one command's time limit, and a little."""
