@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import BIN, Client, Sandbox, Server, differences, tree_of
+from sandbox import BIN, Client, Sandbox, Server, differences, tree_of, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -157,6 +157,7 @@ def test_a_revoked_token_loses_its_connection_within_a_second(sandbox: Sandbox) 
     ana.add_remote(server, token)
     ana.ok("create", "Before", "--actor", "human:ana")
     server.admin("token", "revoke", token)
+    wait_for(lambda: ana.run(*COMMENT).returncode == 1, "the refusal", 2)
     code, line = failing(ana, *COMMENT)
     assert code == "REMOTE_UNAUTHORIZED"
     assert "login" in line

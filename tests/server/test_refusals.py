@@ -14,6 +14,7 @@ from websockets.exceptions import InvalidStatus
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Fetch, Hello, Manifest, Part, Put, Refused, Reply
+from lattice_remote.server.datadir import write_atomically
 from lattice_remote.server.tokens import TokenFile
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -151,3 +152,18 @@ async def test_a_revoked_token_ends_its_connections_within_a_second(running: Run
         assert bye.code == "REMOTE_UNAUTHORIZED"
         assert code == 1008
         assert isinstance(await copy.run("put", "a", "x"), Reply)
+
+
+async def test_broken_tokens_are_logged_once_and_those_before_stay(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = running.data.tokens.read_bytes()
+    try:
+        write_atomically(running.data.tokens, b"{broken")
+        for _ in range(3):
+            running.hub._refresh_tokens()
+        async with running.connected():
+            pass
+    finally:
+        write_atomically(running.data.tokens, good)
+    assert caplog.text.count("the tokens stay as they were") == 1

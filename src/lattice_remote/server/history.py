@@ -170,7 +170,10 @@ class History:
             follower.end(bye)
 
     async def _publish_missed(self, ready: Ready) -> None:
-        """Tell the followers what the last worker made durable and had no time to report; its files come with ``ready``."""
+        """Tell the followers what the last worker made durable and had no time to report.
+
+        The files after it are in ``ready``: the caller takes them in the same tick.
+        """
         missed: list[tuple[int, bytes]] = []
         while self.head + len(missed) < ready.head:
             batch = await asyncio.to_thread(self._journal.read, self.head + len(missed), ready.head, 64 * _REPLAY_BYTES)

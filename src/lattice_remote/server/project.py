@@ -66,7 +66,7 @@ class Bounds:
     queued: int = 1024
     """Requests that may wait; more are refused as busy."""
     held_bytes: int = 256 * 1024 * 1024
-    """What all requests may weigh together that are queued or with the worker."""
+    """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
     window_bytes: int = 32 * 1024 * 1024
     """The worker gets no more requests while those that it holds weigh this much."""
 
@@ -342,14 +342,10 @@ class Project:
                 raise AssertionError("these are not answered with an outcome")
 
     def _wait(self, job: Job, request_id: str, done: Done) -> None:
-        if not job.askers or self._stopping:
+        if job.askers and not self._stopping:
+            self._waiting.add(job, done)
+        else:
             self._drop(request_id)
-            return
-        assert isinstance(job.message, Execute), "only commands wait"
-        self._held_bytes -= job.weight
-        # No command that waits reads a file of its caller's; it may wait for hours.
-        job.message, job.weight = msgspec.structs.replace(job.message, files=[]), 0
-        self._waiting.add(job, done)
 
     # --- beginnings and ends of the worker ---
 

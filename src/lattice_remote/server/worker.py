@@ -7,6 +7,7 @@ It leaves when told to (``Stop``), when the server is gone (end of file), or whe
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import shlex
@@ -303,6 +304,8 @@ def _serve(project: Path, connection: socket.socket, committer: Committer) -> in
     opened = open_store(project, scratch, committer, code=code)
     worker = Worker(project, scratch, opened.store, Executor(project, lazy=opened.can_repair), committer)
     worker.ready(opened.notes)
+    gc.collect()
+    gc.freeze()  # what was loaded so far stays: no collection need look at it again
     for message in _messages(connection):
         if not worker.handle(message):
             break
