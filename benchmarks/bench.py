@@ -113,7 +113,7 @@ def commands(runs: int) -> Iterator[Figure]:
                     [python, "-c", "from lattice.cli.main import cli; cli()", "list"],
                     cwd=local.dir, env=local.env, check=True, capture_output=True,
                 )  # fmt: skip
-                a, b, ratio = paired(runs * 2, lambda: run(with_us), lambda: run(without_us))
+                a, b, ratio = paired(runs * 3, lambda: run(with_us), lambda: run(without_us))
             yield Figure("lattice list, no remote, our package installed", a * 1000, "ms")
             yield Figure("lattice list, no remote, our package not installed", b * 1000, "ms")
             yield at_most("lattice list, no remote, with / without our package", ratio, "x", 1.02)

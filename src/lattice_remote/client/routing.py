@@ -87,7 +87,8 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         if _is_read(path, ctx):
             _ensure_current(directory)
             with stay_connected() if path == ("dashboard",) else nullcontext():
-                return _run_here(command, ctx, directory)
+                _run_here(command, ctx, directory)
+            _leave(ctx, 0)
         return _run_there(command, path, ctx, directory, argv)
     except RemoteError as error:
         fail(error, is_json=bool(ctx.params.get("output_json")))
@@ -176,9 +177,12 @@ def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
     Taking down the interpreter frees, object by object, what the system frees as a whole: a tenth of a command's
     time. Where lattice runs inside another program, that program goes on.
     """
-    if os.path.basename(sys.argv[0]) == "lattice" and sys.stdout is sys.__stdout__:
+    own = os.path.basename(sys.argv[0]) == "lattice" and sys.stdout is sys.__stdout__
+    if own and sys.stdout is not None and sys.stderr is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
         atexit._run_exitfuncs()
-        os._exit(exit_code)  # everything is flushed
+        os._exit(exit_code)
     ctx.exit(exit_code)
 
 
