@@ -17,7 +17,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -40,10 +40,11 @@ from lattice_remote.server.ipc import (
     ToServer,
     ToWorker,
 )
+from lattice_remote.server.job import Job
 from lattice_remote.server.waiting import Waiting
 from lattice_remote.server.writer import WORKER_COMMAND, Writer
 
-__all__ = ["COMMAND_LIMIT_S", "Bounds", "Job", "Project"]
+__all__ = ["COMMAND_LIMIT_S", "Bounds", "Project"]
 
 COMMAND_LIMIT_S = 30.0
 """A command that takes longer is ended and undone."""
@@ -69,26 +70,6 @@ class Bounds:
     """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
     window_bytes: int = 32 * 1024 * 1024
     """The worker gets no more requests while those that it holds weigh this much."""
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request on its way through the queue, the worker, and perhaps the waiting for a resource."""
-
-    message: ToWorker
-    askers: list[Follower] = field(default_factory=list)
-    """Who wants the answer; the same request may be asked again on a new connection."""
-    submitted_at: float = field(default_factory=time.monotonic)
-    weight: int = 0
-    """Bytes of its arguments and of the files that it carries."""
-    suspect: bool = False
-    """Was with a worker that died; is sent alone until it is known which request was to blame."""
-    deaths: int = 0
-    """Workers that certainly died of it."""
-    resource: str | None = None
-    """What it waited for last."""
-    wait_until: float = 0.0
-    """When that waiting is over, by the monotonic clock."""
 
 
 class Project:

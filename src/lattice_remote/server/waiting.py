@@ -8,12 +8,9 @@ a change, which wakes the next.
 import asyncio
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from lattice_remote.server.ipc import Done
-
-if TYPE_CHECKING:
-    from lattice_remote.server.project import Job
+from lattice_remote.server.job import Job
 
 __all__ = ["Waiting"]
 
@@ -23,11 +20,11 @@ _MIN_RETRY_S = 0.1
 class Waiting:
     """The waiters of one project. ``retry`` is called with a job when it is to be tried again."""
 
-    def __init__(self, retry: Callable[["Job"], None]) -> None:
+    def __init__(self, retry: Callable[[Job], None]) -> None:
         self._retry = retry
         self._by_resource: dict[str, dict[Job, asyncio.TimerHandle]] = {}
 
-    def add(self, job: "Job", done: Done) -> None:
+    def add(self, job: Job, done: Done) -> None:
         """Let a job wait for the resource that ``done.waiting_for`` names."""
         assert done.waiting_for is not None, "only such an outcome makes a waiter"
         job.resource = done.waiting_for
@@ -56,7 +53,7 @@ class Waiting:
         for resource in tuple(self._by_resource):
             self.wake_first(resource)
 
-    def remove(self, job: "Job") -> bool:
+    def remove(self, job: Job) -> bool:
         """Forget a waiter; return whether it was one."""
         waiters = self._by_resource.get(job.resource or "", {})
         timer = waiters.pop(job, None)
@@ -74,6 +71,6 @@ class Waiting:
                 timer.cancel()
         self._by_resource.clear()
 
-    def _wake(self, job: "Job") -> None:
+    def _wake(self, job: Job) -> None:
         if self.remove(job):
             self._retry(job)
