@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench protocol format clean
+.PHONY: help venv demo test check bench soak protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -26,6 +26,13 @@ check: venv  ## Format, lint, strict types, import layering; protocol/ agrees wi
 
 bench: venv  ## Measure against local lattice, side by side
 	@$(PYTHON_VENV) benchmarks/bench.py $(ARGS)
+
+SEEDS ?= 10
+FIRST ?= 1
+COMMANDS ?= 25
+
+soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100)
+	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS)
 
 protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py

@@ -136,6 +136,43 @@ async def test_no_place_for_a_socket_means_no_agent(server: FakeServer, director
     assert await status() is None
 
 
+async def test_a_place_of_somebody_else_is_told_nothing(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = runtime.locate()
+    runtime.prepare(place)
+    heard: list[bytes] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readline())
+        writer.close()
+
+    monkeypatch.setattr(runtime, "_user", lambda: os.getuid() + 1)
+    async with await asyncio.start_unix_server(listen, place.socket):
+        assert (await ask("ready", directory))["current"]
+        assert await status() is None
+    assert heard == []
+
+
+async def test_an_agent_that_is_leaving_is_waited_for(server: FakeServer, directory: Path) -> None:
+    await ask("ready", directory)
+    before = agent_pid()
+    _, writer = await asyncio.open_unix_connection(runtime.locate().socket)  # keeps it for a moment
+    assert await asyncio.to_thread(agent_client.ask_running_agent, {"do": "agent-stop"})
+    async with asyncio.timeout(8):
+        assert (await ask("ready", directory))["current"]
+    assert agent_pid() not in (None, before) and await status() is not None
+    writer.close()
+
+
+async def test_an_agent_that_can_not_start_costs_no_long_wait(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LATTICE_REMOTE_AGENT_IDLE_S", "no number")
+    async with asyncio.timeout(5):
+        assert (await ask("ready", directory))["current"]
+
+
 async def test_off_means_off(server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
     assert (await run(directory, "put", "tasks/x.json", "x"))["exit_code"] == 0
@@ -151,7 +188,7 @@ async def test_an_agent_that_hangs_is_named(
     monkeypatch.setattr(agent_client, "SILENCE_TIMEOUT_S", 0.3)
     os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(ConnectionFailed, match="agent does not answer"):
+        with pytest.raises(ConnectionFailed, match=f"agent does not answer; end it with: kill -9 {pid}"):
             await ask("ready", directory)
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -159,9 +196,12 @@ async def test_an_agent_that_hangs_is_named(
 
 async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
-    for line in (b"nonsense\n", b"[]\n", b"{}\n", b'{"do": "ready", "directory": 7}\n', b'{"do": "ready"}\n'):
+    unnamed = {"do": "run", "directory": str(directory), "id": "0" * 32, "argv": ["x"], "token": TOKEN}
+    unnamed |= {"files": [{"index": 0, "name": 7, "data": None}]}
+    nonsense = (b"nonsense", b"[]", b"{}", b'{"do": "ready", "directory": 7}', b'{"do": "ready"}')
+    for line in (*nonsense, json.dumps(unnamed).encode()):
         reader, writer = await asyncio.open_unix_connection(runtime.locate().socket)
-        writer.write(line)
+        writer.write(line + b"\n")
         assert json.loads(await reader.readline())["ok"] is False
         writer.close()
         await writer.wait_closed()

@@ -1,12 +1,14 @@
 """The directory: atomic, never through a link, and what is stored of its state."""
 
 import asyncio
+import errno
 import os
 from pathlib import Path
 
 import pytest
 from client_kit import PLAN, make_cache
 
+from lattice_remote.client import cache as cache_module
 from lattice_remote.client import state
 from lattice_remote.client.cache import Cache
 from lattice_remote.client.edits import Edits
@@ -204,3 +206,23 @@ def test_a_conflict_is_kept_once(cache: Cache) -> None:
     cache.replace(PLAN, b"mine again")
     assert edits.set_aside(PLAN) == PLAN + ".mine2"
     assert edits.set_aside_copies() == [PLAN + ".mine", PLAN + ".mine2"]
+
+
+def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(handle: int, data: bytes) -> None:
+        os.write(handle, data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cache_module, "_write_all", no_room)
+    with pytest.raises(StorageError, match="No space left"):
+        cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab"))
+    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+
+
+def test_pieces_without_an_end_are_forgotten(cache: Cache) -> None:
+    assert cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab")) is None
+    assert len(os.listdir(os.path.join(cache.directory, ".tmp"))) == 1
+    cache.forget_parts()
+    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shlex
 import stat
 import sys
 from pathlib import Path
@@ -119,6 +120,16 @@ async def test_a_project_with_tasks_of_its_own_is_not_touched(server: FakeServer
     assert everything(root) == before
 
 
+async def test_a_context_that_somebody_wrote_is_not_replaced(server: FakeServer, root: Path) -> None:
+    await initialise(root)
+    context = root / ".lattice/context.md"
+    context.write_text(context.read_text() + "\nWe ship on Fridays.\n")
+    before = everything(root)
+    done = await add(server, root)
+    assert done.code == 1 and "context.md" in done.err and done.err.count("\n") == 1
+    assert everything(root) == before
+
+
 def has_tokens() -> bool:
     return os.path.exists(credentials.tokens_path())
 
@@ -169,11 +180,38 @@ async def test_removing_takes_the_copy_away(server: FakeServer, root: Path) -> N
     assert names(root) == []
 
 
+async def test_what_is_saved_while_the_copy_is_taken_away_brings_it_back(
+    server: FakeServer, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await add(server, root)
+    rename = os.rename
+
+    def save_first(source: str, target: str) -> None:
+        if ".gone-" in target:
+            (root / ".lattice" / PLAN).write_text("edited")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", save_first)
+    done = await lattice(root, "remote", "remove", "origin")
+    assert done.code == 1 and PLAN in done.err
+    assert (root / ".lattice" / PLAN).read_text() == "edited" and names(root) == [".lattice"]
+
+
 async def test_a_file_that_is_only_here_is_not_removed(server: FakeServer, root: Path) -> None:
     await add(server, root)
     (root / ".lattice" / (PLAN + ".mine")).write_text("precious")
     done = await lattice(root, "remote", "remove", "origin")
     assert done.code == 1 and ".mine" in done.err and (root / ".lattice/config.json").exists()
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("command", ["comment T hi --actor human:a", "list", "remote sync"])
+async def test_closed_streams_are_no_trouble(server: FakeServer, root: Path, closed: str, command: str) -> None:
+    await add(server, root)
+    line = shlex.join(LATTICE) + f" {command} {closed}"
+    process = await asyncio.create_subprocess_shell(line, cwd=root, stdout=-1, stderr=-1)
+    out, err = await process.communicate()
+    assert process.returncode == 0 and b"Traceback" not in out + err
 
 
 # --- the other subcommands ---

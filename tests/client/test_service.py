@@ -12,10 +12,11 @@ from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.cache import Cache
+from lattice_remote.client.link import MAX_SENDS
 from lattice_remote.client.service import Service
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run
+from lattice_remote.protocol.messages import Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run, Stored
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,
@@ -617,3 +618,124 @@ async def test_silence_is_not_called_connected(service: Service, monkeypatch: py
     assert not service.summary()["connected"]
     with pytest.raises(RemoteError, match="cannot reach server"):
         await ask(service, "pull")
+
+
+# --- what must not go on for ever, and what must not stop ---
+
+
+async def test_a_link_outlives_any_number_of_failures(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    service._link._streak = 5000
+    await server.stop()
+    await until(lambda: service._link.failed_attempts > 0)
+    await server.start()
+    service._link.kick()
+    await until(service._is_current)
+
+
+async def test_a_command_that_ends_every_connection_is_given_up(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def close(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Run):
+            connection.transport.abort()
+        return isinstance(frame, Run)
+
+    await ask(service, "ready")
+    server.misbehave = close  # type: ignore[assignment]
+    monkeypatch.setattr("lattice_remote.client.link.MAX_DELAY_S", 0.1)
+    with pytest.raises(ConnectionFailed, match="may have taken effect"):
+        await run(service, "put", "tasks/x.json", "x")
+    assert sum(isinstance(frame, Run) for frame in server.frames) == MAX_SENDS
+
+
+async def test_pieces_that_never_add_up_end_the_connection(server: FakeServer, service: Service) -> None:
+    async def lie(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Fetch):
+            await connection.send(encode(Part(frame.paths[0], server.seq, 1, b"\0" * 32, 0, b"x")))
+        return isinstance(frame, Fetch)
+
+    await ask(service, "ready")
+    server.misbehave = lie  # type: ignore[assignment]
+    server.change(AnnounceFile("artifacts/payload/x", 1, digest_of(b"x")))
+    await until(lambda: service._link.error is not None)
+    assert service._link.error is not None and "keeps sending" in service._link.error.message
+    assert sum(isinstance(frame, Fetch) for frame in server.frames) <= 7
+
+
+async def test_comparing_without_a_connection_is_an_error_like_any_other(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    await server.stop()
+    await until(lambda: not service._link.is_open)
+    with pytest.raises(ConnectionFailed):
+        await service._follower.compare(mend=False)
+
+
+async def test_a_token_that_can_not_travel_is_named(service: Service) -> None:
+    await ask(service, "ready")
+    with pytest.raises(RemoteError, match="not a token") as error:
+        await run(service, "put", "tasks/x.json", "x", token="zwei Wörter")
+    assert error.value.code == "REMOTE_UNAUTHORIZED"
+
+
+# --- edits that meet changes ---
+
+
+async def test_a_change_that_overtakes_the_answer_to_an_edit_is_not_undone(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    plan = await edited(server, service, directory)
+
+    async def theirs_first(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put):
+            server.put(PLAN, frame.text)
+            server.put(PLAN, b"# Plan\nmine\ntheirs\n")
+            await until(lambda: service._follower.replica.position.seq == 2)
+            await connection.send(encode(Stored(frame.id, 1, "stored")))
+        return isinstance(frame, Put)
+
+    server.misbehave = theirs_first  # type: ignore[assignment]
+    await ask(service, "push")
+    assert plan.read_bytes() == b"# Plan\nmine\ntheirs\n"
+    assert service._follower.edits.scan() == []  # sent as an edit, it would undo what comes next
+
+
+async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    plan = await edited(server, service, directory)
+    server.tokens["ltr_agent"] = "agent:x"
+    seen: list[bytes] = []
+
+    async def answer_before_the_changes(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put):
+            await connection.send(encode(Stored(frame.id, 2, "merged")))
+            server.put(PLAN, b"# Theirs\n")
+            await until(lambda: service._follower.replica.position.seq == 1)
+            seen.append(plan.read_bytes())
+            server.put(PLAN, b"# Theirs\nmine\n")
+        return isinstance(frame, Put)
+
+    server.misbehave = answer_before_the_changes  # type: ignore[assignment]
+    await ask(service, "push", "ltr_agent")
+    await until(lambda: plan.read_bytes() == b"# Theirs\nmine\n")
+    assert seen == [b"# Plan\nmine\n"]
+
+
+async def test_what_is_saved_over_an_incoming_text_is_an_edit(
+    server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(service, "ready")
+    place, replace = directory / PLAN, Cache.replace
+
+    def and_an_editor_saves(self: Cache, path: str, data: bytes) -> None:
+        replace(self, path, data)
+        if path == PLAN:
+            place.write_bytes(b"# Plan\nmine\n")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "replace", and_an_editor_saves)
+        server.put(PLAN, b"# Plan\n")
+        await until(lambda: service._follower.replica.position.seq == 1)
+    assert (await ask(service, "push"))["sent"] == [{"path": PLAN, "outcome": "stored"}]
+    assert server.files[PLAN] == b"# Plan\nmine\n"

@@ -25,7 +25,8 @@ from lattice_remote.errors import Misuse, StorageError
 __all__ = ["Added", "add_remote", "check_token", "remove_remote"]
 
 _CHECK_TIMEOUT_S = 10.0
-_PLAIN_FILES = {"config.json", "context.md", "ids.json"}
+_PLAIN_FILES = {"config.json", "ids.json"}
+_CONTEXT = "context.md"
 _ASKED_BY_INIT = {
     "instance_id",
     "default_actor",
@@ -130,14 +131,18 @@ def _first_sign_of_use(target: str) -> str | None:
         return f"{tasks} task{'s' * (tasks != 1)}"
     if _is_configured(target):
         return "a config.json that was changed"
+    if _is_described(target):
+        return "a context.md that was written"
     for directory, directories, names in os.walk(target):
         directories.sort()
         for name in sorted(names):
             path = os.path.relpath(os.path.join(directory, name), target)
             if path in _PLAIN_FILES and not _lists_tasks(os.path.join(target, path)):
                 continue
-            if path.startswith("locks" + os.sep) or (
-                name == "_lifecycle.jsonl" and not os.path.getsize(os.path.join(directory, name))
+            if (
+                path == _CONTEXT
+                or path.startswith("locks" + os.sep)
+                or (name == "_lifecycle.jsonl" and not os.path.getsize(os.path.join(directory, name)))
             ):
                 continue
             return path
@@ -163,6 +168,19 @@ def _is_configured(target: str) -> bool:
         return True
     made = {key: value for key, value in config.items() if key not in _ASKED_BY_INIT}
     return all(made != dict(default_config(preset=preset)) for preset in ("classic", "opinionated"))
+
+
+def _is_described(target: str) -> bool:
+    """Whether ``context.md`` holds more than ``lattice init`` puts there, below the heading that it chooses."""
+    from lattice.cli.main import _CONTEXT_MD_TEMPLATE
+
+    try:
+        with open(os.path.join(target, _CONTEXT), encoding="utf-8") as file:
+            return file.read().partition("\n")[2] != _CONTEXT_MD_TEMPLATE.partition("\n")[2]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
 
 
 def _lists_tasks(path: str) -> bool:
@@ -202,20 +220,28 @@ def remove_remote(directory: str, remote: Remote) -> None:
         Misuse: edits that were not sent, or files of somebody's own, would be lost; nothing was touched.
     """
     cache = Cache(directory, remote)
-    edits = Edits(cache)
-    if unsent := edits.scan():
-        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
-    if own := _own_files(cache):
-        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
+    _require_nothing_unsent(cache)
     gone = f"{cache.directory}.gone-{uuid.uuid4().hex[:8]}"
     try:
         os.rename(cache.directory, gone)
+        try:
+            _require_nothing_unsent(Cache(gone, remote))  # an editor may have saved at the last moment
+        except Misuse:
+            os.rename(gone, cache.directory)
+            raise
     except OSError as error:
         raise StorageError(f"cannot remove {directory}: {error.strerror}") from error
     if os.path.islink(directory):
         with contextlib.suppress(OSError):
             os.unlink(directory)
     remove_tree(gone)
+
+
+def _require_nothing_unsent(cache: Cache) -> None:
+    if unsent := Edits(cache).scan():
+        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
+    if own := _own_files(cache):
+        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
 
 
 def _own_files(cache: Cache) -> list[str]:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from lattice_remote import __version__
 from lattice_remote.client import runtime
 from lattice_remote.client.service import Service, answered
-from lattice_remote.errors import Misuse
+from lattice_remote.errors import RemoteError
 
 __all__ = ["Agent", "main"]
 
@@ -32,6 +32,7 @@ _HEARTBEAT_S = 2.0
 _SWEEP_INTERVAL_S = 1.0
 _UNUSED_S = 30.0
 """An agent that nobody has ever asked lost a race to one that has already ended: it leaves sooner."""
+_TAKE_OVER_S, _TAKE_OVER_POLL_S = 8.0, 0.05
 _MAX_LOG_BYTES = 1024 * 1024
 _log = logging.getLogger(__name__)
 
@@ -168,9 +169,12 @@ class Agent:
                 self._stopping.set()
                 return {"pid": os.getpid()}
             return await self._service(request).handle(request, report)
-        except (ValueError, KeyError, TypeError) as error:
+        except RemoteError:
+            raise
+        except Exception as error:
+            # A defect of ours, or of who asks: it must be answered, or the command would take the agent for dead.
             _log.exception("a request failed")
-            raise Misuse(f"the agent could not handle this request ({error!r}); its log says more") from error
+            raise RemoteError(f"the agent could not handle this request ({error!r}); see {self._place.log}") from error
 
     def _service(self, request: dict[str, Any]) -> Service:
         directory = os.path.realpath(request["directory"])
@@ -196,14 +200,28 @@ class Agent:
         }
 
 
+def _take_over(lock: FileLock, place: runtime.Runtime) -> bool:
+    """Take the agent's lock; return whether it is ours now, or belongs to an agent that serves.
+
+    One that is leaving has no socket any more, but may hold the lock for a moment yet.
+    """
+    deadline = time.monotonic() + _TAKE_OVER_S
+    while True:
+        try:
+            lock.acquire(timeout=_TAKE_OVER_POLL_S)
+        except Timeout:
+            if os.path.exists(place.socket) or time.monotonic() > deadline:
+                return False
+        else:
+            return True
+
+
 def main() -> int:
     """Run the agent unless one runs already. Returns the exit code."""
     place = runtime.locate()
     runtime.prepare(place)
     lock = FileLock(place.lock, mode=0o600)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    if not _take_over(lock, place):
         return 0  # somebody else has started one at the same time
     with contextlib.suppress(OSError):
         if os.path.getsize(place.log) > _MAX_LOG_BYTES:

@@ -112,7 +112,7 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
                     on_progress(answer["progress"])
     except TimeoutError:
         raise ConnectionFailed(
-            "the background agent does not answer; stop it with: lattice remote agent stop",
+            f"the background agent does not answer; end it with: kill -9 {_agent_pid()}",
             sent=request["do"] == "run",
         ) from None
     except (OSError, ValueError) as error:
@@ -121,17 +121,36 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
 
 
 def _connect(place: runtime.Runtime) -> socket.socket | None:
+    """Return a connection to the agent; None when there is none, or what is there is not this user's.
+
+    A socket in somebody else's directory must not be told any token.
+    """
     stream = socket.socket(socket.AF_UNIX)
     try:
+        runtime.check(place)
         stream.connect(place.socket)
-    except OSError:
+    except (StorageError, OSError):
         stream.close()
         return None
     return stream
 
 
+def _agent_pid() -> str:
+    """Return the agent's process id, or where it would be found."""
+    place = runtime.locate()
+    try:
+        with open(place.pid, encoding="ascii") as file:
+            return str(int(file.read()))
+    except (OSError, ValueError):
+        return f"$(cat {place.pid})"
+
+
 def _start() -> socket.socket:
-    """Start an agent and wait for its socket. When two are started at once, one of them leaves again."""
+    """Start an agent and wait for its socket. When two are started at once, one of them leaves again.
+
+    Raises:
+        StorageError: it does not start.
+    """
     place = runtime.locate()
     runtime.prepare(place)
     environment = {name: value for name, value in os.environ.items() if name not in {"LATTICE_TOKEN", "LATTICE_ROOT"}}
@@ -154,5 +173,7 @@ def _start() -> socket.socket:
         if stream is not None:
             process.returncode = 0  # it is nobody's child to wait for: keeps Popen from warning
             return stream
+        if process.poll():
+            break  # it failed; one that found another agent ends with 0
         time.sleep(0.005)
     raise StorageError(f"the background agent did not start; see {place.log}")

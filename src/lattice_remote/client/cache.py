@@ -197,22 +197,35 @@ class Cache:
             if part.offset == 0:
                 _unlink(temporary)
                 temporary, written = self._temporary_path(), 0
-            elif part.offset != written:
-                _unlink(temporary)
-                return False
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o644)
+            placed: bool | None = False
             try:
-                _write_all(handle, part.data)
+                if part.offset == written:
+                    placed = self._add_part(part, temporary)
             finally:
-                os.close(handle)
-            if written + len(part.data) < part.size:
-                self._parts[part.path] = (temporary, written + len(part.data))
-                return None
-            if _digest_of_file(temporary) != part.digest:
-                _unlink(temporary)
-                return False
-            os.replace(temporary, self._place(part.path))
+                if placed is None:
+                    self._parts[part.path] = (temporary, written + len(part.data))
+                elif not placed:
+                    _unlink(temporary)  # on a full disk most of all: it would stay full of this
+            return placed
+
+    def _add_part(self, part: Part, temporary: str) -> bool | None:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o644)
+        try:
+            _write_all(handle, part.data)
+        finally:
+            os.close(handle)
+        if part.offset + len(part.data) < part.size:
+            return None
+        if _digest_of_file(temporary) != part.digest:
+            return False
+        os.replace(temporary, self._place(part.path))
         return True
+
+    def forget_parts(self) -> None:
+        """Remove what has come of files whose other pieces won't come any more."""
+        for temporary, _ in self._parts.values():
+            _unlink(temporary)
+        self._parts.clear()
 
     def _put_whole(self, part: Part) -> bool:
         if hashlib.sha256(part.data).digest() != part.digest:

@@ -383,7 +383,7 @@ def _versions(found: dict[str, str]) -> str:
 @contextlib.contextmanager
 def _progress(what: str) -> Iterator[Progress | None]:
     """Show a bar on stderr while something takes its time; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

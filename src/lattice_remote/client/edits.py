@@ -55,16 +55,16 @@ class Edits:
         base = self.base(path)
         return None if base is None else (len(base), digest_of(base))
 
-    def rebase(self, path: str) -> None:
-        """The file is now the server's text: remember that."""
-        if self._cache.size(path) is None:
+    def rebase(self, path: str, text: bytes | None = None) -> None:
+        """The file is now the server's: remember its text, which is read from the file only where it is not known.
+
+        An editor may have saved the file since it was put in place: that is the next edit, not the server's text.
+        """
+        if text is None and self._cache.size(path) is None:
             self._settled.pop(path, None)
             self._cache.delete(_base_path(path))
-            return
-        signature = self._cache.signature(path)
-        self.sent(path, self._cache.read(path))
-        if signature is not None:
-            self._settled[path] = signature
+        else:
+            self.sent(path, self._cache.read(path) if text is None else text)
 
     def sent(self, path: str, text: bytes) -> None:
         """The server has ``text``: what the file holds beyond that is the next edit."""

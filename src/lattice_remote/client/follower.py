@@ -8,7 +8,7 @@ lock, so that the others find it done.
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -17,9 +17,9 @@ from lattice_remote import __version__
 from lattice_remote.client.cache import Cache, Signature
 from lattice_remote.client.edits import Edits
 from lattice_remote.client.state import STATE_FILE, CacheState
-from lattice_remote.errors import ConnectionFailed, StorageError
-from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Refused, Reply, ServerFrame, Stored
-from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
+from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
+from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Refused, Reply, ServerFrame, Stored
+from lattice_remote.protocol.operations import MoveFile, Operation, PutFile, apply, paths_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import (
     Answer,
@@ -35,6 +35,11 @@ from lattice_remote.protocol.replica import (
 )
 
 __all__ = ["Comparison", "Follower", "Outcome", "Writer"]
+
+_MAX_MISFITS = 5
+"""How often the pieces of one file may not add up before the connection is given up."""
+_STORE_AGE_TIMEOUT_S = 1.0
+"""Not worth a longer wait: everything else of this cache waits meanwhile."""
 
 
 @dataclass(slots=True)
@@ -109,6 +114,7 @@ class Follower:
         self._to_fetch = 0
         self._mutex = asyncio.Lock()
         self._comparing: asyncio.Future[Comparison] | None = None
+        self._misfits: Counter[str] = Counter()  # path -> how often its pieces did not add up, on this connection
 
     @property
     def is_current(self) -> bool:
@@ -177,6 +183,8 @@ class Follower:
             self.replica.disconnected()
             self._fail_comparison()
             self._resyncing = False
+            self._misfits.clear()
+            self.cache.forget_parts()
             await self._resync_lock.aclose()
         with contextlib.suppress(StorageError):
             await self.store_age()
@@ -190,7 +198,7 @@ class Follower:
         """Store when the files were last current, for a process that later finds the server out of reach."""
         if self._changed_by_others():
             return  # another process goes on with it; or it is being removed, and must not be written to
-        async with self._mutex, self.cache.locked():
+        async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
             if self._stored is not None and not self._changed_by_others():
                 self._store(replace(self.state, current_at=self.current_at))
 
@@ -202,17 +210,21 @@ class Follower:
 
     # --- edits and comparisons, as the service asks for them ---
 
-    async def settle(self, path: str, text: bytes, outcome: str) -> tuple[Outcome, str | None]:
+    async def settle(self, put: Put, outcome: str) -> tuple[Outcome, str | None]:
         """The server has answered an edit: go on from there.
+
+        Where the base is no longer the one that was sent, its change has come already, and maybe others after it.
 
         Returns:
             What to send, and for a conflict where the local text was put.
         """
-        result, copy = Outcome(), None
+        result, copy, path = Outcome(), None, put.path
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
-            if outcome != "conflict":
-                self.edits.sent(path, text)
+            if self.edits.base(path) != put.base:
+                pass
+            elif outcome != "conflict":
+                self.edits.sent(path, put.text)
             elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
                 self.replica.hold(path)
                 self._save()  # that the server's text is wanted must be known before the edit looks sent
@@ -230,9 +242,15 @@ class Follower:
         return result
 
     async def compare(self, *, mend: bool) -> tuple[Outcome, "asyncio.Future[Comparison]"]:
-        """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended."""
+        """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended.
+
+        Raises:
+            ConnectionFailed: there is no connection any more, as the future also says when it is lost meanwhile.
+        """
         result = Outcome()
         async with self._mutex:
+            if self.replica.state not in (State.FOLLOWING, State.COMPARING):
+                raise ConnectionFailed("the connection was lost before the files were compared")
             if self._comparing is None:
                 self._comparing = asyncio.get_running_loop().create_future()
             await self._perform(self.replica.compare(mend=mend), result)
@@ -270,7 +288,7 @@ class Follower:
             edited = self.edits.edited_by(operation)
             if not edited:
                 drifted |= apply(operation, self.cache)
-                self._rebase(paths_of(operation))
+                self._rebase(paths_of(operation), operation.data if isinstance(operation, PutFile) else None)
             elif not self.edits.absorb(operation):
                 drifted |= self._hold(operation, edited)
         return self.replica.drifted(drifted) if drifted else []
@@ -292,9 +310,13 @@ class Follower:
             return []
         placed = self.cache.write_part(part)
         if placed is False:
+            self._misfits[part.path] += 1
+            if self._misfits[part.path] >= _MAX_MISFITS:
+                raise ProtocolError(f"the server keeps sending {part.path!r} in pieces that are not the file")
             return self.replica.drifted([part.path])
         if placed:
-            self._rebase([part.path])
+            self._misfits.pop(part.path, None)
+            self._rebase([part.path], part.data if len(part.data) == part.size else None)
         return []
 
     def _remove(self, path: str) -> None:
@@ -304,10 +326,10 @@ class Follower:
         self.cache.delete(path)
         self._rebase([path])
 
-    def _rebase(self, paths: Iterable[str]) -> None:
+    def _rebase(self, paths: Iterable[str], text: bytes | None = None) -> None:
         for path in paths:
             if is_editable(path):
-                self.edits.rebase(path)
+                self.edits.rebase(path, text)
 
     async def _compare(self, compare: Compare) -> list[Effect]:
         """Read every file, in a thread, and compare; the lock is held, so that nobody changes them meanwhile."""

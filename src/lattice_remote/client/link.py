@@ -22,6 +22,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.typing import Subprotocol
 
+from lattice_remote.client.credentials import check_token
 from lattice_remote.client.follower import Outcome
 from lattice_remote.client.settings import Remote
 from lattice_remote.errors import CODES, ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
@@ -55,6 +56,8 @@ MIN_UPTIME_S = 5.0
 UNSENT_PATIENCE_S = 3.0
 SENT_PATIENCE_S = 10.0
 """How long a request waits for a link that is down: before it was sent, and after."""
+MAX_SENDS = 8
+"""How often a request is sent on connections that do not last: one that always ends them must not go on for ever."""
 _INBOX = 128
 _log = logging.getLogger(__name__)
 _REFUSALS = {"REMOTE_UNAUTHORIZED", "REMOTE_FORBIDDEN", "REMOTE_NOT_FOUND", "REMOTE_VERSION"}
@@ -115,7 +118,13 @@ class _Pending:
     frame: Request
     answer: "asyncio.Future[Response]"
     asked_at: float = field(default_factory=time.monotonic)
-    sent: bool = False
+    sends: int = 0
+    """How often it was sent, since a connection last lasted."""
+
+    @property
+    def sent(self) -> bool:
+        """Whether it may have taken effect."""
+        return self.sends > 0
 
 
 @dataclass(slots=True)
@@ -245,7 +254,7 @@ class Link:
             raise StorageError(f"{self.error.message}; {effect}")
         patience = SENT_PATIENCE_S if pending.sent else UNSENT_PATIENCE_S
         since = max(self._down_since, pending.asked_at)
-        if time.monotonic() - since > patience:
+        if time.monotonic() - since > patience or pending.sends >= MAX_SENDS:
             raise self.unreachable(sent=pending.sent)
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
@@ -263,7 +272,7 @@ class Link:
 
     async def _send_pending(self, pending: _Pending) -> None:
         if self.welcome is not None:
-            pending.sent = True
+            pending.sends += 1
             await self.send(pending.frame)
 
     async def send(self, *frames: ClientFrame) -> None:
@@ -304,8 +313,14 @@ class Link:
                 await self._hang_up()
             self.failed_attempts += 1
             self.changed.notify()
-            self._streak = 0 if time.monotonic() - began > MIN_UPTIME_S else self._streak + 1
+            self._count(lasted=time.monotonic() - began > MIN_UPTIME_S)
             await self._sit_out(retry_after_s)
+
+    def _count(self, *, lasted: bool) -> None:
+        self._streak = 0 if lasted else self._streak + 1
+        if lasted:
+            for pending in self._pending.values():
+                pending.sends = min(pending.sends, 1)
 
     async def _hang_up(self) -> None:
         if self.welcome is not None:
@@ -323,7 +338,8 @@ class Link:
         elif retry_after_s is not None:
             delay = retry_after_s + random.uniform(0, FIRST_DELAY_S)  # noqa: S311 - spreads load, hides nothing
         else:
-            delay = random.uniform(0, min(MAX_DELAY_S, FIRST_DELAY_S * 2**self._streak))  # noqa: S311
+            # The exponent is bounded too: after a thousand failures the power alone would be past any float.
+            delay = random.uniform(0, min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(self._streak, 10)))  # noqa: S311
         await asyncio.sleep(MIN_ATTEMPT_GAP_S)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(delay):
@@ -356,6 +372,7 @@ class Link:
                 f"no token for {self.remote.url}; log in with: lattice remote login {self.remote.url}",
                 code="REMOTE_UNAUTHORIZED",
             )
+        check_token(self.token)
         try:
             return await connect(
                 self.remote.websocket_url,

@@ -164,8 +164,9 @@ def _run_there(
     request = _request("run", directory, id=os.urandom(16).hex(), argv=argv, files=files)
     request["own_link"] = _waits(path, ctx)
     answer = ask(request, _progress())
-    _write(sys.stdout, base64.b64decode(answer["stdout"]))
-    _write(sys.stderr, base64.b64decode(answer["stderr"]))
+    # The bytes as the server's lattice wrote them; a reader that has left is Click's to handle.
+    click.echo(base64.b64decode(answer["stdout"]), nl=False)
+    click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)
     for notice in answer["notices"]:
         click.echo(f"lattice-remote: {notice}", err=True)
     _leave(ctx, answer["exit_code"])
@@ -197,7 +198,7 @@ def _request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
 
 def _progress() -> Any:
     """Return what shows progress on a terminal, None elsewhere; loaded when there is something to show."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return None
 
     def show(progress: dict[str, Any]) -> None:
@@ -207,13 +208,6 @@ def _progress() -> Any:
         sys.stderr.flush()
 
     return show
-
-
-def _write(stream: Any, data: bytes) -> None:
-    """Write bytes as the server's lattice wrote them; a reader that has left is Click's to handle."""
-    stream.flush()
-    stream.buffer.write(data)
-    stream.flush()
 
 
 # --- files of the caller ---

@@ -8,7 +8,7 @@ import tempfile
 from lattice_remote import __version__
 from lattice_remote.errors import StorageError
 
-__all__ = ["Runtime", "locate", "prepare"]
+__all__ = ["Runtime", "check", "locate", "prepare"]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
 _MAX_SOCKET_PATH_BYTES = 100
@@ -53,13 +53,22 @@ def prepare(runtime: Runtime) -> None:
     """
     try:
         os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
-        found = os.lstat(runtime.directory)
+        check(runtime)
+        os.chmod(runtime.directory, 0o700)
     except OSError as error:
         raise StorageError(f"cannot make {runtime.directory} for the agent: {error.strerror}") from error
+
+
+def check(runtime: Runtime) -> None:
+    """Make sure, before anything is said to a socket in it, that the directory is this user's own.
+
+    Raises:
+        StorageError: it is somebody else's, or a link.
+        OSError: there is none, or it can't be looked at.
+    """
+    found = os.lstat(runtime.directory)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != _user():
         raise StorageError(f"{runtime.directory} is not a directory of this user; remove it, or set {DIRECTORY_ENV}")
-    if found.st_mode & 0o077:
-        os.chmod(runtime.directory, 0o700)
 
 
 def _user() -> int:

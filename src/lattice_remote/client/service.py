@@ -296,12 +296,16 @@ class Service:
         text, base = self.cache.read(path), self._follower.edits.base(path)
         if len(text) + len(base or b"") > _MAX_EDIT_BYTES:
             return "refused", f"{path} was not sent: it is over {_MAX_EDIT_BYTES >> 20} MiB"
-        answer = await link.ask(Put(id=os.urandom(16).hex(), path=path, base=base, text=text))
+        put = Put(id=os.urandom(16).hex(), path=path, base=base, text=text)
+        answer = await link.ask(put)
         if isinstance(answer, Refused):
             return "refused", f"{path} was not sent: {answer.message}"
         if not isinstance(answer, Stored):
             raise ConnectionFailed("the server answered something else", sent=True)
-        effects, copy = await self._follower.settle(path, text, answer.outcome)
+        if link is not self._link:
+            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
+            await self._reached(answer.seq)
+        effects, copy = await self._follower.settle(put, answer.outcome)
         await self._link.carry_out(effects)
         if copy is not None:
             return (
@@ -324,9 +328,9 @@ class Service:
     async def _compared(self, *, mend: bool) -> Comparison:
         for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
             await self._must_be_current()
-            effects, future = await self._follower.compare(mend=mend)
-            await self._link.carry_out(effects)
             try:
+                effects, future = await self._follower.compare(mend=mend)
+                await self._link.carry_out(effects)
                 return await asyncio.shield(future)
             except ConnectionFailed:
                 if not attempts_left:

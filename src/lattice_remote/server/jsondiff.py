@@ -15,16 +15,16 @@ def patch_between(before: bytes, after: bytes) -> bytes | None:
     """
     try:
         old, new = json.loads(before), json.loads(after)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return None
+        patch = _difference(old, new)
+        encoded = json.dumps(patch, separators=(",", ":")).encode()
+        if len(encoded) * 2 >= len(after):
+            return None
+        # A patch can't set null, and Python takes 1 for true: what counts is that the bytes come out.
+        return encoded if canonical_json(merge_patch(old, patch)) == after else None
     except (ValueError, RecursionError):
         return None
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return None
-    patch = _difference(old, new)
-    encoded = json.dumps(patch, separators=(",", ":")).encode()
-    if len(encoded) * 2 >= len(after):
-        return None
-    # A patch can't set null, and Python takes 1 for true: what counts is that the bytes come out.
-    return encoded if canonical_json(merge_patch(old, patch)) == after else None
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

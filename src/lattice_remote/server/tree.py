@@ -164,10 +164,20 @@ class Tree:
             path: relative.
             old: what it was, or what the file that was renamed to it was.
             appended: its status before it was first touched, if it was only ever appended to since.
+
+        A file that the server may not read counts as none: nobody can be told what it holds.
         """
         status = self.status(path)
         if status is None:
             return None
+        try:
+            return self._read(path, old, status, appended)
+        except (FileNotFoundError, PermissionError):
+            return None
+
+    def _read(
+        self, path: str, old: FileState | None, status: os.stat_result, appended: os.stat_result | None
+    ) -> _Content:
         untouched = old is not None and appended is not None and _has_signature(old, appended)
         if old is not None and untouched and status.st_ino == old.inode and status.st_size > old.size:
             return self._read_growth(path, old, status)
@@ -204,15 +214,12 @@ class Tree:
         if len(self._hashers) > _MAX_HASHERS:
             self._hashers.popitem(last=False)
 
-    def _read_whole(self, path: str, old: FileState | None, status: os.stat_result) -> _Content | None:
+    def _read_whole(self, path: str, old: FileState | None, status: os.stat_result) -> _Content:
         self._hashers.pop(path, None)
-        try:
-            with open(self._prefix + path, "rb") as file:
-                if status.st_size > _IN_MEMORY_BYTES:
-                    return _Content(_state(status, *_hash(file.fileno())), None, None)
-                data = file.read()
-        except FileNotFoundError:
-            return None
+        with open(self._prefix + path, "rb") as file:
+            if status.st_size > _IN_MEMORY_BYTES:
+                return _Content(_state(status, *_hash(file.fileno())), None, None)
+            data = file.read()
         state = _state(status, len(data), digest_of(data))
         if old is None or not 0 < old.size < len(data) or digest_of(data[: old.size]) != old.digest:
             return _Content(state, data, None)
@@ -313,7 +320,7 @@ class _Comparison:
 
     def _operation(self, path: str, was: str, old: FileState | None, content: _Content) -> Operation:
         state = content.state
-        if old is not None and content.grown is not None and self._fits(len(content.grown)):
+        if old is not None and content.grown and self._fits(len(content.grown)):
             return AppendBytes(path, old.size, content.tail, content.grown)
         if content.data is not None:
             if old is not None and path.endswith(".json") and state.size >= MERGE_FROM_BYTES:

@@ -62,17 +62,21 @@ _encoder = msgspec.msgpack.Encoder()
 class UndoLog:
     """The pre-images of one transaction at a time, in ``directory``; paths are absolute.
 
+    On disk they are relative to the project, which lies around ``directory``: a copy of a project that is started
+    elsewhere must not restore anything in the original.
+
     Order: ``begin``, then any of the ``keep_`` methods before each change, then ``clear`` (it stays) or ``restore``.
     All raise OSError when the storage fails.
     """
 
     def __init__(self, directory: Path) -> None:
+        self._place = f"{directory.parent}/"
         self._links = directory / "undo.d"
         self._links.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._images: dict[str, _Image] = {}
         self._begin: Begin | None = None
-        self._is_written = False
+        self._size = 0  # bytes of whole records on disk
         self._linked = 0
 
     @classmethod
@@ -83,32 +87,33 @@ class UndoLog:
         for _, payload in frames(data):
             item = _decoder.decode(payload)
             if isinstance(item, Begin):
-                log._begin, log._is_written = item, True
+                log._begin, log._size = item, len(data)
             else:
-                log._images[item.path] = item
-                log._linked += isinstance(item, _Linked)
-        if data and not log._is_written:
+                image = msgspec.structs.replace(item, path=os.path.join(log._place, item.path))
+                log._images[image.path] = image
+                log._linked += isinstance(image, _Linked)
+        if data and log._begin is None:
             os.ftruncate(log._descriptor, 0)  # killed before even the first record was whole
         return log
 
     @property
     def pending(self) -> Begin | None:
         """The transaction that the log holds pre-images of; None when there is nothing to restore."""
-        return self._begin if self._is_written else None
+        return self._begin if self._size else None
 
     def begin(self, transaction: Begin) -> None:
         """Start a transaction; nothing is written before its first change."""
-        assert not self._is_written, "the last transaction was neither cleared nor restored"
+        assert not self._size, "the last transaction was neither cleared nor restored"
         self._begin = transaction
 
     def clear(self) -> None:
         """The transaction stays (or there was none): forget the pre-images."""
-        if self._is_written:
+        if self._size:
             os.ftruncate(self._descriptor, 0)
         for number in range(self._linked):
             (self._links / str(number)).unlink(missing_ok=True)
         self._images.clear()
-        self._begin, self._is_written, self._linked = None, False, 0
+        self._begin, self._size, self._linked = None, 0, 0
 
     # --- before a change ---
 
@@ -181,13 +186,14 @@ class UndoLog:
         return True
 
     def _keep(self, image: _Image) -> None:
-        data = frame(_encoder.encode(image))
-        if not self._is_written:
+        data = frame(_encoder.encode(msgspec.structs.replace(image, path=image.path.removeprefix(self._place))))
+        if not self._size:
             assert self._begin is not None, "begin() comes before the first change"
             data = frame(_encoder.encode(self._begin)) + data
         if os.write(self._descriptor, data) != len(data):
+            os.ftruncate(self._descriptor, self._size)  # nothing behind a torn record would ever be read
             raise OSError("short write to the undo log")
-        self._is_written = True
+        self._size += len(data)
         self._images[image.path] = image
 
     # --- going back ---
@@ -203,7 +209,7 @@ class UndoLog:
     def _restore_one(self, image: _Image) -> None:
         match image:
             case _Absent(path=path):
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory was there before, too
                     os.unlink(path)
             case _Directory(path=path):
                 with contextlib.suppress(OSError):
