@@ -180,6 +180,35 @@ async def test_removing_takes_the_copy_away(server: FakeServer, root: Path) -> N
     assert names(root) == []
 
 
+@pytest.mark.parametrize("path", ["context.md", "notes/ideas.md"])
+async def test_a_text_that_the_server_has_not_is_not_removed(server: FakeServer, root: Path, path: str) -> None:
+    server.files["context.md"] = b"# Ours\n"
+    await add(server, root)
+    (root / ".lattice" / path).write_text("mine")
+    done = await lattice(root, "remote", "remove", "origin")
+    assert done.code == 1 and path in done.err and done.err.count("\n") == 1
+    assert (root / ".lattice" / path).read_text() == "mine"
+    await lattice(root, "remote", "sync")
+    assert (await lattice(root, "remote", "remove", "origin")).code == 0
+
+
+async def test_a_directory_whose_name_is_no_text_is_shown(server: FakeServer, root: Path) -> None:
+    place = os.fsdecode(os.fsencode(root) + b"/x\xff")
+    os.mkdir(place)
+    await add(server, Path(place))
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "LATTICE_REMOTE_AGENT": "on"}
+    for words, expected in (
+        (["list"], b""),
+        (["remote", "agent", "status"], b"x\xff/.lattice"),
+        (["remote", "agent", "stop"], b""),
+    ):
+        process = await asyncio.create_subprocess_exec(
+            *LATTICE, *words, cwd=place, env=environment, stdout=-1, stderr=-1
+        )
+        out, err = await process.communicate()
+        assert process.returncode == 0 and expected in out, err
+
+
 async def test_what_is_saved_while_the_copy_is_taken_away_brings_it_back(
     server: FakeServer, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+from collections.abc import Callable
 from http import HTTPStatus
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.cache import Cache
+from lattice_remote.client.edits import Edits
 from lattice_remote.client.link import MAX_SENDS
 from lattice_remote.client.service import Service
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
@@ -697,7 +699,7 @@ async def test_a_change_that_overtakes_the_answer_to_an_edit_is_not_undone(
     server.misbehave = theirs_first  # type: ignore[assignment]
     await ask(service, "push")
     assert plan.read_bytes() == b"# Plan\nmine\ntheirs\n"
-    assert service._follower.edits.scan() == []  # sent as an edit, it would undo what comes next
+    assert Edits(service.cache).scan() == []  # sent as an edit, by whichever process, it would undo what comes next
 
 
 async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
@@ -722,20 +724,30 @@ async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
     assert seen == [b"# Plan\nmine\n"]
 
 
-async def test_what_is_saved_over_an_incoming_text_is_an_edit(
-    server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("grows", [True, False])
+@pytest.mark.parametrize("moment", ["before", "after"])
+async def test_what_is_saved_while_a_text_is_put_in_place_is_an_edit(
+    server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str, grows: bool
 ) -> None:
     await ask(service, "ready")
-    place, replace = directory / PLAN, Cache.replace
+    server.put(PLAN, b"# Plan\n")
+    await until(service._is_current)
+    place, put = directory / PLAN, Cache._write_temporary
+    await until(place.exists)
 
-    def and_an_editor_saves(self: Cache, path: str, data: bytes) -> None:
-        replace(self, path, data)
-        if path == PLAN:
+    def while_an_editor_saves(self: Cache, data: bytes, target: str, *condition: Callable[[], bool]) -> bool:
+        mine = target == str(place) and b"theirs" in data
+        if mine and moment == "before":
             place.write_bytes(b"# Plan\nmine\n")
+        done = put(self, data, target, *condition)
+        if mine and moment == "after":
+            place.write_bytes(b"# Plan\nmine\n")
+        return done
 
     with monkeypatch.context() as patched:
-        patched.setattr(Cache, "replace", and_an_editor_saves)
-        server.put(PLAN, b"# Plan\n")
-        await until(lambda: service._follower.replica.position.seq == 1)
-    assert (await ask(service, "push"))["sent"] == [{"path": PLAN, "outcome": "stored"}]
-    assert server.files[PLAN] == b"# Plan\nmine\n"
+        patched.setattr(Cache, "_write_temporary", while_an_editor_saves)
+        server.append(PLAN, b"theirs\n") if grows else server.put(PLAN, b"# Plan\ntheirs\n")
+        await until(lambda: service._follower.replica.position.seq == 2)
+    assert place.read_bytes() == b"# Plan\nmine\n"
+    assert service._follower.edits.scan() == [PLAN]
+    assert service._follower.edits.base(PLAN) == (b"# Plan\n" if moment == "before" else b"# Plan\ntheirs\n")

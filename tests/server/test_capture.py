@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import tempfile
 import threading
@@ -119,6 +120,12 @@ DEEDS: dict[str, Deed] = {
     "start a thread": lambda _, __: threading.Thread(target=print).start(),
     "leave the directory": lambda _, __: os.chdir("/"),
     "truncate outside": lambda _, outside: os.truncate(outside / "secret", 0),
+    "leave by a link and ..": lambda tree, _: (tree / "away/../outside/secret").read_text(),
+    "return by a link and ..": lambda tree, _: Path(f"{tree}/away/../.lattice/tasks/a.json").write_text("x"),
+    "write to a pipe": lambda tree, _: os.open(tree / "pipe", os.O_RDWR),
+    "read from a pipe": lambda tree, _: (tree / "pipe").read_text(),
+    "remove an empty directory by a descriptor": lambda tree, _: os.rmdir("locks", dir_fd=os.open(tree, os.O_RDONLY)),
+    "open a database": lambda _, outside: sqlite3.connect(outside / "x.db"),
     "chmod outside": lambda _, outside: (outside / "secret").chmod(0),
 }
 
@@ -127,6 +134,7 @@ DEEDS: dict[str, Deed] = {
 def test_everything_else_is_refused_before_it_happens(place: Place, deed: Deed) -> None:
     (place.tree / "link.json").symlink_to(place.outside / "secret")
     (place.tree / "away").symlink_to(place.outside)
+    os.mkfifo(place.tree / "pipe")
 
     def swallowing() -> None:
         try:

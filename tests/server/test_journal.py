@@ -171,3 +171,46 @@ def test_a_new_history_forgets_the_old_one(tmp_path: Path) -> None:
     Journal.create(tmp_path, "new")
     journal = reopen(tmp_path)
     assert (journal.epoch, journal.head, journal.oldest, journal.find(request_id(1))) == ("new", 0, 1, None)
+
+
+def test_what_a_killed_writer_left_in_the_cache_is_made_durable_before_it_is_told(
+    tmp_path: Path, synced: list[str]
+) -> None:
+    fill(Journal.create(tmp_path, "e", SMALL_SEGMENTS), 20)
+    synced.clear()
+    reopen(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.log")} | {tmp_path.name} <= set(synced)
+
+
+def test_a_segment_is_durable_before_the_next_says_where_it_ended(tmp_path: Path, synced: list[str]) -> None:
+    journal = Journal.create(tmp_path, "e")
+    fill(journal, 1)
+    synced.clear()
+    os.close(journal.rotate())
+    assert synced == [f"{0:020d}.log", f"{1:020d}.log", tmp_path.name]
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of what was made durable, in order."""
+    names: list[str] = []
+
+    def note(descriptor: int) -> None:
+        names.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "fdatasync", note)
+    return names
+
+
+def test_answers_outlive_their_history(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, "old", SMALL_SEGMENTS)
+    fill(journal, 20)
+    answered = list(journal.answered_since(1_000_000.0))
+    assert [answer.seq for answer in answered] == list(range(1, 21))
+    assert list(journal.answered_since(1_000_001.0)) == []
+    Journal.create(tmp_path, "new", answered=[record(0, change=False, id_=answer.seq) for answer in answered])
+    journal = reopen(tmp_path)
+    assert (journal.epoch, journal.head, journal.oldest) == ("new", 0, 1)
+    assert journal.find(request_id(7)) == record(0, change=False, id_=7)
+    assert JournalReader(tmp_path).read(0, 0, 1000) == []

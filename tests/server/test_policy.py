@@ -1,6 +1,7 @@
 """What a client's command line may do (I9)."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
         ["next", "--name", "../tasks/task_x-1"],
         ["rebuild", "../../x"],
         ["rebuild", "_lifecycle.x"],
+        ["rebuild", "_lifecycle"],
         ["resource", "create", "../x", "--actor", "human:ana"],
         ["resource", "create", "x.y", "--actor", "human:ana"],
         ["resource", "create", "x" * 101, "--actor", "human:ana"],
@@ -157,3 +159,10 @@ def test_only_files_that_came_with_the_request_are_read(tmp_path: Path) -> None:
     assert check(tmp_path, *comment, files=(PRIVATE,))
     assert refused(tmp_path, "comment", "LAT-1", PRIVATE, "--actor", "human:ana", files=(PRIVATE,))
     assert refused(tmp_path, "comment", "LAT-1", "--file", "https://x/y", "--actor", "human:ana")
+
+
+def test_a_session_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sessions/Dir-1.json").mkdir(parents=True)
+    os.mkfifo(tmp_path / "sessions/Pipe-1.json")
+    for name in ("Dir-1", "Pipe-1"):
+        assert "no plain file" in refused(tmp_path, "comment", "LAT-1", "x", "--name", name).message

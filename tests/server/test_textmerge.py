@@ -1,5 +1,7 @@
 """Plans and notes, merged by line."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,3 +54,12 @@ def test_a_merge_loses_nothing_that_only_one_side_wrote(base: bytes | None, mine
         assert merged == ("stored", mine)
     if merged.outcome == "merged":
         assert merge_text(theirs, merged.text or b"", theirs).outcome in ("stored", "unchanged")
+
+
+def test_texts_that_would_take_minutes_to_merge_are_a_conflict() -> None:
+    lines = [b"%d\n" % (number % 190) for number in range(150_000)]
+    mine = b"".join(lines[95:] + lines[:95])
+    theirs = b"".join([*lines[:75_000], b"z\n", *lines[75_000:]])
+    start = time.monotonic()
+    assert merge_text(b"".join(lines), mine, theirs) == ("conflict", theirs)
+    assert time.monotonic() - start < 2

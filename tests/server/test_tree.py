@@ -253,3 +253,36 @@ def test_a_patch_produces_exactly_the_bytes(before: dict[str, object], after: di
 @pytest.mark.parametrize("before", [b"not json", b"[]\n", b'{"a":1}', b"\xff"])
 def test_no_patch_where_there_is_no_object(before: bytes) -> None:
     assert patch_between(before, b'{"b":1}') is None
+
+
+def test_no_patch_where_json_is_nested_too_deep_to_compare() -> None:
+    before = b'{"a":' * 1200 + b"1" + b"}" * 1200
+    assert patch_between(before, before.replace(b"1", b"2")) is None
+
+
+def test_a_file_that_the_server_may_not_read_counts_as_none(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = open
+
+    def guarded(path: str, *args: str) -> object:
+        if path.endswith("a.md"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args)
+
+    (tree.root / "plans/a.md").write_bytes(b"# Secret\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", guarded)
+        difference = tree.reconcile()
+    assert difference.operations == [DeleteFile("plans/a.md")]
+    tree.accept(difference)
+    assert tree.reconcile().operations == [PutFile("plans/a.md", b"# Secret\n")]
+
+
+def test_a_log_that_somebody_cuts_while_it_is_read_is_not_an_empty_append(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = touched("events/a.jsonl", tree=tree, appended="events/a.jsonl")
+    with (tree.root / "events/a.jsonl").open("ab") as file:
+        file.write(b"3\n")
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, size, offset)[: max(0, 3 - offset)])
+    assert not any(isinstance(operation, AppendBytes) for operation in compare(tree, what).operations)

@@ -1,6 +1,7 @@
 """Pre-images: whatever was done to a file, restoring brings back its bytes."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -150,3 +151,42 @@ def test_the_content_before_is_known_where_it_was_kept(tmp_path: Path, log: Undo
         assert log.before(str(path)) == content
     append(log, tmp_path / "new")
     assert log.before(str(tmp_path / "new")) is None
+
+
+def test_a_record_that_the_full_disk_cut_off_hides_none_that_follow(
+    tmp_path: Path, log: UndoLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "file", os.write
+    path.write_bytes(SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-1]))
+        with pytest.raises(OSError, match="short write"):
+            log.keep_for_rewrite(str(path))
+    log.restore()
+    log.begin(HERE)
+    rewrite(log, path)
+    found = UndoLog.open(tmp_path / "journal")
+    assert found.pending == HERE
+    found.restore()
+    assert path.read_bytes() == SMALL
+
+
+def test_a_directory_where_a_file_is_expected_stays(tmp_path: Path, log: UndoLog) -> None:
+    (tmp_path / "directory").mkdir()
+    log.keep_for_append(str(tmp_path / "directory"))
+    log.keep_for_replace(str(tmp_path / "directory"))
+    UndoLog.open(tmp_path / "journal").restore()
+    assert (tmp_path / "directory").is_dir()
+
+
+def test_a_copy_of_the_project_restores_itself_and_not_the_original(tmp_path: Path) -> None:
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    (original / "journal").mkdir(parents=True)
+    (original / "file").write_bytes(SMALL)
+    log = UndoLog.open(original / "journal")
+    log.begin(HERE)
+    append(log, original / "file")
+    shutil.copytree(original, copy)
+    UndoLog.open(copy / "journal").restore()
+    assert (original / "file").read_bytes() == SMALL + b"more"
+    assert (copy / "file").read_bytes() == SMALL

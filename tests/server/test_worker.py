@@ -1,5 +1,6 @@
 """The worker process, as the server sees it: numbers, answers, and what is left when it is killed."""
 
+import json
 import os
 import random
 import secrets
@@ -10,9 +11,10 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execute, make_project, tree_of
 
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change, Refused, Reply, Stored
-from lattice_remote.server.ipc import NewEpoch, Ready, Settle
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame
+from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
+from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.server.ipc import Failed, NewEpoch, Ready, Settle
 from lattice_remote.server.journal import JournalReader
 
 
@@ -25,6 +27,19 @@ def project(tmp_path: Path) -> Path:
 def worker(project: Path) -> Iterator[WorkerProcess]:
     with WorkerProcess(project) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    """A worker for the tests that neither stop it nor break its project."""
+    with WorkerProcess(make_project(tmp_path_factory.mktemp("shared") / "web")) as started:
+        yield started
+
+
+def new_task(worker: WorkerProcess) -> tuple[str, str]:
+    """Return a new task's short id and its id."""
+    data = json.loads(worker.ok("create", "x", *ANA, "--json"))["data"]
+    return data["short_id"], data["id"]
 
 
 def catch_up(copy: Copy, project: Path, head: int) -> None:
@@ -70,15 +85,15 @@ def test_a_request_runs_once_and_is_answered_again(worker: WorkerProcess) -> Non
         assert answer_of(restarted.done()) == Refused("2" * 32, "REMOTE_FAILED", "given up")
 
 
-def test_a_refusal_has_no_effect_and_may_be_asked_again(worker: WorkerProcess) -> None:
+def test_a_refusal_has_no_effect_and_may_be_asked_again(shared: WorkerProcess) -> None:
     request_id = secrets.token_hex(16)
-    refused = worker.refused("create", "x", "--actor", "human:bob", id=request_id)
+    refused = shared.refused("create", "x", "--actor", "human:bob", id=request_id)
     assert refused.code == "REMOTE_FORBIDDEN"
-    assert worker.reply("create", "x", "--actor", "human:bob", id=request_id, act_as=["human:*"]).exit_code == 0
+    assert shared.reply("create", "x", "--actor", "human:bob", id=request_id, act_as=["human:*"]).exit_code == 0
 
 
-def test_changes_say_who_and_why(worker: WorkerProcess) -> None:
-    change = change_of(worker.run("create", "x" * 300, "--actor", "agent:a", id="3" * 32))
+def test_changes_say_who_and_why(shared: WorkerProcess) -> None:
+    change = change_of(shared.run("create", "x" * 300, "--actor", "agent:a", id="3" * 32))
     assert change is not None
     assert (change.actor, change.token_id, change.cause) == ("agent:a", "tok_1", "3" * 32)
     assert change.command.startswith("create xxx")
@@ -123,15 +138,16 @@ def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path
         assert "No issues found" in worker.ok("doctor")
 
 
-def test_an_edit_behind_its_back_is_numbered(worker: WorkerProcess) -> None:
-    worker.ok("create", "x", *ANA)
-    plan = next((worker.project / ".lattice/plans").iterdir())
+def test_an_edit_behind_its_back_is_numbered(shared: WorkerProcess) -> None:
+    _, task = new_task(shared)
+    head = shared.run("doctor").seq
+    plan = shared.project / f".lattice/plans/{task}.md"
     plan.write_text("# By hand\n")
-    done = worker.reconcile([f"plans/{plan.name}"])
+    done = shared.reconcile([f"plans/{plan.name}"])
     change = change_of(done)
     assert change is not None
-    assert (change.seq, change.cause, change.actor, change.token_id, done.id) == (2, "edit", "server", "", "")
-    assert worker.reconcile().change is None
+    assert (change.seq, change.cause, change.actor, change.token_id, done.id) == (head + 1, "edit", "server", "", "")
+    assert shared.reconcile().change is None
 
 
 def test_an_edit_between_commands_travels_with_the_next_command_on_that_file(worker: WorkerProcess) -> None:
@@ -224,60 +240,59 @@ def test_a_new_epoch_keeps_the_files_and_restarts_the_numbers(worker: WorkerProc
         assert (restarted.ready.epoch, restarted.ready.head) == (ready.epoch, 1)
 
 
-def test_edits_are_stored_merged_or_left_to_their_author(worker: WorkerProcess) -> None:
-    worker.ok("create", "x", *ANA)
-    plan = next((worker.project / ".lattice/plans").iterdir())
+def test_edits_are_stored_merged_or_left_to_their_author(shared: WorkerProcess) -> None:
+    _, task = new_task(shared)
+    head = shared.run("doctor").seq
+    plan = shared.project / f".lattice/plans/{task}.md"
     path, base = f"plans/{plan.name}", plan.read_bytes()
     text = base + b"one\ntwo\nthree\n"
-    done, answer = worker.edit(path, base, text)
+    done, answer = shared.edit(path, base, text)
     assert isinstance(answer, Stored)
-    assert (answer.outcome, answer.seq, plan.read_bytes()) == ("stored", 2, text)
+    assert (answer.outcome, answer.seq, plan.read_bytes()) == ("stored", head + 1, text)
     change = change_of(done)
     assert change is not None
     assert change.command == f"edit {path}"
-    worker.edit(path, text, text.replace(b"one", b"1"))
-    _, answer = worker.edit(path, text, text.replace(b"three", b"3"))
+    shared.edit(path, text, text.replace(b"one", b"1"))
+    _, answer = shared.edit(path, text, text.replace(b"three", b"3"))
     assert isinstance(answer, Stored)
     assert answer.outcome == "merged"
     assert plan.read_bytes() == base + b"1\ntwo\n3\n"
-    _, answer = worker.edit(path, text, text.replace(b"one", b"uno"))
+    _, answer = shared.edit(path, text, text.replace(b"one", b"uno"))
     assert isinstance(answer, Stored)
     assert (answer.outcome, plan.read_bytes()) == ("conflict", base + b"1\ntwo\n3\n")
-    _, answer = worker.edit(path, text, base + b"1\ntwo\n3\n")
+    _, answer = shared.edit(path, text, base + b"1\ntwo\n3\n")
     assert isinstance(answer, Stored)
     assert answer.outcome == "unchanged"
 
 
-def test_an_edit_is_answered_once(worker: WorkerProcess) -> None:
-    worker.ok("create", "x", *ANA)
-    plan = next((worker.project / ".lattice/plans").iterdir())
-    notes = f"notes/{plan.name}"
-    first, answer = worker.edit(notes, None, b"# Notes\n", id="5" * 32)
+def test_an_edit_is_answered_once(shared: WorkerProcess) -> None:
+    _, task = new_task(shared)
+    notes = f"notes/{task}.md"
+    first, answer = shared.edit(notes, None, b"# Notes\n", id="5" * 32)
     assert isinstance(answer, Stored)
     assert answer.outcome == "stored"
-    assert worker.edit(notes, None, b"# Notes\n", id="5" * 32)[0].reply == first.reply
+    assert shared.edit(notes, None, b"# Notes\n", id="5" * 32)[0].reply == first.reply
 
 
-def test_edits_of_tasks_that_are_gone_and_of_other_files_change_nothing(worker: WorkerProcess) -> None:
-    worker.ok("create", "x", *ANA)
-    plan = next((worker.project / ".lattice/plans").iterdir())
-    worker.ok("archive", "LAT-1", *ANA)
-    before = tree_of(worker.project / ".lattice")
-    for path in (f"plans/{plan.name}", f"notes/{plan.name}", "notes/task_01M8173J64RGGH4YR2NPR23QWA.md"):
-        _, answer = worker.edit(path, None, b"text\n")
+def test_edits_of_tasks_that_are_gone_and_of_other_files_change_nothing(shared: WorkerProcess) -> None:
+    short_id, task = new_task(shared)
+    shared.ok("archive", short_id, *ANA)
+    before = tree_of(shared.project / ".lattice")
+    for path in (f"plans/{task}.md", f"notes/{task}.md", "notes/task_01M8173J64RGGH4YR2NPR23QWA.md"):
+        _, answer = shared.edit(path, None, b"text\n")
         assert isinstance(answer, Stored)
         assert answer.outcome == "conflict"
-    for path in ("config.json", "plans/x.md", "../x", f"plans/../plans/{plan.name}"):
-        _, answer = worker.edit(path, None, b"text\n")
+    for path in ("config.json", "plans/x.md", "../x", f"plans/../plans/{task}.md"):
+        _, answer = shared.edit(path, None, b"text\n")
         assert isinstance(answer, Refused)
-    _, answer = worker.edit(f"notes/{plan.name}", None, b"x" * (1 << 20) + b"x")
+    _, answer = shared.edit(f"notes/{task}.md", None, b"x" * (1 << 20) + b"x")
     assert isinstance(answer, Refused)
-    assert tree_of(worker.project / ".lattice") == before
+    assert tree_of(shared.project / ".lattice") == before
 
 
-def test_hostile_command_lines_leave_the_project_whole(worker: WorkerProcess) -> None:
-    worker.ok("create", "x", *ANA)
-    before = tree_of(worker.project / ".lattice")
+def test_hostile_command_lines_leave_the_project_whole(shared: WorkerProcess) -> None:
+    short_id, _ = new_task(shared)
+    before = tree_of(shared.project / ".lattice")
     for line in (
         "session end ../config",
         "session end index",
@@ -287,15 +302,15 @@ def test_hostile_command_lines_leave_the_project_whole(worker: WorkerProcess) ->
         "attach LAT-1 /etc/passwd --actor human:ana",
         "comment LAT-1 --file /etc/passwd --actor human:ana",
     ):
-        assert worker.refused(*line.split()).code == "REMOTE_UNSUPPORTED"
-    assert tree_of(worker.project / ".lattice") == before
-    worker.ok("comment", "LAT-1", "goes on", *ANA)
+        assert shared.refused(*line.split()).code == "REMOTE_UNSUPPORTED"
+    assert tree_of(shared.project / ".lattice") == before
+    shared.ok("comment", short_id, "goes on", *ANA)
 
 
-def test_what_is_too_long_for_a_frame_is_shortened(worker: WorkerProcess) -> None:
+def test_what_is_too_long_for_a_frame_is_shortened(shared: WorkerProcess) -> None:
     long = "human:" + "x" * 10_000
-    assert len(worker.refused("create", "x", "--actor", long).message) <= 4096
-    change = change_of(worker.run("create", "x", "--actor", long, act_as=["human:*"]))
+    assert len(shared.refused("create", "x", "--actor", long).message) <= 4096
+    change = change_of(shared.run("create", "x", "--actor", long, act_as=["human:*"]))
     assert change is not None
     assert len(change.actor) == 256
 
@@ -305,3 +320,98 @@ def test_it_leaves_when_the_server_is_gone(worker: WorkerProcess) -> None:
     worker.__exit__()
     with WorkerProcess(worker.project) as restarted:
         assert (restarted.ready.head, restarted.ready.notes) == (1, [])
+
+
+def test_an_answer_outlives_its_epoch(worker: WorkerProcess) -> None:
+    first = worker.reply("create", "x", *ANA, id="6" * 32)
+    assert first.seq == 1
+    worker.send(NewEpoch("a client is ahead"))
+    assert isinstance(worker.receive(), Ready)
+    again = worker.run("create", "x", *ANA, id="6" * 32)
+    assert (again.seq, again.change) == (0, None)
+    assert answer_of(again) == Reply(first.id, 0, first.exit_code, first.stdout, first.stderr)
+    assert worker.refused("create", "x", *ANA, id="6" * 32, token_id="tok_2").code == "REMOTE_FORBIDDEN"
+    worker.stop()
+    (worker.project / "journal/manifest").unlink()
+    with WorkerProcess(worker.project) as restarted:
+        assert answer_of(restarted.run("create", "x", *ANA, id="6" * 32)) == answer_of(again)
+        assert len(list((worker.project / ".lattice/tasks").iterdir())) == 1
+
+
+def test_a_request_that_is_undone_has_one_outcome_whatever_others_did_meanwhile(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    events = worker.project / ".lattice/events"
+    (events / "_lifecycle.jsonl").unlink()
+    (events / "_lifecycle.jsonl").mkdir()  # archive fails here, after it has appended to the task's log
+    worker.reconcile()
+    log = next(events.glob("task_*"))
+    edited = log.read_bytes().replace(b'"x"', b'"y"')
+    log.write_bytes(edited)
+    done = worker.run("archive", "LAT-1", *ANA)
+    assert isinstance(answer := answer_of(done), Reply)
+    assert (answer.exit_code, done.change) == (1, None)
+    assert log.read_bytes() == edited
+    assert change_of(worker.reconcile()) is not None
+
+
+def test_an_edit_that_can_not_be_stored_is_refused_and_the_project_goes_on(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    lattice = worker.project / ".lattice"
+    task = next((lattice / "tasks").iterdir()).stem
+    (lattice / "plans").rename(worker.project / "plans")
+    (lattice / "plans").symlink_to(worker.project / "plans")
+    (worker.project / f"plans/{task}.md").unlink()
+    (lattice / "notes").rmdir()
+    (lattice / "notes").write_bytes(b"")
+    worker.reconcile()
+    for path in (f"plans/{task}.md", f"notes/{task}.md"):
+        _, answer = worker.edit(path, None, b"text\n")
+        assert isinstance(answer, Refused)
+        assert answer.code == "REMOTE_STORAGE"
+    assert not list((worker.project / "plans").iterdir())
+    worker.ok("comment", "LAT-1", "goes on", *ANA)
+
+
+def test_an_attachment_for_which_there_is_no_room_is_refused(project: Path) -> None:
+    with WorkerProcess(project, max_file_bytes=1_000_000) as worker:
+        worker.ok("create", "x", *ANA)
+        large = [Attachment(2, "x.bin", bytes(1_000_001))]
+        refused = worker.refused("attach", "LAT-1", "x.bin", *ANA, files=large)
+        assert refused.code == "REMOTE_STORAGE"
+        assert not list((project / "tmp").iterdir())
+        worker.ok("comment", "LAT-1", "goes on", *ANA)
+
+
+def test_when_the_journal_can_not_be_written_nothing_is_acknowledged_and_a_restart_recovers(project: Path) -> None:
+    lattice = project / ".lattice"
+    with WorkerProcess(project, max_file_bytes=20_000) as worker:
+        worker.ok("create", "x", *ANA)
+        answered = 0
+        while True:
+            before = tree_of(lattice)
+            worker.send(execute("comment", "LAT-1", "word-" * 200, *ANA, id=f"{answered:032x}"))
+            message = worker.receive()
+            if isinstance(message, Failed):
+                break
+            answered += 1
+        assert answered > 3
+        worker.kill()
+    with WorkerProcess(project) as restarted:
+        assert restarted.ready.head == answered + 1
+        assert tree_of(lattice) == before
+        assert restarted.run("comment", "LAT-1", "word-" * 200, *ANA, id=f"{answered:032x}").seq == answered + 2
+
+
+def test_an_answer_that_no_frame_can_carry_is_cut_and_says_so(worker: WorkerProcess) -> None:
+    worker.ok("create", "x", *ANA)
+    task = next((worker.project / ".lattice/tasks").iterdir())
+    snapshot = json.loads(task.read_text())
+    snapshot["description"] = "x" * (33 * 1024 * 1024)
+    task.write_bytes(canonical_json(snapshot))
+    worker.reconcile()
+    done = worker.run("comment", "LAT-1", "hello", *ANA, "--json")
+    assert done.reply is not None
+    assert len(done.reply) < MAX_FRAME_BYTES
+    assert isinstance(answer := answer_of(done), Reply)
+    assert answer.exit_code == 0
+    assert b"was cut" in answer.stderr

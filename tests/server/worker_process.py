@@ -1,6 +1,7 @@
 """A real worker process and a copy of its tree that follows its changes: what the tests of this folder share."""
 
 import os
+import resource
 import secrets
 import select
 import signal
@@ -41,10 +42,11 @@ def make_project(directory: Path) -> Path:
 def tree_of(lattice_dir: Path) -> dict[str, bytes]:
     """Return every replicated file by its path."""
     found = {}
-    for path in lattice_dir.rglob("*"):
-        name = path.relative_to(lattice_dir).as_posix()
-        if path.is_file() and not path.is_symlink() and is_replicated(name):
-            found[name] = path.read_bytes()
+    for folder, _, names in os.walk(lattice_dir):
+        for path in [Path(folder, name) for name in names]:
+            name = str(path)[len(str(lattice_dir)) + 1 :]
+            if is_replicated(name) and not path.is_symlink() and path.is_file():
+                found[name] = path.read_bytes()
     return found
 
 
@@ -93,7 +95,9 @@ class Copy:
 class WorkerProcess:
     """A worker that was started on a project. Use it with ``with``: it is stopped, or killed if need be."""
 
-    def __init__(self, project: Path, *, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, project: Path, *, environment: dict[str, str] | None = None, max_file_bytes: int | None = None
+    ) -> None:
         self.project = project
         ours, theirs = socket.socketpair()
         ours.settimeout(30)
@@ -107,6 +111,8 @@ class WorkerProcess:
             env={**os.environ, **(environment or {})},
         )
         theirs.close()
+        if max_file_bytes is not None:  # a disk that is full for files of this size (Python ignores SIGXFSZ)
+            resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
         try:
             ready = self.receive()
             assert isinstance(ready, Ready), ready

@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from filelock import FileLock, Timeout
 
@@ -162,6 +162,11 @@ class Cache:
         with _explained(path):
             self._write_temporary(data, self._place(path))
 
+    def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
+        """Like ``replace``, but only if the file is still as ``found``, which is looked at as late as can be."""
+        with _explained(path):
+            return self._write_temporary(data, self._place(path), lambda: self.signature(path) == found)
+
     def append(self, path: str, data: bytes) -> None:
         """Add ``data`` at the end in one write; creates the file."""
         with _explained(path):
@@ -280,7 +285,7 @@ class Cache:
             if os.path.lexists(place):
                 _require_directory(place)
 
-    def _write_temporary(self, data: bytes, target: str) -> None:
+    def _write_temporary(self, data: bytes, target: str, is_wanted: Callable[[], bool] = lambda: True) -> bool:
         temporary = self._temporary_path()
         try:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o644)
@@ -288,10 +293,14 @@ class Cache:
                 _write_all(handle, data)
             finally:
                 os.close(handle)
-            os.replace(temporary, target)
+            if is_wanted():
+                os.replace(temporary, target)
+                return True
         except BaseException:
             _unlink(temporary)
             raise
+        _unlink(temporary)
+        return False
 
     def _temporary_path(self) -> str:
         directory = os.path.join(self.directory, _TEMPORARY)

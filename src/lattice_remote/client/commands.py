@@ -6,6 +6,7 @@ Results go to stdout, everything else to stderr; colours and progress only where
 import asyncio
 import contextlib
 import getpass
+import io
 import json
 import os
 import sys
@@ -38,6 +39,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main(args: Sequence[str], prog_name: str) -> NoReturn:
     """Run ``lattice remote`` with these arguments and exit; our errors are one line, or an envelope with ``--json``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a directory's name may be no text: shown as it is
     try:
         app(args=list(args), prog_name=prog_name)
     except RemoteError as error:
@@ -139,10 +142,23 @@ def set_url(name: str, url: str, project: Annotated[str | None, typer.Option()] 
 
 @app.command()
 def remove(name: str) -> None:
-    """Take the remote and its copy out of this directory. Refused while edits are unsent."""
+    """Take the remote and its copy out of this directory. Refused while something is only here."""
     directory, found = _here(name)
+    _require_nothing_else_of_ours(directory)
     adding.remove_remote(directory, found)
     typer.echo(f"Removed remote {found.name} and the copy of {found.project}; nothing changes on the server.")
+
+
+def _require_nothing_else_of_ours(directory: str) -> None:
+    """Raise ``Misuse`` if the server, where it is in reach, has other texts than are here, or none."""
+    try:
+        answer = ask(_request("verify", directory))
+    except RemoteError:
+        return  # nobody can tell; edited plans and notes are known without it
+    if own := [*answer["differing"], *answer["surplus"]]:
+        raise Misuse(
+            f"not as on the server: {', '.join(own[:5])}; keep a copy of what is yours, then: lattice remote sync"
+        )
 
 
 # --- tokens ---

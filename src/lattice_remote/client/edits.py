@@ -55,35 +55,45 @@ class Edits:
         base = self.base(path)
         return None if base is None else (len(base), digest_of(base))
 
-    def rebase(self, path: str, text: bytes | None = None) -> None:
-        """The file is now the server's: remember its text, which is read from the file only where it is not known.
-
-        An editor may have saved the file since it was put in place: that is the next edit, not the server's text.
-        """
-        if text is None and self._cache.size(path) is None:
+    def rebase(self, path: str) -> None:
+        """The file is now the server's text: remember that."""
+        if self._cache.size(path) is None:
             self._settled.pop(path, None)
             self._cache.delete(_base_path(path))
         else:
-            self.sent(path, self._cache.read(path) if text is None else text)
+            self.sent(path, self._cache.read(path))
 
     def sent(self, path: str, text: bytes) -> None:
         """The server has ``text``: what the file holds beyond that is the next edit."""
         self._cache.replace(_base_path(path), text)
 
+    def take(self, path: str, text: bytes) -> bool:
+        """Put the server's text in place, unless the file is edited, even at the last moment; tell whether it was."""
+        found = self._cache.signature(path)
+        if self.is_edited(path) or not self._cache.replace_if(path, text, found):
+            return False
+        self.sent(path, text)
+        return True
+
     def absorb(self, operation: Operation) -> bool:
         """Whether an operation only makes an edited file what it already is: our own edit, come back."""
-        base = self.base(operation.path)
-        match operation:
-            case PutFile():
-                after = operation.data
-            case AppendBytes() if base is not None and len(base) == operation.offset:
-                after = base + operation.data
-            case _:
-                return False
-        if self._cache.read(operation.path) != after:
+        after = self.text_after(operation)
+        if after is None or self._cache.read(operation.path) != after:
             return False
         self.sent(operation.path, after)
         return True
+
+    def text_after(self, operation: Operation) -> bytes | None:
+        """Return the server's text of a plan or notes after an operation; None when that can't be told from here."""
+        if not is_editable(operation.path):
+            return None
+        match operation:
+            case PutFile():
+                return operation.data
+            case AppendBytes() if (base := self.base(operation.path)) is not None and len(base) == operation.offset:
+                return base + operation.data
+            case _:
+                return None
 
     def edited_by(self, operation: Operation) -> list[str]:
         """Return which of the files that an operation changes are edited here."""

@@ -19,7 +19,7 @@ from lattice_remote.client.edits import Edits
 from lattice_remote.client.state import STATE_FILE, CacheState
 from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
 from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Refused, Reply, ServerFrame, Stored
-from lattice_remote.protocol.operations import MoveFile, Operation, PutFile, apply, paths_of
+from lattice_remote.protocol.operations import MoveFile, Operation, apply, digest_of, paths_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import (
     Answer,
@@ -285,10 +285,13 @@ class Follower:
     def _apply(self, operations: Iterable[Operation]) -> list[Effect]:
         drifted: set[str] = set()
         for operation in operations:
+            text = self.edits.text_after(operation)
+            if text is not None and self.edits.take(operation.path, text):
+                continue
             edited = self.edits.edited_by(operation)
             if not edited:
                 drifted |= apply(operation, self.cache)
-                self._rebase(paths_of(operation), operation.data if isinstance(operation, PutFile) else None)
+                self._rebase(paths_of(operation))
             elif not self.edits.absorb(operation):
                 drifted |= self._hold(operation, edited)
         return self.replica.drifted(drifted) if drifted else []
@@ -308,6 +311,10 @@ class Follower:
         if is_editable(part.path) and self.edits.is_edited(part.path):
             self.replica.hold(part.path)
             return []
+        if is_editable(part.path) and digest_of(part.data) == part.digest:  # the file in one piece
+            if not self.edits.take(part.path, part.data):
+                self.replica.hold(part.path)
+            return []
         placed = self.cache.write_part(part)
         if placed is False:
             self._misfits[part.path] += 1
@@ -316,7 +323,7 @@ class Follower:
             return self.replica.drifted([part.path])
         if placed:
             self._misfits.pop(part.path, None)
-            self._rebase([part.path], part.data if len(part.data) == part.size else None)
+            self._rebase([part.path])
         return []
 
     def _remove(self, path: str) -> None:
@@ -326,10 +333,10 @@ class Follower:
         self.cache.delete(path)
         self._rebase([path])
 
-    def _rebase(self, paths: Iterable[str], text: bytes | None = None) -> None:
+    def _rebase(self, paths: Iterable[str]) -> None:
         for path in paths:
             if is_editable(path):
-                self.edits.rebase(path, text)
+                self.edits.rebase(path)
 
     async def _compare(self, compare: Compare) -> list[Effect]:
         """Read every file, in a thread, and compare; the lock is held, so that nobody changes them meanwhile."""

@@ -5,6 +5,7 @@
 On the wire frames are msgpack maps of the same shape; what the schema shows as base64 is a msgpack binary there.
 """
 
+import inspect
 import sys
 from typing import Any, get_args
 
@@ -21,6 +22,9 @@ def schema() -> dict[str, Any]:
     """Return the schema of a frame: one of those that a client sends, or one of those that a server sends."""
     client, server = get_args(ClientFrame), get_args(ServerFrame)
     frames, definitions = msgspec.json.schema_components((*client, *server), ref_template="#/$defs/{name}")
+    for definition in definitions.values():
+        # Python 3.13 takes the indentation out of docstrings, 3.12 leaves it in.
+        definition["description"] = inspect.cleandoc(definition["description"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": SUBPROTOCOL,

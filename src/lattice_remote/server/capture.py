@@ -42,7 +42,8 @@ _REFUSED_PREFIXES = (
     "webbrowser.",
     "urllib.",
     "ctypes.",
-    "_thread.start_new_thread",
+    "sqlite3.",
+    "_thread.start",  # start_new_thread, and from Python 3.13 on start_joinable_thread
 )
 
 
@@ -149,15 +150,21 @@ class Capture:
             given = os.fsdecode(given)
         if not isinstance(given, str):
             self._refuse("use a file in an unknown way")
-        return os.path.normpath(os.path.join(self._private, str(given)))
+        path = os.path.normpath(os.path.join(self._private, str(given)))
+        if "/../" in str(given) and f"{path}/".startswith((self._tree, self._private)):
+            self._refuse("use a path that goes up again")  # behind a symbolic link that leads elsewhere
+        return path
 
     def _check_real(self, path: str) -> None:
-        """Refuse a path in the project that leads through a symbolic link."""
+        """Refuse a path in the project that leads through a symbolic link, or to a pipe or a device."""
         if path in self._real_directories:
             return
         self._check_real_directory(os.path.dirname(path))
-        if _is_link(path):
+        mode = _mode(path)
+        if stat.S_ISLNK(mode):
             self._refuse(f"follow a symbolic link at {self._name(path)}")
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would hold the writer
 
     def _check_real_directory(self, path: str) -> None:
         if path not in self._real_directories:
@@ -250,6 +257,7 @@ class Capture:
             self._undo.keep_directory(path)
 
     def _remove_directory(self, args: tuple[object, ...]) -> None:
+        self._no_descriptors(args[1:])
         if self._writable(args[0]) is not None:
             self._refuse("remove a directory of the project")
 
@@ -300,11 +308,12 @@ class Capture:
                 self._touched.appended[relative] = None
 
 
-def _is_link(path: str) -> bool:
+def _mode(path: str) -> int:
+    """Return what kind of file a path is, 0 when there is none."""
     try:
-        return stat.S_ISLNK(os.lstat(path).st_mode)
+        return os.lstat(path).st_mode
     except OSError:
-        return False
+        return 0
 
 
 _HANDLERS = {

@@ -10,7 +10,7 @@ with fsync. ``JournalReader`` is for another process, and may read while the wor
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -18,7 +18,7 @@ from typing import Self
 import msgspec
 
 from lattice_remote.server.framing import HEAD_BYTES, frame, frames, payload_at
-from lattice_remote.server.manifest import FileState, sync_directory
+from lattice_remote.server.manifest import FileState, sync_directory, sync_files
 
 __all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment"]
 
@@ -83,7 +83,7 @@ class _Kept:
     newest: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
     segment: int
     offset: int
@@ -111,7 +111,7 @@ class Journal:
 
     @classmethod
     def open(cls, directory: Path, retention: Retention | None = None) -> Self | None:
-        """Open what is there and cut a torn tail.
+        """Open what is there, cut a torn tail, and make the rest durable: its writer may have died before that (I2).
 
         Returns None when there is no readable journal: the caller then calls ``create`` with a new epoch (I7).
 
@@ -123,11 +123,20 @@ class Journal:
         if not journal._segments:
             return None
         journal._cut_tail()
+        journal._sync()
         return journal
 
     @classmethod
-    def create(cls, directory: Path, epoch: str, retention: Retention | None = None) -> Self:
+    def create(
+        cls, directory: Path, epoch: str, retention: Retention | None = None, *, answered: Iterable[Record] = ()
+    ) -> Self:
         """Begin a new history: whatever segments are there are removed, the numbers start at 0.
+
+        Args:
+            directory: made if need be.
+            epoch: the new history's name.
+            retention: how much of it is kept.
+            answered: what may be asked again though its history is over (I6): records without a change, at number 0.
 
         Raises:
             OSError: the directory can't be written.
@@ -138,6 +147,9 @@ class Journal:
             path.unlink()
         journal.epoch = epoch
         journal._begin_segment()
+        for record in answered:
+            journal.append(record)
+        os.fsync(journal._descriptor)
         return journal
 
     # --- reading back ---
@@ -181,7 +193,10 @@ class Journal:
                 f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
             )
             os.ftruncate(self._descriptor, last.size)
-            os.fsync(self._descriptor)
+
+    def _sync(self) -> None:
+        """Make every segment and its name durable; costs next to nothing where they are."""
+        sync_files(str(kept.path) for kept in self._segments)
 
     # --- appending ---
 
@@ -212,12 +227,15 @@ class Journal:
         return self._segments[-1].size >= self.retention.segment_bytes
 
     def rotate(self) -> int:
-        """Begin a new segment and return the old one's descriptor: fsync it, then close it.
+        """Begin a new segment and return the old one's descriptor, to be closed.
+
+        The old one is made durable first: the new one's header says where it ended, and must not be alone in saying so.
 
         Raises:
-            OSError: the new segment could not be made durable.
+            OSError: one of the segments could not be made durable.
         """
         old = self._descriptor
+        os.fdatasync(old)
         self._begin_segment()
         return old
 
@@ -226,7 +244,8 @@ class Journal:
         path = self.directory / f"{header.number:020d}.log"
         data = frame(_encoder.encode(header))
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.write(self._descriptor, data)
+        if os.write(self._descriptor, data) != len(data):
+            raise OSError(f"short write to {path}")
         os.fsync(self._descriptor)
         sync_directory(self.directory)
         self._segments.append(_Kept(path, header, len(data), time.time()))
@@ -264,6 +283,20 @@ class Journal:
                 item = _outline_decoder.decode(payload)
                 if isinstance(item, _Outline) and item.seq > seq:
                     yield item.files
+
+    def answered_since(self, time_: float) -> Iterator[Record]:
+        """Yield the records, oldest first, that answered a request after this time, in seconds since the epoch.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        for kept in self._segments:
+            if kept.newest < time_:
+                continue
+            for _, payload in frames(kept.path.read_bytes()):
+                item = _decoder.decode(payload)
+                if isinstance(item, Record) and item.id and item.time >= time_:
+                    yield item
 
     @property
     def oldest(self) -> int:

@@ -6,6 +6,7 @@ given, before Click converts them: converting a path already looks at the disk.
 
 import json
 import re
+import stat
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -32,6 +33,8 @@ class Kind(Enum):
     IDS = "ids"
     NAME = "name"
     """Becomes a file's or directory's name unchecked."""
+    LOG = "task's log"
+    """As NAME, but not one of lattice's own logs, which begin with an underscore."""
     SESSION = "session name"
     """The name of a session's file, which is Name-Serial: nothing else in that directory."""
     ACTOR = "actor"
@@ -77,7 +80,7 @@ ROUTED: Mapping[str, Mapping[str, Kind]] = {
     "session start": {"base_name": Kind.NAME, "agent_type": Kind.NAME},
     "session end": {"name": Kind.SESSION},
     "doctor": {},
-    "rebuild": {"task_id": Kind.NAME},
+    "rebuild": {"task_id": Kind.LOG},
 }
 """The commands that a client may run here, with the parameters (by their names in lattice's Click commands) that are
 more than text."""
@@ -225,10 +228,12 @@ def _actor_of_session(path: Path) -> str | None:
     from lattice.core.actors import ActorIdentity
 
     try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise _unsupported(f"the session {path.stem} is no plain file on the server")
         return str(ActorIdentity.from_dict(json.loads(path.read_text())).to_legacy_actor())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unsupported(f"the session {path.stem} can't be read: it names no actor") from error
 
 
@@ -245,6 +250,12 @@ def _actor_to_be(values: Mapping[str, Any]) -> str:
 def _check_name(name: str, value: str) -> None:
     if not _NAME.fullmatch(value) or len(value.encode()) > _MAX_NAME_BYTES:
         raise _unsupported(f"{_shown(value)} can't be used as {name}: letters, digits, _ and - only, at most 100")
+
+
+def _check_log(name: str, value: str) -> None:
+    _check_name(name, value)
+    if value.startswith("_"):
+        raise _unsupported(f"{_shown(value)} is not the id of a task")
 
 
 def _check_session(name: str, value: str) -> None:
@@ -267,6 +278,7 @@ _CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
     Kind.ID: _check_id,
     Kind.IDS: _check_id,
     Kind.NAME: _check_name,
+    Kind.LOG: _check_log,
     Kind.SESSION: _check_session,
     Kind.ACTOR: _check_text,
     Kind.FILE: _check_text,

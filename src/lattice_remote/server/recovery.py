@@ -18,7 +18,7 @@ from lattice_remote.server.committer import Committer
 from lattice_remote.server.journal import Journal, JournalReader, Retention
 from lattice_remote.server.manifest import FileState, load_manifest
 from lattice_remote.server.repair import booted_at, repair
-from lattice_remote.server.store import BY_SERVER, Store
+from lattice_remote.server.store import BY_SERVER, Store, begin_anew
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import UndoLog
 
@@ -48,6 +48,7 @@ class _History:
 
     Attributes:
         journal: None when it can't be read, or does not fit the list.
+        abandoned: the journal that does not fit the list.
         files: those at the journal's head.
         unsynced: paths that were changed since the list was written.
         is_trusted: an unchanged signature means an unchanged file: the last worker ended in order, or in this boot.
@@ -55,6 +56,7 @@ class _History:
     """
 
     journal: Journal | None
+    abandoned: Journal | None = None
     files: dict[str, FileState] = field(default_factory=dict)
     unsynced: set[str] = field(default_factory=set)
     is_trusted: bool = False
@@ -81,7 +83,7 @@ def open_store(
     boot_id = _boot_id()
     undo = UndoLog.open(directory)
     history = _read_history(directory, boot_id, retention)
-    journal = history.journal or Journal.create(directory, secrets.token_hex(16), retention)
+    journal = history.journal or _new_journal(directory, history.abandoned, retention)
     notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
     tree = Tree(project / ".lattice", history.files)
     if history.journal is not None and not history.is_trusted and boot_id:
@@ -116,10 +118,12 @@ def _read_history(directory: Path, boot_id: str, retention: Retention | None) ->
         return _History(None)
     notes = list(journal.notes) if journal is not None else []
     if journal is None or listed is None or listed.epoch != journal.epoch:
-        return _History(None, notes=[*notes, "journal and list of files don't belong together: a new epoch begins"])
+        return _History(
+            None, journal, notes=[*notes, "journal and list of files don't belong together: a new epoch begins"]
+        )
     if not journal.oldest - 1 <= listed.seq <= journal.head:
         ends = f"the journal has {journal.oldest} to {journal.head}, the list of files is of {listed.seq}"
-        return _History(None, notes=[*notes, f"{ends}: a new epoch begins"])
+        return _History(None, journal, notes=[*notes, f"{ends}: a new epoch begins"])
     files = dict(listed.files)
     unsynced: set[str] = set()
     for states in journal.states_after(listed.seq):
@@ -130,7 +134,13 @@ def _read_history(directory: Path, boot_id: str, retention: Retention | None) ->
             else:
                 files[path] = state
     is_trusted = listed.clean or listed.boot_id == boot_id != ""
-    return _History(journal, files, unsynced, is_trusted, notes)
+    return _History(journal, None, files, unsynced, is_trusted, notes)
+
+
+def _new_journal(directory: Path, abandoned: Journal | None, retention: Retention | None) -> Journal:
+    if abandoned is not None:
+        return begin_anew(abandoned)
+    return Journal.create(directory, secrets.token_hex(16), retention)
 
 
 def _changes(directory: Path) -> Iterator[Change]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Reply, Stored
 from lattice_remote.server.capture import Capture, Touched
 from lattice_remote.server.committer import Committer, Job
@@ -26,9 +26,11 @@ from lattice_remote.server.manifest import ManifestFile, save_manifest, sync_fil
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import Begin, UndoLog
 
-__all__ = ["BY_SERVER", "Cause", "Store"]
+__all__ = ["BY_SERVER", "Cause", "Store", "begin_anew"]
 
 _encoder = msgspec.msgpack.Encoder()
+_ASKED_AGAIN_S = 600.0
+"""For how long an answer is kept when its history ends: a client that lost its connection gives up much sooner."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,14 @@ class Store:
         return self.tree.after_command(touched, self._undo.before)
 
     def roll_back(self) -> None:
-        """Undo the transaction: every file is as before. What others changed in them meanwhile becomes a change."""
+        """Undo the transaction: every file is as before.
+
+        What others had changed in them is left for the next look at the tree: a request has one outcome.
+        """
         restored = self._undo.restore()
         prefix = self.tree.absolute("")
         found = self.tree.reconcile([path.removeprefix(prefix) for path in restored])
-        if found.operations:
-            self.commit(found, BY_SERVER("edit"))
-        else:
+        if not found.operations:
             self.adopt(found)
 
     def adopt(self, difference: Difference) -> None:
@@ -216,9 +219,7 @@ class Store:
     def new_epoch(self) -> None:
         """Begin a new history on the files as they are (I7); every commit must have been reported."""
         sync_files(self._take_unsynced())  # the journal that could repair them goes
-        self.journal.close()
-        retention = self.journal.retention
-        self.journal = Journal.create(self.journal.directory, secrets.token_hex(16), retention)
+        self.journal = begin_anew(self.journal)
         self.save_manifest(clean=False)
 
     def close(self) -> None:
@@ -226,6 +227,26 @@ class Store:
         self._committer.finish()
         self.save_manifest(clean=True)
         self.journal.close()
+
+
+def begin_anew(journal: Journal) -> Journal:
+    """Close a journal and begin a new history in its place, which still knows the answers on their way (I6).
+
+    Raises:
+        OSError: the old one can't be read, or the new one written.
+    """
+    answered = [_at_beginning(record) for record in journal.answered_since(time.time() - _ASKED_AGAIN_S)]
+    journal.close()
+    return Journal.create(journal.directory, secrets.token_hex(16), journal.retention, answered=answered)
+
+
+def _at_beginning(record: Record) -> Record:
+    """Return a record for a new history: its files, at number 0, hold what was done."""
+    assert record.reply is not None, "a record with an id has an answer"
+    answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
+    assert isinstance(answer, Reply | Stored), "nothing else is journalled"
+    reply = encode(msgspec.structs.replace(answer, seq=0))
+    return Record(0, b"", record.time, record.id, record.token_id, reply=reply)
 
 
 def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:

@@ -45,6 +45,7 @@ _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _MAX_COMMAND_CHARS = 200
 _MAX_ACTOR_CHARS = 256
 _MAX_MESSAGE_CHARS = 4096
+_MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 
 
 class Worker:
@@ -123,7 +124,7 @@ class Worker:
 
     def _execute(self, request: Execute) -> None:
         try:
-            attached = Attached.write(request.argv, request.files, self._scratch)
+            attached = self._attach(request)
             identity = Identity(request.actor, request.act_as)
             command = parse(
                 self._executor.cli, attached.argv, identity, files=attached.paths, lattice_dir=self._lattice_dir
@@ -132,6 +133,12 @@ class Worker:
         finally:
             if request.files:
                 self._empty_scratch()
+
+    def _attach(self, request: Execute) -> Attached:
+        try:
+            return Attached.write(request.argv, request.files, self._scratch)
+        except OSError as error:
+            raise _cannot_store("the attached files", error) from error
 
     def _run(self, request: Execute, command: Command, attached: Attached) -> None:
         outcome = Outcome()
@@ -153,8 +160,10 @@ class Worker:
             self._store.commit(difference, cause, hooks=outcome.hooks, waiting=outcome.waiting)
             return
         is_json = command.is_json
-        stdout = attached.restore_names(outcome.stdout, is_json=is_json)
-        stderr = attached.restore_names(outcome.stderr, is_json=False)
+        stdout, stderr = _cut(
+            attached.restore_names(outcome.stdout, is_json=is_json),
+            attached.restore_names(outcome.stderr, is_json=False),
+        )
         self._store.commit(
             difference,
             cause,
@@ -174,7 +183,7 @@ class Worker:
     def _edit(self, request: Edit) -> None:
         if not is_editable(request.path):
             raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
-        if len(request.text) > MAX_TEXT_BYTES:
+        if max(len(request.text), len(request.base or b"")) > MAX_TEXT_BYTES:
             raise Rejected(f"{request.path} is longer than 1 MiB", code="REMOTE_TOO_LARGE")
         path = self._store.tree.absolute(request.path)
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
@@ -185,9 +194,7 @@ class Worker:
         difference = Difference()
         if outcome in ("stored", "merged"):
             assert text is not None, "there is a text whenever something is to be stored"
-            with self._store.transaction() as touched:
-                _replace(path, text)
-            difference = self._store.difference(touched)
+            difference = self._replace(request.path, text)
         else:
             difference = self._store.tree.reconcile([request.path])
         cause = Cause(request.id, request.token_id, request.actor, request.id, f"edit {request.path}")
@@ -198,9 +205,41 @@ class Worker:
             return Path(path).read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise _cannot_store("the text", error) from error
+
+    def _replace(self, path: str, text: bytes) -> Difference:
+        """Put ``text`` in place of a plan or notes, or leave everything as it was.
+
+        Raises:
+            Rejected: that is not possible: the disk is full, or somebody put something else there.
+        """
+        failure: OSError | Vetoed | None = None
+        with self._store.transaction() as touched:
+            try:
+                _replace(self._store.tree.absolute(path), text)
+            except (OSError, Vetoed) as error:
+                failure = error
+        if failure is not None:
+            self._store.roll_back()
+            raise _cannot_store(path, failure) from failure
+        return self._store.difference(touched)
 
     def _is_active(self, path: str) -> bool:
         return (self._lattice_dir / "tasks" / f"{Path(path).stem}.json").is_file()
+
+
+def _cannot_store(what: str, error: BaseException) -> Rejected:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return Rejected(f"the server can't store {what}: {reason}; nothing was changed", code="REMOTE_STORAGE")
+
+
+def _cut(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
+    """Return what was printed, shortened to what a frame can carry, and saying so."""
+    if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
+        return stdout, stderr
+    note = b"lattice-remote: the command was carried out; its output is over 8 MiB and was cut\n"
+    return stdout[:_MAX_OUTPUT_BYTES], stderr[:_MAX_OUTPUT_BYTES] + note
 
 
 def _refuse_settled(request: Settle) -> None:
