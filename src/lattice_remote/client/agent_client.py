@@ -112,7 +112,7 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
                     on_progress(answer["progress"])
     except TimeoutError:
         raise ConnectionFailed(
-            f"the background agent does not answer; end it with: kill -9 {_agent_pid()}",
+            f"the background agent, process {_agent_pid()}, does not answer; end that process and try again",
             sent=request["do"] == "run",
         ) from None
     except (OSError, ValueError) as error:
