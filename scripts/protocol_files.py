@@ -12,6 +12,7 @@ import msgspec
 
 from lattice_remote.protocol import messages as m
 from lattice_remote.protocol import operations as o
+from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.schema import schema
 
 ROOT = Path(__file__).parent.parent / "protocol"
@@ -26,31 +27,6 @@ IDS_AFTER = o.canonical_json({"map": {"LAT-1": "task_a", "LAT-3": "task_c"}, "ne
 PATCH = b'{"map":{"LAT-2":null,"LAT-3":"task_c"},"next_seq":4}'
 
 Files = dict[str, bytes]
-
-
-class Tree:
-    """A tree of a dictionary."""
-
-    def __init__(self, files: Files) -> None:
-        self.files = dict(files)
-
-    def size(self, path: str) -> int | None:
-        return len(self.files[path]) if path in self.files else None
-
-    def read(self, path: str, offset: int = 0) -> bytes:
-        return self.files[path][offset:]
-
-    def replace(self, path: str, data: bytes) -> None:
-        self.files[path] = data
-
-    def append(self, path: str, data: bytes) -> None:
-        self.files[path] = self.files.get(path, b"") + data
-
-    def move(self, path: str, to: str) -> None:
-        self.files[to] = self.files.pop(path)
-
-    def delete(self, path: str) -> None:
-        self.files.pop(path, None)
 
 
 def _append(path: str, before: bytes, data: bytes) -> o.AppendBytes:
@@ -205,7 +181,7 @@ def _text(files: Files) -> dict[str, str]:
 
 
 def _operation_vector(name: str, operation: o.Operation, before: Files) -> dict[str, Any]:
-    tree = Tree(before)
+    tree = MemoryTree(dict(before))
     drifted = o.apply(operation, tree)
     return {
         "name": name,

@@ -43,31 +43,6 @@ PIECE = 7
 """Bytes in a part, entries in a manifest's piece: small, so that everything comes in several."""
 
 
-class MemoryTree:
-    """A ``Tree`` of a dictionary."""
-
-    def __init__(self, files: Files | None = None) -> None:
-        self.files: Files = {} if files is None else files
-
-    def size(self, path: str) -> int | None:
-        return len(self.files[path]) if path in self.files else None
-
-    def read(self, path: str, offset: int = 0) -> bytes:
-        return self.files[path][offset:]
-
-    def replace(self, path: str, data: bytes) -> None:
-        self.files[path] = data
-
-    def append(self, path: str, data: bytes) -> None:
-        self.files[path] = self.files.get(path, b"") + data
-
-    def move(self, path: str, to: str) -> None:
-        self.files[to] = self.files.pop(path)
-
-    def delete(self, path: str) -> None:
-        self.files.pop(path, None)
-
-
 def append_to(path: str, before: bytes, data: bytes) -> AppendBytes:
     """Return the operation that adds ``data`` to a file of which ``before`` is the content."""
     return AppendBytes(path, offset=len(before), tail=digest_of(before[-TAIL_BYTES:]), data=data)

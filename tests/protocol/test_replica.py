@@ -9,7 +9,6 @@ from in_memory_server import (
     Connection,
     Files,
     InMemoryServer,
-    MemoryTree,
     announce,
     append_to,
     delta,
@@ -19,6 +18,7 @@ from in_memory_server import (
 
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
     Bye,
     Change,

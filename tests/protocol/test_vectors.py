@@ -8,10 +8,10 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from in_memory_server import MemoryTree
 
 from lattice_remote.errors import CODES, ProtocolError
 from lattice_remote.protocol import codec, messages, operations
+from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.schema import schema
 
 PUBLISHED = Path(__file__).parents[2] / "protocol"

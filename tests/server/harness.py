@@ -13,6 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
     SUBPROTOCOL,
     Bye,
@@ -114,34 +115,12 @@ async def farewell(client: object) -> tuple[Bye | None, int]:
         return bye, closed.rcvd.code if closed.rcvd else 1006
 
 
-class MemoryTree(dict[str, bytes]):
-    """Files in memory, as ``operations.apply`` wants them."""
-
-    def size(self, path: str) -> int | None:
-        return len(self[path]) if path in self else None
-
-    def read(self, path: str, offset: int = 0) -> bytes:
-        return self[path][offset:]
-
-    def replace(self, path: str, data: bytes) -> None:
-        self[path] = data
-
-    def append(self, path: str, data: bytes) -> None:
-        self[path] = self.get(path, b"") + data
-
-    def move(self, path: str, to: str) -> None:
-        self[to] = self.pop(path)
-
-    def delete(self, path: str) -> None:
-        self.pop(path, None)
-
-
 class Copy:
     """A client: a replica over a connection, files in memory. ``pump()`` takes one frame."""
 
     def __init__(self, *, follow: bool = True) -> None:
         self.replica = Replica(follow=follow)
-        self.tree = MemoryTree()
+        self.tree: dict[str, bytes] = {}
         self.answers: dict[str, Reply | Stored | Refused] = {}
         self.frames: list[ServerFrame] = []
         self._parts: dict[str, bytes] = {}
@@ -190,7 +169,7 @@ class Copy:
             case Send(frame):
                 await self.send(frame)
             case ApplyChange(_, operations):
-                drifted = [path for operation in operations for path in apply(operation, self.tree)]
+                drifted = [path for operation in operations for path in apply(operation, MemoryTree(self.tree))]
                 return self.replica.drifted(drifted) if drifted else []
             case WritePart(part):
                 data = part.data if part.offset == 0 else self._parts.pop(part.path) + part.data

@@ -175,13 +175,14 @@ async def test_a_worker_killed_under_load_answers_everything_once(process: Proce
         await copy.run("create", "a task", "--actor", "human:ana")
 
         async def kill() -> None:
-            for _ in range(2):
-                await asyncio.sleep(0.3)
+            for reached in (10, 25):
+                while sent < reached:  # the next request is on its way by then
+                    await asyncio.sleep(0.001)
                 for pid in _children(process.process.pid):
                     os.kill(pid, signal.SIGKILL)
 
-        killing = asyncio.create_task(kill())
         sent = 0
+        killing = asyncio.create_task(kill())
         while not killing.done() or sent < 40:
             reply = await copy.run("comment", "WEB-1", f"comment {sent}", "--actor", "human:ana")
             assert isinstance(reply, Reply)

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
 from lattice_remote.protocol.operations import AnnounceFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
@@ -62,7 +63,7 @@ class Copy:
     def follow(self, change: Change) -> None:
         assert change.seq == self.seq + 1, "numbers have no gap (I1)"
         for operation in change.ops:
-            drifted = apply(operation, self)
+            drifted = apply(operation, MemoryTree(self.files))
             if isinstance(operation, AnnounceFile):
                 for path in drifted:
                     self.announced.append(path)
@@ -70,26 +71,6 @@ class Copy:
             else:
                 assert not drifted, f"{operation} does not fit"
         self.seq = change.seq
-
-    # --- operations.Tree ---
-
-    def size(self, path: str) -> int | None:
-        return len(self.files[path]) if path in self.files else None
-
-    def read(self, path: str, offset: int = 0) -> bytes:
-        return self.files[path][offset:]
-
-    def replace(self, path: str, data: bytes) -> None:
-        self.files[path] = data
-
-    def append(self, path: str, data: bytes) -> None:
-        self.files[path] = self.files.get(path, b"") + data
-
-    def move(self, path: str, to: str) -> None:
-        self.files[to] = self.files.pop(path)
-
-    def delete(self, path: str) -> None:
-        self.files.pop(path, None)
 
 
 class WorkerProcess:

@@ -5,5 +5,6 @@ operations   the six things a change does to a file, and how a tree applies them
 messages     the frames
 codec        frames to bytes and back, bounded
 replica      what a client does with each frame
+memory_tree  a tree that is a dictionary, for vectors and tests
 schema       all of it as JSON Schema, for protocol/schema.json
 """
