@@ -174,20 +174,24 @@ async def test_a_worker_killed_under_load_answers_everything_once(process: Proce
         await copy.sync()
         await copy.run("create", "a task", "--actor", "human:ana")
 
+        answered = asyncio.Event()
+
         async def kill() -> None:
-            for reached in (10, 25):
-                while sent < reached:  # the next request is on its way by then
-                    await asyncio.sleep(0.001)
+            for _ in range(2):
+                answered.clear()
+                await answered.wait()  # the next request is on its way by then
                 for pid in _children(process.process.pid):
                     os.kill(pid, signal.SIGKILL)
 
-        sent = 0
         killing = asyncio.create_task(kill())
+        sent = 0
         while not killing.done() or sent < 40:
             reply = await copy.run("comment", "WEB-1", f"comment {sent}", "--actor", "human:ana")
             assert isinstance(reply, Reply)
             assert reply.exit_code == 0
             sent += 1
+            if sent % 10 == 0:
+                answered.set()
         await copy.sync()
         tree = process.data.project("web").lattice
         assert copy.tree == tree_of(tree)
