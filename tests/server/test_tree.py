@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_process import Copy, tree_of
 
+from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,
@@ -98,7 +99,7 @@ def test_a_log_that_grows_is_read_only_where_it_grew(tree: Tree, monkeypatch: py
         tree.accept(difference)
         for operation in difference.operations:
             assert isinstance(operation, AppendBytes)
-            copy.append(path, operation.data)
+            MemoryTree(copy.files).append(path, operation.data)
     assert copy.files[path] == (tree.root / path).read_bytes()
 
 
