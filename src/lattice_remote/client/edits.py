@@ -5,7 +5,9 @@ is an edit: it is sent with that base, and the server merges. The base is always
 a crash in between looks like an edit that the server already has, never like one that undoes what it has.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from lattice_remote.client.cache import BASE_DIRECTORY, Cache, Signature
 from lattice_remote.protocol.operations import AppendBytes, MoveFile, Operation, PutFile, digest_of
@@ -25,15 +27,7 @@ class Edits:
 
     def scan(self) -> list[str]:
         """Return the paths of all edited files. Costs one ``stat`` for each plan and notes."""
-        found: list[str] = []
-        for directory in _EDITED_DIRECTORIES:
-            try:
-                names = sorted(os.listdir(os.path.join(self._cache.directory, directory)))
-            except OSError:
-                continue
-            paths = (f"{directory}/{name}" for name in names)
-            found += [path for path in paths if is_editable(path) and self.is_edited(path)]
-        return found
+        return [path for path in self._paths() if is_editable(path) and self.is_edited(path)]
 
     def is_edited(self, path: str) -> bool:
         """Whether a file differs from its base. A file that somebody removed is no edit."""
@@ -114,14 +108,14 @@ class Edits:
 
     def set_aside_copies(self) -> list[str]:
         """Return the copies of conflicting edits that nobody has removed yet."""
-        found: list[str] = []
+        return [path for path in self._paths() if ".md.mine" in path]
+
+    def _paths(self) -> Iterator[str]:
         for directory in _EDITED_DIRECTORIES:
-            try:
+            names: list[str] = []
+            with contextlib.suppress(OSError):
                 names = sorted(os.listdir(os.path.join(self._cache.directory, directory)))
-            except OSError:
-                continue
-            found += [f"{directory}/{name}" for name in names if ".md.mine" in name]
-        return found
+            yield from (f"{directory}/{name}" for name in names)
 
 
 def _base_path(path: str) -> str:

@@ -10,7 +10,6 @@ import copy
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -86,8 +85,10 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
             return _run_here(command, ctx, directory)
         if _is_read(path, ctx):
             _ensure_current(directory)
-            with stay_connected() if path == ("dashboard",) else nullcontext():
-                _run_here(command, ctx, directory)
+            if path == ("dashboard",):
+                with stay_connected():
+                    return _run_here(command, ctx, directory)
+            _run_here(command, ctx, directory)
             _leave(ctx, 0)
         return _run_there(command, path, ctx, directory, argv)
     except RemoteError as error:
