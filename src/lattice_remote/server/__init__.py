@@ -23,6 +23,7 @@ The network's half:
 
 ipc          what the two halves say to each other
 datadir      the directory that holds everything
+settings     config.json: every setting, its default and bounds
 locks        one server, one writer
 tokens       who may do what, where
 writer       the worker process, seen from here

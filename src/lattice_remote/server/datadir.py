@@ -1,6 +1,6 @@
 """The server's data directory: where things are in it, and how it and its projects are made.
 
-    config.json                     settings, see ``Config``
+    config.json                     settings, see ``settings.py``
     tokens.json                     who may do what, mode 0600, see ``tokens.py``
     projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
     projects/<slug>/journal/        the numbered changes, see ``journal.py``
@@ -23,17 +23,11 @@ import msgspec
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.locks import LockedElsewhere, lock
+from lattice_remote.server.settings import Config
 
-__all__ = ["Config", "DataDir", "ProjectPaths", "ProjectSummary", "default_location", "write_atomically"]
+__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "default_location", "write_atomically"]
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-
-
-class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``config.json``. An unknown name is an error, so that a misspelt setting is noticed."""
-
-    hooks: bool = True
-    """Whether the hooks of the projects' own ``config.json`` run on this server."""
 
 
 class ProjectSummary(msgspec.Struct, frozen=True):
@@ -80,7 +74,7 @@ class DataDir:
             self._projects.mkdir(parents=True, exist_ok=True)
             if not self.tokens.exists():
                 write_atomically(self.tokens, b'{"tokens": []}\n', mode=0o600)
-            write_atomically(self._config, msgspec.json.format(msgspec.json.encode(Config())) + b"\n")
+            write_atomically(self._config, b"{}\n")
 
     def config(self) -> Config:
         """Return the settings.

@@ -1,0 +1,51 @@
+"""``config.json``: every setting of a server, its default and its bounds. People read docs/configuration.md.
+
+An unknown name, a wrong type or a value out of bounds is an error at the start, so that a misspelt setting is
+noticed. A setting that is left out has its default.
+"""
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ["Config", "Limits", "Tls"]
+
+_Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one token, one address and everybody together may take. An IPv6 address stands for its /64."""
+
+    connections_per_token: _Count = 1_000
+    connections_per_address: _Count = 2_000
+    new_connections_per_second: _Count = 100
+    """From one address; ten seconds' worth may come at once."""
+    waiting_connections: _Count = 1_024
+    """Connections that have not shown a token yet. One more, and the one that waits longest is cut."""
+    waiting_connections_per_address: _Count = 256
+    failed_logins_per_minute: _Count = 30
+    """Requests with no token or an unknown one, from one address; further ones are told to come back later."""
+    requests_per_connection: _Count = 256
+    """Commands and edits that wait for their answer."""
+    requests_per_token: _Count = 512
+    request_bytes: Annotated[int, Meta(ge=64 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024
+    """The largest message that a client may send."""
+
+
+class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The server's own certificate and private key, two PEM files; with neither it speaks plain HTTP."""
+
+    cert: str = ""
+    key: str = ""
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """All settings. ``DataDir.config()`` reads them."""
+
+    hooks: bool = True
+    """Whether the hooks of the projects' own ``config.json`` run on this server."""
+    limits: Limits = Limits()
+    tls: Tls = Tls()
+    trusted_proxies: list[str] = []
+    """Addresses and networks whose X-Forwarded-For is believed."""
