@@ -77,6 +77,17 @@ _CHANGE = m.Change(
     command="comment",
     ops=[_append(EVENTS, b"", LINE), PUT, MERGE, MOVE, o.DeleteFile("notes/old.md"), ANNOUNCE],
 )
+_ENTRY = m.LogEntry(
+    seq=42,
+    epoch="8f2c",
+    time="2026-01-02T03:04:05.678Z",
+    actor="agent:bot",
+    token_id="tok_1",  # noqa: S106 - a token's public name
+    token_actor="human:ana",  # noqa: S106 - a person
+    cause=ID,
+    command="set-project-code LAT",
+    tasks=[],
+)
 FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("hello: a first connection", m.Hello([1], "0.1.0", "0.2.0", list(m.CAPABILITIES))),
     ("hello: goes on at a number", m.Hello([1], "0.1.0", "0.2.0", ["append"], "8f2c", 41, MARK)),
@@ -95,6 +106,9 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("fetch", m.Fetch([SNAPSHOT, "config.json"])),
     ("manifest", m.Manifest()),
     ("applied", m.Applied(42)),
+    ("run: sent again", m.Run(ID, ["comment", "LAT-1", "x"], age_s=2.5)),
+    ("log: the newest changes", m.Log(ID)),
+    ("log: of a task, going on", m.Log(ID, "LAT-42", 5, 17)),
     (
         "welcome: the missing changes follow",
         m.Welcome(
@@ -117,6 +131,10 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
         m.Welcome(1, "0.1.0", "0.2.0", "p", "human:ana", "8f2c", 0, 1, True, m.Limits(1 << 25, 1 << 24)),
     ),
     ("change: every operation", _CHANGE),
+    (
+        "change: by a token of somebody else",
+        msgspec.structs.replace(_CHANGE, actor="agent:bot", token_actor="human:ana"),  # noqa: S106 - a person
+    ),
     ("change: no operation", m.Change(1, MARK, "2026-01-02T03:04:05.678Z", "server", "", "recovery", "", [])),
     ("reply", m.Reply(ID, 42, 0, b"Comment added\n", b"")),
     ("reply: a failed command", m.Reply(ID, 42, 1, b"", b"Error: no such task\n")),
@@ -127,6 +145,8 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("part: the second piece", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 20, LINE[20:])),
     ("part: an empty file", m.Part(EVENTS, 42, 0, o.digest_of(b""))),
     ("part: no such file", m.Part(EVENTS, 42, gone=True)),
+    ("log-page", m.LogPage(ID, [_ENTRY, msgspec.structs.replace(_ENTRY, seq=7, tasks=[TASK], more_tasks=2)], 17)),
+    ("log-page: the end", m.LogPage(ID, [], None)),
     ("refused", m.Refused(ID, "REMOTE_FORBIDDEN", "token may act as human:ana, agent:*; not as human:bob")),
     ("bye: come back", m.Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0)),
     ("bye: do not come back", m.Bye("REMOTE_UNAUTHORIZED", "the token was revoked")),
@@ -148,6 +168,9 @@ REJECTED: list[tuple[str, str, Any]] = [
     ("client", "an id that ends in a line break", {"type": "run", "id": ID + "\n", "argv": ["list"]}),
     ("client", "an empty argv", {"type": "run", "id": ID, "argv": []}),
     ("client", "an argument that is no string", {"type": "run", "id": ID, "argv": [b"list"]}),
+    ("client", "a log of nothing", {"type": "log", "id": ID, "limit": 0}),
+    ("client", "a log of too much", {"type": "log", "id": ID, "limit": 201}),
+    ("client", "an age before its time", {"type": "run", "id": ID, "argv": ["list"], "age_s": -1.0}),
     *[
         ("client", f"a path that is not allowed: {path!r}", {"type": "fetch", "paths": [path]})
         for path in (

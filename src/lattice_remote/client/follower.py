@@ -18,7 +18,7 @@ from lattice_remote.client.cache import Cache, Signature
 from lattice_remote.client.edits import Edits
 from lattice_remote.client.state import STATE_FILE, CacheState
 from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
-from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Refused, Reply, ServerFrame, Stored
+from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
 from lattice_remote.protocol.operations import MoveFile, Operation, apply, digest_of, paths_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import (
@@ -47,7 +47,7 @@ class Outcome:
     """What a batch of frames leads to, after the files: frames to send, and answers to requests."""
 
     to_send: list[ClientFrame] = field(default_factory=list)
-    answers: list[Reply | Stored | Refused] = field(default_factory=list)
+    answers: list[Response] = field(default_factory=list)
     applied: bool = False
     """Whether the files, and what is stored of their state, were written."""
 

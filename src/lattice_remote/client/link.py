@@ -32,12 +32,9 @@ from lattice_remote.protocol.messages import (
     Bye,
     ClientFrame,
     Hello,
-    Put,
-    Refused,
-    Reply,
-    Run,
+    Request,
+    Response,
     ServerFrame,
-    Stored,
     Welcome,
 )
 
@@ -68,8 +65,6 @@ _STATUS_CODES = {
     426: ("REMOTE_VERSION", "the server speaks another version of the protocol"),
 }
 
-Request = Run | Put
-Response = Reply | Stored | Refused
 _Inbox = asyncio.Queue[ServerFrame | RemoteError]
 
 

@@ -16,6 +16,8 @@ __all__ = [
     "CAPABILITIES",
     "MAX_ARGV",
     "MAX_FETCH_PATHS",
+    "MAX_LOG_ENTRIES",
+    "MAX_LOG_TASKS",
     "PROTOCOL_VERSION",
     "SUBPROTOCOL",
     "Applied",
@@ -28,11 +30,16 @@ __all__ = [
     "Fetch",
     "Hello",
     "Limits",
+    "Log",
+    "LogEntry",
+    "LogPage",
     "Manifest",
     "Part",
     "Put",
     "Refused",
     "Reply",
+    "Request",
+    "Response",
     "Run",
     "ServerFrame",
     "Stored",
@@ -41,11 +48,15 @@ __all__ = [
 
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("append", "merge", "move", "announce", "put-text")
+CAPABILITIES = ("append", "merge", "move", "announce", "put-text", "log")
 """What this version can do beyond whole files; a peer uses only what the other side named."""
 
 MAX_ARGV = 1024
 MAX_FETCH_PATHS = 1024
+MAX_LOG_ENTRIES = 200
+"""The most entries that one ``LogPage`` holds."""
+MAX_LOG_TASKS = 100
+"""The most tasks that one ``LogEntry`` names."""
 
 Epoch = Annotated[str, Meta(max_length=64)]
 """Names one unbroken history of a project; random, opaque (I7)."""
@@ -59,6 +70,7 @@ _Short = Annotated[str, Meta(max_length=256)]
 _Line = Annotated[str, Meta(max_length=4096)]
 _Path = Annotated[str, Meta(min_length=1, max_length=512)]
 _Size = Annotated[int, Meta(ge=0)]
+_Age = Annotated[float, Meta(ge=0)]
 
 
 class _Frame(msgspec.Struct, frozen=True, tag_field="type"):
@@ -87,20 +99,28 @@ class Hello(_Frame, frozen=True, tag="hello"):
 
 
 class Run(_Frame, frozen=True, tag="run"):
-    """Run ``lattice`` with this argv (the program's name left out), once for this id (I6)."""
+    """Run ``lattice`` with this argv (the program's name left out), once for this id (I6).
+
+    ``age_s`` is 0 unless it may have been sent before: then how many seconds ago that was first done.
+    """
 
     id: RequestId
     argv: Annotated[list[str], Meta(min_length=1, max_length=MAX_ARGV)]
     files: Annotated[list[Attachment], Meta(max_length=16)] = []
+    age_s: _Age = 0.0
 
 
 class Put(_Frame, frozen=True, tag="put"):
-    """A plan or notes as edited here: ``text``, made from ``base`` (None: there was no file)."""
+    """A plan or notes as edited here: ``text``, made from ``base`` (None: there was no file).
+
+    ``age_s`` as in ``Run``. Capability ``put-text``.
+    """
 
     id: RequestId
     path: _Path
     base: bytes | None
     text: bytes
+    age_s: _Age = 0.0
 
 
 class Fetch(_Frame, frozen=True, tag="fetch"):
@@ -111,6 +131,19 @@ class Fetch(_Frame, frozen=True, tag="fetch"):
 
 class Manifest(_Frame, frozen=True, tag="manifest"):
     """Send the list of all files."""
+
+
+class Log(_Frame, frozen=True, tag="log"):
+    """Tell who changed what, newest first: at most ``limit`` changes, those of one task if it is named.
+
+    ``task`` is a task's id or short id, "" for all. ``before`` goes on where a ``LogPage.before`` says, None
+    begins with the newest. Capability ``log``.
+    """
+
+    id: RequestId
+    task: _Short = ""
+    limit: Annotated[int, Meta(ge=1, le=MAX_LOG_ENTRIES)] = 20
+    before: Seq | None = None
 
 
 class Applied(_Frame, frozen=True, tag="applied"):
@@ -151,6 +184,7 @@ class Change(_Frame, frozen=True, tag="change"):
     """One change: what was written, by whom, when, and because of what.
 
     ``cause`` is the id of the request, or ``edit`` (somebody changed the server's files), or ``recovery``.
+    ``actor`` is who the command acted as; ``token_actor`` is whose token it was, "" when that is the same.
     ``time`` is UTC, RFC 3339 with milliseconds. The operations are applied in order.
     """
 
@@ -162,6 +196,7 @@ class Change(_Frame, frozen=True, tag="change"):
     cause: _Short
     command: _Line
     ops: list[Operation]
+    token_actor: _Short = ""
 
 
 class Reply(_Frame, frozen=True, tag="reply"):
@@ -211,8 +246,38 @@ class Part(_Frame, frozen=True, tag="part"):
     gone: bool = False
 
 
+class LogEntry(msgspec.Struct, frozen=True):
+    """One change as the log tells it: the fields of ``Change`` without operations, and the tasks that they touch.
+
+    ``tasks`` are ids, sorted, the first ``MAX_LOG_TASKS``; ``more_tasks`` counts the others. ``epoch`` tells
+    apart two changes of one number.
+    """
+
+    seq: Seq
+    epoch: Epoch
+    time: _Short
+    actor: _Short
+    token_id: _Short
+    token_actor: _Short
+    cause: _Short
+    command: _Line
+    tasks: Annotated[list[_Short], Meta(max_length=MAX_LOG_TASKS)]
+    more_tasks: _Size = 0
+
+
+class LogPage(_Frame, frozen=True, tag="log-page"):
+    """The answer to ``Log``: entries, newest first, perhaps none though there are more.
+
+    ``before`` is what to ask for next; None when the log that is kept has been read to its beginning.
+    """
+
+    id: RequestId
+    entries: Annotated[list[LogEntry], Meta(max_length=MAX_LOG_ENTRIES)]
+    before: Seq | None
+
+
 class Refused(_Frame, frozen=True, tag="refused"):
-    """A request was not carried out and had no effect."""
+    """A request was not carried out; it had no effect, except with ``REMOTE_UNKNOWN_OUTCOME``: nobody knows."""
 
     id: RequestId
     code: _Short
@@ -227,5 +292,9 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
-ClientFrame = Hello | Run | Put | Fetch | Manifest | Applied
-ServerFrame = Welcome | Change | Reply | Stored | Entries | Part | Refused | Bye
+Request = Run | Put | Log
+"""What a server answers, by its id."""
+Response = Reply | Stored | LogPage | Refused
+"""What answers a ``Request``."""
+ClientFrame = Hello | Run | Put | Fetch | Manifest | Log | Applied
+ServerFrame = Welcome | Change | Reply | Stored | Entries | Part | LogPage | Refused | Bye

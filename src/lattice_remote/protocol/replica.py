@@ -25,10 +25,12 @@ from lattice_remote.protocol.messages import (
     Entries,
     Fetch,
     Hello,
+    LogPage,
     Manifest,
     Part,
     Refused,
     Reply,
+    Response,
     ServerFrame,
     Stored,
     Welcome,
@@ -133,7 +135,7 @@ class Send:
 class Answer:
     """A request's outcome; every change up to its number is in the files."""
 
-    frame: Reply | Stored | Refused
+    frame: Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,7 @@ class Replica:
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()
-            case Refused():
+            case LogPage() | Refused():
                 return [Answer(frame)]
             case Bye():
                 raise ProtocolError(frame.reason, code=frame.code)

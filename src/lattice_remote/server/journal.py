@@ -9,6 +9,7 @@ with fsync. ``JournalReader`` is for another process, and may read while the wor
 """
 
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import msgspec
 from lattice_remote.server.framing import HEAD_BYTES, frame, frames, payload_at
 from lattice_remote.server.manifest import FileState, sync_directory, sync_files
 
-__all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment"]
+__all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment", "segment_paths"]
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
@@ -62,6 +63,7 @@ class _Outline(msgspec.Struct, frozen=True, tag="record"):
 _decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
 _outline_decoder: msgspec.msgpack.Decoder[Segment | _Outline] = msgspec.msgpack.Decoder(Segment | _Outline)
 _encoder = msgspec.msgpack.Encoder()
+_SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 
 @dataclass(frozen=True)
@@ -319,6 +321,11 @@ class Journal:
             payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
         found = _decoder.decode(payload) if payload is not None else None
         return found if isinstance(found, Record) else None
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    """Return the paths of all segments, oldest first."""
+    return sorted(path for path in directory.glob("*.log") if _SEGMENT_NAME.fullmatch(path.name))
 
 
 def _parse(path: Path) -> tuple[_Kept, list[tuple[int, _Outline]]] | None:

@@ -12,6 +12,7 @@ queued in the tick in which they are right, so the number they carry is that of 
 
 import asyncio
 import logging
+from collections import deque
 
 from websockets.exceptions import ConnectionClosed
 
@@ -27,6 +28,7 @@ from lattice_remote.protocol.messages import (
     Fetch,
     Hello,
     Limits,
+    Log,
     Manifest,
     Put,
     Refused,
@@ -82,6 +84,7 @@ class Peer:
         self._in_flight: set[str] = set()
         self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
         self._wants_manifest = False
+        self._logs: deque[Log] = deque()
         self._work = asyncio.Event()
         self._ended = False
 
@@ -209,6 +212,8 @@ class Peer:
                 self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor))
             case Put():
                 self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+            case Log():
+                self._ask_log(frame)
             case Fetch():
                 self._wanted.update(dict.fromkeys(frame.paths))
                 if len(self._wanted) > _MAX_FETCHES:
@@ -222,14 +227,25 @@ class Peer:
             case Hello():
                 raise ProtocolError("Hello comes once")
 
+    def _ask_log(self, frame: Log) -> None:
+        """Have the log read when the client has taken what it is owed before: it is read for nobody in a hurry."""
+        if self._is_taken(frame.id):
+            self._logs.append(frame)
+            self._work.set()
+
     def _submit(self, request: Execute | Edit) -> None:
-        if request.id in self._in_flight:
-            return  # asked twice on one connection: one answer
+        if self._is_taken(request.id):
+            self.project.submit(request, self)
+
+    def _is_taken(self, request_id: str) -> bool:
+        """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many."""
+        if request_id in self._in_flight:
+            return False  # asked twice on one connection: one answer
         if len(self._in_flight) >= _MAX_IN_FLIGHT:
-            self._refuse(request.id, "REMOTE_BUSY", f"{_MAX_IN_FLIGHT} requests are under way on this connection")
-            return
-        self._in_flight.add(request.id)
-        self.project.submit(request, self)
+            self._refuse(request_id, "REMOTE_BUSY", f"{_MAX_IN_FLIGHT} requests are under way on this connection")
+            return False
+        self._in_flight.add(request_id)
+        return True
 
     def _refuse(self, request_id: str, code: str, message: str) -> None:
         self.answer(request_id, encode(Refused(request_id, code, message)))
@@ -277,6 +293,12 @@ class Peer:
             elif self._wanted:
                 unsettled = await files.send(files.batch(self._wanted))
                 self._wanted.update(dict.fromkeys(unsettled))
+            elif self._logs:
+                asked = self._logs.popleft()
+                history = self.project.history
+                answer = await self.project.log.answer(asked, epoch=history.epoch, head=history.head)
+                self.answer(asked.id, encode(answer))
+                await self._outbox.room()
             else:
                 self._work.clear()
                 await self._work.wait()

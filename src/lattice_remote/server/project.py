@@ -41,6 +41,7 @@ from lattice_remote.server.ipc import (
     ToWorker,
 )
 from lattice_remote.server.job import Job
+from lattice_remote.server.log import LogReader
 from lattice_remote.server.waiting import Waiting
 from lattice_remote.server.writer import WORKER_COMMAND, Writer
 
@@ -88,6 +89,8 @@ class Project:
         self.paths = paths
         self.history = History(paths.journal)
         """What the followers know, and may ask for."""
+        self.log = LogReader(paths)
+        """Answers who changed what."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
         self._hooks = hooks

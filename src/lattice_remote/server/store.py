@@ -17,6 +17,7 @@ import msgspec
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Reply, Stored
+from lattice_remote.server.attribution import describe_paths
 from lattice_remote.server.capture import Capture, Touched
 from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Waiting
@@ -35,13 +36,17 @@ _ASKED_AGAIN_S = 600.0
 
 @dataclass(frozen=True)
 class Cause:
-    """Why something changes: a request (``id``) of a token, or the server itself."""
+    """Why something changes: a request (``id``) of a token, or the server itself.
+
+    ``actor`` is who it acts as, ``token_actor`` whose token it is.
+    """
 
     id: str
     token_id: str
     actor: str
     cause: str
     command: str = ""
+    token_actor: str = ""
 
 
 def BY_SERVER(cause: str) -> Cause:  # noqa: N802 - reads as the constant it nearly is
@@ -251,6 +256,8 @@ def _at_beginning(record: Record) -> Record:
 
 def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    command = cause.command or describe_paths(difference.states)
+    token_actor = cause.token_actor if cause.token_actor != cause.actor else ""
     return encode(
-        Change(seq, mark, now, cause.actor, cause.token_id, cause.cause, cause.command, difference.operations)
+        Change(seq, mark, now, cause.actor, cause.token_id, cause.cause, command, difference.operations, token_actor)
     )

@@ -10,7 +10,6 @@ import contextlib
 import gc
 import logging
 import os
-import shlex
 import shutil
 import signal
 import socket
@@ -27,6 +26,7 @@ from lattice_remote.protocol.messages import Refused, Reply, Stored
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.attachments import Attached
+from lattice_remote.server.attribution import describe_command, describe_edit
 from lattice_remote.server.capture import Touched, Vetoed
 from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Executor, Outcome
@@ -42,7 +42,6 @@ __all__ = ["Worker", "main"]
 
 _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-_MAX_COMMAND_CHARS = 200
 _MAX_ACTOR_CHARS = 256
 _MAX_MESSAGE_CHARS = 4096
 _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
@@ -155,7 +154,7 @@ class Worker:
         else:
             difference = self._store.difference(touched)
         actor = (command.actor or request.actor)[:_MAX_ACTOR_CHARS]
-        cause = Cause(request.id, request.token_id, actor, request.id, _shown(request.argv))
+        cause = Cause(request.id, request.token_id, actor, request.id, describe_command(request.argv), request.actor)
         if outcome.waiting is not None:
             self._store.commit(difference, cause, hooks=outcome.hooks, waiting=outcome.waiting)
             return
@@ -197,7 +196,8 @@ class Worker:
             difference = self._replace(request.path, text)
         else:
             difference = self._store.tree.reconcile([request.path])
-        cause = Cause(request.id, request.token_id, request.actor, request.id, f"edit {request.path}")
+        command = describe_edit(request.path)
+        cause = Cause(request.id, request.token_id, request.actor, request.id, command, request.actor)
         self._store.commit(difference, cause, lambda seq: Stored(request.id, seq, outcome))
 
     def _current(self, path: str) -> bytes | None:
@@ -265,11 +265,6 @@ def _broken(failure: str, *, is_json: bool) -> Outcome:
         envelope = {"error": {"code": "REMOTE_FAILED", "message": message}, "ok": False}
         return Outcome(1, canonical_json(envelope) + b"\n")
     return Outcome(1, stderr=f"Error: {message}\n".encode("utf-8", "backslashreplace"))
-
-
-def _shown(argv: list[str]) -> str:
-    line = shlex.join(argv)
-    return line if len(line) <= _MAX_COMMAND_CHARS else line[: _MAX_COMMAND_CHARS - 1] + "…"
 
 
 def _replace(path: str, text: bytes) -> None:

@@ -1,0 +1,46 @@
+"""What a change says of how it came about: one bounded line for people, without secrets.
+
+The content of attached files is no part of a command line. What can be in one, and would give somebody access, is
+struck out: tokens of this server, and passwords in addresses.
+"""
+
+import re
+import shlex
+from collections.abc import Collection, Sequence
+
+__all__ = ["describe_command", "describe_edit", "describe_paths"]
+
+MAX_CHARS = 200
+_MAX_PATHS = 5
+_SECRETS = re.compile(
+    r"(?P<token>ltr_)[\w-]{16,}|(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/@:]*):[^\s/@]+(?=@)", re.IGNORECASE
+)
+
+
+def describe_command(argv: Sequence[str]) -> str:
+    """Return a command line as it could be typed, cut to ``MAX_CHARS``."""
+    # What is cut off need not be looked through: an argument may have a megabyte.
+    return _cut(_without_secrets(shlex.join([argument[: 20 * MAX_CHARS] for argument in argv])))
+
+
+def describe_edit(path: str) -> str:
+    """Return what is said of a plan or notes that a client has sent."""
+    return f"edit {path}"
+
+
+def describe_paths(paths: Collection[str]) -> str:
+    """Return what is said of files that were found changed: the first of them, and how many there are."""
+    shown = ", ".join(list(paths)[:_MAX_PATHS])
+    more = len(paths) - _MAX_PATHS
+    if more <= 0:
+        return _cut(f"changed {shown}")
+    tail = f", and {more} more"
+    return f"changed {shown}"[: MAX_CHARS - len(tail)] + tail
+
+
+def _without_secrets(line: str) -> str:
+    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['scheme']}:***", line)
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= MAX_CHARS else line[: MAX_CHARS - 1] + "…"
