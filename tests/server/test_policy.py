@@ -2,9 +2,12 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from lattice.cli.main import cli
 
 from lattice_remote.errors import Rejected
@@ -166,3 +169,70 @@ def test_a_session_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "sessions/Pipe-1.json")
     for name in ("Dir-1", "Pipe-1"):
         assert "no plain file" in refused(tmp_path, "comment", "LAT-1", "x", "--name", name).message
+
+
+# --- who a token may be ---
+
+WORD = st.text(st.characters(exclude_characters="*"), max_size=8)
+
+
+def agrees(pattern: str, actor: str) -> bool:
+    """Tell whether ``actor`` is the pieces of the pattern, in order, with anything between; written without regex."""
+    first, *rest = pattern.split("*")
+    if not rest:
+        return actor == first
+    if not actor.startswith(first):
+        return False
+    at = len(first)
+    for piece in rest[:-1]:
+        at = actor.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return len(actor) - at >= len(rest[-1]) and actor.endswith(rest[-1])
+
+
+@given(st.lists(WORD, min_size=1, max_size=5), st.data())
+def test_a_star_stands_for_anything_and_nothing_else_for_more_than_itself(
+    pieces: list[str], data: st.DataObject
+) -> None:
+    pattern = "*".join(pieces)
+    between = [data.draw(WORD) for _ in pieces[1:]]
+    inside = pieces[0] + "".join(gap + piece for gap, piece in zip(between, pieces[1:], strict=True))
+    assert Identity("human:ana", [pattern]).may_act_as(inside)
+    other = data.draw(
+        st.one_of(st.text(max_size=20), st.just(inside + "x"), st.just("x" + inside), st.just(inside[1:]))
+    )
+    assert Identity("human:ana", [pattern]).may_act_as(other) == (other == "human:ana" or agrees(pattern, other))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "actor", "may"),
+    [
+        ("agent:*", "agent:", True),
+        ("agent:*", "agent:a\nb", True),
+        ("agent:*", "Agent:a", False),
+        ("agent:*", "human:agent:a", False),
+        ("agent:a.c", "agent:abc", False),
+        ("agent:a.c", "agent:a.c", True),
+        ("agent:[ab]", "agent:a", False),
+        ("agent:(a|b)+", "agent:a", False),
+        ("agent:a?", "agent:", False),
+        ("agent:\\w", "agent:w", False),
+        ("agent:a*b", "agent:ab", True),
+        ("agent:a*b", "agent:axxb", True),
+        ("agent:a*b", "agent:axxbc", False),
+        ("agent:ä", "agent:a\u0308", False),
+        ("agent:k", "agent:\u212a", False),  # the sign for Kelvin, which is a k when case is ignored
+        ("agent:ß", "agent:ss", False),
+        ("*", "human:eve", True),
+    ],
+)
+def test_what_looks_like_a_pattern_is_only_text(pattern: str, actor: str, may: bool) -> None:
+    assert Identity("human:ana", [pattern]).may_act_as(actor) is may
+
+
+def test_a_pattern_of_many_stars_takes_no_time() -> None:
+    began = time.monotonic()
+    assert not Identity("human:ana", ["agent:" + "*a" * 40 + "b"]).may_act_as("agent:" + "a" * 4000)
+    assert time.monotonic() - began < 1
