@@ -87,6 +87,23 @@ def test_a_token_is_alone_on_stdout_and_can_be_listed_and_revoked(data: Path) ->
     assert json.loads(lattice_remote_command("token", "list", "--json", "--data", data).stdout) == []
 
 
+def test_a_token_can_expire_and_be_rotated(data: Path) -> None:
+    named = ("token", "create", "--project", "web", "--actor", "human:ana", "--data", data)
+    made = lattice_remote_command(*named, "--expires", "2999-01-01")
+    assert "until 2999-01-01T00:00:00Z" in made.stderr
+    [token] = json.loads(lattice_remote_command("token", "list", "--json", "--data", data).stdout)
+    assert (token["expires"], token["last_used"]) == ("2999-01-01T00:00:00Z", None)
+    rotated = lattice_remote_command("token", "rotate", token["id"], "--grace", "1h", "--data", data)
+    assert rotated.stdout.startswith("ltr_")
+    assert rotated.stdout != made.stdout
+    assert "works until 2" in rotated.stderr
+    assert json.loads(lattice_remote_command("token", "list", "--json", "--data", data).stdout) == [token]
+    assert "2999-01-01T00:00:00Z  never" in lattice_remote_command("token", "list", "--data", data).stdout
+    for wrong in (("rotate", token["id"], "--grace", "soon"), ("rotate", "tok_none"), (*named[1:], "--expires", "0d")):
+        failed = lattice_remote_command("token", *wrong, *(() if "--data" in wrong else ("--data", data)))
+        assert (failed.returncode, failed.stdout, len(failed.stderr.splitlines())) == (1, "", 1)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

@@ -1,9 +1,12 @@
 """What the server refuses, and how: before the upgrade, in the greeting, and after. All tests share one server."""
 
+import asyncio
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -154,6 +157,66 @@ async def test_a_revoked_token_ends_its_connections_within_a_second(running: Run
         assert isinstance(await copy.run("put", "a", "x"), Reply)
 
 
+async def test_a_token_that_expires_ends_its_connections_within_a_second(running: Running) -> None:
+    ends = datetime.now(UTC) + timedelta(seconds=0.7)
+    token, text = TokenFile(running.data.tokens).create(projects=["web"], actor="human:ben", act_as=[], expires=ends)
+    async with running.connected(text) as client:
+        await client.send(hello())
+        bye, code = await farewell(client)
+    assert timedelta() <= datetime.now(UTC) - ends < timedelta(seconds=1)
+    assert bye is not None
+    assert bye.reason.startswith(f"token {token.id} expired at ")
+    assert (bye.retry_after_s, code) == (None, 1008)
+    assert await refused(running.url(), Authorization=f"Bearer {text}") == (401, "REMOTE_UNAUTHORIZED")
+
+
+async def test_a_rotated_token_sends_away_who_came_with_its_old_text(running: Running) -> None:
+    tokens = TokenFile(running.data.tokens)
+    token, old = tokens.create(projects=["web"], actor="human:ben", act_as=[])
+    async with running.connected(old) as client:
+        await client.send(hello())
+        _, new = tokens.rotate(token.id, grace=timedelta(hours=1))
+        async with running.connected(new) as other:
+            assert running.hub._logins.find(old) is not None
+            await client.ping()
+            _, newest = tokens.rotate(token.id)
+            for gone in (client, other):
+                bye, code = await farewell(gone)
+                assert bye is not None
+                assert "was rotated; use its new text" in bye.reason
+                assert code == 1008
+    assert await refused(running.url(), Authorization=f"Bearer {new}") == (401, "REMOTE_UNAUTHORIZED")
+    async with running.connected(newest):
+        pass
+
+
+async def test_plain_http_asks_the_same_questions(running: Running) -> None:
+    tokens = TokenFile(running.data.tokens)
+    token, text = tokens.create(projects=["web"], actor="human:ben", act_as=["agent:*"])
+    status, answer = await get(running, "/projects/web", text)
+    assert status == 200
+    assert {key: answer[key] for key in ("project", "actor", "act_as")} == {
+        "project": "web",
+        "actor": "human:ben",
+        "act_as": ["agent:*"],
+    }
+    assert (await get(running, "/projects/none", text))[0] == 404
+    assert (await get(running, "/projects/web", "ltr_nope"))[0] == 401
+    tokens.revoke(token.id)
+    status, answer = await get(running, "/projects/web", text)
+    assert (status, answer["error"]["code"]) == (401, "REMOTE_UNAUTHORIZED")
+
+
+async def get(running: Running, path: str, token: str) -> tuple[int, Any]:
+    """Ask over plain HTTP; return the status and the JSON of the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {token}\r\n\r\n"
+    writer.write(head.encode())
+    answer, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    return int(answer.split()[1]), json.loads(body)
+
+
 async def test_broken_tokens_are_logged_once_and_those_before_stay(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -161,7 +224,7 @@ async def test_broken_tokens_are_logged_once_and_those_before_stay(
     try:
         write_atomically(running.data.tokens, b"{broken")
         for _ in range(3):
-            running.hub._refresh_tokens()
+            running.hub._refresh_logins()
         async with running.connected():
             pass
     finally:

@@ -25,7 +25,11 @@ ipc          what the two halves say to each other
 datadir      the directory that holds everything
 settings     config.json: every setting, its default and bounds
 locks        one server, one writer
-tokens       who may do what, where
+tokens       who may do what, where: the file
+expiry       when something ends, as people write it
+logins       the tokens as a running server sees them
+lastuse      when each token was last in use
+refusal      the answer to who is turned away
 writer       the worker process, seen from here
 project      a project's queue and its worker
 history      its head, the tree at the head, its followers

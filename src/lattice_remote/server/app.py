@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,10 +17,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import lattice_remote
-from lattice_remote.errors import Misuse
+from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.handoff import PlainHttp, handoff_class, websocket_server
-from lattice_remote.server.hub import Hub, error_body
+from lattice_remote.server.hub import Hub
+from lattice_remote.server.refusal import Refusal
 
 __all__ = ["bind", "make_server", "run"]
 
@@ -112,16 +114,50 @@ def _http_app(hub: Hub) -> Starlette:
         projects = await asyncio.to_thread(hub.data.slugs)
         return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
 
-    async def refuse(request: Request, error: Exception) -> Response:
-        status = getattr(error, "status_code", 500)
-        if request.url.path.endswith("/ws"):
-            body = error_body("REMOTE_PROTOCOL", "this is a WebSocket endpoint: upgrade the request")
-            return Response(body, 426, {"Upgrade": "websocket"}, "application/json")
-        code = "REMOTE_NOT_FOUND" if status == 404 else "REMOTE_PROTOCOL"
-        body = error_body(code, f"{request.method} {request.url.path}: there is nothing here")
-        return Response(body, status, media_type="application/json")
+    async def project(request: Request) -> Response:
+        return await _describe(hub, request)
 
-    return Starlette(routes=[Route("/healthz", healthz)], exception_handlers={404: refuse, 405: refuse})
+    async def refuse(request: Request, error: Exception) -> Response:
+        if request.url.path.endswith("/ws"):
+            why = "this is a WebSocket endpoint: upgrade the request"
+            return _answer(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
+        status = HTTPStatus(getattr(error, "status_code", 500))
+        code = "REMOTE_NOT_FOUND" if status is HTTPStatus.NOT_FOUND else "REMOTE_PROTOCOL"
+        return _answer(Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
+
+    routes = [Route("/healthz", healthz), Route("/projects/{slug}", project)]
+    return Starlette(routes=routes, exception_handlers={404: refuse, 405: refuse})
+
+
+async def _describe(hub: Hub, request: Request) -> Response:
+    """Say what a token may do in a project, and where the project stands. A client asks before it adds a remote."""
+    authorization = request.headers.getlist("Authorization")
+    admitted = hub.admit(authorization, request.path_params["slug"])
+    if isinstance(admitted, Refusal):
+        return _answer(admitted)
+    login, project = admitted
+    try:
+        await project.opened()
+    except RemoteError as error:
+        return _answer(Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error.code, error.message))
+    if isinstance(refusal := hub.admit(authorization, project.slug), Refusal):  # that may have taken its time
+        return _answer(refusal)
+    token, history = login.token, project.history
+    return JSONResponse(
+        {
+            "project": project.slug,
+            "actor": token.actor,
+            "act_as": token.act_as,
+            "epoch": history.epoch,
+            "head": history.head,
+            "server_version": lattice_remote.__version__,
+            "lattice_version": project.lattice_version,
+        }
+    )
+
+
+def _answer(refusal: Refusal) -> Response:
+    return Response(refusal.body, refusal.status, refusal.headers)
 
 
 class _Server(uvicorn.Server):

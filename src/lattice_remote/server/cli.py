@@ -7,6 +7,7 @@ Errors are one line on stderr that says what to do next, exit 1; a wrong command
 import logging
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ import typer
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.server.datadir import DataDir, default_location
+from lattice_remote.server.expiry import duration, expiry, shown
+from lattice_remote.server.lastuse import read_last_uses
 from lattice_remote.server.tokens import Token, TokenFile
 
 __all__ = ["app", "main"]
@@ -151,7 +154,7 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
 
 
 @_tokens.command("create")
-def create_token(
+def create_token(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
     project: Annotated[list[str], typer.Option(metavar="SLUG", help="A project it is for; may be repeated.")],
     actor: Annotated[str, typer.Option(help="Whose it is, such as human:ana.")],
@@ -159,11 +162,14 @@ def create_token(
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Further actors it may name, such as 'agent:*'; may be repeated."),
     ] = None,
+    expires: Annotated[
+        str, typer.Option(metavar="WHEN", help="90d (m, h, d, w), a date such as 2030-12-31, or never.")
+    ] = "never",
     data: DataOption = None,
 ) -> None:
     """Create a token. It is printed alone on stdout, once: only its digest is kept.
 
-    Example: lattice-remote token create --project web --actor human:ana --act-as 'agent:*'
+    Example: lattice-remote token create --project web --actor human:ana --act-as 'agent:*' --expires 90d
     """
     target = _data(context, data)
     target.config()
@@ -172,8 +178,10 @@ def create_token(
             raise Misuse(
                 f"there is no project {slug!r}; create it with: lattice-remote project create {slug} --code CODE"
             )
-    token, text = TokenFile(target.tokens).create(projects=project, actor=actor, act_as=act_as or [])
-    typer.echo(f"{token.id} for {actor}; the token is shown only this once:", err=True)
+    ends = expiry(expires, datetime.now(UTC))
+    token, text = TokenFile(target.tokens).create(projects=project, actor=actor, act_as=act_as or [], expires=ends)
+    until = "" if ends is None else f" until {shown(ends, '')}"
+    typer.echo(f"{token.id} for {actor}{until}; the token is shown only this once:", err=True)
     typer.echo(text)
 
 
@@ -182,12 +190,45 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
     """List the tokens; their texts are not known here."""
     target = _data(context, data)
     target.config()
-    tokens = TokenFile(target.tokens).read()
+    tokens, uses = TokenFile(target.tokens).read(), read_last_uses(target.tokens_used)
     if as_json:
-        typer.echo(msgspec.json.encode([_shown(token) for token in tokens]).decode())
+        typer.echo(msgspec.json.encode([_details(token, uses) for token in tokens]).decode())
         return
-    rows = [(t.id, t.actor, ",".join(t.act_as) or "-", ",".join(t.projects), t.created) for t in tokens]
-    _table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED"), rows)
+    rows = [
+        (
+            token.id,
+            token.actor,
+            ",".join(token.act_as) or "-",
+            ",".join(token.projects),
+            token.created,
+            _expiry_of(token),
+            shown(uses.get(token.id), "never"),
+        )
+        for token in tokens
+    ]
+    _table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED", "EXPIRES", "LAST USED"), rows)
+
+
+@_tokens.command("rotate")
+def rotate_token(
+    context: typer.Context,
+    id_or_token: Annotated[str, typer.Argument(help="Its id, or the token itself.")],
+    grace: Annotated[
+        str, typer.Option(metavar="TIME", help="How long the old text works on: 30m, 1h, 7d; 0 ends it at once.")
+    ] = "0",
+    data: DataOption = None,
+) -> None:
+    """Give a token a new text, printed alone on stdout, once. Its id, actor, projects and expiry stay.
+
+    Example: lattice-remote token rotate tok_0123456789ab --grace 1h
+    """
+    target = _data(context, data)
+    target.config()
+    left = timedelta() if grace == "0" else duration(grace)
+    token, text = TokenFile(target.tokens).rotate(id_or_token, grace=left)
+    old = "no longer works" if grace == "0" else f"works until {shown(token.old_until, '')}"
+    typer.echo(f"{token.id} for {token.actor}; the old text {old}; the new one is shown only this once:", err=True)
+    typer.echo(text)
 
 
 @_tokens.command("revoke")
@@ -206,14 +247,21 @@ def revoke_token(
     typer.echo(f"Revoked {token.id} ({token.actor})")
 
 
-def _shown(token: Token) -> dict[str, object]:
+def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
     return {
         "id": token.id,
         "actor": token.actor,
         "act_as": token.act_as,
         "projects": token.projects,
         "created": token.created,
+        "expires": shown(token.expires, "") or None,
+        "last_used": shown(uses.get(token.id), "") or None,
     }
+
+
+def _expiry_of(token: Token) -> str:
+    has_passed = token.expires is not None and token.expires <= datetime.now(UTC)
+    return "expired" if has_passed else shown(token.expires, "never")
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

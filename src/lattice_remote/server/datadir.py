@@ -2,12 +2,13 @@
 
     config.json                     settings, see ``settings.py``
     tokens.json                     who may do what, mode 0600, see ``tokens.py``
+    tokens-used.json                when tokens were last in use, see ``lastuse.py``
     projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
     projects/<slug>/journal/        the numbered changes, see ``journal.py``
     projects/<slug>/tmp/            the worker's scratch
     .lock                           held by the running server
 
-These files are all that is needed to restore a server. Anything else in it may be deleted while no server runs.
+All but ``tokens-used.json`` and the lock is needed to restore a server, and nothing else is.
 """
 
 import contextlib
@@ -58,6 +59,7 @@ class DataDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tokens = path / "tokens.json"
+        self.tokens_used = path / "tokens-used.json"
         self._config = path / "config.json"
         self._projects = path / "projects"
 

@@ -32,6 +32,7 @@ from websockets.typing import Subprotocol
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.protocol.messages import SUBPROTOCOL
 from lattice_remote.server.outbox import Outbox
+from lattice_remote.server.refusal import Refusal
 
 __all__ = [
     "CLOSE_TIMEOUT_S",
@@ -184,12 +185,8 @@ def handoff_class(server: Server) -> type[asyncio.Protocol]:
     return cast("type[asyncio.Protocol]", BoundHandoff)
 
 
-def http_answer(status: int, reason: str, body: bytes) -> Response:
-    """Return an HTTP answer with a JSON body, for ``check`` to refuse an upgrade with."""
-    headers = Headers()
-    headers["Content-Type"] = "application/json"
-    headers["Content-Length"] = str(len(body))
-    headers["Connection"] = "close"
-    if status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return Response(status, reason, headers, body)
+def http_answer(refusal: Refusal) -> Response:
+    """Return the answer for ``check`` to refuse an upgrade with."""
+    headers = Headers(refusal.headers)
+    headers["Content-Length"] = str(len(refusal.body))
+    return Response(refusal.status, refusal.status.phrase, headers, refusal.body)

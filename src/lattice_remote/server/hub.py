@@ -4,26 +4,26 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
-
-import msgspec
 
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.handoff import Handoff, Request, Response, http_answer
 from lattice_remote.server.hooks import HookRunner
+from lattice_remote.server.lastuse import SAVE_EVERY_S, LastUse
+from lattice_remote.server.logins import Login, Logins
 from lattice_remote.server.peer import Peer
 from lattice_remote.server.project import Bounds, Project
-from lattice_remote.server.tokens import Token, TokenStore
+from lattice_remote.server.refusal import Refusal
 from lattice_remote.server.watch import watch_tree
 from lattice_remote.server.writer import WORKER_COMMAND
 
-__all__ = ["Hub", "error_body"]
+__all__ = ["Hub"]
 
 TOKEN_CHECK_S = 0.25
-"""How often to look whether ``tokens.json`` has changed: a revoked token's connections end within a second."""
+"""How often to look at the tokens: the connections of one that was revoked, rotated or expired end within a second."""
 RESCAN_S = 300.0
 """How often to look at all files of a project, for edits that the system did not report."""
 _DRAIN_S = 1.0
@@ -32,11 +32,6 @@ _STOP_S = 0.5
 _SOCKET_PATH = re.compile(r"/projects/([^/?#]+)/ws(?:\?.*)?")
 
 _log = logging.getLogger(__name__)
-
-
-def error_body(code: str, message: str) -> bytes:
-    """Return the JSON body of an HTTP answer that refuses."""
-    return msgspec.json.encode({"error": {"code": code, "message": message}})
 
 
 class Hub:
@@ -51,10 +46,12 @@ class Hub:
         self._config = data.config()
         self._bounds = bounds
         self._worker_command = worker_command
-        self._tokens = TokenStore(data.tokens)
+        self._logins = Logins(data.tokens)
+        self._last_use = LastUse(data.tokens_used)
         self._tokens_error = ""  # what was logged last, so that it is logged once
         self._projects: dict[str, Project] = {}
         self._peers: set[Peer] = set()
+        self._staying: dict[Callable[[Bye], None], Login] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching_ends = asyncio.Event()
         self._alone = asyncio.Event()
@@ -65,8 +62,9 @@ class Hub:
         Raises:
             StorageError: ``tokens.json`` cannot be read.
         """
-        self._tokens.refresh()
+        self._logins.refresh()
         self._keep("tokens", self._watch_tokens())
+        self._keep("uses", self._note_uses())
         self._keep("rescan", self._rescan())
 
     async def stop(self) -> None:
@@ -82,6 +80,7 @@ class Hub:
         await asyncio.gather(*(project.stop(_STOP_S) for project in projects))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_STOP_S)
+        await self._last_use.save(self._logins.ids())
 
     # --- clients ---
 
@@ -93,42 +92,66 @@ class Hub:
                 await asyncio.wait_for(self._alone.wait(), timeout_s)
 
     def check(self, connection: Handoff, request: Request) -> Response | None:
-        """Decide on a request for a WebSocket: return a refusal, or None and leave token and slug on the connection."""
+        """Decide on a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
-            return _refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
-        if self.stopping:
-            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", "the server is stopping; try again")
-        self._refresh_tokens()  # so that a token works as soon as it is made
-        token = self._tokens.authenticate(_bearer(request))
-        if token is None:
-            return _refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", "no token, or one that is not known here")
-        slug = matched[1]
-        if not self.data.has_project(slug):
-            return _refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", f"there is no project {slug!r} on this server")
-        if slug not in token.projects:
-            mine = ", ".join(token.projects)
-            return _refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", f"this token is for {mine}; not for {slug}")
+            return http_answer(Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path"))
+        admitted = self.admit(request.headers.get_all("Authorization"), matched[1])
+        if isinstance(admitted, Refusal):
+            return http_answer(admitted)
         if SUBPROTOCOL not in ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
-            return _refusal(
-                HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", f"this server speaks {SUBPROTOCOL}; upgrade the client"
-            )
+            why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
+            return http_answer(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why))
+        connection.who = admitted
+        return None
+
+    def admit(self, authorization: Sequence[str], slug: str) -> tuple[Login, Project] | Refusal:
+        """Decide on any request for a project, whatever way it comes; ``slug`` may be any string (I9).
+
+        Args:
+            authorization: the values of all Authorization headers.
+            slug: the project that is asked for.
+        """
+        if self.stopping:
+            why = "the server is stopping; try again"
+            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", why, retry_after_s=1)
+        self._refresh_logins()  # so that a token works as soon as it is made
+        login = self._logins.find(_bearer(authorization))
+        if login is None:
+            why = "no token, or one that is not known here"
+            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+        if (objection := self._logins.objection(login)) is not None:
+            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+        self._last_use.used([login.token.id])
+        if not self.data.has_project(slug):
+            return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", f"there is no project {slug!r} on this server")
+        if slug not in login.token.projects:
+            why = f"this token is for {', '.join(login.token.projects)}; not for {slug}"
+            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
         project = self.project(slug)
         if project.failure is not None:
-            return _refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
-        connection.who = (token, project)
-        return None
+            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
+        return login, project
+
+    @contextlib.contextmanager
+    def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
+        """Within this, ``end`` is called, at once or later, when the client may not stay any longer."""
+        self._staying[end] = login
+        try:
+            if (objection := self._logins.objection(login)) is not None:  # it may have arisen since it was admitted
+                end(objection)
+            yield
+        finally:
+            del self._staying[end]
 
     async def serve(self, connection: Handoff) -> None:
         """Serve one client, that ``check()`` has let in, to its end."""
-        token, project = connection.who
-        peer = Peer(connection, token, project)
+        login, project = connection.who
+        peer = Peer(connection, login.token, project)
         self._peers.add(peer)
         try:
-            if self._tokens.is_valid(token):  # it may have been revoked since the check
+            with self.staying(login, peer.end):
                 await peer.run()
-            else:
-                peer.end(_revoked(token))
         finally:
             self._peers.discard(peer)
             if not self._peers:
@@ -151,21 +174,28 @@ class Hub:
     async def _watch_tokens(self) -> None:
         while True:
             await asyncio.sleep(TOKEN_CHECK_S)
-            self._refresh_tokens()
+            self._refresh_logins()
 
-    def _refresh_tokens(self) -> None:
-        """Read the tokens if their file has changed, and send away whose token is no more what it was."""
+    async def _note_uses(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            self._last_use.used({login.token.id for login in self._staying.values()})
+            await self._last_use.save(self._logins.ids())
+
+    def _refresh_logins(self) -> None:
+        """Look at the tokens, and send away whose token is no more what it was."""
         try:
-            changed = self._tokens.refresh()
+            changed = self._logins.refresh()
         except RemoteError as error:
             if error.message != self._tokens_error:
                 _log.error("the tokens stay as they were: %s", error.message)
             self._tokens_error = error.message
-            return
-        self._tokens_error = ""
-        for peer in tuple(self._peers) if changed else ():
-            if not self._tokens.is_valid(peer.token):
-                peer.end(_revoked(peer.token))
+            changed = True  # what was read before goes on to expire
+        else:
+            self._tokens_error = ""
+        for end, login in tuple(self._staying.items()) if changed else ():
+            if (objection := self._logins.objection(login)) is not None:
+                end(objection)
 
     async def _rescan(self) -> None:
         while True:
@@ -185,16 +215,7 @@ class Hub:
             _log.error("background work %r ended", task.get_name(), exc_info=error)
 
 
-def _bearer(request: Request) -> str:
+def _bearer(values: Sequence[str]) -> str:
     """Return the token's text, "" when there is none or more than one."""
-    values = request.headers.get_all("Authorization")
     scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return text.strip() if scheme.lower() == "bearer" else ""
-
-
-def _refusal(status: HTTPStatus, code: str, message: str) -> Response:
-    return http_answer(status, status.phrase, error_body(code, message))
-
-
-def _revoked(token: Token) -> Bye:
-    return Bye("REMOTE_UNAUTHORIZED", f"token {token.id} was revoked or changed")

@@ -1,40 +1,50 @@
-"""Who may use the server: tokens, each for some projects and one actor, kept only as digests.
+"""``tokens.json``: tokens, each for some projects and one actor, kept only as digests.
 
-``tokens.json`` is replaced atomically, mode 0600, under a lock, so that the command line can change it while a
-server runs. The server re-reads it when it changes.
+The file is replaced atomically, mode 0600, under a lock, so that the command line can change it while a server
+runs. What a running server makes of it is in ``logins.py``.
 """
 
 import hashlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Annotated
 
 import filelock
 import msgspec
+from msgspec import Meta
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.datadir import write_atomically
 
-__all__ = ["Token", "TokenFile", "TokenStore"]
+__all__ = ["Token", "TokenFile", "digest_of_text"]
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
 _LOCK_TIMEOUT_S = 10
 
+Moment = Annotated[datetime, Meta(tz=True)]
 
-class Token(msgspec.Struct, frozen=True, kw_only=True):
-    """One token, without its text. ``act_as`` are patterns of further actors, in which ``*`` stands for anything."""
+
+class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One token, without its text. A misspelt field, such as one that should end it, is an error."""
 
     id: str
     sha256: str
     projects: list[str]
     actor: str
     act_as: list[str] = []
+    """Patterns of further actors, in which ``*`` stands for anything."""
     created: str = ""
+    expires: Moment | None = None
+    """From when it is not valid any more; None: never."""
+    old_sha256: str = ""
+    """Of the text that it had before it was rotated."""
+    old_until: Moment | None = None
+    """From when that text is not valid any more."""
 
 
 class _Tokens(msgspec.Struct, frozen=True):
@@ -60,7 +70,9 @@ class TokenFile:
         except (OSError, msgspec.DecodeError) as error:
             raise StorageError(f"{self._path}: {error}") from error
 
-    def create(self, *, projects: list[str], actor: str, act_as: list[str]) -> tuple[Token, str]:
+    def create(
+        self, *, projects: list[str], actor: str, act_as: list[str], expires: datetime | None = None
+    ) -> tuple[Token, str]:
         """Make a token; return it and its text, which is kept nowhere and can't be shown again.
 
         Raises:
@@ -70,17 +82,48 @@ class TokenFile:
         _check_actor(actor, act_as)
         if not projects:
             raise Misuse("a token is for at least one project; name it with --project")
-        text = "ltr_" + secrets.token_urlsafe(32)
+        text = _new_text()
         token = Token(
             id="tok_" + secrets.token_hex(6),
-            sha256=_digest(text),
+            sha256=digest_of_text(text),
             projects=sorted(set(projects)),
             actor=actor,
             act_as=act_as,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            expires=expires,
         )
         self._change(lambda tokens: [*tokens, token])
         return token, text
+
+    def rotate(self, id_or_text: str, *, grace: timedelta = timedelta()) -> tuple[Token, str]:
+        """Give a token a new text and return both; all else of it stays. The old text is valid for ``grace`` more.
+
+        A text that was itself still in its grace stops at once.
+
+        Raises:
+            Misuse: there is no such token, or it has expired, or the grace leads past the year 9999.
+            StorageError: the file cannot be written.
+        """
+        text, now = _new_text(), datetime.now(UTC)
+        try:
+            until = now + grace
+        except OverflowError as error:
+            raise Misuse("this grace is too long; name a shorter one") from error
+
+        def renewed(token: Token) -> Token:
+            if token.expires is not None and token.expires <= now:
+                raise Misuse(f"token {token.id} has expired; make another with: lattice-remote token create")
+            return msgspec.structs.replace(token, sha256=digest_of_text(text), old_sha256=token.sha256, old_until=until)
+
+        changed: list[Token] = []
+
+        def edit(tokens: list[Token]) -> list[Token]:
+            old = _find(tokens, id_or_text)
+            changed.append(renewed(old))
+            return [changed[0] if token is old else token for token in tokens]
+
+        self._change(edit)
+        return changed[0], text
 
     def revoke(self, id_or_text: str) -> Token:
         """Forget a token, named by its id or by its own text, and return it.
@@ -89,14 +132,11 @@ class TokenFile:
             Misuse: there is no such token.
             StorageError: the file cannot be written.
         """
-        digest = _digest(id_or_text)
         gone: list[Token] = []
 
         def without(tokens: list[Token]) -> list[Token]:
-            gone.extend(t for t in tokens if t.id == id_or_text or hmac.compare_digest(t.sha256, digest))
-            if not gone:
-                raise Misuse("there is no such token; see: lattice-remote token list")
-            return [token for token in tokens if token not in gone]
+            gone.append(_find(tokens, id_or_text))
+            return [token for token in tokens if token is not gone[0]]
 
         self._change(without)
         return gone[0]
@@ -113,54 +153,21 @@ class TokenFile:
             raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
 
 
-class TokenStore:
-    """The tokens as the running server knows them. ``refresh()`` must be called now and then."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = TokenFile(path)
-        self._path = path
-        self._signature: tuple[int, int, int] | None = None
-        self._by_id: dict[str, Token] = {}
-
-    def refresh(self) -> bool:
-        """Read the file again if it has changed since; return whether it had.
-
-        Raises:
-            StorageError: the file cannot be read; the tokens read before stay valid, and the next call tries again.
-        """
-        try:
-            signature = self._stat()
-        except OSError as error:
-            raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
-        if signature == self._signature:
-            return False
-        self._by_id = {token.id: token for token in self._file.read()}
-        self._signature = signature
-        return True
-
-    def is_valid(self, token: Token) -> bool:
-        """Tell whether this token still stands, unchanged."""
-        return self._by_id.get(token.id) == token
-
-    def authenticate(self, text: str) -> Token | None:
-        """Return the token of this text. Every stored digest is compared, each in constant time."""
-        digest = _digest(text)
-        found = None
-        for token in self._by_id.values():
-            if hmac.compare_digest(token.sha256, digest):
-                found = token
-        return found
-
-    def _stat(self) -> tuple[int, int, int] | None:
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _digest(text: str) -> str:
+def digest_of_text(text: str) -> str:
+    """Return what is kept of a token's text. It is 256 random bits, so a plain digest can't be turned back."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def _new_text() -> str:
+    return "ltr_" + secrets.token_urlsafe(32)
+
+
+def _find(tokens: list[Token], id_or_text: str) -> Token:
+    digest = digest_of_text(id_or_text)
+    for token in tokens:
+        if token.id == id_or_text or hmac.compare_digest(token.sha256, digest):
+            return token
+    raise Misuse("there is no such token; see: lattice-remote token list")
 
 
 def _check_actor(actor: str, act_as: list[str]) -> None:
