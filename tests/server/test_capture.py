@@ -1,10 +1,16 @@
 """What a command touches, and what it may not."""
 
+import ctypes
+import gc
+import mmap
 import os
+import re
 import shutil
 import socket
 import sqlite3
 import subprocess
+import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Callable
@@ -12,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from lattice_remote.server.audit_events import HARMLESS, REFUSED, WATCHED
 from lattice_remote.server.capture import Capture, Move, Touched, Vetoed
 from lattice_remote.server.undo import Begin, UndoLog
 
@@ -126,6 +133,17 @@ DEEDS: dict[str, Deed] = {
     "read from a pipe": lambda tree, _: (tree / "pipe").read_text(),
     "remove an empty directory by a descriptor": lambda tree, _: os.rmdir("locks", dir_fd=os.open(tree, os.O_RDONLY)),
     "open a database": lambda _, outside: sqlite3.connect(outside / "x.db"),
+    "open by a descriptor": lambda tree, _: os.open("x", os.O_CREAT, dir_fd=os.open(tree, os.O_RDONLY)),
+    "open what is here": lambda _, __: Path("x").write_text(""),
+    "list what is here": lambda _, __: os.listdir(),
+    "read attributes outside": lambda _, outside: os.listxattr(outside / "secret"),
+    "map memory": lambda tree, _: mmap.mmap(-1, 1),
+    "change the environment": lambda _, __: os.putenv("X", "y"),
+    "load a library": lambda _, __: ctypes.CDLL(None),
+    "ask a person": lambda _, __: input(),
+    "look at other objects": lambda _, __: gc.get_objects(),
+    "add a hook": lambda _, __: sys.addaudithook(print),
+    "do what nobody has heard of": lambda _, __: sys.audit("something.new", 1),
     "chmod outside": lambda _, outside: (outside / "secret").chmod(0),
 }
 
@@ -160,3 +178,13 @@ def test_other_threads_and_other_times_are_not_watched(place: Place) -> None:
         thread.join()
 
     assert place.watch(deed).veto is None
+
+
+def test_every_audit_event_of_this_python_is_decided_once() -> None:
+    library = Path(sysconfig.get_path("stdlib"))
+    raised = set()
+    for path in library.glob("*.py"):
+        raised |= set(re.findall(r"""sys\.audit\(\s*['"]([\w./]+)['"]""", path.read_text("utf-8")))
+    assert len(raised) > 30
+    assert raised <= WATCHED | HARMLESS | REFUSED
+    assert not WATCHED & HARMLESS | WATCHED & REFUSED | HARMLESS & REFUSED

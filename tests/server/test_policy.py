@@ -5,13 +5,15 @@ import os
 import time
 from pathlib import Path
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lattice.cli.main import cli
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.policy import ROUTED, Command, Identity, parse
+from lattice_remote.server.actors import Identity
+from lattice_remote.server.policy import ROUTED, Command, parse
 
 ANA = Identity("human:ana", ["agent:*", "team:web-*-x"])
 PRIVATE = "/private/0123\\/given.txt"
@@ -27,14 +29,24 @@ def refused(lattice_dir: Path, *argv: str, identity: Identity = ANA, files: tupl
     return caught.value
 
 
-def test_every_routed_command_is_one_of_lattice_and_names_only_its_parameters() -> None:
+def test_the_table_names_every_parameter_of_every_routed_command() -> None:
     for path, kinds in ROUTED.items():
-        command = cli
+        command: click.Command = cli
         for word in path.split():
+            assert isinstance(command, click.Group)
             command = command.commands[word]
-        names = {parameter.name for parameter in command.params}
-        if path not in ("resource create", "resource acquire", "resource release", "resource heartbeat"):
-            assert kinds.keys() - names <= {"task_id"}, path
+        assert kinds.keys() == {parameter.name for parameter in command.params}, path
+
+
+def test_what_a_newer_lattice_brings_is_refused_until_it_is_in_the_table(tmp_path: Path) -> None:
+    newer = click.Group(params=[click.Option(["--root"])])
+    newer.add_command(click.Command("next", params=[click.Option(["--from"]), click.Option(["--also"], multiple=True)]))
+    newer.add_command(click.Command("import", params=[click.Argument(["path"])]))
+    for line in (["next", "--from", "x"], ["next", "--also", "x"], ["import", "x"], ["--root", "/", "next"]):
+        with pytest.raises(Rejected) as caught:
+            parse(newer, line, ANA, files=(), lattice_dir=tmp_path)
+        assert caught.value.code == "REMOTE_UNSUPPORTED"
+    assert parse(newer, ["next"], ANA, files=(), lattice_dir=tmp_path).path == "next"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,9 @@ def test_every_routed_command_is_one_of_lattice_and_names_only_its_parameters() 
         ["doctor", "--fix"],
         ["rebuild", "task_01M8173J64RGGH4YR2NPR23QWA"],
         ["backfill-ids"],
+        ["event", "LAT-1", "x_y", "--data", '{"a": "{[{[", "b": [[1.5e3, "\\u00e9"]]}', "--actor", "human:ana"],
+        ["event", "LAT-1", "x_y", "--data", "no json", "--actor", "human:ana"],
+        ["create", "x", "--id", "task_01M8173J64RGGH4YR2NPR23QWA", "--actor", "human:ana"],
     ],
 )
 def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
@@ -82,6 +97,20 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
         ["resource", "acquire", "x/../y", "--actor", "human:ana"],
         ["create", "x", "--id", "task_01M8173J64RGGH4YR2NPR23QWA\n", "--actor", "human:ana"],
         ["status", "../x", "done", "--actor", "human:ana"],
+        ["create", "x", "--id", "task_01m8173j64rggh4yr2npr23qwa", "--actor", "human:ana"],
+        ["create", "x", "--id", "task_01M8173J64RGGH4YR2NPR23QW\u212a", "--actor", "human:ana"],
+        ["status", "LAT\uff0d1", "done", "--actor", "human:ana"],
+        ["resource", "create", "e\u0301te", "--actor", "human:ana"],
+        ["resource", "create", "\u212aey", "--actor", "human:ana"],
+        ["create", "x", "--actor", "agent:a\nb"],
+        ["create", "x", "--actor", "agent:a\u202eb"],
+        ["create", "x", "--actor", "agent:a "],
+        ["create", "x", "--actor", "agent:" + "a" * 251],
+        ["event", "LAT-1", "x_y", "--data", '{"a":' * 65 + "1" + "}" * 65],
+        ["event", "LAT-1", "x_y", "--data", '{"a": NaN}'],
+        ["event", "LAT-1", "x_y", "--data", '{"a": 1e999}'],
+        ["event", "LAT-1", "x_y", "--data", '{"a": "\\ud800"}'],
+        ["event", "LAT-1", "x_y", "--data", '{"a": 1' + "0" * 5000 + "}"],
         ["set-project-code", "ABC\n"],
         ["archive", "LAT-1", "../x", "--actor", "human:ana"],
         ["attach", "LAT-1", "/etc/passwd", "--actor", "human:ana"],
@@ -116,6 +145,9 @@ def test_an_actor_that_the_token_may_not_use_is_refused_by_naming_what_is_allowe
     assert error.code == "REMOTE_FORBIDDEN"
     assert error.message == "token may act as human:ana, agent:*, team:web-*-x; not as human:bob"
     assert refused(tmp_path, "backfill-ids", "--actor", "human:bob").code == "REMOTE_FORBIDDEN"
+    left_out = refused(tmp_path, "backfill-ids", identity=Identity("human:ana"))
+    assert left_out.message == "token may act as human:ana; not as agent:lattice-migration"
+    assert check(tmp_path, "backfill-ids", "--actor", "human:ana", identity=Identity("human:ana")).actor == "human:ana"
     assert refused(tmp_path, "next", "--actor=human:bob").code == "REMOTE_FORBIDDEN"
     assert refused(tmp_path, "comment", "LAT-1", "x", "--actor", "human:ana", "--actor", "human:bob")
 
@@ -153,6 +185,63 @@ def test_a_session_starts_only_as_somebody_whom_the_token_may_be(tmp_path: Path)
     assert refused(tmp_path, *start, "human").code == "REMOTE_FORBIDDEN"
     assert check(tmp_path, *start, "claude").actor == "agent:*"
     assert refused(tmp_path, *start, "claude", identity=Identity("agent:one")).code == "REMOTE_FORBIDDEN"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[]",
+        b'"x"',
+        b"{}",
+        b"\xff",
+        b"[" * 200_000,
+        b'{"name": "Bob-1", "base_name": "Ana", "serial": 1, "session": "s", "model": "human"}',
+        b'{"name": "Ana-1", "base_name": "Bob", "serial": 1, "session": "s", "model": "human"}',
+        b'{"name": "Ana-1", "base_name": "Ana", "serial": "1\\n", "session": "s", "model": "human"}',
+        b'{"name": {}, "base_name": "Ana", "serial": 1, "session": "s", "model": "human"}',
+    ],
+)
+def test_a_session_file_that_says_something_else_than_its_name_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "sessions").mkdir()
+    (tmp_path / "sessions/Ana-1.json").write_bytes(content)
+    assert refused(tmp_path, "comment", "LAT-1", "x", "--name", "Ana-1").code == "REMOTE_UNSUPPORTED"
+    assert refused(tmp_path, "session", "end", "Ana-1").code == "REMOTE_UNSUPPORTED"
+
+
+def test_sessions_behind_a_link_are_not_read(tmp_path: Path) -> None:
+    session = {"name": "Ana-1", "base_name": "Ana", "serial": 1, "session": "s", "model": "human"}
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/Ana-1.json").write_text(json.dumps(session))
+    (tmp_path / ".lattice").mkdir()
+    (tmp_path / ".lattice/sessions").symlink_to("../elsewhere")
+    error = refused(tmp_path / ".lattice", "comment", "LAT-1", "x", "--name", "Ana-1")
+    assert "no plain file" in error.message
+
+
+def test_letters_that_only_look_alike_are_not_the_same_actor() -> None:
+    for actor in ("human:\u017fam", "human:\u212aim", "human:SAM "):
+        assert not Identity("human:sam", ["human:kim\u0301"]).may_act_as(actor, ignore_case=True)
+    assert Identity("human:sam").may_act_as("human:SAM", ignore_case=True)
+    assert not Identity("human:sam").may_act_as("human:SAM")
+
+
+def test_names_that_some_file_systems_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    for path in ("resources/gpu/resource.json", "sessions/Argus-1.json", "sessions/index.json"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("{}")
+    start = ["session", "start", "--model", "m", "--framework", "f"]
+    assert "only in capitals" in refused(tmp_path, "resource", "create", "GPU", "--actor", "human:ana").message
+    assert "only in capitals" in refused(tmp_path, *start, "--name", "ARGUS").message
+    assert check(tmp_path, *start, "--agent-type", "argus").actor == "agent:Argus"
+    assert check(tmp_path, "resource", "create", "gpu", "--actor", "human:ana")
+    assert check(tmp_path, *start, "--name", "Argus")
+
+
+def test_an_archived_task_is_not_made_a_second_time(tmp_path: Path) -> None:
+    id_ = "task_01M8173J64RGGH4YR2NPR23QWA"
+    (tmp_path / "archive/tasks").mkdir(parents=True)
+    (tmp_path / f"archive/tasks/{id_}.json").write_text("{}")
+    assert "unarchive it" in refused(tmp_path, "create", "x", "--id", id_, "--actor", "human:ana").message
 
 
 def test_only_files_that_came_with_the_request_are_read(tmp_path: Path) -> None:

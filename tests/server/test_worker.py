@@ -309,8 +309,9 @@ def test_hostile_command_lines_leave_the_project_whole(shared: WorkerProcess) ->
 
 def test_what_is_too_long_for_a_frame_is_shortened(shared: WorkerProcess) -> None:
     long = "human:" + "x" * 10_000
-    assert len(shared.refused("create", "x", "--actor", long).message) <= 4096
-    change = change_of(shared.run("create", "x", "--actor", long, act_as=["human:*"]))
+    assert len(shared.refused("create", "x", "--actor", "human:bob", act_as=[long]).message) <= 4096
+    assert "at most 256" in shared.refused("create", "x", "--actor", long, act_as=["human:*"]).message
+    change = change_of(shared.run("create", "x", "--actor", long[:256], act_as=["human:*"]))
     assert change is not None
     assert len(change.actor) == 256
 

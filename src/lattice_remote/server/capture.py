@@ -6,6 +6,9 @@ rename and removal before it happens. What a command may do:
 - read the project's ``.lattice/``, the private directory, and Python itself;
 - write ``.lattice/`` and the private directory, never through a symbolic link;
 - nothing else: no process, no socket, no other file. That raises ``Vetoed``, and is remembered where it is swallowed.
+
+Which event means what is decided in ``audit_events``; one that is not listed there is refused. What the hook can't see:
+``stat`` and its like, for which Python has no event, and what another process does between its look and the open.
 """
 
 import os
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import NoReturn
 
 from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.server.audit_events import HARMLESS, WATCHED
 from lattice_remote.server.undo import UndoLog
 
 __all__ = ["Capture", "Move", "Touched", "Vetoed"]
@@ -25,26 +29,6 @@ __all__ = ["Capture", "Move", "Touched", "Vetoed"]
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _HARMLESS_FILES = frozenset({"/dev/null", "/dev/urandom", "/dev/random"})
 _HARMLESS_TREES = ("/usr/share/zoneinfo/", "/usr/lib/locale/", "/usr/share/locale/")
-_REFUSED_PREFIXES = (
-    "socket.",
-    "subprocess.",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.system",
-    "os.startfile",
-    "os.kill",
-    "os.chdir",
-    "os.fchdir",
-    "os.chroot",
-    "pty.",
-    "webbrowser.",
-    "urllib.",
-    "ctypes.",
-    "sqlite3.",
-    "_thread.start",  # start_new_thread, and from Python 3.13 on start_joinable_thread
-)
 
 
 class Vetoed(BaseException):
@@ -99,7 +83,6 @@ class Capture:
         self._moved: dict[str, str] = {}
         self._roots = {self._tree[:-1], self._private[:-1]}
         self._real_directories: set[str] = set()
-        self._ignored: set[str] = set()
         sys.addaudithook(self._hook)
 
     @contextmanager
@@ -126,16 +109,13 @@ class Capture:
 
     def _hook(self, event: str, args: tuple[object, ...]) -> None:
         # This runs a hundred times a command: what is not looked at must cost next to nothing.
-        if self._thread == 0 or event in self._ignored or threading.get_ident() != self._thread:
+        if self._thread == 0 or event in HARMLESS or threading.get_ident() != self._thread:
             return
         handler = _HANDLERS.get(event)
-        if handler is not None:
-            with self._own_work():
-                handler(self, args)
-        elif event.startswith(_REFUSED_PREFIXES):
-            self._refuse(f"run {event}")
-        else:
-            self._ignored.add(event)
+        if handler is None:
+            self._refuse(f"do what Python calls {event}")
+        with self._own_work():
+            handler(self, args)
 
     def _refuse(self, what: str) -> NoReturn:
         if self._touched.veto is None:
@@ -150,8 +130,10 @@ class Capture:
             given = os.fsdecode(given)
         if not isinstance(given, str):
             self._refuse("use a file in an unknown way")
-        path = os.path.normpath(os.path.join(self._private, str(given)))
-        if "/../" in str(given) and f"{path}/".startswith((self._tree, self._private)):
+        if not given.startswith("/"):
+            self._refuse("use a relative path")  # of what directory, the event for os.open(dir_fd=...) does not say
+        path = os.path.normpath(given)
+        if "/../" in given and f"{path}/".startswith((self._tree, self._private)):
             self._refuse("use a path that goes up again")  # behind a symbolic link that leads elsewhere
         return path
 
@@ -172,7 +154,7 @@ class Capture:
             self._real_directories.add(path)
 
     def _name(self, path: str) -> str:
-        return path.removeprefix(self._tree).removeprefix(self._private)
+        return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be no valid Unicode
 
     def _read(self, given: object) -> None:
         path = self._absolute(given)
@@ -278,7 +260,7 @@ class Capture:
 
     def _list(self, args: tuple[object, ...]) -> None:
         if not isinstance(args[0], int):
-            self._read(args[0] if args[0] is not None else ".")
+            self._read(args[0])
 
     def _no_descriptors(self, descriptors: tuple[object, ...]) -> None:
         if any(isinstance(descriptor, int) and descriptor >= 0 for descriptor in descriptors):
@@ -332,4 +314,7 @@ _HANDLERS = {
     "os.utime": Capture._change_mode,
     "os.setxattr": Capture._change_mode,
     "os.removexattr": Capture._change_mode,
+    "os.getxattr": Capture._list,
+    "os.listxattr": Capture._list,
 }
+assert _HANDLERS.keys() == WATCHED, "the table says which events are watched"

@@ -13,21 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+import click
 import filelock
 
 from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree import MERGE_FROM_BYTES
 
-if TYPE_CHECKING:
-    import click
-
 __all__ = ["Executor", "Outcome", "Waiting"]
 
 _log = logging.getLogger(__name__)
 _LOCK_RETRY_S = 0.02
+_MAX_WAIT_S = 7 * 24 * 3600.0
+"""The longest that ``resource acquire --wait`` waits, whatever it was told."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Executor:
     def __init__(self, root: Path, *, lazy: bool) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
+        os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell in place of running it
         import mimetypes
 
         from lattice.cli import resource_cmds
@@ -163,6 +165,8 @@ class Executor:
         self._root = root
         self._hooks: list[HookCall] = []
         self._clock = _Clock()
+        self._checked = ""
+        self._guard(cli, [])
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
         if lazy:
             setattr(fs, "os", _LazyDisk())  # noqa: B010 - likewise
@@ -170,12 +174,15 @@ class Executor:
         setattr(locks, "FileLock", _Lock)  # noqa: B010 - likewise
         hooks._run_hook = self._collect_hook
 
-    def run(self, argv: Sequence[str], *, last_try: bool = False) -> Outcome:
+    def run(self, argv: Sequence[str], checked: str, *, last_try: bool = False) -> Outcome:
         """Run a command line that the policy has let through; never raises an ``Exception``.
 
-        ``Vetoed`` passes through. What the command printed is what a pipe would have received.
+        ``checked`` is the command that the policy saw in it, as ``resource acquire``: no other is run, and none at all
+        when it is empty, for a line that only prints. ``Vetoed`` passes through. What the command printed is what a
+        pipe would have received.
         """
         self._hooks.clear()
+        self._checked = checked
         self._clock.restart(is_over=last_try)
         outcome = Outcome()
         with _printing() as (stdout, stderr):
@@ -191,6 +198,20 @@ class Executor:
         outcome.stdout, outcome.stderr = stdout(), stderr()
         outcome.hooks = list(self._hooks)
         return outcome
+
+    def _guard(self, group: click.Group, words: list[str]) -> None:
+        """Have every command below ``group`` make sure that it is the one that was checked."""
+        for word, command in group.commands.items():
+            path = [*words, word]
+            if isinstance(command, click.Group):
+                self._guard(command, path)
+            else:
+                setattr(command, "invoke", partial(self._invoke, " ".join(path), command.invoke))  # noqa: B010 - a method
+
+    def _invoke(self, path: str, invoke: Callable[[click.Context], Any], context: click.Context) -> Any:
+        if path != self._checked:
+            raise RuntimeError(f"{path!r} is not the command that was checked")
+        return invoke(context)
 
     def _collect_hook(self, cmd: str, env: dict[str, str], stdin_data: str) -> None:
         """Stand for lattice's own function: the server runs hooks after the commit."""
@@ -236,12 +257,11 @@ def _exit_code(ending: SystemExit) -> int:
 
 def _waiting() -> Waiting:
     """Return what the running ``resource acquire`` waits for; call within it."""
-    import click
     from lattice.cli.helpers import require_root, resolve_resource
 
     values = click.get_current_context().params
     _, name, snapshot = resolve_resource(require_root(), values["name"], False)
-    return Waiting(name, float(values["timeout"]), _first_expiry(snapshot or {}))
+    return Waiting(name, float(min(values["timeout"], _MAX_WAIT_S)), _first_expiry(snapshot or {}))
 
 
 def _first_expiry(snapshot: dict[str, Any]) -> float | None:

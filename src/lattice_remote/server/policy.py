@@ -1,125 +1,84 @@
 """What a client's command line may do: one table, checked before lattice sees the command (I9).
 
-Lattice's own Click objects take the command line apart, so what is checked is what will run. The values are checked as
-given, before Click converts them: converting a path already looks at the disk.
+Lattice's own Click objects take the command line apart, so what is checked is what will run.
 """
 
-import json
-import re
-import stat
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lattice_remote.errors import Rejected
+from lattice_remote.server.actors import Identity, check_actor
+from lattice_remote.server.arguments import Kind, check, shown, unsupported
 
-__all__ = ["ROUTED", "Command", "Identity", "Kind", "parse"]
+__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "parse"]
 
 MAX_TEXT_BYTES = 1024 * 1024
-_MAX_NAME_BYTES = 150
 
 
-class Kind(Enum):
-    """What an argument is."""
-
-    TEXT = "text"
-    ID = "id"
-    """Lattice checks its form itself, but its ``$`` lets a final newline pass, and ids become file names."""
-    IDS = "ids"
-    NAME = "name"
-    """Becomes a file's or directory's name unchecked."""
-    LOG = "task's log"
-    """As NAME, but not one of lattice's own logs, which begin with an underscore."""
-    SESSION = "session name"
-    """The name of a session's file, which is Name-Serial: nothing else in that directory."""
-    ACTOR = "actor"
-    FILE = "file"
-    """A file of the caller, which must have been attached."""
+def _takes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
+    return {**dict.fromkeys(("output_json", *texts), Kind.TEXT), **others}
 
 
-_NAME = re.compile(r"\w[\w-]{0,99}")
-_SESSION = re.compile(r"\w[\w-]{0,99}-[0-9]{1,18}")
-_ID = re.compile(r"[^\x00-\x1f\x7f/\\]*")
+def _writes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
+    """Return the parameters of a command that also has lattice's common options."""
+    common = ("quiet", "session", "model", "triggered_by", "on_behalf_of", "provenance_reason")
+    return _takes(*common, *texts, session_name=Kind.SESSION, actor=Kind.ACTOR, **others)
 
-_IDENTITY = {"actor": Kind.ACTOR, "session_name": Kind.SESSION}
-_TASK = {"task_id": Kind.ID, **_IDENTITY}
-_RESOURCE = {"name": Kind.NAME, "task_id": Kind.ID, "resource_id": Kind.ID, **_IDENTITY}
+
+_ID_ONLY = {"task_id": Kind.ID}
+_LINK = {**_ID_ONLY, "target_task_id": Kind.ID}
 
 ROUTED: Mapping[str, Mapping[str, Kind]] = {
-    "create": _TASK,
-    "update": _TASK,
-    "status": _TASK,
-    "assign": _TASK,
-    "comment": {**_TASK, "file_path": Kind.FILE},
-    "comment-edit": _TASK,
-    "comment-delete": _TASK,
-    "react": _TASK,
-    "unreact": _TASK,
-    "complete": _TASK,
-    "attach": {**_TASK, "source": Kind.FILE, "art_id": Kind.ID},
-    "event": {**_TASK, "ev_id": Kind.ID},
-    "link": {**_TASK, "target_task_id": Kind.ID},
-    "unlink": {**_TASK, "target_task_id": Kind.ID},
-    "branch-link": _TASK,
-    "branch-unlink": _TASK,
-    "archive": {**_TASK, "task_ids": Kind.IDS},
-    "unarchive": {**_TASK, "task_ids": Kind.IDS},
-    "backfill-ids": {"actor": Kind.ACTOR, "code": Kind.ID},
-    "set-project-code": {"code": Kind.ID},
-    "set-subproject-code": {"code": Kind.ID},
-    "next": _IDENTITY,
-    "resource create": _RESOURCE,
-    "resource acquire": _RESOURCE,
-    "resource release": _RESOURCE,
-    "resource heartbeat": _RESOURCE,
-    "session start": {"base_name": Kind.NAME, "agent_type": Kind.NAME},
-    "session end": {"name": Kind.SESSION},
-    "doctor": {},
-    "rebuild": {"task_id": Kind.LOG},
+    "create": _writes(
+        *("title", "task_type", "priority", "urgency", "complexity", "status", "description", "tags", "assigned_to"),
+        task_id=Kind.NEW_ID,
+    ),
+    "update": _writes("pairs", **_ID_ONLY),
+    "status": _writes("new_status", "force", **_ID_ONLY),
+    "assign": _writes("actor_id", **_ID_ONLY),
+    "comment": _writes("text", "reply_to", "role", file_path=Kind.FILE, **_ID_ONLY),
+    "comment-edit": _writes("comment_id", "new_text", "role", **_ID_ONLY),
+    "comment-delete": _writes("comment_id", **_ID_ONLY),
+    "react": _writes("comment_id", "emoji", **_ID_ONLY),
+    "unreact": _writes("comment_id", "emoji", **_ID_ONLY),
+    "complete": _writes("review_text", **_ID_ONLY),
+    "attach": _writes(
+        *("art_type", "title", "summary", "sensitive", "role", "inline_text"),
+        source=Kind.FILE,
+        art_id=Kind.NEW_ID,
+        **_ID_ONLY,
+    ),
+    "event": _writes("event_type", data_str=Kind.JSON, ev_id=Kind.NEW_ID, **_ID_ONLY),
+    "link": _writes("rel_type", "note", **_LINK),
+    "unlink": _writes("rel_type", **_LINK),
+    "branch-link": _writes("branch", "repo", **_ID_ONLY),
+    "branch-unlink": _writes("branch", "repo", **_ID_ONLY),
+    "archive": _writes("stale", task_ids=Kind.IDS),
+    "unarchive": _writes(task_ids=Kind.IDS),
+    "backfill-ids": _takes("force", actor=Kind.ACTOR, code=Kind.ID),
+    "set-project-code": {"code": Kind.ID, "force": Kind.TEXT},
+    "set-subproject-code": {"code": Kind.ID, "force": Kind.TEXT},
+    "next": _takes("status_csv", "claim", "quiet", session_name=Kind.SESSION, actor=Kind.ACTOR),
+    "resource create": _writes("description", "max_holders", "ttl", name=Kind.NAME, resource_id=Kind.NEW_ID),
+    "resource acquire": _writes("force", "do_wait", "timeout", name=Kind.NAME, **_ID_ONLY),
+    "resource release": _writes(name=Kind.NAME),
+    "resource heartbeat": _writes(name=Kind.NAME),
+    "session start": _takes(
+        *("model", "framework", "prompt", "parent", "quiet"), base_name=Kind.NAME, agent_type=Kind.NAME
+    ),
+    "session end": _takes("reason", name=Kind.SESSION),
+    "doctor": _takes("fix"),
+    "rebuild": _takes("rebuild_all", task_id=Kind.LOG),
 }
-"""The commands that a client may run here, with the parameters (by their names in lattice's Click commands) that are
-more than text."""
+"""The commands that a client may run here, each with all its parameters (by their names in lattice's Click commands).
 
-
-@dataclass(frozen=True)
-class Identity:
-    """Who asks: the token's actor, and the patterns (``*`` stands for anything) of others it may act as."""
-
-    actor: str
-    act_as: Sequence[str] = ()
-
-    def may_act_as(self, actor: str, *, ignore_case: bool = False) -> bool:
-        """Tell whether a command of this token may say that it is ``actor``."""
-        flags = re.DOTALL | (re.IGNORECASE if ignore_case else re.NOFLAG)
-        patterns = [re.escape(self.actor), *(_as_regex(pattern) for pattern in self.act_as)]
-        return any(re.fullmatch(pattern, actor, flags) for pattern in patterns)
-
-    def require(self, actor: str, *, ignore_case: bool = False) -> None:
-        """Do nothing if a command of this token may say that it is ``actor``.
-
-        Raises:
-            Rejected: it may not; the message names what is allowed.
-        """
-        if not self.may_act_as(actor, ignore_case=ignore_case):
-            allowed = ", ".join((self.actor, *self.act_as))
-            raise Rejected(f"token may act as {allowed}; not as {actor}", code="REMOTE_FORBIDDEN")
-
-
-def _as_regex(pattern: str) -> str:
-    """Return a pattern of actors as a regular expression, which never goes back to a star that it has passed.
-
-    Taking the first place at which a piece fits loses nothing, because the next star takes what is skipped.
-    Without the atomic groups a few stars would keep the worker busy for hours.
-    """
-    first, *pieces = (re.escape(piece) for piece in pattern.split("*"))
-    if not pieces:
-        return first
-    return first + "".join(f"(?>.*?{piece})" for piece in pieces[:-1]) + ".*" + pieces[-1]
+What is not in it is refused: a command or an option of a lattice that is newer than this table may do anything.
+"""
 
 
 @dataclass(frozen=True)
@@ -160,28 +119,32 @@ def parse(
     """
     for argument in argv:
         if "\0" in argument or len(argument.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
-            raise _unsupported("an argument holds a NUL character or is longer than 1 MiB")
+            raise unsupported("an argument holds a NUL character or is longer than 1 MiB")
     try:
         path, values = _take_apart(cli, list(argv))
     except click.UsageError:
-        # Click stops here too when it runs the line, with its own words, before any command is called.
+        # Click stops here too when it runs the line, with its own words; the executor sees to it that no command runs.
         return Command("", {})
     if path is None:
         return Command("", {})
     kinds = ROUTED.get(path)
     if kinds is None:
-        raise _unsupported(f"'lattice {path}' can't run on the server")
-    used = set()
-    for name, kind in kinds.items():
-        for value in _as_tuple(values.get(name)):
-            _CHECKS[kind](name, value)
+        raise unsupported(f"'lattice {path}' can't run on the server")
+    used: set[str] = set()
+    for name, given in values.items():
+        kind = kinds.get(name)
+        if kind is None:
+            raise unsupported(f"the server does not know this parameter of 'lattice {path}': {name}")
+        for value in _as_tuple(given):
+            check(kind, name, value)
             if kind is Kind.FILE and value in files:
                 used.add(value)
             elif kind is Kind.FILE and not _is_url(path, value):
-                raise _unsupported(f"the file {value!r} did not travel with the command")
+                raise unsupported(f"the file {shown(value)} did not travel with the command")
     if set(files) - used:
-        raise _unsupported("a file was attached to an argument that takes none")
-    return Command(path, values, _check_actor(path, values, identity, lattice_dir))
+        raise unsupported("a file was attached to an argument that takes none")
+    _check_new(path, values, lattice_dir)
+    return Command(path, values, check_actor(cli, path, values, identity, lattice_dir))
 
 
 def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -194,17 +157,22 @@ def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str
     words: list[str] = []
     while True:
         context, parser = _parser_of(command)
-        values, rest, _ = parser.parse_args(list(argv))
+        parsed, rest, _ = parser.parse_args(list(argv))
+        # What was not given is missing here, or stands as a marker of Click's own.
+        values = {name: v for name, v in parsed.items() if isinstance(v, str | bool | int | float | tuple | list)}
+        help_option = command.get_help_option(context)
+        if help_option is not None and values.get(help_option.name or ""):
+            return None, {}
         if not isinstance(command, click.Group):
-            help_option = command.get_help_option(context)
-            if help_option is not None and values.get(help_option.name or ""):
-                return None, {}
-            # What was not given is missing here, or stands as a marker of Click's own.
-            return " ".join(words), {k: v for k, v in values.items() if isinstance(v, str | bool | tuple)}
-        if values or not rest:
+            return " ".join(words), values
+        if not words and values.get("version"):
+            return None, {}
+        if values:
+            raise unsupported(f"the server does not know this option of {context.info_name!r}: {next(iter(values))}")
+        if not rest:
             return None, {}
         if command.get_command(context, rest[0]) is None:
-            raise _unsupported(f"the server's lattice has no command {' '.join([*words, rest[0]])!r}")
+            raise unsupported(f"the server's lattice has no command {shown(' '.join([*words, rest[0]]))}")
         word, found, argv = command.resolve_command(context, rest)
         assert word is not None and found is not None, "resolve_command raises when there is no such command"
         words.append(word)
@@ -214,87 +182,36 @@ def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str
 @cache
 def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
     """Return Click's parser for one command; making it takes longer than parsing. Its errors are nobody's to see."""
-    context = click.Context(command)
+    context = click.Context(command, info_name=command.name, **command.context_settings)
     return context, command.make_parser(context)
 
 
-def _check_actor(path: str, values: Mapping[str, Any], identity: Identity, lattice_dir: Path) -> str | None:
-    session = values.get("name") if path == "session end" else values.get("session_name")
-    if session is not None:
-        actor = _actor_of_session(lattice_dir / "sessions" / f"{session}.json")
-        if actor is not None:
-            identity.require(actor, ignore_case=True)
-    elif path == "session start":
-        actor = _actor_to_be(values)
-        identity.require(actor, ignore_case=True)
-    else:
-        actor = None
-    given = values.get("actor")
-    if given is not None:
-        identity.require(given)
-    return actor or given
+# --- what is to be made ---
 
 
-def _actor_of_session(path: Path) -> str | None:
-    """Return the actor that a session stands for; None when there is no such session: lattice will say so."""
-    from lattice.core.actors import ActorIdentity
+def _check_new(path: str, values: Mapping[str, Any], lattice_dir: Path) -> None:
+    """Refuse to make what would stand in the place of something else, here or on a client's disk."""
+    if path == "create" and os.path.lexists(lattice_dir / f"archive/tasks/{values.get('task_id')}.json"):
+        raise unsupported(f"{values['task_id']} is the id of an archived task: unarchive it, or leave out --id")
+    if path == "resource create":
+        _check_spelling(values.get("name"), _names_in(lattice_dir / "resources"))
+    if path == "session start":
+        active = (name.rpartition("-")[0] for name in _names_in(lattice_dir / "sessions"))
+        _check_spelling(values.get("base_name") or values.get("agent_type", "").capitalize(), active)
 
+
+def _check_spelling(name: str | None, others: Iterable[str]) -> None:
+    """Refuse a name that some file systems can't tell from one that is there."""
+    for other in others:
+        if name and name != other and name.casefold() == other.casefold():
+            raise unsupported(f"{shown(name)} differs from {other!r} only in capitals: choose another name")
+
+
+def _names_in(directory: Path) -> list[str]:
     try:
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise _unsupported(f"the session {path.stem} is no plain file on the server")
-        return str(ActorIdentity.from_dict(json.loads(path.read_text())).to_legacy_actor())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unsupported(f"the session {path.stem} can't be read: it names no actor") from error
-
-
-def _actor_to_be(values: Mapping[str, Any]) -> str:
-    """Return the actor of a session that is about to start."""
-    prefix = "human" if values.get("model") == "human" else "agent"
-    # Without a name lattice picks one of its own: only a token that may use every name can take it.
-    return f"{prefix}:{values.get('base_name') or values.get('agent_type') or '*'}"
-
-
-# --- kinds ---
-
-
-def _check_name(name: str, value: str) -> None:
-    if not _NAME.fullmatch(value) or len(value.encode()) > _MAX_NAME_BYTES:
-        raise _unsupported(f"{_shown(value)} can't be used as {name}: letters, digits, _ and - only, at most 100")
-
-
-def _check_log(name: str, value: str) -> None:
-    _check_name(name, value)
-    if value.startswith("_"):
-        raise _unsupported(f"{_shown(value)} is not the id of a task")
-
-
-def _check_session(name: str, value: str) -> None:
-    del name
-    if not _SESSION.fullmatch(value) or len(value.encode()) > _MAX_NAME_BYTES:
-        raise _unsupported(f"{_shown(value)} is not the name of a session, which ends in a number, as Argus-3")
-
-
-def _check_id(name: str, value: str) -> None:
-    if not _ID.fullmatch(value) or value.startswith("."):
-        raise _unsupported(f"{_shown(value)} can't be used as {name}")
-
-
-def _check_text(name: str, value: str) -> None:
-    """Any text will do; its size was checked with the whole line."""
-
-
-_CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
-    Kind.TEXT: _check_text,
-    Kind.ID: _check_id,
-    Kind.IDS: _check_id,
-    Kind.NAME: _check_name,
-    Kind.LOG: _check_log,
-    Kind.SESSION: _check_session,
-    Kind.ACTOR: _check_text,
-    Kind.FILE: _check_text,
-}
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def _is_url(path: str, value: str) -> bool:
@@ -302,14 +219,4 @@ def _is_url(path: str, value: str) -> bool:
 
 
 def _as_tuple(value: object) -> tuple[str, ...]:
-    if value is None:
-        return ()
     return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)
-
-
-def _shown(value: str) -> str:
-    return repr(value if len(value) <= 60 else value[:60] + "...")
-
-
-def _unsupported(message: str) -> Rejected:
-    return Rejected(message, code="REMOTE_UNSUPPORTED")

@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Refused, Reply, Stored
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.actors import Identity
 from lattice_remote.server.attachments import Attached
 from lattice_remote.server.attribution import describe_command, describe_edit
 from lattice_remote.server.capture import Touched, Vetoed
@@ -32,7 +34,7 @@ from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Executor, Outcome
 from lattice_remote.server.ipc import After, Edit, Execute, Failed, NewEpoch, Ready, Reconcile, Settle, Stop, ToWorker
 from lattice_remote.server.journal import Record
-from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, Identity, parse
+from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.recovery import open_store
 from lattice_remote.server.store import BY_SERVER, Cause, Store
 from lattice_remote.server.textmerge import merge_text
@@ -143,7 +145,7 @@ class Worker:
         outcome = Outcome()
         # What was vetoed is noted in what was touched.
         with self._store.transaction() as touched, contextlib.suppress(Vetoed):
-            outcome = self._executor.run(attached.argv, last_try=request.last_try)
+            outcome = self._executor.run(attached.argv, command.path, last_try=request.last_try)
         if touched.private:
             self._empty_scratch()
         if outcome.failure is not None or touched.veto is not None or touched.unshared:
@@ -292,11 +294,15 @@ def _messages(connection: socket.socket) -> Iterator[ToWorker]:
             yield message
 
 
-def _code_directories() -> list[str]:
-    """Return where Python and its packages lie; the directory it was started in is none of them."""
+def _code_directories(project: Path) -> list[str]:
+    """Return where Python and its packages lie; the directory it was started in is none of them.
+
+    Nor is one around the project: an environment may have been made where the data lies, and the tokens with it.
+    """
     started_in = os.getcwd()
-    paths = {sys.prefix, sys.base_prefix, sys.exec_prefix, *(path for path in sys.path if path)}
-    return sorted(path for path in paths if path not in (started_in, "/"))
+    standard = sysconfig.get_paths()
+    paths = {*(standard[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")), *filter(None, sys.path)}
+    return sorted(path for path in paths if path != started_in and not project.is_relative_to(path))
 
 
 def _prepare_scratch(project: Path) -> Path:
@@ -333,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _serve(project: Path, connection: socket.socket, committer: Committer) -> int:
-    code = _code_directories()
+    code = _code_directories(project)
     scratch = _prepare_scratch(project)
     opened = open_store(project, scratch, committer, code=code)
     worker = Worker(project, scratch, opened.store, Executor(project, lazy=opened.can_repair), committer)
