@@ -43,6 +43,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
     """
     if not agent_enabled():
         return _ask_directly(request, on_progress)
+    began = runtime.boot_time()
     for _ in range(_ATTEMPTS):
         try:
             stream = _connect(runtime.locate()) or _start()
@@ -51,6 +52,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
         try:
             return raise_error(_exchange(stream, request, on_progress))
         except _AgentLost:
+            request.setdefault("first_sent_at", began)  # it may have been sent on: the server wants to know since when
             continue
         finally:
             stream.close()

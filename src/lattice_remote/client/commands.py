@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from lattice.storage.fs import LatticeRootError, find_root
 
-from lattice_remote.client import adding, credentials, runtime
+from lattice_remote.client import adding, credentials, history, runtime
 from lattice_remote.client.agent_client import Progress, agent_enabled, ask, ask_running_agent
 from lattice_remote.client.routing import describe_age
 from lattice_remote.client.settings import Remote, parse_url, read_remote, write_remote
@@ -296,6 +296,25 @@ def verify(as_json: Json = False) -> None:
         typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {_count(answer['total'], 'file')}.")
     if differences:
         raise typer.Exit(1)
+
+
+@app.command()
+def log(
+    task: Annotated[str, typer.Option(metavar="ID", help="Only what touched this task: LAT-42 or task_...")] = "",
+    number: Annotated[int, typer.Option("-n", min=1, max=history.MAX_ENTRIES, help="How many changes.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show who changed what, when, and through which token; newest first.
+
+    Example: lattice remote log --task LAT-42 -n 5
+    """
+    directory, _ = _here()
+    answer = ask({**_request("log", directory), "task": task, "limit": number})
+    if as_json:
+        _result(history.records(answer, directory))
+        return
+    for line in history.lines(answer, directory) or ["No changes are kept."]:
+        typer.echo(line)
 
 
 # --- the agent ---

@@ -18,12 +18,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
+import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.typing import Subprotocol
 
 from lattice_remote.client.credentials import check_token
 from lattice_remote.client.follower import Outcome
+from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.settings import Remote
 from lattice_remote.errors import CODES, ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
@@ -32,13 +34,14 @@ from lattice_remote.protocol.messages import (
     Bye,
     ClientFrame,
     Hello,
+    Log,
     Request,
     Response,
     ServerFrame,
     Welcome,
 )
 
-__all__ = ["Conversation", "Link", "Signal", "boot_time"]
+__all__ = ["Conversation", "Link", "Signal"]
 
 OPEN_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 0.5
@@ -115,11 +118,27 @@ class _Pending:
     asked_at: float = field(default_factory=time.monotonic)
     sends: int = 0
     """How often it was sent, since a connection last lasted."""
+    first_sent_at: float | None = None
+    """When it was first sent (``boot_time()``), perhaps by an agent before this one."""
+
+    @property
+    def is_write(self) -> bool:
+        """Whether it is asked so that something changes."""
+        return not isinstance(self.frame, Log)
 
     @property
     def sent(self) -> bool:
         """Whether it may have taken effect."""
-        return self.sends > 0
+        return self.is_write and self.first_sent_at is not None
+
+    def to_send(self) -> Request:
+        """Return the frame to send now: one that is sent again says how old it is (SPEC section 3.4)."""
+        self.sends += 1
+        if self.first_sent_at is None:
+            self.first_sent_at = boot_time()
+        elif not isinstance(self.frame, Log):
+            return msgspec.structs.replace(self.frame, age_s=max(0.0, boot_time() - self.first_sent_at))
+        return self.frame
 
 
 @dataclass(slots=True)
@@ -214,14 +233,16 @@ class Link:
 
     # --- requests ---
 
-    async def ask(self, frame: Request) -> Response:
+    async def ask(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
         """Send a request and return its answer, whatever cuts come in between.
+
+        ``first_sent_at`` is when (``boot_time()``) it may have been sent by somebody else, under the same id.
 
         Raises:
             Rejected: the server refuses this token, project or version.
             ConnectionFailed: out of reach for too long; ``sent`` tells whether it may have taken effect.
         """
-        pending = _Pending(frame, asyncio.get_running_loop().create_future())
+        pending = _Pending(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
         self._pending[frame.id] = pending
         failed_before = self.failed_attempts
         self.kick()
@@ -250,7 +271,7 @@ class Link:
         patience = SENT_PATIENCE_S if pending.sent else UNSENT_PATIENCE_S
         since = max(self._down_since, pending.asked_at)
         if time.monotonic() - since > patience or pending.sends >= MAX_SENDS:
-            raise self.unreachable(sent=pending.sent)
+            raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
         """Return the error that says why there is no connection."""
@@ -267,8 +288,7 @@ class Link:
 
     async def _send_pending(self, pending: _Pending) -> None:
         if self.welcome is not None:
-            pending.sends += 1
-            await self.send(pending.frame)
+            await self.send(pending.to_send())
 
     async def send(self, *frames: ClientFrame) -> None:
         """Send frames if there is a connection; one that fails here is noticed where frames are received."""
@@ -456,12 +476,6 @@ class Link:
                 raise ConnectionFailed(f"no answer to a ping within {PING_TIMEOUT_S:.0f} s") from error
             self._hear()
             self.changed.notify()
-
-
-def boot_time() -> float:
-    """Return seconds on a clock that, unlike the monotonic one of Linux, goes on while the machine sleeps."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def _frame_of(data: str | bytes) -> ServerFrame:

@@ -4,11 +4,12 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 
 from lattice_remote import __version__
 from lattice_remote.errors import StorageError
 
-__all__ = ["Runtime", "check", "locate", "prepare"]
+__all__ = ["Runtime", "boot_time", "check", "locate", "prepare"]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
 _MAX_SOCKET_PATH_BYTES = 100
@@ -25,6 +26,15 @@ class Runtime:
         self.lock = name + ".lock"
         self.log = name + ".log"
         self.pid = name + ".pid"
+
+
+def boot_time() -> float:
+    """Return seconds on a clock that, unlike the monotonic one of Linux, goes on while the machine sleeps.
+
+    It is the same for all processes of a machine until that is started again.
+    """
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def locate() -> Runtime:

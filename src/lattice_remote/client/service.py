@@ -9,6 +9,7 @@ null), and
     pull     bring the cache up to date            -> seq
     sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited
     verify   compare all files                     -> the same
+    log      task ("": all), limit                 -> entries, more
     status   what is known, with its evidence      -> see ``Service._status``
 
 An answer has ``ok``; a failure has ``code`` and ``message``.
@@ -27,6 +28,7 @@ from lattice_remote import __version__
 from lattice_remote.client import credentials
 from lattice_remote.client.cache import Cache
 from lattice_remote.client.follower import Comparison, Follower, Writer
+from lattice_remote.client.history import read_log
 from lattice_remote.client.link import ALIVE_S, Link
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
@@ -122,6 +124,8 @@ class Service:
                 return await self._with_progress(self._pull(), report)
             case "sync" | "verify" as do:
                 return await self._with_progress(self._compare(mend=do == "sync"), report)
+            case "log":
+                return await read_log(self._link_for(token), request["task"], request["limit"])
             case "status":
                 return await self._status(token)
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
@@ -251,11 +255,11 @@ class Service:
             # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
             link = self._new_writer(str(link.token))
             try:
-                answer = await link.ask(run)
+                answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
             finally:
                 await link.close()
         else:
-            answer = await link.ask(run)
+            answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
         if isinstance(answer, Refused):
             raise Rejected(answer.message, code=answer.code)
         if not isinstance(answer, Reply):

@@ -12,15 +12,18 @@ __all__ = ["describe_command", "describe_edit", "describe_paths"]
 
 MAX_CHARS = 200
 _MAX_PATHS = 5
-_SECRETS = re.compile(
-    r"(?P<token>ltr_)[\w-]{16,}|(?P<scheme>[a-z][a-z0-9+.-]*://[^\s/@:]*):[^\s/@]+(?=@)", re.IGNORECASE
-)
+_LOOKED_AT_CHARS = 8 * MAX_CHARS
+_SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)")
 
 
 def describe_command(argv: Sequence[str]) -> str:
     """Return a command line as it could be typed, cut to ``MAX_CHARS``."""
-    # What is cut off need not be looked through: an argument may have a megabyte.
-    return _cut(_without_secrets(shlex.join([argument[: 20 * MAX_CHARS] for argument in argv])))
+    line = ""
+    for argument in argv:
+        line += (" " if line else "") + shlex.quote(argument[:_LOOKED_AT_CHARS])
+        if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte; what is cut off need not be looked at
+            break
+    return _cut(_without_secrets(line[:_LOOKED_AT_CHARS]))
 
 
 def describe_edit(path: str) -> str:
@@ -39,7 +42,7 @@ def describe_paths(paths: Collection[str]) -> str:
 
 
 def _without_secrets(line: str) -> str:
-    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['scheme']}:***", line)
+    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", line)
 
 
 def _cut(line: str) -> str:

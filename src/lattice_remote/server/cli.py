@@ -16,9 +16,11 @@ import typer
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.logtext import as_lines, as_records
 from lattice_remote.server.datadir import DataDir, default_location
 from lattice_remote.server.expiry import duration, expiry, shown
 from lattice_remote.server.lastuse import read_last_uses
+from lattice_remote.server.log import read_log, short_ids
 from lattice_remote.server.tokens import Token, TokenFile
 
 __all__ = ["app", "main"]
@@ -148,6 +150,33 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
         return
     rows = [(s.slug, s.code or "-", str(s.tasks), str(s.archived), s.name or "") for s in summaries]
     _table(("PROJECT", "CODE", "TASKS", "ARCHIVED", "NAME"), rows)
+
+
+@app.command()
+def log(  # noqa: PLR0917 - Typer calls it
+    context: typer.Context,
+    slug: Annotated[str, typer.Argument(help="The project.")],
+    task: Annotated[str, typer.Option(metavar="ID", help="Only what touched this task: LAT-42 or task_...")] = "",
+    number: Annotated[int, typer.Option("-n", min=1, help="How many changes.")] = 20,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Show who changed what, when, and through which token; newest first. The server may run or not.
+
+    Example: lattice-remote log web --task WEB-42 -n 5
+    """
+    target = _data(context, data)
+    target.config()
+    if not target.has_project(slug):
+        raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+    paths = target.project(slug)
+    entries, more = read_log(paths, task, number)
+    names = short_ids(paths.lattice)
+    if as_json:
+        typer.echo(msgspec.json.encode({"entries": as_records(entries, names), "more": more}).decode())
+        return
+    for line in as_lines(entries, names) or ["No changes are kept."]:
+        typer.echo(line)
 
 
 # --- tokens ---

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import msgspec
 
+from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import MAX_LOG_TASKS, Log, LogEntry, LogPage, Refused
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.framing import frames
 from lattice_remote.server.journal import Segment, segment_paths
 
-__all__ = ["LogReader", "Page", "find_task", "read_page"]
+__all__ = ["LogReader", "Page", "find_task", "read_log", "read_page", "short_ids"]
 
 MAX_SCAN_BYTES = 16 * 1024 * 1024
 """About how much of the journal is read for one page."""
@@ -30,11 +31,15 @@ class _Record(msgspec.Struct, frozen=True, tag="record"):
 
     seq: int
     change: bytes | None = None
-    files: dict[str, msgspec.Raw] = {}
+
+
+class _Operation(msgspec.Struct, frozen=True):
+    path: str
+    to: str = ""
 
 
 class _Change(msgspec.Struct, frozen=True, tag="change", tag_field="type"):
-    """A ``Change`` without its operations, which are most of it."""
+    """A ``Change`` without the content of its operations, which is most of it."""
 
     seq: int
     time: str
@@ -42,6 +47,7 @@ class _Change(msgspec.Struct, frozen=True, tag="change", tag_field="type"):
     token_id: str
     cause: str
     command: str
+    ops: list[_Operation]
     token_actor: str = ""
 
 
@@ -83,6 +89,26 @@ class LogReader:
             return Refused(asked.id, "REMOTE_NOT_FOUND", f"there is no task {asked.task!r} in this project")
         page = read_page(self._paths.journal, task=task, limit=asked.limit, before=asked.before, head=head)
         return LogPage(asked.id, page.entries, page.before)
+
+
+def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
+    """Return the newest changes, of one task if it is named, and whether there are more. Blocking.
+
+    Raises:
+        Misuse: there is no such task.
+        OSError: the journal can't be read.
+    """
+    task_id = find_task(paths.lattice, task) if task else ""
+    if task_id is None:
+        raise Misuse(f"there is no task {task!r} in this project")
+    entries: list[LogEntry] = []
+    before: int | None = None
+    while True:
+        page = read_page(paths.journal, task=task_id, limit=limit - len(entries), before=before)
+        entries += page.entries
+        before = page.before
+        if before is None or len(entries) >= limit:
+            return entries, before is not None
 
 
 def read_page(
@@ -128,13 +154,23 @@ def find_task(lattice: Path, name: str) -> str | None:
     Raises:
         OSError: ``ids.json`` can't be read.
     """
-    if _TASK_ID.fullmatch(name):
-        return name
+    return name if _TASK_ID.fullmatch(name) else _ids(lattice).get(name.upper())
+
+
+def short_ids(lattice: Path) -> dict[str, str]:
+    """Return the tasks' short ids by their ids.
+
+    Raises:
+        OSError: ``ids.json`` can't be read.
+    """
+    return {task: short_id for short_id, task in _ids(lattice).items()}
+
+
+def _ids(lattice: Path) -> dict[str, str]:
     try:
-        ids = msgspec.json.decode((lattice / "ids.json").read_bytes(), type=_Ids)
+        return msgspec.json.decode((lattice / "ids.json").read_bytes(), type=_Ids).map
     except (FileNotFoundError, *_MALFORMED):
-        return None
-    return ids.map.get(name.upper())
+        return {}
 
 
 def _entries(
@@ -155,13 +191,13 @@ def _entries(
             return
         if item.change is None or (head is not None and epoch == head[0] and item.seq > head[1]):
             continue
-        tasks = _tasks(item.files)
+        told = _change_decoder.decode(item.change)
+        tasks = _tasks(path for operation in told.ops for path in (operation.path, operation.to))
         if not task or task in tasks:
-            yield position, _entry(epoch, item.change, tasks)
+            yield position, _entry(epoch, told, tasks)
 
 
-def _entry(epoch: str, change: bytes, tasks: list[str]) -> LogEntry:
-    told = _change_decoder.decode(change)
+def _entry(epoch: str, told: _Change, tasks: list[str]) -> LogEntry:
     return LogEntry(
         seq=told.seq,
         epoch=epoch,

@@ -17,6 +17,7 @@ import msgspec
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Reply, Stored
+from lattice_remote.protocol.operations import paths_of
 from lattice_remote.server.attribution import describe_paths
 from lattice_remote.server.capture import Capture, Touched
 from lattice_remote.server.committer import Committer, Job
@@ -256,7 +257,9 @@ def _at_beginning(record: Record) -> Record:
 
 def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    command = cause.command or describe_paths(difference.states)
+    command = cause.command or describe_paths(
+        [path for operation in difference.operations for path in paths_of(operation)]
+    )
     token_actor = cause.token_actor if cause.token_actor != cause.actor else ""
     return encode(
         Change(seq, mark, now, cause.actor, cause.token_id, cause.cause, command, difference.operations, token_actor)

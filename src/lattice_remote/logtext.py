@@ -1,0 +1,70 @@
+"""The log as people and programs read it: ``lattice remote log`` and ``lattice-remote log`` print the same.
+
+What others wrote is shown, not obeyed: characters that a terminal acts on, or that turn a line's direction, are
+written as escapes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from lattice_remote.protocol.messages import LogEntry
+
+__all__ = ["as_lines", "as_records", "printable"]
+
+_MAX_TASKS_SHOWN = 3
+
+
+def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the entries for ``--json``: every field, times as RFC 3339, each task with its short id (or null).
+
+    ``token_actor`` is always whose token it was, also when that is the actor.
+    """
+    records = []
+    for entry in entries:
+        record = msgspec.to_builtins(entry)
+        record["token_actor"] = entry.token_actor or (entry.actor if entry.token_id else "")
+        record["tasks"] = [{"id": task, "short_id": short_ids.get(task)} for task in entry.tasks]
+        records.append(record)
+    return records
+
+
+def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[str]:
+    """Return a table for a terminal: number, local time, actor, token, tasks, command. Empty without entries."""
+    if not entries:
+        return []
+    rows = [("CHANGE", "TIME", "ACTOR", "TOKEN", "TASKS", "COMMAND")]
+    rows += [_row(entry, short_ids) for entry in entries]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, str, str, str]:
+    actor = f"{entry.actor} (token of {entry.token_actor})" if entry.token_actor else entry.actor
+    tasks = [short_ids.get(task, task) for task in entry.tasks]
+    more = len(tasks) + entry.more_tasks - _MAX_TASKS_SHOWN
+    shown = ",".join(tasks[:_MAX_TASKS_SHOWN]) + (f",+{more}" if more > 0 else "")
+    what = f"{entry.cause}: {entry.command}" if entry.cause in ("edit", "recovery") else entry.command
+    cells = (str(entry.seq), _local_time(entry.time), actor, entry.token_id or "-", shown or "-", what)
+    number, time, who, token, touched, command = map(printable, cells)
+    return number, time, who, token, touched, command
+
+
+def _local_time(time: str) -> str:
+    """Return a time in the reader's own zone, to the second; as it is if it is none."""
+    try:
+        return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return time
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with everything that is not plainly a character, or a space, as an escape: ``\\x1b``."""
+    return re.sub(r"[^ -~]", lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
