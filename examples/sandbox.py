@@ -7,6 +7,7 @@ runtime directories are the sandbox's own. Each client is a "machine": it has a 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import signal
@@ -14,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import IO, Protocol
 
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["Client", "Sandbox", "Server", "differences", "tree_of", "wait_for"]
+__all__ = ["Client", "Process", "Programs", "Sandbox", "Server", "board", "differences", "tree_of", "wait_for"]
 
 BIN = Path(sys.executable).parent
 COMMAND_TIMEOUT_S = 60.0
@@ -55,15 +57,74 @@ def differences(one: Path, other: Path) -> list[str]:
     return sorted(path for path in a.keys() | b.keys() if a.get(path) != b.get(path))
 
 
+class Process(Protocol):
+    """A running program: what is used here of ``subprocess.Popen``."""
+
+    pid: int
+    stdout: IO[bytes] | None
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, sig: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Programs:
+    """The installed ``lattice`` and ``lattice-remote``, started as a person starts them."""
+
+    def run(
+        self,
+        program: str,
+        argv: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        stdin: str = "",
+        timeout_s: float = COMMAND_TIMEOUT_S,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end and return what it did, whatever its exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer; it was killed.
+        """
+        return subprocess.run(
+            [BIN / program, *argv],
+            cwd=cwd,
+            env=env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def start(
+        self,
+        program: str,
+        argv: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        stdout: int | IO[bytes],
+        stderr: int | IO[bytes],
+    ) -> Process:
+        """Start a program and do not wait for it."""
+        return subprocess.Popen(
+            [BIN / program, *argv], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+        )
+
+
 class Server:
     """One ``lattice-remote`` data directory, and the server on it while it is started."""
 
     def __init__(self, sandbox: Sandbox, name: str = "server") -> None:
         self.data = sandbox.root / name
         self.port = 0
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         self.log = sandbox.root / f"{name}.log"
-        self._env = sandbox.environment(name)
+        self.env = {**sandbox.environment(name), "LATTICE_REMOTE_DATA": str(self.data)}
+        self._programs = sandbox.programs
         self.admin("init", str(self.data))
 
     @property
@@ -73,10 +134,7 @@ class Server:
 
     def admin(self, *args: str) -> str:
         """Run ``lattice-remote`` with these arguments on this data directory and return what it prints."""
-        env = {**self._env, "LATTICE_REMOTE_DATA": str(self.data)}
-        done = subprocess.run(
-            [BIN / "lattice-remote", *args], env=env, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = self._programs.run("lattice-remote", args, cwd=self.log.parent, env=self.env)
         if done.returncode:
             raise RuntimeError(f"lattice-remote {' '.join(args)}: exit {done.returncode}: {done.stderr}{done.stdout}")
         return done.stdout.strip()
@@ -98,12 +156,9 @@ class Server:
     def start(self) -> Server:
         """Start the server, on the port it had before if it had one, and return once it listens."""
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [BIN / "lattice-remote", "start", "--port", str(self.port)],
-                env={**self._env, "LATTICE_REMOTE_DATA": str(self.data)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
+            argv = ("start", "--port", str(self.port))
+            self.process = self._programs.start(
+                "lattice-remote", argv, cwd=self.log.parent, env=self.env, stdout=subprocess.PIPE, stderr=log
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()
@@ -149,6 +204,14 @@ class Client:
         self.dir = sandbox.root / "clients" / name
         self.dir.mkdir(parents=True, exist_ok=True)
         self.env = sandbox.environment(machine or name)
+        self.programs = sandbox.programs
+
+    def elsewhere(self, directory: Path) -> Client:
+        """Return another directory on the same machine, in the same environment; it is made if need be."""
+        directory.mkdir(parents=True, exist_ok=True)
+        other = copy.copy(self)
+        other.dir = directory
+        return other
 
     @property
     def lattice_dir(self) -> Path:
@@ -168,18 +231,16 @@ class Client:
         )
 
     def run(
-        self, *argv: str, stdin: str | None = None, env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        *argv: str,
+        stdin: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        programs: Programs | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run ``lattice`` with these arguments and return what it did, whatever its exit code."""
-        return subprocess.run(
-            [BIN / "lattice", *argv],
-            cwd=cwd or self.dir,
-            env={**self.env, **(env or {})},
-            input=stdin or "",
-            capture_output=True,
-            text=True,
-            timeout=COMMAND_TIMEOUT_S,
-            check=False,
+        return (programs or self.programs).run(
+            "lattice", argv, cwd=cwd or self.dir, env={**self.env, **(env or {})}, stdin=stdin or ""
         )
 
     def ok(self, *argv: str, stdin: str | None = None) -> str:
@@ -195,9 +256,14 @@ class Client:
 
 
 class Sandbox:
-    """A temporary directory with servers and clients; on exit everything in it is ended and removed."""
+    """A temporary directory with servers and clients; on exit everything in it is ended and removed.
 
-    def __init__(self) -> None:
+    Args:
+        programs: how programs are started; by default as a person starts them.
+    """
+
+    def __init__(self, programs: Programs | None = None) -> None:
+        self.programs = programs or Programs()
         self.root = Path(tempfile.mkdtemp(prefix="lattice-"))
         self._servers: list[Server] = []
         self._clients: list[Client] = []
@@ -246,12 +312,12 @@ class Sandbox:
 
 
 @contextlib.contextmanager
-def board(*people: str) -> Iterator[tuple[Server, list[Client]]]:
+def board(*people: str, programs: Programs | None = None) -> Iterator[tuple[Server, list[Client]]]:
     """A started server with one project ``board``, and one connected client for each of ``people``.
 
     Everybody's token acts as ``human:NAME`` and as any agent.
     """
-    with Sandbox() as sandbox:
+    with Sandbox(programs) as sandbox:
         server = sandbox.server()
         server.project()
         server.start()

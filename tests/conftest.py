@@ -5,17 +5,18 @@ from collections.abc import Iterator
 import pytest
 
 from sandbox import Client, Sandbox, Server, board
+from warm import warm
 
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     """An empty sandbox: servers and clients as the test needs them."""
-    with Sandbox() as made:
+    with Sandbox(warm()) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def shared_board() -> Iterator[tuple[Server, Client, Client]]:
     """One server and two machines, shared by the tests of a module, which must not stop the server."""
-    with board("ana", "ben") as (server, (ana, ben)):
+    with board("ana", "ben", programs=warm()) as (server, (ana, ben)):
         yield server, ana, ben

@@ -17,13 +17,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 from faults import break_everything  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
+from warm import warm  # noqa: E402
 
 
 def one(seed: int, commands: int) -> bool:
     """Run one seed; return whether everything was as it must be."""
     began = time.monotonic()
     try:
-        with Sandbox() as sandbox:
+        with Sandbox(warm()) as sandbox:
             outcome, struck = break_everything(sandbox, seed=seed, commands=commands)
     except Exception:  # noqa: BLE001 - whatever goes wrong is this seed's result
         traceback.print_exc()

@@ -60,9 +60,7 @@ def test_another_actor_is_forbidden_and_the_error_names_what_is_allowed(shared_b
 
 def test_an_unknown_project_is_not_found(shared_board: Board) -> None:
     server, ana, _ben = shared_board
-    client = Client.__new__(Client)
-    client.dir, client.env = ana.dir.parent / "unknown", ana.env
-    client.dir.mkdir()
+    client = ana.elsewhere(ana.dir.parent / "unknown")
     token = server.token("human:x")
     done = client.run("remote", "add", "origin", server.url, "--project", "nowhere", "--token", token)
     assert done.returncode == 1

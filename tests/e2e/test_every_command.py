@@ -192,9 +192,7 @@ def prepare_inputs(directory: Path) -> None:
 def both_sides(shared_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory) -> object:
     """Run the whole script on both sides once."""
     server, ana, ben = shared_board
-    local = Client.__new__(Client)
-    local.dir = tmp_path_factory.mktemp("local")
-    local.env = ana.env
+    local = ana.elsewhere(tmp_path_factory.mktemp("local"))
     # The same project to begin with: the server's, before anything was done in it.
     shutil.copytree(server.lattice_dir(), local.lattice_dir)
     for directory in (local.dir, ana.dir):

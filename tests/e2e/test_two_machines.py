@@ -129,9 +129,7 @@ def test_a_directory_without_a_remote_behaves_as_without_the_package(sandbox: Sa
 
 def test_adding_a_remote_where_there_are_tasks_is_refused_and_touches_nothing(shared_board: Board) -> None:
     server, ana, _ben = shared_board
-    mine = Client.__new__(Client)
-    mine.dir, mine.env = ana.dir.parent / "mine", ana.env
-    mine.dir.mkdir()
+    mine = ana.elsewhere(ana.dir.parent / "mine")
     mine.ok("init", "--project-code", "OWN", "--actor", "human:me", "--no-setup-agents", "--no-setup-claude")
     mine.ok("create", "My own", "--actor", "human:me")
     before = {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()}
@@ -208,8 +206,7 @@ def test_git_sees_only_remote_json(shared_board: Board) -> None:
 
 def test_after_git_clone_the_first_command_fills_the_cache(shared_board: Board) -> None:
     server, ana, _ben = shared_board
-    clone = Client.__new__(Client)
-    clone.dir, clone.env = ana.dir.parent / "clone", ana.env
+    clone = ana.elsewhere(ana.dir.parent / "clone")
     clone.lattice_dir.mkdir(parents=True)
     (clone.lattice_dir / "remote.json").write_bytes((ana.lattice_dir / "remote.json").read_bytes())
     assert clone.ok("list") == ana.ok("list")
