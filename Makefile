@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench soak protocol format clean
+.PHONY: help venv demo test check bench soak backups protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,11 @@ COMMANDS ?= 25
 
 soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100)
 	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS)
+
+COPIES ?= 50
+
+backups: venv  ## Copies of a live server taken by rsync under load: each must be whole (COPIES=50)
+	@$(PYTHON_VENV) tests/backups.py --copies $(COPIES)
 
 protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py

@@ -124,8 +124,9 @@ class Server:
         self.process: Process | None = None
         self.log = sandbox.root / f"{name}.log"
         self.env = {**sandbox.environment(name), "LATTICE_REMOTE_DATA": str(self.data)}
-        self._programs = sandbox.programs
-        self.admin("init", str(self.data))
+        self.programs = sandbox.programs
+        if not self.data.exists():
+            self.admin("init", str(self.data))
 
     @property
     def url(self) -> str:
@@ -134,7 +135,7 @@ class Server:
 
     def admin(self, *args: str) -> str:
         """Run ``lattice-remote`` with these arguments on this data directory and return what it prints."""
-        done = self._programs.run("lattice-remote", args, cwd=self.log.parent, env=self.env)
+        done = self.programs.run("lattice-remote", args, cwd=self.log.parent, env=self.env)
         if done.returncode:
             raise RuntimeError(f"lattice-remote {' '.join(args)}: exit {done.returncode}: {done.stderr}{done.stdout}")
         return done.stdout.strip()
@@ -157,7 +158,7 @@ class Server:
         """Start the server, on the port it had before if it had one, and return once it listens."""
         with self.log.open("ab") as log:
             argv = ("start", "--port", str(self.port))
-            self.process = self._programs.start(
+            self.process = self.programs.start(
                 "lattice-remote", argv, cwd=self.log.parent, env=self.env, stdout=subprocess.PIPE, stderr=log
             )
         assert self.process.stdout is not None

@@ -13,9 +13,10 @@ from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.server import recovery
 from lattice_remote.server.committer import Committer
+from lattice_remote.server.contents import Contents
 from lattice_remote.server.manifest import FileState
 from lattice_remote.server.recovery import Opened, open_store
-from lattice_remote.server.repair import repair
+from lattice_remote.server.repair import Repair, damaged_since
 from lattice_remote.server.tree import INLINE_BYTES, MERGE_FROM_BYTES, Tree
 
 LATER = float("inf")
@@ -113,7 +114,10 @@ def changes(*operations: Operation) -> list[Change]:
 
 def check_repair(root: Path, wanted: dict[str, bytes], *operations: Operation) -> list[str]:
     files = {path: FileState(len(data), digest_of(data), 0, 0) for path, data in wanted.items()}
-    return repair(Tree(root, files), changes(*operations), boot_time=LATER, lost=root.parent / "lost")
+    tree, contents = Tree(root, files), Contents()
+    for change in changes(*operations):
+        contents.learn(change, {})
+    return Repair(tree, contents, damaged_since(tree, LATER)).perform(root.parent / "lost")
 
 
 def test_an_append_is_repeated_on_what_was_durable_even_if_the_rename_was_lost(tmp_path: Path) -> None:

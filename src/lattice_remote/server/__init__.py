@@ -15,7 +15,9 @@ manifest     the list of all files, on disk
 journal      the numbered changes and replies, on disk
 committer    the thread that makes them durable in groups
 recovery     what happened while nobody looked
+contents     what the journal tells of the content of files
 repair       what a power cut took
+copied       what a copy of a live directory lacks
 store        tree, journal and undo as one thing that commits
 worker       the process: requests in, outcomes out
 

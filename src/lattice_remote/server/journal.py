@@ -37,6 +37,8 @@ class Record(msgspec.Struct, frozen=True, tag="record"):
     """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
 
     ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
+    ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
+    file may have caught them in neither place (``copied.py``).
     """
 
     seq: int
@@ -47,6 +49,7 @@ class Record(msgspec.Struct, frozen=True, tag="record"):
     change: bytes | None = None
     reply: bytes | None = None
     files: dict[str, FileState | None] = {}
+    moved: dict[str, bytes] = {}
 
 
 class _Outline(msgspec.Struct, frozen=True, tag="record"):
@@ -299,6 +302,11 @@ class Journal:
                 item = _decoder.decode(payload)
                 if isinstance(item, Record) and item.id and item.time >= time_:
                     yield item
+
+    @property
+    def newest(self) -> float:
+        """When the last record was written, in seconds since the epoch."""
+        return self._segments[-1].newest
 
     @property
     def oldest(self) -> int:

@@ -26,7 +26,10 @@ class FileState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ManifestFile(msgspec.Struct, frozen=True):
-    """All files at (``epoch``, ``seq``). ``clean`` says that the worker ended in order and nothing ran after it."""
+    """All files at (``epoch``, ``seq``). ``clean`` says that the worker ended in order and nothing ran after it.
+
+    ``place`` names the journal directory that it was written in, see ``copied.py``.
+    """
 
     epoch: str
     seq: int
@@ -34,6 +37,7 @@ class ManifestFile(msgspec.Struct, frozen=True):
     boot_id: str
     clean: bool
     files: dict[str, FileState]
+    place: list[int] = []
 
 
 _decoder = msgspec.msgpack.Decoder(ManifestFile)

@@ -7,17 +7,17 @@ everything else that differs becomes a numbered change.
 import secrets
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change
 from lattice_remote.server.capture import Capture
 from lattice_remote.server.committer import Committer
+from lattice_remote.server.contents import Contents
+from lattice_remote.server.copied import change_of, copied_at, is_copied, mend_copy
 from lattice_remote.server.journal import Journal, JournalReader, Retention
-from lattice_remote.server.manifest import FileState, load_manifest
-from lattice_remote.server.repair import booted_at, repair
+from lattice_remote.server.manifest import FileState, ManifestFile, load_manifest
+from lattice_remote.server.repair import Repair, booted_at, damaged_since
 from lattice_remote.server.store import BY_SERVER, Store, begin_anew
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import UndoLog
@@ -81,13 +81,21 @@ def open_store(
     directory = project / "journal"
     directory.mkdir(mode=0o700, exist_ok=True)
     boot_id = _boot_id()
+    listed = load_manifest(directory / "manifest")
+    copied = copied_at(directory) if is_copied(directory, listed) else None
     undo = UndoLog.open(directory)
-    history = _read_history(directory, boot_id, retention)
+    journal = Journal.open(directory, retention)
+    mended: list[str] = []
+    if copied is not None and listed is not None and journal is not None:
+        mended = mend_copy(Tree(project / ".lattice", {}), journal, listed, kept=undo.before, copied=copied)
+        undo.clear()  # what it keeps of large files may be another command's by now: it was copied later
+    history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
     notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
     tree = Tree(project / ".lattice", history.files)
     if history.journal is not None and not history.is_trusted and boot_id:
-        notes += repair(tree, _changes(directory), boot_time=booted_at(), lost=directory / "lost")
+        repair = Repair(tree, _contents(directory), damaged_since(tree, booted_at()))
+        notes += repair.perform(directory / "lost")
     store = Store(
         journal=journal,
         tree=tree,
@@ -110,10 +118,8 @@ def open_store(
     return Opened(store, notes, bool(boot_id))
 
 
-def _read_history(directory: Path, boot_id: str, retention: Retention | None) -> _History:
+def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id: str) -> _History:
     """Return what was; without a journal when the history can't be continued (I7)."""
-    journal = Journal.open(directory, retention)
-    listed = load_manifest(directory / "manifest")
     if journal is None and listed is None:
         return _History(None)
     notes = list(journal.notes) if journal is not None else []
@@ -143,13 +149,13 @@ def _new_journal(directory: Path, abandoned: Journal | None, retention: Retentio
     return Journal.create(directory, secrets.token_hex(16), retention)
 
 
-def _changes(directory: Path) -> Iterator[Change]:
-    """Yield every change that the journal has, oldest first."""
+def _contents(directory: Path) -> Contents:
+    """Return what the journal tells of the content of files."""
+    contents = Contents()
     for record in JournalReader(directory).records():
         if record.change is not None:
-            frame = decode_server_frame(record.change)
-            assert isinstance(frame, Change), "the journal holds what this package has encoded"
-            yield frame
+            contents.learn(change_of(record), record.moved)
+    return contents
 
 
 def _describe(found: Difference, head: int) -> str:

@@ -17,10 +17,11 @@ import msgspec
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Reply, Stored
-from lattice_remote.protocol.operations import paths_of
+from lattice_remote.protocol.operations import MoveFile, paths_of
 from lattice_remote.server.attribution import describe_paths
 from lattice_remote.server.capture import Capture, Touched
 from lattice_remote.server.committer import Committer, Job
+from lattice_remote.server.copied import place_of
 from lattice_remote.server.executor import Waiting
 from lattice_remote.server.ipc import After, Done, HookCall
 from lattice_remote.server.journal import Journal, Record
@@ -31,6 +32,8 @@ from lattice_remote.server.undo import Begin, UndoLog
 __all__ = ["BY_SERVER", "Cause", "Store", "begin_anew"]
 
 _encoder = msgspec.msgpack.Encoder()
+_MAX_MOVED_BYTES = 8 * 1024 * 1024
+"""A moved file that is larger is not kept in the journal: it would push out too much history."""
 _ASKED_AGAIN_S = 600.0
 """For how long an answer is kept when its history ends: a client that lost its connection gives up much sooner."""
 
@@ -139,7 +142,10 @@ class Store:
         if change is not None or reply is not None:
             id_ = cause.id if reply is not None else ""
             states = difference.states if change is not None else {}
-            descriptor = self.journal.append(Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states))
+            moved = self._moved(difference)
+            descriptor = self.journal.append(
+                Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved)
+            )
         self._undo.clear()
         after = self._after(difference) if change is not None else []
         self.adopt(difference)
@@ -160,6 +166,16 @@ class Store:
         self._committer.submit(Job(done if report else None, descriptor, paths))
         if self.journal.is_segment_full:
             self._rotate()
+
+    def _moved(self, difference: Difference) -> dict[str, bytes]:
+        """Return the content of files that were moved, apart from very large ones."""
+        targets = [operation.to for operation in difference.operations if isinstance(operation, MoveFile)]
+        states = difference.states
+        return {
+            path: Path(self.tree.absolute(path)).read_bytes()
+            for path in targets
+            if (state := states.get(path)) is not None and state.size <= _MAX_MOVED_BYTES
+        }
 
     def _after(self, difference: Difference) -> list[After]:
         """Return the files whose content the difference changes; call before it is accepted."""
@@ -209,7 +225,15 @@ class Store:
         """Return the list of all files at the head, encoded."""
         journal = self.journal
         return _encoder.encode(
-            ManifestFile(journal.epoch, journal.head, journal.mark, self._boot_id, clean, self.tree.files)
+            ManifestFile(
+                journal.epoch,
+                journal.head,
+                journal.mark,
+                self._boot_id,
+                clean,
+                self.tree.files,
+                place_of(journal.directory),
+            )
         )
 
     def _take_unsynced(self) -> list[str]:

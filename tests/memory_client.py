@@ -1,0 +1,122 @@
+"""A client that keeps its copy in memory: the link and the replica of a real one, without its files.
+
+A process holds hundreds of them, and each can be compared with the server's directory byte for byte.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+
+from lattice_remote.client.follower import Outcome
+from lattice_remote.client.link import Link
+from lattice_remote.client.settings import Remote
+from lattice_remote.protocol.memory_tree import MemoryTree
+from lattice_remote.protocol.messages import Hello, Part, ServerFrame
+from lattice_remote.protocol.operations import apply, digest_of
+from lattice_remote.protocol.replica import (
+    Answer,
+    ApplyChange,
+    Compare,
+    Effect,
+    Position,
+    Remove,
+    Replica,
+    Send,
+    WritePart,
+)
+
+__all__ = ["MemoryClient", "close_all"]
+
+
+class MemoryClient:
+    """One copy, and the link that keeps it current. ``start()`` it inside a loop, ``close()`` it in the end."""
+
+    def __init__(self, url: str, token: str, *, slug: str = "board", after: "MemoryClient | None" = None) -> None:
+        self.files: dict[str, bytes] = dict(after.files) if after is not None else {}
+        """The copy, by path."""
+        self.replica = Replica(after.replica.position if after is not None else Position("", 0, b""))
+        self.resyncs = 0
+        """How often the whole copy was compared."""
+        self._parts: dict[str, bytearray] = {}
+        self.link = Link(Remote(name="origin", url=url, project=slug), self, token)
+
+    def start(self) -> None:
+        """Begin to follow."""
+        self.link.start()
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self.link.close()
+
+    async def current(self, seq: int = 0, *, timeout_s: float = 60.0) -> None:
+        """Wait until the copy holds everything that the server has told of, up to ``seq`` at least."""
+        ok = await self.link.changed.until(lambda: self.is_current(seq), timeout_s)
+        assert ok, f"at {self.replica.position.seq} of {self.replica.head} after {timeout_s} s: {self.link.error}"
+
+    def is_current(self, seq: int = 0) -> bool:
+        """Tell whether the copy holds everything that the server has told of, up to ``seq`` at least."""
+        return self.replica.is_current and self.replica.position.seq >= seq
+
+    def digest(self) -> bytes:
+        """Return one digest of all paths and contents."""
+        whole = hashlib.sha256()
+        for path in sorted(self.files):
+            whole.update(path.encode() + b"\0" + digest_of(self.files[path]))
+        return whole.digest()
+
+    # --- Conversation ---
+
+    async def hello(self) -> Hello:
+        return self.replica.hello(client_version="memory", lattice_version="memory")
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        outcome = Outcome()
+        for frame in frames:
+            effects = self.replica.receive(frame)
+            while effects:
+                effects += self._perform(effects.pop(0), outcome)
+        return outcome
+
+    async def disconnected(self) -> None:
+        self.replica.disconnected()
+        self._parts.clear()
+
+    def _perform(self, effect: Effect, outcome: Outcome) -> list[Effect]:
+        match effect:
+            case ApplyChange(operations=operations):
+                drifted = [path for operation in operations for path in apply(operation, MemoryTree(self.files))]
+                return self.replica.drifted(drifted) if drifted else []
+            case WritePart(part=part):
+                return self._write(part)
+            case Remove(paths=paths):
+                for path in paths:
+                    self.files.pop(path, None)
+            case Compare():
+                self.resyncs += 1
+                local = {path: (len(data), digest_of(data)) for path, data in self.files.items()}
+                return self.replica.compared(local)
+            case Send(frame=frame):
+                outcome.to_send.append(frame)
+            case Answer(frame=answer):
+                outcome.answers.append(answer)
+            case _:
+                pass
+        return []
+
+    def _write(self, part: Part) -> list[Effect]:
+        data = bytearray() if part.offset == 0 else self._parts.pop(part.path, bytearray())
+        if len(data) != part.offset:
+            return self.replica.drifted([part.path])
+        data += part.data
+        if len(data) < part.size:
+            self._parts[part.path] = data
+        elif digest_of(bytes(data)) == part.digest:
+            self.files[part.path] = bytes(data)
+        else:
+            return self.replica.drifted([part.path])
+        return []
+
+
+async def close_all(clients: Iterable[MemoryClient]) -> None:
+    """End them all."""
+    await asyncio.gather(*(client.close() for client in clients))

@@ -1,0 +1,70 @@
+"""A copy taken file by file, with commands between the files: it becomes the project as it was at one number."""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from random_commands import command_lines
+from worker_process import ANA, WorkerProcess, make_project, tree_of
+
+
+def files_in_order(source: Path) -> Iterator[Path]:
+    """Yield paths as rsync reads them: a directory's own files, then its directories, by name; listed before."""
+    entries = sorted(os.scandir(source), key=lambda entry: (entry.is_dir(follow_symlinks=False), entry.name))
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_in_order(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def copy_file(path: Path, source: Path, target: Path) -> None:
+    place = target / path.relative_to(source)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # else it has vanished
+        shutil.copy2(path, place)
+
+
+@pytest.mark.parametrize(("seed", "is_listed_before"), [(21, True), (22, False), (24, True)])
+def test_a_torn_copy_becomes_the_project_at_one_number(tmp_path: Path, seed: int, is_listed_before: bool) -> None:
+    rng = random.Random(seed)
+    project = make_project(tmp_path / "web")
+    lattice, copied = project / ".lattice", tmp_path / "copied" / "web"
+    with WorkerProcess(project) as worker:
+        commands = iter(command_lines(rng, 200, lattice))
+        for _, (argv, files) in zip(range(50), commands, strict=False):
+            worker.run(*argv, files=files)
+        states = [tree_of(lattice)]
+        paths = files_in_order(project)
+        for path in list(paths) if is_listed_before else paths:
+            copy_file(path, project, copied)
+            if rng.random() < 0.5 and (command := next(commands, None)) is not None:
+                worker.run(*command[0], files=command[1])
+                states.append(tree_of(lattice))
+        epoch = worker.ready.epoch
+        worker.kill()
+    assert tree_of(copied / ".lattice") not in states, "the copy is torn, or this shows nothing"
+    with WorkerProcess(copied) as worker:
+        assert tree_of(copied / ".lattice") in states, worker.ready.notes
+        assert worker.ready.epoch != epoch
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_what_was_edited_in_a_copy_is_left_alone(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    copied = tmp_path / "copied"
+    shutil.copytree(project, copied)
+    (next((copied / ".lattice/tasks").iterdir())).unlink()
+    plan = next((copied / ".lattice/plans").iterdir())
+    plan.write_text("# By hand\n")
+    later = plan.stat().st_mtime + 3600
+    os.utime(plan, (later, later))
+    with WorkerProcess(copied) as worker:
+        assert tree_of(copied / ".lattice") == {**tree_of(project / ".lattice"), f"plans/{plan.name}": b"# By hand\n"}
+        assert "is a copy of a running server: 1 files" in worker.ready.notes[0]
