@@ -14,6 +14,7 @@ from lattice_remote.client.cache import Cache
 from lattice_remote.client.edits import Edits
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.client.state import CacheState, decode_state, encode_state
+from lattice_remote.client.survey import read_all
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.operations import AppendBytes, DeleteFile, PutFile, digest_of
@@ -113,7 +114,8 @@ def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
 def test_the_manifest_lists_what_is_shared(cache: Cache) -> None:
     for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks/x.lock", ".base/plans/x.md", "notes/a.md.mine"):
         cache.replace(path, b"x")
-    assert cache.manifest() == {path: (1, digest_of(b"x")) for path in ("config.json", "tasks/a.json")}
+    found = {path: (reading.size, reading.digest) for path, reading in read_all(cache).items()}
+    assert found == {path: (1, digest_of(b"x")) for path in ("config.json", "tasks/a.json")}
 
 
 async def test_a_lock_that_another_process_holds_is_waited_for(cache: Cache) -> None:

@@ -188,7 +188,12 @@ async def test_a_text_that_the_server_has_not_is_not_removed(server: FakeServer,
     done = await lattice(root, "remote", "remove", "origin")
     assert done.code == 1 and path in done.err and done.err.count("\n") == 1
     assert (root / ".lattice" / path).read_text() == "mine"
-    await lattice(root, "remote", "sync")
+    restored = await lattice(root, "remote", "sync")
+    kept = root / ".lattice" / ".mine" / path
+    assert kept.read_text() == "mine" and f".mine/{path}" in restored.err
+    done = await lattice(root, "remote", "remove", "origin")
+    assert done.code == 1 and f".mine/{path}" in done.err
+    kept.unlink()
     assert (await lattice(root, "remote", "remove", "origin")).code == 0
 
 

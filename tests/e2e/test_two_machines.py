@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -169,19 +170,46 @@ def test_agents_of_a_killed_machine_are_replaced_by_the_next_command(shared_boar
     assert plan_of(ana, task).is_file()
 
 
-def test_sync_mends_what_was_altered_and_verify_tells(shared_board: Board) -> None:
+def test_what_other_hands_do_to_the_files_is_put_right_without_being_asked(shared_board: Board) -> None:
     server, ana, _ben = shared_board
-    task = new_task(ana, "Altered")
-    snapshot = ana.lattice_dir / "tasks" / f"{plan_of(ana, task).stem}.json"
+    task = plan_of(ana, new_task(ana, "Altered")).stem
+    ana.ok("remote", "pull")
+    with (ana.lattice_dir / "events" / f"{task}.jsonl").open("a") as log:
+        log.write("{}\n")
+    (ana.lattice_dir / "tasks" / f"{task}.json").write_text("{}\n")
+    (ana.lattice_dir / "tasks" / "task_foreign.json").write_text("{}\n")
+    (ana.lattice_dir / "context.md").write_text("# Written by hand\n")
+    (ana.lattice_dir / "ids.json").unlink()
+    shutil.rmtree(ana.lattice_dir / "plans")
+    wait_for(lambda: not differences(ana.lattice_dir, server.lattice_dir()), "the files to be the server's again")
+    wait_for(lambda: answer(ana, "remote", "status")["healed"]["count"] >= 6, "status to count it")
+    assert (ana.lattice_dir / ".mine" / "context.md").read_text() == "# Written by hand\n"
+    assert ".mine/context.md" in ana.ok("remote", "status")
+
+
+def test_without_the_agent_verify_tells_and_sync_mends(shared_board: Board) -> None:
+    server, ana, _ben = shared_board
+    task = plan_of(ana, new_task(ana, "Altered")).stem
+    ana.ok("remote", "agent", "stop")
+    off = {"LATTICE_REMOTE_AGENT": "off"}
+    snapshot = ana.lattice_dir / "tasks" / f"{task}.json"
     snapshot.write_text("{}\n")
     (ana.lattice_dir / "ids.json").unlink()
-    verified = ana.run("remote", "verify")
+    verified = ana.run("remote", "verify", env=off)
     assert verified.returncode == 1
     assert snapshot.name in verified.stdout + verified.stderr
     assert snapshot.read_text() == "{}\n"
-    assert snapshot.name in ana.ok("remote", "sync")
-    assert ana.run("remote", "verify").returncode == 0
+    assert snapshot.name in ana.run("remote", "sync", env=off).stdout
+    assert ana.run("remote", "verify", env=off).returncode == 0
     assert differences(ana.lattice_dir, server.lattice_dir()) == []
+
+
+def test_what_was_altered_while_no_agent_ran_is_put_right_once_one_runs(shared_board: Board) -> None:
+    server, ana, _ben = shared_board
+    ana.ok("remote", "agent", "stop")
+    (ana.lattice_dir / "ids.json").write_text("{}\n")
+    ana.ok("list")
+    wait_for(lambda: not differences(ana.lattice_dir, server.lattice_dir()), "the files to be the server's again")
 
 
 def test_status_names_its_evidence(shared_board: Board) -> None:

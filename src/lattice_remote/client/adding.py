@@ -247,7 +247,7 @@ def _require_nothing_unsent(cache: Cache) -> None:
 def _own_files(cache: Cache) -> list[str]:
     """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
     replicated = set(cache.paths())
-    ours = {REMOTE_FILE, STATE_FILE, ".gitignore", ".cache.lock"}
+    ours = {REMOTE_FILE, STATE_FILE, ".gitignore", ".cache.lock", ".written"}
     found: list[str] = []
     for directory, directories, names in os.walk(cache.directory):
         if directory == cache.directory:

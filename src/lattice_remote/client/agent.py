@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from lattice_remote import __version__
 from lattice_remote.client import runtime
 from lattice_remote.client.service import Service, answered
+from lattice_remote.client.watching import Watching
 from lattice_remote.errors import RemoteError
 
 __all__ = ["Agent", "main"]
@@ -50,6 +51,8 @@ class Agent:
         self._was_used = False
         self._started_at = time.time()
         self._stopping = asyncio.Event()
+        self._watching = Watching()
+        self._turn = asyncio.Semaphore(1)
 
     async def run(self) -> None:
         """Serve. The caller holds the agent's lock, so that a socket that is already there is a dead one's."""
@@ -78,6 +81,7 @@ class Agent:
             await asyncio.wait(self._connections, timeout=1.0)
         for task in list(self._connections):
             task.cancel()
+        self._watching.close()
         closing = [service.close() for service in self._services.values()]
         await asyncio.gather(*closing, *self._closing, *self._connections, return_exceptions=True)
 
@@ -185,6 +189,7 @@ class Agent:
         if service is None:
             service = Service(directory)
             service.start(request.get("token"))
+            service.look_after(self._watching, self._turn)
             self._services[directory] = service
         return service
 

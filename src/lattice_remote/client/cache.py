@@ -16,13 +16,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 from filelock import FileLock, Timeout
 
+from lattice_remote.client.known import Known, Signature
 from lattice_remote.client.settings import REMOTE_FILE, Remote
 from lattice_remote.client.state import STATE_FILE, CacheState, decode_state, encode_state
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["BASE_DIRECTORY", "Cache", "Signature"]
+__all__ = ["BASE_DIRECTORY", "Cache", "explained"]
 
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
@@ -48,9 +49,6 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _STALE_TEMPORARY_S = 3600
 _LOCK_POLL_S = 0.01
 
-Signature = tuple[int, int, int]
-"""A file's modification time in nanoseconds, size in bytes and inode: changes whenever somebody writes it."""
-
 
 class Cache:
     """One ``.lattice`` directory. The methods of ``operations.Tree`` must be called under ``locked()``.
@@ -64,19 +62,25 @@ class Cache:
         self._identity = self._stat_directory()
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
         self._serial = 0
+        self.known = Known(self.directory)
+        """The files as our own processes left them."""
         self._lock = FileLock(os.path.join(self.directory, _LOCK), thread_local=False, mode=0o600)
 
     # --- the directory ---
 
     def prepare(self) -> None:
         """Make what lattice expects of a directory, and what keeps git from storing the cache."""
-        with _explained(self.directory):
+        with explained(self.directory):
             for directory in (*_SKELETON, _TEMPORARY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
                 self._make_directory(directory)
             ignore = os.path.join(self.directory, ".gitignore")
             if not os.path.lexists(ignore):
                 self._write_temporary(_GITIGNORE, ignore)
             self._remove_stale_temporaries()
+
+    def is_whole(self) -> bool:
+        """Whether the directories that lattice expects are there."""
+        return all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _SKELETON)
 
     def is_there(self) -> bool:
         """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""
@@ -97,7 +101,7 @@ class Cache:
         while True:
             self._check_there()
             try:
-                with _explained(self.directory):
+                with explained(self.directory):
                     self._lock.acquire(timeout=0)
                 break
             except Timeout:
@@ -133,7 +137,7 @@ class Cache:
 
     def save_state(self, state: CacheState) -> Signature | None:
         """Store which point of the history the files hold; call after the files hold it (I5)."""
-        with _explained(STATE_FILE):
+        with explained(STATE_FILE):
             self._write_temporary(encode_state(state, self.remote), os.path.join(self.directory, STATE_FILE))
         return self.signature(STATE_FILE)
 
@@ -143,7 +147,13 @@ class Cache:
             found = os.lstat(os.path.join(self.directory, path))
         except OSError:
             return None
-        return (found.st_mtime_ns, found.st_size, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+    def absolute(self, path: str) -> str:
+        """Return the place on disk of a path of the tree."""
+        return os.path.join(self.directory, path)
 
     # --- the tree (operations.Tree) ---
 
@@ -154,37 +164,58 @@ class Cache:
 
     def read(self, path: str, offset: int = 0) -> bytes:
         """Return the content from ``offset`` on."""
-        with _explained(path):
+        with explained(path):
             return self._read_file(path, offset)
+
+    def digest(self, path: str) -> bytes | None:
+        """Return the SHA-256 of the content; None when there is no plain file."""
+        with explained(path), contextlib.suppress(FileNotFoundError):
+            return None if self.signature(path) is None else _digest_of_file(self.absolute(path))
+        return None
 
     def replace(self, path: str, data: bytes) -> None:
         """Make the file exactly ``data``, atomically, with its parent directories."""
-        with _explained(path):
+        with explained(path):
             self._write_temporary(data, self._place(path))
+            self.note(path)
 
     def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
         """Like ``replace``, but only if the file is still as ``found``, which is looked at as late as can be."""
-        with _explained(path):
-            return self._write_temporary(data, self._place(path), lambda: self.signature(path) == found)
+        with explained(path):
+            done = self._write_temporary(data, self._place(path), lambda: self.signature(path) == found)
+            if done:
+                self.note(path)
+            return done
 
     def append(self, path: str, data: bytes) -> None:
         """Add ``data`` at the end in one write; creates the file."""
-        with _explained(path):
+        with explained(path):
+            is_ours = not self.known.is_complete or self.known.agrees(path, self.signature(path))
             handle = os.open(self._place(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o644)
             try:
                 _write_all(handle, data)
             finally:
                 os.close(handle)
+            if is_ours:  # what other hands did to the rest of it must still be noticed
+                self.note(path)
 
     def move(self, path: str, to: str) -> None:
         """Rename, replacing what is at ``to``."""
-        with _explained(path):
+        with explained(path):
             os.replace(self._place(path), self._place(to))
+            self.note(path)
+            self.note(to)
 
     def delete(self, path: str) -> None:
         """Remove the file; nothing happens when there is none."""
-        with _explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(self._place(path, make=False))
+        self.note(path)
+
+    def note(self, path: str) -> None:
+        """The file is as one of us wants it: what differs later was done by other hands."""
+        if not path.startswith("."):
+            self.known.note(path, self.signature(path))
 
     # --- files that come in pieces ---
 
@@ -197,7 +228,7 @@ class Cache:
         """
         if part.offset == 0 and len(part.data) == part.size:
             return self._put_whole(part)
-        with _explained(part.path):
+        with explained(part.path):
             temporary, written = self._parts.pop(part.path, ("", 0))
             if part.offset == 0:
                 _unlink(temporary)
@@ -224,6 +255,7 @@ class Cache:
         if _digest_of_file(temporary) != part.digest:
             return False
         os.replace(temporary, self._place(part.path))
+        self.note(part.path)
         return True
 
     def forget_parts(self) -> None:
@@ -239,15 +271,6 @@ class Cache:
         return True
 
     # --- the whole tree ---
-
-    def manifest(self) -> dict[str, tuple[int, bytes]]:
-        """Return size and digest of each replicated file. Reads everything; call it in a thread."""
-        found: dict[str, tuple[int, bytes]] = {}
-        for path in self.paths():
-            with _explained(path), contextlib.suppress(FileNotFoundError):
-                place = os.path.join(self.directory, path)
-                found[path] = (os.lstat(place).st_size, _digest_of_file(place))
-        return found
 
     def paths(self) -> Iterator[str]:
         """Yield the path of each replicated plain file, relative to the directory."""
@@ -353,7 +376,7 @@ def _unlink(place: str) -> None:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def explained(what: str) -> Iterator[None]:
     """Turn an error of the file system into ours, naming the file."""
     try:
         yield

@@ -214,6 +214,7 @@ def status(as_json: Json = False) -> None:
         ("acting as", _acting(answer)),
         ("unsent edits", ", ".join(answer["unsent_edits"]) or "none"),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
+        ("healed", _healed(answer["healed"])),
         ("agent", f"pid {agent['pid']}, {_count(len(agent['caches']), 'copy', 'copies')}" if agent else "not used"),
         ("versions here", _versions(versions["here"])),
         ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
@@ -269,6 +270,8 @@ def sync(as_json: Json = False) -> None:
     ):
         for path in answer[key]:
             typer.echo(f"{label}: {path}")
+    for notice in answer["notices"]:
+        typer.echo(f"lattice-remote: {notice}", err=True)
     mended = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
     what = f"mended {_count(mended, 'file')} of" if mended else "nothing to mend in"
     typer.echo(f"Compared with the server at change {answer['seq']}: {what} {_count(answer['total'], 'file')}.")
@@ -401,6 +404,16 @@ def _copy(answer: dict[str, Any]) -> str:
         age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
         return f"{age} (change {here} here, unknown on the server)"
     return f"catching up (change {here} here, {there} on the server, {_count(answer['wanted'], 'file')} to fetch)"
+
+
+def _healed(healed: dict[str, Any]) -> str:
+    """Say what other hands than the server's did to the files, and how that is noticed."""
+    text = f"{_count(healed['count'], 'file')} since the agent started"
+    if healed["last_path"] is not None:
+        text += f", last {healed['last_path']} {describe_age(healed['last_age_s'])} ago"
+    if healed["fought_over"]:
+        text += f"; another process keeps writing {', '.join(healed['fought_over'][:5])}"
+    return f"{text} ({healed['watched'] or 'nobody watches: no agent'})"
 
 
 def _acting(answer: dict[str, Any]) -> str:

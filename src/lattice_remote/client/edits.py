@@ -9,7 +9,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from lattice_remote.client.cache import BASE_DIRECTORY, Cache, Signature
+from lattice_remote.client.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.known import Signature
 from lattice_remote.protocol.operations import AppendBytes, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.paths import is_editable
 
@@ -75,6 +76,7 @@ class Edits:
         if after is None or self._cache.read(operation.path) != after:
             return False
         self.sent(operation.path, after)
+        self._cache.note(operation.path)
         return True
 
     def text_after(self, operation: Operation) -> bytes | None:

@@ -9,14 +9,19 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 from lattice_remote import __version__
-from lattice_remote.client.cache import Cache, Signature
+from lattice_remote.client.cache import Cache
+from lattice_remote.client.comparing import Comparison, compare_files
 from lattice_remote.client.edits import Edits
+from lattice_remote.client.healing import Healing
+from lattice_remote.client.keepsakes import Keepsakes, may_be_by_hand
+from lattice_remote.client.known import Signature
 from lattice_remote.client.state import STATE_FILE, CacheState
+from lattice_remote.client.survey import Reading
 from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
 from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
 from lattice_remote.protocol.operations import MoveFile, Operation, apply, digest_of, paths_of
@@ -34,10 +39,11 @@ from lattice_remote.protocol.replica import (
     WritePart,
 )
 
-__all__ = ["Comparison", "Follower", "Outcome", "Writer"]
+__all__ = ["Follower", "Outcome", "Writer"]
 
 _MAX_MISFITS = 5
 """How often the pieces of one file may not add up before the connection is given up."""
+_LOOK_AGAIN_S = 1.0
 _STORE_AGE_TIMEOUT_S = 1.0
 """Not worth a longer wait: everything else of this cache waits meanwhile."""
 
@@ -50,23 +56,6 @@ class Outcome:
     answers: list[Response] = field(default_factory=list)
     applied: bool = False
     """Whether the files, and what is stored of their state, were written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How the files differ from the server's at ``seq``."""
-
-    seq: int
-    total: int
-    differing: tuple[str, ...]
-    missing: tuple[str, ...]
-    surplus: tuple[str, ...]
-    edited: tuple[str, ...]
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether every file is the server's, unsent edits aside."""
-        return not (self.differing or self.missing or self.surplus)
 
 
 class Writer:
@@ -97,6 +86,8 @@ class Follower:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.edits = Edits(cache)
+        self.keepsakes = Keepsakes(cache)
+        self.healing = Healing()
         self.replica = Replica()
         self.state = cache.load_state()
         """What is stored in the cache, as far as this process knows."""
@@ -114,12 +105,18 @@ class Follower:
         self._to_fetch = 0
         self._mutex = asyncio.Lock()
         self._comparing: asyncio.Future[Comparison] | None = None
+        self._earlier: Mapping[str, Reading] | None = None
         self._misfits: Counter[str] = Counter()  # path -> how often its pieces did not add up, on this connection
 
     @property
     def is_current(self) -> bool:
         """Whether the files hold everything that the server has told of."""
         return self.replica.is_current
+
+    @property
+    def is_following(self) -> bool:
+        """Whether changes are being taken, and files can be asked for."""
+        return self.replica.state is State.FOLLOWING
 
     @property
     def is_busy(self) -> bool:
@@ -157,6 +154,8 @@ class Follower:
                 self.trouble = error if isinstance(error, StorageError) else None
                 self.replica.disconnected()  # it may be ahead of the files now: nothing may be concluded from it
                 raise
+            finally:
+                self.cache.known.share()
             self.trouble = None if outcome.applied else self.trouble
             return outcome
 
@@ -241,8 +240,34 @@ class Follower:
                 await self._go_on(result)
         return result
 
-    async def compare(self, *, mend: bool) -> tuple[Outcome, "asyncio.Future[Comparison]"]:
+    async def heal(self, paths: Iterable[str]) -> Outcome:
+        """Have the server's content fetched for those of these files that are not as one of us left them (I4)."""
+        result = Outcome()
+        async with self._mutex, self.cache.locked():
+            self.cache.prepare()
+            await self._go_on(result)
+            strange = [path for path in paths if self._is_strange(path)]
+            new = [path for path in strange if path not in self.replica.wanted] if self.is_following else []
+            self.healing.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
+            for path in new:
+                self.healing.strange[path] = self.cache.signature(path), self.cache.digest(path)
+            if new:
+                await self._perform(self.replica.drifted(new), result)
+                self._save()
+        return result
+
+    def _is_strange(self, path: str) -> bool:
+        found = self.cache.signature(path)
+        return not self.cache.known.agrees(path, found) and (found is None or not is_editable(path))
+
+    async def compare(
+        self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
+    ) -> tuple[Outcome, "asyncio.Future[Comparison]"]:
         """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended.
+
+        Args:
+            mend: whether to fetch what differs.
+            earlier: files that were read before: those that were not changed since need not be read again.
 
         Raises:
             ConnectionFailed: there is no connection any more, as the future also says when it is lost meanwhile.
@@ -253,6 +278,7 @@ class Follower:
                 raise ConnectionFailed("the connection was lost before the files were compared")
             if self._comparing is None:
                 self._comparing = asyncio.get_running_loop().create_future()
+            self._earlier = earlier
             await self._perform(self.replica.compare(mend=mend), result)
             return result, self._comparing
 
@@ -290,8 +316,10 @@ class Follower:
                 continue
             edited = self.edits.edited_by(operation)
             if not edited:
-                drifted |= apply(operation, self.cache)
-                self._rebase(paths_of(operation))
+                paths = paths_of(operation)
+                self._keep(paths)
+                drifted |= (unfit := apply(operation, self.cache))
+                self._is_the_servers(path for path in paths if path not in unfit)
             elif not self.edits.absorb(operation):
                 drifted |= self._hold(operation, edited)
         return self.replica.drifted(drifted) if drifted else []
@@ -308,13 +336,20 @@ class Follower:
         return set()
 
     def _write_part(self, part: Part) -> list[Effect]:
+        if self._is_only_touched(part):
+            self.cache.note(part.path)
+            self._is_the_servers([part.path])
+            return []
         if is_editable(part.path) and self.edits.is_edited(part.path):
             self.replica.hold(part.path)
             return []
         if is_editable(part.path) and digest_of(part.data) == part.digest:  # the file in one piece
-            if not self.edits.take(part.path, part.data):
+            if self.edits.take(part.path, part.data):
+                self._is_the_servers([part.path])
+            else:
                 self.replica.hold(part.path)
             return []
+        self._keep([part.path])
         placed = self.cache.write_part(part)
         if placed is False:
             self._misfits[part.path] += 1
@@ -323,50 +358,67 @@ class Follower:
             return self.replica.drifted([part.path])
         if placed:
             self._misfits.pop(part.path, None)
-            self._rebase([part.path])
+            self._is_the_servers([part.path])
         return []
 
     def _remove(self, path: str) -> None:
         if is_editable(path) and self.edits.is_edited(path):
             self.replica.hold(path)
             return
+        self._keep([path])
         self.cache.delete(path)
-        self._rebase([path])
+        self._is_the_servers([path])
 
-    def _rebase(self, paths: Iterable[str]) -> None:
+    def _is_only_touched(self, part: Part) -> bool:
+        """Whether a file that looked strange holds just what the server sends: only its times were changed."""
+        found = self.healing.strange.get(part.path)
+        return found is not None and found[1] == part.digest and found[0] == self.cache.signature(part.path)
+
+    def _keep(self, paths: Iterable[str]) -> None:
+        """These files are about to be replaced: set aside what somebody may have written into them."""
+        for path in paths:
+            if may_be_by_hand(path):
+                known = self.cache.known
+                strange = known.is_complete and not known.agrees(path, self.cache.signature(path))
+                self.keepsakes.keep(path, is_strange=strange or path in self.healing.strange)
+
+    def _is_the_servers(self, paths: Iterable[str]) -> None:
+        """These files hold what the server has, or are gone with it."""
         for path in paths:
             if is_editable(path):
                 self.edits.rebase(path)
+            else:
+                self.keepsakes.remember(path)
+            if (before := self.healing.strange.pop(path, None)) is not None and before[1] != self.cache.digest(path):
+                self._healed(path)
+
+    def _healed(self, path: str) -> None:
+        if self.healing.healed(path):
+            self.keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
 
     async def _compare(self, compare: Compare) -> list[Effect]:
-        """Read every file, in a thread, and compare; the lock is held, so that nobody changes them meanwhile."""
-        local = await asyncio.to_thread(self.cache.manifest)
-        edited = self.edits.scan()
-        for path in edited:
-            local.pop(path, None)
-            if (entry := self.edits.base_entry(path)) is not None:
-                local[path] = entry
-        entries = compare.entries
-        comparison = Comparison(
-            seq=compare.seq,
-            total=len(entries),
-            differing=tuple(sorted(p for p in local if p in entries and local[p] != entries[p] and p not in edited)),
-            missing=tuple(sorted(entries.keys() - local.keys())),
-            surplus=tuple(sorted(local.keys() - entries.keys() - set(edited))),
-            edited=tuple(edited),
-        )
+        compared = await compare_files(self.cache, self.edits, compare, self._earlier)
+        self._earlier = None
+        comparison = compared.comparison
         if self._comparing is not None and not self._comparing.done():
             self._comparing.set_result(comparison)
         self._comparing = None
         if not compare.mend:
             return self.replica.verified()
-        effects = self.replica.compared(local, edited=edited)
+        if self.replica.position.epoch:  # the files should have been equal, save for those that were being fetched
+            for path in (*comparison.differing, *comparison.missing, *comparison.surplus):
+                if path not in self.replica.wanted:
+                    reading = compared.readings.get(path)
+                    self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
+        self.cache.known.settle((path, compared.readings[path].signature) for path in compared.equal())
+        effects = self.replica.compared(compared.local, edited=comparison.edited)
         self._to_fetch = len(self.replica.wanted)
         return effects
 
     # --- state ---
 
     def _load(self) -> None:
+        self.cache.known.learn()
         self._stored = self.cache.signature(STATE_FILE)
         self.state = self.cache.load_state()
         self.current_at = self.state.current_at
@@ -376,6 +428,7 @@ class Follower:
         """Go on from where another process has brought the files meanwhile."""
         if self.replica.state is State.IDLE or not self._changed_by_others():
             return []
+        self.cache.known.learn()
         found = self.cache.load_state()
         here = self.replica.position
         if found.position.epoch != here.epoch or found.position.seq < here.seq:

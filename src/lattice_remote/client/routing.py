@@ -135,6 +135,8 @@ def _ensure_current(directory: str) -> None:
         RemoteError: the cache was never filled, so there is nothing to show.
     """
     answer = ask(_request("ready", directory), _progress())
+    for notice in answer["notices"]:
+        click.echo(f"lattice-remote: {notice}", err=True)
     if answer["current"]:
         return
     if not answer["filled"]:

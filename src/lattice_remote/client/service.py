@@ -3,11 +3,11 @@
 A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` (``LATTICE_TOKEN`` of the command, or
 null), and
 
-    ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message
+    ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices
     push     send edited plans and notes           -> sent, notices
     pull     bring the cache up to date            -> seq
-    sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited
+    sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
     verify   compare all files                     -> the same
     log      task ("": all), limit                 -> entries, more
     status   what is known, with its evidence      -> see ``Service._status``
@@ -27,10 +27,13 @@ from typing import Any
 from lattice_remote import __version__
 from lattice_remote.client import credentials
 from lattice_remote.client.cache import Cache
-from lattice_remote.client.follower import Comparison, Follower, Writer
+from lattice_remote.client.caretaker import Caretaker
+from lattice_remote.client.comparing import Comparison
+from lattice_remote.client.follower import Follower, Writer
 from lattice_remote.client.history import read_log
 from lattice_remote.client.link import ALIVE_S, Link
 from lattice_remote.client.settings import Remote, read_remote
+from lattice_remote.client.watching import Watching
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Put, Refused, Reply, Run, Stored, Welcome
 from lattice_remote.protocol.replica import State
@@ -77,6 +80,8 @@ class Service:
         self._is_new = True
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._caretaker: Caretaker | None = None
+        self._care: asyncio.Task[None] | None = None
         self._acknowledged: tuple[Welcome | None, int] = (None, 0)
 
     def start(self, token: str | None, *, prefer_given: bool = False) -> None:
@@ -86,12 +91,18 @@ class Service:
         self._link.start()
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
+    def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
+        """From now on put right what other hands change in the files, without being asked."""
+        self._caretaker = Caretaker(self._follower, self._link, watching, turn)
+        self._care = asyncio.get_running_loop().create_task(self._caretaker.run())
+
     async def close(self) -> None:
         """End all connections."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watcher
+        for task in (self._watcher, self._care):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         for link, _ in self._writers.values():
             await link.close()
         await self._link.close()
@@ -195,7 +206,13 @@ class Service:
             "age_s": self._age_s(),
             "code": trouble.code,
             "message": trouble.message,
+            "notices": self._notices(),
         }
+
+    def _notices(self) -> list[str]:
+        """Return what the next command should say, once."""
+        notices, self._follower.keepsakes.notices = self._follower.keepsakes.notices, []
+        return notices
 
     async def _fill(self, failed_before: int) -> None:
         """The first fill may take long: wait for as long as it advances."""
@@ -270,7 +287,7 @@ class Service:
             "exit_code": answer.exit_code,
             "stdout": base64.b64encode(answer.stdout).decode("ascii"),
             "stderr": base64.b64encode(answer.stderr).decode("ascii"),
-            "notices": notices,
+            "notices": [*notices, *self._notices()],
         }
 
     async def _reached(self, seq: int) -> bool:
@@ -327,7 +344,7 @@ class Service:
             await self._fill(self._link.failed_attempts)
             if not self._is_current():
                 raise self._trouble()
-        return _comparison_fields(comparison)
+        return {**_comparison_fields(comparison), "notices": self._notices()}
 
     async def _compared(self, *, mend: bool) -> Comparison:
         for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
@@ -404,6 +421,17 @@ class Service:
             "seq": self._follower.state.position.seq,
         }
 
+    def _healed(self) -> dict[str, Any]:
+        """Return what other hands did to the files, and how such things are noticed."""
+        healing = self._follower.healing
+        return {
+            "count": healing.count,
+            "last_path": healing.last_path,
+            "last_age_s": None if healing.last_at is None else round(max(0.0, time.time() - healing.last_at), 1),
+            "fought_over": healing.fought_over(),
+            "watched": None if self._caretaker is None else self._caretaker.how(),
+        }
+
     async def _status(self, token: str | None) -> dict[str, Any]:
         """Return what is known, each with its evidence; never more than what was heard lately allows to say."""
         failed_before = self._link.failed_attempts
@@ -427,7 +455,8 @@ class Service:
             "age_s": self._age_s(),
             "resyncs": self._follower.resyncs,
             "unsent_edits": self._follower.edits.scan(),
-            "set_aside": self._follower.edits.set_aside_copies(),
+            "set_aside": [*self._follower.edits.set_aside_copies(), *self._follower.keepsakes.copies()],
+            "healed": self._healed(),
             "actor": welcome.actor if welcome else None,
             "act_as": welcome.act_as if welcome else None,
             "has_token": (token or self._stored_token()) is not None,

@@ -1,0 +1,123 @@
+"""Tells which files of an agent's caches were touched, whoever did it: one thread for all caches.
+
+Our own writes are told of as well; whoever listens knows them by ``known.py``.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+
+import watchfiles
+
+from lattice_remote.protocol.paths import is_replicated
+
+__all__ = ["Touched", "Watching"]
+
+_STEP_MS = 50
+"""The library looks this often whether something came: 0.13 % of a processor, however many caches there are."""
+_DEBOUNCE_MS = 100
+_TICK_MS = 500
+_log = logging.getLogger(__name__)
+
+Touched = Callable[[set[str] | None], None]
+"""Called with the paths that may have changed, relative to the cache; None for any of them."""
+
+
+class Watching:
+    """Watches directories from the first ``add()`` to ``close()``. Used in one event loop, which it calls back in."""
+
+    def __init__(self) -> None:
+        self.trouble: str | None = None
+        """Why the system does not tell of changes; None while it does."""
+        self._listeners: dict[str, Touched] = {}
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, directory: str, touched: Touched) -> None:
+        """Watch a directory. ``touched(None)`` follows once that has begun, for what was done until then."""
+        self._listeners[directory] = touched
+        self._begin_anew()
+
+    def remove(self, directory: str) -> None:
+        """Don't watch it any more."""
+        if self._listeners.pop(directory, None) is not None:
+            self._begin_anew()
+
+    def close(self) -> None:
+        """Watch nothing any more."""
+        self._listeners.clear()
+        self._stop.set()
+
+    def _begin_anew(self) -> None:
+        """The library can't be given further directories, so another thread takes over from the last."""
+        self._stop.set()
+        self._stop = threading.Event()
+        if self._listeners:
+            directories = [d for d in self._listeners if os.path.isdir(d)]
+            arguments = (directories, self._stop, asyncio.get_running_loop())
+            self._thread = threading.Thread(target=self._watch, args=arguments, name="watching", daemon=True)
+            self._thread.start()
+
+    # --- in the thread ---
+
+    def _watch(self, directories: list[str], stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+        def tell(function: Callable[..., None], *arguments: object) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and everything with it
+                loop.call_soon_threadsafe(function, stop, *arguments)
+
+        try:
+            begun = False
+            for changes in watchfiles.watch(
+                *directories,
+                watch_filter=None,
+                debounce=_DEBOUNCE_MS,
+                step=_STEP_MS,
+                stop_event=stop,
+                rust_timeout=_TICK_MS,
+                yield_on_timeout=True,
+                raise_interrupt=False,
+                ignore_permission_denied=True,
+            ):
+                if not begun:
+                    begun = True
+                    tell(self._begun)
+                if changes:
+                    tell(self._tell, _by_directory({name for _, name in changes}, directories))
+        except (OSError, RuntimeError) as error:
+            tell(self._failed, str(error))
+
+    # --- back in the loop; from a thread that was replaced meanwhile nothing is taken ---
+
+    def _begun(self, thread: threading.Event) -> None:
+        if thread is self._stop:
+            self.trouble = None
+            for touched in self._listeners.values():
+                touched(None)
+
+    def _failed(self, thread: threading.Event, why: str) -> None:
+        if thread is self._stop:
+            _log.warning("cannot watch the caches (%s); they are compared now and then", why)
+            self.trouble = why
+
+    def _tell(self, thread: threading.Event, changes: dict[str, set[str]]) -> None:
+        if thread is self._stop:
+            for directory, paths in changes.items():
+                if directory in self._listeners:
+                    self._listeners[directory](paths)
+
+
+def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]]:
+    """Return what was touched in each directory, as far as it is part of the replicated tree."""
+    found: dict[str, set[str]] = {}
+    prefixes = [(directory, directory + os.sep) for directory in directories]
+    for name in names:
+        for directory, prefix in prefixes:
+            if name.startswith(prefix):
+                path = name[len(prefix) :]
+                if not path.startswith(".") and (is_replicated(path) or is_replicated(path + "/x.md")):
+                    found.setdefault(directory, set()).add(path)
+                break
+    return found

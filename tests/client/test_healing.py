@@ -1,0 +1,349 @@
+"""What other hands do to a cache is put right without being asked; what a person wrote is not lost (I3, I4)."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, TASK, ask, run, tree, until
+from fake_server import TOKEN, FakeServer
+
+from lattice_remote.client import caretaker, healing
+from lattice_remote.client.healing import Healing
+from lattice_remote.client.service import Service
+from lattice_remote.client.watching import Watching
+from lattice_remote.protocol.messages import Fetch, Manifest
+from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
+
+
+@contextlib.asynccontextmanager
+async def looked_after(directory: Path) -> AsyncIterator[Service]:
+    """A service as the agent has it, which has compared its files once."""
+    service, watching = Service(str(directory)), Watching()
+    service.start(TOKEN)
+    service.look_after(watching, asyncio.Semaphore(1))
+    try:
+        await ask(service, "ready")
+        await until(lambda: service.cache.known.is_complete and service._is_current())
+        yield service
+    finally:
+        await service.close()
+        watching.close()
+
+
+@pytest.fixture
+async def kept(server: FakeServer, directory: Path) -> AsyncIterator[Service]:
+    server.files |= {
+        "context.md": b"# Ours\n",
+        "ids.json": b"{}\n",
+        "events/task_1.jsonl": b'{"n":1}\n' * 3,
+        "tasks/task_2.json": b'{"id": 2}\n',
+        "archive/plans/old.md": b"# Old\n",
+        PLAN: b"# Plan\n",
+    }
+    async with looked_after(directory) as service:
+        yield service
+
+
+def fetched(server: FakeServer) -> list[str]:
+    return [path for frame in server.frames if isinstance(frame, Fetch) for path in frame.paths]
+
+
+async def equal(directory: Path, server: FakeServer, timeout_s: float = 5.0) -> None:
+    def same() -> bool:
+        try:
+            return tree(directory) == server.files
+        except Exception:  # noqa: BLE001 - it is being mended while we read it
+            return False
+
+    await until(same, timeout_s)
+
+
+def alter(directory: Path) -> None:
+    (directory / "tasks/task_1.json").write_bytes(b'{"id": 9}\n')
+
+
+def truncate(directory: Path) -> None:
+    os.truncate(directory / "events/task_1.jsonl", 8)
+
+
+def replace(directory: Path) -> None:
+    (directory / "new").write_bytes(b"{}")
+    (directory / "new").rename(directory / "ids.json")
+
+
+def delete(directory: Path) -> None:
+    (directory / "tasks/task_2.json").unlink()
+
+
+def create(directory: Path) -> None:
+    (directory / "tasks/task_7.json").write_bytes(b"{}")
+
+
+def link(directory: Path) -> None:
+    (directory / "ids.json").unlink()
+    (directory / "ids.json").symlink_to("/etc/hostname")
+
+
+def remove_directory(directory: Path) -> None:
+    shutil.rmtree(directory / "tasks")
+
+
+def move_directory_away(directory: Path) -> None:
+    (directory / "events").rename(directory.parent / "events")
+
+
+def move_directory_in(directory: Path) -> None:
+    place = directory.parent / "res"
+    place.mkdir()
+    (place / "resource.json").write_bytes(b"{}")
+    place.rename(directory / "resources" / "res")
+
+
+def keep_the_time(directory: Path) -> None:
+    """Alter a file and put its size and modification time back, as a clever tool may."""
+    place = directory / "tasks/task_2.json"
+    before = place.stat()
+    place.write_bytes(b'{"id": 3}\n')
+    os.utime(place, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def remove_a_plan(directory: Path) -> None:
+    (directory / PLAN).unlink()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        alter,
+        truncate,
+        replace,
+        delete,
+        create,
+        link,
+        remove_directory,
+        move_directory_away,
+        move_directory_in,
+        keep_the_time,
+        remove_a_plan,
+    ],
+)
+async def test_whatever_is_done_to_a_file_is_put_right_by_itself(
+    server: FakeServer, kept: Service, directory: Path, harm: Callable[[Path], None]
+) -> None:
+    harm(directory)
+    assert tree(directory) != server.files
+    await equal(directory, server)
+    await until(lambda: kept._healed()["count"] > 0)
+    assert kept._healed()["last_path"] is not None and kept.cache.is_whole()
+
+
+async def test_our_own_writes_are_not_fetched_again(server: FakeServer, kept: Service, directory: Path) -> None:
+    server.frames.clear()
+    for n in range(40):
+        server.append("events/task_1.jsonl", f"{n}\n".encode())
+        server.put(f"tasks/task_{n}.json", f"{n}".encode())
+    server.change(MoveFile("tasks/task_3.json", "archive/tasks/task_3.json", digest_of(b"3")))
+    server.change(DeleteFile("tasks/task_4.json"))
+    await equal(directory, server)
+    (directory / "tasks/task_5.json").write_bytes(b"a stranger's")  # once this is mended, all before was looked at
+    await equal(directory, server)
+    assert set(fetched(server)) == {"tasks/task_5.json"}
+    assert kept._healed()["count"] == 1
+
+
+async def test_what_a_command_without_the_agent_writes_is_not_fetched_again(
+    server: FakeServer, kept: Service, directory: Path
+) -> None:
+    server.frames.clear()
+    for n in range(5):
+        sibling = Service(str(directory))
+        sibling.start(TOKEN)
+        await run(sibling, "put", f"tasks/new_{n}.json", "x")
+        await run(sibling, "append", "events/task_1.jsonl", f"{n}\n")
+        await sibling.close()
+    await equal(directory, server)
+    (directory / "tasks/new_0.json").write_bytes(b"a stranger's")
+    await equal(directory, server)
+    assert set(fetched(server)) == {"tasks/new_0.json"}
+    assert kept._healed()["count"] == 1
+
+
+async def test_a_file_that_was_only_touched_is_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:
+    place = directory / "tasks/task_1.json"
+    inode = place.stat().st_ino
+    server.frames.clear()
+    os.utime(place)
+    await until(lambda: fetched(server) == ["tasks/task_1.json"])
+    await until(lambda: kept.cache.known.agrees("tasks/task_1.json", kept.cache.signature("tasks/task_1.json")))
+    assert place.stat().st_ino == inode and kept._healed()["count"] == 0
+
+
+async def test_edits_of_plans_and_notes_are_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:
+    (directory / PLAN).write_bytes(b"# Plan\nmine\n")
+    (directory / f"notes/{TASK}.md").write_bytes(b"note\n")
+    (directory / f"plans/{TASK}.md.swp").write_bytes(b"an editor's")
+    alter(directory)
+    await until(lambda: kept._healed()["count"] == 1)
+    assert (directory / PLAN).read_bytes() == b"# Plan\nmine\n"
+    assert (directory / f"notes/{TASK}.md").read_bytes() == b"note\n"
+    await ask(kept, "push")
+    await equal(directory, server)
+    (directory / f"notes/{TASK}.md").unlink()
+    await equal(directory, server)
+
+
+async def test_a_plan_that_an_editor_writes_anew_is_an_edit(server: FakeServer, kept: Service, directory: Path) -> None:
+    server.frames.clear()
+    place = directory / PLAN
+    place.unlink()
+    place.write_bytes(b"# Plan\nmine\n")
+    alter(directory)
+    await equal_but(directory, server, PLAN)
+    assert place.read_bytes() == b"# Plan\nmine\n" and PLAN not in fetched(server)
+
+
+async def equal_but(directory: Path, server: FakeServer, path: str) -> None:
+    await until(lambda: {**tree(directory), path: b""} == {**server.files, path: b""})
+
+
+async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server: FakeServer, directory: Path) -> None:
+    server.files["context.md"] = b"# Ours\n"
+    async with looked_after(directory):
+        pass
+    alter(directory)
+    keep_what = directory / "context.md"
+    keep_what.write_bytes(b"# Mine\n")
+    (directory / "tasks/foreign.json").write_bytes(b"{}")
+    (directory / "config.json").unlink()
+    async with looked_after(directory) as service:
+        await equal(directory, server)
+        await until(lambda: service._healed()["count"] == 4)
+        assert (directory / ".mine/context.md").read_bytes() == b"# Mine\n"
+
+
+async def test_a_text_written_by_hand_is_kept_once_and_said_once(
+    server: FakeServer, kept: Service, directory: Path
+) -> None:
+    for _ in range(2):
+        (directory / "context.md").write_bytes(b"# Ours\nand mine\n")
+        (directory / "plans/draft.md").write_bytes(b"a draft\n")
+        (directory / "archive/plans/old.md").write_bytes(b"# Old, corrected\n")
+        await equal(directory, server)
+    copies = {path.relative_to(directory / ".mine").as_posix() for path in (directory / ".mine").rglob("*.md*")}
+    assert copies == {"context.md", "plans/draft.md", "archive/plans/old.md"}
+    assert (directory / ".mine/context.md").read_bytes() == b"# Ours\nand mine\n"
+    answer = await ask(kept, "ready")
+    said = [notice for notice in answer["notices"] if ".mine/context.md" in notice]  # type: ignore[attr-defined]
+    assert len(said) == 1 and "context.md belongs to the server" in said[0]
+    assert (await ask(kept, "ready"))["notices"] == []
+    assert ".mine/context.md" in (await ask(kept, "status"))["set_aside"]  # type: ignore[operator]
+    await run(kept, "nothing")
+    assert tree(directory) == server.files
+
+
+async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    """Also where nobody watches: a command without the agent."""
+    server.files["context.md"] = b"# Ours\n"
+    await ask(service, "ready")
+    (directory / "context.md").write_bytes(b"# Mine\n")
+    server.put("context.md", b"# Ours, later\n")
+    await until(lambda: (directory / "context.md").read_bytes() == b"# Ours, later\n")
+    assert (directory / ".mine/context.md").read_bytes() == b"# Mine\n"
+    server.put("context.md", b"# Ours, later still\n")
+    await until(lambda: (directory / "context.md").read_bytes() == b"# Ours, later still\n")
+    assert os.listdir(directory / ".mine") == ["context.md"]
+
+
+async def test_copies_do_not_pile_up(server: FakeServer, service: Service, directory: Path) -> None:
+    server.files["context.md"] = b"# Ours\n"
+    await ask(service, "ready")
+    for n in range(20):
+        (directory / "context.md").write_bytes(f"mine {n}".encode())
+        server.change(PutFile("context.md", f"theirs {n}".encode()))
+        await until(lambda: tree(directory) == server.files)
+    assert len(os.listdir(directory / ".mine")) == 5
+    texts = {path.read_bytes() for path in (directory / ".mine").iterdir()}
+    assert b"mine 0" in texts and b"mine 19" in texts
+
+
+async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(
+    server: FakeServer, kept: Service, directory: Path
+) -> None:
+    server.frames.clear()
+    place, stop = directory / "ids.json", asyncio.Event()
+
+    async def rewrite() -> None:
+        while not stop.is_set():
+            if place.read_bytes() == server.files["ids.json"]:
+                place.write_bytes(b"a stranger's\n")
+            await asyncio.sleep(0.005)
+
+    stranger = asyncio.ensure_future(rewrite())
+    await until(lambda: bool(kept._healed()["fought_over"]), 15)
+    began = len(fetched(server))
+    alter(directory)  # others are put right at once all the same
+    await until(lambda: (directory / "tasks/task_1.json").read_bytes() == server.files["tasks/task_1.json"])
+    assert len(fetched(server)) - began <= 3
+    assert kept._healed()["fought_over"] == ["ids.json"]
+    stop.set()
+    await stranger
+    await equal(directory, server, 30)
+    notices = (await ask(kept, "ready"))["notices"]
+    assert [n for n in notices if "another process keeps writing ids.json" in n]  # type: ignore[attr-defined]
+
+
+async def test_what_is_done_while_the_server_is_out_of_reach_is_put_right_later(
+    server: FakeServer, kept: Service, directory: Path
+) -> None:
+    await server.stop()
+    await until(lambda: not kept._link.is_open)
+    alter(directory)
+    delete(directory)
+    await server.start()
+    kept._link.kick()
+    await equal(directory, server)
+
+
+async def test_without_the_systems_help_the_files_are_compared_now_and_then(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more(*_: object, **__: object) -> None:
+        raise OSError('OS file watch limit reached. about ["/x"]')
+
+    monkeypatch.setattr("watchfiles.watch", no_more)
+    monkeypatch.setattr(caretaker, "_MIN_RESCAN_S", 0.2)
+    async with looked_after(directory) as service:
+        await until(lambda: "watch limit" in service._healed()["watched"])
+        alter(directory)
+        await equal(directory, server)
+        assert "compared every" in service._healed()["watched"]
+
+
+async def test_a_resync_counts_as_the_comparison(server: FakeServer, directory: Path) -> None:
+    async with looked_after(directory) as service:
+        assert sum(isinstance(frame, Manifest) for frame in server.frames) == 1
+        await ask(service, "verify")
+
+
+def test_a_file_is_left_for_longer_the_more_often_it_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(healing.time, "monotonic", lambda: now[0])
+    found = Healing()
+    waits = []
+    for _ in range(12):
+        found.suspect(["x"])
+        waits.append(found.next_due_s())
+        now[0] += waits[-1] or 0.0
+        assert found.take_due(1) == ["x"] and found.next_due_s() is None
+        found.healed("x")
+    assert waits == [0, 0, 0, 1, 2, 4, 8, 16, 32, 60, 60, 60]
+    now[0] += 601
+    assert found.fought_over() == []
+    found.suspect(["x"])
+    assert found.next_due_s() == 0
