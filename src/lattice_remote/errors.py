@@ -21,12 +21,14 @@ __all__ = [
     "Rejected",
     "RemoteError",
     "StorageError",
+    "one_line",
 ]
 
 CODES = {
     "REMOTE_UNREACHABLE": "the server is out of reach",
     "REMOTE_UNKNOWN_OUTCOME": "the connection was lost after the request was sent; it may have taken effect",
     "REMOTE_UNAUTHORIZED": "no token, or one the server does not know",
+    "REMOTE_UNTRUSTED": "this user has not named that server, or nobody known vouches for it: no token was sent",
     "REMOTE_FORBIDDEN": "the token is not for this project or this actor",
     "REMOTE_NOT_FOUND": "the server has no such project",
     "REMOTE_VERSION": "the two sides speak different versions; the message says which to upgrade",
@@ -42,14 +44,22 @@ CODES = {
 """Every code that travels in ``Refused`` and ``Bye`` frames or is shown to a user, with its meaning."""
 
 
+_MAX_MESSAGE = 2000
+
+
+def one_line(text: str) -> str:
+    """Return ``text``, which a peer may have written, as one bounded line that does nothing to a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:_MAX_MESSAGE]).strip()
+
+
 class RemoteError(Exception):
-    """The root: ``code`` is one of ``CODES``, ``message`` is one line for a person."""
+    """The root: ``code`` is one of ``CODES``, ``message`` is one printable line for a person."""
 
     code = "REMOTE_FAILED"
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = one_line(message)
+        super().__init__(self.message)
         if code is not None:
             self.code = code
 

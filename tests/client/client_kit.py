@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fake_server import TOKEN
 
+from lattice_remote.client import servers
 from lattice_remote.client.cache import Cache
 from lattice_remote.client.service import Service
 from lattice_remote.client.settings import Remote, read_remote, write_remote
@@ -16,12 +17,18 @@ TASK = "task_01HZZZZZZZZZZZZZZZZZZZZZZZ"
 PLAN = f"plans/{TASK}.md"
 
 
-def make_cache(root: Path, url: str, project: str = "web") -> Path:
+def make_clone(root: Path, url: str, project: str = "web") -> Path:
     """Make a directory as ``git clone`` leaves it: with a ``remote.json`` and nothing else."""
     directory = root / ".lattice"
     directory.mkdir(parents=True)
     write_remote(str(directory), Remote("origin", url, project))
     return directory
+
+
+def make_cache(root: Path, url: str, project: str = "web") -> Path:
+    """Make a clone whose server the user has named on this machine."""
+    servers.record(servers.name(url))
+    return make_clone(root, url, project)
 
 
 async def ask(service: Service, do: str, token: str | None = TOKEN, **fields: object) -> dict[str, object]:

@@ -6,6 +6,7 @@ anything else, which changes nothing. Each answers with its own argv as stdout.
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 
@@ -67,13 +68,17 @@ class FakeServer:
         self.put_outcome: str | None = None
         self.slow = asyncio.Event()
         self.port = 0
+        self.tls: ssl.SSLContext | None = None
+        self.error_headers: dict[str, str] = {}
+        self.requests: list[Request] = []
+        """Every request for an upgrade, whatever came of it."""
         self._server: Server | None = None
 
     # --- life ---
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"https://localhost:{self.port}" if self.tls else f"http://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
         self._server = await serve(
@@ -85,6 +90,7 @@ class FakeServer:
             compression=None,
             max_size=None,
             ping_interval=None,
+            ssl=self.tls,
         )
         self.port = next(iter(self._server.sockets)).getsockname()[1]
 
@@ -102,11 +108,13 @@ class FakeServer:
             connection.transport.abort()
 
     def _check(self, connection: ServerConnection, request: Request) -> Response | None:
+        self.requests.append(request)
         if self.status is not None:
             response = connection.respond(self.status, "")
             response.body = self.error_body
             del response.headers["Content-Length"]
             response.headers["Content-Length"] = str(len(self.error_body))
+            response.headers.update(self.error_headers)
             return response
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self.tokens:

@@ -318,7 +318,9 @@ async def test_reads_go_on_without_the_server(server: FakeServer, root: Path) ->
     await server.stop()
     done = await lattice_process(root, "list", "--json")
     assert done.code == 0 and json.loads(done.out)["ok"]
-    assert done.err.startswith(f"lattice-remote: cannot reach server {server.url}; showing data from ")
+    assert done.err.startswith(
+        f"lattice-remote: cannot reach server {server.url} (connection refused); showing data from "
+    )
     assert done.err.endswith("(change 0)\n") and done.err.count("\n") == 1
 
 

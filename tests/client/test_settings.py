@@ -3,6 +3,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,7 +82,7 @@ def test_tokens_are_for_this_user_alone(home: Path) -> None:
     path = Path(credentials.tokens_path())
     assert path == home / "config/lattice/tokens.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [p.name for p in path.parent.iterdir()] == ["tokens.json"]
+    assert {p.name for p in path.parent.iterdir()} == {"tokens.json", ".tokens.json.lock"}
     assert credentials.stored("http://h", "web") == "one"
     assert credentials.stored("http://h", "other") == "any"
     assert credentials.stored("http://elsewhere", "web") is None
@@ -102,13 +104,59 @@ def test_what_cannot_travel_is_no_token(token: str) -> None:
     assert not token or token not in error.value.message
 
 
-def test_a_damaged_file_of_tokens_is_not_overwritten(home: Path) -> None:
-    path = Path(credentials.tokens_path())
-    path.parent.mkdir(parents=True)
-    path.write_text("{")
-    with pytest.raises(StorageError, match="not valid"):
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"tokens": 1}', '{"tokens": {"http://h": "ltr_x"}}', "[" * 100_000, "\xff"]
+)
+def test_a_damaged_file_of_tokens_is_not_overwritten(home: Path, text: str) -> None:
+    path = tokens_file(text)
+    with pytest.raises(StorageError, match="not valid") as error:
         credentials.store("http://h", "web", "one")
-    assert path.read_text() == "{"
+    assert path.read_text() == text and "ltr_x" not in error.value.message
+
+
+def tokens_file(text: str = '{"tokens": {"http://h": {"web": "ltr_x"}}}') -> Path:
+    path = Path(credentials.tokens_path())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o602, 0o604])
+def test_tokens_that_others_can_reach_are_refused(home: Path, mode: int) -> None:
+    tokens_file().chmod(mode)
+    with pytest.raises(StorageError, match="chmod 600"):
+        credentials.stored("http://h", "web")
+
+
+def test_tokens_of_somebody_else_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.chown(tokens_file(), 12345, -1) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(StorageError, match="belongs to another user"):
+        credentials.stored("http://h", "web")
+
+
+def test_a_link_or_a_pipe_in_place_of_the_tokens_is_refused(home: Path) -> None:
+    path = tokens_file()
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+    for act in (lambda: credentials.stored("http://h", "web"), lambda: credentials.store("http://h", "web", "one")):
+        with pytest.raises(StorageError, match="is a link"):
+            act()
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    with pytest.raises(StorageError, match="not a plain file"):
+        credentials.stored("http://h", "web")
+
+
+def test_writers_of_tokens_do_not_undo_each_other(home: Path) -> None:
+    program = (
+        "import sys; from lattice_remote.client import credentials\n"
+        "for n in range(10): credentials.store('http://h', f's{sys.argv[1]}-{n}', 'x')"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(n)]) for n in range(4)]
+    assert [writer.wait(60) for writer in writers] == [0] * 4
+    kept = json.loads(Path(credentials.tokens_path()).read_text())["tokens"]["http://h"]
+    assert sorted(kept) == sorted(f"s{writer}-{n}" for writer in range(4) for n in range(10))
 
 
 def test_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,15 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from lattice_remote.client import credentials
+from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache import BASE_DIRECTORY, Cache, remove_tree
 from lattice_remote.client.edits import Edits
 from lattice_remote.client.follower import Writer
 from lattice_remote.client.link import Link
+from lattice_remote.client.servers import Server
 from lattice_remote.client.service import Service
-from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, parse_url, write_remote
+from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, write_remote
 from lattice_remote.client.state import STATE_FILE
 from lattice_remote.errors import Misuse, StorageError
 
@@ -51,27 +52,37 @@ class Added:
 
 
 async def add_remote(
-    root: str, name: str, url: str, *, project: str | None, token: str | None, show: Progress | None
+    root: str,
+    name: str,
+    server: Server,
+    *,
+    project: str | None,
+    token: str | None,
+    show: Progress | None,
 ) -> Added:
     """Fill a new ``.lattice`` in the directory ``root``, an absolute path, from a project on a server.
 
+    The server has then been named by this user, and the token is kept if one is given.
+
     Raises:
-        Misuse: the directory has tasks of its own, or a remote already, or the URL names no project.
+        Misuse: the directory has tasks of its own, or a remote already, or no project is named.
         RemoteError: the server is out of reach, or refuses. Nothing is left behind in any case.
     """
-    server, slug = parse_url(url, project)
-    if slug is None:
+    if project is None:
         raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
-    remote = Remote(check_name(name), server, slug)
+    remote = Remote(check_name(name), server.url, project)
     target = os.path.join(root, ".lattice")
     _require_room(target)
     if token is not None:
         credentials.check_token(token)
     staging = f"{target}.new-{uuid.uuid4().hex[:8]}"
     try:
-        added = await _fill(staging, target, remote, token or credentials.from_environment(), show)
+        added = await _fill(
+            staging, target, remote, token=token or credentials.from_environment(), server=server, show=show
+        )
+        servers.record(server)
         if token is not None:
-            credentials.store(server, slug, token)
+            credentials.store(server.url, project, token)
         _put_in_place(staging, target)
     except OSError as error:
         raise StorageError(f"cannot make {target}: {error.strerror}") from error
@@ -80,11 +91,13 @@ async def add_remote(
     return added
 
 
-async def _fill(staging: str, target: str, remote: Remote, token: str | None, show: Progress | None) -> Added:
+async def _fill(
+    staging: str, target: str, remote: Remote, *, token: str | None, server: Server, show: Progress | None
+) -> Added:
     os.mkdir(staging)
     write_remote(staging, remote)
     service = Service(staging)
-    service.start(token, prefer_given=True)
+    service.start(token, named=server, prefer_given=True)
     try:
         answer = await service.handle({"do": "pull", "directory": staging, "token": token}, show or _ignore)
     finally:
@@ -194,13 +207,13 @@ def _lists_tasks(path: str) -> bool:
         return True  # unreadable: be careful with it
 
 
-async def check_token(url: str, project: str, token: str) -> str:
+async def check_token(server: Server, project: str, token: str) -> str:
     """Ask the server whether it takes a token; return what it said, or that it is out of reach.
 
     Raises:
-        Rejected: the server refuses it.
+        Rejected: the server refuses it, or must not be told it.
     """
-    link = Link(Remote("origin", url, project), Writer(), token)
+    link = Link(Remote("origin", server.url, project), Writer(), token, named=server)
     link.start()
     try:
         await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _CHECK_TIMEOUT_S)

@@ -19,7 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lattice_remote import __version__
-from lattice_remote.client import runtime
+from lattice_remote.client import runtime, servers
 from lattice_remote.client.service import Service, answered
 from lattice_remote.client.watching import Watching
 from lattice_remote.errors import RemoteError
@@ -188,7 +188,7 @@ class Agent:
             service = None
         if service is None:
             service = Service(directory)
-            service.start(request.get("token"))
+            service.start(request.get("token"), named=servers.from_environment(request.get("named")))
             service.look_after(self._watching, self._turn)
             self._services[directory] = service
         return service

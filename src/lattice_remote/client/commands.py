@@ -16,7 +16,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from lattice.storage.fs import LatticeRootError, find_root
 
-from lattice_remote.client import adding, credentials, history, runtime
+from lattice_remote.client import adding, credentials, history, runtime, servers
 from lattice_remote.client.agent_client import Progress, agent_enabled, ask, ask_running_agent
 from lattice_remote.client.routing import describe_age
 from lattice_remote.client.settings import Remote, parse_url, read_remote, write_remote
@@ -35,6 +35,15 @@ agent_app = typer.Typer(help="The background agent of this user.", no_args_is_he
 app.add_typer(agent_app, name="agent")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CaFile = Annotated[
+    str | None,
+    typer.Option(
+        "--ca-file", metavar="FILE", help="Authorities (PEM) that vouch for this server, in place of the system's."
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Let tokens go to this server over plain HTTP, also from another machine.")
+]
 
 
 def main(args: Sequence[str], prog_name: str) -> NoReturn:
@@ -88,8 +97,13 @@ def remote(
 def add(
     name: Annotated[str, typer.Argument(help="What to call it: origin, by habit.")],
     url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, also with /SLUG.")],
+    *,
     project: Annotated[str | None, typer.Option(help="The project's slug on the server.")] = None,
-    token: Annotated[str | None, typer.Option(help="Kept for this user; else LATTICE_TOKEN or a login.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Kept for this user; - asks for it. Else LATTICE_TOKEN or a login.")
+    ] = None,
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Make this directory a copy of a project on a server.
@@ -97,8 +111,14 @@ def add(
     Example: lattice remote add origin https://board.example.org --project web
     """
     root = os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
+    server_url, slug = parse_url(url, project)
+    server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
+    servers.admit(server_url, server)  # before anything is asked for
+    is_visible = token not in (None, "-")
+    if token == "-":  # noqa: S105 - no token
+        token = _ask_for_token(server_url)
     with _progress("fetching") as show:
-        added = asyncio.run(adding.add_remote(root, name, url, project=project, token=token, show=show))
+        added = asyncio.run(adding.add_remote(root, name, server, project=slug, token=token, show=show))
     with contextlib.suppress(RemoteError):
         ask(_request("ready", added.directory))  # from here on the agent follows
     if as_json:
@@ -107,6 +127,10 @@ def add(
         typer.echo(
             f"Added remote {added.remote.name} ({added.remote.url}, project {added.remote.project}): "
             f"{_count(added.tasks, 'task')}, {_count(added.files, 'file')}, at change {added.seq}."
+        )
+    if is_visible:
+        typer.echo(
+            "lattice-remote: others on this machine can see a token in a command line; --token - asks for it", err=True
         )
 
 
@@ -127,13 +151,20 @@ def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> 
 
 
 @app.command(name="set-url")
-def set_url(name: str, url: str, project: Annotated[str | None, typer.Option()] = None) -> None:
+def set_url(
+    name: str,
+    url: str,
+    project: Annotated[str | None, typer.Option()] = None,
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
     """Change where the remote is, after its server has moved.
 
     Example: lattice remote set-url origin https://new.example.org
     """
     directory, found = _here(name)
     new_url, slug = parse_url(url, project)
+    servers.record(servers.name(new_url, insecure=insecure, ca_file=ca_file))
     write_remote(directory, Remote(found.name, new_url, slug or found.project))
     typer.echo(
         f"{found.name} is now {new_url} {slug or found.project}; the copy is compared with it when it is next used."
@@ -165,25 +196,64 @@ def _require_nothing_else_of_ours(directory: str) -> None:
 
 
 @app.command()
-def login(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
-    """Keep a token for this user, typed without echo or read from stdin.
+def login(
+    url: Annotated[str, typer.Argument(help="The project's server by default.")] = "",
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Keep a token for this user, typed without echo or read from stdin; it replaces the one before.
 
     Example: lattice remote login https://board.example.org < token.txt
     """
-    server, slug = _server_and_slug(url)
-    token = (getpass.getpass(f"Token for {server}: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
-    credentials.check_token(token)
+    server_url, slug = _server_and_slug(url)
+    server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
+    servers.admit(server_url, server)
+    token = _ask_for_token(server_url)
     checked = asyncio.run(adding.check_token(server, slug, token)) if slug else "not checked: no project given"
-    credentials.store(server, slug or credentials.ANY_PROJECT, token)
-    typer.echo(f"Token for {server}{'/' + slug if slug else ''} is kept in {credentials.tokens_path()} ({checked}).")
+    servers.record(server)
+    credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
+    place = f"{server_url}/{slug}" if slug else server_url
+    typer.echo(f"Token for {place} is kept in {credentials.tokens_path()} ({checked}).")
+
+
+@app.command()
+def trust(
+    url: Annotated[str, typer.Argument(help="The project's server by default.")] = "",
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Name a server as yours, so that LATTICE_TOKEN is sent there; say how its certificate is verified.
+
+    Example: lattice remote trust https://board.example.org --ca-file company.pem
+    """
+    server_url, _ = _server_and_slug(url)
+    server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
+    known = servers.admit(server_url, server)
+    servers.record(server)
+    by = f", vouched for by {known.ca_file}" if known.ca_file else ""
+    how = (
+        "over plain HTTP, readable on the way" if known.insecure else "this machine only" if _is_http(known) else "TLS"
+    )
+    typer.echo(f"Tokens may go to {server_url} ({how}{by}); kept in {servers.servers_path()}.")
 
 
 @app.command()
 def logout(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
-    """Forget this user's token."""
-    server, slug = _server_and_slug(url)
-    gone = credentials.forget(server, slug)
-    typer.echo(f"Forgot {_count(gone, 'token')} for {server}." if gone else f"There was no token for {server}.")
+    """Forget this user's token; with the last one, that the server was ever named."""
+    server_url, slug = _server_and_slug(url)
+    gone = credentials.forget(server_url, slug)
+    if not credentials.is_known(server_url):
+        servers.forget(server_url)
+    typer.echo(f"Forgot {_count(gone, 'token')} for {server_url}." if gone else f"There was no token for {server_url}.")
+
+
+def _ask_for_token(server_url: str) -> str:
+    typed = getpass.getpass(f"Token for {server_url}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    return credentials.check_token(typed.strip())
+
+
+def _is_http(server: servers.Server) -> bool:
+    return server.url.startswith("http:")
 
 
 def _server_and_slug(url: str) -> tuple[str, str | None]:
@@ -375,7 +445,8 @@ def _here(name: str = "") -> tuple[str, Remote]:
 
 
 def _request(do: str, directory: str) -> dict[str, Any]:
-    return {"do": do, "directory": directory, "token": credentials.from_environment()}
+    named = os.environ.get(servers.URL_ENV, "").strip() or None
+    return {"do": do, "directory": directory, "token": credentials.from_environment(), "named": named}
 
 
 def _fields(found: Remote) -> dict[str, str]:

@@ -1,25 +1,36 @@
 """The tokens of this user: ``LATTICE_TOKEN``, or ``tokens.json`` in the user's configuration. Standard library only.
 
-The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600. A token never enters a project directory.
+The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600 (``private_files.py``). A token never enters a
+project directory. Where one may be sent is for ``servers.py`` to say.
 """
 
-import json
 import os
-import tempfile
+from typing import Any
 
+from lattice_remote.client import private_files
 from lattice_remote.errors import Misuse, StorageError
 
-__all__ = ["ANY_PROJECT", "TOKEN_ENV", "check_token", "forget", "from_environment", "store", "stored", "tokens_path"]
+__all__ = [
+    "ANY_PROJECT",
+    "TOKEN_ENV",
+    "check_token",
+    "forget",
+    "from_environment",
+    "is_known",
+    "store",
+    "stored",
+    "tokens_path",
+]
 
 TOKEN_ENV = "LATTICE_TOKEN"  # noqa: S105 - the name of a variable, no token
 ANY_PROJECT = "*"
+_WHAT = "tokens"
 _Tokens = dict[str, dict[str, str]]
 
 
 def tokens_path() -> str:
     """Return where this user's tokens are kept."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.join(base, "lattice", "tokens.json")
+    return private_files.path_of("tokens.json")
 
 
 def from_environment() -> str | None:
@@ -49,6 +60,11 @@ def stored(url: str, project: str) -> str | None:
     return of_server.get(project) or of_server.get(ANY_PROJECT)
 
 
+def is_known(url: str) -> bool:
+    """Whether this user keeps any token for a server."""
+    return bool(_load().get(url))
+
+
 def store(url: str, project: str, token: str) -> None:
     """Keep a token. Once this returns it is in the file, which nobody else can read.
 
@@ -56,50 +72,38 @@ def store(url: str, project: str, token: str) -> None:
         Misuse: not a token.
         StorageError: the file can't be read or written.
     """
-    tokens = _load()
-    tokens.setdefault(url, {})[project] = check_token(token)
-    _save(tokens)
+    check_token(token)
+
+    def with_it(found: dict[str, Any]) -> _Tokens:
+        tokens = _checked(found)
+        tokens.setdefault(url, {})[project] = token
+        return tokens
+
+    private_files.change(tokens_path(), _WHAT, with_it)
 
 
 def forget(url: str, project: str | None = None) -> int:
     """Remove the tokens of a server, or those that serve one of its projects; return how many there were."""
-    tokens = _load()
-    of_server = tokens.get(url, {})
-    gone = [slug for slug in of_server if project is None or slug in (project, ANY_PROJECT)]
-    for slug in gone:
-        del of_server[slug]
-    if gone:
-        _save({server: kept for server, kept in tokens.items() if kept})
+    gone: list[str] = []
+
+    def without(found: dict[str, Any]) -> _Tokens | None:
+        tokens = _checked(found)
+        of_server = tokens.get(url, {})
+        gone.extend(slug for slug in of_server if project is None or slug in (project, ANY_PROJECT))
+        for slug in gone:
+            del of_server[slug]
+        return {server: kept for server, kept in tokens.items() if kept} if gone else None
+
+    private_files.change(tokens_path(), _WHAT, without)
     return len(gone)
 
 
 def _load() -> _Tokens:
-    path = tokens_path()
-    try:
-        with open(path, "rb") as file:
-            tokens = json.loads(file.read())["tokens"]
-        return {str(url): {str(slug): str(token) for slug, token in kept.items()} for url, kept in tokens.items()}
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StorageError(f"{path} is not valid; mend it, or remove it and log in again") from error
+    return _checked(private_files.read(tokens_path(), _WHAT))
 
 
-def _save(tokens: _Tokens) -> None:
-    path = tokens_path()
-    directory = os.path.dirname(path)
+def _checked(found: dict[str, Any]) -> _Tokens:
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=".tokens.")  # made with mode 0600
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({"tokens": tokens}, file, indent=2, sort_keys=True)
-                file.write("\n")
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        return {str(url): {str(slug): str(token) for slug, token in kept.items()} for url, kept in found.items()}
+    except AttributeError:
+        raise StorageError(f"{tokens_path()} is not valid; mend it, or remove it and log in again") from None

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from lattice_remote.client.servers import from_environment
 from lattice_remote.client.service import Service, answered
 
 __all__ = ["ask_directly"]
@@ -20,7 +21,7 @@ async def _ask(request: dict[str, Any], report: Callable[[dict[str, Any]], None]
 
 async def _serve_once(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     service = Service(request["directory"])
-    service.start(request.get("token"))
+    service.start(request.get("token"), named=from_environment(request.get("named")))
     try:
         return await service.handle(request, report)
     finally:

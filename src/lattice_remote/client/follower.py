@@ -64,6 +64,11 @@ class Writer:
     def __init__(self) -> None:
         self.replica = Replica(follow=False)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether requests can be sent."""
+        return self.replica.welcome is not None
+
     async def hello(self) -> Hello:
         """Begin a conversation on a new connection."""
         return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))

@@ -1,78 +1,70 @@
 """One WebSocket to a project that comes back after every cut, and the requests that travel on it.
 
 A request that was cut off is sent again under its own id after the link is back (I6). The link never stops
-silently: even after a refusal (a wrong token, say) it looks again now and then, and at once when a command asks.
+silently: even after a refusal (a wrong token, say) it looks again now and then, and at once when a command asks or
+the token changes. ``connecting.py`` opens the socket, ``pacing.py`` says when.
 """
 
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
-import os
-import random
-import re
-import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import msgspec
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
-from websockets.typing import Subprotocol
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
 
-from lattice_remote.client.credentials import check_token
+from lattice_remote.client.connecting import REFUSALS, RetryLater, error_of, open_socket
 from lattice_remote.client.follower import Outcome
+from lattice_remote.client.inbox import Inbox, Item
+from lattice_remote.client.pacing import MAX_RESETS, MIN_UPTIME_S, RESET_WINDOW_S, Pace
 from lattice_remote.client.runtime import boot_time
+from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
-from lattice_remote.errors import CODES, ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
+from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
-    SUBPROTOCOL,
     Bye,
     ClientFrame,
     Hello,
     Log,
+    Put,
     Request,
     Response,
+    Run,
     ServerFrame,
     Welcome,
 )
 
 __all__ = ["Conversation", "Link", "Signal"]
 
-OPEN_TIMEOUT_S = 10.0
+FIRST_FRAME_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 0.5
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 10.0
 ALIVE_S = PING_INTERVAL_S + PING_TIMEOUT_S + 2.0
 """A link from which nothing was heard for longer is not called connected."""
-FIRST_DELAY_S, MAX_DELAY_S, REFUSED_DELAY_S = 0.2, 15.0, 30.0
 MIN_ATTEMPT_GAP_S = 0.1
-MIN_UPTIME_S = 5.0
-"""A connection must have lasted this long before the delay starts again from the least."""
 UNSENT_PATIENCE_S = 3.0
 SENT_PATIENCE_S = 10.0
 """How long a request waits for a link that is down: before it was sent, and after."""
 MAX_SENDS = 8
 """How often a request is sent on connections that do not last: one that always ends them must not go on for ever."""
-_INBOX = 128
+MAX_FRAGMENTS = 1024
+"""In how many pieces a message may come: empty ones cost the sender nothing, and would never end."""
 _log = logging.getLogger(__name__)
-_REFUSALS = {"REMOTE_UNAUTHORIZED", "REMOTE_FORBIDDEN", "REMOTE_NOT_FOUND", "REMOTE_VERSION"}
-_STATUS_CODES = {
-    401: ("REMOTE_UNAUTHORIZED", "the server does not know this token"),
-    403: ("REMOTE_FORBIDDEN", "this token is not for this project"),
-    404: ("REMOTE_NOT_FOUND", "the server has no such project"),
-    426: ("REMOTE_VERSION", "the server speaks another version of the protocol"),
-}
-
-_Inbox = asyncio.Queue[ServerFrame | RemoteError]
 
 
 class Conversation(Protocol):
     """What a link talks for: a ``Follower`` or a ``Writer``."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the connection has got where it was to get."""
 
     async def hello(self) -> Hello:
         """Return the first frame on a new connection."""
@@ -142,19 +134,14 @@ class _Pending:
 
 
 @dataclass(slots=True)
-class _Dismissed(Exception):
-    """The server said goodbye."""
-
-    bye: Bye
-
-
-@dataclass(slots=True)
 class Link:
     """See the module's text. ``start()`` it once; ``close()`` it in the end."""
 
     remote: Remote
     conversation: Conversation
     token: str | None = field(repr=False)
+    named: Server | None = None
+    """A server that the user has named beside those on record, in the environment say."""
     on_heard: Callable[[], None] = lambda: None
     changed: Signal = field(default_factory=Signal)
     """Notified whenever anything below changes."""
@@ -172,7 +159,11 @@ class Link:
     _kicked: asyncio.Event = field(default_factory=asyncio.Event)
     _probe: asyncio.Event = field(default_factory=asyncio.Event)
     _down_since: float = field(default_factory=time.monotonic)
-    _streak: int = 0
+    _pace: Pace = field(default_factory=Pace)
+    _was_current: bool = False
+    _offered: str = ""  # the epoch of the last Hello
+    _epoch: str = ""  # of the last Welcome
+    _verdict: RemoteError | None = None
 
     # --- life ---
 
@@ -205,10 +196,16 @@ class Link:
             self.token = token
             self.error = None
             self.abort()
-            self.kick()
+            self.try_again()
 
-    def abort(self) -> None:
-        """Cut the connection; a new one is made."""
+    def try_again(self) -> None:
+        """What a refusal was about may have changed: don't sit out the delay."""
+        self._pace.lift()
+        self._kicked.set()
+
+    def abort(self, why: RemoteError | None = None) -> None:
+        """Cut the connection; a new one is made. ``why`` is then its error, and it has not lasted."""
+        self._verdict = why
         if self._socket is not None:
             self._socket.transport.abort()
 
@@ -225,7 +222,12 @@ class Link:
     @property
     def is_refused(self) -> bool:
         """Whether the server said no: trying again changes nothing until something else does."""
-        return self.error is not None and self.error.code in _REFUSALS
+        return self.error is not None and self.error.code in REFUSALS
+
+    @property
+    def is_barred(self) -> bool:
+        """Whether no attempt may be made for a while, because the server asked for that or made it necessary."""
+        return self._pace.barred_s(time.monotonic()) > 0
 
     def silence_s(self) -> float:
         """Return the seconds since the last frame or pong; infinite before the first."""
@@ -239,7 +241,7 @@ class Link:
         ``first_sent_at`` is when (``boot_time()``) it may have been sent by somebody else, under the same id.
 
         Raises:
-            Rejected: the server refuses this token, project or version.
+            Rejected: the server refuses this token, project or version, or takes nothing so large.
             ConnectionFailed: out of reach for too long; ``sent`` tells whether it may have taken effect.
         """
         pending = _Pending(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
@@ -265,6 +267,8 @@ class Link:
             return
         if self.is_refused and self.failed_attempts > failed_before and self.error is not None:
             raise self.error
+        if self._pace.barred_s(time.monotonic()) > UNSENT_PATIENCE_S:
+            raise self.unreachable(sent=pending.sent)
         if isinstance(self.error, StorageError) and self.failed_attempts > failed_before:
             effect = "the command may have taken effect" if pending.sent else "nothing was sent"
             raise StorageError(f"{self.error.message}; {effect}")
@@ -287,7 +291,11 @@ class Link:
         )
 
     async def _send_pending(self, pending: _Pending) -> None:
-        if self.welcome is not None:
+        if self.welcome is None or pending.answer.done():
+            return
+        if (refusal := _too_large(pending.frame, self.welcome)) is not None:
+            pending.answer.set_exception(refusal)
+        else:
             await self.send(pending.to_send())
 
     async def send(self, *frames: ClientFrame) -> None:
@@ -312,12 +320,9 @@ class Link:
         while True:
             self._kicked.clear()
             began = time.monotonic()
-            retry_after_s: float | None = None
+            self._was_current = False
             try:
                 await self._converse()
-            except _Dismissed as goodbye:
-                retry_after_s = goodbye.bye.retry_after_s
-                self.error = _error_of(goodbye.bye.code, goodbye.bye.reason)
             except RemoteError as error:
                 self.error = error
             except Exception as error:  # noqa: BLE001
@@ -327,15 +332,42 @@ class Link:
             finally:
                 await self._hang_up()
             self.failed_attempts += 1
+            delay_s = self._ended(time.monotonic(), lasted=self._has_lasted(began))
             self.changed.notify()
-            self._count(lasted=time.monotonic() - began > MIN_UPTIME_S)
-            await self._sit_out(retry_after_s)
+            await self._sit_out(delay_s)
 
-    def _count(self, *, lasted: bool) -> None:
-        self._streak = 0 if lasted else self._streak + 1
+    def _has_lasted(self, began: float) -> bool:
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            self.error = verdict
+        return verdict is None and self._was_current and time.monotonic() - began > MIN_UPTIME_S
+
+    def _ended(self, now: float, *, lasted: bool) -> float:
+        """Note how a connection went; return how long to wait before the next."""
         if lasted:
             for pending in self._pending.values():
                 pending.sends = min(pending.sends, 1)
+        error = self.error
+        delay_s = self._pace.ended(
+            now,
+            lasted=lasted,
+            is_refused=self.is_refused,
+            retry_after_s=error.retry_after_s if isinstance(error, RetryLater) else None,
+            binds=error is not None and error.code != "REMOTE_SHUTDOWN",
+        )
+        if self.is_barred:
+            self.error = self._explain_bar(now)
+        return delay_s
+
+    def _explain_bar(self, now: float) -> RemoteError:
+        seconds, resets = self._pace.barred_s(now), self._pace.resets(now)
+        if resets >= MAX_RESETS:
+            return ConnectionFailed(
+                f"it made this copy begin anew {resets} times within {RESET_WINDOW_S / 60:.0f} minutes, and is asked "
+                f"again in {seconds:.0f} s; its administrator should look at its log"
+            )
+        why, code = (self.error.message, self.error.code) if self.error is not None else ("", None)
+        return ConnectionFailed(f"{why}; it is asked again in {seconds:.0f} s", code=code)
 
     async def _hang_up(self) -> None:
         if self.welcome is not None:
@@ -346,25 +378,21 @@ class Link:
             self._socket = None
         await self.conversation.disconnected()
 
-    async def _sit_out(self, retry_after_s: float | None) -> None:
-        """Wait before the next attempt: full jitter, unless a command asks meanwhile."""
-        if self.is_refused:
-            delay = REFUSED_DELAY_S
-        elif retry_after_s is not None:
-            delay = retry_after_s + random.uniform(0, FIRST_DELAY_S)  # noqa: S311 - spreads load, hides nothing
-        else:
-            # The exponent is bounded too: after a thousand failures the power alone would be past any float.
-            delay = random.uniform(0, min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(self._streak, 10)))  # noqa: S311
-        await asyncio.sleep(MIN_ATTEMPT_GAP_S)
+    async def _sit_out(self, delay_s: float) -> None:
+        """Wait before the next attempt, unless a command asks meanwhile and nothing bars the way."""
+        least_s = max(MIN_ATTEMPT_GAP_S, self._pace.barred_s(time.monotonic()))
+        await asyncio.sleep(least_s)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(delay):
+            async with asyncio.timeout(delay_s - least_s):
                 await self._kicked.wait()
 
     async def _converse(self) -> None:
         """Connect, greet, and talk until the connection ends, which is always an exception."""
-        self._socket = await self._connect()
-        inbox: _Inbox = asyncio.Queue(_INBOX)
-        await self._socket.send(encode(await self.conversation.hello()))
+        self._socket = await open_socket(self.remote, self.token, self.named)
+        inbox = Inbox()
+        hello = await self.conversation.hello()
+        self._offered = hello.epoch
+        await self._socket.send(encode(hello))
         jobs: list[Awaitable[None]] = [
             self._read(self._socket, inbox),
             self._talk(inbox),
@@ -379,75 +407,66 @@ class Link:
             results = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [result for result in results if isinstance(result, Exception)]
         # A reason that was given, by the server or by the files, says more than the closing that came with it.
-        raise min(errors, key=lambda error: isinstance(error, ConnectionFailed))
+        raise min(errors, key=lambda error: type(error) is ConnectionFailed)
 
-    async def _connect(self) -> ClientConnection:
-        if self.token is None:
-            raise Rejected(
-                f"no token for {self.remote.url}; log in with: lattice remote login {self.remote.url}",
-                code="REMOTE_UNAUTHORIZED",
-            )
-        check_token(self.token)
-        try:
-            return await connect(
-                self.remote.websocket_url,
-                subprotocols=[Subprotocol(SUBPROTOCOL)],
-                additional_headers={"Authorization": f"Bearer {self.token}"},
-                compression=None,
-                max_size=MAX_FRAME_BYTES,
-                open_timeout=OPEN_TIMEOUT_S,
-                ping_interval=None,
-                close_timeout=1,
-            )
-        except InvalidStatus as refusal:
-            raise _refused(refusal, self.remote) from refusal
-        except TimeoutError as error:
-            raise ConnectionFailed("it does not answer") from error
-        except ssl.SSLError as error:
-            raise ConnectionFailed(f"TLS: {error.reason or error}") from error
-        except OSError as error:
-            raise ConnectionFailed(_describe(error)) from error
-        except (InvalidHandshake, InvalidURI, EOFError, ValueError) as error:
-            raise ConnectionFailed("what answers there is not a lattice-remote server") from error
-
-    async def _read(self, socket: ClientConnection, inbox: _Inbox) -> None:
+    async def _read(self, socket: ClientConnection, inbox: Inbox) -> None:
         """Decode what comes; apart from taking it, so that a slow disk does not look like a silent server.
 
         What ends the connection goes through the inbox too: the frames before it, a goodbye say, come first.
         """
         try:
             while True:
-                data = await socket.recv()
+                data = await _message(socket)
                 self._hear()
-                await inbox.put(_frame_of(data))
+                await inbox.put(decode_server_frame(data), len(data))
         except ConnectionClosed as closed:
-            reason = f": {_one_line(closed.rcvd.reason)}" if closed.rcvd is not None and closed.rcvd.reason else ""
+            reason = f": {one_line(closed.rcvd.reason)}" if closed.rcvd is not None and closed.rcvd.reason else ""
             await inbox.put(ConnectionFailed(f"the connection was closed{reason}"))
         except ProtocolError as violation:
             await inbox.put(violation)
 
-    async def _talk(self, inbox: _Inbox) -> None:
+    async def _talk(self, inbox: Inbox) -> None:
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT_S):
-                await self._take([await inbox.get()])
+            async with asyncio.timeout(FIRST_FRAME_TIMEOUT_S):
+                items = await inbox.take()
         except TimeoutError as error:
             raise ConnectionFailed("it accepts the connection but says nothing") from error
         while True:
-            items = [await inbox.get()]
-            while not inbox.empty() and len(items) < _INBOX:
-                items.append(inbox.get_nowait())
             await self._take(items)
+            items = await inbox.take()
 
-    async def _take(self, items: list[ServerFrame | RemoteError]) -> None:
+    async def _take(self, items: list[Item]) -> None:
         """Hand on the frames that come before a goodbye or a failure, then end with that."""
-        frames = list(itertools.takewhile(lambda item: not isinstance(item, Bye | RemoteError), items))
+        frames = cast(
+            "list[ServerFrame]", list(itertools.takewhile(lambda item: not isinstance(item, Bye | RemoteError), items))
+        )
+        greeting = frames[0] if frames and self.welcome is None else None
+        if isinstance(greeting, Welcome):
+            self._note_reset(greeting)
         if frames:
-            await self.carry_out(await self.conversation.receive(cast("list[ServerFrame]", frames)))
-            if self.welcome is None and isinstance(frames[0], Welcome):
-                await self._welcomed(frames[0])
+            taken = [frame for frame in frames if not self._is_unasked(frame)]
+            await self.carry_out(await self.conversation.receive(taken))
+            self._was_current = self._was_current or self.conversation.is_current
+        if isinstance(greeting, Welcome):
+            await self._welcomed(greeting)
         if len(frames) < len(items):
             end = items[len(frames)]
-            raise _Dismissed(end) if isinstance(end, Bye) else cast("RemoteError", end)
+            if isinstance(end, Bye):
+                raise error_of(end.code, end.reason, self.remote, end.retry_after_s)
+            raise cast("RemoteError", end)
+
+    def _is_unasked(self, frame: ServerFrame) -> bool:
+        """Whether this answers a request that nobody waits for; kept for their number, such would fill the memory.
+
+        Before the Welcome it is a violation, which the conversation will say.
+        """
+        return isinstance(frame, Response) and frame.id not in self._pending and self.welcome is not None
+
+    def _note_reset(self, welcome: Welcome) -> None:
+        """Count how often the server makes this copy begin anew; a first fill that was cut off is none of it."""
+        if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
+            self._pace.was_reset(time.monotonic())
+        self._epoch = welcome.epoch
 
     async def _welcomed(self, welcome: Welcome) -> None:
         self.welcome = welcome
@@ -460,14 +479,14 @@ class Link:
         self.heard_at = boot_time()
         self.on_heard()
 
-    async def _keep_alive(self, socket: ClientConnection, inbox: _Inbox) -> None:
+    async def _keep_alive(self, socket: ClientConnection, inbox: Inbox) -> None:
         """Ping a silent server; give up one that does not answer. A full inbox is our own slowness, not its."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_INTERVAL_S):
                     await self._probe.wait()
             self._probe.clear()
-            if inbox.full():
+            if inbox.is_full:
                 continue
             try:
                 async with asyncio.timeout(PING_TIMEOUT_S):
@@ -478,43 +497,41 @@ class Link:
             self.changed.notify()
 
 
-def _frame_of(data: str | bytes) -> ServerFrame:
-    if isinstance(data, str):
-        raise ProtocolError("a text message; frames are binary")
-    return decode_server_frame(data)
+async def _message(socket: ClientConnection) -> bytes:
+    """Return the next message.
+
+    Raises:
+        ProtocolError: it is text, or comes in too many pieces.
+        ConnectionClosed: there is none any more.
+    """
+    pieces: list[bytes] = []
+    async for piece in socket.recv_streaming():
+        if isinstance(piece, str):
+            raise ProtocolError("a text message; frames are binary")
+        pieces.append(piece)
+        if len(pieces) > MAX_FRAGMENTS:
+            raise ProtocolError(f"a message in more than {MAX_FRAGMENTS} pieces")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
-    """Return the error for an HTTP answer in place of the upgrade."""
-    status = refusal.response.status_code
-    code, message = _STATUS_CODES.get(status, ("", ""))
-    try:
-        said: dict[str, Any] = json.loads(refusal.response.body or b"")["error"]
-        code, message = str(said["code"]), str(said["message"])
-    except (ValueError, TypeError, KeyError):
-        pass  # not our server's own answer: a proxy's, say
-    if not code:
-        return ConnectionFailed(f"it answers HTTP {status}")
-    hint = f"; log in with: lattice remote login {remote.url}" if code == "REMOTE_UNAUTHORIZED" else ""
-    return _error_of(code, f"{remote.url}: {message}{hint}")
+def _too_large(frame: Request, welcome: Welcome) -> Rejected | None:
+    """Return why a request can't go to this server, None when it can; sent, it would end the connection."""
+    limits = welcome.limits
+    size, limit = len(encode(frame)), min(limits.max_frame_bytes, MAX_FRAME_BYTES)
+    if _largest_file(frame) <= limits.max_file_bytes and size <= limit:
+        return None
+    return Rejected(
+        f"this takes {size} bytes, {_largest_file(frame)} of them one file; the server takes at most {limit}, and "
+        f"{limits.max_file_bytes} of a file",
+        code="REMOTE_TOO_LARGE",
+    )
 
 
-def _error_of(code: str, message: str) -> RemoteError:
-    message = _one_line(message)
-    if code in _REFUSALS:
-        return Rejected(message, code=code)
-    if code == "REMOTE_PROTOCOL":
-        return ProtocolError(message)
-    return ConnectionFailed(message, code=code if code in CODES else None)
-
-
-def _one_line(text: str) -> str:
-    """Return what a peer says as one printable line: it is shown on a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)[:500].strip()
-
-
-def _describe(error: OSError) -> str:
-    """Return why a connection failed, in the system's own words: ``connection refused``."""
-    numbers = [error.errno] if error.errno else [int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))]
-    reason = os.strerror(numbers[0]) if numbers and numbers[0] > 0 else error.strerror or str(error)
-    return _one_line(reason[:1].lower() + reason[1:])
+def _largest_file(frame: Request) -> int:
+    match frame:
+        case Run():
+            return max((len(file.data or b"") for file in frame.files), default=0)
+        case Put():
+            return len(frame.text)
+        case _:
+            return 0

@@ -196,7 +196,8 @@ def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
 
 
 def _request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    return {"do": do, "directory": directory, "token": os.environ.get("LATTICE_TOKEN", "").strip() or None, **fields}
+    token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
+    return {"do": do, "directory": directory, "token": token, "named": named, **fields}
 
 
 def _progress() -> Any:

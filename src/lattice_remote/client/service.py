@@ -1,7 +1,7 @@
 """What can be asked of one cache: the same steps in the agent and in a command that does without it.
 
-A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` (``LATTICE_TOKEN`` of the command, or
-null), and
+A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``named`` (``LATTICE_TOKEN`` and
+``LATTICE_REMOTE_URL`` of the command, or null), and
 
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices
@@ -25,13 +25,15 @@ from importlib.metadata import version
 from typing import Any
 
 from lattice_remote import __version__
-from lattice_remote.client import credentials
+from lattice_remote.client import servers
 from lattice_remote.client.cache import Cache
 from lattice_remote.client.caretaker import Caretaker
 from lattice_remote.client.comparing import Comparison
-from lattice_remote.client.follower import Follower, Writer
+from lattice_remote.client.follower import Follower
 from lattice_remote.client.history import read_log
 from lattice_remote.client.link import ALIVE_S, Link
+from lattice_remote.client.links import Links
+from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.client.watching import Watching
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
@@ -48,7 +50,6 @@ STALLED_S = 30.0
 """Behind, and not advancing for this long: the connection is given up for a new one."""
 _WATCH_INTERVAL_S = 5.0
 _STORE_AGE_INTERVAL_S = 60.0
-_WRITER_IDLE_S = 300.0
 _PROGRESS_INTERVAL_S = 0.2
 _COMPARE_ATTEMPTS = 3
 _MAX_EDIT_BYTES = 16 * 1024 * 1024
@@ -74,21 +75,18 @@ class Service:
         self.used_at = time.monotonic()
         """When it was last asked for something."""
         self._follower = Follower(self.cache)
-        self._link = Link(self.remote, self._follower, None, on_heard=self._follower.heard)
-        self._writers: dict[str, tuple[Link, float]] = {}
+        self._links = Links(self.remote, self._follower)
+        self._link = self._links.following
         self._pushing = asyncio.Lock()
         self._is_new = True
-        self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._caretaker: Caretaker | None = None
         self._care: asyncio.Task[None] | None = None
         self._acknowledged: tuple[Welcome | None, int] = (None, 0)
 
-    def start(self, token: str | None, *, prefer_given: bool = False) -> None:
+    def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Begin to follow the project, with the user's stored token before one that a command brought."""
-        self._last_stored = self._stored_token()
-        self._link.token = (token or self._last_stored) if prefer_given else (self._last_stored or token)
-        self._link.start()
+        self._links.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
@@ -103,9 +101,7 @@ class Service:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        for link, _ in self._writers.values():
-            await link.close()
-        await self._link.close()
+        await self._links.close()
 
     def is_stale(self) -> bool:
         """Whether the directory is gone, or names another remote than when it was opened."""
@@ -122,7 +118,7 @@ class Service:
         """
         self.used_at = time.monotonic()
         token = request.get("token")
-        self._choose_token(token)
+        self._links.choose(token, servers.from_environment(request.get("named")))
         await self._link.carry_out(await self._follower.look_at_edits())
         match request["do"]:
             case "ready":
@@ -136,7 +132,7 @@ class Service:
             case "sync" | "verify" as do:
                 return await self._with_progress(self._compare(mend=do == "sync"), report)
             case "log":
-                return await read_log(self._link_for(token), request["task"], request["limit"])
+                return await read_log(self._links.writing(token), request["task"], request["limit"])
             case "status":
                 return await self._status(token)
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
@@ -147,42 +143,6 @@ class Service:
             return None
         self.used_at = time.monotonic()
         return self._readiness()
-
-    # --- tokens ---
-
-    def _stored_token(self) -> str | None:
-        return credentials.stored(self.remote.url, self.remote.project)
-
-    def _choose_token(self, given: str | None) -> None:
-        """Follow with the user's stored token, or with one that a command brought, whichever the server takes."""
-        stored = self._stored_token()
-        candidates = [token for token in (stored, given) if token]
-        if not candidates and self._link.token == self._last_stored:
-            self._link.use_token(None)  # logged out
-        elif candidates and (self._link.token is None or self._link.token == self._last_stored != candidates[0]):
-            self._link.use_token(candidates[0])
-        elif self._link.is_refused and (others := [token for token in candidates if token != self._link.token]):
-            self._link.use_token(others[0])
-        self._last_stored = stored
-
-    def _link_for(self, given: str | None) -> Link:
-        """Return the link that writes with a command's token: the follower's, or one of its own."""
-        token = given or self._stored_token()
-        if token is None:
-            raise Rejected(
-                f"no token for {self.remote.url}; log in with: lattice remote login {self.remote.url}",
-                code="REMOTE_UNAUTHORIZED",
-            )
-        if token == self._link.token:
-            return self._link
-        link = self._writers[token][0] if token in self._writers else self._new_writer(token)
-        self._writers[token] = (link, time.monotonic())
-        return link
-
-    def _new_writer(self, token: str) -> Link:
-        link = Link(self.remote, Writer(), token)
-        link.start()
-        return link
 
     # --- reading ---
 
@@ -225,7 +185,7 @@ class Service:
         return self._follower.is_current and self._link.is_open
 
     def _has_failed(self, failed_before: int) -> bool:
-        return self._link.failed_attempts > failed_before and self._link.welcome is None
+        return self._link.welcome is None and (self._link.failed_attempts > failed_before or self._link.is_barred)
 
     def _advance(self) -> tuple[object, ...]:
         replica = self._follower.replica
@@ -240,7 +200,7 @@ class Service:
         if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
             return error
         if self._link.welcome is None or not self._link.is_open:
-            return ConnectionFailed(f"cannot reach server {self.remote.url}")
+            return self._link.unreachable(is_write=False)
         here, there = self._follower.replica.position.seq, self._follower.replica.head
         return ConnectionFailed(f"still catching up with server {self.remote.url} (change {here} of {there})")
 
@@ -266,11 +226,11 @@ class Service:
     async def _run(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
         """Send edited plans and notes, then the command line; return once its change is in the files."""
         run = _run_frame(request)
-        link = self._link_for(token)
+        link = self._links.writing(token)
         notices = (await self._push(link))[1]
         if request.get("own_link"):
             # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
-            link = self._new_writer(str(link.token))
+            link = self._links.new_writer(str(link.token))
             try:
                 answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
             finally:
@@ -298,7 +258,7 @@ class Service:
         )
 
     async def _push_now(self, token: str | None) -> dict[str, Any]:
-        sent, notices = await self._push(self._link_for(token))
+        sent, notices = await self._push(self._links.writing(token))
         return {"sent": sent, "notices": notices}
 
     async def _push(self, link: Link) -> tuple[list[dict[str, str]], list[str]]:
@@ -389,14 +349,20 @@ class Service:
             ):
                 advance, advanced_at = self._advance(), now
             elif now - advanced_at > STALLED_S:
-                self._link.abort()
+                here, there = self._follower.replica.position.seq, self._follower.replica.head
+                self._link.abort(
+                    ConnectionFailed(
+                        f"it said that there are {there} changes, sent {here}, and then nothing more of use for "
+                        f"{STALLED_S:.0f} s"
+                    )
+                )
                 advanced_at = now
             if self._is_current() and now - stored_at > _STORE_AGE_INTERVAL_S:
                 stored_at = now
                 with contextlib.suppress(StorageError):
                     await self._follower.store_age()
             await self._acknowledge()
-            await self._drop_idle_writers()
+            await self._links.drop_idle()
 
     async def _acknowledge(self) -> None:
         """Tell the server how far the files are; it informs only, so now and then is enough."""
@@ -404,12 +370,6 @@ class Service:
         if reached[0] is not None and reached != self._acknowledged:
             self._acknowledged = reached
             await self._link.send(Applied(reached[1]))
-
-    async def _drop_idle_writers(self) -> None:
-        for token, (link, used_at) in list(self._writers.items()):
-            if time.monotonic() - used_at > _WRITER_IDLE_S and not link.is_waiting:
-                del self._writers[token]
-                await link.close()
 
     def summary(self) -> dict[str, Any]:
         """Return the little that the agent's own status says of each cache."""
@@ -459,7 +419,7 @@ class Service:
             "healed": self._healed(),
             "actor": welcome.actor if welcome else None,
             "act_as": welcome.act_as if welcome else None,
-            "has_token": (token or self._stored_token()) is not None,
+            "has_token": (token or self._links.stored_token()) is not None,
             "pid": os.getpid(),
             "versions": {
                 "here": {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")},

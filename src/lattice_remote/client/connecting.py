@@ -1,0 +1,222 @@
+"""Opening a WebSocket to a project: TLS, where a token may go, and what a failure means for the user.
+
+A token leaves this machine only here. Redirects are not followed: whoever answers at the named URL gets it, nobody
+else.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import re
+import ssl
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI, ProxyError
+from websockets.typing import Subprotocol
+
+from lattice_remote.client.credentials import check_token
+from lattice_remote.client.servers import Server, admit, is_loopback
+from lattice_remote.client.settings import Remote
+from lattice_remote.errors import CODES, ConnectionFailed, Misuse, ProtocolError, Rejected, RemoteError, one_line
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES
+from lattice_remote.protocol.messages import SUBPROTOCOL
+
+__all__ = ["REFUSALS", "RetryLater", "error_of", "open_socket"]
+
+OPEN_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 3.0
+_MAX_QUEUED_FRAMES = 4
+"""How many received frames, each up to the protocol's limit, may wait in the library beside our own inbox."""
+REFUSALS = {
+    "REMOTE_UNAUTHORIZED",
+    "REMOTE_UNTRUSTED",
+    "REMOTE_FORBIDDEN",
+    "REMOTE_NOT_FOUND",
+    "REMOTE_VERSION",
+}
+"""Codes after which trying again changes nothing until something else does."""
+_STATUS_CODES = {
+    401: ("REMOTE_UNAUTHORIZED", "the server does not know this token"),
+    403: ("REMOTE_FORBIDDEN", "this token is not for this project"),
+    404: ("REMOTE_NOT_FOUND", "the server has no such project"),
+    426: ("REMOTE_VERSION", "the server speaks another version of the protocol"),
+    429: ("REMOTE_BUSY", "too many requests"),
+    503: ("REMOTE_BUSY", "the server can't take this now"),
+}
+_UNKNOWN_AUTHORITY = {18, 19, 20, 21}
+_NOT_NOW = {9: "is not valid yet", 10: "has expired"}
+_WRONG_HOST = {62, 64}
+"""OpenSSL's X509_V_ERR_... numbers."""
+
+
+class RetryLater(ConnectionFailed):
+    """The server can't take the connection now, and says in how many seconds to come back."""
+
+    def __init__(self, message: str, retry_after_s: float, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class _Dial(connect):
+    """The library's own, which would follow redirects."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Follow none."""
+        return exc
+
+
+async def open_socket(remote: Remote, token: str | None, named: Server | None) -> ClientConnection:
+    """Connect and upgrade. ``named`` is a server that the user has named beside those on record.
+
+    Raises:
+        Rejected: no token, or it may not be sent there, or the server refuses it; or its certificate is refused.
+        RetryLater: the server asks to be left alone for a while.
+        ConnectionFailed: it is out of reach, or is no lattice-remote server.
+        StorageError: the user's tokens or servers can't be read.
+    """
+    if token is None:
+        raise Rejected(
+            f"no token for {remote.url}; log in with: lattice remote login {remote.url}", code="REMOTE_UNAUTHORIZED"
+        )
+    check_token(token)
+    server = admit(remote.url, named)
+    is_tls = remote.url.startswith("https:")
+    try:
+        return await _Dial(
+            remote.websocket_url,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            additional_headers={"Authorization": f"Bearer {token}"},
+            ssl=_tls(server.ca_file) if is_tls else None,
+            proxy=None if is_loopback(remote.url) else True,  # a proxy would carry it off this machine
+            compression=None,
+            max_size=MAX_FRAME_BYTES,
+            max_queue=_MAX_QUEUED_FRAMES,
+            open_timeout=OPEN_TIMEOUT_S,
+            ping_interval=None,
+            close_timeout=1,
+        )
+    except InvalidStatus as refusal:
+        raise _refused(refusal, remote) from refusal
+    except TimeoutError as error:
+        raise ConnectionFailed("it does not answer") from error
+    except ssl.SSLCertVerificationError as error:
+        raise _unverified(error, remote) from error
+    except ssl.SSLError as error:
+        raise _no_tls(error.reason) from error
+    except (InvalidProxy, ProxyError) as error:
+        raise ConnectionFailed("the proxy of this machine's environment refuses, or is none") from error
+    except OSError as error:
+        if is_tls and isinstance(error, ConnectionError) and not error.errno:  # asyncio's own, from the handshake
+            raise _no_tls("it hangs up") from error
+        raise ConnectionFailed(_describe(error)) from error
+    except (InvalidHandshake, InvalidURI, EOFError, ValueError) as error:
+        if is_tls or not await _speaks_tls(remote):
+            raise ConnectionFailed("what answers there is not a lattice-remote server") from error
+        raise ConnectionFailed(
+            f"it speaks TLS there; change the URL: lattice remote set-url {remote.name} "
+            f"https{remote.url.removeprefix('http')}"
+        ) from error
+
+
+# --- TLS ---
+
+
+def _tls(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return _context(ca_file, None if ca_file is None else os.stat(ca_file).st_mtime_ns)
+    except (OSError, ssl.SSLError) as error:
+        why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise Misuse(f"cannot use the authorities in {ca_file}: {why}", code="REMOTE_UNTRUSTED") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _context(ca_file: str | None, _changed_ns: int | None) -> ssl.SSLContext:
+    """Return a context that verifies certificate and host name; the system's authorities take 20 ms to load."""
+    return ssl.create_default_context(cafile=ca_file)
+
+
+def _unverified(error: ssl.SSLCertVerificationError, remote: Remote) -> Rejected:
+    number, url = error.verify_code, remote.url
+    if number in _NOT_NOW:
+        what = f"the certificate of {url} {_NOT_NOW[number]}; its administrator must renew it, or this clock is wrong"
+    elif number in _WRONG_HOST:
+        what = f"the certificate that {url} shows is for another host; use the name for which it was made"
+    elif number in _UNKNOWN_AUTHORITY:
+        what = (
+            f"no authority known here vouches for {url}; if it has a private one, name its certificate: "
+            f"lattice remote trust {url} --ca-file FILE"
+        )
+    else:
+        what = f"the certificate of {url} is not valid: {error.verify_message}"
+    return Rejected(what, code="REMOTE_UNTRUSTED")
+
+
+def _no_tls(reason: str | None) -> ConnectionFailed:
+    why = f" ({reason.lower().replace('_', ' ')})" if reason else ""
+    return ConnectionFailed(f"no TLS there{why}; if it speaks plain HTTP, the URL begins with http://")
+
+
+async def _speaks_tls(remote: Remote) -> bool:
+    """Find out whether a port on which plain HTTP failed speaks TLS; nothing is said to it but a handshake."""
+    host, _, port = remote.url.removeprefix("http://").rpartition(":")
+    if not port.isdecimal():
+        return False
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=_tls(None))
+    except ssl.SSLCertVerificationError:
+        return True
+    except (OSError, TimeoutError, Misuse):
+        return False
+    writer.transport.abort()
+    return True
+
+
+# --- what an answer means ---
+
+
+def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
+    """Return the error for an HTTP answer in place of the upgrade."""
+    response = refusal.response
+    status = response.status_code
+    code, message = _STATUS_CODES.get(status, ("", ""))
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # not our server's own: a proxy's, say
+        said: dict[str, Any] = json.loads(response.body or b"")["error"]
+        code, message = str(said["code"]), str(said["message"])
+    if 300 <= status < 400:
+        to = one_line(response.headers.get("Location", "elsewhere"))[:200]
+        return ConnectionFailed(
+            f"it redirects to {to}, and a token is not sent after a redirect; if that is your server: "
+            f"lattice remote set-url {remote.name} URL"
+        )
+    if not code:
+        return ConnectionFailed(f"it answers HTTP {status}")
+    return error_of(code, f"{remote.url}: {message}", remote, _seconds(response.headers.get("Retry-After")))
+
+
+def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
+    """Return the error for what a server gave as its reason, in a goodbye or in place of the upgrade."""
+    if code == "REMOTE_UNAUTHORIZED":
+        message += f"; log in with: lattice remote login {remote.url}"
+    if code in REFUSALS:
+        return Rejected(message, code=code)
+    if retry_after_s is not None:
+        return RetryLater(message, retry_after_s, code=code if code in CODES else None)
+    if code == "REMOTE_PROTOCOL":
+        return ProtocolError(message)
+    return ConnectionFailed(message, code=code if code in CODES else None)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Return what a Retry-After header says; its other form, a date, is nobody's who speaks this protocol."""
+    return float(retry_after) if retry_after is not None and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
+
+
+def _describe(error: OSError) -> str:
+    """Return why a connection failed, in the system's own words: ``connection refused``."""
+    numbers = [error.errno] if error.errno else [int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))]
+    reason = os.strerror(numbers[0]) if numbers and numbers[0] > 0 else error.strerror or str(error)
+    return one_line(reason[:1].lower() + reason[1:])
