@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench soak backups protocol format clean
+.PHONY: help venv demo test check bench soak fuzz backups protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,12 @@ COPIES ?= 50
 
 backups: venv  ## Copies of a live server taken by rsync under load: each must be whole (COPIES=50)
 	@$(PYTHON_VENV) tests/backups.py --copies $(COPIES)
+
+LINES ?= 5000
+SEED ?= 1
+
+fuzz: venv  ## Hostile arguments by the thousand (LINES=50000 SEED=1; UNGUARDED=1: without the policy)
+	@$(PYTHON_VENV) tests/hostile/fuzz.py --lines $(LINES) --seed $(SEED) $(if $(UNGUARDED),--unguarded)
 
 protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py

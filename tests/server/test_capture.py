@@ -33,7 +33,7 @@ class Place:
         (self.tree / "tasks/a.json").write_text("a")
         (self.outside / "secret").write_text("secret")
         self.undo = UndoLog.open(root / "journal")
-        self.capture = Capture(str(self.tree), str(self.scratch), self.undo, [])
+        self.capture = Capture(str(self.tree), str(self.scratch), self.undo, [sysconfig.get_path("stdlib")])
 
     def watch(self, deed: Callable[[], object]) -> Touched:
         self.undo.begin(Begin("e", 1, "b"))
@@ -91,6 +91,7 @@ def test_reading_the_project_the_scratch_directory_and_devices_is_free(place: Pl
         with tempfile.NamedTemporaryFile(dir=place.scratch) as file:
             file.write(b"x")
         Path("/dev/urandom").open("rb").close()
+        os.listdir(sysconfig.get_path("stdlib"))
 
     touched = place.watch(deed)
     assert touched.veto is None

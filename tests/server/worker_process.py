@@ -7,7 +7,6 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply,
 from lattice_remote.protocol.operations import AnnounceFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
+from lattice_remote.server.writer import WORKER_COMMAND
 
 __all__ = ["ANA", "Copy", "WorkerProcess", "make_project", "tree_of"]
 
@@ -77,19 +77,25 @@ class WorkerProcess:
     """A worker that was started on a project. Use it with ``with``: it is stopped, or killed if need be."""
 
     def __init__(
-        self, project: Path, *, environment: dict[str, str] | None = None, max_file_bytes: int | None = None
+        self,
+        project: Path,
+        *,
+        command: Sequence[str] = WORKER_COMMAND,
+        environment: dict[str, str] | None = None,
+        cwd: Path | None = None,
+        max_file_bytes: int | None = None,
     ) -> None:
         self.project = project
         ours, theirs = socket.socketpair()
         ours.settimeout(30)
         self._connection, self._received = ours, b""
-        command = [sys.executable, "-m", "lattice_remote.server.worker", "--fd", str(theirs.fileno())]
         self._process = subprocess.Popen(
-            [*command, "--project-dir", str(project), "--slug", project.name],
+            [*command, "--fd", str(theirs.fileno()), "--project-dir", str(project), "--slug", project.name],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **(environment or {})},
+            cwd=cwd,
         )
         theirs.close()
         if max_file_bytes is not None:  # a disk that is full for files of this size (Python ignores SIGXFSZ)
@@ -101,6 +107,10 @@ class WorkerProcess:
             self.kill()
             raise
         self.ready = ready
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def __enter__(self) -> "WorkerProcess":
         return self

@@ -160,7 +160,7 @@ class Capture:
         path = self._absolute(given)
         if f"{path}/".startswith((self._tree, self._private)):
             self._check_real(path)
-        elif path not in _HARMLESS_FILES and not path.startswith(self._readable):
+        elif path not in _HARMLESS_FILES and not f"{path}/".startswith(self._readable):
             self._refuse("read a file of the server")
 
     def _writable(self, given: object) -> str | None:

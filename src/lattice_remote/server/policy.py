@@ -18,6 +18,7 @@ from lattice_remote.server.arguments import Kind, check, shown, unsupported
 __all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "parse"]
 
 MAX_TEXT_BYTES = 1024 * 1024
+_MISPLACED = "a file was attached to an argument that takes none"
 
 
 def _takes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
@@ -121,7 +122,7 @@ def parse(
         if "\0" in argument or len(argument.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
             raise unsupported("an argument holds a NUL character or is longer than 1 MiB")
     try:
-        path, values = _take_apart(cli, list(argv))
+        path, values = _take_apart(cli, list(argv), files)
     except click.UsageError:
         # Click stops here too when it runs the line, with its own words; the executor sees to it that no command runs.
         return Command("", {})
@@ -130,24 +131,18 @@ def parse(
     kinds = ROUTED.get(path)
     if kinds is None:
         raise unsupported(f"'lattice {path}' can't run on the server")
-    used: set[str] = set()
+    _check_files(path, values, kinds, files)
     for name, given in values.items():
         kind = kinds.get(name)
         if kind is None:
             raise unsupported(f"the server does not know this parameter of 'lattice {path}': {name}")
         for value in _as_tuple(given):
             check(kind, name, value)
-            if kind is Kind.FILE and value in files:
-                used.add(value)
-            elif kind is Kind.FILE and not _is_url(path, value):
-                raise unsupported(f"the file {shown(value)} did not travel with the command")
-    if set(files) - used:
-        raise unsupported("a file was attached to an argument that takes none")
     _check_new(path, values, lattice_dir)
     return Command(path, values, check_actor(cli, path, values, identity, lattice_dir))
 
 
-def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the command's words and its raw parameters; None for a line that only prints help or a version.
 
     Raises:
@@ -171,6 +166,8 @@ def _take_apart(cli: click.Group, argv: list[str]) -> tuple[str | None, dict[str
             raise unsupported(f"the server does not know this option of {context.info_name!r}: {next(iter(values))}")
         if not rest:
             return None, {}
+        if rest[0] in files:
+            raise unsupported(_MISPLACED)
         if command.get_command(context, rest[0]) is None:
             raise unsupported(f"the server's lattice has no command {shown(' '.join([*words, rest[0]]))}")
         word, found, argv = command.resolve_command(context, rest)
@@ -184,6 +181,19 @@ def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
     """Return Click's parser for one command; making it takes longer than parsing. Its errors are nobody's to see."""
     context = click.Context(command, info_name=command.name, **command.context_settings)
     return context, command.make_parser(context)
+
+
+def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
+    """Let files be given only where a file is taken, and only those that came with the command.
+
+    First of all checks: the others name what they refuse, and nobody is told where the server puts files.
+    """
+    given = {value for name in values if kinds.get(name) is Kind.FILE for value in _as_tuple(values[name])}
+    if not given.issuperset(files):
+        raise unsupported(_MISPLACED)
+    for value in given.difference(files):
+        if not _is_url(path, value):
+            raise unsupported(f"the file {shown(value)} did not travel with the command")
 
 
 # --- what is to be made ---
