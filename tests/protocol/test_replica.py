@@ -17,6 +17,7 @@ from in_memory_server import (
 )
 
 from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol import replica as replica_module
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
@@ -707,6 +708,47 @@ def test_files_that_were_asked_for_on_a_lost_connection_are_asked_for_again() ->
     replica.disconnected()
     replica.hello(client_version="0", lattice_version="0")
     assert sent(replica.receive(welcome(head=1))) == [Fetch(["a"])]
+
+
+def pieces(path: str, seq: int, *data: bytes) -> list[Part]:
+    whole = b"".join(data)
+    offsets = [len(b"".join(data[:number])) for number in range(len(data))]
+    return [Part(path, seq, len(whole), digest_of(whole), at, d) for at, d in zip(offsets, data, strict=True)]
+
+
+def test_what_is_added_to_a_file_while_its_pieces_come_is_applied_after_the_last_one() -> None:
+    replica = following(1, head=1, wanted=("a",))
+    first, last = pieces("a", 1, b"one\n", b"two\n")
+    grown = append_to("a", b"one\ntwo\n", b"three\n")
+    assert replica.receive(first) == [WritePart(first)]
+    assert replica.receive(change(2, grown)) == [ApplyChange(change(2, grown), ()), Save()]
+    assert replica.receive(reply(2)) == []
+    effects = replica.receive(last)
+    assert effects == [WritePart(last), ApplyChange(change(2, grown), (grown,)), Save(), Answer(reply(2))]
+    assert replica.is_current
+
+
+def test_a_file_whose_pieces_come_anew_has_what_was_added_before_them() -> None:
+    replica = following(1, head=1, wanted=("a",))
+    replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
+    grown = append_to("a", b"one\ntwo\n", b"three\n")
+    replica.receive(change(2, grown))
+    replica.receive(change(3, later := append_to("a", b"one\ntwo\nthree\n", b"four\n")))
+    first, last = pieces("a", 2, b"one\ntwo\n", b"three\n")
+    replica.receive(first)
+    assert replica.receive(last)[1] == ApplyChange(change(3, later), (later,))
+
+
+def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "_MAX_KEPT_BYTES", 10)
+    replica = following(1, head=1, wanted=("a",))
+    replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
+    replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
+    effects = replica.receive(change(3, append_to("a", b"one\ntwo\nthree\n", b"four\n")))
+    assert sent(effects) == [Fetch(["a"])]
+    assert replica.wanted == {"a": 3}
+    replica.receive(part("a", 3, b"one\ntwo\nthree\nfour\n"))
+    assert replica.is_current
 
 
 def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:

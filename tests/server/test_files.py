@@ -39,7 +39,7 @@ def test_a_small_file_is_read_whole_and_not_held_open(tmp_path: Path, expected: 
     assert snapshot.piece(0, 6) == b"abcdef"
     assert (snapshot.size, snapshot.digest) == content_of(b"abcdef")
     first = None if expected > 6 else content_of(b"abcdef"[:expected])[1]
-    assert snapshot.first_digest == first
+    assert snapshot.digest_at(expected) == first
     snapshot.close()
 
 
@@ -55,6 +55,21 @@ def test_a_large_file_is_held_open_until_it_is_closed(tmp_path: Path) -> None:
     snapshot.close()
     snapshot.close()
     assert open_files() == before
+
+
+def test_a_log_that_grew_since_it_was_read_is_known_at_what_it_has_now(tmp_path: Path) -> None:
+    data = os.urandom(PIECE_BYTES + 5)
+    path = tmp_path / "log"
+    path.write_bytes(data)
+    snapshot = Snapshot.open(path, len(data) - 9)
+    assert snapshot is not None
+    with path.open("ab") as file:
+        file.write(b"more")
+    for content in (data[:-9], data[:-3], data, data + b"more"):
+        assert snapshot.digest_at(len(content)) == content_of(content)[1]
+    assert snapshot.digest_at(len(data) + 5) is None
+    assert snapshot.digest_at(len(data) - 10) is None
+    snapshot.close()
 
 
 class OneFile:
@@ -82,7 +97,7 @@ async def test_a_file_that_cannot_be_read_is_no_trouble_for_whoever_publishes(
     (tmp_path / "f").write_bytes(b"new")
     monkeypatch.setattr(Snapshot, "piece", unreadable)
     project, sent = OneFile(tmp_path), list[Part]()
-    sender = FileSender(cast("Project", project), cast("Outbox", None), sent.append, follows=True)
+    sender = FileSender(cast("Project", project), cast("Outbox", None), sent.append)
     sending = asyncio.create_task(sender.send(["f"]))
     await until(lambda: project.committed)
     project.committed[0]()

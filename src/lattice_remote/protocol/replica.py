@@ -63,6 +63,8 @@ __all__ = [
 FETCH_BATCH = 256
 """How many files are asked for at once."""
 _MAX_BUFFERED_CHANGES = 100_000
+_MAX_KEPT_BYTES = 16 * 1024 * 1024
+"""How much of operations is kept for files of which not all pieces have come."""
 
 
 class State(enum.Enum):
@@ -175,6 +177,14 @@ class _Comparison:
         self.seq, self.mark, self.later = seq, mark, later
 
 
+@dataclass(slots=True)
+class _Arriving:
+    """A file of which some pieces have come, as it was at ``seq``, and what was done to it after that number."""
+
+    seq: int
+    later: list[tuple[Change, AppendBytes | MergeJson]] = field(default_factory=list)
+
+
 class Replica:
     """One copy of a project. Not thread-safe; see the module's text for how a shell drives it."""
 
@@ -196,6 +206,8 @@ class Replica:
         """The highest number that the server has named on this connection."""
         self._follow = follow
         self._requested: set[str] = set()
+        self._arriving: dict[str, _Arriving] = {}
+        self._kept_bytes = 0  # of all operations in _arriving
         self._floors: dict[str, int] = {}  # path -> number at which its content was read, while that is ahead of us
         self._comparison: _Comparison | None = None
         self._answers: list[Reply | Stored] = []
@@ -211,7 +223,7 @@ class Replica:
         """Start a conversation on a new connection and return its first frame."""
         self.state = State.GREETING
         self.welcome = None
-        self._requested.clear()
+        self._forget_requests()
         self._comparison = None
         self._answers.clear()
         return Hello(
@@ -303,15 +315,15 @@ class Replica:
 
     def _advance(self, change: Change) -> ApplyChange:
         """Go on by one change; no ``Save`` may come before what is returned, since ``position`` is past it already."""
-        operations = tuple(op for given in change.ops for op in self._reduce(given, change.seq))
+        operations = tuple(op for given in change.ops for op in self._reduce(given, change))
         self.position = Position(self.position.epoch, change.seq, change.mark)
         for path in [path for path, floor in self._floors.items() if floor <= change.seq]:
             self._unwant(path)
         return ApplyChange(change, operations)
 
-    def _reduce(self, operation: Operation, seq: int) -> Iterator[Operation]:
-        """Yield what of an operation still has to reach the files, given what was or will be fetched."""
-        path = operation.path
+    def _reduce(self, operation: Operation, change: Change) -> Iterator[Operation]:
+        """Yield what of an operation still has to reach the files now, given what was or will be fetched."""
+        path, seq = operation.path, change.seq
         if path in self._floors:  # read at this number or later: the operation is in it
             if isinstance(operation, MoveFile) and operation.to not in self._floors:
                 self._want(operation.to, seq)
@@ -321,10 +333,10 @@ class Replica:
                 self._unwant(path)
                 yield operation
             case AppendBytes() | MergeJson():
-                if path in self.wanted:
-                    self._want(path, seq)
-                else:
+                if path not in self.wanted:
                     yield operation
+                elif not self._keep(change, operation):
+                    self._want(path, seq)
             case AnnounceFile():
                 if path in self.wanted:
                     self._want(path, seq)
@@ -338,6 +350,36 @@ class Replica:
                 else:
                     self._unwant(operation.to)
                     yield operation
+
+    def _keep(self, change: Change, operation: AppendBytes | MergeJson) -> bool:
+        """Keep an operation for the end of a file that is arriving; return False when the file must come anew.
+
+        A log that grows faster than it can be sent as a whole would otherwise never arrive.
+        """
+        arriving = self._arriving.get(operation.path)
+        if arriving is None:
+            return False
+        if change.seq > arriving.seq:
+            self._kept_bytes += _weight_of(operation)
+            arriving.later.append((change, operation))
+        return self._kept_bytes <= _MAX_KEPT_BYTES
+
+    def _arrived(self, path: str) -> list[Effect]:
+        """All pieces of a file are here: return what was kept for it."""
+        arriving = self._arriving.get(path)
+        later = arriving.later if arriving is not None else []
+        self._unwant(path)
+        return [ApplyChange(change, (operation,)) for change, operation in later]
+
+    def _forget_arriving(self, path: str) -> None:
+        arriving = self._arriving.pop(path, None)
+        if arriving is not None:
+            self._kept_bytes -= sum(_weight_of(operation) for _, operation in arriving.later)
+
+    def _forget_requests(self) -> None:
+        self._requested.clear()
+        self._arriving.clear()
+        self._kept_bytes = 0
 
     def drifted(self, paths: Iterable[str]) -> list[Effect]:
         """These files were not what an operation or a digest expected: have them fetched whole."""
@@ -369,18 +411,20 @@ class Replica:
         self.wanted = dict.fromkeys(wanted, position.seq)
         self.held.intersection_update(self.wanted)
         self._floors.clear()
-        self._requested.clear()
+        self._forget_requests()
         return [*self._requests(), *self._answers_ready()]
 
     def _want(self, path: str, seq: int) -> None:
         self.wanted[path] = seq
         self._requested.discard(path)
+        self._forget_arriving(path)
         self._floors.pop(path, None)
 
     def _unwant(self, path: str) -> None:
         self.wanted.pop(path, None)
         self.held.discard(path)
         self._requested.discard(path)
+        self._forget_arriving(path)
         self._floors.pop(path, None)
 
     # --- whole files ---
@@ -404,13 +448,23 @@ class Replica:
         self.head = max(self.head, part.seq)
         if part.path not in self._requested or part.seq < self.wanted.get(part.path, part.seq + 1):
             return []  # it answers an older request: an operation, an edit or a newer request came since
+        if part.offset == 0:
+            self._begin(part)
         effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
         if part.gone or part.offset + len(part.data) == part.size:
-            self._unwant(part.path)
+            effects += self._arrived(part.path)
             if part.seq > self.position.seq:
                 self.wanted[part.path] = self._floors[part.path] = part.seq
             effects += [Save(), *self._requests(), *self._answers_ready()]
         return effects
+
+    def _begin(self, part: Part) -> None:
+        """The first piece of a file: what came after its number and was kept for an earlier pass counts still."""
+        before = self._arriving.get(part.path, _Arriving(part.seq))
+        self._forget_arriving(part.path)
+        later = [(change, operation) for change, operation in before.later if change.seq > part.seq]
+        self._kept_bytes += sum(_weight_of(operation) for _, operation in later)
+        self._arriving[part.path] = _Arriving(part.seq, later)
 
     # --- comparing with the server's manifest ---
 
@@ -460,7 +514,7 @@ class Replica:
         untouchable = frozenset(edited)
         self.wanted |= {path: comparison.seq for path in untouchable if path not in comparison.entries}
         self.held = {path for path in self.wanted if path in untouchable}
-        self._requested.clear()
+        self._forget_requests()
         surplus = tuple(path for path in local if path not in comparison.entries and path not in untouchable)
         removed = [Remove(surplus)] if surplus else []
         applied = [self._advance(change) for change in comparison.later]
@@ -485,3 +539,7 @@ class Replica:
         ready = [a for a in self._answers if a.seq <= reached and not any(seq <= a.seq for seq in missing)]
         self._answers = [a for a in self._answers if a not in ready]
         return [Answer(answer) for answer in ready]
+
+
+def _weight_of(operation: AppendBytes | MergeJson) -> int:
+    return len(operation.data) if isinstance(operation, AppendBytes) else len(operation.patch)

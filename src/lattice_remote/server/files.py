@@ -27,11 +27,10 @@ _log = logging.getLogger(__name__)
 class FileSender:
     """Answers ``Fetch`` for one client, at the pace of its outbox."""
 
-    def __init__(self, project: Project, outbox: Outbox, push: Callable[[Part], None], *, follows: bool) -> None:
+    def __init__(self, project: Project, outbox: Outbox, push: Callable[[Part], None]) -> None:
         self._project = project
         self._outbox = outbox
         self._push = push
-        self._follows = follows
 
     def batch(self, paths: dict[str, None]) -> list[str]:
         """Take off the front of ``paths`` what can be read together: some files, or one large one."""
@@ -52,19 +51,21 @@ class FileSender:
         known = [(path, files[path]) for path in paths if path in files]
         snapshots = await asyncio.to_thread(_open_all, self._project.paths.lattice, known)
         try:
-            return [path for path in paths if not await self._send(path, snapshots.get(path))]
+            expected = dict(known)
+            return [path for path in paths if not await self._send(path, expected.get(path), snapshots.get(path))]
         finally:
             for snapshot in snapshots.values():
                 snapshot.close()
 
-    async def _send(self, path: str, snapshot: Snapshot | None) -> bool:
+    async def _send(self, path: str, expected: Content | None, snapshot: Snapshot | None) -> bool:
         """Send one file; return whether it could be done. From a look at the manifest to the push nothing waits."""
         content = self._project.history.files.get(path)
         if content is None:
             self._push(Part(path, self._project.history.head, gone=True))
             return True
-        if snapshot is None or content[1] not in (snapshot.digest, snapshot.first_digest):
-            return await self._send_when_committed(path, snapshot)
+        if snapshot is None or snapshot.digest_at(content[0]) != content[1]:
+            # While it was read it changed, and what was read may have had its moment already: look again.
+            return content == expected and await self._send_when_committed(path, snapshot)
         seq = self._send_first(path, snapshot, content)
         return await self._send_rest(path, snapshot, content, seq)
 
@@ -79,8 +80,6 @@ class FileSender:
         await self._outbox.room()
         for offset in range(PIECE_BYTES, size, PIECE_BYTES):
             piece = await asyncio.to_thread(snapshot.piece, offset, size)
-            if self._follows and self._project.history.files.get(path) != content:
-                return True  # it was told of the change, and asks again if it still needs the file whole
             if len(piece) != min(PIECE_BYTES, size - offset):
                 return False  # somebody is cutting it short
             self._push(Part(path, seq, size, digest, offset, piece))

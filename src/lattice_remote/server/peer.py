@@ -283,7 +283,7 @@ class Peer:
     async def _send_owed(self) -> None:
         """Send what it missed, then manifests and files as it asks for them."""
         await self._catch_up()
-        files = FileSender(self.project, self._outbox, self._push, follows=self._follows)
+        files = FileSender(self.project, self._outbox, self._push)
         while True:
             if self._wants_manifest:
                 self._wants_manifest = False

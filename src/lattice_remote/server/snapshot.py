@@ -13,18 +13,20 @@ __all__ = ["PIECE_BYTES", "Snapshot"]
 
 PIECE_BYTES = 1024 * 1024
 """The most of a file that travels in one frame."""
+_MAX_GROWTH_BYTES = 4 * 1024 * 1024
 
 
 class Snapshot:
     """An open file of which both the first bytes and the whole may be what somebody asks for. Close it."""
 
-    def __init__(self, descriptor: int, size: int, digest: bytes, first: bytes | None, data: bytes | None) -> None:
+    def __init__(
+        self, descriptor: int, size: int, digest: bytes, first: "tuple[int, hashlib._Hash]", data: bytes | None
+    ) -> None:
         self.size = size
         """Of the whole file, in bytes."""
         self.digest = digest
         """Of the whole file."""
-        self.first_digest = first
-        """Of as many first bytes as were expected; None when the file is shorter."""
+        self._first = first  # a hasher that has seen as many first bytes
         self._descriptor: int | None = descriptor
         self._data = data  # all of it, when it is small
         if data is not None:
@@ -51,19 +53,38 @@ class Snapshot:
     def _read(cls, descriptor: int, expected_size: int) -> "Snapshot":
         """Digest the file in one pass of bounded memory, with its expected first bytes on the way."""
         digest = hashlib.sha256()
-        first_digest: bytes | None = None
+        first = (0, digest.copy())
         data: bytes | None = b""
         size = 0
         while True:
             if size == expected_size:
-                first_digest = digest.digest()
+                first = (size, digest.copy())
             wanted = PIECE_BYTES if size >= expected_size else min(PIECE_BYTES, expected_size - size)
             piece = os.pread(descriptor, wanted, size)
             if not piece:
-                return cls(descriptor, size, digest.digest(), first_digest, data)
+                return cls(descriptor, size, digest.digest(), first, data)
             digest.update(piece)
             size += len(piece)
             data = None if data is None or size > PIECE_BYTES else data + piece
+
+    def digest_at(self, size: int) -> bytes | None:
+        """Return the digest of the first ``size`` bytes, None when it would take long to say, or there are fewer.
+
+        Takes at most a few ms: the file may have grown since it was opened by what a busy log grows in that time.
+
+        Raises:
+            OSError: it can't be read.
+        """
+        if self._data is not None:
+            return hashlib.sha256(self._data[:size]).digest() if size <= len(self._data) else None
+        seen, digest = self._first
+        if not seen <= size <= seen + _MAX_GROWTH_BYTES:
+            return None
+        assert self._descriptor is not None, "a large file stays open until close()"
+        grown = os.pread(self._descriptor, size - seen, seen)
+        digest = digest.copy()
+        digest.update(grown)
+        return digest.digest() if len(grown) == size - seen else None
 
     def piece(self, offset: int, size: int) -> bytes:
         """Return the piece at ``offset`` of content that is ``size`` bytes long.
