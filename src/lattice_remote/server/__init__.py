@@ -36,6 +36,7 @@ writer       the worker process, seen from here
 project      a project's queue and its worker
 history      its head, the tree at the head, its followers
 job          one request on its way
+turns        whose request is next
 waiting      who waits for a resource
 recent       the newest changes in memory
 outbox       what one client has still to be sent

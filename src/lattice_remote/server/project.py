@@ -1,6 +1,6 @@
 """One project, seen from the network: its queue and its worker.
 
-Requests go to the worker in the order in which they came, a window at a time so that one fsync covers many. What
+Requests go to the worker in turns, one of each connection, a window at a time so that one fsync covers many. What
 comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the answer to whoever
 asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
 
@@ -42,6 +42,7 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.job import Job
 from lattice_remote.server.log import LogReader
+from lattice_remote.server.turns import Turns
 from lattice_remote.server.waiting import Waiting
 from lattice_remote.server.writer import WORKER_COMMAND, Writer
 
@@ -63,10 +64,11 @@ class Bounds:
     """How long a command may run."""
     upkeep_s: float = 600.0
     """How long opening the project, or reading all of its tree, may take."""
-    window: int = 64
-    """Requests that the worker may hold at once: one fsync covers them together."""
+    window: int = 16
+    """Requests that the worker may hold at once: enough for it to work on while others are fsynced; more would only
+    make the next connection's wait longer."""
     queued: int = 1024
-    """Requests that may wait; more are refused as busy."""
+    """Requests that may wait; more are refused as busy, of connections that have one waiting already."""
     held_bytes: int = 256 * 1024 * 1024
     """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
     window_bytes: int = 32 * 1024 * 1024
@@ -97,7 +99,7 @@ class Project:
         self._bounds = bounds or Bounds()
         self._worker_command = worker_command
         self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
-        self._queue: deque[Job] = deque()
+        self._queue = Turns()
         self._held_bytes = 0  # what the jobs in _jobs weigh
         self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
         self._oldest_since = 0.0  # since when the first of them has been the first
@@ -177,7 +179,9 @@ class Project:
             self._join(job, message, asker)
             return
         weight = _weight_of(message)
-        if len(self._queue) >= self._bounds.queued or self._held_bytes + weight > self._bounds.held_bytes:
+        # Whoever has nothing queued is let in: others' impatience is not to be his trouble.
+        crowded = len(self._queue) >= self._bounds.queued and self._queue.has(asker)
+        if crowded or self._held_bytes + weight > self._bounds.held_bytes:
             _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
             return
         job = Job(message, [asker], weight=weight)
@@ -231,7 +235,7 @@ class Project:
     # --- the queue ---
 
     def _enqueue(self, job: Job) -> None:
-        self._queue.append(job)
+        self._queue.add(job)
         self._pump()
 
     def _pump(self) -> None:
@@ -241,7 +245,7 @@ class Project:
         batch: list[ToWorker] = []
         room = self._bounds.window_bytes - sum(job.weight for job in self._outstanding)
         while self._queue and room > 0 and len(self._outstanding) < self._window():
-            job = self._queue.popleft()
+            job = self._queue.pop()
             room -= job.weight
             if not self._outstanding:
                 self._oldest_since = time.monotonic()
@@ -253,7 +257,7 @@ class Project:
             self._arm_watchdog()
 
     def _window(self) -> int:
-        first = self._outstanding[0] if self._outstanding else self._queue[0]
+        first = self._outstanding[0] if self._outstanding else self._queue.next()
         return 1 if first.suspect else self._bounds.window
 
     def _retry(self, job: Job) -> None:
@@ -398,7 +402,7 @@ class Project:
         _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
         for job in reversed(held):
             job.suspect = True
-            self._queue.appendleft(job)
+            self._queue.add_first(job)
         if len(held) == 1:
             held[0].deaths += 1
             if held[0].deaths > 1:
