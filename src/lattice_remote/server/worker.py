@@ -34,6 +34,7 @@ from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Executor, Outcome
 from lattice_remote.server.ipc import After, Edit, Execute, Failed, NewEpoch, Ready, Reconcile, Settle, Stop, ToWorker
 from lattice_remote.server.journal import Record
+from lattice_remote.server.loglines import log_to_stderr
 from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.recovery import open_store
 from lattice_remote.server.store import BY_SERVER, Cause, Store
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.dont_write_bytecode = True
-    logging.basicConfig(level=logging.INFO, format=f"worker {options.slug}: %(levelname)s %(message)s")
+    log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s")
     connection = socket.socket(fileno=options.fd)
     committer = Committer(connection)
     try:
