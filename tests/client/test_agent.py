@@ -1,59 +1,20 @@
 """The background process, as commands meet it: started, shared, killed, idle, and its caches removed."""
 
 import asyncio
-import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from agent_kit import agent_ends, agent_pid, ask, resident_kib, run, status  # noqa: F401 - a fixture
 from client_kit import make_cache, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client import agent_client, runtime
-from lattice_remote.errors import ConnectionFailed, RemoteError
-
-
-@pytest.fixture(autouse=True)
-async def agent_ends(home: Path) -> AsyncIterator[None]:
-    """Whatever agent a test has started ends with it."""
-    yield
-    if (pid := agent_pid()) is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-        await until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or is_zombie(pid))
-
-
-def agent_pid() -> int | None:
-    try:
-        return int(Path(runtime.locate().pid).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def is_zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
-
-
-async def ask(do: str, directory: Path, **fields: object) -> dict[str, Any]:
-    """Ask as a command does, which blocks its own process: in a thread, as the server lives in this one."""
-    request = {"do": do, "directory": str(directory), "token": TOKEN, **fields}
-    return await asyncio.to_thread(agent_client.ask, request)
-
-
-async def run(directory: Path, *argv: str) -> dict[str, Any]:
-    return await ask("run", directory, id=os.urandom(16).hex(), argv=list(argv), files=[])
-
-
-async def status() -> dict[str, Any] | None:
-    return await asyncio.to_thread(agent_client.ask_running_agent, {"do": "agent-status"})
+from lattice_remote.errors import RemoteError
 
 
 async def test_the_first_command_starts_it_and_the_next_ones_share_it(server: FakeServer, tmp_path: Path) -> None:
@@ -179,21 +140,6 @@ async def test_off_means_off(server: FakeServer, directory: Path, monkeypatch: p
     assert tree(directory) == server.files and agent_pid() is None
 
 
-async def test_an_agent_that_hangs_is_named(
-    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await ask("ready", directory)
-    pid = agent_pid()
-    assert pid is not None
-    monkeypatch.setattr(agent_client, "SILENCE_TIMEOUT_S", 0.3)
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(ConnectionFailed, match=f"agent, process {pid}, does not answer"):
-            await ask("ready", directory)
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
     unnamed = {"do": "run", "directory": str(directory), "id": "0" * 32, "argv": ["x"], "token": TOKEN}
@@ -202,9 +148,10 @@ async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: 
     for line in (*nonsense, json.dumps(unnamed).encode()):
         reader, writer = await asyncio.open_unix_connection(runtime.locate().socket)
         writer.write(line + b"\n")
-        assert json.loads(await reader.readline())["ok"] is False
+        lines = [json.loads(await reader.readline()) for _ in range(2)]
         writer.close()
         await writer.wait_closed()
+        assert lines[0] == {"progress": None} and lines[1]["ok"] is False
     assert (await ask("ready", directory))["current"]
 
 
@@ -222,11 +169,6 @@ async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, dire
 async def test_memory_stays_small(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
     assert resident_kib() < 60 * 1024
-
-
-def resident_kib() -> int:
-    text = Path(f"/proc/{agent_pid()}/status").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
 async def test_an_error_keeps_its_code(directory: Path, server: FakeServer) -> None:

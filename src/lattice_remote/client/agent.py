@@ -1,9 +1,10 @@
 """The background process: one per user and package version, for all of that user's caches.
 
 It listens on a Unix socket in a directory of the user's own (see ``runtime.py``) for requests, one JSON object a
-line (see ``service.py``), and while it works on one it sends ``{"progress": ...}`` lines, at least one every two
-seconds. Two requests are its own: ``agent-status`` and ``agent-stop``. It leaves when nobody has used it for a
-while. Start it with ``python -m lattice_remote.client.agent``; commands do so by themselves.
+line (see ``service.py``), and while it works on one it sends ``{"progress": ...}`` lines, the first at once, then
+one every two seconds. Two requests are its own: ``agent-status`` and ``agent-stop``. It leaves when nobody has used
+it for a while, and when the package that it was started from is replaced: the next command starts one of the new
+version. Start it with ``python -m lattice_remote.client.agent``; commands do so by themselves.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+import lattice_remote
 from lattice_remote import __version__
 from lattice_remote.client import runtime, servers
 from lattice_remote.client.service import Service, answered
@@ -34,7 +36,7 @@ _SWEEP_INTERVAL_S = 1.0
 _UNUSED_S = 30.0
 """An agent that nobody has ever asked lost a race to one that has already ended: it leaves sooner."""
 _TAKE_OVER_S, _TAKE_OVER_POLL_S = 8.0, 0.05
-_MAX_LOG_BYTES = 1024 * 1024
+_MAX_LOG_BYTES, _KEPT_LOG_BYTES = 1024 * 1024, 64 * 1024
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,7 @@ class Agent:
         self._was_used = False
         self._started_at = time.time()
         self._stopping = asyncio.Event()
+        self._package = _package_signature()
         self._watching = Watching()
         self._turn = asyncio.Semaphore(1)
 
@@ -64,11 +67,12 @@ class Agent:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stopping.set)
         try:
-            while not self._stopping.is_set() and not self._is_idle() and self._owns_socket(identity):
+            while self._should_stay() and self._owns_socket(identity):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_SWEEP_INTERVAL_S):
                         await self._stopping.wait()
                 self._sweep()
+                _trim(self._place.log)
         finally:
             if self._owns_socket(identity):
                 os.unlink(self._place.socket)  # first: whoever comes now starts a new agent
@@ -84,6 +88,12 @@ class Agent:
         self._watching.close()
         closing = [service.close() for service in self._services.values()]
         await asyncio.gather(*closing, *self._closing, *self._connections, return_exceptions=True)
+
+    def _should_stay(self) -> bool:
+        if _package_signature() != self._package:
+            _log.info("the package was upgraded or removed; the next command starts another agent")
+            return False
+        return not self._stopping.is_set() and not self._is_idle()
 
     def _is_idle(self) -> bool:
         if self._connections:
@@ -137,6 +147,7 @@ class Agent:
         if (ready := self._ready_now(line)) is not None:
             writer.write(json.dumps(ready).encode() + b"\n")
             return
+        report(None)  # it is heard: whoever asks knows that there is life here
         work = asyncio.ensure_future(answered(self._handle(line, report)))
         gone = asyncio.ensure_future(reader.read(1))
         try:
@@ -205,6 +216,27 @@ class Agent:
         }
 
 
+def _package_signature() -> tuple[int, int] | None:
+    """Return what changes when this package is upgraded; None when it is gone."""
+    try:
+        found = os.stat(str(lattice_remote.__file__))
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
+
+
+def _trim(log: str) -> None:
+    """Keep only the end of a log that has become long. Whoever writes to it appends."""
+    with contextlib.suppress(OSError):
+        if os.path.getsize(log) > _MAX_LOG_BYTES:
+            with open(log, "rb+") as file:
+                file.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
+                kept = file.read().partition(b"\n")[2]
+                file.truncate(0)
+            with open(log, "ab") as file:
+                file.write(kept)
+
+
 def _take_over(lock: FileLock, place: runtime.Runtime) -> bool:
     """Take the agent's lock; return whether it is ours now, or belongs to an agent that serves.
 
@@ -228,13 +260,11 @@ def main() -> int:
     lock = FileLock(place.lock, mode=0o600)
     if not _take_over(lock, place):
         return 0  # somebody else has started one at the same time
-    with contextlib.suppress(OSError):
-        if os.path.getsize(place.log) > _MAX_LOG_BYTES:
-            os.truncate(place.log, 0)
     with open(place.pid, "w", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("websockets").setLevel(logging.ERROR)
+    for library in ("websockets", "watchfiles"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     idle_s = float(os.environ.get(IDLE_ENV) or DEFAULT_IDLE_S)
     try:
         asyncio.run(Agent(place, idle_s).run())

@@ -20,8 +20,10 @@ __all__ = ["Progress", "agent_enabled", "ask", "ask_running_agent", "raise_error
 
 AGENT_ENV = "LATTICE_REMOTE_AGENT"
 START_TIMEOUT_S = 10.0
-SILENCE_TIMEOUT_S = 15.0
-"""An agent that works says so every two seconds."""
+FIRST_WORD_TIMEOUT_S = 2.0
+"""An agent that lives says so as soon as it has a request."""
+SILENCE_TIMEOUT_S = 10.0
+"""While it works it says so every two seconds."""
 _ATTEMPTS = 3
 
 Progress = Callable[[dict[str, Any]], None]
@@ -30,6 +32,10 @@ Progress = Callable[[dict[str, Any]], None]
 
 class _AgentLost(Exception):
     """The agent left, or was killed, before it answered."""
+
+
+class _AgentSilent(Exception):
+    """There is an agent, but it does not answer: stopped, or hanging."""
 
 
 def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
@@ -53,7 +59,10 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             return raise_error(_exchange(stream, request, on_progress))
         except _AgentLost:
             request.setdefault("first_sent_at", began)  # it may have been sent on: the server wants to know since when
-            continue
+        except _AgentSilent:
+            request.setdefault("first_sent_at", began)
+            sys.stderr.write(f"lattice-remote: {_silent()}; this command does without it\n")
+            return _ask_directly(request, on_progress)  # also under its id, should the agent come to itself
         finally:
             stream.close()
     raise ConnectionFailed("the background agent ends whenever it is asked; see its log: lattice remote agent status")
@@ -65,7 +74,11 @@ def agent_enabled() -> bool:
 
 
 def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``ask``, but None when no agent is running."""
+    """Like ``ask``, but None when no agent is running.
+
+    Raises:
+        ConnectionFailed: it does not answer.
+    """
     stream = _connect(runtime.locate()) if agent_enabled() else None
     if stream is None:
         return None
@@ -73,6 +86,8 @@ def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
         return raise_error(_exchange(stream, request, None))
     except _AgentLost:
         return None
+    except _AgentSilent:
+        raise ConnectionFailed(f"{_silent()}; commands do without it until that process ends") from None
     finally:
         stream.close()
 
@@ -102,21 +117,19 @@ def _ask_directly(request: dict[str, Any], on_progress: Progress | None) -> dict
 
 
 def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
-    stream.settimeout(SILENCE_TIMEOUT_S)
+    stream.settimeout(FIRST_WORD_TIMEOUT_S)
     try:
         stream.sendall(json.dumps(request).encode() + b"\n")
         with stream.makefile("rb") as lines:
             for line in lines:
+                stream.settimeout(SILENCE_TIMEOUT_S)
                 answer: dict[str, Any] = json.loads(line)
                 if "progress" not in answer:
                     return answer
                 if on_progress is not None and answer["progress"]:
                     on_progress(answer["progress"])
-    except TimeoutError:
-        raise ConnectionFailed(
-            f"the background agent, process {_agent_pid()}, does not answer; end that process and try again",
-            sent=request["do"] == "run",
-        ) from None
+    except TimeoutError as error:
+        raise _AgentSilent from error
     except (OSError, ValueError) as error:
         raise _AgentLost from error
     raise _AgentLost
@@ -130,11 +143,16 @@ def _connect(place: runtime.Runtime) -> socket.socket | None:
     stream = socket.socket(socket.AF_UNIX)
     try:
         runtime.check(place)
+        runtime.check_socket(place)
         stream.connect(place.socket)
     except (StorageError, OSError):
         stream.close()
         return None
     return stream
+
+
+def _silent() -> str:
+    return f"the background agent, process {_agent_pid()}, does not answer"
 
 
 def _agent_pid() -> str:
@@ -144,7 +162,7 @@ def _agent_pid() -> str:
         with open(place.pid, encoding="ascii") as file:
             return str(int(file.read()))
     except (OSError, ValueError):
-        return f"$(cat {place.pid})"
+        return f"of {place.socket}"
 
 
 def _start() -> socket.socket:

@@ -62,6 +62,8 @@ class Cache:
         self._identity = self._stat_directory()
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
         self._serial = 0
+        self.is_held_by_others = False
+        """Whether another process has the lock that this one waits for."""
         self.known = Known(self.directory)
         """The files as our own processes left them."""
         self._lock = FileLock(os.path.join(self.directory, _LOCK), thread_local=False, mode=0o600)
@@ -105,9 +107,11 @@ class Cache:
                     self._lock.acquire(timeout=0)
                 break
             except Timeout:
+                self.is_held_by_others = True
                 if time.monotonic() > deadline:
                     raise StorageError(f"another process has held {self.directory} for {timeout_s:.0f} s") from None
                 await asyncio.sleep(_LOCK_POLL_S)
+        self.is_held_by_others = False
         try:
             yield
         finally:

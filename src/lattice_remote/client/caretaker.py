@@ -98,7 +98,7 @@ class Caretaker:
                     async with asyncio.timeout(pause_s):
                         await self._wake.wait()
         finally:
-            self._watching.remove(self._cache.directory)
+            self._watching.remove(self._cache.directory, self.touched)
 
     def _can_work(self) -> bool:
         return self._link.is_open and self._follower.is_following

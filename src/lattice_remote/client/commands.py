@@ -20,7 +20,7 @@ from lattice_remote.client import adding, credentials, history, runtime, servers
 from lattice_remote.client.agent_client import Progress, agent_enabled, ask, ask_running_agent
 from lattice_remote.client.routing import describe_age
 from lattice_remote.client.settings import Remote, parse_url, read_remote, write_remote
-from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError
 
 __all__ = ["app", "main"]
 
@@ -271,12 +271,14 @@ def status(as_json: Json = False) -> None:
     """Say whether the copy is connected and current, and how that is known."""
     directory, found = _here()
     answer = ask(_request("status", directory))
-    answer["agent"] = _agent_status()
+    try:
+        answer["agent"] = _agent_status()
+    except ConnectionFailed as silent:
+        answer["agent"] = {"error": silent.message}
     if as_json:
         _result(answer)
         return
     versions = answer["versions"]
-    agent = answer["agent"]
     rows = [
         ("remote", f"{found.name} {found.url} project {found.project}"),
         ("connection", _connection(answer)),
@@ -285,7 +287,7 @@ def status(as_json: Json = False) -> None:
         ("unsent edits", ", ".join(answer["unsent_edits"]) or "none"),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
         ("healed", _healed(answer["healed"])),
-        ("agent", f"pid {agent['pid']}, {_count(len(agent['caches']), 'copy', 'copies')}" if agent else "not used"),
+        ("agent", _agent(answer["agent"])),
         ("versions here", _versions(versions["here"])),
         ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
     ]
@@ -485,6 +487,12 @@ def _healed(healed: dict[str, Any]) -> str:
     if healed["fought_over"]:
         text += f"; another process keeps writing {', '.join(healed['fought_over'][:5])}"
     return f"{text} ({healed['watched'] or 'nobody watches: no agent'})"
+
+
+def _agent(agent: dict[str, Any] | None) -> str:
+    if agent is None:
+        return "not used"
+    return str(agent.get("error") or f"pid {agent['pid']}, {_count(len(agent['caches']), 'copy', 'copies')}")
 
 
 def _acting(answer: dict[str, Any]) -> str:

@@ -9,9 +9,10 @@ import time
 from lattice_remote import __version__
 from lattice_remote.errors import StorageError
 
-__all__ = ["Runtime", "boot_time", "check", "locate", "prepare"]
+__all__ = ["Runtime", "boot_time", "check", "check_socket", "locate", "prepare"]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
+_OTHERS_MAY_WRITE = 0o022
 _MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 108 bytes on Linux, 104 on macOS."""
 
@@ -52,6 +53,8 @@ def locate() -> Runtime:
     if len(os.fsencode(Runtime(directory).socket)) > _MAX_SOCKET_PATH_BYTES:
         short = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
         directory = os.path.join(tempfile.gettempdir(), f"lattice-remote-{_user()}-{short}")
+        if len(os.fsencode(Runtime(directory).socket)) > _MAX_SOCKET_PATH_BYTES:
+            directory = f"/tmp/lattice-remote-{_user()}-{short}"  # noqa: S108 - it is checked to be ours alone
     return Runtime(directory)
 
 
@@ -63,8 +66,10 @@ def prepare(runtime: Runtime) -> None:
     """
     try:
         os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
-        check(runtime)
+        mode = stat.S_IMODE(_check_owner(runtime).st_mode)
         os.chmod(runtime.directory, 0o700)
+        if mode & _OTHERS_MAY_WRITE:
+            _remove_what_others_left(runtime.directory)
     except OSError as error:
         raise StorageError(f"cannot make {runtime.directory} for the agent: {error.strerror}") from error
 
@@ -73,12 +78,37 @@ def check(runtime: Runtime) -> None:
     """Make sure, before anything is said to a socket in it, that the directory is this user's own.
 
     Raises:
-        StorageError: it is somebody else's, or a link.
+        StorageError: it is somebody else's, or a link, or others may write to it.
         OSError: there is none, or it can't be looked at.
     """
+    if _check_owner(runtime).st_mode & _OTHERS_MAY_WRITE:
+        raise StorageError(f"others may write to {runtime.directory}")
+
+
+def check_socket(runtime: Runtime) -> None:
+    """Make sure that the socket was made by this user.
+
+    Raises:
+        StorageError: it is somebody else's, or no socket.
+        OSError: there is none, or it can't be looked at.
+    """
+    found = os.lstat(runtime.socket)
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != _user():
+        raise StorageError(f"{runtime.socket} is not a socket of this user")
+
+
+def _check_owner(runtime: Runtime) -> os.stat_result:
     found = os.lstat(runtime.directory)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != _user():
         raise StorageError(f"{runtime.directory} is not a directory of this user; remove it, or set {DIRECTORY_ENV}")
+    return found
+
+
+def _remove_what_others_left(directory: str) -> None:
+    """Others could write here until now: what is not plainly ours must not be opened, written through or talked to."""
+    for entry in os.scandir(directory):
+        if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != _user():
+            os.unlink(entry.path)
 
 
 def _user() -> int:

@@ -124,7 +124,7 @@ class Service:
             case "ready":
                 return await self._with_progress(self._ready(), report)
             case "run":
-                return await self._with_progress(self._run(request, token), report)
+                return await self._with_progress(self._run_unless_held(request, token), report)
             case "push":
                 return await self._push_now(token)
             case "pull":
@@ -199,6 +199,8 @@ class Service:
         error = self._follower.trouble or self._link.error
         if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
             return error
+        if self.cache.is_held_by_others:
+            return StorageError(f"another process holds on to {self.cache.directory}")
         if self._link.welcome is None or not self._link.is_open:
             return self._link.unreachable(is_write=False)
         here, there = self._follower.replica.position.seq, self._follower.replica.head
@@ -222,6 +224,14 @@ class Service:
             raise self._trouble() if knows_why else self._link.unreachable(is_write=False)
 
     # --- writing ---
+
+    async def _run_unless_held(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        try:
+            return await self._run(request, token)
+        except ConnectionFailed as error:
+            if error.sent or not self.cache.is_held_by_others:
+                raise
+            raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
 
     async def _run(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
         """Send edited plans and notes, then the command line; return once its change is in the files."""

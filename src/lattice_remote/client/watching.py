@@ -41,9 +41,10 @@ class Watching:
         self._listeners[directory] = touched
         self._begin_anew()
 
-    def remove(self, directory: str) -> None:
-        """Don't watch it any more."""
-        if self._listeners.pop(directory, None) is not None:
+    def remove(self, directory: str, touched: Touched) -> None:
+        """Don't watch it any more, unless somebody else has been added for it meanwhile."""
+        if self._listeners.get(directory) == touched:
+            del self._listeners[directory]
             self._begin_anew()
 
     def close(self) -> None:

@@ -1,0 +1,57 @@
+"""What tests of the agent share: it is a real process, asked as a command asks."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client_kit import until
+from fake_server import TOKEN
+
+from lattice_remote.client import agent_client, runtime
+
+
+@pytest.fixture(autouse=True)
+async def agent_ends(home: Path) -> AsyncIterator[None]:
+    """Whatever agent a test has started ends with it."""
+    yield
+    if (pid := agent_pid()) is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        await until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or is_zombie(pid))
+
+
+def agent_pid() -> int | None:
+    try:
+        return int(Path(runtime.locate().pid).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def is_zombie(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+async def ask(do: str, directory: Path, **fields: object) -> dict[str, Any]:
+    """Ask as a command does, which blocks its own process: in a thread, as the server lives in this one."""
+    request = {"do": do, "directory": str(directory), "token": TOKEN, **fields}
+    return await asyncio.to_thread(agent_client.ask, request)
+
+
+async def run(directory: Path, *argv: str) -> dict[str, Any]:
+    return await ask("run", directory, id=os.urandom(16).hex(), argv=list(argv), files=[])
+
+
+async def status() -> dict[str, Any] | None:
+    return await asyncio.to_thread(agent_client.ask_running_agent, {"do": "agent-status"})
+
+
+def resident_kib() -> int:
+    text = Path(f"/proc/{agent_pid()}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1])
