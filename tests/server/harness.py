@@ -31,6 +31,8 @@ from lattice_remote.protocol.replica import Answer, ApplyChange, Compare, Remove
 from lattice_remote.server.app import bind, make_server
 from lattice_remote.server.datadir import DataDir, write_atomically
 from lattice_remote.server.hub import Hub
+from lattice_remote.server.settings import Config
+from lattice_remote.server.tls import Certificate
 from lattice_remote.server.tokens import TokenFile
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -65,8 +67,11 @@ class Running:
         self, token: str | None = None, slug: str = "web", **options: Any
     ) -> AsyncIterator[ClientConnection]:
         headers = {"Authorization": f"Bearer {token or self.token}"}
+        more_headers = options.pop("headers", {})
         options = {"compression": None, "max_size": None, "max_queue": None, "subprotocols": [SUBPROTOCOL], **options}
-        async with connect(self.url(slug), additional_headers=headers, **options) as socket:
+        scheme = "wss" if "ssl" in options else "ws"
+        url = f"{scheme}://127.0.0.1:{self.port}/projects/{slug}/ws"
+        async with connect(url, additional_headers={**headers, **more_headers}, **options) as socket:
             yield socket
 
 
@@ -83,13 +88,20 @@ def make_data(path: Path) -> tuple[DataDir, str]:
 
 
 @contextlib.asynccontextmanager
-async def serving(data: DataDir, token: str, *, worker: Sequence[str] = FAKE_WORKER) -> AsyncIterator[Running]:
+async def serving(
+    data: DataDir,
+    token: str,
+    *,
+    worker: Sequence[str] = FAKE_WORKER,
+    config: Config | None = None,
+    certificate: Certificate | None = None,
+) -> AsyncIterator[Running]:
     """Run a server on a free port until the block ends."""
-    hub = Hub(data, worker_command=worker)
+    hub = Hub(data, worker_command=worker, config=config)
     hub.start()
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = make_server(hub)
+    server = make_server(hub, certificate)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started or task.done())
     try:

@@ -1,70 +1,21 @@
 """The server as a process: its one line, its lock, its signals, its end; with lattice itself behind it."""
 
 import asyncio
-import contextlib
-import http.client
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Copy, tree_of
-from websockets.asyncio.client import ClientConnection, connect
+from server_process import COMMAND, Process
 
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.tokens import TokenFile
-
-COMMAND = [sys.executable, "-c", "from lattice_remote.server.cli import main; main()"]
-
-
-class Process:
-    """``lattice-remote start`` on a free port, and what it printed."""
-
-    def __init__(self, data: DataDir) -> None:
-        self.data = data
-        self.log = (data.path.parent / "log").open("ab")
-        self.process = subprocess.Popen(
-            [*COMMAND, "--data", data.path, "start", "--port", "0"], stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("Listening on http://127.0.0.1:"), line
-        self.port = int(line.rsplit(":", 1)[1])
-
-    def get(self, path: str, method: str = "GET") -> tuple[int, dict[str, object]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        with contextlib.closing(connection):
-            connection.request(method, path)
-            response = connection.getresponse()
-            return response.status, json.loads(response.read())
-
-    @contextlib.asynccontextmanager
-    async def connected(self, token: str) -> AsyncIterator[ClientConnection]:
-        url = f"ws://127.0.0.1:{self.port}/projects/web/ws"
-        headers = {"Authorization": f"Bearer {token}"}
-        async with connect(
-            url,
-            additional_headers=headers,
-            subprotocols=["lattice.v1"],
-            max_size=None,
-            max_queue=None,  # type: ignore[list-item]
-        ) as client:
-            yield client
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(10)
-        assert self.process.stdout is not None
-        assert self.process.stdout.read() == ""
-        self.process.stdout.close()
-        self.log.close()
-        return code
 
 
 def make_data(path: Path) -> DataDir:

@@ -41,6 +41,9 @@ def test_uvicorn_makes_replays_and_hands_over() -> None:
 
 def test_uvicorn_tells_of_each_request_and_response() -> None:
     source = inspect.getsource(h11_impl.H11Protocol)
+    assert "self.send_400_response(" in source
+    assert '"state": self.app_state.copy()' in source
+    assert "protocol = self.ws_protocol_class(" in source
     assert "self.cycle = RequestResponseCycle(" in source
     assert "on_response=self.on_response_complete" in source
 
@@ -57,6 +60,12 @@ async def test_websockets_makes_a_server_without_a_port() -> None:
     server = serve(handler)
     assert not hasattr(server, "server")
     assert "self.server.is_serving()" in inspect.getsource(ServerConnection.handshake)
+
+
+def test_websockets_passes_every_frame_on() -> None:
+    source = inspect.getsource(ServerConnection.data_received)
+    assert "events = self.protocol.events_received()" in source
+    assert "self.process_event(event)" in source
 
 
 def test_websockets_reads_its_limit_for_each_message() -> None:

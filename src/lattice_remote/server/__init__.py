@@ -32,6 +32,11 @@ expiry       when something ends, as people write it
 logins       the tokens as a running server sees them
 lastuse      when each token was last in use
 refusal      the answer to who is turned away
+addresses    where a request comes from
+bucket       how much at once, and in the long run
+door         who may come in, and how much he may take
+acceptor     connections, past the door
+tls          the certificate
 writer       the worker process, seen from here
 project      a project's queue and its worker
 history      its head, the tree at the head, its followers
@@ -43,6 +48,7 @@ outbox       what one client has still to be sent
 snapshot     a file as it was when it was opened
 files        files of the tree, sent at a number
 peer         one connected client
+loglines     one line of log for each event
 handoff      uvicorn's sockets, handed to websockets
 watch        edits behind the server's back
 hooks        config.json's hooks, after the commit

@@ -1,4 +1,4 @@
-"""The server process: one port, plain HTTP by Starlette on uvicorn, WebSockets by the hand-off, an orderly end."""
+"""The server process: one port, TLS if wanted, HTTP by Starlette on uvicorn, WebSockets by the hand-off, its end."""
 
 import asyncio
 import contextlib
@@ -9,19 +9,28 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
+from pathlib import Path
+from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.server.acceptor import Acceptor
+from lattice_remote.server.addresses import is_loopback
 from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.door import Visit
 from lattice_remote.server.handoff import PlainHttp, handoff_class, websocket_server
 from lattice_remote.server.hub import Hub
 from lattice_remote.server.refusal import Refusal
+from lattice_remote.server.settings import Config
+from lattice_remote.server.tls import Certificate
 
 __all__ = ["bind", "make_server", "run"]
 
@@ -30,6 +39,8 @@ _USER_TIMEOUT_MS = 20_000
 _BACKLOG = 2048
 _OPEN_FILES = 65_536
 _GOODBYE_S = 0.3
+_CERTIFICATE_CHECK_S = 5.0
+"""How often to look whether the certificate was renewed; SIGHUP does it at once."""
 
 _log = logging.getLogger(__name__)
 
@@ -58,15 +69,38 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def run(data: DataDir, listener: socket.socket) -> None:
+def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
 
     Raises:
+        Misuse: a setting, the certificate or its key is not what it must be.
         StorageError: ``tokens.json`` cannot be read.
     """
+    certificate = _certificate(config, data.path)
+    _warn_of_plain_text(config, listener)
     _allow_many_connections()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(data, listener))
+        runner.run(_serve(data, config, certificate, listener))
+
+
+def _certificate(config: Config, root: Path) -> Certificate | None:
+    """Return the certificate that the settings name, by paths relative to the data directory; None when they don't."""
+    tls = config.tls
+    if not tls.cert and not tls.key:
+        return None
+    if not tls.cert or not tls.key:
+        raise Misuse("TLS needs a certificate and its key: name both, with --tls-cert and --tls-key or in config.json")
+    return Certificate(root / tls.cert, root / tls.key)
+
+
+def _warn_of_plain_text(config: Config, listener: socket.socket) -> None:
+    host = listener.getsockname()[0]
+    if not config.tls.cert and not config.trusted_proxies and not is_loopback(host):
+        _log.warning(
+            "listening on %s without TLS: tokens and the whole board cross the network in the clear. Use --tls-cert "
+            "and --tls-key, or put a proxy in front that speaks TLS and name it with --behind-proxy",
+            host,
+        )
 
 
 def _allow_many_connections() -> None:
@@ -86,13 +120,13 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _serve(data: DataDir, listener: socket.socket) -> None:
-    hub = Hub(data)
+async def _serve(data: DataDir, config: Config, certificate: Certificate | None, listener: socket.socket) -> None:
+    hub = Hub(data, config=config)
     hub.start()
-    await make_server(hub).serve(sockets=[listener])
+    await make_server(hub, certificate).serve(sockets=[listener])
 
 
-def make_server(hub: Hub) -> uvicorn.Server:
+def make_server(hub: Hub, certificate: Certificate | None = None) -> uvicorn.Server:
     """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end."""
     sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
     config = uvicorn.Config(
@@ -106,10 +140,10 @@ def make_server(hub: Hub) -> uvicorn.Server:
         backlog=_BACKLOG,
         timeout_graceful_shutdown=1,
     )
-    return _Server(config, hub)
+    return _Server(config, hub, certificate)
 
 
-def _http_app(hub: Hub) -> Starlette:
+def _http_app(hub: Hub) -> ASGIApp:
     async def healthz(_: Request) -> Response:
         projects = await asyncio.to_thread(hub.data.slugs)
         return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
@@ -126,13 +160,25 @@ def _http_app(hub: Hub) -> Starlette:
         return _answer(Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
 
     routes = [Route("/healthz", healthz), Route("/projects/{slug}", project)]
-    return Starlette(routes=routes, exception_handlers={404: refuse, 405: refuse})
+    return _past_the_door(Starlette(routes=routes, exception_handlers={404: refuse, 405: refuse}))
+
+
+def _past_the_door(app: ASGIApp) -> ASGIApp:
+    """Return the app for those requests only that the door lets pass."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        visit: Visit = scope["state"]["visit"]
+        refusal = visit.enter(Headers(scope=scope).getlist("X-Forwarded-For"))
+        await (app if refusal is None else _answer(refusal))(scope, receive, send)
+
+    return guarded
 
 
 async def _describe(hub: Hub, request: Request) -> Response:
     """Say what a token may do in a project, and where the project stands. A client asks before it adds a remote."""
     authorization = request.headers.getlist("Authorization")
-    admitted = hub.admit(authorization, request.path_params["slug"])
+    visit = request.state.visit
+    admitted = hub.admit(visit, authorization, request.path_params["slug"])
     if isinstance(admitted, Refusal):
         return _answer(admitted)
     login, project = admitted
@@ -140,7 +186,7 @@ async def _describe(hub: Hub, request: Request) -> Response:
         await project.opened()
     except RemoteError as error:
         return _answer(Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error.code, error.message))
-    if isinstance(refusal := hub.admit(authorization, project.slug), Refusal):  # that may have taken its time
+    if isinstance(refusal := hub.admit(visit, authorization, project.slug), Refusal):  # that may have taken its time
         return _answer(refusal)
     token, history = login.token, project.history
     return JSONResponse(
@@ -161,22 +207,45 @@ def _answer(refusal: Refusal) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with our words at its start and our order at its end."""
+    """uvicorn, with our words at its start, our way of accepting, and our order at its end."""
 
-    def __init__(self, config: uvicorn.Config, hub: Hub) -> None:
+    def __init__(self, config: uvicorn.Config, hub: Hub, certificate: Certificate | None) -> None:
         super().__init__(config)
         self._hub = hub
+        self._certificate = certificate
+        self._upkeep: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        """Begin to accept, past the door; uvicorn's own startup would not ask it."""
         assert sockets, "run() passes the one it listens on"
-        host, port = sockets[0].getsockname()[:2]
+        [listener] = sockets
+        if not self.config.loaded:
+            self.config.load()
+        context = None if self._certificate is None else self._certificate.context
+        acceptor = Acceptor(listener, self._hub.door, self._make_protocol, context)
+        self.servers = [cast("asyncio.Server", acceptor)]
+        acceptor.start()
+        self.started = True
+        if self._certificate is not None:
+            self._upkeep = asyncio.create_task(self._watch_certificate(self._certificate), name="certificate")
+        host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        print(f"Listening on http://{shown}:{port}", flush=True)  # noqa: T201 - the one line of its output
+        scheme = "http" if context is None else "https"
+        print(f"Listening on {scheme}://{shown}:{port}", flush=True)  # noqa: T201 - the one line of its output
+
+    def _make_protocol(self, visit: Visit) -> asyncio.Protocol:
+        return PlainHttp(self.config, self.server_state, self.lifespan.state, visit=visit)
+
+    async def _watch_certificate(self, certificate: Certificate) -> None:
+        while True:
+            await asyncio.sleep(_CERTIFICATE_CHECK_S)
+            certificate.refresh()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left."""
         _log.info("stopping")
+        if self._upkeep is not None:
+            self._upkeep.cancel()
         for server in self.servers:
             server.close()
         await self._hub.stop()
@@ -189,7 +258,12 @@ class _Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop_asked)
+        loop.add_signal_handler(signal.SIGHUP, self._refresh_asked)
         yield
+
+    def _refresh_asked(self) -> None:
+        if self._certificate is not None:
+            self._certificate.refresh()
 
     def _stop_asked(self) -> None:
         if self.should_exit:

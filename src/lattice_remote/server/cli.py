@@ -4,7 +4,6 @@ Errors are one line on stderr that says what to do next, exit 1; a wrong command
 (a token, a listing with --json, the address) is alone on stdout.
 """
 
-import logging
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from lattice_remote.server.datadir import DataDir, default_location
 from lattice_remote.server.expiry import duration, expiry, shown
 from lattice_remote.server.lastuse import read_last_uses
 from lattice_remote.server.log import read_log, short_ids
+from lattice_remote.server.loglines import log_to_stderr
 from lattice_remote.server.tokens import Token, TokenFile
 
 __all__ = ["app", "main"]
@@ -95,26 +95,42 @@ def init(
 
 
 @app.command()
-def start(
+def start(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8443,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM: the certificate to speak TLS with.", show_default=False)
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM: its private key, with no password.", show_default=False)
+    ] = None,
+    behind_proxy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="A proxy, or a network of them, that says who asks; may be repeated."),
+    ] = None,
     data: DataOption = None,
 ) -> None:
     """Run the server. Prints one line once it is ready; ends in order on SIGTERM and Ctrl-C.
 
-    Example: lattice-remote --data ./board start --port 8443
+    The last three options take the place of tls and trusted_proxies in config.json.
+
+    Example: lattice-remote --data ./board start --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     from lattice_remote.server.app import bind, run
+    from lattice_remote.server.settings import Tls
 
     target = _data(context, data)
-    target.config()
+    config = target.config()
+    if tls_cert is not None or tls_key is not None:
+        tls = Tls(cert=str(tls_cert.absolute()) if tls_cert else "", key=str(tls_key.absolute()) if tls_key else "")
+        config = msgspec.structs.replace(config, tls=tls)
+    if behind_proxy:
+        config = msgspec.structs.replace(config, trusted_proxies=behind_proxy)
     lock = target.lock()
     assert lock >= 0, "held until this process ends"
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("websockets.server", "uvicorn.error", "watchfiles.main"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    run(target, bind(host, port))
+    log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run(target, config, bind(host, port))
 
 
 # --- projects ---

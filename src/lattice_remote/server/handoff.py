@@ -5,16 +5,19 @@ docs/decisions/0010). What is relied on beyond their documentation, checked by t
 
 - uvicorn's ``H11Protocol`` sets ``cycle`` for each request whose head is complete, and calls
   ``on_response_complete()`` after each response.
-- uvicorn makes ``Config.ws`` with ``config, server_state, app_state``, replays the request's bytes into it as one
-  ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and calls
-  ``shutdown()`` on what is left of them when it stops.
+- uvicorn makes ``ws_protocol_class`` with ``config, server_state, app_state``, replays the request's bytes into it
+  as one ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and
+  calls ``shutdown()`` on what is left of them when it stops.
+- uvicorn says ``send_400_response()`` to what is not HTTP, and gives a copy of ``app_state`` to each request.
 - websockets' ``serve()`` makes a usable ``Server`` without binding a port; a connection asks its ``is_serving()``.
 - ``ServerProtocol.max_message_size`` may change between messages.
+- A websockets connection passes every frame, of data or control, to ``process_event()``.
 - Between messages, a whole frame may be written to ``connection.transport`` past the library, until it has sent a
   close frame, which it always does in ``send_data()``.
 """
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,13 +28,15 @@ from uvicorn.server import ServerState
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
-from websockets.protocol import State
+from websockets.protocol import Event, State
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.protocol.messages import SUBPROTOCOL
-from lattice_remote.server.outbox import Outbox
+from lattice_remote.server.bucket import Bucket
+from lattice_remote.server.door import Visit
+from lattice_remote.server.outbox import MAX_PENDING_BYTES, Outbox
 from lattice_remote.server.refusal import Refusal
 
 __all__ = [
@@ -50,17 +55,34 @@ CLOSE_TIMEOUT_S = 0.6
 """How long a client has to answer a close frame before its connection is aborted."""
 HEAD_TIMEOUT_S = 10.0
 """How long a client has for the head of its request, from connecting or from the response before it."""
+_BODY_BYTES = 64 * 1024
+"""No endpoint takes a body yet; a client that sends this much of one is cut."""
+_SLICE_BYTES = 8 * 1024
+_BURST_S = 4
 _KEEPALIVE_S = 10.0
 _HIGH_WATER_BYTES = 64 * 1024
 
 
 class PlainHttp(H11Protocol):
-    """uvicorn's own, which would wait for the rest of a request's head for ever."""
+    """uvicorn's own, which would wait for the rest of a request's head, and take a body, for ever."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        *,
+        visit: Visit,
+    ) -> None:
+        super().__init__(config, server_state, {**app_state, "visit": visit})
+        self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), visit=visit))
+        self._visit = visit
+        self._deadline: asyncio.TimerHandle | None = None
+        self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._visit.cut = transport.abort
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -68,6 +90,15 @@ class PlainHttp(H11Protocol):
         super().data_received(data)
         if self.cycle is not before or self not in self.connections:  # a request, or it was handed over
             self._head_received()
+            self._body_bytes = 0
+        elif before is not None:
+            self._body_bytes += len(data)
+            if self._body_bytes > _BODY_BYTES:
+                self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        self._visit.failed()
+        super().send_400_response(msg)
 
     def on_response_complete(self) -> None:
         answered = self.cycle
@@ -76,6 +107,7 @@ class PlainHttp(H11Protocol):
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._visit.leave()
         self._head_received()
         super().connection_lost(exc)
 
@@ -93,7 +125,7 @@ class Handoff(ServerConnection):
 
     outbox: Outbox
 
-    def __init__(self, server: Server, state: ServerState) -> None:
+    def __init__(self, server: Server, state: ServerState, visit: Visit) -> None:
         super().__init__(
             ServerProtocol(subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=FIRST_FRAME_BYTES),
             server,
@@ -103,6 +135,11 @@ class Handoff(ServerConnection):
             write_limit=_HIGH_WATER_BYTES,
         )
         self._state = state
+        self.visit = visit
+        """How the door counts it."""
+        self._messages_per_s = visit.limits.messages_per_second
+        self._messages = Bucket(self._messages_per_s * _BURST_S, self.loop.time())
+        self._flooded = False
         self.who: Any = None
         """Whatever the check of the request left here for the handler."""
 
@@ -132,13 +169,33 @@ class Handoff(ServerConnection):
 
     # --- asyncio.Protocol, and uvicorn's addition to it ---
 
+    def data_received(self, data: bytes) -> None:
+        """Take what has come, in slices: thousands of tiny frames may come at once, and each takes its time."""
+        for start in range(0, len(data), _SLICE_BYTES):
+            if self._flooded:
+                return
+            super().data_received(data[start : start + _SLICE_BYTES])
+        if self.outbox.pending_bytes > MAX_PENDING_BYTES:  # pongs count as well
+            self.transport.abort()
+
+    def process_event(self, event: Event) -> None:
+        """Take one frame, if there are not too many."""
+        rate = self._messages_per_s
+        if self._messages.take(self.loop.time(), rate=rate, burst=rate * _BURST_S):
+            self._flooded = True
+            self.end(1012, f"more than {rate} messages a second")
+        elif not self._flooded:
+            super().process_event(event)
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.visit.cut = cast("asyncio.Transport", transport).abort
         self._state.connections.add(cast("Any", self))
         super().connection_made(transport)
         self.outbox = Outbox(self.transport, self.peer_name)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state.connections.discard(cast("Any", self))
+        self.visit.leave()
         self.outbox.close()
         super().connection_lost(exc)
 
@@ -179,8 +236,15 @@ def handoff_class(server: Server) -> type[asyncio.Protocol]:
     """Return the class for ``uvicorn.Config(ws=...)``, whose connections belong to ``server``."""
 
     class BoundHandoff(Handoff):
-        def __init__(self, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:  # noqa: ARG002
-            super().__init__(server, server_state)
+        def __init__(
+            self,
+            config: Config,  # noqa: ARG002
+            server_state: ServerState,
+            app_state: dict[str, Any],  # noqa: ARG002
+            *,
+            visit: Visit,
+        ) -> None:
+            super().__init__(server, server_state, visit)
 
     return cast("type[asyncio.Protocol]", BoundHandoff)
 

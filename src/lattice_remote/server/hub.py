@@ -10,6 +10,7 @@ from http import HTTPStatus
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
 from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.door import Door, Visit
 from lattice_remote.server.handoff import Handoff, Request, Response, http_answer
 from lattice_remote.server.hooks import HookRunner
 from lattice_remote.server.lastuse import SAVE_EVERY_S, LastUse
@@ -17,6 +18,7 @@ from lattice_remote.server.logins import Login, Logins
 from lattice_remote.server.peer import Peer
 from lattice_remote.server.project import Bounds, Project
 from lattice_remote.server.refusal import Refusal
+from lattice_remote.server.settings import Config
 from lattice_remote.server.watch import watch_tree
 from lattice_remote.server.writer import WORKER_COMMAND
 
@@ -38,13 +40,21 @@ class Hub:
     """See the module's text. Made inside a running loop; ``start()``, then ``stop()`` once."""
 
     def __init__(
-        self, data: DataDir, *, bounds: Bounds | None = None, worker_command: Sequence[str] = WORKER_COMMAND
+        self,
+        data: DataDir,
+        *,
+        config: Config | None = None,
+        bounds: Bounds | None = None,
+        worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
+        """Raises Misuse when ``config``, by default that of the directory, is not what it must be."""
         self.data = data
         self.stopping = False
         """Set while the server stops: nobody is let in any more."""
-        self._config = data.config()
-        self._bounds = bounds
+        self.config = config or data.config()
+        self.door = Door(self.config.limits, self.config.trusted_proxies)
+        """Counts who comes in."""
+        self._bounds = bounds or Bounds(per_token=self.config.limits.requests_per_token)
         self._worker_command = worker_command
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)
@@ -96,19 +106,25 @@ class Hub:
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
             return http_answer(Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path"))
-        admitted = self.admit(request.headers.get_all("Authorization"), matched[1])
+        headers, visit = request.headers, connection.visit
+        admitted = visit.enter(headers.get_all("X-Forwarded-For")) or self.admit(
+            visit, headers.get_all("Authorization"), matched[1]
+        )
         if isinstance(admitted, Refusal):
             return http_answer(admitted)
-        if SUBPROTOCOL not in ",".join(request.headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
+        if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
             why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
             return http_answer(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why))
+        if (refusal := visit.admit(admitted[0].token.id)) is not None:
+            return http_answer(refusal)
         connection.who = admitted
         return None
 
-    def admit(self, authorization: Sequence[str], slug: str) -> tuple[Login, Project] | Refusal:
+    def admit(self, visit: Visit, authorization: Sequence[str], slug: str) -> tuple[Login, Project] | Refusal:
         """Decide on any request for a project, whatever way it comes; ``slug`` may be any string (I9).
 
         Args:
+            visit: the connection on which it comes.
             authorization: the values of all Authorization headers.
             slug: the project that is asked for.
         """
@@ -119,9 +135,9 @@ class Hub:
         login = self._logins.find(_bearer(authorization))
         if login is None:
             why = "no token, or one that is not known here"
-            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
         if (objection := self._logins.objection(login)) is not None:
-            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
         self._last_use.used([login.token.id])
         if not self.data.has_project(slug):
             return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", f"there is no project {slug!r} on this server")
@@ -162,7 +178,7 @@ class Hub:
         project = self._projects.get(slug)
         if project is None:
             paths = self.data.project(slug)
-            hooks = HookRunner(slug, paths.root) if self._config.hooks else None
+            hooks = HookRunner(slug, paths.root) if self.config.hooks else None
             project = Project(slug, paths, hooks=hooks, bounds=self._bounds, worker_command=self._worker_command)
             self._projects[slug] = project
             project.start()

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed
 
 import lattice_remote
 from lattice_remote.errors import ProtocolError, RemoteError, StorageError
-from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_client_frame, encode
+from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -47,9 +47,9 @@ from lattice_remote.server.tokens import Token
 __all__ = ["HELLO_TIMEOUT_S", "Peer"]
 
 HELLO_TIMEOUT_S = 10.0
-_MAX_IN_FLIGHT = 256
 _MAX_FETCHES = 65_536
-_MAX_FILE_BYTES = MAX_FRAME_BYTES - 64 * 1024  # beside the frame's other fields
+_OTHER_FIELDS_BYTES = 64 * 1024
+"""What a frame may have beside a file."""
 
 _CLOSE_CODES = {
     "REMOTE_SHUTDOWN": 1001,
@@ -75,6 +75,7 @@ class Peer:
         """The last change that the client says to hold; informs only."""
         self._connection = connection
         self._outbox = connection.outbox
+        self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
         self._follows = True
         self._live = False
@@ -158,7 +159,8 @@ class Peer:
             raise project.failure
         self._follows = hello.follow
         self._sent = hello.seq if continues else project.history.head
-        self._connection.allow_message_bytes(MAX_FRAME_BYTES)
+        most = self._limits.request_bytes
+        self._connection.allow_message_bytes(most)
         project.history.join(self)
         self._push(
             Welcome(
@@ -171,7 +173,7 @@ class Peer:
                 head=project.history.head,
                 oldest=project.history.oldest,
                 resync=hello.follow and not continues,
-                limits=Limits(MAX_FRAME_BYTES, _MAX_FILE_BYTES),
+                limits=Limits(most, most - _OTHER_FIELDS_BYTES),
                 act_as=self.token.act_as,
                 capabilities=list(CAPABILITIES),
             )
@@ -241,8 +243,9 @@ class Peer:
         """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many."""
         if request_id in self._in_flight:
             return False  # asked twice on one connection: one answer
-        if len(self._in_flight) >= _MAX_IN_FLIGHT:
-            self._refuse(request_id, "REMOTE_BUSY", f"{_MAX_IN_FLIGHT} requests are under way on this connection")
+        most = self._limits.requests_per_connection
+        if len(self._in_flight) >= most:
+            self._refuse(request_id, "REMOTE_BUSY", f"{most} requests are under way on this connection")
             return False
         self._in_flight.add(request_id)
         return True

@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,6 +69,8 @@ class Bounds:
     make the next connection's wait longer."""
     queued: int = 1024
     """Requests that may wait; more are refused as busy, of connections that have one waiting already."""
+    per_token: int = 512
+    """Requests of one token that may be queued, with the worker, or waiting for a resource."""
     held_bytes: int = 256 * 1024 * 1024
     """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
     window_bytes: int = 32 * 1024 * 1024
@@ -101,6 +103,7 @@ class Project:
         self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
         self._queue = Turns()
         self._held_bytes = 0  # what the jobs in _jobs weigh
+        self._by_token: Counter[str] = Counter()  # how many jobs in _jobs are a token's
         self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
         self._oldest_since = 0.0  # since when the first of them has been the first
         self._watchdog: asyncio.TimerHandle | None = None
@@ -184,8 +187,12 @@ class Project:
         if crowded or self._held_bytes + weight > self._bounds.held_bytes:
             _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
             return
+        if self._by_token[message.token_id] >= self._bounds.per_token:
+            _refuse(asker, message.id, "REMOTE_BUSY", f"{self._bounds.per_token} requests of this token are under way")
+            return
         job = Job(message, [asker], weight=weight)
         self._jobs[message.id] = job
+        self._by_token[message.token_id] += 1
         self._held_bytes += weight
         self._enqueue(job)
 
@@ -200,6 +207,8 @@ class Project:
     def _drop(self, request_id: str) -> None:
         if (job := self._jobs.pop(request_id, None)) is not None:
             self._held_bytes -= job.weight
+            assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
+            self._by_token[job.message.token_id] -= 1
 
     def forget(self, asker: Follower, request_ids: set[str]) -> None:
         """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
@@ -427,6 +436,7 @@ class Project:
         self._working = False
         self._waiting.clear()
         self._jobs.clear()
+        self._by_token.clear()
         self._queue.clear()
         self._open.set()
         self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))

@@ -31,3 +31,10 @@ class Refusal(msgspec.Struct, frozen=True):
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
         return headers
+
+    @property
+    def raw(self) -> bytes:
+        """The whole answer, as it goes on the wire."""
+        headers = {**self.headers, "Content-Length": str(len(self.body))}
+        lines = [f"HTTP/1.1 {self.status.value} {self.status.phrase}", *(f"{k}: {v}" for k, v in headers.items())]
+        return "\r\n".join(lines).encode() + b"\r\n\r\n" + self.body

@@ -29,7 +29,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     requests_per_connection: _Count = 256
     """Commands and edits that wait for their answer."""
     requests_per_token: _Count = 512
-    request_bytes: Annotated[int, Meta(ge=64 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024
+    """In one project, over all connections of the token."""
+    messages_per_second: _Count = 1_000
+    """WebSocket frames of any kind on one connection; four seconds' worth may come at once."""
+    request_bytes: Annotated[int, Meta(ge=4 * 1024 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024
     """The largest message that a client may send."""
 
 

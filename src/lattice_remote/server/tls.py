@@ -1,0 +1,87 @@
+"""The server's certificate: read with errors that say what to do, and again when it is renewed."""
+
+import logging
+import os
+import ssl
+from pathlib import Path
+
+from lattice_remote.errors import Misuse
+
+__all__ = ["Certificate"]
+
+_log = logging.getLogger(__name__)
+
+
+class _Encrypted(Exception):
+    """The key asks for a password."""
+
+
+class Certificate:
+    """A certificate, its private key, and the TLS context that serves them: TLS 1.2 or newer."""
+
+    def __init__(self, cert: Path, key: Path) -> None:
+        """Read both files.
+
+        Raises:
+            Misuse: one can't be read, everybody can read the key, it has a password, or they don't belong together.
+        """
+        self._cert, self._key = cert, key
+        self._signature = self._stat()
+        self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
+    def refresh(self) -> None:
+        """Serve new connections with the files as they are now, if they have changed; log why when they can't be.
+
+        Files are renewed one after the other: what doesn't fit together is looked at again at the next call.
+        """
+        try:
+            signature = self._stat()
+            if signature == self._signature:
+                return
+            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # a context is spoilt by a pair that doesn't fit
+            self._load(self.context)
+        except Misuse as error:
+            _log.warning("the certificate stays as it was: %s", error.message)
+            return
+        self._signature = signature
+        _log.info("read the certificate %s again", self._cert)
+
+    def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self._cert, self._key, password=_no_password)
+        except _Encrypted:
+            raise Misuse(f"the key {self._key} has a password; store it without, readable by its owner alone") from None
+        except ssl.SSLError as error:
+            raise Misuse(_reason(error, self._cert, self._key)) from error
+        except OSError as error:  # it was there a moment ago
+            raise Misuse(f"cannot read {self._cert} or {self._key}: {error.strerror}") from error
+        return context
+
+    def _stat(self) -> tuple[int, ...]:
+        """Return what changes when either file does.
+
+        Raises:
+            Misuse: one is not there or can't be read, or the key is open to everybody.
+        """
+        numbers: list[int] = []
+        for path in (self._cert, self._key):
+            try:
+                with path.open("rb") as file:
+                    status = os.fstat(file.fileno())
+            except OSError as error:
+                raise Misuse(f"cannot read {path}: {error.strerror}") from error
+            numbers += (status.st_mtime_ns, status.st_size, status.st_ino)
+        if status.st_mode & 0o007:
+            raise Misuse(f"the key {self._key} is open to everybody on this machine; run: chmod o= {self._key}")
+        return tuple(numbers)
+
+
+def _no_password() -> str:
+    raise _Encrypted
+
+
+def _reason(error: ssl.SSLError, cert: Path, key: Path) -> str:
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return f"the key {key} is not that of the certificate {cert}; name the two that belong together"
+    return f"cannot use {cert} with {key}: both must be PEM files, the certificate first ({error.reason or error})"

@@ -1,0 +1,198 @@
+"""Who is let in, and what the door remembers: counted on a clock of the test's own."""
+
+import logging
+from http import HTTPStatus
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattice_remote.server.door import MAX_ADDRESSES, Door, Visit
+from lattice_remote.server.settings import Limits
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def arrived(door: Door, host: str = "192.0.2.1") -> Visit:
+    visit = door.arrive(host)
+    assert visit is not None
+    return visit
+
+
+def refusal(visit: Visit, *forwarded: str) -> tuple[int, int | None] | None:
+    """Return status and patience of a refusal at the head of a request."""
+    refused = visit.enter(forwarded)
+    return None if refused is None else (refused.status.value, refused.retry_after_s)
+
+
+def test_new_connections_from_one_address_have_a_rate() -> None:
+    clock = Clock()
+    door = Door(Limits(new_connections_per_second=2), clock=clock)
+    for _ in range(20):
+        visit = arrived(door)
+        assert refusal(visit) is None
+        visit.leave()
+    assert refusal(arrived(door)) == (429, 1)
+    assert refusal(arrived(door, "192.0.2.2")) is None
+    clock.now += 0.5
+    assert refusal(arrived(door)) is None
+    assert refusal(arrived(door)) == (429, 1)
+    clock.now += 3600
+    assert [refusal(arrived(door)) for _ in range(21)] == [None] * 20 + [(429, 1)]
+
+
+def test_open_connections_from_one_address_are_bounded() -> None:
+    door = Door(Limits(connections_per_address=3))
+    visits = [arrived(door, host) for host in ("2001:db8::1", "2001:db8::2", "2001:db8::3")]
+    assert [refusal(visit) for visit in visits] == [None] * 3
+    late = arrived(door, "2001:db8::4")
+    assert refusal(late) == (429, 10)
+    late.leave()
+    visits[0].leave()
+    assert refusal(arrived(door, "2001:db8::5")) is None
+    assert refusal(arrived(door, "2001:db8:0:1::1")) is None
+
+
+def test_an_address_has_room_for_few_strangers() -> None:
+    door = Door(Limits(waiting_connections_per_address=2))
+    first, _ = arrived(door), arrived(door)
+    assert door.arrive("192.0.2.1") is None
+    assert first.admit("tok_a") is None
+    arrived(door)
+    assert door.arrive("192.0.2.1") is None
+    assert door.arrive("192.0.2.2") is not None
+
+
+def test_of_too_many_strangers_the_one_that_waits_longest_goes() -> None:
+    door = Door(Limits(waiting_connections=3))
+    cut: list[int] = []
+    visits = [arrived(door, f"192.0.2.{number}") for number in range(3)]
+    for number, visit in enumerate(visits):
+        visit.cut = lambda number=number: cut.append(number)  # type: ignore[misc]
+    assert visits[0].admit("tok_a") is None
+    arrived(door, "192.0.2.9")
+    assert cut == []
+    arrived(door, "192.0.2.10")
+    assert cut == [1]
+    visits[1].leave()
+    arrived(door, "192.0.2.11")
+    assert cut == [1, 2]
+
+
+def test_a_token_has_so_many_connections() -> None:
+    door = Door(Limits(connections_per_token=2))
+    visits = [arrived(door) for _ in range(3)]
+    assert [visit.admit("tok_a") is None for visit in visits] == [True, True, False]
+    assert visits[2].admit("tok_b") is None
+    visits[0].leave()
+    visits[0].leave()
+    refused = [arrived(door).admit("tok_a") for _ in range(2)]
+    assert refused[0] is None
+    assert refused[1] is not None
+    assert (refused[1].status, refused[1].code) == (HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY")
+
+
+def test_failed_logins_are_answered_more_slowly_after_many() -> None:
+    clock = Clock()
+    door = Door(Limits(failed_logins_per_minute=6), clock=clock)
+    visit = arrived(door)
+    assert [visit.failed() for _ in range(6)] == [None] * 6
+    refused = visit.failed()
+    assert refused is not None
+    assert (refused.status.value, refused.retry_after_s) == (429, 10)
+    assert b"Retry-After: 10\r\n" in refused.raw
+    assert arrived(door, "192.0.2.2").failed() is None
+    clock.now += 10
+    assert visit.failed() is None
+    assert visit.failed() is not None
+
+
+def test_behind_a_trusted_proxy_each_client_has_its_own_account() -> None:
+    door = Door(Limits(connections_per_address=1, waiting_connections_per_address=1), ["10.0.0.0/8"])
+    one, two, three = (arrived(door, "10.0.0.1") for _ in range(3))
+    assert refusal(one, "192.0.2.1") is None
+    assert refusal(two, "192.0.2.1") == (429, 10)
+    assert refusal(two, "192.0.2.2") is None
+    assert refusal(three, "192.0.2.2") == (429, 10)
+    two.leave()
+    assert refusal(three, "192.0.2.2") == (429, 10)  # it keeps its refusal, which ends its connection
+    assert refusal(arrived(door, "10.0.0.1"), "192.0.2.2, 10.9.9.9") == (429, 10)
+    three.leave()
+
+
+def test_from_anybody_else_that_header_counts_for_nothing() -> None:
+    door = Door(Limits(connections_per_address=1), ["10.0.0.0/8"])
+    assert refusal(arrived(door), "198.51.100.1") is None
+    assert refusal(arrived(door), "198.51.100.2") == (429, 10)
+
+
+def test_what_is_remembered_of_a_flood_of_addresses_is_bounded() -> None:
+    door = Door(Limits())
+    kept = arrived(door, "192.0.2.1")
+    kept.admit("tok_a")
+    for number in range(MAX_ADDRESSES + 500):
+        arrived(door, f"2001:db8:{number >> 8:x}:{number & 255:x}::1").leave()
+    assert len(door._addresses) <= MAX_ADDRESSES + 1
+    assert "192.0.2.1" in door._addresses
+    assert not door._strangers
+
+
+def test_the_log_of_a_flood_is_bounded_and_counts(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    door = Door(Limits(failed_logins_per_minute=1), clock=clock)
+    with caplog.at_level(logging.WARNING):
+        visit = arrived(door)
+        for _ in range(1000):
+            visit.failed()
+        clock.now += 10
+        visit.failed()
+    assert [record.getMessage() for record in caplog.records] == [
+        "192.0.2.1: no valid token",
+        "192.0.2.1: no valid token (and 999 more since the last time)",
+    ]
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["arrive", "enter", "admit", "failed", "leave"]),
+        st.integers(0, 9),
+        st.sampled_from(["192.0.2.1", "192.0.2.2", "10.0.0.1", "2001:db8::1", "2001:db8::2"]),
+    ),
+    max_size=60,
+)
+
+
+@given(EVENTS)
+def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(events: list[tuple[str, int, str]]) -> None:
+    limits = Limits(connections_per_token=2, connections_per_address=3, waiting_connections=3)
+    door = Door(limits, ["10.0.0.0/8"], clock=Clock())
+    visits: list[Visit] = []
+    for kind, number, host in events:
+        if kind == "arrive":
+            visit = door.arrive(host)
+            visits += [visit] if visit is not None else []
+        elif visits:
+            visit = visits[number % len(visits)]
+            match kind:
+                case "enter":
+                    visit.enter([host])
+                case "admit" if not visit._token_id and not visit._gone:
+                    visit.admit(f"tok_{number % 2}")
+                case "failed":
+                    visit.failed()
+                case "leave":
+                    visit.leave()
+        assert len(door._strangers) <= 3
+        assert all(count <= 2 for count in door._by_token.values())
+        assert all(a.connections >= a.waiting >= 0 for a in door._addresses.values())
+    for visit in visits:
+        visit.leave()
+    assert not door._strangers
+    assert not door._by_token
+    assert all(a.connections == a.waiting == 0 for a in door._addresses.values())
