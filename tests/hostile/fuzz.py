@@ -25,10 +25,9 @@ from worker_process import Copy, WorkerProcess, answer_of, change_of, execute, t
 
 from lattice_remote.protocol.messages import Change, Refused, Reply, Stored  # noqa: E402
 from lattice_remote.protocol.operations import AppendBytes, PutFile  # noqa: E402
-from lattice_remote.server.ipc import Done, Edit, Execute  # noqa: E402
+from lattice_remote.server.ipc import Done, Edit  # noqa: E402
 
 BATCH_LINES = 400
-_WINDOW = 16
 _MAX_LINE_S = 20.0
 _MAX_MEMORY_KIB = 700 * 1024
 IDENTITIES: tuple[tuple[str, tuple[str, ...]], ...] = (("human:ana", ("agent:*",)), ("agent:x", ()))
@@ -79,40 +78,32 @@ class Batch:
             for argv in _START:
                 worker.send(execute(*argv))
                 self._take(Line(argv, []), worker.done(), None)
-            left = count
-            while left > 0:
-                self._run_window(worker, min(_WINDOW, left))
-                left -= _WINDOW
+            for _ in range(count):
+                self._run_one(worker)
             self._check_project(worker)
             self._figures.memory_kib = max(self._figures.memory_kib, _memory_kib(worker.pid))
             if self._figures.memory_kib > _MAX_MEMORY_KIB:
                 raise Broken(f"the worker holds {self._figures.memory_kib} KiB")
         self._place.check()
 
-    def _run_window(self, worker: WorkerProcess, count: int) -> None:
-        asked: list[tuple[Line | Edit, str, tuple[str, ...]]] = []
-        for _ in range(count):
-            actor, act_as = self._rng.choice(IDENTITIES)
-            if self._rng.random() < 0.08:
-                edit = self._edit()
-                worker.send(edit)
-                asked.append((edit, actor, act_as))
-                continue
-            line = self._lines.line()
-            request: Execute = execute(*line.argv, files=line.files, actor=actor, act_as=act_as)
-            worker.send(request)
-            asked.append((line, actor, act_as))
-        for line_or_edit, actor, act_as in asked:
-            began = time.monotonic()
-            try:
-                done = worker.done()
-            except (EOFError, TimeoutError) as error:
-                raise Broken(f"the worker is gone or hangs ({error!r}) at {_shown(line_or_edit)}") from error
-            took = time.monotonic() - began
-            self._figures.slowest_s = max(self._figures.slowest_s, took)
-            if took > _MAX_LINE_S:
-                raise Broken(f"{took:.1f} s for {_shown(line_or_edit)}")
-            self._take(line_or_edit, done, None if self._unguarded else (actor, act_as))
+    def _run_one(self, worker: WorkerProcess) -> None:
+        """Run the next line, or edit, and look at what it did before there is another."""
+        identity = self._rng.choice(IDENTITIES)
+        line = self._edit() if self._rng.random() < 0.08 else self._lines.line()
+        began = time.monotonic()
+        try:
+            if isinstance(line, Edit):
+                worker.send(line)
+            else:
+                worker.send(execute(*line.argv, files=line.files, actor=identity[0], act_as=identity[1]))
+            done = worker.done()
+        except (EOFError, OSError) as error:
+            raise Broken(f"the worker is gone or hangs ({error!r}) at {_shown(line)}") from error
+        took = time.monotonic() - began
+        self._figures.slowest_s = max(self._figures.slowest_s, took)
+        if took > _MAX_LINE_S:
+            raise Broken(f"{took:.1f} s for {_shown(line)}")
+        self._take(line, done, None if self._unguarded else identity)
 
     def _edit(self) -> Edit:
         rng, known = self._rng, self._known

@@ -16,7 +16,7 @@ import msgspec
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
-from lattice_remote.protocol.operations import AnnounceFile, apply, digest_of
+from lattice_remote.protocol.operations import AnnounceFile, MoveFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
 from lattice_remote.server.writer import WORKER_COMMAND
@@ -62,14 +62,18 @@ class Copy:
 
     def follow(self, change: Change) -> None:
         assert change.seq == self.seq + 1, "numbers have no gap (I1)"
+        wanted: set[str] = set()
         for operation in change.ops:
             drifted = apply(operation, MemoryTree(self.files))
             if isinstance(operation, AnnounceFile):
-                for path in drifted:
-                    self.announced.append(path)
-                    self.files[path] = (self.origin / path).read_bytes()
+                wanted |= drifted
+            elif isinstance(operation, MoveFile) and operation.path in wanted:
+                wanted = wanted - {operation.path} | drifted
             else:
                 assert not drifted, f"{operation} does not fit"
+        for path in wanted:
+            self.announced.append(path)
+            self.files[path] = (self.origin / path).read_bytes()
         self.seq = change.seq
 
 
