@@ -47,6 +47,17 @@ def test_new_connections_from_one_address_have_a_rate() -> None:
     assert [refusal(arrived(door)) for _ in range(21)] == [None] * 20 + [(429, 1)]
 
 
+def test_requests_on_one_connection_have_that_rate_too() -> None:
+    clock = Clock()
+    door = Door(Limits(new_connections_per_second=1), clock=clock)
+    visit = arrived(door)
+    assert [refusal(visit) for _ in range(10)] == [None] * 10
+    assert refusal(visit) == (429, 1)
+    clock.now += 1
+    assert refusal(visit) == (429, 1)  # its connection ends with that
+    assert refusal(arrived(door)) is None
+
+
 def test_open_connections_from_one_address_are_bounded() -> None:
     door = Door(Limits(connections_per_address=3))
     visits = [arrived(door, host) for host in ("2001:db8::1", "2001:db8::2", "2001:db8::3")]

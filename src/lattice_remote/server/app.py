@@ -168,10 +168,18 @@ def _past_the_door(app: ASGIApp) -> ASGIApp:
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope["state"]["visit"]
-        refusal = visit.enter(Headers(scope=scope).getlist("X-Forwarded-For"))
+        headers = Headers(scope=scope)
+        refusal = visit.enter(headers.getlist("X-Forwarded-For")) or _refused_body(headers)
         await (app if refusal is None else _answer(refusal))(scope, receive, send)
 
     return guarded
+
+
+def _refused_body(headers: Headers) -> Refusal | None:
+    """Refuse a request with a body, which nothing here takes; the connection ends, and what it hides is never read."""
+    if "Transfer-Encoding" not in headers and headers.get("Content-Length", "0") == "0":
+        return None
+    return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", "no request to this server has a body")
 
 
 async def _describe(hub: Hub, request: Request) -> Response:

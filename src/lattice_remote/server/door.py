@@ -55,6 +55,7 @@ class Visit:
         self._host = host
         self._home: _Address | None = None  # whose it is; behind a proxy that is known when a request has come
         self._refusal: Refusal | None = None
+        self._requests = 0
         self._token_id = ""
         self._gone = False
 
@@ -80,6 +81,10 @@ class Visit:
             if self._home is None or self._home.name != name:
                 self._leave_home()
                 self.come_from(self._door.known(name))
+                self._requests = 0
+        if self._requests and self._home is not None and self._refusal is None:  # the first came with its connection
+            self._refusal = self._door.too_fast(self._home)
+        self._requests += 1
         return self._refusal
 
     def come_from(self, home: _Address) -> None:
@@ -88,6 +93,10 @@ class Visit:
         home.connections += 1
         home.waiting += not self._token_id
         self._refusal = self._door.one_more_from(home)
+
+    def log(self, reason: str) -> None:
+        """Log what it did, now and then."""
+        self._door.log(reason, self.address)
 
     def failed(self) -> Refusal | None:
         """Take note of a request without a valid token; return what to say instead when there were too many."""
@@ -184,10 +193,8 @@ class Door:
     def one_more_from(self, home: _Address) -> Refusal | None:
         """Return why one more connection from an address, already counted, is too much."""
         limits = self.limits
-        rate = limits.new_connections_per_second
-        if wait_s := home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S):
-            self.log("too many new connections", home.name)
-            return _too_many("too many new connections from your address", wait_s)
+        if (refusal := self.too_fast(home)) is not None:
+            return refusal
         if home.connections > limits.connections_per_address:
             self.log("too many connections", home.name)
             return _too_many(f"your address has {limits.connections_per_address} connections already", 10)
@@ -195,6 +202,15 @@ class Door:
             self.log("too many connections without a token", home.name)
             return _too_many("too many connections without a token from your address", 1)
         return None
+
+    def too_fast(self, home: _Address) -> Refusal | None:
+        """Count a new connection, or a further request on one; return why it is too much."""
+        rate = self.limits.new_connections_per_second
+        wait_s = home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S)
+        if not wait_s:
+            return None
+        self.log("too many new connections or requests", home.name)
+        return _too_many("too many new connections or requests from your address", wait_s)
 
     def login_failed(self, home: _Address) -> Refusal | None:
         """Count a failed login, and return a refusal when it is one too many."""

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
@@ -55,8 +55,6 @@ CLOSE_TIMEOUT_S = 0.6
 """How long a client has to answer a close frame before its connection is aborted."""
 HEAD_TIMEOUT_S = 10.0
 """How long a client has for the head of its request, from connecting or from the response before it."""
-_BODY_BYTES = 64 * 1024
-"""No endpoint takes a body yet; a client that sends this much of one is cut."""
 _SLICE_BYTES = 8 * 1024
 _BURST_S = 4
 _KEEPALIVE_S = 10.0
@@ -64,7 +62,7 @@ _HIGH_WATER_BYTES = 64 * 1024
 
 
 class PlainHttp(H11Protocol):
-    """uvicorn's own, which would wait for the rest of a request's head, and take a body, for ever."""
+    """uvicorn's own, which would wait for the rest of a request's head for ever."""
 
     def __init__(
         self,
@@ -78,7 +76,6 @@ class PlainHttp(H11Protocol):
         self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), visit=visit))
         self._visit = visit
         self._deadline: asyncio.TimerHandle | None = None
-        self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -90,15 +87,16 @@ class PlainHttp(H11Protocol):
         super().data_received(data)
         if self.cycle is not before or self not in self.connections:  # a request, or it was handed over
             self._head_received()
-            self._body_bytes = 0
-        elif before is not None:
-            self._body_bytes += len(data)
-            if self._body_bytes > _BODY_BYTES:
-                self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        self._visit.failed()
-        super().send_400_response(msg)
+        """Answer what is no HTTP; behind a request that is being answered nothing can be said any more."""
+        self._visit.log("no HTTP")
+        answering: RequestResponseCycle | None = self.cycle
+        if answering is not None and not answering.response_complete:
+            answering.disconnected = True  # else its answer fails, with a traceback in the log
+            self.transport.abort()
+        else:
+            super().send_400_response(msg)
 
     def on_response_complete(self) -> None:
         answered = self.cycle

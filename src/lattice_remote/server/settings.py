@@ -20,7 +20,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     connections_per_token: _Count = 1_000
     connections_per_address: _Count = 2_000
     new_connections_per_second: _Count = 100
-    """From one address; ten seconds' worth may come at once."""
+    """From one address, and HTTP requests on them; ten seconds' worth may come at once."""
     waiting_connections: _Count = 1_024
     """Connections that have not shown a token yet. One more, and the one that waits longest is cut."""
     waiting_connections_per_address: _Count = 256
