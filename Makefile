@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench soak fuzz backups protocol format clean
+.PHONY: help venv demo test check bench soak hostile fuzz backups protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,11 @@ SEED ?= 1
 
 fuzz: venv  ## Hostile arguments by the thousand (LINES=50000 SEED=1; UNGUARDED=1: without the policy)
 	@$(PYTHON_VENV) tests/hostile/fuzz.py --lines $(LINES) --seed $(SEED) $(if $(UNGUARDED),--unguarded)
+
+EXAMPLES ?= 2000
+
+hostile: venv  ## Hostile requests, frames and floods against a running server (EXAMPLES=2000)
+	@HOSTILE_EXAMPLES=$(EXAMPLES) $(PYTHON_VENV) -m pytest -s tests/hostile/test_http.py tests/hostile/test_frames.py tests/hostile/test_floods.py $(ARGS)
 
 protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py

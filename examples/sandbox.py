@@ -163,7 +163,7 @@ class Server:
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()
-        if not line.startswith("Listening on http://"):
+        if not line.startswith("Listening on http"):
             self.process.kill()
             self.process.wait()
             raise RuntimeError(f"the server did not start: {line!r} {self.log.read_text()[-2000:]}")

@@ -1,0 +1,118 @@
+"""Connections in numbers, from many addresses, by nobody who has a token."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from target import WRITE_BOUND_S, Target, attackable, read_all
+
+WAITING, PER_ADDRESS = 300, 40
+
+
+@pytest.fixture(scope="module")
+def target() -> Iterator[Target]:
+    with attackable(
+        waiting_connections=WAITING, waiting_connections_per_address=PER_ADDRESS, new_connections_per_second=50
+    ) as target:
+        yield target
+
+
+@pytest.fixture
+def opened() -> Iterator[list[socket.socket]]:
+    """Sockets that a test opens; closed at its end."""
+    sockets: list[socket.socket] = []
+    yield sockets
+    for raw in sockets:
+        raw.close()
+
+
+def wait_until_quiet(target: Target, files: int) -> None:
+    end = time.monotonic() + 20
+    while target.open_files() > files:
+        assert time.monotonic() < end, f"{target.open_files()} files are open still, {files} before"
+        time.sleep(0.01)
+
+
+def test_silent_connections_are_bounded_and_keep_nobody_out(target: Target, opened: list[socket.socket]) -> None:
+    files = target.open_files()
+    for number in range(1_500):
+        opened.append(target.open(address=f"127.2.{number % 120}.1"))
+        if number % 250 == 249:
+            assert target.write() < WRITE_BOUND_S
+            with target.upgraded():
+                pass
+    assert target.open_files() <= files + WAITING + 20
+    target.check("1,500 silent connections from 120 addresses")
+    for raw in opened:
+        raw.close()
+    wait_until_quiet(target, files)
+
+
+def test_one_address_is_turned_away_with_a_word(target: Target, opened: list[socket.socket]) -> None:
+    opened += [target.open(address="127.3.0.1") for _ in range(PER_ADDRESS)]
+    with target.open(address="127.3.0.1") as raw:
+        assert read_all(raw).startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
+    with target.open(address="127.3.0.2") as raw:
+        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert read_all(raw).startswith(b"HTTP/1.1 200 ")
+    target.check("one address with too many")
+
+
+def test_a_storm_from_one_address_has_a_rate(target: Target) -> None:
+    request = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answers = []
+    for _ in range(700):
+        with target.open(address="127.4.0.1") as raw, contextlib.suppress(ConnectionError):
+            raw.sendall(request)
+            answers.append(read_all(raw)[9:12])
+    assert answers.count(b"200") >= 500
+    assert answers[-1] == b"429"
+    target.check("700 connections in a row")
+
+
+def test_heads_that_come_byte_by_byte_are_bounded(target: Target, opened: list[socket.socket]) -> None:
+    files = target.open_files()
+    slow = [target.open(address=f"127.5.{number % 30}.1") for number in range(400)]
+    opened += slow
+    stop = threading.Event()
+
+    def trickle() -> None:
+        for byte in b"GET /healthz HTTP/1.1\r\nX-Slow: yes":
+            for raw in slow:
+                with contextlib.suppress(OSError):
+                    raw.send(bytes([byte]))
+            if stop.wait(0.02):
+                return
+
+    attacker = threading.Thread(target=trickle)
+    attacker.start()
+    try:
+        assert max(target.write() for _ in range(10)) < WRITE_BOUND_S
+        with target.upgraded():
+            pass
+        assert target.open_files() <= files + WAITING + 20
+    finally:
+        stop.set()
+        attacker.join()
+    target.check("400 heads that come byte by byte")
+
+
+def test_tls_handshakes_that_never_end_are_bounded_and_keep_nobody_out(opened: list[socket.socket]) -> None:
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # the beginning of one
+    with attackable(tls=True, waiting_connections=WAITING, waiting_connections_per_address=PER_ADDRESS) as target:
+        files = target.open_files()
+        for number in range(800):
+            raw = target.open(address=f"127.6.{number % 100}.1")
+            opened.append(raw)
+            if number % 2:
+                raw.sendall(hello)
+            if number % 200 == 199:
+                assert target.write() < WRITE_BOUND_S
+        assert target.open_files() <= files + WAITING + 20
+        target.check("800 TLS handshakes that never end")
+        for raw in opened:
+            raw.close()
+        wait_until_quiet(target, files)
