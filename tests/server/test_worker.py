@@ -285,6 +285,9 @@ def test_edits_of_tasks_that_are_gone_and_of_other_files_change_nothing(shared: 
     for path in ("config.json", "plans/x.md", "../x", f"plans/../plans/{task}.md"):
         _, answer = shared.edit(path, None, b"text\n")
         assert isinstance(answer, Refused)
+    _, answer = shared.edit(f"notes/{task}.md", None, b"caf\xe9\n")
+    assert isinstance(answer, Refused)
+    assert answer.message == f"notes/{task}.md is no UTF-8 text: save it as UTF-8 to send it"
     _, answer = shared.edit(f"notes/{task}.md", None, b"x" * (1 << 20) + b"x")
     assert isinstance(answer, Refused)
     assert tree_of(shared.project / ".lattice") == before

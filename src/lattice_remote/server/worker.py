@@ -187,6 +187,8 @@ class Worker:
             raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
         if max(len(request.text), len(request.base or b"")) > MAX_TEXT_BYTES:
             raise Rejected(f"{request.path} is longer than 1 MiB", code="REMOTE_TOO_LARGE")
+        if not _is_utf8(request.text):  # lattice reads it in status and next, which would break down for everybody
+            raise Rejected(f"{request.path} is no UTF-8 text: save it as UTF-8 to send it", code="REMOTE_UNSUPPORTED")
         path = self._store.tree.absolute(request.path)
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
             raise Rejected(f"{request.path} is not a plain file on the server", code="REMOTE_UNSUPPORTED")
@@ -230,6 +232,14 @@ class Worker:
 
     def _is_active(self, path: str) -> bool:
         return (self._lattice_dir / "tasks" / f"{Path(path).stem}.json").is_file()
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _cannot_store(what: str, error: BaseException) -> Rejected:
