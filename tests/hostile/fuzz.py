@@ -63,6 +63,8 @@ class Batch:
         self._rng = random.Random(seed)
         self._figures = figures
         self._unguarded = unguarded
+        if self._rng.random() < 0.3:
+            place.forget_code()
         self._copy = Copy(place.lattice, tree_of(place.lattice))
         self._known = Known(outside=place.outside)
         self._lines = Lines(self._rng, self._known)

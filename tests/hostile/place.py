@@ -59,6 +59,13 @@ class Place:
         self._look()  # sets the times
         self._before = self._look()
 
+    def forget_code(self) -> None:
+        """Make the project one whose tasks get short ids only from ``backfill-ids``; call before a worker starts."""
+        path = self.lattice / "config.json"
+        config = json.loads(path.read_text())
+        del config["project_code"]
+        path.write_text(json.dumps(config, sort_keys=True, indent=2) + "\n")
+
     def worker(self, *, unguarded: bool = False) -> WorkerProcess:
         """Start a worker that is observed, at the desk and with the home of the place."""
         return WorkerProcess(
