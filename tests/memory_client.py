@@ -5,10 +5,12 @@ A process holds hundreds of them, and each can be compared with the server's dir
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
 from lattice_remote.client.follower import Outcome
 from lattice_remote.client.link import Link
+from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import Hello, Part, ServerFrame
@@ -37,8 +39,9 @@ class MemoryClient:
         self.replica = Replica(after.replica.position if after is not None else Position("", 0, b""))
         self.resyncs = 0
         """How often the whole copy was compared."""
+        self._received: Counter[str] = Counter()
         self._parts: dict[str, bytearray] = {}
-        self.link = Link(Remote(name="origin", url=url, project=slug), self, token)
+        self.link = Link(Remote(name="origin", url=url, project=slug), self, token, named=Server(url))
 
     def start(self) -> None:
         """Begin to follow."""
@@ -50,12 +53,16 @@ class MemoryClient:
 
     async def current(self, seq: int = 0, *, timeout_s: float = 60.0) -> None:
         """Wait until the copy holds everything that the server has told of, up to ``seq`` at least."""
-        ok = await self.link.changed.until(lambda: self.is_current(seq), timeout_s)
+        ok = await self.link.changed.until(lambda: self.has(seq), timeout_s)
         assert ok, f"at {self.replica.position.seq} of {self.replica.head} after {timeout_s} s: {self.link.error}"
 
-    def is_current(self, seq: int = 0) -> bool:
+    def has(self, seq: int) -> bool:
         """Tell whether the copy holds everything that the server has told of, up to ``seq`` at least."""
-        return self.replica.is_current and self.replica.position.seq >= seq
+        return self.is_current and self.replica.position.seq >= seq
+
+    def received_bytes(self, prefix: str) -> int:
+        """Return how much has come in pieces of files below this folder."""
+        return sum(size for path, size in self._received.items() if path.startswith(prefix))
 
     def digest(self) -> bytes:
         """Return one digest of all paths and contents."""
@@ -65,6 +72,10 @@ class MemoryClient:
         return whole.digest()
 
     # --- Conversation ---
+
+    @property
+    def is_current(self) -> bool:
+        return self.replica.is_current
 
     async def hello(self) -> Hello:
         return self.replica.hello(client_version="memory", lattice_version="memory")
@@ -104,6 +115,7 @@ class MemoryClient:
         return []
 
     def _write(self, part: Part) -> list[Effect]:
+        self._received[part.path] += len(part.data)
         data = bytearray() if part.offset == 0 else self._parts.pop(part.path, bytearray())
         if len(data) != part.offset:
             return self.replica.drifted([part.path])

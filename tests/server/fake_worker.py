@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import msgspec
 
@@ -53,6 +54,8 @@ class FakeWorker:
     def send(self, message: object) -> None:
         data = msgspec.msgpack.encode(message)
         self.connection.sendall(len(data).to_bytes(4) + data)
+
+    edited: ClassVar[dict[str, bytes | None]] = {}
 
     def ready(self) -> None:
         files = [p for p in self.tree.rglob("*") if p.is_file() and not p.name.startswith(".")]
@@ -170,7 +173,11 @@ class FakeWorker:
             for path in paths
             if path.startswith("edited/")
         }
-        self.send(self.number("edit", files, None) if files else Done("", self.journal.head))
+        new = {path: data for path, data in files.items() if self.edited.get(path) != data}
+        first = dict(list(new.items())[:1])  # as if one were all that fits
+        self.edited |= first
+        done = self.number("edit", first, None) if first else Done("", self.journal.head)
+        self.send(msgspec.structs.replace(done, more=len(new) > 1))
 
 
 def main() -> None:

@@ -314,6 +314,16 @@ async def test_edits_behind_its_back_become_changes(opened: Opened, paths: Proje
     assert opened.project.history.files["edited/x"][0] == 7
 
 
+async def test_more_edits_than_fit_in_a_change_become_several(opened: Opened, paths: ProjectPaths) -> None:
+    (paths.lattice / "edited").mkdir()
+    names = {f"edited/{number}" for number in range(3)}
+    for name in names:
+        (paths.lattice / name).write_text("by hand")
+    opened.project.files_touched(names)
+    await until(lambda: opened.watcher.changes == [1, 2, 3])
+    assert names <= opened.project.history.files.keys()
+
+
 async def test_a_rollback_begins_a_new_epoch_once(opened: Opened) -> None:
     await opened.run("put", "a", "x")
     epoch = opened.project.history.epoch

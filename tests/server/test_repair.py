@@ -97,6 +97,19 @@ def test_what_was_edited_since_the_machine_is_back_is_left_alone(
     assert "files were not as change 1 left them" in opened.notes[0]
 
 
+def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    monkeypatch.setitem(Tree.reconcile.__kwdefaults__, "limit", 2)
+    for number in range(5):
+        (project / f".lattice/notes/{number}.md").write_text("by hand\n")
+    opened = open_after_power_cut(project, monkeypatch, boot_time=0.0)
+    assert opened.store.journal.head == 4
+    assert sum("were not as change" in note for note in opened.notes) == 3
+
+
 def test_files_that_nobody_knows_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:

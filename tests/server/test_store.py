@@ -12,10 +12,11 @@ import pytest
 from worker_process import tree_of
 
 from lattice_remote.protocol.messages import Reply
+from lattice_remote.server import store as store_module
 from lattice_remote.server.committer import Job
 from lattice_remote.server.journal import Retention
 from lattice_remote.server.recovery import Opened, open_store
-from lattice_remote.server.store import Cause
+from lattice_remote.server.store import Cause, ChangeTooLarge
 
 REQUEST = "7" * 32
 CAUSE = Cause(REQUEST, "tok", "human:ana", REQUEST)
@@ -195,3 +196,19 @@ def test_killed_at_every_step_a_request_has_run_once_or_not_at_all(
         step += 1
     assert outcomes.count(False) > 40
     assert outcomes.count(True) > 3
+
+
+def test_a_change_that_no_frame_can_carry_is_not_made(
+    projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = projects[0]
+    before = tree_of(project / ".lattice")
+    opened = open_here(project)
+    monkeypatch.setattr(store_module, "_MAX_ENCODED_BYTES", 100)
+    with opened.store.transaction() as touched:
+        deed(project / ".lattice")
+    with pytest.raises(ChangeTooLarge):
+        opened.store.commit(opened.store.difference(touched), CAUSE)
+    opened.store.roll_back()
+    assert tree_of(project / ".lattice") == before
+    assert opened.store.journal.head == 0

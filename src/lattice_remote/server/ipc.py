@@ -143,6 +143,8 @@ class Done(_Message, frozen=True, tag="done"):
     wait_timeout_s: float = 0.0
     retry_at: float | None = None
     oldest: int = 0
+    more: bool = False
+    """A reconciliation has not come to its end: ask for it again."""
 
 
 class Failed(_Message, frozen=True, tag="failed"):

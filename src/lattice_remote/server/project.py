@@ -332,9 +332,12 @@ class Project:
                     asker.answer(message.id, done.reply)
                 if job.resource is not None:
                     self._waiting.wake_first(job.resource)  # it was woken and did not use it up, perhaps
-            case Reconcile():
+            case Reconcile(paths):
                 self._reconciling = False
-                self._reconcile()
+                if done.more:
+                    self.files_touched(None if paths is None else set(paths))
+                else:
+                    self._reconcile()
             case NewEpoch() | Stop():
                 raise AssertionError("these are not answered with an outcome")
 

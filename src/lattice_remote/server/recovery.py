@@ -105,17 +105,29 @@ def open_store(
         boot_id=boot_id,
         unsynced=history.unsynced,
     )
-    found = tree.reconcile(trust_signatures=history.is_trusted)
-    if found.operations and history.journal is not None:
-        notes.append(_describe(found, journal.head))
-        store.commit(found, BY_SERVER("recovery"), report=False)
-        committer.wait()
+    if history.journal is None:
+        store.adopt(tree.reconcile(trust_signatures=False, limit=None))
     else:
-        store.adopt(found)
+        notes += _number_what_differs(store, trust_signatures=history.is_trusted)
+        committer.wait()
     store.save_manifest(clean=False)
     for path in journal.expire(time.time()):
         path.unlink()
     return Opened(store, notes, bool(boot_id))
+
+
+def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:
+    """Commit what is not as the journal says, in as many changes as it takes; return a line for each, for the log."""
+    notes: list[str] = []
+    while True:
+        found = store.tree.reconcile(trust_signatures=trust_signatures)
+        if found.operations:
+            notes.append(_describe(found, store.journal.head))
+            store.commit(found, BY_SERVER("recovery"), report=False)
+        else:
+            store.adopt(found)
+        if not found.is_partial:
+            return notes
 
 
 def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id: str) -> _History:

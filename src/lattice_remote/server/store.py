@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Reply, Stored
 from lattice_remote.protocol.operations import MoveFile, paths_of
 from lattice_remote.server.attribution import describe_paths
@@ -29,13 +29,18 @@ from lattice_remote.server.manifest import ManifestFile, save_manifest, sync_fil
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import Begin, UndoLog
 
-__all__ = ["BY_SERVER", "Cause", "Store", "begin_anew"]
+__all__ = ["BY_SERVER", "Cause", "ChangeTooLarge", "Store", "begin_anew"]
 
 _encoder = msgspec.msgpack.Encoder()
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """A moved file that is larger is not kept in the journal: it would push out too much history."""
+_MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _ASKED_AGAIN_S = 600.0
 """For how long an answer is kept when its history ends: a client that lost its connection gives up much sooner."""
+
+
+class ChangeTooLarge(Exception):
+    """A command has changed so many files that no frame can carry it."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,16 @@ class Store:
             hooks: what lattice wanted to run after the commit.
             waiting: there is no answer yet.
             report: send ``Done``; without, the change is found in the journal.
+
+        Raises:
+            ChangeTooLarge: no client could take it; nothing was done, and the transaction must be rolled back.
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
             seq, mark = seq + 1, secrets.token_bytes(8)
             change = _encode_change(seq, mark, cause, difference)
+            if len(change) > _MAX_ENCODED_BYTES:
+                raise ChangeTooLarge
         reply = encode(answer(seq)) if answer is not None else None
         descriptor = None
         if change is not None or reply is not None:
@@ -161,6 +171,7 @@ class Store:
             wait_timeout_s=waiting.timeout_s if waiting else 0.0,
             retry_at=waiting.retry_at if waiting else None,
             oldest=self.journal.oldest,
+            more=difference.is_partial,
         )
         paths = tuple(map(self.tree.absolute, difference.volatile))
         self._committer.submit(Job(done if report else None, descriptor, paths))

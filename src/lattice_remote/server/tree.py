@@ -36,6 +36,8 @@ INLINE_BYTES = 256 * 1024
 """A file, or an addition to one, that is larger is announced, and fetched by each client in pieces."""
 MAX_CHANGE_BYTES = 4 * 1024 * 1024
 """What one change carries at most; what does not fit is announced."""
+MAX_FOUND = 20_000
+"""How many files one look at the tree reports: with the longest names they fit in one frame."""
 MERGE_FROM_BYTES = 4096
 """From this size on a JSON file that changes a little is sent as a patch."""
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -55,6 +57,8 @@ class Difference:
     volatile: list[str] = field(default_factory=list)
     """Files whose content the operations don't hold, or that were rewritten in place: to be made durable themselves."""
     states: dict[str, FileState | None] = field(default_factory=dict)
+    is_partial: bool = False
+    """There may be more: look again once this is accepted."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +100,17 @@ class Tree:
             touched: complete, from ``Capture.watch``.
             before: returns the content that an absolute path had, None when not known.
         """
-        return _Comparison(self, touched, before).run()
+        return _Comparison(self, touched, before, None).run()
 
     # --- what others did ---
 
-    def reconcile(self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True) -> Difference:
+    def reconcile(
+        self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, limit: int | None = MAX_FOUND
+    ) -> Difference:
         """Compare these paths (None: the whole tree) with what they were.
 
-        With ``trust_signatures`` a file whose size, modification time and inode are known counts as unchanged.
+        With ``trust_signatures`` a file whose size, modification time and inode are known counts as unchanged. With a
+        ``limit`` it ends after so many operations: a project that somebody copied in may have more than fit in a frame.
         """
         touched = Touched()
         if paths is None:
@@ -116,7 +123,7 @@ class Tree:
             status = on_disk.get(path)
             if status is None or not trust_signatures or not self._is_unchanged(path, status):
                 touched.steps.append(path)
-        return self.after_command(touched, lambda _: None)
+        return _Comparison(self, touched, lambda _: None, limit).run()
 
     def scan(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield every replicated regular file on disk. Symbolic links and special files are not part of the tree."""
@@ -233,7 +240,8 @@ class Tree:
 class _Comparison:
     """One run of ``after_command``."""
 
-    def __init__(self, tree: Tree, touched: Touched, before: Callable[[str], bytes | None]) -> None:
+    def __init__(self, tree: Tree, touched: Touched, before: Callable[[str], bytes | None], limit: int | None) -> None:
+        self._limit = limit
         self._tree = tree
         self._touched = touched
         self._before = before
@@ -258,6 +266,9 @@ class _Comparison:
         target_of = {source: target for target, source in self._moves.items()}
         done: set[str] = set()
         for step in self._touched.steps:
+            if self._limit is not None and len(self._result.operations) >= self._limit:
+                self._result.is_partial = True
+                break
             if isinstance(step, Move):
                 source = self._moves.get(step.target)
                 if source is None:

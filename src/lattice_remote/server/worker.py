@@ -37,7 +37,7 @@ from lattice_remote.server.journal import Record
 from lattice_remote.server.loglines import log_to_stderr
 from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.recovery import open_store
-from lattice_remote.server.store import BY_SERVER, Cause, Store
+from lattice_remote.server.store import BY_SERVER, Cause, ChangeTooLarge, Store
 from lattice_remote.server.textmerge import merge_text
 from lattice_remote.server.tree import Difference
 
@@ -96,7 +96,8 @@ class Worker:
             case Settle():
                 self._once(message, _refuse_settled)
             case Reconcile():
-                self._store.commit(self._store.tree.reconcile(message.paths), BY_SERVER("edit"))
+                found = self._store.tree.reconcile(message.paths)
+                self._store.commit(found, BY_SERVER("edit"))
             case NewEpoch():
                 self._committer.wait()
                 self._store.new_epoch()
@@ -166,12 +167,20 @@ class Worker:
             attached.restore_names(outcome.stdout, is_json=is_json),
             attached.restore_names(outcome.stderr, is_json=False),
         )
-        self._store.commit(
-            difference,
-            cause,
-            lambda seq: Reply(request.id, seq, outcome.exit_code, stdout, stderr),
-            hooks=outcome.hooks,
-        )
+        try:
+            self._store.commit(
+                difference,
+                cause,
+                lambda seq: Reply(request.id, seq, outcome.exit_code, stdout, stderr),
+                hooks=outcome.hooks,
+            )
+        except ChangeTooLarge:
+            self._store.roll_back()
+            raise Rejected(
+                f"'lattice {command.path}' changes more files than one change can carry: do it in parts; "
+                "nothing was changed",
+                code="REMOTE_TOO_LARGE",
+            ) from None
 
     def _empty_scratch(self) -> None:
         for entry in os.scandir(self._scratch):
