@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from client_kit import PLAN, make_cache
 
-from lattice_remote.client import cache as cache_module
+from lattice_remote.client import directory as directory_module
 from lattice_remote.client import state
 from lattice_remote.client.cache import Cache
 from lattice_remote.client.edits import Edits
@@ -217,7 +217,7 @@ def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
         os.write(handle, data[:1])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_module, "_write_all", no_room)
+    monkeypatch.setattr(directory_module, "_write_all", no_room)
     with pytest.raises(StorageError, match="No space left"):
         cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab"))
     assert os.listdir(os.path.join(cache.directory, ".tmp")) == []

@@ -13,6 +13,7 @@ from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.cache import Cache
+from lattice_remote.client.directory import Directory
 from lattice_remote.client.edits import Edits
 from lattice_remote.client.link import MAX_SENDS
 from lattice_remote.client.service import Service
@@ -735,20 +736,20 @@ async def test_what_is_saved_while_a_text_is_put_in_place_is_an_edit(
     await ask(service, "ready")
     server.put(PLAN, b"# Plan\n")
     await until(service._is_current)
-    place, put = directory / PLAN, Cache._write_temporary
+    place, put = directory / PLAN, Directory.replace
     await until(place.exists)
 
-    def while_an_editor_saves(self: Cache, data: bytes, target: str, *condition: Callable[[], bool]) -> bool:
-        mine = target == str(place) and b"theirs" in data
+    def while_an_editor_saves(self: Directory, path: str, data: bytes, *condition: Callable[[], bool]) -> bool:
+        mine = path == PLAN and b"theirs" in data
         if mine and moment == "before":
             place.write_bytes(b"# Plan\nmine\n")
-        done = put(self, data, target, *condition)
+        done = put(self, path, data, *condition)
         if mine and moment == "after":
             place.write_bytes(b"# Plan\nmine\n")
         return done
 
     with monkeypatch.context() as patched:
-        patched.setattr(Cache, "_write_temporary", while_an_editor_saves)
+        patched.setattr(Directory, "replace", while_an_editor_saves)
         server.append(PLAN, b"theirs\n") if grows else server.put(PLAN, b"# Plan\ntheirs\n")
         await until(lambda: service._follower.replica.position.seq == 2)
     assert place.read_bytes() == b"# Plan\nmine\n"

@@ -47,6 +47,8 @@ from lattice_remote.protocol.operations import (
     paths_of,
 )
 from lattice_remote.protocol.replica import (
+    MAX_BUFFERED_BYTES,
+    MAX_ENTRIES,
     NOWHERE,
     Answer,
     ApplyChange,
@@ -792,17 +794,19 @@ def test_mending_fetches_what_differs_and_removes_what_is_not_listed() -> None:
 def test_changes_during_a_comparison_follow_it() -> None:
     replica = following()
     replica.compare(mend=False)
-    assert replica.receive(Entries(1, b"m1", [], last=False)) == []
+    assert replica.receive(Entries(1, b"m1", [LISTED], last=False)) == []
     assert replica.receive(change(2)) == []
     assert replica.receive(reply(2)) == []
-    assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, mend=False)]
+    assert replica.receive(Entries(1, b"m1", [], last=True)) == [
+        Compare(1, {LISTED.path: (1, LISTED.digest)}, mend=False)
+    ]
     assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[Answer(reply(2))]]
 
 
 def test_nothing_is_saved_between_a_mending_and_the_changes_that_follow_it() -> None:
-    replica = told(resyncing(), Entries(5, b"m5", [], last=False), change(6, DeleteFile("a")), change(7))
+    replica = told(resyncing(), Entries(5, b"m5", [LISTED], last=False), change(6, DeleteFile("a")), change(7))
     replica.receive(Entries(5, b"m5", [], last=True))
-    effects = replica.compared({"a": (1, b""), "b": (1, b"")})
+    effects = replica.compared({"a": (1, b""), "b": (1, b""), LISTED.path: (1, LISTED.digest)})
     six = ApplyChange(change(6, DeleteFile("a")), (DeleteFile("a"),))
     assert effects == [Remove(("a", "b")), six, ApplyChange(change(7), ()), Save()]
 
@@ -812,6 +816,9 @@ def test_comparison_asked_for_twice_is_one_that_mends() -> None:
     replica.compare(mend=False)
     assert replica.compare(mend=True) == []
     assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, mend=True)]
+
+
+LISTED = Entry("tasks/listed.json", 1, b"d" * 32)
 
 
 def resyncing() -> Replica:
@@ -854,14 +861,24 @@ def told(replica: Replica, *frames: ServerFrame) -> Replica:
         pytest.param(following(), Entries(1, b"", [], last=True), id="a manifest nobody asked for"),
         pytest.param(told(resyncing(), change(6)), change(8), id="a gap before the manifest"),
         pytest.param(told(resyncing(), change(7)), Entries(5, b"", [], last=True), id="a gap after the manifest"),
-        pytest.param(told(resyncing(), Entries(5, b"", [], last=False)), change(7), id="a gap within the manifest"),
         pytest.param(
-            told(resyncing(), Entries(5, b"", [], last=False)), Entries(6, b"", [], last=True), id="two manifests"
+            told(resyncing(), Entries(5, b"", [LISTED], last=False)), change(7), id="a gap within the manifest"
+        ),
+        pytest.param(
+            told(resyncing(), Entries(5, b"", [LISTED], last=False)), Entries(6, b"", [], last=True), id="two manifests"
         ),
         pytest.param(
             told(resyncing(), Entries(5, b"", [], last=True)), Entries(5, b"", [], last=True), id="too many pieces"
         ),
+        pytest.param(resyncing(), Entries(5, b"", [], last=False), id="a piece that lists nothing"),
+        pytest.param(resyncing(), Entries(5, b"", [LISTED, LISTED], last=True), id="a file listed twice"),
+        pytest.param(
+            told(resyncing(), Entries(5, b"", [LISTED], last=False)),
+            Entries(5, b"", [LISTED], last=True),
+            id="a file listed again",
+        ),
         pytest.param(following(wanted=("a",)), Part("a", 1, 1, b"", 1, b"x"), id="a part beyond its file"),
+        pytest.param(following(wanted=("a",)), Part("a", 1, 2, b"", 1, b""), id="a part that brings nothing"),
         pytest.param(following(), Bye("REMOTE_SHUTDOWN", "later", 1.0), id="the end"),
         pytest.param(greeting(), Bye("REMOTE_VERSION", "upgrade the server"), id="the end at once"),
     ],
@@ -880,3 +897,32 @@ def test_manifest_of_another_number_than_the_copy_reached_is_a_violation() -> No
     replica.compare(mend=False)
     with pytest.raises(ProtocolError):
         replica.receive(Entries(2, b"", [], last=True))
+
+
+# --- a server without measure ---
+
+
+def test_changes_that_wait_for_a_manifest_are_bounded_in_bytes() -> None:
+    replica = resyncing()
+    data = bytes(1 << 20)
+    with pytest.raises(ProtocolError, match="too many changes"):
+        for seq in range(6, 6 + (MAX_BUFFERED_BYTES >> 20) + 1):
+            replica.receive(Change(seq, b"", "", "x", "t", "edit", "", [PutFile("tasks/x.json", data)]))
+    assert seq - 6 >= (MAX_BUFFERED_BYTES >> 20) - 2
+
+
+def test_a_manifest_that_never_ends_is_bounded() -> None:
+    replica, sent = resyncing(), 0
+    with pytest.raises(ProtocolError, match="more than"):
+        while sent <= MAX_ENTRIES + 1000:
+            replica.receive(
+                Entries(5, b"", [Entry(f"tasks/{sent + n}", 0, b"d" * 32) for n in range(1000)], last=False)
+            )
+            sent += 1000
+    assert sent == MAX_ENTRIES
+
+
+def test_a_part_that_nobody_asked_for_says_nothing_of_the_head() -> None:
+    replica = following(1)
+    assert replica.receive(Part("tasks/x", 1 << 60, 1, b"d" * 32, 0, b"x")) == []
+    assert replica.is_current

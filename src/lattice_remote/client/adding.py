@@ -13,7 +13,8 @@ from typing import Any
 
 from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.cache import BASE_DIRECTORY, Cache, remove_tree
+from lattice_remote.client.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.directory import remove_tree
 from lattice_remote.client.edits import Edits
 from lattice_remote.client.follower import Writer
 from lattice_remote.client.link import Link

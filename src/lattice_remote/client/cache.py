@@ -1,22 +1,23 @@
 """A project's ``.lattice`` directory as a replicated tree: plain files, replaced or appended atomically (I8).
 
-Nothing is ever written through a symbolic link: a link in place of a file is replaced, one in place of a
-directory is an error (I9). No file is synced to the disk one by one: after a power cut the cache is compared
-with the server as a whole (see ``state.py``).
+How a file is reached, never through a link, is for ``directory.py``. No file is synced to the disk one by one: after
+a power cut the cache is compared with the server as a whole (see ``state.py``).
 """
 
 import asyncio
 import contextlib
 import hashlib
 import os
-import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 from filelock import FileLock, Timeout
 
+from lattice_remote.client.directory import TEMPORARY, Directory
 from lattice_remote.client.known import Known, Signature
+from lattice_remote.client.quota import Quota
+from lattice_remote.client.servers import cache_limit
 from lattice_remote.client.settings import REMOTE_FILE, Remote
 from lattice_remote.client.state import STATE_FILE, CacheState, decode_state, encode_state
 from lattice_remote.errors import StorageError
@@ -27,7 +28,6 @@ __all__ = ["BASE_DIRECTORY", "Cache", "explained"]
 
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
-_TEMPORARY = ".tmp"
 _LOCK = ".cache.lock"
 _GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n!.gitignore\n"
 _SKELETON = (
@@ -45,8 +45,6 @@ _SKELETON = (
     "sessions/archive",
     "tasks",
 )
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-_STALE_TEMPORARY_S = 3600
 _LOCK_POLL_S = 0.01
 
 
@@ -60,8 +58,10 @@ class Cache:
         self.directory = os.path.realpath(directory)
         self.remote = remote
         self._identity = self._stat_directory()
+        self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
+        """How large the server may make it."""
+        self._files = Directory(self.directory, self.quota)
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
-        self._serial = 0
         self.is_held_by_others = False
         """Whether another process has the lock that this one waits for."""
         self.known = Known(self.directory)
@@ -73,12 +73,11 @@ class Cache:
     def prepare(self) -> None:
         """Make what lattice expects of a directory, and what keeps git from storing the cache."""
         with explained(self.directory):
-            for directory in (*_SKELETON, _TEMPORARY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
-                self._make_directory(directory)
-            ignore = os.path.join(self.directory, ".gitignore")
-            if not os.path.lexists(ignore):
-                self._write_temporary(_GITIGNORE, ignore)
-            self._remove_stale_temporaries()
+            for directory in (*_SKELETON, TEMPORARY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
+                self._files.make(directory)
+            if not os.path.lexists(self.absolute(".gitignore")):
+                self._files.replace(".gitignore", _GITIGNORE)
+            self._files.remove_stale_temporaries()
 
     def is_whole(self) -> bool:
         """Whether the directories that lattice expects are there."""
@@ -133,7 +132,7 @@ class Cache:
     def load_state(self) -> CacheState:
         """Return which point of the history the files hold."""
         try:
-            return decode_state(self._read_file(STATE_FILE), self.remote)
+            return decode_state(self._files.read(STATE_FILE), self.remote)
         except FileNotFoundError:
             return CacheState()
         except OSError as error:
@@ -142,7 +141,7 @@ class Cache:
     def save_state(self, state: CacheState) -> Signature | None:
         """Store which point of the history the files hold; call after the files hold it (I5)."""
         with explained(STATE_FILE):
-            self._write_temporary(encode_state(state, self.remote), os.path.join(self.directory, STATE_FILE))
+            self._files.replace(STATE_FILE, encode_state(state, self.remote))
         return self.signature(STATE_FILE)
 
     def signature(self, path: str) -> Signature | None:
@@ -169,24 +168,24 @@ class Cache:
     def read(self, path: str, offset: int = 0) -> bytes:
         """Return the content from ``offset`` on."""
         with explained(path):
-            return self._read_file(path, offset)
+            return self._files.read(path, offset)
 
     def digest(self, path: str) -> bytes | None:
         """Return the SHA-256 of the content; None when there is no plain file."""
         with explained(path), contextlib.suppress(FileNotFoundError):
-            return None if self.signature(path) is None else _digest_of_file(self.absolute(path))
+            return None if self.signature(path) is None else self._files.digest(path)
         return None
 
     def replace(self, path: str, data: bytes) -> None:
         """Make the file exactly ``data``, atomically, with its parent directories."""
         with explained(path):
-            self._write_temporary(data, self._place(path))
+            self._files.replace(path, data)
             self.note(path)
 
     def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
         """Like ``replace``, but only if the file is still as ``found``, which is looked at as late as can be."""
         with explained(path):
-            done = self._write_temporary(data, self._place(path), lambda: self.signature(path) == found)
+            done = self._files.replace(path, data, lambda: self.signature(path) == found)
             if done:
                 self.note(path)
             return done
@@ -195,25 +194,21 @@ class Cache:
         """Add ``data`` at the end in one write; creates the file."""
         with explained(path):
             is_ours = not self.known.is_complete or self.known.agrees(path, self.signature(path))
-            handle = os.open(self._place(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o644)
-            try:
-                _write_all(handle, data)
-            finally:
-                os.close(handle)
+            self._files.append(path, data)
             if is_ours:  # what other hands did to the rest of it must still be noticed
                 self.note(path)
 
     def move(self, path: str, to: str) -> None:
         """Rename, replacing what is at ``to``."""
         with explained(path):
-            os.replace(self._place(path), self._place(to))
+            self._files.move(path, to)
             self.note(path)
             self.note(to)
 
     def delete(self, path: str) -> None:
         """Remove the file; nothing happens when there is none."""
         with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(self._place(path, make=False))
+            self._files.remove(path)
         self.note(path)
 
     def note(self, path: str) -> None:
@@ -232,11 +227,12 @@ class Cache:
         """
         if part.offset == 0 and len(part.data) == part.size:
             return self._put_whole(part)
+        self.quota.require(part.size)
         with explained(part.path):
             temporary, written = self._parts.pop(part.path, ("", 0))
             if part.offset == 0:
-                _unlink(temporary)
-                temporary, written = self._temporary_path(), 0
+                self._files.discard(temporary)
+                temporary, written = self._files.new_temporary(), 0
             placed: bool | None = False
             try:
                 if part.offset == written:
@@ -245,27 +241,23 @@ class Cache:
                 if placed is None:
                     self._parts[part.path] = (temporary, written + len(part.data))
                 elif not placed:
-                    _unlink(temporary)  # on a full disk most of all: it would stay full of this
+                    self._files.discard(temporary)  # on a full disk most of all: it would stay full of this
             return placed
 
     def _add_part(self, part: Part, temporary: str) -> bool | None:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW, 0o644)
-        try:
-            _write_all(handle, part.data)
-        finally:
-            os.close(handle)
+        self._files.extend(temporary, part.data)
         if part.offset + len(part.data) < part.size:
             return None
-        if _digest_of_file(temporary) != part.digest:
+        if self._files.digest(temporary) != part.digest:
             return False
-        os.replace(temporary, self._place(part.path))
+        self._files.move(temporary, part.path)
         self.note(part.path)
         return True
 
     def forget_parts(self) -> None:
         """Remove what has come of files whose other pieces won't come any more."""
         for temporary, _ in self._parts.values():
-            _unlink(temporary)
+            self._files.discard(temporary)
         self._parts.clear()
 
     def _put_whole(self, part: Part) -> bool:
@@ -285,98 +277,6 @@ class Cache:
                 path = (prefix + name).removeprefix("./")
                 if is_replicated(path) and not os.path.islink(os.path.join(directory, name)):
                     yield path
-
-    # --- how files are written ---
-
-    def _place(self, path: str, *, make: bool = True) -> str:
-        """Return the absolute path of a file whose parent directories are real directories."""
-        parent, _, _ = path.rpartition("/")
-        if make and parent:
-            self._make_directory(parent)
-        elif parent:
-            self._refuse_links(parent)
-        return os.path.join(self.directory, path)
-
-    def _make_directory(self, path: str) -> None:
-        place = self.directory
-        for component in path.split("/"):
-            place = os.path.join(place, component)
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(place)
-            _require_directory(place)
-
-    def _refuse_links(self, path: str) -> None:
-        place = self.directory
-        for component in path.split("/"):
-            place = os.path.join(place, component)
-            if os.path.lexists(place):
-                _require_directory(place)
-
-    def _write_temporary(self, data: bytes, target: str, is_wanted: Callable[[], bool] = lambda: True) -> bool:
-        temporary = self._temporary_path()
-        try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, 0o644)
-            try:
-                _write_all(handle, data)
-            finally:
-                os.close(handle)
-            if is_wanted():
-                os.replace(temporary, target)
-                return True
-        except BaseException:
-            _unlink(temporary)
-            raise
-        _unlink(temporary)
-        return False
-
-    def _temporary_path(self) -> str:
-        directory = os.path.join(self.directory, _TEMPORARY)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(directory)
-        _require_directory(directory)
-        self._serial += 1
-        return os.path.join(directory, f"{os.getpid()}-{id(self):x}-{self._serial}")
-
-    def _remove_stale_temporaries(self) -> None:
-        """Remove what processes that were killed left behind; those of living ones are younger than an hour."""
-        for entry in os.scandir(os.path.join(self.directory, _TEMPORARY)):
-            with contextlib.suppress(OSError):
-                if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
-                    os.unlink(entry.path)
-
-    def _read_file(self, path: str, offset: int = 0) -> bytes:
-        handle = os.open(os.path.join(self.directory, path), os.O_RDONLY | _NO_FOLLOW)
-        with open(handle, "rb") as file:
-            file.seek(offset)
-            return file.read()
-
-
-def remove_tree(directory: str) -> None:
-    """Remove a directory that is ours with all that is in it; links in it are removed, not followed."""
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def _require_directory(place: str) -> None:
-    found = os.lstat(place)
-    if not stat.S_ISDIR(found.st_mode):
-        raise StorageError(f"{place} is in the way: it is a link or a file, not a directory; remove it")
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]
-
-
-def _digest_of_file(place: str) -> bytes:
-    handle = os.open(place, os.O_RDONLY | _NO_FOLLOW)
-    with open(handle, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _unlink(place: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(place)
 
 
 @contextlib.contextmanager

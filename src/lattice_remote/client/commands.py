@@ -20,7 +20,7 @@ from lattice_remote.client import adding, credentials, history, runtime, servers
 from lattice_remote.client.agent_client import Progress, agent_enabled, ask, ask_running_agent
 from lattice_remote.client.routing import describe_age
 from lattice_remote.client.settings import Remote, parse_url, read_remote, write_remote
-from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError
+from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line
 
 __all__ = ["app", "main"]
 
@@ -145,9 +145,9 @@ def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> 
     typer.echo(f"* remote {found.name}")
     typer.echo(f"  URL: {found.url}")
     typer.echo(f"  Project: {found.project}")
-    typer.echo(f"  Acting as: {_acting(status)}")
-    typer.echo(f"  Connection: {_connection(status)}")
-    typer.echo(f"  Copy: {_copy(status)}")
+    typer.echo(f"  Acting as: {one_line(_acting(status))}")
+    typer.echo(f"  Connection: {one_line(_connection(status))}")
+    typer.echo(f"  Copy: {one_line(_copy(status))}")
 
 
 @app.command(name="set-url")
@@ -213,7 +213,7 @@ def login(
     servers.record(server)
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = f"{server_url}/{slug}" if slug else server_url
-    typer.echo(f"Token for {place} is kept in {credentials.tokens_path()} ({checked}).")
+    typer.echo(f"Token for {place} is kept in {credentials.tokens_path()} ({one_line(checked)}).")
 
 
 @app.command()
@@ -221,13 +221,17 @@ def trust(
     url: Annotated[str, typer.Argument(help="The project's server by default.")] = "",
     ca_file: CaFile = None,
     insecure: Insecure = False,
+    max_cache: Annotated[
+        int | None,
+        typer.Option("--max-cache", metavar="MIB", min=1, help="How large it may make a copy here; 4096 by default."),
+    ] = None,
 ) -> None:
     """Name a server as yours, so that LATTICE_TOKEN is sent there; say how its certificate is verified.
 
     Example: lattice remote trust https://board.example.org --ca-file company.pem
     """
     server_url, _ = _server_and_slug(url)
-    server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
+    server = servers.name(server_url, insecure=insecure, ca_file=ca_file, max_cache_mib=max_cache)
     known = servers.admit(server_url, server)
     servers.record(server)
     by = f", vouched for by {known.ca_file}" if known.ca_file else ""
@@ -292,7 +296,7 @@ def status(as_json: Json = False) -> None:
         ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
     ]
     for label, text in rows:
-        typer.echo(f"{label + ':':16}{text}")
+        typer.echo(f"{label + ':':16}{one_line(text)}")
 
 
 @app.command()
@@ -316,9 +320,9 @@ def push(as_json: Json = False) -> None:
         _result(answer)
     else:
         for sent in answer["sent"]:
-            typer.echo(f"{sent['path']}: {sent['outcome']}")
+            typer.echo(f"{one_line(sent['path'])}: {sent['outcome']}")
         for notice in answer["notices"]:
-            typer.echo(f"lattice-remote: {notice}", err=True)
+            typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
         if not answer["sent"]:
             typer.echo("Nothing to send.")
     if any(sent["outcome"] in ("conflict", "refused") for sent in answer["sent"]):
@@ -341,9 +345,9 @@ def sync(as_json: Json = False) -> None:
         ("kept edit", "edited"),
     ):
         for path in answer[key]:
-            typer.echo(f"{label}: {path}")
+            typer.echo(f"{label}: {one_line(path)}")
     for notice in answer["notices"]:
-        typer.echo(f"lattice-remote: {notice}", err=True)
+        typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
     mended = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
     what = f"mended {_count(mended, 'file')} of" if mended else "nothing to mend in"
     typer.echo(f"Compared with the server at change {answer['seq']}: {what} {_count(answer['total'], 'file')}.")
@@ -366,7 +370,7 @@ def verify(as_json: Json = False) -> None:
             ("edited, not sent yet", "edited"),
         ):
             for path in answer[key]:
-                typer.echo(f"{label}: {path}")
+                typer.echo(f"{label}: {one_line(path)}")
         outcome = f"{_count(differences, 'difference')} in" if differences else "equal, all"
         typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {_count(answer['total'], 'file')}.")
     if differences:

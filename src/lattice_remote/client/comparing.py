@@ -47,7 +47,12 @@ class Compared:
 async def compare_files(
     cache: Cache, edits: Edits, compare: Compare, earlier: Mapping[str, Reading] | None = None
 ) -> Compared:
-    """Read every file, in a thread, and compare. Under the cache's lock, so that nobody changes them meanwhile."""
+    """Read every file, in a thread, and compare. Under the cache's lock, so that nobody changes them meanwhile.
+
+    Raises:
+        StorageError: a file can't be read, or what the server has is more than the user lets it put here.
+    """
+    cache.quota.require(sum(size for size, _ in compare.entries.values()))
     readings = await asyncio.to_thread(read_all, cache, earlier)
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
     edited = edits.scan()

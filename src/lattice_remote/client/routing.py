@@ -17,7 +17,7 @@ import click
 
 from lattice_remote.client.agent_client import ask, stay_connected
 from lattice_remote.client.guard import Guard
-from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = ["hooked"]
 
@@ -136,13 +136,13 @@ def _ensure_current(directory: str) -> None:
     """
     answer = ask(_request("ready", directory), _progress())
     for notice in answer["notices"]:
-        click.echo(f"lattice-remote: {notice}", err=True)
+        click.echo(f"lattice-remote: {one_line(notice)}", err=True)
     if answer["current"]:
         return
     if not answer["filled"]:
         raise RemoteError(answer["message"], code=answer["code"])
     age = "data of unknown age" if answer["age_s"] is None else f"data from {describe_age(answer['age_s'])} ago"
-    click.echo(f"lattice-remote: {answer['message']}; showing {age} (change {answer['seq']})", err=True)
+    click.echo(f"lattice-remote: {one_line(answer['message'])}; showing {age} (change {answer['seq']})", err=True)
 
 
 def describe_age(age_s: float) -> str:
@@ -171,7 +171,7 @@ def _run_there(
     click.echo(base64.b64decode(answer["stdout"]), nl=False)
     click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)
     for notice in answer["notices"]:
-        click.echo(f"lattice-remote: {notice}", err=True)
+        click.echo(f"lattice-remote: {one_line(notice)}", err=True)
     _leave(ctx, answer["exit_code"])
 
 

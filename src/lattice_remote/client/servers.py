@@ -8,17 +8,30 @@ authorities or by those of the server's ``ca_file``.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lattice_remote.client import credentials, private_files
+from lattice_remote.client.quota import MIB
 from lattice_remote.client.settings import parse_url
 from lattice_remote.errors import Misuse, Rejected, StorageError
 
-__all__ = ["URL_ENV", "Server", "admit", "forget", "from_environment", "is_loopback", "name", "record", "servers_path"]
+__all__ = [
+    "URL_ENV",
+    "Server",
+    "admit",
+    "cache_limit",
+    "forget",
+    "from_environment",
+    "is_loopback",
+    "name",
+    "record",
+    "servers_path",
+]
 
 URL_ENV = "LATTICE_REMOTE_URL"
 """Names the server of this user for commands that find a fresh clone, in a container say."""
+DEFAULT_CACHE_MIB = 4096
 _WHAT = "servers"
 
 
@@ -32,6 +45,8 @@ class Server:
     """Whether a token may go to it over plain HTTP from one machine to another."""
     ca_file: str | None = None
     """Absolute path of the authorities (PEM) that vouch for it, in place of the system's; None: the system's."""
+    max_cache_mib: int | None = None
+    """How large it may make a copy here; None: ``DEFAULT_CACHE_MIB``."""
 
 
 def servers_path() -> str:
@@ -39,7 +54,7 @@ def servers_path() -> str:
     return private_files.path_of("servers.json")
 
 
-def name(url: str, *, insecure: bool = False, ca_file: str | None = None) -> Server:
+def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_cache_mib: int | None = None) -> Server:
     """Return a server as the user names it now; it is kept only by ``record``.
 
     Raises:
@@ -49,7 +64,7 @@ def name(url: str, *, insecure: bool = False, ca_file: str | None = None) -> Ser
         raise Misuse(f"--ca-file is for https; {url} is not verified by anybody")
     if ca_file is not None and not os.path.isfile(ca_file):
         raise Misuse(f"there is no file {ca_file}")
-    return Server(url, insecure, None if ca_file is None else os.path.abspath(ca_file))
+    return Server(url, insecure, None if ca_file is None else os.path.abspath(ca_file), max_cache_mib)
 
 
 def record(server: Server) -> None:
@@ -61,7 +76,8 @@ def record(server: Server) -> None:
 
     def with_it(found: dict[str, Any]) -> dict[str, Any]:
         merged = _merged(_of(found, server.url), server)
-        return {**found, server.url: {"insecure": merged.insecure, "ca_file": merged.ca_file}}
+        fields = asdict(merged)
+        return {**found, fields.pop("url"): fields}
 
     private_files.change(servers_path(), _WHAT, with_it)
 
@@ -116,6 +132,17 @@ def from_environment(given: str | None) -> Server | None:
         raise Misuse(f"{URL_ENV}: {error.message}") from error
 
 
+def cache_limit(url: str) -> int:
+    """Return how many bytes a server may make one copy take here.
+
+    Raises:
+        StorageError: ``servers.json`` can't be read.
+    """
+    known = _of(private_files.read(servers_path(), _WHAT), url)
+    mib = known.max_cache_mib if known is not None and known.max_cache_mib is not None else DEFAULT_CACHE_MIB
+    return mib * MIB
+
+
 def is_loopback(url: str) -> bool:
     """Whether what is said to this URL stays on this machine; only what is certain counts."""
     from ipaddress import ip_address
@@ -132,16 +159,19 @@ def _of(found: dict[str, Any], url: str) -> Server | None:
     kept = found.get(url)
     if kept is None:
         return None
-    try:
-        insecure, ca_file = kept.get("insecure", False), kept.get("ca_file")
-    except AttributeError:
-        insecure, ca_file = None, None
-    if not isinstance(insecure, bool) or not isinstance(ca_file, str | None):
+    fields = kept if isinstance(kept, dict) else {"insecure": None}
+    insecure, ca_file, mib = fields.get("insecure", False), fields.get("ca_file"), fields.get("max_cache_mib")
+    if not isinstance(insecure, bool) or not isinstance(ca_file, str | None) or not isinstance(mib, int | None):
         raise StorageError(f"{servers_path()} is not valid; mend it, or remove it and name your servers again")
-    return Server(url, insecure, ca_file)
+    return Server(url, insecure, ca_file, mib)
 
 
 def _merged(before: Server | None, server: Server) -> Server:
     if before is None:
         return server
-    return Server(server.url, server.insecure or before.insecure, server.ca_file or before.ca_file)
+    return Server(
+        server.url,
+        server.insecure or before.insecure,
+        server.ca_file or before.ca_file,
+        before.max_cache_mib if server.max_cache_mib is None else server.max_cache_mib,
+    )

@@ -254,7 +254,7 @@ class Service:
         if link is not self._link and not await self._reached(answer.seq):
             notices.append(f"done, but the copy here is behind: {self._trouble().message}")
         return {
-            "exit_code": answer.exit_code,
+            "exit_code": answer.exit_code if 0 <= answer.exit_code <= 255 else 1,
             "stdout": base64.b64encode(answer.stdout).decode("ascii"),
             "stderr": base64.b64encode(answer.stderr).decode("ascii"),
             "notices": [*notices, *self._notices()],

@@ -16,7 +16,9 @@ MAX_DEPTH = 8
 _MAX_COMPONENT_BYTES = 255
 
 _LOCAL_TOP_LEVEL = frozenset({"remote.json", "cache_state.json", "locks"})
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:]")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\:\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
+"""Separators of other systems, control characters, and those that nobody sees: some file systems ignore them, so that
+``rem\u200bote.json`` is ``remote.json`` there, and some terminals obey them."""
 _EDITABLE = re.compile(r"(?:plans|notes)/task_[0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{26}\.md")
 _EDITED_BY_HAND = ("plans/", "notes/")
 
@@ -26,7 +28,7 @@ def parse_path(path: str) -> tuple[str, ...]:
 
     Raises:
         HostilePath: empty, absolute, with ``..`` or any component that starts with a dot, with a backslash,
-            colon or control character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
+            colon, control or invisible character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
     """
     try:
         size = len(path.encode())

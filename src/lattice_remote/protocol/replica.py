@@ -23,6 +23,7 @@ from lattice_remote.protocol.messages import (
     Change,
     ClientFrame,
     Entries,
+    Entry,
     Fetch,
     Hello,
     LogPage,
@@ -62,9 +63,13 @@ __all__ = [
 
 FETCH_BATCH = 256
 """How many files are asked for at once."""
-_MAX_BUFFERED_CHANGES = 100_000
+MAX_ENTRIES = 250_000
+"""How many files a project may have: a manifest that never ends must not fill the memory."""
+MAX_BUFFERED_BYTES = 64 * 1024 * 1024
+"""How much of changes may wait for a manifest to be complete; past that it is better to begin again."""
 _MAX_KEPT_BYTES = 16 * 1024 * 1024
 """How much of operations is kept for files of which not all pieces have come."""
+_BYTES_PER_OPERATION = 200
 
 
 class State(enum.Enum):
@@ -158,16 +163,18 @@ class _Comparison:
     entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     later: list[Change] = field(default_factory=list)  # without a gap, from ``seq`` on
     complete: bool = False
+    later_bytes: int = 0
 
     def keep(self, change: Change) -> None:
         """Remember a change until the comparison is over; a gap is noticed here, before anything is taken."""
         last = self.later[-1].seq if self.later else self.seq
         if 0 <= last < change.seq - 1:
             raise ProtocolError(f"change {change.seq} follows {last}: the history has a gap")
-        if len(self.later) >= _MAX_BUFFERED_CHANGES:
-            raise ProtocolError("too many changes before the manifest was complete")
         if change.seq > last:
             self.later.append(change)
+            self.later_bytes += sum(map(_weight_of, change.ops))
+        if self.later_bytes > MAX_BUFFERED_BYTES:
+            raise ProtocolError("too many changes before the manifest was complete")
 
     def begin(self, seq: int, mark: bytes) -> None:
         """The manifest is of this number: the changes up to it are in it."""
@@ -175,6 +182,19 @@ class _Comparison:
         if later and later[0].seq != seq + 1:
             raise ProtocolError(f"change {later[0].seq} follows the manifest of {seq}: the history has a gap")
         self.seq, self.mark, self.later = seq, mark, later
+
+    def add(self, entries: Iterable[Entry], *, last: bool) -> None:
+        """Take a piece of the manifest; it must be of some use, or it could go on for ever."""
+        before = len(self.entries)
+        pairs = [(entry.path, (entry.size, entry.digest)) for entry in entries]
+        self.entries.update(pairs)
+        if len(self.entries) != before + len(pairs):
+            raise ProtocolError("the manifest lists a file twice")
+        if not pairs and not last:
+            raise ProtocolError("a piece of the manifest lists nothing")
+        if len(self.entries) > MAX_ENTRIES:
+            raise ProtocolError(f"the manifest lists more than {MAX_ENTRIES} files")
+        self.complete = last
 
 
 @dataclass(slots=True)
@@ -445,9 +465,11 @@ class Replica:
     def _part_received(self, part: Part) -> list[Effect]:
         if part.offset + len(part.data) > part.size:
             raise ProtocolError(f"part of {part.path!r} reaches beyond its size")
-        self.head = max(self.head, part.seq)
+        if not part.data and part.offset < part.size and not part.gone:
+            raise ProtocolError(f"part of {part.path!r} brings nothing")
         if part.path not in self._requested or part.seq < self.wanted.get(part.path, part.seq + 1):
             return []  # it answers an older request: an operation, an edit or a newer request came since
+        self.head = max(self.head, part.seq)
         if part.offset == 0:
             self._begin(part)
         effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
@@ -486,10 +508,9 @@ class Replica:
             raise ProtocolError(f"the manifest is of {frame.seq}, but changes came up to {self.position.seq}")
         if comparison.seq < 0:
             comparison.begin(frame.seq, frame.mark)
-        comparison.entries.update((entry.path, (entry.size, entry.digest)) for entry in frame.entries)
+        comparison.add(frame.entries, last=frame.last)
         if not frame.last:
             return []
-        comparison.complete = True
         return [Compare(frame.seq, comparison.entries, comparison.mend)]
 
     def verified(self) -> list[Effect]:
@@ -541,5 +562,6 @@ class Replica:
         return [Answer(answer) for answer in ready]
 
 
-def _weight_of(operation: AppendBytes | MergeJson) -> int:
-    return len(operation.data) if isinstance(operation, AppendBytes) else len(operation.patch)
+def _weight_of(operation: Operation) -> int:
+    """Return about how many bytes an operation takes in memory."""
+    return _BYTES_PER_OPERATION + len(getattr(operation, "data", b"")) + len(getattr(operation, "patch", b""))

@@ -1,0 +1,183 @@
+"""Files below one directory, reached step by step and never through a link; each replaced or appended atomically (I8).
+
+Every directory on the way is opened from the one before (``openat``), so that a link, a pipe or a file that somebody
+puts in the way, also between a look and the deed, leads nowhere: a link in place of a file is replaced, one in place
+of a directory is an error (I9). A file with a second name elsewhere is replaced, not written into. Nothing is synced.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+
+from lattice_remote.client.quota import Quota
+from lattice_remote.errors import StorageError
+
+__all__ = ["TEMPORARY", "Directory", "remove_tree"]
+
+TEMPORARY = ".tmp"
+"""Where files are written before they get their name."""
+_BASE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A pipe must not make us wait; for a plain file O_NONBLOCK means nothing."""
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _BASE
+_STALE_TEMPORARY_S = 3600
+
+
+class Directory:
+    """``root`` is an absolute path. Paths are relative, with ``/``; they were checked before.
+
+    ``StorageError`` where something is in the way or there is no room, else ``OSError``.
+    """
+
+    def __init__(self, root: str, quota: Quota) -> None:
+        self._root = root
+        self._quota = quota
+        self._serial = 0
+
+    # --- reading ---
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        """Return the content of a plain file from ``offset`` on."""
+        with self._opened(path, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
+            file.seek(offset)
+            return file.read()
+
+    def digest(self, path: str) -> bytes:
+        """Return the SHA-256 of a plain file's content."""
+        with self._opened(path, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    # --- writing ---
+
+    def make(self, path: str) -> None:
+        """Make a directory, and those above it."""
+        with self._parent(f"{path}/."):
+            pass
+
+    def replace(self, path: str, data: bytes, is_wanted: Callable[[], bool] = lambda: True) -> bool:
+        """Make the file exactly ``data``, with its parent directories, if it is still wanted at the last moment.
+
+        Returns whether it was.
+        """
+        temporary = self.new_temporary()
+        try:
+            self.extend(temporary, data)
+            if is_wanted():
+                self.move(temporary, path)
+                return True
+        except BaseException:
+            self.discard(temporary)
+            raise
+        self.discard(temporary)
+        return False
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add ``data`` at the end in one write; creates the file."""
+        self._quota.take(len(data))
+        with self._opened(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
+            if os.fstat(handle).st_nlink == 1:
+                _write_all(handle, data)
+                return
+        self.replace(path, self.read(path) + data)
+
+    def move(self, path: str, to: str) -> None:
+        """Rename, replacing what is at ``to``."""
+        with self._parent(path) as (source, name), self._parent(to) as (target, new_name):
+            os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, or a link."""
+        with self._parent(path, make=False) as (handle, name):
+            os.unlink(name, dir_fd=handle)
+
+    # --- temporary files ---
+
+    def new_temporary(self) -> str:
+        """Return the path of a temporary file that does not exist yet."""
+        self._serial += 1
+        return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{self._serial}"
+
+    def extend(self, temporary: str, data: bytes) -> None:
+        """Add to a temporary file; the first time, make it."""
+        self._quota.take(len(data))
+        with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
+            _write_all(handle, data)
+
+    def discard(self, temporary: str) -> None:
+        """Remove a temporary file, if it is there and can be."""
+        with contextlib.suppress(OSError, StorageError):
+            self.remove(temporary)
+
+    def remove_stale_temporaries(self) -> None:
+        """Remove what processes that were killed left behind; those of living ones are younger than an hour."""
+        for entry in os.scandir(os.path.join(self._root, TEMPORARY)):
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
+                    os.unlink(entry.path)
+
+    # --- the way there ---
+
+    @contextlib.contextmanager
+    def _opened(self, path: str, flags: int, *, make: bool = False) -> Iterator[int]:
+        """Open a plain file; its descriptor is closed afterwards."""
+        with self._parent(path, make=make) as (directory, name):
+            try:
+                handle = os.open(name, flags | _BASE, 0o644, dir_fd=directory)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                    raise self._in_the_way(path, "file") from None
+                raise
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise self._in_the_way(path, "file")
+            yield handle
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _parent(self, path: str, *, make: bool = True) -> Iterator[tuple[int, str]]:
+        """Open the directory that holds ``path``; yield its descriptor, and the last component."""
+        *parents, name = path.split("/")
+        handle = os.open(self._root, _DIRECTORY)
+        try:
+            for depth, component in enumerate(parents, 1):
+                try:
+                    inner = _enter(handle, component, make=make)
+                except OSError as error:
+                    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                        raise self._in_the_way("/".join(parents[:depth]), "directory") from None
+                    raise
+                os.close(handle)
+                handle = inner
+            yield handle, name
+        finally:
+            os.close(handle)
+
+    def _in_the_way(self, path: str, wanted: str) -> StorageError:
+        return StorageError(f"{os.path.join(self._root, path)} is in the way: it is no plain {wanted}; remove it")
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory that is ours with all that is in it; links in it are removed, not followed."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _enter(handle: int, name: str, *, make: bool) -> int:
+    try:
+        return os.open(name, _DIRECTORY, dir_fd=handle)
+    except FileNotFoundError:
+        if not make:
+            raise
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(name, dir_fd=handle)
+    return os.open(name, _DIRECTORY, dir_fd=handle)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]
