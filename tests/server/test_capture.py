@@ -184,8 +184,10 @@ def test_other_threads_and_other_times_are_not_watched(place: Place) -> None:
 def test_every_audit_event_of_this_python_is_decided_once() -> None:
     library = Path(sysconfig.get_path("stdlib"))
     raised = set()
-    for path in library.glob("*.py"):
+    for path in (*library.glob("*.py"), *library.glob("[c-u]*/*.py")):
+        if path.parent.name in ("test", "site-packages"):
+            continue
         raised |= set(re.findall(r"""sys\.audit\(\s*['"]([\w./]+)['"]""", path.read_text("utf-8")))
-    assert len(raised) > 30
+    assert len(raised) > 25
     assert raised <= WATCHED | HARMLESS | REFUSED
     assert not WATCHED & HARMLESS | WATCHED & REFUSED | HARMLESS & REFUSED
