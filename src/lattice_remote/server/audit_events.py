@@ -1,4 +1,4 @@
-"""What each of Python's audit events means to a command, for CPython 3.12 to 3.14: one table (I9).
+"""What each of Python's audit events means to a command, for CPython 3.12 and 3.13: one table (I9).
 
 Three answers. **Watched**: the capture looks at the paths. **Harmless**: it can do nothing to a file, a process or the
 network that no other event reports. **Refused**: no lattice command has a use for it. An event that is not in the
