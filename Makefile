@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench soak hostile fuzz backups protocol format clean
+.PHONY: help venv demo test check bench soak hostile fuzz backups claims load protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,14 @@ COMMANDS ?= 25
 
 soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100)
 	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS)
+
+ROUNDS ?= 200
+
+claims: venv  ## 32 processes race for one task, round after round: one winner each (ROUNDS=200)
+	@$(PYTHON_VENV) tests/claims.py --rounds $(ROUNDS)
+
+load: venv  ## Hundreds of clients, some of them stalled; writers at once; 10,000 tasks; a restart
+	@$(PYTHON_VENV) benchmarks/load.py $(ARGS)
 
 COPIES ?= 50
 

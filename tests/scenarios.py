@@ -19,14 +19,17 @@ from memory_client import MemoryClient, close_all
 from sandbox import Client, Sandbox, Server, differences, wait_for
 
 __all__ = [
+    "BY",
     "Pace",
     "Stalled",
     "Storm",
     "Turn",
     "a_busy_log",
+    "agent_mib",
     "fill",
     "greed",
-    "resident_mib",
+    "grow_log",
+    "server_mib",
     "stalled_clients",
     "storm",
     "writers_at_once",
@@ -50,6 +53,11 @@ def server_mib(server: Server) -> float:
     """Return the resident memory of a server and its workers, in MiB."""
     assert server.process is not None
     return resident_mib(server.process.pid, *server.worker_pids())
+
+
+def agent_mib(client: Client) -> float:
+    """Return the resident memory of a client's agent, in MiB."""
+    return resident_mib(_agent_pid(client))
 
 
 # --- a pace ---

@@ -1,0 +1,230 @@
+"""Many clients, slow clients, many writers, many tasks, a restart: what one server does then, within stated bounds.
+
+``make load`` runs all groups in some ten minutes and ends by itself; name groups to run some: ``python
+benchmarks/load.py stalled restart``. Exits 1 when a bound is broken. What is compared is measured in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
+
+from light import Light  # noqa: E402
+from memory_client import MemoryClient  # noqa: E402
+from sandbox import Client, Sandbox, Server, differences, wait_for  # noqa: E402
+from scenarios import (  # noqa: E402
+    BY,
+    a_busy_log,
+    agent_mib,
+    fill,
+    greed,
+    grow_log,
+    server_mib,
+    stalled_clients,
+    storm,
+    writers_at_once,
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line: what was measured, and for some the bound and whether it was kept."""
+
+    name: str
+    value: float
+    unit: str
+    bound: str = ""
+    kept: bool | None = None
+
+    def __str__(self) -> str:
+        verdict = "" if self.kept is None else ("kept" if self.kept else "BROKEN")
+        return f"  {self.name:<70} {self.value:>9.2f} {self.unit:<6} {self.bound:<10} {verdict}"
+
+
+def at_most(name: str, value: float, unit: str, bound: float) -> Figure:
+    return Figure(name, value, unit, f"<= {bound:g}", value <= bound)
+
+
+def at_least(name: str, value: float, unit: str, bound: float) -> Figure:
+    return Figure(name, value, unit, f">= {bound:g}", value >= bound)
+
+
+def timed(run: Callable[[], object]) -> float:
+    began = time.monotonic()
+    run()
+    return time.monotonic() - began
+
+
+def stalled(options: argparse.Namespace) -> Iterator[Figure]:
+    with Sandbox() as sandbox:
+        done = stalled_clients(sandbox, clients=options.clients, stalled=options.stalled, seconds=options.seconds)
+    yield Figure("clients that follow one project", done.clients, "")
+    yield Figure("of these, real agents that stop reading", options.stalled, "")
+    yield Figure("writes a second before", done.before.per_second, "/s")
+    yield Figure("writes a second beside the stalled", done.during.per_second, "/s")
+    yield at_least("the same, as a ratio", done.during.per_second / done.before.per_second, "x", 0.8)
+    yield Figure("a write before, p99", done.before.p99_ms, "ms")
+    yield Figure("a write beside the stalled, p99", done.during.p99_ms, "ms")
+    yield at_most("memory of server and worker, each client", done.mib_per_client, "MiB", 0.1)
+    yield at_most("growth of server and worker beside the stalled", done.mib_growth, "MiB", 20.0 * options.stalled)
+    yield at_most("the last stalled client was cut after", done.cut_after_s, "s", 25)
+    yield at_most("it equals the server again, after it goes on, in", done.caught_up_s, "s", 30)
+
+
+def writers(options: argparse.Namespace) -> Iterator[Figure]:
+    with Sandbox() as sandbox:
+        done = writers_at_once(sandbox, clients=options.writers, seconds=options.minute)
+    yield Figure("clients that write at once", options.writers, "")
+    yield Figure("writes a second, all together, without an error", done.pace.per_second, "/s")
+    yield Figure("a write, p50", done.pace.p50_ms, "ms")
+    yield Figure("a write, p99", done.pace.p99_ms, "ms")
+    yield at_least("the slowest client's share of the mean", done.slowest_share, "x", 0.8)
+    with Sandbox() as sandbox:
+        alone, beside = greed(sandbox, in_flight=200, seconds=options.seconds / 2)
+    yield Figure("a write of a client that is alone, p50", alone.p50_ms, "ms")
+    yield Figure("beside one with 200 requests under way, p50", beside.p50_ms, "ms")
+    yield at_most("the same, as a ratio (in the order of arrival: 200)", beside.p50_ms / alone.p50_ms, "x", 40)
+
+
+def restart(options: argparse.Namespace) -> Iterator[Figure]:
+    for name, kill in (("restarted", False), ("killed and started", True)):
+        with Sandbox() as sandbox:
+            done = storm(sandbox, clients=options.clients, kill=kill)
+        yield Figure(f"clients of a server that is {name}", options.clients, "")
+        yield Figure("current again, from when it listens: the first", done.first_s, "s")
+        yield Figure("half of them", done.median_s, "s")
+        yield at_most("the last", done.last_s, "s", 20)
+        yield at_most("attempts that failed, each client", done.failed_attempts, "", 10)
+
+
+def tasks(options: argparse.Namespace) -> Iterator[Figure]:
+    with Sandbox() as sandbox:
+        server = sandbox.server()
+        server.project()
+        server.start()
+        token = server.token("human:ana", "agent:*")
+        asyncio.run(_first_task(server, token))
+        server.stop()
+        fill(server.lattice_dir(), options.tasks)
+        yield Figure("tasks, each with log, snapshot and plan", options.tasks, "")
+        yield from _large_project(sandbox, server, token)
+        yield from _busy_log(server, token)
+
+
+def _large_project(sandbox: Sandbox, server: Server, token: str) -> Iterator[Figure]:
+    server.start()
+    opened_s = timed(lambda: asyncio.run(_open(server, token)))
+    yield at_most("first start on files that it has not seen", opened_s, "s", 60)
+    ana = sandbox.client("ana")
+    yield at_most("first fill of a cache", timed(lambda: ana.add_remote(server, token)), "s", 60)
+    assert not differences(ana.lattice_dir, server.lattice_dir())
+    yield at_most("memory of server and worker", server_mib(server), "MiB", 400)
+    yield at_most("memory of the agent", agent_mib(ana), "MiB", 250)
+    ana.ok("list", "--quiet")
+    yield at_most("lattice list", timed(lambda: ana.ok("list", "--quiet")), "s", 10)
+    yield at_most("lattice remote status", timed(lambda: ana.ok("remote", "status")), "s", 3)
+    yield at_most("lattice comment", timed(lambda: ana.ok("comment", "LAT-77", "one more", *BY)), "s", 3)
+    yield at_most("lattice create", timed(lambda: ana.ok("create", "One more", *BY)), "s", 3)
+    ana.ok("remote", "agent", "stop")
+    yield at_most("reconnect: the first command of a new agent", timed(lambda: ana.ok("list", "--quiet")), "s", 12)
+    yield at_most("reconnect: lattice remote pull", timed(lambda: ana.ok("remote", "pull")), "s", 10)
+    yield at_most("everything compared: lattice remote verify", timed(lambda: ana.ok("remote", "verify")), "s", 30)
+    (ana.lattice_dir / "cache_state.json").unlink()
+    ana.ok("remote", "agent", "stop")
+    yield at_most(
+        "resync of a cache that does not know where it stands", timed(lambda: ana.ok("remote", "sync")), "s", 40
+    )
+    server.stop()
+    server.start()
+    yield at_most("start on files that it knows", timed(lambda: asyncio.run(_open(server, token))), "s", 20)
+    _wait_until_equal(ana, server)
+
+
+def _busy_log(server: Server, token: str) -> Iterator[Figure]:
+    """Fill another cache while four clients write into one large log."""
+    megabytes = 20
+    server.stop()
+    grow_log(server.lattice_dir(), megabytes)
+    server.start()
+
+    async def run() -> tuple[float, float, int]:
+        copy = MemoryClient(server.url, token)
+        async with a_busy_log(server, token) as pace:
+            while len(pace) < 20:  # noqa: ASYNC110 - they write
+                await asyncio.sleep(0.01)
+            began, before = time.monotonic(), len(pace)
+            copy.start()
+            await copy.current(timeout_s=120)
+            took = time.monotonic() - began
+            rate = (len(pace) - before) / took
+        await copy.close()
+        return took, rate, copy.received_bytes("events/")
+
+    took, rate, received = asyncio.run(run())
+    yield Figure("writes a second into one log of 20 MiB, meanwhile", rate, "/s")
+    yield at_most("first fill while that log grows", took, "s", 60)
+    yield at_most("of logs was sent", received / 1024 / 1024, "MiB", 2.5 * megabytes)
+
+
+async def _first_task(server: Server, token: str) -> None:
+    async with Light(server.url, token) as client:
+        await client.ok("create", "One", *BY)
+
+
+async def _open(server: Server, token: str) -> None:
+    async with Light(server.url, token) as client:
+        assert client.welcome.epoch
+
+
+def _wait_until_equal(client: Client, server: Server) -> None:
+    wait_for(lambda: not differences(client.lattice_dir, server.lattice_dir()), "the cache to equal the server", 60)
+
+
+GROUPS = {"stalled": stalled, "writers": writers, "restart": restart, "tasks": tasks}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: make load ARGS='tasks --tasks 2000 --json'",
+    )
+    parser.add_argument("groups", nargs="*", choices=[*GROUPS, []], help="which to run (default: all)")
+    parser.add_argument("--clients", type=int, default=500, help="that follow at once (default: %(default)s)")
+    parser.add_argument("--stalled", type=int, default=5, help="of them, that stop reading (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="that a pace is measured (default: %(default)s)")
+    parser.add_argument("--writers", type=int, default=50, help="that write at once (default: %(default)s)")
+    parser.add_argument("--minute", type=float, default=60, help="seconds that they write (default: %(default)s)")
+    parser.add_argument("--tasks", type=int, default=10_000, help="of the large project (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    options = parser.parse_args()
+    figures: dict[str, list[Figure]] = {}
+    for name in options.groups or GROUPS:
+        figures[name] = []
+        if not options.json:
+            print(f"\n{name}")
+        for figure in GROUPS[name](options):
+            figures[name].append(figure)
+            if not options.json:
+                print(figure, flush=True)
+    broken = [figure.name for group in figures.values() for figure in group if figure.kept is False]
+    if options.json:
+        print(json.dumps({name: [asdict(figure) for figure in group] for name, group in figures.items()}, indent=2))
+    else:
+        cores = len(os.sched_getaffinity(0))
+        print(f"\n{cores} cores, Python {sys.version.split()[0]}; broken: {', '.join(broken) or 'none'}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
