@@ -16,6 +16,7 @@ from websockets.http11 import Request, Response
 
 from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.messages import (
+    CAPABILITIES,
     PROTOCOL_VERSION,
     SUBPROTOCOL,
     Change,
@@ -25,6 +26,9 @@ from lattice_remote.protocol.messages import (
     Fetch,
     Hello,
     Limits,
+    Log,
+    LogEntry,
+    LogPage,
     Manifest,
     Part,
     Put,
@@ -55,6 +59,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {"config.json": b"{}\n", "tasks/task_1.json": b'{"id": 1}\n'}
         self.epoch = "epoch-1"
+        self.capabilities = list(CAPABILITIES)
+        self.lattice_version = "0"
         self.changes: list[Change] = []
         self.frames: list[ClientFrame] = []
         self.replies: dict[str, ServerFrame] = {}
@@ -194,6 +200,10 @@ class FakeServer:
             case Fetch(paths=paths):
                 for path in paths:
                     await self._part(connection, path)
+            case Log():
+                first = len(self.changes) if frame.before is None else frame.before
+                told = [_entry(change, self.epoch) for change in reversed(self.changes[:first])][: frame.limit]
+                await _send(connection, LogPage(frame.id, told, first - len(told) or None))
             case Run() | Put():
                 if frame.id not in self.replies:
                     self.replies[frame.id] = await (self._run(frame) if isinstance(frame, Run) else self._put(frame))
@@ -213,7 +223,7 @@ class FakeServer:
             Welcome(
                 version=PROTOCOL_VERSION,
                 server_version="0",
-                lattice_version="0",
+                lattice_version=self.lattice_version,
                 project="web",
                 actor=actor,
                 epoch=self.epoch,
@@ -221,6 +231,7 @@ class FakeServer:
                 oldest=1,
                 resync=resync,
                 limits=Limits(1 << 25, 1 << 25),
+                capabilities=self.capabilities,
             ),
         )
         if hello.follow and not resync:
@@ -268,6 +279,10 @@ class FakeServer:
         elif outcome == "merged":
             self.change(PutFile(put.path, put.text + b"theirs\n"), cause=put.id)
         return Stored(put.id, self.seq, outcome)  # type: ignore[arg-type]
+
+
+def _entry(change: Change, epoch: str) -> LogEntry:
+    return LogEntry(change.seq, epoch, change.time, change.actor, change.token_id, "", change.cause, change.command, [])
 
 
 async def _send(connection: ServerConnection, frame: ServerFrame) -> None:

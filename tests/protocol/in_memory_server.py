@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from lattice_remote.protocol.codec import decode_client_frame, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
+    CAPABILITIES,
     Change,
     Entries,
     Entry,
@@ -203,6 +204,7 @@ class InMemoryServer:
                 oldest=self.oldest,
                 resync=resync,
                 limits=Limits(1 << 20, 1 << 20),
+                capabilities=list(CAPABILITIES),
             )
         )
 

@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int)
     parser.add_argument("--project-dir", type=Path)
     parser.add_argument("--slug")
+    parser.add_argument("--journal")
     options = parser.parse_args()
     worker = FakeWorker(socket.socket(fileno=options.fd), options.project_dir)
     worker.ready()

@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
+    CAPABILITIES,
     SUBPROTOCOL,
     Bye,
     ClientFrame,
@@ -112,7 +113,9 @@ async def serving(
 
 
 def hello(**fields: object) -> bytes:
-    return encode(Hello(versions=[1], client_version="t", lattice_version="t", **fields))  # type: ignore[arg-type]
+    fields = {"capabilities": list(CAPABILITIES), **fields}
+    fields = {"client_version": "t", "lattice_version": "t", **fields}
+    return encode(Hello(versions=[1], **fields))  # type: ignore[arg-type]
 
 
 async def farewell(client: object) -> tuple[Bye | None, int]:
@@ -130,8 +133,8 @@ async def farewell(client: object) -> tuple[Bye | None, int]:
 class Copy:
     """A client: a replica over a connection, files in memory. ``pump()`` takes one frame."""
 
-    def __init__(self, *, follow: bool = True) -> None:
-        self.replica = Replica(follow=follow)
+    def __init__(self, *, follow: bool = True, capabilities: Sequence[str] = CAPABILITIES) -> None:
+        self.replica = Replica(follow=follow, capabilities=capabilities)
         self.tree: dict[str, bytes] = {}
         self.answers: dict[str, Reply | Stored | Refused] = {}
         self.frames: list[ServerFrame] = []

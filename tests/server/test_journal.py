@@ -8,6 +8,8 @@ import pytest
 from lattice_remote.server.journal import Journal, JournalReader, Record, Retention
 from lattice_remote.server.manifest import FileState
 
+NOW = 1_000_000.0
+DAY_S = 24 * 3600.0
 SMALL_SEGMENTS = Retention(max_bytes=4_000, segment_bytes=500)
 
 
@@ -32,7 +34,7 @@ def record(seq: int, *, change: bool = True, id_: int | None = None) -> Record:
 def fill(journal: Journal, count: int, *, start: int = 1) -> None:
     for seq in range(start, start + count):
         journal.append(record(seq))
-        if journal.is_segment_full:
+        if journal.is_rotation_due(NOW):
             os.close(journal.rotate())
 
 
@@ -98,9 +100,9 @@ def test_no_journal_or_one_that_is_not_readable_is_none(tmp_path: Path) -> None:
 
 def test_a_segment_that_was_being_made_is_removed(tmp_path: Path) -> None:
     fill(Journal.create(tmp_path, "e"), 3)
-    (tmp_path / f"{3:020d}.log").write_bytes(b"\0\0")
+    (tmp_path / f"{3:020d}.new").write_bytes(b"\0\0")
     assert reopen(tmp_path).head == 3
-    assert len(list(tmp_path.glob("*.log"))) == 1
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_history_before_a_damaged_segment_is_given_up(tmp_path: Path) -> None:
@@ -114,6 +116,10 @@ def test_history_before_a_damaged_segment_is_given_up(tmp_path: Path) -> None:
     assert journal.oldest > 3
     assert journal.find(request_id(1)) is None
     assert journal.find(request_id(20)) == record(20)
+    assert journal.since > 1_000_000.0, "nothing is sure of answers before that"
+    assert JournalReader(tmp_path).read(journal.oldest - 2, 20, 1000) is None
+    assert [seq for seq, _ in JournalReader(tmp_path).read(journal.oldest - 1, 20, 10_000) or []][-1] == 20
+    assert paths[:2] == journal.expire(NOW + 31 * DAY_S)[:2], "what can't be reached expires too"
 
 
 def test_history_is_bounded_by_size_and_age_in_whole_segments(tmp_path: Path) -> None:
@@ -127,7 +133,7 @@ def test_history_is_bounded_by_size_and_age_in_whole_segments(tmp_path: Path) ->
     assert 1 < journal.oldest < 60
     assert journal.find(request_id(1)) is None
     assert reopen(tmp_path, SMALL_SEGMENTS).oldest == journal.oldest
-    assert len(journal.expire(1_000_000.0 + 8 * 24 * 3600)) > 2
+    assert len(journal.expire(NOW + 31 * DAY_S)) > 2
     assert journal.find(request_id(60)) is not None or journal.oldest == 61
 
 
@@ -171,6 +177,65 @@ def test_a_new_history_forgets_the_old_one(tmp_path: Path) -> None:
     Journal.create(tmp_path, "new")
     journal = reopen(tmp_path)
     assert (journal.epoch, journal.head, journal.oldest, journal.find(request_id(1))) == ("new", 0, 1, None)
+    assert journal.notes == []
+    reader = JournalReader(tmp_path)
+    assert list(reader.records()) == [] and reader.mark_at(3) is None
+    fill(journal, 2)
+    assert [(seq, change) for seq, change in reader.read(0, 2, 1000) or []] == [(1, b"change 1"), (2, b"change 2")]
+    assert reopen(tmp_path).head == 2
+
+
+def test_a_crash_between_two_histories_loses_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I6: the old history goes only when the new one, with the answers on their way, is there as a whole."""
+    fill(Journal.create(tmp_path, "old"), 5)
+    steps = ["write", "fsync", "rename"]
+    for step in steps:
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, step, _killed)
+            Journal.create(tmp_path, "new", answered=[record(0, change=False, id_=3)])
+        journal = reopen(tmp_path)
+        assert (journal.epoch, journal.head, journal.find(request_id(3))) == ("old", 5, record(3)), step
+    Journal.create(tmp_path, "new", answered=[record(0, change=False, id_=3)])
+    journal = reopen(tmp_path)
+    assert (journal.epoch, journal.head) == ("new", 0)
+    assert journal.find(request_id(3)) == record(0, change=False, id_=3)
+
+
+def _killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_former_histories_count_and_expire(tmp_path: Path) -> None:
+    for epoch in ("one", "two", "three"):
+        fill(Journal.create(tmp_path, epoch, SMALL_SEGMENTS), 10)
+    journal = reopen(tmp_path, SMALL_SEGMENTS)
+    assert (journal.epoch, journal.head) == ("three", 10)
+    for path in journal.expire(NOW):
+        path.unlink()
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.log")) <= 4_500
+    assert reopen(tmp_path, SMALL_SEGMENTS).head == 10
+    assert len(journal.expire(NOW + 31 * DAY_S)) == len(list(tmp_path.glob("*.log"))) - 1
+
+
+def test_a_segment_that_is_old_is_closed_though_it_is_small(tmp_path: Path) -> None:
+    journal = Journal.create(tmp_path, "e", Retention(max_age_s=8 * DAY_S), since=NOW)
+    assert not journal.is_rotation_due(NOW + 100 * DAY_S), "there is nothing in it"
+    journal.append(record(1))
+    assert not journal.is_rotation_due(NOW + DAY_S)
+    assert journal.is_rotation_due(NOW + DAY_S + 1)
+    os.close(journal.rotate())
+    assert journal.expire(NOW + 8 * DAY_S) == []
+    assert len(journal.expire(NOW + 8 * DAY_S + 1)) == 1
+    assert (journal.head, journal.oldest) == (1, 2)
+
+
+def test_what_is_cut_is_kept_aside(tmp_path: Path) -> None:
+    fill(Journal.create(tmp_path / "journal", "e"), 3)
+    (segment,) = (tmp_path / "journal").glob("*.log")
+    with segment.open("ab") as file:
+        file.write(b"torn")
+    reopen(tmp_path / "journal")
+    assert [path.read_bytes() for path in (tmp_path / "set-aside").iterdir()] == [b"torn"]
 
 
 def test_what_a_killed_writer_left_in_the_cache_is_made_durable_before_it_is_told(
@@ -187,7 +252,7 @@ def test_a_segment_is_durable_before_the_next_says_where_it_ended(tmp_path: Path
     fill(journal, 1)
     synced.clear()
     os.close(journal.rotate())
-    assert synced == [f"{0:020d}.log", f"{1:020d}.log", tmp_path.name]
+    assert synced == [f"{0:020d}.log", f"{1:020d}.new", tmp_path.name]
 
 
 @pytest.fixture

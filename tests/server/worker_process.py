@@ -88,13 +88,15 @@ class WorkerProcess:
         environment: dict[str, str] | None = None,
         cwd: Path | None = None,
         max_file_bytes: int | None = None,
+        settings: str = "{}",
     ) -> None:
         self.project = project
         ours, theirs = socket.socketpair()
         ours.settimeout(30)
         self._connection, self._received = ours, b""
+        arguments = ["--fd", str(theirs.fileno()), "--project-dir", str(project), "--slug", project.name]
         self._process = subprocess.Popen(
-            [*command, "--fd", str(theirs.fileno()), "--project-dir", str(project), "--slug", project.name],
+            [*command, *arguments, "--journal", settings],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

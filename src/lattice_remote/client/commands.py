@@ -295,6 +295,7 @@ def status(as_json: Json = False) -> None:
         ("versions here", _versions(versions["here"])),
         ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
     ]
+    rows += [("note", f"{name} {advice}") for name, advice in (versions["differences"] or {}).items()]
     for label, text in rows:
         typer.echo(f"{label + ':':16}{one_line(text)}")
 

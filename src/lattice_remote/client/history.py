@@ -18,7 +18,6 @@ __all__ = ["MAX_ENTRIES", "lines", "read_log", "records"]
 
 MAX_ENTRIES = 10_000
 """The most that one command shows."""
-_REACH_S = 5.0
 
 
 async def read_log(link: Link, task: str, limit: int) -> dict[str, Any]:
@@ -29,7 +28,6 @@ async def read_log(link: Link, task: str, limit: int) -> dict[str, Any]:
         ConnectionFailed: the server is out of reach.
         ProtocolError: its pages don't follow each other.
     """
-    await _connected(link)
     entries: list[LogEntry] = []
     before: int | None = None
     while True:
@@ -40,24 +38,6 @@ async def read_log(link: Link, task: str, limit: int) -> dict[str, Any]:
         entries += page.entries
         if before is None or len(entries) >= limit:
             return {"entries": msgspec.to_builtins(entries[:limit]), "more": before is not None}
-
-
-async def _connected(link: Link) -> None:
-    """Wait for a server that can tell its log."""
-    failed_before = link.failed_attempts
-    link.kick()
-    await link.changed.until(
-        lambda: link.welcome is not None or link.failed_attempts > failed_before,
-        _REACH_S,
-    )
-    welcome = link.welcome
-    if welcome is None:
-        raise link.error if link.is_refused and link.error is not None else link.unreachable(is_write=False)
-    if "log" not in welcome.capabilities:
-        raise Rejected(
-            f"the server (lattice-remote {welcome.server_version}) can't tell its log; upgrade the server",
-            code="REMOTE_VERSION",
-        )
 
 
 async def _page(link: Link, asked: Log) -> LogPage:

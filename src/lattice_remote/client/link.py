@@ -28,11 +28,13 @@ from lattice_remote.client.settings import Remote
 from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
+    CAPABILITY_OF,
     Bye,
     ClientFrame,
     Hello,
     Log,
     Put,
+    Refused,
     Request,
     Response,
     Run,
@@ -57,6 +59,7 @@ MAX_SENDS = 8
 MAX_FRAGMENTS = 1024
 """In how many pieces a message may come: empty ones cost the sender nothing, and would never end."""
 _log = logging.getLogger(__name__)
+_CAN_NOT = {"put-text": "takes no edited plans and notes", "log": "can't tell who changed what"}
 
 
 class Conversation(Protocol):
@@ -295,6 +298,8 @@ class Link:
             return
         if (refusal := _too_large(pending.frame, self.welcome)) is not None:
             pending.answer.set_exception(refusal)
+        elif (refused := _not_offered(pending.frame, self.welcome)) is not None:
+            pending.answer.set_result(refused)
         else:
             await self.send(pending.to_send())
 
@@ -512,6 +517,15 @@ async def _message(socket: ClientConnection) -> bytes:
         if len(pieces) > MAX_FRAGMENTS:
             raise ProtocolError(f"a message in more than {MAX_FRAGMENTS} pieces")
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
+    """Return the refusal of a request that this server can't answer, None when it can (SPEC V3)."""
+    needed = CAPABILITY_OF.get(type(frame))
+    if needed is None or needed in welcome.capabilities:
+        return None
+    server = one_line(f"the server (lattice-remote {welcome.server_version})")
+    return Refused(frame.id, "REMOTE_VERSION", f"{server} {_CAN_NOT[needed]}: upgrade the server")
 
 
 def _too_large(frame: Request, welcome: Welcome) -> Rejected | None:

@@ -39,6 +39,7 @@ from lattice_remote.client.watching import Watching
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Put, Refused, Reply, Run, Stored, Welcome
 from lattice_remote.protocol.replica import State
+from lattice_remote.protocol.versions import describe_difference
 
 __all__ = ["Report", "Service", "answered"]
 
@@ -431,13 +432,22 @@ class Service:
             "act_as": welcome.act_as if welcome else None,
             "has_token": (token or self._links.stored_token()) is not None,
             "pid": os.getpid(),
-            "versions": {
-                "here": {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")},
-                "server": {"lattice-remote": welcome.server_version, "lattice-tracker": welcome.lattice_version}
-                if welcome
-                else None,
-            },
+            "versions": _versions(welcome),
         }
+
+
+def _versions(welcome: Welcome | None) -> dict[str, Any]:
+    """Return what runs here and there, and under ``differences`` what to do where that is not the same."""
+    here = {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")}
+    if welcome is None:
+        return {"here": here, "server": None, "differences": None}
+    there = {"lattice-remote": welcome.server_version, "lattice-tracker": welcome.lattice_version}
+    differences = {
+        program: advice
+        for program in here
+        if (advice := describe_difference(here[program], there[program], here_is="this machine", there_is="the server"))
+    }
+    return {"here": here, "server": there, "differences": differences}
 
 
 def _run_frame(request: dict[str, Any]) -> Run:

@@ -5,6 +5,7 @@ receiver does not know is ignored, a field with a default may be missing; an unk
 Sequence numbers count a project's changes from 1 within an epoch; 0 means "none yet" (I1).
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -14,6 +15,7 @@ from lattice_remote.protocol.operations import Digest, Operation
 
 __all__ = [
     "CAPABILITIES",
+    "CAPABILITY_OF",
     "MAX_ARGV",
     "MAX_FETCH_PATHS",
     "MAX_LOG_ENTRIES",
@@ -292,6 +294,8 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
+CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log"}
+"""What both sides must have named before a frame of this kind is sent, and answered."""
 Request = Run | Put | Log
 """What a server answers, by its id."""
 Response = Reply | Stored | LogPage | Refused

@@ -208,7 +208,14 @@ class _Arriving:
 class Replica:
     """One copy of a project. Not thread-safe; see the module's text for how a shell drives it."""
 
-    def __init__(self, position: Position = NOWHERE, wanted: Iterable[str] = (), *, follow: bool = True) -> None:
+    def __init__(
+        self,
+        position: Position = NOWHERE,
+        wanted: Iterable[str] = (),
+        *,
+        follow: bool = True,
+        capabilities: Iterable[str] = CAPABILITIES,
+    ) -> None:
         self.position = position
         """Where the copy stands: every change up to here is in the files, except in ``wanted`` ones."""
         self.wanted: dict[str, int] = dict.fromkeys(wanted, position.seq)
@@ -225,6 +232,7 @@ class Replica:
         self.head = position.seq
         """The highest number that the server has named on this connection."""
         self._follow = follow
+        self._capabilities = list(capabilities)
         self._requested: set[str] = set()
         self._arriving: dict[str, _Arriving] = {}
         self._kept_bytes = 0  # of all operations in _arriving
@@ -250,7 +258,7 @@ class Replica:
             versions=[PROTOCOL_VERSION],
             client_version=client_version,
             lattice_version=lattice_version,
-            capabilities=list(CAPABILITIES),
+            capabilities=self._capabilities,
             epoch=self.position.epoch,
             seq=self.position.seq,
             mark=self.position.mark,
@@ -296,7 +304,8 @@ class Replica:
     def _welcomed(self, frame: Welcome) -> list[Effect]:
         if frame.version != PROTOCOL_VERSION:
             raise ProtocolError(
-                f"the server chose protocol {frame.version}, this side speaks {PROTOCOL_VERSION}",
+                f"the server chose protocol {frame.version}, this side speaks {PROTOCOL_VERSION}: "
+                f"upgrade the {'client' if frame.version > PROTOCOL_VERSION else 'server'}",
                 code="REMOTE_VERSION",
             )
         if self._follow and not frame.resync and frame.epoch != self.position.epoch:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
 
+import msgspec
+
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
 from lattice_remote.server.datadir import DataDir
@@ -55,7 +57,7 @@ class Hub:
         self.door = Door(self.config.limits, self.config.trusted_proxies)
         """Counts who comes in."""
         self._bounds = bounds or Bounds(per_token=self.config.limits.requests_per_token)
-        self._worker_command = worker_command
+        self._worker_command = (*worker_command, "--journal", msgspec.json.encode(self.config.journal).decode())
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)
         self._tokens_error = ""  # what was logged last, so that it is logged once

@@ -37,6 +37,7 @@ class Execute(_Message, frozen=True, tag="execute"):
 
     ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and says in
     ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
+    ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Execute(_Message, frozen=True, tag="execute"):
     actor: str
     act_as: list[str]
     last_try: bool = False
+    first_sent_at: float | None = None
 
 
 class Edit(_Message, frozen=True, tag="edit"):
@@ -57,6 +59,7 @@ class Edit(_Message, frozen=True, tag="edit"):
     text: bytes
     token_id: str
     actor: str
+    first_sent_at: float | None = None
 
 
 class Reconcile(_Message, frozen=True, tag="reconcile"):

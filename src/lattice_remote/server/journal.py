@@ -4,10 +4,14 @@
 segment is a ``Segment``, which says where the history stood; the others are ``Record``s. A record without a change is a
 request that changed nothing: it is kept so that asking again returns the same reply.
 
+A new epoch is a new segment with another epoch in it. The segments before it, and those before a damaged one, are
+*former*: nobody is sent their changes any more, but the log tells of them, until they expire like the others.
+
 ``Journal`` is the worker's: it appends with ``write()``, which a killed process survives; the caller makes it durable
 with fsync. ``JournalReader`` is for another process, and may read while the worker appends.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -25,12 +29,16 @@ __all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment", "segmen
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """The first record of a segment: the history's name, and its head when the segment began."""
+    """The first record of a segment: the history's name, and its head when the segment began.
+
+    ``since`` is when that was, in seconds since the epoch: whatever was answered later is in this segment or after it.
+    """
 
     epoch: str
     number: int
     head: int
     mark: bytes
+    since: float = 0.0
 
 
 class Record(msgspec.Struct, frozen=True, tag="record"):
@@ -66,16 +74,26 @@ class _Outline(msgspec.Struct, frozen=True, tag="record"):
 _decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
 _outline_decoder: msgspec.msgpack.Decoder[Segment | _Outline] = msgspec.msgpack.Decoder(Segment | _Outline)
 _encoder = msgspec.msgpack.Encoder()
+_SCRATCH = ".new"
 _SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """How much history is kept, in whole segments; the newest segment always is."""
+    """How much history is kept, in whole segments; the newest segment always is.
+
+    On disk are at most ``max_bytes`` and one segment, which is ``segment_bytes`` and its last record. What is older
+    than ``max_age_s`` is gone an eighth of that time later, also when nothing is written any more.
+    """
 
     max_bytes: int = 64 * 1024 * 1024
-    max_age_s: float = 7 * 24 * 3600.0
+    max_age_s: float = 30 * 24 * 3600.0
     segment_bytes: int = 8 * 1024 * 1024
+
+    @property
+    def segment_age_s(self) -> float:
+        """How old a segment may become before the next one is begun."""
+        return self.max_age_s / 8
 
 
 @dataclass
@@ -84,6 +102,15 @@ class _Kept:
 
     path: Path
     header: Segment
+    size: int
+    newest: float
+
+
+@dataclass(frozen=True)
+class _Former:
+    """A segment that is not part of the history any more, readable or not."""
+
+    path: Path
     size: int
     newest: float
 
@@ -110,6 +137,7 @@ class Journal:
         self.mark = b""
         self.notes: list[str] = []
         self._next_number = 0
+        self._former: list[_Former] = []
         self._segments: list[_Kept] = []
         self._places: dict[bytes, _Place] = {}
         self._descriptor = -1
@@ -133,50 +161,69 @@ class Journal:
 
     @classmethod
     def create(
-        cls, directory: Path, epoch: str, retention: Retention | None = None, *, answered: Iterable[Record] = ()
+        cls,
+        directory: Path,
+        epoch: str,
+        retention: Retention | None = None,
+        *,
+        answered: Iterable[Record] = (),
+        since: float | None = None,
     ) -> Self:
-        """Begin a new history: whatever segments are there are removed, the numbers start at 0.
+        """Begin a new history: the segments that are there become former ones, the numbers start at 0.
+
+        A crash leaves either the old history or the new one with all its ``answered``, never less (I6).
 
         Args:
             directory: made if need be.
             epoch: the new history's name.
             retention: how much of it is kept.
             answered: what may be asked again though its history is over (I6): records without a change, at number 0.
+            since: ``answered`` has all answers after this time, in seconds since the epoch; None: none before now.
 
         Raises:
             OSError: the directory can't be written.
         """
         journal = cls(directory, retention or Retention())
         directory.mkdir(parents=True, exist_ok=True)
-        for path in directory.glob("*.log"):
-            path.unlink()
+        for path in segment_paths(directory):
+            journal._add_former(path)
+            # However many records it has, the next number is a later one.
+            journal._next_number = int(path.stem) + journal._former[-1].size // HEAD_BYTES + 1
         journal.epoch = epoch
-        journal._begin_segment()
-        for record in answered:
-            journal.append(record)
-        os.fsync(journal._descriptor)
+        journal._begin_segment(time.time() if since is None else since, answered)
         return journal
 
     # --- reading back ---
 
     def _load(self) -> None:
-        paths = sorted(self.directory.glob("*.log"))
-        for path in paths:
+        for path in self.directory.glob(f"*{_SCRATCH}"):
+            path.unlink()  # a segment that was never begun
+        for path in segment_paths(self.directory):
             loaded = _parse(path)
-            if loaded is None and path is paths[-1]:
-                # Its header is fsynced before it is used: it holds nothing that anybody was told of.
-                path.unlink()
-            elif loaded is None or not self._continues(loaded[0].header):
-                # What came before can't be reached from here: history starts with the next good segment.
-                self._segments.clear()
-                self._places.clear()
-                self.notes.append(f"journal: {path.name} does not continue the segment before it")
-            if loaded is not None:
-                self._adopt(*loaded)
+            if loaded is None:
+                self._retire()
+                self._add_former(path)
+                self.notes.append(f"journal: {path.name} can't be read")
+                continue
+            header = loaded[0].header
+            if self._segments and not self._continues(header):
+                # What came before can't be reached from here: history starts with this segment.
+                self._retire()
+                if (header.head, header.mark) != (0, b"") or header.epoch == self.epoch:
+                    self.notes.append(f"journal: {path.name} does not continue the segment before it")
+            self._adopt(*loaded)
+
+    def _retire(self) -> None:
+        """What was read so far is no part of the history."""
+        self._former += [_Former(kept.path, kept.path.stat().st_size, kept.newest) for kept in self._segments]
+        self._segments.clear()
+        self._places.clear()
+
+    def _add_former(self, path: Path) -> None:
+        status = path.stat()
+        self._former.append(_Former(path, status.st_size, status.st_mtime))
 
     def _continues(self, header: Segment) -> bool:
-        if not self._segments:
-            return True
         whole = self._segments[-1].size == self._segments[-1].path.stat().st_size
         return whole and (header.epoch, header.head, header.mark) == (self.epoch, self.head, self.mark)
 
@@ -197,7 +244,16 @@ class Journal:
             self.notes.append(
                 f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
             )
+            self._set_aside_tail(last)
             os.ftruncate(self._descriptor, last.size)
+
+    def _set_aside_tail(self, last: _Kept) -> None:
+        """Keep a copy of what is cut, for somebody who wants to know; where there is no room for it, do without."""
+        directory = self.directory.parent / "set-aside"
+        with contextlib.suppress(OSError), last.path.open("rb") as file:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            file.seek(last.size)
+            (directory / f"{last.path.name}.from-{last.size}").write_bytes(file.read())
 
     def _sync(self) -> None:
         """Make every segment and its name durable; costs next to nothing where they are."""
@@ -226,10 +282,11 @@ class Journal:
         if record.id:
             self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
 
-    @property
-    def is_segment_full(self) -> bool:
-        """Tell whether it is time to ``rotate``."""
-        return self._segments[-1].size >= self.retention.segment_bytes
+    def is_rotation_due(self, now: float) -> bool:
+        """Tell whether it is time to ``rotate``: the newest segment is large, or has something and is old."""
+        last = self._segments[-1]
+        old = self._next_number > last.header.number and now - last.header.since > self.retention.segment_age_s
+        return old or last.size >= self.retention.segment_bytes
 
     def rotate(self) -> int:
         """Begin a new segment and return the old one's descriptor, to be closed.
@@ -241,30 +298,39 @@ class Journal:
         """
         old = self._descriptor
         os.fdatasync(old)
-        self._begin_segment()
+        self._begin_segment(time.time())
         return old
 
-    def _begin_segment(self) -> None:
-        header = Segment(self.epoch, self._next_number, self.head, self.mark)
+    def _begin_segment(self, since: float, records: Iterable[Record] = ()) -> None:
+        """Make a segment, with records of no change in it; it appears whole and durable, or not at all."""
+        header = Segment(self.epoch, self._next_number, self.head, self.mark, since)
         path = self.directory / f"{header.number:020d}.log"
-        data = frame(_encoder.encode(header))
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        data = bytearray(frame(_encoder.encode(header)))
+        self._segments.append(_Kept(path, header, 0, time.time()))
+        for record in records:
+            self._remember(record, len(data))
+            data += frame(_encoder.encode(record))
+            self._next_number += 1
+        scratch = path.with_suffix(_SCRATCH)
+        self._descriptor = os.open(scratch, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
         if os.write(self._descriptor, data) != len(data):
-            raise OSError(f"short write to {path}")
+            raise OSError(f"short write to {scratch}")
         os.fsync(self._descriptor)
+        os.rename(scratch, path)
         sync_directory(self.directory)
-        self._segments.append(_Kept(path, header, len(data), time.time()))
+        self._segments[-1].size = len(data)
 
     def expire(self, now: float) -> list[Path]:
         """Forget the segments that are over the retention and return their paths, to be removed by the caller."""
         expired: list[Path] = []
-        total = sum(kept.size for kept in self._segments)
-        while len(self._segments) > 1:
-            oldest = self._segments[0]
+        total = sum(former.size for former in self._former) + sum(kept.size for kept in self._segments)
+        while self._former or len(self._segments) > 1:
+            oldest = self._former[0] if self._former else self._segments[0]
             if total <= self.retention.max_bytes and now - oldest.newest <= self.retention.max_age_s:
                 break
             total -= oldest.size
-            expired.append(self._segments.pop(0).path)
+            expired.append(oldest.path)
+            del (self._former or self._segments)[0]
         if expired:
             first = self._segments[0].header.number
             self._places = {id_: place for id_, place in self._places.items() if place.segment >= first}
@@ -312,6 +378,11 @@ class Journal:
     def oldest(self) -> int:
         """The first change that can still be replayed; ``head + 1`` when there is none."""
         return self._segments[0].header.head + 1
+
+    @property
+    def since(self) -> float:
+        """``find`` knows every answer that was given after this time, in seconds since the epoch."""
+        return self._segments[0].header.since
 
     def find(self, request_id: str) -> Record | None:
         """Return the record that answered a request, None when it is not known (any more).
@@ -390,7 +461,7 @@ class JournalReader:
         return changes if changes or after >= upto else None
 
     def records(self) -> Iterator[Record]:
-        """Yield every record that is there, oldest first.
+        """Yield every record of the history, oldest first.
 
         Raises:
             OSError: a segment can't be read.
@@ -412,14 +483,18 @@ class JournalReader:
         return None
 
     def _items(self, seq: int) -> Iterator[Segment | Record]:
-        """Yield what is on disk from the segment on in which change ``seq + 1`` would be."""
-        paths = sorted(self._directory.glob("*.log"))
-        start = 0
-        for index, path in enumerate(paths):
+        """Yield what is on disk of the history, from the segment on in which change ``seq + 1`` would be."""
+        paths: list[Path] = []
+        epoch = None
+        for path in reversed(segment_paths(self._directory)):
             header = _header_of(path)
-            if header is not None and header.head <= seq:
-                start = index
-        for path in paths[start:]:
+            if header is None or epoch not in (None, header.epoch):
+                break  # expired meanwhile, damaged, or of a former history
+            epoch = header.epoch
+            paths.append(path)
+            if header.head <= seq:
+                break
+        for path in reversed(paths):
             try:
                 data = path.read_bytes()
             except FileNotFoundError:

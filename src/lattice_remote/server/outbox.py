@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import deque
 
-__all__ = ["MAX_PENDING_BYTES", "STALL_DEADLINE_S", "Outbox", "websocket_frame"]
+__all__ = ["MAX_PENDING_BYTES", "STALL_DEADLINE_S", "Outbox", "payload_of", "websocket_frame"]
 
 MAX_PENDING_BYTES = 16 * 1024 * 1024
 """More than this outstanding, and the client is cut. One frame may always be queued, however large."""
@@ -29,6 +29,11 @@ def websocket_frame(payload: bytes) -> bytes:
     if size < 1 << 16:
         return b"\x82\x7e" + size.to_bytes(2) + payload
     return b"\x82\x7f" + size.to_bytes(8) + payload
+
+
+def payload_of(frame: bytes) -> bytes:
+    """Return the payload of what ``websocket_frame`` has made."""
+    return frame[{126: 4, 127: 10}.get(frame[1], 2) :]
 
 
 class Outbox:

@@ -12,15 +12,19 @@ queued in the tick in which they are right, so the number they carry is that of 
 
 import asyncio
 import logging
+import time
 from collections import deque
 
+import msgspec
 from websockets.exceptions import ConnectionClosed
 
 import lattice_remote
 from lattice_remote.errors import ProtocolError, RemoteError, StorageError
+from lattice_remote.logtext import printable
 from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
+    CAPABILITY_OF,
     PROTOCOL_VERSION,
     Applied,
     Bye,
@@ -37,11 +41,13 @@ from lattice_remote.protocol.messages import (
     Welcome,
 )
 from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.versions import describe_difference
 from lattice_remote.server.files import FileSender
 from lattice_remote.server.handoff import Handoff
 from lattice_remote.server.ipc import Edit, Execute
 from lattice_remote.server.outbox import MAX_PENDING_BYTES, websocket_frame
 from lattice_remote.server.project import Project
+from lattice_remote.server.skew import Dialect, common_capabilities
 from lattice_remote.server.tokens import Token
 
 __all__ = ["HELLO_TIMEOUT_S", "Peer"]
@@ -77,6 +83,8 @@ class Peer:
         self._outbox = connection.outbox
         self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
+        self._capabilities: frozenset[str] = frozenset()  # what both sides understand
+        self._dialect = Dialect(CAPABILITIES)
         self._follows = True
         self._live = False
         self._sent = 0  # the last change that was queued for it
@@ -153,6 +161,8 @@ class Peer:
     async def _welcome(self, hello: Hello) -> None:
         """Answer the greeting. From the last look at the project to the queued frame nothing waits."""
         project = self.project
+        self._capabilities = common_capabilities(hello)
+        self._dialect = Dialect(self._capabilities)
         await project.opened()
         continues = hello.follow and await self._continues(hello) and hello.epoch == project.history.epoch
         if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
@@ -178,7 +188,8 @@ class Peer:
                 capabilities=list(CAPABILITIES),
             )
         )
-        _log.info("%s: connected at %d of %d", self._name, self._sent, project.history.head)
+        programs = _programs(hello, project.lattice_version)
+        _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
         if self._sent == project.history.head:
             self._go_live()
 
@@ -209,9 +220,14 @@ class Peer:
         token = self.token
         match frame:
             case Run():
-                self._submit(Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as))
+                run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
+                self._submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)))
+            case Put() | Log() if CAPABILITY_OF[type(frame)] not in self._capabilities:
+                what = CAPABILITY_OF[type(frame)]
+                self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {what!r}: upgrade the client")
             case Put() if is_editable(frame.path):
-                self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor))
+                first = _first_sent_at(frame)
+                self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first))
             case Put():
                 self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
             case Log():
@@ -260,7 +276,7 @@ class Peer:
         if self._live and self._follows:
             assert seq == self._sent + 1, "a live client was sent every change up to the head"
             self._sent = seq
-            self._outbox.push(frame)
+            self._outbox.push(self._dialect.told(frame))
 
     def answer(self, request_id: str, reply: bytes) -> None:
         """Queue an answer; one that comes while the client catches up waits for the changes before it."""
@@ -315,10 +331,27 @@ class Peer:
             for seq, frame in batch:
                 assert seq == self._sent + 1, "numbers have no gap (I1)"
                 self._sent = seq
-                self._outbox.push(frame)
+                self._outbox.push(self._dialect.told(frame))
             await self._outbox.room()
             if self._sent == self.project.history.head:
                 self._go_live()
+
+
+def _programs(hello: Hello, lattice_version: str) -> str:
+    """Return what a client runs, for the log, and which side to upgrade where that is not what this server runs."""
+    parts = []
+    for name, theirs, ours in (
+        ("lattice-remote", hello.client_version, lattice_remote.__version__),
+        ("lattice-tracker", hello.lattice_version, lattice_version),
+    ):
+        difference = describe_difference(theirs, ours, here_is="the client", there_is="the server")
+        parts.append(f"{name} {printable(theirs[:40])}" + (f" ({printable(difference[:120])})" if difference else ""))
+    return ", ".join(parts)
+
+
+def _first_sent_at(frame: Run | Put) -> float | None:
+    """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
+    return time.time() - frame.age_s if frame.age_s else None
 
 
 def _decode(message: str | bytes) -> ClientFrame:

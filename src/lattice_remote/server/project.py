@@ -303,7 +303,9 @@ class Project:
         assert self._outstanding, "the worker answers only what it was sent"
         assert done.id == getattr(self._outstanding[0].message, "id", ""), "the worker answers in order"
         job = self._settled()
-        if done.change is not None:
+        if done.change is None:
+            self.history.oldest = done.oldest or self.history.oldest
+        else:
             self.history.publish(done.seq, done.mark, done.change, done.after, oldest=done.oldest)
         self._waiting.touched(done)
         self._finish(job, done)

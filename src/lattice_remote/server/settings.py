@@ -9,7 +9,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-__all__ = ["Config", "Limits", "Tls"]
+__all__ = ["Config", "Journal", "Limits", "Tls"]
 
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
@@ -43,11 +43,29 @@ class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     key: str = ""
 
 
+class Journal(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How much of each project's journal is kept; a client that was away for longer compares all files when it is back.
+
+    Raises ValueError when a segment would be more than the whole.
+    """
+
+    max_bytes: Annotated[int, Meta(ge=64 * 1024, le=1 << 40)] = 64 * 1024 * 1024
+    """On disk are at most this and one segment."""
+    max_age_days: Annotated[float, Meta(gt=0, le=36_500)] = 30.0
+    segment_bytes: Annotated[int, Meta(ge=4096, le=256 * 1024 * 1024)] = 8 * 1024 * 1024
+    """Its segments, which are dropped as a whole, are about this large."""
+
+    def __post_init__(self) -> None:
+        if self.segment_bytes > self.max_bytes:
+            raise ValueError("`segment_bytes` is more than `max_bytes`")
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
     """All settings. ``DataDir.config()`` reads them."""
 
     hooks: bool = True
     """Whether the hooks of the projects' own ``config.json`` run on this server."""
+    journal: Journal = Journal()
     limits: Limits = Limits()
     tls: Tls = Tls()
     trusted_proxies: list[str] = []

@@ -175,8 +175,7 @@ class Store:
         )
         paths = tuple(map(self.tree.absolute, difference.volatile))
         self._committer.submit(Job(done if report else None, descriptor, paths))
-        if self.journal.is_segment_full:
-            self._rotate()
+        self.keep_retention()
 
     def _moved(self, difference: Difference) -> dict[str, bytes]:
         """Return the content of files that were moved, apart from very large ones."""
@@ -212,6 +211,13 @@ class Store:
 
     # --- the journal's upkeep ---
 
+    def keep_retention(self) -> None:
+        """Begin a new segment of the journal if it is time, and drop what is over the retention."""
+        if self.journal.is_rotation_due(now := time.time()):
+            self._rotate()
+        elif expired := self.journal.expire(now):
+            self._committer.submit(Job(then=lambda: _unlink(expired)))
+
     def _rotate(self) -> None:
         """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
         old = self.journal.rotate()
@@ -223,8 +229,7 @@ class Store:
             os.close(old)
             sync_files(unsynced)
             save_manifest(self._manifest_path, content)
-            for path in expired:
-                path.unlink(missing_ok=True)
+            _unlink(expired)
 
         self._committer.submit(Job(descriptor=old, then=finish))
 
@@ -276,9 +281,15 @@ def begin_anew(journal: Journal) -> Journal:
     Raises:
         OSError: the old one can't be read, or the new one written.
     """
-    answered = [_at_beginning(record) for record in journal.answered_since(time.time() - _ASKED_AGAIN_S)]
+    since = max(journal.since, time.time() - _ASKED_AGAIN_S)
+    answered = [_at_beginning(record) for record in journal.answered_since(since)]
     journal.close()
-    return Journal.create(journal.directory, secrets.token_hex(16), journal.retention, answered=answered)
+    return Journal.create(journal.directory, secrets.token_hex(16), journal.retention, answered=answered, since=since)
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _at_beginning(record: Record) -> Record:

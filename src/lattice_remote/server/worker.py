@@ -33,10 +33,11 @@ from lattice_remote.server.capture import Touched, Vetoed
 from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Executor, Outcome
 from lattice_remote.server.ipc import After, Edit, Execute, Failed, NewEpoch, Ready, Reconcile, Settle, Stop, ToWorker
-from lattice_remote.server.journal import Record
+from lattice_remote.server.journal import Record, Retention
 from lattice_remote.server.loglines import log_to_stderr
 from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.recovery import open_store
+from lattice_remote.server.settings import Journal as JournalSettings
 from lattice_remote.server.store import BY_SERVER, Cause, ChangeTooLarge, Store
 from lattice_remote.server.textmerge import merge_text
 from lattice_remote.server.tree import Difference
@@ -96,6 +97,7 @@ class Worker:
             case Settle():
                 self._once(message, _refuse_settled)
             case Reconcile():
+                self._store.keep_retention()
                 found = self._store.tree.reconcile(message.paths)
                 self._store.commit(found, BY_SERVER("edit"))
             case NewEpoch():
@@ -111,12 +113,27 @@ class Worker:
         known = self._store.journal.find(request.id)
         try:
             if known is None:
+                self._require_new(request)
                 carry_out(request)
             else:
                 self._answer_again(request, known)
         except Rejected as rejected:
             message = rejected.message[:_MAX_MESSAGE_CHARS]
             self._store.refuse(request.id, encode(Refused(request.id, rejected.code, message)))
+
+    def _require_new(self, request: Execute | Edit | Settle) -> None:
+        """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
+
+        Raises:
+            Rejected: it was sent before, and whether it was carried out may have been forgotten since.
+        """
+        first = request.first_sent_at if not isinstance(request, Settle) else None
+        if first is not None and first < self._store.journal.since:
+            raise Rejected(
+                "this request was sent before, and the server does not keep its answer any more; it may have taken "
+                "effect: look before you repeat it",
+                code="REMOTE_UNKNOWN_OUTCOME",
+            )
 
     def _answer_again(self, request: Execute | Edit | Settle, known: Record) -> None:
         if known.token_id != request.token_id:
@@ -341,6 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--project-dir", type=Path, required=True)
     parser.add_argument("--slug", required=True)
+    parser.add_argument("--journal", default="{}", help="settings, as in config.json")
     options = parser.parse_args(arguments)
     # The server tells when to leave; a signal to the whole process group must not cut a command off.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -350,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     connection = socket.socket(fileno=options.fd)
     committer = Committer(connection)
     try:
-        return _serve(options.project_dir.resolve(), connection, committer)
+        return _serve(options.project_dir.resolve(), connection, committer, _retention(options.journal))
     except OSError as error:
         _log.exception("the project can't go on")
         committer.submit(Job(Failed(f"the project can't go on: {error}")))
@@ -358,10 +376,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _serve(project: Path, connection: socket.socket, committer: Committer) -> int:
+def _retention(settings: str) -> Retention:
+    journal = msgspec.json.decode(settings, type=JournalSettings)
+    return Retention(journal.max_bytes, journal.max_age_days * 24 * 3600.0, journal.segment_bytes)
+
+
+def _serve(project: Path, connection: socket.socket, committer: Committer, retention: Retention) -> int:
     code = _code_directories(project)
     scratch = _prepare_scratch(project)
-    opened = open_store(project, scratch, committer, code=code)
+    opened = open_store(project, scratch, committer, code=code, retention=retention)
     worker = Worker(project, scratch, opened.store, Executor(project, lazy=opened.can_repair), committer)
     worker.ready(opened.notes)
     gc.collect()

@@ -1,0 +1,144 @@
+"""Older clients against this server: they are sent what they understand, or told whom to upgrade."""
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Iterable
+from pathlib import Path
+
+import pytest
+from harness import Copy, Running, farewell, hello, make_data, serving, tree_of
+from lattice.core.config import default_config, serialize_config
+from lattice.storage.fs import atomic_write, ensure_lattice_dirs
+
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import CAPABILITIES, Change, Log, LogPage, Put, Refused, Reply, Stored
+from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation
+from lattice_remote.server.writer import WORKER_COMMAND
+
+ANA = ("--actor", "human:ana")
+KINDS: dict[type, str] = {AppendBytes: "append", MergeJson: "merge", MoveFile: "move"}
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    data, token = make_data(tmp_path / "data")
+    ensure_lattice_dirs(data.project("web").root)
+    config = {**default_config(), "project_code": "LAT"}
+    atomic_write(data.project("web").lattice / "config.json", serialize_config(config))
+    async with serving(data, token, worker=WORKER_COMMAND) as server:
+        yield server
+
+
+def named(operations: Iterable[Operation]) -> set[str]:
+    """Return the capabilities that operations need."""
+    return {KINDS[type(operation)] for operation in operations if type(operation) in KINDS}
+
+
+def received(copy: Copy) -> set[str]:
+    return named(operation for frame in copy.frames if isinstance(frame, Change) for operation in frame.ops)
+
+
+async def work(copy: Copy) -> None:
+    """Run commands whose changes hold every kind of operation."""
+    long = "x" * 6000
+    for argv in (
+        ("create", "One", "--description", long),
+        ("comment", "LAT-1", long),
+        ("status", "LAT-1", "in_planning"),
+        ("comment", "LAT-1", "more"),
+        ("create", "Two"),
+        ("archive", "LAT-1"),
+    ):
+        reply = await copy.run(*argv, *ANA)
+        assert isinstance(reply, Reply) and reply.exit_code == 0, reply
+
+
+@pytest.mark.parametrize("missing", [("append",), ("merge",), ("move",), ("append", "merge", "move")], ids=" ".join)
+async def test_an_older_client_stays_equal_live_and_when_it_catches_up(
+    running: Running, missing: tuple[str, ...]
+) -> None:
+    """I3: what it does not understand it fetches whole."""
+    capabilities = [capability for capability in CAPABILITIES if capability not in missing]
+    old, away, new = Copy(capabilities=capabilities), Copy(capabilities=capabilities), Copy()
+    async with running.connected() as socket:
+        await away.greet(socket)
+        await away.sync()
+    async with running.connected() as one, running.connected() as other:
+        await old.greet(one)
+        await new.greet(other)
+        await new.sync()
+        await old.sync()
+        await work(old)
+        await new.run("comment", "LAT-2", "the end", *ANA)
+        while old.replica.position != new.replica.position or not old.replica.is_current:
+            await old.pump()
+    away.replica.disconnected()
+    async with running.connected() as socket:
+        await away.greet(socket)
+        await away.sync()
+    assert received(new) == set(KINDS.values()), "the commands write in every way"
+    assert not received(old) & set(missing) and not received(away) & set(missing)
+    assert received(old) == set(KINDS.values()) - set(missing), "what it does understand is sent as it is"
+    assert old.tree == away.tree == new.tree == tree_of(running.tree)
+    assert not any(isinstance(frame, Change) and frame.seq == 0 for frame in away.frames)
+
+
+async def test_a_client_that_can_not_fetch_announced_files_is_told_to_upgrade(running: Running) -> None:
+    async with running.connected() as socket:
+        await socket.send(hello(capabilities=["append", "merge", "move"]))
+        bye, code = await farewell(socket)
+    assert bye is not None and (bye.code, bye.retry_after_s, code) == ("REMOTE_VERSION", None, 1008)
+    assert bye.reason.endswith("upgrade the client")
+
+
+async def test_a_client_that_only_writes_needs_no_operations(running: Running) -> None:
+    copy = Copy(follow=False, capabilities=[])
+    async with running.connected() as socket:
+        await copy.greet(socket)
+        reply = await copy.run("create", "One", *ANA)
+        assert isinstance(reply, Reply) and reply.exit_code == 0
+
+
+@pytest.mark.parametrize("missing", ["put-text", "log"])
+async def test_a_request_whose_answer_it_did_not_name_is_refused(running: Running, missing: str) -> None:
+    copy = Copy(capabilities=[capability for capability in CAPABILITIES if capability != missing])
+    plan = f"plans/task_{'0' * 26}.md"
+    async with running.connected() as socket:
+        await copy.greet(socket)
+        await copy.sync()
+        await copy.send(Put(secrets.token_hex(16), plan, None, b"# Plan\n"))
+        await copy.send(Log(secrets.token_hex(16)))
+        while len(copy.answers) < 2:
+            await copy.pump()
+    refused = [answer for answer in copy.answers.values() if isinstance(answer, Refused)]
+    assert [answer.code for answer in refused] == ["REMOTE_VERSION"]
+    assert missing in refused[0].message and "upgrade the client" in refused[0].message
+    others = {type(answer) for answer in copy.answers.values()} - {Refused}
+    assert others == {LogPage if missing == "put-text" else Stored}
+
+
+async def test_fields_of_the_future_are_ignored_and_frames_of_the_future_refused(running: Running) -> None:
+    import msgspec
+
+    async with running.connected() as socket:
+        greeting = msgspec.msgpack.decode(hello())
+        await socket.send(msgspec.msgpack.encode({**greeting, "colour": "blue", "capabilities": [*CAPABILITIES, "x"]}))
+        assert decode_server_frame(await socket.recv()).__class__.__name__ == "Welcome"
+        asked = msgspec.msgpack.decode(encode(Log("0" * 32)))
+        await socket.send(msgspec.msgpack.encode({**asked, "sort": "oldest"}))
+        assert isinstance(decode_server_frame(await socket.recv()), LogPage)
+        await socket.send(msgspec.msgpack.encode({"type": "subscribe", "id": "0" * 32}))
+        bye, code = await farewell(socket)
+    assert bye is not None and (bye.code, code) == ("REMOTE_PROTOCOL", 1002)
+
+
+async def test_the_log_names_what_a_client_runs_and_which_side_is_older(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "lattice_remote.server.peer")
+    async with running.connected() as socket:
+        await socket.send(hello(client_version="99.0\x1b[31m", lattice_version="0.0.1"))
+        await socket.recv()
+    (line,) = [record.getMessage() for record in caplog.records if "connected at" in record.getMessage()]
+    assert line.isprintable() and r"lattice-remote 99.0\x1b[31m (" in line and "upgrade the server" in line
+    assert "lattice-tracker 0.0.1 (0.0.1 is older: upgrade the client)" in line

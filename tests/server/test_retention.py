@@ -1,0 +1,189 @@
+"""How much history is kept, and what that means for clients that were away and for requests that are sent again."""
+
+import secrets
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from harness import Copy, Running, make_data, serving, tree_of, until
+from lattice.core.config import default_config, serialize_config
+from lattice.storage.fs import atomic_write, ensure_lattice_dirs
+from worker_process import ANA, WorkerProcess, answer_of, execute, make_project
+
+from lattice_remote.errors import Misuse
+from lattice_remote.protocol.messages import Refused, Reply, Run
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.ipc import Edit, NewEpoch
+from lattice_remote.server.writer import WORKER_COMMAND
+
+MAX_BYTES, SEGMENT_BYTES = 64 * 1024, 8 * 1024
+
+
+def make_server_data(path: Path, journal: str) -> tuple[DataDir, str]:
+    data, token = make_data(path)
+    (path / "config.json").write_text(f'{{"journal": {journal}}}\n')
+    ensure_lattice_dirs(data.project("web").root)
+    config = {**default_config(), "project_code": "LAT"}
+    atomic_write(data.project("web").lattice / "config.json", serialize_config(config))
+    return data, token
+
+
+def journal_bytes(running: Running) -> int:
+    total = 0
+    for path in running.data.project("web").journal.glob("*.log"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # it expired since it was listed
+            continue
+    return total
+
+
+def resyncs(copy: Copy) -> int:
+    return sum(getattr(frame, "resync", False) for frame in copy.frames)
+
+
+async def comment(copy: Copy, text: str) -> None:
+    reply = await copy.run("comment", "LAT-1", text, *ANA)
+    assert isinstance(reply, Reply) and reply.exit_code == 0, reply
+
+
+async def test_the_journal_stays_within_its_bound_and_a_client_older_than_it_resyncs(tmp_path: Path) -> None:
+    """I3, I7."""
+    journal = f'{{"max_bytes": {MAX_BYTES}, "segment_bytes": {SEGMENT_BYTES}}}'
+    data, token = make_server_data(tmp_path / "data", journal)
+    away, writer, most = Copy(), Copy(), 0
+    async with serving(data, token, worker=WORKER_COMMAND) as running:
+        async with running.connected() as socket:
+            await away.greet(socket)
+            await away.sync()
+        async with running.connected() as socket:
+            await writer.greet(socket)
+            await writer.run("create", "One", *ANA)
+            for _ in range(40):
+                await comment(writer, "x" * 4000)
+                most = max(most, journal_bytes(running))
+            written = writer.replica.head
+            assert running.hub.project("web").history.oldest > 2
+        away.replica.disconnected()
+        async with running.connected() as socket:
+            await away.greet(socket)
+            await away.sync()
+        assert resyncs(away) == 2, "at first, and now"
+        assert away.tree == tree_of(running.tree) and away.replica.position.seq == written
+    print(f"journal: at most {most} bytes, bound {MAX_BYTES} + {SEGMENT_BYTES} for a segment")
+    assert MAX_BYTES / 2 < most <= MAX_BYTES + SEGMENT_BYTES
+
+
+async def test_age_expires_while_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I7: a look at the tree, which comes now and then by itself, is enough; the server then refuses to replay."""
+    monkeypatch.setattr("lattice_remote.server.hub.RESCAN_S", 0.1)
+    data, token = make_server_data(tmp_path / "data", f'{{"max_age_days": {0.4 / 86400}}}')
+    away, writer = Copy(), Copy()
+    async with serving(data, token, worker=WORKER_COMMAND) as running:
+        async with running.connected() as socket:
+            await away.greet(socket)
+            await away.sync()
+        async with running.connected() as socket:
+            await writer.greet(socket)
+            await writer.run("create", "One", *ANA)
+        history = running.hub.project("web").history
+        await until(lambda: history.oldest == history.head + 1)
+        assert history.head == 1 and journal_bytes(running) < 400, "nothing is left but a header"
+        away.replica.disconnected()
+        async with running.connected() as socket:
+            await away.greet(socket)
+            await away.sync()
+            assert resyncs(away) == 2
+            assert away.tree == tree_of(running.tree)
+            await comment(away, "and it goes on")
+            assert away.replica.position.seq == 2
+
+
+async def test_settings_out_of_bounds_are_refused(tmp_path: Path) -> None:
+    for wrong in ('{"max_bytes": 1}', '{"max_age_days": 0}', '{"max_bytes": 65536}', '{"maxbytes": 5}'):
+        data, _ = make_data(tmp_path / secrets.token_hex(4))
+        (data.path / "config.json").write_text(f'{{"journal": {wrong}}}')
+        with pytest.raises(Misuse, match="journal"):
+            data.config()
+
+
+# --- a request that is sent again ---
+
+
+class Again:
+    """A worker that forgets in a moment what it did, and the same requests again and again."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        self.worker = worker
+
+    def ask(self, id_: str, first_sent_at: float | None) -> Reply | Refused:
+        message = execute("create", f"Task {id_}", *ANA, id=id_)
+        self.worker.send(msgspec.structs.replace(message, first_sent_at=first_sent_at))
+        answer = answer_of(self.worker.done())
+        assert isinstance(answer, Reply | Refused)
+        return answer
+
+
+def titles(project: Path) -> list[str]:
+    return [msgspec.json.decode(path.read_bytes())["title"] for path in (project / ".lattice/tasks").glob("*.json")]
+
+
+def test_a_request_sent_again_after_its_answer_expired_is_refused_not_run_twice(tmp_path: Path) -> None:
+    """I6 has no end: what is not known any more is not tried again."""
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project, settings=f'{{"max_age_days": {0.2 / 86400}}}') as worker:
+        again, first, sent = Again(worker), secrets.token_hex(16), time.time()
+        answered = again.ask(first, None)
+        assert isinstance(answered, Reply)
+        deadline = time.monotonic() + 20
+        while isinstance(answer := again.ask(first, sent), Reply) and time.monotonic() < deadline:
+            assert answer == answered
+            worker.reconcile()
+        assert isinstance(answer, Refused) and answer.code == "REMOTE_UNKNOWN_OUTCOME"
+        assert "look before you repeat it" in answer.message
+        assert titles(project) == [f"Task {first}"]
+        plan = f"plans/{next((project / '.lattice/plans').iterdir()).name}"
+        worker.send(Edit(secrets.token_hex(16), plan, None, b"x", "tok_1", "human:ana", first_sent_at=sent))
+        refused = answer_of(worker.done())
+        assert isinstance(refused, Refused) and refused.code == "REMOTE_UNKNOWN_OUTCOME"
+        assert isinstance(again.ask(secrets.token_hex(16), None), Reply), "a new request runs"
+
+
+@pytest.mark.parametrize("lose", ["journal", "epoch"])
+def test_a_request_sent_again_into_a_new_history_runs_once(tmp_path: Path, lose: str) -> None:
+    """I6: answers go along into a new epoch; where the journal was lost, nothing that is sent again is run."""
+    project = make_project(tmp_path / "web")
+    known, lost_on_its_way = secrets.token_hex(16), secrets.token_hex(16)
+    with WorkerProcess(project) as worker:
+        sent = time.time()
+        answered = Again(worker).ask(known, None)
+        if lose == "epoch":
+            worker.send(NewEpoch("a test"))
+            worker.receive()
+            answer = Again(worker).ask(known, sent)
+            assert isinstance(answer, Reply) and answer.stdout == answered.stdout  # type: ignore[union-attr]
+            assert isinstance(Again(worker).ask(lost_on_its_way, sent), Reply), "it can't have run"
+    if lose == "journal":
+        for path in (project / "journal").glob("*.log"):
+            path.unlink()
+        with WorkerProcess(project) as worker:
+            assert isinstance(answer := Again(worker).ask(known, sent), Refused)
+            assert answer.code == "REMOTE_UNKNOWN_OUTCOME"
+            assert isinstance(Again(worker).ask(secrets.token_hex(16), None), Reply)
+    assert titles(project).count(f"Task {known}") == 1
+
+
+async def test_a_client_that_slept_through_the_retention_is_told_to_look(tmp_path: Path) -> None:
+    """I6, over the wire: the age that a client says is what counts."""
+    data, token = make_server_data(tmp_path / "data", "{}")
+    async with serving(data, token, worker=WORKER_COMMAND) as running, running.connected() as socket:
+        copy, id_ = Copy(), secrets.token_hex(16)
+        await copy.greet(socket)
+        await copy.sync()
+        await copy.send(Run(id_, ["create", "One", *ANA], age_s=3600.0))
+        answer = await copy.answer(id_)
+        assert isinstance(answer, Refused) and answer.code == "REMOTE_UNKNOWN_OUTCOME"
+        await copy.send(Run(id_, ["create", "One", *ANA]))
+        del copy.answers[id_]
+        assert isinstance(await copy.answer(id_), Reply), "without an age it is new"
