@@ -234,9 +234,10 @@ class FakeServer:
                 capabilities=self.capabilities,
             ),
         )
-        if hello.follow and not resync:
-            for change in self.changes[hello.seq :]:
-                await _send(connection, change)
+        sent = hello.seq
+        while hello.follow and not resync and sent < self.seq:  # also what is numbered while these are sent
+            await _send(connection, self.changes[sent])
+            sent += 1
         self.connections[connection] = hello.follow
 
     async def _list(self, connection: ServerConnection) -> None:

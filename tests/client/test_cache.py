@@ -66,10 +66,15 @@ def test_a_linked_file_is_replaced_never_written_through(cache: Cache, tmp_path:
     victim.write_bytes(b"precious")
     Path(cache.directory, "config.json").symlink_to(victim)
     assert cache.size("config.json") is None
-    with pytest.raises(StorageError):
-        cache.append("config.json", b"evil")
-    cache.replace("config.json", b"ours")
+    cache.append("config.json", b"ours")
     assert victim.read_bytes() == b"precious" and cache.read("config.json") == b"ours"
+    Path(cache.directory, "ids.json").symlink_to(victim)
+    cache.replace("ids.json", b"ours")
+    assert victim.read_bytes() == b"precious" and cache.read("ids.json") == b"ours"
+    Path(cache.directory, "tasks/x.json").mkdir(parents=True)
+    cache.delete("tasks/x.json")
+    cache.append("tasks/x.json", b"ours")
+    assert cache.read("tasks/x.json") == b"ours"
 
 
 def test_a_linked_temporary_directory_is_an_error(cache: Cache, tmp_path: Path) -> None:

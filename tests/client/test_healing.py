@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import random
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -347,3 +348,83 @@ def test_a_file_is_left_for_longer_the_more_often_it_is_changed(monkeypatch: pyt
     assert found.fought_over() == []
     found.suspect(["x"])
     assert found.next_due_s() == 0
+
+
+PATHS = [f"{top}/task_{n}{end}" for n in range(6) for top, end in (("tasks", ".json"), ("events", ".jsonl"))]
+PATHS += ["ids.json", "context.md", f"notes/{TASK}.md", PLAN]
+
+
+def harm_at_random(rng: random.Random, directory: Path) -> None:
+    """Do to one file of the cache what nobody should; plans and notes may only be removed."""
+    place = directory / rng.choice(PATHS)
+    data = rng.randbytes(rng.randrange(1, 60)).hex().encode()
+    with contextlib.suppress(OSError):
+        match "remove" if place.suffix == ".md" and place.parent.name else rng.choice(HARMS):
+            case "alter":
+                place.write_bytes(data)
+            case "append":
+                with place.open("ab") as file:
+                    file.write(data)
+            case "truncate":
+                os.truncate(place, rng.randrange(max(1, place.stat().st_size)))
+            case "remove":
+                place.unlink()
+            case "replace":
+                place.with_suffix(".tmp").write_bytes(data)
+                place.with_suffix(".tmp").rename(place)
+            case "swap":
+                place.rename(directory / rng.choice(PATHS[:12]))
+            case "link":
+                place.unlink()
+                place.symlink_to(directory.parent / "elsewhere")
+            case "empty directory":
+                place.unlink()
+                place.mkdir()
+            case "directory":
+                shutil.rmtree(place.parent) if place.parent != directory else place.unlink()
+
+
+HARMS = ["alter", "append", "truncate", "remove", "replace", "swap", "link", "directory", "empty directory"]
+
+
+def change_at_random(rng: random.Random, server: FakeServer) -> None:
+    path = rng.choice(PATHS)
+    data = rng.randbytes(rng.randrange(1, 60)).hex().encode() + b"\n"
+    match rng.randrange(5):
+        case 0 if path in server.files:
+            server.change(DeleteFile(path))
+        case 1 if path in server.files and "/" in path:
+            server.change(MoveFile(path, f"archive/{path}", digest_of(server.files[path])))
+        case 2 | 3:
+            server.append(path, data)
+        case _:
+            server.put(path, data)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_whatever_strikes_while_changes_stream_in_the_copy_ends_up_equal(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(healing, "_MAX_DELAY_S", 0.2)
+    monkeypatch.setattr(healing, "_CONFIRM_S", 0.1)
+    rng = random.Random(seed)
+    for _ in range(150):
+        match rng.randrange(12):
+            case 0 | 1 | 2 | 3:
+                harm_at_random(rng, directory)
+            case 4:
+                server.cut()
+            case 5:
+                kept._link.kick()
+                sibling = Service(str(directory))
+                sibling.start(TOKEN)
+                await sibling.handle({"do": "ready", "token": TOKEN}, lambda _: None)
+                await sibling.close()
+            case 6:
+                await asyncio.sleep(rng.random() * 0.2)  # any moment of the healing, not a wait for something
+            case _:
+                change_at_random(rng, server)
+        await asyncio.sleep(0)
+    kept._link.kick()
+    await equal(directory, server, 20)
+    assert kept.cache.is_whole() and kept._follower.edits.scan() == []

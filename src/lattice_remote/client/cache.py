@@ -191,9 +191,13 @@ class Cache:
             return done
 
     def append(self, path: str, data: bytes) -> None:
-        """Add ``data`` at the end in one write; creates the file."""
+        """Add ``data`` at the end in one write; creates the file, also in place of a link."""
+        found = self.signature(path)
+        if found is None:
+            self.replace(path, data)
+            return
+        is_ours = not self.known.is_complete or self.known.agrees(path, found)
         with explained(path):
-            is_ours = not self.known.is_complete or self.known.agrees(path, self.signature(path))
             self._files.append(path, data)
             if is_ours:  # what other hands did to the rest of it must still be noticed
                 self.note(path)
@@ -206,8 +210,8 @@ class Cache:
             self.note(to)
 
     def delete(self, path: str) -> None:
-        """Remove the file; nothing happens when there is none."""
-        with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        """Remove the file or link; nothing happens when there is none, or a directory."""
+        with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self._files.remove(path)
         self.note(path)
 

@@ -85,9 +85,13 @@ class Directory:
         self.replace(path, self.read(path) + data)
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing what is at ``to``."""
+        """Rename, replacing what is at ``to``, also an empty directory that other hands have put there."""
         with self._parent(path) as (source, name), self._parent(to) as (target, new_name):
-            os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+            try:
+                os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+            except IsADirectoryError:
+                os.rmdir(new_name, dir_fd=target)
+                os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
 
     def remove(self, path: str) -> None:
         """Remove a file, or a link."""

@@ -1,0 +1,73 @@
+"""What an agent holds on to does not grow with what happens to it."""
+
+import asyncio
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from client_kit import ask, make_cache, run, until
+from fake_server import TOKEN, FakeServer
+
+from lattice_remote.client import link, pacing
+from lattice_remote.client.service import Service
+from lattice_remote.client.watching import Watching
+
+CACHES, ROUNDS = 20, int(os.environ.get("ROUNDS", "10"))
+"""A thousand reconnects with ``ROUNDS=50``; the suite takes less time."""
+
+
+def held() -> dict[str, int]:
+    """Count what this process has open: the server's side is in it as well."""
+    gc.collect()
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "tasks": len(asyncio.all_tasks()),
+        "threads": threading.active_count(),
+        "threads of the system": len(os.listdir("/proc/self/task")),
+    }
+
+
+def resident_kib() -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1])
+
+
+async def test_twenty_caches_leak_nothing_over_many_reconnects(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(link, "MIN_ATTEMPT_GAP_S", 0.01)
+    monkeypatch.setattr(pacing, "MAX_DELAY_S", 0.01)
+    watching, turn = Watching(), asyncio.Semaphore(1)
+    services = [Service(str(make_cache(tmp_path / str(n), server.url))) for n in range(CACHES)]
+    for service in services:
+        service.start(TOKEN)
+        service.look_after(watching, turn)
+
+    async def settled() -> None:
+        await until(lambda: all(s._is_current() and s.cache.known.is_complete for s in services), 30)
+        # Anything that still ends (a connection of before the cut, a task) has ended once this is stable.
+        await until(lambda: sum(connection.close_code is None for connection in server.connections) == CACHES, 30)
+
+    await settled()
+    await asyncio.gather(*(run(service, "put", "tasks/x.json", "x") for service in services))
+    before, memory = held(), resident_kib()
+    greetings = server.greetings
+    for n in range(ROUNDS):
+        failed = [service._link.failed_attempts for service in services]
+        server.cut()
+        await until(lambda: all(s._link.failed_attempts > f for s, f in zip(services, failed, strict=True)), 30)  # noqa: B023
+        server.put("tasks/x.json", str(n).encode())
+        server.frames.clear()
+        server.requests.clear()
+        await settled()
+    assert server.greetings - greetings >= CACHES * ROUNDS
+    await until(lambda: held() == before, 30)
+    assert resident_kib() - memory < 16 * 1024
+    with capsys.disabled():
+        print(f"{server.greetings - greetings} reconnects: {held()}, {resident_kib() - memory:+} KiB")
+    assert (await ask(services[0], "ready"))["current"]
+    for service in services:
+        await service.close()
+    watching.close()
