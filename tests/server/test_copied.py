@@ -1,5 +1,6 @@
 """A copy taken file by file, with commands between the files: it becomes the project as it was at one number."""
 
+import itertools
 import os
 import random
 import shutil
@@ -50,6 +51,29 @@ def test_a_torn_copy_becomes_the_project_at_one_number(tmp_path: Path, seed: int
     with WorkerProcess(copied) as worker:
         assert tree_of(copied / ".lattice") in states, worker.ready.notes
         assert worker.ready.epoch != epoch
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_a_list_of_files_that_is_newer_than_the_copied_journal_misleads_nobody(tmp_path: Path) -> None:
+    rng = random.Random(25)
+    project = make_project(tmp_path / "web")
+    lattice, copied = project / ".lattice", tmp_path / "copied" / "web"
+    commands = command_lines(rng, 120, lattice)
+    states = []
+    with WorkerProcess(project) as worker:
+        for path in files_in_order(project):
+            if path.name != "manifest":
+                copy_file(path, project, copied)
+            for argv, files in itertools.islice(commands, 3):
+                worker.run(*argv, files=files)
+                states.append(tree_of(lattice))
+        worker.kill()
+    with WorkerProcess(project) as worker:  # it lists the files anew
+        worker.run("create", "not in the copied journal", *ANA)
+        worker.kill()
+    copy_file(project / "journal/manifest", project, copied)
+    with WorkerProcess(copied) as worker:
+        assert tree_of(copied / ".lattice") in states, worker.ready.notes
         assert "No issues found" in worker.ok("doctor")
 
 

@@ -51,7 +51,7 @@ def mend_copy(
 ) -> list[str]:
     """Bring the tree to the last change of the journal to which all of it can be brought; return lines for the log.
 
-    None when there is nothing to mend: the history can go on. What somebody has edited in the copy before its first
+    Empty when there is nothing to mend: the history can go on. What somebody has edited in the copy before its first
     start is left alone, and so is all of it if somebody worked there after the server had ended in order. May be done
     again after a crash.
 
