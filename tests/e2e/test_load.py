@@ -3,11 +3,14 @@
 import asyncio
 
 import pytest
+from websockets.asyncio.client import connect
 
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import SUBPROTOCOL, Part
 from light import Light
 from memory_client import MemoryClient
-from sandbox import Sandbox, tree_of
-from scenarios import BY, a_busy_log, greed, grow_log, stalled_clients, storm, writers_at_once
+from sandbox import Sandbox, Server, tree_of
+from scenarios import BY, greed, grow_log, stalled_clients, storm, writers_at_once
 
 pytestmark = pytest.mark.e2e
 
@@ -24,14 +27,14 @@ def test_of_many_that_write_at_once_nobody_is_left_behind(sandbox: Sandbox) -> N
 
 def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_another(sandbox: Sandbox) -> None:
     alone, beside = greed(sandbox, in_flight=200, seconds=1.5)
-    assert beside.p50_ms < 80 * alone.p50_ms  # in the order of arrival it would be 200 times
+    assert beside.p50_ms < 35 * alone.p50_ms  # in the order of arrival it was 73 times, in turns it is 11 times
 
 
 def test_all_clients_come_back_by_themselves_after_a_crash(sandbox: Sandbox) -> None:
     assert storm(sandbox, clients=40, kill=True).last_s < 20
 
 
-async def test_a_large_log_arrives_though_it_grows_all_the_time(sandbox: Sandbox) -> None:
+async def test_a_large_log_arrives_in_one_pass_though_it_grows_meanwhile(sandbox: Sandbox) -> None:
     server = sandbox.server()
     server.project()
     server.start()
@@ -39,15 +42,28 @@ async def test_a_large_log_arrives_though_it_grows_all_the_time(sandbox: Sandbox
     async with Light(server.url, token) as client:
         await client.ok("create", "One", *BY)
     await asyncio.to_thread(server.stop)
-    grow_log(server.lattice_dir(), 12)
+    grow_log(server.lattice_dir(), 24)
     await asyncio.to_thread(server.start)
     copy = MemoryClient(server.url, token)
-    async with a_busy_log(server, token) as pace:
-        while len(pace) < 8:  # noqa: ASYNC110 - they write
-            await asyncio.sleep(0.01)
-        copy.start()
-        await copy.current(timeout_s=30)
-        assert copy.received_bytes("events/") < 2 * 12 * 1024 * 1024, "it came in one pass, or nearly"
-    await copy.link.changed.until(lambda: copy.files == tree_of(server.lattice_dir()), 20)
+    async with Light(server.url, token) as writer, asyncio.timeout(60), slow_reader(server, token) as socket:
+        await socket.send(encode(await copy.hello()))
+        while not copy.is_current:
+            frame = decode_server_frame(bytes(await socket.recv(decode=False)))
+            if isinstance(frame, Part) and frame.size > 20 * 1024 * 1024 and frame.offset == 0:
+                await writer.ok("comment", "LAT-1", "while it is on its way", *BY)
+            for answer in (await copy.receive([frame])).to_send:
+                await socket.send(encode(answer))
+    assert copy.received_bytes("events/task_") < 30 * 1024 * 1024
     assert copy.files == tree_of(server.lattice_dir())
-    await copy.close()
+
+
+def slow_reader(server: Server, token: str) -> connect:
+    """Return a connection that reads no further ahead than a frame, and what the system holds."""
+    return connect(
+        f"ws://127.0.0.1:{server.port}/projects/board/ws",
+        subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+        additional_headers={"Authorization": f"Bearer {token}"},
+        compression=None,
+        max_size=None,
+        max_queue=1,
+    )
