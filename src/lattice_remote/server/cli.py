@@ -195,6 +195,32 @@ def log(  # noqa: PLR0917 - Typer calls it
         typer.echo(line)
 
 
+@app.command()
+def fsck(
+    context: typer.Context,
+    project: Annotated[
+        list[str] | None, typer.Option(metavar="SLUG", help="Only this project; may be repeated.", show_default=False)
+    ] = None,
+    mend: Annotated[bool, typer.Option("--mend", help="Mend what can be mended; the server must be stopped.")] = False,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Check journals, files, tokens and settings, every byte. Exits with 0 when all is well, 1 when not, 2 if it can't.
+
+    Example: lattice-remote fsck --project web --mend
+    """
+    from lattice_remote.server import fsck as checking
+
+    target = _data(context, data)
+    try:
+        report = checking.fsck(target, checking.chosen(target, project), mend=mend)
+    except RemoteError as error:
+        typer.echo(f"Error: {error.message}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(checking.as_json(report) if as_json else "\n".join(checking.as_lines(report)))
+    raise typer.Exit(1 if report.left else 0)
+
+
 # --- tokens ---
 
 

@@ -6,6 +6,7 @@
     projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
     projects/<slug>/journal/        the numbered changes, see ``journal.py``
     projects/<slug>/tmp/            the worker's scratch
+    projects/<slug>/set-aside/      what was in the way of mending, see ``fsck.py``
     .lock                           held by the running server
 
 All but ``tokens-used.json`` and the lock is needed to restore a server, and nothing else is.

@@ -20,7 +20,7 @@ from msgspec import Meta
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.datadir import write_atomically
 
-__all__ = ["Token", "TokenFile", "digest_of_text"]
+__all__ = ["Token", "TokenFile", "check_actor", "digest_of_text"]
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
@@ -79,7 +79,7 @@ class TokenFile:
             Misuse: the actor or a pattern is malformed, or no project is named.
             StorageError: the file cannot be written.
         """
-        _check_actor(actor, act_as)
+        check_actor(actor, act_as)
         if not projects:
             raise Misuse("a token is for at least one project; name it with --project")
         text = _new_text()
@@ -170,7 +170,12 @@ def _find(tokens: list[Token], id_or_text: str) -> Token:
     raise Misuse("there is no such token; see: lattice-remote token list")
 
 
-def _check_actor(actor: str, act_as: list[str]) -> None:
+def check_actor(actor: str, act_as: list[str]) -> None:
+    """Do nothing if a token may have this actor and these patterns.
+
+    Raises:
+        Misuse: one of them is malformed.
+    """
     from lattice.core.ids import validate_actor
 
     if _ACTOR.fullmatch(actor) is None or not validate_actor(actor):
