@@ -76,6 +76,9 @@ class FakeServer:
         self.port = 0
         self.tls: ssl.SSLContext | None = None
         self.error_headers: dict[str, str] = {}
+        self.limits = Limits(1 << 25, 1 << 25)
+        self.head: int | None = None
+        """What it says the number of its last change is, when it lies."""
         self.requests: list[Request] = []
         """Every request for an upgrade, whatever came of it."""
         self._server: Server | None = None
@@ -227,10 +230,10 @@ class FakeServer:
                 project="web",
                 actor=actor,
                 epoch=self.epoch,
-                head=self.seq,
+                head=self.seq if self.head is None else self.head,
                 oldest=1,
                 resync=resync,
-                limits=Limits(1 << 25, 1 << 25),
+                limits=self.limits,
                 capabilities=self.capabilities,
             ),
         )

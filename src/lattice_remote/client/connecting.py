@@ -27,7 +27,7 @@ from lattice_remote.protocol.messages import SUBPROTOCOL
 __all__ = ["REFUSALS", "RetryLater", "error_of", "open_socket"]
 
 OPEN_TIMEOUT_S = 10.0
-_PROBE_TIMEOUT_S = 3.0
+_PROBE_TIMEOUT_S = 2.0
 _MAX_QUEUED_FRAMES = 4
 """How many received frames, each up to the protocol's limit, may wait in the library beside our own inbox."""
 REFUSALS = {
@@ -68,6 +68,16 @@ class _Dial(connect):
         return exc
 
 
+class _Strict(ClientConnection):
+    """The library's own, which would go on to read from a peer that has broken the rules until that one hangs up."""
+
+    def data_received(self, data: bytes) -> None:
+        """Hang up at once when what came made no sense; the reason stays."""
+        super().data_received(data)
+        if self.protocol.handshake_exc is not None or self.protocol.parser_exc is not None:
+            self.transport.abort()
+
+
 async def open_socket(remote: Remote, token: str | None, named: Server | None) -> ClientConnection:
     """Connect and upgrade. ``named`` is a server that the user has named beside those on record.
 
@@ -87,6 +97,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     try:
         return await _Dial(
             remote.websocket_url,
+            create_connection=_Strict,
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers={"Authorization": f"Bearer {token}"},
             ssl=_tls(server.ca_file) if is_tls else None,

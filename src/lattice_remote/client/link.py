@@ -25,7 +25,7 @@ from lattice_remote.client.pacing import MAX_RESETS, MIN_UPTIME_S, RESET_WINDOW_
 from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
-from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
+from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITY_OF,
@@ -58,6 +58,8 @@ MAX_SENDS = 8
 """How often a request is sent on connections that do not last: one that always ends them must not go on for ever."""
 MAX_FRAGMENTS = 1024
 """In how many pieces a message may come: empty ones cost the sender nothing, and would never end."""
+_VIOLATIONS = {1002, 1007, 1009}
+"""Close codes with which the library ends a connection on which the other side broke WebSocket's own rules."""
 _log = logging.getLogger(__name__)
 _CAN_NOT = {"put-text": "takes no edited plans and notes", "log": "can't tell who changed what"}
 
@@ -330,6 +332,8 @@ class Link:
                 await self._converse()
             except RemoteError as error:
                 self.error = error
+            except ConnectionClosed as closed:
+                self.error = _closing(closed)
             except Exception as error:  # noqa: BLE001
                 # A defect of ours must not end the link silently: it is logged, shown, and tried again.
                 _log.exception("the link to %s failed", self.remote.url)
@@ -412,7 +416,7 @@ class Link:
             results = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [result for result in results if isinstance(result, Exception)]
         # A reason that was given, by the server or by the files, says more than the closing that came with it.
-        raise min(errors, key=lambda error: type(error) is ConnectionFailed)
+        raise min(errors, key=lambda error: isinstance(error, ConnectionClosed) or type(error) is ConnectionFailed)
 
     async def _read(self, socket: ClientConnection, inbox: Inbox) -> None:
         """Decode what comes; apart from taking it, so that a slow disk does not look like a silent server.
@@ -425,8 +429,7 @@ class Link:
                 self._hear()
                 await inbox.put(decode_server_frame(data), len(data))
         except ConnectionClosed as closed:
-            reason = f": {one_line(closed.rcvd.reason)}" if closed.rcvd is not None and closed.rcvd.reason else ""
-            await inbox.put(ConnectionFailed(f"the connection was closed{reason}"))
+            await inbox.put(_closing(closed))
         except ProtocolError as violation:
             await inbox.put(violation)
 
@@ -500,6 +503,14 @@ class Link:
                 raise ConnectionFailed(f"no answer to a ping within {PING_TIMEOUT_S:.0f} s") from error
             self._hear()
             self.changed.notify()
+
+
+def _closing(closed: ConnectionClosed) -> RemoteError:
+    """Return the error for a connection that has ended: by a violation that was noticed here, or by the other side."""
+    if closed.sent is not None and closed.rcvd is None and closed.sent.code in _VIOLATIONS:
+        return ProtocolError(f"the server broke the protocol: {closed.sent.reason}")
+    reason = f": {closed.rcvd.reason}" if closed.rcvd is not None and closed.rcvd.reason else ""
+    return ConnectionFailed(f"the connection was closed{reason}")
 
 
 async def _message(socket: ClientConnection) -> bytes:

@@ -1,0 +1,640 @@
+"""A server that wants the client's machine: nothing outside the cache is written, nothing runs, nothing grows (I9).
+
+What the user gets is one line that says so, and a client that does not come back in a loop.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, ask, make_cache, run, tree, until
+from fake_server import TOKEN, FakeServer, running
+from raw_server import RawServer, upgraded
+from websockets.asyncio.server import ServerConnection
+
+from faultproxy import FaultProxy
+from lattice_remote.client import pacing, servers
+from lattice_remote.client.service import Service
+from lattice_remote.errors import ConnectionFailed, HostilePath, Rejected, RemoteError
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import (
+    Bye,
+    Change,
+    ClientFrame,
+    Entries,
+    Entry,
+    Fetch,
+    Hello,
+    Limits,
+    Manifest,
+    Part,
+    Put,
+    Refused,
+    Reply,
+    Run,
+    ServerFrame,
+    Stored,
+)
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    PutFile,
+    digest_of,
+)
+
+ID = "0" * 32
+ESCAPES = "\x1b]0;owned\x07\x1b[2Jred\r\nsecond line\x9b31m\u202egpj"
+LATTICE = [sys.executable, "-c", "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user of his own, without an agent."""
+    for name in [name for name in os.environ if name.startswith("LATTICE")]:
+        monkeypatch.delenv(name)
+    place = tmp_path / "home"
+    place.mkdir()
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "config"))
+    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", str(place / "run"))
+    monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
+    return place
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[FakeServer]:
+    async with running() as made:
+        yield made
+
+
+@pytest.fixture
+def directory(tmp_path: Path, server: FakeServer) -> Path:
+    return make_cache(tmp_path / "ana", server.url)
+
+
+@pytest.fixture
+async def service(directory: Path) -> AsyncIterator[Service]:
+    made = Service(str(directory))
+    made.start(TOKEN)
+    yield made
+    await made.close()
+
+
+def outside(directory: Path) -> dict[str, bytes]:
+    """Return every file around a cache that a server could want to write, links not followed."""
+    root = directory.parent.parent
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if directory not in path.parents and path.is_file() and not path.is_symlink() and path.name[0] != "."
+    }
+
+
+def bytes_in(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def trouble(service: Service) -> RemoteError:
+    error = service._follower.trouble or service._link.error
+    assert error is not None
+    assert error.message.isprintable()
+    return error
+
+
+async def attempts_stay_few(service: Service, server: FakeServer) -> None:
+    """Insist that the client backs off: of the seconds that follow it spends hardly any on connections."""
+    before = len(server.requests)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await asyncio.Event().wait()
+    assert len(server.requests) - before <= 8
+
+
+# --- paths ---
+
+HOSTILE = [
+    "../outside",
+    "tasks/../../outside",
+    "/etc/cron.d/x",
+    "//server/share",
+    "C:\\x",
+    "C:x",
+    "tasks\\..\\..\\x",
+    "tasks/x\0.json",
+    "tasks/\n",
+    "tasks/\x1b[2J",
+    "tasks/\x9b31m",
+    "tasks/\u202egnp.exe",
+    "rem\u200cote.json",
+    "remote\ufeff.json",
+    "\u200d.git/config",
+    ".git/hooks/post-checkout",
+    ".gitignore",
+    ".base/plans/x.md",
+    ".tmp/x",
+    "tasks/.hidden",
+    "remote.json",
+    "Remote.JSON",
+    "remote.j\u017fon",
+    "cache_state.json",
+    "locks/x",
+    "LOCKS/x",
+    "plans/x.md.mine",
+    "notes/x",
+    "",
+    "tasks//x",
+    "tasks/",
+    "./x",
+    "a/" * 9 + "x",
+    "tasks/" + "x" * 256,
+    "tasks/" + "\u00fc" * 128,
+    "/".join(["x" * 200] * 3),
+]
+
+
+def frames_with(path: str) -> Iterator[ServerFrame]:
+    """Every frame in which a server can name a path."""
+    digest = b"d" * 32
+    operations = [
+        PutFile(path, b"evil"),
+        AppendBytes(path, 0, digest, b"evil"),
+        MergeJson(path, b"{}", digest),
+        MoveFile(path, "tasks/x.json", digest),
+        MoveFile("tasks/x.json", path, digest),
+        DeleteFile(path),
+        AnnounceFile(path, 1, digest),
+    ]
+    for operation in operations:
+        yield Change(1, b"m" * 16, "", "x", "t", "edit", "", [operation])
+    yield Entries(0, b"", [Entry(path, 1, digest)], last=True)
+    yield Part(path, 0, 4, digest_of(b"evil"), 0, b"evil")
+
+
+@pytest.mark.parametrize("path", HOSTILE, ids=repr)
+def test_no_frame_can_name_a_path_outside_the_tree(path: str) -> None:
+    for frame in frames_with(path):
+        with pytest.raises((HostilePath, RemoteError)) as error:
+            decode_server_frame(encode(frame))
+        assert error.value.code == "REMOTE_PROTOCOL" and error.value.message.isprintable()
+
+
+@pytest.mark.parametrize("path", ["../outside", "/tmp/x", "remote.json", ".git/config", "rem\u200cote.json"])
+async def test_a_path_outside_the_tree_ends_the_connection_and_writes_nothing(
+    server: FakeServer, service: Service, directory: Path, path: str
+) -> None:
+    await ask(service, "ready")
+    before, inside = outside(directory), tree(directory)
+    greeted = server.greetings
+
+    async def at_once(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if server.greetings > greeted:
+            await connection.send(encode(Change(1, b"m" * 16, "", "x", "t", "edit", "", [PutFile(path, b"evil")])))
+        return False
+
+    server.misbehave = at_once  # type: ignore[assignment]
+    server.broadcast(Change(1, b"m" * 16, "", "x", "t", "edit", "", [PutFile(path, b"evil")]))
+    await until(lambda: service._link.error is not None)
+    assert trouble(service).code == "REMOTE_PROTOCOL"
+    assert outside(directory) == before and tree(directory) == inside
+    await attempts_stay_few(service, server)
+    assert outside(directory) == before and tree(directory) == inside
+
+
+# --- what is in the way ---
+
+
+@pytest.mark.parametrize("place", ["tasks", ".tmp", ".base", ".base/plans", "artifacts", "artifacts/payload"])
+async def test_a_link_in_place_of_a_directory_is_said_and_not_followed(
+    server: FakeServer, directory: Path, tmp_path: Path, place: str
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    server.files |= {"artifacts/payload/x": b"x" * 200, PLAN: b"# Plan\n"}
+    link_to(victim, directory / place)
+    service = Service(str(directory))
+    service.start(TOKEN)
+    answer = await ask(service, "ready")
+    assert "in the way" in str(answer["message"]) and place in str(answer["message"])
+    assert no_files(victim)
+    await service.close()
+
+
+def link_to(victim: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(victim)
+
+
+def no_files(victim: Path) -> bool:
+    return list(victim.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [".cache.lock", ".gitignore", "config.json", "cache_state.json"])
+async def test_a_link_in_place_of_a_file_never_reaches_its_target(
+    server: FakeServer, directory: Path, tmp_path: Path, name: str
+) -> None:
+    victim = tmp_path / "authorized_keys"
+    victim.write_bytes(b"precious")
+    (directory / name).symlink_to(victim)
+    try:
+        service = Service(str(directory))
+    except RemoteError as error:
+        assert "in the way" in error.message
+    else:
+        service.start(TOKEN)
+        await ask(service, "ready")
+        await service.close()
+    assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tasks/task_1.json", PLAN, "cache_state.json"])
+async def test_a_pipe_in_the_way_hangs_nobody(server: FakeServer, directory: Path, name: str) -> None:
+    server.files[PLAN] = b"# Plan\n"
+    (directory / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(directory / name)
+    async with asyncio.timeout(10):
+        service = Service(str(directory)) if name != "cache_state.json" else None
+        if service is None:
+            with pytest.raises(RemoteError, match="in the way"):
+                Service(str(directory))
+            return
+        service.start(TOKEN)
+        assert (await ask(service, "ready"))["current"]
+        assert (await ask(service, "verify"))["missing"] == ()
+        await service.close()
+    assert tree(directory) == server.files
+
+
+async def test_directories_that_become_links_meanwhile_lead_nowhere(
+    server: FakeServer, service: Service, directory: Path, tmp_path: Path
+) -> None:
+    await ask(service, "ready")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    over = threading.Event()
+    swapper = threading.Thread(target=swap, args=(directory / "resources", victim, over))
+    swapper.start()
+    try:
+        for n in range(300):
+            server.put(f"resources/r{n}/resource.json", b"{}")
+            await asyncio.sleep(0.002)
+    finally:
+        over.set()
+        swapper.join()
+    assert no_files(victim)
+    await ask(service, "sync")
+    assert tree(directory) == server.files
+
+
+def swap(place: Path, victim: Path, over: threading.Event) -> None:
+    """Put a link in place of a directory and take it away again, until it is ``over``."""
+    aside = place.with_name(".aside")
+    while not over.is_set():
+        with contextlib.suppress(OSError):  # it was made anew in that moment
+            place.rename(aside)
+            place.symlink_to(victim)
+            time.sleep(0.0005)
+            place.unlink()
+        if aside.exists() and not place.exists():
+            with contextlib.suppress(OSError):
+                aside.rename(place)
+        shutil.rmtree(aside, ignore_errors=True)
+        time.sleep(0.0005)
+
+
+async def test_a_file_with_a_second_name_is_not_written_into(
+    server: FakeServer, service: Service, directory: Path, tmp_path: Path
+) -> None:
+    server.files["events/x.jsonl"] = b"one\n"
+    await ask(service, "ready")
+    os.link(directory / "events/x.jsonl", tmp_path / "backup.jsonl")
+    server.append("events/x.jsonl", b"two\n")
+    await until(lambda: (directory / "events/x.jsonl").read_bytes() == b"one\ntwo\n")
+    assert (tmp_path / "backup.jsonl").read_bytes() == b"one\n"
+
+
+# --- without measure ---
+
+
+def allow_one_mib(server: FakeServer) -> None:
+    servers.record(servers.name(server.url, max_cache_mib=1))
+
+
+async def test_a_huge_announcement_is_refused_before_it_takes_room(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    async def endless(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Fetch):
+            for offset in itertools.count(0, 1 << 16):
+                await connection.send(
+                    encode(Part(frame.paths[0], server.seq, 1 << 60, b"d" * 32, offset, bytes(1 << 16)))
+                )
+        return False
+
+    await ask(service, "ready")
+    server.misbehave = endless  # type: ignore[assignment]
+    server.broadcast(server.numbered(AnnounceFile("artifacts/payload/huge", 1 << 60, b"d" * 32)))
+    await until(lambda: service._follower.trouble is not None)
+    assert "--max-cache" in trouble(service).message
+    assert bytes_in(directory) < 1 << 20
+    assert "--max-cache" in str((await ask(service, "status"))["trouble"])
+    await attempts_stay_few(service, server)
+
+
+async def test_a_manifest_of_more_than_is_allowed_is_refused(
+    server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
+    allow_one_mib(server)
+    server.files |= {f"artifacts/payload/{n}": bytes(200_000) for n in range(8)}
+    answer = await ask(service, "ready")
+    assert not answer["current"] and "1 MiB that you let" in str(answer["message"])
+    assert not any(isinstance(frame, Fetch) for frame in server.frames)
+    assert bytes_in(directory) < 100_000
+    servers.record(servers.name(server.url, max_cache_mib=4))
+    service._link.kick()
+    await until(service._is_current, 20)
+    assert tree(directory) == server.files
+
+
+async def test_files_without_end_stop_at_what_is_allowed(server: FakeServer, service: Service, directory: Path) -> None:
+    allow_one_mib(server)
+    await ask(service, "ready")
+    for n in range(100):
+        server.put(f"artifacts/payload/{n}", bytes(100_000))
+    await until(lambda: service._follower.trouble is not None, 20)
+    assert "1 MiB that you let" in trouble(service).message
+    await attempts_stay_few(service, server)
+    assert bytes_in(directory) < 3 << 20
+    server.put("artifacts/payload/last", b"x")
+    with pytest.raises(RemoteError, match="1 MiB that you let"):
+        await run(service, "list")
+
+
+async def test_answers_that_nobody_asked_for_are_not_kept(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    connection = next(iter(server.connections))
+    for n in range(300):
+        id_ = f"{n:032x}"
+        await connection.send(encode(Reply(id_, 1 << 60, 0, bytes(10_000), b"")))
+        await connection.send(encode(Stored(id_, 1 << 60, "stored")))
+        await connection.send(encode(Refused(id_, "REMOTE_FAILED", "x")))
+    server.put("tasks/after.json", b"x")
+    await until(lambda: service._follower.replica.position.seq == 1)
+    assert service._follower.replica._answers == [] and service._is_current()
+    assert service._link.failed_attempts == 0
+
+
+@pytest.mark.parametrize("kind", ["empty pieces", "a part that brings nothing", "an empty piece of a manifest"])
+async def test_what_never_ends_is_ended(server: FakeServer, service: Service, kind: str) -> None:
+    async def endless(connection: ServerConnection, frame: ClientFrame) -> bool:
+        match kind, frame:
+            case "empty pieces", Run():
+                await connection.send([b"x", *[b""] * 5000])
+            case "a part that brings nothing", Fetch():
+                await connection.send(encode(Part(frame.paths[0], server.seq, 9, b"d" * 32, 0, b"")))
+            case "an empty piece of a manifest", Manifest():
+                await connection.send(encode(Entries(server.seq, server.mark, [], last=False)))
+            case _:
+                return False
+        return True
+
+    await ask(service, "ready")
+    server.misbehave = endless  # type: ignore[assignment]
+    if kind == "empty pieces":
+        asking = asyncio.ensure_future(run(service, "list"))
+    elif kind == "a part that brings nothing":
+        asking = None
+        server.broadcast(server.numbered(AnnounceFile("artifacts/payload/x", 9, b"d" * 32)))
+    else:
+        asking = asyncio.ensure_future(ask(service, "verify"))
+    await until(lambda: service._link.error is not None)
+    assert trouble(service).code == "REMOTE_PROTOCOL"
+    if asking is not None:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+
+
+def endless(piece: bytes) -> Callable[[bytes], Iterator[bytes]]:
+    return lambda _: itertools.repeat(piece)
+
+
+BODY = b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\n"
+BOMB = zlib.compress(bytes(20_000_000), 9)
+
+
+@pytest.mark.parametrize(
+    ("script", "most"),
+    [
+        (lambda key: itertools.chain([BODY + b"\r\n"], itertools.repeat(b"x" * 65536)), 8 << 20),
+        (lambda key: itertools.chain([BODY], itertools.repeat(b"X-More: x\r\n" * 1000)), 8 << 20),
+        (endless(b"x" * 65536), 8 << 20),
+        (
+            lambda key: iter([BODY + b"Content-Encoding: deflate\r\nContent-Length: %d\r\n\r\n" % len(BOMB), BOMB]),
+            1 << 20,
+        ),
+        (lambda key: iter([upgraded(key, b"Sec-WebSocket-Extensions: permessage-deflate")]), 1 << 20),
+        (lambda key: iter([upgraded(key), b"\xc2\x7f" + len(BOMB).to_bytes(8, "big") + BOMB]), 1 << 20),
+        (
+            lambda key: itertools.chain([upgraded(key), b"\x82\x7f\x7f" + b"\xff" * 7], itertools.repeat(bytes(65536))),
+            8 << 20,
+        ),
+    ],
+    ids=["body", "headers", "first line", "deflated body", "extension", "compressed frame", "huge frame"],
+)
+async def test_bytes_without_end_or_sense_are_given_up(
+    tmp_path: Path, script: Callable[[bytes], Iterator[bytes]], most: int
+) -> None:
+    async with RawServer(script).running() as raw:
+        service = Service(str(make_cache(tmp_path / "ana", raw.url)))
+        service.start(TOKEN)
+        await until(lambda: service._link.error is not None, 20)
+        assert trouble(service).code in {
+            "REMOTE_UNREACHABLE",
+            "REMOTE_PROTOCOL",
+            "REMOTE_FORBIDDEN",
+            "REMOTE_TOO_LARGE",
+        }
+        await service.close()
+        assert raw.sent / max(1, raw.connections) < most
+
+
+async def test_limits_of_nothing_refuse_here_what_would_be_refused_there(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    server.limits = Limits(0, 0)
+    server.files[PLAN] = b"# Plan\n"
+    await ask(service, "ready")
+    (directory / PLAN).write_bytes(b"# Plan\nmine\n")
+    with pytest.raises(Rejected, match="the server takes at most 0") as error:
+        await run(service, "list")
+    assert error.value.code == "REMOTE_TOO_LARGE"
+    answer = await ask(service, "push")
+    assert answer["sent"] == [{"path": PLAN, "outcome": "refused"}]
+    assert not any(isinstance(frame, Run | Put) for frame in server.frames)
+    assert service._link.failed_attempts == 0
+
+
+# --- a server that makes its clients begin anew, or leads them nowhere ---
+
+
+@pytest.mark.parametrize("manner", ["another epoch each time", "the same epoch, but from the start"])
+async def test_beginning_anew_without_end_becomes_an_error(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, manner: str
+) -> None:
+    monkeypatch.setattr(pacing, "MAX_DELAY_S", 0.05)
+    await ask(service, "ready")
+
+    async def anew(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Hello):
+            if manner == "another epoch each time":
+                server.epoch = os.urandom(8).hex()
+            else:
+                server.changes = [Change(1, os.urandom(16), "", "x", "t", "edit", "", [])]
+            asyncio.get_running_loop().call_later(0.1, connection.transport.abort)
+        return False
+
+    server.misbehave = anew  # type: ignore[assignment]
+    server.cut()
+    await until(lambda: service._link.is_barred, 20)
+    connections, asked = len(server.requests), len(server.frames)
+    assert connections <= 2 * pacing.MAX_RESETS
+    for _ in range(5):
+        with pytest.raises(ConnectionFailed, match=r"begin anew \d+ times within 10 minutes.*its log"):
+            await run(service, "list")
+        answer = await ask(service, "ready")
+        assert not answer["current"] and answer["filled"] and "begin anew" in str(answer["message"])
+    status = await ask(service, "status")
+    assert not status["connected"] and "begin anew" in str(status["error"])
+    assert (len(server.requests), len(server.frames)) == (connections, asked)
+
+
+async def test_a_number_that_no_change_leads_to_is_given_up(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.client.service.STALLED_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.service._WATCH_INTERVAL_S", 0.05)
+    service = Service(str(directory))
+    service.start(TOKEN)
+    await ask(service, "ready")
+    server.head = 1 << 60
+    server.cut()
+    await until(lambda: service._link.error is not None and "nothing more of use" in service._link.error.message)
+    assert str(1 << 60) in trouble(service).message
+    server.head = None
+    service._link.kick()
+    await until(service._is_current)
+    await service.close()
+
+
+async def test_a_link_that_is_only_half_there_is_never_called_connected(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"PING_INTERVAL_S": 0.3, "PING_TIMEOUT_S": 0.3, "ALIVE_S": 0.7}.items():
+        monkeypatch.setattr(f"lattice_remote.client.link.{name}", value)
+    monkeypatch.setattr("lattice_remote.client.service.ALIVE_S", 0.7)
+    monkeypatch.setattr("lattice_remote.client.service.FIRST_READY_WAIT_S", 0.1)
+    with FaultProxy(server.port) as proxy:
+        service = Service(str(make_cache(tmp_path / "ben", proxy.url)))
+        service.start(TOKEN)
+        assert (await ask(service, "ready"))["current"]
+        proxy.stall()
+        stalled = time.monotonic()
+        seen: list[bool] = []
+        while time.monotonic() - stalled < 20.0 and (not seen or seen[-1]):
+            status = await ask(service, "status")
+            seen.append(bool(status["connected"]))
+            if status["connected"]:
+                assert float(str(status["last_heard_s"])) <= 0.7 and status["server_seq"] is not None
+            else:
+                assert status["server_seq"] is None and float(str(status["last_heard_s"])) > 0.2
+            await asyncio.sleep(0.02)
+        assert seen[-1] is False
+        proxy.flow()
+        service._link.kick()
+        await until(service._is_current)
+        await service.close()
+
+
+# --- what is printed, and what is run ---
+
+
+async def lattice(cwd: Path, *args: str, **environment: str) -> tuple[int, bytes, bytes]:
+    process = await asyncio.create_subprocess_exec(
+        *LATTICE, *args, cwd=cwd, stdin=-3, stdout=-1, stderr=-1, env={**os.environ, **environment}
+    )
+    async with asyncio.timeout(40):
+        out, err = await process.communicate()
+    assert process.returncode is not None and b"Traceback" not in err, err
+    return process.returncode, out, err
+
+
+def is_plain(text: bytes) -> bool:
+    """Whether it is one line that does nothing to a terminal."""
+    return text.endswith(b"\n") and text.decode()[:-1].isprintable()
+
+
+async def test_what_a_server_says_of_itself_does_nothing_to_a_terminal(server: FakeServer, directory: Path) -> None:
+    server.tokens[TOKEN] = f"human:{ESCAPES}"
+
+    async def refuse(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Run) and frame.argv[0] == "comment":
+            await connection.send(encode(Refused(frame.id, "REMOTE_FAILED", ESCAPES)))
+            return True
+        if isinstance(frame, Run) and frame.argv[0] == "assign":
+            await connection.send(encode(Bye("REMOTE_FORBIDDEN", ESCAPES)))
+            return True
+        if isinstance(frame, Run):
+            await connection.send(encode(Reply(frame.id, server.seq, 1 << 40, ESCAPES.encode(), b"\xff\x1b[0m")))
+            return True
+        return False
+
+    server.misbehave = refuse  # type: ignore[assignment]
+    at, with_token = directory.parent, {"LATTICE_TOKEN": TOKEN}
+    code, out, err = await lattice(at, "comment", "X-1", "x", "--actor", "human:a", **with_token)
+    assert (code, out) == (1, b"") and is_plain(err) and b"red" in err
+    code, out, err = await lattice(at, "assign", "X-1", "human:b", "--actor", "human:a", **with_token)
+    assert (code, out) == (1, b"") and is_plain(err) and b"red" in err
+    code, out, err = await lattice(at, "remote", "status", **with_token)
+    assert code == 0 and all(is_plain(line + b"\n") for line in out.splitlines()) and b"human:" in out
+    code, out, err = await lattice(at, "status", "X-1", "done", "--actor", "human:a", **with_token)
+    assert (code, out, err) == (1, ESCAPES.encode(), b"\xff\x1b[0m")  # lattice's own output is its own
+
+
+READS = (["list"], ["show", "X-1"], ["comments", "X-1"], ["doctor"], ["next"], ["remote", "sync"])
+
+
+async def test_hooks_of_a_servers_configuration_never_run_here(
+    server: FakeServer, directory: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "it-ran"
+    command = f"touch {marker}"
+    server.files["config.json"] = json.dumps(
+        {
+            "schema_version": 1,
+            "project_code": "X",
+            "default_status": "backlog",
+            "hooks": {"post_event": command, "on": {"comment_added": command}, "transitions": {"* -> done": command}},
+            "editor": command,
+            "dashboard": {"command": command},
+        }
+    ).encode()
+    at, with_token = directory.parent, {"LATTICE_TOKEN": TOKEN, "EDITOR": command, "PAGER": command}
+    done = [await lattice(at, *words, **with_token) for words in READS]
+    await lattice(at, "comment", "X-1", "x", "--actor", "human:a", **with_token)
+    assert not marker.exists()
+    assert done[0][0] == 0 and tree(directory)["config.json"] == server.files["config.json"]
+    assert not re.search(rb"touch", b"".join(err for _, _, err in done))
