@@ -25,7 +25,7 @@ from lattice_remote.client.pacing import MAX_RESETS, MIN_UPTIME_S, RESET_WINDOW_
 from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
-from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
+from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITY_OF,
