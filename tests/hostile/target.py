@@ -119,7 +119,7 @@ class Target:
         assert write_s < WRITE_BOUND_S
         assert grown < _GROWTH_MIB
         for line in lines:
-            assert _LINE.fullmatch(line) or _WORKER_LINE.fullmatch(line), line
+            assert _LINE.fullmatch(line) or _WORKER_LINE.fullmatch(line), "\n".join(lines)
             assert self.token not in line
 
     def healthz(self) -> tuple[int, dict[str, object]]:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from target import BINARY, EXAMPLES, WRITE_BOUND_S, Target, attackable, frame, read_all, upgrade_request
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Applied, Bye, Fetch, Hello, Manifest, Put, Run, Welcome
+from lattice_remote.protocol.messages import CAPABILITIES, Applied, Bye, Fetch, Hello, Log, Manifest, Put, Run, Welcome
 
-HELLO = encode(Hello(versions=[1], client_version="t", lattice_version="t"))
+HELLO = encode(Hello(versions=[1], client_version="t", lattice_version="t", capabilities=list(CAPABILITIES)))
 ID = secrets.token_hex(16)
 VALID = [
     HELLO,
@@ -25,6 +25,7 @@ VALID = [
     encode(Fetch(["config.json", "ids.json"])),
     encode(Manifest()),
     encode(Applied(1)),
+    encode(Log(ID)),
 ]
 TEXT, CONTINUED, CLOSE, PING, PONG = 1, 0, 8, 9, 10
 
@@ -71,7 +72,11 @@ PAYLOADS = st.one_of(
     ),
     st.sampled_from([b"\x91" * 60_000, b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"]),
     st.fixed_dictionaries(
-        {"type": st.sampled_from(["hello", "run", "put", "fetch", "manifest", "applied", "change", "bye", "\x1b\n"])},
+        {
+            "type": st.sampled_from(
+                ["hello", "run", "put", "fetch", "manifest", "applied", "log", "change", "bye", "\x1b\n"]
+            )
+        },
         optional={
             "id": st.one_of(st.just(ID), st.integers(), st.text(max_size=40)),
             "argv": st.one_of(st.lists(st.text(max_size=10), max_size=5), st.integers()),

@@ -175,7 +175,7 @@ def test_nobody_writes_lines_or_control_characters_into_the_log(target: Target) 
         f"GET /projects/{quote(evil)} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {target.token}\r\n\r\n".encode()
     )
     with target.upgraded() as raw:
-        raw.sendall(frame(encode(Hello(versions=[1], client_version=evil, lattice_version=evil))))
+        raw.sendall(frame(encode(Hello(versions=[1], client_version=evil, lattice_version=evil, follow=False))))
         raw.sendall(frame(msgspec.msgpack.encode({"type": evil})))
         read_all(raw)
     lines = target.new_log_lines()
