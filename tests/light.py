@@ -14,6 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
+    CAPABILITIES,
     SUBPROTOCOL,
     Attachment,
     Change,
@@ -59,7 +60,13 @@ class Light:
             ping_interval=None,
             close_timeout=1,
         )
-        hello = Hello(versions=[1], client_version="light", lattice_version="", follow=self._follow)
+        hello = Hello(
+            versions=[1],
+            client_version="light",
+            lattice_version="",
+            capabilities=list(CAPABILITIES),
+            follow=self._follow,
+        )
         await self.socket.send(encode(hello))
         frame = decode_server_frame(bytes(await self.socket.recv(decode=False)))
         assert isinstance(frame, Welcome), frame

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import SUBPROTOCOL, Change, Hello, Welcome
+from lattice_remote.protocol.messages import CAPABILITIES, SUBPROTOCOL, Change, Hello, Welcome
 
 __all__ = ["Listener", "listeners"]
 
@@ -61,7 +61,7 @@ class Listener(asyncio.Protocol):
             assert received.startswith(b"HTTP/1.1 101"), bytes(received)
             del received[: end + 4]
             self._greeted = True
-            hello = Hello(versions=[1], client_version="listener", lattice_version="")
+            hello = Hello([1], "listener", "", list(CAPABILITIES))
             self._transport.write(_masked(2, encode(hello)))
         start = 0
         while (end := _end_of_frame(received, start)) is not None:
