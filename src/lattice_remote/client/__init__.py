@@ -7,6 +7,8 @@ Light, imported by every command of a remote project (standard library only):
     guard         refuses what a local command would write into the cache
     settings      ``remote.json`` and the grammar of a remote's URL
     credentials   tokens, per user
+    servers       which servers the user has named, and so where a token may go
+    private_files what keeps both: nobody else may read or change it
     runtime       where the agent's socket is
     agent_client  the fast path: one line to the agent, one line back
 
@@ -16,8 +18,14 @@ Heavy, imported by the agent, or by a command that works without it:
     direct        the same service inside a command's own process
     service       what can be asked of a cache: run, push, pull, sync, verify, status
     follower      drives a replica (``protocol/replica.py``) against a cache
+    links         the connections of one cache, and with which token each
     link          one WebSocket that comes back after every cut
-    cache         the directory as a tree: atomic, never through a link
+    connecting    opens it: TLS, and what a failure means
+    pacing        when to try again
+    inbox, outgoing   what has come and was not taken; what can't be sent
+    cache         the directory as a tree: atomic, and what is known of it
+    directory     how its files are reached, never through a link
+    quota         how large a server may make it
     state         which point of the history the directory holds
     edits         plans and notes that people edit in place
     adding        a directory becomes a copy, or stops being one

@@ -21,23 +21,20 @@ from websockets.exceptions import ConnectionClosed
 from lattice_remote.client.connecting import REFUSALS, RetryLater, error_of, open_socket
 from lattice_remote.client.follower import Outcome
 from lattice_remote.client.inbox import Inbox, Item
+from lattice_remote.client.outgoing import refusal_of
 from lattice_remote.client.pacing import MAX_RESETS, MIN_UPTIME_S, RESET_WINDOW_S, Pace
 from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
-from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
-from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
+from lattice_remote.errors import ConnectionFailed, ProtocolError, RemoteError, StorageError
+from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
-    CAPABILITY_OF,
     Bye,
     ClientFrame,
     Hello,
     Log,
-    Put,
-    Refused,
     Request,
     Response,
-    Run,
     ServerFrame,
     Welcome,
 )
@@ -61,7 +58,6 @@ MAX_FRAGMENTS = 1024
 _VIOLATIONS = {1002, 1007, 1009}
 """Close codes with which the library ends a connection on which the other side broke WebSocket's own rules."""
 _log = logging.getLogger(__name__)
-_CAN_NOT = {"put-text": "takes no edited plans and notes", "log": "can't tell who changed what"}
 
 
 class Conversation(Protocol):
@@ -246,7 +242,7 @@ class Link:
         ``first_sent_at`` is when (``boot_time()``) it may have been sent by somebody else, under the same id.
 
         Raises:
-            Rejected: the server refuses this token, project or version, or takes nothing so large.
+            Rejected: the server refuses this token, project or version.
             ConnectionFailed: out of reach for too long; ``sent`` tells whether it may have taken effect.
         """
         pending = _Pending(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
@@ -298,9 +294,7 @@ class Link:
     async def _send_pending(self, pending: _Pending) -> None:
         if self.welcome is None or pending.answer.done():
             return
-        if (refusal := _too_large(pending.frame, self.welcome)) is not None:
-            pending.answer.set_exception(refusal)
-        elif (refused := _not_offered(pending.frame, self.welcome)) is not None:
+        if not pending.sent and (refused := refusal_of(pending.frame, self.welcome)) is not None:
             pending.answer.set_result(refused)
         else:
             await self.send(pending.to_send())
@@ -528,35 +522,3 @@ async def _message(socket: ClientConnection) -> bytes:
         if len(pieces) > MAX_FRAGMENTS:
             raise ProtocolError(f"a message in more than {MAX_FRAGMENTS} pieces")
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
-    """Return the refusal of a request that this server can't answer, None when it can (SPEC V3)."""
-    needed = CAPABILITY_OF.get(type(frame))
-    if needed is None or needed in welcome.capabilities:
-        return None
-    server = one_line(f"the server (lattice-remote {welcome.server_version})")
-    return Refused(frame.id, "REMOTE_VERSION", f"{server} {_CAN_NOT[needed]}: upgrade the server")
-
-
-def _too_large(frame: Request, welcome: Welcome) -> Rejected | None:
-    """Return why a request can't go to this server, None when it can; sent, it would end the connection."""
-    limits = welcome.limits
-    size, limit = len(encode(frame)), min(limits.max_frame_bytes, MAX_FRAME_BYTES)
-    if _largest_file(frame) <= limits.max_file_bytes and size <= limit:
-        return None
-    return Rejected(
-        f"this takes {size} bytes, {_largest_file(frame)} of them one file; the server takes at most {limit}, and "
-        f"{limits.max_file_bytes} of a file",
-        code="REMOTE_TOO_LARGE",
-    )
-
-
-def _largest_file(frame: Request) -> int:
-    match frame:
-        case Run():
-            return max((len(file.data or b"") for file in frame.files), default=0)
-        case Put():
-            return len(frame.text)
-        case _:
-            return 0

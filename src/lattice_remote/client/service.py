@@ -289,12 +289,7 @@ class Service:
         if len(text) + len(base or b"") > _MAX_EDIT_BYTES:
             return "refused", f"{path} was not sent: it is over {_MAX_EDIT_BYTES >> 20} MiB"
         put = Put(id=os.urandom(16).hex(), path=path, base=base, text=text)
-        try:
-            answer = await link.ask(put)
-        except Rejected as refusal:
-            if refusal.code != "REMOTE_TOO_LARGE":
-                raise
-            return "refused", f"{path} was not sent: {refusal.message}"
+        answer = await link.ask(put)
         if isinstance(answer, Refused):
             return "refused", f"{path} was not sent: {answer.message}"
         if not isinstance(answer, Stored):

@@ -42,6 +42,8 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
         Misuse: not an http or https URL, a malformed slug, or two different slugs.
     """
     match = _URL.fullmatch(text.strip())
+    if match is None and "@" in text:  # what stands there may be a password: it is not repeated
+        raise Misuse("a server's URL holds no user and no password; a token is kept with: lattice remote login URL")
     if match is None:
         raise Misuse(f"not a server's URL: {text!r}; it looks like http://host:8443 or https://host/project")
     port = match["port"]
