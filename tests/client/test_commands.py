@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from client_kit import PLAN, make_cache, tree, until
+from client_kit import PLAN, TASK, make_cache, tree, until
 from fake_server import TOKEN, FakeServer
 from lattice.cli.main import cli
 
@@ -170,6 +170,7 @@ async def test_an_interrupted_fill_leaves_nothing_behind(server: FakeServer, roo
 
 
 async def test_removing_takes_the_copy_away(server: FakeServer, root: Path) -> None:
+    server.files[f"tasks/{TASK}.json"] = b"{}\n"
     await add(server, root)
     (root / ".lattice" / PLAN).write_text("edited")
     done = await lattice(root, "remote", "remove", "origin")

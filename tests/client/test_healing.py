@@ -44,6 +44,7 @@ async def kept(server: FakeServer, directory: Path) -> AsyncIterator[Service]:
         "tasks/task_2.json": b'{"id": 2}\n',
         "archive/plans/old.md": b"# Old\n",
         PLAN: b"# Plan\n",
+        f"tasks/{TASK}.json": b"{}\n",
     }
     async with looked_after(directory) as service:
         yield service
@@ -112,6 +113,12 @@ def keep_the_time(directory: Path) -> None:
     os.utime(place, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
+def create_a_task(directory: Path) -> None:
+    """As a program does that knows nothing of remotes; a plan of no task is not an edit."""
+    for place in ("tasks/{}.json", "events/{}.jsonl", "plans/{}.md"):
+        (directory / place.format("task_01HYYYYYYYYYYYYYYYYYYYYYYY")).write_bytes(b"{}\n")
+
+
 def remove_a_plan(directory: Path) -> None:
     (directory / PLAN).unlink()
 
@@ -130,6 +137,7 @@ def remove_a_plan(directory: Path) -> None:
         move_directory_in,
         keep_the_time,
         remove_a_plan,
+        create_a_task,
     ],
 )
 async def test_whatever_is_done_to_a_file_is_put_right_by_itself(
@@ -218,11 +226,11 @@ async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server:
     alter(directory)
     keep_what = directory / "context.md"
     keep_what.write_bytes(b"# Mine\n")
-    (directory / "tasks/foreign.json").write_bytes(b"{}")
+    create_a_task(directory)
     (directory / "config.json").unlink()
     async with looked_after(directory) as service:
         await equal(directory, server)
-        await until(lambda: service._healed()["count"] == 4)
+        await until(lambda: service._healed()["count"] == 6)
         assert (directory / ".mine/context.md").read_bytes() == b"# Mine\n"
 
 

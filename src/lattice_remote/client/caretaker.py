@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import random
-import stat
 import time
 
 from lattice_remote.client.follower import Follower
@@ -56,14 +55,15 @@ class Caretaker:
         self._wake.set()
 
     def _touched(self, path: str) -> None:
-        try:
-            found = os.lstat(self._cache.absolute(path))
-        except OSError:
-            self._missing(path)
+        found = self._cache.signature(path)
+        if self._cache.known.agrees(path, found) and found is not None:
             return
-        if stat.S_ISDIR(found.st_mode):
+        place = self._cache.absolute(path)
+        if os.path.isdir(place) and not os.path.islink(place):
             self._scan_at = 0.0  # what was moved in with it is not told file by file
-        elif not self._cache.known.agrees(path, self._cache.signature(path)) and not is_editable(path):
+        elif not os.path.lexists(place):
+            self._missing(path)
+        elif self._follower.is_strange(path):
             self._suspect(path)
 
     def _missing(self, path: str) -> None:
@@ -137,7 +137,7 @@ class Caretaker:
         async with self._turn:
             began = time.monotonic()
             for path in await asyncio.to_thread(foreign, self._cache):
-                if self._cache.signature(path) is None or not is_editable(path):
+                if self._follower.is_strange(path):
                     self._suspect(path)
             if not self._cache.is_whole():
                 await self._link.carry_out(await self._follower.heal([]))

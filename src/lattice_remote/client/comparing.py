@@ -55,7 +55,7 @@ async def compare_files(
     cache.quota.require(sum(size for size, _ in compare.entries.values()))
     readings = await asyncio.to_thread(read_all, cache, earlier)
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
-    edited = edits.scan()
+    edited = [path for path in edits.scan() if not edits.is_orphan(path, compare.entries)]
     for path in edited:
         local.pop(path, None)
         if (entry := edits.base_entry(path)) is not None:

@@ -7,7 +7,7 @@ a crash in between looks like an edit that the server already has, never like on
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from lattice_remote.client.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.known import Signature
@@ -44,6 +44,13 @@ class Edits:
         """Return the server's text on which the local file is based; None when the server had none."""
         place = _base_path(path)
         return None if self._cache.size(place) is None else self._cache.read(place)
+
+    def is_orphan(self, path: str, files: Container[str]) -> bool:
+        """Whether a plan or notes belongs to no task among the server's ``files``: then it is no edit of anything."""
+        if path in files or self.base(path) is not None:
+            return False
+        task = path.rpartition("/")[2].removesuffix(".md")
+        return f"tasks/{task}.json" not in files and f"archive/tasks/{task}.json" not in files
 
     def base_entry(self, path: str) -> tuple[int, bytes] | None:
         """Return size and digest of a file's base, as the manifest lists them."""

@@ -251,7 +251,7 @@ class Follower:
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
             await self._go_on(result)
-            strange = [path for path in paths if self._is_strange(path)]
+            strange = [path for path in paths if self.is_strange(path)]
             new = [path for path in strange if path not in self.replica.wanted] if self.is_following else []
             self.healing.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
             for path in new:
@@ -261,9 +261,15 @@ class Follower:
                 self._save()
         return result
 
-    def _is_strange(self, path: str) -> bool:
+    def is_strange(self, path: str) -> bool:
+        """Whether other hands than ours and the server's made the file what it is; edits of plans and notes aside."""
         found = self.cache.signature(path)
-        return not self.cache.known.agrees(path, found) and (found is None or not is_editable(path))
+        if self.cache.known.agrees(path, found):
+            return False
+        return found is None or not is_editable(path) or self._is_orphan(path)
+
+    def _is_orphan(self, path: str) -> bool:
+        return self.cache.known.is_complete and self.edits.is_orphan(path, self.cache.known)
 
     async def compare(
         self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
@@ -368,8 +374,10 @@ class Follower:
 
     def _remove(self, path: str) -> None:
         if is_editable(path) and self.edits.is_edited(path):
-            self.replica.hold(path)
-            return
+            if not self._is_orphan(path):
+                self.replica.hold(path)
+                return
+            self.keepsakes.keep(path, is_strange=True)
         self._keep([path])
         self.cache.delete(path)
         self._is_the_servers([path])

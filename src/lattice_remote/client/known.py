@@ -33,7 +33,7 @@ class Known:
         self._unshared: dict[str, Signature | None] = {}
         self._read_up_to: tuple[int, int] | None = None  # inode of the log, bytes
 
-    def __contains__(self, path: str) -> bool:
+    def __contains__(self, path: object) -> bool:
         return path in self._marks
 
     def paths(self) -> list[str]:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 
 import watchfiles
 
-from lattice_remote.protocol.paths import is_replicated
-
 __all__ = ["Touched", "Watching"]
 
 _STEP_MS = 50
@@ -111,14 +109,14 @@ class Watching:
 
 
 def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]]:
-    """Return what was touched in each directory, as far as it is part of the replicated tree."""
+    """Return what was touched in each directory, save for what is nobody's but ours."""
     found: dict[str, set[str]] = {}
     prefixes = [(directory, directory + os.sep) for directory in directories]
     for name in names:
         for directory, prefix in prefixes:
             if name.startswith(prefix):
                 path = name[len(prefix) :]
-                if not path.startswith(".") and (is_replicated(path) or is_replicated(path + "/x.md")):
+                if not path.startswith("."):  # most of our own work is in .tmp/ and .base/
                     found.setdefault(directory, set()).add(path)
                 break
     return found
