@@ -30,9 +30,11 @@ bench: venv  ## Measure against local lattice, side by side
 SEEDS ?= 10
 FIRST ?= 1
 COMMANDS ?= 25
+JOBS ?= 1
+EVERY ?= 6
 
-soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100)
-	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS)
+soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100 JOBS=2)
+	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS) --jobs $(JOBS) --every $(EVERY) $(if $(ONLY),--only "$(ONLY)")
 
 ROUNDS ?= 200
 

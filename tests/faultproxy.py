@@ -1,4 +1,4 @@
-"""A TCP proxy that misbehaves on command: cuts, stalls and refuses connections between a client and a server."""
+"""A TCP proxy that misbehaves on command: cuts, delays, stalls, swallows and refuses what clients and a server say."""
 
 import asyncio
 import socket
@@ -22,6 +22,9 @@ class FaultProxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self._flowing: asyncio.Event
         self._refusing = False
+        self._delay_s = 0.0
+        self._cut_after: int | None = None
+        self._swallowed: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._ended: asyncio.Event
         started = threading.Event()
@@ -43,9 +46,22 @@ class FaultProxy:
         """Keep connections open and forward nothing: a peer that silently went away."""
         self._call(self._flowing.clear)
 
+    def delay(self, seconds: float) -> None:
+        """Hold back each piece for so long."""
+        self._delay_s = seconds
+
+    def cut_after(self, count: int) -> None:
+        """Let ``count`` more bytes through and then reset every connection: somewhere inside a frame."""
+        self._cut_after = count
+
+    def swallow(self) -> None:
+        """Half open: what is connected now stays connected, and nothing that is said on it arrives any more."""
+        self._call(lambda: self._swallowed.update(self._writers))
+
     def flow(self) -> None:
-        """Forward again, and accept again."""
+        """Forward again, and accept again; what was swallowed stays so."""
         self._refusing = False
+        self._delay_s, self._cut_after = 0.0, None
         self._call(self._flowing.set)
 
     def refuse(self) -> None:
@@ -84,6 +100,10 @@ class FaultProxy:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
+    def _reset_soon(self) -> None:
+        """Reset once what was written has left."""
+        self._loop.call_later(0.01, self._reset)
+
     async def _serve(self, started: threading.Event) -> None:
         self._flowing, self._ended = asyncio.Event(), asyncio.Event()
         self._flowing.set()
@@ -116,10 +136,22 @@ class FaultProxy:
             writer.transport.abort()
         finally:
             self._writers.discard(writer)
+            self._swallowed.discard(writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(_CHUNK):
             await self._flowing.wait()
+            if self._delay_s:
+                await asyncio.sleep(self._delay_s)
+            if writer in self._swallowed:
+                continue
+            if self._cut_after is not None and self._cut_after < len(data):
+                writer.write(data[: self._cut_after])
+                self._cut_after = None
+                self._reset_soon()
+                return
+            if self._cut_after is not None:
+                self._cut_after -= len(data)
             writer.write(data)
             await writer.drain()
         writer.transport.abort()

@@ -3,22 +3,32 @@
 import contextlib
 import os
 import random
+import resource
+import shutil
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from account import Account, Effect
 from faultproxy import FaultProxy
-from mix import Mix, Outcome
-from sandbox import BIN, Client, Sandbox, Server
+from mix import Mix
+from sandbox import Client, Sandbox, Server, wait_for
 
-__all__ = ["Strikes", "break_everything", "three_people"]
+__all__ = ["Faults", "Strikes", "break_everything", "inject", "three_people"]
+
+_RARE = {"journal damaged", "journal removed", "data rolled back", "network half open"}
+"""Strike less often: they take much away that was acknowledged, or cost a minute."""
+_INJECT = Path(__file__).resolve().parent / "inject"
 
 
 @contextlib.contextmanager
 def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], FaultProxy]]:
     """A server, and three clients on two machines that reach it through a proxy."""
     server = sandbox.server()
+    inject(server)
     server.project()
     server.start()
     with FaultProxy(server.port) as proxy:
@@ -26,13 +36,27 @@ def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], Fault
         for name, machine in (("ana", "one"), ("ben", "one"), ("cem", "two")):
             client = sandbox.client(name, machine)
             client.env["LATTICE_TOKEN"] = server.token(f"human:{name}", "agent:*")
-            client.ok("remote", "add", "origin", proxy.url, "--project", "board")
+            argv = ("remote", "add", "origin", proxy.url, "--project", "board")
+            wait_for(lambda: client.run(*argv).returncode == 0, f"{name} to be connected", 60)  # noqa: B023
             clients.append(client)
         yield server, clients, proxy
 
 
+def inject(server: Server) -> Path:
+    """Make the server's workers obey the files in the returned directory (``inject/sitecustomize.py``); then start."""
+    directory = server.data.parent / "inject"
+    directory.mkdir()
+    server.env |= {"PYTHONPATH": str(_INJECT), "LATTICE_TEST_FAULTS": str(directory)}
+    return directory
+
+
 class Strikes:
-    """Faults that strike while a mix runs, one after every few commands."""
+    """Faults that strike while a mix runs, one after every few commands.
+
+    Args:
+        faults: what may strike, by name.
+        every: how many commands lie between two of them.
+    """
 
     def __init__(self, mix: Mix, faults: dict[str, Callable[[], object]], *, seed: int, every: int) -> None:
         self._mix, self._faults, self._every = mix, faults, every
@@ -49,8 +73,8 @@ class Strikes:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(timeout=60)
-        assert self.error is None, self.error
+        self._thread.join(timeout=120)
+        assert self.error is None, f"{self.error!r} after {self.struck}"
 
     def _strike(self) -> None:
         last = 0
@@ -59,77 +83,293 @@ class Strikes:
                 if self._mix.done >= last + self._every:
                     last = self._mix.done
                     # Not always at the end of a command: somewhere within the next ones.
-                    self._over.wait(self._rng.random() * 0.4)
-                    name = self._rng.choice(sorted(self._faults))
+                    self._over.wait(self._rng.random() * 0.3)
+                    names = sorted(self._faults)
+                    weights = [1 if name in _RARE else 3 for name in names]
+                    (name,) = self._rng.choices(names, weights)
                     self.struck.append(name)
                     self._faults[name]()
         except BaseException as error:  # noqa: BLE001 - shown by __exit__, in the test's own thread
             self.error = error
 
 
-def kill_server(server: Server) -> None:
-    server.kill()
-    server.start()
+class Faults:
+    """Everything that can go wrong, each as a method that does it once and leaves a running server behind."""
+
+    def __init__(self, mix: Mix, sandbox: Sandbox, proxy: FaultProxy, *, seed: int) -> None:
+        self._mix, self._sandbox, self._proxy = mix, sandbox, proxy
+        self._server, self._clients = mix.server, mix.clients
+        self._account: Account = mix.account
+        self._rng = random.Random(seed + 1)
+        self._count = 0
+
+    def by_name(self) -> dict[str, Callable[[], object]]:
+        """Return all faults by name."""
+        return {
+            "server killed": self.kill_server,
+            "server restarted": self.restart_server,
+            "worker killed": self.kill_worker,
+            "agent killed": self.kill_agent,
+            "command killed": self.kill_command,
+            "network cut": self._proxy.cut,
+            "network cut in a frame": lambda: self._proxy.cut_after(self._rng.randrange(1, 3000)),
+            "network delayed": self.delay,
+            "network half open": self._proxy.swallow,
+            "disk full in the worker": self.fill_disk,
+            "disk full for a second": self.fill_disk_of_all,
+            "fsync failed": self.fail_fsync,
+            "journal torn": self.tear_journal,
+            "journal damaged": self.damage_journal,
+            "journal removed": self.remove_journal,
+            "data rolled back": self.roll_back,
+            "cached file altered": self.alter_cached_file,
+            "cached file deleted": self.delete_cached_file,
+            "strange file in a cache": self.add_to_cache,
+            "plain lattice on the server": self.lattice_on_the_server,
+            "editor on the server": self.editor_on_the_server,
+        }
+
+    # --- processes ---
+
+    def kill_server(self) -> None:
+        self._server.kill()
+        time.sleep(self._rng.choice([0, 0, 0.5]))
+        self._server.start()
+
+    def restart_server(self) -> None:
+        self._server.stop()
+        self._server.start()
+
+    def kill_worker(self) -> None:
+        for pid in self._server.worker_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def kill_agent(self) -> None:
+        client = self._rng.choice(self._clients)
+        pid_file = next(Path(client.env["LATTICE_REMOTE_RUNTIME_DIR"]).glob("agent*.pid"), None)
+        if pid_file is not None:
+            with contextlib.suppress(ProcessLookupError, ValueError, FileNotFoundError):
+                os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
+
+    def kill_command(self) -> None:
+        client, who = self._rng.choice(self._clients), self._who("k")
+        command = self._sandbox.programs.start(
+            "lattice",
+            ("comment", "LAT-1", "killed half way", "--actor", f"agent:{who}"),
+            cwd=client.dir,
+            env=client.env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            command.wait(self._rng.random() * 0.1)
+        command.kill()
+        if command.wait(20) == 0:
+            self._account.acknowledge(Effect(who, "comment_added"))
+        else:
+            self._account.unknown.add((who, "comment_added"))
+
+    def delay(self) -> None:
+        self._proxy.delay(0.1)
+        time.sleep(0.8)
+        self._proxy.flow()
+
+    # --- the disk ---
+
+    def fill_disk(self) -> None:
+        """No file of the worker can grow beyond a few KiB, for a moment."""
+        for pid in self._server.worker_pids():
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (self._rng.choice([200, 2000, 20_000]), -1))
+        time.sleep(0.5)
+        for pid in self._server.worker_pids():
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
+
+    def fill_disk_of_all(self) -> None:
+        """The same for the server, and with it for every worker that it starts meanwhile."""
+        assert self._server.process is not None, "every fault leaves a running server behind"
+        pids = [self._server.process.pid, *self._server.worker_pids()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (self._rng.choice([200, 2000, 20_000]), -1))
+        time.sleep(1.0)
+        for pid in {*pids, *self._server.worker_pids()}:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
+
+    def fail_fsync(self) -> None:
+        """fsync fails for a moment. The project closes, until the server is restarted: that is done, too."""
+        flag = Path(self._server.env["LATTICE_TEST_FAULTS"], "fsync-fails")
+        flag.touch()
+        time.sleep(0.3)
+        flag.unlink()
+        self._server.stop()
+        self._server.start()
+
+    # --- the journal and the data directory ---
+
+    @property
+    def _journal(self) -> Path:
+        return self._server.data / "projects" / "board" / "journal"
+
+    def tear_journal(self) -> None:
+        """The server is killed, and a record that was being written is half there: nobody was told of it."""
+        self._end_server()
+        last = self._last_segment()
+        torn = self._rng.choice([b"\0" * 40, self._rng.randbytes(200), b"\0\0\1\0" + self._rng.randbytes(30)])
+        with last.open("ab") as file:
+            file.write(torn)
+        self._server.start()
+
+    def damage_journal(self) -> None:
+        """The last bytes of the journal, which were answered for, are cut off or changed. The files are whole."""
+        with self._mix.gate.shut():
+            self._end_server()
+            last = self._last_segment()
+            data = bytearray(last.read_bytes())
+            count = self._rng.randrange(1, min(300, len(data)))
+            if self._rng.random() < 0.5:
+                del data[-count:]
+            else:
+                data[-count] ^= 0x55
+            last.write_bytes(data)
+            self._server.start()
+
+    def remove_journal(self) -> None:
+        with self._mix.gate.shut():
+            self._end_server()
+            shutil.rmtree(self._journal)
+            self._server.start()
+
+    def roll_back(self) -> None:
+        """The data directory is put back to a copy that is some commands old."""
+        copy = self._sandbox.root / "copy"
+        if not copy.exists():
+            self._server.stop()
+            shutil.copytree(self._server.data, copy, symlinks=True)
+            self._server.start()
+            return
+        with self._mix.gate.shut():
+            self._server.stop()
+            tokens = (self._server.data / "tokens.json").read_bytes()
+            shutil.rmtree(self._server.data)
+            copy.rename(self._server.data)
+            (self._server.data / "tokens.json").write_bytes(tokens)
+            self._account.forget_what_is_not_in(self._server.lattice_dir())
+            self._server.start()
+
+    def _end_server(self) -> None:
+        """End it one way or the other, and wait for its workers: they may be at a last command."""
+        workers = self._server.worker_pids()
+        if self._rng.random() < 0.5:
+            self._server.kill()
+        else:
+            self._server.stop()
+        wait_for(lambda: not any(Path(f"/proc/{pid}/fd").exists() and _is_alive(pid) for pid in workers), "the workers")
+
+    def _last_segment(self) -> Path:
+        return max(self._journal.glob("*.log"))
+
+    # --- caches ---
+
+    def alter_cached_file(self) -> None:
+        """A process that knows nothing of us writes into a file of a cache: that is put right by itself (I4)."""
+        path = self._cached_file()
+        if path is not None:
+            with path.open("ab") as file:
+                file.write(b"by another process")
+
+    def delete_cached_file(self) -> None:
+        path = self._cached_file()
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def add_to_cache(self) -> None:
+        cache = self._rng.choice(self._clients).lattice_dir
+        (cache / "tasks" / f"{self._who('strange')}.json").write_text("{}")
+
+    def _cached_file(self) -> Path | None:
+        """Return a file of a cache that nobody edits by right."""
+        cache = self._rng.choice(self._clients).lattice_dir
+        files = [
+            path for folder in ("tasks", "events", "resources") for path in sorted(cache.glob(f"{folder}/**/*.json*"))
+        ]
+        return self._rng.choice(files) if files else None
+
+    # --- people on the server's machine ---
+
+    def lattice_on_the_server(self) -> None:
+        """Somebody runs plain ``lattice`` in the server's directory (I12)."""
+        who = self._who("h")
+        argv = self._rng.choice([("create", "By hand"), ("comment", "LAT-1", "by hand")])
+        done = self._sandbox.programs.run(
+            "lattice", (*argv, "--actor", f"agent:{who}"), cwd=self._server.lattice_dir().parent, env=self._plain_env()
+        )
+        if done.returncode == 0:
+            self._account.acknowledge(Effect(who, {"create": "task_created"}.get(argv[0], "comment_added")))
+
+    def editor_on_the_server(self) -> None:
+        """Somebody edits a plan in the server's directory: saved by rename, in place, or in two halves."""
+        plans = sorted((self._server.lattice_dir() / "plans").glob("*.md"))
+        if not plans:
+            return
+        plan = self._rng.choice(plans)
+        with contextlib.suppress(FileNotFoundError):  # archived in just this moment
+            text = plan.read_text() + f"\n- by hand {self._who('e')}\n"
+            match self._rng.randrange(3):
+                case 0:
+                    scratch = plan.with_name(f".{plan.name}.swp")
+                    scratch.write_text(text)
+                    scratch.replace(plan)
+                case 1:
+                    plan.write_text(text)
+                case _:
+                    with plan.open("w") as file:
+                        file.write(text[: len(text) // 2])
+                        file.flush()
+                        time.sleep(0.2)
+                        file.write(text[len(text) // 2 :])
+
+    def _plain_env(self) -> dict[str, str]:
+        return {name: value for name, value in self._clients[0].env.items() if not name.startswith("LATTICE")}
+
+    def _who(self, kind: str) -> str:
+        self._count += 1
+        return f"{kind}{self._mix.seed}x{self._count}x"
 
 
-def restart_server(server: Server) -> None:
-    server.stop()
-    server.start()
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
-def kill_worker(server: Server) -> None:
-    for pid in server.worker_pids():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, 9)
+def break_everything(
+    sandbox: Sandbox, *, seed: int, commands: int, every: int = 6, only: str | None = None
+) -> tuple[Account, dict[str, int], list[str]]:
+    """Run a mix with every fault striking, insist on what must be true afterwards.
 
-
-def kill_agent(client: Client) -> None:
-    pid_file = next(Path(client.env["LATTICE_REMOTE_RUNTIME_DIR"]).glob("agent*.pid"), None)
-    if pid_file is not None:
-        with contextlib.suppress(ProcessLookupError, ValueError):
-            os.kill(int(pid_file.read_text().split()[0]), 9)
-
-
-def kill_command(client: Client) -> None:
-    command = client.popen("comment", "LAT-1", "killed half way", "--actor", "agent:mix-0")
-    with contextlib.suppress(Exception):
-        command.wait(timeout=random.random() * 0.3)
-    command.kill()
-    command.communicate()
-
-
-def lattice_on_the_server(server: Server, env: dict[str, str], word: int) -> None:
-    """Somebody runs plain ``lattice`` in the server's directory (I12)."""
-    plain = {name: value for name, value in env.items() if not name.startswith("LATTICE")}
-    subprocess.run(
-        [BIN / "lattice", "create", f"By hand {word}", "--actor", "human:root"],
-        cwd=server.lattice_dir().parent,
-        env=plain,
-        capture_output=True,
-        timeout=60,
-        check=True,
-    )
-
-
-def break_everything(sandbox: Sandbox, *, seed: int, commands: int, every: int = 6) -> tuple[Outcome, list[str]]:
-    """Run a mix with every fault striking, insist on what must be true afterwards, return what came of it.
+    Returns the account, its figures, and what struck.
 
     Raises:
         AssertionError: something acknowledged is lost, done twice, or different.
     """
     with three_people(sandbox) as (server, clients, proxy):
         mix = Mix(server, clients, seed=seed, commands=commands)
-        by_hand = iter(range(1000))
-        faults: dict[str, Callable[[], object]] = {
-            "server killed": lambda: kill_server(server),
-            "server restarted": lambda: restart_server(server),
-            "worker killed": lambda: kill_worker(server),
-            "agent killed": lambda: kill_agent(clients[0]),
-            "command killed": lambda: kill_command(clients[2]),
-            "plain lattice on the server": lambda: lattice_on_the_server(server, clients[0].env, next(by_hand)),
-            "network cut": proxy.cut,
-        }
+        faults = Faults(mix, sandbox, proxy, seed=seed).by_name()
+        if only is not None:
+            faults = {name: strike for name, strike in faults.items() if only in name}
+        if not faults:
+            raise ValueError(f"no fault has {only!r} in its name")
         with Strikes(mix, faults, seed=seed, every=every) as strikes:
-            outcome = mix.run()
-        mix.check(outcome)
-    return outcome, strikes.struck
+            account = mix.run()
+        proxy.flow()
+        try:
+            figures = account.check()
+        except (AssertionError, TimeoutError, RuntimeError) as error:
+            shown = "\n  ".join(account.errors[-8:])
+            raise AssertionError(f"{error}\nafter: {', '.join(strikes.struck)}\nlast errors:\n  {shown}") from error
+    return account, figures, strikes.struck

@@ -1,165 +1,272 @@
-"""A seeded mix of commands from several people at once, and the account of what must be true afterwards.
+"""A seeded mix of commands of every family from several people at once.
 
-Every command carries a word of its own, so that afterwards each one that was acknowledged can be looked for in
-the server's files: there, exactly once. One that was not acknowledged may be there, once at the most (I6).
+Each command acts under a name of its own, ``agent:w7x0x12x``, so that every event it wrote can be told from all others:
+that is how ``account.py`` finds afterwards whether it took effect, and how often.
 """
 
+import contextlib
+import fcntl
 import json
+import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sandbox import Client, Server, differences, tree_of, wait_for
+from account import Account, Effect
+from sandbox import Client, Programs, Server
 
-__all__ = ["Mix", "Outcome"]
+__all__ = ["Command", "Gate", "Mix"]
+
+_STATUSES = ["backlog", "in_planning", "planned", "blocked"]
+_COLD_EVERY = 8
+"""One command in so many is started as a person starts it, the others are forked (see ``warm.py``)."""
 
 
-@dataclass
-class Outcome:
-    """What was asked for and what was said: words of acknowledged and of unacknowledged writes."""
+@dataclass(frozen=True)
+class Command:
+    """A command line, and what it must leave behind when it succeeds (None: nothing to be found)."""
 
-    acknowledged: list[str] = field(default_factory=list)
-    unacknowledged: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    tracebacks: list[str] = field(default_factory=list)
+    argv: tuple[str, ...]
+    effect: Effect | None
+    then: Callable[[str], None] = field(default=lambda _out: None)
+    """Called with what it printed when it succeeded."""
+
+
+class Gate:
+    """Commands pass it together; who ``shuts`` it waits for those on their way, and lets no other in meanwhile."""
+
+    def __init__(self) -> None:
+        self._passing, self._shut = 0, False
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Go through; waits while it is shut."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._shut)
+            self._passing += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._passing -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def shut(self) -> Iterator[None]:
+        """Keep everybody out."""
+        with self._changed:
+            self._shut = True
+            self._changed.wait_for(lambda: self._passing == 0)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._shut = False
+                self._changed.notify_all()
 
 
 class Mix:
-    """Runs ``commands`` random commands on each client, all clients at once."""
+    """Runs ``commands`` random commands on each client, all clients at once, and keeps the account of them."""
 
     def __init__(self, server: Server, clients: list[Client], *, seed: int, commands: int) -> None:
         self.server, self.clients = server, clients
-        self._seed, self._commands = seed, commands
-        self._outcome = Outcome()
-        self._lock = threading.Lock()
-        self._tasks: list[str] = []
+        self.seed = seed
+        self.account = Account(server, clients)
+        self.gate = Gate()
         self.done = 0
         """How many commands have ended so far."""
+        self._commands = commands
+        self._lock = threading.Lock()
+        self._cold = Programs()
+        self._tasks: list[str] = []
+        self._comments: list[tuple[str, str]] = []  # task, comment
+        self._links: list[tuple[str, str]] = []
+        self._branches: list[tuple[str, str]] = []
+        self._resources: list[str] = []
+        self._held: list[tuple[str, str]] = []  # resource, holder
+        self._sessions: list[str] = []
+        often = [self._create, self._comment, self._comment, self._resource]
+        of_tasks = [self._create, self._update, self._status, self._assign, self._archive, self._complete, self._next]
+        of_links = [self._link, self._unlink, self._branch]
+        others = [self._comment, self._on_comment, self._attach, self._attach_file, self._resource, self._session]
+        self._families = [*often, *of_tasks, *of_links, *others, self._event]
 
-    def run(self) -> Outcome:
+    def run(self) -> Account:
         """Run everything and return what came of it."""
         with ThreadPoolExecutor(len(self.clients)) as pool:
             list(pool.map(self._one_person, range(len(self.clients))))
-        return self._outcome
+        return self.account
 
     def _one_person(self, number: int) -> None:
-        rng = random.Random(self._seed * 1000 + number)
-        client, actor = self.clients[number], f"agent:mix-{number}"
+        rng = random.Random(self.seed * 1000 + number)
+        client = self.clients[number]
         for n in range(self._commands):
-            word = f"w{self._seed}x{number}x{n}x"
-            argv, marked = self._command(rng, client, actor, word)
-            done = client.run(*argv)
-            with self._lock:
-                self._record(word if marked else None, done.returncode, done.stdout, done.stderr, argv)
+            word = f"w{self.seed}x{number}x{n}x"
+            with self.gate.passing():
+                if rng.random() < 0.15:
+                    self._edit(rng, client, f"e{word}")
+                command = self._command(rng, word)
+                programs = self._cold if rng.randrange(_COLD_EVERY) == 0 else None
+                done = client.run(*command.argv, programs=programs)
+                with self._lock:
+                    self.account.record(client, command.argv, command.effect, done)
+                    if done.returncode == 0:
+                        command.then(done.stdout)
+            self.done += 1
 
-    def _record(self, word: str | None, code: int, out: str, err: str, argv: tuple[str, ...]) -> None:
-        self.done += 1
-        if "Traceback" in out + err:
-            self._outcome.tracebacks.append(f"{argv}: {err}")
-        if code:
-            self._outcome.errors.append(f"{' '.join(argv)[:80]}: {(err or out).strip()[:300]}")
-        if word is not None:
-            (self._outcome.unacknowledged if code else self._outcome.acknowledged).append(word)
-        if argv[0] == "create" and not code:
-            self._tasks.append(out.strip())
+    # --- command lines ---
 
-    def _command(self, rng: random.Random, client: Client, actor: str, word: str) -> tuple[tuple[str, ...], bool]:
-        """Return a command line, and whether its word must be found in the files when it succeeds."""
-        by = ("--actor", actor)
+    def _command(self, rng: random.Random, word: str) -> Command:
         with self._lock:
-            task = rng.choice(self._tasks) if self._tasks else None
-        if task is None:
-            return ("create", f"Task {word}", "--quiet", *by), True
-        match rng.randrange(13):
-            case 0 | 1:
-                return ("create", f"Task {word}", "--quiet", *by), True
-            case 2 | 3 | 4:
-                return ("comment", task, f"says {word}", *by), True
-            case 5:
-                return ("status", task, rng.choice(["in_planning", "planned", "blocked"]), *by), False
-            case 6:
-                return ("attach", task, "--inline", f"text {word}", "--title", f"Title {word}", *by), True
-            case 7:
-                return ("resource", "create", f"res-{word}", *by), True
-            case 8:
-                return ("session", "start", "--name", f"S{word}", "--model", "m", "--framework", "f"), True
-            case 9:
-                return (rng.choice(["archive", "unarchive"]), task, *by), False
-            case 10:
-                return ("event", task, "x_mix", "--data", json.dumps({"word": word}), *by), True
-            case 11:
-                self._edit_plan(rng, client, word)
-                return ("list", "--quiet"), False
+            if not self._tasks:
+                return self._create(rng, word)
+            make = rng.choice(self._families)
+            return make(rng, word) or self._comment(rng, word)
+
+    def _by(self, word: str) -> tuple[str, str]:
+        return "--actor", f"agent:{word}"
+
+    def _create(self, rng: random.Random, word: str) -> Command:
+        argv = ("create", f"Task {word}", "--quiet", *self._by(word))
+        return Command(argv, Effect(word, "task_created"), lambda out: self._tasks.append(out.strip()))
+
+    def _comment(self, rng: random.Random, word: str) -> Command:
+        task = rng.choice(self._tasks)
+        argv = ("comment", task, f"says {word}", "--json", *self._by(word))
+
+        def note(out: str) -> None:
+            self._comments.append((task, json.loads(out)["data"]["last_event_id"]))
+
+        return Command(argv, Effect(word, "comment_added"), note)
+
+    def _on_comment(self, rng: random.Random, word: str) -> Command | None:
+        if not self._comments:
+            return None
+        match rng.randrange(3):
+            case 0:
+                argv: tuple[str, ...] = ("comment-edit", *rng.choice(self._comments), f"now says {word}")
+                effect = "comment_edited"
+            case 1:
+                argv = ("react", *rng.choice(self._comments), "thumbsup")
+                effect = "reaction_added"
             case _:
-                return ("next", "--claim", *by), False
+                argv = ("comment-delete", *self._comments.pop())
+                effect = "comment_deleted"
+        return Command((*argv, *self._by(word)), Effect(word, effect))
 
-    def _edit_plan(self, rng: random.Random, client: Client, word: str) -> None:
+    def _update(self, rng: random.Random, word: str) -> Command:
+        argv = ("update", rng.choice(self._tasks), f"description=about {word}", *self._by(word))
+        return Command(argv, Effect(word, "field_updated"))
+
+    def _status(self, rng: random.Random, word: str) -> Command:
+        argv = ("status", rng.choice(self._tasks), rng.choice(_STATUSES), "--force", "--reason", "soak")
+        return Command((*argv, *self._by(word)), Effect(word, "status_changed", none_if="Already"))
+
+    def _assign(self, rng: random.Random, word: str) -> Command:
+        argv = ("assign", rng.choice(self._tasks), f"agent:{word}", *self._by(word))
+        return Command(argv, Effect(word, "assignment_changed"))
+
+    def _link(self, rng: random.Random, word: str) -> Command | None:
+        if len(self._tasks) < 2:
+            return None
+        pair = tuple(rng.sample(self._tasks, 2))
+        argv = ("link", pair[0], "related_to", pair[1], *self._by(word))
+        return Command(argv, Effect(word, "relationship_added"), lambda _out: self._links.append((pair[0], pair[1])))
+
+    def _unlink(self, rng: random.Random, word: str) -> Command | None:
+        if self._branches and rng.random() < 0.5:
+            task, branch = self._branches.pop()
+            return Command(("branch-unlink", task, branch, *self._by(word)), Effect(word, "branch_unlinked"))
+        if not self._links:
+            return None
+        one, other = self._links.pop()
+        return Command(("unlink", one, "related_to", other, *self._by(word)), Effect(word, "relationship_removed"))
+
+    def _branch(self, rng: random.Random, word: str) -> Command:
+        task = rng.choice(self._tasks)
+        argv = ("branch-link", task, f"feat/{word}", *self._by(word))
+        return Command(argv, Effect(word, "branch_linked"), lambda _out: self._branches.append((task, f"feat/{word}")))
+
+    def _complete(self, rng: random.Random, word: str) -> Command:
+        argv = ("complete", rng.choice(self._tasks), "--review", f"reviewed {word}", *self._by(word))
+        return Command(argv, Effect(word, "artifact_attached"))
+
+    def _next(self, rng: random.Random, word: str) -> Command:
+        argv = ("next", "--claim", "--json", *self._by(word))
+        return Command(argv, Effect(word, "assignment_changed", none_if='"data": null'))
+
+    def _archive(self, rng: random.Random, word: str) -> Command:
+        command, effect = rng.choice([("archive", "task_archived"), ("unarchive", "task_unarchived")])
+        return Command((command, rng.choice(self._tasks), *self._by(word)), Effect(word, effect))
+
+    def _attach(self, rng: random.Random, word: str) -> Command:
+        argv = ("attach", rng.choice(self._tasks), "--inline", f"text {word}", "--title", word, *self._by(word))
+        return Command(argv, Effect(word, "artifact_attached"))
+
+    def _attach_file(self, rng: random.Random, word: str) -> Command:
+        file = self.server.log.parent / f"{word}.bin"
+        file.write_bytes(rng.randbytes(rng.choice([10, 5_000, 400_000])))
+        argv = ("attach", rng.choice(self._tasks), str(file), "--title", word, *self._by(word))
+        return Command(argv, Effect(word, "artifact_attached"))
+
+    def _resource(self, rng: random.Random, word: str) -> Command:
+        if not self._resources:
+            argv: tuple[str, ...] = ("resource", "create", f"res-{word}", "--max-holders", "50", *self._by(word))
+            return Command(argv, Effect(word, "resource_created"), lambda _out: self._resources.append(f"res-{word}"))
+        if self._held and rng.random() < 0.5:
+            what = rng.choice(["release", "heartbeat"])
+            resource, holder = self._held.pop()
+            argv = ("resource", what, resource, *self._by(holder))
+            return Command(argv, Effect(holder, {"release": "resource_released"}.get(what, "resource_heartbeat")))
+        resource = rng.choice(self._resources)
+        argv = ("resource", "acquire", resource, *self._by(word))
+        return Command(argv, Effect(word, "resource_acquired"), lambda _out: self._held.append((resource, word)))
+
+    def _session(self, rng: random.Random, word: str) -> Command:
+        if self._sessions and rng.random() < 0.5:
+            name = self._sessions.pop()
+            return Command(("session", "end", name), Effect(name, "session_ended"))
+        argv = ("session", "start", "--name", f"S{word}", "--model", "m", "--framework", "f", "--quiet")
+        return Command(argv, Effect(f"S{word}", "session_started"), lambda out: self._sessions.append(out.strip()))
+
+    def _event(self, rng: random.Random, word: str) -> Command:
+        argv = ("event", rng.choice(self._tasks), "x_mix", "--data", json.dumps({"word": word}), *self._by(word))
+        return Command(argv, Effect(word, "x_mix"))
+
+    # --- files that people edit ---
+
+    def _edit(self, rng: random.Random, client: Client, word: str) -> None:
+        """Edit a plan or notes on the disk, or begin new notes, as an editor would."""
         plans = sorted((client.lattice_dir / "plans").glob("task_*.md"))
-        if plans:
-            with rng.choice(plans).open("a") as plan:
-                plan.write(f"\n- edited {word}\n")
-
-    # --- the account ---
-
-    def check(self, outcome: Outcome) -> None:
-        """Insist on everything that must be true once all are back (I1, I3, I6)."""
-        assert not outcome.tracebacks, outcome.tracebacks
-        for client in self.clients:
-            settle(client, self.server)
-        count = words_in(self.server.lattice_dir())
-        lost = [word for word in outcome.acknowledged if count.get(word, 0) == 0]
-        doubled = [word for word in outcome.acknowledged + outcome.unacknowledged if count.get(word, 0) > 1]
-        assert not lost, f"acknowledged and lost: {lost}"
-        assert not doubled, f"done twice: {doubled}"
-        self._check_project()
-
-    def _check_project(self) -> None:
-        """Doctor finds nothing, and rebuilding every snapshot from the events changes nothing."""
-        client = self.clients[0]
-        doctor = client.run("doctor", "--json")
-        assert doctor.returncode == 0, doctor.stdout
-        assert json.loads(doctor.stdout)["data"]["findings"] == []
-        before = tree_of(self.server.lattice_dir())
-        client.ok("rebuild", "--all")
-        after = tree_of(self.server.lattice_dir())
-        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-        assert not changed, f"rebuild changed {sorted(changed)}"
+        if not plans:
+            return
+        plan = rng.choice(plans)
+        path = plan if rng.random() < 0.7 else client.lattice_dir / "notes" / plan.name
+        line = f"\n- edited {word}\n"
+        kept = append_in_place(path, line) if rng.random() < 0.5 else save_by_rename(client, path, line)
+        self.account.edited(client, word, kept=kept)
 
 
-def settle(client: Client, server: Server) -> None:
-    """Wait until the cache equals the server's directory; its agent does that by itself once it runs."""
-    client.run("remote", "push")
-    wait_for(
-        lambda: not differences(client.lattice_dir, server.lattice_dir()),
-        f"{client.dir.name} to equal the server; it differs in {differences(client.lattice_dir, server.lattice_dir())}",
-    )
+def append_in_place(path: Path, line: str) -> bool:
+    """Append a line; return whether it surely went into the file that has this name."""
+    with path.open("a") as file:
+        file.write(line)
+        file.flush()
+        with contextlib.suppress(FileNotFoundError):
+            return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    return False
 
 
-def words_in(lattice_dir: Path) -> dict[str, int]:
-    """Count how often each word was written: by the one event, session or resource that carries it."""
-    count: dict[str, int] = {}
-    for text in _marked_texts(lattice_dir):
-        for word in text.replace('"', " ").replace("-", " ").split():
-            bare = word.removeprefix("S").strip(".,}")
-            if bare.startswith("w") and bare.endswith("x"):
-                count[bare] = count.get(bare, 0) + 1
-    return count
-
-
-def _marked_texts(lattice_dir: Path) -> Iterator[str]:
-    for log in [*lattice_dir.glob("events/*.jsonl"), *lattice_dir.glob("archive/events/*.jsonl")]:
-        if log.name == "_lifecycle.jsonl":
-            continue
-        for line in log.read_text().splitlines():
-            event = json.loads(line)
-            if event["type"] in {"task_created", "comment_added", "x_mix", "resource_created"}:
-                data = event["data"]
-                yield str(data.get("title") or data.get("body") or data.get("word") or data.get("name"))
-    for meta in lattice_dir.glob("artifacts/meta/*.json"):
-        yield json.loads(meta.read_text())["title"]
-    for session in lattice_dir.glob("sessions/*.json"):
-        if session.name != "index.json":
-            yield json.loads(session.read_text())["base_name"]
+def save_by_rename(client: Client, path: Path, line: str) -> bool:
+    """Save as editors do, in no time: what is stored meanwhile by others is not overwritten."""
+    with (client.lattice_dir / ".cache.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = path.read_text() if path.exists() else ""
+        scratch = path.with_name(f".{path.name}.swp")
+        scratch.write_text(text + line)
+        scratch.replace(path)
+    return True

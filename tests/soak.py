@@ -1,4 +1,4 @@
-"""Seed after seed of random commands with everything breaking: ``make soak SEEDS=100``.
+"""Seed after seed of random commands with everything breaking: ``make soak SEEDS=1000 JOBS=2``.
 
 Each seed prints what was asked, what struck, and that nothing was lost, doubled or different; a seed that fails
 prints the command that repeats it. Seeds choose commands and faults; the moments at which processes meet are
@@ -10,6 +10,9 @@ import collections
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,24 +22,58 @@ from faults import break_everything  # noqa: E402
 from sandbox import Sandbox  # noqa: E402
 from warm import warm  # noqa: E402
 
+__all__ = ["Result", "one"]
 
-def one(seed: int, commands: int) -> bool:
-    """Run one seed; return whether everything was as it must be."""
+
+@dataclass
+class Result:
+    """What came of one seed; ``failure`` is None when everything was as it must be."""
+
+    seed: int
+    seconds: float = 0.0
+    figures: dict[str, int] = field(default_factory=dict)
+    struck: list[str] = field(default_factory=list)
+    failure: str | None = None
+
+
+def one(seed: int, commands: int, *, only: str | None = None, every: int = 6) -> Result:
+    """Run one seed."""
     began = time.monotonic()
     try:
         with Sandbox(warm()) as sandbox:
-            outcome, struck = break_everything(sandbox, seed=seed, commands=commands)
+            _, figures, struck = break_everything(sandbox, seed=seed, commands=commands, every=every, only=only)
     except Exception:  # noqa: BLE001 - whatever goes wrong is this seed's result
-        traceback.print_exc()
-        print(f"seed {seed}: FAILED; repeat it with: make soak SEEDS=1 FIRST={seed} COMMANDS={commands}", flush=True)
-        return False
-    faults = ", ".join(f"{count} x {name}" for name, count in sorted(collections.Counter(struck).items()))
+        return Result(seed, time.monotonic() - began, failure=traceback.format_exc(chain=False))
+    return Result(seed, time.monotonic() - began, figures, struck)
+
+
+def show(result: Result, options: argparse.Namespace) -> None:
+    """Print one seed's line."""
+    if result.failure is not None:
+        print(result.failure, flush=True)
+        only = f" ONLY='{options.only}'" if options.only else ""
+        again = f"make soak SEEDS=1 FIRST={result.seed} COMMANDS={options.commands} EVERY={options.every}{only}"
+        print(f"seed {result.seed}: FAILED; repeat it with: {again}", flush=True)
+        return
+    figures = ", ".join(f"{count} {name}" for name, count in result.figures.items())
+    faults = ", ".join(f"{count} x {name}" for name, count in sorted(collections.Counter(result.struck).items()))
     print(
-        f"seed {seed}: {len(outcome.acknowledged)} acknowledged, {len(outcome.unacknowledged)} not, "
-        f"0 lost, 0 doubled, 0 different, {time.monotonic() - began:.0f} s; {faults or 'no fault'}",
+        f"seed {result.seed}: {figures}; 0 lost, 0 doubled, 0 different, {result.seconds:.0f} s; "
+        f"{faults or 'no fault'}",
         flush=True,
     )
-    return True
+
+
+def run(options: argparse.Namespace) -> Iterator[Result]:
+    """Run the seeds, several processes at a time, and yield each result as it comes."""
+    seeds = range(options.first, options.first + options.seeds)
+    if options.jobs == 1:
+        yield from (one(seed, options.commands, only=options.only, every=options.every) for seed in seeds)
+        return
+    with ProcessPoolExecutor(options.jobs) as pool:
+        running = [pool.submit(one, seed, options.commands, only=options.only, every=options.every) for seed in seeds]
+        for done in as_completed(running):
+            yield done.result()
 
 
 def main() -> int:
@@ -44,9 +81,22 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=10, help="how many (default: %(default)s)")
     parser.add_argument("--first", type=int, default=1, help="the first seed (default: %(default)s)")
     parser.add_argument("--commands", type=int, default=25, help="of each of three people (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=6, help="commands between two faults (default: %(default)s)")
+    parser.add_argument("--only", help="only faults with this in their name")
     options = parser.parse_args()
-    failed = [n for n in range(options.first, options.first + options.seeds) if not one(n, options.commands)]
-    print(f"{options.seeds - len(failed)} passed, {len(failed)} failed")
+    totals: collections.Counter[str] = collections.Counter()
+    struck: collections.Counter[str] = collections.Counter()
+    failed: list[int] = []
+    for result in run(options):
+        show(result, options)
+        totals.update(result.figures)
+        struck.update(result.struck)
+        if result.failure is not None:
+            failed.append(result.seed)
+    for name, count in [*sorted(struck.items()), *totals.items()]:
+        print(f"  {name:<32} {count:>8}")
+    print(f"{options.seeds - len(failed)} passed, {len(failed)} failed{': ' if failed else ''}{failed or ''}")
     return 1 if failed else 0
 
 

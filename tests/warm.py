@@ -111,13 +111,14 @@ class Warm(Programs):
         ours, theirs = socket.socketpair()
         with contextlib.ExitStack() as stack:
             stack.enter_context(theirs)
-            nothing = stack.enter_context(open(os.devnull, "rb"))
+            nothing = stack.enter_context(open(os.devnull, "r+b"))
             reader: IO[bytes] | None = None
             if stdout == subprocess.PIPE:
                 read_end, write_end = os.pipe()
                 reader = open(read_end, "rb", buffering=0)  # noqa: SIM115 - the caller's to close
                 stdout = stack.enter_context(open(write_end, "wb"))
-            fds = [nothing.fileno(), _fileno(stdout), _fileno(stderr), theirs.fileno()]
+            out, err = (nothing if target == subprocess.DEVNULL else target for target in (stdout, stderr))
+            fds = [nothing.fileno(), _fileno(out), _fileno(err), theirs.fileno()]
             with self._lock:
                 socket.send_fds(self._control, [message], fds)
         return WarmProcess(ours, reader)

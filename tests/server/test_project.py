@@ -376,14 +376,37 @@ async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:
     await project.stop(1.0)
 
 
-async def test_a_worker_that_never_starts_fails_the_project(
+async def test_a_worker_that_does_not_start_closes_the_project_until_it_does(
     paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.project._RESTART_DELAY_S", 0.001)
-    project = Project("web", paths, hooks=None, worker_command=("/bin/false",))
+    monkeypatch.setattr("lattice_remote.server.project._RESTART_DELAYS_S", (0.001,))
+    full = paths.root / "disk-full"
+    full.touch()
+    script = f'test -e "{full}" && exit 1; exec "$@"'
+    project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", script, "sh", *FAKE_WORKER))
     project.start()
     with pytest.raises(Exception, match="does not start"):
         await project.opened()
+    full.unlink()
+    await until(lambda: project.failure is None)
+    watcher = Watcher()
+    request = command("put", "a", "x")
+    project.submit(request, watcher)
+    await until(lambda: isinstance(watcher.answers.get(request.id), Reply))
+    await project.stop(1.0)
+
+
+async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
+    paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.server.project._RESTART_DELAYS_S", (0.0, 0.0, 0.0, 60.0))
+    starts = paths.root / "starts"
+    script = f'echo x >> "{starts}"; "$@" <&0 & sleep 0.3; kill -9 $!'
+    project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", script, "sh", *FAKE_WORKER))
+    project.start()
+    await until(lambda: starts.exists() and starts.read_text().count("x") == 3, 30.0)
+    await asyncio.sleep(1.0)  # that nothing happens can't be waited for
+    assert starts.read_text().count("x") == 3
     await project.stop(1.0)
 
 

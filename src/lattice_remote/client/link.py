@@ -51,6 +51,8 @@ MIN_ATTEMPT_GAP_S = 0.1
 UNSENT_PATIENCE_S = 3.0
 SENT_PATIENCE_S = 10.0
 """How long a request waits for a link that is down: before it was sent, and after."""
+ASKED_DELAY_S = 0.5
+"""The longest delay between attempts while a request waits for one."""
 MAX_SENDS = 8
 """How often a request is sent on connections that do not last: one that always ends them must not go on for ever."""
 MAX_FRAGMENTS = 1024
@@ -382,8 +384,13 @@ class Link:
         await self.conversation.disconnected()
 
     async def _sit_out(self, delay_s: float) -> None:
-        """Wait before the next attempt, unless a command asks meanwhile and nothing bars the way."""
+        """Wait before the next attempt, unless a command asks meanwhile and nothing bars the way.
+
+        A request that was cut off gives up after some seconds: while one waits, the delay does not grow beyond its use.
+        """
         least_s = max(MIN_ATTEMPT_GAP_S, self._pace.barred_s(time.monotonic()))
+        if self._pending and not self.is_refused:
+            delay_s = min(delay_s, least_s + ASKED_DELAY_S)
         await asyncio.sleep(least_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(delay_s - least_s):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from lattice_remote.server.ipc import Failed, ToServer
-from lattice_remote.server.manifest import sync_files
+from lattice_remote.server.manifest import sync, sync_files
 
 __all__ = ["Committer", "Job"]
 
@@ -77,7 +77,7 @@ class Committer:
             batch.append(self._jobs.get())
         jobs = [job for job in batch if job is not None]
         for descriptor in dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None):
-            os.fdatasync(descriptor)
+            sync(descriptor)
         sync_files(dict.fromkeys(path for job in jobs for path in job.paths))
         for job in jobs:
             if job.then is not None:

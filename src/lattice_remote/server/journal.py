@@ -23,7 +23,7 @@ from typing import Self
 import msgspec
 
 from lattice_remote.server.framing import HEAD_BYTES, frame, frames, payload_at
-from lattice_remote.server.manifest import FileState, sync_directory, sync_files
+from lattice_remote.server.manifest import FileState, sync, sync_directory, sync_files
 
 __all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment", "segment_paths"]
 
@@ -265,12 +265,15 @@ class Journal:
         """Add a record and return the descriptor to fsync before anybody is told of it (I2).
 
         Raises:
-            OSError: it could not be written whole; the journal must not be used any more.
+            OSError: it could not be written, and the journal is as before; or, rarely, not even that.
         """
         data = frame(_encoder.encode(record))
         last = self._segments[-1]
-        if os.write(self._descriptor, data) != len(data):
-            raise OSError(f"short write to {last.path}")
+        try:
+            _write(self._descriptor, data)
+        except OSError:
+            os.ftruncate(self._descriptor, last.size)  # nothing behind a torn record would ever be read
+            raise
         self._remember(record, last.size)
         last.size += len(data)
         last.newest = record.time
@@ -297,7 +300,7 @@ class Journal:
             OSError: one of the segments could not be made durable.
         """
         old = self._descriptor
-        os.fdatasync(old)
+        sync(old)
         self._begin_segment(time.time())
         return old
 
@@ -313,9 +316,8 @@ class Journal:
             self._next_number += 1
         scratch = path.with_suffix(_SCRATCH)
         self._descriptor = os.open(scratch, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
-        if os.write(self._descriptor, data) != len(data):
-            raise OSError(f"short write to {scratch}")
-        os.fsync(self._descriptor)
+        _write(self._descriptor, data)
+        sync(self._descriptor)
         os.rename(scratch, path)
         sync_directory(self.directory)
         self._segments[-1].size = len(data)
@@ -405,6 +407,13 @@ class Journal:
 def segment_paths(directory: Path) -> list[Path]:
     """Return the paths of all segments, oldest first."""
     return sorted(path for path in directory.glob("*.log") if _SEGMENT_NAME.fullmatch(path.name))
+
+
+def _write(descriptor: int, data: bytes | bytearray) -> None:
+    """Write all of ``data``; where only a part fits, the next try says why."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 def _parse(path: Path) -> tuple[_Kept, list[tuple[int, _Outline]]] | None:

@@ -11,7 +11,23 @@ from pathlib import Path
 
 import msgspec
 
-__all__ = ["FileState", "ManifestFile", "load_manifest", "save_manifest", "sync_directory", "sync_files"]
+__all__ = [
+    "FileState",
+    "ManifestFile",
+    "SyncFailed",
+    "load_manifest",
+    "save_manifest",
+    "sync",
+    "sync_directory",
+    "sync_files",
+]
+
+
+class SyncFailed(OSError):
+    """The disk could not keep what was written to it: nobody knows what is on it now.
+
+    Other errors of the storage come before anything was promised; after this one nothing may be acknowledged.
+    """
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
@@ -62,18 +78,30 @@ def save_manifest(path: Path, content: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb", closefd=False) as file:
             file.write(content)
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
     os.replace(scratch, path)
     sync_directory(path.parent)
 
 
+def sync(descriptor: int) -> None:
+    """Make what was written to an open file durable.
+
+    Raises:
+        SyncFailed: the storage failed.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror) from error
+
+
 def sync_files(paths: Iterable[str]) -> None:
     """Make the content and the names of these files durable; those that are gone, that they are gone.
 
     Raises:
-        OSError: the storage failed.
+        SyncFailed: the storage failed.
     """
     directories = set()
     for path in paths:
@@ -81,7 +109,7 @@ def sync_files(paths: Iterable[str]) -> None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
-                os.fsync(descriptor)
+                sync(descriptor)
             finally:
                 os.close(descriptor)
     for directory in directories:
@@ -93,10 +121,10 @@ def sync_directory(path: Path) -> None:
     """Make the names in a directory durable.
 
     Raises:
-        OSError: the storage failed.
+        SyncFailed: the storage failed.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)

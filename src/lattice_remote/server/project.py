@@ -4,7 +4,9 @@ Requests go to the worker in turns, one of each connection, a window at a time s
 comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the answer to whoever
 asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
 
-    starting --Ready--> open --the worker ends--> starting ...      any --Failed--> failed (until a restart)
+    starting --Ready--> open --the worker ends--> starting ...
+    starting --it can't, again and again (a full disk)--> closed --Ready--> open
+    any --Failed (what was written could not be made durable)--> closed until the server is restarted
 
 A worker that dies takes nothing with it: its requests are sent to the next one in the same order, which answers
 those that its predecessor finished from the journal and runs the others (I6). Nothing here reads the clock of the
@@ -51,7 +53,10 @@ __all__ = ["COMMAND_LIMIT_S", "Bounds", "Project"]
 COMMAND_LIMIT_S = 30.0
 """A command that takes longer is ended and undone."""
 _MAX_START_FAILURES = 5
-_RESTART_DELAY_S = 0.2
+"""After so many in a row those who wait are told; it is tried again all the same, now and then."""
+_RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+"""Before a worker is replaced: at once, then ever later while they last no longer than ``_STEADY_S``."""
+_STEADY_S = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +68,7 @@ class Bounds:
     command_s: float = COMMAND_LIMIT_S
     """How long a command may run."""
     upkeep_s: float = 600.0
-    """How long opening the project, or reading all of its tree, may take."""
+    """How long opening the project, or reading all of its tree, may take; a look at some files is a command's."""
     window: int = 16
     """Requests that the worker may hold at once: enough for it to work on while others are fsynced; more would only
     make the next connection's wait longer."""
@@ -120,6 +125,7 @@ class Project:
         self._working = False  # the worker has opened the project, and everything before its head is published
         self._stopping = False
         self._failure: StorageError | None = None
+        self._failed_for_good = False
         self._keeper: asyncio.Task[None] | None = None
 
     # --- life ---
@@ -132,7 +138,7 @@ class Project:
         """Wait until the project can be used.
 
         Raises:
-            StorageError: it can't be, until the server is restarted.
+            StorageError: it can't be, for now or until the server is restarted.
         """
         await self._open.wait()
         if self._failure is not None:
@@ -140,7 +146,7 @@ class Project:
 
     @property
     def failure(self) -> StorageError | None:
-        """Why the project can't be used until the server is restarted; None when it can."""
+        """Why the project can't be used; None when it can."""
         return self._failure
 
     async def drain(self, timeout_s: float) -> None:
@@ -296,7 +302,7 @@ class Project:
             case Done():
                 self._done(message)
             case Failed():
-                self._fail(message.message)
+                self._fail(f"{message.message}; restart the server", for_good=True)
 
     def _done(self, done: Done) -> None:
         """Take one outcome: tell the followers, then whoever asked, then the hooks."""
@@ -352,9 +358,10 @@ class Project:
     # --- beginnings and ends of the worker ---
 
     async def _keep_worker(self) -> None:
-        """Keep a worker running until the project fails or stops."""
-        failures = 0
-        while self._failure is None:
+        """Keep a worker running until the project fails for good or stops."""
+        failures = restarts = 0
+        while not self._failed_for_good:
+            began = time.monotonic()
             try:
                 await self._start_worker()
                 failures = 0
@@ -366,11 +373,12 @@ class Project:
                     self._fail(
                         f"the server's worker for project {self.slug} does not start: {error}; see the server's log"
                     )
-                await asyncio.sleep(_RESTART_DELAY_S * 2**failures)
+            restarts = 0 if time.monotonic() - began > _STEADY_S and not failures else restarts + 1
             if self._writer is not None:
                 self._writer.kill()
                 await self._writer.wait(5.0)
                 self._writer = None
+            await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
 
     async def _start_worker(self) -> None:
         """Start a worker, take what it knows, and send it what its predecessor has not answered."""
@@ -386,9 +394,10 @@ class Project:
         await self.history.resume(ready)
         if self._writer_ended.is_set():
             raise StorageError("it ended as soon as it was ready")
-        self._working = True
+        self._working, self._failure = True, None
         _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._writer.pid)
         self._open.set()
+        self._reconcile()
         self._pump()
         self._waiting.wake_each_first()  # what the last worker did may have freed their resources
 
@@ -403,7 +412,9 @@ class Project:
 
     def _ended(self) -> None:
         """The worker is gone. What it held is sent again, first, and in the same order."""
-        held = list(self._outstanding)
+        held = [job for job in self._outstanding if not isinstance(job.message, Reconcile)]
+        if len(held) < len(self._outstanding):
+            self._reconciling = False  # the next worker looks at the whole tree when it starts
         self._outstanding.clear()
         self._idle.set()
         self._writer_ended.set()
@@ -427,13 +438,20 @@ class Project:
         match job.message:
             case Execute() | Edit() as message:
                 job.message = Settle(message.id, message.token_id, "REMOTE_FAILED", why)
-            case Settle():
+            case Settle() | Reconcile():
                 pass
             case _:
-                self._fail(f"the server's worker for project {self.slug} dies of its own upkeep; see the server's log")
+                self._fail(
+                    f"the server's worker for project {self.slug} dies of its own upkeep; see the server's log",
+                    for_good=True,
+                )
 
-    def _fail(self, message: str) -> None:
-        """Nothing is acknowledged any more. Whether what was under way took effect is not known: nobody is answered."""
+    def _fail(self, message: str, *, for_good: bool = False) -> None:
+        """Nothing is acknowledged, for now or until the server is restarted.
+
+        Whether what was under way took effect is not known: nobody is answered.
+        """
+        self._failed_for_good |= for_good
         if self._failure is not None:
             return
         _log.critical("%s: %s", self.slug, message)
@@ -442,7 +460,9 @@ class Project:
         self._waiting.clear()
         self._jobs.clear()
         self._by_token.clear()
+        self._held_bytes = 0
         self._queue.clear()
+        self._reconciling = False
         self._open.set()
         self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
 
@@ -455,8 +475,9 @@ class Project:
             self._watchdog = asyncio.get_running_loop().call_later(delay, self._look_after_worker)
 
     def _time_left(self) -> float:
-        upkeep = isinstance(self._outstanding[0].message, Reconcile | NewEpoch)
-        limit = self._bounds.upkeep_s if upkeep else self._bounds.command_s
+        message = self._outstanding[0].message
+        reads_all = isinstance(message, NewEpoch) or (isinstance(message, Reconcile) and message.paths is None)
+        limit = self._bounds.upkeep_s if reads_all else self._bounds.command_s
         return self._oldest_since + limit - time.monotonic()
 
     def _look_after_worker(self) -> None:

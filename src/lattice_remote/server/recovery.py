@@ -82,6 +82,8 @@ def open_store(
     directory.mkdir(mode=0o700, exist_ok=True)
     boot_id = _boot_id()
     listed = load_manifest(directory / "manifest")
+    if not (project / ".lattice").is_dir():
+        raise FileNotFoundError(f"{project} has no .lattice")  # moved away: that does not mean that all is deleted
     copied = copied_at(directory) if is_copied(directory, listed) else None
     undo = UndoLog.open(directory)
     journal = Journal.open(directory, retention)

@@ -4,6 +4,7 @@ A transaction runs ``with store.transaction() as transaction:``; it ends with ``
 ``store.roll_back()``. Whatever happens before the commit's record is in the journal, it is as if nothing had been done.
 """
 
+import logging
 import os
 import secrets
 import time
@@ -12,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
+from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Reply, Stored
 from lattice_remote.protocol.operations import MoveFile, paths_of
@@ -31,6 +34,7 @@ from lattice_remote.server.undo import Begin, UndoLog
 
 __all__ = ["BY_SERVER", "Cause", "ChangeTooLarge", "Store", "begin_anew"]
 
+_log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """A moved file that is larger is not kept in the journal: it would push out too much history."""
@@ -140,6 +144,8 @@ class Store:
 
         Raises:
             ChangeTooLarge: no client could take it; nothing was done, and the transaction must be rolled back.
+            Rejected: the journal can't take it (the disk is full); a request was undone.
+            OSError: likewise, of what nobody asked for.
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
@@ -153,9 +159,11 @@ class Store:
             id_ = cause.id if reply is not None else ""
             states = difference.states if change is not None else {}
             moved = self._moved(difference)
-            descriptor = self.journal.append(
-                Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved)
-            )
+            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved)
+            try:
+                descriptor = self.journal.append(record)
+            except OSError as error:
+                self._take_back(cause, error)
         self._undo.clear()
         after = self._after(difference) if change is not None else []
         self.adopt(difference)
@@ -186,6 +194,19 @@ class Store:
             for path in targets
             if (state := states.get(path)) is not None and state.size <= _MAX_MOVED_BYTES
         }
+
+    def _take_back(self, cause: Cause, error: OSError) -> NoReturn:
+        """The journal can't take a commit, for want of space: undo it, and go on with the next.
+
+        Raises:
+            Rejected: it was a request's.
+            OSError: it was nobody's: what is to be numbered stays in the files, for the next start to find.
+        """
+        if not cause.id:
+            raise error
+        self.roll_back()
+        why = error.strerror or error
+        raise Rejected(f"the server can't write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
 
     def _after(self, difference: Difference) -> list[After]:
         """Return the files whose content the difference changes; call before it is accepted."""
@@ -228,7 +249,11 @@ class Store:
         def finish() -> None:
             os.close(old)
             sync_files(unsynced)
-            save_manifest(self._manifest_path, content)
+            try:
+                save_manifest(self._manifest_path, content)
+            except OSError as error:  # a full disk: the older list and the older segments do as well
+                _log.warning("the list of files could not be written: %s", error)
+                return
             _unlink(expired)
 
         self._committer.submit(Job(descriptor=old, then=finish))

@@ -111,8 +111,11 @@ class Tree:
 
         With ``trust_signatures`` a file whose size, modification time and inode are known counts as unchanged. With a
         ``limit`` it ends after so many operations: a project that somebody copied in may have more than fit in a frame.
+        While the directory itself is not there, moved away by somebody, nothing is found: no file was deleted.
         """
         touched = Touched()
+        if not os.path.isdir(self._prefix):
+            return Difference()
         if paths is None:
             on_disk = dict(self.scan())
             candidates = on_disk.keys() | self.files.keys()

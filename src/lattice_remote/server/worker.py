@@ -2,7 +2,8 @@
 
     python -m lattice_remote.server.worker --fd 5 --project-dir DATA/projects/web --slug web
 
-It leaves when told to (``Stop``), when the server is gone (end of file), or when the storage fails (``Failed``).
+It leaves when told to (``Stop``), when the server is gone (end of file), or when the storage fails: for good
+(``Failed``) where it could not keep what was written, else for the next worker to try again.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from lattice_remote.server.executor import Executor, Outcome
 from lattice_remote.server.ipc import After, Edit, Execute, Failed, NewEpoch, Ready, Reconcile, Settle, Stop, ToWorker
 from lattice_remote.server.journal import Record, Retention
 from lattice_remote.server.loglines import log_to_stderr
+from lattice_remote.server.manifest import SyncFailed
 from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.recovery import open_store
 from lattice_remote.server.settings import Journal as JournalSettings
@@ -369,11 +371,14 @@ def main(arguments: list[str] | None = None) -> int:
     committer = Committer(connection)
     try:
         return _serve(options.project_dir.resolve(), connection, committer, _retention(options.journal))
-    except OSError as error:
-        _log.exception("the project can't go on")
-        committer.submit(Job(Failed(f"the project can't go on: {error}")))
-        committer.finish()
-        return 1
+    except SyncFailed as error:
+        _log.exception("the disk could not keep what was written")
+        committer.submit(Job(Failed(f"the server's disk could not keep what was written: {error}")))
+    except OSError:
+        # A full disk, say. The next worker undoes what was under way, and goes on as soon as that is possible.
+        _log.exception("the worker can't go on")
+    committer.finish()
+    return 1
 
 
 def _retention(settings: str) -> Retention:

@@ -1,0 +1,223 @@
+"""The account of a mix: what was acknowledged, refused, or left unknown, and what is in the files in the end.
+
+- acknowledged (exit 0): its effect is there, exactly once;
+- an error that says that the command may have taken effect, or a command that was killed: once at the most;
+- any other error: there is no effect.
+"""
+
+import json
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lattice_remote.server.journal import JournalReader
+from sandbox import Client, Server, differences, tree_of, wait_for
+
+__all__ = ["Account", "Effect", "effects_in", "words_in_texts"]
+
+_SETTLE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a command leaves behind: an event of ``kind`` by ``agent:WHO``, or a session's file.
+
+    There is none when the command printed ``none_if``: it found that there was nothing to do.
+    """
+
+    who: str
+    kind: str
+    none_if: str | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.who, self.kind
+
+
+class Account:
+    """Thread-safe. ``check()`` raises AssertionError when something is not as it must be."""
+
+    def __init__(self, server: Server, clients: list[Client]) -> None:
+        self._server, self._clients = server, clients
+        self._lock = threading.Lock()
+        self.acknowledged: set[tuple[str, str]] = set()
+        self.unknown: set[tuple[str, str]] = set()
+        self.refused: dict[tuple[str, str], str] = {}
+        self.edits: set[str] = set()
+        self.lost_edits: set[str] = set()
+        self.errors: list[str] = []
+        self.defects: list[str] = []
+        self.forgotten = 0
+        """How much that was acknowledged was taken back by a rollback of the data directory."""
+
+    # --- while the mix runs ---
+
+    def record(
+        self, client: Client, argv: tuple[str, ...], effect: Effect | None, done: subprocess.CompletedProcess[str]
+    ) -> None:
+        """Take in how a command ended."""
+        shown = f"{client.dir.name}: {' '.join(argv)[:100]}"
+        said = (done.stderr or done.stdout).strip()
+        with self._lock:
+            if "Traceback" in done.stdout + done.stderr:
+                self.defects.append(f"a traceback from {shown}: {said}")
+            if done.returncode:
+                self.errors.append(f"{shown}: {said[:300]}")
+                lines = [line for line in done.stderr.splitlines() if not line.startswith("lattice-remote: ")]
+                if done.stderr and len(lines) != 1:
+                    self.defects.append(f"an error of {len(lines)} lines from {shown}: {said}")
+            if effect is None:
+                return
+            if done.returncode == 0:
+                if effect.none_if is None or effect.none_if not in done.stdout:
+                    self.acknowledged.add(effect.key)
+            elif "may have taken effect" in said or done.returncode < 0:
+                self.unknown.add(effect.key)
+            else:
+                self.refused[effect.key] = f"{shown}: {said[:300]}"
+
+    def acknowledge(self, effect: Effect) -> None:
+        """Take in what was done without a client."""
+        with self._lock:
+            self.acknowledged.add(effect.key)
+
+    def edited(self, client: Client, word: str, *, kept: bool) -> None:
+        """A line with this word was written into a plan or notes of a cache; ``kept``: surely into the file itself."""
+        with self._lock:
+            (self.edits if kept else self.lost_edits).add(word)
+
+    def forget_what_is_not_in(self, lattice_dir: Path) -> None:
+        """The server's files were put back to these: what they don't hold is nobody's promise any more."""
+        effects, words = effects_in(lattice_dir), words_in_texts(lattice_dir)
+        with self._lock:
+            gone = {key for key in self.acknowledged if key not in effects}
+            self.forgotten += len(gone)
+            self.acknowledged -= gone
+            self.unknown |= gone
+            lost = {word for word in self.edits if word not in words}
+            self.edits -= lost
+            self.lost_edits |= lost
+
+    # --- afterwards ---
+
+    def check(self) -> dict[str, int]:
+        """Insist on everything that must be true once all are back (I1, I3, I6, I7), and return the figures."""
+        assert not self.defects, self.defects
+        self._send_edits()
+        self._wait_until_equal()
+        self._check_effects(effects_in(self._server.lattice_dir()))
+        self._check_edits()
+        changes = check_numbers(self._server)
+        self._check_project()
+        return {
+            "acknowledged": len(self.acknowledged),
+            "unknown": len(self.unknown),
+            "refused": len(self.refused),
+            "edits": len(self.edits),
+            "forgotten": self.forgotten,
+            "changes": changes,
+        }
+
+    def _send_edits(self) -> None:
+        """Ask each client once for something: that sends what was edited. Nothing is compared or fetched for it."""
+        for client in self._clients:
+            wait_for(lambda: client.run("remote", "push").returncode == 0, f"{client.dir.name} to send edits", 60)  # noqa: B023
+
+    def _wait_until_equal(self) -> None:
+        """The caches become equal to the server by themselves (I3)."""
+        for client in self._clients:
+            here, there = client.lattice_dir, self._server.lattice_dir()
+            try:
+                wait_for(lambda: not differences(here, there), "caches to become equal", _SETTLE_S)  # noqa: B023
+            except TimeoutError:
+                status = client.run("remote", "status").stdout
+                raise AssertionError(
+                    f"{client.dir.name} differs from the server in {differences(here, there)}:\n{status}"
+                ) from None
+
+    def _check_effects(self, found: Counter[tuple[str, str]]) -> None:
+        lost = sorted(key for key in self.acknowledged if found[key] == 0)
+        asked = self.acknowledged | self.unknown
+        doubled = sorted(key for key in asked if found[key] > 1)
+        untrue = sorted(text for key, text in self.refused.items() if found[key])
+        assert not lost, f"acknowledged and lost: {lost}"
+        assert not doubled, f"done twice: {doubled}"
+        assert not untrue, f"an error was shown, and the command took effect: {untrue}"
+
+    def _check_edits(self) -> None:
+        on_server = words_in_texts(self._server.lattice_dir())
+        aside: Counter[str] = Counter()
+        for client in self._clients:
+            for copy in [*client.lattice_dir.glob("plans/*.mine*"), *client.lattice_dir.glob("notes/*.mine*")]:
+                aside.update(set(copy.read_text().split()))
+        lost = sorted(word for word in self.edits if not on_server[word] and not aside[word])
+        doubled = sorted(word for word in self.edits | self.lost_edits if on_server[word] > 1)
+        assert not lost, f"edits that are neither on the server nor set aside: {lost}"
+        assert not doubled, f"edits that are in files twice: {self._where(doubled)}"
+
+    def _where(self, words: list[str]) -> list[str]:
+        """Return the files that hold these words, with what they hold."""
+        root = self._server.lattice_dir()
+        texts = {path.relative_to(root): path.read_text() for path in root.rglob("*.md")}
+        return [f"{path}: {text!r}" for path, text in texts.items() if any(word in text for word in words)]
+
+    def _check_project(self) -> None:
+        """Doctor finds nothing, and rebuilding every snapshot from the events changes nothing."""
+        client = self._clients[0]
+        doctor = client.run("doctor", "--json")
+        assert doctor.returncode == 0, doctor.stdout + doctor.stderr
+        assert json.loads(doctor.stdout)["data"]["findings"] == [], doctor.stdout
+        before = tree_of(self._server.lattice_dir())
+        client.ok("rebuild", "--all")
+        after = tree_of(self._server.lattice_dir())
+        changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+        assert not changed, f"rebuild changed {sorted(changed)}"
+
+
+def check_numbers(server: Server, slug: str = "board") -> int:
+    """Insist that the journal's changes are numbered without a gap (I1); return how many it has."""
+    numbers = [
+        record.seq
+        for record in JournalReader(server.data / "projects" / slug / "journal").records()
+        if record.change is not None
+    ]
+    expected = list(range(numbers[0], numbers[0] + len(numbers))) if numbers else []
+    assert numbers == expected, f"the journal's numbers have a gap: {numbers}"
+    return len(numbers)
+
+
+def effects_in(lattice_dir: Path) -> Counter[tuple[str, str]]:
+    """Count the events by who caused them and their kind, and the sessions that were started and ended."""
+    count: Counter[tuple[str, str]] = Counter()
+    for event in _events(lattice_dir):
+        actor = event["actor"]
+        if isinstance(actor, str):
+            count[actor.partition(":")[2], event["type"]] += 1
+    started: set[tuple[str, str]] = set()
+    for file in [*lattice_dir.glob("sessions/*.json"), *lattice_dir.glob("sessions/archive/*.json")]:
+        if file.name != "index.json":
+            session = json.loads(file.read_text())
+            started.add((session["base_name"], file.name))
+            if file.parent.name == "archive":
+                count[session["name"], "session_ended"] += 1
+    count.update((name, "session_started") for name, _ in started)
+    return count
+
+
+def _events(lattice_dir: Path) -> Iterator[dict]:
+    for log in [*lattice_dir.glob("events/*.jsonl"), *lattice_dir.glob("archive/events/*.jsonl")]:
+        if log.name != "_lifecycle.jsonl":
+            for line in log.read_text().splitlines():
+                yield json.loads(line)
+
+
+def words_in_texts(lattice_dir: Path) -> Counter[str]:
+    """Count the words in plans and notes, each file's words once for each time they stand there."""
+    count: Counter[str] = Counter()
+    for folder in ("plans", "notes", "archive/plans", "archive/notes"):
+        for text in (lattice_dir / folder).glob("*.md"):
+            count.update(text.read_text().split())
+    return count

@@ -1,0 +1,58 @@
+"""Loaded by every Python that has this directory on its path: lets a project's worker fail where a test wants it.
+
+The directory ``LATTICE_TEST_FAULTS`` holds what is to happen:
+
+- ``fsync-fails``: while this file is there, every fsync raises EIO, as one does after the disk has lost something;
+- ``worker-dies-PID``, ``server-dies-PID``: the worker with this process id, or its server, is killed after as many more
+  file operations as this file has bytes.
+
+File operations are what is opened for writing, renamed, removed or made, and each fsync, once before and once after.
+Nothing here does what a command in the worker may not do: it only looks whether there are such files.
+"""
+
+import errno
+import os
+import signal
+import sys
+
+_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.link", "os.truncate"}
+_directory = os.environ.get("LATTICE_TEST_FAULTS")
+_steps: dict[str, int] = {}
+
+
+def _step() -> None:
+    """Count one file operation; after the last one, somebody dies."""
+    for name, process in _processes.items():
+        try:
+            size = os.stat(name).st_size
+        except FileNotFoundError:
+            continue
+        _steps[name] = _steps.get(name, 0) + 1
+        if _steps[name] == size + 1:
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+
+
+def _hook(event: str, args: tuple) -> None:
+    if event in _EVENTS or (event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+        _step()
+
+
+def _watched(real):
+    def call(descriptor: int) -> None:
+        if os.path.exists(f"{_directory}/fsync-fails"):
+            raise OSError(errno.EIO, "Input/output error")
+        _step()
+        real(descriptor)
+        _step()
+
+    return call
+
+
+if _directory and "lattice_remote.server.worker" in sys.orig_argv:
+    _processes = {
+        f"{_directory}/worker-dies-{os.getpid()}": os.pidfd_open(os.getpid()),
+        f"{_directory}/server-dies-{os.getpid()}": os.pidfd_open(os.getppid()),
+    }
+    os.fsync = _watched(os.fsync)
+    os.fdatasync = _watched(os.fdatasync)
+    sys.addaudithook(_hook)
