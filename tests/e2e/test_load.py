@@ -16,17 +16,17 @@ pytestmark = pytest.mark.e2e
 
 
 def test_stalled_clients_delay_no_write_and_catch_up(sandbox: Sandbox) -> None:
-    done = stalled_clients(sandbox, clients=40, stalled=2, seconds=2.5, until_cut=False)
+    done = stalled_clients(sandbox, clients=40, stalled=2, seconds=2, until_cut=False)
     assert done.during.per_second > 0.4 * done.before.per_second  # I10
     assert done.mib_growth < 60
 
 
 def test_of_many_that_write_at_once_nobody_is_left_behind(sandbox: Sandbox) -> None:
-    assert writers_at_once(sandbox, clients=25, seconds=2.5).slowest_share > 0.6
+    assert writers_at_once(sandbox, clients=25, seconds=1.5).slowest_share > 0.6
 
 
 def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_another(sandbox: Sandbox) -> None:
-    alone, beside = greed(sandbox, in_flight=200, seconds=1.5)
+    alone, beside = greed(sandbox, in_flight=200, seconds=1)
     assert beside.p50_ms < 35 * alone.p50_ms  # in the order of arrival it was 73 times, in turns it is 11 times
 
 
