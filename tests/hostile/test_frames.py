@@ -64,6 +64,8 @@ def attack(target: Target, data: bytes) -> list[object]:
         return [decode_server_frame(payload) for opcode, payload in frames_of(read_all(raw)) if opcode == BINARY]
 
 
+INTEGERS = st.integers(-(2**63), 2**64 - 1)
+"""As many as MessagePack has."""
 PAYLOADS = st.one_of(
     st.sampled_from(VALID),
     st.binary(max_size=200),
@@ -78,11 +80,11 @@ PAYLOADS = st.one_of(
             )
         },
         optional={
-            "id": st.one_of(st.just(ID), st.integers(), st.text(max_size=40)),
-            "argv": st.one_of(st.lists(st.text(max_size=10), max_size=5), st.integers()),
+            "id": st.one_of(st.just(ID), INTEGERS, st.text(max_size=40)),
+            "argv": st.one_of(st.lists(st.text(max_size=10), max_size=5), INTEGERS),
             "path": st.text(max_size=30),
             "paths": st.lists(st.text(max_size=30), max_size=5),
-            "seq": st.integers(-(2**63), 2**64 - 1),
+            "seq": INTEGERS,
             "versions": st.lists(st.integers(-5, 5), max_size=3),
         },
     ).map(msgspec.msgpack.encode),
