@@ -171,7 +171,7 @@ def test_the_log_of_a_flood_is_bounded_and_counts(caplog: pytest.LogCaptureFixtu
 
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["arrive", "enter", "admit", "failed", "leave"]),
+        st.sampled_from(["arrive", "enter", "admit", "holds", "failed", "leave"]),
         st.integers(0, 9),
         st.sampled_from(["192.0.2.1", "192.0.2.2", "10.0.0.1", "2001:db8::1", "2001:db8::2"]),
     ),
@@ -193,8 +193,10 @@ def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(even
             match kind:
                 case "enter":
                     visit.enter([host])
-                case "admit" if not visit._token_id and not visit._gone:
+                case "admit" if not visit._token_id:
                     visit.admit(f"tok_{number % 2}")
+                case "holds":
+                    visit.holds(number)
                 case "failed":
                     visit.failed()
                 case "leave":
@@ -206,4 +208,5 @@ def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(even
         visit.leave()
     assert not door._strangers
     assert not door._by_token
+    assert not door._held_by_token
     assert all(a.connections == a.waiting == 0 for a in door._addresses.values())

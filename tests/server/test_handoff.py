@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import socket
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -15,7 +16,8 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
-from lattice_remote.server.handoff import Handoff
+from lattice_remote.server.handoff import Handoff, Request, Response
+from lattice_remote.server.hub import Hub
 
 shares_a_server = pytest.mark.asyncio(loop_scope="module")
 
@@ -70,6 +72,13 @@ def test_websockets_passes_every_frame_on() -> None:
 
 def test_websockets_reads_its_limit_for_each_message() -> None:
     assert ServerProtocol(max_size=5).max_message_size == 5
+
+
+def test_websockets_keeps_what_has_come_of_a_frame_in_its_reader() -> None:
+    protocol = ServerProtocol()
+    protocol.receive_data(b"GET / HTTP/1.1\r\n")
+    protocol.receive_data(b"Upgrade")
+    assert len(protocol.reader.buffer) == len("Upgrade")
 
 
 def test_websockets_writes_close_frames_through_send_data() -> None:
@@ -129,3 +138,64 @@ async def test_plain_http_shares_the_port(running: Running) -> None:
     writer.close()
     assert answer.startswith(b"HTTP/1.1 200")
     assert b'"projects":1' in answer
+
+
+class Hesitating:
+    """A check of requests that takes its time, during which the client goes on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.release = asyncio.Event()
+        self.received = 0
+        check, data_received = Hub.check, Handoff.data_received
+
+        async def slow_check(hub: Hub, connection: Handoff, request: Request) -> Response | None:
+            await self.release.wait()
+            return check(hub, connection, request)
+
+        def counting(connection: Handoff, data: bytes) -> None:
+            self.received += len(data)
+            data_received(connection, data)
+
+        monkeypatch.setattr(Hub, "check", slow_check)
+        monkeypatch.setattr(Handoff, "data_received", counting)
+
+
+def upgrade(token: str) -> bytes:
+    return (
+        "GET /projects/web/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+        f"Sec-WebSocket-Protocol: lattice.v1\r\nAuthorization: Bearer {token}\r\n\r\n"
+    ).encode()
+
+
+async def test_frames_before_the_answer_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hesitating = Hesitating(monkeypatch)
+    async with serving(*make_data(tmp_path / "data")) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(upgrade("ltr_wrong"))
+        await until(lambda: hesitating.received)
+        before = hesitating.received
+        writer.write(b"\x82\x01x")  # unmasked: no client may
+        await until(lambda: hesitating.received > before)
+        hesitating.release.set()
+        assert (await silent_until_closed(reader)).startswith(b"HTTP/1.1 401 ")
+        writer.close()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+async def test_a_client_that_is_gone_before_the_answer_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hesitating = Hesitating(monkeypatch)
+    async with serving(*make_data(tmp_path / "data")) as running:
+        _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(upgrade(running.token))
+        await until(lambda: hesitating.received)
+        writer.transport.abort()
+        await until(lambda: not running.server.server_state.connections)
+        hesitating.release.set()
+        async with running.connected():
+            await until(lambda: running.hub.door._by_token.total() == 1)
+        await until(lambda: not running.hub.door._by_token)

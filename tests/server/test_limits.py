@@ -156,6 +156,34 @@ async def test_the_bytes_of_a_request(tmp_path: Path) -> None:
         assert (await farewell(client))[1] == 1009
 
 
+@pytest.mark.parametrize("fragment", [0, 1_000_000], ids=["one frame", "fragments"])
+async def test_messages_that_do_not_end(tmp_path: Path, fragment: int) -> None:
+    """What one token's clients have begun to send is bounded, and who sends little is let be."""
+    limit, piece = 32 * 1024 * 1024, b"\0" * 1_000_000
+    async with limited(tmp_path, unfinished_bytes_per_token=limit) as running, contextlib.AsyncExitStack() as stack:
+        greedy = [await stack.enter_async_context(running.connected(close_timeout=0.1)) for _ in range(2)]
+        good = await stack.enter_async_context(running.connected())
+        copy = Copy(follow=False)
+        await copy.greet(good)
+        for client in greedy:
+            await client.send(hello(follow=False))
+            await client.recv()
+            if not fragment:
+                client.transport.write(struct.pack(">BBQ", 0x82, 0xFF, 30_000_000) + b"mask")
+        for number in range(20):
+            for client in greedy:
+                if fragment:
+                    opcode = 0x00 if number else 0x02
+                    client.transport.write(struct.pack(">BBQ", opcode, 0xFF, fragment) + b"\0\0\0\0")
+                client.transport.write(piece)
+        door = running.hub.door
+        await until(lambda: door._by_token.total() == 2)
+        await until(lambda: door._held_by_token.total() >= 19_000_000)
+        assert door._held_by_token.total() <= limit
+        assert isinstance(await copy.run("put", "a", "x"), Reply)
+    await until(lambda: not door._held_by_token)
+
+
 async def test_messages_a_second(tmp_path: Path) -> None:
     async with limited(tmp_path, messages_per_second=10) as running, running.connected() as good:
         copy = Copy(follow=False)

@@ -222,9 +222,10 @@ async def test_a_full_queue_refuses_as_busy(opened: Opened) -> None:
     assert codes == {"REMOTE_BUSY"}
 
 
-def carrying(size: int) -> Execute:
+def carrying(size: int, whose: str = "t") -> Execute:
     """Return a request with a file."""
-    return Execute(secrets.token_hex(16), ["sleep", "0.05"], [Attachment(0, "f", b"x" * size)], "t", "human:ana", [])
+    file = Attachment(0, "f", b"x" * size)
+    return Execute(secrets.token_hex(16), ["sleep", "0.05"], [file], whose, "human:ana", [])
 
 
 async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths) -> None:
@@ -243,6 +244,22 @@ async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths
     assert refused.code == "REMOTE_BUSY"
     assert all(isinstance(watcher.answers[request.id], Reply) for request in requests[:4])
     assert project._held_bytes == 0
+    await project.stop(1.0)
+
+
+async def test_one_token_leaves_room_for_the_files_of_others(paths: ProjectPaths) -> None:
+    bounds = Bounds(held_bytes=4000, held_bytes_per_token=2000)
+    project = Project("web", paths, hooks=None, bounds=bounds, worker_command=FAKE_WORKER)
+    project.start()
+    await project.opened()
+    watcher = Watcher()
+    greedy, other = [carrying(900) for _ in range(4)], carrying(900, "other")
+    for request in (*greedy, other):
+        project.submit(request, watcher)
+    await until(lambda: len(watcher.answers) == 5)
+    answered = [isinstance(watcher.answers[request.id], Reply) for request in (*greedy, other)]
+    assert answered == [True, True, False, False, True]
+    assert not +project._held_by_token
     await project.stop(1.0)
 
 

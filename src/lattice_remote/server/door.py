@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 from math import ceil
 
+from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.server.addresses import Proxies, counted_as
 from lattice_remote.server.bucket import Bucket
 from lattice_remote.server.refusal import Refusal
@@ -57,6 +58,7 @@ class Visit:
         self._refusal: Refusal | None = None
         self._requests = 0
         self._token_id = ""
+        self._held = 0
         self._gone = False
 
     @property
@@ -104,6 +106,8 @@ class Visit:
 
     def admit(self, token_id: str) -> Refusal | None:
         """Count it for its token from now on, and with the strangers no more; or return why not."""
+        if self._gone:  # cut, or ended by the client, while its request was looked at: nobody would take it off again
+            return _too_many("this connection is closed", 1)
         refusal = self._door.one_more_with(token_id, self.address)
         if refusal is None:
             self._door.no_stranger(self)
@@ -112,9 +116,20 @@ class Visit:
             self._token_id = token_id
         return refusal
 
+    def holds(self, size: int) -> bool:
+        """Note how many bytes of an unfinished message are kept for it; return whether its token may have so many.
+
+        Small messages always may, whatever else is sent with the same token.
+        """
+        if self._token_id and not self._gone:
+            self._door.holds_more(self._token_id, size - self._held)
+            self._held = size
+        return size <= FIRST_FRAME_BYTES or not self._door.holds_too_much(self._token_id)
+
     def leave(self) -> None:
         """The connection is closed. Idempotent."""
         if not self._gone:
+            self.holds(0)
             self._gone = True
             self._leave_home()
             self._door.no_stranger(self)
@@ -141,6 +156,7 @@ class Door:
         self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the one that was seen last is the last
         self._strangers: dict[Visit, None] = {}  # in the order in which they came
         self._by_token: Counter[str] = Counter()
+        self._held_by_token: Counter[str] = Counter()
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: when, and how often it was not since
 
     def arrive(self, host: str) -> Visit | None:
@@ -232,7 +248,15 @@ class Door:
         """Count a connection less for its token."""
         self._by_token[token_id] -= 1
         if not self._by_token[token_id]:
-            del self._by_token[token_id]
+            del self._by_token[token_id], self._held_by_token[token_id]
+
+    def holds_more(self, token_id: str, size: int) -> None:
+        """Count what is kept of the unfinished messages of a token."""
+        self._held_by_token[token_id] += size
+
+    def holds_too_much(self, token_id: str) -> bool:
+        """Tell whether that is more than it may be."""
+        return self._held_by_token[token_id] > self.limits.unfinished_bytes_per_token
 
     def no_stranger(self, visit: Visit) -> None:
         """It has shown its token, or is gone."""

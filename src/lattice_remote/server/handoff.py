@@ -11,6 +11,8 @@ docs/decisions/0010). What is relied on beyond their documentation, checked by t
 - uvicorn says ``send_400_response()`` to what is not HTTP, and gives a copy of ``app_state`` to each request.
 - websockets' ``serve()`` makes a usable ``Server`` without binding a port; a connection asks its ``is_serving()``.
 - ``ServerProtocol.max_message_size`` may change between messages.
+- What has come of an unfinished frame is in ``ServerProtocol.reader.buffer``. A connection whose request was not
+  answered yet has a ``request`` and is ``CONNECTING``.
 - A websockets connection passes every frame, of data or control, to ``process_event()``.
 - Between messages, a whole frame may be written to ``connection.transport`` past the library, until it has sent a
   close frame, which it always does in ``send_data()``.
@@ -27,6 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
+from websockets.frames import DATA_OPCODES, Frame
 from websockets.http11 import Request, Response
 from websockets.protocol import Event, State
 from websockets.server import ServerProtocol
@@ -56,6 +59,8 @@ CLOSE_TIMEOUT_S = 0.6
 HEAD_TIMEOUT_S = 10.0
 """How long a client has for the head of its request, from connecting or from the response before it."""
 _SLICE_BYTES = 8 * 1024
+_FRAGMENT_BYTES = 256
+"""What a frame of an unfinished message takes beside its data."""
 _BURST_S = 4
 _KEEPALIVE_S = 10.0
 _HIGH_WATER_BYTES = 64 * 1024
@@ -137,7 +142,8 @@ class Handoff(ServerConnection):
         """How the door counts it."""
         self._messages_per_s = visit.limits.messages_per_second
         self._messages = Bucket(self._messages_per_s * _BURST_S, self.loop.time())
-        self._flooded = False
+        self._fragments = 0  # bytes kept of a message of which not every frame has come
+        self._over = False
         self.who: Any = None
         """Whatever the check of the request left here for the handler."""
 
@@ -169,10 +175,15 @@ class Handoff(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         """Take what has come, in slices: thousands of tiny frames may come at once, and each takes its time."""
+        if self.request is not None and self.protocol.state is State.CONNECTING:
+            return  # nobody may say more before the answer, and what fails now would fail the answer
         for start in range(0, len(data), _SLICE_BYTES):
-            if self._flooded:
+            if self._over:
                 return
             super().data_received(data[start : start + _SLICE_BYTES])
+        if not self.visit.holds(self._fragments + len(self.protocol.reader.buffer)):
+            self.visit.log("too many bytes of unfinished messages")
+            self._end_over("too many unfinished messages with this token")
         if self.outbox.pending_bytes > MAX_PENDING_BYTES:  # pongs count as well
             self.transport.abort()
 
@@ -180,10 +191,17 @@ class Handoff(ServerConnection):
         """Take one frame, if there are not too many."""
         rate = self._messages_per_s
         if self._messages.take(self.loop.time(), rate=rate, burst=rate * _BURST_S):
-            self._flooded = True
-            self.end(1012, f"more than {rate} messages a second")
-        elif not self._flooded:
+            self._end_over(f"more than {rate} messages a second")
+        elif not self._over:
+            if isinstance(event, Frame) and event.opcode in DATA_OPCODES:
+                self._fragments = 0 if event.fin else self._fragments + len(event.data) + _FRAGMENT_BYTES
             super().process_event(event)
+
+    def _end_over(self, limit: str) -> None:
+        """End it, and read no more of what it sends."""
+        self._over = True
+        self.visit.holds(0)  # it is gone in a moment; nobody else is to be cut for it
+        self.end(1012, limit)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.visit.cut = cast("asyncio.Transport", transport).abort

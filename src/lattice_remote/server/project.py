@@ -78,6 +78,8 @@ class Bounds:
     """Requests of one token that may be queued, with the worker, or waiting for a resource."""
     held_bytes: int = 256 * 1024 * 1024
     """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
+    held_bytes_per_token: int = 128 * 1024 * 1024
+    """The same for those of one token: the rest is for others, who would be told that the server is busy."""
     window_bytes: int = 32 * 1024 * 1024
     """The worker gets no more requests while those that it holds weigh this much."""
 
@@ -109,6 +111,7 @@ class Project:
         self._queue = Turns()
         self._held_bytes = 0  # what the jobs in _jobs weigh
         self._by_token: Counter[str] = Counter()  # how many jobs in _jobs are a token's
+        self._held_by_token: Counter[str] = Counter()  # and what they weigh
         self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
         self._oldest_since = 0.0  # since when the first of them has been the first
         self._watchdog: asyncio.TimerHandle | None = None
@@ -196,9 +199,14 @@ class Project:
         if self._by_token[message.token_id] >= self._bounds.per_token:
             _refuse(asker, message.id, "REMOTE_BUSY", f"{self._bounds.per_token} requests of this token are under way")
             return
+        if self._held_by_token[message.token_id] + weight > self._bounds.held_bytes_per_token:
+            most = self._bounds.held_bytes_per_token >> 20
+            _refuse(asker, message.id, "REMOTE_BUSY", f"requests of {most} MiB of this token are under way; try again")
+            return
         job = Job(message, [asker], weight=weight)
         self._jobs[message.id] = job
         self._by_token[message.token_id] += 1
+        self._held_by_token[message.token_id] += weight
         self._held_bytes += weight
         self._enqueue(job)
 
@@ -215,6 +223,7 @@ class Project:
             self._held_bytes -= job.weight
             assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
             self._by_token[job.message.token_id] -= 1
+            self._held_by_token[job.message.token_id] -= job.weight
 
     def forget(self, asker: Follower, request_ids: set[str]) -> None:
         """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
@@ -461,6 +470,7 @@ class Project:
         self._jobs.clear()
         self._by_token.clear()
         self._held_bytes = 0
+        self._held_by_token.clear()
         self._queue.clear()
         self._reconciling = False
         self._open.set()
