@@ -47,6 +47,13 @@ def test_new_connections_from_one_address_have_a_rate() -> None:
     assert [refusal(arrived(door)) for _ in range(21)] == [None] * 20 + [(429, 1)]
 
 
+def test_after_a_restart_500_clients_of_one_address_and_token_come_back_at_once() -> None:
+    door = Door(Limits(), clock=Clock())
+    visits = [arrived(door) for _ in range(500)]  # none has ended its TLS handshake
+    assert {refusal(visit) for visit in visits} == {None}
+    assert {visit.admit("tok_a") for visit in visits} == {None}
+
+
 def test_requests_on_one_connection_have_that_rate_too() -> None:
     clock = Clock()
     door = Door(Limits(new_connections_per_second=1), clock=clock)

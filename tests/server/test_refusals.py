@@ -46,11 +46,12 @@ async def test_who_may_not_in_is_told_why_before_the_upgrade(running: Running) -
     assert await refused(running.url()) == (401, "REMOTE_UNAUTHORIZED")
     assert await refused(running.url(), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
     assert await refused(running.url("other"), Authorization="Bearer nope") == (401, "REMOTE_UNAUTHORIZED")
-    assert await refused(running.url("other"), Authorization=good) == (404, "REMOTE_NOT_FOUND")
-    assert await refused(running.url("..%2fweb"), Authorization=good) == (404, "REMOTE_NOT_FOUND")
+    assert await refused(running.url("other"), Authorization=good) == (403, "REMOTE_FORBIDDEN")
+    assert await refused(running.url("..%2fweb"), Authorization=good) == (403, "REMOTE_FORBIDDEN")
     assert await refused(running.url() + "/more", Authorization=good) == (404, "REMOTE_NOT_FOUND")
     _, text = TokenFile(running.data.tokens).create(projects=["else"], actor="human:eve", act_as=[])
     assert await refused(running.url(), Authorization=f"Bearer {text}") == (403, "REMOTE_FORBIDDEN")
+    assert await refused(running.url("else"), Authorization=f"Bearer {text}") == (404, "REMOTE_NOT_FOUND")
 
 
 async def test_a_client_without_the_subprotocol_is_told_to_upgrade(running: Running) -> None:
@@ -200,7 +201,7 @@ async def test_plain_http_asks_the_same_questions(running: Running) -> None:
         "actor": "human:ben",
         "act_as": ["agent:*"],
     }
-    assert (await get(running, "/projects/none", text))[0] == 404
+    assert (await get(running, "/projects/none", text))[0] == 403
     assert (await get(running, "/projects/web", "ltr_nope"))[0] == 401
     tokens.revoke(token.id)
     status, answer = await get(running, "/projects/web", text)

@@ -71,6 +71,7 @@ class Acceptor:
                     await asyncio.sleep(_RETRY_S)
                 continue
             self._take(connection, address[0])
+            await asyncio.sleep(0)  # asyncio's own loop gives nobody a turn while connections wait to be accepted
 
     def _take(self, connection: socket.socket, host: str) -> None:
         visit = self._door.arrive(host)

@@ -141,11 +141,11 @@ class Hub:
         if (objection := self._logins.objection(login)) is not None:
             return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
         self._last_use.used([login.token.id])
+        if slug not in login.token.projects:  # which others there are is not told
+            why = f"this token is for {', '.join(login.token.projects)}; not for {slug!r}"
+            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
         if not self.data.has_project(slug):
             return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", f"there is no project {slug!r} on this server")
-        if slug not in login.token.projects:
-            why = f"this token is for {', '.join(login.token.projects)}; not for {slug}"
-            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
         project = self.project(slug)
         if project.failure is not None:
             return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)

@@ -21,9 +21,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     connections_per_address: _Count = 2_000
     new_connections_per_second: _Count = 100
     """From one address, and HTTP requests on them; ten seconds' worth may come at once."""
-    waiting_connections: _Count = 1_024
+    waiting_connections: _Count = 2_048
     """Connections that have not shown a token yet. One more, and the one that waits longest is cut."""
-    waiting_connections_per_address: _Count = 256
+    waiting_connections_per_address: _Count = 1_024
     failed_logins_per_minute: _Count = 30
     """Requests with no token or an unknown one, from one address; further ones are told to come back later."""
     requests_per_connection: _Count = 256
