@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from client_kit import PLAN, TASK, make_cache, tree, until
+from client_kit import PLAN, TASK, make_cache, make_clone, tree, until
 from fake_server import TOKEN, FakeServer
 from lattice.cli.main import cli
 
-from lattice_remote.client import credentials
+from lattice_remote.client import credentials, servers
 
 LATTICE = [sys.executable, "-c", "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"]
 
@@ -128,6 +128,10 @@ async def test_a_context_that_somebody_wrote_is_not_replaced(server: FakeServer,
     done = await add(server, root)
     assert done.code == 1 and "context.md" in done.err and done.err.count("\n") == 1
     assert everything(root) == before
+
+
+def has_servers() -> bool:
+    return os.path.exists(servers.servers_path())
 
 
 def has_tokens() -> bool:
@@ -292,6 +296,44 @@ async def test_logging_in_and_out(server: FakeServer, tmp_path: Path) -> None:
     assert (await lattice(root, "remote", "pull")).code == 0
     assert (await lattice(root, "remote", "logout")).code == 0
     assert (await lattice(root, "comment", "X-1", "x", "--actor", "human:a")).code == 1
+
+
+async def test_a_clone_waits_for_its_server_to_be_named(server: FakeServer, tmp_path: Path) -> None:
+    root = make_clone(tmp_path / "clone", server.url).parent
+    done = await lattice(root, "list", LATTICE_TOKEN=TOKEN)
+    assert done.code == 1 and f"lattice remote trust {server.url}" in done.err and done.err.count("\n") == 1
+    done = await lattice(root, "remote", "status", LATTICE_TOKEN=TOKEN)
+    assert done.code == 0 and "not connected: no token was sent" in done.out and server.requests == []
+    done = await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN, LATTICE_REMOTE_URL=server.url)
+    assert done.code == 0
+    assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 1
+    done = await lattice(root, "remote", "trust")
+    assert done.code == 0 and done.out.startswith(f"Tokens may go to {server.url} (this machine only)")
+    assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 0
+
+
+@pytest.mark.parametrize("words", [("login",), ("trust",), ("add", "origin")])
+async def test_plain_http_beyond_this_machine_takes_a_word(root: Path, words: tuple[str, ...]) -> None:
+    url = "http://board.example"
+    done = await lattice(root, "remote", *words, url + ("/web" if words[0] == "add" else ""), stdin="ltr_x\n")
+    assert done.code == 1 and "--insecure" in done.err and done.err.count("\n") == 1
+    assert not has_tokens() and not has_servers() and names(root) == []
+    if words == ("trust",):
+        done = await lattice(root, "remote", "trust", url, "--insecure")
+        assert done.code == 0 and "readable on the way" in done.out
+        assert servers.admit(url).insecure
+
+
+async def test_a_token_is_taken_from_stdin(server: FakeServer, root: Path) -> None:
+    url = f"{server.url}/web"
+    done = await lattice(root, "remote", "add", "origin", url, "--token", "-", stdin=TOKEN + "\n")
+    assert done.code == 0 and done.err == "" and credentials.stored(server.url, "web") == TOKEN
+
+
+async def test_a_moved_server_is_named_by_moving(server: FakeServer, root: Path) -> None:
+    make_clone(root, "http://127.0.0.1:1")
+    assert (await lattice(root, "remote", "set-url", "origin", server.url)).code == 0
+    assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 0
 
 
 async def test_outside_a_project_the_way_in_is_named(root: Path) -> None:

@@ -127,7 +127,12 @@ async def test_a_mended_authority_is_used_without_another_command(site: Site) ->
 
 async def test_plain_http_on_a_port_that_speaks_tls_says_so(site: Site) -> None:
     await site.start()
-    await fails(site.service(url=f"http://127.0.0.1:{site.server.port}"), "it speaks TLS there", "set-url origin https")
+    await fails(
+        site.service(url=f"http://127.0.0.1:{site.server.port}"),
+        "it speaks TLS there",
+        "its URL is https://",
+        "set-url",
+    )
     assert site.server.requests == []
 
 

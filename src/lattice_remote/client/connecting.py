@@ -127,8 +127,8 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
         if is_tls or not await _speaks_tls(remote):
             raise ConnectionFailed("what answers there is not a lattice-remote server") from error
         raise ConnectionFailed(
-            f"it speaks TLS there; change the URL: lattice remote set-url {remote.name} "
-            f"https{remote.url.removeprefix('http')}"
+            f"it speaks TLS there: its URL is https{remote.url.removeprefix('http')}; a remote that exists is changed "
+            "with: lattice remote set-url"
         ) from error
 
 
