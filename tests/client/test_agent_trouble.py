@@ -163,6 +163,24 @@ async def test_an_agent_whose_package_was_upgraded_leaves_and_the_next_command_s
     await until(lambda: not list(Path(runtime.locate().directory).glob("*.sock")))
 
 
+async def test_an_agent_that_speaks_another_language_is_not_asked(
+    server: FakeServer, directory: Path, tmp_path: Path
+) -> None:
+    package = tmp_path / "former" / "lattice_remote"
+    source = Path(lattice_remote.__file__).parent
+    await asyncio.to_thread(shutil.copytree, source, package, ignore=shutil.ignore_patterns("__pycache__"))
+    place = package / "client" / "runtime.py"
+    place.write_text(place.read_text().replace("-{_LANGUAGE}", ""))  # as it was before agents had one
+    former = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    old = await asyncio.to_thread(command, former, directory)
+    assert is_alive(int(str(old["pid"])))
+    other = make_cache(tmp_path / "ben", server.url)
+    new = await asyncio.to_thread(command, dict(os.environ), other)
+    assert new["version"] == old["version"] and new["pid"] != old["pid"]
+    shutil.rmtree(package)
+    await until(lambda: not is_alive(int(str(old["pid"]))))
+
+
 # --- neighbours ---
 
 

@@ -12,6 +12,9 @@ from lattice_remote.errors import StorageError
 __all__ = ["Runtime", "boot_time", "check", "check_socket", "locate", "prepare"]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
+_LANGUAGE = 2
+"""Counted up when what commands and agents say to each other changes between releases: an agent of the same version
+that was started before does not understand, and is left alone until it leaves."""
 _OTHERS_MAY_WRITE = 0o022
 _MAX_SOCKET_PATH_BYTES = 100
 """The kernel takes 108 bytes on Linux, 104 on macOS."""
@@ -22,7 +25,7 @@ class Runtime:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        name = os.path.join(directory, f"agent-{__version__}")
+        name = os.path.join(directory, f"agent-{__version__}-{_LANGUAGE}")
         self.socket = name + ".sock"
         self.lock = name + ".lock"
         self.log = name + ".log"
@@ -41,7 +44,7 @@ def boot_time() -> float:
 def locate() -> Runtime:
     """Return where the agent's files are; nothing is created.
 
-    The versioned name lets an upgraded package start its own agent, while the old one leaves when idle.
+    The versioned name lets an upgraded package start its own agent, while the old one leaves by itself.
     """
     given = os.environ.get(DIRECTORY_ENV)
     if given:
