@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from worker_process import ANA, WorkerProcess, make_project
 
 from lattice_remote.errors import Misuse
+from lattice_remote.server import check_journal
 from lattice_remote.server.cli import app
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.findings import Finding
@@ -223,6 +224,30 @@ def test_a_command_that_was_cut_off_is_found_and_undone(data: DataDir) -> None:
     assert check(data, mend=True).left == 0
     assert log.read_bytes() == before
     assert check(data).findings == []
+
+
+def test_what_a_running_worker_does_is_no_damage(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that takes long has an undo log, and the oldest segment may expire before it is read."""
+    undo = UndoLog(web(data) / "journal")
+    undo.begin(Begin("e", 1, "b"))
+    undo.keep_for_append(str(a_log(data)))
+    expired = web(data) / "journal/00000000000000000000.log"
+    expired.rename(expired.with_suffix(".gone"))
+    monkeypatch.setattr(check_journal, "segment_paths", lambda directory: [expired, *segment_paths(directory)])
+    held = lock(data.path / ".lock")
+    try:
+        assert check(data).findings == []
+    finally:
+        os.close(held)
+
+
+def test_what_is_damaged_comes_back_from_a_part_of_the_journal_that_is_set_aside(data: DataDir) -> None:
+    plan = next((web(data) / ".lattice/plans").iterdir())
+    before = plan.read_bytes()
+    rotten_segment(data)
+    rot(plan, 3)
+    assert check(data, mend=True).left == 0
+    assert plan.read_bytes() == before
 
 
 def test_the_log_of_what_can_be_read_stays_after_mending(data: DataDir) -> None:

@@ -43,7 +43,7 @@ class ProjectCheck:
 
 
 def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCheck:
-    """Check one project. ``at_rest``: no worker runs, so nothing in its scratch directory is in use.
+    """Check one project. ``at_rest``: no worker runs, so nothing in its scratch directory or undo log is in use.
 
     Raises:
         OSError: a file can't be read; the caller says so.
@@ -53,6 +53,8 @@ def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCh
     check.findings += check.journal.findings
     if _list_files(slug, paths, check):
         _compare(slug, paths, check)
+    if at_rest:
+        check.findings += _cut_off(slug, paths)
     check.leftovers = list(_leftovers(paths, at_rest=at_rest))
     for path in check.leftovers:
         where = str(path.relative_to(paths.root))
@@ -93,10 +95,6 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
     """Digest every file of the tree."""
     journal = check.journal
     assert journal is not None, "check_project has read it"
-    undo = paths.journal / "undo"
-    if undo.exists() and undo.stat().st_size:
-        what = "a command was cut off before it was done"
-        check.findings.append(Finding(slug, "journal/undo", what, "undo it, as at the next start"))
     tree = Tree(paths.lattice, check.files)
     seen = set()
     for path, status in tree.scan():
@@ -119,6 +117,13 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
         check.findings.append(Finding(slug, f".lattice/{path}", "it is gone", AS_CHANGE))
 
 
+def _cut_off(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
+    """Yield what the undo log says; while a worker runs, it holds the command that is being carried out."""
+    undo = paths.journal / "undo"
+    if undo.exists() and undo.stat().st_size:
+        yield Finding(slug, "journal/undo", "a command was cut off before it was done", "undo it, as at the next start")
+
+
 def _leftovers(paths: ProjectPaths, *, at_rest: bool) -> Iterator[Path]:
     undo = paths.journal / "undo"
     if not undo.exists() or not undo.stat().st_size:
@@ -134,9 +139,10 @@ def _permissions(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
     owner = paths.root.stat().st_uid
     for path in (paths.root, paths.lattice, paths.journal, *paths.journal.glob("*")):
         where = str(path.relative_to(paths.root))
-        if not path.exists():
-            continue
-        status = path.stat()
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue  # expired or renamed meanwhile
         if status.st_mode & 0o002:
             yield Finding(slug, where, "everybody on this machine may write to it", "take that permission away")
         if status.st_uid != owner:

@@ -153,9 +153,9 @@ def _mended(slug: str, paths: ProjectPaths, data: DataDir, report: Report) -> li
     except LockedElsewhere as error:
         raise Misuse(f"a worker (pid {error.holder}) is still at work on {slug}; try again later") from error
     assert before.journal is not None, "check_project has read it"
+    report.notes += [f"{slug}: {note}" for note in _restore(paths, before)]  # while all of the journal is there
     _set_aside(paths.root, [*before.leftovers, *before.journal.unreachable])
     _fix_modes(paths.root, before.findings)
-    report.notes += [f"{slug}: {note}" for note in _restore(paths, before)]
     settings = _journal_settings(data)
     report.notes += [f"{slug}: {note}" for note in asyncio.run(_recover(slug, paths, settings))]
     return _compared(before.findings, check_project(slug, paths, at_rest=True).findings)
