@@ -67,7 +67,7 @@ class Account:
             if done.returncode:
                 self.errors.append(f"{shown}: {said[:300]}")
                 lines = [line for line in done.stderr.splitlines() if not line.startswith("lattice-remote: ")]
-                if done.stderr and len(lines) != 1:
+                if len(lines) > 1:
                     self.defects.append(f"an error of {len(lines)} lines from {shown}: {said}")
             if effect is None:
                 return

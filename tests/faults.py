@@ -16,6 +16,7 @@ from account import Account, Effect
 from faultproxy import FaultProxy
 from mix import Mix
 from sandbox import Client, Sandbox, Server, wait_for
+from warm import Warm
 
 __all__ = ["Faults", "Strikes", "break_everything", "inject", "three_people"]
 
@@ -32,14 +33,29 @@ def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], Fault
     server.project()
     server.start()
     with FaultProxy(server.port) as proxy:
-        clients = []
+        clients: list[Client] = []
+        started: set[str] = set()
         for name, machine in (("ana", "one"), ("ben", "one"), ("cem", "two")):
             client = sandbox.client(name, machine)
+            if machine not in started:
+                started.add(machine)
+                start_agent(sandbox, client)
             client.env["LATTICE_TOKEN"] = server.token(f"human:{name}", "agent:*")
             argv = ("remote", "add", "origin", proxy.url, "--project", "board")
             wait_for(lambda: client.run(*argv).returncode == 0, f"{name} to be connected", 60)  # noqa: B023
             clients.append(client)
         yield server, clients, proxy
+
+
+def start_agent(sandbox: Sandbox, client: Client) -> None:
+    """Start a machine's agent warm, before its first command would start one."""
+    if isinstance(sandbox.programs, Warm):
+        nothing = subprocess.DEVNULL
+        sandbox.programs.start(
+            "agent", [], cwd=sandbox.root, env=client.env, stdout=nothing, stderr=nothing, new_session=True
+        )
+        runtime = Path(client.env["LATTICE_REMOTE_RUNTIME_DIR"])
+        wait_for(lambda: list(runtime.glob("agent*.sock")), "the agent's socket")
 
 
 def inject(server: Server) -> Path:

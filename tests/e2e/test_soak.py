@@ -6,7 +6,7 @@ from soak import one
 
 pytestmark = pytest.mark.e2e
 
-SEEDS, COMMANDS = 25, 6
+SEEDS, COMMANDS = 25, 5
 
 
 @pytest.mark.parametrize("seed", range(1, SEEDS + 1))
