@@ -51,9 +51,10 @@ def start_agent(sandbox: Sandbox, client: Client) -> None:
     """Start a machine's agent warm, before its first command would start one."""
     if isinstance(sandbox.programs, Warm):
         nothing = subprocess.DEVNULL
-        sandbox.programs.start(
+        agent = sandbox.programs.start(
             "agent", [], cwd=sandbox.root, env=client.env, stdout=nothing, stderr=nothing, new_session=True
         )
+        agent.leave()
         runtime = Path(client.env["LATTICE_REMOTE_RUNTIME_DIR"])
         wait_for(lambda: list(runtime.glob("agent*.sock")), "the agent's socket")
 

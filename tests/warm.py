@@ -71,6 +71,10 @@ class WarmProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
+    def leave(self) -> None:
+        """Nobody will wait for it: a process that goes on by itself."""
+        self._status.close()
+
     def kill(self) -> None:
         """End it with no warning."""
         self.send_signal(signal.SIGKILL)
