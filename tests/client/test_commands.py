@@ -289,7 +289,7 @@ async def test_status_verify_sync_pull_and_push(server: FakeServer, root: Path) 
 async def test_logging_in_and_out(server: FakeServer, tmp_path: Path) -> None:
     root = make_cache(tmp_path / "clone", server.url).parent
     done = await lattice(root, "list")
-    assert done.code == 1 and "lattice remote login" in done.err
+    assert done.code == 1 and f"lattice remote login {server.url}/web" in done.err
     assert (await lattice(root, "remote", "login", stdin="wrong\n")).code == 1
     done = await lattice(root, "remote", "login", stdin=TOKEN + "\n")
     assert done.code == 0 and "accepted, acting as human:ana" in done.out and TOKEN not in done.out
@@ -310,6 +310,24 @@ async def test_a_clone_waits_for_its_server_to_be_named(server: FakeServer, tmp_
     done = await lattice(root, "remote", "trust")
     assert done.code == 0 and done.out.startswith(f"Tokens may go to {server.url} (this machine only)")
     assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 0
+
+
+async def test_a_stale_token_is_replaced_by_the_login_that_the_error_names(server: FakeServer, tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "clone", server.url).parent
+    credentials.store(server.url, "web", "ltr_rotated")
+    done = await lattice(root, "comment", "X-1", "x", "--actor", "human:ana")
+    assert done.code == 1 and "the server does not know this token" in done.err
+    advice = done.err.strip().rpartition("log in with: lattice ")[2].split()
+    done = await lattice(root, *advice, stdin=TOKEN + "\n")
+    assert done.code == 0 and done.err == ""
+    assert (await lattice(root, "remote", "pull")).code == 0
+
+
+async def test_a_login_says_which_tokens_go_before_it(server: FakeServer, tmp_path: Path) -> None:
+    root = make_cache(tmp_path / "clone", server.url).parent
+    credentials.store(server.url, "web", "ltr_rotated")
+    done = await lattice(root, "remote", "login", server.url, stdin=TOKEN + "\n")
+    assert done.code == 0 and f"replace it: lattice remote login {server.url}/web" in done.err
 
 
 @pytest.mark.parametrize("words", [("login",), ("trust",), ("add", "origin")])

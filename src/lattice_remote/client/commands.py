@@ -214,6 +214,17 @@ def login(
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = f"{server_url}/{slug}" if slug else server_url
     typer.echo(f"Token for {place} is kept in {credentials.tokens_path()} ({one_line(checked)}).")
+    for other in _going_before(server_url, slug):
+        typer.echo(f"lattice-remote: {other}", err=True)
+
+
+def _going_before(server_url: str, slug: str | None) -> Iterator[str]:
+    """Say which other tokens are used in place of the one that was just kept."""
+    if credentials.from_environment() is not None:
+        yield "LATTICE_TOKEN is set here, and goes before any token that is kept"
+    for project in credentials.projects(server_url) if slug is None else ():
+        advice = f"replace it: lattice remote login {server_url}/{project}"
+        yield f"{project} has a token of its own, which goes before this one; {advice}"
 
 
 @app.command()

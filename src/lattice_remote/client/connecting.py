@@ -89,7 +89,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     """
     if token is None:
         raise Rejected(
-            f"no token for {remote.url}; log in with: lattice remote login {remote.url}", code="REMOTE_UNAUTHORIZED"
+            f"no token for {remote.url}; log in with: lattice remote login {remote.place}", code="REMOTE_UNAUTHORIZED"
         )
     check_token(token)
     server = admit(remote.url, named)
@@ -211,7 +211,7 @@ def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
     """Return the error for what a server gave as its reason, in a goodbye or in place of the upgrade."""
     if code == "REMOTE_UNAUTHORIZED":
-        message += f"; log in with: lattice remote login {remote.url}"
+        message += f"; log in with: lattice remote login {remote.place}"
     if code in REFUSALS:
         return Rejected(message, code=code)
     if retry_after_s is not None:

@@ -17,6 +17,7 @@ __all__ = [
     "forget",
     "from_environment",
     "is_known",
+    "projects",
     "store",
     "stored",
     "tokens_path",
@@ -58,6 +59,11 @@ def stored(url: str, project: str) -> str | None:
     """Return the token kept for a project of a server, else the one for the whole server, else None."""
     of_server = _load().get(url, {})
     return of_server.get(project) or of_server.get(ANY_PROJECT)
+
+
+def projects(url: str) -> list[str]:
+    """Return the projects of a server for which a token of their own is kept; it goes before the server's."""
+    return sorted(slug for slug in _load().get(url, {}) if slug != ANY_PROJECT)
 
 
 def is_known(url: str) -> bool:

@@ -81,7 +81,7 @@ class Links:
         token = given or self.stored_token()
         if token is None:
             raise Rejected(
-                f"no token for {self._remote.url}; log in with: lattice remote login {self._remote.url}",
+                f"no token for {self._remote.url}; log in with: lattice remote login {self._remote.place}",
                 code="REMOTE_UNAUTHORIZED",
             )
         if token == self.following.token:

@@ -30,6 +30,11 @@ class Remote:
     """The project's slug on that server."""
 
     @property
+    def place(self) -> str:
+        """Server and project as one URL, which ``parse_url`` takes apart."""
+        return f"{self.url}/{self.project}"
+
+    @property
     def websocket_url(self) -> str:
         """Where the WebSocket is."""
         return f"ws{self.url.removeprefix('http')}/projects/{self.project}/ws"
