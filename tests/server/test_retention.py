@@ -174,6 +174,52 @@ def test_a_request_sent_again_into_a_new_history_runs_once(tmp_path: Path, lose:
     assert titles(project).count(f"Task {known}") == 1
 
 
+@pytest.mark.parametrize("at", ["the stop", "the kill"])
+def test_a_request_whose_answer_was_damaged_is_not_run_twice(tmp_path: Path, at: str) -> None:
+    """I6, I7: whole records after one that can't be read were acknowledged; what they answered is not known any more."""
+    project = make_project(tmp_path / "web")
+    ids = [secrets.token_hex(16) for _ in range(4)]
+    with WorkerProcess(project) as worker:
+        sent = time.time()
+        first = [Again(worker).ask(id_, None) for id_ in ids]
+        worker.stop() if at == "the stop" else worker.kill()
+    rot_record_of(project, ids[1])
+    epoch = worker.ready.epoch
+    for _ in range(2):
+        with WorkerProcess(project) as worker:
+            assert worker.ready.epoch != epoch
+            assert Again(worker).ask(ids[0], sent).stdout == first[0].stdout  # type: ignore[union-attr]
+            for id_ in ids[1:]:
+                assert isinstance(answer := Again(worker).ask(id_, sent), Refused)
+                assert answer.code == "REMOTE_UNKNOWN_OUTCOME"
+            worker.kill()
+    assert sorted(titles(project)) == sorted(f"Task {id_}" for id_ in ids)
+
+
+def test_a_request_whose_answer_is_damaged_under_a_running_worker_is_not_run_twice(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "web")
+    ids = [secrets.token_hex(16) for _ in range(2)]
+    with WorkerProcess(project) as worker:
+        sent = time.time()
+        for id_ in ids:
+            Again(worker).ask(id_, None)
+        rot_record_of(project, ids[0])
+        with pytest.raises(EOFError):
+            Again(worker).ask(ids[0], sent)
+    with WorkerProcess(project) as worker:
+        assert isinstance(answer := Again(worker).ask(ids[0], sent), Refused)
+        assert answer.code == "REMOTE_UNKNOWN_OUTCOME"
+    assert len(titles(project)) == 2
+
+
+def rot_record_of(project: Path, request: str) -> None:
+    (segment,) = (project / "journal").glob("*.log")
+    content = bytearray(segment.read_bytes())
+    content[content.index(request.encode())] ^= 1
+    with segment.open("r+b") as file:
+        file.write(content)
+
+
 async def test_a_client_that_slept_through_the_retention_is_told_to_look(tmp_path: Path) -> None:
     """I6, over the wire: the age that a client says is what counts."""
     data, token = make_server_data(tmp_path / "data", "{}")

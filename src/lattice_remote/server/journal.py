@@ -12,6 +12,7 @@ with fsync. ``JournalReader`` is for another process, and may read while the wor
 """
 
 import contextlib
+import errno
 import os
 import re
 import time
@@ -74,6 +75,9 @@ class _Outline(msgspec.Struct, frozen=True, tag="record"):
 _decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
 _outline_decoder: msgspec.msgpack.Decoder[Segment | _Outline] = msgspec.msgpack.Decoder(Segment | _Outline)
 _encoder = msgspec.msgpack.Encoder()
+_RECORD_TAG = b"\xa4type\xa6record"
+_TAG_OFFSET = HEAD_BYTES + 1
+"""Where a record's tag begins: after its head and the byte that counts its fields."""
 _SCRATCH = ".new"
 _SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
@@ -127,6 +131,7 @@ class Journal:
     Attributes:
         epoch, head, mark: where the history stands; ``head`` counts changes from 1, 0 means none.
         notes: what ``open`` had to repair, one line each.
+        is_damaged: what ``open`` cut was acknowledged, or some of it: the answers in it are not known any more.
     """
 
     def __init__(self, directory: Path, retention: Retention) -> None:
@@ -136,6 +141,7 @@ class Journal:
         self.head = 0
         self.mark = b""
         self.notes: list[str] = []
+        self.is_damaged = False
         self._next_number = 0
         self._former: list[_Former] = []
         self._segments: list[_Kept] = []
@@ -244,6 +250,7 @@ class Journal:
             self.notes.append(
                 f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
             )
+            self.is_damaged = _has_record(last.path.read_bytes()[last.size :])
             self._set_aside_tail(last)
             os.ftruncate(self._descriptor, last.size)
 
@@ -390,7 +397,7 @@ class Journal:
         """Return the record that answered a request, None when it is not known (any more).
 
         Raises:
-            OSError: the segment can't be read.
+            OSError: the segment can't be read, or was damaged since it was: the request was answered, so it is not new.
         """
         place = self._places.get(bytes.fromhex(request_id))
         if place is None:
@@ -400,8 +407,11 @@ class Journal:
             file.seek(place.offset)
             head = file.read(HEAD_BYTES)
             payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
-        found = _decoder.decode(payload) if payload is not None else None
-        return found if isinstance(found, Record) else None
+        if payload is None:
+            raise OSError(errno.EIO, f"the record at byte {place.offset} can't be read", str(path))
+        found = _decoder.decode(payload)
+        assert isinstance(found, Record), "only records are remembered"
+        return found
 
 
 def segment_paths(directory: Path) -> list[Path]:
@@ -435,6 +445,16 @@ def _parse(path: Path) -> tuple[_Kept, list[tuple[int, _Outline]]] | None:
             newest = item.time
         size = offset + HEAD_BYTES + len(payload)
     return (_Kept(path, header, size, newest), items) if header is not None else None
+
+
+def _has_record(data: bytes) -> bool:
+    """Tell whether a whole record is somewhere in ``data``, which does not begin with one: a torn end has none."""
+    at = data.find(_RECORD_TAG)
+    while at >= 0:
+        if payload_at(data, at - _TAG_OFFSET) is not None:
+            return True
+        at = data.find(_RECORD_TAG, at + 1)
+    return False
 
 
 class JournalReader:

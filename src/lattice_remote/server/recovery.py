@@ -112,8 +112,12 @@ def open_store(
     else:
         notes += _number_what_differs(store, trust_signatures=history.is_trusted)
         committer.wait()
-    store.save_manifest(clean=False)
-    for path in journal.expire(time.time()):
+    if journal.is_damaged:
+        store.new_epoch()
+        notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
+    else:
+        store.save_manifest(clean=False)
+    for path in store.journal.expire(time.time()):
         path.unlink()
     return Opened(store, notes, bool(boot_id))
 

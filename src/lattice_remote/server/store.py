@@ -303,13 +303,18 @@ class Store:
 def begin_anew(journal: Journal) -> Journal:
     """Close a journal and begin a new history in its place, which still knows the answers on their way (I6).
 
+    Of a damaged one it knows those that can be read, and that there were others.
+
     Raises:
         OSError: the old one can't be read, or the new one written.
     """
     since = max(journal.since, time.time() - _ASKED_AGAIN_S)
     answered = [_at_beginning(record) for record in journal.answered_since(since)]
     journal.close()
-    return Journal.create(journal.directory, secrets.token_hex(16), journal.retention, answered=answered, since=since)
+    known_since = None if journal.is_damaged else since
+    return Journal.create(
+        journal.directory, secrets.token_hex(16), journal.retention, answered=answered, since=known_since
+    )
 
 
 def _unlink(paths: Iterable[Path]) -> None:
