@@ -176,7 +176,7 @@ def test_a_request_sent_again_into_a_new_history_runs_once(tmp_path: Path, lose:
 
 @pytest.mark.parametrize("at", ["the stop", "the kill"])
 def test_a_request_whose_answer_was_damaged_is_not_run_twice(tmp_path: Path, at: str) -> None:
-    """I6, I7: whole records after one that can't be read were acknowledged; what they answered is not known any more."""
+    """I6, I7: whole records after one that can't be read were acknowledged; their answers are not known any more."""
     project = make_project(tmp_path / "web")
     ids = [secrets.token_hex(16) for _ in range(4)]
     with WorkerProcess(project) as worker:
