@@ -12,7 +12,7 @@ import pytest
 from client_kit import PLAN, TASK, ask, run, tree, until
 from fake_server import TOKEN, FakeServer
 
-from lattice_remote.client import caretaker, healing
+from lattice_remote.client import caretaker, healing, keepsakes, watching
 from lattice_remote.client.healing import Healing
 from lattice_remote.client.service import Service
 from lattice_remote.client.watching import Watching
@@ -269,6 +269,46 @@ async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
     assert os.listdir(directory / ".mine") == ["context.md"]
 
 
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("todo.txt", b"x" * 2 * 1024 * 1024),
+        ("diagram.png", b"\x89PNG\0\1\2"),
+        ("letter.txt", "Grüße".encode("latin-1")),
+        ("plans/sketch.md", b"y" * 2 * 1024 * 1024),
+        ("context.md", b"# Ours, and a picture \0\n"),
+    ],
+)
+async def test_whatever_a_person_put_there_is_kept(
+    server: FakeServer, kept: Service, directory: Path, path: str, content: bytes
+) -> None:
+    (directory / path).write_bytes(content)
+    await equal(directory, server)
+    assert (directory / ".mine" / path).read_bytes() == content
+
+
+async def test_what_is_too_large_to_copy_is_moved(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keepsakes, "_MAX_READ_BYTES", 10)
+    (directory / "context.md").write_bytes(b"more than ten bytes")
+    (directory / "recording.wav").write_bytes(b"more than that again")
+    await equal(directory, server)
+    assert (directory / ".mine/context.md").read_bytes() == b"more than ten bytes"
+    assert (directory / ".mine/recording.wav").read_bytes() == b"more than that again"
+
+
+async def test_when_nothing_more_is_kept_that_is_said_once(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keepsakes, "_MAX_COPIES", 2)
+    for number in range(5):
+        (directory / f"{number}.txt").write_bytes(b"mine")
+    await equal(directory, server)
+    notices = (await ask(kept, "ready"))["notices"]
+    assert len(os.listdir(directory / ".mine")) == 2 and len(notices) == 3  # type: ignore[arg-type]
+
+
 async def test_copies_do_not_pile_up(server: FakeServer, service: Service, directory: Path) -> None:
     server.files["context.md"] = b"# Ours\n"
     await ask(service, "ready")
@@ -332,6 +372,20 @@ async def test_without_the_systems_help_the_files_are_compared_now_and_then(
         alter(directory)
         await equal(directory, server)
         assert "compared every" in service._healed()["watched"]
+
+
+async def test_a_name_that_is_no_text_does_not_end_the_watch(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library gives up on one; nothing that happens to other files may go unnoticed for that."""
+    monkeypatch.setattr(watching, "_AGAIN_S", 0.2)
+    monkeypatch.setattr(caretaker, "_MIN_RESCAN_S", 0.2)
+    (directory / os.fsdecode(b"caf\xe9.md")).write_bytes(b"x")
+    alter(directory)
+    await equal(directory, server)
+    await until(lambda: kept._healed()["watched"] == "the system tells of changes")
+    alter(directory)
+    await equal(directory, server)
 
 
 async def test_a_resync_counts_as_the_comparison(server: FakeServer, directory: Path) -> None:

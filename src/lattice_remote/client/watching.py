@@ -18,6 +18,8 @@ _STEP_MS = 50
 """The library looks this often whether something came: 0.13 % of a processor, however many caches there are."""
 _DEBOUNCE_MS = 100
 _TICK_MS = 500
+_AGAIN_S = 30.0
+"""So long after it failed the system is asked to tell again."""
 _log = logging.getLogger(__name__)
 
 Touched = Callable[[set[str] | None], None]
@@ -97,9 +99,18 @@ class Watching:
                 touched(None)
 
     def _failed(self, thread: threading.Event, why: str) -> None:
+        """One file with a name that is no text is enough, in any of the directories: whoever listens must look."""
         if thread is self._stop:
-            _log.warning("cannot watch the caches (%s); they are compared now and then", why)
+            if self.trouble is None:
+                _log.warning("cannot watch the caches (%s); they are compared now and then", why)
             self.trouble = why
+            for touched in self._listeners.values():
+                touched(None)
+            asyncio.get_running_loop().call_later(_AGAIN_S, self._try_again, thread)
+
+    def _try_again(self, thread: threading.Event) -> None:
+        if thread is self._stop:
+            self._begin_anew()
 
     def _tell(self, thread: threading.Event, changes: dict[str, set[str]]) -> None:
         if thread is self._stop:
