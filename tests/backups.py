@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from light import Light  # noqa: E402
 from memory_client import MemoryClient  # noqa: E402
-from mix import words_in  # noqa: E402
 from sandbox import Sandbox, Server, tree_of, wait_for  # noqa: E402
 from warm import warm  # noqa: E402
 
@@ -189,8 +188,35 @@ def check_copy(copy: Copy, token: str, acknowledged: list[str]) -> None:
         assert payload is None or (lattice_dir / "artifacts" / "payload" / payload).is_file(), (
             f"{meta.name}: no payload"
         )
-    count = words_in(lattice_dir)
+    count = _words_in(lattice_dir)
     assert not (lost := [word for word in acknowledged if count.get(word, 0) != 1]), f"lost or doubled: {lost}"
+
+
+def _words_in(lattice_dir: Path) -> dict[str, int]:
+    """Count how often each word was written: by the one event, session or resource that carries it."""
+    count: dict[str, int] = {}
+    for text in _marked_texts(lattice_dir):
+        for word in text.replace('"', " ").replace("-", " ").split():
+            bare = word.removeprefix("S").strip(".,}")
+            if bare.startswith("w") and bare.endswith("x"):
+                count[bare] = count.get(bare, 0) + 1
+    return count
+
+
+def _marked_texts(lattice_dir: Path) -> Iterator[str]:
+    for log in [*lattice_dir.glob("events/*.jsonl"), *lattice_dir.glob("archive/events/*.jsonl")]:
+        if log.name == "_lifecycle.jsonl":
+            continue
+        for line in log.read_text().splitlines():
+            event = json.loads(line)
+            if event["type"] in {"task_created", "comment_added", "x_mix", "resource_created"}:
+                data = event["data"]
+                yield str(data.get("title") or data.get("body") or data.get("word") or data.get("name"))
+    for meta in lattice_dir.glob("artifacts/meta/*.json"):
+        yield json.loads(meta.read_text())["title"]
+    for session in lattice_dir.glob("sessions/*.json"):
+        if session.name != "index.json":
+            yield json.loads(session.read_text())["base_name"]
 
 
 async def _open_project(copy: Copy, token: str) -> None:
