@@ -14,7 +14,7 @@ from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execu
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
 from lattice_remote.protocol.operations import canonical_json
-from lattice_remote.server.ipc import Failed, NewEpoch, Ready, Settle
+from lattice_remote.server.ipc import NewEpoch, Ready, Settle
 from lattice_remote.server.journal import JournalReader
 
 
@@ -386,19 +386,19 @@ def test_an_attachment_for_which_there_is_no_room_is_refused(project: Path) -> N
         worker.ok("comment", "LAT-1", "goes on", *ANA)
 
 
-def test_when_the_journal_can_not_be_written_nothing_is_acknowledged_and_a_restart_recovers(project: Path) -> None:
+def test_when_the_journal_has_no_room_the_command_is_refused_undone_and_can_be_sent_again(project: Path) -> None:
     lattice = project / ".lattice"
     with WorkerProcess(project, max_file_bytes=20_000) as worker:
         worker.ok("create", "x", *ANA)
-        answered = 0
-        while True:
+        for answered in range(100):
             before = tree_of(lattice)
-            worker.send(execute("comment", "LAT-1", "word-" * 200, *ANA, id=f"{answered:032x}"))
-            message = worker.receive()
-            if isinstance(message, Failed):
+            answer = answer_of(worker.run("comment", "LAT-1", "word-" * 200, *ANA, id=f"{answered:032x}"))
+            if isinstance(answer, Refused):
                 break
-            answered += 1
         assert answered > 3
+        assert isinstance(answer, Refused)
+        assert answer.code == "REMOTE_STORAGE"
+        assert tree_of(lattice) == before
         worker.kill()
     with WorkerProcess(project) as restarted:
         assert restarted.ready.head == answered + 1
