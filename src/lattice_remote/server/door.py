@@ -2,9 +2,9 @@
 
 A connection is a ``Visit`` from the moment in which it is accepted, before any TLS, until it is closed. What is held
 for strangers is bounded, whoever and however many they are. Connections that have shown no token are counted by
-address and all together; when those are too many, the one that waits longest makes room for the next, so a flood
-keeps nobody out who shows his token at once. What else is known of an address is forgotten when more than
-``MAX_ADDRESSES`` are known.
+address and all together; when those are too many, the address with the most makes room for the next
+(``strangers.py``), so a flood keeps nobody out who shows his token at once. What else is known of an address is
+forgotten when more than ``MAX_ADDRESSES`` are known.
 
 Nothing here waits or does I/O.
 """
@@ -21,6 +21,7 @@ from lattice_remote.server.addresses import Proxies, counted_as
 from lattice_remote.server.bucket import Bucket
 from lattice_remote.server.refusal import Refusal
 from lattice_remote.server.settings import Limits
+from lattice_remote.server.strangers import Strangers
 
 __all__ = ["MAX_ADDRESSES", "Door", "Visit"]
 
@@ -36,12 +37,11 @@ _log = logging.getLogger(__name__)
 class _Address:
     """What is known of one address."""
 
-    __slots__ = ("arrivals", "connections", "failures", "name", "waiting")
+    __slots__ = ("arrivals", "connections", "failures", "name")
 
     def __init__(self, name: str, limits: Limits, now: float) -> None:
         self.name = name
         self.connections = 0
-        self.waiting = 0  # of these, without a token yet
         self.arrivals = Bucket(limits.new_connections_per_second * _BURST_S, now)
         self.failures = Bucket(limits.failed_logins_per_minute, now)
 
@@ -93,7 +93,8 @@ class Visit:
         """Count it for an address; ``enter()`` says whether that is one too many."""
         self._home = home
         home.connections += 1
-        home.waiting += not self._token_id
+        if not self._token_id:
+            self._door.stranger(self, home.name)
         self._refusal = self._door.one_more_from(home)
 
     def log(self, reason: str) -> None:
@@ -111,8 +112,6 @@ class Visit:
         refusal = self._door.one_more_with(token_id, self.address)
         if refusal is None:
             self._door.no_stranger(self)
-            if self._home is not None:
-                self._home.waiting -= 1
             self._token_id = token_id
         return refusal
 
@@ -139,7 +138,6 @@ class Visit:
     def _leave_home(self) -> None:
         if self._home is not None:
             self._home.connections -= 1
-            self._home.waiting -= not self._token_id
             self._home = None
 
 
@@ -154,7 +152,7 @@ class Door:
         self.proxies = Proxies(trusted_proxies)
         self._clock = clock
         self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the one that was seen last is the last
-        self._strangers: dict[Visit, None] = {}  # in the order in which they came
+        self._strangers: Strangers[Visit] = Strangers()
         self._by_token: Counter[str] = Counter()
         self._held_by_token: Counter[str] = Counter()
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: when, and how often it was not since
@@ -162,18 +160,19 @@ class Door:
     def arrive(self, host: str) -> Visit | None:
         """Count a new connection; return None when there is no room for one more stranger from there."""
         visit = Visit(self, host)
-        if host not in self.proxies:
+        if host in self.proxies:
+            self.stranger(visit, host)
+        else:
             home = self.known(counted_as(host))
-            if home.waiting >= self.limits.waiting_connections_per_address:
+            if self._strangers.at(home.name) >= self.limits.waiting_connections_per_address:
                 self.log("too many connections without a token", home.name)
                 return None
             visit.come_from(home)
-        if len(self._strangers) >= self.limits.waiting_connections:
-            longest = next(iter(self._strangers))
-            self.log("cut, to make room for connections without a token", longest.address)
-            longest.leave()
-            longest.cut()
-        self._strangers[visit] = None
+        if len(self._strangers) > self.limits.waiting_connections:
+            leaving = self._strangers.next_to_go()
+            self.log("cut, to make room for connections without a token", leaving.address)
+            leaving.leave()
+            leaving.cut()
         return visit
 
     def log(self, reason: str, address: str) -> None:
@@ -214,7 +213,7 @@ class Door:
         if home.connections > limits.connections_per_address:
             self.log("too many connections", home.name)
             return _too_many(f"your address has {limits.connections_per_address} connections already", 10)
-        if home.waiting > limits.waiting_connections_per_address:
+        if self._strangers.at(home.name) > limits.waiting_connections_per_address:
             self.log("too many connections without a token", home.name)
             return _too_many("too many connections without a token from your address", 1)
         return None
@@ -258,9 +257,13 @@ class Door:
         """Tell whether that is more than it may be."""
         return self._held_by_token[token_id] > self.limits.unfinished_bytes_per_token
 
+    def stranger(self, visit: Visit, address: str) -> None:
+        """It has shown no token, and belongs to this address."""
+        self._strangers.put(visit, address)
+
     def no_stranger(self, visit: Visit) -> None:
         """It has shown its token, or is gone."""
-        self._strangers.pop(visit, None)
+        self._strangers.remove(visit)
 
 
 def _too_many(why: str, wait_s: float) -> Refusal:

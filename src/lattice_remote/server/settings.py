@@ -22,7 +22,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     new_connections_per_second: _Count = 100
     """From one address, and HTTP requests on them; ten seconds' worth may come at once."""
     waiting_connections: _Count = 2_048
-    """Connections that have not shown a token yet. One more, and the one that waits longest is cut."""
+    """Connections that have not shown a token yet. One more, and the address with the most loses its oldest."""
     waiting_connections_per_address: _Count = 1_024
     failed_logins_per_minute: _Count = 30
     """Requests with no token or an unknown one, from one address; further ones are told to come back later."""
