@@ -89,15 +89,21 @@ def test_revoking_what_is_not_there_says_so(path: Path) -> None:
         TokenFile(path).revoke("tok_none")
 
 
-def test_a_damaged_file_leaves_the_tokens_as_they_were(path: Path) -> None:
+@pytest.mark.parametrize(
+    "damaged", ["{", "", "{}", "[]", "null", '{"tokens": null}', '{"token": []}', '{"tokens": [], "more": 1}']
+)
+def test_a_damaged_file_leaves_the_tokens_as_they_were(path: Path, damaged: str) -> None:
     text = made(path)
     store = Logins(path)
     store.refresh()
     good = path.read_bytes()
-    path.write_text("{")
+    path.write_text(damaged)
     for _ in range(2):
         with pytest.raises(StorageError):
             store.refresh()
+        with pytest.raises(StorageError):
+            made(path)
+    assert path.read_text() == damaged
     assert store.find(text) is not None
     path.write_bytes(good)
     assert store.refresh()

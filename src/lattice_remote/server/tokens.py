@@ -47,8 +47,10 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """From when that text is not valid any more."""
 
 
-class _Tokens(msgspec.Struct, frozen=True):
-    tokens: list[Token] = []
+class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file. Without its one name, or with another, it is damaged, which does not mean: no tokens."""
+
+    tokens: list[Token]
 
 
 class TokenFile:
