@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
+import msgspec
 import pytest
 from harness import Copy, Running, farewell, hello, make_data, serving, tree_of
 from lattice.core.config import default_config, serialize_config
@@ -12,7 +13,9 @@ from lattice.storage.fs import atomic_write, ensure_lattice_dirs
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import CAPABILITIES, Change, Log, LogPage, Put, Refused, Reply, Stored
-from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation
+from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation
+from lattice_remote.server.outbox import payload_of, websocket_frame
+from lattice_remote.server.skew import Dialect, dialect
 from lattice_remote.server.writer import WORKER_COMMAND
 
 ANA = ("--actor", "human:ana")
@@ -83,6 +86,30 @@ async def test_an_older_client_stays_equal_live_and_when_it_catches_up(
     assert not any(isinstance(frame, Change) and frame.seq == 0 for frame in away.frames)
 
 
+def test_a_change_is_translated_once_for_all_clients_that_understand_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """I10: the cost of a change does not grow with the number of older clients."""
+    translated: list[bytes] = []
+    translate = Dialect._translated
+
+    def counted(self: Dialect, frame: bytes) -> bytes:
+        translated.append(frame)
+        return translate(self, frame)
+
+    monkeypatch.setattr(Dialect, "_translated", counted)
+    clients = [dialect(frozenset(CAPABILITIES) - {"append", other}) for other in ("log", "put-text") * 50]
+    others = [dialect(frozenset(CAPABILITIES) - {"move"}), dialect(frozenset(CAPABILITIES))]
+    for seq in (1, 2):
+        line = AppendBytes("events/task_x.jsonl", 0, bytes(32), b"line\n")
+        change = Change(seq, bytes(16), "2030-01-01T00:00:00.000Z", "human:ana", "tok_1", "0" * 32, "comment", [line])
+        frame = websocket_frame(encode(change))
+        told = {client.told(frame) for client in clients}
+        assert len(told) == 1
+        [operation] = msgspec.msgpack.decode(payload_of(told.pop()), type=Change).ops
+        assert isinstance(operation, AnnounceFile)
+        assert [client.told(frame) is frame for client in others] == [True, True]
+    assert len(translated) == 4  # two changes, for two dialects that lack something
+
+
 async def test_a_client_that_can_not_fetch_announced_files_is_told_to_upgrade(running: Running) -> None:
     async with running.connected() as socket:
         await socket.send(hello(capabilities=["append", "merge", "move"]))
@@ -118,8 +145,6 @@ async def test_a_request_whose_answer_it_did_not_name_is_refused(running: Runnin
 
 
 async def test_fields_of_the_future_are_ignored_and_frames_of_the_future_refused(running: Running) -> None:
-    import msgspec
-
     async with running.connected() as socket:
         greeting = msgspec.msgpack.decode(hello())
         await socket.send(msgspec.msgpack.encode({**greeting, "colour": "blue", "capabilities": [*CAPABILITIES, "x"]}))

@@ -47,7 +47,7 @@ from lattice_remote.server.handoff import Handoff
 from lattice_remote.server.ipc import Edit, Execute
 from lattice_remote.server.outbox import MAX_PENDING_BYTES, websocket_frame
 from lattice_remote.server.project import Project
-from lattice_remote.server.skew import Dialect, common_capabilities
+from lattice_remote.server.skew import common_capabilities, dialect
 from lattice_remote.server.tokens import Token
 
 __all__ = ["HELLO_TIMEOUT_S", "Peer"]
@@ -84,7 +84,7 @@ class Peer:
         self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
         self._capabilities: frozenset[str] = frozenset()  # what both sides understand
-        self._dialect = Dialect(CAPABILITIES)
+        self._dialect = dialect(frozenset(CAPABILITIES))
         self._follows = True
         self._live = False
         self._sent = 0  # the last change that was queued for it
@@ -162,7 +162,7 @@ class Peer:
         """Answer the greeting. From the last look at the project to the queued frame nothing waits."""
         project = self.project
         self._capabilities = common_capabilities(hello)
-        self._dialect = Dialect(self._capabilities)
+        self._dialect = dialect(self._capabilities)
         await project.opened()
         continues = hello.follow and await self._continues(hello) and hello.epoch == project.history.epoch
         if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one

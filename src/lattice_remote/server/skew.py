@@ -4,7 +4,8 @@ An operation that a client has not named is told as an announcement of unknown c
 file whole. That costs it a round trip, and keeps its copy equal (I3).
 """
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Iterator
 
 import msgspec
 
@@ -14,10 +15,11 @@ from lattice_remote.protocol.messages import CAPABILITIES, Change, Hello
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, MergeJson, MoveFile, Operation
 from lattice_remote.server.outbox import payload_of, websocket_frame
 
-__all__ = ["Dialect", "common_capabilities"]
+__all__ = ["Dialect", "common_capabilities", "dialect"]
 
 _UNKNOWN = bytes(32)
 """A digest that no file has: whatever the client holds, it is to be fetched."""
+_OPERATIONS = frozenset({"append", "merge", "move"})
 _decoder = msgspec.msgpack.Decoder(Change)
 
 
@@ -37,16 +39,26 @@ def common_capabilities(hello: Hello) -> frozenset[str]:
 
 
 class Dialect:
-    """How changes are told to one client."""
+    """How changes are told to clients that understand the same operations.
 
-    def __init__(self, capabilities: Collection[str]) -> None:
+    A new change is told to all of them in one loop tick, so keeping the last is enough to translate it once, however
+    many they are (I10).
+    """
+
+    def __init__(self, capabilities: frozenset[str]) -> None:
         self._capabilities = capabilities
-        self._is_whole = {"append", "merge", "move"} <= set(capabilities)
+        self._is_whole = capabilities >= _OPERATIONS
+        self._last: tuple[bytes, bytes] = (b"", b"")  # a frame, and how it was told
 
     def told(self, frame: bytes) -> bytes:
-        """Return a change's WebSocket frame as this client understands it: the shared one, if it does."""
+        """Return a change's WebSocket frame as these clients understand it: the shared one, if they do."""
         if self._is_whole:
             return frame
+        if self._last[0] is not frame:
+            self._last = frame, self._translated(frame)
+        return self._last[1]
+
+    def _translated(self, frame: bytes) -> bytes:
         change = _decoder.decode(payload_of(frame))
         operations = [plain for operation in change.ops for plain in self._plain(operation)]
         if operations == change.ops:
@@ -64,3 +76,13 @@ class Dialect:
                 yield AnnounceFile(operation.to, 0, _UNKNOWN)
             case _:
                 yield operation
+
+
+def dialect(capabilities: frozenset[str]) -> Dialect:
+    """Return the one that all clients with these capabilities share. There are as many as sets of operations: eight."""
+    return _dialect(capabilities & _OPERATIONS)
+
+
+@functools.cache
+def _dialect(operations: frozenset[str]) -> Dialect:
+    return Dialect(operations)
