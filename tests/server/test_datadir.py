@@ -10,6 +10,7 @@ import pytest
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.datadir import DataDir, default_location, write_atomically
+from lattice_remote.server.hub import Hub
 
 
 @pytest.fixture
@@ -34,6 +35,26 @@ def test_creating_it_twice_is_refused(data: DataDir) -> None:
 def test_a_directory_that_was_never_made_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match=f"lattice-remote init {tmp_path}"):
         DataDir(tmp_path).config()
+
+
+@pytest.mark.parametrize("name", [".", "config.json", "tokens.json", "projects"])
+async def test_the_server_warns_when_everybody_may_change_who_may_do_what(
+    data: DataDir, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def warnings() -> list[str]:
+        caplog.clear()
+        hub = Hub(data)
+        hub.start()
+        await hub.stop()
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert await warnings() == []
+    path = data.path / name
+    mode = path.stat().st_mode
+    path.chmod(mode | 0o002)
+    assert await warnings() == [f"everybody on this machine may change {path}; run: chmod o-w {path}"]
+    path.chmod(mode | 0o020)  # a group has been chosen
+    assert await warnings() == []
 
 
 @pytest.mark.parametrize("text", ["{", '{"hoks": true}', '{"hooks": 3}', "[]"])

@@ -1,7 +1,6 @@
 """Checks what belongs to the whole server: settings, tokens, leftovers, permissions. Changes nothing."""
 
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,8 @@ def check_server(data: DataDir) -> Iterator[Finding]:
     for path in server_leftovers(data):
         where = str(path.relative_to(data.path))
         yield Finding("", where, "left behind by a command that ended too early", "set aside")
-    for path in (data.path, data.path / "config.json", data.path / "projects"):
-        if path.exists() and path.stat().st_mode & stat.S_IWOTH:
+    for path in data.writable_by_everybody():
+        if path != data.tokens:  # of which more is asked above
             where = "." if path == data.path else path.name
             yield Finding("", where, "everybody on this machine may write to it", TAKE_AWAY)
 

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +94,11 @@ class DataDir:
             ) from None
         except (msgspec.DecodeError, OSError) as error:
             raise Misuse(f"{self._config}: {error}") from error
+
+    def writable_by_everybody(self) -> list[Path]:
+        """Return what any user of the machine may change, of the files and directories that say who may do what."""
+        paths = (self.path, self._config, self.tokens, self._projects)
+        return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
 
     def lock(self) -> int:
         """Take the data directory for this server; return the descriptor that holds the lock.

@@ -75,6 +75,8 @@ class Hub:
             StorageError: ``tokens.json`` cannot be read.
         """
         self._logins.refresh()
+        for path in self.data.writable_by_everybody():
+            _log.warning("everybody on this machine may change %s; run: chmod o-w %s", path, path)
         self._keep("tokens", self._watch_tokens())
         self._keep("uses", self._note_uses())
         self._keep("rescan", self._rescan())
