@@ -308,7 +308,7 @@ def test_the_command_line_has_three_exit_codes_and_json(data: DataDir, tmp_path:
         done = CliRunner().invoke(app, ["--data", str(data.path), "fsck", *argv])
         return done.exit_code, done.output
 
-    assert run() == (0, "Checked 1 projects: all is well.\n")
+    assert run() == (0, "Checked 1 project: all is well.\n")
     lost_file(data)
     code, said = run("--project", "web", "--json")
     told = json.loads(said)

@@ -72,9 +72,14 @@ def as_lines(report: Report) -> list[str]:
     """Return a report as lines for a terminal, the last one a summary."""
     lines = [printable(found.line()) for found in report.findings] + [printable(note) for note in report.notes]
     mended = len(report.findings) - report.left
-    live = " while a server runs: what it mends by itself is not told" if report.running else ""
-    counts = f"{len(report.findings)} findings" + (f", {mended} mended, {report.left} left" if mended else "")
-    return [*lines, f"Checked {report.projects} projects{live}: {counts if report.findings else 'all is well'}."]
+    counts = _counted(len(report.findings), "finding") + (f", {mended} mended, {report.left} left" if mended else "")
+    live = " A server is running: what it mends by itself is left out." if report.running else ""
+    summary = f"Checked {_counted(report.projects, 'project')}: {counts if report.findings else 'all is well'}.{live}"
+    return [*lines, summary]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def as_json(report: Report) -> str:
