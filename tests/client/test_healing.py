@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from client_kit import PLAN, TASK, ask, run, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client import caretaker, healing, keepsakes, watching
+from lattice_remote.client.caretaker import Caretaker
+from lattice_remote.client.follower import Follower, Outcome
 from lattice_remote.client.healing import Healing
 from lattice_remote.client.service import Service
 from lattice_remote.client.watching import Watching
@@ -189,6 +192,71 @@ async def test_a_file_that_was_only_touched_is_left_alone(server: FakeServer, ke
     await until(lambda: fetched(server) == ["tasks/task_1.json"])
     await until(lambda: kept.cache.known.agrees("tasks/task_1.json", kept.cache.signature("tasks/task_1.json")))
     assert place.stat().st_ino == inode and kept._healed()["count"] == 0
+
+
+async def test_a_file_that_is_touched_again_and_again_is_fetched_less_and_less(
+    server: FakeServer, kept: Service, directory: Path
+) -> None:
+    cache = kept.cache
+    server.frames.clear()
+    for touches in range(1, 4):
+        os.utime(directory / "ids.json")
+        await until(lambda: fetched(server).count("ids.json") == touches)  # noqa: B023
+        await until(lambda: cache.known.agrees("ids.json", cache.signature("ids.json")))
+    os.utime(directory / "ids.json")
+    await until(lambda: (due := kept._follower.healing.next_due_s()) is not None and due > 0.3)
+    assert fetched(server).count("ids.json") == 3 and kept._healed()["count"] == 0
+    alter(directory)  # others are put right at once all the same
+    await equal(directory, server)
+
+
+async def test_when_everything_is_touched_only_what_differs_is_fetched(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100):
+        server.put(f"tasks/t{number}.json", b"{}\n")
+    await equal(directory, server)
+    monkeypatch.setattr(caretaker, "_MANY", 50)
+    (directory.parent / "backup").mkdir()
+    care, is_away, waits = kept._caretaker, True, asyncio.Event()
+    assert care is not None
+
+    def can_work() -> bool:
+        waits.set()
+        return not is_away and Caretaker._can_work(care)
+
+    monkeypatch.setattr(care, "_can_work", can_work)
+    care.touched(set())
+    await waits.wait()
+    for number in range(100):
+        os.link(directory / f"tasks/t{number}.json", directory.parent / f"backup/{number}")
+    alter(directory)
+    server.frames.clear()
+    is_away = False
+    care.touched(None)  # the system does not tell of further names
+    kept._link.changed.notify()
+    await equal(directory, server)
+    await until(lambda: not kept._follower.healing.count_due())
+    assert fetched(server) == ["tasks/task_1.json"] and kept._healed()["count"] == 1
+
+
+async def test_a_defect_does_not_end_the_care(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[object] = []
+
+    async def heal(follower: Follower, paths: list[str]) -> Outcome:
+        if not failed:
+            failed.append(paths)
+            raise ZeroDivisionError
+        return await Follower.heal(follower, paths)
+
+    monkeypatch.setattr(caretaker, "_RETRY_S", 0.1)
+    monkeypatch.setattr(kept._follower, "heal", partial(heal, kept._follower))
+    alter(directory)
+    await until(lambda: bool(failed))
+    delete(directory)
+    await until((directory / "tasks/task_2.json").exists)
 
 
 async def test_edits_of_plans_and_notes_are_left_alone(server: FakeServer, kept: Service, directory: Path) -> None:

@@ -28,6 +28,8 @@ _MIN_RESCAN_S = 2.0
 _RESCAN_SHARE = 20.0
 _RETRY_S = 5.0
 _BATCH = 256
+_MANY = 1000
+"""When more than so many files look strange at once (a backup may link them all), the manifest tells which ones are."""
 _log = logging.getLogger(__name__)
 
 
@@ -91,9 +93,13 @@ class Caretaker:
                 self._wake.clear()
                 pause_s = _RETRY_S
                 if self._can_work():
-                    with contextlib.suppress(RemoteError):
+                    try:
                         await self._look()
                         pause_s = self._pause_s()
+                    except RemoteError:
+                        pass  # said by the link, or by the follower
+                    except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
+                        _log.exception("looking after %s failed", self._cache.directory)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
                         await self._wake.wait()
@@ -113,15 +119,17 @@ class Caretaker:
             await self._compare_all()
         if time.monotonic() >= self._scan_at:
             await self._scan()
+        if self._healing.count_due() > _MANY:
+            await self._compare_all()
         while due := self._healing.take_due(_BATCH):
             await self._link.carry_out(await self._follower.heal(due))
 
     async def _compare_all(self) -> None:
-        """Compare every file with the server's once: nobody has watched them until now."""
+        """Compare every file with the server's: nobody has watched them until now, or too many were touched."""
         async with self._turn:
-            began = time.monotonic()
+            began, is_first = time.monotonic(), not self._cache.known.is_complete
             earlier = await read_gently(self._cache)
-            if self._cache.known.is_complete:  # a resync has compared everything meanwhile
+            if is_first and self._cache.known.is_complete:  # a resync has compared everything meanwhile
                 return
             outcome, done = await self._follower.compare(mend=True, earlier=earlier)
             await self._link.carry_out(outcome)

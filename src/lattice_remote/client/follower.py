@@ -402,11 +402,11 @@ class Follower:
                 self.edits.rebase(path)
             else:
                 self.keepsakes.remember(path)
-            if (before := self.healing.strange.pop(path, None)) is not None and before[1] != self.cache.digest(path):
-                self._healed(path)
+            if (before := self.healing.strange.pop(path, None)) is not None:
+                self._was_fetched(path, was_changed=before[1] != self.cache.digest(path))
 
-    def _healed(self, path: str) -> None:
-        if self.healing.healed(path):
+    def _was_fetched(self, path: str, *, was_changed: bool) -> None:
+        if self.healing.healed(path) if was_changed else self.healing.fetched(path):
             self.keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
 
     async def _compare(self, compare: Compare) -> list[Effect]:

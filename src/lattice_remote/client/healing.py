@@ -56,6 +56,11 @@ class Healing:
             del self._due[path]
         return due
 
+    def count_due(self) -> int:
+        """Return how many files there are to look at now."""
+        now = time.monotonic()
+        return sum(at <= now for at in self._due.values())
+
     def next_due_s(self) -> float | None:
         """Return in how many seconds there is something to look at; None for nothing."""
         return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
@@ -64,9 +69,13 @@ class Healing:
 
     def healed(self, path: str) -> bool:
         """A file is the server's again; return whether it is one that somebody keeps changing, found just now."""
-        now = time.monotonic()
         self.count += 1
         self.last_path, self.last_at = path, time.time()
+        return self.fetched(path)
+
+    def fetched(self, path: str) -> bool:
+        """Like ``healed``, of a file that held what it should, and was fetched for its times alone."""
+        now = time.monotonic()
         heals = self._recent(path, now) + 1
         self._history[path] = (heals, now)
         self._history.move_to_end(path)

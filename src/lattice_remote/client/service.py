@@ -100,8 +100,7 @@ class Service:
         for task in (self._watcher, self._care):
             if task is not None:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.gather(task, return_exceptions=True)
         await self._links.close()
 
     def is_stale(self) -> bool:
