@@ -253,6 +253,8 @@ def take_copies(numbers: range, copy_with: Callable[[Path, Path], None], *, seed
     with Sandbox(warm()) as sandbox:
         server = sandbox.server()
         server.project()
+        # Small segments, so that one ends and another begins while a copy is taken.
+        (server.data / "config.json").write_text('{"journal": {"segment_bytes": 200000}}\n')
         server.start()
         token = server.token("human:ana", "agent:*")
         before: list[str] = []

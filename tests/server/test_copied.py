@@ -11,6 +11,9 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
+from lattice_remote.protocol.messages import Attachment
+from lattice_remote.server.tree import INLINE_BYTES
+
 
 def files_in_order(source: Path) -> Iterator[Path]:
     """Yield paths as rsync reads them: a directory's own files, then its directories, by name; listed before."""
@@ -74,6 +77,32 @@ def test_a_list_of_files_that_is_newer_than_the_copied_journal_misleads_nobody(t
     copy_file(project / "journal/manifest", project, copied)
     with WorkerProcess(copied) as worker:
         assert tree_of(copied / ".lattice") in states, worker.ready.notes
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_a_large_file_that_was_not_caught_brings_the_copy_to_the_change_before_it(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "web")
+    lattice, copied = project / ".lattice", tmp_path / "copied" / "web"
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        for path in files_in_order(lattice):
+            copy_file(path, project, copied)
+        worker.ok("comment", "LAT-1", "before", *ANA)
+        before = tree_of(lattice)
+        large = Attachment(2, "large.bin", random.Random(1).randbytes(INLINE_BYTES + 1))
+        worker.ok("attach", "LAT-1", "large.bin", *ANA, files=[large])
+        worker.ok("comment", "LAT-1", "after", *ANA)
+        for path in files_in_order(project / "journal"):
+            copy_file(path, project, copied)
+        worker.kill()
+    with WorkerProcess(project) as worker:  # the list of files is newer than the copied journal, as after a rotation
+        worker.ok("comment", "LAT-1", "long after", *ANA)
+        worker.kill()
+    with WorkerProcess(project) as worker:
+        worker.kill()
+    copy_file(project / "journal/manifest", project, copied)
+    with WorkerProcess(copied) as worker:
+        assert tree_of(copied / ".lattice") == before, worker.ready.notes
         assert "No issues found" in worker.ok("doctor")
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Change
 from lattice_remote.server.contents import Contents
-from lattice_remote.server.journal import Journal, JournalReader, Record
-from lattice_remote.server.manifest import FileState, ManifestFile
+from lattice_remote.server.journal import Journal, JournalReader, Record, list_beside, segment_paths
+from lattice_remote.server.manifest import FileState, ManifestFile, load_manifest
 from lattice_remote.server.repair import Repair, differing
 from lattice_remote.server.tree import Tree
 
@@ -100,11 +100,11 @@ class _States:
         self.changed_at: dict[str, int] = {}
         """The last change of each file up to there that can be taken back."""
         self._journal = journal
-        self._fits = listed.epoch == journal.epoch and journal.oldest - 1 <= listed.seq <= journal.head
-        self._first = listed.seq if self._fits else journal.oldest - 1
-        # A list that is newer than the journal names files of the future. What the journal does not name has
-        # not changed since it began, so it is as it lies on the disk.
-        self._files = listed.files if self._fits else _on_disk(tree)
+        fitting = _fitting_list(journal, listed)
+        self._fits = fitting is not None
+        self._first = fitting.seq if fitting is not None else journal.oldest - 1
+        # Without a list: what the journal does not name has not changed since it began, so it is as on the disk.
+        self._files = fitting.files if fitting is not None else _on_disk(tree)
 
     def at(self, seq: int) -> dict[str, FileState]:
         """Return the files at this number, and learn what leads there."""
@@ -127,6 +127,14 @@ class _States:
                 files[path] = state
             if self._fits:
                 self.changed_at[path] = record.seq
+
+
+def _fitting_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
+    """Return a list of files from which the journal leads on: the copied one may be newer than the copied journal."""
+    beside = sorted(map(list_beside, segment_paths(journal.directory)), reverse=True)
+    lists = [found for found in (listed, *map(load_manifest, beside)) if found is not None]
+    reached = range(journal.oldest - 1, journal.head + 1)
+    return next((found for found in lists if found.epoch == journal.epoch and found.seq in reached), None)
 
 
 def change_of(record: Record) -> Change:

@@ -26,7 +26,16 @@ import msgspec
 from lattice_remote.server.framing import HEAD_BYTES, frame, frames, payload_at
 from lattice_remote.server.manifest import FileState, sync, sync_directory, sync_files
 
-__all__ = ["Journal", "JournalReader", "Record", "Retention", "Segment", "segment_paths"]
+__all__ = [
+    "Journal",
+    "JournalReader",
+    "Record",
+    "Retention",
+    "Segment",
+    "list_beside",
+    "remove_segments",
+    "segment_paths",
+]
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
@@ -379,6 +388,16 @@ class Journal:
                     yield item
 
     @property
+    def segment(self) -> Path:
+        """The newest segment, to which records are appended."""
+        return self._segments[-1].path
+
+    @property
+    def is_segment_new(self) -> bool:
+        """Whether the newest segment has no change yet: the files are as at its beginning."""
+        return self.head == self._segments[-1].header.head
+
+    @property
     def newest(self) -> float:
         """When the last record was written, in seconds since the epoch."""
         return self._segments[-1].newest
@@ -412,6 +431,18 @@ class Journal:
         found = _decoder.decode(payload)
         assert isinstance(found, Record), "only records are remembered"
         return found
+
+
+def list_beside(segment: Path) -> Path:
+    """Return where the list of files at a segment's beginning is, by which a copy is made whole (``copied.py``)."""
+    return segment.with_suffix(".files")
+
+
+def remove_segments(paths: Iterable[Path]) -> None:
+    """Remove segments with the lists of files beside them; those that are gone are no error."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        list_beside(path).unlink(missing_ok=True)
 
 
 def segment_paths(directory: Path) -> list[Path]:

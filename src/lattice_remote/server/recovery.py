@@ -15,7 +15,7 @@ from lattice_remote.server.capture import Capture
 from lattice_remote.server.committer import Committer
 from lattice_remote.server.contents import Contents
 from lattice_remote.server.copied import change_of, copied_at, is_copied, mend_copy
-from lattice_remote.server.journal import Journal, JournalReader, Retention
+from lattice_remote.server.journal import Journal, JournalReader, Retention, remove_segments
 from lattice_remote.server.manifest import FileState, ManifestFile, load_manifest
 from lattice_remote.server.repair import Repair, booted_at, damaged_since
 from lattice_remote.server.store import BY_SERVER, Store, begin_anew
@@ -117,8 +117,7 @@ def open_store(
         notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
     else:
         store.save_manifest(clean=False)
-    for path in store.journal.expire(time.time()):
-        path.unlink()
+    remove_segments(store.journal.expire(time.time()))
     return Opened(store, notes, bool(boot_id))
 
 

@@ -4,6 +4,7 @@ A transaction runs ``with store.transaction() as transaction:``; it ends with ``
 ``store.roll_back()``. Whatever happens before the commit's record is in the journal, it is as if nothing had been done.
 """
 
+import contextlib
 import logging
 import os
 import secrets
@@ -27,7 +28,7 @@ from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.copied import place_of
 from lattice_remote.server.executor import Waiting
 from lattice_remote.server.ipc import After, Done, HookCall
-from lattice_remote.server.journal import Journal, Record
+from lattice_remote.server.journal import Journal, Record, list_beside, remove_segments
 from lattice_remote.server.manifest import ManifestFile, save_manifest, sync_files
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import Begin, UndoLog
@@ -237,12 +238,12 @@ class Store:
         if self.journal.is_rotation_due(now := time.time()):
             self._rotate()
         elif expired := self.journal.expire(now):
-            self._committer.submit(Job(then=lambda: _unlink(expired)))
+            self._committer.submit(Job(then=lambda: remove_segments(expired)))
 
     def _rotate(self) -> None:
         """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
         old = self.journal.rotate()
-        content = self.manifest(clean=False)
+        content, segment = self.manifest(clean=False), self.journal.segment
         unsynced = self._take_unsynced()
         expired = self.journal.expire(time.time())
 
@@ -254,7 +255,8 @@ class Store:
             except OSError as error:  # a full disk: the older list and the older segments do as well
                 _log.warning("the list of files could not be written: %s", error)
                 return
-            _unlink(expired)
+            self._list_beside(segment)
+            remove_segments(expired)
 
         self._committer.submit(Job(descriptor=old, then=finish))
 
@@ -286,6 +288,16 @@ class Store:
         """Make the files durable, then write the list of them; every commit must be (``Committer.wait``)."""
         sync_files(self._take_unsynced())
         save_manifest(self._manifest_path, self.manifest(clean=clean))
+        if self.journal.is_segment_new:
+            self._list_beside(self.journal.segment)
+
+    def _list_beside(self, segment: Path) -> None:
+        """Keep the list that was just written, which is of the segment's beginning, for as long as the segment.
+
+        A copy may have a newer list than its journal reaches. Without hard links it has to do without.
+        """
+        with contextlib.suppress(OSError):
+            os.link(self._manifest_path, list_beside(segment))
 
     def new_epoch(self) -> None:
         """Begin a new history on the files as they are (I7); every commit must have been reported."""
@@ -315,11 +327,6 @@ def begin_anew(journal: Journal) -> Journal:
     return Journal.create(
         journal.directory, secrets.token_hex(16), journal.retention, answered=answered, since=known_since
     )
-
-
-def _unlink(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
 
 
 def _at_beginning(record: Record) -> Record:
