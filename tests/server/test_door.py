@@ -169,13 +169,16 @@ def test_from_anybody_else_that_header_counts_for_nothing() -> None:
     assert refusal(arrived(door), "198.51.100.2") == (429, 10)
 
 
-def test_what_is_remembered_of_a_flood_of_addresses_is_bounded() -> None:
+def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 500
+    assert most < MAX_ADDRESSES
+    monkeypatch.setattr("lattice_remote.server.door.MAX_ADDRESSES", most)
     door = Door(Limits())
     kept = arrived(door, "192.0.2.1")
     kept.admit("tok_a")
-    for number in range(MAX_ADDRESSES + 500):
+    for number in range(most + 500):
         arrived(door, f"2001:db8:{number >> 8:x}:{number & 255:x}::1").leave()
-    assert len(door._addresses) <= MAX_ADDRESSES + 1
+    assert len(door._addresses) <= most + 1
     assert "192.0.2.1" in door._addresses
     assert len(door._strangers) == 0
 
