@@ -106,8 +106,9 @@ class Warm(Programs):
         stdout: int | IO[bytes],
         stderr: int | IO[bytes],
         new_session: bool = False,
+        stdin: int = subprocess.DEVNULL,
     ) -> WarmProcess:
-        """Start ``lattice``, ``lattice-remote`` or an ``agent``; standard input is empty."""
+        """Start ``lattice``, ``lattice-remote``, an ``agent`` or a ``worker``, whose ``stdin`` is its connection."""
         request = {"program": program, "argv": list(argv), "cwd": str(cwd), "env": dict(env)}
         message = json.dumps({**request, "new_session": new_session}).encode()
         if len(message) > _MAX_REQUEST_BYTES:
@@ -122,7 +123,8 @@ class Warm(Programs):
                 reader = open(read_end, "rb", buffering=0)  # noqa: SIM115 - the caller's to close
                 stdout = stack.enter_context(open(write_end, "wb"))
             out, err = (nothing if target == subprocess.DEVNULL else target for target in (stdout, stderr))
-            fds = [nothing.fileno(), _fileno(out), _fileno(err), theirs.fileno()]
+            given = nothing.fileno() if stdin == subprocess.DEVNULL else stdin
+            fds = [given, _fileno(out), _fileno(err), theirs.fileno()]
             with self._lock:
                 socket.send_fds(self._control, [message], fds)
         return WarmProcess(ours, reader)

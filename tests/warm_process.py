@@ -37,7 +37,8 @@ def preload() -> None:
     import lattice_remote.client.plugin
     import lattice_remote.client.routing
     import lattice_remote.server.app
-    import lattice_remote.server.cli  # noqa: F401
+    import lattice_remote.server.cli
+    import lattice_remote.server.worker  # noqa: F401
 
     lattice.plugins.discover_cli_plugins()  # what it found on the disk is kept
     gc.freeze()
@@ -63,10 +64,23 @@ def _agent() -> object:
     return main()
 
 
+def _worker() -> object:
+    """Run a project's worker, whose connection to its server is given as standard input."""
+    from lattice_remote.server.worker import main
+
+    connection = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    del sys.path[0]  # as with -P
+    return main([*sys.argv[1:], "--fd", str(connection)])
+
+
 PROGRAMS: dict[str, Callable[[], object]] = {
     "lattice": _lattice,
     "lattice-remote": _lattice_remote,
     "agent": _agent,
+    "worker": _worker,
 }
 
 

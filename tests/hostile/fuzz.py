@@ -17,7 +17,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "server"), str(Path(__file__).parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "server"), str(HERE), str(HERE.parent), str(HERE.parents[1] / "examples")]
 
 from place import CANARY, Place  # noqa: E402 - found on the path that was just made
 from values import PATHS, Known, Line, Lines  # noqa: E402

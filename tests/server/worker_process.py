@@ -20,6 +20,7 @@ from lattice_remote.protocol.operations import AnnounceFile, MoveFile, apply, di
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
 from lattice_remote.server.writer import WORKER_COMMAND
+from warm import WarmProcess, warm
 
 __all__ = ["ANA", "Copy", "WorkerProcess", "make_project", "tree_of"]
 
@@ -78,13 +79,17 @@ class Copy:
 
 
 class WorkerProcess:
-    """A worker that was started on a project. Use it with ``with``: it is stopped, or killed if need be."""
+    """A worker that was started on a project. Use it with ``with``: it is stopped, or killed if need be.
+
+    It is forked from a process that has everything imported, unless a command, an environment or a directory of its
+    own is given: then it is started as the server starts it.
+    """
 
     def __init__(
         self,
         project: Path,
         *,
-        command: Sequence[str] = WORKER_COMMAND,
+        command: Sequence[str] = (),
         environment: dict[str, str] | None = None,
         cwd: Path | None = None,
         max_file_bytes: int | None = None,
@@ -94,16 +99,13 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         ours.settimeout(30)
         self._connection, self._received = ours, b""
-        arguments = ["--fd", str(theirs.fileno()), "--project-dir", str(project), "--slug", project.name]
-        self._process = subprocess.Popen(
-            [*command, *arguments, "--journal", settings],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, **(environment or {})},
-            cwd=cwd,
-        )
-        theirs.close()
+        self._process: subprocess.Popen[bytes] | WarmProcess
+        arguments = ["--project-dir", str(project), "--slug", project.name, "--journal", settings]
+        with theirs:
+            if command or environment or cwd:
+                self._process = _anew(command or WORKER_COMMAND, arguments, theirs.fileno(), environment, cwd)
+            else:
+                self._process = _warm(arguments, theirs.fileno())
         if max_file_bytes is not None:  # a disk that is full for files of this size (Python ignores SIGXFSZ)
             resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (max_file_bytes, resource.RLIM_INFINITY))
         try:
@@ -205,6 +207,31 @@ class WorkerProcess:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
         self._connection.close()
+
+
+def _warm(arguments: Sequence[str], connection: int) -> WarmProcess:
+    nothing = subprocess.DEVNULL
+    environment, here = dict(os.environ), Path.cwd()
+    return warm().start(
+        "worker", arguments, cwd=here, env=environment, stdin=connection, stdout=nothing, stderr=nothing
+    )
+
+
+def _anew(
+    command: Sequence[str],
+    arguments: Sequence[str],
+    connection: int,
+    environment: dict[str, str] | None,
+    cwd: Path | None,
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*command, "--fd", str(connection), *arguments],
+        pass_fds=[connection],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **(environment or {})},
+        cwd=cwd,
+    )
 
 
 def execute(
