@@ -15,7 +15,7 @@ demo: venv  ## See it work: a server and two machines, cut off and put together 
 	@$(PYTHON_VENV) examples/demo.py
 
 test: venv  ## Run every test (under 5 minutes)
-	@$(PYTHON_VENV) -m pytest -n auto --dist loadfile $(ARGS)
+	@$(PYTHON_VENV) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv  ## Format, lint, strict types, import layering; protocol/ agrees with the code
 	@.venv/bin/ruff format --check .
