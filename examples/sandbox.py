@@ -297,11 +297,15 @@ class Sandbox:
 
     def close(self) -> None:
         """End the agents and servers, then remove the directory."""
+        self.end()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def end(self) -> None:
+        """End the agents and servers; the directory stays."""
         for environment in {client.env["XDG_RUNTIME_DIR"]: client for client in self._clients}.values():
             environment.run("remote", "agent", "stop", cwd=self.root)
         for server in self._servers:
             server.stop()
-        shutil.rmtree(self.root, ignore_errors=True)
 
     def __enter__(self) -> Sandbox:
         return self

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from conflicts import Conflict, set_aside_in
 from lattice_remote.server.journal import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
-__all__ = ["Account", "Effect", "effects_in", "words_in_texts"]
+__all__ = ["Account", "Effect", "effects_in", "events_in", "words_in_texts"]
 
 _SETTLE_S = 60.0
 
@@ -48,10 +49,13 @@ class Account:
         self.refused: dict[tuple[str, str], str] = {}
         self.edits: set[str] = set()
         self.lost_edits: set[str] = set()
+        self.conflicts: list[Conflict] = []
         self.errors: list[str] = []
         self.defects: list[str] = []
         self.forgotten = 0
         """How much that was acknowledged was taken back by a rollback of the data directory."""
+        self.forgotten_events: set[str] = set()
+        """The ids of all events that a rollback has taken."""
 
     # --- while the mix runs ---
 
@@ -89,8 +93,17 @@ class Account:
         with self._lock:
             (self.edits if kept else self.lost_edits).add(word)
 
-    def forget_what_is_not_in(self, lattice_dir: Path) -> None:
-        """The server's files were put back to these: what they don't hold is nobody's promise any more."""
+    def conflicted(self, words: Conflict) -> None:
+        """Two clients have written these words into the same line of the same text."""
+        with self._lock:
+            self.edits.update(words)
+            self.conflicts.append(words)
+
+    def forget_what_is_not_in(self, lattice_dir: Path, events: set[str]) -> None:
+        """The server's files were put back to these: what they don't hold is nobody's promise any more.
+
+        ``events`` are the ids that there were before.
+        """
         effects, words = effects_in(lattice_dir), words_in_texts(lattice_dir)
         with self._lock:
             gone = {key for key in self.acknowledged if key not in effects}
@@ -100,6 +113,7 @@ class Account:
             lost = {word for word in self.edits if word not in words}
             self.edits -= lost
             self.lost_edits |= lost
+            self.forgotten_events |= events - {event["id"] for event in events_in(lattice_dir)}
 
     # --- afterwards ---
 
@@ -117,6 +131,7 @@ class Account:
             "unknown": len(self.unknown),
             "refused": len(self.refused),
             "edits": len(self.edits),
+            "conflicts": self._check_conflicts(),
             "forgotten": self.forgotten,
             "changes": changes,
         }
@@ -149,14 +164,23 @@ class Account:
 
     def _check_edits(self) -> None:
         on_server = words_in_texts(self._server.lattice_dir())
-        aside: Counter[str] = Counter()
-        for client in self._clients:
-            for copy in [*client.lattice_dir.glob("plans/*.mine*"), *client.lattice_dir.glob("notes/*.mine*")]:
-                aside.update(set(copy.read_text().split()))
+        aside = self._set_aside()
         lost = sorted(word for word in self.edits if not on_server[word] and not aside[word])
         doubled = sorted(word for word in self.edits | self.lost_edits if on_server[word] > 1)
         assert not lost, f"edits that are neither on the server nor set aside: {lost}"
         assert not doubled, f"edits that are in files twice: {self._where(doubled)}"
+
+    def _check_conflicts(self) -> int:
+        """Of two edits of one line one is in place, the other set aside; return how many there were (I4)."""
+        on_server, aside = words_in_texts(self._server.lattice_dir()), self._set_aside()
+        pairs = [words for words in self.conflicts if not self.lost_edits & set(words)]
+        for words in pairs:
+            places = [(on_server[word], aside[word]) for word in words]
+            assert sorted(places) == [(0, 1), (1, 0)], f"two edits of one line, (on the server, set aside): {places}"
+        return len(pairs)
+
+    def _set_aside(self) -> Counter[str]:
+        return sum((set_aside_in(client) for client in self._clients), Counter())
 
     def _where(self, words: list[str]) -> list[str]:
         """Return the files that hold these words, with what they hold."""
@@ -192,7 +216,7 @@ def check_numbers(server: Server, slug: str = "board") -> int:
 def effects_in(lattice_dir: Path) -> Counter[tuple[str, str]]:
     """Count the events by who caused them and their kind, and the sessions that were started and ended."""
     count: Counter[tuple[str, str]] = Counter()
-    for event in _events(lattice_dir):
+    for event in events_in(lattice_dir):
         actor = event["actor"]
         if isinstance(actor, str):
             count[actor.partition(":")[2], event["type"]] += 1
@@ -207,7 +231,8 @@ def effects_in(lattice_dir: Path) -> Counter[tuple[str, str]]:
     return count
 
 
-def _events(lattice_dir: Path) -> Iterator[dict]:
+def events_in(lattice_dir: Path) -> Iterator[dict]:
+    """Yield the events of all tasks and resources, each log's in order."""
     for log in [*lattice_dir.glob("events/*.jsonl"), *lattice_dir.glob("archive/events/*.jsonl")]:
         if log.name != "_lifecycle.jsonl":
             for line in log.read_text().splitlines():

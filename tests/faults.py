@@ -1,4 +1,4 @@
-"""Faults that strike while a mix of commands runs: the scenario behind the fault tests and ``make soak``."""
+"""Faults that strike while a mix of commands runs, and the people whom they strike."""
 
 import contextlib
 import os
@@ -12,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from account import Account, Effect
+from account import Account, Effect, events_in
+from epochs import Epochs
 from faultproxy import FaultProxy
+from hooked import Hooked
 from mix import Mix
 from sandbox import Client, Sandbox, Server, wait_for
 from warm import Warm
 
-__all__ = ["Faults", "Strikes", "break_everything", "inject", "three_people"]
+__all__ = ["Faults", "Strikes", "inject", "three_people"]
 
 _RARE = {"journal damaged", "journal removed", "data rolled back", "network half open"}
 """Strike less often: they take much away that was acknowledged, or cost a minute."""
@@ -31,6 +33,7 @@ def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], Fault
     server = sandbox.server()
     inject(server)
     server.project()
+    Hooked(server).install()
     server.start()
     with FaultProxy(server.port) as proxy:
         clients: list[Client] = []
@@ -113,8 +116,8 @@ class Strikes:
 class Faults:
     """Everything that can go wrong, each as a method that does it once and leaves a running server behind."""
 
-    def __init__(self, mix: Mix, sandbox: Sandbox, proxy: FaultProxy, *, seed: int) -> None:
-        self._mix, self._sandbox, self._proxy = mix, sandbox, proxy
+    def __init__(self, mix: Mix, sandbox: Sandbox, proxy: FaultProxy, epochs: Epochs, *, seed: int) -> None:
+        self._mix, self._sandbox, self._proxy, self._epochs = mix, sandbox, proxy, epochs
         self._server, self._clients = mix.server, mix.clients
         self._account: Account = mix.account
         self._rng = random.Random(seed + 1)
@@ -233,6 +236,7 @@ class Faults:
 
     def tear_journal(self) -> None:
         """The server is killed, and a record that was being written is half there: nobody was told of it."""
+        wait_for(lambda: list(self._journal.glob("*.log")), "a journal: the last fault may have removed it")
         self._end_server()
         last = self._last_segment()
         torn = self._rng.choice([b"\0" * 40, self._rng.randbytes(200), b"\0\0\1\0" + self._rng.randbytes(30)])
@@ -242,8 +246,7 @@ class Faults:
 
     def damage_journal(self) -> None:
         """The last bytes of the journal, which were answered for, are cut off or changed. The files are whole."""
-        with self._mix.gate.shut():
-            self._end_server()
+        with self._down():
             last = self._last_segment()
             data = bytearray(last.read_bytes())
             count = self._rng.randrange(1, min(300, len(data)))
@@ -252,13 +255,10 @@ class Faults:
             else:
                 data[-count] ^= 0x55
             last.write_bytes(data)
-            self._server.start()
 
     def remove_journal(self) -> None:
-        with self._mix.gate.shut():
-            self._end_server()
+        with self._down():
             shutil.rmtree(self._journal)
-            self._server.start()
 
     def roll_back(self) -> None:
         """The data directory is put back to a copy that is some commands old."""
@@ -268,13 +268,22 @@ class Faults:
             shutil.copytree(self._server.data, copy, symlinks=True)
             self._server.start()
             return
-        with self._mix.gate.shut():
-            self._server.stop()
+        with self._down():
             tokens = (self._server.data / "tokens.json").read_bytes()
+            events = {event["id"] for event in events_in(self._server.lattice_dir())}
             shutil.rmtree(self._server.data)
             copy.rename(self._server.data)
             (self._server.data / "tokens.json").write_bytes(tokens)
-            self._account.forget_what_is_not_in(self._server.lattice_dir())
+            self._account.forget_what_is_not_in(self._server.lattice_dir(), events)
+
+    @contextlib.contextmanager
+    def _down(self) -> Iterator[None]:
+        """The server is down and nobody is at a command, so that all that was answered is known; then it starts."""
+        with self._mix.gate.shut():
+            self._epochs.settle()
+            self._end_server()
+            with self._epochs.history_may_be_lost():
+                yield
             self._server.start()
 
     def _end_server(self) -> None:
@@ -362,31 +371,3 @@ def _is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def break_everything(
-    sandbox: Sandbox, *, seed: int, commands: int, every: int = 6, only: str | None = None
-) -> tuple[Account, dict[str, int], list[str]]:
-    """Run a mix with every fault striking, insist on what must be true afterwards.
-
-    Returns the account, its figures, and what struck.
-
-    Raises:
-        AssertionError: something acknowledged is lost, done twice, or different.
-    """
-    with three_people(sandbox) as (server, clients, proxy):
-        mix = Mix(server, clients, seed=seed, commands=commands)
-        faults = Faults(mix, sandbox, proxy, seed=seed).by_name()
-        if only is not None:
-            faults = {name: strike for name, strike in faults.items() if only in name}
-        if not faults:
-            raise ValueError(f"no fault has {only!r} in its name")
-        with Strikes(mix, faults, seed=seed, every=every) as strikes:
-            account = mix.run()
-        proxy.flow()
-        try:
-            figures = account.check()
-        except (AssertionError, TimeoutError, RuntimeError) as error:
-            shown = "\n  ".join(account.errors[-8:])
-            raise AssertionError(f"{error}\nafter: {', '.join(strikes.struck)}\nlast errors:\n  {shown}") from error
-    return account, figures, strikes.struck

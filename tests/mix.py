@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from account import Account, Effect
+from conflicts import edit_at_once
 from sandbox import Client, Programs, Server
 
 __all__ = ["Command", "Gate", "Mix"]
@@ -84,6 +85,8 @@ class Mix:
         self._cold = Programs()
         self._tasks: list[str] = []
         self._comments: list[tuple[str, str]] = []  # task, comment
+        self._reactions: list[tuple[str, str, str]] = []  # task, comment, who
+        self._conflicted: set[str] = set()  # plans
         self._links: list[tuple[str, str]] = []
         self._branches: list[tuple[str, str]] = []
         self._resources: list[str] = []
@@ -92,7 +95,15 @@ class Mix:
         often = [self._create, self._comment, self._comment, self._resource]
         of_tasks = [self._create, self._update, self._status, self._assign, self._archive, self._complete, self._next]
         of_links = [self._link, self._unlink, self._branch]
-        others = [self._comment, self._on_comment, self._attach, self._attach_file, self._resource, self._session]
+        others = [
+            self._comment_file,
+            self._on_comment,
+            self._on_comment,
+            self._attach,
+            self._attach_file,
+            self._resource,
+            self._session,
+        ]
         self._families = [*often, *of_tasks, *of_links, *others, self._event]
 
     def run(self) -> Account:
@@ -109,6 +120,8 @@ class Mix:
             with self.gate.passing():
                 if rng.random() < 0.15:
                     self._edit(rng, client, f"e{word}")
+                if rng.random() < 0.1:
+                    self._conflict(rng, client, word)
                 command = self._command(rng, word)
                 programs = self._cold if rng.randrange(_COLD_EVERY) == 0 else None
                 done = client.run(*command.argv, programs=programs)
@@ -143,20 +156,31 @@ class Mix:
 
         return Command(argv, Effect(word, "comment_added"), note)
 
+    def _comment_file(self, rng: random.Random, word: str) -> Command:
+        file = self.server.log.parent / f"{word}.txt"
+        file.write_text(f"A file says {word}.\n")
+        argv = ("comment", rng.choice(self._tasks), "--file", str(file), *self._by(word))
+        return Command(argv, Effect(word, "comment_added"))
+
     def _on_comment(self, rng: random.Random, word: str) -> Command | None:
+        if self._reactions and rng.random() < 0.3:
+            *reaction, who = self._reactions.pop()
+            return Command(("unreact", *reaction, "thumbsup", *self._by(who)), Effect(who, "reaction_removed"))
         if not self._comments:
             return None
+        comment = rng.choice(self._comments)
         match rng.randrange(3):
             case 0:
-                argv: tuple[str, ...] = ("comment-edit", *rng.choice(self._comments), f"now says {word}")
-                effect = "comment_edited"
+                argv = ("comment-edit", *comment, f"now says {word}", *self._by(word))
+                return Command(argv, Effect(word, "comment_edited"))
             case 1:
-                argv = ("react", *rng.choice(self._comments), "thumbsup")
-                effect = "reaction_added"
+                argv = ("react", *comment, "thumbsup", *self._by(word))
+                return Command(
+                    argv, Effect(word, "reaction_added"), lambda _out: self._reactions.append((*comment, word))
+                )
             case _:
-                argv = ("comment-delete", *self._comments.pop())
-                effect = "comment_deleted"
-        return Command((*argv, *self._by(word)), Effect(word, effect))
+                self._comments.remove(comment)
+                return Command(("comment-delete", *comment, *self._by(word)), Effect(word, "comment_deleted"))
 
     def _update(self, rng: random.Random, word: str) -> Command:
         argv = ("update", rng.choice(self._tasks), f"description=about {word}", *self._by(word))
@@ -249,6 +273,16 @@ class Mix:
         line = f"\n- edited {word}\n"
         kept = append_in_place(path, line) if rng.random() < 0.5 else save_by_rename(client, path, line)
         self.account.edited(client, word, kept=kept)
+
+    def _conflict(self, rng: random.Random, client: Client, word: str) -> None:
+        """Edit the same line of a plan here and on another client, before either can send it."""
+        other = rng.choice([each for each in self.clients if each is not client])
+        words = (f"c{word}", f"d{word}")
+        with self._lock:
+            plan = edit_at_once(client, other, words, but=self._conflicted)
+            if plan is not None:
+                self._conflicted.add(plan)
+                self.account.conflicted(words)
 
 
 def append_in_place(path: Path, line: str) -> bool:

@@ -7,6 +7,7 @@ the machine's own.
 
 import argparse
 import collections
+import os
 import sys
 import time
 import traceback
@@ -18,8 +19,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
-from faults import break_everything  # noqa: E402
-from sandbox import Sandbox  # noqa: E402
+from account import Account  # noqa: E402
+from epochs import Epochs  # noqa: E402
+from faults import Faults, Strikes, three_people  # noqa: E402
+from hooked import Hooked  # noqa: E402
+from mix import Mix  # noqa: E402
+from observer import Observer  # noqa: E402
+from sandbox import Sandbox, Server  # noqa: E402
 from warm import warm  # noqa: E402
 
 __all__ = ["Result", "one"]
@@ -37,14 +43,59 @@ class Result:
 
 
 def one(seed: int, commands: int, *, only: str | None = None, every: int = 6) -> Result:
-    """Run one seed."""
+    """Run one seed. When it fails its directory stays, to be looked at, except where nobody could (``CI``)."""
     began = time.monotonic()
+    sandbox = Sandbox(warm())
     try:
-        with Sandbox(warm()) as sandbox:
-            _, figures, struck = break_everything(sandbox, seed=seed, commands=commands, every=every, only=only)
+        figures, struck = break_everything(sandbox, seed=seed, commands=commands, every=every, only=only)
+        sandbox.close()
     except Exception:  # noqa: BLE001 - whatever goes wrong is this seed's result
-        return Result(seed, time.monotonic() - began, failure=traceback.format_exc(chain=False))
+        failure = traceback.format_exc(chain=False)
+        if os.environ.get("CI"):
+            sandbox.close()
+        else:
+            sandbox.end()
+            failure += f"what it left behind is in {sandbox.root}\n"
+        return Result(seed, time.monotonic() - began, failure=failure)
     return Result(seed, time.monotonic() - began, figures, struck)
+
+
+def break_everything(
+    sandbox: Sandbox, *, seed: int, commands: int, every: int, only: str | None
+) -> tuple[dict[str, int], list[str]]:
+    """Run a mix with every fault striking, insist on what must be true afterwards.
+
+    Returns the figures, and what struck.
+
+    Raises:
+        AssertionError: something acknowledged is lost, done twice, or different; or an epoch is not as it must be.
+    """
+    with three_people(sandbox) as (server, clients, proxy), Observer(server) as observer:
+        mix = Mix(server, clients, seed=seed, commands=commands)
+        epochs = Epochs(server, observer)
+        faults = Faults(mix, sandbox, proxy, epochs, seed=seed).by_name()
+        if only is not None:
+            faults = {name: strike for name, strike in faults.items() if only in name}
+        if not faults:
+            raise ValueError(f"no fault has {only!r} in its name")
+        with Strikes(mix, faults, seed=seed, every=every) as strikes:
+            account = mix.run()
+        proxy.flow()
+        try:
+            figures = _check(server, account, epochs, observer)
+        except (AssertionError, TimeoutError, RuntimeError) as error:
+            shown = "\n  ".join(account.errors[-8:])
+            raise AssertionError(f"{error}\nafter: {', '.join(strikes.struck)}\nlast errors:\n  {shown}") from error
+    return figures, strikes.struck
+
+
+def _check(server: Server, account: Account, epochs: Epochs, observer: Observer) -> dict[str, int]:
+    """Insist on everything that must be true of a server that runs undisturbed again, and return the figures."""
+    epochs.settle()
+    figures = account.check()
+    observer.check()
+    hooks = Hooked(server).check_at_most_once(but=account.forgotten_events)
+    return {**figures, "hooks": hooks, "seen": observer.changes, "epochs begun": epochs.begun}
 
 
 def show(result: Result, options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from faults import three_people
+from hooked import Hooked
 from mix import Mix
 from sandbox import Sandbox, wait_for
 
@@ -18,7 +19,8 @@ def test_a_quiet_random_mix_has_no_errors_but_lattices_own(sandbox: Sandbox) -> 
         outcome = mix.run()
         ours = ("reach server", "connection", "token may", "undone", "internal")
         assert not [error for error in outcome.errors if any(word in error for word in ours)], outcome.errors
-        outcome.check()
+        assert outcome.check()["conflicts"] > 0
+        Hooked(server).check_exactly_once_in_order()
 
 
 def test_a_silent_network_does_not_hang_a_command_and_catches_up(sandbox: Sandbox) -> None:

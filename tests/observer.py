@@ -1,0 +1,119 @@
+"""An independent witness: follows the server directly, not through the proxy, and remembers every change it saw."""
+
+import asyncio
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from lattice_remote.client.follower import Outcome
+from lattice_remote.protocol.messages import Change, Hello, ServerFrame, Welcome
+from memory_client import MemoryClient
+from sandbox import Server, tree_of, wait_for
+
+__all__ = ["Observer"]
+
+_PATIENCE_S = 60.0
+
+
+class _Witness(MemoryClient):
+    """A copy in memory that also writes down what it is told, whatever its replica makes of it."""
+
+    def __init__(self, url: str, token: str) -> None:
+        super().__init__(url, token)
+        self.marks: dict[tuple[str, int], bytes] = {}
+        self.welcomes = 0
+        self.defects: list[str] = []
+        self._hello: Hello
+        self._epoch, self._seq = "", 0
+
+    async def hello(self) -> Hello:
+        self._hello = await super().hello()
+        return self._hello
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        frames = list(frames)
+        for frame in frames:
+            if isinstance(frame, Welcome):
+                self.welcomes += 1
+                self._epoch = frame.epoch
+                self._seq = frame.head if frame.resync else self._hello.seq
+            elif isinstance(frame, Change):
+                self._saw(frame)
+        return await super().receive(frames)
+
+    def _saw(self, change: Change) -> None:
+        if change.seq != self._seq + 1:
+            self.defects.append(f"change {change.seq} came after {self._seq}, in one epoch and connection (I1)")
+        self._seq = change.seq
+        if self.marks.setdefault((self._epoch, change.seq), change.mark) != change.mark:
+            self.defects.append(f"two different changes {change.seq} in epoch {self._epoch} (I7)")
+
+
+class Observer:
+    """A witness in a thread of its own; ``with`` it. Wait for ``current()`` before asking where it stands."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._witness = _Witness(server.url, server.token("human:observer"))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._loop.call_soon_threadsafe(self._witness.start)
+        self.current()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._witness.close(), self._loop).result(_PATIENCE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_PATIENCE_S)
+        self._loop.close()
+
+    @property
+    def position(self) -> tuple[str, int]:
+        """Epoch and number up to which its copy is."""
+        position = self._witness.replica.position
+        return position.epoch, position.seq
+
+    @property
+    def changes(self) -> int:
+        """How many different changes it was told of."""
+        return len(self._witness.marks)
+
+    def current(self, *, not_in: str | None = None) -> None:
+        """Wait until it has everything that the server has told it of, in another epoch than ``not_in`` if given."""
+        self._loop.call_soon_threadsafe(self._witness.link.try_again)
+
+        def is_there() -> bool:
+            return self._witness.link.is_open and self._witness.is_current and self.position[0] != not_in
+
+        wait_for(is_there, f"the observer to be current, at {self.position}, not in epoch {not_in}", _PATIENCE_S)
+
+    def forget(self, epoch: str, after: int) -> None:
+        """The server was put back into a former epoch: what followed there happens anew, to whoever begins anew."""
+
+        def forget() -> None:
+            for key in [key for key in self._witness.marks if key[0] == epoch and key[1] > after]:
+                del self._witness.marks[key]
+
+        self._loop.call_soon_threadsafe(forget)
+
+    def check(self) -> None:
+        """Insist on what it was told (I1, I7), and that its copy equals the server's files (I3)."""
+        assert not self._witness.defects, f"the observer was told: {self._witness.defects}"
+        self.current()
+
+        def differing() -> list[str]:
+            there, here = tree_of(self._lattice_dir), dict(self._witness.files)
+            return sorted(path for path in there.keys() | here.keys() if there.get(path) != here.get(path))
+
+        try:
+            wait_for(lambda: not differing(), "the observer to equal the server", _PATIENCE_S)
+        except TimeoutError:
+            raise AssertionError(f"the observer at {self.position} differs from the server in {differing()}") from None
+
+    @property
+    def _lattice_dir(self) -> Path:
+        return self._server.lattice_dir()
