@@ -38,7 +38,8 @@ from lattice_remote.server.ipc import (
     Stop,
     ToWorker,
 )
-from lattice_remote.server.journal import Journal, Record
+from lattice_remote.server.journal import Journal
+from lattice_remote.server.segments import Record
 
 
 class FakeWorker:

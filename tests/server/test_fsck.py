@@ -17,10 +17,10 @@ from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.findings import Finding
 from lattice_remote.server.framing import frames
 from lattice_remote.server.fsck import Report, fsck
-from lattice_remote.server.journal import segment_paths
 from lattice_remote.server.locks import lock
 from lattice_remote.server.log import read_page
 from lattice_remote.server.manifest import load_manifest
+from lattice_remote.server.segments import segment_paths
 from lattice_remote.server.tokens import TokenFile
 from lattice_remote.server.undo import Begin, UndoLog
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lattice_remote.server.journal import Journal, JournalReader, Record, Retention
+from lattice_remote.server.journal import Journal, Retention
+from lattice_remote.server.journal_reader import JournalReader
 from lattice_remote.server.manifest import FileState
+from lattice_remote.server.segments import Record
 
 NOW = 1_000_000.0
 DAY_S = 24 * 3600.0

@@ -27,6 +27,14 @@ Heavy, imported by the agent, or by a command that works without it:
     directory     how its files are reached, never through a link
     quota         how large a server may make it
     state         which point of the history the directory holds
+    known         what each file was when one of ours last wrote it
+    watching      tells which files somebody has touched
+    survey        looks at every file, for what others have changed
+    caretaker     keeps the files right without being asked
+    healing       which file is put right when, and which is fought over
+    keepsakes     what a person wrote where only the server may, kept aside
+    comparing     files against the server's manifest
+    history       who did what, asked of the server
     edits         plans and notes that people edit in place
     adding        a directory becomes a copy, or stops being one
     commands      ``lattice remote ...``

@@ -12,8 +12,8 @@ from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Change, Reply, Stored
 from lattice_remote.server.findings import Finding
 from lattice_remote.server.framing import HEAD_BYTES, frames
-from lattice_remote.server.journal import Record, Segment, segment_paths
 from lattice_remote.server.manifest import FileState
+from lattice_remote.server.segments import Record, Segment, segment_paths
 
 __all__ = ["JournalCheck", "check_journal"]
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Change
 from lattice_remote.server.contents import Contents
-from lattice_remote.server.journal import Journal, JournalReader, Record, list_beside, segment_paths
+from lattice_remote.server.journal import Journal
+from lattice_remote.server.journal_reader import JournalReader
 from lattice_remote.server.manifest import FileState, ManifestFile, load_manifest
 from lattice_remote.server.repair import Repair, differing
+from lattice_remote.server.segments import Record, list_beside, segment_paths
 from lattice_remote.server.tree import Tree
 
 __all__ = ["change_of", "copied_at", "is_copied", "mend_copy", "place_of"]

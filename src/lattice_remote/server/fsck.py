@@ -24,7 +24,7 @@ from lattice_remote.server.copied import change_of
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.findings import Finding
 from lattice_remote.server.ipc import Ready, Stop, ToServer
-from lattice_remote.server.journal import JournalReader
+from lattice_remote.server.journal_reader import JournalReader
 from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.repair import Repair
 from lattice_remote.server.settings import Journal

@@ -16,7 +16,7 @@ from lattice_remote.errors import StorageError
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
 from lattice_remote.server.ipc import After, Ready
-from lattice_remote.server.journal import JournalReader
+from lattice_remote.server.journal_reader import JournalReader
 from lattice_remote.server.outbox import websocket_frame
 from lattice_remote.server.recent import Recent
 

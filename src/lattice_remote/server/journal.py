@@ -8,13 +8,12 @@ A new epoch is a new segment with another epoch in it. The segments before it, a
 *former*: nobody is sent their changes any more, but the log tells of them, until they expire like the others.
 
 ``Journal`` is the worker's: it appends with ``write()``, which a killed process survives; the caller makes it durable
-with fsync. ``JournalReader`` is for another process, and may read while the worker appends.
+with fsync. Other processes read with ``journal_reader.py``.
 """
 
 import contextlib
 import errno
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,70 +24,22 @@ import msgspec
 
 from lattice_remote.server.framing import HEAD_BYTES, frame, frames, payload_at
 from lattice_remote.server.manifest import FileState, sync, sync_directory, sync_files
+from lattice_remote.server.segments import (
+    Kept,
+    Outline,
+    Record,
+    Segment,
+    decoder,
+    has_record,
+    outline_decoder,
+    read_segment,
+    segment_paths,
+)
 
-__all__ = [
-    "Journal",
-    "JournalReader",
-    "Record",
-    "Retention",
-    "Segment",
-    "list_beside",
-    "remove_segments",
-    "segment_paths",
-]
+__all__ = ["Journal", "Retention"]
 
-
-class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """The first record of a segment: the history's name, and its head when the segment began.
-
-    ``since`` is when that was, in seconds since the epoch: whatever was answered later is in this segment or after it.
-    """
-
-    epoch: str
-    number: int
-    head: int
-    mark: bytes
-    since: float = 0.0
-
-
-class Record(msgspec.Struct, frozen=True, tag="record"):
-    """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
-
-    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
-    ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
-    file may have caught them in neither place (``copied.py``).
-    """
-
-    seq: int
-    mark: bytes
-    time: float
-    id: str = ""
-    token_id: str = ""
-    change: bytes | None = None
-    reply: bytes | None = None
-    files: dict[str, FileState | None] = {}
-    moved: dict[str, bytes] = {}
-
-
-class _Outline(msgspec.Struct, frozen=True, tag="record"):
-    """A ``Record`` without its bytes, for reading through much of it."""
-
-    seq: int
-    mark: bytes
-    time: float
-    id: str = ""
-    token_id: str = ""
-    files: dict[str, FileState | None] = {}
-
-
-_decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
-_outline_decoder: msgspec.msgpack.Decoder[Segment | _Outline] = msgspec.msgpack.Decoder(Segment | _Outline)
 _encoder = msgspec.msgpack.Encoder()
-_RECORD_TAG = b"\xa4type\xa6record"
-_TAG_OFFSET = HEAD_BYTES + 1
-"""Where a record's tag begins: after its head and the byte that counts its fields."""
 _SCRATCH = ".new"
-_SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 
 @dataclass(frozen=True)
@@ -107,16 +58,6 @@ class Retention:
     def segment_age_s(self) -> float:
         """How old a segment may become before the next one is begun."""
         return self.max_age_s / 8
-
-
-@dataclass
-class _Kept:
-    """A segment on disk: its header, and how many bytes of it are whole records."""
-
-    path: Path
-    header: Segment
-    size: int
-    newest: float
 
 
 @dataclass(frozen=True)
@@ -153,7 +94,7 @@ class Journal:
         self.is_damaged = False
         self._next_number = 0
         self._former: list[_Former] = []
-        self._segments: list[_Kept] = []
+        self._segments: list[Kept] = []
         self._places: dict[bytes, _Place] = {}
         self._descriptor = -1
 
@@ -214,7 +155,7 @@ class Journal:
         for path in self.directory.glob(f"*{_SCRATCH}"):
             path.unlink()  # a segment that was never begun
         for path in segment_paths(self.directory):
-            loaded = _parse(path)
+            loaded = read_segment(path)
             if loaded is None:
                 self._retire()
                 self._add_former(path)
@@ -242,7 +183,7 @@ class Journal:
         whole = self._segments[-1].size == self._segments[-1].path.stat().st_size
         return whole and (header.epoch, header.head, header.mark) == (self.epoch, self.head, self.mark)
 
-    def _adopt(self, kept: _Kept, items: list[tuple[int, _Outline]]) -> None:
+    def _adopt(self, kept: Kept, items: list[tuple[int, Outline]]) -> None:
         self.epoch, self.head, self.mark = kept.header.epoch, kept.header.head, kept.header.mark
         self._next_number = kept.header.number
         self._segments.append(kept)
@@ -259,11 +200,11 @@ class Journal:
             self.notes.append(
                 f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
             )
-            self.is_damaged = _has_record(last.path.read_bytes()[last.size :])
+            self.is_damaged = has_record(last.path.read_bytes()[last.size :])
             self._set_aside_tail(last)
             os.ftruncate(self._descriptor, last.size)
 
-    def _set_aside_tail(self, last: _Kept) -> None:
+    def _set_aside_tail(self, last: Kept) -> None:
         """Keep a copy of what is cut, for somebody who wants to know; where there is no room for it, do without."""
         directory = self.directory.parent / "set-aside"
         with contextlib.suppress(OSError), last.path.open("rb") as file:
@@ -297,7 +238,7 @@ class Journal:
         self._next_number += 1
         return self._descriptor
 
-    def _remember(self, record: Record | _Outline, offset: int) -> None:
+    def _remember(self, record: Record | Outline, offset: int) -> None:
         if record.id:
             self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
 
@@ -325,7 +266,7 @@ class Journal:
         header = Segment(self.epoch, self._next_number, self.head, self.mark, since)
         path = self.directory / f"{header.number:020d}.log"
         data = bytearray(frame(_encoder.encode(header)))
-        self._segments.append(_Kept(path, header, 0, time.time()))
+        self._segments.append(Kept(path, header, 0, time.time()))
         for record in records:
             self._remember(record, len(data))
             data += frame(_encoder.encode(record))
@@ -369,8 +310,8 @@ class Journal:
         """
         for kept in self._segments:
             for _, payload in frames(kept.path.read_bytes()):
-                item = _outline_decoder.decode(payload)
-                if isinstance(item, _Outline) and item.seq > seq:
+                item = outline_decoder.decode(payload)
+                if isinstance(item, Outline) and item.seq > seq:
                     yield item.files
 
     def answered_since(self, time_: float) -> Iterator[Record]:
@@ -383,7 +324,7 @@ class Journal:
             if kept.newest < time_:
                 continue
             for _, payload in frames(kept.path.read_bytes()):
-                item = _decoder.decode(payload)
+                item = decoder.decode(payload)
                 if isinstance(item, Record) and item.id and item.time >= time_:
                     yield item
 
@@ -428,26 +369,9 @@ class Journal:
             payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
         if payload is None:
             raise OSError(errno.EIO, f"the record at byte {place.offset} can't be read", str(path))
-        found = _decoder.decode(payload)
+        found = decoder.decode(payload)
         assert isinstance(found, Record), "only records are remembered"
         return found
-
-
-def list_beside(segment: Path) -> Path:
-    """Return where the list of files at a segment's beginning is, by which a copy is made whole (``copied.py``)."""
-    return segment.with_suffix(".files")
-
-
-def remove_segments(paths: Iterable[Path]) -> None:
-    """Remove segments with the lists of files beside them; those that are gone are no error."""
-    for path in paths:
-        path.unlink(missing_ok=True)
-        list_beside(path).unlink(missing_ok=True)
-
-
-def segment_paths(directory: Path) -> list[Path]:
-    """Return the paths of all segments, oldest first."""
-    return sorted(path for path in directory.glob("*.log") if _SEGMENT_NAME.fullmatch(path.name))
 
 
 def _write(descriptor: int, data: bytes | bytearray) -> None:
@@ -455,120 +379,3 @@ def _write(descriptor: int, data: bytes | bytearray) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
-
-
-def _parse(path: Path) -> tuple[_Kept, list[tuple[int, _Outline]]] | None:
-    """Return a segment with the offset and outline of each whole record; None when even its header is damaged."""
-    header: Segment | None = None
-    items: list[tuple[int, _Outline]] = []
-    size, newest = 0, path.stat().st_mtime
-    for offset, payload in frames(path.read_bytes()):
-        try:
-            item = _outline_decoder.decode(payload)
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            break
-        if isinstance(item, Segment) != (header is None):
-            break
-        if isinstance(item, Segment):
-            header = item
-        else:
-            items.append((offset, item))
-            newest = item.time
-        size = offset + HEAD_BYTES + len(payload)
-    return (_Kept(path, header, size, newest), items) if header is not None else None
-
-
-def _has_record(data: bytes) -> bool:
-    """Tell whether a whole record is somewhere in ``data``, which does not begin with one: a torn end has none."""
-    at = data.find(_RECORD_TAG)
-    while at >= 0:
-        if payload_at(data, at - _TAG_OFFSET) is not None:
-            return True
-        at = data.find(_RECORD_TAG, at + 1)
-    return False
-
-
-class JournalReader:
-    """Reads the journal while the worker writes it. Blocking: call it from a thread. One per follower, or shared.
-
-    It may see records that are not durable yet: ask only up to a number that the worker has reported as done (I2).
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def read(self, after: int, upto: int, max_bytes: int) -> list[tuple[int, bytes]] | None:
-        """Return (number, encoded ``Change``) for ``after < number <= upto``, in order, without a gap.
-
-        At most ``max_bytes`` of changes, but at least one when there is one: go on with the last number returned.
-        None when change ``after + 1`` is not kept any more: the client must resync.
-
-        Raises:
-            OSError: a segment can't be read.
-        """
-        changes: list[tuple[int, bytes]] = []
-        total = 0
-        for item in self._items(after):
-            if isinstance(item, Record) and item.change is not None and after < item.seq <= upto:
-                if item.seq != after + 1:
-                    return changes or None
-                changes.append((item.seq, item.change))
-                after, total = item.seq, total + len(item.change)
-                if total >= max_bytes:
-                    break
-            if isinstance(item, Record) and item.seq > upto:
-                break
-        return changes if changes or after >= upto else None
-
-    def records(self) -> Iterator[Record]:
-        """Yield every record of the history, oldest first.
-
-        Raises:
-            OSError: a segment can't be read.
-        """
-        return (item for item in self._items(0) if isinstance(item, Record))
-
-    def mark_at(self, seq: int) -> bytes | None:
-        """Return the mark of change ``seq`` (of the state before the first kept one too), None when not known.
-
-        Raises:
-            OSError: a segment can't be read.
-        """
-        for item in self._items(seq):
-            number = item.head if isinstance(item, Segment) else item.seq
-            if number == seq:
-                return item.mark
-            if number > seq:
-                return None
-        return None
-
-    def _items(self, seq: int) -> Iterator[Segment | Record]:
-        """Yield what is on disk of the history, from the segment on in which change ``seq + 1`` would be."""
-        paths: list[Path] = []
-        epoch = None
-        for path in reversed(segment_paths(self._directory)):
-            header = _header_of(path)
-            if header is None or epoch not in (None, header.epoch):
-                break  # expired meanwhile, damaged, or of a former history
-            epoch = header.epoch
-            paths.append(path)
-            if header.head <= seq:
-                break
-        for path in reversed(paths):
-            try:
-                data = path.read_bytes()
-            except FileNotFoundError:
-                return  # expired meanwhile
-            for _, payload in frames(data):
-                yield _decoder.decode(payload)
-
-
-def _header_of(path: Path) -> Segment | None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-            payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
-    except FileNotFoundError:
-        return None
-    item = _decoder.decode(payload) if payload is not None else None
-    return item if isinstance(item, Segment) else None

@@ -15,7 +15,7 @@ from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import MAX_LOG_TASKS, Log, LogEntry, LogPage, Refused
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.framing import frames
-from lattice_remote.server.journal import Segment, segment_paths
+from lattice_remote.server.segments import Segment, segment_paths
 
 __all__ = ["LogReader", "Page", "find_task", "read_log", "read_page", "short_ids"]
 

@@ -15,9 +15,11 @@ from lattice_remote.server.capture import Capture
 from lattice_remote.server.committer import Committer
 from lattice_remote.server.contents import Contents
 from lattice_remote.server.copied import change_of, copied_at, is_copied, mend_copy
-from lattice_remote.server.journal import Journal, JournalReader, Retention, remove_segments
+from lattice_remote.server.journal import Journal, Retention
+from lattice_remote.server.journal_reader import JournalReader
 from lattice_remote.server.manifest import FileState, ManifestFile, load_manifest
 from lattice_remote.server.repair import Repair, booted_at, damaged_since
+from lattice_remote.server.segments import remove_segments
 from lattice_remote.server.store import BY_SERVER, Store, begin_anew
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import UndoLog

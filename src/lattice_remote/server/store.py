@@ -28,8 +28,9 @@ from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.copied import place_of
 from lattice_remote.server.executor import Waiting
 from lattice_remote.server.ipc import After, Done, HookCall
-from lattice_remote.server.journal import Journal, Record, list_beside, remove_segments
+from lattice_remote.server.journal import Journal
 from lattice_remote.server.manifest import ManifestFile, save_manifest, sync_files
+from lattice_remote.server.segments import Record, list_beside, remove_segments
 from lattice_remote.server.tree import Difference, Tree
 from lattice_remote.server.undo import Begin, UndoLog
 

@@ -34,11 +34,12 @@ from lattice_remote.server.capture import Touched, Vetoed
 from lattice_remote.server.committer import Committer, Job
 from lattice_remote.server.executor import Executor, Outcome
 from lattice_remote.server.ipc import After, Edit, Execute, Failed, NewEpoch, Ready, Reconcile, Settle, Stop, ToWorker
-from lattice_remote.server.journal import Record, Retention
+from lattice_remote.server.journal import Retention
 from lattice_remote.server.loglines import log_to_stderr
 from lattice_remote.server.manifest import SyncFailed
 from lattice_remote.server.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.recovery import open_store
+from lattice_remote.server.segments import Record
 from lattice_remote.server.settings import Journal as JournalSettings
 from lattice_remote.server.store import BY_SERVER, Cause, ChangeTooLarge, Store
 from lattice_remote.server.textmerge import merge_text
