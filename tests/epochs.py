@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lattice_remote.server.check_journal import check_journal
-from lattice_remote.server.journal import JournalReader
+from lattice_remote.server.journal_reader import JournalReader
 from observer import Observer
 from sandbox import Server
 
