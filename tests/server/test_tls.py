@@ -116,8 +116,8 @@ def test_a_handshake_that_is_cut_to_make_room_leaves_nothing(loop: object, tmp_p
             await handshake(running, pair)  # uvloop opens a file of its own with the first
             files = len(os.listdir("/proc/self/fd"))
             reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-            await until(lambda: running.hub.door._strangers)
-            [visit] = running.hub.door._strangers
+            await until(lambda: len(running.hub.door._strangers))
+            visit = running.hub.door._strangers.next_to_go()
             visit.leave()
             visit.cut()
             async with asyncio.timeout(5):
