@@ -102,11 +102,11 @@ class _States:
         self.changed_at: dict[str, int] = {}
         """The last change of each file up to there that can be taken back."""
         self._journal = journal
-        fitting = _fitting_list(journal, listed)
-        self._fits = fitting is not None
-        self._first = fitting.seq if fitting is not None else journal.oldest - 1
+        oldest = _oldest_list(journal, listed)
+        self._has_list = oldest is not None
+        self._first = oldest.seq if oldest is not None else journal.oldest - 1
         # Without a list: what the journal does not name has not changed since it began, so it is as on the disk.
-        self._files = fitting.files if fitting is not None else _on_disk(tree)
+        self._files = oldest.files if oldest is not None else _on_disk(tree)
 
     def at(self, seq: int) -> dict[str, FileState]:
         """Return the files at this number, and learn what leads there."""
@@ -127,16 +127,19 @@ class _States:
                 files.pop(path, None)
             else:
                 files[path] = state
-            if self._fits:
+            if self._has_list:
                 self.changed_at[path] = record.seq
 
 
-def _fitting_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
-    """Return a list of files from which the journal leads on: the copied one may be newer than the copied journal."""
-    beside = sorted(map(list_beside, segment_paths(journal.directory)), reverse=True)
-    lists = [found for found in (listed, *map(load_manifest, beside)) if found is not None]
+def _oldest_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
+    """Return the oldest list of files from which the journal leads on.
+
+    The copied ``manifest`` may be newer than the copied journal, or than the change to go to.
+    """
+    beside = map(load_manifest, map(list_beside, segment_paths(journal.directory)))
+    lists = [found for found in (listed, *beside) if found is not None and found.epoch == journal.epoch]
     reached = range(journal.oldest - 1, journal.head + 1)
-    return next((found for found in lists if found.epoch == journal.epoch and found.seq in reached), None)
+    return min((found for found in lists if found.seq in reached), key=lambda found: found.seq, default=None)
 
 
 def change_of(record: Record) -> Change:
