@@ -14,7 +14,7 @@ venv:  ## Make .venv with everything in it (at once when it is up to date)
 demo: venv  ## See it work: a server and two machines, cut off and put together again
 	@$(PYTHON_VENV) examples/demo.py
 
-test: venv  ## Run every test (under 5 minutes)
+test: venv  ## Run every test
 	@$(PYTHON_VENV) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv  ## Format, lint, strict types, import layering; protocol/ agrees with the code
