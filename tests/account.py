@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conflicts import Conflict, set_aside_in
-from lattice_remote.server.journal_reader import JournalReader
+from lattice_remote.server.journal.journal_reader import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
 __all__ = ["Account", "Effect", "effects_in", "events_in", "words_in_texts"]

@@ -8,8 +8,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from lattice_remote.server.check_journal import check_journal
-from lattice_remote.server.journal_reader import JournalReader
+from lattice_remote.server.checks.check_journal import check_journal
+from lattice_remote.server.journal.journal_reader import JournalReader
 from observer import Observer
 from sandbox import Server
 

@@ -8,8 +8,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 
-from lattice_remote.client.follower import Outcome
-from lattice_remote.client.link import Link
+from lattice_remote.client.cache.follower import Outcome
+from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
 from lattice_remote.protocol.memory_tree import MemoryTree

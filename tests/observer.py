@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from lattice_remote.client.follower import Outcome
+from lattice_remote.client.cache.follower import Outcome
 from lattice_remote.protocol.messages import Change, Hello, ServerFrame, Welcome
 from memory_client import MemoryClient
 from sandbox import Server, tree_of, wait_for

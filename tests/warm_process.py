@@ -31,14 +31,14 @@ def preload() -> None:
     import lattice.cli.main
 
     lattice.plugins.load_cli_plugins = load
-    import lattice_remote.client.agent
-    import lattice_remote.client.commands
-    import lattice_remote.client.direct
+    import lattice_remote.client.agent.direct
+    import lattice_remote.client.agent.process
+    import lattice_remote.client.commands.app
     import lattice_remote.client.plugin
     import lattice_remote.client.routing
     import lattice_remote.server.app
     import lattice_remote.server.cli
-    import lattice_remote.server.worker  # noqa: F401
+    import lattice_remote.server.worker.process  # noqa: F401
 
     lattice.plugins.discover_cli_plugins()  # what it found on the disk is kept
     gc.freeze()
@@ -59,14 +59,14 @@ def _lattice_remote() -> object:
 
 
 def _agent() -> object:
-    from lattice_remote.client.agent import main
+    from lattice_remote.client.agent.process import main
 
     return main()
 
 
 def _worker() -> object:
     """Run a project's worker, whose connection to its server is given as standard input."""
-    from lattice_remote.server.worker import main
+    from lattice_remote.server.worker.process import main
 
     connection = os.dup(0)
     nothing = os.open(os.devnull, os.O_RDONLY)

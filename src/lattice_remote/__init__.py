@@ -8,7 +8,8 @@ Run the command where the data is; ship back what it changed.
     client      the plugin inside ``lattice``, the background agent, and the cache of plain files
 
 The protocol imports neither side, neither side imports the other. Start reading at
-``protocol/messages.py`` (what is said), then ``server/project.py`` and ``client/agent.py`` (who says it).
+``protocol/messages.py`` (what is said), then ``server/project/project.py`` and ``client/agent/process.py`` (who
+says it).
 """
 
 __all__ = ["__version__"]

@@ -9,8 +9,8 @@ from pathlib import Path
 from fake_server import TOKEN
 
 from lattice_remote.client import servers
-from lattice_remote.client.cache import Cache
-from lattice_remote.client.service import Service
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.settings import Remote, read_remote, write_remote
 
 TASK = "task_01HZZZZZZZZZZZZZZZZZZZZZZZ"

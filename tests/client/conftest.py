@@ -8,7 +8,7 @@ import pytest
 from client_kit import make_cache
 from fake_server import TOKEN, FakeServer, running
 
-from lattice_remote.client.service import Service
+from lattice_remote.client.agent.service import Service
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 from client_kit import ask, make_cache, run, until
 from fake_server import TOKEN, FakeServer
 
-from lattice_remote.client import link, pacing
-from lattice_remote.client.service import Service
-from lattice_remote.client.watching import Watching
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.agent.watching import Watching
+from lattice_remote.client.link import link, pacing
 
 CACHES, ROUNDS = 20, int(os.environ.get("ROUNDS", "10"))
 """A thousand reconnects with ``ROUNDS=50``; the suite takes less time."""

@@ -22,7 +22,7 @@ from fake_server import TOKEN, FakeServer
 import lattice_remote
 from faultproxy import FaultProxy
 from lattice_remote.client import agent_client, runtime
-from lattice_remote.client.agent import _KEPT_LOG_BYTES, _MAX_LOG_BYTES
+from lattice_remote.client.agent.process import _KEPT_LOG_BYTES, _MAX_LOG_BYTES
 from lattice_remote.errors import ConnectionFailed, StorageError
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from client_kit import PLAN, make_cache
 
-from lattice_remote.client import directory as directory_module
-from lattice_remote.client import state
-from lattice_remote.client.cache import Cache
-from lattice_remote.client.edits import Edits
+from lattice_remote.client.cache import directory as directory_module
+from lattice_remote.client.cache import state
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.state import CacheState, decode_state, encode_state
+from lattice_remote.client.cache.survey import read_all
 from lattice_remote.client.settings import Remote, read_remote
-from lattice_remote.client.state import CacheState, decode_state, encode_state
-from lattice_remote.client.survey import read_all
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.operations import AppendBytes, DeleteFile, PutFile, digest_of

@@ -13,7 +13,7 @@ from client_kit import ask, make_clone, run, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client import credentials, servers
-from lattice_remote.client.service import Service
+from lattice_remote.client.agent.service import Service
 from lattice_remote.errors import ConnectionFailed, RemoteError
 
 DAY = datetime.timedelta(days=1)

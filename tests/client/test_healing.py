@@ -13,12 +13,13 @@ import pytest
 from client_kit import PLAN, TASK, ask, run, tree, until
 from fake_server import TOKEN, FakeServer
 
-from lattice_remote.client import caretaker, healing, keepsakes, watching
-from lattice_remote.client.caretaker import Caretaker
-from lattice_remote.client.follower import Follower, Outcome
-from lattice_remote.client.healing import Healing
-from lattice_remote.client.service import Service
-from lattice_remote.client.watching import Watching
+from lattice_remote.client.agent import caretaker, watching
+from lattice_remote.client.agent.caretaker import Caretaker
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.agent.watching import Watching
+from lattice_remote.client.cache import healing, keepsakes
+from lattice_remote.client.cache.follower import Follower, Outcome
+from lattice_remote.client.cache.healing import Healing
 from lattice_remote.protocol.messages import Fetch, Manifest
 from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
 

@@ -9,7 +9,7 @@ from client_kit import PLAN, ask, run, tree, until
 from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
-from lattice_remote.client.service import Service
+from lattice_remote.client.agent.service import Service
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import CAPABILITIES, ClientFrame, Log, Put, Run
 from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, MoveFile, PutFile, digest_of

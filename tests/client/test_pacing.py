@@ -2,7 +2,7 @@
 
 import pytest
 
-from lattice_remote.client.pacing import MAX_BAR_S, MAX_DELAY_S, MAX_RESETS, RESET_WINDOW_S, Pace
+from lattice_remote.client.link.pacing import MAX_BAR_S, MAX_DELAY_S, MAX_RESETS, RESET_WINDOW_S, Pace
 
 
 def longest(_low: float, high: float) -> float:

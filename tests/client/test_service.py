@@ -12,11 +12,11 @@ from client_kit import PLAN, TASK, ask, make_cache, run, tree, until
 from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
-from lattice_remote.client.cache import Cache
-from lattice_remote.client.directory import Directory
-from lattice_remote.client.edits import Edits
-from lattice_remote.client.link import MAX_SENDS
-from lattice_remote.client.service import Service
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.directory import Directory
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.link.link import MAX_SENDS
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run, Stored
@@ -136,7 +136,7 @@ async def test_after_a_reboot_the_files_are_compared(
     await ask(first, "ready")
     await first.close()
     (directory / "tasks/task_1.json").write_bytes(b"")  # what a power cut may leave
-    monkeypatch.setattr("lattice_remote.client.state._boot_id", "another")
+    monkeypatch.setattr("lattice_remote.client.cache.state._boot_id", "another")
     second = Service(str(directory))
     second.start(TOKEN)
     await ask(second, "ready")
@@ -175,7 +175,7 @@ async def test_a_command_that_was_never_sent_says_so(
     await ask(service, "ready")
     await server.stop()
     await until(lambda: not service._link.is_open)
-    monkeypatch.setattr("lattice_remote.client.link.UNSENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.link.link.UNSENT_PATIENCE_S", 0.3)
     with pytest.raises(
         ConnectionFailed, match=r"cannot reach server .*connection refused.*nothing was written"
     ) as error:
@@ -187,7 +187,7 @@ async def test_a_command_whose_answer_is_lost_may_have_taken_effect(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await ask(service, "ready")
-    monkeypatch.setattr("lattice_remote.client.link.SENT_PATIENCE_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.link.link.SENT_PATIENCE_S", 0.3)
     running = asyncio.ensure_future(run(service, "slow"))
     await until(lambda: any(isinstance(frame, Run) for frame in server.frames))
     await server.stop()
@@ -543,7 +543,7 @@ async def test_a_server_that_says_nothing_is_given_up(
     async def silence(_: ServerConnection, frame: ClientFrame) -> bool:
         return True
 
-    monkeypatch.setattr("lattice_remote.client.link.FIRST_FRAME_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("lattice_remote.client.link.link.FIRST_FRAME_TIMEOUT_S", 0.2)
     server.misbehave = silence
     await until(lambda: service._link.error is not None)
     assert service._link.error is not None and "says nothing" in service._link.error.message
@@ -620,7 +620,7 @@ async def test_status_names_its_evidence(server: FakeServer, service: Service) -
 
 async def test_silence_is_not_called_connected(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     await ask(service, "ready")
-    monkeypatch.setattr("lattice_remote.client.link.ALIVE_S", -1.0)
+    monkeypatch.setattr("lattice_remote.client.link.link.ALIVE_S", -1.0)
     assert not service.summary()["connected"]
     with pytest.raises(RemoteError, match="cannot reach server"):
         await ask(service, "pull")
@@ -649,7 +649,7 @@ async def test_a_command_that_ends_every_connection_is_given_up(
 
     await ask(service, "ready")
     server.misbehave = close  # type: ignore[assignment]
-    monkeypatch.setattr("lattice_remote.client.pacing.MAX_DELAY_S", 0.1)
+    monkeypatch.setattr("lattice_remote.client.link.pacing.MAX_DELAY_S", 0.1)
     with pytest.raises(ConnectionFailed, match="may have taken effect"):
         await run(service, "put", "tasks/x.json", "x")
     assert sum(isinstance(frame, Run) for frame in server.frames) == MAX_SENDS

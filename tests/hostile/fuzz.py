@@ -26,7 +26,7 @@ from worker_process import Copy, WorkerProcess, answer_of, change_of, execute, t
 
 from lattice_remote.protocol.messages import Change, Refused, Reply, Stored  # noqa: E402
 from lattice_remote.protocol.operations import AppendBytes, PutFile  # noqa: E402
-from lattice_remote.server.ipc import Done, Edit  # noqa: E402
+from lattice_remote.server.data.ipc import Done, Edit  # noqa: E402
 
 BATCH_LINES = 400
 _MAX_LINE_S = 20.0

@@ -15,11 +15,12 @@ from typing import Any
 import click
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server import policy, worker
-from lattice_remote.server.actors import Identity
-from lattice_remote.server.capture import Capture
-from lattice_remote.server.executor import Executor
-from lattice_remote.server.undo import UndoLog
+from lattice_remote.server.tree.capture import Capture
+from lattice_remote.server.tree.undo import UndoLog
+from lattice_remote.server.worker import policy
+from lattice_remote.server.worker import process as worker
+from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker.executor import Executor
 
 _PATHS_OF = {
     **dict.fromkeys(("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"), 1),

@@ -10,7 +10,7 @@ from values import ACTORS, ALL, Known, Lines
 from worker_process import WorkerProcess, answer_of, make_project
 
 from lattice_remote.protocol.messages import Refused, Reply
-from lattice_remote.server.policy import ROUTED
+from lattice_remote.server.worker.policy import ROUTED
 
 OWN = "agent:x"
 

@@ -24,8 +24,9 @@ from raw_server import RawServer, upgraded
 from websockets.asyncio.server import ServerConnection
 
 from faultproxy import FaultProxy
-from lattice_remote.client import pacing, servers
-from lattice_remote.client.service import Service
+from lattice_remote.client import servers
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.link import pacing
 from lattice_remote.errors import ConnectionFailed, HostilePath, Rejected, RemoteError
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
@@ -525,8 +526,8 @@ async def test_beginning_anew_without_end_becomes_an_error(
 async def test_a_number_that_no_change_leads_to_is_given_up(
     server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.client.service.STALLED_S", 0.3)
-    monkeypatch.setattr("lattice_remote.client.service._WATCH_INTERVAL_S", 0.05)
+    monkeypatch.setattr("lattice_remote.client.agent.service.STALLED_S", 0.3)
+    monkeypatch.setattr("lattice_remote.client.agent.service._WATCH_INTERVAL_S", 0.05)
     service = Service(str(directory))
     service.start(TOKEN)
     await ask(service, "ready")
@@ -544,9 +545,9 @@ async def test_a_link_that_is_only_half_there_is_never_called_connected(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"PING_INTERVAL_S": 0.3, "PING_TIMEOUT_S": 0.3, "ALIVE_S": 0.7}.items():
-        monkeypatch.setattr(f"lattice_remote.client.link.{name}", value)
-    monkeypatch.setattr("lattice_remote.client.service.ALIVE_S", 0.7)
-    monkeypatch.setattr("lattice_remote.client.service.FIRST_READY_WAIT_S", 0.1)
+        monkeypatch.setattr(f"lattice_remote.client.link.link.{name}", value)
+    monkeypatch.setattr("lattice_remote.client.agent.service.ALIVE_S", 0.7)
+    monkeypatch.setattr("lattice_remote.client.agent.service.FIRST_READY_WAIT_S", 0.1)
     with FaultProxy(server.port) as proxy:
         service = Service(str(make_cache(tmp_path / "ben", proxy.url)))
         service.start(TOKEN)

@@ -9,8 +9,8 @@ import click
 from lattice.cli.main import cli
 
 from lattice_remote.protocol.messages import Attachment
-from lattice_remote.server.arguments import Kind
-from lattice_remote.server.policy import ROUTED
+from lattice_remote.server.worker.arguments import Kind
+from lattice_remote.server.worker.policy import ROUTED
 
 __all__ = ["ALL", "Known", "Line", "Lines"]
 

@@ -24,7 +24,7 @@ import msgspec
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Change, Refused, Reply
 from lattice_remote.protocol.operations import DeleteFile, PutFile, digest_of
-from lattice_remote.server.ipc import (
+from lattice_remote.server.data.ipc import (
     After,
     Done,
     Edit,
@@ -38,8 +38,8 @@ from lattice_remote.server.ipc import (
     Stop,
     ToWorker,
 )
-from lattice_remote.server.journal import Journal
-from lattice_remote.server.segments import Record
+from lattice_remote.server.journal.journal import Journal
+from lattice_remote.server.journal.segments import Record
 
 
 class FakeWorker:

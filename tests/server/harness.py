@@ -30,11 +30,11 @@ from lattice_remote.protocol.operations import apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.protocol.replica import Answer, ApplyChange, Compare, Remove, Replica, Send, WritePart
 from lattice_remote.server.app import bind, make_server
-from lattice_remote.server.datadir import DataDir, write_atomically
+from lattice_remote.server.data.datadir import DataDir, write_atomically
+from lattice_remote.server.data.settings import Config
+from lattice_remote.server.data.tokens import TokenFile
 from lattice_remote.server.hub import Hub
-from lattice_remote.server.settings import Config
-from lattice_remote.server.tls import Certificate
-from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.network.tls import Certificate
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_remote.errors import Misuse
-from lattice_remote.server.addresses import Proxies, counted_as, is_loopback
+from lattice_remote.server.network.addresses import Proxies, counted_as, is_loopback
 
 HOPS = st.one_of(st.ip_addresses().map(str), st.text(max_size=30), st.just("10.0.0.9"))
 

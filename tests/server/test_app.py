@@ -14,8 +14,8 @@ from harness import Copy, tree_of
 from server_process import COMMAND, Process
 
 from lattice_remote.protocol.messages import Reply
-from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.data.tokens import TokenFile
 
 
 def make_data(path: Path) -> DataDir:

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from lattice_remote.server.audit_events import HARMLESS, REFUSED, WATCHED
-from lattice_remote.server.capture import Capture, Move, Touched, Vetoed
-from lattice_remote.server.undo import Begin, UndoLog
+from lattice_remote.server.tree.audit_events import HARMLESS, REFUSED, WATCHED
+from lattice_remote.server.tree.capture import Capture, Move, Touched, Vetoed
+from lattice_remote.server.tree.undo import Begin, UndoLog
 
 
 class Place:

@@ -12,7 +12,7 @@ from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
 from lattice_remote.protocol.messages import Attachment
-from lattice_remote.server.tree import INLINE_BYTES
+from lattice_remote.server.tree.tree import INLINE_BYTES
 
 
 def files_in_order(source: Path) -> Iterator[Path]:

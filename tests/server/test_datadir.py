@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.datadir import DataDir, default_location, write_atomically
+from lattice_remote.server.data.datadir import DataDir, default_location, write_atomically
 from lattice_remote.server.hub import Hub
 
 

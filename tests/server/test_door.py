@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.server.door import MAX_ADDRESSES, Door, Visit
-from lattice_remote.server.settings import Limits
+from lattice_remote.server.data.settings import Limits
+from lattice_remote.server.network.door import MAX_ADDRESSES, Door, Visit
 
 
 class Clock:
@@ -172,7 +172,7 @@ def test_from_anybody_else_that_header_counts_for_nothing() -> None:
 def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 500
     assert most < MAX_ADDRESSES
-    monkeypatch.setattr("lattice_remote.server.door.MAX_ADDRESSES", most)
+    monkeypatch.setattr("lattice_remote.server.network.door.MAX_ADDRESSES", most)
     door = Door(Limits())
     kept = arrived(door, "192.0.2.1")
     kept.admit("tok_a")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lattice_remote.errors import Misuse
-from lattice_remote.server.expiry import duration, expiry, shown
+from lattice_remote.server.data.expiry import duration, expiry, shown
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -12,11 +12,11 @@ import pytest
 from harness import until
 
 from lattice_remote.protocol.messages import Part
-from lattice_remote.server.files import FileSender
-from lattice_remote.server.history import Content
-from lattice_remote.server.outbox import Outbox
-from lattice_remote.server.project import Project
-from lattice_remote.server.snapshot import PIECE_BYTES, Snapshot
+from lattice_remote.server.network.outbox import Outbox
+from lattice_remote.server.project.files import FileSender
+from lattice_remote.server.project.history import Content
+from lattice_remote.server.project.project import Project
+from lattice_remote.server.project.snapshot import PIECE_BYTES, Snapshot
 
 
 def open_files() -> int:

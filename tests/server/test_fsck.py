@@ -11,18 +11,18 @@ from typer.testing import CliRunner
 from worker_process import ANA, WorkerProcess, make_project
 
 from lattice_remote.errors import Misuse
-from lattice_remote.server import check_journal
+from lattice_remote.server.checks import check_journal
+from lattice_remote.server.checks.findings import Finding
+from lattice_remote.server.checks.fsck import Report, fsck
 from lattice_remote.server.cli import app
-from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.findings import Finding
-from lattice_remote.server.framing import frames
-from lattice_remote.server.fsck import Report, fsck
-from lattice_remote.server.locks import lock
-from lattice_remote.server.log import read_page
-from lattice_remote.server.manifest import load_manifest
-from lattice_remote.server.segments import segment_paths
-from lattice_remote.server.tokens import TokenFile
-from lattice_remote.server.undo import Begin, UndoLog
+from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.data.framing import frames
+from lattice_remote.server.data.locks import lock
+from lattice_remote.server.data.tokens import TokenFile
+from lattice_remote.server.journal.segments import segment_paths
+from lattice_remote.server.project.log import read_page
+from lattice_remote.server.tree.manifest import load_manifest
+from lattice_remote.server.tree.undo import Begin, UndoLog
 
 SMALL = '{"segment_bytes": 4096, "max_bytes": 1000000}'
 
@@ -321,7 +321,7 @@ def test_the_command_line_has_three_exit_codes_and_json(data: DataDir, tmp_path:
 
 
 def test_a_file_name_can_not_take_the_terminal_over() -> None:
-    from lattice_remote.server.fsck import as_lines
+    from lattice_remote.server.checks.fsck import as_lines
 
     report = Report([Finding("web", ".lattice/\x1b[2J", "gone")], projects=1)
     assert all(line.isprintable() for line in as_lines(report))

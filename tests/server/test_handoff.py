@@ -16,8 +16,8 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
-from lattice_remote.server.handoff import Handoff, Request, Response
 from lattice_remote.server.hub import Hub
+from lattice_remote.server.network.handoff import Handoff, Request, Response
 
 shares_a_server = pytest.mark.asyncio(loop_scope="module")
 
@@ -119,7 +119,7 @@ async def silent_until_closed(reader: asyncio.StreamReader) -> bytes:
 async def test_a_head_that_does_not_end_is_cut_and_an_upgraded_connection_is_not(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.handoff.HEAD_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("lattice_remote.server.network.handoff.HEAD_TIMEOUT_S", 0.3)
     async with running.connected() as client:
         for first in (b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /he"):
             reader, writer = await asyncio.open_connection("127.0.0.1", running.port)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lattice_remote.server.journal import Journal, Retention
-from lattice_remote.server.journal_reader import JournalReader
-from lattice_remote.server.manifest import FileState
-from lattice_remote.server.segments import Record
+from lattice_remote.server.journal.journal import Journal, Retention
+from lattice_remote.server.journal.journal_reader import JournalReader
+from lattice_remote.server.journal.segments import Record
+from lattice_remote.server.tree.manifest import FileState
 
 NOW = 1_000_000.0
 DAY_S = 24 * 3600.0

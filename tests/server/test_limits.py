@@ -17,8 +17,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Refused, Reply, Run, Welcome
-from lattice_remote.server.settings import Config, Limits
-from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.data.settings import Config, Limits
+from lattice_remote.server.data.tokens import TokenFile
 
 
 @contextlib.asynccontextmanager

@@ -6,10 +6,10 @@ import pytest
 from worker_process import ANA, WorkerProcess, make_project
 
 from lattice_remote.protocol.messages import LogEntry
-from lattice_remote.server import log
-from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import Reconcile
-from lattice_remote.server.log import read_log, read_page
+from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.ipc import Reconcile
+from lattice_remote.server.project import log
+from lattice_remote.server.project.log import read_log, read_page
 
 
 def entries(project: Path, task: str = "", limit: int = 100) -> list[LogEntry]:

@@ -8,7 +8,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.server.loglines import _OneLine
+from lattice_remote.server.data.loglines import _OneLine
 
 
 def logged(message: str, *args: object, error: BaseException | None = None) -> str:
@@ -35,9 +35,8 @@ def test_an_exception_can_write_no_line_of_its_own() -> None:
 
 
 def test_the_line_has_what_its_pattern_says() -> None:
-    code = (
-        "import logging; from lattice_remote.server.loglines import log_to_stderr as f; f('%(levelname)s %(message)s');"
-    )
+    code = "import logging; from lattice_remote.server.data.loglines import log_to_stderr as f;"
+    code += "f('%(levelname)s %(message)s');"
     code += "logging.getLogger('a').info('b\\nc'); logging.getLogger('uvicorn.error').warning('noise')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"INFO b\\nc\n", done.stderr)

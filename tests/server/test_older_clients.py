@@ -14,9 +14,9 @@ from lattice.storage.fs import atomic_write, ensure_lattice_dirs
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import CAPABILITIES, Change, Log, LogPage, Put, Refused, Reply, Stored
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation
-from lattice_remote.server.outbox import payload_of, websocket_frame
-from lattice_remote.server.skew import Dialect, dialect
-from lattice_remote.server.writer import WORKER_COMMAND
+from lattice_remote.server.network.outbox import payload_of, websocket_frame
+from lattice_remote.server.project.skew import Dialect, dialect
+from lattice_remote.server.project.writer import WORKER_COMMAND
 
 ANA = ("--actor", "human:ana")
 KINDS: dict[type, str] = {AppendBytes: "append", MergeJson: "merge", MoveFile: "move"}
@@ -160,7 +160,7 @@ async def test_fields_of_the_future_are_ignored_and_frames_of_the_future_refused
 async def test_the_log_names_what_a_client_runs_and_which_side_is_older(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "lattice_remote.server.peer")
+    caplog.set_level(logging.INFO, "lattice_remote.server.project.peer")
     async with running.connected() as socket:
         await socket.send(hello(client_version="99.0\x1b[31m", lattice_version="0.0.1"))
         await socket.recv()

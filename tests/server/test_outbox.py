@@ -8,7 +8,7 @@ import pytest
 from harness import until
 from websockets.frames import Frame, Opcode
 
-from lattice_remote.server.outbox import Outbox, websocket_frame
+from lattice_remote.server.network.outbox import Outbox, websocket_frame
 
 
 class Pipe(asyncio.Protocol):

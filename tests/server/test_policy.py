@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lattice.cli.main import cli
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.actors import Identity
-from lattice_remote.server.policy import ROUTED, Command, parse
+from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker.policy import ROUTED, Command, parse
 
 ANA = Identity("human:ana", ["agent:*", "team:web-*-x"])
 PRIVATE = "/private/0123\\/given.txt"

@@ -13,10 +13,10 @@ from harness import FAKE_WORKER, until
 
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
-from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.hooks import HookRunner
-from lattice_remote.server.ipc import Execute, HookCall, Ready
-from lattice_remote.server.project import Bounds, Project
+from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.ipc import Execute, HookCall, Ready
+from lattice_remote.server.project.hooks import HookRunner
+from lattice_remote.server.project.project import Bounds, Project
 
 
 class Watcher:
@@ -396,7 +396,7 @@ async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:
 async def test_a_worker_that_does_not_start_closes_the_project_until_it_does(
     paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.project._RESTART_DELAYS_S", (0.001,))
+    monkeypatch.setattr("lattice_remote.server.project.project._RESTART_DELAYS_S", (0.001,))
     full = paths.root / "disk-full"
     full.touch()
     script = f'test -e "{full}" && exit 1; exec "$@"'
@@ -416,7 +416,7 @@ async def test_a_worker_that_does_not_start_closes_the_project_until_it_does(
 async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
     paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.project._RESTART_DELAYS_S", (0.0, 0.0, 0.0, 60.0))
+    monkeypatch.setattr("lattice_remote.server.project.project._RESTART_DELAYS_S", (0.0, 0.0, 0.0, 60.0))
     starts = paths.root / "starts"
     script = f'echo x >> "{starts}"; "$@" <&0 & sleep 0.3; kill -9 $!'
     project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", script, "sh", *FAKE_WORKER))

@@ -17,8 +17,8 @@ from websockets.exceptions import InvalidStatus
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Fetch, Hello, Manifest, Part, Put, Refused, Reply
-from lattice_remote.server.datadir import write_atomically
-from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.data.datadir import write_atomically
+from lattice_remote.server.data.tokens import TokenFile
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -11,13 +11,13 @@ from worker_process import ANA, WorkerProcess, make_project, tree_of
 
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, digest_of
-from lattice_remote.server import recovery
-from lattice_remote.server.committer import Committer
-from lattice_remote.server.contents import Contents
-from lattice_remote.server.manifest import FileState
-from lattice_remote.server.recovery import Opened, open_store
-from lattice_remote.server.repair import Repair, damaged_since
-from lattice_remote.server.tree import INLINE_BYTES, MERGE_FROM_BYTES, Tree
+from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.repair import Repair, damaged_since
+from lattice_remote.server.tree.manifest import FileState
+from lattice_remote.server.tree.tree import INLINE_BYTES, MERGE_FROM_BYTES, Tree
+from lattice_remote.server.worker import recovery
+from lattice_remote.server.worker.committer import Committer
+from lattice_remote.server.worker.recovery import Opened, open_store
 
 LATER = float("inf")
 

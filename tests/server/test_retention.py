@@ -13,9 +13,9 @@ from worker_process import ANA, WorkerProcess, answer_of, execute, make_project
 
 from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Refused, Reply, Run
-from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.ipc import Edit, NewEpoch
-from lattice_remote.server.writer import WORKER_COMMAND
+from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.data.ipc import Edit, NewEpoch
+from lattice_remote.server.project.writer import WORKER_COMMAND
 
 MAX_BYTES, SEGMENT_BYTES = 64 * 1024, 8 * 1024
 

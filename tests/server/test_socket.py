@@ -20,7 +20,7 @@ from lattice_remote.protocol.messages import (
     Run,
     Welcome,
 )
-from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.data.tokens import TokenFile
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def masked(payload: bytes) -> bytes:
 async def test_answers_that_wait_for_a_client_to_catch_up_are_bounded(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.peer.MAX_PENDING_BYTES", 5_000)
+    monkeypatch.setattr("lattice_remote.server.project.peer.MAX_PENDING_BYTES", 5_000)
     async with running.connected() as client:
         copy = Copy()
         await copy.greet(client)

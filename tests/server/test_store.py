@@ -12,11 +12,11 @@ import pytest
 from worker_process import tree_of
 
 from lattice_remote.protocol.messages import Reply
-from lattice_remote.server import store as store_module
-from lattice_remote.server.committer import Job
-from lattice_remote.server.journal import Retention
-from lattice_remote.server.recovery import Opened, open_store
-from lattice_remote.server.store import Cause, ChangeTooLarge
+from lattice_remote.server.journal.journal import Retention
+from lattice_remote.server.worker import store as store_module
+from lattice_remote.server.worker.committer import Job
+from lattice_remote.server.worker.recovery import Opened, open_store
+from lattice_remote.server.worker.store import Cause, ChangeTooLarge
 
 REQUEST = "7" * 32
 CAUSE = Cause(REQUEST, "tok", "human:ana", REQUEST)

@@ -19,8 +19,8 @@ from server_process import COMMAND, Process
 from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.app import _warn_of_plain_text
-from lattice_remote.server.settings import Config
-from lattice_remote.server.tls import Certificate
+from lattice_remote.server.data.settings import Config
+from lattice_remote.server.network.tls import Certificate
 
 
 class Pair:
@@ -87,7 +87,7 @@ def test_a_board_is_filled_followed_and_written_over_tls(loop: object, tmp_path:
 def test_who_does_no_tls_is_cut_in_time_and_leaves_nothing(
     loop: object, tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.acceptor.TLS_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("lattice_remote.server.network.acceptor.TLS_TIMEOUT_S", 0.3)
 
     async def scenario() -> None:
         async with secure(tmp_path, pair) as (running, _):

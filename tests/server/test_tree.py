@@ -18,9 +18,9 @@ from lattice_remote.protocol.operations import (
     PutFile,
     canonical_json,
 )
-from lattice_remote.server.capture import Move, Touched
-from lattice_remote.server.jsondiff import patch_between
-from lattice_remote.server.tree import INLINE_BYTES, Difference, Tree
+from lattice_remote.server.tree.capture import Move, Touched
+from lattice_remote.server.tree.jsondiff import patch_between
+from lattice_remote.server.tree.tree import INLINE_BYTES, Difference, Tree
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from typing import cast
 
-from lattice_remote.server.history import Follower
-from lattice_remote.server.ipc import Reconcile, Settle
-from lattice_remote.server.job import Job
-from lattice_remote.server.turns import Turns
+from lattice_remote.server.data.ipc import Reconcile, Settle
+from lattice_remote.server.project.history import Follower
+from lattice_remote.server.project.job import Job
+from lattice_remote.server.project.turns import Turns
 
 ANA, BEN, CEM = (cast("Follower", name) for name in ("ana", "ben", "cem"))
 

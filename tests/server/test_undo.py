@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lattice_remote.server.undo import SMALL_BYTES, Begin, UndoLog
+from lattice_remote.server.tree.undo import SMALL_BYTES, Begin, UndoLog
 
 SMALL, LARGE = b"small\n", os.urandom(SMALL_BYTES + 10)
 HERE = Begin("epoch", 7, "boot")

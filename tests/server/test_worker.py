@@ -14,8 +14,8 @@ from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execu
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
 from lattice_remote.protocol.operations import canonical_json
-from lattice_remote.server.ipc import NewEpoch, Ready, Settle
-from lattice_remote.server.journal_reader import JournalReader
+from lattice_remote.server.data.ipc import NewEpoch, Ready, Settle
+from lattice_remote.server.journal.journal_reader import JournalReader
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
 from lattice_remote.protocol.operations import AnnounceFile, MoveFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
-from lattice_remote.server.writer import WORKER_COMMAND
+from lattice_remote.server.data.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
+from lattice_remote.server.project.writer import WORKER_COMMAND
 from warm import WarmProcess, warm
 
 __all__ = ["ANA", "Copy", "WorkerProcess", "make_project", "tree_of"]

@@ -111,7 +111,7 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask_directly(request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
-    from lattice_remote.client.direct import ask_directly
+    from lattice_remote.client.agent.direct import ask_directly
 
     return raise_error(ask_directly(request, on_progress))
 
@@ -177,7 +177,7 @@ def _start() -> socket.socket:
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lattice_remote.client.agent"],
+            [sys.executable, "-P", "-m", "lattice_remote.client.agent.process"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -61,6 +61,6 @@ class _RemoteCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Hand over to the Typer app, which exits by itself."""
-        from lattice_remote.client.commands import main
+        from lattice_remote.client.commands.app import main
 
         main(ctx.args, prog_name=ctx.command_path)

@@ -22,15 +22,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.server.acceptor import Acceptor
-from lattice_remote.server.addresses import is_loopback
-from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.door import Visit
-from lattice_remote.server.handoff import PlainHttp, handoff_class, websocket_server
+from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.data.settings import Config
 from lattice_remote.server.hub import Hub
-from lattice_remote.server.refusal import Refusal
-from lattice_remote.server.settings import Config
-from lattice_remote.server.tls import Certificate
+from lattice_remote.server.network.acceptor import Acceptor
+from lattice_remote.server.network.addresses import is_loopback
+from lattice_remote.server.network.door import Visit
+from lattice_remote.server.network.handoff import PlainHttp, handoff_class, websocket_server
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.network.tls import Certificate
 
 __all__ = ["bind", "make_server", "run"]
 

@@ -16,12 +16,12 @@ import typer
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.logtext import as_lines, as_records
-from lattice_remote.server.datadir import DataDir, default_location
-from lattice_remote.server.expiry import duration, expiry, shown
-from lattice_remote.server.lastuse import read_last_uses
-from lattice_remote.server.log import read_log, short_ids
-from lattice_remote.server.loglines import log_to_stderr
-from lattice_remote.server.tokens import Token, TokenFile
+from lattice_remote.server.data.datadir import DataDir, default_location
+from lattice_remote.server.data.expiry import duration, expiry, shown
+from lattice_remote.server.data.lastuse import read_last_uses
+from lattice_remote.server.data.loglines import log_to_stderr
+from lattice_remote.server.data.tokens import Token, TokenFile
+from lattice_remote.server.project.log import read_log, short_ids
 
 __all__ = ["app", "main"]
 
@@ -118,7 +118,7 @@ def start(  # noqa: PLR0917 - Typer calls it
     Example: lattice-remote --data ./board start --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
     from lattice_remote.server.app import bind, run
-    from lattice_remote.server.settings import Tls
+    from lattice_remote.server.data.settings import Tls
 
     target = _data(context, data)
     config = target.config()
@@ -209,7 +209,7 @@ def fsck(
 
     Example: lattice-remote fsck --project web --mend
     """
-    from lattice_remote.server import fsck as checking
+    from lattice_remote.server.checks import fsck as checking
 
     target = _data(context, data)
     try:

@@ -11,18 +11,18 @@ import msgspec
 
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
-from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.door import Door, Visit
-from lattice_remote.server.handoff import Handoff, Request, Response, http_answer
-from lattice_remote.server.hooks import HookRunner
-from lattice_remote.server.lastuse import SAVE_EVERY_S, LastUse
-from lattice_remote.server.logins import Login, Logins
-from lattice_remote.server.peer import Peer
-from lattice_remote.server.project import Bounds, Project
-from lattice_remote.server.refusal import Refusal
-from lattice_remote.server.settings import Config
-from lattice_remote.server.watch import watch_tree
-from lattice_remote.server.writer import WORKER_COMMAND
+from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.data.lastuse import SAVE_EVERY_S, LastUse
+from lattice_remote.server.data.logins import Login, Logins
+from lattice_remote.server.data.settings import Config
+from lattice_remote.server.network.door import Door, Visit
+from lattice_remote.server.network.handoff import Handoff, Request, Response, http_answer
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.project.hooks import HookRunner
+from lattice_remote.server.project.peer import Peer
+from lattice_remote.server.project.project import Bounds, Project
+from lattice_remote.server.project.watch import watch_tree
+from lattice_remote.server.project.writer import WORKER_COMMAND
 
 __all__ = ["Hub"]
 

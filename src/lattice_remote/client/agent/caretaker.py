@@ -1,0 +1,162 @@
+"""Keeps one cache equal to the server's files without being asked: what others change is noticed and mended (I3, I4).
+
+The system tells which files were touched (``watching.py``); those that are not as one of our own processes left them
+(``known.py``) are fetched anew. What was changed while no agent ran is found by comparing every file with
+the server's manifest once, after the first connection.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import time
+
+from lattice_remote.client.agent.watching import Watching
+from lattice_remote.client.cache.follower import Follower
+from lattice_remote.client.cache.survey import foreign, read_gently
+from lattice_remote.client.link.link import Link
+from lattice_remote.errors import RemoteError
+from lattice_remote.protocol.paths import is_editable, is_replicated
+
+__all__ = ["Caretaker"]
+
+RESCAN_S = 300.0
+"""Now and then every file's times are looked at, in case the system has not told of something."""
+_MIN_RESCAN_S = 2.0
+"""The same, where the system does not tell at all; at most a twentieth of a processor."""
+_RESCAN_SHARE = 20.0
+_RETRY_S = 5.0
+_BATCH = 256
+_MANY = 1000
+"""When more than so many files look strange at once (a backup may link them all), the manifest tells which ones are."""
+_log = logging.getLogger(__name__)
+
+
+class Caretaker:
+    """Looks after one cache while ``run()`` runs."""
+
+    def __init__(self, follower: Follower, link: Link, watching: Watching, turn: asyncio.Semaphore) -> None:
+        self._follower = follower
+        self._cache = follower.cache
+        self._healing = follower.healing
+        self._link = link
+        self._watching = watching
+        self._turn = turn  # one cache at a time reads all its files
+        self._wake = asyncio.Event()
+        self._scan_at = 0.0
+        self._scan_cost_s = 0.0
+
+    def touched(self, paths: set[str] | None) -> None:
+        """These files may have been changed by other hands; None: any of them."""
+        if paths is None or not self._cache.known.is_complete:
+            self._scan_at = 0.0
+        else:
+            for path in paths:
+                self._touched(path)
+        self._wake.set()
+
+    def _touched(self, path: str) -> None:
+        found = self._cache.signature(path)
+        if self._cache.known.agrees(path, found) and found is not None:
+            return
+        place = self._cache.absolute(path)
+        if os.path.isdir(place) and not os.path.islink(place):
+            self._scan_at = 0.0  # what was moved in with it is not told file by file
+        elif not os.path.lexists(place):
+            self._missing(path)
+        elif self._follower.is_strange(path):
+            self._suspect(path)
+
+    def _missing(self, path: str) -> None:
+        if path in self._cache.known:
+            self._suspect(path)
+        elif "." not in path.rpartition("/")[2] and self._cache.known.is_below(path):
+            self._scan_at = 0.0  # a directory was moved away
+
+    def _suspect(self, path: str) -> None:
+        if not is_replicated(path):
+            return
+        if is_editable(path):
+            self._healing.suspect_missing([path])
+        else:
+            self._healing.suspect([path])
+
+    # --- the task ---
+
+    async def run(self) -> None:
+        """Look after the cache until cancelled. Trouble with the files or the server is waited out."""
+        self._watching.add(self._cache.directory, self.touched)
+        try:
+            while True:
+                await self._link.changed.until(self._can_work, RESCAN_S)
+                self._wake.clear()
+                pause_s = _RETRY_S
+                if self._can_work():
+                    try:
+                        await self._look()
+                        pause_s = self._pause_s()
+                    except RemoteError:
+                        pass  # said by the link, or by the follower
+                    except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
+                        _log.exception("looking after %s failed", self._cache.directory)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._wake.wait()
+        finally:
+            self._watching.remove(self._cache.directory, self.touched)
+
+    def _can_work(self) -> bool:
+        return self._link.is_open and self._follower.is_following
+
+    def _pause_s(self) -> float:
+        due_s = self._healing.next_due_s()
+        scan_s = max(0.0, self._scan_at - time.monotonic())
+        return scan_s if due_s is None else min(due_s, scan_s)
+
+    async def _look(self) -> None:
+        if not self._cache.known.is_complete:
+            await self._compare_all()
+        if time.monotonic() >= self._scan_at:
+            await self._scan()
+        if self._healing.count_due() > _MANY:
+            await self._compare_all()
+        while due := self._healing.take_due(_BATCH):
+            await self._link.carry_out(await self._follower.heal(due))
+
+    async def _compare_all(self) -> None:
+        """Compare every file with the server's: nobody has watched them until now, or too many were touched."""
+        async with self._turn:
+            began, is_first = time.monotonic(), not self._cache.known.is_complete
+            earlier = await read_gently(self._cache)
+            if is_first and self._cache.known.is_complete:  # a resync has compared everything meanwhile
+                return
+            outcome, done = await self._follower.compare(mend=True, earlier=earlier)
+            await self._link.carry_out(outcome)
+            comparison = await asyncio.shield(done)
+            self._scan_at = 0.0
+        if not comparison.is_clean:
+            found = len(comparison.differing) + len(comparison.missing) + len(comparison.surplus)
+            _log.info("%s: %d files were not the server's", self._cache.directory, found)
+        _log.info("%s: compared in %.1f s", self._cache.directory, time.monotonic() - began)
+
+    async def _scan(self) -> None:
+        """Look at the times of all files."""
+        async with self._turn:
+            began = time.monotonic()
+            for path in await asyncio.to_thread(foreign, self._cache):
+                if self._follower.is_strange(path):
+                    self._suspect(path)
+            if not self._cache.is_whole():
+                await self._link.carry_out(await self._follower.heal([]))
+        self._scan_cost_s = time.monotonic() - began
+        interval_s = RESCAN_S
+        if self._watching.trouble is not None:
+            interval_s = min(RESCAN_S, max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE))
+        self._scan_at = time.monotonic() + interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, hides nothing
+
+    def how(self) -> str:
+        """Return how changes by other hands are noticed, in words."""
+        if self._watching.trouble is None:
+            return "the system tells of changes"
+        return f"compared every {max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE):.0f} s: {self._watching.trouble}"

@@ -1,0 +1,479 @@
+"""What can be asked of one cache: the same steps in the agent and in a command that does without it.
+
+A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``named`` (``LATTICE_TOKEN`` and
+``LATTICE_REMOTE_URL`` of the command, or null), and
+
+    ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
+    run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices
+    push     send edited plans and notes           -> sent, notices
+    pull     bring the cache up to date            -> seq
+    sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
+    verify   compare all files                     -> the same
+    log      task ("": all), limit                 -> entries, more
+    status   what is known, with its evidence      -> see ``Service._status``
+
+An answer has ``ok``; a failure has ``code`` and ``message``.
+"""
+
+import asyncio
+import base64
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from importlib.metadata import version
+from typing import Any
+
+from lattice_remote import __version__
+from lattice_remote.client import servers
+from lattice_remote.client.agent.caretaker import Caretaker
+from lattice_remote.client.agent.history import read_log
+from lattice_remote.client.agent.watching import Watching
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.comparing import Comparison
+from lattice_remote.client.cache.follower import Follower
+from lattice_remote.client.link.link import ALIVE_S, Link
+from lattice_remote.client.link.links import Links
+from lattice_remote.client.servers import Server
+from lattice_remote.client.settings import Remote, read_remote
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
+from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Put, Refused, Reply, Run, Stored, Welcome
+from lattice_remote.protocol.replica import State
+from lattice_remote.protocol.versions import describe_difference
+
+__all__ = ["Report", "Service", "answered"]
+
+READY_WAIT_S = 2.0
+FIRST_READY_WAIT_S = 5.0
+"""A read waits so long for a server that answers but has not yet sent everything."""
+REACH_WAIT_S = 10.0
+STALLED_S = 30.0
+"""Behind, and not advancing for this long: the connection is given up for a new one."""
+_WATCH_INTERVAL_S = 5.0
+_STORE_AGE_INTERVAL_S = 60.0
+_PROGRESS_INTERVAL_S = 0.2
+_COMPARE_ATTEMPTS = 3
+_MAX_EDIT_BYTES = 16 * 1024 * 1024
+
+Report = Callable[[dict[str, Any]], None]
+"""Called with ``what``, ``done`` and ``total`` while something takes its time."""
+
+
+async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+    """Return a request's answer; an error of ours becomes one, on one line."""
+    try:
+        return {"ok": True, **await work}
+    except RemoteError as error:
+        return {"ok": False, "code": error.code, "message": error.message}
+
+
+class Service:
+    """One cache at work. ``start()`` it in a running loop, ``close()`` it in the end."""
+
+    def __init__(self, directory: str) -> None:
+        self.remote: Remote = read_remote(directory)
+        self.cache = Cache(directory, self.remote)
+        self.used_at = time.monotonic()
+        """When it was last asked for something."""
+        self._follower = Follower(self.cache)
+        self._links = Links(self.remote, self._follower)
+        self._link = self._links.following
+        self._pushing = asyncio.Lock()
+        self._is_new = True
+        self._watcher: asyncio.Task[None] | None = None
+        self._caretaker: Caretaker | None = None
+        self._care: asyncio.Task[None] | None = None
+        self._acknowledged: tuple[Welcome | None, int] = (None, 0)
+
+    def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
+        """Begin to follow the project, with the user's stored token before one that a command brought."""
+        self._links.start(token, named=named, prefer_given=prefer_given)
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
+        """From now on put right what other hands change in the files, without being asked."""
+        self._caretaker = Caretaker(self._follower, self._link, watching, turn)
+        self._care = asyncio.get_running_loop().create_task(self._caretaker.run())
+
+    async def close(self) -> None:
+        """End all connections."""
+        for task in (self._watcher, self._care):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        await self._links.close()
+
+    def is_stale(self) -> bool:
+        """Whether the directory is gone, or names another remote than when it was opened."""
+        try:
+            return not self.cache.is_there() or read_remote(self.cache.directory) != self.remote
+        except RemoteError:
+            return True
+
+    async def handle(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        """Do what a request asks for.
+
+        Raises:
+            RemoteError: it can't be done; the message says what to do next.
+        """
+        self.used_at = time.monotonic()
+        token = request.get("token")
+        self._links.choose(token, servers.from_environment(request.get("named")))
+        await self._link.carry_out(await self._follower.look_at_edits())
+        match request["do"]:
+            case "ready":
+                return await self._with_progress(self._ready(), report)
+            case "run":
+                return await self._with_progress(self._run_unless_held(request, token), report)
+            case "push":
+                return await self._push_now(token)
+            case "pull":
+                return await self._with_progress(self._pull(), report)
+            case "sync" | "verify" as do:
+                return await self._with_progress(self._compare(mend=do == "sync"), report)
+            case "log":
+                return await read_log(self._links.writing(token), request["task"], request["limit"])
+            case "status":
+                return await self._status(token)
+        raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
+
+    def ready_now(self) -> dict[str, Any] | None:
+        """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
+        if not self._is_current() or self._follower.replica.held:
+            return None
+        self.used_at = time.monotonic()
+        return self._readiness()
+
+    # --- reading ---
+
+    async def _ready(self) -> dict[str, Any]:
+        """Wait until the files are current, the server is known to be out of reach, or it takes too long."""
+        failed_before = self._link.failed_attempts
+        wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
+        if not self._is_current():
+            self._link.kick()
+            await self._until(lambda: self._is_current() or self._has_failed(failed_before), wait_s)
+        if not self._follower.state.is_filled and self._link.welcome is not None:
+            await self._fill(failed_before)
+        return self._readiness()
+
+    def _readiness(self) -> dict[str, Any]:
+        trouble = self._trouble()
+        return {
+            "current": self._is_current(),
+            "filled": self._follower.state.is_filled,
+            "seq": self._follower.state.position.seq,
+            "age_s": self._age_s(),
+            "code": trouble.code,
+            "message": trouble.message,
+            "notices": self._notices(),
+        }
+
+    def _notices(self) -> list[str]:
+        """Return what the next command should say, once."""
+        notices, self._follower.keepsakes.notices = self._follower.keepsakes.notices, []
+        return notices
+
+    async def _fill(self, failed_before: int) -> None:
+        """The first fill may take long: wait for as long as it advances."""
+        while not self._is_current() and not self._has_failed(failed_before):
+            before = self._advance()
+            if not await self._until(lambda: self._is_current() or self._advance() != before, STALLED_S):  # noqa: B023
+                return
+
+    def _is_current(self) -> bool:
+        return self._follower.is_current and self._link.is_open
+
+    def _has_failed(self, failed_before: int) -> bool:
+        return self._link.welcome is None and (self._link.failed_attempts > failed_before or self._link.is_barred)
+
+    def _advance(self) -> tuple[object, ...]:
+        replica = self._follower.replica
+        return replica.state, replica.position, self._follower.received, self._link.failed_attempts
+
+    async def _until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        return await self._link.changed.until(predicate, timeout_s)
+
+    def _trouble(self) -> RemoteError:
+        """Return why the files are not current."""
+        error = self._follower.trouble or self._link.error
+        if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
+            return error
+        if self.cache.is_held_by_others:
+            return StorageError(f"another process holds on to {self.cache.directory}")
+        if self._link.welcome is None or not self._link.is_open:
+            return self._link.unreachable(is_write=False)
+        here, there = self._follower.replica.position.seq, self._follower.replica.head
+        return ConnectionFailed(f"still catching up with server {self.remote.url} (change {here} of {there})")
+
+    def _age_s(self) -> float | None:
+        current_at = self._follower.current_at
+        return None if current_at is None else max(0.0, time.time() - current_at)
+
+    async def _pull(self) -> dict[str, Any]:
+        await self._must_be_current()
+        return {"seq": self._follower.state.position.seq}
+
+    async def _must_be_current(self) -> None:
+        answer = await self._ready()
+        if not answer["current"] and self._link.is_open:
+            failed_before = self._link.failed_attempts
+            await self._fill(failed_before)
+        if not self._is_current():
+            knows_why = self._link.is_open or self._link.is_refused or isinstance(self._trouble(), StorageError)
+            raise self._trouble() if knows_why else self._link.unreachable(is_write=False)
+
+    # --- writing ---
+
+    async def _run_unless_held(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        try:
+            return await self._run(request, token)
+        except ConnectionFailed as error:
+            if error.sent or not self.cache.is_held_by_others:
+                raise
+            raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
+
+    async def _run(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        """Send edited plans and notes, then the command line; return once its change is in the files."""
+        run = _run_frame(request)
+        link = self._links.writing(token)
+        notices = (await self._push(link))[1]
+        if request.get("own_link"):
+            # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
+            link = self._links.new_writer(str(link.token))
+            try:
+                answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
+            finally:
+                await link.close()
+        else:
+            answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
+        if isinstance(answer, Refused):
+            raise Rejected(answer.message, code=answer.code)
+        if not isinstance(answer, Reply):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        if link is not self._link and not await self._reached(answer.seq):
+            notices.append(f"done, but the copy here is behind: {self._trouble().message}")
+        return {
+            "exit_code": answer.exit_code if 0 <= answer.exit_code <= 255 else 1,
+            "stdout": base64.b64encode(answer.stdout).decode("ascii"),
+            "stderr": base64.b64encode(answer.stderr).decode("ascii"),
+            "notices": [*notices, *self._notices()],
+        }
+
+    async def _reached(self, seq: int) -> bool:
+        self._link.kick()
+        replica = self._follower
+        return await self._until(
+            lambda: replica.replica.position.seq >= seq and replica.replica.state is State.FOLLOWING, REACH_WAIT_S
+        )
+
+    async def _push_now(self, token: str | None) -> dict[str, Any]:
+        sent, notices = await self._push(self._links.writing(token))
+        return {"sent": sent, "notices": notices}
+
+    async def _push(self, link: Link) -> tuple[list[dict[str, str]], list[str]]:
+        """Send every edited plan and notes; return the outcomes, and what the user should know."""
+        sent: list[dict[str, str]] = []
+        notices: list[str] = []
+        async with self._pushing:
+            for path in self._follower.edits.scan():
+                outcome, notice = await self._push_one(link, path)
+                sent.append({"path": path, "outcome": outcome})
+                if notice:
+                    notices.append(notice)
+        return sent, notices
+
+    async def _push_one(self, link: Link, path: str) -> tuple[str, str | None]:
+        text, base = self.cache.read(path), self._follower.edits.base(path)
+        if len(text) + len(base or b"") > _MAX_EDIT_BYTES:
+            return "refused", f"{path} was not sent: it is over {_MAX_EDIT_BYTES >> 20} MiB"
+        put = Put(id=os.urandom(16).hex(), path=path, base=base, text=text)
+        answer = await link.ask(put)
+        if isinstance(answer, Refused):
+            return "refused", f"{path} was not sent: {answer.message}"
+        if not isinstance(answer, Stored):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        if link is not self._link:
+            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
+            await self._reached(answer.seq)
+        effects, copy = await self._follower.settle(put, answer.outcome)
+        await self._link.carry_out(effects)
+        if copy is not None:
+            return (
+                "conflict",
+                f"conflict in {path}: others changed the same lines; the server's text is in place, yours is in {copy}",
+            )
+        return answer.outcome, None
+
+    # --- comparing ---
+
+    async def _compare(self, *, mend: bool) -> dict[str, Any]:
+        """Compare every file with the server's; with ``mend`` return once what differs has been fetched."""
+        comparison = await self._compared(mend=mend)
+        if mend and not comparison.is_clean:
+            await self._fill(self._link.failed_attempts)
+            if not self._is_current():
+                raise self._trouble()
+        return {**_comparison_fields(comparison), "notices": self._notices()}
+
+    async def _compared(self, *, mend: bool) -> Comparison:
+        for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
+            await self._must_be_current()
+            try:
+                effects, future = await self._follower.compare(mend=mend)
+                await self._link.carry_out(effects)
+                return await asyncio.shield(future)
+            except ConnectionFailed:
+                if not attempts_left:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _with_progress(self, work: Coroutine[Any, Any, dict[str, Any]], report: Report) -> dict[str, Any]:
+        """Await ``work``, and report meanwhile how many of the files that must be fetched have come."""
+        task = asyncio.ensure_future(work)
+        shown = False
+        try:
+            while not (await asyncio.wait([task], timeout=_PROGRESS_INTERVAL_S))[0]:
+                if (progress := self._follower.progress()) is not None:
+                    report({"what": "files", "done": progress[0], "total": progress[1]})
+                    shown = True
+            if shown:
+                report({"what": "files", "done": 1, "total": 1})
+            return task.result()
+        finally:
+            task.cancel()
+
+    # --- looking after it ---
+
+    async def _watch(self) -> None:
+        """Give up a connection that is behind and does not advance; keep what is stored and told of it fresh."""
+        advance, advanced_at, stored_at = self._advance(), time.monotonic(), time.monotonic()
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            now = time.monotonic()
+            if (
+                self._advance() != advance
+                or not self._link.is_open
+                or self._follower.is_current
+                or self._follower.is_busy
+            ):
+                advance, advanced_at = self._advance(), now
+            elif now - advanced_at > STALLED_S:
+                here, there = self._follower.replica.position.seq, self._follower.replica.head
+                self._link.abort(
+                    ConnectionFailed(
+                        f"it said that there are {there} changes, sent {here}, and then nothing more of use for "
+                        f"{STALLED_S:.0f} s"
+                    )
+                )
+                advanced_at = now
+            if self._is_current() and now - stored_at > _STORE_AGE_INTERVAL_S:
+                stored_at = now
+                with contextlib.suppress(StorageError):
+                    await self._follower.store_age()
+            await self._acknowledge()
+            await self._links.drop_idle()
+
+    async def _acknowledge(self) -> None:
+        """Tell the server how far the files are; it informs only, so now and then is enough."""
+        reached = (self._link.welcome, self._follower.state.position.seq)
+        if reached[0] is not None and reached != self._acknowledged:
+            self._acknowledged = reached
+            await self._link.send(Applied(reached[1]))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the little that the agent's own status says of each cache."""
+        return {
+            "url": self.remote.url,
+            "project": self.remote.project,
+            "connected": self._link.is_open,
+            "current": self._is_current(),
+            "seq": self._follower.state.position.seq,
+        }
+
+    def _healed(self) -> dict[str, Any]:
+        """Return what other hands did to the files, and how such things are noticed."""
+        healing = self._follower.healing
+        return {
+            "count": healing.count,
+            "last_path": healing.last_path,
+            "last_age_s": None if healing.last_at is None else round(max(0.0, time.time() - healing.last_at), 1),
+            "fought_over": healing.fought_over(),
+            "watched": None if self._caretaker is None else self._caretaker.how(),
+        }
+
+    async def _status(self, token: str | None) -> dict[str, Any]:
+        """Return what is known, each with its evidence; never more than what was heard lately allows to say."""
+        failed_before = self._link.failed_attempts
+        if not self._link.is_open:
+            self._link.kick()
+            await self._until(lambda: self._link.is_open or self._has_failed(failed_before), FIRST_READY_WAIT_S)
+        welcome, is_open, silence_s = self._link.welcome, self._link.is_open, self._link.silence_s()
+        return {
+            "remote": {"name": self.remote.name, "url": self.remote.url, "project": self.remote.project},
+            "connected": is_open,
+            "last_heard_s": None if silence_s == float("inf") else round(silence_s, 1),
+            "silence_limit_s": ALIVE_S,
+            "error": None if is_open or self._link.error is None else self._link.error.message,
+            "code": None if is_open or self._link.error is None else self._link.error.code,
+            "current": self._is_current(),
+            "trouble": None if self._follower.trouble is None else self._follower.trouble.message,
+            "epoch": self._follower.state.position.epoch,
+            "seq": self._follower.state.position.seq,
+            "server_seq": self._follower.replica.head if is_open else None,
+            "wanted": len(self._follower.replica.wanted),
+            "age_s": self._age_s(),
+            "resyncs": self._follower.resyncs,
+            "unsent_edits": self._follower.edits.scan(),
+            "set_aside": [*self._follower.edits.set_aside_copies(), *self._follower.keepsakes.copies()],
+            "healed": self._healed(),
+            "actor": welcome.actor if welcome else None,
+            "act_as": welcome.act_as if welcome else None,
+            "has_token": (token or self._links.stored_token()) is not None,
+            "pid": os.getpid(),
+            "versions": _versions(welcome),
+        }
+
+
+def _versions(welcome: Welcome | None) -> dict[str, Any]:
+    """Return what runs here and there, and under ``differences`` what to do where that is not the same."""
+    here = {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")}
+    if welcome is None:
+        return {"here": here, "server": None, "differences": None}
+    there = {"lattice-remote": welcome.server_version, "lattice-tracker": welcome.lattice_version}
+    differences = {
+        program: advice
+        for program in here
+        if (advice := describe_difference(here[program], there[program], here_is="this machine", there_is="the server"))
+    }
+    return {"here": here, "server": there, "differences": differences}
+
+
+def _run_frame(request: dict[str, Any]) -> Run:
+    argv = request["argv"]
+    if not 0 < len(argv) <= MAX_ARGV:
+        raise Misuse(f"too many arguments: at most {MAX_ARGV}")
+    try:
+        "\0".join(argv).encode()
+    except UnicodeEncodeError:
+        raise Misuse("an argument is not valid UTF-8") from None
+    files = [
+        Attachment(
+            index=file["index"],
+            name=file["name"].encode(errors="replace").decode(),
+            data=None if file["data"] is None else base64.b64decode(file["data"]),
+        )
+        for file in request["files"]
+    ]
+    return Run(id=request["id"], argv=argv, files=files)
+
+
+def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "seq": comparison.seq,
+        "total": comparison.total,
+        "differing": comparison.differing,
+        "missing": comparison.missing,
+        "surplus": comparison.surplus,
+        "edited": comparison.edited,
+    }

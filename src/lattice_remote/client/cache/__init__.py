@@ -1,0 +1,13 @@
+"""The directory as a tree that follows the server's.
+
+follower    drives a replica (``protocol/replica.py``) against a cache
+cache       atomic writes, and what is known of each file
+directory   how files are reached, never through a link
+state       which point of the history the directory holds
+known       what each file was when one of ours last wrote it
+survey      looks at every file, for what others have changed
+comparing   files against the server's manifest
+healing     which file is put right when, and which is fought over
+keepsakes   what a person wrote where only the server may, kept aside
+edits       plans and notes that people edit in place
+"""

@@ -1,0 +1,294 @@
+"""A project's ``.lattice`` directory as a replicated tree: plain files, replaced or appended atomically (I8).
+
+How a file is reached, never through a link, is for ``directory.py``. No file is synced to the disk one by one: after
+a power cut the cache is compared with the server as a whole (see ``state.py``).
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import stat
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from filelock import FileLock, Timeout
+
+from lattice_remote.client.cache.directory import TEMPORARY, Directory
+from lattice_remote.client.cache.known import Known, Signature
+from lattice_remote.client.cache.state import STATE_FILE, CacheState, decode_state, encode_state
+from lattice_remote.client.quota import Quota
+from lattice_remote.client.servers import cache_limit
+from lattice_remote.client.settings import REMOTE_FILE, Remote
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.paths import is_replicated
+
+__all__ = ["BASE_DIRECTORY", "Cache", "explained"]
+
+BASE_DIRECTORY = ".base"
+"""Holds, for each plan and notes, the server's text on which the local file is based."""
+_LOCK = ".cache.lock"
+_GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n!.gitignore\n"
+_SKELETON = (
+    "archive/events",
+    "archive/notes",
+    "archive/plans",
+    "archive/tasks",
+    "artifacts/meta",
+    "artifacts/payload",
+    "events",
+    "locks",
+    "notes",
+    "plans",
+    "resources",
+    "sessions/archive",
+    "tasks",
+)
+_LOCK_POLL_S = 0.01
+
+
+class Cache:
+    """One ``.lattice`` directory. The methods of ``operations.Tree`` must be called under ``locked()``.
+
+    Raises ``StorageError`` where the file system refuses; what was applied before stays whole.
+    """
+
+    def __init__(self, directory: str, remote: Remote) -> None:
+        self.directory = os.path.realpath(directory)
+        self.remote = remote
+        self._identity = self._stat_directory()
+        self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
+        """How large the server may make it."""
+        self._files = Directory(self.directory, self.quota)
+        self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
+        self.is_held_by_others = False
+        """Whether another process has the lock that this one waits for."""
+        self.known = Known(self.directory)
+        """The files as our own processes left them."""
+        self._lock = FileLock(os.path.join(self.directory, _LOCK), thread_local=False, mode=0o600)
+
+    # --- the directory ---
+
+    def prepare(self) -> None:
+        """Make what lattice expects of a directory, and what keeps git from storing the cache."""
+        with explained(self.directory):
+            for directory in (*_SKELETON, TEMPORARY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
+                self._files.make(directory)
+            if not os.path.lexists(self.absolute(".gitignore")):
+                self._files.replace(".gitignore", _GITIGNORE)
+            self._files.remove_stale_temporaries()
+
+    def is_whole(self) -> bool:
+        """Whether the directories that lattice expects are there."""
+        return all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _SKELETON)
+
+    def is_there(self) -> bool:
+        """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""
+        try:
+            here = self._stat_directory() == self._identity
+            return here and os.path.lexists(os.path.join(self.directory, REMOTE_FILE))
+        except StorageError:
+            return False
+
+    @contextlib.asynccontextmanager
+    async def locked(self, timeout_s: float = 60.0) -> AsyncIterator[None]:
+        """Hold the cache against other processes; may be nested within one task.
+
+        Raises:
+            StorageError: the directory is gone, can't be written, or another process holds on to it.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._check_there()
+            try:
+                with explained(self.directory):
+                    self._lock.acquire(timeout=0)
+                break
+            except Timeout:
+                self.is_held_by_others = True
+                if time.monotonic() > deadline:
+                    raise StorageError(f"another process has held {self.directory} for {timeout_s:.0f} s") from None
+                await asyncio.sleep(_LOCK_POLL_S)
+        self.is_held_by_others = False
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _check_there(self) -> None:
+        if not self.is_there():
+            raise StorageError(f"{self.directory} was removed or replaced")
+
+    def _stat_directory(self) -> tuple[int, int]:
+        try:
+            found = os.stat(self.directory)
+        except OSError as error:
+            raise StorageError(f"cannot read {self.directory}: {error.strerror}") from error
+        return found.st_dev, found.st_ino
+
+    # --- state ---
+
+    def load_state(self) -> CacheState:
+        """Return which point of the history the files hold."""
+        try:
+            return decode_state(self._files.read(STATE_FILE), self.remote)
+        except FileNotFoundError:
+            return CacheState()
+        except OSError as error:
+            raise StorageError(f"cannot read the cache's state: {error.strerror}") from error
+
+    def save_state(self, state: CacheState) -> Signature | None:
+        """Store which point of the history the files hold; call after the files hold it (I5)."""
+        with explained(STATE_FILE):
+            self._files.replace(STATE_FILE, encode_state(state, self.remote))
+        return self.signature(STATE_FILE)
+
+    def signature(self, path: str) -> Signature | None:
+        """Return what tells whether a file was written since, None when there is no plain file."""
+        try:
+            found = os.lstat(os.path.join(self.directory, path))
+        except OSError:
+            return None
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+    def absolute(self, path: str) -> str:
+        """Return the place on disk of a path of the tree."""
+        return os.path.join(self.directory, path)
+
+    # --- the tree (operations.Tree) ---
+
+    def size(self, path: str) -> int | None:
+        """Return the file's size in bytes; None when there is no file, or something that is not a plain one."""
+        found = self.signature(path)
+        return None if found is None else found[1]
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        """Return the content from ``offset`` on."""
+        with explained(path):
+            return self._files.read(path, offset)
+
+    def digest(self, path: str) -> bytes | None:
+        """Return the SHA-256 of the content; None when there is no plain file."""
+        with explained(path), contextlib.suppress(FileNotFoundError):
+            return None if self.signature(path) is None else self._files.digest(path)
+        return None
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Make the file exactly ``data``, atomically, with its parent directories."""
+        with explained(path):
+            self._files.replace(path, data)
+            self.note(path)
+
+    def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
+        """Like ``replace``, but only if the file is still as ``found``, which is looked at as late as can be."""
+        with explained(path):
+            done = self._files.replace(path, data, lambda: self.signature(path) == found)
+            if done:
+                self.note(path)
+            return done
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add ``data`` at the end in one write; creates the file, also in place of a link."""
+        found = self.signature(path)
+        if found is None:
+            self.replace(path, data)
+            return
+        is_ours = not self.known.is_complete or self.known.agrees(path, found)
+        with explained(path):
+            self._files.append(path, data)
+            if is_ours:  # what other hands did to the rest of it must still be noticed
+                self.note(path)
+
+    def move(self, path: str, to: str) -> None:
+        """Rename, replacing what is at ``to``."""
+        with explained(path):
+            self._files.move(path, to)
+            self.note(path)
+            self.note(to)
+
+    def delete(self, path: str) -> None:
+        """Remove the file or link; nothing happens when there is none, or a directory."""
+        with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            self._files.remove(path)
+        self.note(path)
+
+    def note(self, path: str) -> None:
+        """The file is as one of us wants it: what differs later was done by other hands."""
+        if not path.startswith("."):
+            self.known.note(path, self.signature(path))
+
+    # --- files that come in pieces ---
+
+    def write_part(self, part: Part) -> bool | None:
+        """Write a piece of a file beside it; the last one puts the file in place.
+
+        Returns:
+            True once the file is in place, None while pieces are missing, False when the pieces don't fit
+            together or don't add up to the digest: the file must be fetched again.
+        """
+        if part.offset == 0 and len(part.data) == part.size:
+            return self._put_whole(part)
+        self.quota.require(part.size)
+        with explained(part.path):
+            temporary, written = self._parts.pop(part.path, ("", 0))
+            if part.offset == 0:
+                self._files.discard(temporary)
+                temporary, written = self._files.new_temporary(), 0
+            placed: bool | None = False
+            try:
+                if part.offset == written:
+                    placed = self._add_part(part, temporary)
+            finally:
+                if placed is None:
+                    self._parts[part.path] = (temporary, written + len(part.data))
+                elif not placed:
+                    self._files.discard(temporary)  # on a full disk most of all: it would stay full of this
+            return placed
+
+    def _add_part(self, part: Part, temporary: str) -> bool | None:
+        self._files.extend(temporary, part.data)
+        if part.offset + len(part.data) < part.size:
+            return None
+        if self._files.digest(temporary) != part.digest:
+            return False
+        self._files.move(temporary, part.path)
+        self.note(part.path)
+        return True
+
+    def forget_parts(self) -> None:
+        """Remove what has come of files whose other pieces won't come any more."""
+        for temporary, _ in self._parts.values():
+            self._files.discard(temporary)
+        self._parts.clear()
+
+    def _put_whole(self, part: Part) -> bool:
+        if hashlib.sha256(part.data).digest() != part.digest:
+            return False
+        self.replace(part.path, part.data)
+        return True
+
+    # --- the whole tree ---
+
+    def paths(self) -> Iterator[str]:
+        """Yield the path of each replicated plain file, relative to the directory."""
+        for directory, directories, names in os.walk(self.directory):
+            directories[:] = [name for name in directories if not name.startswith(".")]
+            prefix = os.path.relpath(directory, self.directory).replace(os.sep, "/") + "/"
+            for name in names:
+                path = (prefix + name).removeprefix("./")
+                if is_replicated(path) and not os.path.islink(os.path.join(directory, name)):
+                    yield path
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn an error of the file system into ours, naming the file."""
+    try:
+        yield
+    except Timeout:
+        raise  # filelock's own, also an OSError
+    except OSError as error:
+        raise StorageError(f"cannot write the cache ({what}): {error.strerror or error}") from error

@@ -1,0 +1,131 @@
+"""Plans and notes that people edit in place: what was edited, and on which text of the server's (I4).
+
+Beside each such file, ``.base/`` keeps the server's text on which it is based. A file that differs from its base
+is an edit: it is sent with that base, and the server merges. The base is always written after the file, so that
+a crash in between looks like an edit that the server already has, never like one that undoes what it has.
+"""
+
+import contextlib
+import os
+from collections.abc import Container, Iterator
+
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.known import Signature
+from lattice_remote.protocol.operations import AppendBytes, MoveFile, Operation, PutFile, digest_of
+from lattice_remote.protocol.paths import is_editable
+
+__all__ = ["Edits"]
+
+_EDITED_DIRECTORIES = ("plans", "notes")
+
+
+class Edits:
+    """The edited files of one cache. Methods that write must be called under the cache's lock."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._settled: dict[str, Signature] = {}  # files known to equal their base, as they were then
+
+    def scan(self) -> list[str]:
+        """Return the paths of all edited files. Costs one ``stat`` for each plan and notes."""
+        return [path for path in self._paths() if is_editable(path) and self.is_edited(path)]
+
+    def is_edited(self, path: str) -> bool:
+        """Whether a file differs from its base. A file that somebody removed is no edit."""
+        signature = self._cache.signature(path)
+        if signature is None or self._settled.get(path) == signature:
+            return False
+        if self._cache.read(path) != self.base(path):
+            return True
+        self._settled[path] = signature
+        return False
+
+    def base(self, path: str) -> bytes | None:
+        """Return the server's text on which the local file is based; None when the server had none."""
+        place = _base_path(path)
+        return None if self._cache.size(place) is None else self._cache.read(place)
+
+    def is_orphan(self, path: str, files: Container[str]) -> bool:
+        """Whether a plan or notes belongs to no task among the server's ``files``: then it is no edit of anything."""
+        if path in files or self.base(path) is not None:
+            return False
+        task = path.rpartition("/")[2].removesuffix(".md")
+        return f"tasks/{task}.json" not in files and f"archive/tasks/{task}.json" not in files
+
+    def base_entry(self, path: str) -> tuple[int, bytes] | None:
+        """Return size and digest of a file's base, as the manifest lists them."""
+        base = self.base(path)
+        return None if base is None else (len(base), digest_of(base))
+
+    def rebase(self, path: str) -> None:
+        """The file is now the server's text: remember that."""
+        if self._cache.size(path) is None:
+            self._settled.pop(path, None)
+            self._cache.delete(_base_path(path))
+        else:
+            self.sent(path, self._cache.read(path))
+
+    def sent(self, path: str, text: bytes) -> None:
+        """The server has ``text``: what the file holds beyond that is the next edit."""
+        self._cache.replace(_base_path(path), text)
+
+    def take(self, path: str, text: bytes) -> bool:
+        """Put the server's text in place, unless the file is edited, even at the last moment; tell whether it was."""
+        found = self._cache.signature(path)
+        if self.is_edited(path) or not self._cache.replace_if(path, text, found):
+            return False
+        self.sent(path, text)
+        return True
+
+    def absorb(self, operation: Operation) -> bool:
+        """Whether an operation only makes an edited file what it already is: our own edit, come back."""
+        after = self.text_after(operation)
+        if after is None or self._cache.read(operation.path) != after:
+            return False
+        self.sent(operation.path, after)
+        self._cache.note(operation.path)
+        return True
+
+    def text_after(self, operation: Operation) -> bytes | None:
+        """Return the server's text of a plan or notes after an operation; None when that can't be told from here."""
+        if not is_editable(operation.path):
+            return None
+        match operation:
+            case PutFile():
+                return operation.data
+            case AppendBytes() if (base := self.base(operation.path)) is not None and len(base) == operation.offset:
+                return base + operation.data
+            case _:
+                return None
+
+    def edited_by(self, operation: Operation) -> list[str]:
+        """Return which of the files that an operation changes are edited here."""
+        paths = (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
+        return [path for path in paths if is_editable(path) and self.is_edited(path)]
+
+    def set_aside(self, path: str) -> str:
+        """Save an edit that conflicts beside its file, once, and return the copy's path."""
+        text = self._cache.read(path)
+        copy = path + ".mine"
+        number = 1
+        while self._cache.size(copy) is not None and self._cache.read(copy) != text:
+            number += 1
+            copy = f"{path}.mine{number}"
+        self._cache.replace(copy, text)
+        self.sent(path, text)
+        return copy
+
+    def set_aside_copies(self) -> list[str]:
+        """Return the copies of conflicting edits that nobody has removed yet."""
+        return [path for path in self._paths() if ".md.mine" in path]
+
+    def _paths(self) -> Iterator[str]:
+        for directory in _EDITED_DIRECTORIES:
+            names: list[str] = []
+            with contextlib.suppress(OSError):
+                names = sorted(os.listdir(os.path.join(self._cache.directory, directory)))
+            yield from (f"{directory}/{name}" for name in names)
+
+
+def _base_path(path: str) -> str:
+    return f"{BASE_DIRECTORY}/{path}"

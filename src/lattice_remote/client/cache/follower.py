@@ -1,0 +1,484 @@
+"""Drives a replica against a cache: feeds it frames, performs on the files what it says.
+
+Several processes may follow one cache. Each takes the cache's lock for every batch of frames, looks whether
+another one has gone on meanwhile, and skips what is already in the files. A whole resync is done under the
+lock, so that the others find it done.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+from lattice_remote import __version__
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.comparing import Comparison, compare_files
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.healing import Healing
+from lattice_remote.client.cache.keepsakes import Keepsakes, may_be_by_hand
+from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.state import STATE_FILE, CacheState
+from lattice_remote.client.cache.survey import Reading
+from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
+from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
+from lattice_remote.protocol.operations import MoveFile, Operation, apply, digest_of, paths_of
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.replica import (
+    Answer,
+    ApplyChange,
+    Compare,
+    Effect,
+    Remove,
+    Replica,
+    Save,
+    Send,
+    State,
+    WritePart,
+)
+
+__all__ = ["Follower", "Outcome", "Writer"]
+
+_MAX_MISFITS = 5
+"""How often the pieces of one file may not add up before the connection is given up."""
+_LOOK_AGAIN_S = 1.0
+_STORE_AGE_TIMEOUT_S = 1.0
+"""Not worth a longer wait: everything else of this cache waits meanwhile."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a batch of frames leads to, after the files: frames to send, and answers to requests."""
+
+    to_send: list[ClientFrame] = field(default_factory=list)
+    answers: list[Response] = field(default_factory=list)
+    applied: bool = False
+    """Whether the files, and what is stored of their state, were written."""
+
+
+class Writer:
+    """The conversation of a link that only sends requests: for a further token of a cache that has its follower."""
+
+    def __init__(self) -> None:
+        self.replica = Replica(follow=False)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether requests can be sent."""
+        return self.replica.welcome is not None
+
+    async def hello(self) -> Hello:
+        """Begin a conversation on a new connection."""
+        return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        """Take frames; only answers come of them."""
+        outcome = Outcome()
+        for frame in frames:
+            outcome.answers += [e.frame for e in self.replica.receive(frame) if isinstance(e, Answer)]
+        return outcome
+
+    async def disconnected(self) -> None:
+        """The connection is gone."""
+        self.replica.disconnected()
+
+
+class Follower:
+    """One cache that follows its project. Driven by one link; ``is_current`` tells what the files are worth."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.edits = Edits(cache)
+        self.keepsakes = Keepsakes(cache)
+        self.healing = Healing()
+        self.replica = Replica()
+        self.state = cache.load_state()
+        """What is stored in the cache, as far as this process knows."""
+        self.current_at = self.state.current_at
+        """When the files were last known to be all that the server has (seconds since 1970)."""
+        self.trouble: StorageError | None = None
+        """Why the files could not be written, until they can be."""
+        self.resyncs = 0
+        """How often the whole tree was compared because the history could not be continued."""
+        self.received = 0
+        """Parts of files that have arrived: shows that a long fill advances."""
+        self._stored: Signature | None = None
+        self._resync_lock = contextlib.AsyncExitStack()
+        self._resyncing = False
+        self._to_fetch = 0
+        self._mutex = asyncio.Lock()
+        self._comparing: asyncio.Future[Comparison] | None = None
+        self._earlier: Mapping[str, Reading] | None = None
+        self._misfits: Counter[str] = Counter()  # path -> how often its pieces did not add up, on this connection
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files hold everything that the server has told of."""
+        return self.replica.is_current
+
+    @property
+    def is_following(self) -> bool:
+        """Whether changes are being taken, and files can be asked for."""
+        return self.replica.state is State.FOLLOWING
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is at work on the files: slow here, not stalled there."""
+        return self._mutex.locked()
+
+    def progress(self) -> tuple[int, int] | None:
+        """Return how many of how many files have come that must be fetched, None when that is not going on."""
+        missing = len(self.replica.wanted) - len(self.replica.held)
+        if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
+            return None
+        return max(0, self._to_fetch - missing), self._to_fetch
+
+    # --- the conversation, as a link drives it ---
+
+    async def hello(self) -> Hello:
+        """Begin a conversation from what the files hold now."""
+        async with self._mutex, self.cache.locked():
+            self.cache.prepare()
+            self._load()
+        return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        """Take frames in order and bring the files there; then return what to send and what was answered.
+
+        Raises:
+            ProtocolError: the server broke the protocol.
+            StorageError: the cache can't be written; the position that is stored stays behind the files.
+            ConnectionFailed: another process took the cache elsewhere; greet again.
+        """
+        async with self._mutex, self.cache.locked():
+            try:
+                outcome = await self._receive(frames)
+            except BaseException as error:
+                self.trouble = error if isinstance(error, StorageError) else None
+                self.replica.disconnected()  # it may be ahead of the files now: nothing may be concluded from it
+                raise
+            finally:
+                self.cache.known.share()
+            self.trouble = None if outcome.applied else self.trouble
+            return outcome
+
+    async def _go_on(self, outcome: Outcome) -> None:
+        # Where that is impossible, the next batch finds so too, and ends the connection.
+        with contextlib.suppress(ConnectionFailed):
+            await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
+
+    async def _receive(self, frames: Iterable[ServerFrame]) -> Outcome:
+        outcome = Outcome()
+        save = await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
+        for frame in frames:
+            save |= await self._perform(self.replica.receive(frame), outcome)
+        if save:
+            self._save()
+            outcome.applied = True
+        self.heard()
+        await self._keep_others_out_while_resyncing()
+        return outcome
+
+    async def disconnected(self) -> None:
+        """The connection is gone: what was half done is done again from what is stored."""
+        async with self._mutex:
+            self.replica.disconnected()
+            self._fail_comparison()
+            self._resyncing = False
+            self._misfits.clear()
+            self.cache.forget_parts()
+            await self._resync_lock.aclose()
+        with contextlib.suppress(StorageError):
+            await self.store_age()
+
+    def heard(self) -> None:
+        """The server is there: what was current still is."""
+        if self.replica.is_current:
+            self.current_at = time.time()
+
+    async def store_age(self) -> None:
+        """Store when the files were last current, for a process that later finds the server out of reach."""
+        if self._changed_by_others():
+            return  # another process goes on with it; or it is being removed, and must not be written to
+        async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
+            if self._stored is not None and not self._changed_by_others():
+                self._store(replace(self.state, current_at=self.current_at))
+
+    def _fail_comparison(self) -> None:
+        if self._comparing is not None and not self._comparing.done():
+            self._comparing.set_exception(ConnectionFailed("the connection was lost while the files were compared"))
+            self._comparing.exception()  # whoever waits for it sees it; if nobody does, that is no defect
+        self._comparing = None
+
+    # --- edits and comparisons, as the service asks for them ---
+
+    async def settle(self, put: Put, outcome: str) -> tuple[Outcome, str | None]:
+        """The server has answered an edit: go on from there.
+
+        Where the base is no longer the one that was sent, its change has come already, and maybe others after it.
+
+        Returns:
+            What to send, and for a conflict where the local text was put.
+        """
+        result, copy, path = Outcome(), None, put.path
+        async with self._mutex, self.cache.locked():
+            await self._go_on(result)
+            if self.edits.base(path) != put.base:
+                pass
+            elif outcome != "conflict":
+                self.edits.sent(path, put.text)
+            elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
+                self.replica.hold(path)
+                self._save()  # that the server's text is wanted must be known before the edit looks sent
+                copy = self.edits.set_aside(path)
+            if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
+                self._save()
+        return result, copy
+
+    async def look_at_edits(self) -> Outcome:
+        """Fetch what was held back for an edit that is none any more: undone by hand, or sent by another process."""
+        result = Outcome()
+        if self.replica.held:
+            async with self._mutex, self.cache.locked():
+                await self._go_on(result)
+        return result
+
+    async def heal(self, paths: Iterable[str]) -> Outcome:
+        """Have the server's content fetched for those of these files that are not as one of us left them (I4)."""
+        result = Outcome()
+        async with self._mutex, self.cache.locked():
+            self.cache.prepare()
+            await self._go_on(result)
+            strange = [path for path in paths if self.is_strange(path)]
+            new = [path for path in strange if path not in self.replica.wanted] if self.is_following else []
+            self.healing.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
+            for path in new:
+                self.healing.strange[path] = self.cache.signature(path), self.cache.digest(path)
+            if new:
+                await self._perform(self.replica.drifted(new), result)
+                self._save()
+        return result
+
+    def is_strange(self, path: str) -> bool:
+        """Whether other hands than ours and the server's made the file what it is; edits of plans and notes aside."""
+        found = self.cache.signature(path)
+        if self.cache.known.agrees(path, found):
+            return False
+        return found is None or not is_editable(path) or self._is_orphan(path)
+
+    def _is_orphan(self, path: str) -> bool:
+        return self.cache.known.is_complete and self.edits.is_orphan(path, self.cache.known)
+
+    async def compare(
+        self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
+    ) -> tuple[Outcome, "asyncio.Future[Comparison]"]:
+        """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended.
+
+        Args:
+            mend: whether to fetch what differs.
+            earlier: files that were read before: those that were not changed since need not be read again.
+
+        Raises:
+            ConnectionFailed: there is no connection any more, as the future also says when it is lost meanwhile.
+        """
+        result = Outcome()
+        async with self._mutex:
+            if self.replica.state not in (State.FOLLOWING, State.COMPARING):
+                raise ConnectionFailed("the connection was lost before the files were compared")
+            if self._comparing is None:
+                self._comparing = asyncio.get_running_loop().create_future()
+            self._earlier = earlier
+            await self._perform(self.replica.compare(mend=mend), result)
+            return result, self._comparing
+
+    # --- effects ---
+
+    async def _perform(self, effects: Iterable[Effect], outcome: Outcome) -> bool:
+        """Perform effects in order; return whether the state must be stored."""
+        queue = deque(effects)
+        save = False
+        while queue:
+            match queue.popleft():
+                case ApplyChange(operations=operations):
+                    queue.extend(self._apply(operations))
+                case WritePart(part=part):
+                    self.received += 1
+                    queue.extend(self._write_part(part))
+                case Remove(paths=paths):
+                    for path in paths:
+                        self._remove(path)
+                case Compare() as compare:
+                    queue.extend(await self._compare(compare))
+                case Send(frame=frame):
+                    outcome.to_send.append(frame)
+                case Answer(frame=answer):
+                    outcome.answers.append(answer)
+                case Save():
+                    save = True
+        return save
+
+    def _apply(self, operations: Iterable[Operation]) -> list[Effect]:
+        drifted: set[str] = set()
+        for operation in operations:
+            text = self.edits.text_after(operation)
+            if text is not None and self.edits.take(operation.path, text):
+                continue
+            edited = self.edits.edited_by(operation)
+            if not edited:
+                paths = paths_of(operation)
+                self._keep(paths)
+                drifted |= (unfit := apply(operation, self.cache))
+                self._is_the_servers(path for path in paths if path not in unfit)
+            elif not self.edits.absorb(operation):
+                drifted |= self._hold(operation, edited)
+        return self.replica.drifted(drifted) if drifted else []
+
+    def _hold(self, operation: Operation, edited: list[str]) -> set[str]:
+        """Leave edited files alone; return which other file of a move must be fetched."""
+        for path in edited:
+            self.replica.hold(path)
+        if isinstance(operation, MoveFile):
+            if operation.path not in edited:
+                self._remove(operation.path)
+            elif operation.to not in edited:
+                return {operation.to}
+        return set()
+
+    def _write_part(self, part: Part) -> list[Effect]:
+        if self._is_only_touched(part):
+            self.cache.note(part.path)
+            self._is_the_servers([part.path])
+            return []
+        if is_editable(part.path) and self.edits.is_edited(part.path):
+            self.replica.hold(part.path)
+            return []
+        if is_editable(part.path) and digest_of(part.data) == part.digest:  # the file in one piece
+            if self.edits.take(part.path, part.data):
+                self._is_the_servers([part.path])
+            else:
+                self.replica.hold(part.path)
+            return []
+        self._keep([part.path])
+        placed = self.cache.write_part(part)
+        if placed is False:
+            self._misfits[part.path] += 1
+            if self._misfits[part.path] >= _MAX_MISFITS:
+                raise ProtocolError(f"the server keeps sending {part.path!r} in pieces that are not the file")
+            return self.replica.drifted([part.path])
+        if placed:
+            self._misfits.pop(part.path, None)
+            self._is_the_servers([part.path])
+        return []
+
+    def _remove(self, path: str) -> None:
+        if is_editable(path) and self.edits.is_edited(path):
+            if not self._is_orphan(path):
+                self.replica.hold(path)
+                return
+            self.keepsakes.keep(path, is_strange=True)
+        self._keep([path])
+        self.cache.delete(path)
+        self._is_the_servers([path])
+
+    def _is_only_touched(self, part: Part) -> bool:
+        """Whether a file that looked strange holds just what the server sends: only its times were changed."""
+        found = self.healing.strange.get(part.path)
+        return found is not None and found[1] == part.digest and found[0] == self.cache.signature(part.path)
+
+    def _keep(self, paths: Iterable[str]) -> None:
+        """These files are about to be replaced: set aside what somebody may have written into them."""
+        for path in paths:
+            if may_be_by_hand(path):
+                known = self.cache.known
+                strange = known.is_complete and not known.agrees(path, self.cache.signature(path))
+                self.keepsakes.keep(path, is_strange=strange or path in self.healing.strange)
+
+    def _is_the_servers(self, paths: Iterable[str]) -> None:
+        """These files hold what the server has, or are gone with it."""
+        for path in paths:
+            if is_editable(path):
+                self.edits.rebase(path)
+            else:
+                self.keepsakes.remember(path)
+            if (before := self.healing.strange.pop(path, None)) is not None:
+                self._was_fetched(path, was_changed=before[1] != self.cache.digest(path))
+
+    def _was_fetched(self, path: str, *, was_changed: bool) -> None:
+        if self.healing.healed(path) if was_changed else self.healing.fetched(path):
+            self.keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
+
+    async def _compare(self, compare: Compare) -> list[Effect]:
+        compared = await compare_files(self.cache, self.edits, compare, self._earlier)
+        self._earlier = None
+        comparison = compared.comparison
+        if self._comparing is not None and not self._comparing.done():
+            self._comparing.set_result(comparison)
+        self._comparing = None
+        if not compare.mend:
+            return self.replica.verified()
+        if self.replica.position.epoch:  # the files should have been equal, save for those that were being fetched
+            for path in (*comparison.differing, *comparison.missing, *comparison.surplus):
+                if path not in self.replica.wanted:
+                    reading = compared.readings.get(path)
+                    self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
+        self.cache.known.settle((path, compared.readings[path].signature) for path in compared.equal())
+        effects = self.replica.compared(compared.local, edited=comparison.edited)
+        self._to_fetch = len(self.replica.wanted)
+        return effects
+
+    # --- state ---
+
+    def _load(self) -> None:
+        self.cache.known.learn()
+        self._stored = self.cache.signature(STATE_FILE)
+        self.state = self.cache.load_state()
+        self.current_at = self.state.current_at
+        self.replica = Replica(self.state.position, self.state.wanted)
+
+    def _catch_up_with_others(self) -> list[Effect]:
+        """Go on from where another process has brought the files meanwhile."""
+        if self.replica.state is State.IDLE or not self._changed_by_others():
+            return []
+        self.cache.known.learn()
+        found = self.cache.load_state()
+        here = self.replica.position
+        if found.position.epoch != here.epoch or found.position.seq < here.seq:
+            raise ConnectionFailed("another process has begun this cache anew")
+        self._stored = self.cache.signature(STATE_FILE)
+        self.state = found
+        if found.position == here and set(found.wanted) == self.replica.wanted.keys():
+            return []  # only the stored age is new
+        if self.replica.state is State.COMPARING:
+            raise ConnectionFailed("another process has gone on while the files were compared")
+        return self.replica.overtaken(found.position, found.wanted)
+
+    def _release_settled(self) -> list[Effect]:
+        settled = [path for path in self.replica.held if not self.edits.is_edited(path)]
+        return self.replica.release(settled) if settled and self.replica.state is State.FOLLOWING else []
+
+    def _changed_by_others(self) -> bool:
+        return self.cache.signature(STATE_FILE) != self._stored
+
+    def _save(self) -> None:
+        self.heard()
+        self._store(CacheState(self.replica.position, tuple(self.replica.wanted), self.current_at))
+
+    def _store(self, state: CacheState) -> None:
+        self.state = state
+        self._stored = self.cache.save_state(state)
+
+    async def _keep_others_out_while_resyncing(self) -> None:
+        """Hold the lock from a resync's start until its last file has come, so that others find it done."""
+        if (
+            self._resyncing
+            and self.replica.state is State.FOLLOWING
+            and len(self.replica.wanted) == len(self.replica.held)
+        ):
+            self._resyncing = False
+            await self._resync_lock.aclose()
+        elif not self._resyncing and self.replica.state is State.COMPARING and not self.replica.position.epoch:
+            self._resyncing = True
+            self.resyncs += 1
+            await self._resync_lock.enter_async_context(self.cache.locked())

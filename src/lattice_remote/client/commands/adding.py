@@ -1,0 +1,277 @@
+"""Making a directory a copy of a project, and undoing that: ``lattice remote add`` and ``remove``.
+
+The copy is filled beside the place where it will be, and renamed at the end: whatever fails, or whoever
+interrupts, nothing is left behind and nothing that was there has been touched.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from lattice_remote.client import credentials, servers
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.agent_client import Progress
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.directory import remove_tree
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.follower import Writer
+from lattice_remote.client.cache.state import STATE_FILE
+from lattice_remote.client.link.link import Link
+from lattice_remote.client.servers import Server
+from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, write_remote
+from lattice_remote.errors import Misuse, StorageError
+
+__all__ = ["Added", "add_remote", "check_token", "remove_remote"]
+
+_CHECK_TIMEOUT_S = 10.0
+_PLAIN_FILES = {"config.json", "ids.json"}
+_CONTEXT = "context.md"
+_ASKED_BY_INIT = {
+    "instance_id",
+    "default_actor",
+    "project_code",
+    "subproject_code",
+    "instance_name",
+    "project_name",
+    "model",
+    "heartbeat",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What has arrived in a new copy."""
+
+    directory: str
+    remote: Remote
+    tasks: int
+    files: int
+    seq: int
+
+
+async def add_remote(
+    root: str,
+    name: str,
+    server: Server,
+    *,
+    project: str | None,
+    token: str | None,
+    show: Progress | None,
+) -> Added:
+    """Fill a new ``.lattice`` in the directory ``root``, an absolute path, from a project on a server.
+
+    The server has then been named by this user, and the token is kept if one is given.
+
+    Raises:
+        Misuse: the directory has tasks of its own, or a remote already, or no project is named.
+        RemoteError: the server is out of reach, or refuses. Nothing is left behind in any case.
+    """
+    if project is None:
+        raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
+    remote = Remote(check_name(name), server.url, project)
+    target = os.path.join(root, ".lattice")
+    _require_room(target)
+    if token is not None:
+        credentials.check_token(token)
+    staging = f"{target}.new-{uuid.uuid4().hex[:8]}"
+    try:
+        added = await _fill(
+            staging, target, remote, token=token or credentials.from_environment(), server=server, show=show
+        )
+        servers.record(server)
+        if token is not None:
+            credentials.store(server.url, project, token)
+        _put_in_place(staging, target)
+    except OSError as error:
+        raise StorageError(f"cannot make {target}: {error.strerror}") from error
+    finally:
+        remove_tree(staging)
+    return added
+
+
+async def _fill(
+    staging: str, target: str, remote: Remote, *, token: str | None, server: Server, show: Progress | None
+) -> Added:
+    os.mkdir(staging)
+    write_remote(staging, remote)
+    service = Service(staging)
+    service.start(token, named=server, prefer_given=True)
+    try:
+        answer = await service.handle({"do": "pull", "directory": staging, "token": token}, show or _ignore)
+    finally:
+        await service.close()
+    paths = list(Cache(staging, remote).paths())
+    tasks = sum(path.startswith("tasks/") and path.endswith(".json") for path in paths)
+    return Added(target, remote, tasks, len(paths), answer["seq"])
+
+
+def _put_in_place(staging: str, target: str) -> None:
+    """Rename; an empty project that was there makes room, and comes back if the rename fails."""
+    if not os.path.lexists(target):
+        os.rename(staging, target)
+        return
+    aside = f"{target}.old-{uuid.uuid4().hex[:8]}"
+    os.rename(target, aside)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    remove_tree(aside)
+
+
+def _require_room(target: str) -> None:
+    """Raise ``Misuse`` unless there is no ``.lattice`` yet, or one in which nothing was ever done."""
+    if not os.path.lexists(target):
+        return
+    if not os.path.isdir(target) or os.path.islink(target):
+        raise Misuse(f"{target} is not a directory")
+    if os.path.exists(os.path.join(target, REMOTE_FILE)):
+        raise Misuse("this project has a remote already; change it with lattice remote set-url, or remove it first")
+    used = _first_sign_of_use(target)
+    if used is not None:
+        raise Misuse(
+            f"this directory has a project of its own ({used}), which a remote would replace; nothing was touched: "
+            "add the remote in another directory"
+        )
+
+
+def _first_sign_of_use(target: str) -> str | None:
+    """Return what a freshly initialised project does not have, in words; None when there is nothing."""
+    if tasks := _count(target, "tasks", ".json"):
+        return f"{tasks} task{'s' * (tasks != 1)}"
+    if _is_configured(target):
+        return "a config.json that was changed"
+    if _is_described(target):
+        return "a context.md that was written"
+    for directory, directories, names in os.walk(target):
+        directories.sort()
+        for name in sorted(names):
+            path = os.path.relpath(os.path.join(directory, name), target)
+            if path in _PLAIN_FILES and not _lists_tasks(os.path.join(target, path)):
+                continue
+            if (
+                path == _CONTEXT
+                or path.startswith("locks" + os.sep)
+                or (name == "_lifecycle.jsonl" and not os.path.getsize(os.path.join(directory, name)))
+            ):
+                continue
+            return path
+    return None
+
+
+def _count(target: str, directory: str, ending: str) -> int:
+    with contextlib.suppress(OSError):
+        return sum(name.endswith(ending) for name in os.listdir(os.path.join(target, directory)))
+    return 0
+
+
+def _is_configured(target: str) -> bool:
+    """Whether somebody has changed more of ``config.json`` than ``lattice init`` asks for."""
+    from lattice.core.config import default_config
+
+    try:
+        with open(os.path.join(target, "config.json"), encoding="utf-8") as file:
+            config: dict[str, Any] = json.load(file)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    made = {key: value for key, value in config.items() if key not in _ASKED_BY_INIT}
+    return all(made != dict(default_config(preset=preset)) for preset in ("classic", "opinionated"))
+
+
+def _is_described(target: str) -> bool:
+    """Whether ``context.md`` holds more than ``lattice init`` puts there, below the heading that it chooses."""
+    from lattice.cli.main import _CONTEXT_MD_TEMPLATE
+
+    try:
+        with open(os.path.join(target, _CONTEXT), encoding="utf-8") as file:
+            return file.read().partition("\n")[2] != _CONTEXT_MD_TEMPLATE.partition("\n")[2]
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+
+
+def _lists_tasks(path: str) -> bool:
+    """Whether this is an ``ids.json`` that has given out an id."""
+    if os.path.basename(path) != "ids.json":
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            return bool(json.load(file).get("map"))
+    except (OSError, ValueError, AttributeError):
+        return True  # unreadable: be careful with it
+
+
+async def check_token(server: Server, project: str, token: str) -> str:
+    """Ask the server whether it takes a token; return what it said, or that it is out of reach.
+
+    Raises:
+        Rejected: the server refuses it, or must not be told it.
+    """
+    link = Link(Remote("origin", server.url, project), Writer(), token, named=server)
+    link.start()
+    try:
+        await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _CHECK_TIMEOUT_S)
+        if link.is_refused and link.error is not None:
+            raise link.error
+        return (
+            f"accepted, acting as {link.welcome.actor}" if link.welcome else "not checked: the server is out of reach"
+        )
+    finally:
+        await link.close()
+
+
+def remove_remote(directory: str, remote: Remote) -> None:
+    """Remove a copy with its bookkeeping, unless something in it exists nowhere else.
+
+    Raises:
+        Misuse: edits that were not sent, or files of somebody's own, would be lost; nothing was touched.
+    """
+    cache = Cache(directory, remote)
+    _require_nothing_unsent(cache)
+    gone = f"{cache.directory}.gone-{uuid.uuid4().hex[:8]}"
+    try:
+        os.rename(cache.directory, gone)
+        try:
+            _require_nothing_unsent(Cache(gone, remote))  # an editor may have saved at the last moment
+        except Misuse:
+            os.rename(gone, cache.directory)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot remove {directory}: {error.strerror}") from error
+    if os.path.islink(directory):
+        with contextlib.suppress(OSError):
+            os.unlink(directory)
+    remove_tree(gone)
+
+
+def _require_nothing_unsent(cache: Cache) -> None:
+    if unsent := Edits(cache).scan():
+        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
+    if own := _own_files(cache):
+        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
+
+
+def _own_files(cache: Cache) -> list[str]:
+    """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
+    replicated = set(cache.paths())
+    ours = {REMOTE_FILE, STATE_FILE, ".gitignore", ".cache.lock", ".written"}
+    found: list[str] = []
+    for directory, directories, names in os.walk(cache.directory):
+        if directory == cache.directory:
+            directories[:] = [name for name in directories if name not in (BASE_DIRECTORY, ".tmp", "locks")]
+        for name in names:
+            path = os.path.relpath(os.path.join(directory, name), cache.directory)
+            if path.replace(os.sep, "/") not in replicated and path not in ours:
+                found.append(path)
+    return sorted(found)
+
+
+def _ignore(_progress: dict[str, Any]) -> None:
+    """Nobody watches."""

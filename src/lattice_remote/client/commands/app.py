@@ -1,0 +1,65 @@
+"""``lattice remote ...``: a Typer app over the requests of ``agent/service.py``.
+
+Results go to stdout, everything else to stderr; colours and progress only where there is a terminal.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from lattice_remote.client.commands import agent, copy, remotes, tokens
+from lattice_remote.client.commands.shared import Json, fields_of, lattice_directory, print_json, print_result
+from lattice_remote.client.settings import read_remote
+from lattice_remote.errors import RemoteError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    help="Share this board through a server.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _part in (remotes, tokens, copy, agent):
+    app.add_typer(_part.app)
+
+
+def main(args: Sequence[str], prog_name: str) -> NoReturn:
+    """Run ``lattice remote`` with these arguments and exit; our errors are one line, or an envelope with ``--json``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a directory's name may be no text: shown as it is
+    try:
+        app(args=list(args), prog_name=prog_name)
+    except RemoteError as error:
+        _fail(error, is_json="--json" in args)
+    raise SystemExit(0)
+
+
+def _fail(error: RemoteError, *, is_json: bool) -> NoReturn:
+    if is_json:
+        print_json({"ok": False, "error": {"code": error.code, "message": error.message}})
+    else:
+        typer.echo(f"Error: {error.message}", err=True)
+    raise SystemExit(1)
+
+
+@app.callback(invoke_without_command=True)
+def remote(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the URL and project too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Share this board through a server. Without a subcommand: list the project's remote."""
+    if context.invoked_subcommand is not None:
+        return
+    directory = lattice_directory()
+    found = read_remote(directory) if directory and os.path.exists(os.path.join(directory, "remote.json")) else None
+    if as_json:
+        print_result({"remotes": [fields_of(found)] if found else []})
+    elif found is not None:
+        typer.echo(f"{found.name}\t{found.url} {found.project}" if verbose else found.name)

@@ -1,0 +1,56 @@
+"""The state of a copy in words, each with its evidence: what ``show`` and ``status`` print."""
+
+from typing import Any
+
+from lattice_remote.client.commands.shared import count
+from lattice_remote.client.routing import describe_age
+
+__all__ = ["acting", "agent", "connection", "copy", "healed", "versions"]
+
+
+def connection(answer: dict[str, Any]) -> str:
+    heard = answer["last_heard_s"]
+    if answer["connected"]:
+        return f"connected (last frame {heard} s ago)"
+    ago = "nothing heard of the server yet" if heard is None else f"last frame {describe_age(heard)} ago"
+    return f"not connected: {answer['error'] or 'connecting'} ({ago})"
+
+
+def copy(answer: dict[str, Any]) -> str:
+    here, there = answer["seq"], answer["server_seq"]
+    if answer["trouble"]:
+        return f"stuck at change {here}: {answer['trouble']}"
+    if answer["current"]:
+        return f"current (change {here} here, {there} on the server)"
+    if there is None:
+        age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
+        return f"{age} (change {here} here, unknown on the server)"
+    return f"catching up (change {here} here, {there} on the server, {count(answer['wanted'], 'file')} to fetch)"
+
+
+def healed(healed: dict[str, Any]) -> str:
+    """Say what other hands than the server's did to the files, and how that is noticed."""
+    text = f"{count(healed['count'], 'file')} since the agent started"
+    if healed["last_path"] is not None:
+        text += f", last {healed['last_path']} {describe_age(healed['last_age_s'])} ago"
+    if healed["fought_over"]:
+        text += f"; another process keeps writing {', '.join(healed['fought_over'][:5])}"
+    return f"{text} ({healed['watched'] or 'nobody watches: no agent'})"
+
+
+def agent(agent: dict[str, Any] | None) -> str:
+    if agent is None:
+        return "not used"
+    return str(agent.get("error") or f"pid {agent['pid']}, {count(len(agent['caches']), 'copy', 'copies')}")
+
+
+def acting(answer: dict[str, Any]) -> str:
+    if answer["actor"] is None:
+        return (
+            "unknown: not connected" if answer["has_token"] else "nobody: no token; log in with: lattice remote login"
+        )
+    return ", ".join([answer["actor"], *answer["act_as"]])
+
+
+def versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))

@@ -1,0 +1,105 @@
+"""What the commands share: the copy around us, requests to the agent, results as text or JSON, progress."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+from lattice.storage.fs import LatticeRootError, find_root
+
+from lattice_remote.client import credentials, servers
+from lattice_remote.client.agent_client import Progress
+from lattice_remote.client.settings import Remote, read_remote
+from lattice_remote.errors import Misuse
+
+__all__ = [
+    "CaFile",
+    "Insecure",
+    "Json",
+    "count",
+    "fields_of",
+    "here",
+    "lattice_directory",
+    "print_json",
+    "print_result",
+    "progress",
+    "request",
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CaFile = Annotated[
+    str | None,
+    typer.Option(
+        "--ca-file", metavar="FILE", help="Authorities (PEM) that vouch for this server, in place of the system's."
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Let tokens go to this server over plain HTTP, also from another machine.")
+]
+
+
+def lattice_directory() -> str | None:
+    try:
+        root = find_root()
+    except LatticeRootError as error:
+        raise Misuse(str(error)) from error
+    return None if root is None else os.path.join(root, ".lattice")
+
+
+def here(name: str = "") -> tuple[str, Remote]:
+    """Return the cache around us and its remote, which must be called ``name`` if one is given."""
+    directory = lattice_directory()
+    if directory is None:
+        raise Misuse("there is no lattice project here; add one with: lattice remote add origin URL --project SLUG")
+    found = read_remote(directory)
+    if name and name != found.name:
+        raise Misuse(f"no remote called {name!r} here; there is {found.name!r}")
+    return directory, found
+
+
+def request(do: str, directory: str) -> dict[str, Any]:
+    named = os.environ.get(servers.URL_ENV, "").strip() or None
+    return {"do": do, "directory": directory, "token": credentials.from_environment(), "named": named}
+
+
+def fields_of(found: Remote) -> dict[str, str]:
+    return {"name": found.name, "url": found.url, "project": found.project}
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def print_json(value: object) -> None:
+    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+def print_result(data: dict[str, Any]) -> None:
+    print_json({"ok": True, "data": {key: value for key, value in data.items() if key != "ok"}})
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Progress | None]:
+    """Show a bar on stderr while something takes its time; None where stderr is no terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    with Bars(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console, transient=True
+    ) as bars:
+        bar = bars.add_task(what, total=None)
+
+        def show(progress: dict[str, Any]) -> None:
+            bars.update(
+                bar, description=f"{what} {progress['what']}", completed=progress["done"], total=progress["total"]
+            )
+
+        yield show

@@ -1,0 +1,123 @@
+"""The connections of one cache: one that follows, and one for each further token with which commands write.
+
+A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A change of the file, or another token with
+the next command, replaces one that was refused by itself.
+"""
+
+import asyncio
+import contextlib
+import time
+from typing import Any
+
+from lattice_remote.client import credentials, private_files, servers
+from lattice_remote.client.cache.follower import Follower, Writer
+from lattice_remote.client.link.link import Link
+from lattice_remote.client.servers import Server
+from lattice_remote.client.settings import Remote
+from lattice_remote.errors import Rejected, RemoteError
+
+__all__ = ["Links"]
+
+LOOK_INTERVAL_S = 0.5
+"""How often to look whether the user's tokens or servers have changed."""
+_WRITER_IDLE_S = 300.0
+
+
+class Links:
+    """``start()`` it in a running loop, ``close()`` it in the end."""
+
+    def __init__(self, remote: Remote, follower: Follower) -> None:
+        self._remote = remote
+        self.following = Link(remote, follower, None, on_heard=follower.heard)
+        """The link that keeps the files current."""
+        self._writers: dict[str, tuple[Link, float]] = {}
+        self._last_stored: str | None = None
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
+        """Begin to follow, with the user's stored token before one that a command brought."""
+        self._last_stored = self.stored_token()
+        link = self.following
+        link.named = named
+        link.token = (token or self._last_stored) if prefer_given else (self._last_stored or token)
+        link.start()
+        self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
+    async def close(self) -> None:
+        """End all connections."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watcher
+        for link, _ in self._writers.values():
+            await link.close()
+        await self.following.close()
+
+    def stored_token(self) -> str | None:
+        """Return the token that this user keeps for the project."""
+        return credentials.stored(self._remote.url, self._remote.project)
+
+    def choose(self, given: str | None, named: Server | None = None) -> None:
+        """Follow with the user's stored token, or with one that a command brought, whichever the server takes."""
+        link, stored = self.following, self.stored_token()
+        if named is not None and named != link.named:
+            link.named = named
+            link.try_again()
+        candidates = [token for token in (stored, given) if token]
+        if not candidates and link.token == self._last_stored:
+            link.use_token(None)  # logged out
+        elif candidates and (link.token is None or link.token == self._last_stored != candidates[0]):
+            link.use_token(candidates[0])
+        elif link.is_refused and (others := [token for token in candidates if token != link.token]):
+            link.use_token(others[0])
+        self._last_stored = stored
+
+    def writing(self, given: str | None) -> Link:
+        """Return the link that writes with a command's token: the one that follows, or one of its own.
+
+        Raises:
+            Rejected: there is no token.
+        """
+        token = given or self.stored_token()
+        if token is None:
+            raise Rejected(
+                f"no token for {self._remote.url}; log in with: lattice remote login {self._remote.place}",
+                code="REMOTE_UNAUTHORIZED",
+            )
+        if token == self.following.token:
+            return self.following
+        link = self._writers[token][0] if token in self._writers else self.new_writer(token)
+        self._writers[token] = (link, time.monotonic())
+        return link
+
+    def new_writer(self, token: str) -> Link:
+        """Return a link of its own, started; the caller must close it."""
+        link = Link(self._remote, Writer(), token, named=self.following.named)
+        link.start()
+        return link
+
+    async def drop_idle(self) -> None:
+        """Close the links whose token nobody has used for long."""
+        for token, (link, used_at) in list(self._writers.items()):
+            if time.monotonic() - used_at > _WRITER_IDLE_S and not link.is_waiting:
+                del self._writers[token]
+                await link.close()
+
+    async def _watch(self) -> None:
+        """Notice that the user has logged in or out, or has named a server: nobody needs to tell."""
+        seen = _seen()
+        while True:
+            await asyncio.sleep(LOOK_INTERVAL_S)
+            now = _seen()
+            if now == seen:
+                continue
+            seen = now
+            with contextlib.suppress(RemoteError):  # a file that can't be read is said to the next command
+                self.choose(None)
+            for link in (self.following, *(link for link, _ in self._writers.values())):
+                if link.is_refused:
+                    link.try_again()
+
+
+def _seen() -> tuple[Any, ...]:
+    return tuple(private_files.signature(path) for path in (credentials.tokens_path(), servers.servers_path()))

@@ -1,0 +1,236 @@
+"""The server's data directory: where things are in it, and how it and its projects are made.
+
+    config.json                     settings, see ``settings.py``
+    tokens.json                     who may do what, mode 0600, see ``tokens.py``
+    tokens-used.json                when tokens were last in use, see ``lastuse.py``
+    projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
+    projects/<slug>/journal/        the numbered changes, see ``journal.py``
+    projects/<slug>/tmp/            the worker's scratch
+    projects/<slug>/set-aside/      what was in the way of mending, see ``fsck.py``
+    .lock                           held by the running server
+
+All but ``tokens-used.json`` and the lock is needed to restore a server, and nothing else is.
+"""
+
+import contextlib
+import io
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.data.locks import LockedElsewhere, lock
+from lattice_remote.server.data.settings import Config
+
+__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "default_location", "write_atomically"]
+
+_SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+class ProjectSummary(msgspec.Struct, frozen=True):
+    """One line of ``lattice-remote project list``."""
+
+    slug: str
+    code: str | None
+    name: str | None
+    tasks: int
+    archived: int
+
+
+class ProjectPaths:
+    """Where one project's files are."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        """The directory that holds ``.lattice/``; lattice's own root."""
+        self.lattice = root / ".lattice"
+        self.journal = root / "journal"
+        self.writer_lock = root / ".writer.lock"
+        """Held by the project's worker process for as long as it lives."""
+
+
+class DataDir:
+    """A data directory; it need not exist before ``create()``. Holds no state but its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tokens = path / "tokens.json"
+        self.tokens_used = path / "tokens-used.json"
+        self._config = path / "config.json"
+        self._projects = path / "projects"
+
+    def create(self) -> None:
+        """Make the directory, its settings and an empty ``tokens.json``.
+
+        Raises:
+            Misuse: it is a data directory already.
+            StorageError: it cannot be written.
+        """
+        if self._config.exists():
+            raise Misuse(f"{self.path} is a data directory already")
+        with _storage_errors(f"cannot create {self.path}"):
+            self._projects.mkdir(parents=True, exist_ok=True)
+            if not self.tokens.exists():
+                write_atomically(self.tokens, b'{"tokens": []}\n', mode=0o600)
+            write_atomically(self._config, b"{}\n")
+
+    def config(self) -> Config:
+        """Return the settings.
+
+        Raises:
+            Misuse: the directory was never initialised, or ``config.json`` is not what it must be.
+        """
+        try:
+            return msgspec.json.decode(self._config.read_bytes(), type=Config)
+        except FileNotFoundError:
+            raise Misuse(
+                f"{self.path} is not a data directory; create it with: lattice-remote init {self.path}"
+            ) from None
+        except (msgspec.DecodeError, OSError) as error:
+            raise Misuse(f"{self._config}: {error}") from error
+
+    def writable_by_everybody(self) -> list[Path]:
+        """Return what any user of the machine may change, of the files and directories that say who may do what."""
+        paths = (self.path, self._config, self.tokens, self._projects)
+        return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
+
+    def lock(self) -> int:
+        """Take the data directory for this server; return the descriptor that holds the lock.
+
+        Raises:
+            Misuse: another server runs on it.
+        """
+        try:
+            return lock(self.path / ".lock")
+        except LockedElsewhere as error:
+            raise Misuse(
+                f"another server (pid {error.holder}) runs on {self.path}; stop it, or use another --data"
+            ) from error
+
+    # --- projects ---
+
+    def slugs(self) -> list[str]:
+        """Return the projects' names, sorted."""
+        try:
+            names = sorted(os.listdir(self._projects))
+        except FileNotFoundError:
+            return []
+        return [name for name in names if self.has_project(name)]
+
+    def has_project(self, slug: str) -> bool:
+        """Tell whether there is such a project; any string may be asked for (I9)."""
+        return _SLUG.fullmatch(slug) is not None and (self._projects / slug / ".lattice").is_dir()
+
+    def project(self, slug: str) -> ProjectPaths:
+        """Return where a project's files are; ``slug`` is one that ``has_project()`` knows."""
+        assert _SLUG.fullmatch(slug), "a slug is checked before it becomes a path"
+        return ProjectPaths(self._projects / slug)
+
+    def create_project(self, slug: str, *, code: str, name: str | None, actor: str | None) -> None:
+        """Make a project with lattice's own ``init``, in one step: a running server sees all of it or nothing.
+
+        Args:
+            slug: its name in URLs: lower case letters, digits and dashes, at most 63.
+            code: the prefix of its tasks' short ids, 1 to 5 letters.
+            name: a title for people.
+            actor: who is taken when a command names no actor.
+
+        Raises:
+            Misuse: not a data directory, a bad slug, code or actor, or the project exists.
+            StorageError: a file could not be written.
+        """
+        self.config()
+        if _SLUG.fullmatch(slug) is None:
+            raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
+        if (self._projects / slug).exists():
+            raise Misuse(f"project {slug!r} exists already")
+        scratch = self._projects / f".new-{secrets.token_hex(8)}"
+        with _storage_errors(f"cannot create project {slug!r}"):
+            scratch.mkdir(parents=True)
+            try:
+                _run_lattice_init(scratch, code=code, name=name or slug, actor=actor)
+                os.rename(scratch, self._projects / slug)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    def summary(self, slug: str) -> ProjectSummary:
+        """Return what ``project list`` shows of a project."""
+        lattice = self.project(slug).lattice
+        try:
+            config = msgspec.json.decode((lattice / "config.json").read_bytes(), type=_LatticeConfig)
+        except (OSError, msgspec.DecodeError):
+            config = _LatticeConfig()
+        return ProjectSummary(
+            slug, config.project_code, config.project_name, _count(lattice / "tasks"), _count(lattice / "archive/tasks")
+        )
+
+
+class _LatticeConfig(msgspec.Struct):
+    project_code: str | None = None
+    project_name: str | None = None
+
+
+def default_location() -> Path:
+    """Return the data directory to use when none was named: ``LATTICE_REMOTE_DATA``, else the user's own."""
+    if named := os.environ.get("LATTICE_REMOTE_DATA"):
+        return Path(named)
+    import platformdirs
+
+    return Path(platformdirs.user_data_dir("lattice-remote", appauthor=False))
+
+
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Make the file exactly ``data``; once this returns it survives a power cut. Readers see old or new, never half."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:
+    """Run ``lattice init`` in this process, quietly. Naming an actor, even an empty one, keeps it from asking.
+
+    The command is called past its group, where our own plugin for clients sits.
+    """
+    import click
+    from lattice.cli.main import init
+
+    argv = ["--path", str(root), "--project-code", code, "--project-name", name, "--actor", actor or ""]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            init.main([*argv, "--no-setup-claude", "--no-setup-agents", "--no-seed"], "init", standalone_mode=False)
+    except click.ClickException as error:
+        raise Misuse(error.format_message()) from error
+
+
+def _count(directory: Path) -> int:
+    try:
+        return sum(name.endswith(".json") and not name.startswith(".") for name in os.listdir(directory))
+    except FileNotFoundError:
+        return 0
+
+
+@contextlib.contextmanager
+def _storage_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{what}: {error.strerror or error}") from error

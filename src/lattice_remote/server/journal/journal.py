@@ -1,0 +1,381 @@
+"""The journal: a project's numbered changes and the replies to its requests, durable and bounded (I1, I2, I6).
+
+``journal/`` holds segments named by the number of their first record, ``%020d.log``. The first record of a
+segment is a ``Segment``, which says where the history stood; the others are ``Record``s. A record without a change is a
+request that changed nothing: it is kept so that asking again returns the same reply.
+
+A new epoch is a new segment with another epoch in it. The segments before it, and those before a damaged one, are
+*former*: nobody is sent their changes any more, but the log tells of them, until they expire like the others.
+
+``Journal`` is the worker's: it appends with ``write()``, which a killed process survives; the caller makes it durable
+with fsync. Other processes read with ``journal_reader.py``.
+"""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from lattice_remote.server.data.framing import HEAD_BYTES, frame, frames, payload_at
+from lattice_remote.server.journal.segments import (
+    Kept,
+    Outline,
+    Record,
+    Segment,
+    decoder,
+    has_record,
+    outline_decoder,
+    read_segment,
+    segment_paths,
+)
+from lattice_remote.server.tree.manifest import FileState, sync, sync_directory, sync_files
+
+__all__ = ["Journal", "Retention"]
+
+_encoder = msgspec.msgpack.Encoder()
+_SCRATCH = ".new"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """How much history is kept, in whole segments; the newest segment always is.
+
+    On disk are at most ``max_bytes`` and one segment, which is ``segment_bytes`` and its last record. What is older
+    than ``max_age_s`` is gone an eighth of that time later, also when nothing is written any more.
+    """
+
+    max_bytes: int = 64 * 1024 * 1024
+    max_age_s: float = 30 * 24 * 3600.0
+    segment_bytes: int = 8 * 1024 * 1024
+
+    @property
+    def segment_age_s(self) -> float:
+        """How old a segment may become before the next one is begun."""
+        return self.max_age_s / 8
+
+
+@dataclass(frozen=True)
+class _Former:
+    """A segment that is not part of the history any more, readable or not."""
+
+    path: Path
+    size: int
+    newest: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    segment: int
+    offset: int
+
+
+class Journal:
+    """The worker's side of the journal. Not thread-safe; ``open`` or ``create`` makes one.
+
+    Attributes:
+        epoch, head, mark: where the history stands; ``head`` counts changes from 1, 0 means none.
+        notes: what ``open`` had to repair, one line each.
+        is_damaged: what ``open`` cut was acknowledged, or some of it: the answers in it are not known any more.
+    """
+
+    def __init__(self, directory: Path, retention: Retention) -> None:
+        self.directory = directory
+        self.retention = retention
+        self.epoch = ""
+        self.head = 0
+        self.mark = b""
+        self.notes: list[str] = []
+        self.is_damaged = False
+        self._next_number = 0
+        self._former: list[_Former] = []
+        self._segments: list[Kept] = []
+        self._places: dict[bytes, _Place] = {}
+        self._descriptor = -1
+
+    @classmethod
+    def open(cls, directory: Path, retention: Retention | None = None) -> Self | None:
+        """Open what is there, cut a torn tail, and make the rest durable: its writer may have died before that (I2).
+
+        Returns None when there is no readable journal: the caller then calls ``create`` with a new epoch (I7).
+
+        Raises:
+            OSError: the directory can't be read or written.
+        """
+        journal = cls(directory, retention or Retention())
+        journal._load()
+        if not journal._segments:
+            return None
+        journal._cut_tail()
+        journal._sync()
+        return journal
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        epoch: str,
+        retention: Retention | None = None,
+        *,
+        answered: Iterable[Record] = (),
+        since: float | None = None,
+    ) -> Self:
+        """Begin a new history: the segments that are there become former ones, the numbers start at 0.
+
+        A crash leaves either the old history or the new one with all its ``answered``, never less (I6).
+
+        Args:
+            directory: made if need be.
+            epoch: the new history's name.
+            retention: how much of it is kept.
+            answered: what may be asked again though its history is over (I6): records without a change, at number 0.
+            since: ``answered`` has all answers after this time, in seconds since the epoch; None: none before now.
+
+        Raises:
+            OSError: the directory can't be written.
+        """
+        journal = cls(directory, retention or Retention())
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in segment_paths(directory):
+            journal._add_former(path)
+            # However many records it has, the next number is a later one.
+            journal._next_number = int(path.stem) + journal._former[-1].size // HEAD_BYTES + 1
+        journal.epoch = epoch
+        journal._begin_segment(time.time() if since is None else since, answered)
+        return journal
+
+    # --- reading back ---
+
+    def _load(self) -> None:
+        for path in self.directory.glob(f"*{_SCRATCH}"):
+            path.unlink()  # a segment that was never begun
+        for path in segment_paths(self.directory):
+            loaded = read_segment(path)
+            if loaded is None:
+                self._retire()
+                self._add_former(path)
+                self.notes.append(f"journal: {path.name} can't be read")
+                continue
+            header = loaded[0].header
+            if self._segments and not self._continues(header):
+                # What came before can't be reached from here: history starts with this segment.
+                self._retire()
+                if (header.head, header.mark) != (0, b"") or header.epoch == self.epoch:
+                    self.notes.append(f"journal: {path.name} does not continue the segment before it")
+            self._adopt(*loaded)
+
+    def _retire(self) -> None:
+        """What was read so far is no part of the history."""
+        self._former += [_Former(kept.path, kept.path.stat().st_size, kept.newest) for kept in self._segments]
+        self._segments.clear()
+        self._places.clear()
+
+    def _add_former(self, path: Path) -> None:
+        status = path.stat()
+        self._former.append(_Former(path, status.st_size, status.st_mtime))
+
+    def _continues(self, header: Segment) -> bool:
+        whole = self._segments[-1].size == self._segments[-1].path.stat().st_size
+        return whole and (header.epoch, header.head, header.mark) == (self.epoch, self.head, self.mark)
+
+    def _adopt(self, kept: Kept, items: list[tuple[int, Outline]]) -> None:
+        self.epoch, self.head, self.mark = kept.header.epoch, kept.header.head, kept.header.mark
+        self._next_number = kept.header.number
+        self._segments.append(kept)
+        for offset, record in items:
+            self._remember(record, offset)
+            self.head, self.mark = record.seq, record.mark
+            self._next_number += 1
+
+    def _cut_tail(self) -> None:
+        last = self._segments[-1]
+        self._descriptor = os.open(last.path, os.O_WRONLY | os.O_APPEND)
+        surplus = os.fstat(self._descriptor).st_size - last.size
+        if surplus:
+            self.notes.append(
+                f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
+            )
+            self.is_damaged = has_record(last.path.read_bytes()[last.size :])
+            self._set_aside_tail(last)
+            os.ftruncate(self._descriptor, last.size)
+
+    def _set_aside_tail(self, last: Kept) -> None:
+        """Keep a copy of what is cut, for somebody who wants to know; where there is no room for it, do without."""
+        directory = self.directory.parent / "set-aside"
+        with contextlib.suppress(OSError), last.path.open("rb") as file:
+            directory.mkdir(mode=0o700, exist_ok=True)
+            file.seek(last.size)
+            (directory / f"{last.path.name}.from-{last.size}").write_bytes(file.read())
+
+    def _sync(self) -> None:
+        """Make every segment and its name durable; costs next to nothing where they are."""
+        sync_files(str(kept.path) for kept in self._segments)
+
+    # --- appending ---
+
+    def append(self, record: Record) -> int:
+        """Add a record and return the descriptor to fsync before anybody is told of it (I2).
+
+        Raises:
+            OSError: it could not be written, and the journal is as before; or, rarely, not even that.
+        """
+        data = frame(_encoder.encode(record))
+        last = self._segments[-1]
+        try:
+            _write(self._descriptor, data)
+        except OSError:
+            os.ftruncate(self._descriptor, last.size)  # nothing behind a torn record would ever be read
+            raise
+        self._remember(record, last.size)
+        last.size += len(data)
+        last.newest = record.time
+        self.head, self.mark = record.seq, record.mark
+        self._next_number += 1
+        return self._descriptor
+
+    def _remember(self, record: Record | Outline, offset: int) -> None:
+        if record.id:
+            self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
+
+    def is_rotation_due(self, now: float) -> bool:
+        """Tell whether it is time to ``rotate``: the newest segment is large, or has something and is old."""
+        last = self._segments[-1]
+        old = self._next_number > last.header.number and now - last.header.since > self.retention.segment_age_s
+        return old or last.size >= self.retention.segment_bytes
+
+    def rotate(self) -> int:
+        """Begin a new segment and return the old one's descriptor, to be closed.
+
+        The old one is made durable first: the new one's header says where it ended, and must not be alone in saying so.
+
+        Raises:
+            OSError: one of the segments could not be made durable.
+        """
+        old = self._descriptor
+        sync(old)
+        self._begin_segment(time.time())
+        return old
+
+    def _begin_segment(self, since: float, records: Iterable[Record] = ()) -> None:
+        """Make a segment, with records of no change in it; it appears whole and durable, or not at all."""
+        header = Segment(self.epoch, self._next_number, self.head, self.mark, since)
+        path = self.directory / f"{header.number:020d}.log"
+        data = bytearray(frame(_encoder.encode(header)))
+        self._segments.append(Kept(path, header, 0, time.time()))
+        for record in records:
+            self._remember(record, len(data))
+            data += frame(_encoder.encode(record))
+            self._next_number += 1
+        scratch = path.with_suffix(_SCRATCH)
+        self._descriptor = os.open(scratch, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
+        _write(self._descriptor, data)
+        sync(self._descriptor)
+        os.rename(scratch, path)
+        sync_directory(self.directory)
+        self._segments[-1].size = len(data)
+
+    def expire(self, now: float) -> list[Path]:
+        """Forget the segments that are over the retention and return their paths, to be removed by the caller."""
+        expired: list[Path] = []
+        total = sum(former.size for former in self._former) + sum(kept.size for kept in self._segments)
+        while self._former or len(self._segments) > 1:
+            oldest = self._former[0] if self._former else self._segments[0]
+            if total <= self.retention.max_bytes and now - oldest.newest <= self.retention.max_age_s:
+                break
+            total -= oldest.size
+            expired.append(oldest.path)
+            del (self._former or self._segments)[0]
+        if expired:
+            first = self._segments[0].header.number
+            self._places = {id_: place for id_, place in self._places.items() if place.segment >= first}
+        return expired
+
+    def close(self) -> None:
+        """Close the newest segment; what was appended must have been fsynced by the caller."""
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    # --- asking again ---
+
+    def states_after(self, seq: int) -> Iterator[dict[str, FileState | None]]:
+        """Yield the states of the files that each commit after ``seq`` changed, oldest first; call after ``open``.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        for kept in self._segments:
+            for _, payload in frames(kept.path.read_bytes()):
+                item = outline_decoder.decode(payload)
+                if isinstance(item, Outline) and item.seq > seq:
+                    yield item.files
+
+    def answered_since(self, time_: float) -> Iterator[Record]:
+        """Yield the records, oldest first, that answered a request after this time, in seconds since the epoch.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        for kept in self._segments:
+            if kept.newest < time_:
+                continue
+            for _, payload in frames(kept.path.read_bytes()):
+                item = decoder.decode(payload)
+                if isinstance(item, Record) and item.id and item.time >= time_:
+                    yield item
+
+    @property
+    def segment(self) -> Path:
+        """The newest segment, to which records are appended."""
+        return self._segments[-1].path
+
+    @property
+    def is_segment_new(self) -> bool:
+        """Whether the newest segment has no change yet: the files are as at its beginning."""
+        return self.head == self._segments[-1].header.head
+
+    @property
+    def newest(self) -> float:
+        """When the last record was written, in seconds since the epoch."""
+        return self._segments[-1].newest
+
+    @property
+    def oldest(self) -> int:
+        """The first change that can still be replayed; ``head + 1`` when there is none."""
+        return self._segments[0].header.head + 1
+
+    @property
+    def since(self) -> float:
+        """``find`` knows every answer that was given after this time, in seconds since the epoch."""
+        return self._segments[0].header.since
+
+    def find(self, request_id: str) -> Record | None:
+        """Return the record that answered a request, None when it is not known (any more).
+
+        Raises:
+            OSError: the segment can't be read, or was damaged since it was: the request was answered, so it is not new.
+        """
+        place = self._places.get(bytes.fromhex(request_id))
+        if place is None:
+            return None
+        path = next(kept.path for kept in self._segments if kept.header.number == place.segment)
+        with path.open("rb") as file:
+            file.seek(place.offset)
+            head = file.read(HEAD_BYTES)
+            payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
+        if payload is None:
+            raise OSError(errno.EIO, f"the record at byte {place.offset} can't be read", str(path))
+        found = decoder.decode(payload)
+        assert isinstance(found, Record), "only records are remembered"
+        return found
+
+
+def _write(descriptor: int, data: bytes | bytearray) -> None:
+    """Write all of ``data``; where only a part fits, the next try says why."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]

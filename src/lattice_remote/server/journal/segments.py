@@ -1,0 +1,157 @@
+"""A segment of the journal: what is in its file, and how much of that can be read.
+
+A segment is named by the number of its first record, ``%020d.log``, and made of frames (``framing.py``): the first one
+is a ``Segment``, which says where the history stood, the others are ``Record``s.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.server.data.framing import HEAD_BYTES, frames, payload_at
+from lattice_remote.server.tree.manifest import FileState
+
+__all__ = [
+    "Kept",
+    "Outline",
+    "Record",
+    "Segment",
+    "decoder",
+    "has_record",
+    "header_of",
+    "list_beside",
+    "outline_decoder",
+    "read_segment",
+    "remove_segments",
+    "segment_paths",
+]
+
+
+class Segment(msgspec.Struct, frozen=True, tag="segment"):
+    """The first record of a segment: the history's name, and its head when the segment began.
+
+    ``since`` is when that was, in seconds since the epoch: whatever was answered later is in this segment or after it.
+    """
+
+    epoch: str
+    number: int
+    head: int
+    mark: bytes
+    since: float = 0.0
+
+
+class Record(msgspec.Struct, frozen=True, tag="record"):
+    """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
+
+    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
+    ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
+    file may have caught them in neither place (``copied.py``).
+    """
+
+    seq: int
+    mark: bytes
+    time: float
+    id: str = ""
+    token_id: str = ""
+    change: bytes | None = None
+    reply: bytes | None = None
+    files: dict[str, FileState | None] = {}
+    moved: dict[str, bytes] = {}
+
+
+class Outline(msgspec.Struct, frozen=True, tag="record"):
+    """A ``Record`` without its bytes, for reading through much of it."""
+
+    seq: int
+    mark: bytes
+    time: float
+    id: str = ""
+    token_id: str = ""
+    files: dict[str, FileState | None] = {}
+
+
+decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
+"""Takes the payload of any frame in a segment."""
+outline_decoder: msgspec.msgpack.Decoder[Segment | Outline] = msgspec.msgpack.Decoder(Segment | Outline)
+"""The same, without the bytes of changes and replies."""
+_RECORD_TAG = b"\xa4type\xa6record"
+_TAG_OFFSET = HEAD_BYTES + 1
+"""Where a record's tag begins: after its head and the byte that counts its fields."""
+_SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
+
+
+@dataclass
+class Kept:
+    """A segment on disk: its header, and how many bytes of it are whole records."""
+
+    path: Path
+    header: Segment
+    size: int
+    newest: float
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    """Return the paths of all segments, oldest first."""
+    return sorted(path for path in directory.glob("*.log") if _SEGMENT_NAME.fullmatch(path.name))
+
+
+def list_beside(segment: Path) -> Path:
+    """Return where the list of files at a segment's beginning is, by which a copy is made whole (``copied.py``)."""
+    return segment.with_suffix(".files")
+
+
+def remove_segments(paths: Iterable[Path]) -> None:
+    """Remove segments with the lists of files beside them; those that are gone are no error."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        list_beside(path).unlink(missing_ok=True)
+
+
+def read_segment(path: Path) -> tuple[Kept, list[tuple[int, Outline]]] | None:
+    """Return a segment with the offset and outline of each whole record; None when even its header is damaged."""
+    header: Segment | None = None
+    items: list[tuple[int, Outline]] = []
+    size, newest = 0, path.stat().st_mtime
+    for offset, payload in frames(path.read_bytes()):
+        try:
+            item = outline_decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            break
+        if isinstance(item, Segment) != (header is None):
+            break
+        if isinstance(item, Segment):
+            header = item
+        else:
+            items.append((offset, item))
+            newest = item.time
+        size = offset + HEAD_BYTES + len(payload)
+    return (Kept(path, header, size, newest), items) if header is not None else None
+
+
+def has_record(data: bytes) -> bool:
+    """Tell whether a whole record is somewhere in ``data``, which does not begin with one: a torn end has none."""
+    at = data.find(_RECORD_TAG)
+    while at >= 0:
+        if payload_at(data, at - _TAG_OFFSET) is not None:
+            return True
+        at = data.find(_RECORD_TAG, at + 1)
+    return False
+
+
+def header_of(path: Path) -> Segment | None:
+    """Return a segment's header, None when it is gone or damaged.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
+    except FileNotFoundError:
+        return None
+    item = decoder.decode(payload) if payload is not None else None
+    return item if isinstance(item, Segment) else None

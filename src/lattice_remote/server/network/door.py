@@ -1,0 +1,270 @@
+"""Who may come in, and how much of the server he may take before and after he has shown a token.
+
+A connection is a ``Visit`` from the moment in which it is accepted, before any TLS, until it is closed. What is held
+for strangers is bounded, whoever and however many they are. Connections that have shown no token are counted by
+address and all together; when those are too many, the address with the most makes room for the next
+(``strangers.py``), so a flood keeps nobody out who shows his token at once. What else is known of an address is
+forgotten when more than ``MAX_ADDRESSES`` are known.
+
+Nothing here waits or does I/O.
+"""
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from http import HTTPStatus
+from math import ceil
+
+from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
+from lattice_remote.server.data.settings import Limits
+from lattice_remote.server.network.addresses import Proxies, counted_as
+from lattice_remote.server.network.bucket import Bucket
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.network.strangers import Strangers
+
+__all__ = ["MAX_ADDRESSES", "Door", "Visit"]
+
+MAX_ADDRESSES = 10_000
+"""How many addresses are remembered that have no connection."""
+_BURST_S = 10
+"""How many seconds' worth of new connections may come at once."""
+_LOG_EVERY_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class _Address:
+    """What is known of one address."""
+
+    __slots__ = ("arrivals", "connections", "failures", "name")
+
+    def __init__(self, name: str, limits: Limits, now: float) -> None:
+        self.name = name
+        self.connections = 0
+        self.arrivals = Bucket(limits.new_connections_per_second * _BURST_S, now)
+        self.failures = Bucket(limits.failed_logins_per_minute, now)
+
+
+class Visit:
+    """One connection, as the door counts it. Whoever owns the connection calls ``leave()`` when it is closed."""
+
+    def __init__(self, door: "Door", host: str) -> None:
+        self.cut: Callable[[], None] = lambda: None
+        """Ends the connection at once; set by its owner."""
+        self._door = door
+        self._host = host
+        self._home: _Address | None = None  # whose it is; behind a proxy that is known when a request has come
+        self._refusal: Refusal | None = None
+        self._requests = 0
+        self._token_id = ""
+        self._held = 0
+        self._gone = False
+
+    @property
+    def limits(self) -> Limits:
+        """What it may take."""
+        return self._door.limits
+
+    @property
+    def address(self) -> str:
+        """Where it comes from."""
+        return self._host if self._home is None else self._home.name
+
+    def enter(self, forwarded_for: Sequence[str]) -> Refusal | None:
+        """Take note of a request's head; return why it is turned away, if it is.
+
+        Args:
+            forwarded_for: the values of all X-Forwarded-For headers, which count when a trusted proxy sent them.
+        """
+        proxies = self._door.proxies
+        if self._host in proxies and not self._gone:
+            name = counted_as(proxies.origin(self._host, forwarded_for))
+            if self._home is None or self._home.name != name:
+                self._leave_home()
+                self.come_from(self._door.known(name))
+                self._requests = 0
+        if self._requests and self._home is not None and self._refusal is None:  # the first came with its connection
+            self._refusal = self._door.too_fast(self._home)
+        self._requests += 1
+        return self._refusal
+
+    def come_from(self, home: _Address) -> None:
+        """Count it for an address; ``enter()`` says whether that is one too many."""
+        self._home = home
+        home.connections += 1
+        if not self._token_id:
+            self._door.stranger(self, home.name)
+        self._refusal = self._door.one_more_from(home)
+
+    def log(self, reason: str) -> None:
+        """Log what it did, now and then."""
+        self._door.log(reason, self.address)
+
+    def failed(self) -> Refusal | None:
+        """Take note of a request without a valid token; return what to say instead when there were too many."""
+        return self._door.login_failed(self._door.known(self.address))
+
+    def admit(self, token_id: str) -> Refusal | None:
+        """Count it for its token from now on, and with the strangers no more; or return why not."""
+        if self._gone:  # cut, or ended by the client, while its request was looked at: nobody would take it off again
+            return _too_many("this connection is closed", 1)
+        refusal = self._door.one_more_with(token_id, self.address)
+        if refusal is None:
+            self._door.no_stranger(self)
+            self._token_id = token_id
+        return refusal
+
+    def holds(self, size: int) -> bool:
+        """Note how many bytes of an unfinished message are kept for it; return whether its token may have so many.
+
+        Small messages always may, whatever else is sent with the same token.
+        """
+        if self._token_id and not self._gone:
+            self._door.holds_more(self._token_id, size - self._held)
+            self._held = size
+        return size <= FIRST_FRAME_BYTES or not self._door.holds_too_much(self._token_id)
+
+    def leave(self) -> None:
+        """The connection is closed. Idempotent."""
+        if not self._gone:
+            self.holds(0)
+            self._gone = True
+            self._leave_home()
+            self._door.no_stranger(self)
+            if self._token_id:
+                self._door.one_less_with(self._token_id)
+
+    def _leave_home(self) -> None:
+        if self._home is not None:
+            self._home.connections -= 1
+            self._home = None
+
+
+class Door:
+    """All visits together. Belongs to the event loop's thread."""
+
+    def __init__(
+        self, limits: Limits, trusted_proxies: Sequence[str] = (), *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises Misuse when a trusted proxy is no address."""
+        self.limits = limits
+        self.proxies = Proxies(trusted_proxies)
+        self._clock = clock
+        self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the one that was seen last is the last
+        self._strangers: Strangers[Visit] = Strangers()
+        self._by_token: Counter[str] = Counter()
+        self._held_by_token: Counter[str] = Counter()
+        self._logged: dict[str, tuple[float, int]] = {}  # by reason: when, and how often it was not since
+
+    def arrive(self, host: str) -> Visit | None:
+        """Count a new connection; return None when there is no room for one more stranger from there."""
+        visit = Visit(self, host)
+        if host in self.proxies:
+            self.stranger(visit, host)
+        else:
+            home = self.known(counted_as(host))
+            if self._strangers.at(home.name) >= self.limits.waiting_connections_per_address:
+                self.log("too many connections without a token", home.name)
+                return None
+            visit.come_from(home)
+        if len(self._strangers) > self.limits.waiting_connections:
+            leaving = self._strangers.next_to_go()
+            self.log("cut, to make room for connections without a token", leaving.address)
+            leaving.leave()
+            leaving.cut()
+        return visit
+
+    def log(self, reason: str, address: str) -> None:
+        """Log that somebody was turned away, now and then for each reason. ``reason`` has no text of the client's."""
+        now = self._clock()
+        at, silent = self._logged.get(reason, (float("-inf"), 0))
+        if now - at < _LOG_EVERY_S:
+            self._logged[reason] = at, silent + 1
+        else:
+            _log.warning("%s: %s%s", address, reason, f" (and {silent} more since the last time)" if silent else "")
+            self._logged[reason] = now, 0
+
+    # --- for its visits ---
+
+    def known(self, name: str) -> _Address:
+        """Return what is known of an address, and forget those of which nothing was heard for longest."""
+        known = self._addresses.get(name)
+        if known is None:
+            known = self._addresses[name] = _Address(name, self.limits, self._clock())
+            if len(self._addresses) > MAX_ADDRESSES:
+                self._forget_one()
+        self._addresses.move_to_end(name)
+        return known
+
+    def _forget_one(self) -> None:
+        """Forget the oldest address that has no connection. With connections they are as few as open files allow."""
+        for _ in range(100):
+            name, oldest = self._addresses.popitem(last=False)
+            if not oldest.connections:
+                return
+            self._addresses[name] = oldest
+
+    def one_more_from(self, home: _Address) -> Refusal | None:
+        """Return why one more connection from an address, already counted, is too much."""
+        limits = self.limits
+        if (refusal := self.too_fast(home)) is not None:
+            return refusal
+        if home.connections > limits.connections_per_address:
+            self.log("too many connections", home.name)
+            return _too_many(f"your address has {limits.connections_per_address} connections already", 10)
+        if self._strangers.at(home.name) > limits.waiting_connections_per_address:
+            self.log("too many connections without a token", home.name)
+            return _too_many("too many connections without a token from your address", 1)
+        return None
+
+    def too_fast(self, home: _Address) -> Refusal | None:
+        """Count a new connection, or a further request on one; return why it is too much."""
+        rate = self.limits.new_connections_per_second
+        wait_s = home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S)
+        if not wait_s:
+            return None
+        self.log("too many new connections or requests", home.name)
+        return _too_many("too many new connections or requests from your address", wait_s)
+
+    def login_failed(self, home: _Address) -> Refusal | None:
+        """Count a failed login, and return a refusal when it is one too many."""
+        per_minute = self.limits.failed_logins_per_minute
+        wait_s = home.failures.take(self._clock(), rate=per_minute / 60, burst=per_minute)
+        self.log("no valid token", home.name)
+        return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
+
+    def one_more_with(self, token_id: str, address: str) -> Refusal | None:
+        """Count a connection for its token, or return why it is too much."""
+        most = self.limits.connections_per_token
+        if self._by_token[token_id] >= most:
+            self.log(f"too many connections with {token_id}", address)
+            return _too_many(f"token {token_id} has {most} connections already", 10)
+        self._by_token[token_id] += 1
+        return None
+
+    def one_less_with(self, token_id: str) -> None:
+        """Count a connection less for its token."""
+        self._by_token[token_id] -= 1
+        if not self._by_token[token_id]:
+            del self._by_token[token_id], self._held_by_token[token_id]
+
+    def holds_more(self, token_id: str, size: int) -> None:
+        """Count what is kept of the unfinished messages of a token."""
+        self._held_by_token[token_id] += size
+
+    def holds_too_much(self, token_id: str) -> bool:
+        """Tell whether that is more than it may be."""
+        return self._held_by_token[token_id] > self.limits.unfinished_bytes_per_token
+
+    def stranger(self, visit: Visit, address: str) -> None:
+        """It has shown no token, and belongs to this address."""
+        self._strangers.put(visit, address)
+
+    def no_stranger(self, visit: Visit) -> None:
+        """It has shown its token, or is gone."""
+        self._strangers.remove(visit)
+
+
+def _too_many(why: str, wait_s: float) -> Refusal:
+    return Refusal(HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", f"{why}; come back later", max(1, ceil(wait_s)))

@@ -1,0 +1,17 @@
+"""One project, seen from the network.
+
+project      its queue and its worker
+job          one request on its way
+turns        whose request is next
+waiting      who waits for a resource
+writer       the worker process, seen from here
+history      the head, the tree at the head, the followers
+recent       the newest changes in memory
+peer         one connected client
+skew         what an older client is told in place of what it does not know
+files        files of the tree, sent at a number
+snapshot     a file as it was when it was opened
+log          who did what, read back
+hooks        config.json's hooks, after the commit
+watch        edits behind the server's back
+"""

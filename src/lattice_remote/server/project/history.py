@@ -1,0 +1,191 @@
+"""A project's history as its followers see it: the head, the tree at the head, and the changes up to it.
+
+Everything here is durable (I2). A change is told to all followers in the moment in which it becomes the head, so
+whoever looks at the head, the files or the manifest and queues what it saw, without waiting between, is right.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
+from lattice_remote.server.data.ipc import After, Ready
+from lattice_remote.server.journal.journal_reader import JournalReader
+from lattice_remote.server.network.outbox import websocket_frame
+from lattice_remote.server.project.recent import Recent
+
+__all__ = ["Content", "Follower", "History"]
+
+_ENTRIES_PER_FRAME = 1000
+_REPLAY_BYTES = 1024 * 1024
+
+Content = tuple[int, bytes]
+"""A file's size in bytes and its digest."""
+
+
+class Follower(Protocol):
+    """A connected client, as its project sees it. No call waits or raises."""
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """Change ``seq`` is durable; ``frame`` is ready for the wire and shared."""
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """A request is answered with this encoded frame."""
+
+    def end(self, bye: Bye) -> None:
+        """Say goodbye and close."""
+
+
+class History:
+    """See the module's text. All methods belong to the event loop's thread."""
+
+    def __init__(self, journal: Path) -> None:
+        self.epoch = ""
+        """Its name; "" before the worker was ready for the first time."""
+        self.head = 0
+        """The number of the last change that followers were told of."""
+        self.mark = b""
+        """The mark of the state at ``head``."""
+        self.oldest = 0
+        """The first change that can still be replayed."""
+        self.files: dict[str, Content] = {}
+        """The tree at ``head``."""
+        self._journal = JournalReader(journal)
+        self._recent = Recent()
+        self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
+        self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
+        self._followers: set[Follower] = set()
+
+    # --- what followers need ---
+
+    def join(self, follower: Follower) -> None:
+        """Tell this follower of everything from the next change on."""
+        self._followers.add(follower)
+
+    def leave(self, follower: Follower) -> None:
+        """Forget a follower. Idempotent."""
+        self._followers.discard(follower)
+
+    async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
+        """Return numbers and frames of changes after ``seq``, in order: a batch, empty when they are not kept.
+
+        Raises:
+            OSError: the journal can't be read.
+        """
+        batch = self._recent.after(seq, _REPLAY_BYTES)
+        if batch or seq >= self.head:
+            return batch
+        kept = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
+        return [(number, websocket_frame(change)) for number, change in kept or ()]
+
+    async def mark_at(self, seq: int) -> bytes | None:
+        """Return the mark of the state at ``seq``, None when it is not known any more.
+
+        Raises:
+            OSError: the journal can't be read.
+        """
+        if seq in (0, self.head):
+            return self.mark if seq else b""
+        known = self._recent.mark_at(seq)
+        return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
+
+    def entries(self) -> list[bytes]:
+        """Return the manifest at ``head`` as frames, shared by all who ask before the next change."""
+        if self._entries is None or self._entries[0] != self.head:
+            self._entries = (self.head, self._make_entries())
+        return self._entries[1]
+
+    def _make_entries(self) -> list[bytes]:
+        entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
+        pieces = [entries[i : i + _ENTRIES_PER_FRAME] for i in range(0, len(entries), _ENTRIES_PER_FRAME)] or [[]]
+        return [websocket_frame(encode(Entries(self.head, self.mark, piece, piece is pieces[-1]))) for piece in pieces]
+
+    def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
+        """Call ``call()`` in the very moment in which a change has made the file this content.
+
+        That is after followers were told of the change and before they are told of the next. Returns what takes
+        the wish back.
+        """
+        calls = self._expected.setdefault((path, content), [])
+        calls.append(call)
+
+        def forget() -> None:
+            with contextlib.suppress(ValueError):
+                calls.remove(call)
+            if not calls and self._expected.get((path, content)) is calls:
+                del self._expected[path, content]
+
+        return forget
+
+    # --- what the worker has made durable ---
+
+    def publish(self, seq: int, mark: bytes, change: bytes, after: list[After], *, oldest: int) -> None:
+        """Tell every follower of a durable change (I2); ``after`` are its files, ``oldest`` 0 when not known."""
+        assert seq == self.head + 1, f"{seq} follows {self.head}: a gap (I1)"
+        frame = websocket_frame(change)
+        self.head, self.mark = seq, mark
+        self.oldest = oldest or self.oldest or seq
+        for file in after:
+            if file.digest is None:
+                self.files.pop(file.path, None)
+            else:
+                self.files[file.path] = (file.size, file.digest)
+        self._recent.append(seq, mark, frame)
+        for follower in tuple(self._followers):
+            follower.change_committed(seq, frame)
+        for file in after if self._expected else ():
+            if file.digest is not None:
+                for call in self._expected.pop((file.path, (file.size, file.digest)), ()):
+                    call()
+
+    async def resume(self, ready: Ready) -> None:
+        """Go on with a new worker: tell the followers what they missed, or that another history begins.
+
+        Raises:
+            StorageError: what they missed is not in the journal.
+            OSError: the journal can't be read.
+        """
+        if self.epoch == ready.epoch and self.head <= ready.head:
+            await self._publish_missed(ready)
+            self._take(ready)
+        else:
+            self.begin(ready, "the project's history begins anew; come back at once")
+
+    def begin(self, ready: Ready, reason: str) -> None:
+        """Begin another history, and send everybody away; when they are back they resync (I7)."""
+        self._recent.clear()
+        self._expected.clear()
+        self.dismiss(Bye("REMOTE_BUSY", reason, 0.0))
+        self._take(ready)
+
+    def dismiss(self, bye: Bye) -> None:
+        """Say goodbye to every follower."""
+        for follower in tuple(self._followers):
+            follower.end(bye)
+
+    async def _publish_missed(self, ready: Ready) -> None:
+        """Tell the followers what the last worker made durable and had no time to report.
+
+        The files after it are in ``ready``: the caller takes them in the same tick.
+        """
+        missed: list[tuple[int, bytes]] = []
+        while self.head + len(missed) < ready.head:
+            batch = await asyncio.to_thread(self._journal.read, self.head + len(missed), ready.head, 64 * _REPLAY_BYTES)
+            if not batch:
+                raise StorageError(f"change {self.head + len(missed) + 1} is not in the journal")
+            missed += batch
+        for seq, change in missed:
+            mark = msgspec.msgpack.decode(change, type=Change).mark
+            self.publish(seq, mark, change, [], oldest=0)
+
+    def _take(self, ready: Ready) -> None:
+        self.epoch, self.head, self.mark = ready.epoch, ready.head, ready.mark
+        self.oldest = ready.oldest
+        self.files = {file.path: (file.size, file.digest) for file in ready.files if file.digest is not None}
+        self._entries = None

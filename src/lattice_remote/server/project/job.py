@@ -1,0 +1,29 @@
+"""One request to a project's worker, and what is known of its way there and back."""
+
+import time
+from dataclasses import dataclass, field
+
+from lattice_remote.server.data.ipc import ToWorker
+from lattice_remote.server.project.history import Follower
+
+__all__ = ["Job"]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request on its way through the queue, the worker, and perhaps the waiting for a resource."""
+
+    message: ToWorker
+    askers: list[Follower] = field(default_factory=list)
+    """Who wants the answer; the same request may be asked again on a new connection."""
+    submitted_at: float = field(default_factory=time.monotonic)
+    weight: int = 0
+    """Bytes of its arguments and of the files that it carries."""
+    suspect: bool = False
+    """Was with a worker that died; is sent alone until it is known which request was to blame."""
+    deaths: int = 0
+    """Workers that certainly died of it."""
+    resource: str | None = None
+    """What it waited for last."""
+    wait_until: float = 0.0
+    """When that waiting is over, by the monotonic clock."""

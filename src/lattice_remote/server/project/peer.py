@@ -1,0 +1,360 @@
+"""One connected client: its greeting, what it missed, and then changes, answers and files, in that order's keeping.
+
+Two things run for a client. What it sends is read at once, whatever it is owed. What it is owed goes out in its
+own time: first the changes that it missed, then, for good, every new change in the very moment in which it is
+committed, and files in pieces between them as the outbox has room.
+
+    greeting --Hello--> catching up --its last change is the head--> live
+
+Answers are held until it is live, so that each comes after its change. A manifest and each part of a file are
+queued in the tick in which they are right, so the number they carry is that of the last change queued before.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+
+import msgspec
+from websockets.exceptions import ConnectionClosed
+
+import lattice_remote
+from lattice_remote.errors import ProtocolError, RemoteError, StorageError
+from lattice_remote.logtext import printable
+from lattice_remote.protocol.codec import decode_client_frame, encode
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    CAPABILITY_OF,
+    PROTOCOL_VERSION,
+    Applied,
+    Bye,
+    ClientFrame,
+    Fetch,
+    Hello,
+    Limits,
+    Log,
+    Manifest,
+    Put,
+    Refused,
+    Run,
+    ServerFrame,
+    Welcome,
+)
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.versions import describe_difference
+from lattice_remote.server.data.ipc import Edit, Execute
+from lattice_remote.server.data.tokens import Token
+from lattice_remote.server.network.handoff import Handoff
+from lattice_remote.server.network.outbox import MAX_PENDING_BYTES, websocket_frame
+from lattice_remote.server.project.files import FileSender
+from lattice_remote.server.project.project import Project
+from lattice_remote.server.project.skew import common_capabilities, dialect
+
+__all__ = ["HELLO_TIMEOUT_S", "Peer"]
+
+HELLO_TIMEOUT_S = 10.0
+_MAX_FETCHES = 65_536
+_OTHER_FIELDS_BYTES = 64 * 1024
+"""What a frame may have beside a file."""
+
+_CLOSE_CODES = {
+    "REMOTE_SHUTDOWN": 1001,
+    "REMOTE_PROTOCOL": 1002,
+    "REMOTE_UNAUTHORIZED": 1008,
+    "REMOTE_FORBIDDEN": 1008,
+    "REMOTE_VERSION": 1008,
+    "REMOTE_TOO_LARGE": 1009,
+    "REMOTE_BUSY": 1012,
+}
+"""RFC 6455 section 7.4 for each goodbye; 1011 (internal error) for any other."""
+
+_log = logging.getLogger(__name__)
+
+
+class Peer:
+    """One client's connection to one project. ``run()`` it; everything else is called by its project and by itself."""
+
+    def __init__(self, connection: Handoff, token: Token, project: Project) -> None:
+        self.token = token
+        self.project = project
+        self.applied = 0
+        """The last change that the client says to hold; informs only."""
+        self._connection = connection
+        self._outbox = connection.outbox
+        self._limits = connection.visit.limits
+        self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
+        self._capabilities: frozenset[str] = frozenset()  # what both sides understand
+        self._dialect = dialect(frozenset(CAPABILITIES))
+        self._follows = True
+        self._live = False
+        self._sent = 0  # the last change that was queued for it
+        self._held_answers: list[bytes] = []  # until it is live
+        self._held_bytes = 0
+        self._in_flight: set[str] = set()
+        self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
+        self._wants_manifest = False
+        self._logs: deque[Log] = deque()
+        self._work = asyncio.Event()
+        self._ended = False
+
+    async def run(self) -> None:
+        """Serve the client until its connection is closed, from either side. Raises nothing."""
+        try:
+            await self._welcome(await self._greeting())
+            async with asyncio.TaskGroup() as group:
+                sender = group.create_task(self._send_owed())
+                await self._read()
+                sender.cancel()
+        except* ConnectionClosed:
+            pass
+        except* RemoteError as group:
+            self._end_because(group)
+        except* Exception as group:  # noqa: BLE001 - one client's trouble must not be the server's
+            _log.exception("%s: unexpected failure", self._name)
+            self._end_because(group)
+        finally:
+            self.project.history.leave(self)
+            self.project.forget(self, self._in_flight)
+            _log.info("%s: disconnected", self._name)
+
+    def end(self, bye: Bye) -> None:
+        """Say goodbye and close; what is queued goes first. Idempotent, never waits."""
+        if self._ended:
+            return
+        self._ended = True
+        _log.info("%s: bye, %s %s", self._name, bye.code, bye.reason)
+        self._outbox.push(websocket_frame(encode(bye)))
+        self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
+
+    def _end_because(self, group: BaseExceptionGroup[BaseException]) -> None:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        if isinstance(error, RemoteError):
+            self.end(Bye(error.code, error.message[:4096], None if isinstance(error, ProtocolError) else 1.0))
+        else:
+            self.end(Bye("REMOTE_FAILED", "the server failed at this; see its log", 1.0))
+
+    # --- greeting ---
+
+    async def _greeting(self) -> Hello:
+        """Return the client's first frame.
+
+        Raises:
+            ProtocolError: it is something else, or does not come in time, or shares no version with this side.
+        """
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = _decode(await self._connection.recv())
+        except TimeoutError:
+            raise ProtocolError(f"no Hello within {HELLO_TIMEOUT_S:g} s") from None
+        if not isinstance(hello, Hello):
+            raise ProtocolError(f"the first frame must be Hello, not {type(hello).__name__}")
+        if PROTOCOL_VERSION not in hello.versions:
+            side = "client" if max(hello.versions) < PROTOCOL_VERSION else "server"
+            raise ProtocolError(
+                f"the client speaks protocol {hello.versions}, the server {PROTOCOL_VERSION}: upgrade the {side}",
+                code="REMOTE_VERSION",
+            )
+        return hello
+
+    async def _welcome(self, hello: Hello) -> None:
+        """Answer the greeting. From the last look at the project to the queued frame nothing waits."""
+        project = self.project
+        self._capabilities = common_capabilities(hello)
+        self._dialect = dialect(self._capabilities)
+        await project.opened()
+        continues = hello.follow and await self._continues(hello) and hello.epoch == project.history.epoch
+        if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
+            raise project.failure
+        self._follows = hello.follow
+        self._sent = hello.seq if continues else project.history.head
+        most = self._limits.request_bytes
+        self._connection.allow_message_bytes(most)
+        project.history.join(self)
+        self._push(
+            Welcome(
+                version=PROTOCOL_VERSION,
+                server_version=lattice_remote.__version__,
+                lattice_version=project.lattice_version,
+                project=project.slug,
+                actor=self.token.actor,
+                epoch=project.history.epoch,
+                head=project.history.head,
+                oldest=project.history.oldest,
+                resync=hello.follow and not continues,
+                limits=Limits(most, most - _OTHER_FIELDS_BYTES),
+                act_as=self.token.act_as,
+                capabilities=list(CAPABILITIES),
+            )
+        )
+        programs = _programs(hello, project.lattice_version)
+        _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
+        if self._sent == project.history.head:
+            self._go_live()
+
+    async def _continues(self, hello: Hello) -> bool:
+        """Tell whether changes can bring the copy up to date; begin a new epoch if it proves a rollback (I7)."""
+        project = self.project
+        if hello.epoch != project.history.epoch:
+            return False
+        if hello.seq > project.history.head:
+            await project.rollback_proved(f"a client holds change {hello.seq}, the head is {project.history.head}")
+            return False
+        mark = await project.history.mark_at(hello.seq)
+        if mark is None:
+            return False
+        if mark != hello.mark:
+            await project.rollback_proved(f"a client holds another change {hello.seq}")
+            return False
+        return hello.seq == project.history.head or hello.seq + 1 >= project.history.oldest
+
+    # --- what the client sends ---
+
+    async def _read(self) -> None:
+        async for message in self._connection:
+            if not self._ended:
+                self._take(_decode(message))
+
+    def _take(self, frame: ClientFrame) -> None:
+        token = self.token
+        match frame:
+            case Run():
+                run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
+                self._submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)))
+            case Put() | Log() if CAPABILITY_OF[type(frame)] not in self._capabilities:
+                what = CAPABILITY_OF[type(frame)]
+                self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {what!r}: upgrade the client")
+            case Put() if is_editable(frame.path):
+                first = _first_sent_at(frame)
+                self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first))
+            case Put():
+                self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+            case Log():
+                self._ask_log(frame)
+            case Fetch():
+                self._wanted.update(dict.fromkeys(frame.paths))
+                if len(self._wanted) > _MAX_FETCHES:
+                    raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
+                self._work.set()
+            case Manifest():
+                self._wants_manifest = True
+                self._work.set()
+            case Applied():
+                self.applied = frame.seq
+            case Hello():
+                raise ProtocolError("Hello comes once")
+
+    def _ask_log(self, frame: Log) -> None:
+        """Have the log read when the client has taken what it is owed before: it is read for nobody in a hurry."""
+        if self._is_taken(frame.id):
+            self._logs.append(frame)
+            self._work.set()
+
+    def _submit(self, request: Execute | Edit) -> None:
+        if self._is_taken(request.id):
+            self.project.submit(request, self)
+
+    def _is_taken(self, request_id: str) -> bool:
+        """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many."""
+        if request_id in self._in_flight:
+            return False  # asked twice on one connection: one answer
+        most = self._limits.requests_per_connection
+        if len(self._in_flight) >= most:
+            self._refuse(request_id, "REMOTE_BUSY", f"{most} requests are under way on this connection")
+            return False
+        self._in_flight.add(request_id)
+        return True
+
+    def _refuse(self, request_id: str, code: str, message: str) -> None:
+        self.answer(request_id, encode(Refused(request_id, code, message)))
+
+    # --- what the client is owed ---
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """Queue a change, if the client has all before it."""
+        if self._live and self._follows:
+            assert seq == self._sent + 1, "a live client was sent every change up to the head"
+            self._sent = seq
+            self._outbox.push(self._dialect.told(frame))
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """Queue an answer; one that comes while the client catches up waits for the changes before it."""
+        self._in_flight.discard(request_id)
+        frame = websocket_frame(reply)
+        if self._live:
+            self._outbox.push(frame)
+        elif self._held_bytes + len(frame) > MAX_PENDING_BYTES:
+            self.end(Bye("REMOTE_BUSY", "too many answers wait for the changes before them; read those first", 1.0))
+        else:
+            self._held_answers.append(frame)
+            self._held_bytes += len(frame)
+
+    def _push(self, frame: ServerFrame) -> None:
+        self._outbox.push(websocket_frame(encode(frame)))
+
+    def _go_live(self) -> None:
+        self._live = True
+        for answer in self._held_answers:
+            self._outbox.push(answer)
+        self._held_answers.clear()
+
+    async def _send_owed(self) -> None:
+        """Send what it missed, then manifests and files as it asks for them."""
+        await self._catch_up()
+        files = FileSender(self.project, self._outbox, self._push)
+        while True:
+            if self._wants_manifest:
+                self._wants_manifest = False
+                for frame in self.project.history.entries():
+                    self._outbox.push(frame)
+                    await self._outbox.room()
+            elif self._wanted:
+                unsettled = await files.send(files.batch(self._wanted))
+                self._wanted.update(dict.fromkeys(unsettled))
+            elif self._logs:
+                asked = self._logs.popleft()
+                history = self.project.history
+                answer = await self.project.log.answer(asked, epoch=history.epoch, head=history.head)
+                self.answer(asked.id, encode(answer))
+                await self._outbox.room()
+            else:
+                self._work.clear()
+                await self._work.wait()
+
+    async def _catch_up(self) -> None:
+        """Send the changes after ``_sent`` at the client's pace, and go live in the tick in which there are no more."""
+        while not self._live:
+            batch = await self.project.history.changes_after(self._sent)
+            if not batch:
+                raise StorageError(f"change {self._sent + 1} is not kept any more; come back to resync")
+            for seq, frame in batch:
+                assert seq == self._sent + 1, "numbers have no gap (I1)"
+                self._sent = seq
+                self._outbox.push(self._dialect.told(frame))
+            await self._outbox.room()
+            if self._sent == self.project.history.head:
+                self._go_live()
+
+
+def _programs(hello: Hello, lattice_version: str) -> str:
+    """Return what a client runs, for the log, and which side to upgrade where that is not what this server runs."""
+    parts = []
+    for name, theirs, ours in (
+        ("lattice-remote", hello.client_version, lattice_remote.__version__),
+        ("lattice-tracker", hello.lattice_version, lattice_version),
+    ):
+        difference = describe_difference(theirs, ours, here_is="the client", there_is="the server")
+        parts.append(f"{name} {printable(theirs[:40])}" + (f" ({printable(difference[:120])})" if difference else ""))
+    return ", ".join(parts)
+
+
+def _first_sent_at(frame: Run | Put) -> float | None:
+    """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
+    return time.time() - frame.age_s if frame.age_s else None
+
+
+def _decode(message: str | bytes) -> ClientFrame:
+    if isinstance(message, str):
+        raise ProtocolError("frames are binary messages, this one is text")
+    return decode_client_frame(message)

@@ -1,0 +1,514 @@
+"""One project, seen from the network: its queue and its worker.
+
+Requests go to the worker in turns, one of each connection, a window at a time so that one fsync covers many. What
+comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the answer to whoever
+asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
+
+    starting --Ready--> open --the worker ends--> starting ...
+    starting --it can't, again and again (a full disk)--> closed --Ready--> open
+    any --Failed (what was written could not be made durable)--> closed until the server is restarted
+
+A worker that dies takes nothing with it: its requests are sent to the next one in the same order, which answers
+those that its predecessor finished from the journal and runs the others (I6). Nothing here reads the clock of the
+tree or writes into it.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Bye, Refused
+from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.ipc import (
+    Done,
+    Edit,
+    Execute,
+    Failed,
+    NewEpoch,
+    Ready,
+    Reconcile,
+    Settle,
+    Stop,
+    ToServer,
+    ToWorker,
+)
+from lattice_remote.server.project.history import Follower, History
+from lattice_remote.server.project.hooks import HookRunner
+from lattice_remote.server.project.job import Job
+from lattice_remote.server.project.log import LogReader
+from lattice_remote.server.project.turns import Turns
+from lattice_remote.server.project.waiting import Waiting
+from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
+
+__all__ = ["COMMAND_LIMIT_S", "Bounds", "Project"]
+
+COMMAND_LIMIT_S = 30.0
+"""A command that takes longer is ended and undone."""
+_MAX_START_FAILURES = 5
+"""After so many in a row those who wait are told; it is tried again all the same, now and then."""
+_RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
+"""Before a worker is replaced: at once, then ever later while they last no longer than ``_STEADY_S``."""
+_STEADY_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Bounds of a project's queue and its worker."""
+
+    command_s: float = COMMAND_LIMIT_S
+    """How long a command may run."""
+    upkeep_s: float = 600.0
+    """How long opening the project, or reading all of its tree, may take; a look at some files is a command's."""
+    window: int = 16
+    """Requests that the worker may hold at once: enough for it to work on while others are fsynced; more would only
+    make the next connection's wait longer."""
+    queued: int = 1024
+    """Requests that may wait; more are refused as busy, of connections that have one waiting already."""
+    per_token: int = 512
+    """Requests of one token that may be queued, with the worker, or waiting for a resource."""
+    held_bytes: int = 256 * 1024 * 1024
+    """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
+    held_bytes_per_token: int = 128 * 1024 * 1024
+    """The same for those of one token: the rest is for others, who would be told that the server is busy."""
+    window_bytes: int = 32 * 1024 * 1024
+    """The worker gets no more requests while those that it holds weigh this much."""
+
+
+class Project:
+    """See the module's text. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        slug: str,
+        paths: ProjectPaths,
+        *,
+        hooks: HookRunner | None,
+        bounds: Bounds | None = None,
+        worker_command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        self.slug = slug
+        self.paths = paths
+        self.history = History(paths.journal)
+        """What the followers know, and may ask for."""
+        self.log = LogReader(paths)
+        """Answers who changed what."""
+        self.lattice_version = ""
+        """Of the lattice-tracker that runs the commands."""
+        self._hooks = hooks
+        self._bounds = bounds or Bounds()
+        self._worker_command = worker_command
+        self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
+        self._queue = Turns()
+        self._held_bytes = 0  # what the jobs in _jobs weigh
+        self._by_token: Counter[str] = Counter()  # how many jobs in _jobs are a token's
+        self._held_by_token: Counter[str] = Counter()  # and what they weigh
+        self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
+        self._oldest_since = 0.0  # since when the first of them has been the first
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._waiting = Waiting(self._retry)
+        self._edited: set[str] = set()
+        self._rescan = False
+        self._reconciling = False
+        self._epoch_renewed = False  # a client may prove a rollback once; see rollback_proved()
+        self._writer: Writer | None = None
+        self._open = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._writer_ended = asyncio.Event()
+        self._ready: asyncio.Future[Ready] | None = None  # what the worker says first
+        self._working = False  # the worker has opened the project, and everything before its head is published
+        self._stopping = False
+        self._failure: StorageError | None = None
+        self._failed_for_good = False
+        self._keeper: asyncio.Task[None] | None = None
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Begin to keep a worker running; ``opened()`` tells when it is ready."""
+        self._keeper = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
+
+    async def opened(self) -> None:
+        """Wait until the project can be used.
+
+        Raises:
+            StorageError: it can't be, for now or until the server is restarted.
+        """
+        await self._open.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    @property
+    def failure(self) -> StorageError | None:
+        """Why the project can't be used; None when it can."""
+        return self._failure
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests and wait for those that the worker holds."""
+        self._stopping = True
+        self._waiting.clear()
+        if self._outstanding:
+            self._idle.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    async def stop(self, timeout_s: float) -> None:
+        """End the worker: in order, or by force after ``timeout_s``. Call ``drain()`` before."""
+        self._stopping = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.wait({self._keeper})
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        if self._writer is not None:
+            self._writer.send(Stop())
+            if not await self._writer.wait(timeout_s):
+                self._writer.kill()
+                await self._writer.wait(1.0)
+        if self._hooks is not None:
+            await self._hooks.close()
+
+    # --- requests ---
+
+    def submit(self, message: Execute | Edit, asker: Follower) -> None:
+        """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
+
+        A request that is under way already is joined, not run again (I6).
+        """
+        if self._stopping or self._failure is not None:
+            return  # the goodbye on this connection says more
+        job = self._jobs.get(message.id)
+        if job is not None:
+            self._join(job, message, asker)
+            return
+        weight = _weight_of(message)
+        # Whoever has nothing queued is let in: others' impatience is not to be his trouble.
+        crowded = len(self._queue) >= self._bounds.queued and self._queue.has(asker)
+        if crowded or self._held_bytes + weight > self._bounds.held_bytes:
+            _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
+            return
+        if self._by_token[message.token_id] >= self._bounds.per_token:
+            _refuse(asker, message.id, "REMOTE_BUSY", f"{self._bounds.per_token} requests of this token are under way")
+            return
+        if self._held_by_token[message.token_id] + weight > self._bounds.held_bytes_per_token:
+            most = self._bounds.held_bytes_per_token >> 20
+            _refuse(asker, message.id, "REMOTE_BUSY", f"requests of {most} MiB of this token are under way; try again")
+            return
+        job = Job(message, [asker], weight=weight)
+        self._jobs[message.id] = job
+        self._by_token[message.token_id] += 1
+        self._held_by_token[message.token_id] += weight
+        self._held_bytes += weight
+        self._enqueue(job)
+
+    def _join(self, job: Job, message: Execute | Edit, asker: Follower) -> None:
+        running = job.message
+        assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
+        if running.token_id != message.token_id:
+            _refuse(asker, message.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif asker not in job.askers:
+            job.askers.append(asker)
+
+    def _drop(self, request_id: str) -> None:
+        if (job := self._jobs.pop(request_id, None)) is not None:
+            self._held_bytes -= job.weight
+            assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
+            self._by_token[job.message.token_id] -= 1
+            self._held_by_token[job.message.token_id] -= job.weight
+
+    def forget(self, asker: Follower, request_ids: set[str]) -> None:
+        """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
+        for request_id in request_ids:
+            job = self._jobs.get(request_id)
+            if job is None or asker not in job.askers:
+                continue
+            job.askers.remove(asker)
+            if not job.askers and self._waiting.remove(job):
+                self._drop(request_id)
+
+    def files_touched(self, paths: set[str] | None) -> None:
+        """Somebody may have changed these files (None: any); have the worker look at them (I12)."""
+        if paths is None:
+            self._rescan = True
+        else:
+            self._edited |= paths
+        self._reconcile()
+
+    async def rollback_proved(self, reason: str) -> None:
+        """A client has seen what this history does not hold: begin a new epoch, and wait for it (I7).
+
+        Once per run of the server: a history that began in this run was not rolled back since.
+        """
+        if self._epoch_renewed:
+            return
+        self._epoch_renewed = True
+        _log.warning("%s: %s; a new epoch begins", self.slug, reason)
+        self._open.clear()
+        self._enqueue(Job(NewEpoch(reason)))
+        await self.opened()
+
+    # --- the queue ---
+
+    def _enqueue(self, job: Job) -> None:
+        self._queue.add(job)
+        self._pump()
+
+    def _pump(self) -> None:
+        """Send the worker as much as it may hold; suspects one at a time."""
+        if not self._working or self._stopping:
+            return
+        batch: list[ToWorker] = []
+        room = self._bounds.window_bytes - sum(job.weight for job in self._outstanding)
+        while self._queue and room > 0 and len(self._outstanding) < self._window():
+            job = self._queue.pop()
+            room -= job.weight
+            if not self._outstanding:
+                self._oldest_since = time.monotonic()
+            self._outstanding.append(job)
+            batch.append(job.message)
+        if batch:
+            assert self._writer is not None, "an open project has a worker"
+            self._writer.send(*batch)
+            self._arm_watchdog()
+
+    def _window(self) -> int:
+        first = self._outstanding[0] if self._outstanding else self._queue.next()
+        return 1 if first.suspect else self._bounds.window
+
+    def _retry(self, job: Job) -> None:
+        """Try again what waited for a resource."""
+        assert isinstance(job.message, Execute), "only commands wait"
+        last = time.monotonic() >= job.wait_until
+        job.message = msgspec.structs.replace(job.message, last_try=last)
+        self._enqueue(job)
+
+    def _reconcile(self) -> None:
+        if self._reconciling or not (self._rescan or self._edited) or self._stopping or self._failure is not None:
+            return
+        paths = None if self._rescan else sorted(self._edited)
+        self._rescan, self._reconciling = False, True
+        self._edited.clear()
+        self._enqueue(Job(Reconcile(paths)))
+
+    # --- what the worker says ---
+
+    def _received(self, message: ToServer) -> None:
+        match message:
+            case Ready():
+                if self._ready is not None and not self._ready.done():
+                    self._ready.set_result(message)
+                else:
+                    self._epoch_begun(message)
+            case Done():
+                self._done(message)
+            case Failed():
+                self._fail(f"{message.message}; restart the server", for_good=True)
+
+    def _done(self, done: Done) -> None:
+        """Take one outcome: tell the followers, then whoever asked, then the hooks."""
+        assert self._outstanding, "the worker answers only what it was sent"
+        assert done.id == getattr(self._outstanding[0].message, "id", ""), "the worker answers in order"
+        job = self._settled()
+        if done.change is None:
+            self.history.oldest = done.oldest or self.history.oldest
+        else:
+            self.history.publish(done.seq, done.mark, done.change, done.after, oldest=done.oldest)
+        self._waiting.touched(done)
+        self._finish(job, done)
+        if self._hooks is not None and done.hooks:
+            self._hooks.submit(done.hooks)
+        self._pump()
+
+    def _settled(self) -> Job:
+        job = self._outstanding.popleft()
+        job.suspect, job.deaths = False, 0
+        self._oldest_since = time.monotonic()
+        if not self._outstanding:
+            self._idle.set()
+        return job
+
+    def _finish(self, job: Job, done: Done) -> None:
+        """Answer, or let wait, or note that a look at the tree is over."""
+        match job.message:
+            case Execute() | Edit() | Settle() as message:
+                if done.waiting_for is not None:
+                    self._wait(job, message.id, done)
+                    return
+                self._drop(message.id)
+                assert done.reply is not None, "a request that does not wait is answered"
+                for asker in job.askers:
+                    asker.answer(message.id, done.reply)
+                if job.resource is not None:
+                    self._waiting.wake_first(job.resource)  # it was woken and did not use it up, perhaps
+            case Reconcile(paths):
+                self._reconciling = False
+                if done.more:
+                    self.files_touched(None if paths is None else set(paths))
+                else:
+                    self._reconcile()
+            case NewEpoch() | Stop():
+                raise AssertionError("these are not answered with an outcome")
+
+    def _wait(self, job: Job, request_id: str, done: Done) -> None:
+        if job.askers and not self._stopping:
+            self._waiting.add(job, done)
+        else:
+            self._drop(request_id)
+
+    # --- beginnings and ends of the worker ---
+
+    async def _keep_worker(self) -> None:
+        """Keep a worker running until the project fails for good or stops."""
+        failures = restarts = 0
+        while not self._failed_for_good:
+            began = time.monotonic()
+            try:
+                await self._start_worker()
+                failures = 0
+                await self._writer_ended.wait()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the project ends up running or failed
+                failures += 1
+                _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
+                if failures == _MAX_START_FAILURES:
+                    self._fail(
+                        f"the server's worker for project {self.slug} does not start: {error}; see the server's log"
+                    )
+            restarts = 0 if time.monotonic() - began > _STEADY_S and not failures else restarts + 1
+            if self._writer is not None:
+                self._writer.kill()
+                await self._writer.wait(5.0)
+                self._writer = None
+            await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
+
+    async def _start_worker(self) -> None:
+        """Start a worker, take what it knows, and send it what its predecessor has not answered."""
+        self._writer_ended = asyncio.Event()
+        self._ready = asyncio.get_running_loop().create_future()
+        self._writer = await Writer.start(
+            self.slug, self.paths, on_message=self._received, on_end=self._ended, command=self._worker_command
+        )
+        ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
+        for note in ready.notes:
+            _log.info("%s: %s", self.slug, note)
+        self.lattice_version = ready.lattice_version
+        await self.history.resume(ready)
+        if self._writer_ended.is_set():
+            raise StorageError("it ended as soon as it was ready")
+        self._working, self._failure = True, None
+        _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._writer.pid)
+        self._open.set()
+        self._reconcile()
+        self._pump()
+        self._waiting.wake_each_first()  # what the last worker did may have freed their resources
+
+    def _epoch_begun(self, ready: Ready) -> None:
+        """The worker has begun a new epoch, as it was asked to."""
+        asked = self._outstanding and isinstance(self._outstanding[0].message, NewEpoch)
+        assert asked, "a worker says Ready once at its start, and for a new epoch"
+        self._settled()
+        self.history.begin(ready, "the server's files were rolled back; come back at once")
+        self._open.set()
+        self._pump()
+
+    def _ended(self) -> None:
+        """The worker is gone. What it held is sent again, first, and in the same order."""
+        held = [job for job in self._outstanding if not isinstance(job.message, Reconcile)]
+        if len(held) < len(self._outstanding):
+            self._reconciling = False  # the next worker looks at the whole tree when it starts
+        self._outstanding.clear()
+        self._idle.set()
+        self._writer_ended.set()
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(StorageError("it ended before it was ready"))
+            self._ready.exception()  # nobody may be waiting any more, when the server stops
+        self._ready, self._working = None, False
+        if self._stopping or self._failure is not None:
+            return
+        _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
+        for job in reversed(held):
+            job.suspect = True
+            self._queue.add_first(job)
+        if len(held) == 1:
+            held[0].deaths += 1
+            if held[0].deaths > 1:
+                self._give_up(held[0], "the command ended the server's worker twice, and was undone")
+
+    def _give_up(self, job: Job, why: str) -> None:
+        """Have the next worker answer from the journal, or refuse; which of the two only the files can tell (I6)."""
+        match job.message:
+            case Execute() | Edit() as message:
+                job.message = Settle(message.id, message.token_id, "REMOTE_FAILED", why)
+            case Settle() | Reconcile():
+                pass
+            case _:
+                self._fail(
+                    f"the server's worker for project {self.slug} dies of its own upkeep; see the server's log",
+                    for_good=True,
+                )
+
+    def _fail(self, message: str, *, for_good: bool = False) -> None:
+        """Nothing is acknowledged, for now or until the server is restarted.
+
+        Whether what was under way took effect is not known: nobody is answered.
+        """
+        self._failed_for_good |= for_good
+        if self._failure is not None:
+            return
+        _log.critical("%s: %s", self.slug, message)
+        self._failure = StorageError(message)
+        self._working = False
+        self._waiting.clear()
+        self._jobs.clear()
+        self._by_token.clear()
+        self._held_bytes = 0
+        self._held_by_token.clear()
+        self._queue.clear()
+        self._reconciling = False
+        self._open.set()
+        self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
+
+    # --- the time limit ---
+
+    def _arm_watchdog(self) -> None:
+        if self._watchdog is None:
+            # Not later than a command's time limit: the next request may be one, and this timer serves it too.
+            delay = min(self._time_left(), self._bounds.command_s)
+            self._watchdog = asyncio.get_running_loop().call_later(delay, self._look_after_worker)
+
+    def _time_left(self) -> float:
+        message = self._outstanding[0].message
+        reads_all = isinstance(message, NewEpoch) or (isinstance(message, Reconcile) and message.paths is None)
+        limit = self._bounds.upkeep_s if reads_all else self._bounds.command_s
+        return self._oldest_since + limit - time.monotonic()
+
+    def _look_after_worker(self) -> None:
+        """End a worker that has had its oldest request for too long."""
+        self._watchdog = None
+        if not self._outstanding or self._writer is None:
+            return
+        if self._time_left() > 0:
+            self._arm_watchdog()
+            return
+        job = self._outstanding[0]
+        _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
+        self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s, and was undone")
+        self._writer.kill()
+
+
+def _weight_of(message: Execute | Edit) -> int:
+    if isinstance(message, Edit):
+        return len(message.text) + len(message.base or b"")
+    return sum(len(file.data or b"") for file in message.files) + sum(map(len, message.argv))
+
+
+def _refuse(asker: Follower, request_id: str, code: str, message: str) -> None:
+    asker.answer(request_id, encode(Refused(request_id, code, message)))

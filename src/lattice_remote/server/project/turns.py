@@ -1,0 +1,59 @@
+"""Requests that wait for the worker: each connection in its own order, all connections in turn.
+
+So a client that has hundreds of requests under way delays another's next one by one request, not by hundreds.
+"""
+
+from collections import deque
+
+from lattice_remote.server.project.history import Follower
+from lattice_remote.server.project.job import Job
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """A queue. The server's own jobs, which nobody asked for, take their turn like those of one more connection."""
+
+    def __init__(self) -> None:
+        self._first: deque[Job] = deque()
+        self._lanes: dict[Follower | None, deque[Job]] = {}  # by who asked; whose turn it is comes first
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def has(self, asker: Follower) -> bool:
+        """Tell whether a request of this connection waits here."""
+        return asker in self._lanes
+
+    def add(self, job: Job) -> None:
+        """Add a job behind the others of its connection."""
+        self._lanes.setdefault(job.askers[0] if job.askers else None, deque()).append(job)
+        self._length += 1
+
+    def add_first(self, job: Job) -> None:
+        """Add a job before all others: it was with a worker already."""
+        self._first.appendleft(job)
+        self._length += 1
+
+    def next(self) -> Job:
+        """Return the job that ``pop`` would take; there must be one."""
+        return self._first[0] if self._first else next(iter(self._lanes.values()))[0]
+
+    def pop(self) -> Job:
+        """Take the next job; there must be one. Then it is the next connection's turn."""
+        self._length -= 1
+        if self._first:
+            return self._first.popleft()
+        asker, lane = next(iter(self._lanes.items()))
+        del self._lanes[asker]
+        job = lane.popleft()
+        if lane:
+            self._lanes[asker] = lane
+        return job
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._first.clear()
+        self._lanes.clear()
+        self._length = 0

@@ -1,0 +1,320 @@
+"""What a command touches, in order, and what it must not: an audit hook (I9).
+
+The hook is installed once in the worker process and watches one thread while ``watch()`` is open. It sees every open,
+rename and removal before it happens. What a command may do:
+
+- read the project's ``.lattice/``, the private directory, and Python itself;
+- write ``.lattice/`` and the private directory, never through a symbolic link;
+- nothing else: no process, no socket, no other file. That raises ``Vetoed``, and is remembered where it is swallowed.
+
+Which event means what is decided in ``audit_events``; one that is not listed there is refused. What the hook can't see:
+``stat`` and its like, for which Python has no event, and what another process does between its look and the open.
+"""
+
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.server.tree.audit_events import HARMLESS, WATCHED
+from lattice_remote.server.tree.undo import UndoLog
+
+__all__ = ["Capture", "Move", "Touched", "Vetoed"]
+
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_HARMLESS_FILES = frozenset({"/dev/null", "/dev/urandom", "/dev/random"})
+_HARMLESS_TREES = ("/usr/share/zoneinfo/", "/usr/lib/locale/", "/usr/share/locale/")
+
+
+class Vetoed(BaseException):
+    """A command tried what it must not. Not an ``Exception``: a command's own error handling lets it pass."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A rename within the replicated tree; both paths relative."""
+
+    source: str
+    target: str
+
+
+@dataclass
+class Touched:
+    """What one command did to the replicated tree, by relative path.
+
+    Attributes:
+        steps: first touches and renames, in order.
+        appended: the file as it was before its first touch, for files that were only ever opened for appending.
+        unshared: names in ``.lattice/`` that no cache would accept, and that were written.
+        veto: what was refused, first of all; None when nothing was.
+    """
+
+    steps: list[str | Move] = field(default_factory=list)
+    appended: dict[str, os.stat_result | None] = field(default_factory=dict)
+    unshared: list[str] = field(default_factory=list)
+    veto: str | None = None
+    private: bool = False
+
+
+class Capture:
+    """The hook and its rules. Make one per process: an audit hook can't be removed.
+
+    Args:
+        tree: the ``.lattice`` directory, as a real path.
+        private: the scratch directory of the process, as a real path.
+        undo: gets the pre-image of everything before it is changed.
+        code: directories in which Python and its packages lie.
+    """
+
+    def __init__(self, tree: str, private: str, undo: UndoLog, code: Sequence[str]) -> None:
+        self._tree = tree.rstrip("/") + "/"
+        self._private = private.rstrip("/") + "/"
+        self._locks = self._tree + "locks/"
+        self._undo = undo
+        self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
+        self._thread = 0
+        self._touched = Touched()
+        self._seen: set[str] = set()
+        self._moved: dict[str, str] = {}
+        self._roots = {self._tree[:-1], self._private[:-1]}
+        self._real_directories: set[str] = set()
+        sys.addaudithook(self._hook)
+
+    @contextmanager
+    def watch(self) -> Iterator[Touched]:
+        """Watch this thread: what it touches is found in the yielded object, complete when the block ends."""
+        self._touched = Touched()
+        self._seen.clear()
+        self._moved.clear()
+        self._real_directories = set(self._roots)
+        self._thread = threading.get_ident()
+        try:
+            yield self._touched
+        finally:
+            self._thread = 0
+
+    @contextmanager
+    def _own_work(self) -> Iterator[None]:
+        """What the hook itself opens and renames is not the command's."""
+        thread, self._thread = self._thread, 0
+        try:
+            yield
+        finally:
+            self._thread = thread
+
+    def _hook(self, event: str, args: tuple[object, ...]) -> None:
+        # This runs a hundred times a command: what is not looked at must cost next to nothing.
+        if self._thread == 0 or event in HARMLESS or threading.get_ident() != self._thread:
+            return
+        handler = _HANDLERS.get(event)
+        if handler is None:
+            self._refuse(f"do what Python calls {event}")
+        with self._own_work():
+            handler(self, args)
+
+    def _refuse(self, what: str) -> NoReturn:
+        if self._touched.veto is None:
+            self._touched.veto = what
+        raise Vetoed(what)
+
+    # --- where a path leads ---
+
+    def _absolute(self, given: object) -> str:
+        """Return the path an event is about, absolute and without ``..``."""
+        if isinstance(given, bytes):
+            given = os.fsdecode(given)
+        if not isinstance(given, str):
+            self._refuse("use a file in an unknown way")
+        if not given.startswith("/"):
+            self._refuse("use a relative path")  # of what directory, the event for os.open(dir_fd=...) does not say
+        path = os.path.normpath(given)
+        if "/../" in given and f"{path}/".startswith((self._tree, self._private)):
+            self._refuse("use a path that goes up again")  # behind a symbolic link that leads elsewhere
+        return path
+
+    def _check_real(self, path: str) -> None:
+        """Refuse a path in the project that leads through a symbolic link, or to a pipe or a device."""
+        if path in self._real_directories:
+            return
+        self._check_real_directory(os.path.dirname(path))
+        mode = _mode(path)
+        if stat.S_ISLNK(mode):
+            self._refuse(f"follow a symbolic link at {self._name(path)}")
+        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would hold the writer
+
+    def _check_real_directory(self, path: str) -> None:
+        if path not in self._real_directories:
+            self._check_real(path)
+            self._real_directories.add(path)
+
+    def _name(self, path: str) -> str:
+        return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be no valid Unicode
+
+    def _read(self, given: object) -> None:
+        path = self._absolute(given)
+        if f"{path}/".startswith((self._tree, self._private)):
+            self._check_real(path)
+        elif path not in _HARMLESS_FILES and not f"{path}/".startswith(self._readable):
+            self._refuse("read a file of the server")
+
+    def _writable(self, given: object) -> str | None:
+        """Return the path if it is in the tree and wants a pre-image, None if it may be written freely."""
+        path = self._absolute(given)
+        if path.startswith(self._locks):
+            self._check_real(path)
+            return None
+        if path.startswith(self._tree):
+            self._check_real(path)
+            return path
+        # tempfile opens a file under the name of its directory, with an opener that chooses the real one.
+        if f"{path}/".startswith(self._private):
+            self._check_real(path)
+            self._touched.private = True
+            return None
+        if path != "/dev/null":
+            self._refuse("write a file outside the project")
+        return None
+
+    # --- the events ---
+
+    def _open(self, args: tuple[object, ...]) -> None:
+        given, flags = args[0], args[2]
+        if isinstance(given, int):
+            return  # a descriptor that was opened under these eyes
+        if not isinstance(flags, int) or not flags & _WRITES:
+            self._read(given)
+            return
+        path = self._writable(given)
+        if path is None:
+            return
+        if flags & os.O_APPEND and not flags & os.O_TRUNC:
+            self._touch(path, appends=True)
+            self._undo.keep_for_append(path)
+        else:
+            self._touch(path)
+            self._undo.keep_for_rewrite(path)
+
+    def _rename(self, args: tuple[object, ...]) -> None:
+        self._no_descriptors(args[2:])
+        source, target = self._writable(args[0]), self._writable(args[1])
+        if source is not None:
+            self._no_directory(source)
+            self._undo.keep_for_replace(source)
+        if target is not None:
+            self._undo.keep_for_replace(target)
+        if source is None or target is None:
+            self._touch_both(source, target)
+            return
+        relative = Move(source.removeprefix(self._tree), target.removeprefix(self._tree))
+        if is_replicated(relative.source) and is_replicated(relative.target):
+            self._touched.steps.append(relative)
+            self._seen.update((source, target))
+            self._touched.appended.pop(relative.target, None)
+            self._moved[relative.target] = relative.source
+        else:
+            self._touch_both(source, target)
+
+    def _touch_both(self, source: str | None, target: str | None) -> None:
+        for path in (source, target):
+            if path is not None:
+                self._touch(path)
+
+    def _remove(self, args: tuple[object, ...]) -> None:
+        self._no_descriptors(args[1:])
+        path = self._writable(args[0])
+        if path is not None:
+            self._undo.keep_for_replace(path)
+            self._touch(path)
+
+    def _make_directory(self, args: tuple[object, ...]) -> None:
+        self._no_descriptors(args[2:])
+        path = self._writable(args[0])
+        if path is not None:
+            self._undo.keep_directory(path)
+
+    def _remove_directory(self, args: tuple[object, ...]) -> None:
+        self._no_descriptors(args[1:])
+        if self._writable(args[0]) is not None:
+            self._refuse("remove a directory of the project")
+
+    def _change_mode(self, args: tuple[object, ...]) -> None:
+        if not isinstance(args[0], int):
+            self._writable(args[0])  # permissions and times are not shared; only the place matters
+
+    def _truncate(self, args: tuple[object, ...]) -> None:
+        if isinstance(args[0], int):
+            self._refuse("cut a file by its descriptor")
+        path = self._writable(args[0])
+        if path is not None:
+            self._touch(path)
+            self._undo.keep_for_rewrite(path)
+
+    def _link(self, _: tuple[object, ...]) -> None:
+        self._refuse("make a link")
+
+    def _list(self, args: tuple[object, ...]) -> None:
+        if not isinstance(args[0], int):
+            self._read(args[0])
+
+    def _no_descriptors(self, descriptors: tuple[object, ...]) -> None:
+        if any(isinstance(descriptor, int) and descriptor >= 0 for descriptor in descriptors):
+            self._refuse("use a file relative to a descriptor")
+
+    def _no_directory(self, path: str) -> None:
+        if os.path.isdir(path):
+            self._refuse("rename a directory of the project")
+
+    def _touch(self, path: str, *, appends: bool = False) -> None:
+        relative = path.removeprefix(self._tree)
+        if path in self._seen:
+            if not appends:
+                self._touched.appended.pop(relative, None)
+                self._touched.appended.pop(self._moved.get(relative, relative), None)
+            return
+        self._seen.add(path)
+        if not is_replicated(relative):
+            if not os.path.basename(path).startswith(".tmp."):
+                self._touched.unshared.append(relative)
+            return
+        self._touched.steps.append(relative)
+        if appends:
+            try:
+                self._touched.appended[relative] = os.lstat(path)
+            except FileNotFoundError:
+                self._touched.appended[relative] = None
+
+
+def _mode(path: str) -> int:
+    """Return what kind of file a path is, 0 when there is none."""
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return 0
+
+
+_HANDLERS = {
+    "open": Capture._open,
+    "os.rename": Capture._rename,
+    "os.remove": Capture._remove,
+    "os.mkdir": Capture._make_directory,
+    "os.rmdir": Capture._remove_directory,
+    "os.truncate": Capture._truncate,
+    "os.link": Capture._link,
+    "os.symlink": Capture._link,
+    "os.listdir": Capture._list,
+    "os.scandir": Capture._list,
+    "os.chmod": Capture._change_mode,
+    "os.chown": Capture._change_mode,
+    "os.utime": Capture._change_mode,
+    "os.setxattr": Capture._change_mode,
+    "os.removexattr": Capture._change_mode,
+    "os.getxattr": Capture._list,
+    "os.listxattr": Capture._list,
+}
+assert _HANDLERS.keys() == WATCHED, "the table says which events are watched"

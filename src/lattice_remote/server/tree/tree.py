@@ -1,0 +1,375 @@
+"""A project's replicated files as they were, and the operations that lead to what they are now.
+
+The tree on disk is the truth; ``Tree.files`` is what the clients have. After a command, only the paths it touched are
+compared; ``reconcile`` compares any. The differences become operations in the order in which the command wrote, so
+that a reader of a copy sees event logs before snapshots (I8).
+"""
+
+import hashlib
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lattice_remote.protocol.operations import (
+    TAIL_BYTES,
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    Operation,
+    PutFile,
+    digest_of,
+)
+from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.server.tree.capture import Move, Touched
+from lattice_remote.server.tree.jsondiff import patch_between
+from lattice_remote.server.tree.manifest import FileState
+
+__all__ = ["INLINE_BYTES", "MERGE_FROM_BYTES", "Difference", "Tree"]
+
+INLINE_BYTES = 256 * 1024
+"""A file, or an addition to one, that is larger is announced, and fetched by each client in pieces."""
+MAX_CHANGE_BYTES = 4 * 1024 * 1024
+"""What one change carries at most; what does not fit is announced."""
+MAX_FOUND = 20_000
+"""How many files one look at the tree reports: with the longest names they fit in one frame."""
+MERGE_FROM_BYTES = 4096
+"""From this size on a JSON file that changes a little is sent as a patch."""
+_IN_MEMORY_BYTES = 8 * 1024 * 1024
+_MAX_HASHERS = 2048
+_RACY_NS = 50_000_000
+"""A file this young when it is looked at may change again under the same modification time."""
+
+
+@dataclass
+class Difference:
+    """Operations from ``Tree.files`` to the disk, and the states after them (None: gone), by path.
+
+    Without operations the states only refresh the signatures of files whose content is as before.
+    """
+
+    operations: list[Operation] = field(default_factory=list)
+    volatile: list[str] = field(default_factory=list)
+    """Files whose content the operations don't hold, or that were rewritten in place: to be made durable themselves."""
+    states: dict[str, FileState | None] = field(default_factory=dict)
+    is_partial: bool = False
+    """There may be more: look again once this is accepted."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A file as it was read at one moment. ``data`` is None for a file that is too large to hold."""
+
+    state: FileState
+    data: bytes | None
+    grown: bytes | None
+    """What follows the first ``old.size`` bytes when these are still the old content, else None."""
+    tail: bytes = b""
+    """The digest of the last ``TAIL_BYTES`` before ``grown``."""
+
+
+class Tree:
+    """The files below ``root`` (a ``.lattice`` directory). Not thread-safe. Methods raise OSError as the disk does."""
+
+    def __init__(self, root: Path, files: dict[str, FileState]) -> None:
+        self.root = root
+        self.files = files
+        self._prefix = f"{root}/"
+        self._hashers: OrderedDict[str, tuple[int, hashlib._Hash]] = OrderedDict()
+
+    def accept(self, difference: Difference) -> None:
+        """The difference has been numbered: these are the files now."""
+        for path, state in difference.states.items():
+            if state is None:
+                self.files.pop(path, None)
+                self._hashers.pop(path, None)
+            else:
+                self.files[path] = state
+
+    # --- what a command did ---
+
+    def after_command(self, touched: Touched, before: Callable[[str], bytes | None]) -> Difference:
+        """Compare what a command touched with what it was.
+
+        Args:
+            touched: complete, from ``Capture.watch``.
+            before: returns the content that an absolute path had, None when not known.
+        """
+        return _Comparison(self, touched, before, None).run()
+
+    # --- what others did ---
+
+    def reconcile(
+        self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, limit: int | None = MAX_FOUND
+    ) -> Difference:
+        """Compare these paths (None: the whole tree) with what they were.
+
+        With ``trust_signatures`` a file whose size, modification time and inode are known counts as unchanged. With a
+        ``limit`` it ends after so many operations: a project that somebody copied in may have more than fit in a frame.
+        While the directory itself is not there, moved away by somebody, nothing is found: no file was deleted.
+        """
+        touched = Touched()
+        if not os.path.isdir(self._prefix):
+            return Difference()
+        if paths is None:
+            on_disk = dict(self.scan())
+            candidates = on_disk.keys() | self.files.keys()
+        else:
+            candidates = {path for path in paths if is_replicated(path)}
+            on_disk = {path: status for path in candidates if (status := self.status(path)) is not None}
+        for path in sorted(candidates, key=_reading_order):
+            status = on_disk.get(path)
+            if status is None or not trust_signatures or not self._is_unchanged(path, status):
+                touched.steps.append(path)
+        return _Comparison(self, touched, lambda _: None, limit).run()
+
+    def scan(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Yield every replicated regular file on disk. Symbolic links and special files are not part of the tree."""
+        pending = [""]
+        while pending:
+            directory = pending.pop()
+            try:
+                entries = list(os.scandir(self._prefix + directory))
+            except FileNotFoundError:
+                continue
+            for entry in entries:
+                path = directory + entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    if is_replicated(path + "/x.md"):
+                        pending.append(path + "/")
+                elif entry.is_file(follow_symlinks=False) and is_replicated(path):
+                    try:
+                        yield path, entry.stat(follow_symlinks=False)
+                    except FileNotFoundError:
+                        continue
+
+    def _is_unchanged(self, path: str, status: os.stat_result) -> bool:
+        state = self.files.get(path)
+        return state is not None and state.settled and _has_signature(state, status)
+
+    def status(self, path: str) -> os.stat_result | None:
+        """Return the status of a file of the tree; None when there is none, or a symbolic link on the way to it."""
+        full = self._prefix + path
+        try:
+            status = os.lstat(full)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status if stat.S_ISREG(status.st_mode) and not self._leads_through_link(path) else None
+
+    def _leads_through_link(self, path: str) -> bool:
+        parts = path.split("/")[:-1]
+        return any(os.path.islink(self._prefix + "/".join(parts[: depth + 1])) for depth in range(len(parts)))
+
+    # --- content ---
+
+    def read(self, path: str, old: FileState | None, appended: os.stat_result | None = None) -> _Content | None:
+        """Return the file as it is now, None when there is none.
+
+        Args:
+            path: relative.
+            old: what it was, or what the file that was renamed to it was.
+            appended: its status before it was first touched, if it was only ever appended to since.
+
+        A file that the server may not read counts as none: nobody can be told what it holds.
+        """
+        status = self.status(path)
+        if status is None:
+            return None
+        try:
+            return self._read(path, old, status, appended)
+        except (FileNotFoundError, PermissionError):
+            return None
+
+    def _read(
+        self, path: str, old: FileState | None, status: os.stat_result, appended: os.stat_result | None
+    ) -> _Content:
+        untouched = old is not None and appended is not None and _has_signature(old, appended)
+        if old is not None and untouched and status.st_ino == old.inode and status.st_size > old.size:
+            return self._read_growth(path, old, status)
+        return self._read_whole(path, old, status)
+
+    def _read_growth(self, path: str, old: FileState, status: os.stat_result) -> _Content:
+        """Read what was added, when nobody can have changed what was there before."""
+        with open(self._prefix + path, "rb") as file:
+            hasher = self._hasher(path, old, file.fileno())
+            start = max(0, old.size - TAIL_BYTES)
+            data = os.pread(file.fileno(), status.st_size - start, start)
+        tail, grown = data[: old.size - start], data[old.size - start :]
+        hasher.update(grown)
+        self._keep_hasher(path, old.size + len(grown), hasher)
+        state = _state(status, old.size + len(grown), hasher.digest())
+        return _Content(state, None, grown, digest_of(tail))
+
+    def _hasher(self, path: str, old: FileState, descriptor: int) -> "hashlib._Hash":
+        """Return a hasher which has seen the file's first ``old.size`` bytes."""
+        size, hasher = self._hashers.pop(path, (0, None))
+        if hasher is None or size != old.size:
+            hasher = hashlib.sha256()
+            position = 0
+            while position < old.size:
+                piece = os.pread(descriptor, min(1 << 20, old.size - position), position)
+                if not piece:
+                    break
+                hasher.update(piece)
+                position += len(piece)
+        return hasher
+
+    def _keep_hasher(self, path: str, size: int, hasher: "hashlib._Hash") -> None:
+        self._hashers[path] = (size, hasher)
+        if len(self._hashers) > _MAX_HASHERS:
+            self._hashers.popitem(last=False)
+
+    def _read_whole(self, path: str, old: FileState | None, status: os.stat_result) -> _Content:
+        self._hashers.pop(path, None)
+        with open(self._prefix + path, "rb") as file:
+            if status.st_size > _IN_MEMORY_BYTES:
+                return _Content(_state(status, *_hash(file.fileno())), None, None)
+            data = file.read()
+        state = _state(status, len(data), digest_of(data))
+        if old is None or not 0 < old.size < len(data) or digest_of(data[: old.size]) != old.digest:
+            return _Content(state, data, None)
+        return _Content(state, data, data[old.size :], digest_of(data[max(0, old.size - TAIL_BYTES) : old.size]))
+
+    def absolute(self, path: str) -> str:
+        """Return the place on disk of a path of the tree."""
+        return self._prefix + path
+
+
+class _Comparison:
+    """One run of ``after_command``."""
+
+    def __init__(self, tree: Tree, touched: Touched, before: Callable[[str], bytes | None], limit: int | None) -> None:
+        self._limit = limit
+        self._tree = tree
+        self._touched = touched
+        self._before = before
+        self._budget = MAX_CHANGE_BYTES
+        self._result = Difference()
+        self._moves = self._lasting_moves()
+
+    def _lasting_moves(self) -> dict[str, str]:
+        """Return source by target for the renames whose outcome is still there."""
+        moves: dict[str, str] = {}
+        for step in self._touched.steps:
+            if isinstance(step, Move):
+                moves[step.target] = moves.pop(step.source, step.source)
+        tree = self._tree
+        return {
+            target: source
+            for target, source in moves.items()
+            if source in tree.files and source != target and tree.status(source) is None and tree.status(target)
+        }
+
+    def run(self) -> Difference:
+        target_of = {source: target for target, source in self._moves.items()}
+        done: set[str] = set()
+        for step in self._touched.steps:
+            if self._limit is not None and len(self._result.operations) >= self._limit:
+                self._result.is_partial = True
+                break
+            if isinstance(step, Move):
+                source = self._moves.get(step.target)
+                if source is None:
+                    paths = [path for path in (step.source, step.target) if path not in target_of]
+                elif step.target not in done:
+                    self._move(source, step.target, written=source in done)
+                    done.update((source, step.target))
+                    continue
+                else:
+                    continue
+            else:
+                paths = [step]
+            for path in paths:
+                if path in done or path in self._moves:
+                    continue
+                done.add(path)
+                if path in target_of:
+                    self._write_before_move(path, target_of[path])
+                else:
+                    self._compare(path)
+        return self._result
+
+    def _compare(self, path: str) -> None:
+        old = self._tree.files.get(path)
+        content = self._tree.read(path, old, self._touched.appended.get(path))
+        if content is not None:
+            self._emit(path, path, old, content)
+            self._result.states[path] = content.state
+        elif old is not None:
+            self._result.operations.append(DeleteFile(path))
+            self._result.states[path] = None
+
+    def _write_before_move(self, source: str, target: str) -> None:
+        """The command wrote to ``source``, then renamed it: the same order for the clients."""
+        old = self._tree.files[source]
+        content = self._tree.read(target, old, self._touched.appended.get(source))
+        if content is not None:
+            self._emit(source, source, old, content)
+
+    def _move(self, source: str, target: str, *, written: bool) -> None:
+        old = self._tree.files[source]
+        content = self._tree.read(target, old)
+        assert content is not None, "the rename's outcome was there a moment ago; only this process writes"
+        self._result.operations.append(MoveFile(source, target, content.state.digest if written else old.digest))
+        if not written:
+            self._emit(target, source, old, content)
+        self._result.states[source] = None
+        self._result.states[target] = content.state
+
+    def _emit(self, path: str, was: str, old: FileState | None, content: _Content) -> None:
+        """Add the operation that makes the file at ``path`` what was read; none when it already is."""
+        state = content.state
+        if old is not None and old.digest == state.digest:
+            return
+        operation = self._operation(path, was, old, content)
+        self._result.operations.append(operation)
+        in_place = isinstance(operation, AppendBytes) and was not in self._touched.appended
+        if in_place or isinstance(operation, AnnounceFile):
+            self._result.volatile.append(path)
+
+    def _operation(self, path: str, was: str, old: FileState | None, content: _Content) -> Operation:
+        state = content.state
+        if old is not None and content.grown and self._fits(len(content.grown)):
+            return AppendBytes(path, old.size, content.tail, content.grown)
+        if content.data is not None:
+            if old is not None and path.endswith(".json") and state.size >= MERGE_FROM_BYTES:
+                before = self._before(self._tree.absolute(was))
+                patch = patch_between(before, content.data) if before and digest_of(before) == old.digest else None
+                if patch is not None and self._fits(len(patch)):
+                    return MergeJson(path, patch, state.digest)
+            if self._fits(state.size):
+                return PutFile(path, content.data)
+        return AnnounceFile(path, state.size, state.digest)
+
+    def _fits(self, size: int) -> bool:
+        if size > min(INLINE_BYTES, self._budget):
+            return False
+        self._budget -= size
+        return True
+
+
+def _has_signature(state: FileState, status: os.stat_result) -> bool:
+    return (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:
+    settled = time.time_ns() - status.st_mtime_ns > _RACY_NS and size == status.st_size
+    return FileState(size, digest, status.st_mtime_ns, status.st_ino, settled)
+
+
+def _hash(descriptor: int) -> tuple[int, bytes]:
+    hasher, size = hashlib.sha256(), 0
+    while piece := os.read(descriptor, 1 << 20):
+        hasher.update(piece)
+        size += len(piece)
+    return size, hasher.digest()
+
+
+def _reading_order(path: str) -> tuple[bool, str]:
+    """Event logs before everything else, as lattice writes them (I8)."""
+    return "events/" not in path, path

@@ -1,0 +1,255 @@
+"""Pre-images: what a command is about to change is kept, so that a command is all or nothing (I6).
+
+The undo log holds one transaction. Everything is written with ``write()`` before the change itself: it survives the
+death of the process, not a power cut, and says so by the machine's boot id. ``docs/decisions/0001`` tells why.
+"""
+
+import contextlib
+import os
+import stat
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from lattice_remote.server.data.framing import frame, frames
+
+__all__ = ["Begin", "UndoLog"]
+
+SMALL_BYTES = 32 * 1024
+"""Up to this size a file's content is copied; a larger one that is replaced as a whole gets a second name instead."""
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin"):
+    """The transaction that would become change ``seq``."""
+
+    epoch: str
+    seq: int
+    boot_id: str
+
+
+class _Absent(msgspec.Struct, frozen=True, tag="absent"):
+    path: str
+
+
+class _Directory(msgspec.Struct, frozen=True, tag="directory"):
+    path: str
+
+
+class _Length(msgspec.Struct, frozen=True, tag="length"):
+    path: str
+    size: int
+
+
+class _Content(msgspec.Struct, frozen=True, tag="content"):
+    path: str
+    data: bytes
+    mode: int
+
+
+class _Linked(msgspec.Struct, frozen=True, tag="linked"):
+    path: str
+    name: str
+    size: int
+    inode: int
+
+
+_Image = _Absent | _Directory | _Length | _Content | _Linked
+_decoder: msgspec.msgpack.Decoder[Begin | _Image] = msgspec.msgpack.Decoder(Begin | _Image)
+_encoder = msgspec.msgpack.Encoder()
+
+
+class UndoLog:
+    """The pre-images of one transaction at a time, in ``directory``; paths are absolute.
+
+    On disk they are relative to the project, which lies around ``directory``: a copy of a project that is started
+    elsewhere must not restore anything in the original.
+
+    Order: ``begin``, then any of the ``keep_`` methods before each change, then ``clear`` (it stays) or ``restore``.
+    All raise OSError when the storage fails.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._place = f"{directory.parent}/"
+        self._links = directory / "undo.d"
+        self._links.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        self._images: dict[str, _Image] = {}
+        self._begin: Begin | None = None
+        self._size = 0  # bytes of whole records on disk
+        self._linked = 0
+
+    @classmethod
+    def open(cls, directory: Path) -> Self:
+        """Open the log with the transaction that it holds, if any."""
+        log = cls(directory)
+        data = os.pread(log._descriptor, os.fstat(log._descriptor).st_size, 0)
+        for _, payload in frames(data):
+            item = _decoder.decode(payload)
+            if isinstance(item, Begin):
+                log._begin, log._size = item, len(data)
+            else:
+                image = msgspec.structs.replace(item, path=os.path.join(log._place, item.path))
+                log._images[image.path] = image
+                log._linked += isinstance(image, _Linked)
+        if data and log._begin is None:
+            os.ftruncate(log._descriptor, 0)  # killed before even the first record was whole
+        return log
+
+    @property
+    def pending(self) -> Begin | None:
+        """The transaction that the log holds pre-images of; None when there is nothing to restore."""
+        return self._begin if self._size else None
+
+    def begin(self, transaction: Begin) -> None:
+        """Start a transaction; nothing is written before its first change."""
+        assert not self._size, "the last transaction was neither cleared nor restored"
+        self._begin = transaction
+
+    def clear(self) -> None:
+        """The transaction stays (or there was none): forget the pre-images."""
+        if self._size:
+            os.ftruncate(self._descriptor, 0)
+        for number in range(self._linked):
+            (self._links / str(number)).unlink(missing_ok=True)
+        self._images.clear()
+        self._begin, self._size, self._linked = None, 0, 0
+
+    # --- before a change ---
+
+    def keep_for_append(self, path: str) -> None:
+        """Something will be added at the end of this file, or it will be created."""
+        if path not in self._images:
+            status = _status(path)
+            self._keep(_Length(path, status.st_size) if status else _Absent(path))
+
+    def keep_for_rewrite(self, path: str) -> None:
+        """This file will be changed in place, or created."""
+        known = self._images.get(path)
+        status = _status(path)
+        if status is None:
+            if known is None:
+                self._keep(_Absent(path))
+            return
+        for image in list(self._images.values()):
+            # A second name protects against replacing, not against changing the one file behind both names.
+            if isinstance(image, _Linked) and image.inode == status.st_ino:
+                self._keep_content(image.path, path, image.size)
+        if known is None:
+            self._keep_content(path, path, status.st_size)
+        elif isinstance(known, _Length):
+            self._keep_content(path, path, known.size)
+
+    def keep_for_replace(self, path: str) -> None:
+        """This name will be removed, or given to another file."""
+        known = self._images.get(path)
+        if known is not None and not isinstance(known, _Length):
+            return
+        status = _status(path)
+        if status is None:
+            if known is None:
+                self._keep(_Absent(path))
+            return
+        size = known.size if isinstance(known, _Length) else status.st_size
+        if status.st_size <= SMALL_BYTES or not self._link(path, size, status.st_ino):
+            self._keep_content(path, path, size)
+
+    def keep_directory(self, path: str) -> None:
+        """This directory will be made."""
+        if path not in self._images and not os.path.lexists(path):
+            self._keep(_Directory(path))
+
+    def before(self, path: str) -> bytes | None:
+        """Return the content that a path had before the transaction, None when that is not (cheaply) known."""
+        match self._images.get(path):
+            case _Content(data=data):
+                return data
+            case _Linked(name=name, size=size):
+                with contextlib.suppress(OSError):
+                    return (self._links / name).read_bytes()[:size]
+        return None
+
+    def _keep_content(self, path: str, source: str, size: int) -> None:
+        with open(source, "rb") as file:
+            self._keep(_Content(path, file.read(size), stat.S_IMODE(os.fstat(file.fileno()).st_mode)))
+
+    def _link(self, path: str, size: int, inode: int) -> bool:
+        name = str(self._linked)
+        target = self._links / name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(path, target, follow_symlinks=False)
+        except OSError:
+            return False  # a file system without hard links: copy
+        self._linked += 1
+        self._keep(_Linked(path, name, size, inode))
+        return True
+
+    def _keep(self, image: _Image) -> None:
+        data = frame(_encoder.encode(msgspec.structs.replace(image, path=image.path.removeprefix(self._place))))
+        if not self._size:
+            assert self._begin is not None, "begin() comes before the first change"
+            data = frame(_encoder.encode(self._begin)) + data
+        if os.write(self._descriptor, data) != len(data):
+            os.ftruncate(self._descriptor, self._size)  # nothing behind a torn record would ever be read
+            raise OSError("short write to the undo log")
+        self._size += len(data)
+        self._images[image.path] = image
+
+    # --- going back ---
+
+    def restore(self) -> list[str]:
+        """Put back every pre-image and ``clear``; return the paths. Killed half way, it can be done again."""
+        paths = list(self._images)
+        for image in reversed(self._images.values()):
+            self._restore_one(image)
+        self.clear()
+        return paths
+
+    def _restore_one(self, image: _Image) -> None:
+        match image:
+            case _Absent(path=path):
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory was there before, too
+                    os.unlink(path)
+            case _Directory(path=path):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)  # only when nothing else came to lie there
+            case _Length(path=path, size=size):
+                with contextlib.suppress(FileNotFoundError):
+                    if os.stat(path).st_size > size:
+                        os.truncate(path, size)
+            case _Content(path=path, data=data, mode=mode):
+                _replace(path, data, mode)
+            case _Linked(path=path, name=name, size=size):
+                scratch = _scratch(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(scratch)
+                os.link(self._links / name, scratch)
+                os.truncate(scratch, size)
+                os.replace(scratch, path)
+                # rename() does nothing when both names are the same file already.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(scratch)
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _scratch(path: str) -> str:
+    directory, name = os.path.split(path)
+    return os.path.join(directory, f".tmp.undo.{name}")[:4096]
+
+
+def _replace(path: str, data: bytes, mode: int) -> None:
+    scratch = _scratch(path)
+    with open(scratch, "wb") as file:
+        file.write(data)
+        os.fchmod(file.fileno(), mode)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)

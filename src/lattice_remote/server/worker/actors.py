@@ -1,0 +1,120 @@
+"""Who a command says it is, and whether its token may say so (I9)."""
+
+import json
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.worker.arguments import is_plain, unsupported
+
+__all__ = ["Identity", "check_actor"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who asks: the token's actor, and the patterns (``*`` stands for anything) of others it may act as."""
+
+    actor: str
+    act_as: Sequence[str] = ()
+
+    def may_act_as(self, actor: str, *, ignore_case: bool = False) -> bool:
+        """Tell whether a command of this token may say that it is ``actor``."""
+        # lower() and not IGNORECASE, for which more letters are the same than people think.
+        fold = str.lower if ignore_case else str
+        patterns = [re.escape(fold(self.actor)), *(_as_regex(fold(pattern)) for pattern in self.act_as)]
+        return any(re.fullmatch(pattern, fold(actor), re.DOTALL) for pattern in patterns)
+
+    def require(self, actor: str, *, ignore_case: bool = False) -> None:
+        """Do nothing if a command of this token may say that it is ``actor``.
+
+        Raises:
+            Rejected: it may not; the message names what is allowed.
+        """
+        if not self.may_act_as(actor, ignore_case=ignore_case):
+            allowed = ", ".join((self.actor, *self.act_as))
+            raise Rejected(f"token may act as {allowed}; not as {actor}", code="REMOTE_FORBIDDEN")
+
+
+def _as_regex(pattern: str) -> str:
+    """Return a pattern of actors as a regular expression, which never goes back to a star that it has passed.
+
+    Taking the first place at which a piece fits loses nothing, because the next star takes what is skipped.
+    Without the atomic groups a few stars would keep the worker busy for hours.
+    """
+    first, *pieces = (re.escape(piece) for piece in pattern.split("*"))
+    if not pieces:
+        return first
+    return first + "".join(f"(?>.*?{piece})" for piece in pieces[:-1]) + ".*" + pieces[-1]
+
+
+def check_actor(
+    cli: click.Group, path: str, values: Mapping[str, Any], identity: Identity, lattice_dir: Path
+) -> str | None:
+    """Return who the command says it is, checked; every way in which lattice takes an actor is one of these.
+
+    A session, its own name for ``session end``, the session that starts, ``--actor``, and where that is left out the
+    actor that a command takes instead.
+    """
+    actor: str | None = None
+    session = values.get("name") if path == "session end" else values.get("session_name")
+    if session is not None:
+        actor = _actor_of_session(lattice_dir, session)
+        if actor is not None:
+            identity.require(actor, ignore_case=True)
+    elif path == "session start":
+        actor = _actor_to_be(values)
+        identity.require(actor, ignore_case=True)
+    given = values.get("actor", _default_actor(cli, path))
+    if given is not None:
+        identity.require(given)
+    return actor or given
+
+
+@cache
+def _default_actor(cli: click.Group, path: str) -> str | None:
+    """Return the actor that a command takes when it is not told one, as ``backfill-ids`` does."""
+    command: click.Command = cli
+    for word in path.split():
+        assert isinstance(command, click.Group), "the words were found in it"
+        command = command.commands[word]
+    defaults = [option.get_default(click.Context(command)) for option in command.params if option.name == "actor"]
+    return next((default for default in defaults if isinstance(default, str)), None)
+
+
+def _actor_of_session(lattice_dir: Path, session: str) -> str | None:
+    """Return the actor that a session stands for; None when there is no such session: lattice will say so.
+
+    Lattice believes whatever the file says, so a file that says something else than its name is refused.
+    """
+    from lattice.core.actors import ActorIdentity
+
+    path = lattice_dir / "sessions" / f"{session}.json"
+    try:
+        if not stat.S_ISDIR(path.parent.lstat().st_mode) or not stat.S_ISREG(path.lstat().st_mode):
+            raise unsupported(f"the session {session} is no plain file on the server")
+        identity = ActorIdentity.from_dict(json.loads(path.read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise unsupported(f"the session {session} can't be read: it names no actor") from error
+    actor = str(identity.to_legacy_actor())
+    if identity.name != session or f"{identity.base_name}-{identity.serial}" != session or not is_plain(actor):
+        raise unsupported(f"the session {session} can't be used: its file is that of another")
+    return actor
+
+
+def _actor_to_be(values: Mapping[str, Any]) -> str:
+    """Return the actor of a session that is about to start."""
+    prefix = "human" if values.get("model") == "human" else "agent"
+    name = values.get("base_name")
+    if name is None:
+        # Without either lattice picks a name of its own: only a token that may use every name can take it.
+        name = values.get("agent_type", "*").capitalize()
+    return f"{prefix}:{name}"

@@ -1,0 +1,269 @@
+"""One command line, run by lattice itself in this process, with what it prints and the exit code it would have.
+
+The process must have been prepared with ``prepare()``; one command runs at a time, in the main thread.
+"""
+
+import fcntl
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import filelock
+
+from lattice_remote.server.data.ipc import HookCall
+from lattice_remote.server.tree.tree import MERGE_FROM_BYTES
+
+__all__ = ["Executor", "Outcome", "Waiting"]
+
+_log = logging.getLogger(__name__)
+_LOCK_RETRY_S = 0.02
+_MAX_WAIT_S = 7 * 24 * 3600.0
+"""The longest that ``resource acquire --wait`` waits, whatever it was told."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """``resource acquire --wait`` would wait here: for the resource, at most ``timeout_s`` in all.
+
+    ``retry_at`` is when its first holder's time is over, in seconds since the epoch; None when not known.
+    """
+
+    resource: str
+    timeout_s: float
+    retry_at: float | None
+
+
+@dataclass
+class Outcome:
+    """What a command did besides writing files.
+
+    Attributes:
+        failure: one line when the command broke down, so that all it did must be undone; None otherwise.
+        waiting: it would wait; nothing was printed.
+    """
+
+    exit_code: int = 0
+    stdout: bytes = b""
+    stderr: bytes = b""
+    hooks: list[HookCall] = field(default_factory=list)
+    failure: str | None = None
+    waiting: Waiting | None = None
+
+
+class _WouldWait(BaseException):
+    def __init__(self, waiting: Waiting) -> None:
+        super().__init__(waiting)
+        self.waiting = waiting
+
+
+class _Clock:
+    """Stands for ``time`` in lattice's resource commands: nobody sleeps while holding the writer."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+        self._asked = 0
+
+    def restart(self, *, is_over: bool) -> None:
+        """Begin a command; with ``is_over`` its time is up as soon as it has tried once."""
+        self.is_over, self._asked = is_over, 0
+
+    def monotonic(self) -> float:
+        self._asked += 1
+        return float("inf") if self.is_over and self._asked > 1 else 0.0
+
+    def sleep(self, seconds: float) -> NoReturn:
+        del seconds
+        raise _WouldWait(_waiting())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+class _LazyDisk:
+    """Stands for ``os`` in lattice's file functions: leaves out the fsyncs that the journal makes needless.
+
+    What is kept is that of a file which the journal holds only as a patch on what it was before.
+    """
+
+    def fsync(self, descriptor: int) -> None:
+        appends = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
+        if not appends and os.fstat(descriptor).st_size >= MERGE_FROM_BYTES:
+            os.fsync(descriptor)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+class _Lock:
+    """Stands for ``FileLock`` in lattice: the same flock on the same file, at a tenth of the cost.
+
+    Plain ``lattice`` in the same directory still waits for it, and is waited for (I12).
+    """
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self._path = path
+        self._timeout_s = timeout
+        self._descriptor = -1
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            filelock.Timeout: somebody else has had it for all of the time.
+        """
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    self.release()
+                    raise filelock.Timeout(str(self._path)) from None
+                time.sleep(_LOCK_RETRY_S)
+            else:
+                return
+
+    def release(self) -> None:
+        """Give the lock back."""
+        os.close(self._descriptor)
+
+
+class Executor:
+    """Runs commands in the project at ``root`` (the directory that holds ``.lattice``).
+
+    Making one changes the process: lattice is loaded with ``LATTICE_ROOT`` set, its hooks are collected instead of
+    run, and its waiting is taken out. So there is one per process.
+
+    Args:
+        root: a real path.
+        lazy: leave out lattice's fsyncs; a power cut is then repaired from the journal.
+    """
+
+    def __init__(self, root: Path, *, lazy: bool) -> None:
+        os.environ["LATTICE_ROOT"] = str(root)
+        os.environ["LATTICE_REMOTE_SERVER"] = "1"
+        os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell in place of running it
+        import mimetypes
+
+        from lattice.cli import resource_cmds
+        from lattice.cli.main import cli
+        from lattice.storage import fs, hooks, locks
+
+        mimetypes.init()  # reads system files, which a command may not
+        self.cli: click.Group = cli
+        self._root = root
+        self._hooks: list[HookCall] = []
+        self._clock = _Clock()
+        self._checked = ""
+        self._guard(cli, [])
+        setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
+        if lazy:
+            setattr(fs, "os", _LazyDisk())  # noqa: B010 - likewise
+            fs._fsync_directory = _leave_it
+        setattr(locks, "FileLock", _Lock)  # noqa: B010 - likewise
+        hooks._run_hook = self._collect_hook
+
+    def run(self, argv: Sequence[str], checked: str, *, last_try: bool = False) -> Outcome:
+        """Run a command line that the policy has let through; never raises an ``Exception``.
+
+        ``checked`` is the command that the policy saw in it, as ``resource acquire``: no other is run, and none at all
+        when it is empty, for a line that only prints. ``Vetoed`` passes through. What the command printed is what a
+        pipe would have received.
+        """
+        self._hooks.clear()
+        self._checked = checked
+        self._clock.restart(is_over=last_try)
+        outcome = Outcome()
+        with _printing() as (stdout, stderr):
+            try:
+                self.cli.main(args=list(argv), prog_name="lattice")
+            except SystemExit as ending:
+                outcome.exit_code = _exit_code(ending)
+            except _WouldWait as pause:
+                outcome.waiting = pause.waiting
+            except Exception as error:  # noqa: BLE001 - a command may fail in any way, the writer goes on
+                _log.exception("lattice %s broke down", " ".join(argv[:2]))
+                outcome.failure = self._describe(error)
+        outcome.stdout, outcome.stderr = stdout(), stderr()
+        outcome.hooks = list(self._hooks)
+        return outcome
+
+    def _guard(self, group: click.Group, words: list[str]) -> None:
+        """Have every command below ``group`` make sure that it is the one that was checked."""
+        for word, command in group.commands.items():
+            path = [*words, word]
+            if isinstance(command, click.Group):
+                self._guard(command, path)
+            else:
+                setattr(command, "invoke", partial(self._invoke, " ".join(path), command.invoke))  # noqa: B010 - a method
+
+    def _invoke(self, path: str, invoke: Callable[[click.Context], Any], context: click.Context) -> Any:
+        if path != self._checked:
+            raise RuntimeError(f"{path!r} is not the command that was checked")
+        return invoke(context)
+
+    def _collect_hook(self, cmd: str, env: dict[str, str], stdin_data: str) -> None:
+        """Stand for lattice's own function: the server runs hooks after the commit."""
+        self._hooks.append(HookCall(cmd, env, stdin_data))
+
+    def _describe(self, error: Exception) -> str:
+        """Return one line on an error, without the server's directories."""
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return line.replace(f"{self._root}/", "")[:1000]
+
+
+def _leave_it(path: Path) -> None:
+    """Stand for lattice's fsync of a directory."""
+
+
+@contextmanager
+def _printing() -> Iterator[tuple[Callable[[], bytes], Callable[[], bytes]]]:
+    """Collect what is printed, encoded as it is for a pipe."""
+    before = sys.stdout, sys.stderr
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
+    sys.stdout, sys.stderr = out, err
+    try:
+        yield lambda: _collected(out), lambda: _collected(err)
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _collected(stream: io.TextIOWrapper) -> bytes:
+    stream.flush()
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO), "made by _printing"
+    return buffer.getvalue()
+
+
+def _exit_code(ending: SystemExit) -> int:
+    """Return the exit code of a process that ends like this."""
+    if ending.code is None or isinstance(ending.code, int):
+        return ending.code or 0
+    sys.stderr.write(f"{ending.code}\n")
+    return 1
+
+
+def _waiting() -> Waiting:
+    """Return what the running ``resource acquire`` waits for; call within it."""
+    from lattice.cli.helpers import require_root, resolve_resource
+
+    values = click.get_current_context().params
+    _, name, snapshot = resolve_resource(require_root(), values["name"], False)
+    return Waiting(name, float(min(values["timeout"], _MAX_WAIT_S)), _first_expiry(snapshot or {}))
+
+
+def _first_expiry(snapshot: dict[str, Any]) -> float | None:
+    times = [holder["expires_at"] for holder in snapshot.get("holders", []) if holder.get("expires_at")]
+    return min((datetime.fromisoformat(time_).timestamp() for time_ in times), default=None)

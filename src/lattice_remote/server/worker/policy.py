@@ -1,0 +1,232 @@
+"""What a client's command line may do: one table, checked before lattice sees the command (I9).
+
+Lattice's own Click objects take the command line apart, so what is checked is what will run.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lattice_remote.server.worker.actors import Identity, check_actor
+from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
+
+__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "parse"]
+
+MAX_TEXT_BYTES = 1024 * 1024
+_MISPLACED = "a file was attached to an argument that takes none"
+
+
+def _takes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
+    return {**dict.fromkeys(("output_json", *texts), Kind.TEXT), **others}
+
+
+def _writes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
+    """Return the parameters of a command that also has lattice's common options."""
+    common = ("quiet", "session", "model", "triggered_by", "on_behalf_of", "provenance_reason")
+    return _takes(*common, *texts, session_name=Kind.SESSION, actor=Kind.ACTOR, **others)
+
+
+_ID_ONLY = {"task_id": Kind.ID}
+_LINK = {**_ID_ONLY, "target_task_id": Kind.ID}
+
+ROUTED: Mapping[str, Mapping[str, Kind]] = {
+    "create": _writes(
+        *("title", "task_type", "priority", "urgency", "complexity", "status", "description", "tags", "assigned_to"),
+        task_id=Kind.NEW_ID,
+    ),
+    "update": _writes("pairs", **_ID_ONLY),
+    "status": _writes("new_status", "force", **_ID_ONLY),
+    "assign": _writes("actor_id", **_ID_ONLY),
+    "comment": _writes("text", "reply_to", "role", file_path=Kind.FILE, **_ID_ONLY),
+    "comment-edit": _writes("comment_id", "new_text", "role", **_ID_ONLY),
+    "comment-delete": _writes("comment_id", **_ID_ONLY),
+    "react": _writes("comment_id", "emoji", **_ID_ONLY),
+    "unreact": _writes("comment_id", "emoji", **_ID_ONLY),
+    "complete": _writes("review_text", **_ID_ONLY),
+    "attach": _writes(
+        *("art_type", "title", "summary", "sensitive", "role", "inline_text"),
+        source=Kind.FILE,
+        art_id=Kind.NEW_ID,
+        **_ID_ONLY,
+    ),
+    "event": _writes("event_type", data_str=Kind.JSON, ev_id=Kind.NEW_ID, **_ID_ONLY),
+    "link": _writes("rel_type", "note", **_LINK),
+    "unlink": _writes("rel_type", **_LINK),
+    "branch-link": _writes("branch", "repo", **_ID_ONLY),
+    "branch-unlink": _writes("branch", "repo", **_ID_ONLY),
+    "archive": _writes("stale", task_ids=Kind.IDS),
+    "unarchive": _writes(task_ids=Kind.IDS),
+    "backfill-ids": _takes("force", actor=Kind.ACTOR, code=Kind.ID),
+    "set-project-code": {"code": Kind.ID, "force": Kind.TEXT},
+    "set-subproject-code": {"code": Kind.ID, "force": Kind.TEXT},
+    "next": _takes("status_csv", "claim", "quiet", session_name=Kind.SESSION, actor=Kind.ACTOR),
+    "resource create": _writes("description", "max_holders", "ttl", name=Kind.NAME, resource_id=Kind.NEW_ID),
+    "resource acquire": _writes("force", "do_wait", "timeout", name=Kind.NAME, **_ID_ONLY),
+    "resource release": _writes(name=Kind.NAME),
+    "resource heartbeat": _writes(name=Kind.NAME),
+    "session start": _takes(
+        *("model", "framework", "prompt", "parent", "quiet"), base_name=Kind.NAME, agent_type=Kind.NAME
+    ),
+    "session end": _takes("reason", name=Kind.SESSION),
+    "doctor": _takes("fix"),
+    "rebuild": _takes("rebuild_all", task_id=Kind.LOG),
+}
+"""The commands that a client may run here, each with all its parameters (by their names in lattice's Click commands).
+
+What is not in it is refused: a command or an option of a lattice that is newer than this table may do anything.
+"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that may run.
+
+    Attributes:
+        path: the command's words, as ``resource acquire``; empty when the line only prints help or an error of usage.
+        values: parameters as given, by name: a text, True for a flag, or a tuple.
+        actor: who the command says it is, None when it does not say.
+    """
+
+    path: str
+    values: Mapping[str, Any]
+    actor: str | None = None
+
+    @property
+    def is_json(self) -> bool:
+        """Tell whether the command prints JSON."""
+        return bool(self.values.get("output_json"))
+
+
+def parse(
+    cli: click.Group, argv: Sequence[str], identity: Identity, *, files: Collection[str], lattice_dir: Path
+) -> Command:
+    """Take a command line apart and check all of it; nothing is run, nothing but a session's file is read.
+
+    Args:
+        cli: lattice's top-level command.
+        argv: without the program's name.
+        identity: who asks.
+        files: the private paths at which the caller's files were put.
+        lattice_dir: the project's ``.lattice``.
+
+    Raises:
+        Rejected: REMOTE_UNSUPPORTED for a command or an argument that can't be used in a remote project,
+            REMOTE_FORBIDDEN for an actor that this token may not use.
+    """
+    for argument in argv:
+        if "\0" in argument or len(argument.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
+            raise unsupported("an argument holds a NUL character or is longer than 1 MiB")
+    try:
+        path, values = _take_apart(cli, list(argv), files)
+    except click.UsageError:
+        # Click stops here too when it runs the line, with its own words; the executor sees to it that no command runs.
+        return Command("", {})
+    if path is None:
+        return Command("", {})
+    kinds = ROUTED.get(path)
+    if kinds is None:
+        raise unsupported(f"'lattice {path}' can't run on the server")
+    _check_files(path, values, kinds, files)
+    for name, given in values.items():
+        kind = kinds.get(name)
+        if kind is None:
+            raise unsupported(f"the server does not know this parameter of 'lattice {path}': {name}")
+        for value in _as_tuple(given):
+            check(kind, name, value)
+    _check_new(path, values, lattice_dir)
+    return Command(path, values, check_actor(cli, path, values, identity, lattice_dir))
+
+
+def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
+    """Return the command's words and its raw parameters; None for a line that only prints help or a version.
+
+    Raises:
+        click.UsageError: as Click itself would.
+    """
+    command: click.Command = cli
+    words: list[str] = []
+    while True:
+        context, parser = _parser_of(command)
+        parsed, rest, _ = parser.parse_args(list(argv))
+        # What was not given is missing here, or stands as a marker of Click's own.
+        values = {name: v for name, v in parsed.items() if isinstance(v, str | bool | int | float | tuple | list)}
+        help_option = command.get_help_option(context)
+        if help_option is not None and values.get(help_option.name or ""):
+            return None, {}
+        if not isinstance(command, click.Group):
+            return " ".join(words), values
+        if not words and values.get("version"):
+            return None, {}
+        if values:
+            raise unsupported(f"the server does not know this option of {context.info_name!r}: {next(iter(values))}")
+        if not rest:
+            return None, {}
+        if rest[0] in files:
+            raise unsupported(_MISPLACED)
+        if command.get_command(context, rest[0]) is None:
+            raise unsupported(f"the server's lattice has no command {shown(' '.join([*words, rest[0]]))}")
+        word, found, argv = command.resolve_command(context, rest)
+        assert word is not None and found is not None, "resolve_command raises when there is no such command"
+        words.append(word)
+        command = found
+
+
+@cache
+def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
+    """Return Click's parser for one command; making it takes longer than parsing. Its errors are nobody's to see."""
+    context = click.Context(command, info_name=command.name, **command.context_settings)
+    return context, command.make_parser(context)
+
+
+def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
+    """Let files be given only where a file is taken, and only those that came with the command.
+
+    First of all checks: the others name what they refuse, and nobody is told where the server puts files.
+    """
+    given = {value for name in values if kinds.get(name) is Kind.FILE for value in _as_tuple(values[name])}
+    if not given.issuperset(files):
+        raise unsupported(_MISPLACED)
+    for value in given.difference(files):
+        if not _is_url(path, value):
+            raise unsupported(f"the file {shown(value)} did not travel with the command")
+
+
+# --- what is to be made ---
+
+
+def _check_new(path: str, values: Mapping[str, Any], lattice_dir: Path) -> None:
+    """Refuse to make what would stand in the place of something else, here or on a client's disk."""
+    if path == "create" and os.path.lexists(lattice_dir / f"archive/tasks/{values.get('task_id')}.json"):
+        raise unsupported(f"{values['task_id']} is the id of an archived task: unarchive it, or leave out --id")
+    if path == "resource create":
+        _check_spelling(values.get("name"), _names_in(lattice_dir / "resources"))
+    if path == "session start":
+        active = (name.rpartition("-")[0] for name in _names_in(lattice_dir / "sessions"))
+        _check_spelling(values.get("base_name") or values.get("agent_type", "").capitalize(), active)
+
+
+def _check_spelling(name: str | None, others: Iterable[str]) -> None:
+    """Refuse a name that some file systems can't tell from one that is there."""
+    for other in others:
+        if name and name != other and name.casefold() == other.casefold():
+            raise unsupported(f"{shown(name)} differs from {other!r} only in capitals: choose another name")
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
+
+
+def _is_url(path: str, value: str) -> bool:
+    return path == "attach" and value.startswith(("http://", "https://"))
+
+
+def _as_tuple(value: object) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, tuple | list) else (str(value),)

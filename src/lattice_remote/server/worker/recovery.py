@@ -1,0 +1,205 @@
+"""What happened while nobody looked: a killed process, a power cut, somebody's edit, a restored backup (I6, I7, I12).
+
+At the start of a worker the tree is compared with what the journal says it was. A command that was cut off is undone,
+everything else that differs becomes a numbered change.
+"""
+
+import secrets
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.copied import change_of, copied_at, is_copied, mend_copy
+from lattice_remote.server.journal.journal import Journal, Retention
+from lattice_remote.server.journal.journal_reader import JournalReader
+from lattice_remote.server.journal.repair import Repair, booted_at, damaged_since
+from lattice_remote.server.journal.segments import remove_segments
+from lattice_remote.server.tree.capture import Capture
+from lattice_remote.server.tree.manifest import FileState, ManifestFile, load_manifest
+from lattice_remote.server.tree.tree import Difference, Tree
+from lattice_remote.server.tree.undo import UndoLog
+from lattice_remote.server.worker.committer import Committer
+from lattice_remote.server.worker.store import BY_SERVER, Store, begin_anew
+
+__all__ = ["Opened", "open_store"]
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass
+class Opened:
+    """A project ready for work.
+
+    Attributes:
+        store: see there.
+        notes: what had to be done, one line each.
+        can_repair: a power cut will be noticed and repaired from the journal: lattice's own fsyncs may be left out.
+    """
+
+    store: Store
+    notes: list[str]
+    can_repair: bool
+
+
+@dataclass
+class _History:
+    """What the journal and the list of files say.
+
+    Attributes:
+        journal: None when it can't be read, or does not fit the list.
+        abandoned: the journal that does not fit the list.
+        files: those at the journal's head.
+        unsynced: paths that were changed since the list was written.
+        is_trusted: an unchanged signature means an unchanged file: the last worker ended in order, or in this boot.
+        notes: what was found amiss.
+    """
+
+    journal: Journal | None
+    abandoned: Journal | None = None
+    files: dict[str, FileState] = field(default_factory=dict)
+    unsynced: set[str] = field(default_factory=set)
+    is_trusted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def open_store(
+    project: Path, scratch: Path, committer: Committer, *, code: Iterable[str], retention: Retention | None = None
+) -> Opened:
+    """Open the project in ``project``, which holds ``.lattice/`` and gets ``journal/``.
+
+    Args:
+        project: a real path.
+        scratch: the worker's private directory, a real path.
+        committer: takes what is found as the first commit.
+        code: where Python and its packages lie: what commands may read besides the project.
+        retention: how much history is kept.
+
+    Raises:
+        OSError: a file can't be read or written.
+    """
+    directory = project / "journal"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    boot_id = _boot_id()
+    listed = load_manifest(directory / "manifest")
+    if not (project / ".lattice").is_dir():
+        raise FileNotFoundError(f"{project} has no .lattice")  # moved away: that does not mean that all is deleted
+    copied = copied_at(directory) if is_copied(directory, listed) else None
+    undo = UndoLog.open(directory)
+    journal = Journal.open(directory, retention)
+    mended: list[str] = []
+    if copied is not None and listed is not None and journal is not None:
+        mended = mend_copy(Tree(project / ".lattice", {}), journal, listed, kept=undo.before, copied=copied)
+        undo.clear()  # what it keeps of large files may be another command's by now: it was copied later
+    history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
+    journal = history.journal or _new_journal(directory, history.abandoned, retention)
+    notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
+    tree = Tree(project / ".lattice", history.files)
+    if history.journal is not None and not history.is_trusted and boot_id:
+        repair = Repair(tree, _contents(directory), damaged_since(tree, booted_at()))
+        notes += repair.perform(directory / "lost")
+    store = Store(
+        journal=journal,
+        tree=tree,
+        undo=undo,
+        capture=Capture(str(tree.root), str(scratch), undo, tuple(code)),
+        committer=committer,
+        boot_id=boot_id,
+        unsynced=history.unsynced,
+    )
+    if history.journal is None:
+        store.adopt(tree.reconcile(trust_signatures=False, limit=None))
+    else:
+        notes += _number_what_differs(store, trust_signatures=history.is_trusted)
+        committer.wait()
+    if journal.is_damaged:
+        store.new_epoch()
+        notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
+    else:
+        store.save_manifest(clean=False)
+    remove_segments(store.journal.expire(time.time()))
+    return Opened(store, notes, bool(boot_id))
+
+
+def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:
+    """Commit what is not as the journal says, in as many changes as it takes; return a line for each, for the log."""
+    notes: list[str] = []
+    while True:
+        found = store.tree.reconcile(trust_signatures=trust_signatures)
+        if found.operations:
+            notes.append(_describe(found, store.journal.head))
+            store.commit(found, BY_SERVER("recovery"), report=False)
+        else:
+            store.adopt(found)
+        if not found.is_partial:
+            return notes
+
+
+def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id: str) -> _History:
+    """Return what was; without a journal when the history can't be continued (I7)."""
+    if journal is None and listed is None:
+        return _History(None)
+    notes = list(journal.notes) if journal is not None else []
+    if journal is None or listed is None or listed.epoch != journal.epoch:
+        return _History(
+            None, journal, notes=[*notes, "journal and list of files don't belong together: a new epoch begins"]
+        )
+    if not journal.oldest - 1 <= listed.seq <= journal.head:
+        ends = f"the journal has {journal.oldest} to {journal.head}, the list of files is of {listed.seq}"
+        return _History(None, journal, notes=[*notes, f"{ends}: a new epoch begins"])
+    files = dict(listed.files)
+    unsynced: set[str] = set()
+    for states in journal.states_after(listed.seq):
+        unsynced.update(states)
+        for path, state in states.items():
+            if state is None:
+                files.pop(path, None)
+            else:
+                files[path] = state
+    is_trusted = listed.clean or listed.boot_id == boot_id != ""
+    return _History(journal, None, files, unsynced, is_trusted, notes)
+
+
+def _new_journal(directory: Path, abandoned: Journal | None, retention: Retention | None) -> Journal:
+    if abandoned is not None:
+        return begin_anew(abandoned)
+    return Journal.create(directory, secrets.token_hex(16), retention)
+
+
+def _contents(directory: Path) -> Contents:
+    """Return what the journal tells of the content of files."""
+    contents = Contents()
+    for record in JournalReader(directory).records():
+        if record.change is not None:
+            contents.learn(change_of(record), record.moved)
+    return contents
+
+
+def _describe(found: Difference, head: int) -> str:
+    paths = [operation.path for operation in found.operations]
+    shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+    return f"{len(paths)} files were not as change {head} left them, see change {head + 1}: {shown}"
+
+
+def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str) -> list[str]:
+    """Restore the pre-images of a command whose commit never reached the journal (I6)."""
+    pending = undo.pending
+    if pending is None:
+        return []
+    if (pending.epoch, pending.seq, pending.boot_id) == (journal.epoch, journal.head + 1, boot_id):
+        count = len(undo.restore())
+        return [f"a command was cut off and has been undone ({count} files)"]
+    undo.clear()
+    return []
+
+
+def _boot_id() -> str:
+    """Return what names this run of the machine; empty where that is not known: nothing is trusted across a crash."""
+    if sys.platform != "linux":
+        return ""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""

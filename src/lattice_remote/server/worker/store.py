@@ -1,0 +1,350 @@
+"""A project's tree, undo log and journal as one thing that commits: the only writer (I1, I2, I5, I6).
+
+A transaction runs ``with store.transaction() as transaction:``; it ends with ``store.commit(...)`` or
+``store.roll_back()``. Whatever happens before the commit's record is in the journal, it is as if nothing had been done.
+"""
+
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
+from lattice_remote.protocol.messages import Change, Reply, Stored
+from lattice_remote.protocol.operations import MoveFile, paths_of
+from lattice_remote.server.data.ipc import After, Done, HookCall
+from lattice_remote.server.journal.copied import place_of
+from lattice_remote.server.journal.journal import Journal
+from lattice_remote.server.journal.segments import Record, list_beside, remove_segments
+from lattice_remote.server.tree.capture import Capture, Touched
+from lattice_remote.server.tree.manifest import ManifestFile, save_manifest, sync_files
+from lattice_remote.server.tree.tree import Difference, Tree
+from lattice_remote.server.tree.undo import Begin, UndoLog
+from lattice_remote.server.worker.attribution import describe_paths
+from lattice_remote.server.worker.committer import Committer, Job
+from lattice_remote.server.worker.executor import Waiting
+
+__all__ = ["BY_SERVER", "Cause", "ChangeTooLarge", "Store", "begin_anew"]
+
+_log = logging.getLogger(__name__)
+_encoder = msgspec.msgpack.Encoder()
+_MAX_MOVED_BYTES = 8 * 1024 * 1024
+"""A moved file that is larger is not kept in the journal: it would push out too much history."""
+_MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
+_ASKED_AGAIN_S = 600.0
+"""For how long an answer is kept when its history ends: a client that lost its connection gives up much sooner."""
+
+
+class ChangeTooLarge(Exception):
+    """A command has changed so many files that no frame can carry it."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why something changes: a request (``id``) of a token, or the server itself.
+
+    ``actor`` is who it acts as, ``token_actor`` whose token it is.
+    """
+
+    id: str
+    token_id: str
+    actor: str
+    cause: str
+    command: str = ""
+    token_actor: str = ""
+
+
+def BY_SERVER(cause: str) -> Cause:  # noqa: N802 - reads as the constant it nearly is
+    """Return the cause of a change that nobody asked for: ``edit`` or ``recovery``."""
+    return Cause("", "", "server", cause)
+
+
+class Store:
+    """Everything durable of one project; see ``recovery.open_store``. Raises OSError when the storage fails.
+
+    After such an error the store must not be used any more: the process ends, and the next start recovers.
+    """
+
+    def __init__(
+        self,
+        *,
+        journal: Journal,
+        tree: Tree,
+        undo: UndoLog,
+        capture: Capture,
+        committer: Committer,
+        boot_id: str,
+        unsynced: Iterable[str] = (),
+    ) -> None:
+        self.journal = journal
+        self.tree = tree
+        self._undo = undo
+        self._unsynced = set(unsynced)
+        self._capture = capture
+        self._committer = committer
+        self._boot_id = boot_id
+
+    @contextmanager
+    def transaction(self) -> Iterator[Touched]:
+        """Watch what the block touches, with pre-images; then call ``difference`` and ``commit``, or ``roll_back``."""
+        self._undo.begin(Begin(self.journal.epoch, self.journal.head + 1, self._boot_id))
+        with self._capture.watch() as touched:
+            yield touched
+
+    def difference(self, touched: Touched) -> Difference:
+        """Return what a transaction did to the tree; call before its end."""
+        return self.tree.after_command(touched, self._undo.before)
+
+    def roll_back(self) -> None:
+        """Undo the transaction: every file is as before.
+
+        What others had changed in them is left for the next look at the tree: a request has one outcome.
+        """
+        restored = self._undo.restore()
+        prefix = self.tree.absolute("")
+        found = self.tree.reconcile([path.removeprefix(prefix) for path in restored])
+        if not found.operations:
+            self.adopt(found)
+
+    def adopt(self, difference: Difference) -> None:
+        """Take the files as they are without a number: what changed is no content that anybody has been told of."""
+        self._unsynced.update(difference.states)
+        self.tree.accept(difference)
+
+    def commit(
+        self,
+        difference: Difference,
+        cause: Cause,
+        answer: Callable[[int], Reply | Stored] | None = None,
+        *,
+        hooks: Sequence[HookCall] = (),
+        waiting: Waiting | None = None,
+        report: bool = True,
+    ) -> None:
+        """Number the difference (if it is one), journal it with its answer, and report it once it is durable.
+
+        A killed process has done either all of it or nothing; a power cut may take it back as long as it has not
+        been reported.
+
+        Args:
+            difference: what to number; without operations only the answer is journalled.
+            cause: whose doing it is. Its id can be asked again if there is an answer.
+            answer: makes the reply from the number up to which it is true.
+            hooks: what lattice wanted to run after the commit.
+            waiting: there is no answer yet.
+            report: send ``Done``; without, the change is found in the journal.
+
+        Raises:
+            ChangeTooLarge: no client could take it; nothing was done, and the transaction must be rolled back.
+            Rejected: the journal can't take it (the disk is full); a request was undone.
+            OSError: likewise, of what nobody asked for.
+        """
+        seq, mark, change = self.journal.head, self.journal.mark, None
+        if difference.operations:
+            seq, mark = seq + 1, secrets.token_bytes(8)
+            change = _encode_change(seq, mark, cause, difference)
+            if len(change) > _MAX_ENCODED_BYTES:
+                raise ChangeTooLarge
+        reply = encode(answer(seq)) if answer is not None else None
+        descriptor = None
+        if change is not None or reply is not None:
+            id_ = cause.id if reply is not None else ""
+            states = difference.states if change is not None else {}
+            moved = self._moved(difference)
+            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved)
+            try:
+                descriptor = self.journal.append(record)
+            except OSError as error:
+                self._take_back(cause, error)
+        self._undo.clear()
+        after = self._after(difference) if change is not None else []
+        self.adopt(difference)
+        done = Done(
+            id=cause.id,
+            seq=seq,
+            mark=mark,
+            change=change,
+            reply=reply,
+            after=after,
+            hooks=list(hooks),
+            waiting_for=waiting.resource if waiting else None,
+            wait_timeout_s=waiting.timeout_s if waiting else 0.0,
+            retry_at=waiting.retry_at if waiting else None,
+            oldest=self.journal.oldest,
+            more=difference.is_partial,
+        )
+        paths = tuple(map(self.tree.absolute, difference.volatile))
+        self._committer.submit(Job(done if report else None, descriptor, paths))
+        self.keep_retention()
+
+    def _moved(self, difference: Difference) -> dict[str, bytes]:
+        """Return the content of files that were moved, apart from very large ones."""
+        targets = [operation.to for operation in difference.operations if isinstance(operation, MoveFile)]
+        states = difference.states
+        return {
+            path: Path(self.tree.absolute(path)).read_bytes()
+            for path in targets
+            if (state := states.get(path)) is not None and state.size <= _MAX_MOVED_BYTES
+        }
+
+    def _take_back(self, cause: Cause, error: OSError) -> NoReturn:
+        """The journal can't take a commit, for want of space: undo it, and go on with the next.
+
+        Raises:
+            Rejected: it was a request's.
+            OSError: it was nobody's: what is to be numbered stays in the files, for the next start to find.
+        """
+        if not cause.id:
+            raise error
+        self.roll_back()
+        why = error.strerror or error
+        raise Rejected(f"the server can't write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
+
+    def _after(self, difference: Difference) -> list[After]:
+        """Return the files whose content the difference changes; call before it is accepted."""
+        files, after = self.tree.files, []
+        for path, state in difference.states.items():
+            if state is None:
+                after.append(After(path, 0, None))
+            elif path not in files or files[path].digest != state.digest:
+                after.append(After(path, state.size, state.digest))
+        return after
+
+    def reply_again(self, request_id: str, record: Record) -> None:
+        """Report once more what was answered to a request."""
+        self._report(request_id, record.reply, seq=record.seq)
+
+    def refuse(self, request_id: str, refused: bytes) -> None:
+        """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
+        self._report(request_id, refused, seq=self.journal.head)
+
+    def _report(self, request_id: str, reply: bytes | None, *, seq: int) -> None:
+        done = Done(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest)
+        self._committer.submit(Job(done))
+
+    # --- the journal's upkeep ---
+
+    def keep_retention(self) -> None:
+        """Begin a new segment of the journal if it is time, and drop what is over the retention."""
+        if self.journal.is_rotation_due(now := time.time()):
+            self._rotate()
+        elif expired := self.journal.expire(now):
+            self._committer.submit(Job(then=lambda: remove_segments(expired)))
+
+    def _rotate(self) -> None:
+        """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
+        old = self.journal.rotate()
+        content, segment = self.manifest(clean=False), self.journal.segment
+        unsynced = self._take_unsynced()
+        expired = self.journal.expire(time.time())
+
+        def finish() -> None:
+            os.close(old)
+            sync_files(unsynced)
+            try:
+                save_manifest(self._manifest_path, content)
+            except OSError as error:  # a full disk: the older list and the older segments do as well
+                _log.warning("the list of files could not be written: %s", error)
+                return
+            self._list_beside(segment)
+            remove_segments(expired)
+
+        self._committer.submit(Job(descriptor=old, then=finish))
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.journal.directory / "manifest"
+
+    def manifest(self, *, clean: bool) -> bytes:
+        """Return the list of all files at the head, encoded."""
+        journal = self.journal
+        return _encoder.encode(
+            ManifestFile(
+                journal.epoch,
+                journal.head,
+                journal.mark,
+                self._boot_id,
+                clean,
+                self.tree.files,
+                place_of(journal.directory),
+            )
+        )
+
+    def _take_unsynced(self) -> list[str]:
+        paths = [self.tree.absolute(path) for path in self._unsynced]
+        self._unsynced = set()
+        return paths
+
+    def save_manifest(self, *, clean: bool) -> None:
+        """Make the files durable, then write the list of them; every commit must be (``Committer.wait``)."""
+        sync_files(self._take_unsynced())
+        save_manifest(self._manifest_path, self.manifest(clean=clean))
+        if self.journal.is_segment_new:
+            self._list_beside(self.journal.segment)
+
+    def _list_beside(self, segment: Path) -> None:
+        """Keep the list that was just written, which is of the segment's beginning, for as long as the segment.
+
+        A copy may have a newer list than its journal reaches. Without hard links it has to do without.
+        """
+        with contextlib.suppress(OSError):
+            os.link(self._manifest_path, list_beside(segment))
+
+    def new_epoch(self) -> None:
+        """Begin a new history on the files as they are (I7); every commit must have been reported."""
+        sync_files(self._take_unsynced())  # the journal that could repair them goes
+        self.journal = begin_anew(self.journal)
+        self.save_manifest(clean=False)
+
+    def close(self) -> None:
+        """End in order: the next start trusts the list of files."""
+        self._committer.finish()
+        self.save_manifest(clean=True)
+        self.journal.close()
+
+
+def begin_anew(journal: Journal) -> Journal:
+    """Close a journal and begin a new history in its place, which still knows the answers on their way (I6).
+
+    Of a damaged one it knows those that can be read, and that there were others.
+
+    Raises:
+        OSError: the old one can't be read, or the new one written.
+    """
+    since = max(journal.since, time.time() - _ASKED_AGAIN_S)
+    answered = [_at_beginning(record) for record in journal.answered_since(since)]
+    journal.close()
+    known_since = None if journal.is_damaged else since
+    return Journal.create(
+        journal.directory, secrets.token_hex(16), journal.retention, answered=answered, since=known_since
+    )
+
+
+def _at_beginning(record: Record) -> Record:
+    """Return a record for a new history: its files, at number 0, hold what was done."""
+    assert record.reply is not None, "a record with an id has an answer"
+    answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
+    assert isinstance(answer, Reply | Stored), "nothing else is journalled"
+    reply = encode(msgspec.structs.replace(answer, seq=0))
+    return Record(0, b"", record.time, record.id, record.token_id, reply=reply)
+
+
+def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    command = cause.command or describe_paths(
+        [path for operation in difference.operations for path in paths_of(operation)]
+    )
+    token_actor = cause.token_actor if cause.token_actor != cause.actor else ""
+    return encode(
+        Change(seq, mark, now, cause.actor, cause.token_id, cause.cause, command, difference.operations, token_actor)
+    )
