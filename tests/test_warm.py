@@ -1,6 +1,7 @@
 """A warm program is the installed one: same output, same exit code, its own environment, and it can be killed."""
 
 import signal
+import subprocess
 
 import pytest
 
@@ -43,3 +44,9 @@ def test_it_can_be_killed(sandbox: Sandbox) -> None:
     assert process.poll() is None
     server.kill()
     assert process.wait(20) == -signal.SIGKILL
+
+
+def test_one_that_takes_too_long_is_named_and_says_where_it_was(project: Client) -> None:
+    with pytest.raises(subprocess.TimeoutExpired, match="'dashboard'") as late:
+        warm().run("lattice", ["dashboard", "--port", "0"], cwd=project.dir, env=project.env, timeout_s=2)
+    assert "serve_forever" in late.value.__notes__[0]

@@ -147,19 +147,23 @@ class Warm(Programs):
             try:
                 code = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
-                process.kill()
+                process.send_signal(signal.SIGABRT)
                 process.wait(10)
-                raise
-            texts = []
-            for file in (out, err):
-                file.seek(0)
-                texts.append(file.read().decode())
+                late = subprocess.TimeoutExpired([program, *argv], timeout_s)
+                late.add_note(f"in {cwd}; it printed, and was here:\n{_text(out)}{_text(err)}")
+                raise late from None
+            texts = [_text(out), _text(err)]
         return subprocess.CompletedProcess([program, *argv], code, *texts)
 
     def close(self) -> None:
         """End the process that forks; what it has forked goes on."""
         self._control.close()
         self._process.wait(10)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode()
 
 
 @functools.cache

@@ -7,6 +7,7 @@ environment has run by then: lattice's plugins, which do so when they are loaded
 """
 
 import contextlib
+import faulthandler
 import gc
 import json
 import os
@@ -149,6 +150,7 @@ def _become(request: dict, stdio: list[int]) -> None:
     for number, fd in enumerate(stdio):
         os.dup2(fd, number)
         os.close(fd)
+    faulthandler.enable(file=2)  # ended for being too slow (SIGABRT), it says where it was
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
