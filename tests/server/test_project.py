@@ -14,7 +14,7 @@ from harness import FAKE_WORKER, until
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
 from lattice_remote.server.data.datadir import ProjectPaths
-from lattice_remote.server.data.ipc import Execute, HookCall, Ready
+from lattice_remote.server.data.ipc import Execute, Ready
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.project import Bounds, Project
 
@@ -363,22 +363,6 @@ async def test_missed_changes_come_from_memory_and_from_the_journal(opened: Open
     assert [seq for seq, _ in from_disk] == list(range(6, 21))
     assert from_memory == from_disk
     assert await opened.project.history.mark_at(20) == opened.project.history.mark
-
-
-async def test_hooks_run_in_order_after_the_answer_and_within_their_time(opened: Opened, paths: ProjectPaths) -> None:
-    out = paths.root / "out"
-    await opened.run("hook", f"cat >> {out}; sleep 30")
-    await opened.run("hook", f"echo second >> {out}")
-    await until(lambda: out.exists() and "second" in out.read_text())
-    assert out.read_text() == "the eventsecond\n"
-
-
-async def test_a_hook_that_cannot_be_started_does_not_stop_the_next(paths: ProjectPaths) -> None:
-    hooks = HookRunner("web", paths.root, timeout_s=1.0)
-    out = paths.root / "out"
-    hooks.submit([HookCall("echo a\0b", {}, ""), HookCall(f"echo second > {out}", dict(os.environ), "")])
-    await until(lambda: out.exists() and out.read_text())
-    await hooks.close()
 
 
 async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:

@@ -325,7 +325,7 @@ class Project:
         self._waiting.touched(done)
         self._finish(job, done)
         if self._hooks is not None and done.hooks:
-            self._hooks.submit(done.hooks)
+            self._hooks.submit(done.seq, done.hooks)
         self._pump()
 
     def _settled(self) -> Job:
