@@ -1,43 +1,65 @@
-"""Every routed command, remote against local: the same output, exit code and files for the same command lines.
+"""Every command of lattice-tracker, remote against local: the same output, exit code and files for the same lines.
 
-The same script of command lines runs in a plain local project and in a cache of a server's project. Ids, times
-and the names of private files are normalised; everything else must be equal, and the cache must equal the
-server's directory byte for byte.
+The lines of ``command_table.py`` run in a plain local project and in a cache of a server's project. Ids, times
+and the names of private directories are normalised; everything else must be equal, and the cache must equal the
+server's directory byte for byte. What there is to be run is taken from lattice-tracker itself, so that a new version
+can't bring a command or an option that nobody has tried.
 """
 
+import copy
 import json
 import re
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import pytest
+from command_coverage import Ran, commands_of, gaps, ran
+from command_table import EXCEPTIONS, LOCAL, ROWS, UNORDERED, Line
+from lattice.cli.main import cli  # type: ignore[import-untyped]
 
+from lattice_remote.server.worker.policy import ROUTED
 from sandbox import Client, Server, differences, tree_of
 
 pytestmark = pytest.mark.e2e
 
-ANA = ("--actor", "human:ana")
 _ULID = re.compile(r"(?<![A-Za-z0-9])(task|ev|art|res|sess|inst)_[0-9A-HJKMNP-TV-Z]{26}(?![A-Za-z0-9])")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
-_AGO = re.compile(r"\b\d+[sm] ago|in \d+m ?\d*s?|\d+m \d+s")
+_AGO = re.compile(r"\b\d+[sm] ago|in \d+m ?\d*s?|\d+m \d+s|\b\d+\.\d+(?=h|d|s| hours| days)")
+_DAYS = re.compile(r'(?<="days_ago": )[\d.e-]+')
+_NEAR = re.compile(r"(?<=lattice dashboard --port )\d+")
 
 
 @dataclass
 class Normaliser:
-    """Replaces ids by their order of appearance, and times by a word."""
+    """Replaces ids by their order of appearance, times by a word, and this side's own directories."""
 
+    places: dict[str, str]
     seen: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, text: str) -> str:
+        for place, word in self.places.items():
+            text = text.replace(place, word)
         text = _ULID.sub(self._name, text)
+        text = _DAYS.sub("DAYS", _NEAR.sub("PORT", text))
         return _AGO.sub("AGO", _DATE.sub("DATE", _TIME.sub("TIME", text)))
 
     def _name(self, match: re.Match[str]) -> str:
         return self.seen.setdefault(match[0], f"{match[1]}#{len(self.seen)}")
+
+
+class Result(NamedTuple):
+    """What came of one line, normalised."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
 @dataclass
@@ -45,141 +67,73 @@ class Recording:
     """One side of the comparison: runs command lines and keeps what came of them."""
 
     client: Client
-    normalise: Normaliser = field(default_factory=Normaliser)
+    busy_port: int
+    normalise: Normaliser = field(init=False)
 
-    def run(self, *argv: str) -> tuple[int, str, str]:
-        done = self.client.run(*(self._fill(argument) for argument in argv))
-        return done.returncode, self.normalise(done.stdout), self.normalise(done.stderr)
+    def __post_init__(self) -> None:
+        self.normalise = Normaliser({str(self.client.dir): "DIR", self.client.env["HOME"]: "HOME"})
+
+    def run_all(self) -> list[Result]:
+        return [self.run(line) for lines in ROWS.values() for line in lines]
+
+    def run(self, line: Line) -> Result:
+        done = self.client.run(*map(self._fill, line))
+        stdout = self.normalise(done.stdout)
+        if line[0] in UNORDERED:
+            stdout = "\n".join(sorted(part.strip(" ,") for part in stdout.splitlines()))
+        return Result(done.returncode, stdout, self.normalise(done.stderr))
 
     def _fill(self, argument: str) -> str:
-        """Replace ``{...}`` by an id that only this side knows."""
-        lookups: dict[str, Callable[[], str]] = {
-            "{task}": self._first_task,
-            "{comment}": lambda: self._comments()[0],
-            "{second comment}": lambda: self._comments()[1],
-        }
-        return lookups[argument]() if argument in lookups else argument
+        """Replace ``{...}`` by what only this side knows."""
+        match argument.strip("{}").split() if argument.startswith("{") and argument.endswith("}") else []:
+            case ["busy"]:
+                return str(self.busy_port)
+            case ["comment", number]:
+                return self._comments()[int(number) - 1]
+            case [short_id] if short_id.startswith("LAT-"):
+                return self._task(short_id)
+        return argument
 
-    def _first_task(self) -> str:
-        return str(json.loads((self.client.lattice_dir / "ids.json").read_text())["map"]["LAT-1"])
+    def _task(self, short_id: str) -> str:
+        return str(json.loads((self.client.lattice_dir / "ids.json").read_text())["map"][short_id])
 
     def _comments(self) -> list[str]:
-        log = self.client.lattice_dir / "events" / f"{self._first_task()}.jsonl"
+        log = self.client.lattice_dir / "events" / f"{self._task('LAT-1')}.jsonl"
         events = map(json.loads, log.read_text().splitlines())
         return [event["id"] for event in events if event["type"] == "comment_added"]
 
-    def tree(self) -> dict[str, str]:
-        """The files, named and filled with normalised ids, so that two projects can be compared."""
-        tree = tree_of(self.client.lattice_dir)
+    def board(self) -> dict[str, str]:
+        """The project's files, named and filled with normalised ids, so that two projects can be compared."""
+        return self._normalised(tree_of(self.client.lattice_dir))
+
+    def surroundings(self) -> dict[str, str]:
+        """What commands have left beside the project and in the user's home, projects of their own included."""
+        found: dict[str, bytes] = {}
+        for top, below in ((self.client.dir, ""), (Path(self.client.env["HOME"]), "HOME/")):
+            for path in sorted(top.rglob("*")):
+                relative = path.relative_to(top).as_posix()
+                if path.is_file() and not relative.startswith((".lattice/", ".config/")) and "/locks/" not in relative:
+                    found[below + relative] = path.read_bytes()
+        return self._normalised(found)
+
+    def _normalised(self, tree: dict[str, bytes]) -> dict[str, str]:
         order = sorted(tree, key=lambda path: (path.startswith(("artifacts", "resources", "sessions")), path))
         return {self.normalise(path): self.normalise(tree[path].decode(errors="surrogateescape")) for path in order}
 
 
-SCRIPT: list[tuple[str, ...]] = [
-    ("create", "First", *ANA),
-    ("create", "Second", "--description", "Two\nlines", "--tags", "a,b", "--priority", "high", *ANA, "--json"),
-    ("create", "Third: naïve ☃", "--type", "bug", *ANA, "--quiet"),
-    ("create", "Given id", "--id", "task_01HZXW5R3N8QJ6T2V9B4C7D1EF", *ANA),
-    ("create", "Given id", "--id", "task_01HZXW5R3N8QJ6T2V9B4C7D1EF", *ANA),
-    ("create", "Other text", "--id", "task_01HZXW5R3N8QJ6T2V9B4C7D1EF", *ANA),
-    ("create", "Other text", "--id", "task_01HZXW5R3N8QJ6T2V9B4C7D1EF", *ANA, "--json"),
-    ("create", "No actor"),
-    ("create", "No actor", "--json"),
-    ("create", "Bad status", "--status", "nowhere", *ANA),
-    ("create",),
-    ("create", "--no-such-option"),
-    ("create", "--help"),
-    ("update", "LAT-1", "title=First, renamed", "priority=low", *ANA),
-    ("update", "LAT-1", "title=First, renamed", *ANA, "--json"),
-    ("update", "LAT-1", "nonsense", *ANA),
-    ("status", "LAT-1", "in_planning", *ANA),
-    ("status", "LAT-1", "in_progress", *ANA),
-    ("status", "LAT-1", "planned", *ANA, "--json"),
-    ("status", "LAT-1", "in_progress", *ANA),
-    ("status", "LAT-1", "done", *ANA),
-    ("status", "LAT-404", "done", *ANA),
-    ("status", "what is this", "done", *ANA, "--json"),
-    ("assign", "LAT-1", "agent:claude", *ANA),
-    ("assign", "LAT-1", "nobody", *ANA),
-    ("comment", "LAT-1", "A comment with ünïcode and 'quotes' \"double\"", *ANA),
-    ("comment", "LAT-1", "-- dashes", *ANA, "--quiet"),
-    ("comment", "LAT-1", "", *ANA),
-    ("comment", "LAT-1", "--file", "notes.txt", *ANA),
-    ("comment", "LAT-1", "--file", "missing.txt", *ANA),
-    ("comment", "LAT-1", *ANA),
-    ("comment", "LAT-1", "a reply", "--reply-to", "{comment}", *ANA),
-    ("comment-edit", "LAT-1", "{comment}", "edited", *ANA),
-    ("react", "LAT-1", "{comment}", "thumbsup", *ANA, "--json"),
-    ("unreact", "LAT-1", "{comment}", "thumbsup", *ANA),
-    ("unreact", "LAT-1", "{comment}", "thumbsup", *ANA),
-    ("comment-delete", "LAT-1", "{second comment}", *ANA),
-    ("attach", "LAT-1", "notes.txt", "--title", "The notes", *ANA),
-    ("attach", "LAT-1", "deep/er/data.bin", *ANA, "--json"),
-    ("attach", "LAT-1", "https://example.org/x?a=b", *ANA),
-    ("attach", "LAT-1", "--inline", "some text", "--role", "review", *ANA),
-    ("attach", "LAT-1", "no/such/file.txt", *ANA),
-    ("attach", "LAT-1", 'no/such/"file".txt', *ANA, "--json"),
-    ("attach", "LAT-1", "/no/such/file.txt", *ANA),
-    ("attach", "LAT-1", *ANA),
-    ("event", "LAT-1", "x_custom", "--data", '{"a": [1, 2]}', *ANA),
-    ("event", "LAT-1", "task_created", *ANA),
-    ("link", "LAT-1", "blocks", "LAT-2", "--note", "why", *ANA),
-    ("link", "LAT-1", "blocks", "LAT-1", *ANA),
-    ("unlink", "LAT-1", "blocks", "LAT-2", *ANA),
-    ("branch-link", "LAT-1", "feat/LAT-1-x", *ANA),
-    ("branch-unlink", "LAT-1", "feat/LAT-1-x", *ANA, "--json"),
-    ("next",),
-    ("next", "--json"),
-    ("next", "--claim"),
-    ("next", "--claim", "--actor", "agent:racer", "--status", "planned,backlog"),
-    ("session", "start", "--name", "Argus", "--model", "claude-opus-4", "--framework", "claude-code"),
-    ("session", "start", "--model", "claude-opus-4"),
-    ("session", "start", "--name", "Argus", "--model", "m", "--framework", "f", "--json"),
-    ("comment", "LAT-2", "from a session", "--name", "Argus-1"),
-    ("comment", "LAT-2", "from nobody", "--name", "Nobody-9"),
-    ("next", "--name", "Argus-1"),
-    ("session", "list"),
-    ("session", "end", "Argus-1", "--reason", "done"),
-    ("session", "end", "Argus-1"),
-    ("resource", "create", "browser", "--description", "one at a time", "--ttl", "100", *ANA),
-    ("resource", "create", "browser", *ANA),
-    ("resource", "acquire", "browser", *ANA, "--task", "LAT-1"),
-    ("resource", "acquire", "browser", "--actor", "agent:x"),
-    ("resource", "acquire", "browser", "--actor", "agent:x", "--wait", "--timeout", "1"),
-    ("resource", "heartbeat", "browser", *ANA),
-    ("resource", "release", "browser", "--actor", "agent:x", "--json"),
-    ("resource", "release", "browser", *ANA),
-    ("resource", "acquire", "nothing", *ANA),
-    ("resource", "status", "browser"),
-    ("resource", "list", "--json"),
-    ("complete", "LAT-1", "--review", "Looks good", *ANA),
-    ("complete", "LAT-2", "--review", "Too early", *ANA),
-    ("status", "LAT-2", "cancelled", *ANA),
-    ("archive", "LAT-2", *ANA),
-    ("archive", "LAT-2", *ANA, "--json"),
-    ("archive", "LAT-1", "LAT-404", "LAT-3", *ANA),
-    ("unarchive", "LAT-2,LAT-3", *ANA),
-    ("archive", "--stale", *ANA, "--json"),
-    ("archive", *ANA),
-    ("backfill-ids",),
-    ("backfill-ids", "--json", *ANA),
-    ("set-subproject-code", "F"),
-    ("create", "With a subproject", *ANA),
-    ("set-project-code", "NEW"),
-    ("set-project-code", "NEW", "--force"),
-    ("set-project-code", "TOO-LONG-123"),
-    ("doctor",),
-    ("doctor", "--fix"),
-    ("doctor", "--fix", "--json"),
-    ("rebuild", "{task}"),
-    ("rebuild", "--all"),
-    ("rebuild", "--all", "--json"),
-    ("rebuild",),
-    ("list",),
-    ("list", "--include-archived", "--json"),
-    ("show", "LAT-2"),
-    ("no-such-command",),
-]
+class BothSides(NamedTuple):
+    """The whole table, run on both sides."""
+
+    server: Server
+    here: Recording
+    there: Recording
+    ben: Client
+    results: list[tuple[Line, Result, Result]]
+
+    def ran(self) -> list[Ran]:
+        """What the lines were, as they ended in the remote project."""
+        found = (ran(cli, line, there.exit_code) for line, _, there in self.results)
+        return [one for one in found if one is not None]
 
 
 def prepare_inputs(directory: Path) -> None:
@@ -189,52 +143,97 @@ def prepare_inputs(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def both_sides(shared_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory) -> object:
-    """Run the whole script on both sides once."""
+def both_sides(
+    shared_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BothSides]:
+    """Run the whole table on both sides once, at the same time."""
     server, ana, ben = shared_board
-    local = ana.elsewhere(tmp_path_factory.mktemp("local"))
+    local = ben.elsewhere(tmp_path_factory.mktemp("local") / ana.dir.name)
     # The same project to begin with: the server's, before anything was done in it.
     shutil.copytree(server.lattice_dir(), local.lattice_dir)
     for directory in (local.dir, ana.dir):
         prepare_inputs(directory)
-    here, there = Recording(local), Recording(ana)
-    results = [(argv, here.run(*argv), there.run(*argv)) for argv in SCRIPT]
-    return server, here, there, ben, results
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        here, there = (Recording(client, busy.getsockname()[1]) for client in (local, ana))
+        with ThreadPoolExecutor(2) as both:
+            locally, remotely = both.map(Recording.run_all, (here, there))
+    lines = [line for lines in ROWS.values() for line in lines]
+    yield BothSides(server, here, there, ben, list(zip(lines, locally, remotely, strict=True)))
 
 
-def test_the_script_names_every_command_that_writes() -> None:
-    from lattice.cli.main import cli  # type: ignore[import-untyped]
-
-    reads = {"list", "show", "plan", "comments", "stats", "weather", "plugins", "dashboard", "restart", "remote"}
-    elsewhere = {"init", "demo", "setup-claude", "setup-claude-skill", "setup-codex", "setup-openclaw", "setup-prompt"}
-    tried = {argv[0] for argv in SCRIPT}
-    assert {name for name, _ in cli.commands.items()} - reads - elsewhere <= tried
-    for group in ("resource", "session"):
-        assert isinstance(cli.commands[group], click.Group)
-        assert {f"{group} {name}" for name in cli.commands[group].commands} - {"session show"} <= {
-            " ".join(argv[:2]) for argv in SCRIPT
-        }
+def test_every_command_option_and_format_is_tried(both_sides: BothSides) -> None:
+    """What is to be tried is what the installed lattice-tracker has: its own groups are walked."""
+    assert gaps(cli, both_sides.ran(), EXCEPTIONS) == []
 
 
-def test_every_command_says_and_exits_the_same(both_sides: tuple) -> None:  # type: ignore[type-arg]
-    different = [(argv, here, there) for argv, here, there in both_sides[4] if here != there]
+def test_every_command_says_and_exits_the_same(both_sides: BothSides) -> None:
+    different = [(line, here, there) for line, here, there in both_sides.results if here != there]
     assert not different, "\n\n".join(
-        f"lattice {' '.join(argv)}\n local: {here}\nremote: {there}" for argv, here, there in different
+        f"lattice {' '.join(line)}\n local: {here}\nremote: {there}" for line, here, there in different
     )
 
 
-def test_every_command_leaves_the_same_files(both_sides: tuple) -> None:  # type: ignore[type-arg]
-    _server, here, there, _ben, _results = both_sides
-    local, remote = here.tree(), there.tree()
+def test_every_command_leaves_the_same_files(both_sides: BothSides) -> None:
+    local, remote = both_sides.here.board(), both_sides.there.board()
     assert sorted(local) == sorted(remote)
     assert {path for path in local if local[path] != remote[path]} == set()
 
 
-def test_both_caches_equal_the_server_byte_for_byte(both_sides: tuple) -> None:  # type: ignore[type-arg]
+def test_what_is_local_by_nature_leaves_the_same_files_beside_the_project(both_sides: BothSides) -> None:
+    local, remote = both_sides.here.surroundings(), both_sides.there.surroundings()
+    assert sorted(local) == sorted(remote)
+    assert {path for path in local if local[path] != remote[path]} == set()
+    assert {"CLAUDE.md", "deep/.lattice/config.json", "HOME/.claude/skills/lattice/SKILL.md"} <= set(remote)
+
+
+def test_both_caches_equal_the_server_byte_for_byte(both_sides: BothSides) -> None:
     """I3."""
-    server, _here, there, ben, _results = both_sides
-    assert differences(there.client.lattice_dir, server.lattice_dir()) == []
+    server, there, ben = both_sides.server, both_sides.there.client, both_sides.ben
+    assert differences(there.lattice_dir, server.lattice_dir()) == []
     ben.ok("remote", "pull")
     assert differences(ben.lattice_dir, server.lattice_dir()) == []
-    for client in (there.client, ben):
+    for client in (there, ben):
         assert client.run("remote", "verify").returncode == 0
+
+
+def test_every_command_is_either_known_to_the_server_or_local_by_nature_or_a_plain_read() -> None:
+    """Nothing is left to chance: for each command it is written down where it runs."""
+    from lattice_remote.client.routing import _ELSEWHERE, _READS
+
+    reads = {" ".join(words) for words in _READS}
+    assert {path for path, _ in commands_of(cli)} == set(ROUTED) | reads | set(LOCAL)
+    assert {" ".join(words) for words in _ELSEWHERE} | {"dashboard", "remote"} == set(LOCAL)
+    assert not set(ROUTED) & set(LOCAL)
+
+
+def test_a_new_command_or_option_is_a_gap(both_sides: BothSides) -> None:
+    """What the next lattice-tracker may bring: a command, one in a group, an option, another format."""
+
+    @click.command()
+    @click.option("--json", "output_json", is_flag=True)
+    def brand_new(output_json: bool) -> None: ...
+
+    newer = copy.copy(cli)
+    newer.commands = {**cli.commands, "brand-new": brand_new}
+    session = copy.copy(cli.commands["session"])
+    assert isinstance(session, click.Group)
+    session.commands = {**session.commands, "pause": brand_new}
+    newer.commands["session"] = session
+    shown = copy.copy(cli.commands["show"])
+    shown.params = [*shown.params, click.Option(["--quiet"], is_flag=True), click.Option(["--tree"])]
+    newer.commands["show"] = shown
+    assert gaps(newer, both_sides.ran(), EXCEPTIONS) == [
+        *(f"brand-new: {what}" for what in ("fails", "fails with --json", "option output_json")),
+        *(f"brand-new: {what}" for what in ("succeeds", "succeeds with --json")),
+        *(f"session pause: {what}" for what in ("fails", "fails with --json", "option output_json")),
+        *(f"session pause: {what}" for what in ("succeeds", "succeeds with --json")),
+        *(f"show: {what}" for what in ("option quiet", "option tree", "succeeds with --quiet")),
+    ]
+
+
+def test_a_line_that_is_left_out_is_a_gap(both_sides: BothSides) -> None:
+    without = [one for one in both_sides.ran() if one.path != "assign"]
+    assert {gap.partition(":")[0] for gap in gaps(cli, without, EXCEPTIONS)} == {"assign"}
+    assert gaps(cli, both_sides.ran(), {**EXCEPTIONS, "show: fails": "why"}) == [
+        "the exception 'show: fails' is of no use"
+    ]
