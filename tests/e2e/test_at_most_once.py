@@ -17,9 +17,16 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def injected(sandbox: Sandbox) -> Iterator[tuple[Server, Client, Path]]:
+def limits() -> dict[str, float]:
+    """The server's own limits, where a test says no others."""
+    return {}
+
+
+@pytest.fixture
+def injected(sandbox: Sandbox, limits: dict[str, float]) -> Iterator[tuple[Server, Client, Path]]:
     """A server whose worker can be made to fail, and a client."""
     server = sandbox.server()
+    (server.data / "config.json").write_text(json.dumps({"limits": limits}))
     faults = inject(server)
     server.project()
     server.start()
@@ -98,6 +105,7 @@ def test_after_a_failed_fsync_nothing_is_acknowledged_until_a_restart(injected: 
     assert found["f3", "comment_added"] == 1
 
 
+@pytest.mark.parametrize("limits", [{"command_seconds": 4}])
 def test_a_worker_that_hangs_is_replaced_and_the_caller_told(injected: tuple[Server, Client, Path]) -> None:
     server, ana, _ = injected
     pid = worker_pid(server)

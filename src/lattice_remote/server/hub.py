@@ -56,7 +56,8 @@ class Hub:
         self.config = config or data.config()
         self.door = Door(self.config.limits, self.config.trusted_proxies)
         """Counts who comes in."""
-        self._bounds = bounds or Bounds(per_token=self.config.limits.requests_per_token)
+        limits = self.config.limits
+        self._bounds = bounds or Bounds(command_s=limits.command_seconds, per_token=limits.requests_per_token)
         self._worker_command = (*worker_command, "--journal", msgspec.json.encode(self.config.journal).decode())
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)

@@ -30,6 +30,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Commands and edits that wait for their answer."""
     requests_per_token: _Count = 512
     """In one project, over all connections of the token."""
+    command_seconds: Annotated[float, Meta(ge=1, le=600)] = 30.0
+    """A command that takes longer is ended and undone. Waiting for a resource does not count."""
     messages_per_second: _Count = 1_000
     """WebSocket frames of any kind on one connection; four seconds' worth may come at once."""
     request_bytes: Annotated[int, Meta(ge=4 * 1024 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024

@@ -48,10 +48,8 @@ from lattice_remote.server.project.turns import Turns
 from lattice_remote.server.project.waiting import Waiting
 from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
 
-__all__ = ["COMMAND_LIMIT_S", "Bounds", "Project"]
+__all__ = ["Bounds", "Project"]
 
-COMMAND_LIMIT_S = 30.0
-"""A command that takes longer is ended and undone."""
 _MAX_START_FAILURES = 5
 """After so many in a row those who wait are told; it is tried again all the same, now and then."""
 _RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
@@ -65,8 +63,8 @@ _log = logging.getLogger(__name__)
 class Bounds:
     """Bounds of a project's queue and its worker."""
 
-    command_s: float = COMMAND_LIMIT_S
-    """How long a command may run."""
+    command_s: float = 30.0
+    """A command that takes longer is ended and undone."""
     upkeep_s: float = 600.0
     """How long opening the project, or reading all of its tree, may take; a look at some files is a command's."""
     window: int = 16
