@@ -103,6 +103,16 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ),
     ("put: of a new file", m.Put(ID, PLAN, None, b"# Plan\n")),
     ("put: of an edited file", m.Put(ID, PLAN, b"# Plan\n", b"# My plan\n")),
+    (
+        "run: with a file that was uploaded",
+        m.Run(
+            ID,
+            ["attach", "LAT-1", "big.bin", "--actor", "human:ana"],
+            [m.Attachment(2, "big.bin", digest=o.digest_of(LONG), size=len(LONG))],
+        ),
+    ),
+    ("upload: how much is there", m.Upload(ID, o.digest_of(LONG), len(LONG))),
+    ("upload: a piece", m.Upload(ID, o.digest_of(LONG), len(LONG), 4096, LONG[4096:])),
     ("fetch", m.Fetch([SNAPSHOT, "config.json"])),
     ("manifest", m.Manifest()),
     ("applied", m.Applied(42)),
@@ -139,6 +149,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("reply", m.Reply(ID, 42, 0, b"Comment added\n", b"")),
     ("reply: a failed command", m.Reply(ID, 42, 1, b"", b"Error: no such task\n")),
     *[(f"stored: {outcome}", m.Stored(ID, 43, outcome)) for outcome in ("stored", "merged", "unchanged", "conflict")],
+    ("uploaded: some of it", m.Uploaded(ID, 4096)),
     ("entries: one of several pieces", m.Entries(42, MARK, [m.Entry(EVENTS, 25, o.digest_of(LINE))], False)),
     ("entries: of an empty project", m.Entries(0, b"", [], True)),
     ("part: a whole file", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 0, LINE)),
@@ -170,6 +181,13 @@ REJECTED: list[tuple[str, str, Any]] = [
     ("client", "an argument that is no string", {"type": "run", "id": ID, "argv": [b"list"]}),
     ("client", "a log of nothing", {"type": "log", "id": ID, "limit": 0}),
     ("client", "a log of too much", {"type": "log", "id": ID, "limit": 201}),
+    ("client", "an upload with a short digest", {"type": "upload", "id": ID, "digest": bytes(31), "size": 1}),
+    ("client", "an upload of less than nothing", {"type": "upload", "id": ID, "digest": bytes(32), "size": -1}),
+    (
+        "client",
+        "a piece before the first",
+        {"type": "upload", "id": ID, "digest": bytes(32), "size": 9, "offset": -1},
+    ),
     ("client", "an age before its time", {"type": "run", "id": ID, "argv": ["list"], "age_s": -1.0}),
     *[
         ("client", f"a path that is not allowed: {path!r}", {"type": "fetch", "paths": [path]})

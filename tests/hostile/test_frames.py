@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from target import BINARY, EXAMPLES, WRITE_BOUND_S, Target, attackable, frame, read_all, upgrade_request
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import CAPABILITIES, Applied, Bye, Fetch, Hello, Log, Manifest, Put, Run, Welcome
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    Applied,
+    Bye,
+    Fetch,
+    Hello,
+    Log,
+    Manifest,
+    Put,
+    Run,
+    Upload,
+    Welcome,
+)
 
 HELLO = encode(Hello(versions=[1], client_version="t", lattice_version="t", capabilities=list(CAPABILITIES)))
 ID = secrets.token_hex(16)
@@ -26,6 +38,7 @@ VALID = [
     encode(Manifest()),
     encode(Applied(1)),
     encode(Log(ID)),
+    encode(Upload(ID, bytes(32), 9000, 0, bytes(5000))),
 ]
 TEXT, CONTINUED, CLOSE, PING, PONG = 1, 0, 8, 9, 10
 
@@ -76,7 +89,7 @@ PAYLOADS = st.one_of(
     st.fixed_dictionaries(
         {
             "type": st.sampled_from(
-                ["hello", "run", "put", "fetch", "manifest", "applied", "log", "change", "bye", "\x1b\n"]
+                ["hello", "run", "put", "fetch", "manifest", "applied", "log", "upload", "change", "bye", "\x1b\n"]
             )
         },
         optional={
@@ -85,6 +98,11 @@ PAYLOADS = st.one_of(
             "path": st.text(max_size=30),
             "paths": st.lists(st.text(max_size=30), max_size=5),
             "seq": INTEGERS,
+            "size": INTEGERS,
+            "offset": INTEGERS,
+            "digest": st.sampled_from([bytes(32), bytes(31), b"x" * 32]),
+            "data": st.binary(max_size=20),
+            "purpose": st.sampled_from(["attachment", "project", "../x"]),
             "versions": st.lists(st.integers(-5, 5), max_size=3),
         },
     ).map(msgspec.msgpack.encode),
@@ -167,6 +185,7 @@ FLOODS = {
     "empty messages": frame(b"") * 200_000,
     "empty fragments": frame(HELLO) + frame(b"x", first=0) + frame(b"", CONTINUED, first=0) * 200_000,
     "tiny requests": frame(HELLO) + frame(encode(Applied(1))) * 60_000,
+    "tiny uploads": frame(HELLO) + frame(encode(Upload(ID, bytes(32), 9000, 0, b"x"))) * 60_000,
     "manifests": frame(HELLO) + frame(encode(Manifest())) * 60_000,
 }
 

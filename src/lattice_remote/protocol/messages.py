@@ -20,6 +20,8 @@ __all__ = [
     "MAX_FETCH_PATHS",
     "MAX_LOG_ENTRIES",
     "MAX_LOG_TASKS",
+    "MAX_PIECE_BYTES",
+    "MIN_PIECE_BYTES",
     "PROTOCOL_VERSION",
     "SUBPROTOCOL",
     "Applied",
@@ -45,12 +47,14 @@ __all__ = [
     "Run",
     "ServerFrame",
     "Stored",
+    "Upload",
+    "Uploaded",
     "Welcome",
 ]
 
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("append", "merge", "move", "announce", "put-text", "log")
+CAPABILITIES = ("append", "merge", "move", "announce", "put-text", "log", "uploads")
 """What this version can do beyond whole files; a peer uses only what the other side named."""
 
 MAX_ARGV = 1024
@@ -59,6 +63,10 @@ MAX_LOG_ENTRIES = 200
 """The most entries that one ``LogPage`` holds."""
 MAX_LOG_TASKS = 100
 """The most tasks that one ``LogEntry`` names."""
+MAX_PIECE_BYTES = 1024 * 1024
+"""The most of a file that travels in one frame: nothing small waits long behind it."""
+MIN_PIECE_BYTES = 4096
+"""The least that a piece of an upload brings, unless it is the last."""
 
 Epoch = Annotated[str, Meta(max_length=64)]
 """Names one unbroken history of a project; random, opaque (I7)."""
@@ -80,11 +88,17 @@ class _Frame(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class Attachment(msgspec.Struct, frozen=True):
-    """A file of the caller, for the argument at ``index`` of the argv. ``data`` is None when there is no file."""
+    """A file of the caller, for the argument at ``index`` of the argv.
+
+    Its content is ``data``, or what was uploaded before with this ``digest`` and ``size`` (capability ``uploads``).
+    With neither there is no such file.
+    """
 
     index: Annotated[int, Meta(ge=0, lt=MAX_ARGV)]
     name: Annotated[str, Meta(min_length=1, max_length=255)]
     data: bytes | None = None
+    digest: Digest | None = None
+    size: _Size = 0
 
 
 class Hello(_Frame, frozen=True, tag="hello"):
@@ -123,6 +137,20 @@ class Put(_Frame, frozen=True, tag="put"):
     base: bytes | None
     text: bytes
     age_s: _Age = 0.0
+
+
+class Upload(_Frame, frozen=True, tag="upload"):
+    """A piece of content that requests can refer to by its ``digest``; empty at offset 0, a question what is there.
+
+    ``purpose`` says what it is for, which bounds its size: ``attachment``, a file of a command. Capability ``uploads``.
+    """
+
+    id: RequestId
+    digest: Digest
+    size: _Size
+    offset: _Size = 0
+    data: Annotated[bytes, Meta(max_length=MAX_PIECE_BYTES)] = b""
+    purpose: _Short = "attachment"
 
 
 class Fetch(_Frame, frozen=True, tag="fetch"):
@@ -219,6 +247,16 @@ class Stored(_Frame, frozen=True, tag="stored"):
     outcome: Literal["stored", "merged", "unchanged", "conflict"]
 
 
+class Uploaded(_Frame, frozen=True, tag="uploaded"):
+    """The answer to ``Upload``: so many bytes of the content are there, without a gap.
+
+    With all of them it has its digest, and can be referred to.
+    """
+
+    id: RequestId
+    have: _Size
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One file of the manifest."""
 
@@ -294,11 +332,11 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
-CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log"}
+CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads"}
 """What both sides must have named before a frame of this kind is sent, and answered."""
-Request = Run | Put | Log
+Request = Run | Put | Log | Upload
 """What a server answers, by its id."""
-Response = Reply | Stored | LogPage | Refused
+Response = Reply | Stored | LogPage | Uploaded | Refused
 """What answers a ``Request``."""
-ClientFrame = Hello | Run | Put | Fetch | Manifest | Log | Applied
-ServerFrame = Welcome | Change | Reply | Stored | Entries | Part | LogPage | Refused | Bye
+ClientFrame = Hello | Run | Put | Fetch | Manifest | Log | Upload | Applied
+ServerFrame = Welcome | Change | Reply | Stored | Entries | Part | LogPage | Uploaded | Refused | Bye

@@ -34,6 +34,7 @@ from lattice_remote.protocol.messages import (
     Response,
     ServerFrame,
     Stored,
+    Uploaded,
     Welcome,
 )
 from lattice_remote.protocol.operations import (
@@ -296,7 +297,7 @@ class Replica:
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()
-            case LogPage() | Refused():
+            case LogPage() | Uploaded() | Refused():
                 return [Answer(frame)]
             case Bye():
                 raise ProtocolError(frame.reason, code=frame.code)

@@ -184,7 +184,14 @@ class Hub:
         if project is None:
             paths = self.data.project(slug)
             hooks = HookRunner(slug, paths.root) if self.config.hooks else None
-            project = Project(slug, paths, hooks=hooks, bounds=self._bounds, worker_command=self._worker_command)
+            project = Project(
+                slug,
+                paths,
+                hooks=hooks,
+                bounds=self._bounds,
+                limits=self.config.limits,
+                worker_command=self._worker_command,
+            )
             self._projects[slug] = project
             project.start()
             self._keep(f"watch {slug}", watch_tree(paths.lattice, project.files_touched, self._watching_ends))
@@ -223,6 +230,7 @@ class Hub:
             await asyncio.sleep(RESCAN_S)
             for project in self._projects.values():
                 project.files_touched(None)
+                project.uploads.sweep()
 
     def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
         """Run work in the background, keep a reference to it, and log its failure."""

@@ -33,8 +33,10 @@ from lattice_remote.protocol.messages import (
     ClientFrame,
     Hello,
     Log,
+    Put,
     Request,
     Response,
+    Run,
     ServerFrame,
     Welcome,
 )
@@ -119,7 +121,13 @@ class _Pending:
     @property
     def is_write(self) -> bool:
         """Whether it is asked so that something changes."""
-        return not isinstance(self.frame, Log)
+        return isinstance(self.frame, Run | Put)
+
+    @property
+    def patience_s(self) -> float:
+        """How long it waits for a link that is down: longer once it is under way."""
+        is_under_way = self.first_sent_at is not None and not isinstance(self.frame, Log)
+        return SENT_PATIENCE_S if is_under_way else UNSENT_PATIENCE_S
 
     @property
     def sent(self) -> bool:
@@ -131,7 +139,7 @@ class _Pending:
         self.sends += 1
         if self.first_sent_at is None:
             self.first_sent_at = boot_time()
-        elif not isinstance(self.frame, Log):
+        elif isinstance(self.frame, Run | Put):
             return msgspec.structs.replace(self.frame, age_s=max(0.0, boot_time() - self.first_sent_at))
         return self.frame
 
@@ -275,9 +283,8 @@ class Link:
         if isinstance(self.error, StorageError) and self.failed_attempts > failed_before:
             effect = "the command may have taken effect" if pending.sent else "nothing was sent"
             raise StorageError(f"{self.error.message}; {effect}")
-        patience = SENT_PATIENCE_S if pending.sent else UNSENT_PATIENCE_S
         since = max(self._down_since, pending.asked_at)
-        if time.monotonic() - since > patience or pending.sends >= MAX_SENDS:
+        if time.monotonic() - since > pending.patience_s or pending.sends >= MAX_SENDS:
             raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:

@@ -7,6 +7,7 @@ the next command, replaces one that was refused by itself.
 import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from lattice_remote.client import credentials, private_files, servers
@@ -95,6 +96,15 @@ class Links:
         link = Link(self._remote, Writer(), token, named=self.following.named)
         link.start()
         return link
+
+    @contextlib.asynccontextmanager
+    async def bulk(self, token: str) -> AsyncIterator[Link]:
+        """Yield a link for what is large: nothing else waits behind it."""
+        link = self.new_writer(token)
+        try:
+            yield link
+        finally:
+            await link.close()
 
     async def drop_idle(self) -> None:
         """Close the links whose token nobody has used for long."""

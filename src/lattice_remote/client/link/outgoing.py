@@ -6,7 +6,11 @@ from lattice_remote.protocol.messages import CAPABILITY_OF, Put, Refused, Reques
 
 __all__ = ["refusal_of"]
 
-_CAN_NOT = {"put-text": "takes no edited plans and notes", "log": "can't tell who changed what"}
+_CAN_NOT = {
+    "put-text": "takes no edited plans and notes",
+    "log": "can't tell who changed what",
+    "uploads": "takes no large files",
+}
 
 
 def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:

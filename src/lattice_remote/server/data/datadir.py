@@ -6,13 +6,15 @@
     projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
     projects/<slug>/journal/        the numbered changes, see ``journal.py``
     projects/<slug>/tmp/            the worker's scratch
+    projects/<slug>/uploads/        content on its way in, kept for a day, see ``staging.py``
     projects/<slug>/set-aside/      what was in the way of mending, see ``fsck.py``
     .lock                           held by the running server
 
-All but ``tokens-used.json`` and the lock is needed to restore a server, and nothing else is.
+All but ``tokens-used.json``, ``tmp/``, ``uploads/`` and the lock is needed to restore a server, and nothing else is.
 """
 
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -51,8 +53,14 @@ class ProjectPaths:
         """The directory that holds ``.lattice/``; lattice's own root."""
         self.lattice = root / ".lattice"
         self.journal = root / "journal"
+        self.uploads = root / "uploads"
         self.writer_lock = root / ".writer.lock"
         """Held by the project's worker process for as long as it lives."""
+
+    def upload(self, token_id: str, digest: bytes) -> Path:
+        """Return where content is that was uploaded whole with a token; any string may be a token's id."""
+        owner = hashlib.sha256(token_id.encode(errors="surrogatepass")).hexdigest()[:16]
+        return self.uploads / f"{owner}-{digest.hex()}"
 
 
 class DataDir:

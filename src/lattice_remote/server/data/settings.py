@@ -12,6 +12,7 @@ from msgspec import Meta
 __all__ = ["Config", "Journal", "Limits", "Tls"]
 
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+_Bytes = Annotated[int, Meta(ge=1, le=1 << 40)]
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,6 +39,16 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """The largest message that a client may send."""
     unfinished_bytes_per_token: Annotated[int, Meta(ge=32 * 1024 * 1024, le=1 << 40)] = 256 * 1024 * 1024
     """What is kept of messages that have not come to their end, over all connections of the token."""
+    attachment_bytes: _Bytes = 100 * 1024 * 1024
+    """The largest file that a command may bring, as ``attach`` does."""
+    project_bytes: _Bytes = 4 * 1024 * 1024 * 1024
+    """The largest project that may be pushed."""
+    uploads_per_token: _Count = 256
+    """In one project: contents that are on their way, or not used yet."""
+    upload_bytes_per_token: _Bytes = 8 * 1024 * 1024 * 1024
+    """In one project: what these may take on the disk."""
+    upload_bytes: _Bytes = 32 * 1024 * 1024 * 1024
+    """In one project, of all tokens."""
 
 
 class Tls(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -38,6 +38,7 @@ from lattice_remote.protocol.messages import (
     Refused,
     Run,
     ServerFrame,
+    Upload,
     Welcome,
 )
 from lattice_remote.protocol.paths import is_editable
@@ -219,10 +220,13 @@ class Peer:
     def _take(self, frame: ClientFrame) -> None:
         token = self.token
         match frame:
+            case Run() if any(file.size > self._limits.attachment_bytes for file in frame.files):
+                most = self._limits.attachment_bytes
+                self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
             case Run():
                 run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
                 self._submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)))
-            case Put() | Log() if CAPABILITY_OF[type(frame)] not in self._capabilities:
+            case Put() | Log() | Upload() if CAPABILITY_OF[type(frame)] not in self._capabilities:
                 what = CAPABILITY_OF[type(frame)]
                 self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {what!r}: upgrade the client")
             case Put() if is_editable(frame.path):
@@ -232,6 +236,9 @@ class Peer:
                 self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
             case Log():
                 self._ask_log(frame)
+            case Upload():
+                if self._is_taken(frame.id):
+                    self.project.uploads.take(frame, token.id, self)
             case Fetch():
                 self._wanted.update(dict.fromkeys(frame.paths))
                 if len(self._wanted) > _MAX_FETCHES:

@@ -40,11 +40,13 @@ from lattice_remote.server.data.ipc import (
     ToServer,
     ToWorker,
 )
+from lattice_remote.server.data.settings import Limits
 from lattice_remote.server.project.history import Follower, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.job import Job
 from lattice_remote.server.project.log import LogReader
 from lattice_remote.server.project.turns import Turns
+from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
 from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
 
@@ -92,6 +94,7 @@ class Project:
         *,
         hooks: HookRunner | None,
         bounds: Bounds | None = None,
+        limits: Limits | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self.slug = slug
@@ -100,6 +103,8 @@ class Project:
         """What the followers know, and may ask for."""
         self.log = LogReader(paths)
         """Answers who changed what."""
+        self.uploads = Uploads(paths, limits or Limits())
+        """Content that requests refer to."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
         self._hooks = hooks
@@ -172,6 +177,7 @@ class Project:
             if not await self._writer.wait(timeout_s):
                 self._writer.kill()
                 await self._writer.wait(1.0)
+        self.uploads.close()
         if self._hooks is not None:
             await self._hooks.close()
 
@@ -343,6 +349,8 @@ class Project:
                     return
                 self._drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
+                if done.change is not None and isinstance(message, Execute):
+                    self._uploads_used(message)
                 for asker in job.askers:
                     asker.answer(message.id, done.reply)
                 if job.resource is not None:
@@ -355,6 +363,12 @@ class Project:
                     self._reconcile()
             case NewEpoch() | Stop():
                 raise AssertionError("these are not answered with an outcome")
+
+    def _uploads_used(self, message: Execute) -> None:
+        """What it referred to is in the tree. Of one that changed nothing, the next try may make use."""
+        for file in message.files:
+            if file.digest is not None:
+                self.uploads.used(message.token_id, file.digest)
 
     def _wait(self, job: Job, request_id: str, done: Done) -> None:
         if job.askers and not self._stopping:

@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from lattice_remote.server.tree.capture import Move, Touched
 from lattice_remote.server.tree.jsondiff import patch_between
 from lattice_remote.server.tree.manifest import FileState
 
-__all__ = ["INLINE_BYTES", "MERGE_FROM_BYTES", "Difference", "Tree"]
+__all__ = ["INLINE_BYTES", "MERGE_FROM_BYTES", "Difference", "Tree", "Vouched"]
 
 INLINE_BYTES = 256 * 1024
 """A file, or an addition to one, that is larger is announced, and fetched by each client in pieces."""
@@ -59,6 +59,15 @@ class Difference:
     states: dict[str, FileState | None] = field(default_factory=dict)
     is_partial: bool = False
     """There may be more: look again once this is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """A file whose content is known without reading it, for as long as nobody writes to it."""
+
+    size: int
+    mtime_ns: int
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -93,14 +102,17 @@ class Tree:
 
     # --- what a command did ---
 
-    def after_command(self, touched: Touched, before: Callable[[str], bytes | None]) -> Difference:
+    def after_command(
+        self, touched: Touched, before: Callable[[str], bytes | None], vouched: Mapping[int, Vouched] | None = None
+    ) -> Difference:
         """Compare what a command touched with what it was.
 
         Args:
             touched: complete, from ``Capture.watch``.
             before: returns the content that an absolute path had, None when not known.
+            vouched: files, by inode, of which a large one need not be read.
         """
-        return _Comparison(self, touched, before, None).run()
+        return _Comparison(self, touched, before, None, vouched or {}).run()
 
     # --- what others did ---
 
@@ -126,7 +138,7 @@ class Tree:
             status = on_disk.get(path)
             if status is None or not trust_signatures or not self._is_unchanged(path, status):
                 touched.steps.append(path)
-        return _Comparison(self, touched, lambda _: None, limit).run()
+        return _Comparison(self, touched, lambda _: None, limit, {}).run()
 
     def scan(self) -> Iterator[tuple[str, os.stat_result]]:
         """Yield every replicated regular file on disk. Symbolic links and special files are not part of the tree."""
@@ -167,19 +179,30 @@ class Tree:
 
     # --- content ---
 
-    def read(self, path: str, old: FileState | None, appended: os.stat_result | None = None) -> _Content | None:
+    def read(
+        self,
+        path: str,
+        old: FileState | None,
+        appended: os.stat_result | None = None,
+        vouched: Mapping[int, Vouched] | None = None,
+    ) -> _Content | None:
         """Return the file as it is now, None when there is none.
 
         Args:
             path: relative.
             old: what it was, or what the file that was renamed to it was.
             appended: its status before it was first touched, if it was only ever appended to since.
+            vouched: files, by inode, of which a large one need not be read.
 
         A file that the server may not read counts as none: nobody can be told what it holds.
         """
         status = self.status(path)
         if status is None:
             return None
+        known = vouched.get(status.st_ino) if vouched else None
+        if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns) and known.size > INLINE_BYTES:
+            self._hashers.pop(path, None)
+            return _Content(_state(status, known.size, known.digest), None, None)
         try:
             return self._read(path, old, status, appended)
         except (FileNotFoundError, PermissionError):
@@ -243,8 +266,16 @@ class Tree:
 class _Comparison:
     """One run of ``after_command``."""
 
-    def __init__(self, tree: Tree, touched: Touched, before: Callable[[str], bytes | None], limit: int | None) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        touched: Touched,
+        before: Callable[[str], bytes | None],
+        limit: int | None,
+        vouched: Mapping[int, Vouched],
+    ) -> None:
         self._limit = limit
+        self._vouched = vouched
         self._tree = tree
         self._touched = touched
         self._before = before
@@ -296,7 +327,7 @@ class _Comparison:
 
     def _compare(self, path: str) -> None:
         old = self._tree.files.get(path)
-        content = self._tree.read(path, old, self._touched.appended.get(path))
+        content = self._tree.read(path, old, self._touched.appended.get(path), self._vouched)
         if content is not None:
             self._emit(path, path, old, content)
             self._result.states[path] = content.state

@@ -1,18 +1,22 @@
 """A caller's files, put where the command can read them, and called by their own names in what it prints (I9).
 
 The argument in the command line is replaced by a private path. A file that the caller does not have becomes a path at
-which nothing is, so that the command says so itself.
+which nothing is, so that the command says so itself. What was uploaded before gets a second name there: nothing is
+copied, and what the server has verified need not be read again.
 """
 
 import json
 import os
 import secrets
-from collections.abc import Sequence
+import shutil
+import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Attachment
+from lattice_remote.server.tree.tree import Vouched
 
 __all__ = ["Attached"]
 
@@ -27,19 +31,26 @@ class Attached:
     Attributes:
         argv: the command line with the private paths in it.
         paths: the private paths; nothing else may be read as a caller's file.
+        vouched: what is known of those that were uploaded.
     """
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
         self.paths: frozenset[str] = frozenset()
+        self.vouched: dict[int, Vouched] = {}
         self._given: dict[str, str] = {}
 
     @classmethod
-    def write(cls, argv: Sequence[str], files: Sequence[Attachment], directory: Path) -> Self:
+    def write(
+        cls, argv: Sequence[str], files: Sequence[Attachment], directory: Path, uploaded: Callable[[bytes], Path]
+    ) -> Self:
         """Put the files below ``directory``, which the caller empties when the command is done.
 
+        ``uploaded`` tells where content is that was uploaded, by its digest.
+
         Raises:
-            Rejected: an index outside the command line, the same one twice, or a name that is none.
+            Rejected: an index outside the command line, the same one twice, or a name that is none;
+                REMOTE_NOT_UPLOADED for content that is not there.
             OSError: the disk is full.
         """
         attached = cls(list(argv))
@@ -47,21 +58,37 @@ class Attached:
         if len(set(indexes)) != len(indexes) or any(index >= len(argv) for index in indexes):
             raise Rejected("an attached file belongs to no argument of the command", code="REMOTE_PROTOCOL")
         for file in files:
-            attached._write_one(file, directory)
+            attached._write_one(file, directory, uploaded)
         attached.paths = frozenset(attached._given)
         return attached
 
-    def _write_one(self, file: Attachment, directory: Path) -> None:
+    def _write_one(self, file: Attachment, directory: Path, uploaded: Callable[[bytes], Path]) -> None:
         option, given = _split(self.argv[file.index])
         folder = directory / (secrets.token_hex(16) + _DIRECTORY_MARK)
         folder.mkdir(mode=0o700)
-        if file.data is None:
+        if file.data is None and file.digest is None:
             path = folder / "missing"
         else:
             path = folder / _checked_name(file.name)
-            path.write_bytes(file.data)
+            if file.data is not None:
+                path.write_bytes(file.data)
+            elif file.digest is not None:
+                self._link(uploaded(file.digest), path, file.size, file.digest)
         self._given[str(path)] = given
         self.argv[file.index] = f"{option}{path}"
+
+    def _link(self, content: Path, path: Path, size: int, digest: bytes) -> None:
+        """Give content that was uploaded a second name; where there are no hard links, copy it."""
+        try:
+            os.link(content, path, follow_symlinks=False)
+        except FileNotFoundError:
+            raise _not_uploaded() from None
+        except OSError:
+            shutil.copyfile(content, path, follow_symlinks=False)
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            raise _not_uploaded()
+        self.vouched[status.st_ino] = Vouched(size, status.st_mtime_ns, digest)
 
     def restore_names(self, output: bytes, *, is_json: bool) -> bytes:
         """Put the caller's own arguments back where ``output`` names the private paths."""
@@ -72,6 +99,10 @@ class Attached:
                 output = output.replace(repr(path).encode(), repr(given).encode("utf-8", "backslashreplace"))
                 output = output.replace(path.encode(), given.encode())
         return output
+
+
+def _not_uploaded() -> Rejected:
+    return Rejected("a file of this command was not uploaded; send it again", code="REMOTE_NOT_UPLOADED")
 
 
 def _split(argument: str) -> tuple[str, str]:

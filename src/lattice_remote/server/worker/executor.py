@@ -7,10 +7,11 @@ import fcntl
 import io
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -104,6 +105,23 @@ class _LazyDisk:
         return getattr(os, name)
 
 
+class _Mover:
+    """Stands for ``shutil`` in lattice's ``attach``: what came with the command is a copy, nobody needs another."""
+
+    def __init__(self) -> None:
+        self.own_copies: Collection[str] = ()
+
+    def copy2(self, source: str, target: str) -> str:
+        if source in self.own_copies:
+            with suppress(OSError):  # another file system, for one: then it is copied
+                os.replace(source, target)
+                return target
+        return shutil.copy2(source, target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(shutil, name)
+
+
 class _Lock:
     """Stands for ``FileLock`` in lattice: the same flock on the same file, at a tenth of the cost.
 
@@ -156,7 +174,7 @@ class Executor:
         os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell in place of running it
         import mimetypes
 
-        from lattice.cli import resource_cmds
+        from lattice.cli import artifact_cmds, resource_cmds
         from lattice.cli.main import cli
         from lattice.storage import fs, hooks, locks
 
@@ -165,17 +183,23 @@ class Executor:
         self._root = root
         self._hooks: list[HookCall] = []
         self._clock = _Clock()
+        self._mover = _Mover()
         self._checked = ""
         self._guard(cli, [])
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
+        setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
         if lazy:
             setattr(fs, "os", _LazyDisk())  # noqa: B010 - likewise
             fs._fsync_directory = _leave_it
         setattr(locks, "FileLock", _Lock)  # noqa: B010 - likewise
         hooks._run_hook = self._collect_hook
 
-    def run(self, argv: Sequence[str], checked: str, *, last_try: bool = False) -> Outcome:
+    def run(
+        self, argv: Sequence[str], checked: str, *, last_try: bool = False, own_copies: Collection[str] = ()
+    ) -> Outcome:
         """Run a command line that the policy has let through; never raises an ``Exception``.
+
+        ``own_copies`` are files that the command may take instead of copying them.
 
         ``checked`` is the command that the policy saw in it, as ``resource acquire``: no other is run, and none at all
         when it is empty, for a line that only prints. ``Vetoed`` passes through. What the command printed is what a
@@ -184,6 +208,7 @@ class Executor:
         self._hooks.clear()
         self._checked = checked
         self._clock.restart(is_over=last_try)
+        self._mover.own_copies = own_copies
         outcome = Outcome()
         with _printing() as (stdout, stderr):
             try:

@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,7 @@ from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Refused, Reply, Stored
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import (
     After,
     Edit,
@@ -75,7 +77,8 @@ class Worker:
     """
 
     def __init__(self, project: Path, scratch: Path, store: Store, executor: Executor, committer: Committer) -> None:
-        self._lattice_dir = project / ".lattice"
+        self._paths = ProjectPaths(project)
+        self._lattice_dir = self._paths.lattice
         self._scratch = scratch
         self._store = store
         self._executor = executor
@@ -170,7 +173,8 @@ class Worker:
 
     def _attach(self, request: Execute) -> Attached:
         try:
-            return Attached.write(request.argv, request.files, self._scratch)
+            place = partial(self._paths.upload, request.token_id)
+            return Attached.write(request.argv, request.files, self._scratch, place)
         except OSError as error:
             raise _cannot_store("the attached files", error) from error
 
@@ -178,7 +182,9 @@ class Worker:
         outcome = Outcome()
         # What was vetoed is noted in what was touched.
         with self._store.transaction() as touched, contextlib.suppress(Vetoed):
-            outcome = self._executor.run(attached.argv, command.path, last_try=request.last_try)
+            outcome = self._executor.run(
+                attached.argv, command.path, last_try=request.last_try, own_copies=attached.paths
+            )
         if touched.private:
             self._empty_scratch()
         if outcome.failure is not None or touched.veto is not None or touched.unshared:
@@ -187,7 +193,7 @@ class Worker:
             outcome = _broken(outcome.failure or "", is_json=command.is_json)
             difference = Difference()
         else:
-            difference = self._store.difference(touched)
+            difference = self._store.difference(touched, attached.vouched)
         actor = (command.actor or request.actor)[:_MAX_ACTOR_CHARS]
         cause = Cause(request.id, request.token_id, actor, request.id, describe_command(request.argv), request.actor)
         if outcome.waiting is not None:

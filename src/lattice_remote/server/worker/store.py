@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -28,7 +28,7 @@ from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.segments import Record, list_beside, remove_segments
 from lattice_remote.server.tree.capture import Capture, Touched
 from lattice_remote.server.tree.manifest import ManifestFile, save_manifest, sync_files
-from lattice_remote.server.tree.tree import Difference, Tree
+from lattice_remote.server.tree.tree import Difference, Tree, Vouched
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from lattice_remote.server.worker.attribution import describe_paths
 from lattice_remote.server.worker.committer import Committer, Job
@@ -101,9 +101,9 @@ class Store:
         with self._capture.watch() as touched:
             yield touched
 
-    def difference(self, touched: Touched) -> Difference:
-        """Return what a transaction did to the tree; call before its end."""
-        return self.tree.after_command(touched, self._undo.before)
+    def difference(self, touched: Touched, vouched: Mapping[int, Vouched] | None = None) -> Difference:
+        """Return what a transaction did to the tree; call before its end. ``vouched`` as for ``after_command``."""
+        return self.tree.after_command(touched, self._undo.before, vouched)
 
     def roll_back(self) -> None:
         """Undo the transaction: every file is as before.
