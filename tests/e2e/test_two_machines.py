@@ -59,13 +59,15 @@ def test_an_edited_plan_passes_the_gate_and_reaches_everybody(shared_board: Boar
     assert plan_of(ben, task).read_text() == plan.read_text()
 
 
-def test_notes_made_by_hand_arrive_with_push(shared_board: Board) -> None:
+def test_notes_made_by_hand_arrive_with_push_where_no_agent_runs(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     task = new_task(ana, "With notes")
     notes = ana.lattice_dir / "notes" / plan_of(ana, task).name
+    ana.ok("remote", "agent", "stop")
     notes.write_text("# Notes\n\nwritten by hand, ünïcode\n")
-    assert f"notes/{notes.name}" in json.dumps(answer(ana, "remote", "status"))
-    assert notes.name in ana.ok("remote", "push")
+    off = {"LATTICE_REMOTE_AGENT": "off"}
+    assert f"notes/{notes.name}" in ana.run("remote", "status", "--json", env=off).stdout
+    assert notes.name in ana.run("remote", "push", env=off).stdout
     ben.ok("remote", "pull")
     assert (ben.lattice_dir / "notes" / notes.name).read_text() == notes.read_text()
 
@@ -94,6 +96,7 @@ def test_a_real_conflict_keeps_both_texts_once_and_says_so(shared_board: Board) 
     task = new_task(ana, "Conflict")
     ben.ok("remote", "pull")
     plan, theirs = plan_of(ana, task), plan_of(ben, task)
+    ben.ok("remote", "agent", "stop")
     plan.write_text("# one\n\nana's text\n")
     theirs.write_text("# one\n\nben's text\n")
     ana.ok("remote", "push")

@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import time
+from collections.abc import Callable, Iterable
 
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.client.cache.follower import Follower
@@ -34,14 +35,22 @@ _log = logging.getLogger(__name__)
 
 
 class Caretaker:
-    """Looks after one cache while ``run()`` runs."""
+    """Looks after one cache while ``run()`` runs. ``on_edits`` is told of plans and notes that may have been edited."""
 
-    def __init__(self, follower: Follower, link: Link, watching: Watching, turn: asyncio.Semaphore) -> None:
+    def __init__(
+        self,
+        follower: Follower,
+        link: Link,
+        watching: Watching,
+        turn: asyncio.Semaphore,
+        on_edits: Callable[[Iterable[str]], None],
+    ) -> None:
         self._follower = follower
         self._cache = follower.cache
         self._healing = follower.healing
         self._link = link
         self._watching = watching
+        self._on_edits = on_edits
         self._turn = turn  # one cache at a time reads all its files
         self._wake = asyncio.Event()
         self._scan_at = 0.0
@@ -61,6 +70,8 @@ class Caretaker:
         if self._cache.known.agrees(path, found) and found is not None:
             return
         place = self._cache.absolute(path)
+        if found is not None and is_editable(path):
+            self._on_edits([path])
         if os.path.isdir(place) and not os.path.islink(place):
             self._scan_at = 0.0  # what was moved in with it is not told file by file
         elif not os.path.lexists(place):
@@ -147,6 +158,8 @@ class Caretaker:
             for path in await asyncio.to_thread(foreign, self._cache):
                 if self._follower.is_strange(path):
                     self._suspect(path)
+                elif is_editable(path):
+                    self._on_edits([path])
             if not self._cache.is_whole():
                 await self._link.carry_out(await self._follower.heal([]))
         self._scan_cost_s = time.monotonic() - began

@@ -168,11 +168,12 @@ class Agent:
         if not line.startswith(b'{"do": "ready"'):
             return None
         try:
-            directory = json.loads(line)["directory"]
+            request = json.loads(line)
+            directory, token = request["directory"], request.get("token")
         except (ValueError, KeyError):
             return None  # refused where all requests are handled
         service = self._services.get(directory)
-        answer = service.ready_now() if service is not None and not service.is_stale() else None
+        answer = service.ready_now(token) if service is not None and not service.is_stale() else None
         return None if answer is None else {"ok": True, **answer}
 
     async def _handle(self, line: bytes, report: Any) -> dict[str, Any]:

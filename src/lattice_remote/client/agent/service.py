@@ -28,16 +28,18 @@ from lattice_remote import __version__
 from lattice_remote.client import servers
 from lattice_remote.client.agent.caretaker import Caretaker
 from lattice_remote.client.agent.history import read_log
+from lattice_remote.client.agent.live import Live
+from lattice_remote.client.agent.pushing import Pusher
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.comparing import Comparison
 from lattice_remote.client.cache.follower import Follower
-from lattice_remote.client.link.link import ALIVE_S, Link
+from lattice_remote.client.link.link import ALIVE_S
 from lattice_remote.client.link.links import Links
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
-from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Put, Refused, Reply, Run, Stored, Welcome
+from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Refused, Reply, Run, Welcome
 from lattice_remote.protocol.replica import State
 from lattice_remote.protocol.versions import describe_difference
 
@@ -53,7 +55,6 @@ _WATCH_INTERVAL_S = 5.0
 _STORE_AGE_INTERVAL_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _COMPARE_ATTEMPTS = 3
-_MAX_EDIT_BYTES = 16 * 1024 * 1024
 
 Report = Callable[[dict[str, Any]], None]
 """Called with ``what``, ``done`` and ``total`` while something takes its time."""
@@ -78,7 +79,9 @@ class Service:
         self._follower = Follower(self.cache)
         self._links = Links(self.remote, self._follower)
         self._link = self._links.following
-        self._pushing = asyncio.Lock()
+        self._pusher = Pusher(self._follower, self._link, self._reached)
+        self._live: Live | None = None
+        self._sending: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
         self._caretaker: Caretaker | None = None
@@ -91,13 +94,16 @@ class Service:
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
-        """From now on put right what other hands change in the files, without being asked."""
-        self._caretaker = Caretaker(self._follower, self._link, watching, turn)
+        """From now on send what people edit and put right what else changes in the files, without being asked."""
+        self._live = live = Live(self._follower, self._links, self._pusher)
+        self._follower.on_edits = live.touched
+        self._sending = asyncio.get_running_loop().create_task(live.run())
+        self._caretaker = Caretaker(self._follower, self._link, watching, turn, live.touched)
         self._care = asyncio.get_running_loop().create_task(self._caretaker.run())
 
     async def close(self) -> None:
         """End all connections."""
-        for task in (self._watcher, self._care):
+        for task in (self._watcher, self._care, self._sending):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -118,6 +124,7 @@ class Service:
         """
         self.used_at = time.monotonic()
         token = request.get("token")
+        self._links.note_use(token)
         self._links.choose(token, servers.from_environment(request.get("named")))
         await self._link.carry_out(await self._follower.look_at_edits())
         match request["do"]:
@@ -137,8 +144,9 @@ class Service:
                 return await self._status(token)
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
 
-    def ready_now(self) -> dict[str, Any] | None:
+    def ready_now(self, token: str | None) -> dict[str, Any] | None:
         """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
+        self._links.note_use(token)
         if not self._is_current() or self._follower.replica.held:
             return None
         self.used_at = time.monotonic()
@@ -172,6 +180,9 @@ class Service:
     def _notices(self) -> list[str]:
         """Return what the next command should say, once."""
         notices, self._follower.keepsakes.notices = self._follower.keepsakes.notices, []
+        if self._live is not None:
+            notices += self._live.notices
+            self._live.notices = []
         return notices
 
     async def _fill(self, failed_before: int) -> None:
@@ -237,7 +248,7 @@ class Service:
         """Send edited plans and notes, then the command line; return once its change is in the files."""
         run = _run_frame(request)
         link = self._links.writing(token)
-        notices = (await self._push(link))[1]
+        notices = (await self._pusher.push(link)).notices
         if request.get("own_link"):
             # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
             link = self._links.new_writer(str(link.token))
@@ -268,42 +279,8 @@ class Service:
         )
 
     async def _push_now(self, token: str | None) -> dict[str, Any]:
-        sent, notices = await self._push(self._links.writing(token))
-        return {"sent": sent, "notices": notices}
-
-    async def _push(self, link: Link) -> tuple[list[dict[str, str]], list[str]]:
-        """Send every edited plan and notes; return the outcomes, and what the user should know."""
-        sent: list[dict[str, str]] = []
-        notices: list[str] = []
-        async with self._pushing:
-            for path in self._follower.edits.scan():
-                outcome, notice = await self._push_one(link, path)
-                sent.append({"path": path, "outcome": outcome})
-                if notice:
-                    notices.append(notice)
-        return sent, notices
-
-    async def _push_one(self, link: Link, path: str) -> tuple[str, str | None]:
-        text, base = self.cache.read(path), self._follower.edits.base(path)
-        if len(text) + len(base or b"") > _MAX_EDIT_BYTES:
-            return "refused", f"{path} was not sent: it is over {_MAX_EDIT_BYTES >> 20} MiB"
-        put = Put(id=os.urandom(16).hex(), path=path, base=base, text=text)
-        answer = await link.ask(put)
-        if isinstance(answer, Refused):
-            return "refused", f"{path} was not sent: {answer.message}"
-        if not isinstance(answer, Stored):
-            raise ConnectionFailed("the server answered something else", sent=True)
-        if link is not self._link:
-            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
-            await self._reached(answer.seq)
-        effects, copy = await self._follower.settle(put, answer.outcome)
-        await self._link.carry_out(effects)
-        if copy is not None:
-            return (
-                "conflict",
-                f"conflict in {path}: others changed the same lines; the server's text is in place, yours is in {copy}",
-            )
-        return answer.outcome, None
+        pushed = await self._pusher.push(self._links.writing(token), again=True)
+        return {"sent": pushed.sent, "notices": [*pushed.notices, *self._notices()]}
 
     # --- comparing ---
 
@@ -402,6 +379,17 @@ class Service:
             "watched": None if self._caretaker is None else self._caretaker.how(),
         }
 
+    def _edits_wait_for(self) -> str | None:
+        """Return what must happen before edits are sent, in words; None where that is done without being asked."""
+        if self._live is None:
+            return "the next command, as no agent runs"
+        if self._links.has_several_names():
+            return "the next command, as commands came in several names of late"
+        link = self._links.live()
+        if link is None:
+            return "a token"
+        return None if link.is_open and self._follower.is_following else "the server"
+
     async def _status(self, token: str | None) -> dict[str, Any]:
         """Return what is known, each with its evidence; never more than what was heard lately allows to say."""
         failed_before = self._link.failed_attempts
@@ -425,6 +413,8 @@ class Service:
             "age_s": self._age_s(),
             "resyncs": self._follower.resyncs,
             "unsent_edits": self._follower.edits.scan(),
+            "refused_edits": self._pusher.refused(),
+            "edits_wait_for": self._edits_wait_for(),
             "set_aside": [*self._follower.edits.set_aside_copies(), *self._follower.keepsakes.copies()],
             "healed": self._healed(),
             "actor": welcome.actor if welcome else None,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
@@ -100,6 +100,8 @@ class Follower:
         """When the files were last known to be all that the server has (seconds since 1970)."""
         self.trouble: StorageError | None = None
         """Why the files could not be written, until they can be."""
+        self.on_edits: Callable[[Iterable[str]], None] = _nobody
+        """Told of plans and notes that are edited, or may be."""
         self.resyncs = 0
         """How often the whole tree was compared because the history could not be continued."""
         self.received = 0
@@ -324,6 +326,7 @@ class Follower:
         for operation in operations:
             text = self.edits.text_after(operation)
             if text is not None and self.edits.take(operation.path, text):
+                self.on_edits([operation.path])  # who saves in that moment is not told of: it looks like our own doing
                 continue
             edited = self.edits.edited_by(operation)
             if not edited:
@@ -331,7 +334,9 @@ class Follower:
                 self._keep(paths)
                 drifted |= (unfit := apply(operation, self.cache))
                 self._is_the_servers(path for path in paths if path not in unfit)
-            elif not self.edits.absorb(operation):
+            elif self.edits.absorb(operation):
+                self.on_edits([operation.path])
+            else:
                 drifted |= self._hold(operation, edited)
         return self.replica.drifted(drifted) if drifted else []
 
@@ -339,6 +344,7 @@ class Follower:
         """Leave edited files alone; return which other file of a move must be fetched."""
         for path in edited:
             self.replica.hold(path)
+        self.on_edits(edited)
         if isinstance(operation, MoveFile):
             if operation.path not in edited:
                 self._remove(operation.path)
@@ -357,6 +363,7 @@ class Follower:
         if is_editable(part.path) and digest_of(part.data) == part.digest:  # the file in one piece
             if self.edits.take(part.path, part.data):
                 self._is_the_servers([part.path])
+                self.on_edits([part.path])
             else:
                 self.replica.hold(part.path)
             return []
@@ -423,6 +430,7 @@ class Follower:
                 if path not in self.replica.wanted:
                     reading = compared.readings.get(path)
                     self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
+        self.on_edits(comparison.edited)
         self.cache.known.settle((path, compared.readings[path].signature) for path in compared.equal())
         effects = self.replica.compared(compared.local, edited=comparison.edited)
         self._to_fetch = len(self.replica.wanted)
@@ -482,3 +490,7 @@ class Follower:
             self._resyncing = True
             self.resyncs += 1
             await self._resync_lock.enter_async_context(self.cache.locked())
+
+
+def _nobody(_edited: Iterable[str]) -> None:
+    """Nobody sends edits without being asked."""

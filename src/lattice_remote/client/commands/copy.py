@@ -34,7 +34,7 @@ def status(as_json: Json = False) -> None:
         ("connection", describe.connection(answer)),
         ("copy", describe.copy(answer)),
         ("acting as", describe.acting(answer)),
-        ("unsent edits", ", ".join(answer["unsent_edits"]) or "none"),
+        ("unsent edits", describe.edits(answer)),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
         ("healed", describe.healed(answer["healed"])),
         ("agent", describe.agent(answer["agent"])),

@@ -5,7 +5,7 @@ from typing import Any
 from lattice_remote.client.commands.shared import count
 from lattice_remote.client.routing import describe_age
 
-__all__ = ["acting", "agent", "connection", "copy", "healed", "versions"]
+__all__ = ["acting", "agent", "connection", "copy", "edits", "healed", "versions"]
 
 
 def connection(answer: dict[str, Any]) -> str:
@@ -36,6 +36,17 @@ def healed(healed: dict[str, Any]) -> str:
     if healed["fought_over"]:
         text += f"; another process keeps writing {', '.join(healed['fought_over'][:5])}"
     return f"{text} ({healed['watched'] or 'nobody watches: no agent'})"
+
+
+def edits(answer: dict[str, Any]) -> str:
+    """Say how many plans and notes were edited here and not sent yet, which, and what they wait for."""
+    refused, waits_for = answer["refused_edits"], answer["edits_wait_for"]
+    unsent = answer["unsent_edits"]
+    how = "sent as soon as they are saved" if waits_for is None else f"they wait for {waits_for}"
+    if not unsent:
+        return f"none ({how})"
+    shown = [f"{path} (not taken as it is: {refused[path]})" if path in refused else path for path in unsent]
+    return f"{len(unsent)}: {', '.join(shown)} ({how})"
 
 
 def agent(agent: dict[str, Any] | None) -> str:

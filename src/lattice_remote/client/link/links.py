@@ -2,6 +2,9 @@
 
 A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A change of the file, or another token with
 the next command, replaces one that was refused by itself.
+
+What is sent without a command goes out in the name in which the commands of this cache come. Where they came
+in several of late, nobody can tell whose it is: it waits for the next command.
 """
 
 import asyncio
@@ -22,6 +25,8 @@ __all__ = ["Links"]
 LOOK_INTERVAL_S = 0.5
 """How often to look whether the user's tokens or servers have changed."""
 _WRITER_IDLE_S = 300.0
+_NAME_LASTS_S = 600.0
+"""A name in which no command has come for so long, while others came in another, is not in use any more."""
 
 
 class Links:
@@ -32,6 +37,7 @@ class Links:
         self.following = Link(remote, follower, None, on_heard=follower.heard)
         """The link that keeps the files current."""
         self._writers: dict[str, tuple[Link, float]] = {}
+        self._names: dict[str | None, float] = {}  # token that a command brought, None: the stored one -> its last use
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -90,6 +96,33 @@ class Links:
         link = self._writers[token][0] if token in self._writers else self.new_writer(token)
         self._writers[token] = (link, time.monotonic())
         return link
+
+    def note_use(self, given: str | None) -> None:
+        """A command has come with this token, None: with the user's stored one."""
+        self._names.pop(given, None)
+        self._names[given] = time.monotonic()
+
+    def live(self) -> Link | None:
+        """Return the link for what is sent without a command; None when it isn't known in whose name.
+
+        Never a token that no command of this cache came with: the user may have given it for another directory.
+        """
+        names = self._names_in_use()
+        if len(names) != 1:
+            return None
+        try:
+            return self.writing(names[0])
+        except RemoteError:
+            return None  # there is no token, or the file that holds it can't be read: said to the next command
+
+    def has_several_names(self) -> bool:
+        """Whether the commands of late came in several names."""
+        return len(self._names_in_use()) > 1
+
+    def _names_in_use(self) -> list[str | None]:
+        newest = max(self._names.values(), default=0.0)
+        self._names = {name: at for name, at in self._names.items() if newest - at <= _NAME_LASTS_S}
+        return list(self._names)
 
     def new_writer(self, token: str) -> Link:
         """Return a link of its own, started; the caller must close it."""

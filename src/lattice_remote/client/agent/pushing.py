@@ -1,0 +1,149 @@
+"""Sends edited plans and notes of one cache, one after the other, and settles what the server makes of them (I4)."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from lattice_remote.client.cache.busy import is_being_written
+from lattice_remote.client.cache.follower import Follower
+from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.link.link import Link
+from lattice_remote.client.runtime import boot_time
+from lattice_remote.errors import ConnectionFailed
+from lattice_remote.protocol.messages import Put, Refused, Stored
+
+__all__ = ["Pushed", "Pusher"]
+
+_MAX_EDIT_BYTES = 31 * 1024 * 1024
+"""Base and text together: what fits into one frame."""
+SAVING_S = 2.0
+"""So long a file that is being written, or was emptied just now, is waited for: an editor is about to save it."""
+_POLL_S = 0.02
+
+
+@dataclass(slots=True)
+class Pushed:
+    """What came of sending edits: each with its path and outcome, and what the user should know."""
+
+    sent: list[dict[str, str]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server did not take one of them."""
+        return any(sent["outcome"] == "refused" for sent in self.sent)
+
+
+class Pusher:
+    """The edits of one cache on their way.
+
+    Args:
+        follower: the cache's.
+        following: the link that the follower follows on.
+        reached: waits until the files hold every change up to a number; tells whether they do.
+    """
+
+    def __init__(self, follower: Follower, following: Link, reached: Callable[[int], Awaitable[bool]]) -> None:
+        self._follower = follower
+        self._following = following
+        self._reached = reached
+        self._turn = asyncio.Lock()
+        self._unanswered: dict[str, tuple[Put, float]] = {}  # path -> what may have arrived, and when it was sent
+        self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> as it was then, why, by whom
+
+    def refused(self) -> dict[str, str]:
+        """Return the edits that the server does not take as they are: path to the reason."""
+        return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
+
+    async def push(self, link: Link, paths: Iterable[str] | None = None, *, again: bool = False) -> Pushed:
+        """Send the edits of these files, None for all that are edited.
+
+        One that the server has refused is sent again when it, or the server, has changed, or with ``again``.
+
+        Raises:
+            RemoteError: the server is out of reach, or takes nothing from this token; what was not sent is kept.
+        """
+        pushed = Pushed()
+        async with self._turn:
+            for path in self._follower.edits.scan() if paths is None else paths:
+                if not again and self._is_hopeless(path):
+                    continue
+                await self._until_saved(path)
+                if self._follower.edits.is_edited(path):
+                    await self._push_one(link, path, pushed)
+        return pushed
+
+    async def _push_one(self, link: Link, path: str, pushed: Pushed) -> None:
+        outcome, notice = await self._send(link, path)
+        pushed.sent.append({"path": path, "outcome": outcome})
+        if notice:
+            pushed.notices.append(notice)
+
+    async def _send(self, link: Link, path: str) -> tuple[str, str | None]:
+        found = self._signature(path)
+        put, first_sent_at = self._put(path)
+        size = len(put.text) + len(put.base or b"")
+        if size > _MAX_EDIT_BYTES:
+            return self._note_refusal(path, found, f"it has {size >> 20} MiB with the text that it was made from")
+        self._unanswered[path] = put, first_sent_at or boot_time()
+        answer = await self._following_ask(link, put, first_sent_at)
+        del self._unanswered[path]
+        if isinstance(answer, Refused):
+            return self._note_refusal(path, found, answer.message)
+        self._refused.pop(path, None)
+        if link is not self._following:
+            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
+            await self._reached(answer.seq)
+        effects, copy = await self._follower.settle(put, answer.outcome)
+        await self._following.carry_out(effects)
+        if copy is not None:
+            return (
+                "conflict",
+                f"conflict in {path}: others changed the same lines; the server's text is in place, yours is in {copy}",
+            )
+        return answer.outcome, None
+
+    def _put(self, path: str) -> tuple[Put, float | None]:
+        """Return what to send, and since when it may be there: the same request as before, if nothing has changed."""
+        text, base = self._follower.cache.read(path), self._follower.edits.base(path)
+        before = self._unanswered.pop(path, None)
+        if before is not None and (before[0].base, before[0].text) == (base, text):
+            return before
+        return Put(id=os.urandom(16).hex(), path=path, base=base, text=text), None
+
+    async def _following_ask(self, link: Link, put: Put, first_sent_at: float | None) -> Stored | Refused:
+        answer = await link.ask(put, first_sent_at=first_sent_at)
+        if not isinstance(answer, Stored | Refused):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        return answer
+
+    # --- files that can't be sent yet, or as they are ---
+
+    async def _until_saved(self, path: str) -> None:
+        """Wait for the end of a save that is going on, for a moment."""
+        deadline = time.monotonic() + SAVING_S
+        while time.monotonic() < deadline and self.is_being_saved(path):  # noqa: ASYNC110 - nobody tells of it
+            await asyncio.sleep(_POLL_S)
+
+    def is_being_saved(self, path: str) -> bool:
+        """Whether a file is about to become something else: open for writing, or emptied a moment ago."""
+        found = self._signature(path)
+        if found is None:
+            return False
+        mtime_ns, size = found[0], found[1]
+        if not size and 0 <= time.time_ns() - mtime_ns < SAVING_S * 1e9:
+            return bool(self._follower.edits.base(path))
+        return is_being_written(self._follower.cache.absolute(path))
+
+    def _is_hopeless(self, path: str) -> bool:
+        refused = self._refused.get(path)
+        return refused is not None and (refused[0], refused[2]) == (self._signature(path), self._following.welcome)
+
+    def _note_refusal(self, path: str, found: Signature | None, why: str) -> tuple[str, str]:
+        self._refused[path] = (found, why, self._following.welcome)
+        return "refused", f"{path} was not sent: {why}"
+
+    def _signature(self, path: str) -> Signature | None:
+        return self._follower.cache.signature(path)

@@ -1,0 +1,173 @@
+"""Plans and notes in two editors at once: what is saved here is seen there, without a command (I4)."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sandbox import Client, Sandbox, Server, board, wait_for
+from warm import warm
+
+pytestmark = pytest.mark.e2e
+
+Board = tuple[Server, Client, Client]
+Files = tuple[Path, Path]
+OFF = {"LATTICE_REMOTE_AGENT": "off"}
+
+
+def task_id(client: Client, short_id: str) -> str:
+    return str(json.loads(client.ok("show", short_id, "--json"))["data"]["id"])
+
+
+def new_task(client: Client, title: str) -> str:
+    return client.ok("create", title, "--actor", "human:ana", "--quiet").strip()
+
+
+def text_files(one: Client, other: Client, short_id: str, folder: str = "plans") -> Files:
+    """Return the same plan or notes in two caches; a plan is there in both."""
+    name = f"{task_id(one, short_id)}.md"
+    files = one.lattice_dir / folder / name, other.lattice_dir / folder / name
+    if folder == "plans":
+        wait_for(lambda: all(file.exists() for file in files), "the plan in both copies")
+    return files
+
+
+def same(files: Files, text: str | bytes) -> None:
+    """Wait until both copies hold this text."""
+    wanted = text.encode() if isinstance(text, str) else text
+    wait_for(lambda: all(file.exists() and file.read_bytes() == wanted for file in files), f"{wanted[:200]!r} in both")
+
+
+def status(client: Client) -> dict:
+    return json.loads(client.ok("remote", "status", "--json"))["data"]
+
+
+def test_what_is_saved_in_one_copy_is_seen_in_the_other(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "Live"))
+    for n, (mine, _theirs) in enumerate([plan, plan[::-1], plan, plan[::-1]]):
+        text = mine.read_text() + f"\nline {n}\n"
+        mine.write_text(text)
+        same(plan, text)
+    changes = json.loads(ana.ok("remote", "log", "-n", "2", "--json"))["data"]["entries"]
+    assert [change["actor"] for change in changes] == ["human:ben", "human:ana"]
+
+
+def test_new_notes_are_seen_too(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    notes = text_files(ana, ben, new_task(ana, "Notes"), "notes")
+    notes[1].write_text("# Found\n")
+    same(notes, "# Found\n")
+
+
+def test_a_file_that_is_written_in_pieces_is_sent_once_and_whole(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "In pieces"))
+    pieces = [f"part {n}\n" for n in range(4)]
+    before = status(ana)["server_seq"]
+    with plan[0].open("w") as file:
+        for piece in pieces:
+            file.write(piece)
+            file.flush()
+            time.sleep(0.4)  # longer than a pause that looks like the end
+    same(plan, "".join(pieces))
+    assert status(ana)["server_seq"] == before + 1
+
+
+def test_a_file_that_is_emptied_for_a_moment_is_no_edit_one_that_stays_empty_is(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "Emptied"))
+    before = status(ana)["server_seq"]
+    plan[0].write_text("")
+    time.sleep(0.7)
+    plan[0].write_text("and then the text\n")
+    same(plan, "and then the text\n")
+    assert status(ana)["server_seq"] == before + 1
+    plan[0].write_text("")
+    same(plan, "")
+
+
+def test_edits_made_while_the_server_is_away_are_counted_kept_and_sent(sandbox: Sandbox) -> None:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    ana, ben = sandbox.client("ana"), sandbox.client("ben")
+    for client in (ana, ben):
+        client.add_remote(server, server.token("human:ana"))
+    plans = [text_files(ana, ben, new_task(ana, title)) for title in ("One", "Two")]
+    server.stop()
+    for plan in plans:
+        plan[0].write_text("# Written on a train\n")
+    assert sorted(status(ana)["unsent_edits"]) == sorted(f"plans/{plan[0].name}" for plan in plans)
+    assert "2: plans/" in ana.ok("remote", "status")
+    server.start()
+    for plan in plans:
+        same(plan, "# Written on a train\n")
+
+
+def test_edits_made_while_no_agent_ran_are_sent_when_one_does(sandbox: Sandbox) -> None:
+    with board("ana", "ben", programs=warm()) as (_server, (ana, ben)):
+        plan = text_files(ana, ben, new_task(ana, "At night"))
+        ana.ok("remote", "agent", "stop")
+        plan[0].write_text("# Saved while nothing ran\n")
+        ana.ok("list")
+        same(plan, "# Saved while nothing ran\n")
+
+
+# --- in whose name ---
+
+
+@pytest.fixture
+def two_names(sandbox: Sandbox) -> Iterator[tuple[Server, Client, Client, dict[str, str]]]:
+    """Ana and a copy of hers in which all commands come with an agent's token."""
+    server = sandbox.server()
+    server.project()
+    server.start()
+    ana = sandbox.client("ana")
+    ana.add_remote(server, server.token("human:ana"))
+    work = ana.elsewhere(ana.dir.parent / "work")
+    work.lattice_dir.mkdir()
+    shutil.copy(ana.lattice_dir / "remote.json", work.lattice_dir)
+    yield server, ana, work, {"LATTICE_TOKEN": server.token("agent:x")}
+
+
+def last_actor(client: Client) -> str:
+    return str(json.loads(client.ok("remote", "log", "-n", "1", "--json"))["data"]["entries"][0]["actor"])
+
+
+def test_an_edit_goes_out_in_the_name_of_the_commands_of_its_copy(
+    two_names: tuple[Server, Client, Client, dict[str, str]],
+) -> None:
+    _server, ana, work, token = two_names
+    short_id = new_task(ana, "Whose")
+    assert work.run("list", env=token).returncode == 0
+    plan = text_files(ana, work, short_id)
+    plan[1].write_text("# By the agent\n")
+    same(plan, "# By the agent\n")
+    assert last_actor(ana) == "agent:x"
+    plan[0].write_text("# By Ana\n")
+    same(plan, "# By Ana\n")
+    assert last_actor(ana) == "human:ana"
+
+
+def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
+    two_names: tuple[Server, Client, Client, dict[str, str]],
+) -> None:
+    _server, ana, work, token = two_names
+    short_id = new_task(ana, "Whose")
+    assert work.run("list", env=token).returncode == 0
+    work.ok("list")
+    plan = text_files(ana, work, short_id)
+    seq = status(work)["server_seq"]
+    plan[1].write_text("# By one of them\n")
+    time.sleep(1)  # longer than an edit takes to be sent by itself
+    found = status(work)
+    assert found["server_seq"] == seq and len(found["unsent_edits"]) == 1
+    assert "several names" in work.ok("remote", "status")
+    assert work.run("comment", short_id, "done", "--actor", "agent:x", env=token).returncode == 0
+    same(plan, "# By one of them\n")
+    log = json.loads(ana.ok("remote", "log", "-n", "2", "--json"))["data"]["entries"]
+    assert {change["actor"] for change in log} == {"agent:x"}
