@@ -6,7 +6,6 @@ arguments    the kinds of its values, and what each may be
 actors       whose name it may act in
 attachments  a caller's files, put where a command can read them
 executor     one command line, run by lattice itself
-textmerge    edited plans and notes, merged by line
 attribution  who did it, and with what words, for the log
 store        tree, journal and undo as one thing that commits
 committer    the thread that makes changes durable in groups

@@ -56,7 +56,7 @@ from lattice_remote.server.worker.executor import Executor, Outcome
 from lattice_remote.server.worker.policy import MAX_TEXT_BYTES, Command, parse
 from lattice_remote.server.worker.recovery import open_store
 from lattice_remote.server.worker.store import BY_SERVER, Cause, ChangeTooLarge, Store
-from lattice_remote.server.worker.textmerge import merge_text
+from lattice_remote.textmerge import merge_text
 
 __all__ = ["Worker", "main"]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.server.worker.textmerge import merge_text
+from lattice_remote.textmerge import merge_text
 
 BASE = b"# Plan\n\none\ntwo\nthree\nfour\nfive\n"
 

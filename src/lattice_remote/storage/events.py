@@ -1,0 +1,179 @@
+"""The shape of an event, its bounds, and in whose name it is: what is checked before anybody looks at what it says.
+
+What passes is plain JSON that lattice writes and reads back as it was, so that a snapshot made of it is the one that
+``lattice rebuild`` makes.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from lattice_remote.errors import Rejected
+from lattice_remote.storage.values import Event
+
+__all__ = ["MAX_EVENTS", "MayActAs", "Sessions", "Shaped", "invalid", "require_actor", "shape", "shaped"]
+
+MAX_EVENTS = 100
+"""The most events of one write."""
+_MAX_BYTES = 1024 * 1024
+_MAX_DEPTH = 64
+_MAX_INT = 2**63
+_MAX_ACTOR_CHARS = 256
+_EVENT_ID = re.compile(r"ev_[0-9A-HJKMNP-TV-Z]{26}")
+
+type Shaped = dict[str, Any]
+"""An event of our own, whose envelope is as it must be."""
+
+
+class MayActAs(Protocol):
+    """Does nothing if a write may be in this name; raises ``Rejected`` otherwise."""
+
+    def __call__(self, actor: str, *, ignore_case: bool = False) -> None: ...
+
+
+class Sessions(Protocol):
+    """What is known of sessions."""
+
+    def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
+        """Return the actor that events of this active session carry; None when there is no such session."""
+
+
+class _Meta(msgspec.Struct, forbid_unknown_fields=True):
+    model: str | None = None
+    session: str | None = None
+
+
+class _Provenance(msgspec.Struct, forbid_unknown_fields=True):
+    triggered_by: str | UnsetType = UNSET
+    on_behalf_of: str | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+
+
+class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    schema_version: Literal[1]
+    id: str
+    ts: str
+    type: str
+    actor: str | dict[str, Any]
+    data: dict[str, Any]
+    task_id: str | UnsetType = UNSET
+    resource_id: str | UnsetType = UNSET
+    agent_meta: _Meta | UnsetType = UNSET
+    provenance: _Provenance | UnsetType = UNSET
+
+
+def invalid(message: str) -> Rejected:
+    """Return the refusal of what can't be written, here as there; nothing was changed."""
+    return Rejected(message, code="REMOTE_INVALID")
+
+
+def shape[T](kind: type[T], value: object, what: str) -> T:
+    """Return ``value`` as a ``kind``.
+
+    Raises:
+        Rejected: it is none; ``what`` names it in the message.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise invalid(f"{what}: {error}") from None
+
+
+def shaped(events: Sequence[Event], owner: Mapping[str, str], known: Sequence[Event]) -> list[Shaped]:
+    """Return the events as plain JSON of our own.
+
+    Args:
+        owner: ``task_id`` or ``resource_id`` with the id that each event must name, and no other.
+        known: the events that are there already.
+
+    Raises:
+        Rejected: they are no events, too many or too large, of another owner, or with an id that is taken.
+    """
+    if not 0 < len(events) <= MAX_EVENTS:
+        raise invalid(f"a write has 1 to {MAX_EVENTS} events, not {len(events)}")
+    own = [_plain(event) for event in events]
+    ids = {event.get("id") for event in known}
+    for event in own:
+        envelope = shape(_Envelope, event, "not an event")
+        named = {key: event[key] for key in ("task_id", "resource_id") if key in event}
+        if named != owner:
+            raise invalid(f"the event {envelope.id!r} is not of {next(iter(owner.values()))}")
+        if not _EVENT_ID.fullmatch(envelope.id):
+            raise invalid(f"{envelope.id[:60]!r} is not an event's id: ev_ and 26 capitals and digits")
+        if envelope.id in ids:
+            raise invalid(f"there is an event {envelope.id} already")
+        ids.add(envelope.id)
+    return own
+
+
+def _plain(event: Event) -> Shaped:
+    """Return an event as it will be read from its log."""
+    if not isinstance(event, Mapping):
+        raise invalid("an event is a mapping, as lattice.core.events.create_event makes it")
+    _require_bounded(event)
+    try:
+        text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+        size = len(text.encode())
+        own: Shaped = json.loads(text)
+    except (ValueError, TypeError) as error:  # NaN, Infinity, half of a surrogate pair, what is no JSON at all
+        raise invalid("an event holds a value that not every program can read") from error
+    if size > _MAX_BYTES:
+        raise invalid("an event is over 1 MiB")
+    return own
+
+
+def _require_bounded(value: object) -> None:
+    """Do nothing if ``value`` is not nested too deep and its numbers are such that every program reads alike.
+
+    No recursion: the depth is what is looked for.
+    """
+    waiting: list[tuple[object, int]] = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > _MAX_DEPTH:
+            raise invalid(f"an event is nested deeper than {_MAX_DEPTH}")
+        if isinstance(item, int) and not -_MAX_INT <= item < _MAX_INT:
+            raise invalid("an event holds a number of more than 64 bits")
+        if isinstance(item, str) and "\0" in item:
+            raise invalid("an event holds a NUL character")
+        if isinstance(item, Mapping):
+            if not all(isinstance(key, str) for key in item):
+                raise invalid("an event holds a key that is no text")
+            waiting += [(part, depth + 1) for part in (*item, *item.values())]
+        elif isinstance(item, list | tuple):
+            waiting += [(part, depth + 1) for part in item]
+
+
+def require_actor(event: Shaped, may_act_as: MayActAs, sessions: Sessions) -> str:
+    """Return who an event says it is by: an actor in words, or one of an active session.
+
+    Raises:
+        Rejected: it is nobody, or somebody whom the writer may not name.
+    """
+    from lattice.core.actors import ActorIdentity
+    from lattice.core.ids import validate_actor
+
+    actor = event["actor"]
+    behalf = event.get("provenance", {}).get("on_behalf_of")
+    if behalf is not None and not validate_actor(behalf):
+        raise invalid(f"not an actor: {behalf[:60]!r}; it looks like human:ana or agent:claude")
+    if isinstance(actor, str):
+        if not validate_actor(actor) or not _is_name(actor):
+            raise invalid(f"not an actor: {actor[:60]!r}; it looks like human:ana or agent:claude")
+        may_act_as(actor)
+        return actor
+    name = actor.get("name")
+    known = sessions.actor_of(name) if isinstance(name, str) else None
+    if known is None or dict(known) != actor:
+        raise invalid("the actor is no active session's; start one with: lattice session start")
+    spoken: str = ActorIdentity.from_dict(actor).to_legacy_actor()
+    may_act_as(spoken, ignore_case=True)
+    return spoken
+
+
+def _is_name(actor: str) -> bool:
+    return len(actor) <= _MAX_ACTOR_CHARS and actor.isprintable() and actor == actor.strip()

@@ -1,0 +1,71 @@
+"""Boards for the tests of the storage: events to write, and what must be true of a project after every write."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+from lattice.cli.main import cli  # type: ignore[import-untyped]
+from lattice.core.events import create_event, create_resource_event  # type: ignore[import-untyped]
+from lattice.core.ids import generate_resource_id, generate_task_id  # type: ignore[import-untyped]
+
+from lattice_remote.storage.backend import StorageBackend
+from lattice_remote.storage.values import Snapshot, Written
+from sandbox import tree_of
+
+ANA = "human:ana"
+
+
+def event(kind: str, task: Snapshot | str, data: dict[str, Any], **more: Any) -> dict[str, Any]:
+    task_id = task if isinstance(task, str) else task["id"]
+    made: dict[str, Any] = create_event(kind, task_id, more.pop("actor", ANA), data, **more)
+    return made
+
+
+def of_resource(kind: str, resource: Snapshot | str, data: dict[str, Any], **more: Any) -> dict[str, Any]:
+    resource_id = resource if isinstance(resource, str) else resource["id"]
+    made: dict[str, Any] = create_resource_event(kind, resource_id, more.pop("actor", ANA), data, **more)
+    return made
+
+
+def beginning(title: str = "A task", **data: Any) -> dict[str, Any]:
+    fields = {"title": title, "status": "backlog", "type": "task", "priority": "medium", **data}
+    return event("task_created", generate_task_id(), fields)
+
+
+def made(board: StorageBackend, title: str = "A task", **data: Any) -> Snapshot:
+    first = beginning(title, **data)
+    written = board.write_task(first["task_id"], [first], None)
+    assert isinstance(written, Written), written
+    return written.content
+
+
+def added(board: StorageBackend, task: Snapshot, kind: str, data: dict[str, Any], **more: Any) -> Snapshot:
+    written = board.write_task(task["id"], [event(kind, task, data, **more)], task["last_event_id"])
+    assert isinstance(written, Written), written
+    return written.content
+
+
+def made_resource(board: StorageBackend, name: str, **data: Any) -> Snapshot:
+    fields = {"name": data.pop("called", name), "max_holders": 1, "ttl_seconds": 300, **data}
+    first = of_resource("resource_created", generate_resource_id(), fields)
+    written = board.write_resource(name, [first], None)
+    assert isinstance(written, Written), written
+    return written.content
+
+
+def require_sound(lattice_dir: Path, scratch: Path) -> None:
+    """What is on disk passes ``lattice doctor``, and ``lattice rebuild --all`` makes the same of it."""
+    root = scratch / "examined"
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(lattice_dir, root / ".lattice", ignore=shutil.ignore_patterns("locks", "remote.json"))
+    (root / ".lattice" / "locks").mkdir()
+    env = {"LATTICE_ROOT": str(root)}
+    doctor = CliRunner().invoke(cli, ("doctor", "--json"), env=env)
+    assert json.loads(doctor.stdout)["data"]["findings"] == [], doctor.stdout
+    before = tree_of(root / ".lattice")
+    rebuilt = CliRunner().invoke(cli, ("rebuild", "--all"), env=env)
+    assert (rebuilt.exit_code, rebuilt.stderr) == (0, "")
+    after = tree_of(root / ".lattice")
+    assert {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)} == set()
