@@ -117,6 +117,18 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("manifest", m.Manifest()),
     ("applied", m.Applied(42)),
     ("run: sent again", m.Run(ID, ["comment", "LAT-1", "x"], age_s=2.5)),
+    ("call: a POST of the dashboard", m.Call(ID, "dashboard", f"/api/tasks/{TASK}/status", b'{"status":"done"}')),
+    (
+        "call: an MCP tool that takes a file",
+        m.Call(
+            ID,
+            "mcp",
+            "lattice_attach",
+            b'{"task_id":"LAT-1","source":"log.txt","actor":"human:ana"}',
+            [m.Attachment(0, "log.txt", b"\x00\xff")],
+            2.5,
+        ),
+    ),
     ("log: the newest changes", m.Log(ID)),
     ("log: of a task, going on", m.Log(ID, "LAT-42", 5, 17)),
     (
@@ -150,6 +162,8 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("reply: a failed command", m.Reply(ID, 42, 1, b"", b"Error: no such task\n")),
     *[(f"stored: {outcome}", m.Stored(ID, 43, outcome)) for outcome in ("stored", "merged", "unchanged", "conflict")],
     ("uploaded: some of it", m.Uploaded(ID, 4096)),
+    ("returned", m.Returned(ID, 43, 200, b'{"ok":true,"data":{}}')),
+    ("returned: a failure, which changed nothing", m.Returned(ID, 42, 404, b'{"ok":false,"error":{}}')),
     ("entries: one of several pieces", m.Entries(42, MARK, [m.Entry(EVENTS, 25, o.digest_of(LINE))], False)),
     ("entries: of an empty project", m.Entries(0, b"", [], True)),
     ("part: a whole file", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 0, LINE)),
@@ -189,6 +203,12 @@ REJECTED: list[tuple[str, str, Any]] = [
         {"type": "upload", "id": ID, "digest": bytes(32), "size": 9, "offset": -1},
     ),
     ("client", "an age before its time", {"type": "run", "id": ID, "argv": ["list"], "age_s": -1.0}),
+    (
+        "client",
+        "a surface that is no name",
+        {"type": "call", "id": ID, "surface": "a/b", "name": "x", "payload": b"{}"},
+    ),
+    ("client", "a payload that is text", {"type": "call", "id": ID, "surface": "mcp", "name": "x", "payload": "{}"}),
     *[
         ("client", f"a path that is not allowed: {path!r}", {"type": "fetch", "paths": [path]})
         for path in (
@@ -213,6 +233,7 @@ REJECTED: list[tuple[str, str, Any]] = [
     ("server", "a short digest", {**_DELETE, "ops": [{"op": "announce", "path": "a", "size": 1, "digest": bytes(31)}]}),
     ("server", "a change without a number", {**_DELETE, "seq": 0, "ops": []}),
     ("server", "a field is missing", {"type": "reply", "id": ID, "seq": 1}),
+    ("server", "a status of no answer", {"type": "returned", "id": ID, "seq": 1, "status": 100, "payload": b"{}"}),
     ("server", "an outcome that does not exist", {"type": "stored", "id": ID, "seq": 1, "outcome": "lost"}),
 ]
 

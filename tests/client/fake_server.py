@@ -19,6 +19,7 @@ from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
     SUBPROTOCOL,
+    Call,
     Change,
     ClientFrame,
     Entries,
@@ -34,6 +35,7 @@ from lattice_remote.protocol.messages import (
     Put,
     Refused,
     Reply,
+    Returned,
     Run,
     ServerFrame,
     Stored,
@@ -207,9 +209,9 @@ class FakeServer:
                 first = len(self.changes) if frame.before is None else frame.before
                 told = [_entry(change, self.epoch) for change in reversed(self.changes[:first])][: frame.limit]
                 await _send(connection, LogPage(frame.id, told, first - len(told) or None))
-            case Run() | Put():
+            case Run() | Put() | Call():
                 if frame.id not in self.replies:
-                    self.replies[frame.id] = await (self._run(frame) if isinstance(frame, Run) else self._put(frame))
+                    self.replies[frame.id] = await self._answered(frame)
                     await asyncio.sleep(0)  # the change goes out first
                 if self.cut_before_reply:
                     self.cut_before_reply -= 1
@@ -260,6 +262,15 @@ class FakeServer:
             piece = data[offset : offset + PIECE]
             await _send(connection, Part(path, self.seq, len(data), digest_of(data), offset, piece))
 
+    async def _answered(self, request: Run | Put | Call) -> ServerFrame:
+        match request:
+            case Run():
+                return await self._run(request)
+            case Put():
+                return await self._put(request)
+            case Call():
+                return self._call(request)
+
     async def _run(self, run: Run) -> ServerFrame:
         match run.argv:
             case ["put", path, text]:
@@ -275,6 +286,13 @@ class FakeServer:
             case ["refuse"]:
                 return Refused(run.id, "REMOTE_FORBIDDEN", "token may act as human:ana; not as human:bob")
         return Reply(run.id, self.seq, 7 if run.argv[0] == "fail" else 0, " ".join(run.argv).encode(), b"")
+
+    def _call(self, call: Call) -> ServerFrame:
+        """Put the payload where the name says."""
+        if call.name.startswith("fail"):
+            return Returned(call.id, self.seq, 404, call.payload)
+        self.change(PutFile(call.name, call.payload), cause=call.id)
+        return Returned(call.id, self.seq, 200, call.payload)
 
     async def _put(self, put: Put) -> ServerFrame:
         outcome = self.put_outcome or ("stored" if self.files.get(put.path) == put.base else "conflict")

@@ -11,7 +11,7 @@ from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.agent.service import Service
 from lattice_remote.errors import RemoteError
-from lattice_remote.protocol.messages import CAPABILITIES, ClientFrame, Log, Put, Run
+from lattice_remote.protocol.messages import CAPABILITIES, Call, ClientFrame, Log, Put, Run
 from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, MoveFile, PutFile, digest_of
 
 
@@ -90,6 +90,21 @@ async def test_the_log_of_a_server_that_has_none_is_one_clear_line(
     else:
         answer = await ask(client, "log", task="", limit=2)
         assert [entry["seq"] for entry in answer["entries"]] == [4, 3] and answer["more"]
+
+
+async def test_a_call_is_sent_only_to_a_server_that_names_its_surface(
+    server: FakeServer, client: Service, directory: Path, missing: str
+) -> None:
+    await ask(client, "ready")
+    call = {"surface": "mcp", "name": "tasks/x.json", "payload": '{"x": 1}', "files": []}
+    if missing == "call:mcp":
+        with pytest.raises(RemoteError, match=r"can't run MCP tools: install lattice-remote\[mcp\] on the server"):
+            await ask(client, "call", id="1" * 32, **call)
+        assert not [frame for frame in server.frames if isinstance(frame, Call)]
+    else:
+        answer = await ask(client, "call", id="1" * 32, **call)
+        assert (answer["status"], answer["payload"], answer["seq"]) == (200, '{"x": 1}', server.seq)
+        assert (directory / "tasks/x.json").read_bytes() == b'{"x": 1}'
 
 
 async def test_status_says_which_side_to_upgrade(server: FakeServer, service: Service) -> None:

@@ -17,7 +17,7 @@ import click
 from lattice_remote.errors import Rejected
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.undo import UndoLog
-from lattice_remote.server.worker import policy
+from lattice_remote.server.worker import policy, requests
 from lattice_remote.server.worker import process as worker
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.executor import Executor
@@ -88,6 +88,6 @@ def _parse_nothing_refused(
 if __name__ == "__main__":
     _observe()
     if os.environ.get("HOSTILE_UNGUARDED"):
-        worker.parse = _parse_nothing_refused  # type: ignore[attr-defined]
+        requests.parse = _parse_nothing_refused  # type: ignore[attr-defined]
         Executor._invoke = lambda _, __, invoke, context: invoke(context)  # type: ignore[method-assign]
     sys.exit(worker.main())

@@ -21,10 +21,9 @@ from lattice_remote.protocol.messages import (
     ClientFrame,
     Hello,
     Refused,
-    Reply,
+    Result,
     Run,
     ServerFrame,
-    Stored,
 )
 from lattice_remote.protocol.operations import apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
@@ -136,7 +135,7 @@ class Copy:
     def __init__(self, *, follow: bool = True, capabilities: Sequence[str] = CAPABILITIES) -> None:
         self.replica = Replica(follow=follow, capabilities=capabilities)
         self.tree: dict[str, bytes] = {}
-        self.answers: dict[str, Reply | Stored | Refused] = {}
+        self.answers: dict[str, Result | Refused] = {}
         self.frames: list[ServerFrame] = []
         self._parts: dict[str, bytes] = {}
         self._socket: ClientConnection | None = None
@@ -150,12 +149,12 @@ class Copy:
         assert self._socket is not None
         await self._socket.send(encode(frame))
 
-    async def run(self, *argv: str) -> Reply | Stored | Refused:
+    async def run(self, *argv: str) -> Result | Refused:
         id_ = secrets.token_hex(16)
         await self.send(Run(id_, list(argv)))
         return await self.answer(id_)
 
-    async def answer(self, id_: str) -> Reply | Stored | Refused:
+    async def answer(self, id_: str) -> Result | Refused:
         async with asyncio.timeout(20):
             while id_ not in self.answers:
                 await self.pump()

@@ -12,7 +12,18 @@ from lattice.core.config import default_config, serialize_config
 from lattice.storage.fs import atomic_write, ensure_lattice_dirs
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import CAPABILITIES, Change, Log, LogPage, Put, Refused, Reply, Stored
+from lattice_remote.protocol.messages import (
+    CAPABILITIES,
+    Call,
+    Change,
+    Log,
+    LogPage,
+    Put,
+    Refused,
+    Reply,
+    Returned,
+    Stored,
+)
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation
 from lattice_remote.server.network.outbox import payload_of, websocket_frame
 from lattice_remote.server.project.skew import Dialect, dialect
@@ -142,6 +153,23 @@ async def test_a_request_whose_answer_it_did_not_name_is_refused(running: Runnin
     assert missing in refused[0].message and "upgrade the client" in refused[0].message
     others = {type(answer) for answer in copy.answers.values()} - {Refused}
     assert others == {LogPage if missing == "put-text" else Stored}
+
+
+async def test_a_call_of_a_client_that_has_not_named_its_surface_is_refused(running: Running) -> None:
+    copy = Copy(capabilities=[capability for capability in CAPABILITIES if capability != "call:mcp"])
+    arguments = b'{"title": "One", "actor": "human:ana"}'
+    async with running.connected() as socket:
+        await copy.greet(socket)
+        await copy.sync()
+        await copy.send(Call("1" * 32, "mcp", "lattice_create", arguments))
+        await copy.send(Call("2" * 32, "shell", "ls", b"{}"))
+        await copy.send(Call("3" * 32, "dashboard", "/api/tasks", arguments))
+        while len(copy.answers) < 3:
+            await copy.pump()
+    refused, unknown, answer = (copy.answers[digit * 32] for digit in "123")
+    assert isinstance(refused, Refused) and refused.code == "REMOTE_VERSION" and "call:mcp" in refused.message
+    assert isinstance(unknown, Refused) and unknown.code == "REMOTE_VERSION"
+    assert isinstance(answer, Returned) and (answer.seq, answer.status) == (1, 201)
 
 
 async def test_fields_of_the_future_are_ignored_and_frames_of_the_future_refused(running: Running) -> None:

@@ -1,5 +1,6 @@
 """A real worker process and a copy of its tree that follows its changes: what the tests of this folder share."""
 
+import json
 import os
 import resource
 import secrets
@@ -15,10 +16,21 @@ import msgspec
 
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.memory_tree import MemoryTree
-from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
+from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Result, Returned, Stored
 from lattice_remote.protocol.operations import AnnounceFile, MoveFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.data.ipc import Done, Edit, Execute, Failed, Ready, Reconcile, Stop, ToServer, ToWorker
+from lattice_remote.server.data.ipc import (
+    Done,
+    Edit,
+    Execute,
+    Failed,
+    Invoke,
+    Ready,
+    Reconcile,
+    Stop,
+    ToServer,
+    ToWorker,
+)
 from lattice_remote.server.project.writer import WORKER_COMMAND
 from warm import WarmProcess, warm
 
@@ -188,6 +200,14 @@ class WorkerProcess:
         assert isinstance(answer, Refused), answer
         return answer
 
+    def call(self, surface: str, name: str, payload: object, **options: object) -> tuple[Done, Returned | Refused]:
+        """Have an operation of a surface carried out; a payload that is no bytes travels as JSON."""
+        self.send(invoke(surface, name, payload, **options))  # type: ignore[arg-type]
+        done = self.done()
+        answer = answer_of(done)
+        assert isinstance(answer, Returned | Refused), answer
+        return done, answer
+
     def edit(self, path: str, base: bytes | None, text: bytes, **options: str) -> tuple[Done, Stored | Refused]:
         self.send(Edit(options.get("id", secrets.token_hex(16)), path, base, text, "tok_1", "human:ana"))
         done = self.done()
@@ -247,6 +267,22 @@ def execute(
     return Execute(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
 
 
+def invoke(
+    surface: str,
+    name: str,
+    payload: object,
+    *,
+    id: str | None = None,  # noqa: A002 - the message's own word
+    files: Sequence[Attachment] = (),
+    actor: str = "human:ana",
+    act_as: Sequence[str] = ("agent:*",),
+    token_id: str = "tok_1",  # noqa: S107 - an id
+) -> Invoke:
+    """Return the request to carry out an operation of a surface."""
+    data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    return Invoke(id or secrets.token_hex(16), surface, name, data, list(files), token_id, actor, list(act_as))
+
+
 def change_of(done: Done) -> Change | None:
     if done.change is None:
         return None
@@ -258,10 +294,10 @@ def change_of(done: Done) -> Change | None:
     return frame
 
 
-def answer_of(done: Done) -> Reply | Stored | Refused | None:
+def answer_of(done: Done) -> Result | Refused | None:
     if done.reply is None:
         return None
     frame = decode_server_frame(done.reply)
-    assert isinstance(frame, Reply | Stored | Refused)
+    assert isinstance(frame, Result | Refused)
     assert frame.id == done.id
     return frame

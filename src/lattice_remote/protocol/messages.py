@@ -20,6 +20,7 @@ __all__ = [
     "MAX_FETCH_PATHS",
     "MAX_LOG_ENTRIES",
     "MAX_LOG_TASKS",
+    "MAX_PAYLOAD_BYTES",
     "MAX_PIECE_BYTES",
     "MIN_PIECE_BYTES",
     "PROTOCOL_VERSION",
@@ -27,6 +28,7 @@ __all__ = [
     "Applied",
     "Attachment",
     "Bye",
+    "Call",
     "Change",
     "ClientFrame",
     "Entries",
@@ -44,18 +46,24 @@ __all__ = [
     "Reply",
     "Request",
     "Response",
+    "Result",
+    "Returned",
     "Run",
     "ServerFrame",
     "Stored",
     "Upload",
     "Uploaded",
     "Welcome",
+    "needed_capability",
 ]
 
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("append", "merge", "move", "announce", "put-text", "log", "uploads")
-"""What this version can do beyond whole files; a peer uses only what the other side named."""
+CAPABILITIES = ("append", "merge", "move", "announce", "put-text", "log", "uploads", "call:dashboard", "call:mcp")
+"""What this version can do beyond whole files; a peer uses only what the other side named.
+
+A server does not name ``call:SURFACE`` when what that needs is not installed beside it.
+"""
 
 MAX_ARGV = 1024
 MAX_FETCH_PATHS = 1024
@@ -63,6 +71,8 @@ MAX_LOG_ENTRIES = 200
 """The most entries that one ``LogPage`` holds."""
 MAX_LOG_TASKS = 100
 """The most tasks that one ``LogEntry`` names."""
+MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
+"""The longest payload of a ``Call``."""
 MAX_PIECE_BYTES = 1024 * 1024
 """The most of a file that travels in one frame: nothing small waits long behind it."""
 MIN_PIECE_BYTES = 4096
@@ -92,6 +102,7 @@ class Attachment(msgspec.Struct, frozen=True):
 
     Its content is ``data``, or what was uploaded before with this ``digest`` and ``size`` (capability ``uploads``).
     With neither there is no such file.
+    In a ``Call`` ``index`` counts the files that its operation takes.
     """
 
     index: Annotated[int, Meta(ge=0, lt=MAX_ARGV)]
@@ -136,6 +147,21 @@ class Put(_Frame, frozen=True, tag="put"):
     path: _Path
     base: bytes | None
     text: bytes
+    age_s: _Age = 0.0
+
+
+class Call(_Frame, frozen=True, tag="call"):
+    """Carry out an operation of one of lattice's surfaces, once for this id (I6).
+
+    ``surface`` is ``dashboard`` (``name`` is the path of a POST) or ``mcp`` (the name of a tool); ``payload`` is JSON:
+    the request's body, the tool's arguments. ``age_s`` as in ``Run``. Capability ``call:SURFACE``.
+    """
+
+    id: RequestId
+    surface: Annotated[str, Meta(pattern="^[a-z]{1,32}$", max_length=32)]
+    name: _Short
+    payload: Annotated[bytes, Meta(max_length=MAX_PAYLOAD_BYTES)]
+    files: Annotated[list[Attachment], Meta(max_length=16)] = []
     age_s: _Age = 0.0
 
 
@@ -239,6 +265,18 @@ class Reply(_Frame, frozen=True, tag="reply"):
     stderr: bytes
 
 
+class Returned(_Frame, frozen=True, tag="returned"):
+    """The outcome of a ``Call``: ``status`` as in HTTP, ``payload`` JSON. What did not succeed changed nothing.
+
+    Every change up to ``seq`` has travelled before it on this connection.
+    """
+
+    id: RequestId
+    seq: Seq
+    status: Annotated[int, Meta(ge=200, le=599)]
+    payload: bytes
+
+
 class Stored(_Frame, frozen=True, tag="stored"):
     """The outcome of a ``Put``; on ``conflict`` the server's text is unchanged, and so is every file."""
 
@@ -333,10 +371,17 @@ class Bye(_Frame, frozen=True, tag="bye"):
 
 
 CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads"}
-"""What both sides must have named before a frame of this kind is sent, and answered."""
-Request = Run | Put | Log | Upload
+"""What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
+Request = Run | Put | Call | Log | Upload
 """What a server answers, by its id."""
-Response = Reply | Stored | LogPage | Uploaded | Refused
+Response = Reply | Stored | Returned | LogPage | Uploaded | Refused
 """What answers a ``Request``."""
-ClientFrame = Hello | Run | Put | Fetch | Manifest | Log | Upload | Applied
-ServerFrame = Welcome | Change | Reply | Stored | Entries | Part | LogPage | Uploaded | Refused | Bye
+Result = Reply | Stored | Returned
+"""What answers a request that was carried out; it is journalled, and has the number up to which it is true."""
+ClientFrame = Hello | Run | Put | Call | Fetch | Manifest | Log | Upload | Applied
+ServerFrame = Welcome | Change | Reply | Stored | Returned | Entries | Part | LogPage | Uploaded | Refused | Bye
+
+
+def needed_capability(frame: Request) -> str | None:
+    """Return what both sides must have named before this frame is sent, and answered; None when that is nothing."""
+    return f"call:{frame.surface}" if isinstance(frame, Call) else CAPABILITY_OF.get(type(frame))

@@ -32,6 +32,8 @@ from lattice_remote.protocol.messages import (
     Refused,
     Reply,
     Response,
+    Result,
+    Returned,
     ServerFrame,
     Stored,
     Uploaded,
@@ -239,7 +241,7 @@ class Replica:
         self._kept_bytes = 0  # of all operations in _arriving
         self._floors: dict[str, int] = {}  # path -> number at which its content was read, while that is ahead of us
         self._comparison: _Comparison | None = None
-        self._answers: list[Reply | Stored] = []
+        self._answers: list[Result] = []
 
     @property
     def is_current(self) -> bool:
@@ -293,7 +295,7 @@ class Replica:
                 return self._listed(frame)
             case Part():
                 return self._part_received(frame)
-            case Reply() | Stored():
+            case Reply() | Stored() | Returned():
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()

@@ -2,8 +2,9 @@
 
 process    one service per cache behind a Unix socket
 direct     the same service inside a command's own process
-service    run, push, pull, sync, verify, status
+service    run, call, push, pull, sync, verify, status
 caretaker  keeps the files right without being asked
 watching   tells which files somebody has touched
+frames     what its requests become on the wire
 history    who did what, asked of the server
 """

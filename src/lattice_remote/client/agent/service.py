@@ -5,6 +5,7 @@ A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``n
 
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices
+    call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts)
     push     send edited plans and notes           -> sent, notices
     pull     bring the cache up to date            -> seq
     sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
@@ -27,6 +28,7 @@ from typing import Any
 from lattice_remote import __version__
 from lattice_remote.client import servers
 from lattice_remote.client.agent.caretaker import Caretaker
+from lattice_remote.client.agent.frames import call_frame, run_frame
 from lattice_remote.client.agent.history import read_log
 from lattice_remote.client.agent.live import Live
 from lattice_remote.client.agent.pushing import Pusher
@@ -39,7 +41,16 @@ from lattice_remote.client.link.links import Links
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
-from lattice_remote.protocol.messages import MAX_ARGV, Applied, Attachment, Refused, Reply, Run, Welcome
+from lattice_remote.protocol.messages import (
+    Applied,
+    Call,
+    Refused,
+    Reply,
+    Response,
+    Returned,
+    Run,
+    Welcome,
+)
 from lattice_remote.protocol.replica import State
 from lattice_remote.protocol.versions import describe_difference
 
@@ -131,7 +142,9 @@ class Service:
             case "ready":
                 return await self._with_progress(self._ready(), report)
             case "run":
-                return await self._with_progress(self._run_unless_held(request, token), report)
+                return await self._with_progress(self._unless_held(self._run(request, token)), report)
+            case "call":
+                return await self._with_progress(self._unless_held(self._call(request, token)), report)
             case "push":
                 return await self._push_now(token)
             case "pull":
@@ -236,40 +249,54 @@ class Service:
 
     # --- writing ---
 
-    async def _run_unless_held(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+    async def _unless_held(self, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         try:
-            return await self._run(request, token)
+            return await work
         except ConnectionFailed as error:
             if error.sent or not self.cache.is_held_by_others:
                 raise
             raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
 
     async def _run(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
-        """Send edited plans and notes, then the command line; return once its change is in the files."""
-        run = _run_frame(request)
+        """Have a command line run on the server; return once its change is in the files."""
+        answer, notices = await self._carry_out(run_frame(request), request, token)
+        if not isinstance(answer, Reply):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        return {
+            "exit_code": answer.exit_code if 0 <= answer.exit_code <= 255 else 1,
+            "stdout": base64.b64encode(answer.stdout).decode("ascii"),
+            "stderr": base64.b64encode(answer.stderr).decode("ascii"),
+            "notices": notices,
+        }
+
+    async def _call(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        """Have an operation of a surface carried out on the server; return once its change is in the files."""
+        answer, notices = await self._carry_out(call_frame(request), request, token)
+        if not isinstance(answer, Returned):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        payload = answer.payload.decode(errors="replace")
+        return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
+
+    async def _carry_out(
+        self, frame: Run | Call, request: dict[str, Any], token: str | None
+    ) -> tuple[Response, list[str]]:
+        """Send edited plans and notes, then the frame; return its answer, and what the user should know."""
         link = self._links.writing(token)
         notices = (await self._pusher.push(link)).notices
         if request.get("own_link"):
             # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
             link = self._links.new_writer(str(link.token))
             try:
-                answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
+                answer = await link.ask(frame, first_sent_at=request.get("first_sent_at"))
             finally:
                 await link.close()
         else:
-            answer = await link.ask(run, first_sent_at=request.get("first_sent_at"))
+            answer = await link.ask(frame, first_sent_at=request.get("first_sent_at"))
         if isinstance(answer, Refused):
             raise Rejected(answer.message, code=answer.code)
-        if not isinstance(answer, Reply):
-            raise ConnectionFailed("the server answered something else", sent=True)
-        if link is not self._link and not await self._reached(answer.seq):
+        if isinstance(answer, Reply | Returned) and link is not self._link and not await self._reached(answer.seq):
             notices.append(f"done, but the copy here is behind: {self._trouble().message}")
-        return {
-            "exit_code": answer.exit_code if 0 <= answer.exit_code <= 255 else 1,
-            "stdout": base64.b64encode(answer.stdout).decode("ascii"),
-            "stderr": base64.b64encode(answer.stderr).decode("ascii"),
-            "notices": [*notices, *self._notices()],
-        }
+        return answer, [*notices, *self._notices()]
 
     async def _reached(self, seq: int) -> bool:
         self._link.kick()
@@ -437,25 +464,6 @@ def _versions(welcome: Welcome | None) -> dict[str, Any]:
         if (advice := describe_difference(here[program], there[program], here_is="this machine", there_is="the server"))
     }
     return {"here": here, "server": there, "differences": differences}
-
-
-def _run_frame(request: dict[str, Any]) -> Run:
-    argv = request["argv"]
-    if not 0 < len(argv) <= MAX_ARGV:
-        raise Misuse(f"too many arguments: at most {MAX_ARGV}")
-    try:
-        "\0".join(argv).encode()
-    except UnicodeEncodeError:
-        raise Misuse("an argument is not valid UTF-8") from None
-    files = [
-        Attachment(
-            index=file["index"],
-            name=file["name"].encode(errors="replace").decode(),
-            data=None if file["data"] is None else base64.b64decode(file["data"]),
-        )
-        for file in request["files"]
-    ]
-    return Run(id=request["id"], argv=argv, files=files)
 
 
 def _comparison_fields(comparison: Comparison) -> dict[str, Any]:

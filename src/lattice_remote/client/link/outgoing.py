@@ -2,14 +2,16 @@
 
 from lattice_remote.errors import one_line
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, encode
-from lattice_remote.protocol.messages import CAPABILITY_OF, Put, Refused, Request, Run, Welcome
+from lattice_remote.protocol.messages import Call, Put, Refused, Request, Run, Welcome, needed_capability
 
 __all__ = ["refusal_of"]
 
 _CAN_NOT = {
-    "put-text": "takes no edited plans and notes",
-    "log": "can't tell who changed what",
-    "uploads": "takes no large files",
+    "put-text": "takes no edited plans and notes: upgrade the server",
+    "log": "can't tell who changed what: upgrade the server",
+    "uploads": "takes no large files: upgrade the server",
+    "call:dashboard": "takes no requests of the dashboard: upgrade the server",
+    "call:mcp": "can't run MCP tools: install lattice-remote[mcp] on the server",
 }
 
 
@@ -19,11 +21,11 @@ def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:
 
 
 def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
-    needed = CAPABILITY_OF.get(type(frame))
+    needed = needed_capability(frame)
     if needed is None or needed in welcome.capabilities:
         return None
     server = one_line(f"the server (lattice-remote {welcome.server_version})")
-    return Refused(frame.id, "REMOTE_VERSION", f"{server} {_CAN_NOT[needed]}: upgrade the server")
+    return Refused(frame.id, "REMOTE_VERSION", f"{server} {_CAN_NOT[needed]}")
 
 
 def _too_large(frame: Request, welcome: Welcome) -> Refused | None:
@@ -42,7 +44,7 @@ def _too_large(frame: Request, welcome: Welcome) -> Refused | None:
 
 def _largest_file(frame: Request) -> int:
     match frame:
-        case Run():
+        case Run() | Call():
             return max((len(file.data or b"") for file in frame.files), default=0)
         case Put():
             return len(frame.text)

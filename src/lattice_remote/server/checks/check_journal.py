@@ -9,7 +9,7 @@ import msgspec
 
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change, Reply, Stored
+from lattice_remote.protocol.messages import Change, Result
 from lattice_remote.server.checks.findings import Finding
 from lattice_remote.server.data.framing import HEAD_BYTES, frames
 from lattice_remote.server.journal.segments import Record, Segment, segment_paths
@@ -170,7 +170,7 @@ def _wrong_with_reply(record: Record) -> Iterator[str]:
     except ProtocolError as error:
         yield f"has an answer that can't be read: {error.message}"
         return
-    if not isinstance(reply, Reply | Stored):
+    if not isinstance(reply, Result):
         yield "has something else in place of an answer"
     elif reply.id != record.id:
         yield "has the answer to another request"

@@ -15,6 +15,7 @@ __all__ = [
     "Execute",
     "Failed",
     "HookCall",
+    "Invoke",
     "NewEpoch",
     "Ready",
     "Reconcile",
@@ -47,6 +48,20 @@ class Execute(_Message, frozen=True, tag="execute"):
     actor: str
     act_as: list[str]
     last_try: bool = False
+    first_sent_at: float | None = None
+
+
+class Invoke(_Message, frozen=True, tag="invoke"):
+    """Carry out an operation of a surface for the holder of this token, once for this id (I6); see ``Call``."""
+
+    id: str
+    surface: str
+    name: str
+    payload: bytes
+    files: list[Attachment]
+    token_id: str
+    actor: str
+    act_as: list[str]
     first_sent_at: float | None = None
 
 
@@ -91,7 +106,7 @@ class Stop(_Message, frozen=True, tag="stop"):
     """Finish, write the manifest, leave."""
 
 
-ToWorker = Execute | Edit | Reconcile | NewEpoch | Settle | Stop
+ToWorker = Execute | Invoke | Edit | Reconcile | NewEpoch | Settle | Stop
 
 
 # --- from the worker ---

@@ -24,10 +24,10 @@ from lattice_remote.logtext import printable
 from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
-    CAPABILITY_OF,
     PROTOCOL_VERSION,
     Applied,
     Bye,
+    Call,
     ClientFrame,
     Fetch,
     Hello,
@@ -40,16 +40,17 @@ from lattice_remote.protocol.messages import (
     ServerFrame,
     Upload,
     Welcome,
+    needed_capability,
 )
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.versions import describe_difference
-from lattice_remote.server.data.ipc import Edit, Execute
+from lattice_remote.server.data.ipc import Edit, Execute, Invoke
 from lattice_remote.server.data.tokens import Token
 from lattice_remote.server.network.handoff import Handoff
 from lattice_remote.server.network.outbox import MAX_PENDING_BYTES, websocket_frame
 from lattice_remote.server.project.files import FileSender
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.project.skew import common_capabilities, dialect
+from lattice_remote.server.project.skew import common_capabilities, dialect, offered_capabilities
 
 __all__ = ["HELLO_TIMEOUT_S", "Peer"]
 
@@ -186,7 +187,7 @@ class Peer:
                 resync=hello.follow and not continues,
                 limits=Limits(most, most - _OTHER_FIELDS_BYTES),
                 act_as=self.token.act_as,
-                capabilities=list(CAPABILITIES),
+                capabilities=offered_capabilities(),
             )
         )
         programs = _programs(hello, project.lattice_version)
@@ -226,9 +227,15 @@ class Peer:
             case Run():
                 run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
                 self._submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)))
-            case Put() | Log() | Upload() if CAPABILITY_OF[type(frame)] not in self._capabilities:
-                what = CAPABILITY_OF[type(frame)]
+            case Put() | Call() | Log() | Upload() if needed_capability(frame) not in self._capabilities:
+                what = needed_capability(frame)
                 self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {what!r}: upgrade the client")
+            case Call():
+                call = Invoke(
+                    *(frame.id, frame.surface, frame.name, frame.payload, frame.files),
+                    *(token.id, token.actor, token.act_as, _first_sent_at(frame)),
+                )
+                self._submit(call)
             case Put() if is_editable(frame.path):
                 first = _first_sent_at(frame)
                 self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first))
@@ -258,7 +265,7 @@ class Peer:
             self._logs.append(frame)
             self._work.set()
 
-    def _submit(self, request: Execute | Edit) -> None:
+    def _submit(self, request: Execute | Invoke | Edit) -> None:
         if self._is_taken(request.id):
             self.project.submit(request, self)
 
@@ -356,7 +363,7 @@ def _programs(hello: Hello, lattice_version: str) -> str:
     return ", ".join(parts)
 
 
-def _first_sent_at(frame: Run | Put) -> float | None:
+def _first_sent_at(frame: Run | Put | Call) -> float | None:
     """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
     return time.time() - frame.age_s if frame.age_s else None
 

@@ -32,6 +32,7 @@ from lattice_remote.server.data.ipc import (
     Edit,
     Execute,
     Failed,
+    Invoke,
     NewEpoch,
     Ready,
     Reconcile,
@@ -183,7 +184,7 @@ class Project:
 
     # --- requests ---
 
-    def submit(self, message: Execute | Edit, asker: Follower) -> None:
+    def submit(self, message: Execute | Invoke | Edit, asker: Follower) -> None:
         """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
 
         A request that is under way already is joined, not run again (I6).
@@ -214,7 +215,7 @@ class Project:
         self._held_bytes += weight
         self._enqueue(job)
 
-    def _join(self, job: Job, message: Execute | Edit, asker: Follower) -> None:
+    def _join(self, job: Job, message: Execute | Invoke | Edit, asker: Follower) -> None:
         running = job.message
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
@@ -343,13 +344,13 @@ class Project:
     def _finish(self, job: Job, done: Done) -> None:
         """Answer, or let wait, or note that a look at the tree is over."""
         match job.message:
-            case Execute() | Edit() | Settle() as message:
+            case Execute() | Invoke() | Edit() | Settle() as message:
                 if done.waiting_for is not None:
                     self._wait(job, message.id, done)
                     return
                 self._drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
-                if done.change is not None and isinstance(message, Execute):
+                if done.change is not None and isinstance(message, Execute | Invoke):
                     self._uploads_used(message)
                 for asker in job.askers:
                     asker.answer(message.id, done.reply)
@@ -364,7 +365,7 @@ class Project:
             case NewEpoch() | Stop():
                 raise AssertionError("these are not answered with an outcome")
 
-    def _uploads_used(self, message: Execute) -> None:
+    def _uploads_used(self, message: Execute | Invoke) -> None:
         """What it referred to is in the tree. Of one that changed nothing, the next try may make use."""
         for file in message.files:
             if file.digest is not None:
@@ -457,7 +458,7 @@ class Project:
     def _give_up(self, job: Job, why: str) -> None:
         """Have the next worker answer from the journal, or refuse; which of the two only the files can tell (I6)."""
         match job.message:
-            case Execute() | Edit() as message:
+            case Execute() | Invoke() | Edit() as message:
                 job.message = Settle(message.id, message.token_id, "REMOTE_FAILED", why)
             case Settle() | Reconcile():
                 pass
@@ -516,10 +517,11 @@ class Project:
         self._writer.kill()
 
 
-def _weight_of(message: Execute | Edit) -> int:
+def _weight_of(message: Execute | Invoke | Edit) -> int:
     if isinstance(message, Edit):
         return len(message.text) + len(message.base or b"")
-    return sum(len(file.data or b"") for file in message.files) + sum(map(len, message.argv))
+    said = len(message.payload) if isinstance(message, Invoke) else sum(map(len, message.argv))
+    return said + sum(len(file.data or b"") for file in message.files)
 
 
 def _refuse(asker: Follower, request_id: str, code: str, message: str) -> None:

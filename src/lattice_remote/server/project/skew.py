@@ -14,13 +14,19 @@ from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import CAPABILITIES, Change, Hello
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, MergeJson, MoveFile, Operation
 from lattice_remote.server.network.outbox import payload_of, websocket_frame
+from lattice_remote.server.worker.surfaces.registry import is_offered
 
-__all__ = ["Dialect", "common_capabilities", "dialect"]
+__all__ = ["Dialect", "common_capabilities", "dialect", "offered_capabilities"]
 
 _UNKNOWN = bytes(32)
 """A digest that no file has: whatever the client holds, it is to be fetched."""
 _OPERATIONS = frozenset({"append", "merge", "move"})
 _decoder = msgspec.msgpack.Decoder(Change)
+
+
+def offered_capabilities() -> list[str]:
+    """Return what this server can do with what is installed beside it."""
+    return [name for name in CAPABILITIES if not name.startswith("call:") or is_offered(name.removeprefix("call:"))]
 
 
 def common_capabilities(hello: Hello) -> frozenset[str]:

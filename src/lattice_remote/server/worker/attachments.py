@@ -42,11 +42,18 @@ class Attached:
 
     @classmethod
     def write(
-        cls, argv: Sequence[str], files: Sequence[Attachment], directory: Path, uploaded: Callable[[bytes], Path]
+        cls,
+        argv: Sequence[str],
+        files: Sequence[Attachment],
+        directory: Path,
+        uploaded: Callable[[bytes], Path],
+        *,
+        is_argv: bool = True,
     ) -> Self:
         """Put the files below ``directory``, which the caller empties when the command is done.
 
-        ``uploaded`` tells where content is that was uploaded, by its digest.
+        ``uploaded`` tells where content is that was uploaded, by its digest. Without ``is_argv`` the strings are
+        nothing but files: one that looks like an option is not taken apart.
 
         Raises:
             Rejected: an index outside the command line, the same one twice, or a name that is none;
@@ -58,12 +65,14 @@ class Attached:
         if len(set(indexes)) != len(indexes) or any(index >= len(argv) for index in indexes):
             raise Rejected("an attached file belongs to no argument of the command", code="REMOTE_PROTOCOL")
         for file in files:
-            attached._write_one(file, directory, uploaded)
+            option, given = _split(attached.argv[file.index]) if is_argv else ("", attached.argv[file.index])
+            path = attached._write_one(file, directory, uploaded)
+            attached._given[str(path)] = given
+            attached.argv[file.index] = f"{option}{path}"
         attached.paths = frozenset(attached._given)
         return attached
 
-    def _write_one(self, file: Attachment, directory: Path, uploaded: Callable[[bytes], Path]) -> None:
-        option, given = _split(self.argv[file.index])
+    def _write_one(self, file: Attachment, directory: Path, uploaded: Callable[[bytes], Path]) -> Path:
         folder = directory / (secrets.token_hex(16) + _DIRECTORY_MARK)
         folder.mkdir(mode=0o700)
         if file.data is None and file.digest is None:
@@ -74,8 +83,7 @@ class Attached:
                 path.write_bytes(file.data)
             elif file.digest is not None:
                 self._link(uploaded(file.digest), path, file.size, file.digest)
-        self._given[str(path)] = given
-        self.argv[file.index] = f"{option}{path}"
+        return path
 
     def _link(self, content: Path, path: Path, size: int, digest: bytes) -> None:
         """Give content that was uploaded a second name; where there are no hard links, copy it."""

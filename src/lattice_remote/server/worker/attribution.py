@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Collection, Sequence
 
-__all__ = ["describe_command", "describe_edit", "describe_paths"]
+__all__ = ["describe_call", "describe_command", "describe_edit", "describe_paths"]
 
 MAX_CHARS = 200
 _MAX_PATHS = 5
@@ -24,6 +24,11 @@ def describe_command(argv: Sequence[str]) -> str:
         if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte; what is cut off need not be looked at
             break
     return _cut(_without_secrets(line[:_LOOKED_AT_CHARS]))
+
+
+def describe_call(label: str) -> str:
+    """Return what is said of an operation of a surface."""
+    return _cut(_without_secrets(label))
 
 
 def describe_edit(path: str) -> str:

@@ -1,5 +1,7 @@
 """One command line, run by lattice itself in this process, with what it prints and the exit code it would have.
 
+Or one operation of another surface, in the same circumstances.
+
 The process must have been prepared with ``prepare()``; one command runs at a time, in the main thread.
 """
 
@@ -23,11 +25,14 @@ import filelock
 
 from lattice_remote.server.data.ipc import HookCall
 from lattice_remote.server.tree.tree import MERGE_FROM_BYTES
+from lattice_remote.server.worker.surfaces.surface import Answer
 
 __all__ = ["Executor", "Outcome", "Waiting"]
 
 _log = logging.getLogger(__name__)
 _LOCK_RETRY_S = 0.02
+_FAILED = 400
+"""From this status on an operation did not succeed."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
 """The longest that ``resource acquire --wait`` waits, whatever it was told."""
 
@@ -46,9 +51,10 @@ class Waiting:
 
 @dataclass
 class Outcome:
-    """What a command did besides writing files.
+    """What a command, or an operation of a surface, did besides writing files.
 
     Attributes:
+        answer: of an operation that did not break down.
         failure: one line when the command broke down, so that all it did must be undone; None otherwise.
         waiting: it would wait; nothing was printed.
     """
@@ -56,9 +62,15 @@ class Outcome:
     exit_code: int = 0
     stdout: bytes = b""
     stderr: bytes = b""
+    answer: Answer | None = None
     hooks: list[HookCall] = field(default_factory=list)
     failure: str | None = None
     waiting: Waiting | None = None
+
+    @property
+    def is_undone(self) -> bool:
+        """Tell whether all that was written must be undone."""
+        return self.failure is not None or (self.answer is not None and self.answer.status >= _FAILED)
 
 
 class _WouldWait(BaseException):
@@ -205,10 +217,7 @@ class Executor:
         when it is empty, for a line that only prints. ``Vetoed`` passes through. What the command printed is what a
         pipe would have received.
         """
-        self._hooks.clear()
-        self._checked = checked
-        self._clock.restart(is_over=last_try)
-        self._mover.own_copies = own_copies
+        self._begin(checked, last_try=last_try, own_copies=own_copies)
         outcome = Outcome()
         with _printing() as (stdout, stderr):
             try:
@@ -223,6 +232,28 @@ class Executor:
         outcome.stdout, outcome.stderr = stdout(), stderr()
         outcome.hooks = list(self._hooks)
         return outcome
+
+    def call(self, operation: Callable[[], Answer], label: str) -> Outcome:
+        """Run an operation of a surface, which may run no command; never raises an ``Exception``.
+
+        ``Vetoed`` passes through. What is printed is nobody's to see.
+        """
+        self._begin("", last_try=True)
+        outcome = Outcome()
+        with _printing():
+            try:
+                outcome.answer = operation()
+            except Exception as error:  # noqa: BLE001 - an operation may fail in any way, the writer goes on
+                _log.exception("%s broke down", label)
+                outcome.failure = self._describe(error)
+        outcome.hooks = list(self._hooks)
+        return outcome
+
+    def _begin(self, checked: str, *, last_try: bool, own_copies: Collection[str] = ()) -> None:
+        self._hooks.clear()
+        self._checked = checked
+        self._clock.restart(is_over=last_try)
+        self._mover.own_copies = own_copies
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
         """Have every command below ``group`` make sure that it is the one that was checked."""

@@ -15,7 +15,7 @@ import click
 from lattice_remote.server.worker.actors import Identity, check_actor
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
 
-__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "parse"]
+__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "check_new_task", "parse"]
 
 MAX_TEXT_BYTES = 1024 * 1024
 _MISPLACED = "a file was attached to an argument that takes none"
@@ -201,13 +201,23 @@ def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind]
 
 def _check_new(path: str, values: Mapping[str, Any], lattice_dir: Path) -> None:
     """Refuse to make what would stand in the place of something else, here or on a client's disk."""
-    if path == "create" and os.path.lexists(lattice_dir / f"archive/tasks/{values.get('task_id')}.json"):
-        raise unsupported(f"{values['task_id']} is the id of an archived task: unarchive it, or leave out --id")
+    if path == "create":
+        check_new_task(values.get("task_id"), lattice_dir)
     if path == "resource create":
         _check_spelling(values.get("name"), _names_in(lattice_dir / "resources"))
     if path == "session start":
         active = (name.rpartition("-")[0] for name in _names_in(lattice_dir / "sessions"))
         _check_spelling(values.get("base_name") or values.get("agent_type", "").capitalize(), active)
+
+
+def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
+    """Do nothing if a task may be made with this id, None for one that lattice makes up.
+
+    Raises:
+        Rejected: it is that of an archived task.
+    """
+    if task_id and os.path.lexists(lattice_dir / f"archive/tasks/{task_id}.json"):
+        raise unsupported(f"{task_id} is the id of an archived task: unarchive it, or make one without an id")
 
 
 def _check_spelling(name: str | None, others: Iterable[str]) -> None:

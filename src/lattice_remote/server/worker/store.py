@@ -20,7 +20,7 @@ import msgspec
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
-from lattice_remote.protocol.messages import Change, Reply, Stored
+from lattice_remote.protocol.messages import Change, Result
 from lattice_remote.protocol.operations import MoveFile, paths_of
 from lattice_remote.server.data.ipc import After, Done, HookCall
 from lattice_remote.server.journal.copied import place_of
@@ -125,7 +125,7 @@ class Store:
         self,
         difference: Difference,
         cause: Cause,
-        answer: Callable[[int], Reply | Stored] | None = None,
+        answer: Callable[[int], Result] | None = None,
         *,
         hooks: Sequence[HookCall] = (),
         waiting: Waiting | None = None,
@@ -334,7 +334,7 @@ def _at_beginning(record: Record) -> Record:
     """Return a record for a new history: its files, at number 0, hold what was done."""
     assert record.reply is not None, "a record with an id has an answer"
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
-    assert isinstance(answer, Reply | Stored), "nothing else is journalled"
+    assert isinstance(answer, Result), "nothing else is journalled"
     reply = encode(msgspec.structs.replace(answer, seq=0))
     return Record(0, b"", record.time, record.id, record.token_id, reply=reply)
 

@@ -1,0 +1,257 @@
+"""One project's requests, carried out in order, each of them once (I1, I6)."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Refused, Reply, Result, Returned
+from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.ipc import (
+    After,
+    Edit,
+    Execute,
+    Invoke,
+    NewEpoch,
+    Ready,
+    Reconcile,
+    Settle,
+    Stop,
+    ToWorker,
+)
+from lattice_remote.server.journal.segments import Record
+from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker.attachments import Attached
+from lattice_remote.server.worker.attribution import describe_call, describe_command
+from lattice_remote.server.worker.committer import Committer, Job
+from lattice_remote.server.worker.editing import Editor
+from lattice_remote.server.worker.executor import Executor, Outcome
+from lattice_remote.server.worker.policy import Command, parse
+from lattice_remote.server.worker.running import Runner, Work, cannot_store
+from lattice_remote.server.worker.store import BY_SERVER, Cause, Store
+from lattice_remote.server.worker.surfaces.registry import surface_named
+from lattice_remote.server.worker.surfaces.surface import Asked, Operation
+
+__all__ = ["Worker"]
+
+_Request = Execute | Invoke | Edit | Settle
+_MAX_ACTOR_CHARS = 256
+_MAX_MESSAGE_CHARS = 4096
+_MAX_OUTPUT_BYTES = 8 * 1024 * 1024
+
+
+class Worker:
+    """Carries out what the server asks for.
+
+    Args:
+        project: the project's directory, a real path.
+        scratch: a private directory, a real path; emptied after each command.
+        store, executor, committer: see there.
+    """
+
+    def __init__(self, project: Path, scratch: Path, store: Store, executor: Executor, committer: Committer) -> None:
+        self._paths = ProjectPaths(project)
+        self._lattice_dir = self._paths.lattice
+        self._scratch = scratch
+        self._store = store
+        self._executor = executor
+        self._committer = committer
+        self._runner = Runner(store, scratch)
+        self._editor = Editor(store, self._lattice_dir)
+
+    def ready(self, notes: list[str]) -> None:
+        """Report that the project is open, after everything that was committed so far."""
+        journal, files = self._store.journal, self._store.tree.files
+        message = Ready(
+            epoch=journal.epoch,
+            head=journal.head,
+            mark=journal.mark,
+            oldest=journal.oldest,
+            lattice_version=version("lattice-tracker"),
+            files=[After(path, state.size, state.digest) for path, state in files.items()],
+            notes=notes,
+        )
+        self._committer.submit(Job(message))
+
+    def handle(self, message: ToWorker) -> bool:
+        """Carry out one request; return False when it was the last.
+
+        Raises:
+            OSError: the storage failed; the process must end.
+        """
+        match message:
+            case Execute():
+                self._once(message, self._execute)
+            case Invoke():
+                self._once(message, self._invoke)
+            case Edit():
+                self._once(message, self._editor.edit)
+            case Settle():
+                self._once(message, _refuse_settled)
+            case Reconcile():
+                self._store.keep_retention()
+                found = self._store.tree.reconcile(message.paths)
+                self._store.commit(found, BY_SERVER("edit"))
+            case NewEpoch():
+                self._committer.wait()
+                self._store.new_epoch()
+                self.ready([f"a new epoch begins: {message.reason}"])
+            case Stop():
+                return False
+        return True
+
+    def _once[Asked: _Request](self, request: Asked, carry_out: Callable[[Asked], None]) -> None:
+        """Carry out a request unless it was before: then its answer is given again (I6)."""
+        known = self._store.journal.find(request.id)
+        try:
+            if known is None:
+                self._require_new(request)
+                carry_out(request)
+            else:
+                self._answer_again(request, known)
+        except Rejected as rejected:
+            message = rejected.message[:_MAX_MESSAGE_CHARS]
+            self._store.refuse(request.id, encode(Refused(request.id, rejected.code, message)))
+
+    def _require_new(self, request: _Request) -> None:
+        """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
+
+        Raises:
+            Rejected: it was sent before, and whether it was carried out may have been forgotten since.
+        """
+        first = request.first_sent_at if not isinstance(request, Settle) else None
+        if first is not None and first < self._store.journal.since:
+            raise Rejected(
+                "this request was sent before, and the server does not keep its answer any more; it may have taken "
+                "effect: look before you repeat it",
+                code="REMOTE_UNKNOWN_OUTCOME",
+            )
+
+    def _answer_again(self, request: _Request, known: Record) -> None:
+        if known.token_id != request.token_id:
+            raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
+        self._store.reply_again(request.id, known)
+
+    # --- a command line ---
+
+    def _execute(self, request: Execute) -> None:
+        try:
+            attached = self._attach(request, request.argv)
+            identity = Identity(request.actor, request.act_as)
+            command = parse(
+                self._executor.cli, attached.argv, identity, files=attached.paths, lattice_dir=self._lattice_dir
+            )
+            self._runner.carry_out(self._command(request, command, attached))
+        finally:
+            if request.files:
+                self._runner.empty_scratch()
+
+    def _attach(self, request: Execute | Invoke, values: Sequence[str]) -> Attached:
+        """Put the request's files in place of the ``values`` that name them."""
+        is_argv = isinstance(request, Execute)
+        uploaded = partial(self._paths.upload, request.token_id)
+        try:
+            return Attached.write(values, request.files, self._scratch, uploaded, is_argv=is_argv)
+        except OSError as error:
+            raise cannot_store("the attached files", error) from error
+
+    def _command(self, request: Execute, command: Command, attached: Attached) -> Work:
+        return Work(
+            name=f"'lattice {command.path}'",
+            cause=_cause(request, command.actor or request.actor, describe_command(request.argv)),
+            run=lambda: self._executor.run(
+                attached.argv, command.path, last_try=request.last_try, own_copies=attached.paths
+            ),
+            answer=lambda outcome, seq: _reply(request.id, seq, outcome, command, attached),
+            vouched=attached.vouched,
+        )
+
+    # --- an operation of another surface ---
+
+    def _invoke(self, request: Invoke) -> None:
+        try:
+            operation = self._prepare(request)
+            self._runner.carry_out(self._operation(request, operation))
+        finally:
+            if request.files:
+                self._runner.empty_scratch()
+
+    def _prepare(self, request: Invoke) -> Operation:
+        surface = surface_named(request.surface)
+        identity = Identity(request.actor, request.act_as)
+        attach = partial(self._attach, request)
+        operation = surface.prepare(Asked(request.name, request.payload, identity, self._lattice_dir, attach))
+        if request.files and operation.attached is None:
+            raise Rejected("a file came with an operation that takes none", code="REMOTE_UNSUPPORTED")
+        return operation
+
+    def _operation(self, request: Invoke, operation: Operation) -> Work:
+        attached = operation.attached or Attached([])
+        return Work(
+            name=f"'{operation.label}'",
+            cause=_cause(request, operation.actor, describe_call(operation.label)),
+            run=lambda: _bounded(self._executor.call(operation.run, operation.label)),
+            answer=lambda outcome, seq: _returned(request.id, seq, outcome, attached),
+        )
+
+
+def _cause(request: Execute | Invoke, actor: str, description: str) -> Cause:
+    return Cause(request.id, request.token_id, actor[:_MAX_ACTOR_CHARS], request.id, description, request.actor)
+
+
+def _refuse_settled(request: Settle) -> None:
+    """The journal does not know it: what its predecessor did of it was undone, and nothing more is tried."""
+    raise Rejected(request.message, code=request.code)
+
+
+# --- answers ---
+
+
+def _reply(id_: str, seq: int, outcome: Outcome, command: Command, attached: Attached) -> Result:
+    if outcome.failure is not None:
+        outcome = _broken(outcome.failure, is_json=command.is_json)
+    stdout, stderr = _cut(
+        attached.restore_names(outcome.stdout, is_json=command.is_json),
+        attached.restore_names(outcome.stderr, is_json=False),
+    )
+    return Reply(id_, seq, outcome.exit_code, stdout, stderr)
+
+
+def _bounded(outcome: Outcome) -> Outcome:
+    """Let an operation fail whose answer no frame could carry: JSON can't be cut short."""
+    if outcome.answer is not None and len(outcome.answer.payload) > _MAX_OUTPUT_BYTES:
+        outcome.answer, outcome.failure = None, "its answer is over 8 MiB"
+    return outcome
+
+
+def _returned(id_: str, seq: int, outcome: Outcome, attached: Attached) -> Result:
+    answer = outcome.answer
+    if answer is None:
+        return Returned(id_, seq, 500, _envelope(f"{_BROKE_DOWN}: {outcome.failure}"))
+    return Returned(id_, seq, answer.status, attached.restore_names(answer.payload, is_json=True))
+
+
+_BROKE_DOWN = "the command broke down on the server and was undone"
+
+
+def _broken(failure: str, *, is_json: bool) -> Outcome:
+    """Return what a command that broke down prints, in lattice's own forms."""
+    message = f"{_BROKE_DOWN}: {failure}"
+    if is_json:
+        return Outcome(1, _envelope(message))
+    return Outcome(1, stderr=f"Error: {message}\n".encode("utf-8", "backslashreplace"))
+
+
+def _envelope(message: str) -> bytes:
+    return canonical_json({"error": {"code": "REMOTE_FAILED", "message": message}, "ok": False}) + b"\n"
+
+
+def _cut(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
+    """Return what was printed, shortened to what a frame can carry, and saying so."""
+    if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
+        return stdout, stderr
+    note = b"lattice-remote: the command was carried out; its output is over 8 MiB and was cut\n"
+    return stdout[:_MAX_OUTPUT_BYTES], stderr[:_MAX_OUTPUT_BYTES] + note

@@ -1,0 +1,104 @@
+"""A command line, or an operation of another surface, in a transaction: what it did is one change, or nothing (I2, I6).
+
+It is not known here which of the two it is: both are work that touches files, and is answered.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.messages import Result
+from lattice_remote.server.tree.capture import Touched, Vetoed
+from lattice_remote.server.tree.tree import Difference, Vouched
+from lattice_remote.server.worker.executor import Outcome
+from lattice_remote.server.worker.store import Cause, ChangeTooLarge, Store
+
+__all__ = ["Runner", "Work", "cannot_store"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, once it is checked.
+
+    Attributes:
+        name: what it is called in messages, as ``'lattice create'``.
+        cause: why, and in whose name.
+        run: does it; called once.
+        answer: makes the answer, of what came out and the number up to which it is true.
+        vouched: what is known of files that were uploaded for it.
+    """
+
+    name: str
+    cause: Cause
+    run: Callable[[], Outcome]
+    answer: Callable[[Outcome, int], Result]
+    vouched: Mapping[int, Vouched] = field(default_factory=dict)
+
+
+class Runner:
+    """Carries out work on one project; ``scratch`` is a private directory, emptied after each."""
+
+    def __init__(self, store: Store, scratch: Path) -> None:
+        self._store = store
+        self._scratch = scratch
+
+    def carry_out(self, work: Work) -> None:
+        """Do it and commit it with its answer; what failed, or did what it must not, is undone.
+
+        Raises:
+            Rejected: it did what the server does not allow, or more than one change can carry.
+            OSError: the storage failed.
+        """
+        outcome = Outcome()
+        # What was vetoed is noted in what was touched.
+        with self._store.transaction() as touched, contextlib.suppress(Vetoed):
+            outcome = work.run()
+        if touched.private:
+            self.empty_scratch()
+        hooks = outcome.hooks
+        if outcome.is_undone or touched.veto is not None or touched.unshared:
+            self._store.roll_back()
+            _refuse_vetoed(touched, work.name)
+            difference, hooks = Difference(), []
+        else:
+            difference = self._store.difference(touched, work.vouched)
+        if outcome.waiting is not None:
+            self._store.commit(difference, work.cause, hooks=hooks, waiting=outcome.waiting)
+            return
+        try:
+            self._store.commit(difference, work.cause, lambda seq: work.answer(outcome, seq), hooks=hooks)
+        except ChangeTooLarge:
+            self._store.roll_back()
+            raise Rejected(
+                f"{work.name} changes more files than one change can carry: do it in parts; nothing was changed",
+                code="REMOTE_TOO_LARGE",
+            ) from None
+
+    def empty_scratch(self) -> None:
+        """Remove what a command has left in the private directory."""
+        for entry in os.scandir(self._scratch):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+def cannot_store(what: str, error: BaseException) -> Rejected:
+    """Return the refusal of what the disk, or what is on it, does not let the server store."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    return Rejected(f"the server can't store {what}: {reason}; nothing was changed", code="REMOTE_STORAGE")
+
+
+def _refuse_vetoed(touched: Touched, name: str) -> None:
+    """Refuse work that was undone because of what it touched."""
+    if touched.veto is not None:
+        why = f"tried to {touched.veto}, which the server does not allow"
+    elif touched.unshared:
+        why = f"would write {touched.unshared[0]!r}, a name that can't be shared"
+    else:
+        return
+    raise Rejected(f"{name} {why}; nothing was changed", code="REMOTE_UNSUPPORTED")

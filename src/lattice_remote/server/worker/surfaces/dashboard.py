@@ -1,0 +1,164 @@
+"""The dashboard's POSTs, carried out by the request handlers of lattice's own dashboard, without a socket.
+
+``name`` is the request's path, ``payload`` its body; the answer is the handler's status and body. Where the request was
+received does not matter: a page of a client's machine and one that the server itself shows are served alike.
+"""
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
+from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, json_object
+
+__all__ = ["load", "prepare"]
+
+_NOBODY = "dashboard:web"
+"""Whom the page names because it does not know who looks at it. Here that is known: the token's actor."""
+
+
+def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
+    """Return what a body may hold. Values of any type go into an event or ``config.json``, as the handlers check."""
+    return {**dict.fromkeys(values, Kind.JSON), **others}
+
+
+_ROUTES: Mapping[str, Mapping[str, Kind]] = {
+    "/api/tasks": _takes(
+        *("title", "status", "priority", "type", "description", "tags", "assigned_to", "urgency"), actor=Kind.ACTOR
+    ),
+    "/api/config/dashboard": _takes(
+        *("background_image", "column_width", "font_size", "heat_map_enabled", "lane_colors", "theme", "voice")
+    ),
+    "/api/tasks/…/status": _takes("status", "force", "reason", actor=Kind.ACTOR),
+    "/api/tasks/…/assign": _takes("assigned_to", actor=Kind.ACTOR),
+    "/api/tasks/…/comment": _takes("body", parent_id=Kind.ID, actor=Kind.ACTOR),
+    "/api/tasks/…/update": _takes("fields", actor=Kind.ACTOR),
+    "/api/tasks/…/archive": _takes(actor=Kind.ACTOR),
+    "/api/tasks/…/comment-edit": _takes("body", comment_id=Kind.ID, actor=Kind.ACTOR),
+    "/api/tasks/…/comment-delete": _takes(comment_id=Kind.ID, actor=Kind.ACTOR),
+    "/api/tasks/…/react": _takes("emoji", comment_id=Kind.ID, actor=Kind.ACTOR),
+    "/api/tasks/…/unreact": _takes("emoji", comment_id=Kind.ID, actor=Kind.ACTOR),
+}
+"""The requests that may write, and all that their bodies may hold; ``…`` stands for a task's id."""
+_OF_A_TASK = re.compile(r"/api/tasks/(?P<id>[^/]+)/(?P<what>[^/]+)")
+_PATH = re.compile(r"/[!-~]*")
+
+
+def load() -> None:
+    """Import lattice's dashboard."""
+    import_module("lattice.dashboard.server")
+
+
+def prepare(asked: Asked) -> Operation:
+    """Check a POST; see ``Surface``.
+
+    A path that is not in the table gets the handler's own "not found"; if it says anything else, that is undone.
+    """
+    if not _PATH.fullmatch(asked.name):
+        raise unsupported(f"{shown(asked.name)} is not a path of the dashboard")
+    post = partial(_post, asked.lattice_dir, asked.name)
+    route = _route(asked.name)
+    takes = _ROUTES.get(route)
+    if takes is None:
+        return Operation("dashboard: POST", asked.identity.actor, partial(_not_found, post))
+    actor, body = asked.identity.actor, asked.payload
+    if not _is_left_to_the_handler(body):
+        values = json_object(body)
+        actor = _check(route, values, takes, asked.identity)
+        body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+    return Operation(f"dashboard: POST {route}", actor, partial(post, body))
+
+
+def _route(path: str) -> str:
+    """Return the path as it stands in the table, with ``…`` for a task's id."""
+    path = path.partition("?")[0].rstrip("/")
+    found = _OF_A_TASK.fullmatch(path)
+    if found is None:
+        return path
+    check(Kind.ID, "the id of a task", found["id"])
+    return f"/api/tasks/…/{found['what']}"
+
+
+def _is_left_to_the_handler(body: bytes) -> bool:
+    """Tell whether a body is so large, or so little JSON, that the handler refuses it in its own words."""
+    from lattice.dashboard.server import MAX_REQUEST_BODY_BYTES
+
+    if len(body) > MAX_REQUEST_BODY_BYTES:
+        return True
+    try:
+        json.loads(body)
+    except json.JSONDecodeError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return False
+
+
+def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identity: Identity) -> str:
+    """Check what a body holds, put in the actor where it names none, and return that.
+
+    Raises:
+        Rejected: a value that the table does not list or its kind does not allow, or an actor of somebody else.
+    """
+    for name, value in values.items():
+        if name not in takes:
+            raise unsupported(f"the server does not know this value of POST {route}: {shown(name)}")
+        if isinstance(value, str) and takes[name] is not Kind.JSON:
+            check(takes[name], name, value)
+    if "actor" not in takes:
+        return identity.actor
+    if values.get("actor", _NOBODY) == _NOBODY:
+        values["actor"] = identity.actor
+    actor = values["actor"]
+    if not isinstance(actor, str):
+        raise unsupported("actor must be a text, as human:ana")
+    identity.require(actor)
+    return actor
+
+
+def _not_found(post: Callable[[bytes], Answer]) -> Answer:
+    answer = post(b"{}")
+    if answer.status == 404:
+        return answer
+    error = {"code": "REMOTE_UNSUPPORTED", "message": "the server does not know this request of the dashboard"}
+    return Answer(501, canonical_json({"ok": False, "error": error}))
+
+
+def _post(lattice_dir: Path, path: str, body: bytes) -> Answer:
+    request = _handler(lattice_dir)(path, body)
+    request.do_POST()
+    return Answer(request.status, request.wfile.getvalue())
+
+
+@cache
+def _handler(lattice_dir: Path) -> Any:
+    """Return lattice's request handler for this project, without its socket."""
+    from lattice.dashboard.server import _make_handler_class
+
+    lattices: Any = _make_handler_class(lattice_dir)
+
+    class Handler(lattices):  # type: ignore[misc] # made at run time
+        """One POST: made with its path and body, it has ``status`` and ``wfile`` after ``do_POST()``."""
+
+        def __init__(self, path: str, body: bytes) -> None:
+            self.path, self.headers = path, {"Content-Length": str(len(body))}
+            self.rfile, self.wfile = io.BytesIO(body), io.BytesIO()
+            self.status = 500
+
+        def send_response(self, code: int, message: str | None = None) -> None:  # noqa: ARG002 - the base's signature
+            self.status = int(code)
+
+        def send_header(self, keyword: str, value: str) -> None:
+            """Nobody reads it: every answer is JSON."""
+
+        def end_headers(self) -> None:
+            """There are none."""
+
+    return Handler

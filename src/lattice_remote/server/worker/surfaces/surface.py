@@ -1,0 +1,90 @@
+"""What every surface is made of: what is asked, what it comes to once it is checked, and what it answers."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker.arguments import Kind, check
+from lattice_remote.server.worker.attachments import Attached
+
+__all__ = ["Answer", "Asked", "Operation", "Surface", "json_object"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call, as a client sent it: nothing of it is checked.
+
+    Attributes:
+        name: of the operation.
+        payload: what it is given; JSON, or not.
+        identity: who asks.
+        lattice_dir: the project's ``.lattice``.
+        attach: puts the caller's files where the operation can read them, in place of the values that name them there.
+            An operation that takes none does not call it. Raises Rejected.
+    """
+
+    name: str
+    payload: bytes
+    identity: Identity
+    lattice_dir: Path
+    attach: Callable[[Sequence[str]], Attached]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an operation returned: ``status`` as in HTTP, ``payload`` JSON. From 400 on its writes are undone."""
+
+    status: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call that was checked and may run.
+
+    Attributes:
+        label: what it is, in a few words for the log, as ``mcp: lattice_create``; no value of the caller's.
+        actor: in whose name it acts.
+        run: does it; called once, inside a transaction. An exception undoes it.
+        attached: where the caller's files were put; None for an operation that takes none.
+    """
+
+    label: str
+    actor: str
+    run: Callable[[], Answer]
+    attached: Attached | None = field(default=None)
+
+
+class Surface(Protocol):
+    """A module of this folder."""
+
+    def load(self) -> None:
+        """Import what the surface needs, outside of any transaction. Idempotent; the first time may take a second."""
+
+    def prepare(self, asked: Asked) -> Operation:
+        """Check all of a call; nothing is run.
+
+        Raises:
+            Rejected: it may not run here.
+        """
+
+
+def json_object(payload: bytes) -> dict[str, Any]:
+    """Return the JSON object in a payload, which every JSON reader would read alike.
+
+    Raises:
+        Rejected: it is something else, nested too deep, or holds what not every program can read.
+    """
+    try:
+        text = payload.decode()
+        check(Kind.JSON, "the payload", text)
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Rejected("the payload of a call must be a JSON object in UTF-8", code="REMOTE_PROTOCOL") from error
+    if not isinstance(value, dict):
+        raise Rejected("the payload of a call must be a JSON object in UTF-8", code="REMOTE_PROTOCOL")
+    return value
