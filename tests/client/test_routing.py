@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import click
 import pytest
 from lattice.cli.main import cli
 
-from lattice_remote.client import routing
+from lattice_remote.client import callers_files, routing
+from lattice_remote.client.callers_files import INLINE_BYTES, CallersFiles, identity
 from lattice_remote.client.guard import Guard, WriteRefused
 from lattice_remote.client.routing import describe_age
 from lattice_remote.errors import Misuse
@@ -70,7 +73,8 @@ def test_a_command_that_waits_is_known(flags: list[str], waits: bool) -> None:
 
 def attached(args: list[str]) -> tuple[list[str], list[dict[str, object]]]:
     command, path, ctx = context(args)
-    return routing._attached(command, path, ctx, list(args))
+    with CallersFiles(command, path, ctx, args) as files:
+        return files.argv, files.described
 
 
 @pytest.fixture
@@ -129,11 +133,63 @@ def test_a_pipe_is_read_here(here: Path) -> None:
     assert files[0]["data"] == "cGlwZWQ="
 
 
-def test_a_file_that_is_too_large_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "MAX_FILE_BYTES", 3)
+def test_a_large_file_is_named_and_not_read(here: Path) -> None:
+    large = here / "large.bin"
+    large.write_bytes(bytes(INLINE_BYTES + 1))
+    (here / "link").symlink_to(large)
+    for source in ("large.bin", str(large), "link"):
+        _, files = attached(["attach", "LAT-1", source])
+        name = os.path.basename(source)
+        assert files == [{"index": 2, "name": name, "path": str(large), "identity": identity(large.stat())}]
+    large.write_bytes(bytes(INLINE_BYTES))
+    assert attached(["attach", "LAT-1", "large.bin"])[1][0]["data"]
+
+
+def test_a_redirected_file_is_found_where_it_lies(here: Path) -> None:
+    large = here / "large.bin"
+    large.write_bytes(bytes(INLINE_BYTES + 1))
+    with large.open("rb") as file:
+        _, files = attached(["attach", "LAT-1", f"/dev/fd/{file.fileno()}"])
+    assert files[0]["path"] == str(large)
+
+
+@pytest.mark.parametrize("is_removed", [False, True], ids=["a pipe", "a removed file"])
+def test_what_can_not_be_opened_again_is_kept_meanwhile(here: Path, is_removed: bool) -> None:
+    content = os.urandom(INLINE_BYTES * 3)
+    if is_removed:
+        (here / "gone").write_bytes(content)
+        descriptor = os.open(here / "gone", os.O_RDONLY)
+        os.unlink(here / "gone")
+        writer = None
+    else:
+        descriptor, write = os.pipe()
+        writer = threading.Thread(target=_write, args=(write, content))
+        writer.start()
+    command, path, ctx = context(["comment", "LAT-1", "--file", f"/dev/fd/{descriptor}"])
+    with CallersFiles(command, path, ctx, ["comment", "LAT-1", "--file", f"/dev/fd/{descriptor}"]) as files:
+        [file] = files.described
+        kept = Path(file["path"])
+        assert kept.read_bytes() == content and kept.stat().st_mode & 0o777 == 0o600
+        assert file["identity"] == identity(kept.stat())
+    assert not kept.exists()
+    os.close(descriptor)
+    if writer is not None:
+        writer.join()
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    with open(descriptor, "wb") as pipe:
+        pipe.write(content)
+
+
+def test_a_pipe_without_end_is_refused_and_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callers_files, "MAX_SPOOLED_BYTES", 3 * INLINE_BYTES)
+    monkeypatch.setenv("TMPDIR", str(here))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     with pytest.raises(Misuse) as error:
-        attached(["attach", "LAT-1", "x"])
+        attached(["comment", "LAT-1", "--file", "/dev/zero"])
     assert error.value.code == "REMOTE_TOO_LARGE"
+    assert not list(here.glob("lattice-*"))
 
 
 def test_ages_are_in_the_largest_unit() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from lattice_remote.client import runtime
 from lattice_remote.errors import CODES, ConnectionFailed, RemoteError, StorageError
 
-__all__ = ["Progress", "agent_enabled", "ask", "ask_running_agent", "raise_error", "stay_connected"]
+__all__ = ["Progress", "agent_enabled", "ask", "ask_here", "ask_running_agent", "raise_error", "stay_connected"]
 
 AGENT_ENV = "LATTICE_REMOTE_AGENT"
 START_TIMEOUT_S = 10.0
@@ -48,13 +48,13 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
         RemoteError: what the answer says went wrong.
     """
     if not agent_enabled():
-        return _ask_directly(request, on_progress)
+        return ask_here(request, on_progress)
     began = runtime.boot_time()
     for _ in range(_ATTEMPTS):
         try:
             stream = _connect(runtime.locate()) or _start()
         except (StorageError, OSError):
-            return _ask_directly(request, on_progress)  # no place for a socket: do the same steps here
+            return ask_here(request, on_progress)  # no place for a socket: do the same steps here
         try:
             return raise_error(_exchange(stream, request, on_progress))
         except _AgentLost:
@@ -62,7 +62,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
             sys.stderr.write(f"lattice-remote: {_silent()}; this command does without it\n")
-            return _ask_directly(request, on_progress)  # also under its id, should the agent come to itself
+            return ask_here(request, on_progress)  # also under its id, should the agent come to itself
         finally:
             stream.close()
     raise ConnectionFailed("the background agent ends whenever it is asked; see its log: lattice remote agent status")
@@ -110,7 +110,8 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
     raise RemoteError(str(answer.get("message")), code=code if code in CODES else "REMOTE_FAILED")
 
 
-def _ask_directly(request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:
+def ask_here(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
+    """Like ``ask``, without an agent: the same steps in this process. Raises RemoteError."""
     from lattice_remote.client.agent.direct import ask_directly
 
     return raise_error(ask_directly(request, on_progress))

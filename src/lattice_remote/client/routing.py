@@ -9,15 +9,15 @@ import base64
 import copy
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.client.agent_client import ask, stay_connected
+from lattice_remote.client.agent_client import ask, ask_here, stay_connected
+from lattice_remote.client.callers_files import CallersFiles
 from lattice_remote.client.guard import Guard
-from lattice_remote.errors import Misuse, RemoteError, one_line
+from lattice_remote.errors import RemoteError, one_line
 
 __all__ = ["hooked"]
 
@@ -49,11 +49,6 @@ _ELSEWHERE = {
     ("setup-prompt",),
 }
 """Commands that don't concern the project's data at all."""
-_FILE_PARAMETERS: dict[tuple[str, ...], str] = {("attach",): "source", ("comment",): "file_path"}
-"""Which parameter names a file of the caller, whose content travels with the command."""
-_REGULAR_FILE_ONLY = {("attach",)}
-"""Commands for which a pipe or a directory is no file."""
-MAX_FILE_BYTES = 24 * 1024 * 1024
 
 
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
@@ -162,11 +157,13 @@ def describe_age(age_s: float) -> str:
 def _run_there(
     command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str, argv: list[str]
 ) -> None:
-    argv, files = _attached(command, path, ctx, list(argv))
-    # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
-    request = _request("run", directory, id=os.urandom(16).hex(), argv=argv, files=files)
-    request["own_link"] = _waits(path, ctx)
-    answer = ask(request, _progress())
+    with CallersFiles(command, path, ctx, argv) as files:
+        # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
+        request = _request("run", directory, id=os.urandom(16).hex(), argv=files.argv, files=files.described)
+        request["own_link"] = _waits(path, ctx)
+        answer = ask(request, _progress())
+        if answer.get("unreadable"):  # the agent has other rights, or sees other directories
+            answer = ask_here(request, _progress())
     # The bytes as the server's lattice wrote them; a reader that has left is Click's to handle.
     click.echo(base64.b64decode(answer["stdout"]), nl=False)
     click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)
@@ -212,68 +209,3 @@ def _progress() -> Any:
         sys.stderr.flush()
 
     return show
-
-
-# --- files of the caller ---
-
-
-def _attached(
-    command: click.Command, path: tuple[str, ...], ctx: click.Context, argv: list[str]
-) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the argv and the attachments for it: the content of the one file that a command may name."""
-    parameter = _FILE_PARAMETERS.get(path)
-    source = ctx.params.get(parameter) if parameter else None
-    if parameter is None or not isinstance(source, str) or source.startswith(("http://", "https://")):
-        return argv, []
-    argv, index = _locate(command, parameter, source, argv, depth=len(path))
-    only_regular = path in _REGULAR_FILE_ONLY
-    data = _content(source, only_regular=only_regular)
-    name = (os.path.basename(source.rstrip(os.sep)) or "file")[:200]
-    encoded = None if data is None else base64.b64encode(data).decode("ascii")
-    return argv, [{"index": index, "name": name, "data": encoded}]
-
-
-def _locate(
-    command: click.Command, parameter: str, value: str, argv: list[str], *, depth: int
-) -> tuple[list[str], int]:
-    """Find the argument that gave ``parameter`` its value: the one whose change changes the parameter.
-
-    ``--file=VALUE`` is taken apart, so that the value is an argument of its own.
-    """
-    for index in range(depth, len(argv)):
-        for parts in _readings(argv[index], value):
-            probe = [*argv[depth:index], *parts[:-1], value + "\x01", *argv[index + 1 :]]
-            if _parse(command, probe).params.get(parameter) != value:
-                return [*argv[:index], *parts, *argv[index + 1 :]], index + len(parts) - 1
-    raise Misuse(f"can't tell which argument is the file {value!r}")
-
-
-def _readings(argument: str, value: str) -> Iterator[list[str]]:
-    if argument == value:
-        yield [argument]
-    if argument.startswith("--") and argument.endswith("=" + value):
-        yield [argument.removesuffix("=" + value), value]
-
-
-def _parse(command: click.Command, args: list[str]) -> click.Context:
-    return command.make_context(command.name, args, resilient_parsing=True)
-
-
-def _content(source: str, *, only_regular: bool) -> bytes | None:
-    """Return what is in a file, a pipe or ``/dev/stdin`` of the caller; None where lattice sees no file.
-
-    Raises:
-        Misuse: it can't be read, or is too large to travel.
-    """
-    if only_regular and not os.path.isfile(source):
-        return None
-    try:
-        with open(source, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise Misuse(f"cannot read {source}: {error.strerror}", code="REMOTE_STORAGE") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise Misuse(f"{source} is over {MAX_FILE_BYTES >> 20} MiB", code="REMOTE_TOO_LARGE")
-    return data

@@ -12,7 +12,7 @@ from lattice_remote.errors import StorageError
 __all__ = ["Runtime", "boot_time", "check", "check_socket", "locate", "prepare"]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
-_LANGUAGE = 3
+_LANGUAGE = 4
 """Counted up when what commands and agents say to each other changes between releases: an agent of the same version
 that was started before does not understand, and is left alone until it leaves."""
 _OTHERS_MAY_WRITE = 0o022

@@ -54,6 +54,7 @@ __all__ = [
     "Upload",
     "Uploaded",
     "Welcome",
+    "Write",
     "needed_capability",
 ]
 
@@ -372,7 +373,9 @@ class Bye(_Frame, frozen=True, tag="bye"):
 
 CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads"}
 """What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
-Request = Run | Put | Call | Log | Upload
+Write = Run | Put | Call
+"""A request that may change something, once for its id (I6)."""
+Request = Write | Log | Upload
 """What a server answers, by its id."""
 Response = Reply | Stored | Returned | LogPage | Uploaded | Refused
 """What answers a ``Request``."""

@@ -1,10 +1,9 @@
-"""The frames that a command's requests become (``Run``, ``Call``)."""
+"""The frames that a command's requests become (``Run``, ``Call``); their files come later, see ``sending.py``."""
 
-import base64
 from typing import Any
 
 from lattice_remote.errors import Misuse
-from lattice_remote.protocol.messages import MAX_ARGV, MAX_PAYLOAD_BYTES, Attachment, Call, Run
+from lattice_remote.protocol.messages import MAX_ARGV, MAX_PAYLOAD_BYTES, Call, Run
 
 __all__ = ["call_frame", "run_frame"]
 
@@ -24,7 +23,7 @@ def run_frame(request: dict[str, Any]) -> Run:
         "\0".join(argv).encode()
     except UnicodeEncodeError:
         raise Misuse("an argument is not valid UTF-8") from None
-    return Run(id=request["id"], argv=argv, files=_attachments(request))
+    return Run(id=request["id"], argv=argv)
 
 
 def call_frame(request: dict[str, Any]) -> Call:
@@ -41,15 +40,4 @@ def call_frame(request: dict[str, Any]) -> Call:
     if len(payload) > MAX_PAYLOAD_BYTES or len(request["name"]) > _MAX_NAME_CHARS:
         raise Misuse(f"the request is over {MAX_PAYLOAD_BYTES >> 20} MiB", code="REMOTE_TOO_LARGE")
     surface, name = request["surface"], request["name"]
-    return Call(id=request["id"], surface=surface, name=name, payload=payload, files=_attachments(request))
-
-
-def _attachments(request: dict[str, Any]) -> list[Attachment]:
-    return [
-        Attachment(
-            index=file["index"],
-            name=file["name"].encode(errors="replace").decode(),
-            data=None if file["data"] is None else base64.b64decode(file["data"]),
-        )
-        for file in request["files"]
-    ]
+    return Call(id=request["id"], surface=surface, name=name, payload=payload)

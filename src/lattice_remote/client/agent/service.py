@@ -4,8 +4,8 @@ A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``n
 ``LATTICE_REMOTE_URL`` of the command, or null), and
 
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
-    run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices
-    call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts)
+    run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices; or unreadable
+    call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts); likewise
     push     send edited plans and notes           -> sent, notices
     pull     bring the cache up to date            -> seq
     sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
@@ -22,8 +22,11 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from importlib.metadata import version
 from typing import Any
+
+import msgspec
 
 from lattice_remote import __version__
 from lattice_remote.client import servers
@@ -32,17 +35,19 @@ from lattice_remote.client.agent.frames import call_frame, run_frame
 from lattice_remote.client.agent.history import read_log
 from lattice_remote.client.agent.live import Live
 from lattice_remote.client.agent.pushing import Pusher
+from lattice_remote.client.agent.sending import Unreadable, opened_files, send_files
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.comparing import Comparison
 from lattice_remote.client.cache.follower import Follower
-from lattice_remote.client.link.link import ALIVE_S
+from lattice_remote.client.link.link import ALIVE_S, Link
 from lattice_remote.client.link.links import Links
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import (
     Applied,
+    Attachment,
     Call,
     Refused,
     Reply,
@@ -142,9 +147,9 @@ class Service:
             case "ready":
                 return await self._with_progress(self._ready(), report)
             case "run":
-                return await self._with_progress(self._unless_held(self._run(request, token)), report)
+                return await self._with_progress(self._unless_held(self._run(request, token, report)), report)
             case "call":
-                return await self._with_progress(self._unless_held(self._call(request, token)), report)
+                return await self._with_progress(self._unless_held(self._call(request, token, report)), report)
             case "push":
                 return await self._push_now(token)
             case "pull":
@@ -252,14 +257,16 @@ class Service:
     async def _unless_held(self, work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
         try:
             return await work
+        except Unreadable:
+            return {"unreadable": True}
         except ConnectionFailed as error:
             if error.sent or not self.cache.is_held_by_others:
                 raise
             raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
 
-    async def _run(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+    async def _run(self, request: dict[str, Any], token: str | None, report: Report) -> dict[str, Any]:
         """Have a command line run on the server; return once its change is in the files."""
-        answer, notices = await self._carry_out(run_frame(request), request, token)
+        answer, notices = await self._carry_out(run_frame(request), request, token, report)
         if not isinstance(answer, Reply):
             raise ConnectionFailed("the server answered something else", sent=True)
         return {
@@ -269,34 +276,45 @@ class Service:
             "notices": notices,
         }
 
-    async def _call(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+    async def _call(self, request: dict[str, Any], token: str | None, report: Report) -> dict[str, Any]:
         """Have an operation of a surface carried out on the server; return once its change is in the files."""
-        answer, notices = await self._carry_out(call_frame(request), request, token)
+        answer, notices = await self._carry_out(call_frame(request), request, token, report)
         if not isinstance(answer, Returned):
             raise ConnectionFailed("the server answered something else", sent=True)
         payload = answer.payload.decode(errors="replace")
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
     async def _carry_out(
-        self, frame: Run | Call, request: dict[str, Any], token: str | None
+        self, frame: Run | Call, request: dict[str, Any], token: str | None, report: Report
     ) -> tuple[Response, list[str]]:
-        """Send edited plans and notes, then the frame; return its answer, and what the user should know."""
+        """Send large files, edited plans and notes, then the frame; return its answer, and what the user should know.
+
+        Raises:
+            Unreadable: a file of the caller can't be opened from here; nothing was sent.
+        """
         link = self._links.writing(token)
-        notices = (await self._pusher.push(link)).notices
-        if request.get("own_link"):
-            # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
-            link = self._links.new_writer(str(link.token))
-            try:
-                answer = await link.ask(frame, first_sent_at=request.get("first_sent_at"))
-            finally:
-                await link.close()
-        else:
-            answer = await link.ask(frame, first_sent_at=request.get("first_sent_at"))
+        notices: list[str] = []
+
+        async def ask(files: list[Attachment]) -> Response:
+            notices.extend((await self._pusher.push(link)).notices)
+            return await self._ask_once(msgspec.structs.replace(frame, files=files), link, request)
+
+        with opened_files(request["files"]) as files:
+            answer, _ = await send_files(files, partial(self._links.bulk, str(link.token)), ask, report)
         if isinstance(answer, Refused):
             raise Rejected(answer.message, code=answer.code)
         if isinstance(answer, Reply | Returned) and link is not self._link and not await self._reached(answer.seq):
             notices.append(f"done, but the copy here is behind: {self._trouble().message}")
         return answer, [*notices, *self._notices()]
+
+    async def _ask_once(self, frame: Run | Call, link: Link, request: dict[str, Any]) -> Response:
+        """Send the request and return its answer; ``own_link`` gives it a connection that ends with it."""
+        first_sent_at = request.get("first_sent_at")
+        if not request.get("own_link"):
+            return await link.ask(frame, first_sent_at=first_sent_at)
+        # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
+        async with self._links.bulk(str(link.token)) as own:
+            return await own.ask(frame, first_sent_at=first_sent_at)
 
     async def _reached(self, seq: int) -> bool:
         self._link.kick()

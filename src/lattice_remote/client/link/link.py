@@ -33,12 +33,11 @@ from lattice_remote.protocol.messages import (
     ClientFrame,
     Hello,
     Log,
-    Put,
     Request,
     Response,
-    Run,
     ServerFrame,
     Welcome,
+    Write,
 )
 
 __all__ = ["Conversation", "Link", "Signal"]
@@ -121,7 +120,7 @@ class _Pending:
     @property
     def is_write(self) -> bool:
         """Whether it is asked so that something changes."""
-        return isinstance(self.frame, Run | Put)
+        return isinstance(self.frame, Write)
 
     @property
     def patience_s(self) -> float:
@@ -139,7 +138,7 @@ class _Pending:
         self.sends += 1
         if self.first_sent_at is None:
             self.first_sent_at = boot_time()
-        elif isinstance(self.frame, Run | Put):
+        elif isinstance(self.frame, Write):
             return msgspec.structs.replace(self.frame, age_s=max(0.0, boot_time() - self.first_sent_at))
         return self.frame
 

@@ -221,7 +221,7 @@ class Peer:
     def _take(self, frame: ClientFrame) -> None:
         token = self.token
         match frame:
-            case Run() if any(file.size > self._limits.attachment_bytes for file in frame.files):
+            case Run() | Call() if any(file.size > self._limits.attachment_bytes for file in frame.files):
                 most = self._limits.attachment_bytes
                 self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
             case Run():

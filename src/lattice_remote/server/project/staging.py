@@ -29,6 +29,7 @@ _IDLE_S = 600.0
 """Content that is not whole, and that nobody has added to for so long, makes room for another of its token."""
 _SYNC_BYTES = 8 * 1024 * 1024
 """So much is written at most before it is brought to the disk: a command's own fsync must not find more of it."""
+_SETTLED_NS = 1_000_000_000
 _HASH_BYTES = 1024 * 1024
 _NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{64}(\.part)?")
 _NEW_FILE_MODE = 0o644
@@ -187,16 +188,22 @@ class Staging:
             content.hasher.update(frame.data)
             content.have, content.used_at = end, time.time()
             content.unsynced += len(frame.data)
-            if content.unsynced >= _SYNC_BYTES or end == frame.size:
+            if end == frame.size:
+                self._finish(frame, name, content, (directory, descriptor))
+            elif content.unsynced >= _SYNC_BYTES:
                 os.fsync(descriptor)
                 content.unsynced = 0
-            if end == frame.size:
-                self._finish(frame, name, content, directory)
 
-    def _finish(self, frame: Upload, name: str, content: _Content, directory: int) -> None:
+    def _finish(self, frame: Upload, name: str, content: _Content, opened: tuple[int, int]) -> None:
+        directory, descriptor = opened
         assert content.hasher is not None, "it has seen every piece"
         if content.hasher.digest() != frame.digest:
             raise Rejected("the content that was uploaded is not the one that was named", code="REMOTE_PROTOCOL")
+        # A file that was written a moment ago may be written again under the same time: the worker would have to read
+        # it once more. This one is done, so it may say that it is older.
+        before = time.time_ns() - _SETTLED_NS
+        os.utime(descriptor, ns=(before, before))
+        os.fsync(descriptor)
         os.rename(f"{name}.part", name, src_dir_fd=directory, dst_dir_fd=directory)
         os.fsync(directory)
         content.is_whole, content.hasher = True, None
