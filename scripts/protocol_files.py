@@ -131,6 +131,8 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ),
     ("log: the newest changes", m.Log(ID)),
     ("log: of a task, going on", m.Log(ID, "LAT-42", 5, 17)),
+    ("follow: from now on", m.Follow()),
+    ("follow: after a change", m.Follow("8f2c", 41, MARK)),
     (
         "welcome: the missing changes follow",
         m.Welcome(
@@ -158,6 +160,8 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
         msgspec.structs.replace(_CHANGE, actor="agent:bot", token_actor="human:ana"),  # noqa: S106 - a person
     ),
     ("change: no operation", m.Change(1, MARK, "2026-01-02T03:04:05.678Z", "server", "", "recovery", "", [])),
+    ("followed", m.Followed(41, "following", "8f2c", 42, 3)),
+    ("followed: not kept any more", m.Followed(1, "expired", "8f2c", 42, 3)),
     ("reply", m.Reply(ID, 42, 0, b"Comment added\n", b"")),
     ("reply: a failed command", m.Reply(ID, 42, 1, b"", b"Error: no such task\n")),
     *[(f"stored: {outcome}", m.Stored(ID, 43, outcome)) for outcome in ("stored", "merged", "unchanged", "conflict")],

@@ -27,6 +27,7 @@ from mix import Mix  # noqa: E402
 from observer import Observer  # noqa: E402
 from sandbox import Sandbox, Server  # noqa: E402
 from warm import warm  # noqa: E402
+from watcher import Watcher  # noqa: E402
 
 __all__ = ["Result", "one"]
 
@@ -70,7 +71,11 @@ def break_everything(
     Raises:
         AssertionError: something acknowledged is lost, done twice, or different; or an epoch is not as it must be.
     """
-    with three_people(sandbox) as (server, clients, proxy), Observer(server) as observer:
+    with (
+        three_people(sandbox) as (server, clients, proxy),
+        Observer(server) as observer,
+        Watcher(clients[-1], position=lambda: observer.position) as watcher,
+    ):
         mix = Mix(server, clients, seed=seed, commands=commands)
         epochs = Epochs(server, observer)
         faults = Faults(mix, sandbox, proxy, epochs, seed=seed).by_name()
@@ -82,20 +87,21 @@ def break_everything(
             account = mix.run()
         proxy.flow()
         try:
-            figures = _check(server, account, epochs, observer)
+            figures = _check(server, account, epochs, observer, watcher)
         except (AssertionError, TimeoutError, RuntimeError) as error:
             shown = "\n  ".join(account.errors[-8:])
             raise AssertionError(f"{error}\nafter: {', '.join(strikes.struck)}\nlast errors:\n  {shown}") from error
     return figures, strikes.struck
 
 
-def _check(server: Server, account: Account, epochs: Epochs, observer: Observer) -> dict[str, int]:
+def _check(server: Server, account: Account, epochs: Epochs, observer: Observer, watcher: Watcher) -> dict[str, int]:
     """Insist on everything that must be true of a server that runs undisturbed again, and return the figures."""
     epochs.settle()
     figures = account.check()
     observer.check()
     hooks = Hooked(server).check_at_most_once(but=account.forgotten_events)
-    return {**figures, "hooks": hooks, "seen": observer.changes, "epochs begun": epochs.begun}
+    watched = watcher.check()
+    return {**figures, "hooks": hooks, "seen": observer.changes, "watched": watched, "epochs begun": epochs.begun}
 
 
 def show(result: Result, options: argparse.Namespace) -> None:

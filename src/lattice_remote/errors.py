@@ -31,6 +31,7 @@ CODES = {
     "REMOTE_UNTRUSTED": "this user has not named that server, or nobody known vouches for it: no token was sent",
     "REMOTE_FORBIDDEN": "the token is not for this project or this actor",
     "REMOTE_NOT_FOUND": "the server has no such project",
+    "REMOTE_GONE": "the changes that were asked for are not kept any more, or never were there",
     "REMOTE_VERSION": "the two sides speak different versions; the message says which to upgrade",
     "REMOTE_UNSUPPORTED": "this command, or one of its arguments, can't be used in a remote project",
     "REMOTE_NOT_UPLOADED": "what a request refers to was not uploaded, or is gone: upload it again",

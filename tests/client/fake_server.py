@@ -25,6 +25,8 @@ from lattice_remote.protocol.messages import (
     Entries,
     Entry,
     Fetch,
+    Follow,
+    Followed,
     Hello,
     Limits,
     Log,
@@ -81,6 +83,8 @@ class FakeServer:
         self.limits = Limits(1 << 25, 1 << 25)
         self.head: int | None = None
         """What it says the number of its last change is, when it lies."""
+        self.oldest = 1
+        """The first change that it keeps."""
         self.requests: list[Request] = []
         """Every request for an upgrade, whatever came of it."""
         self._server: Server | None = None
@@ -202,6 +206,8 @@ class FakeServer:
                 await self._greet(connection, frame, actor)
             case Manifest():
                 await self._list(connection)
+            case Follow():
+                await self._begin_to_follow(connection, frame)
             case Fetch(paths=paths):
                 for path in paths:
                     await self._part(connection, path)
@@ -233,7 +239,7 @@ class FakeServer:
                 actor=actor,
                 epoch=self.epoch,
                 head=self.seq if self.head is None else self.head,
-                oldest=1,
+                oldest=self.oldest,
                 resync=resync,
                 limits=self.limits,
                 capabilities=self.capabilities,
@@ -244,6 +250,17 @@ class FakeServer:
             await _send(connection, self.changes[sent])
             sent += 1
         self.connections[connection] = hello.follow
+
+    async def _begin_to_follow(self, connection: ServerConnection, asked: Follow) -> None:
+        sent = self.seq if asked.seq is None else asked.seq
+        outcome = "epoch" if asked.epoch not in ("", self.epoch) else "following"
+        outcome = "ahead" if sent > self.seq and outcome == "following" else outcome
+        outcome = "expired" if sent + 1 < self.oldest and outcome == "following" else outcome
+        await _send(connection, Followed(sent, outcome, self.epoch, self.seq, self.oldest))  # type: ignore[arg-type]
+        while outcome == "following" and sent < self.seq:
+            await _send(connection, self.changes[sent])
+            sent += 1
+        self.connections[connection] = outcome == "following"
 
     async def _list(self, connection: ServerConnection) -> None:
         entries = [Entry(path, len(data), digest_of(data)) for path, data in self.files.items()]

@@ -19,6 +19,7 @@ from lattice_remote.protocol.messages import (
     Applied,
     Bye,
     Fetch,
+    Follow,
     Hello,
     Log,
     Manifest,
@@ -39,6 +40,7 @@ VALID = [
     encode(Applied(1)),
     encode(Log(ID)),
     encode(Upload(ID, bytes(32), 9000, 0, bytes(5000))),
+    encode(Follow()),
 ]
 TEXT, CONTINUED, CLOSE, PING, PONG = 1, 0, 8, 9, 10
 
@@ -89,7 +91,20 @@ PAYLOADS = st.one_of(
     st.fixed_dictionaries(
         {
             "type": st.sampled_from(
-                ["hello", "run", "put", "fetch", "manifest", "applied", "log", "upload", "change", "bye", "\x1b\n"]
+                [
+                    "hello",
+                    "run",
+                    "put",
+                    "fetch",
+                    "manifest",
+                    "applied",
+                    "log",
+                    "upload",
+                    "follow",
+                    "change",
+                    "bye",
+                    "\x1b\n",
+                ]
             )
         },
         optional={

@@ -3,6 +3,7 @@
 paths        which files are shared, and the grammar of their names
 operations   the six things a change does to a file, and how a tree applies them
 messages     the frames
+about        what a change is about, for those who only look on
 codec        frames to bytes and back, bounded
 replica      what a client does with each frame
 memory_tree  a tree that is a dictionary, for vectors and tests

@@ -34,6 +34,8 @@ __all__ = [
     "Entries",
     "Entry",
     "Fetch",
+    "Follow",
+    "Followed",
     "Hello",
     "Limits",
     "Log",
@@ -60,7 +62,10 @@ __all__ = [
 
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("append", "merge", "move", "announce", "put-text", "log", "uploads", "call:dashboard", "call:mcp")
+CAPABILITIES = (
+    *("append", "merge", "move", "announce", "put-text", "log", "uploads", "call:dashboard", "call:mcp"),
+    "follow",
+)
 """What this version can do beyond whole files; a peer uses only what the other side named.
 
 A server does not name ``call:SURFACE`` when what that needs is not installed beside it.
@@ -203,6 +208,18 @@ class Log(_Frame, frozen=True, tag="log"):
     before: Seq | None = None
 
 
+class Follow(_Frame, frozen=True, tag="follow"):
+    """Send the changes after ``seq`` (None: after the head) to a connection that has no copy and only looks on.
+
+    Once, on a connection whose Hello did not follow. ``mark`` is that of the change at ``seq``, empty when it is not
+    known: then nothing can prove that the server was rolled back. Capability ``follow``.
+    """
+
+    epoch: Epoch = ""
+    seq: Seq | None = None
+    mark: Mark = b""
+
+
 class Applied(_Frame, frozen=True, tag="applied"):
     """The client's files hold every change up to ``seq``. Informs only."""
 
@@ -254,6 +271,20 @@ class Change(_Frame, frozen=True, tag="change"):
     command: _Line
     ops: list[Operation]
     token_actor: _Short = ""
+
+
+class Followed(_Frame, frozen=True, tag="followed"):
+    """The answer to ``Follow``: with ``following`` every change after ``seq`` comes, in order, with no gap.
+
+    Else none does: those after ``seq`` are not kept any more (``expired``; ``oldest`` is the first that is), there is
+    no change ``seq`` yet (``ahead``), or the epoch is another (``epoch``).
+    """
+
+    seq: Seq
+    outcome: Literal["following", "expired", "ahead", "epoch"]
+    epoch: Epoch
+    head: Seq
+    oldest: Seq
 
 
 class Reply(_Frame, frozen=True, tag="reply"):
@@ -371,7 +402,7 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
-CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads"}
+CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads", Follow: "follow"}
 """What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
 Write = Run | Put | Call
 """A request that may change something, once for its id (I6)."""
@@ -381,8 +412,10 @@ Response = Reply | Stored | Returned | LogPage | Uploaded | Refused
 """What answers a ``Request``."""
 Result = Reply | Stored | Returned
 """What answers a request that was carried out; it is journalled, and has the number up to which it is true."""
-ClientFrame = Hello | Run | Put | Call | Fetch | Manifest | Log | Upload | Applied
-ServerFrame = Welcome | Change | Reply | Stored | Returned | Entries | Part | LogPage | Uploaded | Refused | Bye
+ClientFrame = Hello | Run | Put | Call | Fetch | Manifest | Log | Upload | Follow | Applied
+ServerFrame = (
+    Welcome | Change | Followed | Reply | Stored | Returned | Entries | Part | LogPage | Uploaded | Refused | Bye
+)
 
 
 def needed_capability(frame: Request) -> str | None:

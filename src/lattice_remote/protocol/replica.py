@@ -25,6 +25,7 @@ from lattice_remote.protocol.messages import (
     Entries,
     Entry,
     Fetch,
+    Followed,
     Hello,
     LogPage,
     Manifest,
@@ -301,6 +302,8 @@ class Replica:
                 return self._answers_ready()
             case LogPage() | Uploaded() | Refused():
                 return [Answer(frame)]
+            case Followed():
+                raise ProtocolError("Followed, which a copy never asks for")
             case Bye():
                 raise ProtocolError(frame.reason, code=frame.code)
 

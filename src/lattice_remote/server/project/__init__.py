@@ -8,6 +8,7 @@ writer       the worker process, seen from here
 history      the head, the tree at the head, the followers
 recent       the newest changes in memory
 peer         one connected client
+continuing   from which change a client may go on
 skew         what an older client is told in place of what it does not know
 files        files of the tree, sent at a number
 snapshot     a file as it was when it was opened

@@ -5,13 +5,14 @@ Nothing but the journal and ``ids.json`` is read, and nothing is locked: it work
 
 import asyncio
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from lattice_remote.errors import Misuse
+from lattice_remote.protocol.about import tasks_in
 from lattice_remote.protocol.messages import MAX_LOG_TASKS, Log, LogEntry, LogPage, Refused
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.framing import frames
@@ -23,7 +24,6 @@ MAX_SCAN_BYTES = 16 * 1024 * 1024
 """About how much of the journal is read for one page."""
 
 _TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
-_TASK_FILE = re.compile(r"(?:archive/)?(?:tasks|events|plans|notes)/(task_[0-9A-HJKMNP-TV-Z]{26})\.[a-z]+")
 
 
 class _Record(msgspec.Struct, frozen=True, tag="record"):
@@ -192,7 +192,7 @@ def _entries(
         if item.change is None or (head is not None and epoch == head[0] and item.seq > head[1]):
             continue
         told = _change_decoder.decode(item.change)
-        tasks = _tasks(path for operation in told.ops for path in (operation.path, operation.to))
+        tasks = tasks_in(path for operation in told.ops for path in (operation.path, operation.to))
         if not task or task in tasks:
             yield position, _entry(epoch, told, tasks)
 
@@ -210,7 +210,3 @@ def _entry(epoch: str, told: _Change, tasks: list[str]) -> LogEntry:
         tasks=tasks[:MAX_LOG_TASKS],
         more_tasks=max(0, len(tasks) - MAX_LOG_TASKS),
     )
-
-
-def _tasks(paths: Iterable[str]) -> list[str]:
-    return sorted({found[1] for path in paths if (found := _TASK_FILE.fullmatch(path))})

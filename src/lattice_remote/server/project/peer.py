@@ -30,6 +30,7 @@ from lattice_remote.protocol.messages import (
     Call,
     ClientFrame,
     Fetch,
+    Follow,
     Hello,
     Limits,
     Log,
@@ -48,6 +49,7 @@ from lattice_remote.server.data.ipc import Edit, Execute, Invoke
 from lattice_remote.server.data.tokens import Token
 from lattice_remote.server.network.handoff import Handoff
 from lattice_remote.server.network.outbox import MAX_PENDING_BYTES, websocket_frame
+from lattice_remote.server.project.continuing import can_continue, followed
 from lattice_remote.server.project.files import FileSender
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.skew import common_capabilities, dialect, offered_capabilities
@@ -96,6 +98,7 @@ class Peer:
         self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
         self._wants_manifest = False
         self._logs: deque[Log] = deque()
+        self._follow: Follow | None = None  # asked for, and not answered yet
         self._work = asyncio.Event()
         self._ended = False
 
@@ -166,7 +169,8 @@ class Peer:
         self._capabilities = common_capabilities(hello)
         self._dialect = dialect(self._capabilities)
         await project.opened()
-        continues = hello.follow and await self._continues(hello) and hello.epoch == project.history.epoch
+        continues = hello.follow and await can_continue(project, hello.epoch, hello.seq, hello.mark)
+        continues = continues and hello.epoch == project.history.epoch  # it may have begun anew meanwhile
         if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
             raise project.failure
         self._follows = hello.follow
@@ -194,22 +198,6 @@ class Peer:
         _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
         if self._sent == project.history.head:
             self._go_live()
-
-    async def _continues(self, hello: Hello) -> bool:
-        """Tell whether changes can bring the copy up to date; begin a new epoch if it proves a rollback (I7)."""
-        project = self.project
-        if hello.epoch != project.history.epoch:
-            return False
-        if hello.seq > project.history.head:
-            await project.rollback_proved(f"a client holds change {hello.seq}, the head is {project.history.head}")
-            return False
-        mark = await project.history.mark_at(hello.seq)
-        if mark is None:
-            return False
-        if mark != hello.mark:
-            await project.rollback_proved(f"a client holds another change {hello.seq}")
-            return False
-        return hello.seq == project.history.head or hello.seq + 1 >= project.history.oldest
 
     # --- what the client sends ---
 
@@ -254,10 +242,18 @@ class Peer:
             case Manifest():
                 self._wants_manifest = True
                 self._work.set()
+            case Follow():
+                self._ask_to_follow(frame)
             case Applied():
                 self.applied = frame.seq
             case Hello():
                 raise ProtocolError("Hello comes once")
+
+    def _ask_to_follow(self, frame: Follow) -> None:
+        if self._follows or self._follow is not None or "follow" not in self._capabilities:
+            raise ProtocolError("Follow comes once, from a client that names it and whose Hello does not follow")
+        self._follow = frame
+        self._work.set()
 
     def _ask_log(self, frame: Log) -> None:
         """Have the log read when the client has taken what it is owed before: it is read for nobody in a hurry."""
@@ -318,7 +314,9 @@ class Peer:
         await self._catch_up()
         files = FileSender(self.project, self._outbox, self._push)
         while True:
-            if self._wants_manifest:
+            if self._follow is not None and not self._follows:
+                await self._begin_to_follow(self._follow)
+            elif self._wants_manifest:
                 self._wants_manifest = False
                 for frame in self.project.history.entries():
                     self._outbox.push(frame)
@@ -335,6 +333,16 @@ class Peer:
             else:
                 self._work.clear()
                 await self._work.wait()
+
+    async def _begin_to_follow(self, asked: Follow) -> None:
+        """Answer, and in the same tick begin with the changes after the number that was asked for."""
+        answer = await followed(self.project, asked)
+        self._push(answer)
+        self._follow = None
+        if answer.outcome == "following":
+            self._follows, self._sent = True, answer.seq
+            self._live = answer.seq == answer.head
+            await self._catch_up()
 
     async def _catch_up(self) -> None:
         """Send the changes after ``_sent`` at the client's pace, and go live in the tick in which there are no more."""

@@ -1,0 +1,238 @@
+"""``lattice remote watch``: every change as it arrives, shown, printed as JSON, or given to a command."""
+
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+import typer
+
+from lattice_remote.client import credentials, servers
+from lattice_remote.client.agent_client import ask, stay_connected
+from lattice_remote.client.commands.local_command import run_for
+from lattice_remote.client.commands.records import Titles, as_line, record_of
+from lattice_remote.client.commands.shared import here, request
+from lattice_remote.client.link.stream import Arrived, ChangeStream, Connected, Ended, Gone, Lost, NewEpoch
+from lattice_remote.errors import Misuse, RemoteError, one_line
+
+__all__ = ["app"]
+
+GONE_EXIT_CODE = 3
+INTERRUPTED_EXIT_CODE = 130
+_SINCE = re.compile(r"(?:([0-9a-zA-Z-]{1,64}):)?([0-9]{1,18})")
+
+app = typer.Typer()
+
+
+@dataclass
+class _Handler:
+    """What is to be done with each change."""
+
+    as_json: bool
+    command: str
+    timeout_s: float
+
+    def __call__(self, record: dict[str, Any], show: "_Show") -> None:
+        line = json.dumps(record, sort_keys=True)
+        if self.as_json:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        elif not self.command:
+            show.change(record)
+        if self.command and (trouble := run_for(self.command, record, line + "\n", self.timeout_s)):
+            show.note(f"change {record['seq']}: {trouble}")
+
+
+class _Show(Protocol):
+    """Where people look."""
+
+    def change(self, record: dict[str, Any]) -> None:
+        """Show a change."""
+
+    def note(self, text: str) -> None:
+        """Say something about the watching itself."""
+
+    def state(self, text: str) -> None:
+        """Say how it stands now."""
+
+
+class _Lines:
+    """Plain lines: changes to stdout, everything else to stderr."""
+
+    def change(self, record: dict[str, Any]) -> None:
+        number, time, who, tasks, what = as_line(record)
+        typer.echo("  ".join(filter(None, (number.rjust(5), time, who, tasks, what))))
+
+    def note(self, text: str) -> None:
+        typer.echo(f"lattice-remote: {one_line(text)}", err=True)
+
+    def state(self, text: str) -> None:
+        """Lines have no place for it."""
+
+
+class _View:
+    """Lines on a terminal, and below them how it stands."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False)
+        self._status = self._console.status("connecting", spinner="dots")
+
+    def __enter__(self) -> "_View":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def change(self, record: dict[str, Any]) -> None:
+        from rich.text import Text
+
+        number, time, who, tasks, what = as_line(record)
+        parts = [(number.rjust(5), "bold"), (time, "dim"), (who, "cyan"), (tasks, "green"), (what, "")]
+        line = Text("  ").join(Text(text, style) for text, style in parts if text)
+        self._console.print(line, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"lattice-remote: {one_line(text)}", style="yellow", markup=False, soft_wrap=True)
+
+    def state(self, text: str) -> None:
+        from rich.text import Text
+
+        self._status.update(Text(one_line(text), "dim"))
+
+
+@app.command()
+def watch(
+    *,
+    since: Annotated[
+        str, typer.Option("--since", metavar="N", help="Begin after this change, also as EPOCH:N; else with the next.")
+    ] = "",
+    command: Annotated[
+        str, typer.Option("--exec", metavar="CMD", help="Run this for each change, with its JSON on standard input.")
+    ] = "",
+    exec_timeout: Annotated[
+        float, typer.Option("--exec-timeout", metavar="S", min=0.1, help="How long it may run for one change.")
+    ] = 600.0,
+    task: Annotated[str, typer.Option("--task", metavar="ID", help="Only what touches this task.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many changes; 0: never.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each change.")] = False,
+) -> None:
+    """Show changes as they arrive. Comes back after a lost connection, with none left out and none twice.
+
+    Ends with Ctrl-C (exit code 130), after --count changes (0), or where changes that were asked for are not kept any
+    more (3). Says on stderr where to go on.
+
+    Example: lattice remote watch --task LAT-42
+
+    Example: lattice remote watch --since 120 --exec 'jq -r .command >> changes.txt'
+    """
+    directory, found = here()
+    epoch, number = _parse_since(since)
+    with contextlib.suppress(RemoteError):
+        ask(request("ready", directory))  # from here on the agent keeps the copy current, for the titles
+    titles = Titles(directory)
+    only = _task_id(titles, task)
+    token = credentials.from_environment() or credentials.stored(found.url, found.project)
+    named = servers.from_environment(os.environ.get(servers.URL_ENV, "").strip() or None)
+    stream = ChangeStream(found, token, named=named, epoch=epoch, since=number)
+    handler = _Handler(as_json, command, exec_timeout)
+    with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show, stay_connected():
+        code = _Watch(stream, titles, handler, show).run(only, count)
+    raise typer.Exit(code)
+
+
+class _Watch:
+    """One run of the command."""
+
+    def __init__(self, stream: ChangeStream, titles: Titles, handler: _Handler, show: _Show) -> None:
+        self._stream, self._titles, self._handler, self._show = stream, titles, handler, show
+        self._epoch, self._seq = "", -1  # the last change that was handled
+
+    def run(self, only: str | None, count: int) -> int:
+        """Take changes until the end; return the exit code."""
+        self._stream.start()
+        try:
+            return self._take(only, count)
+        except KeyboardInterrupt:
+            return INTERRUPTED_EXIT_CODE
+        except RemoteError as error:
+            self._fail(error)
+            return GONE_EXIT_CODE if isinstance(error, Gone) else 1
+        finally:
+            self._stream.close()
+            if self._seq >= 0:
+                self._show.note(f"watched up to change {self._seq}: go on with --since {self._epoch}:{self._seq}")
+
+    def _fail(self, error: RemoteError) -> None:
+        """Say why it ends: with ``--json`` as one more line, in lattice's envelope."""
+        if self._handler.as_json:
+            envelope = {"ok": False, "error": {"code": error.code, "message": error.message}}
+            typer.echo(json.dumps(envelope, sort_keys=True))
+        else:
+            typer.echo(f"Error: {error.message}", err=True)
+
+    def _take(self, only: str | None, count: int) -> int:
+        handled = 0
+        while True:
+            item = self._stream.take()
+            match item:
+                case Arrived(epoch, change):
+                    record = record_of(epoch, change, self._titles)
+                    if only is None or any(task["id"] == only for task in record["tasks"]):
+                        self._handler(record, self._show)
+                        handled += 1
+                    self._epoch, self._seq = epoch, change.seq
+                    self._show.state(f"change {change.seq}")
+                    if count and handled >= count:
+                        return 0
+                case Connected(epoch, seq, head):
+                    self._connected(epoch, seq, head)
+                case NewEpoch(epoch):
+                    self._show.note("the project's history has begun anew on the server: its changes are numbered anew")
+                    self._epoch, self._seq = epoch, -1
+                case Lost(error):
+                    self._show.note(f"{error.message}; trying again")
+                    self._show.state(f"not connected, at change {self._seq}" if self._seq >= 0 else "not connected")
+                case Ended(error):
+                    raise error
+
+    def _connected(self, epoch: str, seq: int, head: int) -> None:
+        if self._epoch != epoch or self._seq < 0:
+            self._epoch, self._seq = epoch, seq
+            self._show.note(f"watching after change {seq}" + (f", the last is {head}" if head > seq else ""))
+        else:
+            self._show.note(f"connected again after change {seq}")
+        self._show.state(f"change {head}")
+
+
+@contextlib.contextmanager
+def _showing(*, is_view: bool) -> Iterator[_Show]:
+    if not is_view:
+        yield _Lines()
+        return
+    with _View() as view:
+        yield view
+
+
+def _parse_since(text: str) -> tuple[str, int | None]:
+    if not text:
+        return "", None
+    match = _SINCE.fullmatch(text)
+    if match is None:
+        raise Misuse(f"--since takes the number of a change, or EPOCH:NUMBER, not {text[:60]!r}")
+    return match[1] or "", int(match[2])
+
+
+def _task_id(titles: Titles, name: str) -> str | None:
+    if not name:
+        return None
+    task = titles.find(name)
+    if task is None:
+        raise Misuse(f"there is no task {name[:60]!r} in this project; see: lattice list", code="REMOTE_NOT_FOUND")
+    return task

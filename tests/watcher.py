@@ -1,0 +1,86 @@
+"""Somebody who runs ``lattice remote watch --json`` while everything breaks, and must be told every change once."""
+
+import json
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+from sandbox import Client, wait_for
+
+__all__ = ["Watcher"]
+
+_PATIENCE_S = 60.0
+
+
+class Watcher:
+    """The command, and what it has printed; ``with`` it."""
+
+    def __init__(self, client: Client, *argv: str, position: Callable[[], tuple[str, int]] | None = None) -> None:
+        self._client, self._argv, self._position = client, argv, position
+        self._lock = threading.Lock()
+        self._records: list[dict[str, Any]] = []
+        self._process: subprocess.Popen[str]
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self.said: list[str] = []
+        """Lines of its stderr."""
+        self._stderr = threading.Thread(target=self._hear, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._process = self._client.popen("remote", "watch", "--json", "--since", "0", *self._argv)
+        self._thread.start()
+        self._stderr.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> int:
+        """End it as Ctrl-C does; return its exit code."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        code = self._process.wait(timeout=20)
+        self._thread.join(10)
+        self._stderr.join(10)
+        for pipe in (self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
+        return code
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """What it has told so far."""
+        with self._lock:
+            return list(self._records)
+
+    @property
+    def numbers(self) -> list[tuple[str, int]]:
+        """Epoch and number of each change, in order."""
+        return [(record["epoch"], record["seq"]) for record in self.records]
+
+    def check(self) -> int:
+        """Insist on every change up to where the others are, once and in order; return how many it was told."""
+        assert self._position is not None, "it was made to be compared"
+
+        def is_there() -> bool:
+            assert self._process.poll() is None, f"it has ended: {self.said[-5:]}"
+            return bool(self.numbers) and self.numbers[-1] == self._position()
+
+        wait_for(is_there, "the watcher to be where the others are", _PATIENCE_S)
+        told = self.numbers
+        assert len(set(told)) == len(told), "a change was told twice"
+        for (epoch, seq), (before, last) in zip(told[1:], told, strict=False):
+            assert seq == (last + 1 if epoch == before else 1), f"after {before}:{last} came {epoch}:{seq}"
+        return len(told)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            record = json.loads(line)
+            with self._lock:
+                self._records.append(record)
+
+    def _hear(self) -> None:
+        assert self._process.stderr is not None
+        self.said += map(str.rstrip, self._process.stderr)
