@@ -111,6 +111,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
             [m.Attachment(2, "big.bin", digest=o.digest_of(LONG), size=len(LONG))],
         ),
     ),
+    ("push", m.Push(ID, o.digest_of(LONG), len(LONG))),
     ("upload: how much is there", m.Upload(ID, o.digest_of(LONG), len(LONG))),
     ("upload: a piece", m.Upload(ID, o.digest_of(LONG), len(LONG), 4096, LONG[4096:])),
     ("fetch", m.Fetch([SNAPSHOT, "config.json"])),
@@ -154,6 +155,10 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
         "welcome: the copy can't be continued",
         m.Welcome(1, "0.1.0", "0.2.0", "p", "human:ana", "8f2c", 0, 1, True, m.Limits(1 << 25, 1 << 24)),
     ),
+    (
+        "welcome: something was done in the project",
+        m.Welcome(1, "0.1.0", "0.2.0", "p", "human:ana", "8f2c", 3, 1, False, m.Limits(1, 1), used="3 tasks"),
+    ),
     ("change: every operation", _CHANGE),
     (
         "change: by a token of somebody else",
@@ -168,6 +173,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("uploaded: some of it", m.Uploaded(ID, 4096)),
     ("returned", m.Returned(ID, 43, 200, b'{"ok":true,"data":{}}')),
     ("returned: a failure, which changed nothing", m.Returned(ID, 42, 404, b'{"ok":false,"error":{}}')),
+    ("pushed", m.Pushed(ID, 1, 12, 3, 61, ["its hooks were left out"])),
     ("entries: one of several pieces", m.Entries(42, MARK, [m.Entry(EVENTS, 25, o.digest_of(LINE))], False)),
     ("entries: of an empty project", m.Entries(0, b"", [], True)),
     ("part: a whole file", m.Part(EVENTS, 42, len(LINE), o.digest_of(LINE), 0, LINE)),

@@ -66,7 +66,7 @@ def test_the_data_directory_may_be_named_before_after_or_in_the_environment(data
     ]
     for listing in listings:
         assert json.loads(listing.stdout) == [
-            {"slug": "web", "code": "WEB", "name": "The web", "tasks": 0, "archived": 0}
+            {"slug": "web", "code": "WEB", "name": "The web", "tasks": 0, "archived": 0, "state": "active"}
         ]
 
 

@@ -43,6 +43,8 @@ __all__ = [
     "LogPage",
     "Manifest",
     "Part",
+    "Push",
+    "Pushed",
     "Put",
     "Refused",
     "Reply",
@@ -63,7 +65,7 @@ __all__ = [
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
 CAPABILITIES = (
-    *("append", "merge", "move", "announce", "put-text", "log", "uploads", "call:dashboard", "call:mcp"),
+    *("append", "merge", "move", "announce", "put-text", "log", "uploads", "push", "call:dashboard", "call:mcp"),
     "follow",
 )
 """What this version can do beyond whole files; a peer uses only what the other side named.
@@ -174,7 +176,8 @@ class Call(_Frame, frozen=True, tag="call"):
 class Upload(_Frame, frozen=True, tag="upload"):
     """A piece of content that requests can refer to by its ``digest``; empty at offset 0, a question what is there.
 
-    ``purpose`` says what it is for, which bounds its size: ``attachment``, a file of a command. Capability ``uploads``.
+    ``purpose`` says what it is for, which bounds its size: ``attachment``, a file of a command, or ``project``,
+    a pack for ``Push``. Capability ``uploads``.
     """
 
     id: RequestId
@@ -183,6 +186,18 @@ class Upload(_Frame, frozen=True, tag="upload"):
     offset: _Size = 0
     data: Annotated[bytes, Meta(max_length=MAX_PIECE_BYTES)] = b""
     purpose: _Short = "attachment"
+
+
+class Push(_Frame, frozen=True, tag="push"):
+    """Take the project that was uploaded as a pack (``pack.py``) with this digest and size, in place of an empty one.
+
+    Once for this id (I6). ``age_s`` as in ``Run``. Capability ``push``.
+    """
+
+    id: RequestId
+    digest: Digest
+    size: _Size
+    age_s: _Age = 0.0
 
 
 class Fetch(_Frame, frozen=True, tag="fetch"):
@@ -252,6 +267,8 @@ class Welcome(_Frame, frozen=True, tag="welcome"):
     limits: Limits
     act_as: list[_Short] = []
     capabilities: list[_Short] = []
+    used: _Short = ""
+    """What shows that something was done in the project, such as ``3 tasks``; "" when it is empty, or not said."""
 
 
 class Change(_Frame, frozen=True, tag="change"):
@@ -325,6 +342,17 @@ class Uploaded(_Frame, frozen=True, tag="uploaded"):
 
     id: RequestId
     have: _Size
+
+
+class Pushed(_Frame, frozen=True, tag="pushed"):
+    """The outcome of a ``Push``: the project is that of the pack now, in a new epoch. ``notes`` are for its user."""
+
+    id: RequestId
+    seq: Seq
+    tasks: _Size
+    archived: _Size
+    files: _Size
+    notes: Annotated[list[_Line], Meta(max_length=100)] = []
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -402,19 +430,31 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
-CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads", Follow: "follow"}
+CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads", Push: "push", Follow: "follow"}
 """What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
-Write = Run | Put | Call
+Write = Run | Put | Push | Call
 """A request that may change something, once for its id (I6)."""
 Request = Write | Log | Upload
 """What a server answers, by its id."""
-Response = Reply | Stored | Returned | LogPage | Uploaded | Refused
+Response = Reply | Stored | Pushed | Returned | LogPage | Uploaded | Refused
 """What answers a ``Request``."""
-Result = Reply | Stored | Returned
+Result = Reply | Stored | Pushed | Returned
 """What answers a request that was carried out; it is journalled, and has the number up to which it is true."""
-ClientFrame = Hello | Run | Put | Call | Fetch | Manifest | Log | Upload | Follow | Applied
+ClientFrame = Hello | Run | Put | Push | Call | Fetch | Manifest | Log | Upload | Follow | Applied
 ServerFrame = (
-    Welcome | Change | Followed | Reply | Stored | Returned | Entries | Part | LogPage | Uploaded | Refused | Bye
+    Welcome
+    | Change
+    | Followed
+    | Reply
+    | Stored
+    | Pushed
+    | Returned
+    | Entries
+    | Part
+    | LogPage
+    | Uploaded
+    | Refused
+    | Bye
 )
 
 

@@ -30,6 +30,7 @@ from lattice_remote.protocol.messages import (
     LogPage,
     Manifest,
     Part,
+    Pushed,
     Refused,
     Reply,
     Response,
@@ -296,7 +297,7 @@ class Replica:
                 return self._listed(frame)
             case Part():
                 return self._part_received(frame)
-            case Reply() | Stored() | Returned():
+            case Reply() | Stored() | Pushed() | Returned():
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()

@@ -16,6 +16,7 @@ import typer
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.logtext import as_lines, as_records
+from lattice_remote.server.admin import commands as admin
 from lattice_remote.server.data.datadir import DataDir, default_location
 from lattice_remote.server.data.expiry import duration, expiry, shown
 from lattice_remote.server.data.lastuse import read_last_uses
@@ -36,6 +37,8 @@ app = typer.Typer(
 _projects = typer.Typer(help="The projects on this server.", no_args_is_help=True)
 _tokens = typer.Typer(help="Who may use them.", no_args_is_help=True)
 app.add_typer(_projects, name="project")
+app.add_typer(admin.app)
+_projects.add_typer(admin.projects)
 app.add_typer(_tokens, name="token")
 
 _DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
@@ -160,12 +163,12 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
     """List the projects with their numbers of tasks."""
     target = _data(context, data)
     target.config()
-    summaries = [target.summary(slug) for slug in target.slugs()]
+    summaries = [target.summary(slug) for slug in [*target.slugs(), *target.archived_slugs()]]
     if as_json:
         typer.echo(msgspec.json.encode(summaries).decode())
         return
-    rows = [(s.slug, s.code or "-", str(s.tasks), str(s.archived), s.name or "") for s in summaries]
-    _table(("PROJECT", "CODE", "TASKS", "ARCHIVED", "NAME"), rows)
+    rows = [(s.slug, s.code or "-", s.state, str(s.tasks), str(s.archived), s.name or "") for s in summaries]
+    _table(("PROJECT", "CODE", "STATE", "TASKS", "ARCHIVED", "NAME"), rows)
 
 
 @app.command()

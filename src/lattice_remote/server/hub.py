@@ -11,6 +11,8 @@ import msgspec
 
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
+from lattice_remote.server.admin.moving import finish_renames
+from lattice_remote.server.data.closing import closed_because
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.lastuse import SAVE_EVERY_S, LastUse
 from lattice_remote.server.data.logins import Login, Logins
@@ -63,10 +65,11 @@ class Hub:
         self._last_use = LastUse(data.tokens_used)
         self._tokens_error = ""  # what was logged last, so that it is logged once
         self._projects: dict[str, Project] = {}
+        self._watching: dict[str, asyncio.Event] = {}  # set to end the watching of a project's files
+        self._releasing: set[str] = set()
         self._peers: set[Peer] = set()
         self._staying: dict[Callable[[Bye], None], Login] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._watching_ends = asyncio.Event()
         self._alone = asyncio.Event()
 
     def start(self) -> None:
@@ -75,12 +78,15 @@ class Hub:
         Raises:
             StorageError: ``tokens.json`` cannot be read.
         """
+        if moved := finish_renames(self.data):
+            _log.info("%d tokens were for projects that were renamed; they are for their new names now", moved)
         self._logins.refresh()
         for path in self.data.writable_by_everybody():
             _log.warning("everybody on this machine may change %s; run: chmod o-w %s", path, path)
         self._keep("tokens", self._watch_tokens())
         self._keep("uses", self._note_uses())
         self._keep("rescan", self._rescan())
+        self._keep("closing", self._watch_closing())
 
     async def stop(self) -> None:
         """Finish what runs, tell the clients when to come back, end the workers; takes about 1.5 s at the most."""
@@ -89,7 +95,8 @@ class Hub:
         await asyncio.gather(*(project.drain(_DRAIN_S) for project in projects))
         for peer in tuple(self._peers):
             peer.end(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
-        self._watching_ends.set()
+        for watching_ends in self._watching.values():
+            watching_ends.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(project.stop(_STOP_S) for project in projects))
@@ -144,15 +151,32 @@ class Hub:
         if (objection := self._logins.objection(login)) is not None:
             return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
         self._last_use.used([login.token.id])
-        if slug not in login.token.projects:  # which others there are is not told
-            why = f"this token is for {', '.join(login.token.projects)}; not for {slug!r}"
-            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
-        if not self.data.has_project(slug):
-            return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", f"there is no project {slug!r} on this server")
+        if (refusal := self._refused_project(login, slug)) is not None:
+            return refusal
         project = self.project(slug)
         if project.failure is not None:
             return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
         return login, project
+
+    def _refused_project(self, login: Login, slug: str) -> Refusal | None:
+        """Refuse a project that the token is not for, or that is not to be had; which others there are is not told."""
+        missing = HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND"
+        if slug not in login.token.projects:
+            now = self.data.renamed().get(slug)
+            if now in login.token.projects:
+                why = f"project {slug!r} is called {now!r} now: lattice remote set-url origin URL --project {now}"
+                return Refusal(*missing, why)
+            why = f"this token is for {', '.join(login.token.projects)}; not for {slug!r}"
+            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
+        if not self.data.has_project(slug):
+            if self.data.is_archived(slug):
+                return Refusal(*missing, f"project {slug!r} is archived; ask its administrator")
+            return Refusal(*missing, f"there is no project {slug!r} on this server")
+        closed = closed_because(self.data.project(slug).root)
+        if closed is not None or slug in self._releasing:
+            why = closed or "the project is being closed; come back in a moment"
+            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
+        return None
 
     @contextlib.contextmanager
     def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
@@ -189,12 +213,13 @@ class Hub:
                 paths,
                 hooks=hooks,
                 bounds=self._bounds,
-                limits=self.config.limits,
+                config=self.config,
                 worker_command=self._worker_command,
             )
             self._projects[slug] = project
             project.start()
-            self._keep(f"watch {slug}", watch_tree(paths.lattice, project.files_touched, self._watching_ends))
+            self._watching[slug] = asyncio.Event()
+            self._keep(f"watch {slug}", watch_tree(paths.lattice, project.files_touched, self._watching[slug]))
         return project
 
     # --- in the background ---
@@ -203,6 +228,29 @@ class Hub:
         while True:
             await asyncio.sleep(TOKEN_CHECK_S)
             self._refresh_logins()
+
+    async def _watch_closing(self) -> None:
+        """Let go of projects that an administrator's command asks for, see ``data/closing.py``."""
+        while True:
+            await asyncio.sleep(TOKEN_CHECK_S)
+            for slug, project in tuple(self._projects.items()):
+                if (why := closed_because(project.paths.root)) is not None and slug not in self._releasing:
+                    self._releasing.add(slug)
+                    self._keep(f"release {slug}", self._release(slug, project, why))
+
+    async def _release(self, slug: str, project: Project, why: str) -> None:
+        """Send a project's clients away and end its worker."""
+        _log.info("%s: closed: %s", slug, why)
+        try:
+            await project.drain(_DRAIN_S)
+            for peer in tuple(self._peers):
+                if peer.project is project:
+                    peer.end(Bye("REMOTE_BUSY", why, 1.0))
+            self._watching.pop(slug).set()
+            await project.stop(_STOP_S)
+        finally:
+            del self._projects[slug]
+            self._releasing.discard(slug)
 
     async def _note_uses(self) -> None:
         while True:
@@ -228,7 +276,7 @@ class Hub:
     async def _rescan(self) -> None:
         while True:
             await asyncio.sleep(RESCAN_S)
-            for project in self._projects.values():
+            for project in tuple(self._projects.values()):
                 project.files_touched(None)
                 project.uploads.sweep()
 

@@ -10,6 +10,7 @@ _CAN_NOT = {
     "put-text": "takes no edited plans and notes: upgrade the server",
     "log": "can't tell who changed what: upgrade the server",
     "uploads": "takes no large files: upgrade the server",
+    "push": "takes no whole projects: upgrade the server",
     "call:dashboard": "takes no requests of the dashboard: upgrade the server",
     "call:mcp": "can't run MCP tools: install lattice-remote[mcp] on the server",
 }

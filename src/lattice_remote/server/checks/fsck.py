@@ -20,22 +20,20 @@ from lattice_remote.logtext import printable
 from lattice_remote.server.checks.check_project import ProjectCheck, check_project
 from lattice_remote.server.checks.check_server import CHMOD_600, TAKE_AWAY, check_server, server_leftovers
 from lattice_remote.server.checks.findings import Finding
+from lattice_remote.server.checks.recovering import recover
 from lattice_remote.server.data.datadir import DataDir, ProjectPaths
-from lattice_remote.server.data.ipc import Ready, Stop, ToServer
 from lattice_remote.server.data.locks import LockedElsewhere, lock
 from lattice_remote.server.data.settings import Journal
 from lattice_remote.server.journal.contents import Contents
 from lattice_remote.server.journal.copied import change_of
 from lattice_remote.server.journal.journal_reader import JournalReader
 from lattice_remote.server.journal.repair import Repair
-from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
 from lattice_remote.server.tree.tree import Tree
 
 __all__ = ["Report", "as_json", "as_lines", "chosen", "fsck"]
 
 _LOOKS = 4
 _LOOK_AGAIN_S = 0.7
-_WORKER_TIMEOUT_S = 600.0
 
 
 @dataclass
@@ -162,7 +160,7 @@ def _mended(slug: str, paths: ProjectPaths, data: DataDir, report: Report) -> li
     _set_aside(paths.root, [*before.leftovers, *before.journal.unreachable])
     _fix_modes(paths.root, before.findings)
     settings = _journal_settings(data)
-    report.notes += [f"{slug}: {note}" for note in asyncio.run(_recover(slug, paths, settings))]
+    report.notes += [f"{slug}: {note}" for note in asyncio.run(recover(slug, paths, settings))]
     return _compared(before.findings, check_project(slug, paths, at_rest=True).findings)
 
 
@@ -213,36 +211,3 @@ def _journal_settings(data: DataDir) -> Journal:
         return data.config().journal
     except Misuse:
         return Journal()  # a finding of its own
-
-
-async def _recover(slug: str, paths: ProjectPaths, settings: Journal) -> list[str]:
-    """Start a worker, which recovers the project as always, and end it; return its notes.
-
-    Raises:
-        StorageError: it can't open the project.
-    """
-    first: asyncio.Future[ToServer] = asyncio.get_running_loop().create_future()
-
-    def heard(message: ToServer) -> None:
-        if not first.done():
-            first.set_result(message)
-
-    def ended() -> None:
-        if not first.done():
-            first.set_exception(StorageError(f"the worker for project {slug} does not start"))
-
-    command = (*WORKER_COMMAND, "--journal", msgspec.json.encode(settings).decode())
-    writer = await Writer.start(slug, paths, on_message=heard, on_end=ended, command=command)
-    try:
-        async with asyncio.timeout(_WORKER_TIMEOUT_S):
-            message = await first
-        if not isinstance(message, Ready):
-            raise StorageError(f"project {slug}: {getattr(message, 'message', message)}")
-        writer.send(Stop())
-        await writer.wait(_WORKER_TIMEOUT_S)
-    except TimeoutError:
-        raise StorageError(f"the worker for project {slug} takes too long") from None
-    finally:
-        writer.kill()
-        await writer.wait(5.0)
-    return message.notes

@@ -8,9 +8,15 @@
     projects/<slug>/tmp/            the worker's scratch
     projects/<slug>/uploads/        content on its way in, kept for a day, see ``staging.py``
     projects/<slug>/set-aside/      what was in the way of mending, see ``fsck.py``
+    projects/<slug>/incoming/       projects that were pushed and are being checked
+    projects/<slug>/adopting/       one that is being put in place, see ``adoption.py``
+    archived/<slug>/                projects that nobody is served
+    trash/<slug>-<time>/            projects that were deleted
+    renamed.json                    what projects were called before
     .lock                           held by the running server
 
-All but ``tokens-used.json``, ``tmp/``, ``uploads/`` and the lock is needed to restore a server, and nothing else is.
+All but ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``, ``trash/`` and the lock is needed to restore a
+server, and nothing else is.
 """
 
 import contextlib
@@ -43,6 +49,8 @@ class ProjectSummary(msgspec.Struct, frozen=True):
     name: str | None
     tasks: int
     archived: int
+    state: str
+    """``active``, or ``archived``: nobody is served."""
 
 
 class ProjectPaths:
@@ -54,6 +62,7 @@ class ProjectPaths:
         self.lattice = root / ".lattice"
         self.journal = root / "journal"
         self.uploads = root / "uploads"
+        self.incoming = root / "incoming"
         self.writer_lock = root / ".writer.lock"
         """Held by the project's worker process for as long as it lives."""
 
@@ -70,8 +79,11 @@ class DataDir:
         self.path = path
         self.tokens = path / "tokens.json"
         self.tokens_used = path / "tokens-used.json"
+        self.projects = path / "projects"
+        self.archived = path / "archived"
+        self.trash = path / "trash"
         self._config = path / "config.json"
-        self._projects = path / "projects"
+        self._renamed = path / "renamed.json"
 
     def create(self) -> None:
         """Make the directory, its settings and an empty ``tokens.json``.
@@ -83,7 +95,7 @@ class DataDir:
         if self._config.exists():
             raise Misuse(f"{self.path} is a data directory already")
         with _storage_errors(f"cannot create {self.path}"):
-            self._projects.mkdir(parents=True, exist_ok=True)
+            self.projects.mkdir(parents=True, exist_ok=True)
             if not self.tokens.exists():
                 write_atomically(self.tokens, b'{"tokens": []}\n', mode=0o600)
             write_atomically(self._config, b"{}\n")
@@ -105,7 +117,7 @@ class DataDir:
 
     def writable_by_everybody(self) -> list[Path]:
         """Return what any user of the machine may change, of the files and directories that say who may do what."""
-        paths = (self.path, self._config, self.tokens, self._projects)
+        paths = (self.path, self._config, self.tokens, self.projects)
         return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
 
     def lock(self) -> int:
@@ -126,19 +138,49 @@ class DataDir:
     def slugs(self) -> list[str]:
         """Return the projects' names, sorted."""
         try:
-            names = sorted(os.listdir(self._projects))
+            names = sorted(os.listdir(self.projects))
         except FileNotFoundError:
             return []
         return [name for name in names if self.has_project(name)]
 
     def has_project(self, slug: str) -> bool:
         """Tell whether there is such a project; any string may be asked for (I9)."""
-        return _SLUG.fullmatch(slug) is not None and (self._projects / slug / ".lattice").is_dir()
+        return _SLUG.fullmatch(slug) is not None and any(
+            (self.projects / slug / name).is_dir() for name in (".lattice", "adopting")
+        )
+
+    def is_archived(self, slug: str) -> bool:
+        """Tell whether there is such a project, which nobody is served; any string may be asked for."""
+        return _SLUG.fullmatch(slug) is not None and (self.archived / slug / ".lattice").is_dir()
+
+    def archived_slugs(self) -> list[str]:
+        """Return the names of the projects that nobody is served, sorted."""
+        try:
+            names = sorted(os.listdir(self.archived))
+        except FileNotFoundError:
+            return []
+        return [name for name in names if self.is_archived(name)]
+
+    def renamed(self) -> dict[str, str]:
+        """Return what projects are called now, by what they were called; empty when that can't be read."""
+        try:
+            return msgspec.json.decode(self._renamed.read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.DecodeError):
+            return {}
+
+    def save_renamed(self, renamed: dict[str, str]) -> None:
+        """Replace what ``renamed`` returns.
+
+        Raises:
+            StorageError: it can't be written.
+        """
+        with _storage_errors("cannot write renamed.json"):
+            write_atomically(self._renamed, msgspec.json.format(msgspec.json.encode(renamed)) + b"\n")
 
     def project(self, slug: str) -> ProjectPaths:
         """Return where a project's files are; ``slug`` is one that ``has_project()`` knows."""
         assert _SLUG.fullmatch(slug), "a slug is checked before it becomes a path"
-        return ProjectPaths(self._projects / slug)
+        return ProjectPaths(self.projects / slug)
 
     def create_project(self, slug: str, *, code: str, name: str | None, actor: str | None) -> None:
         """Make a project with lattice's own ``init``, in one step: a running server sees all of it or nothing.
@@ -154,28 +196,44 @@ class DataDir:
             StorageError: a file could not be written.
         """
         self.config()
-        if _SLUG.fullmatch(slug) is None:
-            raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
-        if (self._projects / slug).exists():
-            raise Misuse(f"project {slug!r} exists already")
-        scratch = self._projects / f".new-{secrets.token_hex(8)}"
+        self.require_free(slug)
+        scratch = self.projects / f".new-{secrets.token_hex(8)}"
         with _storage_errors(f"cannot create project {slug!r}"):
             scratch.mkdir(parents=True)
             try:
                 _run_lattice_init(scratch, code=code, name=name or slug, actor=actor)
-                os.rename(scratch, self._projects / slug)
+                os.rename(scratch, self.projects / slug)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
+    def require_free(self, slug: str) -> None:
+        """Do nothing if a project may get this name.
+
+        Raises:
+            Misuse: it is no name, or another project has it.
+        """
+        if _SLUG.fullmatch(slug) is None:
+            raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
+        if (self.projects / slug).exists():
+            raise Misuse(f"project {slug!r} exists already")
+        if (self.archived / slug).exists():
+            raise Misuse(f"project {slug!r} is archived; choose another name, or rename that one when it is back")
+
     def summary(self, slug: str) -> ProjectSummary:
-        """Return what ``project list`` shows of a project."""
-        lattice = self.project(slug).lattice
+        """Return what ``project list`` shows of a project, archived or not."""
+        is_archived = self.is_archived(slug) and not self.has_project(slug)
+        lattice = (self.archived if is_archived else self.projects) / slug / ".lattice"
         try:
             config = msgspec.json.decode((lattice / "config.json").read_bytes(), type=_LatticeConfig)
         except (OSError, msgspec.DecodeError):
             config = _LatticeConfig()
         return ProjectSummary(
-            slug, config.project_code, config.project_name, _count(lattice / "tasks"), _count(lattice / "archive/tasks")
+            slug,
+            config.project_code,
+            config.project_name,
+            _count(lattice / "tasks"),
+            _count(lattice / "archive/tasks"),
+            "archived" if is_archived else "active",
         )
 
 

@@ -9,6 +9,7 @@ import msgspec
 from lattice_remote.protocol.messages import Attachment
 
 __all__ = [
+    "Adopt",
     "After",
     "Done",
     "Edit",
@@ -77,6 +78,24 @@ class Edit(_Message, frozen=True, tag="edit"):
     first_sent_at: float | None = None
 
 
+class Adopt(_Message, frozen=True, tag="adopt"):
+    """Put a checked project in the place of this one, if this one is empty, and leave; the next worker goes on with it.
+
+    ``candidate`` is its directory, relative to the project's; "" when there is none any more: then this is answered as
+    it was, or refused. The other fields are for the answer.
+    """
+
+    id: str
+    token_id: str
+    actor: str
+    candidate: str = ""
+    tasks: int = 0
+    archived: int = 0
+    files: int = 0
+    notes: list[str] = []
+    first_sent_at: float | None = None
+
+
 class Reconcile(_Message, frozen=True, tag="reconcile"):
     """Somebody may have changed these files (None: any file): number what differs from the manifest (I12)."""
 
@@ -106,7 +125,7 @@ class Stop(_Message, frozen=True, tag="stop"):
     """Finish, write the manifest, leave."""
 
 
-ToWorker = Execute | Invoke | Edit | Reconcile | NewEpoch | Settle | Stop
+ToWorker = Execute | Invoke | Edit | Adopt | Reconcile | NewEpoch | Settle | Stop
 
 
 # --- from the worker ---

@@ -80,6 +80,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
 
     hooks: bool = True
     """Whether the hooks of the projects' own ``config.json`` run on this server."""
+    pushed_hooks: bool = False
+    """Whether a project that a client pushes may bring hooks of its own."""
     journal: Journal = Journal()
     limits: Limits = Limits()
     tls: Tls = Tls()

@@ -8,7 +8,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
@@ -143,6 +143,40 @@ class TokenFile:
         self._change(without)
         return gone[0]
 
+    def rename_projects(self, renamed: Mapping[str, str]) -> int:
+        """Give projects the names they have now in every token; return how many tokens that changes.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        if not any(slug in renamed for token in self.read() for slug in token.projects):
+            return 0
+        changed: list[Token] = []
+
+        def edit(tokens: list[Token]) -> list[Token]:
+            after = [_for_projects(token, {renamed.get(slug, slug) for slug in token.projects}) for token in tokens]
+            changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
+            return after
+
+        self._change(edit)
+        return len(changed)
+
+    def forget_project(self, slug: str) -> int:
+        """Take a project out of every token, and revoke those that are for nothing else; return how many these were.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        changed: list[Token] = []
+
+        def edit(tokens: list[Token]) -> list[Token]:
+            after = [_for_projects(token, set(token.projects) - {slug}) for token in tokens]
+            changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
+            return [token for token in after if token.projects]
+
+        self._change(edit)
+        return len(changed)
+
     def _change(self, edit: Callable[[list[Token]], list[Token]]) -> None:
         try:
             with filelock.FileLock(self._path.with_name(".tokens.lock"), timeout=_LOCK_TIMEOUT_S):
@@ -153,6 +187,10 @@ class TokenFile:
             raise StorageError(f"{self._path} is locked by another command; try again") from error
         except OSError as error:
             raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def _for_projects(token: Token, projects: set[str]) -> Token:
+    return token if projects == set(token.projects) else msgspec.structs.replace(token, projects=sorted(projects))
 
 
 def digest_of_text(text: str) -> str:

@@ -10,6 +10,7 @@ recent       the newest changes in memory
 peer         one connected client
 continuing   from which change a client may go on
 skew         what an older client is told in place of what it does not know
+pushes       whole projects that clients bring
 files        files of the tree, sent at a number
 snapshot     a file as it was when it was opened
 log          who did what, read back

@@ -14,6 +14,7 @@ import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.layout import first_sign_of_use
 from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
 from lattice_remote.server.data.ipc import After, Ready
 from lattice_remote.server.journal.journal_reader import JournalReader
@@ -61,6 +62,11 @@ class History:
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
         self._followers: set[Follower] = set()
+
+    @property
+    def used(self) -> str | None:
+        """What shows that something was done in the project, in words; None when it is empty, as its files say."""
+        return first_sign_of_use((path, size) for path, (size, _) in self.files.items())
 
     # --- what followers need ---
 

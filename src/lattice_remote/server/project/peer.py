@@ -35,6 +35,7 @@ from lattice_remote.protocol.messages import (
     Limits,
     Log,
     Manifest,
+    Push,
     Put,
     Refused,
     Run,
@@ -192,6 +193,7 @@ class Peer:
                 limits=Limits(most, most - _OTHER_FIELDS_BYTES),
                 act_as=self.token.act_as,
                 capabilities=offered_capabilities(),
+                used=(project.history.used or "")[:256],
             )
         )
         programs = _programs(hello, project.lattice_version)
@@ -215,7 +217,7 @@ class Peer:
             case Run():
                 run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
                 self._submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)))
-            case Put() | Call() | Log() | Upload() if needed_capability(frame) not in self._capabilities:
+            case Put() | Call() | Log() | Upload() | Push() if needed_capability(frame) not in self._capabilities:
                 what = needed_capability(frame)
                 self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {what!r}: upgrade the client")
             case Call():
@@ -224,16 +226,17 @@ class Peer:
                     *(token.id, token.actor, token.act_as, _first_sent_at(frame)),
                 )
                 self._submit(call)
-            case Put() if is_editable(frame.path):
-                first = _first_sent_at(frame)
-                self._submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first))
             case Put():
-                self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+                self._edit(frame)
             case Log():
                 self._ask_log(frame)
             case Upload():
                 if self._is_taken(frame.id):
                     self.project.uploads.take(frame, token.id, self)
+            case Push():
+                if self._is_taken(frame.id):
+                    project = self.project
+                    project.pushes.take(frame, token, _first_sent_at(frame), project.history.used, self)
             case Fetch():
                 self._wanted.update(dict.fromkeys(frame.paths))
                 if len(self._wanted) > _MAX_FETCHES:
@@ -254,6 +257,13 @@ class Peer:
             raise ProtocolError("Follow comes once, from a client that names it and whose Hello does not follow")
         self._follow = frame
         self._work.set()
+
+    def _edit(self, frame: Put) -> None:
+        if is_editable(frame.path):
+            owner = self.token.id, self.token.actor
+            self._submit(Edit(frame.id, frame.path, frame.base, frame.text, *owner, _first_sent_at(frame)))
+        else:
+            self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
 
     def _ask_log(self, frame: Log) -> None:
         """Have the log read when the client has taken what it is owed before: it is read for nobody in a hurry."""
@@ -371,7 +381,7 @@ def _programs(hello: Hello, lattice_version: str) -> str:
     return ", ".join(parts)
 
 
-def _first_sent_at(frame: Run | Put | Call) -> float | None:
+def _first_sent_at(frame: Run | Put | Call | Push) -> float | None:
     """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
     return time.time() - frame.age_s if frame.age_s else None
 

@@ -28,6 +28,7 @@ from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Bye, Refused
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import (
+    Adopt,
     Done,
     Edit,
     Execute,
@@ -41,11 +42,12 @@ from lattice_remote.server.data.ipc import (
     ToServer,
     ToWorker,
 )
-from lattice_remote.server.data.settings import Limits
+from lattice_remote.server.data.settings import Config
 from lattice_remote.server.project.history import Follower, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.job import Job
 from lattice_remote.server.project.log import LogReader
+from lattice_remote.server.project.pushes import Pushes
 from lattice_remote.server.project.turns import Turns
 from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
@@ -95,7 +97,7 @@ class Project:
         *,
         hooks: HookRunner | None,
         bounds: Bounds | None = None,
-        limits: Limits | None = None,
+        config: Config | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self.slug = slug
@@ -104,8 +106,11 @@ class Project:
         """What the followers know, and may ask for."""
         self.log = LogReader(paths)
         """Answers who changed what."""
-        self.uploads = Uploads(paths, limits or Limits())
+        config = config or Config()
+        self.uploads = Uploads(paths, config.limits)
         """Content that requests refer to."""
+        self.pushes = Pushes(paths, config, self.uploads, self.submit)
+        """Whole projects that are to take this one's place."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
         self._hooks = hooks
@@ -179,12 +184,13 @@ class Project:
                 self._writer.kill()
                 await self._writer.wait(1.0)
         self.uploads.close()
+        await self.pushes.close()
         if self._hooks is not None:
             await self._hooks.close()
 
     # --- requests ---
 
-    def submit(self, message: Execute | Invoke | Edit, asker: Follower) -> None:
+    def submit(self, message: Execute | Invoke | Edit | Adopt, asker: Follower) -> None:
         """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
 
         A request that is under way already is joined, not run again (I6).
@@ -215,7 +221,7 @@ class Project:
         self._held_bytes += weight
         self._enqueue(job)
 
-    def _join(self, job: Job, message: Execute | Invoke | Edit, asker: Follower) -> None:
+    def _join(self, job: Job, message: Execute | Invoke | Edit | Adopt, asker: Follower) -> None:
         running = job.message
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
@@ -232,6 +238,7 @@ class Project:
 
     def forget(self, asker: Follower, request_ids: set[str]) -> None:
         """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
+        self.pushes.forget(asker)
         for request_id in request_ids:
             job = self._jobs.get(request_id)
             if job is None or asker not in job.askers:
@@ -344,7 +351,7 @@ class Project:
     def _finish(self, job: Job, done: Done) -> None:
         """Answer, or let wait, or note that a look at the tree is over."""
         match job.message:
-            case Execute() | Invoke() | Edit() | Settle() as message:
+            case Execute() | Invoke() | Edit() | Adopt() | Settle() as message:
                 if done.waiting_for is not None:
                     self._wait(job, message.id, done)
                     return
@@ -446,7 +453,10 @@ class Project:
         self._ready, self._working = None, False
         if self._stopping or self._failure is not None:
             return
-        _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
+        if held and isinstance(held[0].message, Adopt):
+            _log.info("%s: a project that was brought whole takes its place", self.slug)
+        else:
+            _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
         for job in reversed(held):
             job.suspect = True
             self._queue.add_first(job)
@@ -458,7 +468,7 @@ class Project:
     def _give_up(self, job: Job, why: str) -> None:
         """Have the next worker answer from the journal, or refuse; which of the two only the files can tell (I6)."""
         match job.message:
-            case Execute() | Invoke() | Edit() as message:
+            case Execute() | Invoke() | Edit() | Adopt() as message:
                 job.message = Settle(message.id, message.token_id, "REMOTE_FAILED", why)
             case Settle() | Reconcile():
                 pass
@@ -517,7 +527,9 @@ class Project:
         self._writer.kill()
 
 
-def _weight_of(message: Execute | Invoke | Edit) -> int:
+def _weight_of(message: Execute | Invoke | Edit | Adopt) -> int:
+    if isinstance(message, Adopt):
+        return 0
     if isinstance(message, Edit):
         return len(message.text) + len(message.base or b"")
     said = len(message.payload) if isinstance(message, Invoke) else sum(map(len, message.argv))

@@ -18,13 +18,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.tree.audit_events import HARMLESS, WATCHED
-from lattice_remote.server.tree.undo import UndoLog
 
-__all__ = ["Capture", "Move", "Touched", "Vetoed"]
+__all__ = ["Capture", "Move", "PreImages", "Touched", "Vetoed"]
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _HARMLESS_FILES = frozenset({"/dev/null", "/dev/urandom", "/dev/random"})
@@ -61,6 +60,22 @@ class Touched:
     private: bool = False
 
 
+class PreImages(Protocol):
+    """What is told of each change before it is made, by absolute path: an ``UndoLog`` where it may be taken back."""
+
+    def keep_for_append(self, path: str) -> None:
+        """Something will be added at the end of this file, or it will be created."""
+
+    def keep_for_rewrite(self, path: str) -> None:
+        """This file will be changed in place, or created."""
+
+    def keep_for_replace(self, path: str) -> None:
+        """This name will be removed, or given to another file."""
+
+    def keep_directory(self, path: str) -> None:
+        """This directory will be made."""
+
+
 class Capture:
     """The hook and its rules. Make one per process: an audit hook can't be removed.
 
@@ -71,7 +86,7 @@ class Capture:
         code: directories in which Python and its packages lie.
     """
 
-    def __init__(self, tree: str, private: str, undo: UndoLog, code: Sequence[str]) -> None:
+    def __init__(self, tree: str, private: str, undo: PreImages, code: Sequence[str]) -> None:
         self._tree = tree.rstrip("/") + "/"
         self._private = private.rstrip("/") + "/"
         self._locks = self._tree + "locks/"

@@ -11,6 +11,7 @@ actors       whose name it may act in
 attachments  a caller's files, put where a command can read them
 executor     one command line, run by lattice itself
 attribution  who did it, and with what words, for the log
+confinement  what such a process may see
 store        tree, journal and undo as one thing that commits
 committer    the thread that makes changes durable in groups
 recovery     what happened while nobody looked

@@ -9,13 +9,9 @@ It leaves when told to (``Stop``), when the server is gone (end of file), or whe
 import argparse
 import gc
 import logging
-import os
-import shutil
 import signal
 import socket
 import sys
-import sysconfig
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +26,7 @@ from lattice_remote.server.data.settings import Journal as JournalSettings
 from lattice_remote.server.journal.journal import Retention
 from lattice_remote.server.tree.manifest import SyncFailed
 from lattice_remote.server.worker.committer import Committer, Job
+from lattice_remote.server.worker.confinement import code_directories, prepare_scratch
 from lattice_remote.server.worker.executor import Executor
 from lattice_remote.server.worker.recovery import open_store
 from lattice_remote.server.worker.requests import Worker
@@ -55,27 +52,6 @@ def _messages(connection: socket.socket) -> Iterator[ToWorker]:
             message = _decoder.decode(bytes(buffer[4 : 4 + length]))
             del buffer[: 4 + length]
             yield message
-
-
-def _code_directories(project: Path) -> list[str]:
-    """Return where Python and its packages lie; the directory it was started in is none of them.
-
-    Nor is one around the project: an environment may have been made where the data lies, and the tokens with it.
-    """
-    started_in = os.getcwd()
-    standard = sysconfig.get_paths()
-    paths = {*(standard[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")), *filter(None, sys.path)}
-    return sorted(path for path in paths if path != started_in and not project.is_relative_to(path))
-
-
-def _prepare_scratch(project: Path) -> Path:
-    """Make the private directory, empty, and live in it."""
-    scratch = project / "tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(mode=0o700)
-    tempfile.tempdir = str(scratch)
-    os.chdir(scratch)
-    return scratch
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,8 +87,8 @@ def _retention(settings: str) -> Retention:
 
 
 def _serve(project: Path, connection: socket.socket, committer: Committer, retention: Retention) -> int:
-    code = _code_directories(project)
-    scratch = _prepare_scratch(project)
+    code = code_directories(project)
+    scratch = prepare_scratch(project)
     opened = open_store(project, scratch, committer, code=code, retention=retention)
     worker = Worker(project, scratch, opened.store, Executor(project, lazy=opened.can_repair), committer)
     worker.ready(opened.notes)

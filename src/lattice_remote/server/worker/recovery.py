@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lattice_remote.server.journal.contents import Contents
@@ -21,6 +22,7 @@ from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.manifest import FileState, ManifestFile, load_manifest
 from lattice_remote.server.tree.tree import Difference, Tree
 from lattice_remote.server.tree.undo import UndoLog
+from lattice_remote.server.worker.adoption import answer_to, cause_of, finish, first_difference, put_in_place
 from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.store import BY_SERVER, Store, begin_anew
 
@@ -70,6 +72,8 @@ def open_store(
 ) -> Opened:
     """Open the project in ``project``, which holds ``.lattice/`` and gets ``journal/``.
 
+    One that was brought whole and waits in ``adopting/`` is given its place first, see ``adoption.py``.
+
     Args:
         project: a real path.
         scratch: the worker's private directory, a real path.
@@ -80,6 +84,7 @@ def open_store(
     Raises:
         OSError: a file can't be read or written.
     """
+    adopted = put_in_place(project)
     directory = project / "journal"
     directory.mkdir(mode=0o700, exist_ok=True)
     boot_id = _boot_id()
@@ -90,9 +95,12 @@ def open_store(
     undo = UndoLog.open(directory)
     journal = Journal.open(directory, retention)
     mended: list[str] = []
-    if copied is not None and listed is not None and journal is not None:
+    if adopted is None and copied is not None and listed is not None and journal is not None:
         mended = mend_copy(Tree(project / ".lattice", {}), journal, listed, kept=undo.before, copied=copied)
         undo.clear()  # what it keeps of large files may be another command's by now: it was copied later
+    is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
+    if adopted is not None and is_new:
+        mended = [f"{adopted.actor} brought a whole project: a new epoch begins"]
     history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
     notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
@@ -111,14 +119,18 @@ def open_store(
     )
     if history.journal is None:
         store.adopt(tree.reconcile(trust_signatures=False, limit=None))
+        if adopted is not None and is_new:
+            store.commit(first_difference(tree), cause_of(adopted), partial(answer_to, adopted), report=False)
     else:
         notes += _number_what_differs(store, trust_signatures=history.is_trusted)
-        committer.wait()
+    committer.wait()
     if journal.is_damaged:
         store.new_epoch()
         notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
     else:
         store.save_manifest(clean=False)
+    if adopted is not None:
+        finish(project)
     remove_segments(store.journal.expire(time.time()))
     return Opened(store, notes, bool(boot_id))
 

@@ -11,6 +11,7 @@ from lattice_remote.protocol.messages import Refused, Reply, Result, Returned
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import (
+    Adopt,
     After,
     Edit,
     Execute,
@@ -24,6 +25,7 @@ from lattice_remote.server.data.ipc import (
 )
 from lattice_remote.server.journal.segments import Record
 from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker.adoption import decide, is_adopting, require_empty
 from lattice_remote.server.worker.attachments import Attached
 from lattice_remote.server.worker.attribution import describe_call, describe_command
 from lattice_remote.server.worker.committer import Committer, Job
@@ -37,7 +39,7 @@ from lattice_remote.server.worker.surfaces.surface import Asked, Operation
 
 __all__ = ["Worker"]
 
-_Request = Execute | Invoke | Edit | Settle
+_Request = Execute | Invoke | Edit | Adopt | Settle
 _MAX_ACTOR_CHARS = 256
 _MAX_MESSAGE_CHARS = 4096
 _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
@@ -89,6 +91,9 @@ class Worker:
                 self._once(message, self._invoke)
             case Edit():
                 self._once(message, self._editor.edit)
+            case Adopt():
+                self._once(message, self._adopt)
+                return not is_adopting(self._paths.root)
             case Settle():
                 self._once(message, _refuse_settled)
             case Reconcile():
@@ -134,6 +139,20 @@ class Worker:
         if known.token_id != request.token_id:
             raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
         self._store.reply_again(request.id, known)
+
+    # --- a whole project ---
+
+    def _adopt(self, request: Adopt) -> None:
+        """Decide on a project that takes this one's place; the next worker puts it there, and answers."""
+        # What is on the disk counts, also what somebody has put there and nobody has told of yet.
+        require_empty(self._lattice_dir, {path: status.st_size for path, status in self._store.tree.scan()})
+        if not request.candidate:
+            raise Rejected("what was to be pushed is not on the server any more; push again", code="REMOTE_NOT_FOUND")
+        self._committer.wait()
+        try:
+            decide(self._paths.root, request)
+        except OSError as error:
+            raise cannot_store("the project", error) from error
 
     # --- a command line ---
 

@@ -1,0 +1,179 @@
+"""Takes whole projects that clients push: the uploaded pack is checked apart, then the worker puts it in place.
+
+    asked --> checking --refused--> answered
+                       --passed---> with the worker --> answered
+
+Nothing here decides whether a project is empty, or whether a request was carried out before: the worker does (I1, I6).
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lattice_remote.errors import RemoteError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Bye, Push, Refused
+from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.ipc import Adopt
+from lattice_remote.server.data.settings import Config
+from lattice_remote.server.data.tokens import Token
+from lattice_remote.server.intake.quarantine import quarantine
+from lattice_remote.server.intake.report import Report
+from lattice_remote.server.project.history import Follower
+from lattice_remote.server.project.uploads import Uploads
+
+__all__ = ["Pushes"]
+
+_MAX_UNDER_WAY = 8
+_log = logging.getLogger(__name__)
+
+Submit = Callable[[Adopt, Follower], None]
+
+
+@dataclass(slots=True)
+class _Push:
+    """One that is being checked."""
+
+    frame: Push
+    token: Token
+    askers: list[Follower] = field(default_factory=list)
+    task: "asyncio.Task[None] | None" = None
+
+
+class Pushes:
+    """See the module's text. All methods belong to the event loop's thread; ``close()`` it in the end.
+
+    Args:
+        paths: of the project.
+        config: the server's settings.
+        uploads: has the packs.
+        submit: gives a request to the project's worker.
+    """
+
+    def __init__(self, paths: ProjectPaths, config: Config, uploads: Uploads, submit: Submit) -> None:
+        self._paths = paths
+        self._config = config
+        self._uploads = uploads
+        self._submit = submit
+        self._under_way: dict[str, _Push] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._is_clean = False  # what an earlier server left was removed
+
+    def take(self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, asker: Follower) -> None:
+        """Take a push; ``asker.answer()`` is called when it is done.
+
+        Args:
+            frame: what is asked for.
+            token: whose it is.
+            first_sent_at: see ``ipc.Execute``.
+            used: what shows that something was done in the project, None when it is empty as far as is known.
+            asker: who asks.
+        """
+        push = self._under_way.get(frame.id)
+        if push is not None and push.token.id == token.id:
+            push.askers.append(asker)
+        elif push is not None:
+            _refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif used is not None or not self._has_pack(frame, token):
+            # It may have been carried out before: that, or why not, is the worker's to say.
+            self._submit(Adopt(frame.id, token.id, token.actor, first_sent_at=first_sent_at), asker)
+        elif len(self._under_way) >= _MAX_UNDER_WAY:
+            _refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
+        else:
+            push = self._under_way[frame.id] = _Push(frame, token, [asker])
+            push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
+
+    def forget(self, asker: Follower) -> None:
+        """The connection of ``asker`` is gone. What it pushed goes on: it will ask again."""
+        for push in self._under_way.values():
+            if asker in push.askers:
+                push.askers.remove(asker)
+
+    async def close(self) -> None:
+        """Stop checking."""
+        tasks = [push.task for push in self._under_way.values() if push.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _has_pack(self, frame: Push, token: Token) -> bool:
+        try:
+            return os.stat(self._paths.upload(token.id, frame.digest), follow_symlinks=False).st_size == frame.size
+        except OSError:
+            return False
+
+    async def _check(self, push: _Push, first_sent_at: float | None) -> None:
+        frame, token, place = push.frame, push.token, self._paths.incoming / push.frame.id
+        code, why = "REMOTE_UNSUPPORTED", ""
+        try:
+            report = await self._checked(frame, token, place)
+            why = f"the server does not take this project: {report.refused}" if report.refused else ""
+        except RemoteError as error:
+            code, why = error.code, error.message
+        except OSError as error:
+            code, why = "REMOTE_STORAGE", f"the server can't store the project: {error.strerror}"
+        finally:
+            del self._under_way[frame.id]
+        if why:
+            _log.info("%s: a push of %s was refused: %s", self._paths.root.name, token.actor, why)
+            for asker in push.askers:
+                _refuse(asker, frame.id, code, why)
+            return
+        request = Adopt(
+            frame.id,
+            token.id,
+            token.actor,
+            f"{self._paths.incoming.name}/{frame.id}",
+            report.tasks,
+            report.archived,
+            report.files,
+            report.notes(),
+            first_sent_at,
+        )
+        self._submit(request, _Cleaner(place, lambda: self._uploads.used(token.id, frame.digest)))
+        for asker in push.askers:
+            self._submit(request, asker)
+
+    async def _checked(self, frame: Push, token: Token, place: Path) -> Report:
+        async with self._one_at_a_time:
+            if not self._is_clean:
+                await asyncio.to_thread(shutil.rmtree, self._paths.incoming, ignore_errors=True)
+                self._is_clean = True
+            return await quarantine(
+                place,
+                ["--pack", self._paths.upload(token.id, frame.digest)],
+                max_bytes=self._config.limits.project_bytes,
+                keep_hooks=self._config.pushed_hooks,
+                hooks_of=self._paths.lattice / "config.json",
+            )
+
+
+class _Cleaner:
+    """Asks like a client, and removes what is not needed any more once there is an answer."""
+
+    def __init__(self, place: Path, used: Callable[[], None]) -> None:
+        self._place = place
+        self._used = used
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """Remove the candidate of a push that did not get its place, or the pack of one that did."""
+        del request_id, reply
+        if self._place.exists():
+            asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(self._place, ignore_errors=True))
+        else:
+            self._used()
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """Nothing is followed here."""
+
+    def end(self, bye: Bye) -> None:
+        """Nothing is connected here."""
+
+
+def _refuse(asker: Follower, request_id: str, code: str, message: str) -> None:
+    asker.answer(request_id, encode(Refused(request_id, code, message[:4096])))
