@@ -231,17 +231,11 @@ class Peer:
             case Log():
                 self._ask_log(frame)
             case Upload():
-                if self._is_taken(frame.id):
-                    self.project.uploads.take(frame, token.id, self)
+                self._upload(frame)
             case Push():
-                if self._is_taken(frame.id):
-                    project = self.project
-                    project.pushes.take(frame, token, _first_sent_at(frame), project.history.used, self)
+                self._push(frame)
             case Fetch():
-                self._wanted.update(dict.fromkeys(frame.paths))
-                if len(self._wanted) > _MAX_FETCHES:
-                    raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
-                self._work.set()
+                self._fetch(frame)
             case Manifest():
                 self._wants_manifest = True
                 self._work.set()
@@ -257,6 +251,21 @@ class Peer:
             raise ProtocolError("Follow comes once, from a client that names it and whose Hello does not follow")
         self._follow = frame
         self._work.set()
+
+    def _fetch(self, frame: Fetch) -> None:
+        self._wanted.update(dict.fromkeys(frame.paths))
+        if len(self._wanted) > _MAX_FETCHES:
+            raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
+        self._work.set()
+
+    def _upload(self, frame: Upload) -> None:
+        if self._is_taken(frame.id):
+            self.project.uploads.take(frame, self.token.id, self)
+
+    def _push(self, frame: Push) -> None:
+        if self._is_taken(frame.id):
+            used = self.project.history.used
+            self.project.pushes.take(frame, self.token, _first_sent_at(frame), used, self)
 
     def _edit(self, frame: Put) -> None:
         if is_editable(frame.path):
