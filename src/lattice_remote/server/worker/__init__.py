@@ -9,6 +9,7 @@ policy       what a client's command line may do: one table
 arguments    the kinds of its values, and what each may be
 actors       whose name it may act in
 attachments  a caller's files, put where a command can read them
+owners       which token a session belongs to
 executor     one command line, run by lattice itself
 attribution  who did it, and with what words, for the log
 confinement  what such a process may see

@@ -4,7 +4,7 @@ import json
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import click
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.worker.arguments import is_plain, unsupported
+from lattice_remote.server.worker.owners import Owners
 
 __all__ = ["Identity", "check_actor"]
 
@@ -23,6 +24,9 @@ class Identity:
 
     actor: str
     act_as: Sequence[str] = ()
+    token_id: str = ""
+    owners: Owners = field(default_factory=Owners)
+    """Of the project's sessions."""
 
     def may_act_as(self, actor: str, *, ignore_case: bool = False) -> bool:
         """Tell whether a command of this token may say that it is ``actor``."""
@@ -40,6 +44,26 @@ class Identity:
         if not self.may_act_as(actor, ignore_case=ignore_case):
             allowed = ", ".join((self.actor, *self.act_as))
             raise Rejected(f"token may act as {allowed}; not as {actor}", code="REMOTE_FORBIDDEN")
+
+    def require_session(self, name: str, session: str, *, to_end: bool) -> None:
+        """Do nothing if a command of this token may act as this session, or end it.
+
+        A session belongs to the token that started it. To end one a token of the same actor will do: a person whose
+        other machine, or whose former token, has left one behind.
+
+        Raises:
+            Rejected: it is another token's.
+        """
+        owner = self.owners.of(name, session)
+        if owner is None or owner.token_id == self.token_id or (to_end and owner.actor == self.actor):
+            return
+        if to_end:
+            advice = f"a token of {owner.actor} can end it"
+        elif owner.actor == self.actor:
+            advice = f"start one with this token, and end that one with: lattice session end {name}"
+        else:
+            advice = "start your own with: lattice session start"
+        raise Rejected(f"session {name} belongs to another token, of {owner.actor}: {advice}", code="REMOTE_FORBIDDEN")
 
 
 def _as_regex(pattern: str) -> str:
@@ -65,9 +89,10 @@ def check_actor(
     actor: str | None = None
     session = values.get("name") if path == "session end" else values.get("session_name")
     if session is not None:
-        actor = _actor_of_session(lattice_dir, session)
+        actor, own_id = _actor_of_session(lattice_dir, session)
         if actor is not None:
             identity.require(actor, ignore_case=True)
+            identity.require_session(session, own_id, to_end=path == "session end")
     elif path == "session start":
         actor = _actor_to_be(values)
         identity.require(actor, ignore_case=True)
@@ -88,8 +113,8 @@ def _default_actor(cli: click.Group, path: str) -> str | None:
     return next((default for default in defaults if isinstance(default, str)), None)
 
 
-def _actor_of_session(lattice_dir: Path, session: str) -> str | None:
-    """Return the actor that a session stands for; None when there is no such session: lattice will say so.
+def _actor_of_session(lattice_dir: Path, session: str) -> tuple[str | None, str]:
+    """Return the actor that a session stands for, and its own id; None when there is none: lattice will say so.
 
     Lattice believes whatever the file says, so a file that says something else than its name is refused.
     """
@@ -101,13 +126,13 @@ def _actor_of_session(lattice_dir: Path, session: str) -> str | None:
             raise unsupported(f"the session {session} is no plain file on the server")
         identity = ActorIdentity.from_dict(json.loads(path.read_text("utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise unsupported(f"the session {session} can't be read: it names no actor") from error
     actor = str(identity.to_legacy_actor())
     if identity.name != session or f"{identity.base_name}-{identity.serial}" != session or not is_plain(actor):
         raise unsupported(f"the session {session} can't be used: its file is that of another")
-    return actor
+    return actor, str(identity.session)
 
 
 def _actor_to_be(values: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from lattice_remote.server.data.ipc import (
     ToWorker,
 )
 from lattice_remote.server.journal.segments import Record
+from lattice_remote.server.tree.tree import Difference
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.adoption import decide, is_adopting, require_empty
 from lattice_remote.server.worker.attachments import Attached
@@ -31,6 +32,7 @@ from lattice_remote.server.worker.attribution import describe_call, describe_com
 from lattice_remote.server.worker.committer import Committer, Job
 from lattice_remote.server.worker.editing import Editor
 from lattice_remote.server.worker.executor import Executor, Outcome
+from lattice_remote.server.worker.owners import Owners
 from lattice_remote.server.worker.policy import Command, parse
 from lattice_remote.server.worker.running import Runner, Work, cannot_store
 from lattice_remote.server.worker.store import BY_SERVER, Cause, Store
@@ -61,6 +63,7 @@ class Worker:
         self._store = store
         self._executor = executor
         self._committer = committer
+        self._owners = Owners(project)
         self._runner = Runner(store, scratch)
         self._editor = Editor(store, self._lattice_dir)
 
@@ -159,7 +162,7 @@ class Worker:
     def _execute(self, request: Execute) -> None:
         try:
             attached = self._attach(request, request.argv)
-            identity = Identity(request.actor, request.act_as)
+            identity = self._identity(request)
             command = parse(
                 self._executor.cli, attached.argv, identity, files=attached.paths, lattice_dir=self._lattice_dir
             )
@@ -167,6 +170,9 @@ class Worker:
         finally:
             if request.files:
                 self._runner.empty_scratch()
+
+    def _identity(self, request: Execute | Invoke) -> Identity:
+        return Identity(request.actor, request.act_as, request.token_id, self._owners)
 
     def _attach(self, request: Execute | Invoke, values: Sequence[str]) -> Attached:
         """Put the request's files in place of the ``values`` that name them."""
@@ -186,7 +192,12 @@ class Worker:
             ),
             answer=lambda outcome, seq: _reply(request.id, seq, outcome, command, attached),
             vouched=attached.vouched,
+            note=lambda difference: self._note(request, command, difference),
         )
+
+    def _note(self, request: Execute, command: Command, difference: Difference) -> None:
+        if command.path == "session start":
+            self._owners.note(difference.operations, request.token_id, request.actor)
 
     # --- an operation of another surface ---
 
@@ -200,7 +211,7 @@ class Worker:
 
     def _prepare(self, request: Invoke) -> Operation:
         surface = surface_named(request.surface)
-        identity = Identity(request.actor, request.act_as)
+        identity = self._identity(request)
         attach = partial(self._attach, request)
         operation = surface.prepare(Asked(request.name, request.payload, identity, self._lattice_dir, attach))
         if request.files and operation.attached is None:

@@ -30,6 +30,7 @@ class Work:
         run: does it; called once.
         answer: makes the answer, of what came out and the number up to which it is true.
         vouched: what is known of files that were uploaded for it.
+        note: called with what has changed before that is committed: for what must be known once it is durable.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Work:
     run: Callable[[], Outcome]
     answer: Callable[[Outcome, int], Result]
     vouched: Mapping[int, Vouched] = field(default_factory=dict)
+    note: Callable[[Difference], None] = lambda _: None
 
 
 class Runner:
@@ -66,6 +68,14 @@ class Runner:
             difference, hooks = Difference(), []
         else:
             difference = self._store.difference(touched, work.vouched)
+        try:
+            work.note(difference)
+        except OSError as error:
+            self._store.roll_back()
+            raise cannot_store("what belongs to this change", error) from error
+        except Rejected:
+            self._store.roll_back()
+            raise
         if outcome.waiting is not None:
             self._store.commit(difference, work.cause, hooks=hooks, waiting=outcome.waiting)
             return
