@@ -231,9 +231,9 @@ class Peer:
             case Log():
                 self._ask_log(frame)
             case Upload():
-                self._upload(frame)
+                self._take_upload(frame)
             case Push():
-                self._push(frame)
+                self._take_push(frame)
             case Fetch():
                 self._fetch(frame)
             case Manifest():
@@ -258,11 +258,11 @@ class Peer:
             raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
         self._work.set()
 
-    def _upload(self, frame: Upload) -> None:
+    def _take_upload(self, frame: Upload) -> None:
         if self._is_taken(frame.id):
             self.project.uploads.take(frame, self.token.id, self)
 
-    def _push(self, frame: Push) -> None:
+    def _take_push(self, frame: Push) -> None:
         if self._is_taken(frame.id):
             used = self.project.history.used
             self.project.pushes.take(frame, self.token, _first_sent_at(frame), used, self)
