@@ -16,6 +16,8 @@ says it).
 
 TYPE_CHECKING = False  # as typing has it, which every lattice command would have to import
 if TYPE_CHECKING:
+    from lattice_remote.client.resolve import resolve_backend
+    from lattice_remote.client.storage import Freshness, RemoteStorage, RemoteWarning
     from lattice_remote.errors import RemoteError
     from lattice_remote.storage.backend import StorageBackend
     from lattice_remote.storage.local import LocalStorage
@@ -23,12 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Conflict",
+    "Freshness",
     "LocalStorage",
     "Merged",
     "RemoteError",
+    "RemoteStorage",
+    "RemoteWarning",
     "StorageBackend",
     "Written",
     "__version__",
+    "resolve_backend",
 ]
 
 __version__ = "0.1.0"
@@ -36,11 +42,15 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Conflict": "storage.values",
+    "Freshness": "client.storage",
     "LocalStorage": "storage.local",
     "Merged": "storage.values",
     "RemoteError": "errors",
+    "RemoteStorage": "client.storage",
+    "RemoteWarning": "client.storage",
     "StorageBackend": "storage.backend",
     "Written": "storage.values",
+    "resolve_backend": "client.resolve",
 }
 """Where each name is; loaded when it is first asked for, since every ``lattice`` command imports this package."""
 

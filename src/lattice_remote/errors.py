@@ -21,6 +21,7 @@ __all__ = [
     "Rejected",
     "RemoteError",
     "StorageError",
+    "as_told",
     "one_line",
 ]
 
@@ -101,3 +102,12 @@ class StorageError(RemoteError):
     """A file, or the journal, could not be read or written."""
 
     code = "REMOTE_STORAGE"
+
+
+def as_told(message: str, code: object) -> RemoteError:
+    """Return an error that another process tells of by its code; an unknown code counts as ``REMOTE_FAILED``."""
+    if code in ("REMOTE_UNREACHABLE", "REMOTE_UNKNOWN_OUTCOME"):
+        return ConnectionFailed(message, sent=code == "REMOTE_UNKNOWN_OUTCOME")
+    if code == "REMOTE_STORAGE":
+        return StorageError(message)
+    return Rejected(message, code=code if isinstance(code, str) and code in CODES else "REMOTE_FAILED")

@@ -10,10 +10,12 @@ import pytest
 from boards import ANA, added, beginning, event, made, made_resource, of_resource, require_sound
 from lattice.core.ids import generate_resource_id, generate_task_id  # type: ignore[import-untyped]
 
+from lattice_remote import resolve_backend
 from lattice_remote.errors import Rejected
 from lattice_remote.storage.backend import StorageBackend
 from lattice_remote.storage.local import LocalStorage
 from lattice_remote.storage.values import Conflict, Merged, Snapshot, Written
+from sandbox import Client, Server
 from warm import warm
 
 type Command = Callable[..., str]
@@ -42,7 +44,17 @@ def local_place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(LocalStorage(root), root / ".lattice", command)
 
 
-@pytest.fixture(scope="module", params=["local"])
+@pytest.fixture(scope="module")
+def remote_place(shared_board: tuple[Server, Client, Client]) -> Iterator[Place]:
+    """This process is on Ana's machine: it asks her agent, with her token."""
+    server, ana, _ben = shared_board
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "LATTICE_REMOTE_RUNTIME_DIR"):
+            environment.setenv(name, ana.env[name])
+        yield Place(resolve_backend(ana.dir), server.lattice_dir(), ana.ok)
+
+
+@pytest.fixture(scope="module", params=["local", "remote"])
 def place(request: pytest.FixtureRequest) -> Place:
     found: Place = request.getfixturevalue(f"{request.param}_place")
     return found
@@ -79,7 +91,8 @@ def test_what_commands_write_is_read(place: Place, board: StorageBackend) -> Non
 
 
 @pytest.mark.parametrize("task", ["LAT-9999", "no task", "../config", "task_../../config", "", "task_" + "0" * 26])
-def test_what_is_not_there_is_none(board: StorageBackend, task: str) -> None:
+def test_what_is_not_there_is_none(forge_on: tuple[StorageBackend, Snapshot], task: str) -> None:
+    board, _ = forge_on
     assert board.get_task(task) is None
     assert board.get_task_events(task) == []
     assert board.read_plan(task) is None
@@ -306,7 +319,8 @@ def forge_on(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 @pytest.mark.parametrize("task_id", ["task_../../config", "task_" + "a" * 26, "LAT-77777", "", "../x"])
-def test_a_task_is_made_under_an_id_and_nothing_else(board: StorageBackend, task_id: str) -> None:
+def test_a_task_is_made_under_an_id_and_nothing_else(forge_on: tuple[StorageBackend, Snapshot], task_id: str) -> None:
+    board, _ = forge_on
     with pytest.raises(Rejected):
         board.write_task(task_id, [event("task_created", task_id, beginning()["data"])], None)
 
@@ -371,7 +385,10 @@ _NO_RESOURCES: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "data"), _NO_RESOURCES)
-def test_a_forged_resource_is_refused(board: StorageBackend, name: str, data: dict[str, Any]) -> None:
+def test_a_forged_resource_is_refused(
+    forge_on: tuple[StorageBackend, Snapshot], name: str, data: dict[str, Any]
+) -> None:
+    board, _ = forge_on
     with pytest.raises(Rejected):
         made_resource(board, name, **data)
     assert board.get_resource(name) is None

@@ -5,6 +5,8 @@ Light, imported by every command of a remote project (standard library only):
     plugin        what ``lattice`` loads; decides whether there is a remote at all
     routing       reads stay here under the guard, everything else travels to the server
     callers_files which argument is a file of the caller, and how the agent gets at it
+    storage       reads and writes of a program, in Python
+    resolve       which board a program means: a local one or a remote one
     guard         refuses what a local command would write into the cache
     settings      ``remote.json`` and the grammar of a remote's URL
     credentials   tokens, per user

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from lattice_remote.client import runtime
-from lattice_remote.errors import CODES, ConnectionFailed, RemoteError, StorageError
+from lattice_remote.errors import ConnectionFailed, StorageError, as_told
 
 __all__ = ["Progress", "agent_enabled", "ask", "ask_here", "ask_running_agent", "raise_error", "stay_connected"]
 
@@ -106,8 +106,7 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
     """
     if answer.get("ok"):
         return answer
-    code = answer.get("code")
-    raise RemoteError(str(answer.get("message")), code=code if code in CODES else "REMOTE_FAILED")
+    raise as_told(str(answer.get("message")), answer.get("code"))
 
 
 def ask_here(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
 CAPABILITIES = (
     *("append", "merge", "move", "announce", "put-text", "log", "uploads", "push", "call:dashboard", "call:mcp"),
-    "follow",
+    *("call:storage", "follow"),
 )
 """What this version can do beyond whole files; a peer uses only what the other side named.
 
@@ -161,8 +161,9 @@ class Put(_Frame, frozen=True, tag="put"):
 class Call(_Frame, frozen=True, tag="call"):
     """Carry out an operation of one of lattice's surfaces, once for this id (I6).
 
-    ``surface`` is ``dashboard`` (``name`` is the path of a POST) or ``mcp`` (the name of a tool); ``payload`` is JSON:
-    the request's body, the tool's arguments. ``age_s`` as in ``Run``. Capability ``call:SURFACE``.
+    ``surface`` is ``dashboard`` (``name`` is the path of a POST), ``mcp`` (the name of a tool) or ``storage`` (a write
+    of a program); ``payload`` is JSON: the request's body, the tool's arguments, what is to be written. ``age_s`` as in
+    ``Run``. Capability ``call:SURFACE``.
     """
 
     id: RequestId

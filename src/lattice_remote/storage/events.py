@@ -15,12 +15,13 @@ from msgspec import UNSET, UnsetType
 from lattice_remote.errors import Rejected
 from lattice_remote.storage.values import Event
 
-__all__ = ["MAX_EVENTS", "MayActAs", "Sessions", "Shaped", "invalid", "require_actor", "shape", "shaped"]
+__all__ = ["MAX_EVENTS", "MayActAs", "Sessions", "Shaped", "invalid", "plain", "require_actor", "shape", "shaped"]
 
 MAX_EVENTS = 100
 """The most events of one write."""
-_MAX_BYTES = 1024 * 1024
-_MAX_DEPTH = 64
+_MAX_BYTES, _MAX_BYTES_TOGETHER = 1024 * 1024, 3 * 1024 * 1024
+_MAX_DEPTH = 60
+"""A request around it may be nested to 64."""
 _MAX_INT = 2**63
 _MAX_ACTOR_CHARS = 256
 _EVENT_ID = re.compile(r"ev_[0-9A-HJKMNP-TV-Z]{26}")
@@ -83,47 +84,56 @@ def shape[T](kind: type[T], value: object, what: str) -> T:
         raise invalid(f"{what}: {error}") from None
 
 
-def shaped(events: Sequence[Event], owner: Mapping[str, str], known: Sequence[Event]) -> list[Shaped]:
-    """Return the events as plain JSON of our own.
+def plain(events: Sequence[Event]) -> list[Shaped]:
+    """Return the events as they will be read from their log: JSON of our own, which nobody else can change.
+
+    Raises:
+        Rejected: they are too many or too large, or hold what not every program reads alike.
+    """
+    if not 0 < len(events) <= MAX_EVENTS:
+        raise invalid(f"a write has 1 to {MAX_EVENTS} events, not {len(events)}")
+    texts = [_encoded(event) for event in events]
+    if sum(map(len, texts)) > _MAX_BYTES_TOGETHER:
+        raise invalid(f"the events of a write are over {_MAX_BYTES_TOGETHER >> 20} MiB")
+    return [json.loads(text) for text in texts]
+
+
+def shaped(events: list[Shaped], owner: Mapping[str, str], known: Sequence[Event]) -> list[Shaped]:
+    """Return the events if they have the form of lattice's.
 
     Args:
+        events: plain ones.
         owner: ``task_id`` or ``resource_id`` with the id that each event must name, and no other.
         known: the events that are there already.
 
     Raises:
-        Rejected: they are no events, too many or too large, of another owner, or with an id that is taken.
+        Rejected: they are no events, of another owner, or with an id that is taken.
     """
-    if not 0 < len(events) <= MAX_EVENTS:
-        raise invalid(f"a write has 1 to {MAX_EVENTS} events, not {len(events)}")
-    own = [_plain(event) for event in events]
     ids = {event.get("id") for event in known}
-    for event in own:
+    for event in events:
         envelope = shape(_Envelope, event, "not an event")
         named = {key: event[key] for key in ("task_id", "resource_id") if key in event}
         if named != owner:
-            raise invalid(f"the event {envelope.id!r} is not of {next(iter(owner.values()))}")
+            raise invalid(f"the event {envelope.id[:60]!r} is not of {next(iter(owner.values()))}")
         if not _EVENT_ID.fullmatch(envelope.id):
             raise invalid(f"{envelope.id[:60]!r} is not an event's id: ev_ and 26 capitals and digits")
         if envelope.id in ids:
             raise invalid(f"there is an event {envelope.id} already")
         ids.add(envelope.id)
-    return own
+    return events
 
 
-def _plain(event: Event) -> Shaped:
-    """Return an event as it will be read from its log."""
+def _encoded(event: Event) -> bytes:
     if not isinstance(event, Mapping):
         raise invalid("an event is a mapping, as lattice.core.events.create_event makes it")
     _require_bounded(event)
     try:
-        text = json.dumps(event, ensure_ascii=False, allow_nan=False)
-        size = len(text.encode())
-        own: Shaped = json.loads(text)
+        text = json.dumps(event, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, TypeError) as error:  # NaN, Infinity, half of a surrogate pair, what is no JSON at all
         raise invalid("an event holds a value that not every program can read") from error
-    if size > _MAX_BYTES:
+    if len(text) > _MAX_BYTES:
         raise invalid("an event is over 1 MiB")
-    return own
+    return text
 
 
 def _require_bounded(value: object) -> None:
@@ -157,8 +167,9 @@ def require_actor(event: Shaped, may_act_as: MayActAs, sessions: Sessions) -> st
     from lattice.core.actors import ActorIdentity
     from lattice.core.ids import validate_actor
 
-    actor = event["actor"]
-    behalf = event.get("provenance", {}).get("on_behalf_of")
+    envelope = shape(_Envelope, event, "not an event")
+    actor, provenance = envelope.actor, envelope.provenance
+    behalf = None if provenance is UNSET or provenance.on_behalf_of is UNSET else provenance.on_behalf_of
     if behalf is not None and not validate_actor(behalf):
         raise invalid(f"not an actor: {behalf[:60]!r}; it looks like human:ana or agent:claude")
     if isinstance(actor, str):

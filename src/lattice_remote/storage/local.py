@@ -20,13 +20,13 @@ from lattice.storage.short_ids import allocate_short_id, load_id_index
 
 from lattice_remote.errors import Misuse, Rejected, StorageError
 from lattice_remote.storage import resource_rules, task_rules
-from lattice_remote.storage.events import MayActAs, Shaped, invalid, require_actor, shaped
+from lattice_remote.storage.events import MayActAs, Shaped, invalid, plain, require_actor, shaped
 from lattice_remote.storage.values import Conflict, Event, Merged, Snapshot, Written
 from lattice_remote.textmerge import merge_text
 
-__all__ = ["MAX_TEXT_BYTES", "LocalStorage"]
+__all__ = ["LocalStorage", "encoded"]
 
-MAX_TEXT_BYTES = 1024 * 1024
+_MAX_TEXT_BYTES = 1024 * 1024
 _TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
 _RESOURCE_ID = re.compile(r"res_[0-9A-HJKMNP-TV-Z]{26}")
 _ARTIFACT_ID = re.compile(r"art_[0-9A-HJKMNP-TV-Z]{26}")
@@ -85,6 +85,7 @@ class LocalStorage:
         task_id = self._task_id(task)
         if task_id is None:
             raise invalid(f"there is no task {task[:60]!r}")
+        given = plain(events)
         keys = [f"events_{task_id}", f"tasks_{task_id}", *(["events__lifecycle"] if base is None else [])]
         with self._writing(), self._locked(keys):
             before = self._active(task_id)
@@ -94,7 +95,7 @@ class LocalStorage:
             if before is None and self._archived(task_id) is not None:
                 raise invalid(f"{task_id} is archived; bring it back with: lattice unarchive {task_id}")
             log = self._log(self._dir / "events" / f"{task_id}.jsonl")
-            own = self._stamped(shaped(events, {"task_id": task_id}, log))
+            own = self._stamped(shaped(given, {"task_id": task_id}, log))
             after = task_rules.add_to_task(before, own, self._around(task_id, log))
             if before is None:
                 after = self._with_short_id(own, after)
@@ -121,10 +122,9 @@ class LocalStorage:
         """
         now = utc_now()
         for event in events:
-            actor = require_actor(event, self._may_act_as, self)
+            self.require_actor(event)
             if isinstance(event["actor"], dict):
                 sessions.touch_session(self._dir, event["actor"]["name"])
-            assert actor, "it was checked"
             event["ts"] = now
             if event["type"] == "task_created":
                 event["id"] = generate_event_id()
@@ -180,7 +180,7 @@ class LocalStorage:
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
         """Add events to a resource, or make it; see ``StorageBackend``."""
-        there = self.get_resource(resource)
+        given, there = plain(events), self.get_resource(resource)
         name = resource if there is None else str(there["name"])
         if there is None:
             resource_rules.require_name(name, [str(one.get("name")) for one in self.list_resources()])
@@ -189,22 +189,22 @@ class LocalStorage:
             found = before["last_event_id"] if before else None
             if found != base:
                 return Conflict(base, found)
-            resource_id = before["id"] if before else self._new_resource_id(events)
+            resource_id = before["id"] if before else self._new_resource_id(given)
             log = self._log(self._dir / "events" / f"{resource_id}.jsonl")
-            own = self._stamped(shaped(events, {"resource_id": resource_id}, log))
+            own = self._stamped(shaped(given, {"resource_id": resource_id}, log))
             after = resource_rules.add_to_resource(before, own, resource_rules.Surroundings(name, self._is_task))
             operations.write_resource_event(
                 self._dir, resource_id, name, own, after, self._config(), _caller_holds_lock=True
             )
         return Written(after)
 
-    def _new_resource_id(self, events: Sequence[Event]) -> str:
+    def _new_resource_id(self, events: list[Shaped]) -> str:
         """Return the id that the first event gives to a new resource.
 
         Raises:
             Rejected: it is none, or is taken.
         """
-        found = events[0].get("resource_id") if events and isinstance(events[0], Mapping) else None
+        found = events[0].get("resource_id")
         if not isinstance(found, str) or not _RESOURCE_ID.fullmatch(found):
             raise invalid("a new resource's events name its id: res_ and 26 capitals and digits")
         if (self._dir / "events" / f"{found}.jsonl").exists():
@@ -243,11 +243,11 @@ class LocalStorage:
         task_id = self._task_id(task)
         if task_id is None or self._active(task_id) is None:
             raise invalid(f"there is no active task {task[:60]!r}")
-        mine, path = _encoded(text), self._dir / kind / f"{task_id}.md"
+        mine, path = encoded(text), self._dir / kind / f"{task_id}.md"
         with self._writing(), self._locked([f"{kind}_{task_id}"]):
             there = _read_text(path)
             theirs = None if there is None else there.encode()
-            outcome, merged = merge_text(None if base is None else _encoded(base), mine, theirs)
+            outcome, merged = merge_text(None if base is None else encoded(base), mine, theirs)
             if outcome == "conflict":
                 return Conflict(base, there)
             assert merged is not None, "there is a text unless nobody has one"
@@ -256,7 +256,15 @@ class LocalStorage:
                 fs.atomic_write(path, merged)
         return Written(text) if merged == mine else Merged(merged.decode())
 
-    # --- files ---
+    # --- who writes ---
+
+    def require_actor(self, event: Shaped) -> str:
+        """Return who a plain event is by, in words.
+
+        Raises:
+            Rejected: it is nobody, or somebody whom the writer may not name.
+        """
+        return require_actor(event, self._may_act_as, self)
 
     def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
         """Return the actor that events of this active session carry; None when there is no such session."""
@@ -265,8 +273,13 @@ class LocalStorage:
         if not _SESSION.fullmatch(session_name):
             return None
         found = _read_json(self._dir / "sessions" / f"{session_name}.json")
-        actor: dict[str, Any] | None = None if found is None else _build_actor_dict(found)
+        try:
+            actor: dict[str, Any] | None = None if found is None else _build_actor_dict(found)
+        except KeyError:
+            return None  # no session's file, whoever wrote it
         return actor
+
+    # --- files ---
 
     def _config(self) -> dict[str, Any]:
         return _read_json(self._dir / "config.json") or {}
@@ -342,11 +355,16 @@ def _read_text(path: Path) -> str | None:
         raise StorageError(f"{path} is no UTF-8 text") from error
 
 
-def _encoded(text: str) -> bytes:
+def encoded(text: str) -> bytes:
+    """Return a plan or notes as they are stored.
+
+    Raises:
+        Rejected: it is no UTF-8, or too long.
+    """
     try:
         data = text.encode()
     except UnicodeEncodeError:
         raise invalid("the text holds half of a surrogate pair, which is no UTF-8") from None
-    if len(data) > MAX_TEXT_BYTES:
+    if len(data) > _MAX_TEXT_BYTES:
         raise Rejected("the text is longer than 1 MiB", code="REMOTE_TOO_LARGE")
     return data

@@ -27,6 +27,7 @@ class _Entry:
 _SURFACES: Mapping[str, _Entry] = {
     "dashboard": _Entry("dashboard"),
     "mcp": _Entry("mcp", needs="mcp", install="lattice-remote[mcp]"),
+    "storage": _Entry("storage"),
 }
 
 

@@ -1,0 +1,196 @@
+"""A remote project for programs: reads are reads of the copy, a write is one ``Call`` of the surface ``storage``."""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lattice_remote.client.agent_client import ask
+from lattice_remote.client.settings import read_remote
+from lattice_remote.errors import ConnectionFailed, as_told
+from lattice_remote.storage.events import plain
+from lattice_remote.storage.local import LocalStorage, encoded
+from lattice_remote.storage.values import Conflict, Event, Merged, Snapshot, Written
+
+__all__ = ["Freshness", "RemoteStorage", "RemoteWarning"]
+
+
+class RemoteWarning(UserWarning):
+    """Something that a command would say on stderr: that what is read is not current, say, and how old it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freshness:
+    """How current the copy is.
+
+    Attributes:
+        is_current: it holds all that the server has; else ``message`` says why not.
+        seq: the number of the last change that it holds.
+        age_s: for how many seconds it may have been behind; None when that is not known.
+        message: why it is not current; empty when it is.
+    """
+
+    is_current: bool
+    seq: int
+    age_s: float | None
+    message: str
+
+
+class RemoteStorage:
+    """A ``StorageBackend`` on a project with a remote. Holds nothing open; threads and processes may share a project.
+
+    Before each read the copy is brought up to date, as for a command. Where the server is out of reach what is here is
+    read, and said with a ``RemoteWarning``; a write then raises ``ConnectionFailed``, and nothing is queued. When a
+    write returns, its change is in the local files.
+
+    The background process of this user does the work, or where there is none a loop of its own: from a coroutine, call
+    these methods in a thread (``asyncio.to_thread``).
+
+    Args:
+        root: the directory that holds ``.lattice``.
+
+    Raises:
+        Misuse: it has no remote.
+        StorageError: its ``remote.json`` can't be read.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self._root = Path(root).absolute()
+        self._directory = str(self._root / ".lattice")
+        read_remote(self._directory)
+
+    @property
+    def root_path(self) -> Path:
+        """The directory that holds ``.lattice``."""
+        return self._root
+
+    def freshness(self) -> Freshness:
+        """Bring the copy up to date if the server is in reach, and return how it stands."""
+        answer = self._ready()
+        message = "" if answer["current"] else answer["message"]
+        return Freshness(answer["current"], answer["seq"], 0.0 if answer["current"] else answer["age_s"], message)
+
+    # --- tasks ---
+
+    def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
+        """Return the active tasks, in the order in which they were made; with ``archived`` those instead."""
+        return self._copy().list_tasks(archived=archived)
+
+    def get_task(self, task: str) -> Snapshot | None:
+        """Return a task, archived or not; None when there is none."""
+        return self._copy().get_task(task)
+
+    def get_task_events(self, task: str) -> list[Snapshot]:
+        """Return a task's events in their order; empty when there is no such task."""
+        return self._copy().get_task_events(task)
+
+    def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
+        """Add events to a task, or make it; see ``StorageBackend``."""
+        return self._write_events("write-task", {"task": task}, events, base)
+
+    # --- resources ---
+
+    def list_resources(self) -> list[Snapshot]:
+        """Return the resources, by name."""
+        return self._copy().list_resources()
+
+    def get_resource(self, resource: str) -> Snapshot | None:
+        """Return a resource, by name or id; None when there is none."""
+        return self._copy().get_resource(resource)
+
+    def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
+        """Add events to a resource, or make it; see ``StorageBackend``."""
+        return self._write_events("write-resource", {"resource": resource}, events, base)
+
+    # --- plans and notes ---
+
+    def read_plan(self, task: str) -> str | None:
+        """Return the text of a task's plan; None when it has none."""
+        return self._copy().read_plan(task)
+
+    def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
+        """Replace a task's plan; see ``StorageBackend``."""
+        return self._write_text("write-plan", task, text, base)
+
+    def read_notes(self, task: str) -> str | None:
+        """Return the text of a task's notes; None when it has none."""
+        return self._copy().read_notes(task)
+
+    def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
+        """Replace a task's notes; see ``StorageBackend``."""
+        return self._write_text("write-notes", task, text, base)
+
+    # --- the copy ---
+
+    def _copy(self) -> LocalStorage:
+        """Return the copy for reading, current if that is possible.
+
+        Raises:
+            RemoteError: the copy was never filled, so there is nothing to read.
+        """
+        answer = self._ready()
+        if not answer["current"]:
+            if not answer["filled"]:
+                raise as_told(answer["message"], answer["code"])
+            age = "of unknown age" if answer["age_s"] is None else f"{answer['age_s']:.0f} s old"
+            _warn(f"{answer['message']}; what is read is {age} (change {answer['seq']})")
+        return LocalStorage(self._root)
+
+    def _ready(self) -> dict[str, Any]:
+        answer = ask(self._request("ready"))
+        for notice in answer["notices"]:
+            _warn(notice)
+        return answer
+
+    def _request(self, do: str, **fields: Any) -> dict[str, Any]:
+        token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
+        return {"do": do, "directory": self._directory, "token": token, "named": named, **fields}
+
+    # --- the server ---
+
+    def _write_events(
+        self, name: str, of: Mapping[str, str], events: Sequence[Event], base: str | None
+    ) -> Written[Snapshot] | Conflict:
+        answer = self._call(name, {**of, "events": plain(events), "base": base})
+        if answer["outcome"] == "conflict":
+            return Conflict(base, answer["found"])
+        return Written(answer["content"])
+
+    def _write_text(self, name: str, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
+        for given in (text, base or ""):
+            encoded(given)
+        answer = self._call(name, {"task": task, "text": text, "base": base})
+        if answer["outcome"] == "conflict":
+            return Conflict(base, answer["found"])
+        return Merged(answer["content"]) if answer["outcome"] == "merged" else Written(answer["content"])
+
+    def _call(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Have the server write, once whatever happens on the way (I6), and return its answer.
+
+        Raises:
+            Rejected: what the server says may not be written.
+            RemoteError: it could not be asked; whether it was done is in the message where that is not known.
+        """
+        payload = json.dumps(values, ensure_ascii=False)
+        id_ = os.urandom(16).hex()  # made here: an agent that ends half way is asked again, and the server runs it once
+        returned = ask(self._request("call", id=id_, surface="storage", name=name, payload=payload, files=[]))
+        for notice in returned["notices"]:
+            _warn(notice)
+        try:
+            answer: dict[str, Any] = json.loads(returned["payload"])
+            error = answer.get("error")
+            if error is not None:
+                raise as_told(str(error["message"]), error["code"])
+            if answer["outcome"] in ("written", "merged", "conflict"):
+                return answer
+        except (ValueError, KeyError, TypeError, AttributeError) as wrong:
+            raise ConnectionFailed("the server answered something else", sent=True) from wrong
+        raise ConnectionFailed("the server answered something else", sent=True)
+
+
+def _warn(message: str) -> None:
+    """Warn where the program has called: past this module and whatever of it is between."""
+    warnings.warn(message, RemoteWarning, stacklevel=2, skip_file_prefixes=(os.path.dirname(__file__),))
