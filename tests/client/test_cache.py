@@ -11,6 +11,7 @@ from client_kit import PLAN, make_cache
 from lattice_remote.client.cache import directory as directory_module
 from lattice_remote.client.cache import state
 from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.conflicts import Conflicts
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.state import CacheState, decode_state, encode_state
 from lattice_remote.client.cache.survey import read_all
@@ -206,13 +207,13 @@ def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:
 
 
 def test_a_conflict_is_kept_once(cache: Cache) -> None:
-    edits = Edits(cache)
+    conflicts = Conflicts(cache, Edits(cache))
     cache.replace(PLAN, b"mine")
-    assert edits.set_aside(PLAN) == PLAN + ".mine"
-    assert edits.set_aside(PLAN) == PLAN + ".mine"
+    assert conflicts.set_aside(PLAN) == PLAN + ".mine"
+    assert conflicts.set_aside(PLAN) == PLAN + ".mine"
     cache.replace(PLAN, b"mine again")
-    assert edits.set_aside(PLAN) == PLAN + ".mine2"
-    assert edits.set_aside_copies() == [PLAN + ".mine", PLAN + ".mine2"]
+    assert conflicts.set_aside(PLAN) == PLAN + ".mine2"
+    assert conflicts.copies() == [PLAN + ".mine", PLAN + ".mine2"]
 
 
 def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(

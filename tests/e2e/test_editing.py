@@ -171,3 +171,56 @@ def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
     same(plan, "# By one of them\n")
     log = json.loads(ana.ok("remote", "log", "-n", "2", "--json"))["data"]["entries"]
     assert {change["actor"] for change in log} == {"agent:x"}
+
+
+# --- the same lines ---
+
+
+def conflicting(ana: Client, ben: Client, title: str) -> tuple[str, Files]:
+    """Make a task whose plan ana has changed and ben too, in the same line; ben's text is set aside."""
+    short_id = new_task(ana, title)
+    plan = text_files(ana, ben, short_id)
+    ben.ok("remote", "agent", "stop")
+    plan[1].write_text("# Ben's\n")
+    plan[0].write_text("# Ana's\n")
+    wait_for(lambda: not status(ana)["unsent_edits"], "ana's edit to be sent")
+    ben.ok("list")
+    same(plan, "# Ana's\n")
+    return short_id, plan
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (("--mine",), "# Ben's\n"),
+        (("--theirs",), "# Ana's\n"),
+        (("--edited", "-"), "# Ours\n"),
+    ],
+    ids=["mine", "theirs", "edited"],
+)
+def test_a_conflict_is_shown_and_ended(shared_board: Board, argv: tuple[str, ...], text: str) -> None:
+    _server, ana, ben = shared_board
+    short_id, plan = conflicting(ana, ben, "Conflict")
+    shown = ben.ok("remote", "resolve", short_id)
+    assert "    -# Ana's" in shown and "    +# Ben's" in shown and f"plans/{plan[1].name}.mine" in shown
+    assert "conflict" in ben.run("list").stderr
+    ben.ok("remote", "resolve", short_id, *argv[:1], *argv[1:], stdin="# Ours\n")
+    same(plan, text)
+    assert ben.ok("remote", "resolve") == "No conflicts.\n"
+    assert ben.run("list").stderr == ""
+    again = ben.run("remote", "resolve", short_id, "--mine", "--json")
+    assert again.returncode == 1 and json.loads(again.stdout)["error"]["code"] == "REMOTE_NOT_FOUND"
+
+
+def test_an_editor_that_is_behind_undoes_nothing(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "Behind"))
+    opened = "# Plan\n\n- write the parser\n- test the parser\n- write the printer\n"
+    plan[0].write_text(opened)
+    same(plan, opened)
+    plan[1].write_text(opened + "- ask Ben about Unicode\n")
+    same(plan, opened + "- ask Ben about Unicode\n")
+    for saved in (opened.replace("# Plan", "# My plan"), opened.replace("# Plan", "# My very own plan")):
+        plan[0].write_text(saved)
+        same(plan, saved + "- ask Ben about Unicode\n")
+    assert "load it anew in your editor" in ana.run("list").stderr

@@ -106,7 +106,10 @@ def test_a_real_conflict_keeps_both_texts_once_and_says_so(shared_board: Board) 
     assert theirs.read_text() == "# one\n\nana's text\n"
     beside = [path for path in theirs.parent.iterdir() if path.name.startswith(theirs.name) and path != theirs]
     assert [path.read_text() for path in beside] == ["# one\n\nben's text\n"]
-    assert "conflict" not in ben.run("comment", task, "again", "--actor", "human:ben").stderr.lower()
+    assert ben.run("comment", task, "again", "--actor", "human:ben").stderr.count("conflict") == 1
+    assert f"conflicts:      1: plan of {task}" in ben.ok("remote", "status")
+    ben.ok("remote", "resolve", task, "--theirs")
+    assert "conflict" not in ben.run("comment", task, "resolved", "--actor", "human:ben").stderr
     assert differences(ben.lattice_dir, server.lattice_dir()) == []
 
 

@@ -31,6 +31,7 @@ _RETRY_S = 5.0
 _BATCH = 256
 _MANY = 1000
 """When more than so many files look strange at once (a backup may link them all), the manifest tells which ones are."""
+_EDITED_BY_HAND = ("plans/", "notes/")
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +59,8 @@ class Caretaker:
 
     def touched(self, paths: set[str] | None) -> None:
         """These files may have been changed by other hands; None: any of them."""
+        if paths is None or any(path.startswith(_EDITED_BY_HAND) and not is_replicated(path) for path in paths):
+            self._follower.conflicts.look_again()
         if paths is None or not self._cache.known.is_complete:
             self._scan_at = 0.0
         else:

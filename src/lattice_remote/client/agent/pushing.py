@@ -11,7 +11,7 @@ from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.known import Signature
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.runtime import boot_time
-from lattice_remote.errors import ConnectionFailed
+from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.protocol.messages import Put, Refused, Stored
 
 __all__ = ["Pushed", "Pusher"]
@@ -83,12 +83,13 @@ class Pusher:
 
     async def _send(self, link: Link, path: str) -> tuple[str, str | None]:
         found = self._signature(path)
-        put, first_sent_at = self._put(path)
+        base = self._follower.edits.base(path)
+        put, first_sent_at = self._put(path, base)
         size = len(put.text) + len(put.base or b"")
         if size > _MAX_EDIT_BYTES:
             return self._note_refusal(path, found, f"it has {size >> 20} MiB with the text that it was made from")
         self._unanswered[path] = put, first_sent_at or boot_time()
-        answer = await self._following_ask(link, put, first_sent_at)
+        answer = await self._ask(link, put, first_sent_at)
         del self._unanswered[path]
         if isinstance(answer, Refused):
             return self._note_refusal(path, found, answer.message)
@@ -96,24 +97,45 @@ class Pusher:
         if link is not self._following:
             # Its own change must find the file still edited: an older one, which it was merged with, may come first.
             await self._reached(answer.seq)
-        effects, copy = await self._follower.settle(put, answer.outcome)
+        effects, copy = await self._follower.settle(put, answer.outcome, base)
         await self._following.carry_out(effects)
         if copy is not None:
-            return (
-                "conflict",
-                f"conflict in {path}: others changed the same lines; the server's text is in place, yours is in {copy}",
+            return "conflict", None  # said by every command until it is resolved
+        if put.base != base:
+            return answer.outcome, (
+                f"{path} was saved without what others had written meanwhile; that was put back, and what you wrote is "
+                "in it: load it anew in your editor (to remove lines of others, remove them once more)"
             )
         return answer.outcome, None
 
-    def _put(self, path: str) -> tuple[Put, float | None]:
+    async def put(self, link: Link, path: str, text: bytes) -> str:
+        """Send a text for a plan or notes, made from the server's as it is here; return the outcome.
+
+        The file is the server's again when this returns, unless it is edited.
+
+        Raises:
+            RemoteError: it was not sent, or not taken.
+        """
+        async with self._turn:
+            replica = self._follower.replica
+            await self._following.changed.until(lambda: path not in replica.wanted, SAVING_S)  # it may be on its way
+            base = self._follower.edits.base(path)
+            answer = await self._ask(link, Put(id=os.urandom(16).hex(), path=path, base=base, text=text), None)
+            if isinstance(answer, Refused):
+                raise Rejected(f"{path} was not sent: {answer.message}", code=answer.code)
+            await self._reached(answer.seq)
+        return answer.outcome
+
+    def _put(self, path: str, current: bytes | None) -> tuple[Put, float | None]:
         """Return what to send, and since when it may be there: the same request as before, if nothing has changed."""
-        text, base = self._follower.cache.read(path), self._follower.edits.base(path)
+        text = self._follower.cache.read(path)
+        base = self._follower.edits.older.base_of(path, text, current)
         before = self._unanswered.pop(path, None)
         if before is not None and (before[0].base, before[0].text) == (base, text):
             return before
         return Put(id=os.urandom(16).hex(), path=path, base=base, text=text), None
 
-    async def _following_ask(self, link: Link, put: Put, first_sent_at: float | None) -> Stored | Refused:
+    async def _ask(self, link: Link, put: Put, first_sent_at: float | None) -> Stored | Refused:
         answer = await link.ask(put, first_sent_at=first_sent_at)
         if not isinstance(answer, Stored | Refused):
             raise ConnectionFailed("the server answered something else", sent=True)

@@ -7,6 +7,8 @@ A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``n
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices; or unreadable
     call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts); likewise
     push     send edited plans and notes           -> sent, notices
+    resolve  task ("": all), what ("plan", "notes", null), choice ("mine", "theirs", "edited", null: only tell),
+             text (base64, null)                   -> conflicts, resolved
     pull     bring the cache up to date            -> seq
     sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
     verify   compare all files                     -> the same
@@ -35,6 +37,7 @@ from lattice_remote.client.agent.frames import call_frame, run_frame
 from lattice_remote.client.agent.history import read_log
 from lattice_remote.client.agent.live import Live
 from lattice_remote.client.agent.pushing import Pusher
+from lattice_remote.client.agent.resolving import Resolver
 from lattice_remote.client.agent.sending import Unreadable, opened_files, send_files
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.client.cache.cache import Cache
@@ -96,6 +99,7 @@ class Service:
         self._links = Links(self.remote, self._follower)
         self._link = self._links.following
         self._pusher = Pusher(self._follower, self._link, self._reached)
+        self._resolver = Resolver(self._follower, self._pusher)
         self._live: Live | None = None
         self._sending: asyncio.Task[None] | None = None
         self._is_new = True
@@ -152,6 +156,8 @@ class Service:
                 return await self._with_progress(self._unless_held(self._call(request, token, report)), report)
             case "push":
                 return await self._push_now(token)
+            case "resolve":
+                return await self._resolver.resolve(request, lambda: self._links.writing(token))
             case "pull":
                 return await self._with_progress(self._pull(), report)
             case "sync" | "verify" as do:
@@ -196,12 +202,13 @@ class Service:
         }
 
     def _notices(self) -> list[str]:
-        """Return what the next command should say, once."""
+        """Return what the next command should say: all of it once, but conflicts until they are resolved."""
         notices, self._follower.keepsakes.notices = self._follower.keepsakes.notices, []
         if self._live is not None:
             notices += self._live.notices
             self._live.notices = []
-        return notices
+        conflict = self._follower.conflicts.notice()
+        return notices if conflict is None else [*notices, conflict]
 
     async def _fill(self, failed_before: int) -> None:
         """The first fill may take long: wait for as long as it advances."""
@@ -460,7 +467,8 @@ class Service:
             "unsent_edits": self._follower.edits.scan(),
             "refused_edits": self._pusher.refused(),
             "edits_wait_for": self._edits_wait_for(),
-            "set_aside": [*self._follower.edits.set_aside_copies(), *self._follower.keepsakes.copies()],
+            "conflicts": self._resolver.tell(),
+            "set_aside": [*self._follower.conflicts.copies(), *self._follower.keepsakes.copies()],
             "healed": self._healed(),
             "actor": welcome.actor if welcome else None,
             "act_as": welcome.act_as if welcome else None,

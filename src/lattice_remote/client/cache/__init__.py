@@ -10,4 +10,7 @@ comparing   files against the server's manifest
 healing     which file is put right when, and which is fought over
 keepsakes   what a person wrote where only the server may, kept aside
 edits       plans and notes that people edit in place
+older       on which text an edit was made, where the editor had opened it before a change came
+busy        whether somebody has a file open for writing
+conflicts   edits that could not be merged, set aside until somebody resolves them
 """

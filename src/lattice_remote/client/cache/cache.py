@@ -10,7 +10,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from filelock import FileLock, Timeout
 
@@ -222,15 +222,19 @@ class Cache:
 
     # --- files that come in pieces ---
 
-    def write_part(self, part: Part) -> bool | None:
+    def write_part(self, part: Part, place: Callable[[str, bytes], bool] | None = None) -> bool | None:
         """Write a piece of a file beside it; the last one puts the file in place.
+
+        Args:
+            part: the piece.
+            place: puts the whole content in place, and returns whether it did; None for a plain rename.
 
         Returns:
             True once the file is in place, None while pieces are missing, False when the pieces don't fit
-            together or don't add up to the digest: the file must be fetched again.
+            together or don't add up to the digest, or ``place`` did not: the file must be fetched again.
         """
         if part.offset == 0 and len(part.data) == part.size:
-            return self._put_whole(part)
+            return self._put_whole(part, place)
         self.quota.require(part.size)
         with explained(part.path):
             temporary, written = self._parts.pop(part.path, ("", 0))
@@ -240,7 +244,7 @@ class Cache:
             placed: bool | None = False
             try:
                 if part.offset == written:
-                    placed = self._add_part(part, temporary)
+                    placed = self._add_part(part, temporary, place)
             finally:
                 if placed is None:
                     self._parts[part.path] = (temporary, written + len(part.data))
@@ -248,12 +252,16 @@ class Cache:
                     self._files.discard(temporary)  # on a full disk most of all: it would stay full of this
             return placed
 
-    def _add_part(self, part: Part, temporary: str) -> bool | None:
+    def _add_part(self, part: Part, temporary: str, place: Callable[[str, bytes], bool] | None) -> bool | None:
         self._files.extend(temporary, part.data)
         if part.offset + len(part.data) < part.size:
             return None
         if self._files.digest(temporary) != part.digest:
             return False
+        if place is not None:
+            data = self._files.read(temporary)
+            self._files.discard(temporary)
+            return place(part.path, data)
         self._files.move(temporary, part.path)
         self.note(part.path)
         return True
@@ -264,9 +272,11 @@ class Cache:
             self._files.discard(temporary)
         self._parts.clear()
 
-    def _put_whole(self, part: Part) -> bool:
+    def _put_whole(self, part: Part, place: Callable[[str, bytes], bool] | None) -> bool:
         if hashlib.sha256(part.data).digest() != part.digest:
             return False
+        if place is not None:
+            return place(part.path, part.data)
         self.replace(part.path, part.data)
         return True
 

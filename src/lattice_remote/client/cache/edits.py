@@ -9,9 +9,11 @@ import contextlib
 import os
 from collections.abc import Container, Iterator
 
+from lattice_remote.client.cache.busy import is_being_written
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.cache.known import Signature
-from lattice_remote.protocol.operations import AppendBytes, MoveFile, Operation, PutFile, digest_of
+from lattice_remote.client.cache.older import Older
+from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["Edits"]
@@ -24,6 +26,7 @@ class Edits:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self.older = Older(cache)
         self._settled: dict[str, Signature] = {}  # files known to equal their base, as they were then
 
     def scan(self) -> list[str]:
@@ -39,6 +42,13 @@ class Edits:
             return True
         self._settled[path] = signature
         return False
+
+    def is_in_use(self, path: str) -> bool:
+        """Whether the server's text must not be put in place now: edited, or somebody has it open for writing.
+
+        A program that goes on writing into a file that was replaced meanwhile would write into nothing.
+        """
+        return self.is_edited(path) or is_being_written(self._cache.absolute(path))
 
     def base(self, path: str) -> bytes | None:
         """Return the server's text on which the local file is based; None when the server had none."""
@@ -62,8 +72,10 @@ class Edits:
         if self._cache.size(path) is None:
             self._settled.pop(path, None)
             self._cache.delete(_base_path(path))
-        else:
-            self.sent(path, self._cache.read(path))
+            self.older.forget(path)
+        elif (text := self._cache.read(path)) != (base := self.base(path)):
+            self.older.remember(path, base)
+            self.sent(path, text)
 
     def sent(self, path: str, text: bytes) -> None:
         """The server has ``text``: what the file holds beyond that is the next edit."""
@@ -72,17 +84,32 @@ class Edits:
     def take(self, path: str, text: bytes) -> bool:
         """Put the server's text in place, unless the file is edited, even at the last moment; tell whether it was."""
         found = self._cache.signature(path)
-        if self.is_edited(path) or not self._cache.replace_if(path, text, found):
+        if self.is_in_use(path) or not self._cache.replace_if(path, text, found):
             return False
-        self.sent(path, text)
+        if text != (base := self.base(path)):
+            self.older.remember(path, base)
+            self.sent(path, text)
         return True
 
     def absorb(self, operation: Operation) -> bool:
         """Whether an operation only makes an edited file what it already is: our own edit, come back."""
         after = self.text_after(operation)
-        if after is None or self._cache.read(operation.path) != after:
+        if after is None:
+            return isinstance(operation, AnnounceFile) and self._absorb_announced(operation)
+        if self._cache.read(operation.path) != after:
             return False
         self.sent(operation.path, after)
+        self._cache.note(operation.path)
+        return True
+
+    def _absorb_announced(self, operation: AnnounceFile) -> bool:
+        """The same for a text that is too large to travel with its change."""
+        if not is_editable(operation.path) or self._cache.size(operation.path) != operation.size:
+            return False
+        text = self._cache.read(operation.path)
+        if digest_of(text) != operation.digest:
+            return False
+        self.sent(operation.path, text)
         self._cache.note(operation.path)
         return True
 
@@ -99,25 +126,9 @@ class Edits:
                 return None
 
     def edited_by(self, operation: Operation) -> list[str]:
-        """Return which of the files that an operation changes are edited here."""
+        """Return which of the files that an operation changes are edited here, or being edited."""
         paths = (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
-        return [path for path in paths if is_editable(path) and self.is_edited(path)]
-
-    def set_aside(self, path: str) -> str:
-        """Save an edit that conflicts beside its file, once, and return the copy's path."""
-        text = self._cache.read(path)
-        copy = path + ".mine"
-        number = 1
-        while self._cache.size(copy) is not None and self._cache.read(copy) != text:
-            number += 1
-            copy = f"{path}.mine{number}"
-        self._cache.replace(copy, text)
-        self.sent(path, text)
-        return copy
-
-    def set_aside_copies(self) -> list[str]:
-        """Return the copies of conflicting edits that nobody has removed yet."""
-        return [path for path in self._paths() if ".md.mine" in path]
+        return [path for path in paths if is_editable(path) and self.is_in_use(path)]
 
     def _paths(self) -> Iterator[str]:
         for directory in _EDITED_DIRECTORIES:

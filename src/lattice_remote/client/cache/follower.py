@@ -16,6 +16,7 @@ from importlib.metadata import version
 from lattice_remote import __version__
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.comparing import Comparison, compare_files
+from lattice_remote.client.cache.conflicts import Conflicts
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.healing import Healing
 from lattice_remote.client.cache.keepsakes import Keepsakes, may_be_by_hand
@@ -24,7 +25,7 @@ from lattice_remote.client.cache.state import STATE_FILE, CacheState
 from lattice_remote.client.cache.survey import Reading
 from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
 from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
-from lattice_remote.protocol.operations import MoveFile, Operation, apply, digest_of, paths_of
+from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import (
     Answer,
@@ -91,6 +92,7 @@ class Follower:
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.edits = Edits(cache)
+        self.conflicts = Conflicts(cache, self.edits)
         self.keepsakes = Keepsakes(cache)
         self.healing = Healing()
         self.replica = Replica()
@@ -216,10 +218,12 @@ class Follower:
 
     # --- edits and comparisons, as the service asks for them ---
 
-    async def settle(self, put: Put, outcome: str) -> tuple[Outcome, str | None]:
+    async def settle(self, put: Put, outcome: str, base: bytes | None) -> tuple[Outcome, str | None]:
         """The server has answered an edit: go on from there.
 
-        Where the base is no longer the one that was sent, its change has come already, and maybe others after it.
+        ``base`` is the text of the server's that the file was based on here when it was sent; what was sent with it
+        may be an older one (``older.py``). Where it is another by now, the edit's change has come already, and maybe
+        others after it.
 
         Returns:
             What to send, and for a conflict where the local text was put.
@@ -227,14 +231,19 @@ class Follower:
         result, copy, path = Outcome(), None, put.path
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
-            if self.edits.base(path) != put.base:
+            if self.edits.base(path) != base:
                 pass
-            elif outcome != "conflict":
+            elif outcome != "conflict" and put.base == base:
                 self.edits.sent(path, put.text)
             elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
                 self.replica.hold(path)
                 self._save()  # that the server's text is wanted must be known before the edit looks sent
-                copy = self.edits.set_aside(path)
+                if put.base != base:
+                    self.edits.older.used(path)
+                if outcome == "conflict":
+                    copy = self.conflicts.set_aside(path)
+                else:
+                    self.edits.sent(path, put.text)
             if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
                 self._save()
         return result, copy
@@ -333,7 +342,8 @@ class Follower:
                 paths = paths_of(operation)
                 self._keep(paths)
                 drifted |= (unfit := apply(operation, self.cache))
-                self._is_the_servers(path for path in paths if path not in unfit)
+                self._is_the_servers([path for path in paths if path not in unfit])
+                self.on_edits([path for path in paths if is_editable(path)])
             elif self.edits.absorb(operation):
                 self.on_edits([operation.path])
             else:
@@ -357,18 +367,23 @@ class Follower:
             self.cache.note(part.path)
             self._is_the_servers([part.path])
             return []
-        if is_editable(part.path) and self.edits.is_edited(part.path):
-            self.replica.hold(part.path)
-            return []
-        if is_editable(part.path) and digest_of(part.data) == part.digest:  # the file in one piece
-            if self.edits.take(part.path, part.data):
-                self._is_the_servers([part.path])
-                self.on_edits([part.path])
-            else:
-                self.replica.hold(part.path)
-            return []
+        if is_editable(part.path):
+            return self._write_text(part)
         self._keep([part.path])
-        placed = self.cache.write_part(part)
+        return self._written(part, self.cache.write_part(part))
+
+    def _write_text(self, part: Part) -> list[Effect]:
+        """The same for a plan or notes: never in place of what somebody writes, even at the last moment."""
+        placed: bool | None = False
+        if not self.edits.is_in_use(part.path):
+            placed = self.cache.write_part(part, self.edits.take)
+        if placed is False and self.edits.is_in_use(part.path):
+            self.replica.hold(part.path)
+            placed = None
+        self.on_edits([part.path])
+        return self._written(part, placed, is_text=True)
+
+    def _written(self, part: Part, placed: bool | None, *, is_text: bool = False) -> list[Effect]:
         if placed is False:
             self._misfits[part.path] += 1
             if self._misfits[part.path] >= _MAX_MISFITS:
@@ -376,13 +391,17 @@ class Follower:
             return self.replica.drifted([part.path])
         if placed:
             self._misfits.pop(part.path, None)
-            self._is_the_servers([part.path])
+            if is_text:  # its base was noted with it: what it holds by now may be the next edit
+                self._note_healing(part.path)
+            else:
+                self._is_the_servers([part.path])
         return []
 
     def _remove(self, path: str) -> None:
-        if is_editable(path) and self.edits.is_edited(path):
+        if is_editable(path) and self.edits.is_in_use(path):
             if not self._is_orphan(path):
                 self.replica.hold(path)
+                self.on_edits([path])
                 return
             self.keepsakes.keep(path, is_strange=True)
         self._keep([path])
@@ -409,8 +428,11 @@ class Follower:
                 self.edits.rebase(path)
             else:
                 self.keepsakes.remember(path)
-            if (before := self.healing.strange.pop(path, None)) is not None:
-                self._was_fetched(path, was_changed=before[1] != self.cache.digest(path))
+            self._note_healing(path)
+
+    def _note_healing(self, path: str) -> None:
+        if (before := self.healing.strange.pop(path, None)) is not None:
+            self._was_fetched(path, was_changed=before[1] != self.cache.digest(path))
 
     def _was_fetched(self, path: str, *, was_changed: bool) -> None:
         if self.healing.healed(path) if was_changed else self.healing.fetched(path):
@@ -463,7 +485,7 @@ class Follower:
         return self.replica.overtaken(found.position, found.wanted)
 
     def _release_settled(self) -> list[Effect]:
-        settled = [path for path in self.replica.held if not self.edits.is_edited(path)]
+        settled = [path for path in self.replica.held if not self.edits.is_in_use(path)]
         return self.replica.release(settled) if settled and self.replica.state is State.FOLLOWING else []
 
     def _changed_by_others(self) -> bool:

@@ -35,6 +35,7 @@ def status(as_json: Json = False) -> None:
         ("copy", describe.copy(answer)),
         ("acting as", describe.acting(answer)),
         ("unsent edits", describe.edits(answer)),
+        ("conflicts", describe.conflicts(answer["conflicts"])),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
         ("healed", describe.healed(answer["healed"])),
         ("agent", describe.agent(answer["agent"])),

@@ -5,7 +5,7 @@ from typing import Any
 from lattice_remote.client.commands.shared import count
 from lattice_remote.client.routing import describe_age
 
-__all__ = ["acting", "agent", "connection", "copy", "edits", "healed", "versions"]
+__all__ = ["acting", "agent", "conflicts", "connection", "copy", "edits", "healed", "versions"]
 
 
 def connection(answer: dict[str, Any]) -> str:
@@ -47,6 +47,14 @@ def edits(answer: dict[str, Any]) -> str:
         return f"none ({how})"
     shown = [f"{path} (not taken as it is: {refused[path]})" if path in refused else path for path in unsent]
     return f"{len(unsent)}: {', '.join(shown)} ({how})"
+
+
+def conflicts(conflicts: list[dict[str, Any]]) -> str:
+    """Say which texts wait for somebody to say what is to be kept."""
+    if not conflicts:
+        return "none"
+    named = ", ".join(f"{each['what']} of {each['short_id']}" for each in conflicts)
+    return f"{len(conflicts)}: {named}; see: lattice remote resolve"
 
 
 def agent(agent: dict[str, Any] | None) -> str:

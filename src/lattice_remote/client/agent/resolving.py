@@ -1,0 +1,121 @@
+"""Ends conflicts as somebody says: the text that is kept goes to the server as an edit of what it has now."""
+
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Any
+
+from lattice_remote.client.agent.pushing import Pusher
+from lattice_remote.client.cache.conflicts import Conflict
+from lattice_remote.client.cache.follower import Follower
+from lattice_remote.client.link.link import Link
+from lattice_remote.errors import Misuse, Rejected
+
+__all__ = ["CHOICES", "Resolver"]
+
+CHOICES = ("mine", "theirs", "edited")
+
+
+class Resolver:
+    """The conflicts of one cache, as a command asks for them."""
+
+    def __init__(self, follower: Follower, pusher: Pusher) -> None:
+        self._follower = follower
+        self._pusher = pusher
+
+    async def resolve(self, request: dict[str, Any], link: Callable[[], Link]) -> dict[str, Any]:
+        """Tell of the conflicts that a request names, and end them if it says how.
+
+        Raises:
+            Misuse: there is no such conflict, or it can't be ended like that.
+            RemoteError: the text could not be sent; nothing has changed.
+        """
+        self._follower.conflicts.look_again()
+        found = self._named(request["task"], request["what"])
+        choice = request["choice"]
+        resolved: list[dict[str, str]] = []
+        if choice is not None:
+            text = _text_of(request)
+            if text is not None and len(found) > 1:
+                raise Misuse(f"{found[0].short_id} has a conflict in its plan and one in its notes: name one of them")
+            for conflict in found:
+                outcome = await self._end(conflict, choice, text, link)
+                resolved.append({"path": conflict.path, "outcome": outcome})
+        return {"conflicts": [_fields(conflict) for conflict in found], "resolved": resolved}
+
+    def tell(self) -> list[dict[str, Any]]:
+        """Return what is known of every conflict."""
+        return [_fields(conflict) for conflict in self._follower.conflicts.all()]
+
+    def _named(self, task: str, what: str | None) -> list[Conflict]:
+        found = self._follower.conflicts.all()
+        if task:
+            found = [each for each in found if each.is_called(task)]
+        found = [each for each in found if what in (None, each.what)]
+        if task and not found:
+            where = "plan or notes" if what is None else what
+            raise Misuse(f"there is no conflict in the {where} of {task}", code="REMOTE_NOT_FOUND")
+        return found
+
+    async def _end(self, conflict: Conflict, choice: str, text: bytes | None, link: Callable[[], Link]) -> str:
+        if choice == "theirs":
+            return await self._drop(conflict, "theirs")
+        if not conflict.is_active:
+            raise Misuse(
+                f"{conflict.short_id} is archived or gone: bring it back first, with lattice unarchive, or keep theirs"
+            )
+        await self._send_what_is_in_place(conflict, link())
+        if choice == "mine":
+            text = self._only_copy(conflict)
+        if text is not None:
+            await self._put(conflict, text, link())
+        return await self._drop(conflict, choice)
+
+    async def _send_what_is_in_place(self, conflict: Conflict, link: Link) -> None:
+        """Send what was edited in the file itself since: whatever is kept is kept on top of that."""
+        pushed = await self._pusher.push(link, [conflict.path], again=True)
+        for sent in pushed.sent:
+            if sent["outcome"] == "conflict":
+                raise Misuse(f"{conflict.path} was edited here since, and conflicts once more; look again")
+            if sent["outcome"] == "refused":
+                raise Rejected(pushed.notices[0], code="REMOTE_UNSUPPORTED")
+
+    async def _put(self, conflict: Conflict, text: bytes, link: Link) -> None:
+        outcome = await self._pusher.put(link, conflict.path, text)
+        if outcome == "conflict":
+            raise Rejected(
+                f"others have changed the same lines of {conflict.path} meanwhile; nothing was changed: look again, "
+                "then repeat it",
+                code="REMOTE_BUSY",
+            )
+
+    def _only_copy(self, conflict: Conflict) -> bytes:
+        if len(conflict.copies) > 1:
+            raise Misuse(f"there are several texts of yours: name the one to keep: --edited {conflict.copies[0]}, say")
+        return self._follower.cache.read(conflict.copies[0])
+
+    async def _drop(self, conflict: Conflict, outcome: str) -> str:
+        async with self._follower.cache.locked():
+            self._follower.conflicts.end(conflict)
+        return outcome
+
+
+def _fields(conflict: Conflict) -> dict[str, Any]:
+    return {
+        "task": conflict.task,
+        "short_id": conflict.short_id,
+        "what": conflict.what,
+        "path": conflict.path,
+        "copies": list(conflict.copies),
+        "is_active": conflict.is_active,
+    }
+
+
+def _text_of(request: dict[str, Any]) -> bytes | None:
+    if request["choice"] not in CHOICES:
+        raise Misuse(f"unknown choice {request['choice']!r}")
+    text = request["text"]
+    try:
+        return None if text is None else base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise Misuse("the text is not base64") from error

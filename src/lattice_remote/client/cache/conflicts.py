@@ -1,0 +1,129 @@
+"""Edits that others' changes of the same lines have kept from the server: set aside once, until somebody resolves them.
+
+The local text is kept beside its file as ``.md.mine`` (``.md.mine2`` for a second one); the file holds the server's.
+"""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.errors import StorageError, one_line
+from lattice_remote.protocol.paths import is_editable
+
+__all__ = ["Conflict", "Conflicts"]
+
+_MARK = ".md.mine"
+_FOLDERS = ("plans", "notes")
+_MAX_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """One file whose local text was set aside."""
+
+    path: str
+    copies: tuple[str, ...]
+    task: str
+    """The task's id."""
+    short_id: str
+    """What people call the task; its id where it has no other name."""
+    is_active: bool
+    """Whether the task is there, so that its plan and notes can be edited."""
+
+    @property
+    def what(self) -> str:
+        """``plan`` or ``notes``."""
+        return "plan" if self.path.startswith("plans/") else "notes"
+
+    def is_called(self, name: str) -> bool:
+        """Whether somebody means this one by a task's id, short id, or a path."""
+        path = name.replace(os.sep, "/").removeprefix("./")
+        return name.upper() in (self.task.upper(), self.short_id.upper()) or any(
+            path == known or path.endswith("/" + known) for known in (self.path, *self.copies)
+        )
+
+
+class Conflicts:
+    """The conflicts of one cache. ``set_aside`` and ``end`` must be called under the cache's lock."""
+
+    def __init__(self, cache: Cache, edits: Edits) -> None:
+        self._cache = cache
+        self._edits = edits
+        self._copies: list[str] | None = None
+
+    def set_aside(self, path: str) -> str:
+        """Save an edit that conflicts beside its file, once, and return the copy's path."""
+        text = self._cache.read(path)
+        copy = path + ".mine"
+        number = 1
+        while self._cache.size(copy) is not None and self._cache.read(copy) != text:
+            number += 1
+            copy = f"{path}.mine{number}"
+        self._cache.replace(copy, text)
+        self._edits.sent(path, text)
+        self.look_again()
+        return copy
+
+    def end(self, conflict: Conflict) -> None:
+        """Remove what was set aside of a file."""
+        for copy in conflict.copies:
+            self._cache.delete(copy)
+        self.look_again()
+
+    def look_again(self) -> None:
+        """Somebody may have made or removed a copy."""
+        self._copies = None
+
+    def copies(self) -> list[str]:
+        """Return the copies that nobody has removed yet. Lists the directories once, until ``look_again``."""
+        if self._copies is None:
+            self._copies = [path for folder in _FOLDERS for path in self._marked(folder)]
+        return list(self._copies)
+
+    def all(self) -> list[Conflict]:
+        """Return every conflict."""
+        files: dict[str, list[str]] = {}
+        for copy in self.copies():
+            path = copy.partition(_MARK)[0] + ".md"
+            if is_editable(path):
+                files.setdefault(path, []).append(copy)
+        return [self._conflict(path, copies) for path, copies in files.items()]
+
+    def notice(self) -> str | None:
+        """Return what each command should say for as long as there are conflicts, in one line."""
+        if not self.copies():
+            return None
+        found = self.all()
+        if not found:
+            return None
+        tasks = list(dict.fromkeys(conflict.short_id for conflict in found))
+        if len(found) == 1:
+            one = found[0]
+            return (
+                f"conflict: your text of the {one.what} of {one.short_id} was not sent, it is in {one.copies[0]}; "
+                f"see: lattice remote resolve {one.short_id}"
+            )
+        named = ", ".join(tasks[:_MAX_NAMED]) + (f" and {len(tasks) - _MAX_NAMED} more" * (len(tasks) > _MAX_NAMED))
+        return f"{len(found)} conflicts: your texts for {named} were not sent; see: lattice remote resolve"
+
+    def _marked(self, folder: str) -> list[str]:
+        with contextlib.suppress(OSError):
+            names = os.listdir(os.path.join(self._cache.directory, folder))
+            return sorted(f"{folder}/{name}" for name in names if _MARK in name)
+        return []
+
+    def _conflict(self, path: str, copies: list[str]) -> Conflict:
+        task = path.rpartition("/")[2].removesuffix(".md")
+        active = f"tasks/{task}.json"
+        is_active = self._cache.size(active) is not None
+        short_id = self._short_id(active if is_active else f"archive/{active}")
+        return Conflict(path, tuple(copies), task, short_id or task, is_active)
+
+    def _short_id(self, snapshot: str) -> str | None:
+        with contextlib.suppress(StorageError, OSError, ValueError, AttributeError):
+            short_id = json.loads(self._cache.read(snapshot)).get("short_id")
+            return one_line(short_id) if isinstance(short_id, str) else None
+        return None
