@@ -154,14 +154,19 @@ class Service:
                 return await self._with_progress(self._unless_held(self._run(request, token, report)), report)
             case "call":
                 return await self._with_progress(self._unless_held(self._call(request, token, report)), report)
-            case "push":
-                return await self._push_now(token)
-            case "resolve":
-                return await self._resolver.resolve(request, lambda: self._links.writing(token))
             case "pull":
                 return await self._with_progress(self._pull(), report)
             case "sync" | "verify" as do:
                 return await self._with_progress(self._compare(mend=do == "sync"), report)
+        return await self._handle_short(request, token)
+
+    async def _handle_short(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        """The same of what takes no time that a user would notice."""
+        match request["do"]:
+            case "push":
+                return await self._push_now(token)
+            case "resolve":
+                return await self._resolver.resolve(request, lambda: self._links.writing(token))
             case "log":
                 return await read_log(self._links.writing(token), request["task"], request["limit"])
             case "status":
