@@ -10,8 +10,8 @@ import pytest
 from boards import ANA, added, beginning, event, made, made_resource, of_resource, require_sound
 from lattice.core.ids import generate_resource_id, generate_task_id  # type: ignore[import-untyped]
 
-from lattice_remote import resolve_backend
-from lattice_remote.errors import Rejected
+from lattice_remote import RemoteStorage, RemoteWarning, resolve_backend
+from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.storage.backend import StorageBackend
 from lattice_remote.storage.local import LocalStorage
 from lattice_remote.storage.values import Conflict, Merged, Snapshot, Written
@@ -449,3 +449,66 @@ def test_a_text_of_no_task_or_too_long_is_refused(board: StorageBackend) -> None
     for where, text in ((task["id"], "x" * (1 << 20) + "x"), (task["id"], "\ud800"), ("LAT-9999", "x"), ("../x", "x")):
         with pytest.raises(Rejected):
             board.write_plan(where, text, board.read_plan(task["id"]))
+
+
+# --- a remote one only ---
+
+
+def test_a_token_writes_in_its_own_names_and_those_of_its_own_sessions(
+    shared_board: tuple[Server, Client, Client], remote_place: Place, tmp_path: Path
+) -> None:
+    _server, _ana, ben = shared_board
+    board = remote_place.board
+    task = made(board)
+    ben.ok("session", "start", "--name", "Hermes", "--model", "m", "--framework", "f")
+    ben.ok("comment", task["short_id"], "as a session of Ben's", "--name", "Hermes-1")
+    now = board.get_task(task["id"])
+    assert now is not None
+    hermes = board.get_task_events(task["id"])[-1]["actor"]
+    for actor in ("human:ben", "team:core", hermes):
+        with pytest.raises(Rejected) as refused:
+            added(board, now, "comment_added", {"body": "forged"}, actor=actor)
+        assert refused.value.code == "REMOTE_FORBIDDEN"
+    assert board.get_task(task["id"]) == now
+    require_sound(remote_place.truth, tmp_path)
+
+
+def test_who_wrote_is_in_the_log(shared_board: tuple[Server, Client, Client], remote_place: Place) -> None:
+    made(remote_place.board)
+    ana = shared_board[1]
+    line = ana.ok("remote", "log", "-n", "1")
+    assert "human:ana" in line and "storage: write-task" in line
+
+
+def test_without_an_agent_and_out_of_reach(
+    shared_board: tuple[Server, Client, Client], remote_place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, _ana, _ben = shared_board
+    board = remote_place.board
+    assert isinstance(board, RemoteStorage)
+    monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
+    task = made(board, "Directly")
+    assert board.get_task(task["id"]) == task
+    assert board.freshness().is_current
+    server.stop()
+    try:
+        with pytest.warns(RemoteWarning, match=r"cannot reach server .* what is read is \d+ s old"):
+            assert board.get_task(task["id"]) == task
+        assert not board.freshness().is_current
+        with pytest.raises(ConnectionFailed, match="cannot reach"):
+            added(board, task, "comment_added", {"body": "offline"})
+    finally:
+        server.start()
+    assert board.get_task(task["id"]) == task
+
+
+@pytest.mark.parametrize("answer", ["{}", "[]", "no json", '{"outcome": "?"}', '{"error": {}}', '{"error": 1}'])
+def test_a_server_that_answers_nonsense_is_a_connection_that_failed(
+    remote_place: Place, monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    def ask(_request: object) -> dict[str, Any]:
+        return {"payload": answer, "notices": [], "status": 200}
+
+    monkeypatch.setattr("lattice_remote.client.storage.ask", ask)
+    with pytest.raises(ConnectionFailed):
+        made(remote_place.board)

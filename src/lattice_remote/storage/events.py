@@ -33,7 +33,8 @@ type Shaped = dict[str, Any]
 class MayActAs(Protocol):
     """Does nothing if a write may be in this name; raises ``Rejected`` otherwise."""
 
-    def __call__(self, actor: str, *, ignore_case: bool = False) -> None: ...
+    def __call__(self, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
+        """Look at an actor in words, and at the session that it stands for if it is one's."""
 
 
 class Sessions(Protocol):
@@ -182,7 +183,7 @@ def require_actor(event: Shaped, may_act_as: MayActAs, sessions: Sessions) -> st
     if known is None or dict(known) != actor:
         raise invalid("the actor is no active session's; start one with: lattice session start")
     spoken: str = ActorIdentity.from_dict(actor).to_legacy_actor()
-    may_act_as(spoken, ignore_case=True)
+    may_act_as(spoken, session=known)
     return spoken
 
 

@@ -33,7 +33,7 @@ _ARTIFACT_ID = re.compile(r"art_[0-9A-HJKMNP-TV-Z]{26}")
 _SESSION = re.compile(r"\w[\w-]{0,99}-[0-9]{1,18}")
 
 
-def _anybody(actor: str, *, ignore_case: bool = False) -> None:
+def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None:
     """Let a write be in any name, as lattice does."""
 
 

@@ -65,11 +65,18 @@ def prepare(asked: Asked) -> Operation:
         given = msgspec.convert(json_object(asked.payload), kind, strict=True)
     except msgspec.ValidationError as error:
         raise Rejected(f"the payload of {asked.name}: {error}", code="REMOTE_PROTOCOL") from None
-    board = LocalStorage(asked.lattice_dir.parent, may_act_as=asked.identity.require)
+    board = LocalStorage(asked.lattice_dir.parent, may_act_as=partial(_require, asked.identity))
     actor = asked.identity.actor
     if isinstance(given, _Events):
         actor = _actor(board, given.events, asked.identity)
     return Operation(f"storage: {asked.name}", actor, partial(_answer, board, partial(write, given), asked.lattice_dir))
+
+
+def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
+    """Do nothing if a write of this token may be in this name, or in that of this session."""
+    identity.require(actor, ignore_case=session is not None)
+    if session is not None:
+        identity.require_session(session["name"], session["session"], to_end=False)
 
 
 def _actor(board: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
