@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import random
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from pathlib import Path
 from account import Account, Effect
 from conflicts import edit_at_once
 from sandbox import Client, Programs, Server
+from warm import warm
 
 __all__ = ["Command", "Gate", "Mix"]
 
@@ -34,6 +36,8 @@ class Command:
     effect: Effect | None
     then: Callable[[str], None] = field(default=lambda _out: None)
     """Called with what it printed when it succeeded."""
+    program: str = "lattice"
+    """Or ``board_writer``, which does it through the Python interface."""
 
 
 class Gate:
@@ -97,6 +101,7 @@ class Mix:
         of_links = [self._link, self._unlink, self._branch]
         others = [
             self._comment_file,
+            self._by_program,
             self._on_comment,
             self._on_comment,
             self._attach,
@@ -124,12 +129,17 @@ class Mix:
                     self._conflict(rng, client, word)
                 command = self._command(rng, word)
                 programs = self._cold if rng.randrange(_COLD_EVERY) == 0 else None
-                done = client.run(*command.argv, programs=programs)
+                done = self._run(client, command, programs)
                 with self._lock:
                     self.account.record(client, command.argv, command.effect, done)
                     if done.returncode == 0:
                         command.then(done.stdout)
             self.done += 1
+
+    def _run(self, client: Client, command: Command, programs: Programs | None) -> subprocess.CompletedProcess[str]:
+        if command.program == "lattice":
+            return client.run(*command.argv, programs=programs)
+        return warm().run(command.program, command.argv, cwd=client.dir, env=client.env)
 
     # --- command lines ---
 
@@ -155,6 +165,10 @@ class Mix:
             self._comments.append((task, json.loads(out)["data"]["last_event_id"]))
 
         return Command(argv, Effect(word, "comment_added"), note)
+
+    def _by_program(self, rng: random.Random, word: str) -> Command:
+        argv = (rng.choice(self._tasks), f"by a program {word}", f"agent:{word}")
+        return Command(argv, Effect(word, "comment_added"), program="board_writer")
 
     def _comment_file(self, rng: random.Random, word: str) -> Command:
         file = self.server.log.parent / f"{word}.txt"

@@ -36,7 +36,9 @@ def preload() -> None:
     import lattice_remote.client.agent.process
     import lattice_remote.client.commands.app
     import lattice_remote.client.plugin
+    import lattice_remote.client.resolve
     import lattice_remote.client.routing
+    import lattice_remote.client.storage
     import lattice_remote.server.app
     import lattice_remote.server.cli
     import lattice_remote.server.worker.process  # noqa: F401
@@ -77,11 +79,18 @@ def _worker() -> object:
     return main([*sys.argv[1:], "--fd", str(connection)])
 
 
+def _board_writer() -> object:
+    from board_writer import main
+
+    return main()
+
+
 PROGRAMS: dict[str, Callable[[], object]] = {
     "lattice": _lattice,
     "lattice-remote": _lattice_remote,
     "agent": _agent,
     "worker": _worker,
+    "board_writer": _board_writer,
 }
 
 
@@ -156,7 +165,7 @@ def _become(request: dict, stdio: list[int]) -> None:
     os.chdir(request["cwd"])
     if request["new_session"]:
         os.setsid()
-    sys.path[0] = str(BIN)
+    sys.path[0] = str(BIN if request["program"] != "board_writer" else Path(__file__).parent)
     sys.argv = [str(BIN / request["program"]), *request["argv"]]
 
 

@@ -441,6 +441,11 @@ def test_texts_are_merged_by_line_and_the_same_lines_are_a_conflict(board: Stora
     assert board.write_notes(task["id"], "one\ntwo\nthree\nFOUR\n", base) == Merged(both)
     assert board.write_notes(task["id"], "eins\ntwo\nthree\nfour\n", base) == Conflict(base, both)
     assert board.write_notes(task["id"], "begun apart", None) == Conflict(None, both)
+    assert board.write_notes(task["id"], base, base) == Merged(both), "nothing of one's own"
+    assert board.write_plan(task["id"], "mine", "a plan that never was") == Conflict(
+        "a plan that never was", board.read_plan(task["id"])
+    )
+    assert board.write_notes(made(board)["id"], base, base) == Conflict(base, None), "they are gone"
     assert board.read_notes(task["id"]) == both
 
 

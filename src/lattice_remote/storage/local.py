@@ -248,9 +248,8 @@ class LocalStorage:
             there = _read_text(path)
             theirs = None if there is None else there.encode()
             outcome, merged = merge_text(None if base is None else encoded(base), mine, theirs)
-            if outcome == "conflict":
+            if outcome == "conflict" or merged is None:  # None: the text is the base, and that is gone
                 return Conflict(base, there)
-            assert merged is not None, "there is a text unless nobody has one"
             if outcome != "unchanged":
                 path.parent.mkdir(exist_ok=True)
                 fs.atomic_write(path, merged)
