@@ -135,6 +135,19 @@ async def test_a_request_that_is_sent_again_says_how_old_it_is(server: FakeServe
     assert len({frame.id for frame in server.frames if isinstance(frame, Run)}) == 1
 
 
+async def test_a_call_that_is_sent_again_says_how_old_it_is(server: FakeServer, service: Service) -> None:
+    """I6."""
+    server.cut_before_reply = 2
+    call = {"surface": "mcp", "name": "tasks/x.json", "payload": "{}", "files": []}
+    assert (await ask(service, "call", id="1" * 32, **call))["status"] == 200
+    ages = [frame.age_s for frame in server.frames if isinstance(frame, Call)]
+    assert ages[0] == 0 and 0 < ages[1] < ages[2] < 10
+    server.cut_before_reply = 1000
+    with pytest.raises(RemoteError, match="may have taken effect") as lost:
+        await ask(service, "call", id="2" * 32, **call)
+    assert lost.value.code == "REMOTE_UNKNOWN_OUTCOME"
+
+
 async def test_a_request_that_an_agent_before_may_have_sent_says_so_at_once(
     server: FakeServer, service: Service
 ) -> None:

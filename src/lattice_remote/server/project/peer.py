@@ -42,6 +42,7 @@ from lattice_remote.protocol.messages import (
     ServerFrame,
     Upload,
     Welcome,
+    Write,
     needed_capability,
 )
 from lattice_remote.protocol.paths import is_editable
@@ -390,7 +391,7 @@ def _programs(hello: Hello, lattice_version: str) -> str:
     return ", ".join(parts)
 
 
-def _first_sent_at(frame: Run | Put | Call | Push) -> float | None:
+def _first_sent_at(frame: Write) -> float | None:
     """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
     return time.time() - frame.age_s if frame.age_s else None
 
