@@ -7,6 +7,7 @@ Run the command where the data is; ship back what it changed.
     server      one writer per project runs each command in order, journals what it changed, tells every client
     client      the plugin inside ``lattice``, the background agent, and the cache of plain files
     storage     the same for programs: a board, local or remote, as one Python interface
+    livepage    lattice's dashboard page, refreshed as soon as the board changes
     textmerge   a text that several have edited, merged by line
 
 The protocol imports neither side, neither side imports the other. Start reading at

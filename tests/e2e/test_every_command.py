@@ -8,7 +8,6 @@ can't bring a command or an option that nobody has tried.
 
 import copy
 import json
-import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -22,36 +21,12 @@ import pytest
 from command_coverage import Ran, commands_of, gaps, ran
 from command_table import EXCEPTIONS, LOCAL, ROWS, UNORDERED, Line
 from lattice.cli.main import cli  # type: ignore[import-untyped]
+from normaliser import Normaliser
 
 from lattice_remote.server.worker.policy import ROUTED
 from sandbox import Client, Server, differences, tree_of
 
 pytestmark = pytest.mark.e2e
-
-_ULID = re.compile(r"(?<![A-Za-z0-9])(task|ev|art|res|sess|inst)_[0-9A-HJKMNP-TV-Z]{26}(?![A-Za-z0-9])")
-_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
-_DATE = re.compile(r"\d{4}-\d\d-\d\d")
-_AGO = re.compile(r"\b\d+[sm] ago|in \d+m ?\d*s?|\d+m \d+s|\b\d+\.\d+(?=h|d|s| hours| days)")
-_DAYS = re.compile(r'(?<="days_ago": )[\d.e-]+')
-_NEAR = re.compile(r"(?<=lattice dashboard --port )\d+")
-
-
-@dataclass
-class Normaliser:
-    """Replaces ids by their order of appearance, times by a word, and this side's own directories."""
-
-    places: dict[str, str]
-    seen: dict[str, str] = field(default_factory=dict)
-
-    def __call__(self, text: str) -> str:
-        for place, word in self.places.items():
-            text = text.replace(place, word)
-        text = _ULID.sub(self._name, text)
-        text = _DAYS.sub("DAYS", _NEAR.sub("PORT", text))
-        return _AGO.sub("AGO", _DATE.sub("DATE", _TIME.sub("TIME", text)))
-
-    def _name(self, match: re.Match[str]) -> str:
-        return self.seen.setdefault(match[0], f"{match[1]}#{len(self.seen)}")
 
 
 class Result(NamedTuple):
@@ -104,7 +79,7 @@ class Recording:
 
     def board(self) -> dict[str, str]:
         """The project's files, named and filled with normalised ids, so that two projects can be compared."""
-        return self._normalised(tree_of(self.client.lattice_dir))
+        return self.normalise.files(tree_of(self.client.lattice_dir))
 
     def surroundings(self) -> dict[str, str]:
         """What commands have left beside the project and in the user's home, projects of their own included."""
@@ -114,11 +89,7 @@ class Recording:
                 relative = path.relative_to(top).as_posix()
                 if path.is_file() and not relative.startswith((".lattice/", ".config/")) and "/locks/" not in relative:
                     found[below + relative] = path.read_bytes()
-        return self._normalised(found)
-
-    def _normalised(self, tree: dict[str, bytes]) -> dict[str, str]:
-        order = sorted(tree, key=lambda path: (path.startswith(("artifacts", "resources", "sessions")), path))
-        return {self.normalise(path): self.normalise(tree[path].decode(errors="surrogateescape")) for path in order}
+        return self.normalise.files(found)
 
 
 class BothSides(NamedTuple):

@@ -19,6 +19,7 @@ Light, imported by every command of a remote project (standard library only):
 Heavy; each folder may import those below it:
 
     commands/     ``lattice remote ...``
+    surfaces/     lattice's dashboard and MCP server, with their writes carried out on the server
     agent/        the background process: what can be asked of a cache
     link/         one WebSocket that comes back after every cut
     cache/        the directory as a tree that follows the server's

@@ -14,9 +14,19 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
 from lattice_remote.client import runtime
+from lattice_remote.client.guard import letting_write
 from lattice_remote.errors import ConnectionFailed, StorageError, as_told
 
-__all__ = ["Progress", "agent_enabled", "ask", "ask_here", "ask_running_agent", "raise_error", "stay_connected"]
+__all__ = [
+    "Progress",
+    "agent_enabled",
+    "ask",
+    "ask_here",
+    "ask_running_agent",
+    "raise_error",
+    "request",
+    "stay_connected",
+]
 
 AGENT_ENV = "LATTICE_REMOTE_AGENT"
 START_TIMEOUT_S = 10.0
@@ -36,6 +46,12 @@ class _AgentLost(Exception):
 
 class _AgentSilent(Exception):
     """There is an agent, but it does not answer: stopped, or hanging."""
+
+
+def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
+    """Return a request for the cache at ``directory``, with what this process's environment says of its remote."""
+    token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
+    return {"do": do, "directory": directory, "token": token, "named": named, **fields}
 
 
 def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
@@ -113,7 +129,8 @@ def ask_here(request: dict[str, Any], on_progress: Progress | None = None) -> di
     """Like ``ask``, without an agent: the same steps in this process. Raises RemoteError."""
     from lattice_remote.client.agent.direct import ask_directly
 
-    return raise_error(ask_directly(request, on_progress))
+    with letting_write(""):  # a command that serves, under its guard, may ask at any time
+        return raise_error(ask_directly(request, on_progress))
 
 
 def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:

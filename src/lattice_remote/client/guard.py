@@ -5,11 +5,14 @@ An audit hook sees each file before it is opened for writing, renamed or removed
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from lattice_remote.errors import RemoteError
 
-__all__ = ["Guard", "WriteRefused"]
+__all__ = ["Guard", "WriteRefused", "letting_write"]
 
 _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _TOUCHING = {  # event -> positions of the paths that it changes
@@ -25,6 +28,22 @@ _TOUCHING = {  # event -> positions of the paths that it changes
     "os.utime": (0,),
     "shutil.rmtree": (0,),
 }
+
+
+_let: ContextVar[str | None] = ContextVar("_let", default=None)
+
+
+@contextmanager
+def letting_write(folder: str) -> Iterator[None]:
+    """Within this, and in what is started there, every guard lets a folder of its cache be written; "" is all of it.
+
+    For what is no doing of the guarded command: the remote's own work, and a plan that is about to be edited.
+    """
+    before = _let.set(folder and folder + os.sep)
+    try:
+        yield
+    finally:
+        _let.reset(before)
 
 
 class WriteRefused(RemoteError, PermissionError):
@@ -69,8 +88,13 @@ class Guard:
         name = os.fsdecode(path)
         parent, leaf = os.path.split(os.path.abspath(name))
         for form in (os.path.join(parent, leaf), os.path.join(os.path.realpath(parent), leaf)):
-            if (form + os.sep).startswith(self._inside) and not (form + os.sep).startswith(self._allowed):
+            place = form + os.sep
+            if place.startswith(self._inside) and not place.startswith(self._allowed) and not self._is_let(place):
                 self._refuse(name)
+
+    def _is_let(self, place: str) -> bool:
+        folder = _let.get()
+        return folder is not None and place.startswith(tuple(prefix + folder for prefix in self._inside))
 
     def _refuse(self, name: str) -> None:
         refusal = WriteRefused(

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.client.agent_client import ask, ask_here, stay_connected
+from lattice_remote.client.agent_client import ask, ask_here, request, stay_connected
 from lattice_remote.client.callers_files import CallersFiles
 from lattice_remote.client.guard import Guard
 from lattice_remote.errors import RemoteError, one_line
@@ -81,8 +81,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         if _is_read(path, ctx):
             _ensure_current(directory)
             if path == ("dashboard",):
-                with stay_connected():
-                    return _run_here(command, ctx, directory)
+                return _serve_dashboard(command, ctx, directory)
             _run_here(command, ctx, directory)
             _leave(ctx, 0)
         return _run_there(command, path, ctx, directory, argv)
@@ -110,6 +109,13 @@ def fail(error: RemoteError, *, is_json: bool) -> None:
 # --- here ---
 
 
+def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str) -> Any:
+    from lattice_remote.client.surfaces.dashboard import remote_dashboard
+
+    with stay_connected(), remote_dashboard(directory):
+        return _run_here(command, ctx, directory)
+
+
 def _run_here(command: click.Command, ctx: click.Context, directory: str) -> Any:
     """Run under the guard; a refusal that the command swallowed is still an error in the end."""
     guard = Guard(directory)
@@ -129,7 +135,7 @@ def _ensure_current(directory: str) -> None:
     Raises:
         RemoteError: the cache was never filled, so there is nothing to show.
     """
-    answer = ask(_request("ready", directory), _progress())
+    answer = ask(request("ready", directory), _progress())
     for notice in answer["notices"]:
         click.echo(f"lattice-remote: {one_line(notice)}", err=True)
     if answer["current"]:
@@ -159,11 +165,11 @@ def _run_there(
 ) -> None:
     with CallersFiles(command, path, ctx, argv) as files:
         # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
-        request = _request("run", directory, id=os.urandom(16).hex(), argv=files.argv, files=files.described)
-        request["own_link"] = _waits(path, ctx)
-        answer = ask(request, _progress())
+        asked = request("run", directory, id=os.urandom(16).hex(), argv=files.argv, files=files.described)
+        asked["own_link"] = _waits(path, ctx)
+        answer = ask(asked, _progress())
         if answer.get("unreadable"):  # the agent has other rights, or sees other directories
-            answer = ask_here(request, _progress())
+            answer = ask_here(asked, _progress())
     # The bytes as the server's lattice wrote them; a reader that has left is Click's to handle.
     click.echo(base64.b64decode(answer["stdout"]), nl=False)
     click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)
@@ -190,11 +196,6 @@ def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
 def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
     """Whether this command may wait for others, for so long that somebody interrupts it."""
     return path == ("resource", "acquire") and bool(ctx.params.get("do_wait"))
-
-
-def _request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
-    return {"do": do, "directory": directory, "token": token, "named": named, **fields}
 
 
 def _progress() -> Any:

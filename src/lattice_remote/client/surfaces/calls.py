@@ -1,0 +1,35 @@
+"""One operation of a surface, asked of the server through the agent (``Call``)."""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from lattice_remote.client.agent_client import ask, request
+from lattice_remote.errors import one_line
+
+__all__ = ["Answer", "call"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an operation returned: ``status`` as in HTTP, ``payload`` a JSON text."""
+
+    status: int
+    payload: str
+
+
+def call(directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None) -> Answer:
+    """Have an operation carried out on the server; return once what it changed is in the files of ``directory``.
+
+    What the user should know besides is written to stderr. Safe to be called from several threads.
+
+    Raises:
+        RemoteError: it was refused, or the server is out of reach; the message says whether it may have taken effect.
+    """
+    # The id is made here, so that it is carried out once even if the agent is killed and asked again (I6).
+    asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
+    answer = ask({**asked, "files": files or []})
+    for notice in answer["notices"]:
+        sys.stderr.write(f"lattice-remote: {one_line(notice)}\n")
+    return Answer(answer["status"], answer["payload"])

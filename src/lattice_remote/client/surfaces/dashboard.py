@@ -1,0 +1,216 @@
+"""``lattice dashboard`` in a remote project: lattice's own server and page, whose writes go to the project's server.
+
+The requests that read are answered by lattice's handlers from the cache. A POST is sent on as it is and carried out by
+the same handlers on the server; its answer returns once the change is in the cache. Only what starts a program on this
+machine, an editor, happens here.
+
+Any web page that this machine's browser shows can send requests to this machine. They act in the user's name on a
+board that others share, so what such a page could send is refused.
+"""
+
+import re
+import socketserver
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from lattice.dashboard import server as lattices
+
+from lattice_remote import livepage
+from lattice_remote.client.guard import letting_write
+from lattice_remote.client.surfaces.calls import call
+from lattice_remote.client.surfaces.pulse import Pulse
+from lattice_remote.errors import RemoteError
+
+__all__ = ["remote_dashboard"]
+
+_HERE = re.compile(r"/api/tasks/[^/]+/open-(?:notes|plans)")
+"""What starts an editor on a file of the cache; saved, that is an edit like any other."""
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_MAX_STREAMS = 64
+_KEEP_ALIVE_S = 10.0
+_PATIENCE_S = 60.0
+"""A request that stalls for longer is given up."""
+_STATUSES = {
+    "REMOTE_FORBIDDEN": 403,
+    "REMOTE_UNAUTHORIZED": 403,
+    "REMOTE_UNTRUSTED": 403,
+    "REMOTE_UNSUPPORTED": 400,
+    "REMOTE_PROTOCOL": 400,
+    "REMOTE_TOO_LARGE": 413,
+    "REMOTE_NOT_FOUND": 404,
+    "REMOTE_UNREACHABLE": 503,
+    "REMOTE_SHUTDOWN": 503,
+    "REMOTE_BUSY": 503,
+    "REMOTE_STORAGE": 503,
+    "REMOTE_UNKNOWN_OUTCOME": 504,
+}
+"""As which HTTP status an error of ours is answered; 502 for any other."""
+
+
+@contextmanager
+def remote_dashboard(directory: str) -> Iterator[None]:
+    """Within this, ``lattice dashboard`` serves the cache at ``directory``."""
+
+    def create_server(lattice_dir: Path, host: str, port: int, *, readonly: bool = False) -> HTTPServer:
+        return _Server((host, port), _handler(lattice_dir, readonly=readonly), directory)
+
+    before = lattices.create_server
+    lattices.create_server = create_server
+    try:
+        yield
+    finally:
+        lattices.create_server = before
+
+
+class _Server(socketserver.ThreadingMixIn, HTTPServer):
+    """Lattice's own answers one request after the other; one that waits for the server must not hold up the others."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: Any, directory: str) -> None:
+        super().__init__(address, handler)
+        self.directory = directory
+        self.pulse = Pulse(directory)
+        self.streams = 0
+
+    def server_close(self) -> None:
+        """End the streams too: pages come back to the server that takes this one's place."""
+        self.pulse.close()
+        super().server_close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that has left."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
+
+
+def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
+    """Return lattice's handler for this project, with the few things added that a remote project needs."""
+    base: Any = lattices._make_handler_class(lattice_dir, readonly=readonly)
+
+    class Handler(base):  # type: ignore[misc] # made at run time
+        server: _Server
+        timeout = _PATIENCE_S
+
+        def do_GET(self) -> None:  # noqa: N802 - the base's own name
+            path = urlsplit(self.path).path
+            if not self._is_from_here():
+                return
+            if path == f"/{livepage.SCRIPT}":
+                self._send(200, "application/javascript", livepage.script())
+            elif path == f"/{livepage.EVENTS}":
+                self._stream()
+            else:
+                super().do_GET()
+
+        def do_POST(self) -> None:  # noqa: N802 - the base's own name
+            path = urlsplit(self.path).path.rstrip("/")
+            if not self._is_from_here() or not self._is_from_our_page():
+                return
+            if self._readonly:
+                super().do_POST()
+            elif _HERE.fullmatch(path):
+                with letting_write("plans"):  # a plan that is missing is made from lattice's template
+                    super().do_POST()
+            else:
+                self._forward(path)
+
+        # --- who asks ---
+
+        def _is_from_here(self) -> bool:
+            """Refuse what was sent to another name than this machine's, as by a page whose name leads here by now."""
+            bound, port = self.server.server_address[:2]
+            if bound not in _LOOPBACK or _host(self.headers.get("Host", "")) in _LOOPBACK:
+                return True
+            self._deny(f"this dashboard is at http://127.0.0.1:{port}/ and under no other name")
+            return False
+
+        def _is_from_our_page(self) -> bool:
+            """Refuse what a page of somebody else can have a browser send: only ours may say that it sends JSON."""
+            origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
+            kind = self.headers.get_content_type()
+            is_ours = origin in (None, f"http://{self.headers.get('Host')}") and site in ("same-origin", "none")
+            if is_ours and kind == "application/json":
+                return True
+            self._deny("only this dashboard's own page may write, with Content-Type: application/json")
+            return False
+
+        def _deny(self, why: str) -> None:
+            self.close_connection = True
+            self._send_json(403, lattices._err("FORBIDDEN", why))
+
+        # --- writes ---
+
+        def _forward(self, path: str) -> None:
+            """Send a POST on to the project's server."""
+            length = self.headers.get("Content-Length", "0")
+            if not length.isdecimal():
+                self.headers.replace_header("Content-Length", "")  # a negative one would be waited for
+            if not length.isdecimal() or int(length) > lattices.MAX_REQUEST_BODY_BYTES:
+                self._read_request_body()  # which says what is wrong with it
+                return
+            body = self.rfile.read(int(length)).decode(errors="surrogateescape")
+            try:
+                answer = call(self.server.directory, "dashboard", path or "/", body)
+            except RemoteError as error:
+                self._send_json(_STATUSES.get(error.code, 502), lattices._err(error.code, error.message))
+                return
+            self._send(answer.status, "application/json", answer.payload.encode())
+
+        # --- the page ---
+
+        def _serve_static(self, filename: str, content_type: str) -> None:
+            if filename == "index.html":
+                self._send(200, content_type, livepage.with_script((lattices.STATIC_DIR / filename).read_bytes()))
+            else:
+                super()._serve_static(filename, content_type)
+
+        def _send(self, status: int, content_type: str, data: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", f"{content_type}; charset=utf-8")
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Cache-Control", "no-cache")
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _stream(self) -> None:
+            """Tell of every change until the page or the dashboard is gone."""
+            if self.server.streams >= _MAX_STREAMS:
+                self._send_json(503, lattices._err("BUSY", "too many pages are open"))
+                return
+            self.server.streams += 1
+            try:
+                self._send_events()
+            finally:
+                self.server.streams -= 1
+
+        def _send_events(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Cache-Control", "no-store")
+            self.end_headers()
+            known = None
+            with self.server.pulse as pulse:
+                while (state := pulse.wait(known, _KEEP_ALIVE_S)) is not None:
+                    self.wfile.write(livepage.KEEP_ALIVE if state == known else livepage.event(*state))
+                    known = state
+
+        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own word
+            """Say nothing of the reads that every open page repeats."""
+            if self.command != "GET":
+                super().log_message(format, *args)
+
+    return Handler
+
+
+def _host(header: str) -> str | None:
+    """Return the name in a Host header; None when there is none."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return None

@@ -1,0 +1,388 @@
+"""``lattice dashboard`` in a remote project: what it answers, where it writes, who may, and how soon a page knows."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from dashboards import Dashboard, serving
+from lattice.dashboard import server as lattices
+from normaliser import Normaliser
+
+from lattice_remote.client.surfaces.dashboard import _HERE
+from lattice_remote.server.worker.surfaces.dashboard import _ROUTES
+from sandbox import Client, Server, differences, tree_of, wait_for
+
+pytestmark = pytest.mark.e2e
+
+ANA = {"actor": "human:ana"}
+BOT = {"actor": "agent:bot"}
+NO_TASK = f"task_{'0' * 26}"
+
+POSTS: list[tuple[str, object]] = [
+    ("/api/tasks", {"title": "One", **ANA}),
+    (
+        "/api/tasks",
+        {"title": "Zwei: größer", "priority": "high", "tags": ["a", "b"], "assigned_to": "agent:bot", **BOT},
+    ),
+    ("/api/tasks", {"title": "By the page", "actor": "dashboard:web", "urgency": "high", "description": "d" * 3000}),
+    ("/api/tasks", {"title": "By nobody"}),
+    ("/api/tasks", {"title": " "}),
+    ("/api/tasks", {"title": "x", "status": "nowhere", **ANA}),
+    ("/api/tasks", {"title": "x", "tags": "no list", **ANA}),
+    ("/api/tasks", b"{"),
+    ("/api/tasks", b""),
+    ("/api/tasks/{0}/status", {"status": "in_planning", **ANA}),
+    ("/api/tasks/{0}/status", {"status": "in_planning", **ANA}),
+    ("/api/tasks/{0}/status", {"status": "done", **ANA}),
+    ("/api/tasks/{0}/status", {"status": "done", "force": True, "reason": "because", **ANA}),
+    ("/api/tasks/{0}/status", {}),
+    ("/api/tasks/{0}/assign", {"assigned_to": "human:ana", **ANA}),
+    ("/api/tasks/{0}/assign", {"assigned_to": None}),
+    ("/api/tasks/{0}/assign", {"assigned_to": "nobody", **ANA}),
+    ("/api/tasks/{0}/update", {"fields": {"title": "New", "tags": ["c"]}, **ANA}),
+    ("/api/tasks/{0}/update", {"fields": {"colour": "blue"}, **ANA}),
+    ("/api/tasks/{0}/comment", {"body": "First.\nIt is longer."}),
+    ("/api/tasks/{0}/comment", {"body": "A reply", "parent_id": "{comment}", **BOT}),
+    ("/api/tasks/{0}/comment", {"body": "", **ANA}),
+    ("/api/tasks/{0}/comment", {"body": "x", "parent_id": "ev_none", **ANA}),
+    ("/api/tasks/{0}/comment-edit", {"comment_id": "{comment}", "body": "Changed", **ANA}),
+    ("/api/tasks/{0}/comment-edit", {"body": "Changed", **ANA}),
+    ("/api/tasks/{0}/react", {"comment_id": "{comment}", "emoji": "thumbsup"}),
+    ("/api/tasks/{0}/react", {"comment_id": "{comment}", "emoji": "no emoji!"}),
+    ("/api/tasks/{0}/unreact", {"comment_id": "{comment}", "emoji": "thumbsup"}),
+    ("/api/tasks/{0}/unreact", {"comment_id": "{comment}", "emoji": "thumbsup"}),
+    ("/api/tasks/{0}/comment-delete", {"comment_id": "{comment}", **ANA}),
+    ("/api/tasks/{0}/comment-delete", {"comment_id": "{comment}", **ANA}),
+    ("/api/tasks/{0}/open-notes", {}),
+    ("/api/tasks/{0}/open-plans", {}),
+    ("/api/tasks/{1}/archive", {**ANA}),
+    ("/api/tasks/{1}/archive", {}),
+    ("/api/tasks/{1}/status", {"status": "done", **ANA}),
+    ("/api/config/dashboard", {"theme": "noir", "column_width": 300, "lane_colors": {"backlog": "#111"}}),
+    ("/api/config/dashboard", {"theme": None, "voice": "plain", "heat_map_enabled": True}),
+    ("/api/config/dashboard", {"column_width": 1}),
+    (f"/api/tasks/{NO_TASK}/status", {"status": "done", **ANA}),
+    ("/api/tasks/none/status", {"status": "done", **ANA}),
+    ("/api/tasks/../../etc/status", {"status": "done", **ANA}),
+    (f"/api/tasks/{NO_TASK}/none", {}),
+    (f"/api/tasks/{NO_TASK}", {}),
+    ("/api/none", {}),
+    ("/none", {}),
+    ("/", {}),
+    ("/api/tasks/{0}/comment/?x=1", {"body": "with a query"}),
+]
+"""What a page may send, and more; ``{0}`` is the first task that was made, ``{comment}`` the first comment."""
+
+GETS = [
+    *("/", "/api/config", "/api/tasks", "/api/stats", "/api/activity", "/api/archived", "/api/graph", "/api/git"),
+    *("/api/activity?limit=3&type=comment_added", "/api/tasks/{0}", "/api/tasks/{0}/events", "/api/tasks/{0}/comments"),
+    *("/api/tasks/{0}/full", "/api/tasks/{1}", f"/api/tasks/{NO_TASK}", "/api/tasks/none", "/api/none", "/none"),
+    *("/static/cube3d.js", "/static/none.js", "/static/../server.py", "/stats-demo", "/api/git/branches/main/commits"),
+]
+
+
+UNORDERED = ("/api/stats", "/api/activity")
+"""Sorted by times, of which those of one second are in no order."""
+
+
+class Side:
+    """One dashboard, and what is known of its project by now."""
+
+    def __init__(self, dashboard: Dashboard, client: Client, *, is_local: bool) -> None:
+        self.dashboard, self.client, self.is_local = dashboard, client, is_local
+        self.normalise = Normaliser({str(client.dir): "DIR", client.env["HOME"]: "HOME"})
+        self.tasks: list[str] = []
+        self.comment = ""
+
+    def post(self, path: str, body: object) -> tuple[int, str]:
+        if self.is_local and isinstance(body, dict) and body.get("actor", "dashboard:web") == "dashboard:web":
+            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # as whom the token is known there
+        data = body if isinstance(body, bytes) else json.dumps(body).replace("{comment}", self.comment).encode()
+        status, text = self.dashboard.post(path.format(*self.tasks or [""]), data)
+        if path == "/api/tasks" and status == 201:
+            self.tasks.append(json.loads(text)["data"]["id"])
+        if path.endswith("/comment") and not self.comment:
+            self.comment = json.loads(text)["data"]["last_event_id"]
+        return status, self.said(text)
+
+    def get(self, path: str) -> tuple[int, str]:
+        status, text = self.dashboard.get(path.format(*self.tasks))
+        said = self.said(text)
+        if path.startswith(UNORDERED):
+            said = "\n".join(sorted(line.strip(" ,") for line in said.splitlines()))
+        return status, said
+
+    def said(self, text: str) -> str:
+        """Return an answer without what differs by nature, and without the script that the page brings along."""
+        return self.normalise(text.replace('\n<script src="remote/live.js"></script>', ""))
+
+
+class Both(NamedTuple):
+    """The same requests, answered in a local project and in a cache."""
+
+    server: Server
+    here: Side
+    there: Side
+    posts: list[tuple[str, tuple[int, str], tuple[int, str]]]
+    gets: list[tuple[str, tuple[int, str], tuple[int, str]]]
+
+
+def editor(directory: Path, does: str) -> Path:
+    """Make this the machine's editor, for whoever has the directory in its PATH."""
+    program = directory / "xdg-open"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def both(shared_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
+    server, ana, ben = shared_board
+    local = ben.elsewhere(tmp_path_factory.mktemp("local") / ana.dir.name)
+    shutil.copytree(server.lattice_dir(), local.lattice_dir)
+    env = {"PATH": f"{editor(tmp_path_factory.mktemp('bin'), ':')}{os.pathsep}{ana.env['PATH']}"}
+    with serving(local, env=env) as one, serving(ana, env=env) as other:
+        here, there = Side(one, local, is_local=True), Side(other, ana, is_local=False)
+        posts = [(path, here.post(path, body), there.post(path, body)) for path, body in POSTS]
+        gets = [(path, here.get(path), there.get(path)) for path in GETS]
+        yield Both(server, here, there, posts, gets)
+
+
+def test_every_request_is_answered_as_in_a_local_project(both: Both) -> None:
+    different = [(path, here, there) for path, here, there in [*both.posts, *both.gets] if here != there]
+    assert not different, "\n\n".join(f"{path}\n local: {here}\nremote: {there}" for path, here, there in different)
+    assert {status for _, (status, _), _ in both.posts} == {200, 201, 400, 404}
+
+
+def test_every_request_leaves_the_files_that_it_leaves_in_a_local_project(both: Both) -> None:
+    local, remote = (side.normalise.files(tree_of(side.client.lattice_dir)) for side in (both.here, both.there))
+    assert sorted(local) == sorted(remote)
+    assert {path for path in local if local[path] != remote[path]} == set()
+
+
+def test_the_cache_equals_the_server_and_the_log_names_each_request(both: Both) -> None:
+    """I3."""
+    ana = both.there.client
+    assert differences(ana.lattice_dir, both.server.lattice_dir()) == []
+    log = json.loads(ana.ok("remote", "log", "--json", "-n", "100"))["data"]["entries"]
+    told = {entry["command"] for entry in log}
+    assert told == {f"dashboard: POST {route}" for route in _ROUTES}
+    assert {entry["actor"] for entry in log} == {"human:ana", "agent:bot"}
+
+
+def test_every_route_of_the_dashboard_is_tried_and_known(tmp_path: Path) -> None:
+    """What there is to be tried are lattice's own handlers: one that no request here reaches fails this test."""
+    lattices_handler: Any = lattices._make_handler_class(tmp_path)
+    every = {name for name in dir(lattices_handler) if name.startswith("_handle_post")}
+    reached: dict[str, set[str]] = {}
+    for path, _ in POSTS:
+        for name in _reached(lattices_handler, every, path.replace("{0}", NO_TASK).replace("{1}", NO_TASK)):
+            reached.setdefault(name, set()).add(path.replace(NO_TASK, "…").replace("{0}", "…").replace("{1}", "…"))
+    assert reached.keys() == every
+    known = {path for paths in reached.values() for path in paths if path in _ROUTES or _HERE.fullmatch(path)}
+    assert len(known) == len(every) == len(_ROUTES) + 2
+
+
+def _reached(handler: Any, names: set[str], path: str) -> list[str]:
+    """Return which of lattice's functions a POST to this path ends in."""
+    found: list[str] = []
+    stand_ins = {name: lambda *_, name=name: found.append(name) for name in names}
+
+    class Request(handler):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.path, self.headers, self.rfile = path, {}, io.BytesIO()
+
+        def _send_json(self, status: int, body: str) -> None:
+            """Not found."""
+
+    for name, stand_in in stand_ins.items():
+        setattr(Request, name, stand_in)
+    Request().do_POST()
+    return found
+
+
+def test_a_body_that_is_too_large_or_has_no_length_is_refused_unread(both: Both) -> None:
+    for length in (str((1 << 20) + 1), "-1", "many"):
+        answer = both.there.dashboard.post("/api/tasks", b"", Content_Length=length)
+        assert answer[0] in (400, 413)
+        if length != "-1":  # for which a local dashboard waits for ever
+            assert both.here.dashboard.post("/api/tasks", b"", Content_Length=length) == answer
+
+
+# --- who may write ---
+
+
+@pytest.fixture(scope="module")
+def there(both: Both) -> Dashboard:
+    return both.there.dashboard
+
+
+def test_nobody_writes_in_the_name_of_others(both: Both, there: Dashboard) -> None:
+    before = tree_of(both.server.lattice_dir())
+    status, text = there.post("/api/tasks", {"title": "x", "actor": "human:ben"})
+    assert status == 403
+    assert json.loads(text)["error"] == {
+        "code": "REMOTE_FORBIDDEN",
+        "message": "token may act as human:ana, agent:*; not as human:ben",
+    }
+    assert there.post("/api/tasks", {"title": "x", "path": "/etc"})[0] == 400
+    assert tree_of(both.server.lattice_dir()) == before
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "https://127.0.0.1:{port}"},
+        {"Sec_Fetch_Site": "cross-site"},
+        {"Sec_Fetch_Site": "same-site"},
+        {"Content_Type": "text/plain"},
+        {"Content_Type": "application/x-www-form-urlencoded"},
+        {"Content_Type": ""},
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1.evil.example:{port}"},
+        {"Host": "["},
+        {"Host": ""},
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/tasks", "/api/tasks/{0}/open-plans"])
+def test_pages_of_others_can_not_write(both: Both, there: Dashboard, headers: dict[str, str], path: str) -> None:
+    before = tree_of(both.server.lattice_dir())
+    filled = {name: value.format(port=there.port) for name, value in headers.items()}
+    status, text = there.post(path.format(*both.there.tasks), {"title": "x"}, **filled)
+    assert (status, json.loads(text)["error"]["code"]) == (403, "FORBIDDEN")
+    assert tree_of(both.server.lattice_dir()) == before
+
+
+def test_pages_of_others_can_not_read_under_a_name_that_leads_here(there: Dashboard) -> None:
+    assert there.ask("GET", "/api/tasks", Host="evil.example")[0] == 403
+    assert there.ask("GET", "/remote/events", Host="evil.example")[0] == 403
+    for name in ("localhost", f"localhost:{there.port}", f"127.0.0.1:{there.port}", "[::1]:1"):
+        assert there.ask("GET", "/api/config", Host=name)[0] == 200
+
+
+def test_our_own_page_may_write(there: Dashboard) -> None:
+    own = {"Origin": f"http://127.0.0.1:{there.port}", "Sec_Fetch_Site": "same-origin"}
+    assert there.post("/api/config/dashboard", {"theme": "x"}, **own)[0] == 200
+    assert there.post("/api/config/dashboard", {"theme": "y"}, Content_Type="application/json; charset=utf-8")[0] == 200
+
+
+def test_beyond_this_machine_it_only_reads(shared_board: tuple[Server, Client, Client]) -> None:
+    with serving(shared_board[1], host="127.0.0.2") as exposed:
+        status, text = exposed.post("/api/tasks", {"title": "x"})
+        assert (status, json.loads(text)["error"]["code"]) == (403, "FORBIDDEN")
+        assert "read-only" in text
+        assert exposed.ask("GET", "/api/tasks", Host="board.example")[0] == 200
+
+
+# --- pages that are open ---
+
+
+def test_an_open_page_knows_of_a_change_within_a_second(both: Both, there: Dashboard) -> None:
+    task = both.there.tasks[0]
+    page = there.get("/")[1]
+    assert page.index("remote/live.js") < page.index("setInterval")
+    assert "EventSource" in there.get("/remote/live.js")[1]
+    with there.events() as events:
+        first = next(events)
+        assert first["trouble"] == ""
+        log = both.server.lattice_dir() / "events" / f"{task}.jsonl"
+        began = time.monotonic()
+        both.there.dashboard.post(f"/api/tasks/{task}/comment", {"body": "see"})
+        second = next(events)
+        # No round trip to anybody: what is measured is how long the page takes to be told of what is in the cache.
+        assert second["version"] != first["version"]
+        assert time.monotonic() - began < 5
+        assert log.read_bytes() == (both.there.client.lattice_dir / "events" / f"{task}.jsonl").read_bytes()
+
+
+def test_a_change_made_elsewhere_reaches_an_open_page(shared_board: tuple[Server, Client, Client], both: Both) -> None:
+    ben = shared_board[2]
+    with both.there.dashboard.events() as events:
+        known = next(events)["version"]
+        ben.ok("create", "By Ben", "--actor", "human:ben")
+        assert next(events)["version"] != known
+        assert "By Ben" in both.there.dashboard.get("/api/tasks")[1]
+
+
+def test_a_saved_plan_is_an_edit_like_any_other(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+    """``open-plans`` starts this machine's editor on the cache's own file, and makes a plan where there is none."""
+    server, ana, _ = shared_board
+    editor(tmp_path, 'printf "written in an editor\\n" >> "$1"')
+    task = json.loads(ana.ok("create", "Planned", "--actor", "human:ana", "--json"))["data"]["id"]
+    with serving(ana, env={"PATH": f"{tmp_path}{os.pathsep}{ana.env['PATH']}"}) as dashboard:
+        status, text = dashboard.post(f"/api/tasks/{task}/open-plans", {})
+        assert status == 200, text
+        plan = server.lattice_dir() / "plans" / f"{task}.md"
+        wait_for(lambda: b"written in an editor" in plan.read_bytes(), "the edit to reach the server")
+
+
+# --- when something is wrong ---
+
+
+def test_an_unreachable_server_is_said_in_the_dashboards_own_form_and_to_open_pages(sandbox: Any) -> None:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    ana = sandbox.client("ana")
+    ana.add_remote(server, server.token("human:ana"))
+    ana.ok("create", "One", "--actor", "human:ana")
+    with serving(ana) as dashboard, dashboard.events() as events:
+        assert next(events)["trouble"] == ""
+        server.stop()
+        trouble = next(event["trouble"] for event in events if event["trouble"])
+        assert "this is the board of" in trouble
+        status, text = dashboard.post("/api/tasks", {"title": "x"})
+        assert status == 503
+        error = json.loads(text)["error"]
+        assert error["code"] == "REMOTE_UNREACHABLE"
+        assert error["message"].startswith("cannot reach server") and "nothing was written" in error["message"]
+        assert "One" in dashboard.get("/api/tasks")[1], "reads go on"
+        server.start()
+        assert next(event for event in events if not event["trouble"])
+        assert dashboard.post("/api/tasks", {"title": "again"})[0] == 201
+        agent = json.loads(ana.ok("remote", "agent", "status", "--json"))["data"]["pid"]
+        os.kill(agent, signal.SIGKILL)
+        assert dashboard.post("/api/tasks", {"title": "with another agent"})[0] == 201
+        code, stderr = dashboard.interrupt()
+        assert (code, "Traceback" in stderr) == (0, False), stderr
+        assert len(list(events)) < 20, "the stream ends with the dashboard"
+    assert differences(ana.lattice_dir, server.lattice_dir()) == []
+
+
+def test_without_an_agent_pages_are_kept_up_to_date_all_the_same(shared_board: tuple[Server, Client, Client]) -> None:
+    _, ana, ben = shared_board
+    with serving(ana, env={"LATTICE_REMOTE_AGENT": "off"}) as dashboard, dashboard.events() as events:
+        next(events)
+        status, text = dashboard.post("/api/tasks", {"title": "without"})
+        assert status == 201, text
+        ben.ok("create", "seen without an agent", "--actor", "human:ben")
+        wait_for(lambda: "seen without an agent" in dashboard.get("/api/tasks")[1], "the change of somebody else")
+
+
+def test_it_restarts_in_place_as_lattices_own(shared_board: tuple[Server, Client, Client]) -> None:
+    _, ana, _ = shared_board
+    with serving(ana) as dashboard:
+        with dashboard.events() as events:
+            next(events)
+            dashboard.process.send_signal(signal.SIGHUP)
+            assert len(list(events)) < 20, "an open page is sent to the new one"
+
+        def answers() -> bool:
+            try:
+                return dashboard.get("/api/config")[0] == 200
+            except OSError:
+                return False
+
+        wait_for(answers, "the dashboard to be back")
+        assert dashboard.post("/api/tasks", {"title": "after the restart"})[0] == 201
+        code, stderr = dashboard.interrupt()
+        assert code == 0 and "restarted" in stderr
