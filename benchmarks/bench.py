@@ -160,22 +160,23 @@ print(count / (time.perf_counter() - began))
 """
 
 
+async def _open_writer(server: Server, token: str) -> ClientConnection:
+    connection = await connect(
+        f"ws://127.0.0.1:{server.port}/projects/board/ws",
+        subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
+        additional_headers={"Authorization": f"Bearer {token}"},
+        compression=None,
+    )
+    await connection.send(encode(Hello(versions=[1], client_version="bench", lattice_version="", follow=False)))
+    assert isinstance(decode_server_frame(bytes(await connection.recv(decode=False))), Welcome)
+    return connection
+
+
 async def _throughput(server: Server, token: str, clients: int, total: int) -> float:
     """Commands a second of ``clients`` connections that each send their next command when the last is answered.
 
     They write only: what a follower does with the changes is done on its own machine.
     """
-
-    async def open_one() -> ClientConnection:
-        connection = await connect(
-            f"ws://127.0.0.1:{server.port}/projects/board/ws",
-            subprotocols=[SUBPROTOCOL],  # type: ignore[list-item]
-            additional_headers={"Authorization": f"Bearer {token}"},
-            compression=None,
-        )
-        await connection.send(encode(Hello(versions=[1], client_version="bench", lattice_version="", follow=False)))
-        assert isinstance(decode_server_frame(bytes(await connection.recv(decode=False))), Welcome)
-        return connection
 
     async def work(connection: ClientConnection, number: int) -> None:
         for n in range(number, total, clients):
@@ -185,7 +186,7 @@ async def _throughput(server: Server, token: str, clients: int, total: int) -> f
             assert isinstance(reply, Reply), reply
             assert reply.exit_code == 0, reply
 
-    connections = [await open_one() for _ in range(clients)]
+    connections = [await _open_writer(server, token) for _ in range(clients)]
     await work(connections[0], total - clients)  # one, to warm up
     began = time.perf_counter()
     await asyncio.gather(*(work(connection, n) for n, connection in enumerate(connections)))
@@ -252,6 +253,48 @@ def _note_growth(path: Path, size: int, arrived: list[float]) -> None:
     arrived.append(time.perf_counter())
 
 
+# --- waiting: from the release of a resource to the answer of who waited for it ---
+
+
+async def _answered(connection: ClientConnection) -> float:
+    reply = decode_server_frame(bytes(await connection.recv(decode=False)))
+    assert isinstance(reply, Reply), reply
+    assert reply.exit_code == 0, reply
+    return time.perf_counter()
+
+
+async def _wakes(server: Server, token: str, waiters: int, rounds: int) -> list[float]:
+    """Pass one resource around between connections that all wait for it; milliseconds from each release to the next."""
+    connections = [await _open_writer(server, token) for _ in range(waiters)]
+
+    async def ask(number: int, *argv: str) -> None:
+        full = ["resource", *argv, "gpu", "--actor", f"agent:w{number}"]
+        await connections[number].send(encode(Run(id=secrets.token_hex(16), argv=full)))
+
+    await ask(0, "acquire")
+    await _answered(connections[0])
+    taken: list[float] = []
+    for number in range(1, waiters):
+        await ask(number, "acquire", "--wait")
+    for n in range(rounds):
+        holder, next_one = n % waiters, (n + 1) % waiters
+        await ask(holder, "release")
+        released, acquired = await asyncio.gather(_answered(connections[holder]), _answered(connections[next_one]))
+        taken.append((acquired - released) * 1000)
+        await ask(holder, "acquire", "--wait")
+    await asyncio.gather(*(connection.close() for connection in connections))
+    return taken
+
+
+def waiting(runs: int) -> Iterator[Figure]:
+    with board("ana") as (server, (ana,)):
+        ana.ok("resource", "create", "gpu", *ACTOR)
+        taken = asyncio.run(_wakes(server, server.token("human:bench", "agent:*"), 10, max(100, runs * 20)))
+        yield Figure("10 wait in line: from a release to the next one's answer, p50", statistics.median(taken), "ms")
+        yield at_most("the same, p99", statistics.quantiles(taken, n=100)[98], "ms", 100)
+        yield Figure("the same, the longest", max(taken), "ms")
+
+
 # --- memory: resident sets ---
 
 
@@ -310,7 +353,7 @@ async def _close_peers(connections: list[ClientConnection]) -> None:
     await asyncio.gather(*(connection.close() for connection in connections))
 
 
-GROUPS = {"commands": commands, "throughput": throughput, "latency": latency, "memory": memory}
+GROUPS = {"commands": commands, "throughput": throughput, "latency": latency, "waiting": waiting, "memory": memory}
 
 
 def main() -> int:

@@ -124,7 +124,7 @@ class FakeWorker:
 
     def want(self, request: Execute, name: str, seconds: float) -> None:
         free = self.tree / "resources" / name / "free"
-        if free.exists():
+        if free.exists() and name not in request.ahead:
             self.commit(request, {f"resources/{name}/free": None}, stdout=b"yours")
         elif request.last_try:
             self.commit(request, {}, stdout=b"timeout")

@@ -203,3 +203,17 @@ def test_symbolic_links_in_the_project_lead_nowhere(worker: WorkerProcess, tmp_p
     _, refused = worker.edit(f"plans/{plan.name}", None, b"x")
     assert refused.code == "REMOTE_UNSUPPORTED"
     assert secret.read_text() == "# secret\n\n- a plan\n"
+
+
+def test_who_waits_takes_nothing_that_others_have_waited_for_longer(worker: WorkerProcess) -> None:
+    worker.ok("resource", "create", "tpu", *ANA)
+    acquire = ("resource", "acquire", "tpu", "--actor", "agent:b")
+    done = worker.run(*acquire, "--wait", "--timeout", "7", ahead=["tpu"])
+    assert (done.waiting_for, done.reply, done.change) == ("tpu", None, None), "it is free, but not for this one"
+    last = answer_of(worker.run(*acquire, "--wait", "--timeout", "7", ahead=["tpu"], last_try=True))
+    assert isinstance(last, Reply) and b"Timed out waiting" in last.stderr
+    assert worker.run(*acquire, "--wait", ahead=["gpu"]).waiting_for is None
+    worker.ok("resource", "release", "tpu", "--actor", "agent:b")
+    assert worker.run(*acquire, ahead=["tpu"]).waiting_for is None, "who does not wait is not in line"
+    forced = worker.run("resource", "acquire", "tpu", "--wait", "--force", "--actor", "agent:c", ahead=["tpu"])
+    assert forced.waiting_for is None

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from harness import FAKE_WORKER, until
 
@@ -321,6 +322,71 @@ async def test_a_waiter_whose_connection_is_gone_takes_nothing(opened: Opened) -
     await opened.run("put", "resources/gpu/free", "")
     await opened.run("noop")
     assert "resources/gpu/free" in opened.project.history.files
+
+
+async def wait_in_line(opened: Opened, count: int) -> list[Execute]:
+    requests = [command("want", "gpu", "30") for _ in range(count)]
+    for request in requests:
+        opened.project.submit(request, opened.watcher)
+    await opened.run("noop")
+    return requests
+
+
+async def test_who_comes_while_a_waiter_is_woken_does_not_get_before_it(opened: Opened) -> None:
+    (first,) = await wait_in_line(opened, 1)
+    late = [command("want", "gpu", "30") for _ in range(5)]
+    freed = command("put", "resources/gpu/free", "")
+    other = Watcher()
+    # All in one tick: the worker has the late ones behind it before it is known here that anything is free.
+    opened.project.submit(freed, opened.watcher)
+    for request in late:
+        opened.project.submit(request, other)
+    await until(lambda: first.id in opened.watcher.answers)
+    await opened.run("noop")
+    assert not other.answers
+    for n in range(1, 6):
+        await opened.run("put", "resources/gpu/free", "")
+        await until(lambda n=n: len(other.answers) == n)
+    assert list(other.answers) == [request.id for request in late]
+
+
+async def test_waiters_keep_their_order_when_the_worker_dies(opened: Opened) -> None:
+    requests = await wait_in_line(opened, 5)
+    order = [request.id for request in requests]
+    os.kill(_worker_pid(opened.project), signal.SIGKILL)
+    for n in range(1, 6):
+        if n == 3:
+            opened.project.submit(command("die-once"), Watcher())
+        await opened.run("put", "resources/gpu/free", "")
+        await until(lambda n=n: len(set(opened.watcher.answers) & set(order)) == n)
+    assert [id_ for id_ in opened.watcher.answers if id_ in order] == order
+
+
+async def test_who_was_cut_off_and_asks_again_has_its_place_and_not_more_time(opened: Opened) -> None:
+    (second,) = await wait_in_line(opened, 1)
+    now = time.time()
+    first = msgspec.structs.replace(command("want", "gpu", "30"), first_sent_at=now - 20)
+    over = msgspec.structs.replace(command("want", "gpu", "30"), first_sent_at=now - 40)
+    again = Watcher()
+    for request in (first, over):
+        opened.project.submit(request, again)
+    await until(lambda: over.id in again.answers)
+    assert again.answers[over.id].stdout == b"timeout"  # type: ignore[union-attr]
+    await opened.run("put", "resources/gpu/free", "")
+    await until(lambda: first.id in again.answers)
+    assert second.id not in opened.watcher.answers
+
+
+async def test_a_waiter_that_leaves_lets_the_next_one_try(opened: Opened) -> None:
+    gone = Watcher()
+    first = command("want", "gpu", "30")
+    opened.project.submit(first, gone)
+    (second,) = await wait_in_line(opened, 1)
+    freed = command("put", "resources/gpu/free", "")
+    opened.project.submit(freed, opened.watcher)
+    opened.project.forget(gone, {first.id})  # before the worker has freed it
+    await until(lambda: second.id in opened.watcher.answers)
+    assert not gone.answers and not opened.project._jobs and not opened.project._waiting._lines
 
 
 async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:

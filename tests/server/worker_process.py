@@ -262,9 +262,11 @@ def execute(
     act_as: Sequence[str] = ("agent:*",),
     token_id: str = "tok_1",  # noqa: S107 - an id
     last_try: bool = False,
+    ahead: Sequence[str] = (),
 ) -> Execute:
     """Return the request to run a command line."""
-    return Execute(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
+    request = Execute(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
+    return msgspec.structs.replace(request, ahead=list(ahead))
 
 
 def invoke(

@@ -39,6 +39,7 @@ class Execute(_Message, frozen=True, tag="execute"):
 
     ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and says in
     ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
+    ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``.
     ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
     """
 
@@ -50,6 +51,7 @@ class Execute(_Message, frozen=True, tag="execute"):
     act_as: list[str]
     last_try: bool = False
     first_sent_at: float | None = None
+    ahead: list[str] = []
 
 
 class Invoke(_Message, frozen=True, tag="invoke"):

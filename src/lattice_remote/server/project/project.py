@@ -215,6 +215,8 @@ class Project:
             _refuse(asker, message.id, "REMOTE_BUSY", f"requests of {most} MiB of this token are under way; try again")
             return
         job = Job(message, [asker], weight=weight)
+        if message.first_sent_at is not None:  # asked again: it has waited since then
+            job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
         self._jobs[message.id] = job
         self._by_token[message.token_id] += 1
         self._held_by_token[message.token_id] += weight
@@ -244,8 +246,16 @@ class Project:
             if job is None or asker not in job.askers:
                 continue
             job.askers.remove(asker)
-            if not job.askers and self._waiting.remove(job):
+            if not job.askers and job.resource is not None and self._gives_up(job):
                 self._drop(request_id)
+
+    def _gives_up(self, job: Job) -> bool:
+        """Take a waiter out of its line that nobody asks for any more; return False if the worker has it by now."""
+        if job in self._outstanding:
+            return False
+        if not self._waiting.leave(job):
+            self._queue.remove(job)
+        return True
 
     def files_touched(self, paths: set[str] | None) -> None:
         """Somebody may have changed these files (None: any); have the worker look at them (I12)."""
@@ -286,6 +296,8 @@ class Project:
             if not self._outstanding:
                 self._oldest_since = time.monotonic()
             self._outstanding.append(job)
+            if isinstance(job.message, Execute) and (ahead := self._waiting.ahead_of(job)) != job.message.ahead:
+                job.message = msgspec.structs.replace(job.message, ahead=ahead)
             batch.append(job.message)
         if batch:
             assert self._writer is not None, "an open project has a worker"
@@ -361,8 +373,7 @@ class Project:
                     self._uploads_used(message)
                 for asker in job.askers:
                     asker.answer(message.id, done.reply)
-                if job.resource is not None:
-                    self._waiting.wake_first(job.resource)  # it was woken and did not use it up, perhaps
+                self._waiting.leave(job)
             case Reconcile(paths):
                 self._reconciling = False
                 if done.more:
@@ -380,8 +391,10 @@ class Project:
 
     def _wait(self, job: Job, request_id: str, done: Done) -> None:
         if job.askers and not self._stopping:
-            self._waiting.add(job, done)
+            assert isinstance(job.message, Execute), "only commands wait"
+            self._waiting.add(job, done, ahead=job.message.ahead)
         else:
+            self._waiting.leave(job)
             self._drop(request_id)
 
     # --- beginnings and ends of the worker ---

@@ -52,6 +52,15 @@ class Turns:
             self._lanes[asker] = lane
         return job
 
+    def remove(self, job: Job) -> None:
+        """Take a job out that is not to be done any more. Nothing happens when it is not here."""
+        for lane in (self._first, *self._lanes.values()):
+            if job in lane:
+                lane.remove(job)
+                self._length -= 1
+        for asker in [asker for asker, lane in self._lanes.items() if not lane]:
+            del self._lanes[asker]
+
     def clear(self) -> None:
         """Forget all."""
         self._first.clear()

@@ -1,8 +1,10 @@
 """Requests that wait for a resource: who is woken when, so that ``acquire --wait`` holds no writer.
 
-A waiter tries again when a change touches its resource, first come first served, when a holder's claim expires,
-and a last time when its own time is over. One waiter is woken at a time: if it gets the resource, that is itself
-a change, which wakes the next.
+Those that wait for one resource stand in line, by when they were first asked: a client that was cut off and asks
+again has its place. A waiter tries again when a change touches its resource and it is the first, when a holder's claim
+expires, and a last time when its own time is over. From its first try to its answer nobody behind it takes the
+resource, not even one that is with the worker while it is woken: each request says for which resources others stand
+before it (``Execute.ahead``). Whoever does not wait is not in line, and takes what is free, as with lattice itself.
 """
 
 import asyncio
@@ -22,10 +24,10 @@ class Waiting:
 
     def __init__(self, retry: Callable[[Job], None]) -> None:
         self._retry = retry
-        self._by_resource: dict[str, dict[Job, asyncio.TimerHandle]] = {}
+        self._lines: dict[str, dict[Job, asyncio.TimerHandle | None]] = {}  # None: it is being tried again
 
-    def add(self, job: Job, done: Done) -> None:
-        """Let a job wait for the resource that ``done.waiting_for`` names."""
+    def add(self, job: Job, done: Done, *, ahead: list[str]) -> None:
+        """Let a job wait for the resource that ``done.waiting_for`` names; it was tried behind those of ``ahead``."""
         assert done.waiting_for is not None, "only such an outcome makes a waiter"
         job.resource = done.waiting_for
         job.wait_until = job.submitted_at + done.wait_timeout_s
@@ -33,44 +35,61 @@ class Waiting:
         if done.retry_at is not None:
             delay = min(delay, max(done.retry_at - time.time(), _MIN_RETRY_S))
         timer = asyncio.get_running_loop().call_later(max(delay, 0.0), self._wake, job)
-        self._by_resource.setdefault(job.resource, {})[job] = timer
+        self._lines.setdefault(job.resource, {})[job] = timer
+        if job.resource in ahead and job.resource not in self.ahead_of(job):
+            self._wake(job)  # who stood before it has left meanwhile, perhaps without taking it
+
+    def ahead_of(self, job: Job) -> list[str]:
+        """Return the resources for which somebody has waited for longer than this job."""
+        return [
+            resource
+            for resource, line in self._lines.items()
+            if any(other is not job and other.submitted_at < job.submitted_at for other in line)
+        ]
 
     def touched(self, done: Done) -> None:
         """Wake the first waiter of each resource whose files a change has touched."""
-        if not self._by_resource:
+        if not self._lines:
             return
         names = {after.path.split("/")[1] for after in done.after if after.path.startswith("resources/")}
         for name in names:
             self.wake_first(name)
 
     def wake_first(self, resource: str) -> None:
-        """Let the waiter that came first try again, if there is one."""
-        if waiters := self._by_resource.get(resource):
-            self._wake(min(waiters, key=lambda job: job.submitted_at))
+        """Let the waiter that came first try again, if there is one that is not at it already."""
+        if line := self._lines.get(resource):
+            self._wake(min(line, key=lambda job: job.submitted_at))
 
     def wake_each_first(self) -> None:
         """Let the first waiter of every resource try again."""
-        for resource in tuple(self._by_resource):
+        for resource in tuple(self._lines):
             self.wake_first(resource)
 
-    def remove(self, job: Job) -> bool:
-        """Forget a waiter; return whether it was one."""
-        waiters = self._by_resource.get(job.resource or "", {})
-        timer = waiters.pop(job, None)
-        if timer is None:
+    def leave(self, job: Job) -> bool:
+        """A waiter has its answer, or is gone: let the next one try. Return whether it was waiting, not being tried."""
+        line = self._lines.get(job.resource or "", {})
+        if job not in line:
             return False
-        timer.cancel()
-        if not waiters:
-            del self._by_resource[job.resource or ""]
-        return True
+        timer = line.pop(job)
+        if timer is not None:
+            timer.cancel()
+        if line:
+            self.wake_first(job.resource or "")
+        else:
+            del self._lines[job.resource or ""]
+        return timer is not None
 
     def clear(self) -> None:
         """Forget all."""
-        for waiters in self._by_resource.values():
-            for timer in waiters.values():
-                timer.cancel()
-        self._by_resource.clear()
+        for line in self._lines.values():
+            for timer in line.values():
+                if timer is not None:
+                    timer.cancel()
+        self._lines.clear()
 
     def _wake(self, job: Job) -> None:
-        if self.remove(job):
+        line = self._lines.get(job.resource or "", {})
+        if (timer := line.get(job)) is not None:
+            timer.cancel()
+            line[job] = None
             self._retry(job)

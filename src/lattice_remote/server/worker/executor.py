@@ -188,6 +188,7 @@ class Executor:
 
         from lattice.cli import artifact_cmds, resource_cmds
         from lattice.cli.main import cli
+        from lattice.core.resources import is_resource_available
         from lattice.storage import fs, hooks, locks
 
         mimetypes.init()  # reads system files, which a command may not
@@ -197,7 +198,10 @@ class Executor:
         self._clock = _Clock()
         self._mover = _Mover()
         self._checked = ""
+        self._ahead: Collection[str] = ()
         self._guard(cli, [])
+        self._has_room = is_resource_available
+        setattr(resource_cmds, "is_resource_available", self._is_available)  # noqa: B010 - an imported name
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
         setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
         if lazy:
@@ -207,10 +211,17 @@ class Executor:
         hooks._run_hook = self._collect_hook
 
     def run(
-        self, argv: Sequence[str], checked: str, *, last_try: bool = False, own_copies: Collection[str] = ()
+        self,
+        argv: Sequence[str],
+        checked: str,
+        *,
+        last_try: bool = False,
+        ahead: Collection[str] = (),
+        own_copies: Collection[str] = (),
     ) -> Outcome:
         """Run a command line that the policy has let through; never raises an ``Exception``.
 
+        ``ahead`` are resources that it does not take with ``--wait``, because others stand before it in line.
         ``own_copies`` are files that the command may take instead of copying them.
 
         ``checked`` is the command that the policy saw in it, as ``resource acquire``: no other is run, and none at all
@@ -218,6 +229,7 @@ class Executor:
         pipe would have received.
         """
         self._begin(checked, last_try=last_try, own_copies=own_copies)
+        self._ahead = ahead
         outcome = Outcome()
         with _printing() as (stdout, stderr):
             try:
@@ -268,6 +280,12 @@ class Executor:
         if path != self._checked:
             raise RuntimeError(f"{path!r} is not the command that was checked")
         return invoke(context)
+
+    def _is_available(self, snapshot: dict[str, Any], now: str) -> bool:
+        """Stand for lattice's own function: who waits does not take what others have waited for longer."""
+        values = click.get_current_context().params
+        stands_behind = values.get("do_wait") and not values.get("force") and snapshot.get("name") in self._ahead
+        return not stands_behind and bool(self._has_room(snapshot, now))
 
     def _collect_hook(self, cmd: str, env: dict[str, str], stdin_data: str) -> None:
         """Stand for lattice's own function: the server runs hooks after the commit."""

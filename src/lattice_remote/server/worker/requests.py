@@ -188,7 +188,11 @@ class Worker:
             name=f"'lattice {command.path}'",
             cause=_cause(request, command.actor or request.actor, describe_command(request.argv)),
             run=lambda: self._executor.run(
-                attached.argv, command.path, last_try=request.last_try, own_copies=attached.paths
+                attached.argv,
+                command.path,
+                last_try=request.last_try,
+                ahead=request.ahead,
+                own_copies=attached.paths,
             ),
             answer=lambda outcome, seq: _reply(request.id, seq, outcome, command, attached),
             vouched=attached.vouched,

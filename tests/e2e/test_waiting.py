@@ -1,0 +1,135 @@
+"""``resource acquire --wait``: in order, at once, holding nothing up; and who is gone takes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+
+from sandbox import Client, Sandbox, Server, wait_for
+
+pytestmark = pytest.mark.e2e
+
+ANA = ("--actor", "human:ana")
+
+
+def holders(server: Server) -> list[str]:
+    snapshot = json.loads((server.lattice_dir() / "resources/gpu/resource.json").read_text())
+    return [holder["actor"] for holder in snapshot["holders"]]
+
+
+def waiters(server: Server) -> int:
+    """Count the connections that wait, by what the log says of those that came and went."""
+    log = server.log.read_text()
+    return log.count(": connected at") - log.count(": disconnected")
+
+
+class Board:
+    """A server with a resource that ana holds, and three clients on two machines."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.server = sandbox.server()
+        self.server.project()
+        self.server.start()
+        self.clients = [sandbox.client(name, machine) for name, machine in (("a", "one"), ("b", "one"), ("c", "two"))]
+        for client in self.clients:
+            client.add_remote(self.server, self.server.token(f"human:{client.dir.name}", "human:ana", "agent:*"))
+        self.ana = self.clients[0]
+        self.ana.ok("resource", "create", "gpu", "--ttl", "300", *ANA)
+        self.ana.ok("resource", "acquire", "gpu", *ANA)
+
+    def wait(self, client: Client, actor: str, *more: str) -> "subprocess.Popen[str]":
+        """Begin to wait as an agent, and return once the server knows."""
+        before = waiters(self.server)
+        process = client.popen("resource", "acquire", "gpu", "--wait", "--actor", f"agent:{actor}", *more)
+        wait_for(lambda: waiters(self.server) > before, "it to be connected")
+        self.ana.ok("comment", self.task, "so that its first try is over", *ANA)
+        return process
+
+    @property
+    def task(self) -> str:
+        if not (self.ana.lattice_dir / "ids.json").read_text().count("LAT-1"):
+            self.ana.ok("create", "One", *ANA)
+        return "LAT-1"
+
+    def release(self, actor: str) -> None:
+        self.ana.ok("resource", "release", "gpu", "--actor", actor)
+
+
+@pytest.fixture
+def board(sandbox: Sandbox) -> Board:
+    return Board(sandbox)
+
+
+def test_waiters_of_several_machines_are_served_in_order_also_across_a_worker_that_dies(board: Board) -> None:
+    waiting = [board.wait(board.clients[n % 3], f"w{n}", "--timeout", "60") for n in range(5)]
+    board.release("human:ana")
+    for n, process in enumerate(waiting):
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (0, "") and out.startswith("Acquired 'gpu' (expires ")
+        assert holders(board.server) == [f"agent:w{n}"]
+        if n == 2:
+            (pid,) = board.server.worker_pids()
+            os.kill(pid, signal.SIGKILL)
+        board.release(f"agent:w{n}")
+    assert holders(board.server) == []
+
+
+@pytest.mark.parametrize("how", ["ctrl-c", "killed"])
+def test_a_waiter_that_is_gone_takes_nothing_and_lets_the_next_one_through(board: Board, how: str) -> None:
+    first = board.wait(board.clients[1], "gone", "--timeout", "60")
+    second = board.wait(board.clients[2], "next", "--timeout", "60")
+    before = waiters(board.server)
+    first.send_signal(signal.SIGINT if how == "ctrl-c" else signal.SIGKILL)
+    first.communicate(timeout=20)
+    wait_for(lambda: waiters(board.server) < before, "the server to have noticed")
+    board.release("human:ana")
+    assert second.communicate(timeout=30)[0].startswith("Acquired")
+    assert holders(board.server) == ["agent:next"]
+    board.release("agent:next")
+    assert holders(board.server) == []
+
+
+def test_a_restarted_server_and_a_killed_agent_lose_no_waiter_and_no_place(board: Board) -> None:
+    first = board.wait(board.clients[2], "first", "--timeout", "60")
+    second = board.wait(board.clients[1], "second", "--timeout", "60")
+    status = json.loads(board.clients[2].ok("remote", "agent", "status", "--json"))["data"]
+    os.kill(status["pid"], signal.SIGKILL)
+    board.server.kill()
+    board.server.start()
+    wait_for(lambda: waiters(board.server) >= 4, "everybody to be back")
+    board.ana.ok("comment", board.task, "so that their first tries are over", *ANA)
+    board.release("human:ana")
+    assert first.communicate(timeout=30)[0].startswith("Acquired"), "it has its place, though it came back last"
+    assert holders(board.server) == ["agent:first"] and second.poll() is None
+    board.release("agent:first")
+    assert second.communicate(timeout=30)[0].startswith("Acquired")
+    log = json.loads(board.ana.ok("remote", "log", "--json", "-n", "50"))["data"]["entries"]
+    acquired = [entry["actor"] for entry in log if "acquire gpu --wait" in entry["command"]]
+    assert acquired == ["agent:second", "agent:first"], "each once"
+
+
+def test_the_end_of_a_holders_time_wakes_and_words_and_codes_are_local_lattices(board: Board, sandbox: Sandbox) -> None:
+    local = sandbox.client("local")
+    local.ok("init", "--project-code", "LAT", "--no-setup-claude", "--no-setup-agents", *ANA)
+    for client, name in ((local, "cpu"), (board.ana, "cpu")):
+        client.ok("resource", "create", name, "--ttl", "2", *ANA)
+        client.ok("resource", "create", "held", *ANA)
+        client.ok("resource", "acquire", "held", *ANA)
+
+    def told(client: Client, *argv: str) -> tuple[int, str, str]:
+        done = client.run("resource", "acquire", *argv, "--wait", "--actor", "agent:b")
+        return done.returncode, done.stdout, done.stderr
+
+    assert told(board.ana, "held", "--timeout", "1") == told(local, "held", "--timeout", "1")
+    assert told(board.ana, "held", "--timeout", "0", "--json") == told(local, "held", "--timeout", "0", "--json")
+    assert told(board.ana, "nothing", "--timeout", "1") == told(local, "nothing", "--timeout", "1")
+    for client in (local, board.ana):
+        client.ok("resource", "acquire", "cpu", *ANA)
+    began = time.monotonic()
+    assert told(board.ana, "cpu", "--timeout", "30") == (0, "Acquired 'cpu' (expires 2s)\n", "")
+    assert time.monotonic() - began < 10
+    assert told(local, "cpu", "--timeout", "30")[:2] == (0, "Acquired 'cpu' (expires 2s)\n")
+    assert told(board.ana, "cpu")[1] == told(local, "cpu")[1] == "Already holding 'cpu' (TTL extended)\n"
