@@ -22,6 +22,8 @@ from lattice_remote.protocol.messages import (
     Call,
     Change,
     ClientFrame,
+    Download,
+    Downloaded,
     Entries,
     Entry,
     Fetch,
@@ -41,6 +43,8 @@ from lattice_remote.protocol.messages import (
     Run,
     ServerFrame,
     Stored,
+    Upload,
+    Uploaded,
     Welcome,
 )
 from lattice_remote.protocol.operations import (
@@ -63,6 +67,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {"config.json": b"{}\n", "tasks/task_1.json": b'{"id": 1}\n'}
         self.epoch = "epoch-1"
+        self.uploads: dict[bytes, bytes] = {}
+        """What has come of contents, by digest."""
         self.capabilities = list(CAPABILITIES)
         self.lattice_version = "0"
         self.changes: list[Change] = []
@@ -211,6 +217,10 @@ class FakeServer:
             case Fetch(paths=paths):
                 for path in paths:
                     await self._part(connection, path)
+            case Upload():
+                await _send(connection, self._upload(frame))
+            case Download():
+                await _send(connection, self._download(frame))
             case Log():
                 first = len(self.changes) if frame.before is None else frame.before
                 told = [_entry(change, self.epoch) for change in reversed(self.changes[:first])][: frame.limit]
@@ -224,6 +234,19 @@ class FakeServer:
                     connection.transport.abort()
                 else:
                     await _send(connection, self.replies[frame.id])
+
+    def _upload(self, frame: Upload) -> ServerFrame:
+        have = self.uploads.setdefault(frame.digest, b"")
+        if frame.offset == len(have):
+            have = self.uploads[frame.digest] = have + frame.data
+        return Uploaded(frame.id, len(have))
+
+    def _download(self, frame: Download) -> ServerFrame:
+        data = self.files.get(frame.path)
+        if data is None or frame.digest not in (None, digest_of(data)):
+            return Refused(frame.id, "REMOTE_NOT_FOUND", "it is not there")
+        piece = data[frame.offset : frame.offset + frame.limit]
+        return Downloaded(frame.id, self.seq, len(data), digest_of(data), piece)
 
     async def _greet(self, connection: ServerConnection, hello: Hello, actor: str) -> None:
         self.greetings += 1

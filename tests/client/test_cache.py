@@ -13,7 +13,7 @@ from lattice_remote.client.cache import state
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.conflicts import Conflicts
 from lattice_remote.client.cache.edits import Edits
-from lattice_remote.client.cache.state import CacheState, decode_state, encode_state
+from lattice_remote.client.cache.state import CacheState, decode_state, encode_away, encode_state
 from lattice_remote.client.cache.survey import read_all
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import StorageError
@@ -152,29 +152,34 @@ REMOTE = Remote("origin", "http://h", "web")
 
 
 def test_state_is_read_as_it_was_stored() -> None:
-    stored = CacheState(Position("e", 7, b"m" * 16), ("plans/a.md",), 12.5)
-    assert decode_state(encode_state(stored, REMOTE), REMOTE) == stored
+    stored = CacheState(
+        Position("e", 7, b"m" * 16),
+        ("plans/a.md",),
+        {"artifacts/payload/a": (9, b"d" * 32), "artifacts/payload/b": None},
+        12.5,
+    )
+    assert decode_state(encode_state(stored, REMOTE), encode_away(stored.away), REMOTE) == stored
 
 
 def test_state_of_another_project_says_nothing() -> None:
-    data = encode_state(CacheState(Position("e", 7, b""), (), 1.0), REMOTE)
-    assert decode_state(data, Remote("origin", "http://h", "other")) == CacheState()
+    data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE)
+    assert decode_state(data, b"", Remote("origin", "http://h", "other")) == CacheState()
 
 
 def test_state_from_before_a_reboot_is_only_an_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encode_state(CacheState(Position("e", 7, b""), (), 1.0), REMOTE)
+    data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE)
     monkeypatch.setattr(state, "_boot_id", "another")
-    assert decode_state(data, REMOTE) == CacheState(NOWHERE, (), 1.0)
+    assert decode_state(data, b"", REMOTE) == CacheState(NOWHERE, (), {}, 1.0)
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"url": 1}', b"\xff"])
 def test_damaged_state_says_nothing(data: bytes) -> None:
-    assert decode_state(data, REMOTE) == CacheState()
+    assert decode_state(data, b"", REMOTE) == CacheState()
 
 
 def test_a_hostile_path_in_the_state_says_nothing() -> None:
-    data = encode_state(CacheState(Position("e", 7, b""), ("../x",), 1.0), REMOTE)
-    assert decode_state(data, REMOTE) == CacheState()
+    data = encode_state(CacheState(Position("e", 7, b""), ("../x",), {}, 1.0), REMOTE)
+    assert decode_state(data, b"", REMOTE) == CacheState()
 
 
 # --- edits ---

@@ -514,9 +514,9 @@ async def test_parts_that_nobody_asked_for_are_ignored(server: FakeServer, servi
 
 async def test_a_huge_announcement_takes_no_room(server: FakeServer, service: Service, directory: Path) -> None:
     await ask(service, "ready")
-    server.change(AnnounceFile("artifacts/payload/huge", 1 << 60, digest_of(b"")))
-    server.files["artifacts/payload/huge"] = b"small after all"
-    await until(lambda: any(isinstance(f, Fetch) and "artifacts/payload/huge" in f.paths for f in server.frames))
+    server.change(AnnounceFile("events/huge.jsonl", 1 << 60, digest_of(b"")))
+    server.files["events/huge.jsonl"] = b"small after all"
+    await until(lambda: any(isinstance(f, Fetch) and "events/huge.jsonl" in f.paths for f in server.frames))
     assert bytes_in(directory) < 10_000
 
 

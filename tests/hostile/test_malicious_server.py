@@ -33,6 +33,8 @@ from lattice_remote.protocol.messages import (
     Bye,
     Change,
     ClientFrame,
+    Download,
+    Downloaded,
     Entries,
     Entry,
     Fetch,
@@ -347,12 +349,57 @@ async def test_a_huge_announcement_is_refused_before_it_takes_room(
 
     await ask(service, "ready")
     server.misbehave = endless  # type: ignore[assignment]
-    server.broadcast(server.numbered(AnnounceFile("artifacts/payload/huge", 1 << 60, b"d" * 32)))
+    server.broadcast(server.numbered(AnnounceFile("events/huge.jsonl", 1 << 60, b"d" * 32)))
     await until(lambda: service._follower.trouble is not None)
     assert "--max-cache" in trouble(service).message
     assert bytes_in(directory) < 1 << 20
     assert "--max-cache" in str((await ask(service, "status"))["trouble"])
     await attempts_stay_few(service, server)
+
+
+async def test_a_huge_content_of_an_artifact_is_not_begun_and_holds_nothing_up(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    await ask(service, "ready")
+    server.broadcast(server.numbered(AnnounceFile("artifacts/payload/huge", 1 << 60, b"d" * 32)))
+    await until(lambda: service._fetching.trouble is not None)
+    payloads = (await ask(service, "status"))["payloads"]
+    assert payloads["away"] == 1 and "--max-cache" in payloads["trouble"]  # type: ignore[index]
+    assert (await ask(service, "ready"))["current"]
+    assert not [frame for frame in server.frames if isinstance(frame, Download)]
+    with pytest.raises(RemoteError, match="--max-cache"):
+        await ask(service, "fetch", paths=None)
+    assert bytes_in(directory) < 1 << 20
+
+
+@pytest.mark.parametrize("lie", ["endless", "another size", "another digest", "nothing", "wrong content"])
+async def test_pieces_of_a_content_that_are_not_what_was_asked_for_go_nowhere(
+    server: FakeServer, service: Service, directory: Path, lie: str
+) -> None:
+    size, digest = 300_000, digest_of(bytes(300_000))
+
+    async def misbehave(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if not isinstance(frame, Download):
+            return False
+        data = {"endless": bytes(1 << 20), "nothing": b"", "wrong content": b"x" * frame.limit}.get(
+            lie, bytes(frame.limit)
+        )
+        told = (size + (lie == "another size"), b"d" * 32 if lie == "another digest" else digest)
+        await connection.send(encode(Downloaded(frame.id, server.seq, *told, data)))
+        return True
+
+    await ask(service, "ready")
+    server.misbehave = misbehave  # type: ignore[assignment]
+    server.broadcast(server.numbered(AnnounceFile("artifacts/payload/x", size, digest)))
+    await until(lambda: service._fetching.trouble is not None)
+    assert not (directory / "artifacts/payload/x").exists()
+    assert bytes_in(directory) < 1 << 20
+    assert sum(isinstance(frame, Download) for frame in server.frames) < 50
+    assert (await ask(service, "ready"))["current"]
+    server.misbehave = None
+    server.files["artifacts/payload/x"] = bytes(size)
+    await ask(service, "fetch", paths=None)
+    assert (directory / "artifacts/payload/x").read_bytes() == bytes(size)
 
 
 async def test_a_manifest_of_more_than_is_allowed_is_refused(

@@ -12,6 +12,7 @@ Light, imported by every command of a remote project (standard library only):
     credentials   tokens, per user
     servers       which servers the user has named, and so where a token may go
     private_files what keeps both: nobody else may read or change it
+    preferences   how one copy is kept
     quota         how large a server may make a cache
     runtime       where the agent's socket is
     agent_client  the fast path: one line to the agent, one line back

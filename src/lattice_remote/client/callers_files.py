@@ -2,7 +2,7 @@
 
 A small file travels with the request. A large one the agent reads itself, where it lies: it runs as the same user, and
 is told what to find there. What can't be opened a second time, as a pipe, is kept in a temporary file meanwhile.
-Standard library only, plus what lattice itself has imported.
+Standard library only.
 """
 
 import base64
@@ -11,11 +11,12 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
-
-import click
+from typing import TYPE_CHECKING, Any, Self
 
 from lattice_remote.errors import Misuse
+
+if TYPE_CHECKING:
+    import click  # the agent, which opens what is described here, does without
 
 __all__ = ["INLINE_BYTES", "CallersFiles", "identity"]
 
@@ -41,7 +42,9 @@ class CallersFiles:
     Raises Misuse when a file can't be read.
     """
 
-    def __init__(self, command: click.Command, path: tuple[str, ...], ctx: click.Context, argv: Sequence[str]) -> None:
+    def __init__(
+        self, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
+    ) -> None:
         self.argv = list(argv)
         self.described: list[dict[str, Any]] = []
         self._spooled: list[str] = []
@@ -126,7 +129,7 @@ def _is_at(place: str, status: os.stat_result) -> bool:
 
 
 def _locate(
-    command: click.Command, parameter: str, value: str, argv: list[str], *, depth: int
+    command: "click.Command", parameter: str, value: str, argv: list[str], *, depth: int
 ) -> tuple[list[str], int]:
     """Find the argument that gave ``parameter`` its value: the one whose change changes the parameter.
 
@@ -147,5 +150,5 @@ def _readings(argument: str, value: str) -> Iterator[list[str]]:
         yield [argument.removesuffix("=" + value), value]
 
 
-def _parse(command: click.Command, args: list[str]) -> click.Context:
+def _parse(command: "click.Command", args: list[str]) -> "click.Context":
     return command.make_context(command.name, args, resilient_parsing=True)

@@ -33,6 +33,10 @@ class Quota:
                 f"with: lattice remote trust {self._whose} --max-cache MIB"
             )
 
+    def require_room(self, size: int) -> None:
+        """Make sure that ``size`` bytes more are within the bound; looks at every file. Raises StorageError."""
+        self.require(_bytes_below(self._root) + size)
+
     def take(self, size: int) -> None:
         """Make sure that ``size`` bytes more are within the bound, give or take a step.
 

@@ -6,7 +6,7 @@ Decoding never raises anything but ``ProtocolError``, whatever the bytes.
 import msgspec
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.messages import Change, ClientFrame, Entries, Fetch, Part, Put, ServerFrame
+from lattice_remote.protocol.messages import Change, ClientFrame, Download, Entries, Fetch, Part, Put, ServerFrame
 from lattice_remote.protocol.operations import paths_of
 from lattice_remote.protocol.paths import check_path
 
@@ -41,7 +41,7 @@ def decode_client_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Cli
     except _MALFORMED as error:
         raise ProtocolError(f"malformed frame: {error}") from error
     match frame:
-        case Put():
+        case Put() | Download():
             check_path(frame.path)
         case Fetch():
             for path in frame.paths:

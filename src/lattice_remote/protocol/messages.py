@@ -31,6 +31,8 @@ __all__ = [
     "Call",
     "Change",
     "ClientFrame",
+    "Download",
+    "Downloaded",
     "Entries",
     "Entry",
     "Fetch",
@@ -65,8 +67,8 @@ __all__ = [
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
 CAPABILITIES = (
-    *("append", "merge", "move", "announce", "put-text", "log", "uploads", "push", "call:dashboard", "call:mcp"),
-    *("call:storage", "follow"),
+    *("append", "merge", "move", "announce", "put-text", "log", "uploads", "downloads", "push", "follow"),
+    *("call:dashboard", "call:mcp", "call:storage"),
 )
 """What this version can do beyond whole files; a peer uses only what the other side named.
 
@@ -199,6 +201,19 @@ class Push(_Frame, frozen=True, tag="push"):
     digest: Digest
     size: _Size
     age_s: _Age = 0.0
+
+
+class Download(_Frame, frozen=True, tag="download"):
+    """Send a piece of a file: at most ``limit`` bytes from ``offset`` on, if its content has this digest.
+
+    Without a digest, of whatever the file holds. Capability ``downloads``.
+    """
+
+    id: RequestId
+    path: _Path
+    digest: Digest | None = None
+    offset: _Size = 0
+    limit: Annotated[int, Meta(ge=1, le=MAX_PIECE_BYTES)] = MAX_PIECE_BYTES
 
 
 class Fetch(_Frame, frozen=True, tag="fetch"):
@@ -356,6 +371,16 @@ class Pushed(_Frame, frozen=True, tag="pushed"):
     notes: Annotated[list[_Line], Meta(max_length=100)] = []
 
 
+class Downloaded(_Frame, frozen=True, tag="downloaded"):
+    """The answer to ``Download``: what the file is at ``seq``, and the piece of it that was asked for."""
+
+    id: RequestId
+    seq: Seq
+    size: _Size
+    digest: Digest
+    data: bytes
+
+
 class Entry(msgspec.Struct, frozen=True):
     """One file of the manifest."""
 
@@ -431,32 +456,25 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
-CAPABILITY_OF: Mapping[type, str] = {Put: "put-text", Log: "log", Upload: "uploads", Push: "push", Follow: "follow"}
+CAPABILITY_OF: Mapping[type, str] = {
+    Put: "put-text",
+    Log: "log",
+    Upload: "uploads",
+    Download: "downloads",
+    Push: "push",
+    Follow: "follow",
+}
 """What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
 Write = Run | Put | Push | Call
 """A request that may change something, once for its id (I6)."""
-Request = Write | Log | Upload
+Request = Write | Log | Upload | Download
 """What a server answers, by its id."""
-Response = Reply | Stored | Pushed | Returned | LogPage | Uploaded | Refused
+Response = Reply | Stored | Pushed | Returned | LogPage | Uploaded | Downloaded | Refused
 """What answers a ``Request``."""
 Result = Reply | Stored | Pushed | Returned
 """What answers a request that was carried out; it is journalled, and has the number up to which it is true."""
-ClientFrame = Hello | Run | Put | Push | Call | Fetch | Manifest | Log | Upload | Follow | Applied
-ServerFrame = (
-    Welcome
-    | Change
-    | Followed
-    | Reply
-    | Stored
-    | Pushed
-    | Returned
-    | Entries
-    | Part
-    | LogPage
-    | Uploaded
-    | Refused
-    | Bye
-)
+ClientFrame = Hello | Run | Put | Push | Call | Fetch | Manifest | Log | Upload | Download | Follow | Applied
+ServerFrame = Welcome | Change | Followed | Entries | Part | Response | Bye
 
 
 def needed_capability(frame: Request) -> str | None:

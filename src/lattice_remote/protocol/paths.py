@@ -9,7 +9,7 @@ import re
 
 from lattice_remote.errors import HostilePath
 
-__all__ = ["MAX_DEPTH", "MAX_PATH_BYTES", "check_path", "is_editable", "is_replicated", "parse_path"]
+__all__ = ["MAX_DEPTH", "MAX_PATH_BYTES", "check_path", "is_editable", "is_payload", "is_replicated", "parse_path"]
 
 MAX_PATH_BYTES = 512
 MAX_DEPTH = 8
@@ -74,3 +74,8 @@ def check_path(path: str) -> str:
 def is_editable(path: str) -> bool:
     """Tell whether people edit this file in place: the plan or the notes of a task."""
     return _EDITABLE.fullmatch(path) is not None
+
+
+def is_payload(path: str) -> bool:
+    """Tell whether this file is the content of an artifact, which no lattice command needs in order to work."""
+    return path.startswith("artifacts/payload/")

@@ -9,6 +9,9 @@ whole, and at which number of the history the copy stands:
 Its promise: when ``position`` is (epoch, n) and ``wanted`` is empty, the files equal the server's tree at
 (epoch, n) (I3); a path in ``wanted`` is one of which that can't be said yet, so the number is never ahead of
 the files (I5). Any interleaving of cuts, repeats, restarts and epochs gets there.
+
+Large contents of artifacts may be left out: they are in ``away``, with what they are, and nobody waits for them. The
+shell gets them by their digest (``Download``), now or never, and says when one is ``here()``.
 """
 
 import enum
@@ -22,6 +25,7 @@ from lattice_remote.protocol.messages import (
     Bye,
     Change,
     ClientFrame,
+    Downloaded,
     Entries,
     Entry,
     Fetch,
@@ -50,12 +54,15 @@ from lattice_remote.protocol.operations import (
     Operation,
     PutFile,
 )
+from lattice_remote.protocol.paths import is_payload
 
 __all__ = [
+    "LARGE_BYTES",
     "NOWHERE",
     "Answer",
     "ApplyChange",
     "Compare",
+    "Content",
     "Effect",
     "Position",
     "Remove",
@@ -75,6 +82,12 @@ MAX_BUFFERED_BYTES = 64 * 1024 * 1024
 _MAX_KEPT_BYTES = 16 * 1024 * 1024
 """How much of operations is kept for files of which not all pieces have come."""
 _BYTES_PER_OPERATION = 200
+LARGE_BYTES = 256 * 1024
+"""An artifact's content of more than this may be left out; a smaller one comes with everything else."""
+
+
+Content = tuple[int, bytes]
+"""A file's size in bytes and its digest."""
 
 
 class State(enum.Enum):
@@ -132,7 +145,7 @@ class Compare:
     """Compare the files with the server's at ``seq`` and call ``compared()`` (to mend) or ``verified()``."""
 
     seq: int
-    entries: Mapping[str, tuple[int, bytes]]
+    entries: Mapping[str, Content]
     mend: bool
 
 
@@ -220,6 +233,7 @@ class Replica:
         *,
         follow: bool = True,
         capabilities: Iterable[str] = CAPABILITIES,
+        away: Mapping[str, Content | None] | None = None,
     ) -> None:
         self.position = position
         """Where the copy stands: every change up to here is in the files, except in ``wanted`` ones."""
@@ -229,6 +243,14 @@ class Replica:
         A file that was read at a later number than ``position`` stays here until the changes up to there came:
         should the server lose them (I7), it is fetched again.
         """
+        self.away: dict[str, Content | None] = dict(away or {})
+        """Contents of artifacts that are left out, and what they are at ``position``; None: only the server knows.
+
+        The file may hold nothing, or what it held before.
+        """
+        self.away_version = 0
+        """Grows whenever ``away`` changes."""
+        self._may_leave_out = away is not None
         self.held: set[str] = set()
         """Those of ``wanted`` that somebody is editing here: not fetched until ``release()``."""
         self.welcome: Welcome | None = None
@@ -301,7 +323,7 @@ class Replica:
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()
-            case LogPage() | Uploaded() | Refused():
+            case LogPage() | Uploaded() | Downloaded() | Refused():
                 return [Answer(frame)]
             case Followed():
                 raise ProtocolError("Followed, which a copy never asks for")
@@ -325,10 +347,14 @@ class Replica:
         self._floors.clear()
         # Their old numbers may lie in a future that the server has lost; what it reads now is good enough.
         self.wanted = dict.fromkeys(self.wanted, self.position.seq)
+        if not self.leaves_out:  # a server that was downgraded: they come as everything else does
+            for path in list(self.away):
+                self._want(path, self.position.seq)
         if not self._follow or not frame.resync:
             return self._requests()
         self.position = Position("", 0, b"")
         self.wanted.clear()
+        self._set_away({})
         self.held.clear()
         return [Save(), *self.compare(mend=True)]
 
@@ -369,23 +395,37 @@ class Replica:
                 self._unwant(path)
                 yield operation
             case AppendBytes() | MergeJson():
-                if path not in self.wanted:
+                if path in self.away:
+                    self._want(path, seq)
+                elif path not in self.wanted:
                     yield operation
                 elif not self._keep(change, operation):
                     self._want(path, seq)
+            case AnnounceFile(size=size, digest=digest) if self.may_leave_out(path, size):
+                self._leave_out(path, (size, digest))
             case AnnounceFile():
-                if path in self.wanted:
+                if path in self.wanted or path in self.away:
                     self._want(path, seq)
                 yield operation
             case MoveFile():
-                if path in self.wanted:
-                    self._unwant(path)
-                    yield DeleteFile(path)
-                    if operation.to not in self._floors:
-                        self._want(operation.to, seq)
-                else:
-                    self._unwant(operation.to)
-                    yield operation
+                yield from self._reduce_move(operation, seq)
+
+    def _reduce_move(self, operation: MoveFile, seq: int) -> Iterator[Operation]:
+        path, to = operation.path, operation.to
+        if path in self.away:
+            content = self.away[path]
+            self._unwant(path)
+            yield DeleteFile(path)
+            if to not in self._floors:
+                self._leave_out(to, content)
+        elif path in self.wanted:
+            self._unwant(path)
+            yield DeleteFile(path)
+            if to not in self._floors:
+                self._want(to, seq)
+        else:
+            self._unwant(to)
+            yield operation
 
     def _keep(self, change: Change, operation: AppendBytes | MergeJson) -> bool:
         """Keep an operation for the end of a file that is arriving; return False when the file must come anew.
@@ -423,6 +463,41 @@ class Replica:
             self._want(path, self.position.seq)
         return self._requests()
 
+    # --- what is left out ---
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether large contents of artifacts are left out of what is fetched; known while connected."""
+        return self._may_leave_out and self.welcome is not None and "downloads" in self.welcome.capabilities
+
+    def may_leave_out(self, path: str, size: int) -> bool:
+        """Whether a file of this size, that is not here, is left out."""
+        return self.leaves_out and size > LARGE_BYTES and is_payload(path)
+
+    def leave_out(self, path: str) -> None:
+        """Others have changed this content of an artifact: leave it out, until the server has said what it is."""
+        assert self.leaves_out, "nobody would fetch it"
+        self._leave_out(path, None)
+
+    def learned(self, path: str, content: Content, seq: int) -> bool:
+        """A file that is left out is this at ``seq``; return whether that says what it is at ``position``.
+
+        It does not while ``position`` is behind: the changes in between are still to come.
+        """
+        if path in self.away and self.away[path] is None and self.position.seq >= seq:
+            self._leave_out(path, content)
+        return self.away.get(path) == content
+
+    def here(self, path: str) -> None:
+        """The file holds what ``away`` says: it is left out no more."""
+        del self.away[path]
+        self.away_version += 1
+
+    def _leave_out(self, path: str, content: Content | None) -> None:
+        self._unwant(path)
+        self.away[path] = content
+        self.away_version += 1
+
     def hold(self, path: str) -> None:
         """Somebody edits this file here: what the server has for it waits until ``release()``.
 
@@ -436,7 +511,9 @@ class Replica:
         self.held.difference_update(paths)
         return [*self._requests(), *self._answers_ready()]
 
-    def overtaken(self, position: Position, wanted: Iterable[str]) -> list[Effect]:
+    def overtaken(
+        self, position: Position, wanted: Iterable[str], away: Mapping[str, Content | None] | None = None
+    ) -> list[Effect]:
         """Another process has brought the same files to ``position``: go on from there. Not while comparing.
 
         What was on its way is asked for anew: only the other process knows what the files hold now.
@@ -445,18 +522,29 @@ class Replica:
         self.position = position
         self.head = max(self.head, position.seq)
         self.wanted = dict.fromkeys(wanted, position.seq)
+        self._set_away(away or {})
         self.held.intersection_update(self.wanted)
         self._floors.clear()
         self._forget_requests()
         return [*self._requests(), *self._answers_ready()]
 
+    def _set_away(self, away: Mapping[str, Content | None]) -> None:
+        self.away = dict(away)
+        self.away_version += 1
+
+    def _come_back(self, path: str) -> None:
+        if path in self.away:
+            self.here(path)
+
     def _want(self, path: str, seq: int) -> None:
+        self._come_back(path)
         self.wanted[path] = seq
         self._requested.discard(path)
         self._forget_arriving(path)
         self._floors.pop(path, None)
 
     def _unwant(self, path: str) -> None:
+        self._come_back(path)
         self.wanted.pop(path, None)
         self.held.discard(path)
         self._requested.discard(path)
@@ -547,7 +635,9 @@ class Replica:
         self.position = Position(self.welcome.epoch, comparison.seq, comparison.mark)
         self.head = max(self.head, comparison.seq)
         self._floors.clear()
-        self.wanted = {path: comparison.seq for path, entry in comparison.entries.items() if local.get(path) != entry}
+        differing = {path: entry for path, entry in comparison.entries.items() if local.get(path) != entry}
+        self._set_away({path: entry for path, entry in differing.items() if self.may_leave_out(path, entry[0])})
+        self.wanted = {path: comparison.seq for path in differing if path not in self.away}
         untouchable = frozenset(edited)
         self.wanted |= {path: comparison.seq for path in untouchable if path not in comparison.entries}
         self.held = {path for path in self.wanted if path in untouchable}

@@ -12,6 +12,8 @@ A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``n
     pull     bring the cache up to date            -> seq
     sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
     verify   compare all files                     -> the same
+    fetch    paths of contents left out, or null    -> fetched, bytes
+    configure  name, value                         -> every setting of this copy
     log      task ("": all), limit                 -> entries, more
     status   what is known, with its evidence      -> see ``Service._status``
 
@@ -31,8 +33,9 @@ from typing import Any
 import msgspec
 
 from lattice_remote import __version__
-from lattice_remote.client import servers
+from lattice_remote.client import preferences, servers
 from lattice_remote.client.agent.caretaker import Caretaker
+from lattice_remote.client.agent.fetching import Fetching
 from lattice_remote.client.agent.frames import call_frame, run_frame
 from lattice_remote.client.agent.history import read_log
 from lattice_remote.client.agent.live import Live
@@ -102,6 +105,8 @@ class Service:
         self._resolver = Resolver(self._follower, self._pusher)
         self._live: Live | None = None
         self._sending: asyncio.Task[None] | None = None
+        self._fetching = Fetching(self._follower, self._links)
+        self._bringing: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
         self._caretaker: Caretaker | None = None
@@ -112,6 +117,7 @@ class Service:
         """Begin to follow the project, with the user's stored token before one that a command brought."""
         self._links.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        self._bringing = asyncio.get_running_loop().create_task(self._fetching.run())
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
         """From now on send what people edit and put right what else changes in the files, without being asked."""
@@ -123,7 +129,7 @@ class Service:
 
     async def close(self) -> None:
         """End all connections."""
-        for task in (self._watcher, self._care, self._sending):
+        for task in (self._watcher, self._bringing, self._care, self._sending):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -147,31 +153,41 @@ class Service:
         self._links.note_use(token)
         self._links.choose(token, servers.from_environment(request.get("named")))
         await self._link.carry_out(await self._follower.look_at_edits())
-        match request["do"]:
-            case "ready":
-                return await self._with_progress(self._ready(), report)
-            case "run":
-                return await self._with_progress(self._unless_held(self._run(request, token, report)), report)
-            case "call":
-                return await self._with_progress(self._unless_held(self._call(request, token, report)), report)
-            case "pull":
-                return await self._with_progress(self._pull(), report)
-            case "sync" | "verify" as do:
-                return await self._with_progress(self._compare(mend=do == "sync"), report)
-        return await self._handle_short(request, token)
-
-    async def _handle_short(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
-        """The same of what takes no time that a user would notice."""
+        if (work := self._long_work(request, token, report)) is not None:
+            return await self._with_progress(work, report)
         match request["do"]:
             case "push":
                 return await self._push_now(token)
             case "resolve":
                 return await self._resolver.resolve(request, lambda: self._links.writing(token))
+            case "configure":
+                preferences.change(self.cache.directory, request["name"], request["value"])
+                self._fetching.wake()
+                return preferences.read(self.cache.directory)
             case "log":
                 return await read_log(self._links.writing(token), request["task"], request["limit"])
             case "status":
                 return await self._status(token)
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
+
+    def _long_work(
+        self, request: dict[str, Any], token: str | None, report: Report
+    ) -> Coroutine[Any, Any, dict[str, Any]] | None:
+        """Return what may take its time, and shows how far it is; None for other requests."""
+        match request["do"]:
+            case "ready":
+                return self._ready()
+            case "run":
+                return self._unless_held(self._run(request, token, report))
+            case "call":
+                return self._unless_held(self._call(request, token, report))
+            case "pull":
+                return self._pull()
+            case "sync" | "verify" as do:
+                return self._compare(mend=do == "sync")
+            case "fetch":
+                return self._fetch(request["paths"], report)
+        return None
 
     def ready_now(self, token: str | None) -> dict[str, Any] | None:
         """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
@@ -255,6 +271,10 @@ class Service:
         await self._must_be_current()
         return {"seq": self._follower.state.position.seq}
 
+    async def _fetch(self, paths: list[str] | None, report: Report) -> dict[str, Any]:
+        await self._must_be_current()
+        return await self._fetching.fetch(paths, report)
+
     async def _must_be_current(self) -> None:
         answer = await self._ready()
         if not answer["current"] and self._link.is_open:
@@ -309,10 +329,13 @@ class Service:
 
         async def ask(files: list[Attachment]) -> Response:
             notices.extend((await self._pusher.push(link)).notices)
+            attaching.enter_context(self._fetching.attaching(file.digest for file in files if file.digest))
             return await self._ask_once(msgspec.structs.replace(frame, files=files), link, request)
 
-        with opened_files(request["files"]) as files:
-            answer, _ = await send_files(files, partial(self._links.bulk, str(link.token)), ask, report)
+        with opened_files(request["files"]) as opened, contextlib.ExitStack() as attaching:
+            answer, sources = await send_files(opened, partial(self._links.bulk, str(link.token)), ask, report)
+            if isinstance(answer, Reply | Returned) and sources and await self._reached(answer.seq):
+                await self._fetching.take_own(sources)
         if isinstance(answer, Refused):
             raise Rejected(answer.message, code=answer.code)
         if isinstance(answer, Reply | Returned) and link is not self._link and not await self._reached(answer.seq):
@@ -467,6 +490,7 @@ class Service:
             "seq": self._follower.state.position.seq,
             "server_seq": self._follower.replica.head if is_open else None,
             "wanted": len(self._follower.replica.wanted),
+            "payloads": self._fetching.status(),
             "age_s": self._age_s(),
             "resyncs": self._follower.resyncs,
             "unsent_edits": self._follower.edits.scan(),
@@ -505,4 +529,5 @@ def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
         "missing": comparison.missing,
         "surplus": comparison.surplus,
         "edited": comparison.edited,
+        "away": comparison.away,
     }

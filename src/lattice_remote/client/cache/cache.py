@@ -10,13 +10,20 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from filelock import FileLock, Timeout
 
 from lattice_remote.client.cache.directory import TEMPORARY, Directory
 from lattice_remote.client.cache.known import Known, Signature
-from lattice_remote.client.cache.state import STATE_FILE, CacheState, decode_state, encode_state
+from lattice_remote.client.cache.state import (
+    AWAY_FILE,
+    STATE_FILE,
+    CacheState,
+    decode_state,
+    encode_away,
+    encode_state,
+)
 from lattice_remote.client.quota import Quota
 from lattice_remote.client.servers import cache_limit
 from lattice_remote.client.settings import REMOTE_FILE, Remote
@@ -24,10 +31,12 @@ from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["BASE_DIRECTORY", "Cache", "explained"]
+__all__ = ["BASE_DIRECTORY", "PARTIAL", "Cache", "explained"]
 
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
+PARTIAL = ".fetch"
+"""Holds, for each large content that is being fetched, what has come of it, by its digest."""
 _LOCK = ".cache.lock"
 _GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n!.gitignore\n"
 _SKELETON = (
@@ -61,6 +70,7 @@ class Cache:
         self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
         """How large the server may make it."""
         self._files = Directory(self.directory, self.quota)
+        self._away = b""  # what the file of left out contents holds
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
         self.is_held_by_others = False
         """Whether another process has the lock that this one waits for."""
@@ -73,7 +83,7 @@ class Cache:
     def prepare(self) -> None:
         """Make what lattice expects of a directory, and what keeps git from storing the cache."""
         with explained(self.directory):
-            for directory in (*_SKELETON, TEMPORARY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
+            for directory in (*_SKELETON, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
                 self._files.replace(".gitignore", _GITIGNORE)
@@ -132,15 +142,25 @@ class Cache:
     def load_state(self) -> CacheState:
         """Return which point of the history the files hold."""
         try:
-            return decode_state(self._files.read(STATE_FILE), self.remote)
+            away = b""
+            with contextlib.suppress(FileNotFoundError):
+                away = self._files.read(AWAY_FILE)
+            self._away = away
+            return decode_state(self._files.read(STATE_FILE), away, self.remote)
         except FileNotFoundError:
             return CacheState()
         except OSError as error:
             raise StorageError(f"cannot read the cache's state: {error.strerror}") from error
 
     def save_state(self, state: CacheState) -> Signature | None:
-        """Store which point of the history the files hold; call after the files hold it (I5)."""
+        """Store which point of the history the files hold; call after the files hold it (I5).
+
+        What is left out comes first: between the two it says too much, at worst, and that shows when it is fetched.
+        """
         with explained(STATE_FILE):
+            if (away := encode_away(state.away)) != self._away:
+                self._files.replace(AWAY_FILE, away)
+                self._away = away
             self._files.replace(STATE_FILE, encode_state(state, self.remote))
         return self.signature(STATE_FILE)
 
@@ -279,6 +299,35 @@ class Cache:
             return place(part.path, part.data)
         self.replace(part.path, part.data)
         return True
+
+    # --- contents that are fetched apart ---
+
+    def partial(self, digest: bytes) -> str:
+        """Return where the pieces of a content are gathered; they stay when the process ends."""
+        return f"{PARTIAL}/{digest.hex()}"
+
+    def add(self, partial: str, data: bytes) -> None:
+        """Add a piece at the end of what has been gathered."""
+        with explained(partial):
+            self._files.extend(partial, data)
+
+    def place(self, partial: str, path: str) -> None:
+        """What has been gathered is this file."""
+        with explained(path):
+            self._files.move(partial, path)
+            self.note(path)
+
+    def discard(self, partial: str) -> None:
+        """Forget what has been gathered."""
+        self._files.discard(partial)
+
+    def discard_partials(self, keep: Iterable[bytes]) -> None:
+        """Forget what has been gathered of all contents but these."""
+        kept = {digest.hex() for digest in keep}
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.absolute(PARTIAL)):
+                if name not in kept:
+                    self._files.discard(f"{PARTIAL}/{name}")
 
     # --- the whole tree ---
 

@@ -1,7 +1,7 @@
 """Compares a cache's files with the server's manifest."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from lattice_remote.client.cache.cache import Cache
@@ -22,6 +22,8 @@ class Comparison:
     missing: tuple[str, ...]
     surplus: tuple[str, ...]
     edited: tuple[str, ...]
+    away: tuple[str, ...]
+    """Contents of artifacts that are left out: nobody said that they are here."""
 
     @property
     def is_clean(self) -> bool:
@@ -45,14 +47,28 @@ class Compared:
 
 
 async def compare_files(
-    cache: Cache, edits: Edits, compare: Compare, earlier: Mapping[str, Reading] | None = None
+    cache: Cache,
+    edits: Edits,
+    compare: Compare,
+    earlier: Mapping[str, Reading] | None = None,
+    *,
+    may_leave_out: Callable[[str, int], bool],
+    away: Collection[str] = (),
 ) -> Compared:
     """Read every file, in a thread, and compare. Under the cache's lock, so that nobody changes them meanwhile.
+
+    Args:
+        cache, edits: what is here.
+        compare: what the server has.
+        earlier: files that were read before: those that were not changed since need not be read again.
+        may_leave_out: tells of a path and a size whether the content may be left out.
+        away: the paths of which the content is left out now.
 
     Raises:
         StorageError: a file can't be read, or what the server has is more than the user lets it put here.
     """
-    cache.quota.require(sum(size for size, _ in compare.entries.values()))
+    entries = compare.entries
+    cache.quota.require(sum(size for path, (size, _) in entries.items() if not may_leave_out(path, size)))
     readings = await asyncio.to_thread(read_all, cache, earlier)
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
     edited = [path for path in edits.scan() if not edits.is_orphan(path, compare.entries)]
@@ -60,13 +76,16 @@ async def compare_files(
         local.pop(path, None)
         if (entry := edits.base_entry(path)) is not None:
             local[path] = entry
-    entries = compare.entries
+    differing = {p for p in local if p in entries and local[p] != entries[p] and p not in edited}
+    missing = entries.keys() - local.keys()
+    left_out = {p for p in missing if may_leave_out(p, entries[p][0])} | (differing & set(away))
     comparison = Comparison(
         seq=compare.seq,
         total=len(entries),
-        differing=tuple(sorted(p for p in local if p in entries and local[p] != entries[p] and p not in edited)),
-        missing=tuple(sorted(entries.keys() - local.keys())),
+        differing=tuple(sorted(differing - left_out)),
+        missing=tuple(sorted(missing - left_out)),
         surplus=tuple(sorted(local.keys() - entries.keys() - set(edited))),
         edited=tuple(edited),
+        away=tuple(sorted(left_out)),
     )
     return Compared(comparison, local, readings)

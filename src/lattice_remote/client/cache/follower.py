@@ -26,11 +26,12 @@ from lattice_remote.client.cache.survey import Reading
 from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
 from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
 from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
-from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.paths import is_editable, is_payload
 from lattice_remote.protocol.replica import (
     Answer,
     ApplyChange,
     Compare,
+    Content,
     Effect,
     Remove,
     Replica,
@@ -268,9 +269,17 @@ class Follower:
             for path in new:
                 self.healing.strange[path] = self.cache.signature(path), self.cache.digest(path)
             if new:
-                await self._perform(self.replica.drifted(new), result)
+                await self._perform(self.replica.drifted(self._leave_out(new)), result)
                 self._save()
         return result
+
+    def _leave_out(self, paths: Iterable[str]) -> list[str]:
+        """Leave the contents of artifacts out, which may be large; return the others."""
+        apart = [path for path in paths if self.replica.leaves_out and is_payload(path)]
+        for path in apart:
+            self.replica.leave_out(path)
+            self.cache.note(path)  # looked at once: from here on it is for whoever fetches it
+        return [path for path in paths if path not in apart]
 
     def is_strange(self, path: str) -> bool:
         """Whether other hands than ours and the server's made the file what it is; edits of plans and notes aside."""
@@ -303,6 +312,53 @@ class Follower:
             self._earlier = earlier
             await self._perform(self.replica.compare(mend=mend), result)
             return result, self._comparing
+
+    # --- contents that are left out, as their fetching asks for it ---
+
+    async def learned(self, path: str, content: Content, seq: int) -> None:
+        """The server has said what such a file is at ``seq``, which the copy has reached."""
+        async with self._mutex, self.cache.locked():
+            await self._go_on(Outcome())
+            if self.is_following and self.replica.learned(path, content, seq):
+                self._save()
+
+    async def arrived(self, path: str, content: Content, partial: str | None) -> bool:
+        """A content is whole, at ``partial``, or in its place already (None); return whether it was still wanted."""
+        async with self._mutex, self.cache.locked():
+            await self._go_on(Outcome())
+            if not self.is_following or self.replica.away.get(path) != content:
+                return False
+            if partial is not None:
+                self._keep([path])
+                self.cache.place(partial, path)
+            else:
+                self.cache.note(path)
+            self.replica.here(path)
+            self._is_the_servers([path])
+            self._save()
+            self.cache.known.share()
+            return True
+
+    async def vacate(self, path: str, content: Content) -> None:
+        """A content is not fetched: what the file held before is not what the server has."""
+        if self.cache.size(path) is None:
+            return
+        async with self._mutex, self.cache.locked():
+            await self._go_on(Outcome())
+            if self.is_following and self.replica.away.get(path) == content:
+                self._keep([path])
+                self.cache.delete(path)
+                self.cache.known.share()
+
+    async def bring(self, path: str) -> Outcome:
+        """The server knows nothing of such a file: have it settled as every other is."""
+        result = Outcome()
+        async with self._mutex, self.cache.locked():
+            await self._go_on(result)
+            if self.is_following and path in self.replica.away:
+                await self._perform(self.replica.drifted([path]), result)
+                self._save()
+        return result
 
     # --- effects ---
 
@@ -439,7 +495,14 @@ class Follower:
             self.keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
 
     async def _compare(self, compare: Compare) -> list[Effect]:
-        compared = await compare_files(self.cache, self.edits, compare, self._earlier)
+        compared = await compare_files(
+            self.cache,
+            self.edits,
+            compare,
+            self._earlier,
+            may_leave_out=self.replica.may_leave_out,
+            away=self.replica.away.keys(),
+        )
         self._earlier = None
         comparison = compared.comparison
         if self._comparing is not None and not self._comparing.done():
@@ -465,7 +528,7 @@ class Follower:
         self._stored = self.cache.signature(STATE_FILE)
         self.state = self.cache.load_state()
         self.current_at = self.state.current_at
-        self.replica = Replica(self.state.position, self.state.wanted)
+        self.replica = Replica(self.state.position, self.state.wanted, away=self.state.away)
 
     def _catch_up_with_others(self) -> list[Effect]:
         """Go on from where another process has brought the files meanwhile."""
@@ -478,11 +541,12 @@ class Follower:
             raise ConnectionFailed("another process has begun this cache anew")
         self._stored = self.cache.signature(STATE_FILE)
         self.state = found
-        if found.position == here and set(found.wanted) == self.replica.wanted.keys():
+        is_same = found.position == here and found.away == self.replica.away
+        if is_same and set(found.wanted) == self.replica.wanted.keys():
             return []  # only the stored age is new
         if self.replica.state is State.COMPARING:
             raise ConnectionFailed("another process has gone on while the files were compared")
-        return self.replica.overtaken(found.position, found.wanted)
+        return self.replica.overtaken(found.position, found.wanted, found.away)
 
     def _release_settled(self) -> list[Effect]:
         settled = [path for path in self.replica.held if not self.edits.is_in_use(path)]
@@ -493,7 +557,9 @@ class Follower:
 
     def _save(self) -> None:
         self.heard()
-        self._store(CacheState(self.replica.position, tuple(self.replica.wanted), self.current_at))
+        self._store(
+            CacheState(self.replica.position, tuple(self.replica.wanted), dict(self.replica.away), self.current_at)
+        )
 
     def _store(self, state: CacheState) -> None:
         self.state = state

@@ -1,17 +1,21 @@
-"""Which point of the project's history the cache's files hold: ``.lattice/cache_state.json`` (I5)."""
+"""Which point of the project's history the cache's files hold: ``.lattice/cache_state.json`` (I5).
+
+Beside it, in ``.lattice/.away``, which contents of artifacts are left out. There may be many, and they change rarely.
+"""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from lattice_remote.client.settings import Remote
 from lattice_remote.errors import HostilePath
 from lattice_remote.protocol.paths import check_path
-from lattice_remote.protocol.replica import NOWHERE, Position
+from lattice_remote.protocol.replica import NOWHERE, Content, Position
 
-__all__ = ["STATE_FILE", "CacheState", "boot_id", "decode_state", "encode_state"]
+__all__ = ["AWAY_FILE", "STATE_FILE", "CacheState", "boot_id", "decode_state", "encode_away", "encode_state"]
 
 STATE_FILE = "cache_state.json"
+AWAY_FILE = ".away"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,8 @@ class CacheState:
     """Every change up to here is in the files, except in the ``wanted`` ones."""
     wanted: tuple[str, ...] = ()
     """Paths whose content is still to come from the server."""
+    away: Mapping[str, Content | None] = field(default_factory=dict)
+    """Contents of artifacts that are left out, see ``Replica.away``."""
     current_at: float | None = None
     """When the files were last known to be all that the server had (seconds since 1970); None: never yet."""
 
@@ -38,6 +44,7 @@ def encode_state(state: CacheState, remote: Remote) -> bytes:
         "seq": state.position.seq,
         "mark": state.position.mark.hex(),
         "wanted": sorted(state.wanted),
+        "away": len(state.away),
         "time": state.current_at,
         "boot_id": boot_id(),
         "url": remote.url,
@@ -46,8 +53,22 @@ def encode_state(state: CacheState, remote: Remote) -> bytes:
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
-def decode_state(data: bytes, remote: Remote) -> CacheState:
-    """Return what the file says, as far as it can be relied on.
+def encode_away(away: Mapping[str, Content | None]) -> bytes:
+    """Return the content of the file that is written before the state, whenever it has changed."""
+    entries = {path: content and [content[0], content[1].hex()] for path, content in sorted(away.items())}
+    return (json.dumps(entries, indent=0) + "\n").encode()
+
+
+def _decode_away(data: bytes) -> dict[str, Content | None]:
+    entries: dict[str, list[object] | None] = json.loads(data)
+    return {
+        check_path(path): None if entry is None else (int(str(entry[0])), bytes.fromhex(str(entry[1])))
+        for path, entry in entries.items()
+    }
+
+
+def decode_state(data: bytes, away: bytes, remote: Remote) -> CacheState:
+    """Return what the two files say, as far as it can be relied on.
 
     Of another project it says nothing. After a reboot the files, which are not synced to the disk one by one,
     may hold less than the number says: the position is then nowhere, and they are compared as a whole.
@@ -59,11 +80,12 @@ def decode_state(data: bytes, remote: Remote) -> CacheState:
         position = Position(str(found["epoch"]), int(found["seq"]), bytes.fromhex(found["mark"]))
         current_at = None if found["time"] is None else float(found["time"])
         wanted = tuple(_checked(found["wanted"]))
-    except (ValueError, TypeError, KeyError, HostilePath):
+        left_out = _decode_away(away) if found.get("away") else {}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, HostilePath):
         return CacheState()
     if found["boot_id"] != boot_id():
-        return CacheState(NOWHERE, (), current_at)
-    return CacheState(position, wanted, current_at)
+        return CacheState(NOWHERE, (), {}, current_at)
+    return CacheState(position, wanted, left_out, current_at)
 
 
 def _checked(paths: Iterable[object]) -> Iterable[str]:

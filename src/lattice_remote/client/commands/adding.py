@@ -11,14 +11,14 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from lattice_remote.client import credentials, servers
+from lattice_remote.client import credentials, preferences, servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, PARTIAL, Cache
 from lattice_remote.client.cache.directory import remove_tree
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.follower import Writer
-from lattice_remote.client.cache.state import STATE_FILE
+from lattice_remote.client.cache.state import AWAY_FILE, STATE_FILE
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, write_remote
@@ -261,11 +261,14 @@ def _require_nothing_unsent(cache: Cache) -> None:
 def _own_files(cache: Cache) -> list[str]:
     """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
     replicated = set(cache.paths())
-    ours = {REMOTE_FILE, STATE_FILE, ".gitignore", ".cache.lock", ".written"}
+    ours = {
+        *(REMOTE_FILE, STATE_FILE, AWAY_FILE, preferences.FILE),
+        *(".gitignore", ".cache.lock", ".fetch.lock", ".written"),
+    }
     found: list[str] = []
     for directory, directories, names in os.walk(cache.directory):
         if directory == cache.directory:
-            directories[:] = [name for name in directories if name not in (BASE_DIRECTORY, ".tmp", "locks")]
+            directories[:] = [name for name in directories if name not in (BASE_DIRECTORY, PARTIAL, ".tmp", "locks")]
         for name in names:
             path = os.path.relpath(os.path.join(directory, name), cache.directory)
             if path.replace(os.sep, "/") not in replicated and path not in ours:

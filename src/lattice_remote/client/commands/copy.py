@@ -1,6 +1,6 @@
 """``lattice remote status``, ``pull``, ``push``, ``sync``, ``verify``, ``log``: the copy and the server's tree."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -33,6 +33,7 @@ def status(as_json: Json = False) -> None:
         ("remote", f"{found.name} {found.url} project {found.project}"),
         ("connection", describe.connection(answer)),
         ("copy", describe.copy(answer)),
+        ("large files", describe.payloads(answer["payloads"])),
         ("acting as", describe.acting(answer)),
         ("unsent edits", describe.edits(answer)),
         ("conflicts", describe.conflicts(answer["conflicts"])),
@@ -96,9 +97,16 @@ def sync(as_json: Json = False) -> None:
             typer.echo(f"{label}: {one_line(path)}")
     for notice in answer["notices"]:
         typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
+    _tell_away(answer)
     mended = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
     what = f"mended {count(mended, 'file')} of" if mended else "nothing to mend in"
     typer.echo(f"Compared with the server at change {answer['seq']}: {what} {count(answer['total'], 'file')}.")
+
+
+def _tell_away(answer: dict[str, Any]) -> None:
+    """Name the contents of artifacts that are left out: they are no difference."""
+    for path in answer["away"]:
+        typer.echo(f"not here yet, see lattice remote fetch: {one_line(path)}")
 
 
 @app.command()
@@ -119,7 +127,9 @@ def verify(as_json: Json = False) -> None:
         ):
             for path in answer[key]:
                 typer.echo(f"{label}: {one_line(path)}")
-        outcome = f"{count(differences, 'difference')} in" if differences else "equal, all"
+        _tell_away(answer)
+        but = f", but for {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
+        outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
         typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")
     if differences:
         raise typer.Exit(1)

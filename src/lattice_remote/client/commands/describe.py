@@ -7,6 +7,8 @@ from lattice_remote.client.routing import describe_age
 
 __all__ = ["acting", "agent", "conflicts", "connection", "copy", "edits", "healed", "versions"]
 
+_MIB = 1024 * 1024
+
 
 def connection(answer: dict[str, Any]) -> str:
     heard = answer["last_heard_s"]
@@ -73,3 +75,14 @@ def acting(answer: dict[str, Any]) -> str:
 
 def versions(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))
+
+
+def payloads(found: dict[str, Any]) -> str:
+    """Say which large contents of artifacts are not here, and what becomes of them."""
+    how = "fetched in the background" if found["mode"] == "background" else "fetched on demand"
+    if not found["away"]:
+        return f"all here ({how})"
+    text = f"{count(found['away'], 'file')} of {found['away_bytes'] / _MIB:.1f} MiB not here ({how})"
+    if (now := found["fetching"]) is not None:
+        text += f"; fetching {now['path']}, {now['done'] / _MIB:.1f} of {now['total'] / _MIB:.1f} MiB"
+    return text + (f"; {found['trouble']}" if found["trouble"] else "")

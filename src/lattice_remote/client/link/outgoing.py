@@ -7,6 +7,7 @@ from lattice_remote.protocol.messages import Call, Put, Refused, Request, Run, W
 __all__ = ["refusal_of"]
 
 _CAN_NOT = {
+    "downloads": "sends no parts of files: upgrade the server",
     "put-text": "takes no edited plans and notes: upgrade the server",
     "log": "can't tell who changed what: upgrade the server",
     "uploads": "takes no large files: upgrade the server",

@@ -29,6 +29,7 @@ from lattice_remote.protocol.messages import (
     Bye,
     Call,
     ClientFrame,
+    Download,
     Fetch,
     Follow,
     Hello,
@@ -38,6 +39,7 @@ from lattice_remote.protocol.messages import (
     Push,
     Put,
     Refused,
+    Request,
     Run,
     ServerFrame,
     Upload,
@@ -52,6 +54,7 @@ from lattice_remote.server.data.tokens import Token
 from lattice_remote.server.network.handoff import Handoff
 from lattice_remote.server.network.outbox import MAX_PENDING_BYTES, websocket_frame
 from lattice_remote.server.project.continuing import can_continue, followed
+from lattice_remote.server.project.downloads import download
 from lattice_remote.server.project.files import FileSender
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.skew import common_capabilities, dialect, offered_capabilities
@@ -99,7 +102,7 @@ class Peer:
         self._in_flight: set[str] = set()
         self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
         self._wants_manifest = False
-        self._logs: deque[Log] = deque()
+        self._asked: deque[Log | Download] = deque()  # what is read for it when it has taken what it is owed before
         self._follow: Follow | None = None  # asked for, and not answered yet
         self._work = asyncio.Event()
         self._ended = False
@@ -210,31 +213,7 @@ class Peer:
                 self._take(_decode(message))
 
     def _take(self, frame: ClientFrame) -> None:
-        token = self.token
         match frame:
-            case Run() | Call() if any(file.size > self._limits.attachment_bytes for file in frame.files):
-                most = self._limits.attachment_bytes
-                self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
-            case Run():
-                run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
-                self._submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)))
-            case Put() | Call() | Log() | Upload() | Push() if needed_capability(frame) not in self._capabilities:
-                what = needed_capability(frame)
-                self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {what!r}: upgrade the client")
-            case Call():
-                call = Invoke(
-                    *(frame.id, frame.surface, frame.name, frame.payload, frame.files),
-                    *(token.id, token.actor, token.act_as, _first_sent_at(frame)),
-                )
-                self._submit(call)
-            case Put():
-                self._edit(frame)
-            case Log():
-                self._ask_log(frame)
-            case Upload():
-                self._take_upload(frame)
-            case Push():
-                self._take_push(frame)
             case Fetch():
                 self._fetch(frame)
             case Manifest():
@@ -246,6 +225,8 @@ class Peer:
                 self.applied = frame.seq
             case Hello():
                 raise ProtocolError("Hello comes once")
+            case _:
+                self._take_request(frame)
 
     def _ask_to_follow(self, frame: Follow) -> None:
         if self._follows or self._follow is not None or "follow" not in self._capabilities:
@@ -259,31 +240,41 @@ class Peer:
             raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
         self._work.set()
 
-    def _take_upload(self, frame: Upload) -> None:
-        if self._is_taken(frame.id):
-            self.project.uploads.take(frame, self.token.id, self)
-
-    def _take_push(self, frame: Push) -> None:
-        if self._is_taken(frame.id):
-            used = self.project.history.used
-            self.project.pushes.take(frame, self.token, _first_sent_at(frame), used, self)
-
-    def _edit(self, frame: Put) -> None:
-        if is_editable(frame.path):
-            owner = self.token.id, self.token.actor
-            self._submit(Edit(frame.id, frame.path, frame.base, frame.text, *owner, _first_sent_at(frame)))
-        else:
+    def _take_request(self, frame: Request) -> None:
+        """Take what is to be answered: refuse it, or have it carried out."""
+        needed = needed_capability(frame)
+        if needed is not None and needed not in self._capabilities:
+            self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {needed!r}: upgrade the client")
+        elif isinstance(frame, Run | Call) and any(f.size > self._limits.attachment_bytes for f in frame.files):
+            most = self._limits.attachment_bytes
+            self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
+        elif isinstance(frame, Put) and not is_editable(frame.path):
             self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+        elif self._is_taken(frame.id):
+            self._carry_out(frame)
 
-    def _ask_log(self, frame: Log) -> None:
-        """Have the log read when the client has taken what it is owed before: it is read for nobody in a hurry."""
-        if self._is_taken(frame.id):
-            self._logs.append(frame)
-            self._work.set()
-
-    def _submit(self, request: Execute | Invoke | Edit) -> None:
-        if self._is_taken(request.id):
-            self.project.submit(request, self)
+    def _carry_out(self, frame: Request) -> None:
+        token, project = self.token, self.project
+        match frame:
+            case Run():
+                run = Execute(frame.id, frame.argv, frame.files, token.id, token.actor, token.act_as)
+                project.submit(msgspec.structs.replace(run, first_sent_at=_first_sent_at(frame)), self)
+            case Call():
+                call = Invoke(
+                    *(frame.id, frame.surface, frame.name, frame.payload, frame.files),
+                    *(token.id, token.actor, token.act_as, _first_sent_at(frame)),
+                )
+                project.submit(call, self)
+            case Put():
+                first = _first_sent_at(frame)
+                project.submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first), self)
+            case Upload():
+                project.uploads.take(frame, token.id, self)
+            case Push():
+                project.pushes.take(frame, token, _first_sent_at(frame), project.history.used, self)
+            case Log() | Download():
+                self._asked.append(frame)
+                self._work.set()
 
     def _is_taken(self, request_id: str) -> bool:
         """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many."""
@@ -344,11 +335,9 @@ class Peer:
             elif self._wanted:
                 unsettled = await files.send(files.batch(self._wanted))
                 self._wanted.update(dict.fromkeys(unsettled))
-            elif self._logs:
-                asked = self._logs.popleft()
-                history = self.project.history
-                answer = await self.project.log.answer(asked, epoch=history.epoch, head=history.head)
-                self.answer(asked.id, encode(answer))
+            elif self._asked:
+                asked = self._asked.popleft()
+                self.answer(asked.id, encode(await self._read_for(asked)))
                 await self._outbox.room()
             else:
                 self._work.clear()
@@ -363,6 +352,12 @@ class Peer:
             self._follows, self._sent = True, answer.seq
             self._live = answer.seq == answer.head
             await self._catch_up()
+
+    async def _read_for(self, asked: Log | Download) -> ServerFrame:
+        history = self.project.history
+        if isinstance(asked, Log):
+            return await self.project.log.answer(asked, epoch=history.epoch, head=history.head)
+        return await download(asked, history, self.project.paths)
 
     async def _catch_up(self) -> None:
         """Send the changes after ``_sent`` at the client's pace, and go live in the tick in which there are no more."""
