@@ -102,6 +102,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
         ),
     ),
     ("put: of a new file", m.Put(ID, PLAN, None, b"# Plan\n")),
+    ("put: of an edited file whose base has this digest", m.Put(ID, PLAN, None, b"# Mine\n", 0.0, bytes(range(32)))),
     ("put: of an edited file", m.Put(ID, PLAN, b"# Plan\n", b"# My plan\n")),
     (
         "run: with a file that was uploaded",

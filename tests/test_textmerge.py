@@ -1,5 +1,6 @@
 """Plans and notes, merged by line."""
 
+import random
 import time
 
 import pytest
@@ -42,6 +43,48 @@ def test_outcomes(base: bytes | None, mine: bytes, theirs: bytes | None, outcome
     assert merged.text == text
 
 
+CRLF = BASE.replace(b"\n", b"\r\n")
+BOTH = BASE.replace(b"one", b"1").replace(b"five", b"5")
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("base", "mine", "theirs", "text"),
+    [
+        # an editor that writes CR LF everywhere, and somebody who changes a line
+        (BASE, CRLF, BASE.replace(b"one", b"1"), CRLF.replace(b"one", b"1")),
+        (BASE, CRLF.replace(b"five", b"5"), BASE.replace(b"one", b"1"), BOTH.replace(b"\n", b"\r\n")),
+        (CRLF, BASE.replace(b"five", b"5"), CRLF.replace(b"one", b"1"), BOTH),
+        (CRLF, CRLF.replace(b"five", b"5"), BASE.replace(b"one", b"1"), BOTH),
+        # only some lines
+        (b"a\r\nb\nc\r\nd\n", b"A\r\nb\nc\r\nd\n", b"a\r\nb\nc\r\nD\n", b"A\r\nb\nc\r\nD\n"),
+        (b"a\nb\nc\nd\n", b"a\r\nb\nc\nd\n", b"a\nb\nc\nD\n", b"a\r\nb\nc\nD\n"),
+        # no line end at the end
+        (b"a\nb\nc", b"A\nb\nc", b"a\nb\nc\nd\n", b"A\nb\nc\nd\n"),
+        (b"a\nb\nc\n", b"a\nb\nc", b"a\nb\nc\nd\n", b"a\nb\nc\nd\n"),
+        (b"a\r\nb\r\nc", b"A\r\nb\r\nc", b"a\r\nb\r\nc\r\nd", b"A\r\nb\r\nc\r\nd"),
+        (b"a\nb\nc", b"a\nb\nC", b"A\nb\nc", b"A\nb\nC"),
+        # a byte order mark
+        (BASE, BOM + BASE.replace(b"five", b"5"), BASE.replace(b"# Plan", b"# Ours"), None),
+        (BOM + BASE, BOM + BASE.replace(b"five", b"5"), BASE.replace(b"one", b"1"), None),
+        # NUL bytes, and lines without end
+        (b"a\0\nb\nc\n", b"a\0\nb\nC\0\n", b"A\0\nb\nc\n", b"A\0\nb\nC\0\n"),
+        (b"x" * 9999 + b"\nb\nc\n", b"y" * 9999 + b"\nb\nc\n", b"x" * 9999 + b"\nb\nd\n", b"y" * 9999 + b"\nb\nd\n"),
+    ],
+)
+def test_how_lines_end_is_merged_apart(base: bytes, mine: bytes, theirs: bytes, text: bytes | None) -> None:
+    merged = merge_text(base, mine, theirs)
+    assert merged.outcome in ("merged", "unchanged") and merged.text is not None
+    if text is not None:
+        assert merged.text == text
+    plain = merged.text.replace(b"\r\n", b"\n").removeprefix(BOM)
+    for line in {*mine.split(), *theirs.split()} - set(base.split()):
+        assert line.removeprefix(BOM) in plain.split()
+    assert merged.text.startswith(BOM) == (
+        mine.startswith(BOM) if base.startswith(BOM) == theirs.startswith(BOM) else False
+    )
+
+
 _text = st.lists(st.sampled_from([b"a\n", b"b\n", b"\xff\r\n", b"c", b"\n"]), max_size=6).map(b"".join)
 
 
@@ -54,6 +97,30 @@ def test_a_merge_loses_nothing_that_only_one_side_wrote(base: bytes | None, mine
         assert merged == ("stored", mine)
     if merged.outcome == "merged":
         assert merge_text(theirs, merged.text or b"", theirs).outcome in ("stored", "unchanged")
+
+
+@given(_text, _text, _text)
+def test_a_merge_holds_the_lines_of_its_texts_and_no_others(base: bytes, mine: bytes, theirs: bytes) -> None:
+    merged = merge_text(base, mine, theirs)
+    if merged.outcome == "merged":
+        known = {line for text in (base, mine, theirs) for line in text.splitlines()}
+        assert set((merged.text or b"").splitlines()) <= known
+
+
+@pytest.mark.parametrize("edits", [1, 100, 60_000])
+def test_a_merge_of_five_mib_takes_no_longer_than_a_worker_can_spare(edits: int) -> None:
+    rng = random.Random(edits)
+    base = [b"%d and so on, for as long as a line is, which is about eighty characters\n" % n for n in range(68_000)]
+    texts = []
+    for side in (b"mine", b"theirs"):
+        lines = list(base)
+        for at in rng.sample(range(0, len(lines), 3), min(edits, 20_000)):
+            lines[at + (side == b"mine")] = b"%d %s\n" % (at, side)
+        texts.append(b"".join(lines))
+    began = time.process_time()
+    merged = merge_text(b"".join(base), *texts)
+    assert time.process_time() - began < 5
+    assert merged.outcome == ("merged" if edits == 1 else merged.outcome)
 
 
 def test_texts_that_would_take_minutes_to_merge_are_a_conflict() -> None:

@@ -36,6 +36,7 @@ CODES = {
     "REMOTE_VERSION": "the two sides speak different versions; the message says which to upgrade",
     "REMOTE_UNSUPPORTED": "this command, or one of its arguments, can't be used in a remote project",
     "REMOTE_NOT_UPLOADED": "what a request refers to was not uploaded, or is gone: upload it again",
+    "REMOTE_STALE_BASE": "the server's text is not the one that was named by its digest: send that whole",
     "REMOTE_INVALID": "what a program wanted to write is not valid; nothing was changed",
     "REMOTE_TOO_LARGE": "a frame or file over the server's limit",
     "REMOTE_PROTOCOL": "the peer sent something that the protocol does not allow",

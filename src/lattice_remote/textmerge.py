@@ -1,16 +1,24 @@
 """Edited plans and notes, merged by line against the text they were made from.
 
-Bytes throughout: nothing is assumed of the encoding.
+Bytes throughout: nothing is assumed of the encoding. Two lines are equal when they differ only in how they end, so
+that an editor which writes CR LF everywhere is not taken for having changed every line; how a line ends, and a byte
+order mark, are merged apart. What stands in a line is never altered.
 """
 
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import SequenceMatcher
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from merge3 import Merge3
 
 __all__ = ["Merged", "merge_text"]
 
-_MAX_LINES = 10_000
-"""Longer texts are not merged: on repetitive ones the time grows with the square (here 0.3 s, with ten times 30 s)."""
+_MAX_WORK = 1_000_000
+"""What a merge may take, in steps of about a microsecond: on repetitive lines the time grows with the square."""
+_BOM = b"\xef\xbb\xbf"
 
 Outcome = Literal["stored", "merged", "unchanged", "conflict"]
 
@@ -22,11 +30,15 @@ class Merged(NamedTuple):
     text: bytes | None
 
 
+class _TooMuch(Exception):
+    """The texts differ in so many places that it would take too long to tell in which."""
+
+
 def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> Merged:
     """Merge an edit of ``base`` that reads ``mine`` into the file, which now reads ``theirs``.
 
     None for ``base`` or ``theirs``: there was, or is, no file. A file that was removed meanwhile is a conflict, and so
-    are two texts that were begun independently and differ, or that are too long to be merged in good time.
+    are two texts that were begun independently and differ, or that differ too much to be merged in about a second.
     """
     if mine in (theirs, base):
         return Merged("unchanged", theirs)
@@ -34,19 +46,191 @@ def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> Merged:
         return Merged("stored", mine)
     if base is None or theirs is None:
         return Merged("conflict", theirs)
-    texts = _lines(base), _lines(mine), _lines(theirs)
-    if max(map(len, texts)) > _MAX_LINES:
+    try:
+        text = _merge(_Text(base), _Text(mine), _Text(theirs))
+    except _TooMuch:
+        text = None
+    if text is None:
         return Merged("conflict", theirs)
-    merge = Merge3(*texts)
-    pieces: list[bytes] = []
-    for group in merge.merge_groups():
-        if group[0] == "conflict":
-            return Merged("conflict", theirs)
-        pieces += group[1]
-    text = b"".join(pieces)
     return Merged("unchanged", theirs) if text == theirs else Merged("merged", text)
 
 
-def _lines(text: bytes) -> list[bytes]:
-    """Split after each line end, so that joining gives back the same bytes."""
-    return text.splitlines(keepends=True)
+class _Text:
+    """A text's lines, with how each ends apart, and whether it begins with a byte order mark."""
+
+    def __init__(self, text: bytes) -> None:
+        self.bom = _BOM if text.startswith(_BOM) else b""
+        whole = text[len(self.bom) :].splitlines(keepends=True)
+        self.lines = [line.rstrip(b"\r\n") for line in whole]
+        self.ends = [line[len(content) :] for line, content in zip(whole, self.lines, strict=True)]
+
+
+def _merge(base: _Text, mine: _Text, theirs: _Text) -> bytes | None:
+    """Return the merged text, None for a conflict.
+
+    Raises:
+        _TooMuch: see there.
+    """
+    merge = _Merge3(base.lines, mine.lines, theirs.lines, sequence_matcher=_Matcher)
+    lines: list[bytes] = []
+    ends: list[bytes] = []
+    common = {region[0]: region for region in merge.find_sync_regions()}
+    for kind, start, end, *_ in merge.merge_regions():
+        if kind == "conflict":
+            return None
+        side = {"unchanged": base, "b": theirs}.get(kind, mine)
+        lines += side.lines[start:end]
+        if kind == "unchanged":
+            _, _, at_mine, _, at_theirs, _ = common[start]
+            length = end - start
+            ends += map(
+                _pick,
+                base.ends[start:end],
+                mine.ends[at_mine : at_mine + length],
+                theirs.ends[at_theirs : at_theirs + length],
+            )
+        else:
+            ends += side.ends[start:end]
+    style = _style(base, mine, theirs)
+    usual = style or next((end for end in (*theirs.ends[:1], *mine.ends[:1]) if end), b"\n")
+    ends[:-1] = [style or end or usual for end in ends[:-1]]  # what was the last line may not be any more
+    ends[-1:] = [style if style and end else end for end in ends[-1:]]
+    return _pick(base.bom, mine.bom, theirs.bom) + b"".join(chain.from_iterable(zip(lines, ends, strict=True)))
+
+
+class _Merge3(Merge3[bytes]):
+    """merge3's, which finds out once what is common."""
+
+    _regions: list[tuple[int, int, int, int, int, int]] | None = None
+
+    def find_sync_regions(self) -> list[tuple[int, int, int, int, int, int]]:
+        if self._regions is None:
+            self._regions = super().find_sync_regions()
+        return self._regions
+
+
+def _style(*texts: _Text) -> bytes | None:
+    """Return how all lines are to end where each of base, mine and theirs has one way of its own; else None."""
+    ways = [set(filter(None, text.ends)) for text in texts]
+    if any(len(way) != 1 for way in ways):
+        return None
+    base, mine, theirs = (way.pop() for way in ways)
+    return _pick(base, mine, theirs)
+
+
+def _pick(base: bytes, mine: bytes, theirs: bytes) -> bytes:
+    """Return theirs unless only mine was changed."""
+    return mine if theirs == base else theirs
+
+
+Block = tuple[int, int, int]
+"""A common run of lines: its place in one text, in the other, and its length."""
+
+
+class _Matcher:
+    """Finds the lines that two texts have in common, within bounds: what merge3 asks a matcher for.
+
+    Lines that occur once in both are found first, and what stands around them; difflib does what is left between.
+    """
+
+    def __init__(self, _junk: None, a: Sequence[bytes], b: Sequence[bytes], autojunk: bool = True) -> None:  # noqa: ARG002 - difflib's
+        self._a, self._b = a, b
+        self._work = _Work(_MAX_WORK)
+
+    def get_matching_blocks(self) -> list[Block]:
+        """Return the common runs in order; the last one is empty.
+
+        Raises:
+            _TooMuch: see there.
+        """
+        a, b = self._a, self._b
+        found: list[Block] = []
+        i, j = 0, 0
+        for at_a, at_b in [*_anchors(a, b), (len(a), len(b))]:
+            found += self._between(i, at_a, j, at_b)
+            i, j = at_a, at_b
+        return [*_joined(found), (len(a), len(b), 0)]
+
+    def _between(self, alo: int, ahi: int, blo: int, bhi: int) -> Iterator[Block]:
+        """Yield what two ranges have in common: their beginnings, their ends, and what difflib finds between."""
+        a, b = self._a, self._b
+        head = 0
+        while alo + head < ahi and blo + head < bhi and a[alo + head] == b[blo + head]:
+            head += 1
+        tail, most = 0, min(ahi - alo, bhi - blo) - head
+        while tail < most and a[ahi - 1 - tail] == b[bhi - 1 - tail]:
+            tail += 1
+        yield alo, blo, head
+        left_a, left_b = a[alo + head : ahi - tail], b[blo + head : bhi - tail]
+        if left_a and left_b:
+            for i, j, size in _Bounded(left_a, left_b, self._work).get_matching_blocks():
+                yield alo + head + i, blo + head + j, size
+        yield ahi - tail, bhi - tail, tail
+
+
+def _anchors(a: Sequence[bytes], b: Sequence[bytes]) -> list[tuple[int, int]]:
+    """Return the places of the lines that occur once in each text: as many as stand in the same order in both."""
+    once_a, once_b = _once(a), _once(b)
+    pairs = [(i, once_b[line]) for line, i in once_a.items() if line in once_b]  # in the order of a
+    ends: list[int] = []  # of the best row of each length: its last place in b
+    last: list[int] = []  # the same, as an index into pairs
+    before: list[int] = []
+    for n, (_, j) in enumerate(pairs):
+        length = bisect_left(ends, j)
+        before.append(last[length - 1] if length else -1)
+        ends[length : length + 1] = [j]
+        last[length : length + 1] = [n]
+    row: list[tuple[int, int]] = []
+    n = last[-1] if last else -1
+    while n >= 0:
+        row.append(pairs[n])
+        n = before[n]
+    return row[::-1]
+
+
+def _once(lines: Sequence[bytes]) -> dict[bytes, int]:
+    often = Counter(lines)
+    return {line: n for n, line in enumerate(lines) if often[line] == 1}
+
+
+def _joined(blocks: Iterable[Block]) -> list[Block]:
+    """Return the blocks that are not empty, those that follow each other in both texts as one."""
+    joined: list[Block] = []
+    for i, j, size in blocks:
+        if joined and (joined[-1][0] + joined[-1][2], joined[-1][1] + joined[-1][2]) == (i, j):
+            joined[-1] = (joined[-1][0], joined[-1][1], joined[-1][2] + size)
+        elif size:
+            joined.append((i, j, size))
+    return joined
+
+
+class _Work:
+    """What one comparison may still take."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    def spend(self, steps: int) -> None:
+        """Raise ``_TooMuch`` when that is more than is left."""
+        self._left -= steps
+        if self._left < 0:
+            raise _TooMuch
+
+
+class _Bounded(SequenceMatcher[bytes]):
+    """difflib's, which gives up when it would take too long."""
+
+    def __init__(self, a: Sequence[bytes], b: Sequence[bytes], work: _Work) -> None:
+        often = Counter(b)
+        # As difflib does, lines that are everywhere, blank ones say, are matched only beside others.
+        popular = len(b) if len(b) < 200 else len(b) // 100 + 1
+        work.spend(sum(often[line] for line in a if often[line] <= popular))
+        self._work, self._whole = work, len(a)
+        super().__init__(None, a, b)
+
+    def find_longest_match(  # type: ignore[no-untyped-def]
+        self, alo=0, ahi=None, blo=0, bhi=None
+    ):
+        """As difflib's; what it takes is counted."""
+        self._work.spend((self._whole if ahi is None else ahi) - alo)
+        return super().find_longest_match(alo, ahi, blo, bhi)

@@ -16,7 +16,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Refused, Reply, Run, Welcome
+from lattice_remote.protocol.messages import Put, Refused, Reply, Run, Welcome
 from lattice_remote.server.data.settings import Config, Limits
 from lattice_remote.server.data.tokens import TokenFile
 
@@ -57,6 +57,20 @@ async def test_connections_of_an_address(tmp_path: Path) -> None:
         await until(lambda: not running.server.server_state.connections)
         async with running.connected():
             pass
+
+
+async def test_plans_that_are_too_large(tmp_path: Path) -> None:
+    plan = f"plans/task_{'0' * 26}.md"
+    async with limited(tmp_path, text_bytes=100_000) as running, running.connected() as client:
+        copy = Copy()
+        await copy.greet(client)
+        await copy.sync()
+        assert copy.replica.welcome is not None and copy.replica.welcome.limits.max_text_bytes == 100_000
+        for base, text in ((b"", b"x" * 100_001), (b"x" * 100_001, b"")):
+            id_ = secrets.token_hex(16)
+            await copy.send(Put(id_, plan, base, text))
+            answer = await copy.answer(id_)
+            assert isinstance(answer, Refused) and answer.code == "REMOTE_TOO_LARGE"
 
 
 async def test_new_connections_of_an_address(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from lattice_remote.protocol.messages import (
     Returned,
     Stored,
 )
-from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation
+from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation, digest_of
 from lattice_remote.server.network.outbox import payload_of, websocket_frame
 from lattice_remote.server.project.skew import Dialect, dialect
 from lattice_remote.server.project.writer import WORKER_COMMAND
@@ -170,6 +170,29 @@ async def test_a_call_of_a_client_that_has_not_named_its_surface_is_refused(runn
     assert isinstance(refused, Refused) and refused.code == "REMOTE_VERSION" and "call:mcp" in refused.message
     assert isinstance(unknown, Refused) and unknown.code == "REMOTE_VERSION"
     assert isinstance(answer, Returned) and (answer.seq, answer.status) == (1, 201)
+
+
+async def test_a_base_may_be_named_by_its_digest_by_who_names_the_capability(running: Running) -> None:
+    copy, old = Copy(), Copy(capabilities=[capability for capability in CAPABILITIES if capability != "put-base"])
+    async with running.connected() as socket, running.connected() as other:
+        await copy.greet(socket)
+        await copy.sync()
+        await old.greet(other)
+        assert isinstance(await copy.run("create", "One", *ANA), Reply)
+        (plan,) = [path for path in copy.tree if path.startswith("plans/")]
+        text, outcomes = copy.tree[plan], []
+        for sender, digest in (
+            (copy, digest_of(text)),
+            (copy, digest_of(text)),
+            (copy, bytes(3)),
+            (old, digest_of(text)),
+        ):
+            id_ = secrets.token_hex(16)
+            await sender.send(Put(id_, plan, None, b"# Mine\n", base_digest=digest))
+            answer = await sender.answer(id_)
+            outcomes.append(answer.code if isinstance(answer, Refused) else answer.outcome)  # type: ignore[union-attr]
+        assert outcomes == ["stored", "REMOTE_STALE_BASE", "REMOTE_STALE_BASE", "REMOTE_VERSION"]
+        assert (running.tree / plan).read_bytes() == b"# Mine\n"
 
 
 async def test_fields_of_the_future_are_ignored_and_frames_of_the_future_refused(running: Running) -> None:

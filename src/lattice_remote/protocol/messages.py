@@ -67,7 +67,8 @@ __all__ = [
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
 CAPABILITIES = (
-    *("append", "merge", "move", "announce", "put-text", "log", "uploads", "downloads", "push", "follow"),
+    *("append", "merge", "move", "announce", "put-text", "put-base", "log"),
+    *("uploads", "downloads", "push", "follow"),
     *("call:dashboard", "call:mcp", "call:storage"),
 )
 """What this version can do beyond whole files; a peer uses only what the other side named.
@@ -150,7 +151,8 @@ class Run(_Frame, frozen=True, tag="run"):
 class Put(_Frame, frozen=True, tag="put"):
     """A plan or notes as edited here: ``text``, made from ``base`` (None: there was no file).
 
-    ``age_s`` as in ``Run``. Capability ``put-text``.
+    ``age_s`` as in ``Run``. Capability ``put-text``. With ``base_digest``, which takes the capability ``put-base``,
+    ``base`` is None and stands for the server's own text if that has this digest; else it is refused.
     """
 
     id: RequestId
@@ -158,6 +160,7 @@ class Put(_Frame, frozen=True, tag="put"):
     base: bytes | None
     text: bytes
     age_s: _Age = 0.0
+    base_digest: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class Call(_Frame, frozen=True, tag="call"):
@@ -262,6 +265,8 @@ class Limits(msgspec.Struct, frozen=True):
 
     max_frame_bytes: _Size
     max_file_bytes: _Size
+    max_text_bytes: _Size = 1024 * 1024
+    """Of a plan or notes."""
 
 
 class Welcome(_Frame, frozen=True, tag="welcome"):
@@ -479,4 +484,8 @@ ServerFrame = Welcome | Change | Followed | Entries | Part | Response | Bye
 
 def needed_capability(frame: Request) -> str | None:
     """Return what both sides must have named before this frame is sent, and answered; None when that is nothing."""
-    return f"call:{frame.surface}" if isinstance(frame, Call) else CAPABILITY_OF.get(type(frame))
+    if isinstance(frame, Call):
+        return f"call:{frame.surface}"
+    if isinstance(frame, Put) and frame.base_digest:
+        return "put-base"
+    return CAPABILITY_OF.get(type(frame))

@@ -6,6 +6,8 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from lattice_remote.client.cache.busy import is_being_written
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.known import Signature
@@ -13,11 +15,11 @@ from lattice_remote.client.link.link import Link
 from lattice_remote.client.runtime import boot_time
 from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.protocol.messages import Put, Refused, Stored
+from lattice_remote.protocol.operations import digest_of
 
 __all__ = ["Pushed", "Pusher"]
 
-_MAX_EDIT_BYTES = 31 * 1024 * 1024
-"""Base and text together: what fits into one frame."""
+_LONG_BASE_BYTES = 16 * 1024
 SAVING_S = 2.0
 """So long a file that is being written, or was emptied just now, is waited for: an editor is about to save it."""
 _POLL_S = 0.02
@@ -85,11 +87,8 @@ class Pusher:
         found = self._signature(path)
         base = self._follower.edits.base(path)
         put, first_sent_at = self._put(path, base)
-        size = len(put.text) + len(put.base or b"")
-        if size > _MAX_EDIT_BYTES:
-            return self._note_refusal(path, found, f"it has {size >> 20} MiB with the text that it was made from")
         self._unanswered[path] = put, first_sent_at or boot_time()
-        answer = await self._ask(link, put, first_sent_at)
+        answer = await self._ask_briefly(link, put, base, first_sent_at)
         del self._unanswered[path]
         if isinstance(answer, Refused):
             return self._note_refusal(path, found, answer.message)
@@ -120,7 +119,8 @@ class Pusher:
             replica = self._follower.replica
             await self._following.changed.until(lambda: path not in replica.wanted, SAVING_S)  # it may be on its way
             base = self._follower.edits.base(path)
-            answer = await self._ask(link, Put(id=os.urandom(16).hex(), path=path, base=base, text=text), None)
+            put = Put(id=_new_id(), path=path, base=base, text=text)
+            answer = await self._ask_briefly(link, put, base, None)
             if isinstance(answer, Refused):
                 raise Rejected(f"{path} was not sent: {answer.message}", code=answer.code)
             await self._reached(answer.seq)
@@ -133,9 +133,23 @@ class Pusher:
         before = self._unanswered.pop(path, None)
         if before is not None and (before[0].base, before[0].text) == (base, text):
             return before
-        return Put(id=os.urandom(16).hex(), path=path, base=base, text=text), None
+        return Put(id=_new_id(), path=path, base=base, text=text), None
 
-    async def _ask(self, link: Link, put: Put, first_sent_at: float | None) -> Stored | Refused:
+    async def _ask_briefly(
+        self, link: Link, put: Put, current: bytes | None, first_sent_at: float | None
+    ) -> Stored | Refused:
+        """Ask, with the digest of a long base in its place where the server most likely has that text itself."""
+        welcome = link.welcome
+        can = welcome is not None and "put-base" in welcome.capabilities
+        is_long = put.base is not None and put.base == current and len(put.base) >= _LONG_BASE_BYTES
+        if can and is_long and first_sent_at is None:
+            digest = digest_of(put.base or b"")
+            answer = await self._ask(link, msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest))
+            if not isinstance(answer, Refused) or answer.code not in ("REMOTE_STALE_BASE", "REMOTE_VERSION"):
+                return answer
+        return await self._ask(link, put, first_sent_at)
+
+    async def _ask(self, link: Link, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
         answer = await link.ask(put, first_sent_at=first_sent_at)
         if not isinstance(answer, Stored | Refused):
             raise ConnectionFailed("the server answered something else", sent=True)
@@ -169,3 +183,7 @@ class Pusher:
 
     def _signature(self, path: str) -> Signature | None:
         return self._follower.cache.signature(path)
+
+
+def _new_id() -> str:
+    return os.urandom(16).hex()

@@ -9,6 +9,7 @@ __all__ = ["refusal_of"]
 _CAN_NOT = {
     "downloads": "sends no parts of files: upgrade the server",
     "put-text": "takes no edited plans and notes: upgrade the server",
+    "put-base": "takes no base by its digest: upgrade the server",
     "log": "can't tell who changed what: upgrade the server",
     "uploads": "takes no large files: upgrade the server",
     "push": "takes no whole projects: upgrade the server",
@@ -32,6 +33,9 @@ def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
 
 def _too_large(frame: Request, welcome: Welcome) -> Refused | None:
     limits = welcome.limits
+    if isinstance(frame, Put) and len(frame.text) > limits.max_text_bytes:
+        takes = f"it has {len(frame.text)} bytes, the server takes at most {limits.max_text_bytes}"
+        return Refused(frame.id, "REMOTE_TOO_LARGE", takes)
     size, limit = len(encode(frame)), min(limits.max_frame_bytes, MAX_FRAME_BYTES)
     largest = _largest_file(frame)
     if largest <= limits.max_file_bytes and size <= limit:

@@ -69,7 +69,10 @@ class Invoke(_Message, frozen=True, tag="invoke"):
 
 
 class Edit(_Message, frozen=True, tag="edit"):
-    """Store a plan or notes, merged by line when it was made from another base than the file's content."""
+    """Store a plan or notes, merged by line when it was made from another base than the file's content.
+
+    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest.
+    """
 
     id: str
     path: str
@@ -78,6 +81,7 @@ class Edit(_Message, frozen=True, tag="edit"):
     token_id: str
     actor: str
     first_sent_at: float | None = None
+    base_digest: bytes = b""
 
 
 class Adopt(_Message, frozen=True, tag="adopt"):

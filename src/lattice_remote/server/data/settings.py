@@ -37,6 +37,8 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """WebSocket frames of any kind on one connection; four seconds' worth may come at once."""
     request_bytes: Annotated[int, Meta(ge=4 * 1024 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024
     """The largest message that a client may send."""
+    text_bytes: Annotated[int, Meta(ge=64 * 1024, le=15 * 1024 * 1024)] = 8 * 1024 * 1024
+    """The largest plan or notes. With the text that an edit was made from it fits in one message."""
     unfinished_bytes_per_token: Annotated[int, Meta(ge=32 * 1024 * 1024, le=1 << 40)] = 256 * 1024 * 1024
     """What is kept of messages that have not come to their end, over all connections of the token."""
     attachment_bytes: _Bytes = 100 * 1024 * 1024

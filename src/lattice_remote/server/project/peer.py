@@ -194,7 +194,7 @@ class Peer:
                 head=project.history.head,
                 oldest=project.history.oldest,
                 resync=hello.follow and not continues,
-                limits=Limits(most, most - _OTHER_FIELDS_BYTES),
+                limits=Limits(most, most - _OTHER_FIELDS_BYTES, self._limits.text_bytes),
                 act_as=self.token.act_as,
                 capabilities=offered_capabilities(),
                 used=(project.history.used or "")[:256],
@@ -250,6 +250,9 @@ class Peer:
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
         elif isinstance(frame, Put) and not is_editable(frame.path):
             self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+        elif isinstance(frame, Put) and max(len(frame.text), len(frame.base or b"")) > self._limits.text_bytes:
+            most = self._limits.text_bytes
+            self._refuse(frame.id, "REMOTE_TOO_LARGE", f"{frame.path} is longer than {most} bytes")
         elif self._is_taken(frame.id):
             self._carry_out(frame)
 
@@ -267,7 +270,8 @@ class Peer:
                 project.submit(call, self)
             case Put():
                 first = _first_sent_at(frame)
-                project.submit(Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first), self)
+                edit = Edit(frame.id, frame.path, frame.base, frame.text, token.id, token.actor, first)
+                project.submit(msgspec.structs.replace(edit, base_digest=frame.base_digest), self)
             case Upload():
                 project.uploads.take(frame, token.id, self)
             case Push():

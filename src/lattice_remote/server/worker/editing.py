@@ -5,12 +5,12 @@ from pathlib import Path
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Stored
+from lattice_remote.protocol.operations import digest_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.data.ipc import Edit
 from lattice_remote.server.tree.capture import Vetoed
 from lattice_remote.server.tree.tree import Difference
 from lattice_remote.server.worker.attribution import describe_edit
-from lattice_remote.server.worker.policy import MAX_TEXT_BYTES
 from lattice_remote.server.worker.running import cannot_store
 from lattice_remote.server.worker.store import Cause, Store
 from lattice_remote.textmerge import merge_text
@@ -34,14 +34,16 @@ class Editor:
         """
         if not is_editable(request.path):
             raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
-        if max(len(request.text), len(request.base or b"")) > MAX_TEXT_BYTES:
-            raise Rejected(f"{request.path} is longer than 1 MiB", code="REMOTE_TOO_LARGE")
         if not _is_utf8(request.text):  # lattice reads it in status and next, which would break down for everybody
             raise Rejected(f"{request.path} is no UTF-8 text: save it as UTF-8 to send it", code="REMOTE_UNSUPPORTED")
         path = self._store.tree.absolute(request.path)
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
             raise Rejected(f"{request.path} is not a plain file on the server", code="REMOTE_UNSUPPORTED")
-        outcome, text = merge_text(request.base, request.text, self._current(path))
+        current = self._current(path)
+        base = current if request.base_digest else request.base
+        if request.base_digest and (base is None or digest_of(base) != request.base_digest):
+            raise Rejected(f"{request.path} is another text by now than the one named", code="REMOTE_STALE_BASE")
+        outcome, text = merge_text(base, request.text, current)
         if outcome in ("stored", "merged") and not self._is_active(request.path):
             outcome = "conflict"  # archived meanwhile, or no such task: the text stays with the client
         difference = Difference()
