@@ -13,8 +13,8 @@ from lattice.cli.main import cli
 
 from lattice_remote.client import callers_files, routing
 from lattice_remote.client.callers_files import INLINE_BYTES, CallersFiles, identity
+from lattice_remote.client.freshness import describe_age
 from lattice_remote.client.guard import Guard, WriteRefused
-from lattice_remote.client.routing import describe_age
 from lattice_remote.errors import Misuse
 
 ROUTED = """create update status assign comment comment-edit comment-delete react unreact complete attach event link
@@ -73,7 +73,7 @@ def test_a_command_that_waits_is_known(flags: list[str], waits: bool) -> None:
 
 def attached(args: list[str]) -> tuple[list[str], list[dict[str, object]]]:
     command, path, ctx = context(args)
-    with CallersFiles(command, path, ctx, args) as files:
+    with CallersFiles.of_command(command, path, ctx, args) as files:
         return files.argv, files.described
 
 
@@ -166,7 +166,7 @@ def test_what_can_not_be_opened_again_is_kept_meanwhile(here: Path, is_removed: 
         writer = threading.Thread(target=_write, args=(write, content))
         writer.start()
     command, path, ctx = context(["comment", "LAT-1", "--file", f"/dev/fd/{descriptor}"])
-    with CallersFiles(command, path, ctx, ["comment", "LAT-1", "--file", f"/dev/fd/{descriptor}"]) as files:
+    with CallersFiles.of_command(command, path, ctx, ["comment", "LAT-1", "--file", f"/dev/fd/{descriptor}"]) as files:
         [file] = files.described
         kept = Path(file["path"])
         assert kept.read_bytes() == content and kept.stat().st_mode & 0o777 == 0o600

@@ -23,9 +23,11 @@ from lattice_remote.protocol.messages import (
     Reply,
     Returned,
     Stored,
+    Welcome,
 )
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation, digest_of
 from lattice_remote.server.network.outbox import payload_of, websocket_frame
+from lattice_remote.server.project import skew
 from lattice_remote.server.project.skew import Dialect, dialect
 from lattice_remote.server.project.writer import WORKER_COMMAND
 
@@ -193,6 +195,17 @@ async def test_a_base_may_be_named_by_its_digest_by_who_names_the_capability(run
             outcomes.append(answer.code if isinstance(answer, Refused) else answer.outcome)  # type: ignore[union-attr]
         assert outcomes == ["stored", "REMOTE_STALE_BASE", "REMOTE_STALE_BASE", "REMOTE_VERSION"]
         assert (running.tree / plan).read_bytes() == b"# Mine\n"
+
+
+async def test_a_surface_that_lacks_its_package_is_not_offered(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(skew, "is_offered", lambda name: name != "mcp")
+    async with running.connected() as socket:
+        await socket.send(hello())
+        welcome = decode_server_frame(await socket.recv())
+    assert isinstance(welcome, Welcome)
+    assert set(welcome.capabilities) == set(CAPABILITIES) - {"call:mcp"}
 
 
 async def test_fields_of_the_future_are_ignored_and_frames_of_the_future_refused(running: Running) -> None:

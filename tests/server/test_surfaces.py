@@ -12,6 +12,7 @@ from worker_process import ANA, Copy, WorkerProcess, change_of, make_project, tr
 
 from lattice_remote.protocol.messages import Attachment, Refused, Returned
 from lattice_remote.server.data.ipc import Settle
+from lattice_remote.server.project.writer import WORKER_COMMAND
 
 NO_TASK = f"task_{'0' * 26}"
 
@@ -224,6 +225,26 @@ def test_what_half_succeeds_is_undone_as_a_whole(worker: WorkerProcess, task: st
     status, _ = returned(worker, "mcp", "lattice_archive", {"task_id": made, "actor": "human:ana"})
     assert status == 400
     assert tree_of(lattice) == before
+
+
+def test_nobody_pays_for_mcp_before_its_first_call(tmp_path: Path) -> None:
+    with WorkerProcess(make_project(tmp_path / "web"), command=WORKER_COMMAND) as worker:
+        maps = Path(f"/proc/{worker.pid}/maps")
+        worker.ok("create", "x", *ANA)
+        assert returned(worker, "dashboard", "/api/tasks", {"title": "x"})[0] == 201
+        assert "pydantic_core" not in maps.read_text()
+        assert returned(worker, "mcp", "lattice_create", {"title": "x", "actor": "human:ana"})[0] == 200
+        assert "pydantic_core" in maps.read_text()
+
+
+def test_a_server_without_the_package_says_what_to_install_there(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['mcp'] = None\n")
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project, environment={"PYTHONPATH": str(tmp_path)}) as worker:
+        answer = worker.call("mcp", "lattice_create", {"title": "x", "actor": "human:ana"})[1]
+        assert isinstance(answer, Refused) and answer.code == "REMOTE_UNSUPPORTED"
+        assert answer.message.endswith("install lattice-remote[mcp] on the server")
+        worker.ok("create", "commands go on", *ANA)
 
 
 def test_hooks_of_a_call_are_handed_to_the_server(tmp_path: Path) -> None:

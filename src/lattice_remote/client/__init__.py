@@ -15,6 +15,7 @@ Light, imported by every command of a remote project (standard library only):
     preferences   how one copy is kept
     quota         how large a server may make a cache
     runtime       where the agent's socket is
+    freshness     a cache is current before it is read, or it is said how old it is
     agent_client  the fast path: one line to the agent, one line back
 
 Heavy; each folder may import those below it:

@@ -32,7 +32,7 @@ _REGULAR_FILE_ONLY = {("attach",)}
 
 
 class CallersFiles:
-    """The one file that a command may name. Use it as a context; what was kept of a pipe is gone afterwards.
+    """The one file that a request may name. Use it as a context; what was kept of a pipe is gone afterwards.
 
     Attributes:
         argv: the command line, in which a file is an argument of its own.
@@ -42,20 +42,36 @@ class CallersFiles:
     Raises Misuse when a file can't be read.
     """
 
-    def __init__(
-        self, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
-    ) -> None:
+    def __init__(self, argv: Sequence[str] = ()) -> None:
         self.argv = list(argv)
         self.described: list[dict[str, Any]] = []
         self._spooled: list[str] = []
+
+    @classmethod
+    def of_command(
+        cls, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
+    ) -> Self:
+        """Return the file that a command line names."""
+        files = cls(argv)
         parameter = _PARAMETERS.get(path)
         source = ctx.params.get(parameter) if parameter else None
-        if parameter is None or not isinstance(source, str) or source.startswith(("http://", "https://")):
-            return
-        self.argv, index = _locate(command, parameter, source, self.argv, depth=len(path))
+        if parameter is not None and isinstance(source, str) and not _is_url(source):
+            files.argv, index = _locate(command, parameter, source, files.argv, depth=len(path))
+            files._add(index, source, only_regular=path in _REGULAR_FILE_ONLY)
+        return files
+
+    @classmethod
+    def of_value(cls, source: str | None) -> Self:
+        """Return the regular file that the one argument for a file names; none for a URL, or without the argument."""
+        files = cls()
+        if source is not None and not _is_url(source):
+            files._add(0, source, only_regular=True)
+        return files
+
+    def _add(self, index: int, source: str, *, only_regular: bool) -> None:
         name = (os.path.basename(source.rstrip(os.sep)) or "file")[:200]
         try:
-            content = self._content(source, only_regular=path in _REGULAR_FILE_ONLY)
+            content = self._content(source, only_regular=only_regular)
         except BaseException:
             self.close()
             raise
@@ -111,6 +127,10 @@ class CallersFiles:
                 data = file.read(_READ_BYTES)
             copy.flush()
             return place, os.fstat(copy.fileno())
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
 
 
 def identity(status: os.stat_result) -> list[int]:

@@ -16,6 +16,7 @@ import click
 
 from lattice_remote.client.agent_client import ask, ask_here, request, stay_connected
 from lattice_remote.client.callers_files import CallersFiles
+from lattice_remote.client.freshness import ensure_current
 from lattice_remote.client.guard import Guard
 from lattice_remote.errors import RemoteError, one_line
 
@@ -79,7 +80,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         if path in _ELSEWHERE:
             return _run_here(command, ctx, directory)
         if _is_read(path, ctx):
-            _ensure_current(directory)
+            ensure_current(directory, partial(click.echo, err=True), _progress())
             if path == ("dashboard",):
                 return _serve_dashboard(command, ctx, directory)
             _run_here(command, ctx, directory)
@@ -129,41 +130,13 @@ def _run_here(command: click.Command, ctx: click.Context, directory: str) -> Any
     return result
 
 
-def _ensure_current(directory: str) -> None:
-    """Bring the cache up to date if the server is in reach; else say, in one line, how old it is.
-
-    Raises:
-        RemoteError: the cache was never filled, so there is nothing to show.
-    """
-    answer = ask(request("ready", directory), _progress())
-    for notice in answer["notices"]:
-        click.echo(f"lattice-remote: {one_line(notice)}", err=True)
-    if answer["current"]:
-        return
-    if not answer["filled"]:
-        raise RemoteError(answer["message"], code=answer["code"])
-    age = "data of unknown age" if answer["age_s"] is None else f"data from {describe_age(answer['age_s'])} ago"
-    click.echo(f"lattice-remote: {one_line(answer['message'])}; showing {age} (change {answer['seq']})", err=True)
-
-
-def describe_age(age_s: float) -> str:
-    """Return an age in its largest fitting unit: ``8 s``, ``3 min``, ``5 h``, ``2 days``."""
-    if age_s < 120:
-        return f"{age_s:.0f} s"
-    if age_s < 7200:
-        return f"{age_s / 60:.0f} min"
-    if age_s < 172800:
-        return f"{age_s / 3600:.0f} h"
-    return f"{age_s / 86400:.0f} days"
-
-
 # --- there ---
 
 
 def _run_there(
     command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str, argv: list[str]
 ) -> None:
-    with CallersFiles(command, path, ctx, argv) as files:
+    with CallersFiles.of_command(command, path, ctx, argv) as files:
         # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
         asked = request("run", directory, id=os.urandom(16).hex(), argv=files.argv, files=files.described)
         asked["own_link"] = _waits(path, ctx)

@@ -7,7 +7,7 @@ import typer
 from lattice_remote.client import runtime
 from lattice_remote.client.agent_client import agent_enabled, ask_running_agent
 from lattice_remote.client.commands.shared import Json, print_result
-from lattice_remote.client.routing import describe_age
+from lattice_remote.client.freshness import describe_age
 
 __all__ = ["app", "running_agent"]
 

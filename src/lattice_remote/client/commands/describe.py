@@ -3,7 +3,7 @@
 from typing import Any
 
 from lattice_remote.client.commands.shared import count
-from lattice_remote.client.routing import describe_age
+from lattice_remote.client.freshness import describe_age
 
 __all__ = ["acting", "agent", "conflicts", "connection", "copy", "edits", "healed", "versions"]
 

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from lattice_remote.client.agent_client import ask, request
+from lattice_remote.client.agent_client import ask, ask_here, request
 from lattice_remote.errors import one_line
 
 __all__ = ["Answer", "call"]
@@ -22,14 +22,18 @@ class Answer:
 def call(directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None) -> Answer:
     """Have an operation carried out on the server; return once what it changed is in the files of ``directory``.
 
-    What the user should know besides is written to stderr. Safe to be called from several threads.
+    ``files`` are as ``CallersFiles`` describes them. What the user should know besides is written to stderr. Safe to
+    be called from several threads.
 
     Raises:
         RemoteError: it was refused, or the server is out of reach; the message says whether it may have taken effect.
     """
     # The id is made here, so that it is carried out once even if the agent is killed and asked again (I6).
     asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
-    answer = ask({**asked, "files": files or []})
+    asked["files"] = files or []
+    answer = ask(asked)
+    if answer.get("unreadable"):  # the agent has other rights, or sees other directories
+        answer = ask_here(asked)
     for notice in answer["notices"]:
         sys.stderr.write(f"lattice-remote: {one_line(notice)}\n")
     return Answer(answer["status"], answer["payload"])

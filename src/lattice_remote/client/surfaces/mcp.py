@@ -1,0 +1,133 @@
+"""Lattice's own MCP server, with its writes carried out on the projects' servers.
+
+Tools, schemas and resources are lattice's. A tool that reads runs here, on a cache that is up to date, under the guard;
+every other one is called on the server (``worker/surfaces/mcp.py``), and returns once its change is in the cache. Which
+project a call is about is found as lattice finds it, for each call: one that has no remote is worked on as ever.
+
+stdout carries the protocol alone.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import anyio.to_thread
+from lattice.mcp.server import mcp as lattices
+from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
+from mcp.types import ReadResourceRequest
+
+from lattice_remote.client.agent_client import stay_connected
+from lattice_remote.client.callers_files import CallersFiles
+from lattice_remote.client.freshness import ensure_current
+from lattice_remote.client.guard import Guard
+from lattice_remote.client.surfaces.calls import call
+from lattice_remote.errors import RemoteError
+
+__all__ = ["serve"]
+
+_READS = frozenset({"lattice_comments", "lattice_config", "lattice_list", "lattice_show"})
+"""Tools that only read the project. Any other may write: it goes to the server, which refuses what it does not know."""
+_FILES = {"lattice_attach": "source"}
+"""Which argument names a file of the caller, whose content travels with the call."""
+
+Arguments = dict[str, Any]
+
+
+def serve() -> None:
+    """Serve lattice's MCP server over stdin and stdout until stdin ends, or Ctrl-C."""
+    caches = _Caches()
+    for tool in lattices._tool_manager.list_tools():
+        tool.fn, tool.is_async = partial(_called, caches, tool.name, tool.fn), True
+    handlers = lattices._mcp_server.request_handlers
+    handlers[ReadResourceRequest] = partial(_read_resource, caches, handlers[ReadResourceRequest])
+    signal.signal(signal.SIGINT, _leave)
+    if (directory := _cache_of(None)) is not None:
+        _warm_up(directory)
+    with stay_connected():
+        lattices.run(transport="stdio")
+
+
+def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's signature
+    """End at once: a thread that waits for stdin can't be told to."""
+    os._exit(128 + number)
+
+
+def _warm_up(directory: str) -> None:
+    """Start the agent, and catch up, before somebody waits for it."""
+    try:
+        ensure_current(directory, _say)
+    except RemoteError as error:
+        _say(f"lattice-remote: {error.message}")
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+class _Caches:
+    """The caches that calls were about so far, each with the guard that watches it from then on."""
+
+    def __init__(self) -> None:
+        self._guards: dict[str, Guard] = {}
+
+    def prepare(self, directory: str) -> None:
+        """Bring a cache up to date, and let no tool that runs here write into it. Blocking.
+
+        Raises:
+            RemoteError: it was never filled.
+        """
+        if directory not in self._guards:
+            self._guards[directory] = Guard(directory)
+            self._guards[directory].start()
+        ensure_current(directory, _say)
+
+
+async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **arguments: Any) -> Any:
+    """Stand for one of lattice's tools: called with arguments that its schema has let pass."""
+    directory = _cache_of(arguments.get("lattice_root"))
+    if directory is None:
+        return tool(**arguments)
+    if _only_reads(name, arguments):
+        await anyio.to_thread.run_sync(caches.prepare, directory)
+        return tool(**arguments)
+    return await anyio.to_thread.run_sync(_call_there, directory, name, arguments)
+
+
+async def _read_resource(caches: _Caches, read: Callable[[Any], Any], request: Any) -> Any:
+    directory = _cache_of(None)
+    if directory is not None:
+        await anyio.to_thread.run_sync(caches.prepare, directory)
+    return await read(request)
+
+
+def _cache_of(lattice_root: str | None) -> str | None:
+    """Return the ``.lattice`` directory that a call is about, if it has a remote; lattice itself says what is wrong."""
+    try:
+        root = lattice_root or find_root()
+    except (LatticeRootError, OSError):
+        return None
+    directory = os.path.join(os.path.abspath(root), LATTICE_DIR) if root else None
+    return directory if directory and os.path.isfile(os.path.join(directory, "remote.json")) else None
+
+
+def _only_reads(name: str, arguments: Arguments) -> bool:
+    if name == "lattice_doctor":
+        return not arguments.get("fix")
+    return name in _READS
+
+
+def _call_there(directory: str, name: str, arguments: Arguments) -> Any:
+    """Have a tool called on the server; return what it returned there, or raise what it raised. Blocking."""
+    sent = {key: value for key, value in arguments.items() if key != "lattice_root" and value is not None}
+    with CallersFiles.of_value(sent.get(_FILES.get(name, ""))) as files:
+        answer = call(directory, "mcp", name, json.dumps(sent), files.described)
+    value = json.loads(answer.payload)
+    if answer.status >= 400:
+        raise ValueError(value["error"]["message"])  # which lattice's MCP server puts into its own words
+    return value["result"]
