@@ -24,6 +24,9 @@ class FaultProxy:
         self._refusing = False
         self._delay_s = 0.0
         self._cut_after: int | None = None
+        self.to_server = 0
+        """Bytes that were passed on to the server, ever."""
+        self.to_clients = 0
         self._swallowed: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._ended: asyncio.Event
@@ -153,5 +156,9 @@ class FaultProxy:
             if self._cut_after is not None:
                 self._cut_after -= len(data)
             writer.write(data)
+            if writer.get_extra_info("peername")[1] == self.target:
+                self.to_server += len(data)
+            else:
+                self.to_clients += len(data)
             await writer.drain()
         writer.transport.abort()

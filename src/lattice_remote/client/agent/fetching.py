@@ -50,7 +50,8 @@ class Fetching:
         self._lock = FileLock(self._cache.absolute(_LOCK), thread_local=False, mode=0o600)
         self._asked: set[str] = set()
         self._own: set[bytes] = set()  # digests that are being attached here: they need no fetching
-        self._seen: tuple[int, str] | None = None  # for which everything was done that is to be done
+        self._wishes = 0  # how often somebody has asked for something
+        self._seen: tuple[int, str, int] | None = None  # for which everything was done that is to be done
         self._looked_at: dict[str, Content | None] = {}  # which local files were compared, and with what
         self._misfits: dict[bytes, int] = {}
         self._not_before = 0.0
@@ -109,7 +110,7 @@ class Fetching:
 
     def wake(self) -> None:
         """Something may be to be done: a setting was changed, or somebody asks."""
-        self._seen = None
+        self._wishes += 1
         self._link.changed.notify()
 
     @contextlib.contextmanager
@@ -173,9 +174,9 @@ class Fetching:
         can_work = self._link.is_open and self._follower.is_following and time.monotonic() >= self._not_before
         return can_work and self._seen != self._state()
 
-    def _state(self) -> tuple[int, str]:
+    def _state(self) -> tuple[int, str, int]:
         replica = self._follower.replica
-        return replica.away_version, self.mode if replica.away else ""
+        return replica.away_version, self.mode if replica.away else "", self._wishes
 
     async def _work(self) -> None:
         """Fetch everything that is to be fetched now."""
