@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--project-dir", type=Path)
     parser.add_argument("--slug")
     parser.add_argument("--journal")
+    parser.add_argument("--plugin-commands")
     options = parser.parse_args()
     worker = FakeWorker(socket.socket(fileno=options.fd), options.project_dir)
     worker.ready()

@@ -55,8 +55,10 @@ class WriteRefused(RemoteError, PermissionError):
 class Guard:
     """Watches one ``.lattice`` directory between ``start()`` and ``stop()``; ``refused`` keeps the first refusal."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, *, plugins: str = "") -> None:
+        """``plugins`` are the words of the command that runs, where it is a plugin's."""
         self._directory = directory
+        self._plugins = plugins
         self._inside = tuple({os.path.abspath(directory) + os.sep, os.path.realpath(directory) + os.sep})
         self._allowed = tuple(prefix + "locks" + os.sep for prefix in self._inside)
         self._on = False
@@ -97,9 +99,16 @@ class Guard:
         return folder is not None and place.startswith(tuple(prefix + folder for prefix in self._inside))
 
     def _refuse(self, name: str) -> None:
-        refusal = WriteRefused(
-            f"this command writes {name}, but the project's files belong to its remote; "
-            "it can't run here (lattice remote show says where the remote is)"
-        )
+        where = os.path.relpath(os.path.abspath(name), os.path.abspath(self._directory))
+        if self._plugins:
+            refusal = WriteRefused(
+                f"'lattice {self._plugins}' is a plugin's and would write {where}, but the files here are a copy "
+                f"of the server's; if the server has the plugin too: lattice remote route {self._plugins}"
+            )
+        else:
+            refusal = WriteRefused(
+                f"this command writes {name}, but the project's files belong to its remote; "
+                "it can't run here (lattice remote show says where the remote is)"
+            )
         self.refused = self.refused or refusal
         raise refusal

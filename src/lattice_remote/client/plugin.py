@@ -5,10 +5,13 @@ has a ``.lattice/remote.json`` is anything else of this package imported.
 """
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["register", "remote_directory"]
 
@@ -58,6 +61,16 @@ class _RemoteCommand(click.Command):
         """Keep the arguments as they are."""
         ctx.args = list(args)
         return ctx.args
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
+        """Return what could stand here, by the Typer app: Click asks for it with the words before this one."""
+        from click.shell_completion import CompletionItem
+
+        from lattice_remote.client.commands.completion import completions
+
+        return [
+            CompletionItem(value, type=kind, help=help_) for value, kind, help_ in completions(ctx.args, incomplete)
+        ]
 
     def invoke(self, ctx: click.Context) -> Any:
         """Hand over to the Typer app, which exits by itself."""

@@ -18,6 +18,7 @@ from lattice_remote.client.agent_client import ask, ask_here, request, stay_conn
 from lattice_remote.client.callers_files import CallersFiles
 from lattice_remote.client.freshness import ensure_current
 from lattice_remote.client.guard import Guard
+from lattice_remote.client.settings import read_remote
 from lattice_remote.errors import RemoteError, one_line
 
 __all__ = ["hooked"]
@@ -79,6 +80,8 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
     try:
         if path in _ELSEWHERE:
             return _run_here(command, ctx, directory)
+        if _is_plugins(command) and " ".join(path) not in read_remote(directory).commands:
+            return _run_plugin(command, path, ctx, directory)
         if _is_read(path, ctx):
             ensure_current(directory, partial(click.echo, err=True), _progress())
             if path == ("dashboard",):
@@ -88,6 +91,11 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         return _run_there(command, path, ctx, directory, argv)
     except RemoteError as error:
         fail(error, is_json=bool(ctx.params.get("output_json")))
+
+
+def _is_plugins(command: click.Command) -> bool:
+    """Whether a command is none of lattice's own: what those do is known, or is for the server to know."""
+    return not getattr(command.callback, "__module__", "").startswith("lattice.")
 
 
 def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:
@@ -117,9 +125,18 @@ def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str)
         return _run_here(command, ctx, directory)
 
 
-def _run_here(command: click.Command, ctx: click.Context, directory: str) -> Any:
+def _run_plugin(command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str) -> Any:
+    """Run a plugin's command here, where it may read: on a copy that is as good as it can be had."""
+    try:
+        _ensure_current(directory)
+    except RemoteError as error:  # it may have nothing to do with the project's files
+        click.echo(f"lattice-remote: {one_line(error.message)}", err=True)
+    return _run_here(command, ctx, directory, plugins=" ".join(path))
+
+
+def _run_here(command: click.Command, ctx: click.Context, directory: str, *, plugins: str = "") -> Any:
     """Run under the guard; a refusal that the command swallowed is still an error in the end."""
-    guard = Guard(directory)
+    guard = Guard(directory, plugins=plugins)
     guard.start()
     try:
         result = command.invoke(ctx)

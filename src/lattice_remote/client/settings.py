@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lattice_remote.errors import Misuse, StorageError
 
-__all__ = ["REMOTE_FILE", "Remote", "check_name", "parse_url", "read_remote", "write_remote"]
+__all__ = ["REMOTE_FILE", "Remote", "check_command", "check_name", "parse_url", "read_remote", "write_remote"]
 
 REMOTE_FILE = "remote.json"
 _URL = re.compile(
@@ -15,6 +15,8 @@ _URL = re.compile(
     re.IGNORECASE,
 )
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_COMMAND = re.compile(r"[\w-]{1,50}(?: [\w-]{1,50}){0,3}")
+_MAX_COMMANDS = 256
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -28,6 +30,8 @@ class Remote:
     """The server: scheme, host and port, without a slash at the end."""
     project: str
     """The project's slug on that server."""
+    commands: tuple[str, ...] = ()
+    """Commands of lattice's plugins that run on the server, which has the plugins too: ``deploy note``, say."""
 
     @property
     def place(self) -> str:
@@ -76,6 +80,7 @@ def read_remote(directory: str) -> Remote:
         with open(path, "rb") as file:
             found = json.loads(file.read(65536))
         name, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
+        commands = tuple(check_command(command) for command in list(found.get("commands", []))[:_MAX_COMMANDS])
     except FileNotFoundError:
         raise Misuse("this project has no remote; add one with: lattice remote add origin URL --project SLUG") from None
     except OSError as error:
@@ -84,7 +89,7 @@ def read_remote(directory: str) -> Remote:
         raise StorageError(f"{path} is not valid; it needs name, url and project ({error})") from error
     if slug is None:
         raise StorageError(f"{path} names no project")
-    return Remote(name=name, url=url, project=slug)
+    return Remote(name=name, url=url, project=slug, commands=commands)
 
 
 def check_name(name: object) -> str:
@@ -98,13 +103,27 @@ def check_name(name: object) -> str:
     return name
 
 
+def check_command(command: object) -> str:
+    """Return a command's words if they may be some, each but one space from the next.
+
+    Raises:
+        Misuse: they may not.
+    """
+    if not isinstance(command, str) or not _COMMAND.fullmatch(command):
+        raise Misuse(f"not a command of lattice: {command!r}; its words without options, as in: deploy note")
+    return command
+
+
 def write_remote(directory: str, remote: Remote) -> None:
     """Write ``remote.json`` atomically.
 
     Raises:
         StorageError: it can't be written.
     """
-    text = json.dumps({"name": remote.name, "project": remote.project, "url": remote.url}, indent=2, sort_keys=True)
+    fields: dict[str, object] = {"name": remote.name, "project": remote.project, "url": remote.url}
+    if remote.commands:
+        fields["commands"] = remote.commands
+    text = json.dumps(fields, indent=2, sort_keys=True)
     path = os.path.join(directory, REMOTE_FILE)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:

@@ -30,7 +30,6 @@ app = typer.Typer(
     help="The server of lattice-remote: one Lattice board for many machines.\n\n"
     "lattice-remote init ./board; lattice-remote --data ./board project create web --code WEB; "
     "lattice-remote --data ./board start",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -160,7 +159,10 @@ def create_project(  # noqa: PLR0917 - Typer calls it
 
 @_projects.command("list")
 def list_projects(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
-    """List the projects with their numbers of tasks."""
+    """List the projects with their numbers of tasks.
+
+    Example: lattice-remote project list --json
+    """
     target = _data(context, data)
     target.config()
     summaries = [target.summary(slug) for slug in [*target.slugs(), *target.archived_slugs()]]
@@ -261,7 +263,10 @@ def create_token(  # noqa: PLR0917 - Typer calls it
 
 @_tokens.command("list")
 def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
-    """List the tokens; their texts are not known here."""
+    """List the tokens; their texts are not known here.
+
+    Example: lattice-remote token list
+    """
     target = _data(context, data)
     target.config()
     tokens, uses = TokenFile(target.tokens).read(), read_last_uses(target.tokens_used)

@@ -60,7 +60,9 @@ class Hub:
         """Counts who comes in."""
         limits = self.config.limits
         self._bounds = bounds or Bounds(command_s=limits.command_seconds, per_token=limits.requests_per_token)
-        self._worker_command = (*worker_command, "--journal", msgspec.json.encode(self.config.journal).decode())
+        settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
+        given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
+        self._worker_command = (*worker_command, *given)
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)
         self._tokens_error = ""  # what was logged last, so that it is logged once

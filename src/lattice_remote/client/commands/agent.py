@@ -16,7 +16,10 @@ app = typer.Typer(name="agent", help="The background agent of this user.", no_ar
 
 @app.command(name="status")
 def agent_status(as_json: Json = False) -> None:
-    """Say whether the agent runs, and which copies it looks after."""
+    """Say whether the agent runs, and which copies it looks after.
+
+    Example: lattice remote agent status
+    """
     answer = running_agent()
     if as_json:
         print_result({"running": answer is not None, **(answer or {})})
@@ -34,7 +37,10 @@ def agent_status(as_json: Json = False) -> None:
 
 @app.command(name="stop")
 def agent_stop() -> None:
-    """End the agent; the next command starts a new one."""
+    """End the agent; the next command starts a new one.
+
+    Example: lattice remote agent stop
+    """
     answer = ask_running_agent({"do": "agent-stop"})
     typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
 

@@ -18,7 +18,10 @@ app = typer.Typer()
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Say whether the copy is connected and current, and how that is known."""
+    """Say whether the copy is connected and current, and how that is known.
+
+    Example: lattice remote status --json
+    """
     directory, found = here()
     answer = ask(request("status", directory))
     try:
@@ -50,7 +53,10 @@ def status(as_json: Json = False) -> None:
 
 @app.command()
 def pull(as_json: Json = False) -> None:
-    """Bring the copy up to date now."""
+    """Bring the copy up to date now.
+
+    Example: lattice remote pull
+    """
     directory, _ = here()
     with progress("fetching") as show:
         answer = ask(request("pull", directory), show)
@@ -62,7 +68,10 @@ def pull(as_json: Json = False) -> None:
 
 @app.command()
 def push(as_json: Json = False) -> None:
-    """Send edited plans and notes now."""
+    """Send edited plans and notes now.
+
+    Example: lattice remote push
+    """
     directory, _ = here()
     answer = ask(request("push", directory))
     if as_json:
@@ -80,7 +89,10 @@ def push(as_json: Json = False) -> None:
 
 @app.command()
 def sync(as_json: Json = False) -> None:
-    """Compare every file with the server's and mend what differs."""
+    """Compare every file with the server's and mend what differs.
+
+    Example: lattice remote sync
+    """
     directory, _ = here()
     with progress("comparing") as show:
         answer = ask(request("sync", directory), show)
@@ -111,7 +123,10 @@ def _tell_away(answer: dict[str, Any]) -> None:
 
 @app.command()
 def verify(as_json: Json = False) -> None:
-    """Compare every file with the server's; change nothing. Exits with 1 when anything differs."""
+    """Compare every file with the server's; change nothing. Exits with 1 when anything differs.
+
+    Example: lattice remote verify --json
+    """
     directory, _ = here()
     with progress("comparing") as show:
         answer = ask(request("verify", directory), show)

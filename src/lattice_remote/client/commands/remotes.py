@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from typing import Annotated
 
@@ -22,7 +23,7 @@ from lattice_remote.client.commands.shared import (
     request,
 )
 from lattice_remote.client.commands.tokens import ask_for_token
-from lattice_remote.client.settings import Remote, parse_url, write_remote
+from lattice_remote.client.settings import check_command, parse_url, write_remote
 from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = ["app"]
@@ -73,7 +74,10 @@ def add(
 
 @app.command()
 def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
-    """Show where the remote is and how the copy stands."""
+    """Show where the remote is and how the copy stands.
+
+    Example: lattice remote show
+    """
     directory, found = here(name)
     status = ask(request("status", directory))
     if as_json:
@@ -91,7 +95,7 @@ def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> 
 def set_url(
     name: str,
     url: str,
-    project: Annotated[str | None, typer.Option()] = None,
+    project: Annotated[str | None, typer.Option(help="The project's slug there, if it is another.")] = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -102,15 +106,46 @@ def set_url(
     directory, found = here(name)
     new_url, slug = parse_url(url, project)
     servers.record(servers.name(new_url, insecure=insecure, ca_file=ca_file))
-    write_remote(directory, Remote(found.name, new_url, slug or found.project))
+    write_remote(directory, dataclasses.replace(found, url=new_url, project=slug or found.project))
     typer.echo(
         f"{found.name} is now {new_url} {slug or found.project}; the copy is compared with it when it is next used."
     )
 
 
 @app.command()
+def route(
+    words: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="A plugin's command: its words.")] = None,
+    local: Annotated[bool, typer.Option("--local", help="Run it here again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a command of a lattice plugin on the server, which must have the plugin too. Without one: list them.
+
+    Kept in .lattice/remote.json, for everybody who has this directory. The server's administrator allows the command
+    under "plugin_commands" in its config.json.
+
+    Example: lattice remote route deploy note
+    """
+    directory, found = here()
+    if words:
+        command = check_command(" ".join(words))
+        others = tuple(known for known in found.commands if known != command)
+        found = dataclasses.replace(found, commands=others if local else (*others, command))
+        write_remote(directory, found)
+    if as_json:
+        print_result({"commands": list(found.commands)})
+    elif words:
+        typer.echo(f"lattice {command} runs {'here' if local else 'on the server'} from now on.")
+    else:
+        for command in found.commands:
+            typer.echo(command)
+
+
+@app.command()
 def remove(name: str) -> None:
-    """Take the remote and its copy out of this directory. Refused while something is only here."""
+    """Take the remote and its copy out of this directory. Refused while something is only here.
+
+    Example: lattice remote remove origin
+    """
     directory, found = here(name)
     _require_nothing_else_of_ours(directory)
     adding.remove_remote(directory, found)

@@ -78,7 +78,10 @@ def trust(
 
 @app.command()
 def logout(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
-    """Forget this user's token; with the last one, that the server was ever named."""
+    """Forget this user's token; with the last one, that the server was ever named.
+
+    Example: lattice remote logout https://board.example.org
+    """
     server_url, slug = _server_and_slug(url)
     gone = credentials.forget(server_url, slug)
     if not credentials.is_known(server_url):

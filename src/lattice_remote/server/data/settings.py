@@ -11,6 +11,7 @@ from msgspec import Meta
 
 __all__ = ["Config", "Journal", "Limits", "Tls"]
 
+_Command = Annotated[str, Meta(pattern=r"^[\w-]{1,50}( [\w-]{1,50}){0,3}$")]
 _Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 _Bytes = Annotated[int, Meta(ge=1, le=1 << 40)]
 
@@ -86,6 +87,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Whether a project that a client pushes may bring hooks of its own."""
     journal: Journal = Journal()
     limits: Limits = Limits()
+    plugin_commands: Annotated[list[_Command], Meta(max_length=256)] = []
+    """Commands of this server's own lattice plugins that clients may run, as ``deploy note``."""
     tls: Tls = Tls()
     trusted_proxies: list[str] = []
     """Addresses and networks whose X-Forwarded-For is believed."""

@@ -15,7 +15,7 @@ import click
 from lattice_remote.server.worker.actors import Identity, check_actor
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
 
-__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "check_new_task", "parse"]
+__all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "check_new_task", "not_of_plugins", "parse"]
 
 MAX_TEXT_BYTES = 1024 * 1024
 _MISPLACED = "a file was attached to an argument that takes none"
@@ -103,7 +103,13 @@ class Command:
 
 
 def parse(
-    cli: click.Group, argv: Sequence[str], identity: Identity, *, files: Collection[str], lattice_dir: Path
+    cli: click.Group,
+    argv: Sequence[str],
+    identity: Identity,
+    *,
+    files: Collection[str],
+    lattice_dir: Path,
+    plugin_commands: Collection[str] = (),
 ) -> Command:
     """Take a command line apart and check all of it; nothing is run, nothing but a session's file is read.
 
@@ -113,6 +119,7 @@ def parse(
         identity: who asks.
         files: the private paths at which the caller's files were put.
         lattice_dir: the project's ``.lattice``.
+        plugin_commands: what the administrator allows of the server's own plugins.
 
     Raises:
         Rejected: REMOTE_UNSUPPORTED for a command or an argument that can't be used in a remote project,
@@ -128,9 +135,10 @@ def parse(
         return Command("", {})
     if path is None:
         return Command("", {})
-    kinds = ROUTED.get(path)
+    is_allowed = path in plugin_commands and _is_plugins(cli, path)
+    kinds = ROUTED.get(path) or (_kinds_of_plugins(cli, path) if is_allowed else None)
     if kinds is None:
-        raise unsupported(f"'lattice {path}' can't run on the server")
+        raise unsupported(_why_not(cli, path))
     _check_files(path, values, kinds, files)
     for name, given in values.items():
         kind = kinds.get(name)
@@ -169,11 +177,65 @@ def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tu
         if rest[0] in files:
             raise unsupported(_MISPLACED)
         if command.get_command(context, rest[0]) is None:
-            raise unsupported(f"the server's lattice has no command {shown(' '.join([*words, rest[0]]))}")
+            missing = shown(" ".join([*words, rest[0]]))
+            raise unsupported(f"the server's lattice has no command {missing}: a plugin must be installed there too")
         word, found, argv = command.resolve_command(context, rest)
         assert word is not None and found is not None, "resolve_command raises when there is no such command"
         words.append(word)
         command = found
+
+
+# --- commands of plugins ---
+
+
+def not_of_plugins(cli: click.Group, paths: Iterable[str]) -> list[str]:
+    """Return those that are no commands of plugins: lattice's own, or not there."""
+    return [path for path in paths if not _is_plugins(cli, path)]
+
+
+def _is_plugins(cli: click.Group, path: str) -> bool:
+    command = _command_at(cli, path)
+    return command is not None and not getattr(command.callback, "__module__", "").startswith("lattice.")
+
+
+def _why_not(cli: click.Group, path: str) -> str:
+    if not _is_plugins(cli, path):
+        return f"'lattice {path}' can't run on the server"
+    return (
+        f"'lattice {path}' can't run on the server: it is a plugin's, which its administrator has to allow, with "
+        f'"plugin_commands": ["{path}"] in config.json'
+    )
+
+
+@cache
+def _kinds_of_plugins(cli: click.Group, path: str) -> Mapping[str, Kind]:
+    """Return what the parameters of a plugin's command are: texts, and the two with which lattice names who acts.
+
+    Raises:
+        Rejected: one of them is a file, which would be the server's.
+    """
+    known = {"actor": Kind.ACTOR, "session_name": Kind.SESSION}
+    kinds: dict[str, Kind] = {}
+    command = _command_at(cli, path)
+    assert command is not None, "it was found to be a plugin's"
+    for parameter in command.params:
+        if any(isinstance(part, click.Path | click.File) for part in _parts(parameter.type)):
+            raise unsupported(
+                f"'lattice {path}' takes a file, {parameter.name}: such a plugin's can't run on the server"
+            )
+        kinds[parameter.name or ""] = known.get(parameter.name or "", Kind.TEXT)
+    return kinds
+
+
+def _parts(kind: Any) -> Sequence[Any]:
+    return kind.types if isinstance(kind, click.Tuple) else (kind,)
+
+
+def _command_at(cli: click.Group, path: str) -> click.Command | None:
+    command: click.Command | None = cli
+    for word in path.split():
+        command = command.commands.get(word) if isinstance(command, click.Group) else None
+    return None if isinstance(command, click.Group) else command
 
 
 @cache

@@ -28,11 +28,13 @@ from lattice_remote.server.tree.manifest import SyncFailed
 from lattice_remote.server.worker.committer import Committer, Job
 from lattice_remote.server.worker.confinement import code_directories, prepare_scratch
 from lattice_remote.server.worker.executor import Executor
+from lattice_remote.server.worker.policy import not_of_plugins
 from lattice_remote.server.worker.recovery import open_store
 from lattice_remote.server.worker.requests import Worker
 
 __all__ = ["main"]
 
+_NOT_A_PLUGINS = 'config.json allows "{}", which is no command of a plugin that is installed here'
 _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
@@ -61,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--project-dir", type=Path, required=True)
     parser.add_argument("--slug", required=True)
     parser.add_argument("--journal", default="{}", help="settings, as in config.json")
+    parser.add_argument("--plugin-commands", default="[]", help="likewise")
     options = parser.parse_args(arguments)
     # The server tells when to leave; a signal to the whole process group must not cut a command off.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -70,7 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     connection = socket.socket(fileno=options.fd)
     committer = Committer(connection)
     try:
-        return _serve(options.project_dir.resolve(), connection, committer, _retention(options.journal))
+        plugin_commands = msgspec.json.decode(options.plugin_commands, type=list[str])
+        retention = _retention(options.journal)
+        return _serve(options.project_dir.resolve(), connection, committer, retention, plugin_commands)
     except SyncFailed as error:
         _log.exception("the disk could not keep what was written")
         committer.submit(Job(Failed(f"the server's disk could not keep what was written: {error}")))
@@ -86,12 +91,19 @@ def _retention(settings: str) -> Retention:
     return Retention(journal.max_bytes, journal.max_age_days * 24 * 3600.0, journal.segment_bytes)
 
 
-def _serve(project: Path, connection: socket.socket, committer: Committer, retention: Retention) -> int:
+def _serve(
+    project: Path,
+    connection: socket.socket,
+    committer: Committer,
+    retention: Retention,
+    plugin_commands: list[str],
+) -> int:
     code = code_directories(project)
     scratch = prepare_scratch(project)
     opened = open_store(project, scratch, committer, code=code, retention=retention)
-    worker = Worker(project, scratch, opened.store, Executor(project, lazy=opened.can_repair), committer)
-    worker.ready(opened.notes)
+    executor = Executor(project, lazy=opened.can_repair)
+    worker = Worker(project, scratch, opened.store, executor, committer, plugin_commands=plugin_commands)
+    worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
     gc.collect()
     gc.freeze()  # what was loaded so far stays: no collection need look at it again
     for message in _messages(connection):

@@ -1,6 +1,6 @@
 """One project's requests, carried out in order, each of them once (I1, I6)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -54,9 +54,20 @@ class Worker:
         project: the project's directory, a real path.
         scratch: a private directory, a real path; emptied after each command.
         store, executor, committer: see there.
+        plugin_commands: what the administrator allows of the plugins that are installed beside this lattice.
     """
 
-    def __init__(self, project: Path, scratch: Path, store: Store, executor: Executor, committer: Committer) -> None:
+    def __init__(
+        self,
+        project: Path,
+        scratch: Path,
+        store: Store,
+        executor: Executor,
+        committer: Committer,
+        *,
+        plugin_commands: Collection[str] = (),
+    ) -> None:
+        self._plugin_commands = plugin_commands
         self._paths = ProjectPaths(project)
         self._lattice_dir = self._paths.lattice
         self._scratch = scratch
@@ -164,7 +175,12 @@ class Worker:
             attached = self._attach(request, request.argv)
             identity = self._identity(request)
             command = parse(
-                self._executor.cli, attached.argv, identity, files=attached.paths, lattice_dir=self._lattice_dir
+                self._executor.cli,
+                attached.argv,
+                identity,
+                files=attached.paths,
+                lattice_dir=self._lattice_dir,
+                plugin_commands=self._plugin_commands,
             )
             self._runner.carry_out(self._command(request, command, attached))
         finally:
