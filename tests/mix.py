@@ -252,8 +252,9 @@ class Mix:
         return Command(argv, Effect(word, "artifact_attached"))
 
     def _resource(self, rng: random.Random, word: str) -> Command:
-        if not self._resources:
-            argv: tuple[str, ...] = ("resource", "create", f"res-{word}", "--max-holders", "50", *self._by(word))
+        if not self._resources or (len(self._resources) < 3 and rng.random() < 0.2):
+            holders = "50" if rng.random() < 0.7 else "1"
+            argv: tuple[str, ...] = ("resource", "create", f"res-{word}", "--max-holders", holders, *self._by(word))
             return Command(argv, Effect(word, "resource_created"), lambda _out: self._resources.append(f"res-{word}"))
         if self._held and rng.random() < 0.5:
             what = rng.choice(["release", "heartbeat"])
@@ -261,12 +262,20 @@ class Mix:
             argv = ("resource", what, resource, *self._by(holder))
             return Command(argv, Effect(holder, {"release": "resource_released"}.get(what, "resource_heartbeat")))
         resource = rng.choice(self._resources)
-        argv = ("resource", "acquire", resource, *self._by(word))
+        wait = ("--wait", "--timeout", "1") if rng.random() < 0.5 else ()
+        argv = ("resource", "acquire", resource, *wait, *self._by(word))
         return Command(argv, Effect(word, "resource_acquired"), lambda _out: self._held.append((resource, word)))
 
     def _session(self, rng: random.Random, word: str) -> Command:
-        if self._sessions and rng.random() < 0.5:
-            name = self._sessions.pop()
+        """Start one, act as one or end it: one's own mostly, or somebody else's, which is refused."""
+        person = word.split("x")[1]
+        own = [name for name in self._sessions if name.startswith(f"Sw{self.seed}x{person}x")]
+        name = rng.choice(own if own and rng.random() < 0.8 else self._sessions) if self._sessions else None
+        if name is not None and rng.random() < 0.3:
+            return Command(("comment", rng.choice(self._tasks), f"as {name}", "--name", name), None)
+        if name is not None and rng.random() < 0.5:
+            if name in own:
+                self._sessions.remove(name)
             return Command(("session", "end", name), Effect(name, "session_ended"))
         argv = ("session", "start", "--name", f"S{word}", "--model", "m", "--framework", "f", "--quiet")
         return Command(argv, Effect(f"S{word}", "session_started"), lambda out: self._sessions.append(out.strip()))
