@@ -7,7 +7,7 @@ prepares the ground stands beside what it is for. ``{...}`` is filled in on each
 
 from collections.abc import Mapping, Sequence
 
-__all__ = ["EXCEPTIONS", "LOCAL", "ROWS", "UNORDERED", "Line"]
+__all__ = ["EXCEPTIONS", "LOCAL", "ROWS", "SAID_BESIDES", "UNORDERED", "Line"]
 
 Line = tuple[str, ...]
 
@@ -364,3 +364,6 @@ EXCEPTIONS: Mapping[str, str] = {
 
 UNORDERED = {"stats", "weather"}
 """They list what is equal by their measure in the order in which the directory happens to name it."""
+
+SAID_BESIDES: Mapping[str, str] = {"init": "a copy of project board"}
+"""Commands to which a remote project adds a line of its own, and what that says."""

@@ -40,6 +40,9 @@ Progress = Callable[[dict[str, Any]], None]
 """Called with ``{"what": ..., "done": n, "total": n}`` while something takes its time."""
 
 
+_was_said = False
+
+
 class _AgentLost(Exception):
     """The agent left, or was killed, before it answered."""
 
@@ -69,7 +72,8 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
     for _ in range(_ATTEMPTS):
         try:
             stream = _connect(runtime.locate()) or _start()
-        except (StorageError, OSError):
+        except (StorageError, OSError) as error:
+            _say_that_there_is_none(error)
             return ask_here(request, on_progress)  # no place for a socket: do the same steps here
         try:
             return raise_error(_exchange(stream, request, on_progress))
@@ -166,6 +170,18 @@ def _connect(place: runtime.Runtime) -> socket.socket | None:
         stream.close()
         return None
     return stream
+
+
+def _say_that_there_is_none(error: OSError | StorageError) -> None:
+    """Once in a process: a program may ask thousands of times."""
+    global _was_said  # noqa: PLW0603 - of the process, as its stderr is
+    if not _was_said:
+        _was_said = True
+        why = error.message if isinstance(error, StorageError) else error
+        sys.stderr.write(
+            f"lattice-remote: no background agent ({why}): commands do without it, more slowly; "
+            f"{runtime.DIRECTORY_ENV} can name a directory for it, {AGENT_ENV}=off says that there is to be none\n"
+        )
 
 
 def _silent() -> str:

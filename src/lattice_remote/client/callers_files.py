@@ -57,6 +57,8 @@ class CallersFiles:
         source = ctx.params.get(parameter) if parameter else None
         if parameter is not None and isinstance(source, str) and not _is_url(source):
             files.argv, index = _locate(command, parameter, source, files.argv, depth=len(path))
+            # A name that is no UTF-8 can't travel, and need not.
+            files.argv[index] = os.fsencode(source).decode(errors="replace")
             files._add(index, source, only_regular=path in _REGULAR_FILE_ONLY)
         return files
 

@@ -46,7 +46,7 @@ def remote_directory() -> str | None:
         return None  # lattice itself says what is wrong
     if root is None:
         return None
-    directory = os.path.join(root, LATTICE_DIR)
+    directory = os.path.abspath(os.path.join(root, LATTICE_DIR))  # LATTICE_ROOT may be relative; the agent is elsewhere
     return directory if os.path.isfile(os.path.join(directory, "remote.json")) else None
 
 

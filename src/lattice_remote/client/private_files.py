@@ -51,12 +51,12 @@ def read(path: str, what: str) -> dict[str, Any]:
             _require_private(path, os.fstat(handle))
             found = json.loads(file.read(MAX_BYTES + 1))[what]
         return dict(found.items())
-    except FileNotFoundError:
-        return {}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # a home may also be /dev/null
     except OSError as error:
         if os.path.islink(path):
             raise StorageError(f"{path} is a link; put the file itself in its place") from None
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        raise StorageError(f"cannot read {path}: {error.strerror}; XDG_CONFIG_HOME can name another place") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise StorageError(f"{path} is not valid; mend it, or remove it and name your servers again") from None
 
@@ -82,7 +82,10 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
     except Timeout:
         raise StorageError(f"another command holds on to {path}; try again") from None
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; XDG_CONFIG_HOME can name another place, and LATTICE_TOKEN with "
+            "LATTICE_REMOTE_URL do without one"
+        ) from error
 
 
 def _replace(path: str, content: dict[str, Any]) -> None:

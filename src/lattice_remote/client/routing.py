@@ -6,6 +6,7 @@ library only, plus what lattice itself has imported.
 
 import atexit
 import base64
+import contextlib
 import copy
 import os
 import sys
@@ -78,6 +79,8 @@ def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: 
 
 def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str], ctx: click.Context) -> Any:
     try:
+        if path == ("init",):
+            _say_where_init_is(ctx.params["target_path"], directory)
         if path in _ELSEWHERE:
             return _run_here(command, ctx, directory)
         if _is_plugins(command) and " ".join(path) not in read_remote(directory).commands:
@@ -96,6 +99,23 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
 def _is_plugins(command: click.Command) -> bool:
     """Whether a command is none of lattice's own: what those do is known, or is for the server to know."""
     return not getattr(command.callback, "__module__", "").startswith("lattice.")
+
+
+def _say_where_init_is(target: str, directory: str) -> None:
+    """A new project within a copy of another one, or in its place, is hardly what is meant: say how it is."""
+    root = os.path.realpath(os.path.dirname(directory))
+    inside = os.path.commonpath([root, os.path.realpath(target)]) == root
+    has_one = os.path.isdir(os.path.join(target, ".lattice"))
+    if not inside or (has_one and os.path.realpath(target) != root):
+        return
+    with contextlib.suppress(RemoteError):  # of a remote.json that is damaged, whatever uses it tells
+        remote = read_remote(directory)
+        this = f"a copy of project {remote.project} on {remote.url}"
+        if has_one:
+            notice = f"this is {this}: there is nothing to initialise, any lattice command brings its files"
+        else:
+            notice = f"around this is {root}, {this}; here begins a project of its own, which nobody else sees"
+        click.echo(f"lattice-remote: {one_line(notice)}", err=True)
 
 
 def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:

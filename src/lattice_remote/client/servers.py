@@ -71,7 +71,7 @@ def record(server: Server) -> None:
     """Keep a server; what it does not say stays as it was recorded before.
 
     Raises:
-        StorageError: ``servers.json`` can't be read or written.
+        StorageError: ``servers.json`` can't be read or written, and ``LATTICE_REMOTE_URL`` does not name that server.
     """
 
     def with_it(found: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +79,11 @@ def record(server: Server) -> None:
         fields = asdict(merged)
         return {**found, fields.pop("url"): fields}
 
-    private_files.change(servers_path(), _WHAT, with_it)
+    try:
+        private_files.change(servers_path(), _WHAT, with_it)
+    except StorageError:
+        if from_environment(os.environ.get(URL_ENV)) != server:
+            raise
 
 
 def forget(url: str) -> None:

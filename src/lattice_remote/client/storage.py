@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lattice_remote.client.agent_client import ask
+from lattice_remote.client.agent_client import ask, request
 from lattice_remote.client.settings import read_remote
 from lattice_remote.errors import ConnectionFailed, as_told
 from lattice_remote.storage.events import plain
@@ -140,14 +140,10 @@ class RemoteStorage:
         return LocalStorage(self._root)
 
     def _ready(self) -> dict[str, Any]:
-        answer = ask(self._request("ready"))
+        answer = ask(request("ready", self._directory))
         for notice in answer["notices"]:
             _warn(notice)
         return answer
-
-    def _request(self, do: str, **fields: Any) -> dict[str, Any]:
-        token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
-        return {"do": do, "directory": self._directory, "token": token, "named": named, **fields}
 
     # --- the server ---
 
@@ -176,7 +172,9 @@ class RemoteStorage:
         """
         payload = json.dumps(values, ensure_ascii=False)
         id_ = os.urandom(16).hex()  # made here: an agent that ends half way is asked again, and the server runs it once
-        returned = ask(self._request("call", id=id_, surface="storage", name=name, payload=payload, files=[]))
+        returned = ask(
+            request("call", self._directory, id=id_, surface="storage", name=name, payload=payload, files=[])
+        )
         for notice in returned["notices"]:
             _warn(notice)
         try:

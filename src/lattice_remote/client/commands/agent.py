@@ -8,6 +8,7 @@ from lattice_remote.client import runtime
 from lattice_remote.client.agent_client import agent_enabled, ask_running_agent
 from lattice_remote.client.commands.shared import Json, print_result
 from lattice_remote.client.freshness import describe_age
+from lattice_remote.errors import StorageError
 
 __all__ = ["app", "running_agent"]
 
@@ -24,9 +25,7 @@ def agent_status(as_json: Json = False) -> None:
     if as_json:
         print_result({"running": answer is not None, **(answer or {})})
     elif answer is None:
-        place = runtime.locate()
-        why = "switched off" if not agent_enabled() else f"it starts with the next command; log: {place.log}"
-        typer.echo(f"The agent is not running ({why}).")
+        typer.echo(f"The agent is not running ({_why_not()}).")
     else:
         typer.echo(f"pid {answer['pid']}, version {answer['version']}, up {describe_age(answer['uptime_s'])}")
         typer.echo(f"socket {answer['socket']}, log {answer['log']}")
@@ -43,6 +42,17 @@ def agent_stop() -> None:
     """
     answer = ask_running_agent({"do": "agent-stop"})
     typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
+
+
+def _why_not() -> str:
+    if not agent_enabled():
+        return "switched off"
+    place = runtime.locate()
+    try:
+        runtime.prepare(place)
+    except StorageError as error:
+        return f"there is no place for it: {error.message}"
+    return f"it starts with the next command; log: {place.log}"
 
 
 def running_agent() -> dict[str, Any] | None:

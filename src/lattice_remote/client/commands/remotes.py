@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import os
 from typing import Annotated
 
 import typer
@@ -20,6 +19,7 @@ from lattice_remote.client.commands.shared import (
     here,
     print_result,
     progress,
+    project_directory,
     request,
 )
 from lattice_remote.client.commands.tokens import ask_for_token
@@ -48,7 +48,7 @@ def add(
 
     Example: lattice remote add origin https://board.example.org --project web
     """
-    root = os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
+    root = project_directory()
     server_url, slug = parse_url(url, project)
     server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
     servers.admit(server_url, server)  # before anything is asked for

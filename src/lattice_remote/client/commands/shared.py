@@ -26,6 +26,7 @@ __all__ = [
     "print_json",
     "print_result",
     "progress",
+    "project_directory",
     "request",
 ]
 
@@ -46,7 +47,25 @@ def lattice_directory() -> str | None:
         root = find_root()
     except LatticeRootError as error:
         raise Misuse(str(error)) from error
-    return None if root is None else os.path.join(root, ".lattice")
+    except FileNotFoundError:
+        raise _nowhere() from None
+    return None if root is None else os.path.abspath(os.path.join(root, ".lattice"))
+
+
+def project_directory() -> str:
+    """Return where a new project would be: the current directory, or what ``LATTICE_ROOT`` names.
+
+    Raises:
+        Misuse: there is none.
+    """
+    try:
+        return os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
+    except FileNotFoundError:
+        raise _nowhere() from None
+
+
+def _nowhere() -> Misuse:
+    return Misuse("the current directory was removed; go to another one")
 
 
 def here(name: str = "") -> tuple[str, Remote]:

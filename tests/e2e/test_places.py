@@ -1,0 +1,294 @@
+"""Directories and environments of every kind: each works, or says in one line why not and what to do."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sandbox import BIN, Client, Sandbox, Server, differences, wait_for
+
+pytestmark = pytest.mark.e2e
+
+ANA = ("--actor", "human:ana")
+INIT = ("init", "--project-code", "NEW", *ANA, "--no-setup-claude", "--no-setup-agents", "--no-seed")
+
+
+@pytest.fixture
+def clone(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> Client:
+    """What ``git clone`` leaves of a project with a remote: its address, and nothing else."""
+    return fresh(shared_board[1], tmp_path / "clone")
+
+
+def fresh(ana: Client, directory: Path) -> Client:
+    other = ana.elsewhere(directory)
+    other.lattice_dir.mkdir()
+    shutil.copy(ana.lattice_dir / "remote.json", other.lattice_dir)
+    return other
+
+
+def works_in(client: Client, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    """A write is there for a read that follows, and for the server."""
+    made = client.run("create", "Here too", *ANA, "--quiet", cwd=cwd, env=env)
+    assert (made.returncode, made.stderr) == (0, "")
+    listed = client.run("list", "--quiet", cwd=cwd, env=env)
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert made.stdout.strip() in listed.stdout.split()
+
+
+def says(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> None:
+    """It ends with one line that has all these words."""
+    assert done.returncode == code, done
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+# --- directories ---
+
+
+def test_init_in_a_fresh_clone_says_what_it_is_and_leaves_it_as_it_is(clone: Client) -> None:
+    for _ in range(2):
+        done = clone.run(*INIT)
+        says(done, "this is a copy of project board", "nothing to initialise", code=0)
+        assert done.stdout == "Lattice already initialized in .lattice/\n"
+        assert json.loads((clone.lattice_dir / "remote.json").read_text())["project"] == "board"
+        works_in(clone)
+
+
+def test_init_below_a_copy_makes_a_project_of_its_own_and_says_so(clone: Client) -> None:
+    works_in(clone)
+    inner = clone.dir / "in" / "here"
+    inner.mkdir(parents=True)
+    done = clone.run(*INIT, cwd=inner)
+    says(done, "around this is", "a project of its own, which nobody else sees", code=0)
+    assert clone.run("create", "Only here", *ANA, cwd=inner).stdout.startswith("Created task NEW-1")
+    assert "Only here" not in clone.ok("list")
+    works_in(clone, cwd=clone.dir / "in")
+    assert not (inner / ".lattice" / "remote.json").exists()
+
+
+def test_a_copy_within_a_local_project_is_a_copy(clone: Client) -> None:
+    outer = clone.elsewhere(clone.dir.parent)
+    assert outer.run(*INIT).returncode == 0
+    works_in(clone)
+    assert "NEW-1" in outer.ok("create", "Around it", *ANA)
+    assert "Around it" not in clone.ok("list")
+
+
+def test_deep_below_and_with_files_of_there(clone: Client) -> None:
+    deep = clone.dir / "a" / "b" / "c"
+    deep.mkdir(parents=True)
+    works_in(clone, cwd=deep)
+    (deep / "notes.txt").write_text("from below")
+    task = clone.ok("create", "With a file", *ANA, "--quiet").strip()
+    attached = clone.run("attach", task, "../c/notes.txt", *ANA, "--json", cwd=deep)
+    artifact = json.loads(attached.stdout)["data"]["id"]
+    (payload,) = (clone.lattice_dir / "artifacts" / "payload").glob(f"{artifact}*")
+    assert payload.read_text() == "from below"
+
+
+def test_lattice_root_names_the_project(clone: Client) -> None:
+    elsewhere = clone.dir.parent / "elsewhere"
+    elsewhere.mkdir()
+    for root in (str(clone.dir), "../clone", "../elsewhere/../clone"):
+        works_in(clone, cwd=elsewhere, env={"LATTICE_ROOT": root})
+        status = clone.run("remote", "status", cwd=elsewhere, env={"LATTICE_ROOT": root})
+        assert "project board" in status.stdout, status
+    for root in ("", "/nowhere", str(elsewhere)):
+        says(clone.run("list", cwd=clone.dir, env={"LATTICE_ROOT": root}), "LATTICE_ROOT")
+        says(clone.run("remote", "status", cwd=clone.dir, env={"LATTICE_ROOT": root}), "LATTICE_ROOT")
+
+
+ODD_NAMES = [b"with spaces", "naïve ☃".encode(), b"two\nlines", b"not \xff utf-8", b"-dash", b"'\"$(x)`;&|*?"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_directory_of_any_name(shared_board: tuple[Server, Client, Client], tmp_path: Path, name: bytes) -> None:
+    client = fresh(shared_board[1], tmp_path / os.fsdecode(name))
+    works_in(client)
+    task = client.ok("create", "With a file", *ANA, "--quiet").strip()
+    file = client.dir / "notes.txt"
+    file.write_text("text")
+    assert client.run("attach", task, str(file), *ANA).returncode == 0
+    assert client.run("remote", "status").returncode == 0
+
+
+def test_a_path_that_is_longer_than_a_socket_may_have(
+    shared_board: tuple[Server, Client, Client], tmp_path: Path
+) -> None:
+    """The kernel takes 108 bytes: the socket goes elsewhere, the same place for everybody who looks for it."""
+    client = fresh(shared_board[1], tmp_path / ("d" * 200) / ("e" * 200))
+    works_in(client)
+    runtime = tmp_path / ("r" * 120)
+    runtime.mkdir()
+    env = {"LATTICE_REMOTE_RUNTIME_DIR": "", "XDG_RUNTIME_DIR": str(runtime)}
+    works_in(client, env=env)
+    status = json.loads(client.run("remote", "agent", "status", "--json", env=env).stdout)["data"]
+    assert status["running"] and len(status["socket"]) < 108
+    assert client.run("remote", "agent", "stop", env=env).returncode == 0
+
+
+def test_through_a_link(shared_board: tuple[Server, Client, Client], clone: Client) -> None:
+    server, ana, _ = shared_board
+    works_in(clone)
+    link = clone.dir.parent / "link"
+    link.symlink_to(clone.dir)
+    works_in(ana.elsewhere(link))
+    beside = ana.elsewhere(clone.dir.parent / "beside")
+    beside.lattice_dir.symlink_to(clone.lattice_dir)
+    works_in(beside)
+    assert differences(clone.lattice_dir, server.lattice_dir()) == []
+
+
+def test_a_directory_that_was_removed_under_the_shell(clone: Client) -> None:
+    works_in(clone)
+
+    def run_where_nothing_is(argv: str, **env: str) -> subprocess.CompletedProcess[str]:
+        script = f'mkdir gone && cd gone && rmdir ../gone && exec "{BIN}/lattice" {argv}'
+        return subprocess.run(
+            ["sh", "-c", script], cwd=clone.dir, env={**clone.env, **env}, capture_output=True, text=True, check=False
+        )
+
+    says(run_where_nothing_is("remote status"), "the current directory was removed")
+    says(run_where_nothing_is("remote add origin http://x --project y"), "the current directory was removed")
+    done = run_where_nothing_is("list --quiet", LATTICE_ROOT=str(clone.dir))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- several at once ---
+
+
+def test_worktrees_and_projects_of_several_servers_have_one_agent(
+    shared_board: tuple[Server, Client, Client], sandbox: Sandbox, tmp_path: Path
+) -> None:
+    """And git sees nothing of a copy but its address."""
+    _, ana, _ = shared_board
+    repository = fresh(ana, tmp_path / "repository")
+    works_in(repository)
+    git(repository.dir, "init", "-q")
+    git(repository.dir, "add", ".")
+    git(repository.dir, "commit", "-q", "-m", "a board")
+    git(repository.dir, "worktree", "add", "-q", str(tmp_path / "worktree"))
+    git(tmp_path, "clone", "-q", str(repository.dir), "cloned")
+    other = sandbox.server("other")
+    other.project("web", code="WEB")
+    other.start()
+    web = ana.elsewhere(tmp_path / "web")
+    web.add_remote(other, other.token("human:ana", slug="web"), slug="web")
+    worktree, cloned = ana.elsewhere(tmp_path / "worktree"), ana.elsewhere(tmp_path / "cloned")
+    for client in (worktree, cloned, web, repository):
+        works_in(client)
+        agent = json.loads(client.ok("remote", "agent", "status", "--json"))["data"]
+    looked_after = {cache["directory"] for cache in agent["caches"]}
+    assert looked_after >= {str(one.lattice_dir) for one in (worktree, cloned, web, repository)}
+    assert git(repository.dir, "status", "--porcelain") == git(worktree.dir, "status", "--porcelain") == ""
+    listed = git(repository.dir, "ls-files").split()
+    assert sorted(listed) == [".lattice/.gitignore", ".lattice/remote.json"]
+    shutil.rmtree(worktree.dir)
+    wait_for(
+        lambda: str(worktree.lattice_dir) not in repository.ok("remote", "agent", "status", "--json"),
+        "the agent to let it go",
+    )
+
+
+def git(directory: Path, *argv: str) -> str:
+    identity = ("-c", "user.name=Ana", "-c", "user.email=ana@example.org", "-c", "init.defaultBranch=main")
+    env = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    done = subprocess.run(
+        ["git", *identity, *argv], cwd=directory, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- homes ---
+
+NOWHERE = "/dev/null/nowhere"
+"""Where nobody can make anything, not even root."""
+
+
+def test_no_home_that_can_be_written(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+    server, ana, _ = shared_board
+    token = server.token("human:ana")
+    named = {"LATTICE_TOKEN": token, "LATTICE_REMOTE_URL": server.url}
+    env = {"HOME": NOWHERE, "XDG_CONFIG_HOME": "", "LATTICE_REMOTE_AGENT": "off"}
+    client = ana.elsewhere(tmp_path)
+    added = client.run("remote", "add", "origin", server.url, "--project", "board", env={**env, **named})
+    assert added.returncode == 0, added.stderr
+    works_in(client, env={**env, **named})
+    says(client.run("remote", "login", server.url, stdin=f"{token}\n", env=env), "cannot write", "LATTICE_TOKEN")
+    says(client.run("create", "x", *ANA, env=env), "lattice remote login")
+    assert "lattice remote login" in client.run("list", env=env).stderr
+
+
+def test_no_place_for_the_agent(clone: Client) -> None:
+    """Commands do without it, and say so in one line."""
+    env = {"LATTICE_REMOTE_RUNTIME_DIR": NOWHERE}
+    made = clone.run("create", "Without an agent", *ANA, "--quiet", env=env)
+    says(made, "no background agent", NOWHERE, "LATTICE_REMOTE_RUNTIME_DIR", "LATTICE_REMOTE_AGENT=off", code=0)
+    listed = clone.run("list", "--quiet", env=env)
+    says(listed, "no background agent", code=0)
+    assert made.stdout.strip() in listed.stdout.split()
+    assert "there is no place for it" in clone.run("remote", "agent", "status", env=env).stdout
+    assert clone.run("list", env={**env, "LATTICE_REMOTE_AGENT": "off"}).stderr == ""
+
+
+def test_no_home_at_all(shared_board: tuple[Server, Client, Client], clone: Client) -> None:
+    server = shared_board[0]
+    env = {name: value for name, value in clone.env.items() if name not in ("HOME", "XDG_CONFIG_HOME")}
+    env |= {"LATTICE_TOKEN": server.token("human:ana"), "LATTICE_REMOTE_URL": server.url, "LATTICE_REMOTE_AGENT": "off"}
+    made = cold(clone, env, "create", "Homeless", *ANA, "--quiet")
+    assert (made.returncode, made.stderr) == (0, "")
+
+
+# --- what can't be written ---
+
+
+@pytest.mark.parametrize("agent", ["on", "off"])
+def test_a_copy_that_can_only_be_read(shared_board: tuple[Server, Client, Client], clone: Client, agent: str) -> None:
+    server = shared_board[0]
+    works_in(clone)
+    before = clone.ok("list", "--quiet")
+    seen = count_tasks(server)
+    protect(clone.lattice_dir, writable=False)
+    runtime = clone.dir.parent / "run"
+    runtime.mkdir(mode=0o700)
+    env = {**clone.env, "LATTICE_REMOTE_AGENT": agent, "LATTICE_REMOTE_RUNTIME_DIR": str(runtime)}
+    try:
+        listed = without_privileges(clone, env, "list", "--quiet")
+        says(listed, "cannot write the cache", "Permission denied", "showing data from", code=0)
+        assert listed.stdout == before
+        says(without_privileges(clone, env, "create", "x", *ANA), "cannot write the cache", "nothing was sent")
+        assert count_tasks(server) == seen
+    finally:
+        protect(clone.lattice_dir, writable=True)
+        cold(clone, env, "remote", "agent", "stop")
+    works_in(clone)
+
+
+def count_tasks(server: Server) -> int:
+    return sum(1 for _ in (server.lattice_dir() / "tasks").iterdir())
+
+
+def protect(directory: Path, *, writable: bool) -> None:
+    for folder, _, names in os.walk(directory):
+        for path in (Path(folder), *(Path(folder, name) for name in names)):
+            path.chmod(path.stat().st_mode | 0o200 if writable else path.stat().st_mode & ~0o222)
+
+
+def cold(
+    client: Client, env: dict[str, str], *argv: str, prefix: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run ``lattice`` as a person starts it, in exactly this environment."""
+    command = [*prefix, str(BIN / "lattice"), *argv]
+    return subprocess.run(command, cwd=client.dir, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+
+def without_privileges(client: Client, env: dict[str, str], *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run it so that the modes of files count for root too."""
+    drop = ("setpriv", "--bounding-set=-dac_override,-dac_read_search") if os.geteuid() == 0 else ()
+    return cold(client, env, *argv, prefix=drop)
