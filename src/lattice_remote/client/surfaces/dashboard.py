@@ -73,10 +73,10 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
     daemon_threads = True
 
     def __init__(self, address: tuple[str, int], handler: Any, directory: str) -> None:
-        super().__init__(address, handler)
         self.directory = directory
         self.pulse = Pulse(directory)
         self.streams = 0
+        super().__init__(address, handler)  # last: it ends the server where the port is taken
 
     def server_close(self) -> None:
         """End the streams too: pages come back to the server that takes this one's place."""
