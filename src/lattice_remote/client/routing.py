@@ -148,7 +148,7 @@ def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str)
 def _run_plugin(command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str) -> Any:
     """Run a plugin's command here, where it may read: on a copy that is as good as it can be had."""
     try:
-        _ensure_current(directory)
+        ensure_current(directory, partial(click.echo, err=True), _progress())
     except RemoteError as error:  # it may have nothing to do with the project's files
         click.echo(f"lattice-remote: {one_line(error.message)}", err=True)
     return _run_here(command, ctx, directory, plugins=" ".join(path))
