@@ -10,6 +10,8 @@ from pathlib import Path
 
 from worker_process import WorkerProcess, make_project
 
+from lattice_remote.server.worker.owners import OWNERS_FILE
+
 __all__ = ["CANARY", "OBSERVED_WORKER", "Place"]
 
 CANARY = "canary-c41e5b0d"
@@ -100,7 +102,7 @@ class Place:
 
     def _look(self) -> dict[str, _Seen]:
         """Return everything outside the project's own directories, and set its times back."""
-        own = {str(self.project / name) for name in (".lattice", "journal", "tmp")} | {str(self.report)}
+        own = {str(self.project / name) for name in (".lattice", "journal", "tmp", OWNERS_FILE)} | {str(self.report)}
         found: dict[str, _Seen] = {}
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if os.path.join(folder, name) not in own]
