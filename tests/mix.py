@@ -37,7 +37,7 @@ class Command:
     then: Callable[[str], None] = field(default=lambda _out: None)
     """Called with what it printed when it succeeded."""
     program: str = "lattice"
-    """Or ``board_writer``, which does it through the Python interface."""
+    """Or ``board_writer``, through the Python interface; or ``surface_caller``, as a page or an MCP client does it."""
 
 
 class Gate:
@@ -102,6 +102,7 @@ class Mix:
         others = [
             self._comment_file,
             self._by_program,
+            self._by_surface,
             self._on_comment,
             self._on_comment,
             self._attach,
@@ -169,6 +170,22 @@ class Mix:
     def _by_program(self, rng: random.Random, word: str) -> Command:
         argv = (rng.choice(self._tasks), f"by a program {word}", f"agent:{word}")
         return Command(argv, Effect(word, "comment_added"), program="board_writer")
+
+    def _by_surface(self, rng: random.Random, word: str) -> Command:
+        task, actor = rng.choice(self._tasks), f"agent:{word}"
+        path, says = f"/api/tasks/{task}", f"through a surface {word}"
+        surface, name, payload, kind = rng.choice(
+            [
+                ("dashboard", "/api/tasks", {"title": f"Task {word}"}, "task_created"),
+                ("dashboard", f"{path}/comment", {"body": says}, "comment_added"),
+                ("dashboard", f"{path}/assign", {"assigned_to": actor}, "assignment_changed"),
+                ("dashboard", f"{path}/archive", {}, "task_archived"),
+                ("mcp", "lattice_comment", {"task_id": task, "text": says}, "comment_added"),
+                ("mcp", "lattice_create", {"title": f"Task {word}"}, "task_created"),
+            ]
+        )
+        argv = (surface, name, json.dumps({**payload, "actor": actor}))
+        return Command(argv, Effect(word, kind), program="surface_caller")
 
     def _comment_file(self, rng: random.Random, word: str) -> Command:
         file = self.server.log.parent / f"{word}.txt"

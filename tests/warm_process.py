@@ -85,13 +85,24 @@ def _board_writer() -> object:
     return main()
 
 
+def _surface_caller() -> object:
+    from surface_caller import main
+
+    return main()
+
+
 PROGRAMS: dict[str, Callable[[], object]] = {
     "lattice": _lattice,
     "lattice-remote": _lattice_remote,
     "agent": _agent,
     "worker": _worker,
     "board_writer": _board_writer,
+    "surface_caller": _surface_caller,
 }
+
+
+OF_TESTS = ("board_writer", "surface_caller")
+"""Those that are found beside this file."""
 
 
 class Forks:
@@ -165,7 +176,7 @@ def _become(request: dict, stdio: list[int]) -> None:
     os.chdir(request["cwd"])
     if request["new_session"]:
         os.setsid()
-    sys.path[0] = str(BIN if request["program"] != "board_writer" else Path(__file__).parent)
+    sys.path[0] = str(BIN if request["program"] not in OF_TESTS else Path(__file__).parent)
     sys.argv = [str(BIN / request["program"]), *request["argv"]]
 
 

@@ -20,13 +20,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "server"), str(HERE), str(HERE.parent), str(HERE.parents[1] / "examples")]
 
+from calls import Calls  # noqa: E402 - found on the path that was just made
 from place import CANARY, Place  # noqa: E402 - found on the path that was just made
 from values import PATHS, Known, Line, Lines  # noqa: E402
 from worker_process import Copy, WorkerProcess, answer_of, change_of, execute, tree_of  # noqa: E402
 
-from lattice_remote.protocol.messages import Change, Refused, Reply, Stored  # noqa: E402
+from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned, Stored  # noqa: E402
 from lattice_remote.protocol.operations import AppendBytes, PutFile  # noqa: E402
-from lattice_remote.server.data.ipc import Done, Edit  # noqa: E402
+from lattice_remote.server.data.ipc import Done, Edit, Invoke  # noqa: E402
 
 BATCH_LINES = 400
 _MAX_LINE_S = 20.0
@@ -69,6 +70,7 @@ class Batch:
         self._copy = Copy(place.lattice, tree_of(place.lattice))
         self._known = Known(outside=place.outside)
         self._lines = Lines(self._rng, self._known)
+        self._calls = Calls(self._rng, self._known, self._lines)
         self._logged: set[bytes] = set()
 
     def run(self, count: int) -> None:
@@ -92,10 +94,10 @@ class Batch:
     def _run_one(self, worker: WorkerProcess) -> None:
         """Run the next line, or edit, and look at what it did before there is another."""
         identity = self._rng.choice(IDENTITIES)
-        line = self._edit() if self._rng.random() < 0.08 else self._lines.line()
+        line = self._next(identity)
         began = time.monotonic()
         try:
-            if isinstance(line, Edit):
+            if isinstance(line, Edit | Invoke):
                 worker.send(line)
             else:
                 worker.send(execute(*line.argv, files=line.files, actor=identity[0], act_as=identity[1]))
@@ -107,6 +109,12 @@ class Batch:
         if took > _MAX_LINE_S:
             raise Broken(f"{took:.1f} s for {_shown(line)}")
         self._take(line, done, None if self._unguarded else identity)
+
+    def _next(self, identity: tuple[str, tuple[str, ...]]) -> "Line | Edit | Invoke":
+        what = self._rng.random()
+        if what < 0.08:
+            return self._edit()
+        return self._calls.call(*identity) if what < 0.3 else self._lines.line()
 
     def _edit(self) -> Edit:
         rng, known = self._rng, self._known
@@ -133,7 +141,7 @@ class Batch:
 
     # --- what comes back ---
 
-    def _take(self, line: Line | Edit, done: Done, identity: tuple[str, tuple[str, ...]] | None) -> None:
+    def _take(self, line: Line | Edit | Invoke, done: Done, identity: tuple[str, tuple[str, ...]] | None) -> None:
         change = change_of(done)
         try:
             if change is not None:
@@ -143,12 +151,17 @@ class Batch:
         except AssertionError as error:
             raise Broken(f"{error}\n  at {_shown(line)}") from error
 
-    def _check_answer(self, line: Line | Edit, answer: Reply | Stored | Refused | None) -> None:
+    def _check_answer(self, line: Line | Edit | Invoke, answer: Result | Refused | None) -> None:
         match answer:
             case None:
                 self._figures.outcomes["waits"] += 1
             case Stored(outcome=outcome):
                 self._figures.outcomes[f"edit {outcome}"] += 1
+            case Returned(status=status, payload=payload):
+                self._figures.outcomes[f"call {status}"] += 1
+                assert isinstance(line, Invoke)
+                json.loads(payload)
+                self._check_secrecy(payload.decode())
             case Refused(code=code, message=message):
                 self._figures.outcomes[f"refused {code}" + (" by the hook" if "tried to" in message else "")] += 1
                 assert code.startswith("REMOTE_"), code
@@ -234,7 +247,9 @@ def _memory_kib(pid: int) -> int:
     return int(status.split("VmRSS:")[1].split()[0])
 
 
-def _shown(line: Line | Edit) -> str:
+def _shown(line: Line | Edit | Invoke) -> str:
+    if isinstance(line, Invoke):
+        return f"a call of {line.surface!r}, {line.name!r}, {line.payload[:300]!r}"
     if isinstance(line, Edit):
         return f"an edit of {line.path!r}"
     argv = [word if len(word) < 120 else f"{word[:100]}... ({len(word)} characters)" for word in line.argv]

@@ -18,6 +18,7 @@ from lattice_remote.protocol.messages import (
     CAPABILITIES,
     Applied,
     Bye,
+    Call,
     Fetch,
     Follow,
     Hello,
@@ -41,6 +42,7 @@ VALID = [
     encode(Log(ID)),
     encode(Upload(ID, bytes(32), 9000, 0, bytes(5000))),
     encode(Follow()),
+    encode(Call(ID, "dashboard", "/api/tasks", b'{"title": "x"}')),
 ]
 TEXT, CONTINUED, CLOSE, PING, PONG = 1, 0, 8, 9, 10
 
@@ -101,6 +103,7 @@ PAYLOADS = st.one_of(
                     "log",
                     "upload",
                     "follow",
+                    "call",
                     "change",
                     "bye",
                     "\x1b\n",
@@ -111,6 +114,9 @@ PAYLOADS = st.one_of(
             "id": st.one_of(st.just(ID), INTEGERS, st.text(max_size=40)),
             "argv": st.one_of(st.lists(st.text(max_size=10), max_size=5), INTEGERS),
             "path": st.text(max_size=30),
+            "surface": st.sampled_from(["dashboard", "mcp", "storage", "../mcp", "", "x" * 40]),
+            "name": st.one_of(st.just("/api/tasks"), st.text(max_size=300)),
+            "payload": st.one_of(st.sampled_from([b"{}", b'{"title": "x"}', b"[" * 999]), st.binary(max_size=50)),
             "paths": st.lists(st.text(max_size=30), max_size=5),
             "seq": INTEGERS,
             "size": INTEGERS,

@@ -226,7 +226,7 @@ class Lines:
         if argv[0] == "attach" and len(argv) > 2:
             likely.append(2)
         index = rng.choice(likely) if likely and rng.random() < 0.8 else rng.randrange(len(argv) + 1)
-        name = rng.choice(["a.txt", "x.tar.gz", "x.\u00fc", ".x", "x.", "x.a:b", "x.\n", self._hostile()[:200] or "y"])
+        name = rng.choice(["a.txt", "x.tar.gz", "x.\u00fc", ".x", "x.", "x.a:b", "x.\n", self.hostile()[:200] or "y"])
         data = rng.choice([None, b"", b"text\r\n", b"\0\xff\xfe", rng.randbytes(99), rng.randbytes(rng.choice(HUGE))])
         file = Attachment(min(index, 1023), name, data)
         return [file] if rng.random() < 0.97 else [file, file]
@@ -237,9 +237,10 @@ class Lines:
         value = self._ordinary(path, parameter)
         if not hostile:
             return value
-        return self._rng.choice([self._hostile(), self._hostile(), value + self._hostile(), self._hostile() + value])
+        return self._rng.choice([self.hostile(), self.hostile(), value + self.hostile(), self.hostile() + value])
 
-    def _hostile(self) -> str:
+    def hostile(self) -> str:
+        """Return a text that nobody means well with."""
         rng = self._rng
         if rng.random() < 0.004:
             return "x" * rng.choice([1 << 20, (1 << 20) + 1])

@@ -136,6 +136,18 @@ def test_an_actor_that_is_no_text_is_refused(worker: WorkerProcess, actor: objec
     assert status == 400
 
 
+@pytest.mark.parametrize("fields", [{"title": 7}, {"description": {"a": 1}}, {"tags": [{}]}, {"priority": []}])
+def test_values_that_would_break_down_every_reader_are_refused(
+    worker: WorkerProcess, task: str, fields: dict[str, object]
+) -> None:
+    """A local lattice stores them, and then fails at its own files."""
+    unsupported = "REMOTE_UNSUPPORTED"
+    assert refused(worker, "dashboard", f"/api/tasks/{task}/update", {"fields": fields}) == unsupported
+    assert refused(worker, "dashboard", "/api/tasks", {"title": "t", **fields}) == unsupported
+    arguments = {"task_id": task, "actor": "human:ana", "fields": fields}
+    assert refused(worker, "mcp", "lattice_update", arguments) == unsupported
+
+
 @pytest.mark.parametrize(
     "payload",
     [

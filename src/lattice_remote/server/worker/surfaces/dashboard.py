@@ -16,7 +16,7 @@ from typing import Any
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
-from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, json_object
+from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, check_fields, json_object
 
 __all__ = ["load", "prepare"]
 
@@ -110,6 +110,8 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
             raise unsupported(f"the server does not know this value of POST {route}: {shown(name)}")
         if isinstance(value, str) and takes[name] is not Kind.JSON:
             check(takes[name], name, value)
+    check_fields(values)
+    check_fields(values.get("fields"))
     if "actor" not in takes:
         return identity.actor
     if values.get("actor", _NOBODY) == _NOBODY:

@@ -15,7 +15,7 @@ from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
 from lattice_remote.server.worker.attachments import Attached
 from lattice_remote.server.worker.policy import check_new_task
-from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, json_object
+from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, check_fields, json_object
 
 __all__ = ["load", "prepare"]
 
@@ -71,6 +71,7 @@ def prepare(asked: Asked) -> Operation:
             raise unsupported(f"the server does not know this argument of {asked.name}: {shown(name)}")
         if isinstance(value, str) and takes[name] is not Kind.JSON:
             check(takes[name], name, value)
+    check_fields(arguments.get("fields"))
     actor = asked.identity.actor
     if isinstance(arguments.get("actor"), str):  # anything else is refused by the tool's schema
         actor = arguments["actor"]

@@ -8,10 +8,13 @@ from typing import Any, Protocol
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.worker.actors import Identity
-from lattice_remote.server.worker.arguments import Kind, check
+from lattice_remote.server.worker.arguments import Kind, check, unsupported
 from lattice_remote.server.worker.attachments import Attached
 
-__all__ = ["Answer", "Asked", "Operation", "Surface", "json_object"]
+__all__ = ["Answer", "Asked", "Operation", "Surface", "check_fields", "json_object"]
+
+_TEXTS = frozenset({"assigned_to", "description", "priority", "title", "type", "urgency"})
+"""Fields of a task that every reader of a board takes to be texts, or missing."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,19 @@ class Surface(Protocol):
         Raises:
             Rejected: it may not run here.
         """
+
+
+def check_fields(fields: object) -> None:
+    """Do nothing if a task may be given these fields, of those that lattice stores as they are; the rest it checks.
+
+    Raises:
+        Rejected: one is of a type that would break down whoever reads the board.
+    """
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        if name in _TEXTS and value is not None and not isinstance(value, str):
+            raise unsupported(f"{name} must be a text")
+        if name == "tags" and isinstance(value, list) and not all(isinstance(tag, str) for tag in value):
+            raise unsupported("tags must be texts")
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
