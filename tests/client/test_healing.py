@@ -304,8 +304,9 @@ async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server:
 
 
 async def test_a_text_written_by_hand_is_kept_once_and_said_once(
-    server: FakeServer, kept: Service, directory: Path
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(caretaker, "STRAY_S", 0.0)
     for _ in range(2):
         (directory / "context.md").write_bytes(b"# Ours\nand mine\n")
         (directory / "plans/draft.md").write_bytes(b"a draft\n")
@@ -349,8 +350,14 @@ async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
     ],
 )
 async def test_whatever_a_person_put_there_is_kept(
-    server: FakeServer, kept: Service, directory: Path, path: str, content: bytes
+    server: FakeServer,
+    kept: Service,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    content: bytes,
 ) -> None:
+    monkeypatch.setattr(caretaker, "STRAY_S", 0.0)
     (directory / path).write_bytes(content)
     await equal(directory, server)
     assert (directory / ".mine" / path).read_bytes() == content

@@ -28,6 +28,8 @@ _MIN_RESCAN_S = 2.0
 """The same, where the system does not tell at all; at most a twentieth of a processor."""
 _RESCAN_SHARE = 20.0
 _RETRY_S = 5.0
+STRAY_S = 60.0
+"""So long after its last change a file like ``plans/x (copy).md``, which is no task's, is set aside and removed."""
 _BATCH = 256
 _MANY = 1000
 """When more than so many files look strange at once (a backup may link them all), the manifest tells which ones are."""
@@ -94,7 +96,14 @@ class Caretaker:
         if is_editable(path):
             self._healing.suspect_missing([path])
         else:
-            self._healing.suspect([path])
+            self._healing.suspect([path], delay_s=self._stray_s(path))
+
+    def _stray_s(self, path: str) -> float:
+        """Return for how long yet a file beside the plans or notes is left alone: an editor may be using it."""
+        if not path.startswith(_EDITED_BY_HAND) or path in self._cache.known:
+            return 0.0
+        found = self._cache.signature(path)
+        return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())
 
     # --- the task ---
 
@@ -136,7 +145,10 @@ class Caretaker:
         if self._healing.count_due() > _MANY:
             await self._compare_all()
         while due := self._healing.take_due(_BATCH):
-            await self._link.carry_out(await self._follower.heal(due))
+            later = {path: wait_s for path in due if (wait_s := self._stray_s(path)) > 0}
+            for path, wait_s in later.items():
+                self._healing.suspect([path], delay_s=wait_s)
+            await self._link.carry_out(await self._follower.heal(path for path in due if path not in later))
 
     async def _compare_all(self) -> None:
         """Compare every file with the server's: nobody has watched them until now, or too many were touched."""
