@@ -2,14 +2,14 @@
 
 import json
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sandbox import Client, Sandbox, Server, board, wait_for
-from warm import warm
+from sandbox import Client, Sandbox, Server, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -108,13 +108,13 @@ def test_edits_made_while_the_server_is_away_are_counted_kept_and_sent(sandbox: 
         same(plan, "# Written on a train\n")
 
 
-def test_edits_made_while_no_agent_ran_are_sent_when_one_does(sandbox: Sandbox) -> None:
-    with board("ana", "ben", programs=warm()) as (_server, (ana, ben)):
-        plan = text_files(ana, ben, new_task(ana, "At night"))
-        ana.ok("remote", "agent", "stop")
-        plan[0].write_text("# Saved while nothing ran\n")
-        ana.ok("list")
-        same(plan, "# Saved while nothing ran\n")
+def test_edits_made_while_no_agent_ran_are_sent_when_one_does(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "At night"))
+    ana.ok("remote", "agent", "stop")
+    plan[0].write_text("# Saved while nothing ran\n")
+    ana.ok("list")
+    same(plan, "# Saved while nothing ran\n")
 
 
 # --- in whose name ---
@@ -189,23 +189,14 @@ def conflicting(ana: Client, ben: Client, title: str) -> tuple[str, Files]:
     return short_id, plan
 
 
-@pytest.mark.parametrize(
-    ("argv", "text"),
-    [
-        (("--mine",), "# Ben's\n"),
-        (("--theirs",), "# Ana's\n"),
-        (("--edited", "-"), "# Ours\n"),
-    ],
-    ids=["mine", "theirs", "edited"],
-)
-def test_a_conflict_is_shown_and_ended(shared_board: Board, argv: tuple[str, ...], text: str) -> None:
+def test_a_conflict_is_shown_and_ended(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id, plan = conflicting(ana, ben, "Conflict")
     shown = ben.ok("remote", "resolve", short_id)
     assert "    -# Ana's" in shown and "    +# Ben's" in shown and f"plans/{plan[1].name}.mine" in shown
     assert "conflict" in ben.run("list").stderr
-    ben.ok("remote", "resolve", short_id, *argv[:1], *argv[1:], stdin="# Ours\n")
-    same(plan, text)
+    ben.ok("remote", "resolve", short_id, "--edited", "-", stdin="# Ours\n")
+    same(plan, "# Ours\n")
     assert ben.ok("remote", "resolve") == "No conflicts.\n"
     assert ben.run("list").stderr == ""
     again = ben.run("remote", "resolve", short_id, "--mine", "--json")
@@ -224,3 +215,132 @@ def test_an_editor_that_is_behind_undoes_nothing(shared_board: Board) -> None:
         plan[0].write_text(saved)
         same(plan, saved + "- ask Ben about Unicode\n")
     assert "load it anew in your editor" in ana.run("list").stderr
+
+
+# --- texts of every kind ---
+
+LONG = b"".join(
+    b"- step %d, which says what is to be done, and by whom, in about eighty letters\n" % n for n in range(64_000)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"# Plan\r\n\r\n- one\r\n",
+        b"# Plan\n\r\n- mixed\rends\n",
+        b"# Plan, and no line end",
+        b"\xef\xbb\xbf# With a byte order mark\n",
+        b"# NUL \0 bytes\n",
+        b"x" * 1_500_000,
+        LONG,
+        b"",
+    ],
+    ids=["crlf", "mixed", "no-end", "bom", "nul", "one-line", "5-mib", "empty"],
+)
+def test_every_text_arrives_as_it_is(shared_board: Board, text: bytes) -> None:
+    server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "Odd"))
+    plan[0].write_bytes(text)
+    same((*plan, server.lattice_dir() / "plans" / plan[0].name), text)
+
+
+def test_two_edits_of_five_mib_are_merged(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "Large"))
+    plan[0].write_bytes(LONG)
+    same(plan, LONG)
+    plan[0].write_bytes(LONG.replace(b"step 7,", b"step 7, by ana,"))
+    plan[1].write_bytes(LONG.replace(b"step 63000,", b"step 63000, by ben,"))
+    same(plan, LONG.replace(b"step 7,", b"step 7, by ana,").replace(b"step 63000,", b"step 63000, by ben,"))
+
+
+def test_a_text_that_is_no_utf8_stays_here_and_holds_nothing_up(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    short_id = new_task(ana, "Latin")
+    plan, notes = text_files(ana, ben, short_id), text_files(ana, ben, short_id, "notes")
+    plan[0].write_bytes(b"# Caf\xe9\n")
+    notes[0].write_text("# Notes\n")
+    same(notes, "# Notes\n")
+    wait_for(lambda: status(ana)["refused_edits"], "the refusal")
+    said = [ana.run("comment", short_id, "hello", "--actor", "human:ana").stderr for _ in range(2)]
+    assert "no UTF-8 text: save it as UTF-8" in said[0] and said[1] == ""
+    assert "not taken as it is" in ana.ok("remote", "status")
+    assert plan[0].read_bytes() == b"# Caf\xe9\n" != plan[1].read_bytes()
+    plan[0].write_text("# Café\n")
+    same(plan, "# Café\n")
+
+
+# --- files and tasks that come and go ---
+
+
+def test_a_plan_that_is_removed_comes_back(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, "Removed"))
+    text = plan[1].read_text()
+    plan[0].unlink()
+    same(plan, text)
+    assert status(ana)["unsent_edits"] == []
+
+
+def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    short_id = new_task(ana, "Archived")
+    plan = text_files(ana, ben, short_id)
+    ben.ok("remote", "agent", "stop")
+    plan[1].write_text("# Ben's\n")
+    ana.ok("archive", short_id, "--actor", "human:ana")
+    ben.ok("list")
+    kept = plan[1].with_name(f"{plan[1].name}.mine")
+    wait_for(lambda: kept.exists() and not plan[1].exists(), "ben's text to be set aside")
+    assert kept.read_text() == "# Ben's\n"
+    assert "archived or gone" in ben.ok("remote", "resolve", short_id)
+    refused = ben.run("remote", "resolve", short_id, "--mine")
+    assert refused.returncode == 1 and "bring it back first" in refused.stderr
+    ana.ok("unarchive", short_id, "--actor", "human:ana")
+    wait_for(plan[1].exists, "the plan to be back")
+    ben.ok("remote", "resolve", short_id, "--mine")
+    same(plan, "# Ben's\n")
+
+
+def test_what_lattice_appends_to_a_plan_is_merged_with_what_somebody_edits(shared_board: Board) -> None:
+    _server, ana, ben = shared_board
+    short_id = new_task(ana, "Sent back")
+    plan = text_files(ana, ben, short_id)
+    text = "# Plan\n\n- first\n- second\n\n## Notes\n\nnothing yet\n"
+    plan[0].write_text(text)
+    same(plan, text)
+    for column in ("in_planning", "planned"):
+        ana.ok("status", short_id, column, "--actor", "human:ana")
+    ben.ok("remote", "agent", "stop")
+    plan[1].write_text(text.replace("- first", "- first, by ben"))
+    ana.ok("status", short_id, "in_planning", "--force", "--reason", "not yet", "--actor", "human:ana")
+    grown = plan[0].read_text()
+    assert grown.startswith(text) and len(grown) > len(text)
+    ben.ok("list")
+    same(plan, grown.replace("- first", "- first, by ben"))
+
+
+def test_a_plan_of_no_task_is_set_aside(shared_board: Board) -> None:
+    """As a program leaves it that creates tasks offline, past lattice."""
+    _server, ana, _ben = shared_board
+    plan = ana.lattice_dir / "plans" / "task_01M81V60BHQAM1W2RK0HTW19WB.md"
+    plan.write_text("# A task of its own\n")
+    wait_for(lambda: not plan.exists(), "the plan to be set aside")
+    assert (ana.lattice_dir / ".mine" / "plans" / plan.name).read_text() == "# A task of its own\n"
+
+
+@pytest.mark.parametrize("editor", ["vim", "ed"])
+def test_a_real_editor(shared_board: Board, editor: str) -> None:
+    program = shutil.which(editor)
+    _server, ana, ben = shared_board
+    plan = text_files(ana, ben, new_task(ana, f"By {editor}"))
+    if program is None:  # not on this machine: its file operations are in client/test_editors.py
+        plan[0].write_text("# By hand\n")
+        same(plan, "# By hand\n")
+        return
+    argv = [program, "-es", "-u", "NONE", plan[0].name, "-c", "%d", "-c", "0put ='# By hand'", "-c", "$d", "-c", "wq"]
+    script = "" if editor == "vim" else "1,$c\n# By hand\n.\nw\nq\n"
+    command = argv if editor == "vim" else [program, "-s", plan[0].name]
+    subprocess.run(command, cwd=plan[0].parent, input=script, text=True, check=True, capture_output=True, timeout=30)
+    same(plan, "# By hand\n")

@@ -100,7 +100,7 @@ class Caretaker:
 
     def _stray_s(self, path: str) -> float:
         """Return for how long yet a file beside the plans or notes is left alone: an editor may be using it."""
-        if not path.startswith(_EDITED_BY_HAND) or path in self._cache.known:
+        if not path.startswith(_EDITED_BY_HAND) or is_editable(path) or path in self._cache.known:
             return 0.0
         found = self._cache.signature(path)
         return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())

@@ -101,7 +101,7 @@ class Live:
         for start in range(0, len(saved), _SLICE):
             some = saved[start : start + _SLICE]
             seen = {path: self._seen.pop(path) for path in some}
-            edited = [path for path in some if self._follower.edits.is_edited(path)]
+            edited = [path for path in some if self._is_edit(path)]
             if edited:
                 await self._push(link, edited, seen)
             await asyncio.sleep(0)
@@ -113,6 +113,10 @@ class Live:
             self._seen = seen | self._seen
             raise
         self.notices += [notice for notice in pushed.notices if notice not in self.notices]
+
+    def _is_edit(self, path: str) -> bool:
+        """Whether there is something to send; what belongs to no task is set aside by the caretaker."""
+        return self._follower.edits.is_edited(path) and not self._follower.is_orphan(path)
 
     def _can_send(self) -> bool:
         link = self._links.live()

@@ -286,9 +286,10 @@ class Follower:
         found = self.cache.signature(path)
         if self.cache.known.agrees(path, found):
             return False
-        return found is None or not is_editable(path) or self._is_orphan(path)
+        return found is None or not is_editable(path) or self.is_orphan(path)
 
-    def _is_orphan(self, path: str) -> bool:
+    def is_orphan(self, path: str) -> bool:
+        """Whether a plan or notes belongs to no task of the server's, as far as that is known."""
         return self.cache.known.is_complete and self.edits.is_orphan(path, self.cache.known)
 
     async def compare(
@@ -455,7 +456,7 @@ class Follower:
 
     def _remove(self, path: str) -> None:
         if is_editable(path) and self.edits.is_in_use(path):
-            if not self._is_orphan(path):
+            if not self.is_orphan(path):
                 self.replica.hold(path)
                 self.on_edits([path])
                 return
