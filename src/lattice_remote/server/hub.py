@@ -168,7 +168,7 @@ class Hub:
             if now in login.token.projects:
                 why = f"project {slug!r} is called {now!r} now: lattice remote set-url origin URL --project {now}"
                 return Refusal(*missing, why)
-            why = f"this token is for {', '.join(login.token.projects)}; not for {slug!r}"
+            why = f"this token is for {', '.join(login.token.projects)}, not for {slug!r}"
             return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
         if not self.data.has_project(slug):
             if self.data.is_archived(slug):
