@@ -11,7 +11,7 @@ from boards import ANA, added, beginning, event, made, made_resource, of_resourc
 from lattice.core.ids import generate_resource_id, generate_task_id  # type: ignore[import-untyped]
 
 from lattice_remote import RemoteStorage, RemoteWarning, resolve_backend
-from lattice_remote.errors import ConnectionFailed, Rejected
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected
 from lattice_remote.storage.backend import StorageBackend
 from lattice_remote.storage.local import LocalStorage
 from lattice_remote.storage.values import Conflict, Merged, Snapshot, Written
@@ -476,6 +476,21 @@ def test_a_token_writes_in_its_own_names_and_those_of_its_own_sessions(
         assert refused.value.code == "REMOTE_FORBIDDEN"
     assert board.get_task(task["id"]) == now
     require_sound(remote_place.truth, tmp_path)
+
+
+def test_a_copy_is_never_written_as_if_it_were_local(remote_place: Place) -> None:
+    """I4."""
+    task = made(remote_place.board)
+    copy = LocalStorage(remote_place.board.root_path)
+    assert copy.get_task(task["id"]) == task
+    for write in (
+        lambda: made(copy),
+        lambda: added(copy, task, "comment_added", {"body": "x"}),
+        lambda: made_resource(copy, "lathe"),
+        lambda: copy.write_notes(task["id"], "x", None),
+    ):
+        with pytest.raises(Misuse, match="resolve_backend"):
+            write()
 
 
 def test_who_wrote_is_in_the_log(shared_board: tuple[Server, Client, Client], remote_place: Place) -> None:

@@ -40,6 +40,8 @@ def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None:
 class LocalStorage:
     """A ``StorageBackend`` on a local project. Holds nothing open; threads and processes may share a project.
 
+    On the copy of a remote project it reads what is there, and writes nothing.
+
     Args:
         root: the directory that holds ``.lattice``.
         may_act_as: whose names a write may be in; by default anybody's.
@@ -314,6 +316,11 @@ class LocalStorage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        """Around every write: a copy is never written (I4), and what the system says no to is an error of ours."""
+        if (self._dir / "remote.json").exists():
+            raise Misuse(
+                f"the files in {self._dir} belong to a remote; write with resolve_backend()", code="REMOTE_GUARD"
+            )
         try:
             yield
         except LockTimeout as error:
