@@ -264,7 +264,7 @@ class Mix:
 
     def _attach_file(self, rng: random.Random, word: str) -> Command:
         file = self.server.log.parent / f"{word}.bin"
-        file.write_bytes(rng.randbytes(rng.choice([10, 5_000, 400_000])))
+        file.write_bytes(rng.randbytes(rng.choice([10, 5_000, 400_000, 3_000_000])))
         argv = ("attach", rng.choice(self._tasks), str(file), "--title", word, *self._by(word))
         return Command(argv, Effect(word, "artifact_attached"))
 

@@ -19,6 +19,7 @@ from lattice_remote.protocol.messages import (
     Applied,
     Bye,
     Call,
+    Download,
     Fetch,
     Follow,
     Hello,
@@ -41,6 +42,7 @@ VALID = [
     encode(Applied(1)),
     encode(Log(ID)),
     encode(Upload(ID, bytes(32), 9000, 0, bytes(5000))),
+    encode(Download(ID, "ids.json")),
     encode(Follow()),
     encode(Call(ID, "dashboard", "/api/tasks", b'{"title": "x"}')),
 ]
@@ -124,6 +126,7 @@ PAYLOADS = st.one_of(
             "digest": st.sampled_from([bytes(32), bytes(31), b"x" * 32]),
             "data": st.binary(max_size=20),
             "purpose": st.sampled_from(["attachment", "project", "../x"]),
+            "limit": INTEGERS,
             "versions": st.lists(st.integers(-5, 5), max_size=3),
         },
     ).map(msgspec.msgpack.encode),

@@ -189,8 +189,7 @@ class Link:
                     await self._socket.close()
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait({self._task})  # awaiting the task itself, one could not tell our own cancellation
         for pending in self._pending.values():
             pending.answer.cancel()
 
