@@ -295,6 +295,45 @@ def waiting(runs: int) -> Iterator[Figure]:
         yield Figure("the same, the longest", max(taken), "ms")
 
 
+# --- large: small commands beside 100 MB that are sent and fetched ---
+
+
+def large(runs: int) -> Iterator[Figure]:
+    """Somebody else's comments, alone and while a file is attached here and fetched by all."""
+    with board("ana", "ben", "cem") as (server, (ana, _ben, _cem)):
+        ana.ok("create", "One", *ACTOR)
+        token, path = server.token("human:bench"), ana.dir / "large.bin"
+        alone = asyncio.run(_comments(server, token, lambda: False))
+        beside: list[float] = []
+        took: list[float] = []
+        for _ in range(max(2, runs // 5)):
+            path.write_bytes(os.urandom(100 * MIB))
+            began = time.perf_counter()
+            attaching = ana.popen("attach", "LAT-1", str(path), *ACTOR)
+            beside += asyncio.run(_comments(server, token, lambda: attaching.poll() is None))  # noqa: B023
+            took.append(time.perf_counter() - began)
+            assert attaching.wait() == 0, "it was attached"
+        yield Figure("100 MB attached, on one machine with its server", statistics.median(took), "s")
+        yield Figure("a comment alone, p50", statistics.median(alone), "ms")
+        yield Figure("a comment beside it, p50", statistics.median(beside), "ms")
+        yield Figure("a comment beside it, p99", statistics.quantiles(beside, n=100)[98], "ms")
+        yield Figure("a comment beside it, the longest", max(beside), "ms")
+
+
+async def _comments(server: Server, token: str, goes_on: Callable[[], bool]) -> list[float]:
+    """Comment, one after the other, at least 100 times and while ``goes_on``; return how long each took, in ms."""
+    connection = await _open_writer(server, token)
+    taken: list[float] = []
+    while len(taken) < 100 or goes_on():
+        began = time.perf_counter()
+        argv = ["comment", "LAT-1", "a small one", "--actor", "human:bench"]
+        await connection.send(encode(Run(id=secrets.token_hex(16), argv=argv)))
+        taken.append((await _answered(connection) - began) * 1000)
+        await asyncio.sleep(0.01)
+    await connection.close()
+    return taken
+
+
 # --- memory: resident sets ---
 
 
@@ -353,7 +392,14 @@ async def _close_peers(connections: list[ClientConnection]) -> None:
     await asyncio.gather(*(connection.close() for connection in connections))
 
 
-GROUPS = {"commands": commands, "throughput": throughput, "latency": latency, "waiting": waiting, "memory": memory}
+GROUPS = {
+    "commands": commands,
+    "throughput": throughput,
+    "latency": latency,
+    "waiting": waiting,
+    "large": large,
+    "memory": memory,
+}
 
 
 def main() -> int:
