@@ -15,6 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from lattice_remote.protocol.codec import decode_client_frame, encode
+from lattice_remote.protocol.layout import first_sign_of_use
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -266,6 +267,7 @@ class FakeServer:
                 resync=resync,
                 limits=self.limits,
                 capabilities=self.capabilities,
+                used=first_sign_of_use((path, len(data)) for path, data in self.files.items()) or "",
             ),
         )
         sent = hello.seq

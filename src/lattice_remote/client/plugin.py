@@ -47,7 +47,9 @@ def remote_directory() -> str | None:
     if root is None:
         return None
     directory = os.path.abspath(os.path.join(root, LATTICE_DIR))  # LATTICE_ROOT may be relative; the agent is elsewhere
-    return directory if os.path.isfile(os.path.join(directory, "remote.json")) else None
+    # One that waits to be pushed to its remote has another file, so that to everybody else it is a local project.
+    files = ("remote.json", ".unpushed.json")
+    return directory if any(os.path.isfile(os.path.join(directory, name)) for name in files) else None
 
 
 class _RemoteCommand(click.Command):

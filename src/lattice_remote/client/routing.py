@@ -19,8 +19,8 @@ from lattice_remote.client.agent_client import ask, ask_here, request, stay_conn
 from lattice_remote.client.callers_files import CallersFiles
 from lattice_remote.client.freshness import ensure_current
 from lattice_remote.client.guard import Guard
-from lattice_remote.client.settings import read_remote
-from lattice_remote.errors import RemoteError, one_line
+from lattice_remote.client.settings import UNPUSHED_FILE, is_unpushed, read_remote
+from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = ["hooked"]
 
@@ -83,6 +83,9 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
             _say_where_init_is(ctx.params["target_path"], directory)
         if path in _ELSEWHERE:
             return _run_here(command, ctx, directory)
+        if is_unpushed(directory):
+            _require_read(path, ctx, directory)
+            return _run_here(command, ctx, directory)
         if _is_plugins(command) and " ".join(path) not in read_remote(directory).commands:
             return _run_plugin(command, path, ctx, directory)
         if _is_read(path, ctx):
@@ -126,6 +129,21 @@ def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:
         session = ctx.params.get("session_name") or (ctx.obj or {}).get("_session_name")
         return not ctx.params.get("claim") and session is None
     return path in _READS
+
+
+def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> None:
+    """Let only reads pass while the project waits to be pushed: what is written now might not reach the server.
+
+    Raises:
+        Misuse: it is none; the message says both ways on.
+    """
+    remote = read_remote(directory, UNPUSHED_FILE)
+    if not _is_read(path, ctx):
+        raise Misuse(
+            f"this project is to be pushed to {remote.place}, and is not yet: lattice remote push; or stay with it "
+            f"here: lattice remote remove {remote.name}"
+        )
+    click.echo(f"lattice-remote: not pushed to {remote.place} yet; next: lattice remote push", err=True)
 
 
 def fail(error: RemoteError, *, is_json: bool) -> None:

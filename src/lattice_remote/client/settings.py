@@ -7,9 +7,21 @@ from dataclasses import dataclass
 
 from lattice_remote.errors import Misuse, StorageError
 
-__all__ = ["REMOTE_FILE", "Remote", "check_command", "check_name", "parse_url", "read_remote", "write_remote"]
+__all__ = [
+    "REMOTE_FILE",
+    "UNPUSHED_FILE",
+    "Remote",
+    "check_command",
+    "check_name",
+    "is_unpushed",
+    "parse_url",
+    "read_remote",
+    "write_remote",
+]
 
 REMOTE_FILE = "remote.json"
+UNPUSHED_FILE = ".unpushed.json"
+"""In its place while a local project waits to be pushed there: to everybody else the directory is a local project."""
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?",
     re.IGNORECASE,
@@ -68,18 +80,25 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     return url, slug
 
 
-def read_remote(directory: str) -> Remote:
-    """Return what the ``remote.json`` in a ``.lattice`` directory says.
+def is_unpushed(directory: str) -> bool:
+    """Whether a project waits to be pushed to its remote."""
+    return os.path.isfile(os.path.join(directory, UNPUSHED_FILE)) and not os.path.exists(
+        os.path.join(directory, REMOTE_FILE)
+    )
+
+
+def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
+    """Return what the ``remote.json`` in a ``.lattice`` directory says, or the file that is there in its place.
 
     Raises:
         Misuse: there is none.
         StorageError: it can't be read, or is not what we wrote.
     """
-    path = os.path.join(directory, REMOTE_FILE)
+    path = os.path.join(directory, name)
     try:
         with open(path, "rb") as file:
             found = json.loads(file.read(65536))
-        name, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
+        called, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
         commands = tuple(check_command(command) for command in list(found.get("commands", []))[:_MAX_COMMANDS])
     except FileNotFoundError:
         raise Misuse("this project has no remote; add one with: lattice remote add origin URL --project SLUG") from None
@@ -89,7 +108,7 @@ def read_remote(directory: str) -> Remote:
         raise StorageError(f"{path} is not valid; it needs name, url and project ({error})") from error
     if slug is None:
         raise StorageError(f"{path} names no project")
-    return Remote(name=name, url=url, project=slug, commands=commands)
+    return Remote(name=called, url=url, project=slug, commands=commands)
 
 
 def check_name(name: object) -> str:
@@ -114,8 +133,8 @@ def check_command(command: object) -> str:
     return command
 
 
-def write_remote(directory: str, remote: Remote) -> None:
-    """Write ``remote.json`` atomically.
+def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> None:
+    """Write ``remote.json``, or the file in its place, atomically.
 
     Raises:
         StorageError: it can't be written.
@@ -124,7 +143,7 @@ def write_remote(directory: str, remote: Remote) -> None:
     if remote.commands:
         fields["commands"] = remote.commands
     text = json.dumps(fields, indent=2, sort_keys=True)
-    path = os.path.join(directory, REMOTE_FILE)
+    path = os.path.join(directory, name)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "x", encoding="utf-8") as file:

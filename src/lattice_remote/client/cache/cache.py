@@ -31,14 +31,14 @@ from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["BASE_DIRECTORY", "PARTIAL", "Cache", "explained"]
+__all__ = ["BASE_DIRECTORY", "GITIGNORE", "LOCK_FILE", "PARTIAL", "Cache", "explained"]
 
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
 PARTIAL = ".fetch"
 """Holds, for each large content that is being fetched, what has come of it, by its digest."""
-_LOCK = ".cache.lock"
-_GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n!.gitignore\n"
+LOCK_FILE = ".cache.lock"
+GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
 _SKELETON = (
     "archive/events",
     "archive/notes",
@@ -76,7 +76,7 @@ class Cache:
         """Whether another process has the lock that this one waits for."""
         self.known = Known(self.directory)
         """The files as our own processes left them."""
-        self._lock = FileLock(os.path.join(self.directory, _LOCK), thread_local=False, mode=0o600)
+        self._lock = FileLock(os.path.join(self.directory, LOCK_FILE), thread_local=False, mode=0o600)
 
     # --- the directory ---
 
@@ -86,7 +86,7 @@ class Cache:
             for directory in (*_SKELETON, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
-                self._files.replace(".gitignore", _GITIGNORE)
+                self._files.replace(".gitignore", GITIGNORE)
             self._files.remove_stale_temporaries()
 
     def is_whole(self) -> bool:

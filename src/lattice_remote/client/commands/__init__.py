@@ -1,12 +1,15 @@
 """``lattice remote ...``, one module a family of commands.
 
 app       the Typer app, and how errors are shown
-remotes   add, show, set-url, remove
+remotes   add, clone, show, set-url, remove
 tokens    login, trust, logout
-copy      status, pull, push, sync, verify, log
+copy      status, pull, sync, verify, log
+push      push
 watch     watch, and what is printed or run for each change
 agent     agent status, agent stop
-adding    a directory becomes a copy, or stops being one
+adding    a directory becomes a copy
+pushing   a local project becomes the server's, and its directory a copy
+leaving   a copy becomes a local project, or goes
 describe  the state of a copy in words
 shared    the copy around us, requests, results, progress
 """

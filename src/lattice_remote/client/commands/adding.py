@@ -1,4 +1,4 @@
-"""Making a directory a copy of a project, and undoing that: ``lattice remote add`` and ``remove``.
+"""Making a directory a copy of a project: ``lattice remote add`` and ``clone``.
 
 The copy is filled beside the place where it will be, and renamed at the end: whatever fails, or whoever
 interrupts, nothing is left behind and nothing that was there has been touched.
@@ -11,20 +11,18 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from lattice_remote.client import credentials, preferences, servers
+from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, PARTIAL, Cache
+from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.directory import remove_tree
-from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.follower import Writer
-from lattice_remote.client.cache.state import AWAY_FILE, STATE_FILE
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
-from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, write_remote
+from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, is_unpushed, write_remote
 from lattice_remote.errors import Misuse, StorageError
 
-__all__ = ["Added", "add_remote", "check_token", "remove_remote"]
+__all__ = ["Added", "add_remote", "check_token", "clone", "own_project"]
 
 _CHECK_TIMEOUT_S = 10.0
 _PLAIN_FILES = {"config.json", "ids.json"}
@@ -73,7 +71,8 @@ async def add_remote(
         raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
     remote = Remote(check_name(name), server.url, project)
     target = os.path.join(root, ".lattice")
-    _require_room(target)
+    if (used := own_project(target)) is not None:
+        raise Misuse(f"this directory has a project of its own ({used}), which a copy would replace")
     if token is not None:
         credentials.check_token(token)
     staging = f"{target}.new-{uuid.uuid4().hex[:8]}"
@@ -90,6 +89,48 @@ async def add_remote(
     finally:
         remove_tree(staging)
     return added
+
+
+async def clone(
+    directory: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
+) -> Added:
+    """Make a new directory with a copy of a project in it; it must not exist, or be empty.
+
+    Raises:
+        Misuse: it has something in it.
+        RemoteError: as for ``add_remote``. Nothing is left behind in any case.
+    """
+    made = _make_directories(directory)
+    try:
+        return await add_remote(directory, name, server, project=project, token=token, show=show)
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # somebody has put something there
+                os.rmdir(path)
+        raise
+
+
+def _make_directories(directory: str) -> list[str]:
+    """Make an empty directory and those above it; return what was made, the outermost first.
+
+    Raises:
+        Misuse: it is there, and has something in it.
+        StorageError: it can't be made.
+    """
+    made: list[str] = []
+    try:
+        if os.path.lexists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+            raise Misuse(f"{directory} exists, and is not an empty directory")
+        path, missing = directory, list[str]()
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for each in reversed(missing):
+            os.mkdir(each)
+            made.append(each)
+    except OSError as error:
+        raise StorageError(f"cannot make {directory}: {error.strerror}") from error
+    return made
 
 
 async def _fill(
@@ -123,20 +164,23 @@ def _put_in_place(staging: str, target: str) -> None:
     remove_tree(aside)
 
 
-def _require_room(target: str) -> None:
-    """Raise ``Misuse`` unless there is no ``.lattice`` yet, or one in which nothing was ever done."""
+def own_project(target: str) -> str | None:
+    """Return what shows that a ``.lattice`` is a project of its own, in words; None when there is none yet.
+
+    One in which nothing was ever done counts as none.
+
+    Raises:
+        Misuse: it is no directory, or has a remote already.
+    """
     if not os.path.lexists(target):
-        return
+        return None
     if not os.path.isdir(target) or os.path.islink(target):
         raise Misuse(f"{target} is not a directory")
     if os.path.exists(os.path.join(target, REMOTE_FILE)):
         raise Misuse("this project has a remote already; change it with lattice remote set-url, or remove it first")
-    used = _first_sign_of_use(target)
-    if used is not None:
-        raise Misuse(
-            f"this directory has a project of its own ({used}), which a remote would replace; nothing was touched: "
-            "add the remote in another directory"
-        )
+    if is_unpushed(target):
+        raise Misuse("this project waits to be pushed already: lattice remote push, or lattice remote remove NAME")
+    return _first_sign_of_use(target)
 
 
 def _first_sign_of_use(target: str) -> str | None:
@@ -225,55 +269,6 @@ async def check_token(server: Server, project: str, token: str) -> str:
         )
     finally:
         await link.close()
-
-
-def remove_remote(directory: str, remote: Remote) -> None:
-    """Remove a copy with its bookkeeping, unless something in it exists nowhere else.
-
-    Raises:
-        Misuse: edits that were not sent, or files of somebody's own, would be lost; nothing was touched.
-    """
-    cache = Cache(directory, remote)
-    _require_nothing_unsent(cache)
-    gone = f"{cache.directory}.gone-{uuid.uuid4().hex[:8]}"
-    try:
-        os.rename(cache.directory, gone)
-        try:
-            _require_nothing_unsent(Cache(gone, remote))  # an editor may have saved at the last moment
-        except Misuse:
-            os.rename(gone, cache.directory)
-            raise
-    except OSError as error:
-        raise StorageError(f"cannot remove {directory}: {error.strerror}") from error
-    if os.path.islink(directory):
-        with contextlib.suppress(OSError):
-            os.unlink(directory)
-    remove_tree(gone)
-
-
-def _require_nothing_unsent(cache: Cache) -> None:
-    if unsent := Edits(cache).scan():
-        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
-    if own := _own_files(cache):
-        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
-
-
-def _own_files(cache: Cache) -> list[str]:
-    """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
-    replicated = set(cache.paths())
-    ours = {
-        *(REMOTE_FILE, STATE_FILE, AWAY_FILE, preferences.FILE),
-        *(".gitignore", ".cache.lock", ".fetch.lock", ".written"),
-    }
-    found: list[str] = []
-    for directory, directories, names in os.walk(cache.directory):
-        if directory == cache.directory:
-            directories[:] = [name for name in directories if name not in (BASE_DIRECTORY, PARTIAL, ".tmp", "locks")]
-        for name in names:
-            path = os.path.relpath(os.path.join(directory, name), cache.directory)
-            if path.replace(os.sep, "/") not in replicated and path not in ours:
-                found.append(path)
-    return sorted(found)
 
 
 def _ignore(_progress: dict[str, Any]) -> None:

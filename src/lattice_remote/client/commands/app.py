@@ -11,8 +11,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from lattice_remote.client.commands import agent, copy, mcp, payloads, remotes, resolve, tokens, watch
-from lattice_remote.client.commands.shared import Json, fields_of, lattice_directory, print_json, print_result
+from lattice_remote.client.commands import agent, copy, mcp, payloads, push, remotes, resolve, tokens, watch
+from lattice_remote.client.commands.shared import Json, fields_of, lattice_directory, print_json, print_result, unpushed
 from lattice_remote.client.settings import read_remote
 from lattice_remote.errors import RemoteError
 
@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _part in (remotes, tokens, copy, payloads, resolve, watch, mcp, agent):
+for _part in (remotes, tokens, copy, push, payloads, resolve, watch, mcp, agent):
     app.add_typer(_part.app)
 
 
@@ -59,7 +59,10 @@ def remote(
         return
     directory = lattice_directory()
     found = read_remote(directory) if directory and os.path.exists(os.path.join(directory, "remote.json")) else None
+    waiting = unpushed()
+    if waiting is not None:
+        found = waiting[1]
     if as_json:
-        print_result({"remotes": [fields_of(found)] if found else []})
+        print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
     elif found is not None:
         typer.echo(f"{found.name}\t{found.url} {found.project}" if verbose else found.name)

@@ -1,4 +1,4 @@
-"""``lattice remote status``, ``pull``, ``push``, ``sync``, ``verify``, ``log``: the copy and the server's tree."""
+"""``lattice remote status``, ``pull``, ``sync``, ``verify``, ``log``: the copy and the server's tree."""
 
 from typing import Annotated, Any
 
@@ -8,7 +8,16 @@ from lattice_remote.client.agent import history
 from lattice_remote.client.agent_client import ask
 from lattice_remote.client.commands import describe
 from lattice_remote.client.commands.agent import running_agent
-from lattice_remote.client.commands.shared import Json, count, here, print_result, progress, request
+from lattice_remote.client.commands.shared import (
+    Json,
+    count,
+    here,
+    print_result,
+    progress,
+    request,
+    show_unpushed,
+    unpushed,
+)
 from lattice_remote.errors import ConnectionFailed, one_line
 
 __all__ = ["app"]
@@ -22,6 +31,9 @@ def status(as_json: Json = False) -> None:
 
     Example: lattice remote status --json
     """
+    if (waiting := unpushed()) is not None:
+        show_unpushed(waiting[1], as_json=as_json)
+        return
     directory, found = here()
     answer = ask(request("status", directory))
     try:
@@ -64,27 +76,6 @@ def pull(as_json: Json = False) -> None:
         print_result(answer)
     else:
         typer.echo(f"Up to date at change {answer['seq']}.")
-
-
-@app.command()
-def push(as_json: Json = False) -> None:
-    """Send edited plans and notes now.
-
-    Example: lattice remote push
-    """
-    directory, _ = here()
-    answer = ask(request("push", directory))
-    if as_json:
-        print_result(answer)
-    else:
-        for sent in answer["sent"]:
-            typer.echo(f"{one_line(sent['path'])}: {sent['outcome']}")
-        for notice in answer["notices"]:
-            typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
-        if not answer["sent"]:
-            typer.echo("Nothing to send.")
-    if any(sent["outcome"] in ("conflict", "refused") for sent in answer["sent"]):
-        raise typer.Exit(1)
 
 
 @app.command()

@@ -1,15 +1,17 @@
-"""``lattice remote add``, ``show``, ``set-url``, ``remove``: which server this directory is a copy of."""
+"""``lattice remote add``, ``clone``, ``show``, ``set-url``, ``remove``: which server this directory is a copy of."""
 
 import asyncio
 import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from lattice_remote.client import servers
+from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent_client import ask
-from lattice_remote.client.commands import adding, describe
+from lattice_remote.client.commands import adding, describe, leaving, pushing
 from lattice_remote.client.commands.shared import (
     CaFile,
     Insecure,
@@ -21,14 +23,19 @@ from lattice_remote.client.commands.shared import (
     progress,
     project_directory,
     request,
+    show_unpushed,
+    unpushed,
 )
 from lattice_remote.client.commands.tokens import ask_for_token
-from lattice_remote.client.settings import check_command, parse_url, write_remote
+from lattice_remote.client.settings import UNPUSHED_FILE, Remote, check_command, parse_url, write_remote
 from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = ["app"]
 
 app = typer.Typer()
+
+
+Token = Annotated[str | None, typer.Option(help="Kept for this user; - asks for it. Else LATTICE_TOKEN or a login.")]
 
 
 @app.command()
@@ -37,39 +44,93 @@ def add(
     url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, also with /SLUG.")],
     *,
     project: Annotated[str | None, typer.Option(help="The project's slug on the server.")] = None,
-    token: Annotated[
-        str | None, typer.Option(help="Kept for this user; - asks for it. Else LATTICE_TOKEN or a login.")
-    ] = None,
+    token: Token = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Make this directory a copy of a project on a server.
 
+    Where the directory has tasks, and the server's project none, next comes: lattice remote push.
+
     Example: lattice remote add origin https://board.example.org --project web
     """
     root = project_directory()
+    server, slug = _named_server(url, project, ca_file=ca_file, insecure=insecure)
+    own = adding.own_project(os.path.join(root, ".lattice"))
+    with _given(token, server) as given:
+        if own is not None:
+            remote = asyncio.run(pushing.await_push(os.path.join(root, ".lattice"), name, server, slug, given, own=own))
+            _say_awaiting(remote, own, as_json=as_json)
+            return
+        with progress("fetching") as show:
+            added = asyncio.run(adding.add_remote(root, name, server, project=slug, token=given, show=show))
+        _say_added(added, f"Added remote {added.remote.name}", as_json=as_json)
+
+
+@app.command()
+def clone(
+    url: Annotated[str, typer.Argument(help="The project: https://HOST/SLUG.")],
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="A new or empty one; SLUG by default.")] = "",
+    *,
+    name: Annotated[str, typer.Option(help="What to call the remote.")] = "origin",
+    token: Token = None,
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Make a new directory with a copy of a project in it.
+
+    Example: lattice remote clone https://board.example.org/web
+    """
+    server, slug = _named_server(url, None, ca_file=ca_file, insecure=insecure)
+    target = os.path.abspath(directory or slug)
+    with _given(token, server) as given:
+        with progress("fetching") as show:
+            added = asyncio.run(adding.clone(target, name, server, project=slug, token=given, show=show))
+        _say_added(added, f"Cloned into {one_line(directory or slug)}", as_json=as_json)
+
+
+def _named_server(url: str, project: str | None, *, ca_file: str | None, insecure: bool) -> tuple[servers.Server, str]:
+    """Return the server and the project that a command line names; a token may go there."""
     server_url, slug = parse_url(url, project)
+    if slug is None:
+        raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
     server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
     servers.admit(server_url, server)  # before anything is asked for
-    is_visible = token not in (None, "-")
-    if token == "-":  # noqa: S105 - no token
-        token = ask_for_token(server_url)
-    with progress("fetching") as show:
-        added = asyncio.run(adding.add_remote(root, name, server, project=slug, token=token, show=show))
+    return server, slug
+
+
+@contextlib.contextmanager
+def _given(token: str | None, server: servers.Server) -> Iterator[str | None]:
+    """Yield the token that a command line gives, asked for if it says so; warn of one that others can see."""
+    yield ask_for_token(server.url) if token == "-" else token  # noqa: S105 - no token
+    if token not in (None, "-"):
+        typer.echo(
+            "lattice-remote: others on this machine can see a token in a command line; --token - asks for it", err=True
+        )
+
+
+def _say_added(added: adding.Added, what: str, *, as_json: bool) -> None:
     with contextlib.suppress(RemoteError):
         ask(request("ready", added.directory))  # from here on the agent follows
     if as_json:
         print_result({**fields_of(added.remote), "tasks": added.tasks, "files": added.files, "seq": added.seq})
     else:
         typer.echo(
-            f"Added remote {added.remote.name} ({added.remote.url}, project {added.remote.project}): "
+            f"{what} ({added.remote.url}, project {added.remote.project}): "
             f"{count(added.tasks, 'task')}, {count(added.files, 'file')}, at change {added.seq}."
         )
-    if is_visible:
-        typer.echo(
-            "lattice-remote: others on this machine can see a token in a command line; --token - asks for it", err=True
-        )
+
+
+def _say_awaiting(remote: Remote, own: str, *, as_json: bool) -> None:
+    if as_json:
+        print_result({**fields_of(remote), "pushed": False})
+        return
+    typer.echo(f"Added remote {remote.name} ({remote.url}, project {remote.project}), which is empty.")
+    typer.echo(
+        f"This directory's project ({own}) is only here yet. Next: lattice remote push; --dry-run says what would go."
+    )
 
 
 @app.command()
@@ -78,6 +139,9 @@ def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> 
 
     Example: lattice remote show
     """
+    if (waiting := unpushed(name)) is not None:
+        show_unpushed(waiting[1], as_json=as_json)
+        return
     directory, found = here(name)
     status = ask(request("status", directory))
     if as_json:
@@ -103,13 +167,29 @@ def set_url(
 
     Example: lattice remote set-url origin https://new.example.org
     """
-    directory, found = here(name)
+    waiting = unpushed(name)
+    directory, found = waiting or here(name)
     new_url, slug = parse_url(url, project)
     servers.record(servers.name(new_url, insecure=insecure, ca_file=ca_file))
-    write_remote(directory, dataclasses.replace(found, url=new_url, project=slug or found.project))
+    remote = dataclasses.replace(found, url=new_url, project=slug or found.project)
+    _take_token_along(found, remote)
+    if waiting is not None:
+        pushing.stay_local(directory)  # what was asked of the other server is over
+        write_remote(directory, remote, UNPUSHED_FILE)
+        typer.echo(f"{found.name} is now {new_url} {remote.project}; next: lattice remote push")
+        return
+    write_remote(directory, remote)
     typer.echo(
         f"{found.name} is now {new_url} {slug or found.project}; the copy is compared with it when it is next used."
     )
+
+
+def _take_token_along(old: Remote, new: Remote) -> None:
+    """Use the token of a project that was renamed; on another server it is nobody's business."""
+    if old.url == new.url and old.project in credentials.projects(old.url):
+        token = credentials.stored(old.url, old.project)
+        if token is not None and new.project not in credentials.projects(new.url):
+            credentials.store(new.url, new.project, token)
 
 
 @app.command()
@@ -141,15 +221,48 @@ def route(
 
 
 @app.command()
-def remove(name: str) -> None:
+def remove(
+    name: str,
+    keep_local: Annotated[
+        bool, typer.Option("--keep-local", help="Keep the files: the directory is a plain local project again.")
+    ] = False,
+    hooks: Annotated[
+        bool | None,
+        typer.Option("--keep-hooks/--no-hooks", help="With --keep-local: keep the server's hooks, or leave them out."),
+    ] = None,
+) -> None:
     """Take the remote and its copy out of this directory. Refused while something is only here.
 
-    Example: lattice remote remove origin
+    Example: lattice remote remove origin --keep-local
     """
+    if (waiting := unpushed(name)) is not None:
+        pushing.stay_local(waiting[0])
+        typer.echo(f"Removed remote {name}; the project was not pushed, and stays here as it is.")
+        return
     directory, found = here(name)
+    if keep_local:
+        _keep_local(directory, found, hooks=hooks)
+        return
     _require_nothing_else_of_ours(directory)
-    adding.remove_remote(directory, found)
+    leaving.remove_remote(directory, found)
     typer.echo(f"Removed remote {found.name} and the copy of {found.project}; nothing changes on the server.")
+
+
+def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
+    """Make it all of the project, as new as the server can be reached, then a local one."""
+    try:
+        number = f"change {ask(request('pull', directory))['seq']}"
+    except RemoteError as error:
+        if error.code == "REMOTE_STORAGE":
+            raise
+        typer.echo(f"lattice-remote: {one_line(error.message)}; the files stay as they last came", err=True)
+        number = "the last change that came"
+    else:
+        _require_nothing_else_of_ours(directory)
+    left = asyncio.run(leaving.keep_local(directory, found, hooks=hooks))
+    typer.echo(f"Removed remote {found.name}; this is a local project now, as it was at {number}.")
+    if left:
+        typer.echo(f"Kept besides: {', '.join(map(one_line, left[:5]))}", err=True)
 
 
 def _require_nothing_else_of_ours(directory: str) -> None:

@@ -12,7 +12,7 @@ from lattice.storage.fs import LatticeRootError, find_root
 
 from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.settings import Remote, read_remote
+from lattice_remote.client.settings import UNPUSHED_FILE, Remote, is_unpushed, read_remote
 from lattice_remote.errors import Misuse
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "progress",
     "project_directory",
     "request",
+    "show_unpushed",
+    "unpushed",
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -73,10 +75,35 @@ def here(name: str = "") -> tuple[str, Remote]:
     directory = lattice_directory()
     if directory is None:
         raise Misuse("there is no lattice project here; add one with: lattice remote add origin URL --project SLUG")
+    if is_unpushed(directory):
+        raise Misuse("this project waits to be pushed to its remote: lattice remote push")
     found = read_remote(directory)
     if name and name != found.name:
         raise Misuse(f"no remote called {name!r} here; there is {found.name!r}")
     return directory, found
+
+
+def unpushed(name: str = "") -> tuple[str, Remote] | None:
+    """Return the project around us that waits to be pushed, and its remote; None when there is none.
+
+    Raises:
+        Misuse: its remote has another name than ``name``.
+    """
+    directory = lattice_directory()
+    if directory is None or not is_unpushed(directory):
+        return None
+    found = read_remote(directory, UNPUSHED_FILE)
+    if name and name != found.name:
+        raise Misuse(f"no remote called {name!r} here; there is {found.name!r}")
+    return directory, found
+
+
+def show_unpushed(found: Remote, *, as_json: bool) -> None:
+    """Say of a project that waits to be pushed what it waits for."""
+    if as_json:
+        print_result({"remote": fields_of(found), "pushed": False})
+    else:
+        typer.echo(f"{found.name} {found.url} project {found.project}: not pushed yet; next: lattice remote push")
 
 
 def request(do: str, directory: str) -> dict[str, Any]:

@@ -69,7 +69,7 @@ async def _checked(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        process_group=0,
+        start_new_session=True,  # Ctrl-C in the server's terminal is the server's to handle
     )
     try:
         async with asyncio.timeout(_TIMEOUT_S):

@@ -20,6 +20,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_LEFT_OUT = 1000
 _BOOKKEEPING = frozenset(
     {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written"}
+    | {".fetch", ".fetch.lock", ".away", ".settings.json"}
 )
 """Lattice's locks, and what makes a directory a cache: nobody misses them."""
 

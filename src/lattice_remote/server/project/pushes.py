@@ -117,6 +117,12 @@ class Pushes:
             code, why = error.code, error.message
         except OSError as error:
             code, why = "REMOTE_STORAGE", f"the server can't store the project: {error.strerror}"
+        except Exception:  # noqa: BLE001 - whoever pushed must get an answer
+            _log.exception("%s: a push could not be checked", self._paths.root.name)
+            code, why = (
+                "REMOTE_FAILED",
+                "the server could not check the project; its administrator should look at its log",
+            )
         finally:
             del self._under_way[frame.id]
         if why:

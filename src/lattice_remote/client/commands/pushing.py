@@ -1,0 +1,299 @@
+"""``lattice remote push`` of a local project: all of it becomes the server's, and the directory its copy.
+
+    a local project --add--> unpushed --push--> a copy
+                    <-remove-
+
+While it is unpushed, the directory is a local project to everybody but our plugin, which lets only reads pass. What
+is sent is a pack, a copy of one moment, resumed where it was cut off; then one request makes the server check it and
+put it in place, once for its id (I6), which is kept on disk before it is sent.
+"""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from lattice_remote.client import credentials, servers
+from lattice_remote.client.agent_client import Progress
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.follower import Writer
+from lattice_remote.client.cache.keepsakes import KEPT_DIRECTORY
+from lattice_remote.client.cache.packing import Pack, Survey, survey
+from lattice_remote.client.cache.survey import read_all
+from lattice_remote.client.link.link import Link
+from lattice_remote.client.link.uploading import Source, upload
+from lattice_remote.client.runtime import boot_time
+from lattice_remote.client.servers import Server
+from lattice_remote.client.settings import UNPUSHED_FILE, Remote, check_name, read_remote, write_remote
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, StorageError
+from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.paths import is_editable
+
+__all__ = ["Done", "Plan", "await_push", "plan_push", "push_project", "stay_local"]
+
+_REACH_S = 10.0
+_ATTEMPT_FILE = ".pushing.json"
+
+
+class _Attempt(msgspec.Struct):
+    """A push that was asked for, and perhaps carried out."""
+
+    id: str
+    digest: bytes
+    size: int
+    asked_at: float
+    """In seconds since the epoch."""
+    entries: dict[str, bytes]
+    """The digest of each file that was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a push would send, and where; ``trouble`` says why the server would not take it, "" that it is empty."""
+
+    remote: Remote
+    found: Survey
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a push has done. ``kept`` are copies of files that were changed here after they were sent."""
+
+    remote: Remote
+    answer: Pushed
+    kept: list[str]
+
+
+# --- before ---
+
+
+async def await_push(directory: str, name: str, server: Server, project: str, token: str | None, *, own: str) -> Remote:
+    """Have a local project, of which ``own`` is a sign, wait to be pushed into an empty project on a server.
+
+    Raises:
+        Misuse: the server's project is not empty; nothing was touched on either side.
+        RemoteError: the server is out of reach, or refuses. Nothing was touched.
+    """
+    remote = Remote(check_name(name), server.url, project)
+    survey(directory)
+    async with _connected(remote, token or credentials.from_environment(), server) as link:
+        _require_empty(link.welcome, own)
+    servers.record(server)
+    if token is not None:
+        credentials.store(server.url, project, token)
+    write_remote(directory, remote, UNPUSHED_FILE)
+    return remote
+
+
+def stay_local(directory: str) -> None:
+    """The project is not to be pushed after all. Nothing else was ever changed in it."""
+    for name in (_ATTEMPT_FILE, UNPUSHED_FILE):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
+
+
+async def plan_push(directory: str) -> Plan:
+    """Look at what a push would send, and whether the server would take it; nothing is sent or changed.
+
+    Raises:
+        Misuse: the project is none that a server takes.
+        StorageError: it can't be read.
+    """
+    remote = read_remote(directory, UNPUSHED_FILE)
+    found = await asyncio.to_thread(survey, directory)
+    try:
+        async with _connected(remote, credentials.from_environment()) as link:
+            _require_empty(link.welcome)
+    except (ConnectionFailed, Rejected, Misuse) as error:
+        return Plan(remote, found, error.message)
+    return Plan(remote, found, "")
+
+
+def _require_empty(welcome: Welcome | None, own: str = "") -> None:
+    assert welcome is not None, "the connection is open"
+    if "push" not in welcome.capabilities:
+        raise Rejected("the server takes no whole projects: upgrade it", code="REMOTE_VERSION")
+    if welcome.used:
+        raise Misuse(
+            f"project {welcome.project} on the server has {welcome.used}, and this directory a project of its own"
+            f"{f' ({own})' if own else ''}; nothing was touched: push to an empty project, or add the remote "
+            "in another directory"
+        )
+
+
+@contextlib.asynccontextmanager
+async def _connected(remote: Remote, token: str | None, named: Server | None = None) -> AsyncIterator[Link]:
+    """Yield an open connection that only asks.
+
+    Raises:
+        ConnectionFailed: the server is out of reach.
+        Rejected: it refuses.
+    """
+    token = token or credentials.stored(remote.url, remote.project)
+    if token is None:
+        raise Rejected(
+            f"no token for {remote.url}; log in with: lattice remote login {remote.place}", code="REMOTE_UNAUTHORIZED"
+        )
+    named = named or servers.from_environment(os.environ.get(servers.URL_ENV))
+    link = Link(remote, Writer(), token, named=named)
+    link.start()
+    try:
+        await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _REACH_S)
+        if link.welcome is None:
+            raise link.error if link.is_refused and link.error is not None else link.unreachable()
+        yield link
+    finally:
+        await link.close()
+
+
+# --- the push ---
+
+
+async def push_project(directory: str, show: Progress | None) -> Done:
+    """Push the project in ``directory``, a ``.lattice`` that waits for it; afterwards it is a copy.
+
+    Interrupted at any moment, nothing has changed here, or all is done; it can be called again, and goes on.
+
+    Raises:
+        Misuse: the server's project is not empty any more, or files are being changed here; nothing has changed.
+        Rejected: the server does not take this project; the message says why, and nothing has changed.
+        ConnectionFailed: out of reach; ``sent`` says that it may have been taken: call again.
+        StorageError: a file can't be read or written.
+    """
+    remote = read_remote(directory, UNPUSHED_FILE)
+    report = show or _ignore
+    async with _connected(remote, credentials.from_environment()) as link:
+        if (earlier := _read_attempt(directory)) is not None:
+            report({"what": "asking for the last attempt", "done": 0, "total": 1})
+            if (answer := await _ask(link, directory, earlier)) is not None:
+                return Done(remote, answer, _become_copy(directory, remote, earlier.entries, {}))
+        _require_empty(link.welcome)
+        found = await asyncio.to_thread(survey, directory)
+        with await asyncio.to_thread(Pack.of, directory, found, _reporter(report, "reading")) as pack:
+            source = Source(pack.file.fileno(), pack.size, pack.digest)
+            await upload(link, source, purpose="project", on_progress=_reporter(report, "sending"))
+            if (changed := _changed(directory, found)) is not None:
+                raise Misuse(f"{changed} was changed while the project was sent; nothing was done: push again")
+            entries = {path: entry.digest for path, entry in pack.entries.items()}
+            attempt = _Attempt(os.urandom(16).hex(), pack.digest, pack.size, time.time(), entries)
+            _write_attempt(directory, attempt)
+            report({"what": "checking on the server", "done": 0, "total": 1})
+            answer = await _ask(link, directory, attempt)
+            if answer is None:
+                raise ConnectionFailed("the server has forgotten what was sent; push again")
+            texts = {path: pack.content(path) for path in pack.entries if is_editable(path)}
+            return Done(remote, answer, _become_copy(directory, remote, entries, texts))
+
+
+async def _ask(link: Link, directory: str, attempt: _Attempt) -> Pushed | None:
+    """Ask for a push; return its answer, None when it surely was never carried out and has to begin anew.
+
+    Raises:
+        Rejected: the server does not take it, or not any more.
+        ConnectionFailed: as for ``Link.ask``.
+    """
+    age_s = max(0.0, time.time() - attempt.asked_at)
+    first_sent_at = boot_time() - age_s if age_s > 1 else None
+    answer = await link.ask(Push(attempt.id, attempt.digest, attempt.size), first_sent_at=first_sent_at)
+    match answer:
+        case Pushed():
+            return answer
+        case Refused(code="REMOTE_NOT_FOUND" | "REMOTE_UNKNOWN_OUTCOME") if not (link.welcome and link.welcome.used):
+            _forget_attempt(directory)
+            return None
+        case Refused(code="REMOTE_BUSY"):
+            raise Rejected(answer.message, code=answer.code)
+        case Refused():
+            _forget_attempt(directory)
+            raise Rejected(answer.message, code=answer.code)
+        case _:
+            raise ConnectionFailed("the server answered something else", sent=True)
+
+
+def _changed(directory: str, found: Survey) -> str | None:
+    """Return a file that is not as it was surveyed."""
+    now = survey(directory).files
+    return next(
+        (path for path in sorted(now.keys() | found.files.keys()) if now.get(path) != found.files.get(path)), None
+    )
+
+
+def _reporter(report: Progress, what: str) -> Any:
+    return lambda done, total: report({"what": f"{what} (KiB)", "done": done >> 10, "total": max(1, total >> 10)})
+
+
+def _ignore(_progress: Mapping[str, Any]) -> None:
+    """Nobody watches."""
+
+
+# --- after ---
+
+
+def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
+    """Make the directory a copy of what was pushed; return copies of what was changed here since.
+
+    ``remote.json`` comes last: before it the directory is an unpushed project, and this may be done again.
+
+    Args:
+        directory: the ``.lattice``.
+        remote: what it becomes a copy of.
+        entries: the digest of each file that was pushed.
+        texts: the plans and notes that were pushed; without one, what is here counts if it is unchanged.
+    """
+    cache = Cache(directory, remote)
+    cache.prepare()
+    kept: list[str] = []
+    for path, reading in read_all(cache).items():
+        if is_editable(path):
+            text = texts.get(path)
+            if text is None and reading.digest == entries.get(path):
+                text = cache.read(path)
+            if text is not None:
+                cache.replace(f"{BASE_DIRECTORY}/{path}", text)  # what differs from it is an edit, and will be sent
+        elif reading.digest != entries.get(path):
+            content = cache.read(path)
+            copy = f"{KEPT_DIRECTORY}/{path}"
+            while cache.size(copy) is not None and digest_of(cache.read(copy)) != reading.digest:
+                copy += ".2"
+            cache.replace(copy, content)
+            kept.append(copy)
+    write_remote(directory, remote)
+    stay_local(directory)
+    return sorted(kept)
+
+
+# --- what was asked for ---
+
+
+def _read_attempt(directory: str) -> _Attempt | None:
+    try:
+        with open(os.path.join(directory, _ATTEMPT_FILE), "rb") as file:
+            return msgspec.json.decode(file.read(), type=_Attempt)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise StorageError(f"cannot read {_ATTEMPT_FILE}: {error}; lattice remote remove starts anew") from error
+
+
+def _write_attempt(directory: str, attempt: _Attempt) -> None:
+    path = os.path.join(directory, _ATTEMPT_FILE)
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(msgspec.json.encode(attempt))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _forget_attempt(directory: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, _ATTEMPT_FILE))
