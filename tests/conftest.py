@@ -16,6 +16,8 @@ settings.load_profile("any machine")
 LONG = [
     "test_soak",
     "test_every_command",
+    "test_mcp",
+    "test_dashboard",
     "test_malicious_server",
     "test_fsck",
     "test_worker",

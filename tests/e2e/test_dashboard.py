@@ -290,6 +290,7 @@ def test_an_open_page_knows_of_a_change_within_a_second(both: Both, there: Dashb
     task = both.there.tasks[0]
     page = there.get("/")[1]
     assert page.index("remote/live.js") < page.index("setInterval")
+    assert "AUTO_REFRESH_MS = 5000;" in page, "live.js knows the page's own looks by their time"
     assert "EventSource" in there.get("/remote/live.js")[1]
     with there.events() as events:
         first = next(events)
@@ -339,7 +340,7 @@ def test_an_unreachable_server_is_said_in_the_dashboards_own_form_and_to_open_pa
         assert next(events)["trouble"] == ""
         server.stop()
         trouble = next(event["trouble"] for event in events if event["trouble"])
-        assert "this is the board of" in trouble
+        assert trouble.startswith("the server is out of reach (") and "this is the board of" in trouble
         status, text = dashboard.post("/api/tasks", {"title": "x"})
         assert status == 503
         error = json.loads(text)["error"]

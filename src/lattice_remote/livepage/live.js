@@ -6,12 +6,14 @@
   "use strict";
   var LOOK_MS = 5000, LEAST_GAP_MS = 200;
   var looks = new Map();
-  var source = null, version = null, busy = false, again = false;
+  var last = null, missed = false, busy = false, again = false;
 
   var setInterval = window.setInterval.bind(window), clearInterval = window.clearInterval.bind(window);
   window.setInterval = function (look, ms) {
-    var id = setInterval.apply(null, arguments);
-    if (ms === LOOK_MS && typeof look === "function") looks.set(id, look);
+    if (ms !== LOOK_MS || typeof look !== "function") return setInterval.apply(null, arguments);
+    var kept = function () { return isWriting() ? undefined : look(); };
+    var id = setInterval(kept, ms);
+    looks.set(id, kept);
     return id;
   };
   window.clearInterval = function (id) {
@@ -19,32 +21,41 @@
     clearInterval(id);
   };
 
-  // One look at a time, and not more often than people can see; the last change is never missed.
+  // One look at a time, and not more often than people can see; the last change is never missed. A hidden page does not
+  // look: it does when it is shown again.
   async function refresh() {
+    if (document.hidden) { missed = true; return; }
     if (busy) { again = true; return; }
     busy = true;
     try {
-      await Promise.all(Array.from(looks.values(), function (look) { return look(); }));
-      refreshTask();
+      if (!isTask()) await Promise.all(Array.from(looks.values(), function (look) { return look(); }));
+      else if (!isWriting()) window.dispatchEvent(new HashChangeEvent("hashchange"));
     } catch (error) { /* the next look tries again */ }
     await new Promise(function (done) { window.setTimeout(done, LEAST_GAP_MS); });
     busy = false;
     if (again) { again = false; refresh(); }
   }
+  document.addEventListener("visibilitychange", function () {
+    if (document.hidden || !missed) return;
+    missed = false;
+    window.setTimeout(refresh, 0);  // when the page has begun to look again
+  });
 
-  // The page of a single task is not among the looks: it is shown anew, unless somebody is writing in it.
-  function refreshTask() {
-    if (!/^#\/task\//.test(location.hash)) return;
-    var fields = document.querySelectorAll("textarea, input, select, [contenteditable=true]");
-    var writing = Array.prototype.some.call(fields, function (field) {
+  // A look redraws the page of a single task with all that somebody is writing in it, or not at all. So it is shown anew
+  // as if somebody had just come to it, and is left alone while somebody is writing.
+  function isTask() { return /^#\/task\//.test(location.hash); }
+  function isWriting() {
+    var fields = isTask() ? document.querySelectorAll("textarea, input, select") : [];
+    return Array.prototype.some.call(fields, function (field) {
       return field === document.activeElement || (field.tagName === "TEXTAREA" && field.value !== field.defaultValue);
     });
-    if (!writing) window.dispatchEvent(new HashChangeEvent("hashchange"));
   }
+  window.addEventListener("hashchange", function (event) { if (event.isTrusted) refresh(); });
 
   function show(trouble) {
     var bar = document.getElementById("remote-trouble");
     if (!trouble) { if (bar) bar.remove(); return; }
+    if (!document.body) return;
     if (!bar) {
       bar = document.createElement("div");
       bar.id = "remote-trouble";
@@ -56,20 +67,26 @@
     bar.textContent = trouble;
   }
 
-  // A hidden tab holds no connection: a browser has six for a host, and the page's own requests need them.
-  function listen() {
-    if (source || document.hidden || !window.EventSource) return;
-    source = new EventSource("remote/events");
-    source.onmessage = function (message) {
-      var told = JSON.parse(message.data);
-      show(told.trouble);
-      if (version !== null && told.version !== version) refresh();
-      version = told.version;
-    };
+  function take(text) {
+    var told = JSON.parse(text);
+    show(told.trouble);
+    if (last === null || told.version !== last) refresh();
+    last = told.version;
   }
-  document.addEventListener("visibilitychange", function () {
-    if (document.hidden && source) { source.close(); source = null; }
-    listen();
+
+  // One page listens for all pages of this browser: it has six connections for a host, and their requests need them.
+  // When that page is closed, another takes its place.
+  function listen(pass) {
+    var source = new EventSource("remote/events");
+    source.onmessage = function (message) { take(message.data); pass(message.data); };
+  }
+  if (!window.EventSource) return;
+  if (!navigator.locks || !window.BroadcastChannel) { listen(function () {}); return; }
+  var name = "remote-events " + new URL("remote/events", location.href);
+  var channel = new BroadcastChannel(name);
+  channel.onmessage = function (message) { take(message.data); };
+  navigator.locks.request(name, function () {
+    listen(function (text) { channel.postMessage(text); });
+    return new Promise(function () {});  // kept for as long as the page is open
   });
-  listen();
 })();

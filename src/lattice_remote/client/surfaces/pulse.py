@@ -4,6 +4,7 @@ What is looked at is the one small file that every change of the cache rewrites 
 applies the changes: the agent, or a command that does without it.
 """
 
+import json
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ class Pulse:
         self._changed = threading.Condition()
         self._waiting = 0
         self._state: State = ("", "")
+        self._seen: tuple[int, int] | None = None  # the state file's signature when it was last read
+        self._told = ""  # what it said
         self._started = False
         self._closed = False
 
@@ -79,11 +82,17 @@ class Pulse:
                     self._changed.notify_all()
 
     def _version(self) -> str:
+        """Return what the state file says of the files; it is also rewritten, now and then, without a change."""
         try:
             status = os.stat(self._file)
-        except OSError:
+            signature = (status.st_ino, status.st_mtime_ns)
+            if signature != self._seen:
+                with open(self._file, "rb") as file:
+                    state = json.loads(file.read())
+                self._seen, self._told = signature, f"{state['epoch']}-{state['seq']}-{len(state['wanted'])}"
+        except (OSError, ValueError, KeyError, TypeError):
             return ""
-        return f"{status.st_ino}-{status.st_mtime_ns}"
+        return self._told
 
     def _ask(self) -> None:
         delay_s = 0.0
@@ -99,11 +108,12 @@ class Pulse:
         """Return why the cache may be behind. Asking keeps an agent running, and starts one where the last has left."""
         try:
             answer = ask(request("status" if agent_enabled() else "pull", self._directory))
-        except RemoteError as error:
-            return error.message
-        except OSError as error:
-            return f"the background agent can't be asked: {error}"
-        why, age_s = answer.get("error") or answer.get("trouble"), answer.get("age_s")
+        except RemoteError as failure:
+            return failure.message
+        except OSError as failure:
+            return f"the background agent can't be asked: {failure}"
+        error, age_s = answer.get("error"), answer.get("age_s")
+        why = f"the server is out of reach ({error})" if error else answer.get("trouble")
         if not why or age_s is None:
             return why or ""
         return f"{why}; this is the board of {time.strftime('%H:%M', time.localtime(time.time() - age_s))}"
