@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -73,10 +72,10 @@ def _observe() -> None:
 
 
 def _parse_nothing_refused(
-    cli: click.Group, argv: Sequence[str], identity: Identity, *, files: Collection[str], lattice_dir: Path
+    cli: click.Group, argv: Sequence[str], identity: Identity, *, files: Collection[str], **others: object
 ) -> policy.Command:
     """Stand for ``policy.parse``: say what the line is, and let it run, whatever it is."""
-    del identity, lattice_dir
+    del identity, others
     values: dict[str, Any]
     try:
         path, values = policy._take_apart(cli, list(argv), files)
