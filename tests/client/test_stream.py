@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from client_kit import until
 from fake_server import TOKEN, FakeServer
+from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client import servers
 from lattice_remote.client.link import stream as streams
 from lattice_remote.client.link.stream import Arrived, ChangeStream, Connected, Ended, Gone, Item, Lost, NewEpoch
 from lattice_remote.client.settings import Remote
-from lattice_remote.protocol.messages import Follow, Hello
+from lattice_remote.protocol.messages import ClientFrame, Follow, Hello
 from lattice_remote.protocol.operations import PutFile
 
 
@@ -125,6 +126,25 @@ async def test_a_new_epoch_is_said_and_followed_from_its_beginning(server: FakeS
     kinds = [type(item) for item in reader.items if not isinstance(item, Lost)]
     assert kinds == [Connected, Arrived, NewEpoch, Connected, Arrived]
     assert [item.epoch for item in reader.items if isinstance(item, Arrived)] == ["epoch-1", "epoch-2"]
+
+
+async def test_a_history_that_begins_anew_between_two_frames_ends_nothing(server: FakeServer, reader: Reader) -> None:
+    """I7: it was welcomed in one epoch, and asks for changes in the next."""
+    await reader.until(Connected)
+    server.put("a", b"1")
+    await reader.until(Arrived)
+
+    async def begin_anew(_connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Follow) and server.epoch == "epoch-1":
+            server.epoch, server.changes = "epoch-2", []
+        return False
+
+    server.misbehave = begin_anew  # type: ignore[assignment]
+    server.cut()
+    await reader.until(NewEpoch)
+    server.put("a", b"2")
+    await reader.until(Arrived, 2)
+    assert not [item for item in reader.items if isinstance(item, Ended)]
 
 
 async def test_who_takes_none_holds_no_connection_and_misses_nothing(

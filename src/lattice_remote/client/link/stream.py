@@ -19,7 +19,7 @@ from lattice_remote.client.cache.follower import Outcome
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
-from lattice_remote.errors import ProtocolError, Rejected, RemoteError
+from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -250,6 +250,9 @@ class ChangeStream:
             self._is_resumed = self._ready = True
             self._said = None
             self._put(Connected(answer.epoch, answer.seq, answer.head))
+        elif self._is_resumed and answer.outcome in ("epoch", "ahead"):
+            # Of a history that begins anew at this moment: the next Welcome says how.
+            raise ConnectionFailed("the project's history begins anew on the server")
         else:
             self._end(Gone(_why_not(answer)))
 

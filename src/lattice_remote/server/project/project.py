@@ -271,6 +271,7 @@ class Project:
         Once per run of the server: a history that began in this run was not rolled back since.
         """
         if self._epoch_renewed:
+            await self.opened()  # somebody else's proof may be under way
             return
         self._epoch_renewed = True
         _log.warning("%s: %s; a new epoch begins", self.slug, reason)
