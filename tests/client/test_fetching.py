@@ -13,7 +13,8 @@ from lattice_remote.client import preferences
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.callers_files import identity
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.protocol.messages import ClientFrame, Download, Fetch, Run, Upload
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import ClientFrame, Download, Fetch, Refused, Run, Upload
 from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, PutFile, digest_of
 
 BIG = "artifacts/payload/big.bin"
@@ -172,6 +173,31 @@ async def test_another_process_that_fetches_is_noticed(server: FakeServer, servi
     assert tree(directory) == server.files
 
 
+async def test_one_that_can_not_be_had_holds_up_no_other(server: FakeServer, service: Service, directory: Path) -> None:
+    """And is tried again when it is asked for, or has become another."""
+    await ask(service, "ready")
+    first, second = "artifacts/payload/first", "artifacts/payload/second"
+
+    async def lose_first(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Download) and frame.path == first:
+            await connection.send(encode(Refused(frame.id, "REMOTE_STORAGE", "the disk is bad")))
+        return isinstance(frame, Download) and frame.path == first
+
+    server.misbehave = lose_first  # type: ignore[assignment]
+    announce(server, path=first)
+    announce(server, path=second)
+    await until((directory / second).exists)
+    assert (await ask(service, "status"))["payloads"]["trouble"] == "the disk is bad"  # type: ignore[index]
+    with pytest.raises(RemoteError, match="the disk is bad"):
+        await ask(service, "fetch", paths=None)
+    tries = len([frame for frame in downloads(server) if frame.path == first])
+    assert 2 <= tries <= 2 * 8, "not again and again"
+    server.misbehave = None
+    announce(server, CONTENT[1:], path=first)
+    await until(lambda: tree(directory) == server.files)
+    assert (await ask(service, "status"))["payloads"]["trouble"] is None  # type: ignore[index]
+
+
 async def test_a_server_that_is_gone_is_said_and_what_has_come_stays(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
@@ -220,7 +246,10 @@ async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
 # --- older servers ---
 
 
-async def test_a_server_that_sends_no_pieces_sends_it_as_everything_else(tmp_path: Path, server: FakeServer) -> None:
+async def test_a_server_that_sends_no_pieces_sends_it_as_everything_else(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
     server.capabilities.remove("downloads")
     directory = make_cache(tmp_path / "old", server.url)
     service = Service(str(directory))
@@ -233,7 +262,10 @@ async def test_a_server_that_sends_no_pieces_sends_it_as_everything_else(tmp_pat
     await service.close()
 
 
-async def test_a_server_that_was_downgraded_sends_what_was_left_out(server: FakeServer, directory: Path) -> None:
+async def test_a_server_that_was_downgraded_sends_what_was_left_out(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
     for capabilities in (list(server.capabilities), [name for name in server.capabilities if name != "downloads"]):
         server.capabilities = capabilities
         service = Service(str(directory))

@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -22,13 +23,18 @@ from lattice_remote.client.link.downloading import ask_what_it_is, pieces
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.link.links import Links
 from lattice_remote.client.link.uploading import Source
-from lattice_remote.errors import Rejected, RemoteError, StorageError
+from lattice_remote.errors import ConnectionFailed, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.replica import LARGE_BYTES, Content
 
 __all__ = ["Fetching"]
 
 _RETRY_S = 5.0
-"""After trouble: a full disk, a quota, a content that the server does not have any more."""
+"""After the server was out of reach."""
+_PUT_OFF_S = 60.0
+"""One that can't be had now (a full disk, a quota, a content that is not what was announced) is left alone for so long;
+the others go on."""
+_PATIENCE_S = 5.0
+"""Who waits for a content waits no longer for a server that is gone."""
 _LOOK_S = 60.0
 _POLL_S = 0.1
 _OWN_TURN_S = 2.0
@@ -37,6 +43,15 @@ _LOCK = ".fetch.lock"
 _MIB = 1024 * 1024
 _MAX_MISFITS = 3
 _log = logging.getLogger(__name__)
+
+
+class _PutOff(NamedTuple):
+    """One that could not be had."""
+
+    until: float
+    why: RemoteError
+    content: Content | None
+    """What it was then: another one is tried at once."""
 
 
 class Fetching:
@@ -48,16 +63,16 @@ class Fetching:
         self._links = links
         self._link = links.following
         self._lock = FileLock(self._cache.absolute(_LOCK), thread_local=False, mode=0o600)
-        self._asked: set[str] = set()
+        self._asked: Counter[str] = Counter()  # by how many
         self._own: set[bytes] = set()  # digests that are being attached here: they need no fetching
         self._wishes = 0  # how often somebody has asked for something
         self._seen: tuple[int, str, int] | None = None  # for which everything was done that is to be done
         self._looked_at: dict[str, Content | None] = {}  # which local files were compared, and with what
-        self._misfits: dict[bytes, int] = {}
+        self._misfits: Counter[bytes] = Counter()
+        self._put_off: dict[str, _PutOff] = {}
         self._not_before = 0.0
         self._current: tuple[str, int, int] | None = None
-        self.trouble: RemoteError | None = None
-        """Why the last one did not come; None once one has."""
+        self._failure: RemoteError | None = None  # of the connection, when it last ended so
 
     @property
     def mode(self) -> str:
@@ -75,8 +90,19 @@ class Fetching:
             "away": len(self._follower.replica.away),
             "away_bytes": sum(known),
             "fetching": fetching,
-            "trouble": None if self.trouble is None or not self._follower.replica.away else self.trouble.message,
+            "trouble": None if self.trouble is None else self.trouble.message,
         }
+
+    @property
+    def trouble(self) -> RemoteError | None:
+        """Why something that is to be fetched does not come; None when nothing is in its way."""
+        reasons = [why for path in self._put_off if (why := self._why_put_off(path)) is not None]
+        return next(iter(reasons), self._failure)
+
+    def _why_put_off(self, path: str) -> RemoteError | None:
+        """Return why a content is left alone; None when it is not, or when it is another by now."""
+        put_off, away = self._put_off.get(path), self._follower.replica.away
+        return put_off.why if put_off is not None and path in away and away[path] == put_off.content else None
 
     # --- what is asked for ---
 
@@ -90,23 +116,33 @@ class Fetching:
         wanted = [path for path in (list(away) if paths is None else paths) if path in away]
         size = sum(content[0] for path in wanted if (content := away[path]) is not None)
         self._asked.update(wanted)
-        self.trouble, self._not_before = None, 0.0
+        for path in wanted:
+            self._put_off.pop(path, None)
+        self._failure, self._not_before = None, 0.0
         self.wake()
         try:
-            while missing := [path for path in wanted if path in self._follower.replica.away]:
-                if self.trouble is not None:
-                    raise self.trouble
-                if not self._link.is_open:
-                    raise self._link.unreachable(is_write=False)
-                if self._current is not None:
-                    path, done, total = self._current
-                    name = f"{os.path.basename(path)[:40]} ({len(wanted) - len(missing) + 1} of {len(wanted)}), MiB:"
-                    report({"what": name, "done": round(done / _MIB, 1), "total": round(total / _MIB, 1)})
-                await asyncio.sleep(_POLL_S)
+            await self._until_here(wanted, report)
         finally:
-            self._asked.difference_update(wanted)
+            self._asked -= Counter(wanted)
             report({"what": "", "done": 1, "total": 1})
         return {"fetched": wanted, "bytes": size}
+
+    async def _until_here(self, wanted: list[str], report: Callable[[dict[str, Any]], None]) -> None:
+        open_at = time.monotonic()
+        while missing := [path for path in wanted if path in self._follower.replica.away]:
+            if reasons := [why for path in missing if (why := self._why_put_off(path)) is not None]:
+                raise reasons[0]
+            if self._failure is not None:
+                raise self._failure
+            if self._link.is_open:
+                open_at = time.monotonic()
+            elif self._link.is_refused or time.monotonic() - open_at > _PATIENCE_S:
+                raise self._link.unreachable(is_write=False)
+            if self._current is not None:
+                path, done, total = self._current
+                name = f"{os.path.basename(path)[:40]} ({len(wanted) - len(missing) + 1} of {len(wanted)}), MiB:"
+                report({"what": name, "done": round(done / _MIB, 1), "total": round(total / _MIB, 1)})
+            await asyncio.sleep(_POLL_S)
 
     def wake(self) -> None:
         """Something may be to be done: a setting was changed, or somebody asks."""
@@ -154,8 +190,7 @@ class Fetching:
     async def run(self) -> None:
         """Fetch until cancelled. Trouble with the server or the disk is waited out."""
         while True:
-            pause_s = _LOOK_S if self.trouble is None else max(_POLL_S, self._not_before - time.monotonic())
-            if not await self._link.changed.until(self._has_work, pause_s):
+            if not await self._link.changed.until(self._has_work, self._pause_s()):
                 continue
             try:
                 await self._work()
@@ -167,12 +202,19 @@ class Fetching:
             finally:
                 self._current = None
 
+    def _pause_s(self) -> float:
+        now, times = time.monotonic(), [put_off.until for put_off in self._put_off.values()]
+        if self._failure is not None:
+            times.append(self._not_before)
+        return max(_POLL_S, min([_LOOK_S, *(at - now for at in times)]))
+
     def _failed(self, error: RemoteError) -> None:
-        self.trouble, self._not_before = error, time.monotonic() + _RETRY_S
+        self._failure, self._not_before = error, time.monotonic() + _RETRY_S
 
     def _has_work(self) -> bool:
-        can_work = self._link.is_open and self._follower.is_following and time.monotonic() >= self._not_before
-        return can_work and self._seen != self._state()
+        now = time.monotonic()
+        can_work = self._link.is_open and self._follower.is_following and now >= self._not_before
+        return can_work and (self._seen != self._state() or any(one.until <= now for one in self._put_off.values()))
 
     def _state(self) -> tuple[int, str, int]:
         replica = self._follower.replica
@@ -180,27 +222,42 @@ class Fetching:
 
     async def _work(self) -> None:
         """Fetch everything that is to be fetched now."""
-        state = self._state()
+        state, now = self._state(), time.monotonic()
+        self._put_off = {path: put_off for path, put_off in self._put_off.items() if put_off.until > now}
         if self._next() is not None and self._link.token is not None:
             async with _taken(self._lock, None), self._links.bulk(self._link.token) as link:
                 while (path := self._next()) is not None:
-                    await self._settle(link, path, self._follower.replica.away[path])
+                    await self._settle_or_put_off(link, path)
         away = self._follower.replica.away
         if not self._own:
             self._cache.discard_partials(content[1] for content in away.values() if content is not None)
         self._looked_at = {path: content for path, content in self._looked_at.items() if path in away}
-        self.trouble = None
-        if state == self._state():
+        self._failure = None
+        if state == self._state() and self._follower.is_following:
             self._seen = state
+
+    async def _settle_or_put_off(self, link: Link, path: str) -> None:
+        """Do what is to be done for one; what is in the way of this one holds up no other."""
+        content = self._follower.replica.away[path]
+        try:
+            await self._settle(link, path, content)
+        except ConnectionFailed:
+            raise
+        except RemoteError as error:
+            self._put_off[path] = _PutOff(time.monotonic() + _PUT_OFF_S, error, content)
+        finally:
+            self._current = None
 
     def _next(self) -> str | None:
         """Return what is to be looked at or fetched: first what was asked for."""
+        if not self._follower.is_following:
+            return None  # nothing could be put in place
         away, is_unasked = self._follower.replica.away, self.mode == "background"
         for path in self._asked:
-            if path in away:
+            if path in away and self._why_put_off(path) is None:
                 return path
         for path, content in away.items():
-            if content is not None and content[1] in self._own:
+            if self._why_put_off(path) is not None or (content is not None and content[1] in self._own):
                 continue
             is_new = path not in self._looked_at or self._looked_at[path] != content
             if is_unasked or is_new or content is None or content[0] <= LARGE_BYTES:
@@ -254,7 +311,11 @@ class Fetching:
         self._current = (path, have, size)
         async with contextlib.aclosing(pieces(link, path, content, have)) as coming:
             async for piece in coming:
-                await asyncio.to_thread(self._cache.add, partial, piece)
+                try:
+                    await asyncio.to_thread(self._cache.add, partial, piece)
+                except StorageError:
+                    self._cache.discard(partial)  # a full disk would stay full of this
+                    raise
                 have += len(piece)
                 self._current = (path, have, size)
                 if self._follower.replica.away.get(path) != content:
@@ -266,9 +327,9 @@ class Fetching:
             self._cache.add(partial, b"")
         if await asyncio.to_thread(self._cache.digest, partial) != content[1]:
             self._cache.discard(partial)
-            misfits = self._misfits[content[1]] = self._misfits.get(content[1], 0) + 1
-            if misfits >= _MAX_MISFITS:
-                self._misfits[content[1]] = 0
+            self._misfits[content[1]] += 1
+            if self._misfits[content[1]] >= _MAX_MISFITS:
+                del self._misfits[content[1]]
                 raise StorageError(f"what the server sends of {path} is not what it has announced; its disk may be bad")
             return
         self._misfits.pop(content[1], None)
