@@ -28,7 +28,7 @@ class Watcher:
         self._stderr = threading.Thread(target=self._hear, daemon=True)
 
     def __enter__(self) -> Self:
-        self._process = self._client.popen("remote", "watch", "--json", "--since", "0", *self._argv)
+        self._process = self._client.popen("remote", "watch", "--json", *(self._argv or ("--since", "0")))
         self._thread.start()
         self._stderr.start()
         return self

@@ -3,17 +3,19 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
 from sandbox import BIN, Client, Sandbox, Server
+from warm import warm
 
 pytestmark = pytest.mark.e2e
 
 START = ("session", "start", "--model", "m", "--framework", "f", "--quiet", "--name")
 
 
-def start(client: Client, name: str = "Argus") -> str:
+def start(client: Client, name: str) -> str:
     return client.ok(*START, name).strip()
 
 
@@ -28,24 +30,28 @@ def comment(client: Client, session: str) -> subprocess.CompletedProcess[str]:
     return client.run("comment", "LAT-1", "x", "--name", session)
 
 
-@pytest.fixture
-def people(sandbox: Sandbox) -> tuple[Server, Client, Client, Client]:
-    """A server; ana at her laptop and at her desktop, with a token each; ben. All may be any agent."""
-    server = sandbox.server()
-    server.project()
-    server.start()
-    clients = []
-    for name in ("laptop", "desktop", "ben"):
-        client = sandbox.client(name)
-        client.add_remote(server, server.token("human:ben" if name == "ben" else "human:ana", "agent:*"))
-        clients.append(client)
-    clients[0].ok("create", "One", "--actor", "human:ana")
-    return (server, *clients)
+@pytest.fixture(scope="module")
+def people() -> Iterator[tuple[Server, Client, Client, Client]]:
+    """A server; ana at her laptop and at her desktop, with a token each; ben. All may be any agent.
+
+    Each test has sessions of its own name, and leaves a running server behind.
+    """
+    with Sandbox(warm()) as sandbox:
+        server = sandbox.server()
+        server.project()
+        server.start()
+        clients = []
+        for name in ("laptop", "desktop", "ben"):
+            client = sandbox.client(name)
+            client.add_remote(server, server.token("human:ben" if name == "ben" else "human:ana", "agent:*"))
+            clients.append(client)
+        clients[0].ok("create", "One", "--actor", "human:ana")
+        yield (server, *clients)
 
 
 def test_only_the_token_that_started_it_acts_as_it(people: tuple[Server, Client, Client, Client]) -> None:
     _, laptop, desktop, ben = people
-    session = start(laptop)
+    session = start(laptop, "Argus")
     assert comment(laptop, session).returncode == 0
     theirs = "Error: session Argus-1 belongs to another token, of human:ana: "
     refused = comment(ben, session)
@@ -57,16 +63,16 @@ def test_only_the_token_that_started_it_acts_as_it(people: tuple[Server, Client,
     assert "Argus-1" in ben.ok("session", "list") and "Argus-1" in ben.ok("session", "show", session)
     unended = ben.run("session", "end", session)
     assert (unended.returncode, unended.stderr) == (1, theirs + "a token of human:ana can end it\n")
-    assert start(ben) == "Argus-2" and comment(ben, "Argus-2").returncode == 0
+    assert start(ben, "Argus") == "Argus-2" and comment(ben, "Argus-2").returncode == 0
     desktop.ok("session", "end", session)
     assert "No active session named 'Argus-1'" in laptop.run("session", "end", session).stderr
 
 
 def test_it_survives_restart_rotation_a_copy_and_the_loss_of_the_journal(
-    people: tuple[Server, Client, Client, Client], sandbox: Sandbox
+    people: tuple[Server, Client, Client, Client],
 ) -> None:
     server, laptop, _, ben = people
-    session = start(laptop)
+    session = start(laptop, "Copied")
     server.kill()
     copied = server.data.with_name("copied")
     shutil.copytree(server.data, copied)
@@ -82,14 +88,6 @@ def test_it_survives_restart_rotation_a_copy_and_the_loss_of_the_journal(
     assert "belongs to another token" in comment(ben, session).stderr
 
 
-def test_of_a_token_that_is_gone_its_actors_other_token_ends_it(people: tuple[Server, Client, Client, Client]) -> None:
-    server, laptop, desktop, ben = people
-    session = start(laptop)
-    server.admin("token", "revoke", tokens(server)["human:ana"][0])
-    assert ben.run("session", "end", session).returncode == 1
-    assert desktop.run("session", "end", session).returncode == 0
-
-
 def test_what_plain_lattice_started_is_anybodys_who_may_act_as_it(
     people: tuple[Server, Client, Client, Client],
 ) -> None:
@@ -102,7 +100,7 @@ def test_what_plain_lattice_started_is_anybodys_who_may_act_as_it(
 
 def test_without_knowing_whose_it_is_nobody_acts_as_a_session(people: tuple[Server, Client, Client, Client]) -> None:
     server, laptop, _, _ = people
-    session = start(laptop)
+    session = start(laptop, "Mine")
     server.stop()
     owners = server.data / "projects/board/session_owners.json"
     assert owners.stat().st_mode & 0o777 == 0o600
@@ -115,3 +113,11 @@ def test_without_knowing_whose_it_is_nobody_acts_as_a_session(people: tuple[Serv
     owners.unlink()
     server.start()
     assert comment(laptop, session).returncode == 0
+
+
+def test_of_a_token_that_is_gone_its_actors_other_token_ends_it(people: tuple[Server, Client, Client, Client]) -> None:
+    server, laptop, desktop, ben = people
+    session = start(laptop, "Gone")
+    server.admin("token", "revoke", tokens(server)["human:ana"][0])
+    assert ben.run("session", "end", session).returncode == 1
+    assert desktop.run("session", "end", session).returncode == 0

@@ -6,11 +6,13 @@ import pty
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sandbox import BIN, Client, Sandbox, Server, wait_for
+from warm import warm
 from watcher import Watcher
 
 pytestmark = pytest.mark.e2e
@@ -18,15 +20,23 @@ pytestmark = pytest.mark.e2e
 ANA = ("--actor", "human:ana")
 
 
-@pytest.fixture
-def people(sandbox: Sandbox) -> tuple[Server, Client, Client]:
-    server = sandbox.server()
-    server.project()
-    server.start()
-    ana, ben = sandbox.client("ana"), sandbox.client("ben")
-    ana.add_remote(server, server.token("human:ana", "agent:*"))
-    ben.add_remote(server, server.token("human:ben"))
-    return server, ana, ben
+@pytest.fixture(scope="module")
+def people() -> Iterator[tuple[Server, Client, Client]]:
+    """A server, ana who writes and ben who watches; each test begins at the number that the one before has left."""
+    with Sandbox(warm()) as sandbox:
+        server = sandbox.server()
+        server.project()
+        server.start()
+        ana, ben = sandbox.client("ana"), sandbox.client("ben")
+        ana.add_remote(server, server.token("human:ana", "agent:*"))
+        ben.add_remote(server, server.token("human:ben"))
+        ana.ok("create", "Kept", *ANA)
+        yield server, ana, ben
+
+
+def head(client: Client) -> int:
+    """Return the number of the last change."""
+    return int(json.loads(client.ok("remote", "pull", "--json"))["data"]["seq"])
 
 
 def resume_point(stderr: str) -> str:
@@ -38,22 +48,24 @@ def test_a_line_of_json_a_change_none_left_out_and_none_twice_whatever_is_cut(
     people: tuple[Server, Client, Client],
 ) -> None:
     server, ana, ben = people
-    ana.ok("create", "One", *ANA)
-    with Watcher(ben) as watcher:
-        ana.ok("comment", "LAT-1", "\x1b[31mred", "--actor", "agent:bot")
+    n = head(ana)
+    one = json.loads(ana.ok("create", "One", "--json", *ANA))["data"]["short_id"]
+    with Watcher(ben, "--since", str(n)) as watcher:
+        ana.ok("comment", one, "\x1b[31mred", "--actor", "agent:bot")
         ana.ok("resource", "create", "gpu", *ANA)
-        plan = next((ana.lattice_dir / "plans").glob("*.md"))
+        task = json.loads(ana.ok("show", one, "--json"))["data"]["id"]
+        plan = ana.lattice_dir / "plans" / f"{task}.md"
         plan.write_text(plan.read_text() + "\nMore.\n")
         ana.ok("remote", "push")
         server.kill()
         server.start()
-        ana.ok("status", "LAT-1", "in_planning", *ANA)
-        ana.ok("archive", "LAT-1", *ANA)
+        ana.ok("status", one, "in_planning", *ANA)
+        ana.ok("archive", one, *ANA)
         wait_for(lambda: len(watcher.records) >= 6, f"six changes: {watcher.said}")
         assert watcher.end() == 130
     records = watcher.records
-    assert [record["seq"] for record in records] == [1, 2, 3, 4, 5, 6]
-    log = json.loads(ana.ok("remote", "log", "--json"))["data"]["entries"]
+    assert [record["seq"] for record in records] == list(range(n + 1, n + 7))
+    log = json.loads(ana.ok("remote", "log", "-n", "6", "--json"))["data"]["entries"]
     for told, logged in zip(records, reversed(log), strict=True):
         same = ("seq", "epoch", "time", "actor", "token_actor", "token_id", "cause", "command")
         assert {key: told[key] for key in same} == {key: logged[key] for key in same}
@@ -68,63 +80,66 @@ def test_a_line_of_json_a_change_none_left_out_and_none_twice_whatever_is_cut(
         ["task_archived"],
     ]
     assert records[1]["events"][0]["data"]["body"] == "\x1b[31mred" and records[1]["token_actor"] == "human:ana"
-    assert records[1]["tasks"][0]["title"] == "One" and records[1]["tasks"][0]["short_id"] == "LAT-1"
+    assert records[1]["tasks"][0]["title"] == "One" and records[1]["tasks"][0]["short_id"] == one
     assert records[2]["resources"] == ["gpu"] and records[3]["plans"] == [records[0]["tasks"][0]["id"]]
     assert records[5]["plans"] == [], "a plan that goes to the archive is not written"
 
-    again = ben.run("remote", "watch", "--json", "--since", "4", "-n", "2")
-    assert again.returncode == 0 and [json.loads(line)["seq"] for line in again.stdout.splitlines()] == [5, 6]
-    assert resume_point(again.stderr) == f"{records[0]['epoch']}:6"
-    of_task = ben.run("remote", "watch", "--task", "LAT-1", "--since", "1", "-n", "2", "--json")
-    assert [json.loads(line)["seq"] for line in of_task.stdout.splitlines()] == [2, 4]
+    again = ben.run("remote", "watch", "--json", "--since", str(n + 4), "-n", "2")
+    assert again.returncode == 0
+    assert [json.loads(line)["seq"] for line in again.stdout.splitlines()] == [n + 5, n + 6]
+    assert resume_point(again.stderr) == f"{records[0]['epoch']}:{n + 6}"
+    of_task = ben.run("remote", "watch", "--task", one, "--since", str(n + 1), "-n", "2", "--json")
+    assert [json.loads(line)["seq"] for line in of_task.stdout.splitlines()] == [n + 2, n + 4]
 
 
 def test_what_is_not_kept_is_an_exit_code_of_its_own(people: tuple[Server, Client, Client]) -> None:
     _, ana, ben = people
-    ana.ok("create", "One", *ANA)
-    ahead = ben.run("remote", "watch", "--since", "7")
+    n = head(ana)
+    ahead = ben.run("remote", "watch", "--since", str(n + 7))
     assert ahead.returncode == 3
-    assert ahead.stderr == "Error: there is no change 7 yet, the last is 1: go on with --since 1\n"
+    assert ahead.stderr == f"Error: there is no change {n + 7} yet, the last is {n}: go on with --since {n}\n"
     other = ben.run("remote", "watch", "--since", "abc:1", "--json")
     assert other.returncode == 3 and json.loads(other.stdout)["error"]["code"] == "REMOTE_GONE"
     assert ben.run("remote", "watch", "--since", "x").returncode == 1
-    assert "there is no task 'LAT-9'" in ben.run("remote", "watch", "--task", "LAT-9").stderr
+    assert "there is no task 'LAT-99'" in ben.run("remote", "watch", "--task", "LAT-99").stderr
 
 
 def test_a_command_runs_for_each_change_in_order_one_at_a_time_and_goes_on_after_a_failure(
-    people: tuple[Server, Client, Client], sandbox: Sandbox
+    people: tuple[Server, Client, Client], tmp_path: Path
 ) -> None:
     _, ana, ben = people
-    out = sandbox.root / "out"
-    for n in range(4):
-        ana.ok("create", f"Task {n}", *ANA)
+    out, n = tmp_path / "out", head(ana)
+    for count in range(4):
+        ana.ok("create", f"Task {count}", *ANA)
     # It says when it begins and ends, and fails for one of them; the next one's lines must not come between.
     script = (
         f'echo "begin $LATTICE_CHANGE" >> {out}; grep -c "\\"seq\\": $LATTICE_CHANGE" >> {out}; sleep 0.1; '
-        f'echo "end $LATTICE_CHANGE" >> {out}; test "$LATTICE_CHANGE" != 2'
+        f'echo "end $LATTICE_CHANGE" >> {out}; test "$LATTICE_CHANGE" != {n + 2}'
     )
-    done = ben.run("remote", "watch", "--exec", script, "--since", "0", "-n", "4")
+    done = ben.run("remote", "watch", "--exec", script, "--since", str(n), "-n", "4")
     assert done.returncode == 0 and done.stdout == ""
-    assert out.read_text().splitlines() == [line for n in range(1, 5) for line in (f"begin {n}", "1", f"end {n}")]
-    assert "lattice-remote: change 2: the command ended with 1" in done.stderr.splitlines()
-    slow = ben.run("remote", "watch", "--exec", "sleep 30", "--exec-timeout", "0.2", "--since", "3", "-n", "1")
-    assert slow.returncode == 0 and "change 4: the command took longer than 0.2 s and was ended" in slow.stderr
+    assert out.read_text().splitlines() == [
+        line for each in range(n + 1, n + 5) for line in (f"begin {each}", "1", f"end {each}")
+    ]
+    assert f"lattice-remote: change {n + 2}: the command ended with 1" in done.stderr.splitlines()
+    slow = ben.run("remote", "watch", "--exec", "sleep 30", "--exec-timeout", "0.2", "--since", str(n + 3), "-n", "1")
+    assert slow.returncode == 0 and f"change {n + 4}: the command took longer than 0.2 s and was ended" in slow.stderr
 
 
 def test_ctrl_c_ends_the_command_that_runs_and_says_where_to_go_on(
-    people: tuple[Server, Client, Client], sandbox: Sandbox
+    people: tuple[Server, Client, Client], tmp_path: Path
 ) -> None:
     _, ana, ben = people
-    pid = sandbox.root / "pid"
-    for n in range(2):
-        ana.ok("create", f"Task {n}", *ANA)
-    slow = f"test $LATTICE_CHANGE = 1 || {{ echo $$ > {pid}; sleep 60; }}"
-    process = ben.popen("remote", "watch", "--exec", slow, "--since", "0")
+    pid, n = tmp_path / "pid", head(ana)
+    for count in range(2):
+        ana.ok("create", f"Task {count}", *ANA)
+    slow = f"test $LATTICE_CHANGE = {n + 1} || {{ echo $$ > {pid}; sleep 60; }}"
+    process = ben.popen("remote", "watch", "--exec", slow, "--since", str(n))
     wait_for(lambda: pid.exists() and pid.read_text().strip(), "the command to run")
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in stderr
-    assert resume_point(stderr).endswith(":1"), "the second was not done with"
+    assert resume_point(stderr).endswith(f":{n + 1}"), "the second was not done with"
     wait_for(lambda: not Path(f"/proc/{int(pid.read_text())}").exists(), "the command to have ended")
 
 
@@ -132,11 +147,12 @@ def test_a_terminal_gets_a_view_and_nothing_that_others_wrote_acts_on_it(
     people: tuple[Server, Client, Client],
 ) -> None:
     _, ana, ben = people
+    n = head(ana)
     ana.ok("create", "One \x1b[2J [bold]", *ANA)
-    plain = ben.run("remote", "watch", "--since", "0", "-n", "1").stdout
-    assert plain.startswith("    1  ") and r"LAT-1 One \x1b[2J [bold]  create" in plain and "\x1b" not in plain
+    plain = ben.run("remote", "watch", "--since", str(n), "-n", "1").stdout
+    assert plain.startswith(f"{n + 1:5}  ") and r" One \x1b[2J [bold]  create" in plain and "\x1b" not in plain
     ours, theirs = pty.openpty()
-    argv = [BIN / "lattice", "remote", "watch", "--since", "0", "-n", "1"]
+    argv = [BIN / "lattice", "remote", "watch", "--since", str(n), "-n", "1"]
     env = {**ben.env, "TERM": "xterm-256color", "COLUMNS": "200"}
     process = subprocess.Popen(argv, cwd=ben.dir, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
@@ -149,14 +165,16 @@ def test_a_terminal_gets_a_view_and_nothing_that_others_wrote_acts_on_it(
             break
     os.close(ours)
     assert process.wait(timeout=10) == 0
-    assert b"watching after change 0" in shown and rb"LAT-1 One \x1b[2J [bold]" in shown and b"\x1b[2J" not in shown
+    assert (
+        f"watching after change {n}".encode() in shown and rb" One \x1b[2J [bold]" in shown and b"\x1b[2J" not in shown
+    )
 
 
 def test_a_reader_that_leaves_ends_it_without_a_traceback(people: tuple[Server, Client, Client]) -> None:
     _, ana, ben = people
-    for n in range(3):
-        ana.ok("create", f"Task {n}", *ANA)
-    command = f"{BIN}/lattice remote watch --json --since 0 | head -n 1"
+    n = head(ana)
+    ana.ok("create", "Another", *ANA)
+    command = f"{BIN}/lattice remote watch --json --since {n} | head -n 1"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(["/bin/sh", "-c", command], cwd=ben.dir, env=ben.env, **pipes)
     assert process.stdout is not None
@@ -166,4 +184,4 @@ def test_a_reader_that_leaves_ends_it_without_a_traceback(people: tuple[Server, 
         assert time.monotonic() < deadline
         ana.ok("comment", "LAT-1", "more", *ANA)
     _, err = process.communicate(timeout=20)
-    assert json.loads(first)["seq"] == 1 and "Traceback" not in err
+    assert json.loads(first)["seq"] == n + 1 and "Traceback" not in err

@@ -13,6 +13,7 @@ __all__ = ["Titles", "as_line", "record_of"]
 
 _MAX_TASKS_SHOWN = 3
 _MAX_TITLE_CHARS = 40
+_MAX_TITLES = 10_000
 
 
 class Titles:
@@ -24,6 +25,8 @@ class Titles:
 
     def learn(self, task: str, snapshot: Any) -> None:
         """Take in what a change says of a task."""
+        if len(self._known) >= _MAX_TITLES:
+            self._known.clear()  # a server may name any number
         self._known[task] = {"short_id": _text(snapshot.get("short_id")), "title": _text(snapshot.get("title"))}
 
     def of(self, task: str) -> dict[str, Any]:
