@@ -41,6 +41,7 @@ def preload() -> None:
     import lattice_remote.client.storage
     import lattice_remote.server.app
     import lattice_remote.server.cli
+    import lattice_remote.server.intake.check
     import lattice_remote.server.worker.process  # noqa: F401
 
     lattice.plugins.discover_cli_plugins()  # what it found on the disk is kept
@@ -79,6 +80,14 @@ def _worker() -> object:
     return main([*sys.argv[1:], "--fd", str(connection)])
 
 
+def _intake() -> object:
+    """Check a project that was brought whole."""
+    from lattice_remote.server.intake.check import main
+
+    del sys.path[0]  # as with -P
+    return main()
+
+
 def _board_writer() -> object:
     from board_writer import main
 
@@ -96,6 +105,7 @@ PROGRAMS: dict[str, Callable[[], object]] = {
     "lattice-remote": _lattice_remote,
     "agent": _agent,
     "worker": _worker,
+    "intake": _intake,
     "board_writer": _board_writer,
     "surface_caller": _surface_caller,
 }

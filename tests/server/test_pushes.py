@@ -1,5 +1,6 @@
 """Whole projects that clients push: taken as a whole or not at all, checked by lattice itself, once for their id."""
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -134,8 +135,6 @@ async def test_a_project_in_which_something_was_done_refuses(running: Running, o
 
 async def test_a_race_of_pushes_has_one_winner(running: Running, own: dict[str, bytes]) -> None:
     """I1."""
-    import asyncio
-
     other = {path: data for path, data in own.items() if path in ("config.json", "ids.json", "context.md")}
     answers = await asyncio.gather(push(running, pack_of(own)), push(running, pack_of({**other, "notes/x.md": b""})))
     assert sorted(type(answer).__name__ for answer in answers) == ["Pushed", "Refused"]

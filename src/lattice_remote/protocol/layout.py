@@ -41,7 +41,7 @@ class Layout:
     def __init__(self, *, max_bytes: int) -> None:
         self.files = 0
         self.bytes = 0
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._spellings: dict[str, str] = {}  # folded file or directory -> as it was first spelt
         self._files: set[str] = set()
         self._directories: set[str] = set()
@@ -67,8 +67,8 @@ class Layout:
         self.bytes += size
         if self.files > MAX_PROJECT_FILES:
             raise Misuse(f"a project may have {MAX_PROJECT_FILES} files")
-        if self.bytes > self._max_bytes:
-            raise Misuse(f"the project has more than the {self._max_bytes >> 20} MiB that the server takes")
+        if self.bytes > self.max_bytes:
+            raise Misuse(f"the project has more than the {self.max_bytes >> 20} MiB that the server takes")
 
     def _add_place(self, path: str) -> None:
         """Note a file and its directories; each place has one spelling, and is one of the two."""

@@ -118,7 +118,10 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
 
 
 def _cut_off(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
-    """Yield what the undo log says; while a worker runs, it holds the command that is being carried out."""
+    """Yield what was begun and is not done; while a worker runs, the undo log holds the command that it is at."""
+    if (paths.root / "adopting").is_dir():
+        what = "a project that was brought whole is not in its place yet"
+        yield Finding(slug, "adopting", what, "put it there, as at the next start")
     undo = paths.journal / "undo"
     if undo.exists() and undo.stat().st_size:
         yield Finding(slug, "journal/undo", "a command was cut off before it was done", "undo it, as at the next start")
@@ -133,6 +136,7 @@ def _leftovers(paths: ProjectPaths, *, at_rest: bool) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if name.startswith(".tmp."))
     if at_rest:
         yield from sorted((paths.root / "tmp").glob("*"))
+        yield from sorted(paths.incoming.glob("*"))
 
 
 def _permissions(slug: str, paths: ProjectPaths) -> Iterator[Finding]:

@@ -69,5 +69,5 @@ def _wrong_with(token: Token, data: DataDir) -> Iterator[str]:
     except Misuse as error:
         yield f"is malformed: {error.message}"
     for slug in token.projects:
-        if not data.has_project(slug):
+        if not data.has_project(slug) and not data.is_archived(slug):
             yield f"is for project {slug!r}, which does not exist"

@@ -85,6 +85,7 @@ def _take_in(options: argparse.Namespace, report: Report) -> None:
     _settle_hooks(candidate, report, keep=options.keep_hooks, hooks_of=options.hooks_of)
     _have_lattice_check(candidate, report)
     _require_whole_tasks(candidate.lattice)
+    _require_objects(candidate.lattice)
     _count(candidate, report)
     _make_durable(place)
 
@@ -209,6 +210,16 @@ def _require_whole_tasks(lattice: Path) -> None:
                 raise Misuse(f"{where} has no event log {logs}/{path.stem}.jsonl: its history is missing")
             if _json_object(path).get("id") != path.stem:
                 raise Misuse(f"the event log of {where} is another task's")
+
+
+def _require_objects(lattice: Path) -> None:
+    """Make sure that what lattice's doctor does not look at is what lattice expects.
+
+    Raises:
+        Misuse: something is not.
+    """
+    for path in sorted([*lattice.glob("sessions/**/*.json"), *lattice.glob("resources/*/resource.json")]):
+        _json_object(path)
 
 
 # --- what came of it ---

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lattice_remote.errors import Misuse, ProtocolError
-from lattice_remote.protocol.layout import MAX_PROJECT_FILES
+from lattice_remote.protocol.layout import MAX_PROJECT_FILES, Layout
 from lattice_remote.protocol.messages import Entry
 from lattice_remote.protocol.pack import Unpacker
 from lattice_remote.protocol.paths import is_replicated
@@ -26,27 +26,31 @@ _BOOKKEEPING = frozenset(
 
 
 def add_pack(candidate: Candidate, pack: Path) -> None:
-    """Put a pack's files into a candidate.
+    """Put a pack's files into a candidate. All of it is read once before the first file is made.
 
     Raises:
         ProtocolError: it is no pack.
         Misuse: a project can't have one of its files.
     """
+    layout = Layout(max_bytes=candidate.layout.max_bytes)
+    for item in _items(pack):
+        if isinstance(item, Entry):
+            layout.add(item.path, item.size)
+    items = _items(pack)
+    pending = next(items, None)
+    while isinstance(pending, Entry):
+        content = _Content(items)
+        candidate.add(pending.path, pending.size, content)
+        pending = content.following
+
+
+def _items(pack: Path) -> Iterator[Entry | bytes]:
     unpacker = Unpacker()
     with pack.open("rb") as file:
-        items = _items(unpacker, iter(lambda: file.read(_PIECE_BYTES), b""))
-        pending = next(items, None)
-        while isinstance(pending, Entry):
-            content = _Content(items)
-            candidate.add(pending.path, pending.size, content)
-            pending = content.following
+        while piece := file.read(_PIECE_BYTES):
+            yield from unpacker.receive(piece)
     if not unpacker.is_complete:
         raise ProtocolError("the pack is cut short")
-
-
-def _items(unpacker: Unpacker, pieces: Iterator[bytes]) -> Iterator[Entry | bytes]:
-    for piece in pieces:
-        yield from unpacker.receive(piece)
 
 
 class _Content:
