@@ -28,8 +28,11 @@ _INJECT = Path(__file__).resolve().parent / "inject"
 
 
 @contextlib.contextmanager
-def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], FaultProxy]]:
-    """A server, and three clients on two machines that reach it through a proxy."""
+def three_people(sandbox: Sandbox, *, pushed: bool = False) -> Iterator[tuple[Server, list[Client], FaultProxy]]:
+    """A server, and three clients on two machines that reach it through a proxy.
+
+    With ``pushed`` the first of them brings a project of its own, which becomes the server's.
+    """
     server = sandbox.server()
     inject(server)
     server.project()
@@ -44,10 +47,23 @@ def three_people(sandbox: Sandbox) -> Iterator[tuple[Server, list[Client], Fault
                 started.add(machine)
                 start_agent(sandbox, client)
             client.env["LATTICE_TOKEN"] = server.token(f"human:{name}", "agent:*")
+            if pushed and not clients:
+                _make_local(client)
             argv = ("remote", "add", "origin", proxy.url, "--project", "board")
             wait_for(lambda: client.run(*argv).returncode == 0, f"{name} to be connected", 60)  # noqa: B023
+            if pushed and not clients:
+                wait_for(lambda: client.run("remote", "push").returncode == 0, "the project to be pushed", 60)  # noqa: B023
             clients.append(client)
         yield server, clients, proxy
+
+
+def _make_local(client: Client) -> None:
+    """Give a client a project of its own, with a little in it."""
+    before = ("--actor", "human:before")
+    client.ok("init", "--project-code", "LAT", "--no-setup-claude", "--no-setup-agents", "--no-seed", *before)
+    for title in ("from before", "archived before"):
+        client.ok("create", title, *before)
+    client.ok("archive", "LAT-2", *before)
 
 
 def start_agent(sandbox: Sandbox, client: Client) -> None:

@@ -72,7 +72,7 @@ def break_everything(
         AssertionError: something acknowledged is lost, done twice, or different; or an epoch is not as it must be.
     """
     with (
-        three_people(sandbox) as (server, clients, proxy),
+        three_people(sandbox, pushed=seed % 5 == 0) as (server, clients, proxy),
         Observer(server) as observer,
         Watcher(clients[-1], position=lambda: observer.position) as watcher,
     ):
