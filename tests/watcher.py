@@ -65,7 +65,8 @@ class Watcher:
 
         def is_there() -> bool:
             assert self._process.poll() is None, f"it has ended: {self.said[-5:]}"
-            return bool(self.numbers) and self.numbers[-1] == self._position()
+            epoch, seq = self._position()
+            return seq == 0 or self.numbers[-1:] == [(epoch, seq)]  # an epoch in which nothing was done tells nothing
 
         wait_for(is_there, "the watcher to be where the others are", _PATIENCE_S)
         told = self.numbers
