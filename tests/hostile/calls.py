@@ -16,6 +16,8 @@ from lattice_remote.server.worker.surfaces.mcp import _TOOLS
 __all__ = ["Calls"]
 
 _READS = ("lattice_show", "lattice_list", "lattice_config", "lattice_none")
+_IN_TEXTS = ('{"title": 7}', '{"custom_fields.k": NaN}', '{"custom_fields.k": "\\ud800"}', '{"title": "t"}', "[1]")
+"""JSON objects as texts, which MCP's library reads where a tool takes an object."""
 
 
 class Calls:
@@ -77,9 +79,10 @@ class Calls:
                 {"tags": ["a"]},
                 {"custom_fields.k": {"a": [1]}},
                 {self._text()[:60]: 1},
+                *_IN_TEXTS,
             ],
             "tags": [["a", "b"], "a,b", None],
-            "data": [{"a": 1}, None],
+            "data": [{"a": 1}, None, *_IN_TEXTS],
             "event_type": ["x_seen"],
             "relationship_type": ["blocks", "related_to"],
             "emoji": ["thumbsup"],

@@ -110,6 +110,7 @@ def test_what_the_table_does_not_list_is_refused_or_undone(worker: WorkerProcess
     unsupported = "REMOTE_UNSUPPORTED"
     assert refused(worker, "dashboard", "/api/tasks", {"title": "t", "path": "/etc/passwd"}) == unsupported
     assert refused(worker, "dashboard", f"/api/tasks/{task}/open-plans", {}) == unsupported
+    assert refused(worker, "dashboard", f"/api/tasks/{NO_TASK}/open-plans", {}) == unsupported  # no handler looks
     assert refused(worker, "dashboard", f"/api/tasks/{task}\n/status", {"status": "done"}) == unsupported
     assert refused(worker, "dashboard", "api/tasks", {"title": "t"}) == unsupported
     assert refused(worker, "mcp", "lattice_show", {"task_id": task}) == unsupported
@@ -268,3 +269,18 @@ def test_hooks_of_a_call_are_handed_to_the_server(tmp_path: Path) -> None:
         assert [hook.command for hook in done.hooks] == ["true"]
         done, _ = worker.call("dashboard", "/api/tasks", {"title": ""})
         assert done.hooks == []
+
+
+@pytest.mark.parametrize("fields", ['{"title": 7}', '{"tags": [{}]}', '{"title": "\\ud800"}'])
+def test_fields_that_are_json_in_a_text_are_looked_into(worker: WorkerProcess, task: str, fields: str) -> None:
+    """MCP's library reads a text as JSON where a tool takes none, and would do so after everything was checked."""
+    arguments = {"task_id": task, "actor": "human:ana", "fields": fields}
+    assert refused(worker, "mcp", "lattice_update", arguments) == "REMOTE_UNSUPPORTED"
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"', "[" * 100 + "]" * 100, "9" * 5000])
+def test_data_that_is_json_in_a_text_is_readable_to_everybody(worker: WorkerProcess, task: str, value: str) -> None:
+    arguments = {"task_id": task, "actor": "human:ana", "event_type": "x_seen", "data": f'{{"a": {value}}}'}
+    assert refused(worker, "mcp", "lattice_event", arguments) == "REMOTE_UNSUPPORTED"
+    status, _ = returned(worker, "mcp", "lattice_event", {**arguments, "data": '{"a": [1]}'})
+    assert status == 200

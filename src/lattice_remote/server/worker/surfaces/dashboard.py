@@ -7,13 +7,12 @@ received does not matter: a page of a client's machine and one that the server i
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
 from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, check_fields, json_object
@@ -60,21 +59,22 @@ def load() -> None:
 def prepare(asked: Asked) -> Operation:
     """Check a POST; see ``Surface``.
 
-    A path that is not in the table gets the handler's own "not found"; if it says anything else, that is undone.
+    A path that is not in the table gets the dashboard's own "not found"; if the dashboard knows it, it is refused.
     """
     if not _PATH.fullmatch(asked.name):
         raise unsupported(f"{shown(asked.name)} is not a path of the dashboard")
-    post = partial(_post, asked.lattice_dir, asked.name)
     route = _route(asked.name)
     takes = _ROUTES.get(route)
     if takes is None:
-        return Operation("dashboard: POST", asked.identity.actor, partial(_not_found, post))
+        answer = _not_found(asked.lattice_dir, asked.name)
+        return Operation("dashboard: POST", asked.identity.actor, lambda: answer)
     actor, body = asked.identity.actor, asked.payload
     if not _is_left_to_the_handler(body):
         values = json_object(body)
         actor = _check(route, values, takes, asked.identity)
         body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
-    return Operation(f"dashboard: POST {route}", actor, partial(post, body))
+    post = partial(_post, _handler(asked.lattice_dir), asked.name, body)
+    return Operation(f"dashboard: POST {route}", actor, post)
 
 
 def _route(path: str) -> str:
@@ -123,18 +123,38 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
     return actor
 
 
-def _not_found(post: Callable[[bytes], Answer]) -> Answer:
-    answer = post(b"{}")
-    if answer.status == 404:
-        return answer
-    error = {"code": "REMOTE_UNSUPPORTED", "message": "the server does not know this request of the dashboard"}
-    return Answer(501, canonical_json({"ok": False, "error": error}))
+class _Known(Exception):
+    """The dashboard has a handler for a path."""
 
 
-def _post(lattice_dir: Path, path: str, body: bytes) -> Answer:
-    request = _handler(lattice_dir)(path, body)
+def _not_found(lattice_dir: Path, path: str) -> Answer:
+    """Return what the dashboard says of a path that it does not know; only its routing runs, none of its handlers.
+
+    Raises:
+        Rejected: it knows the path. A program of this machine would be started, say, or it is newer than the table.
+    """
+    try:
+        return _post(_routing(lattice_dir), path, b"")
+    except _Known:
+        raise unsupported(f"the server does not carry out this request of the dashboard: {shown(path)}") from None
+
+
+def _post(handler: Any, path: str, body: bytes) -> Answer:
+    request = handler(path, body)
     request.do_POST()
     return Answer(request.status, request.wfile.getvalue())
+
+
+@cache
+def _routing(lattice_dir: Path) -> Any:
+    """Return the request handler without its handlers of requests: instead of running one, it raises ``_Known``."""
+
+    def refuse(*_: object) -> None:
+        raise _Known
+
+    handler = _handler(lattice_dir)
+    names = [name for name in dir(handler) if name.startswith("_handle_")]
+    return type("Routing", (handler,), dict.fromkeys(names, refuse))
 
 
 @cache

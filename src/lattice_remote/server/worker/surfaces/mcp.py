@@ -65,7 +65,7 @@ def prepare(asked: Asked) -> Operation:
     takes = _TOOLS.get(asked.name)
     if takes is None:
         raise unsupported(f"the server does not know an MCP tool {shown(asked.name)} that writes")
-    arguments = {name: value for name, value in json_object(asked.payload).items() if value is not None}
+    arguments = _arguments(asked.name, asked.payload)
     for name, value in arguments.items():
         if name not in takes:
             raise unsupported(f"the server does not know this argument of {asked.name}: {shown(name)}")
@@ -83,6 +83,23 @@ def prepare(asked: Asked) -> Operation:
     return Operation(f"mcp: {asked.name}", actor, run, attached)
 
 
+def _arguments(name: str, payload: bytes) -> dict[str, Any]:
+    """Return the arguments of a call as the tool will get them; those that are null are left out.
+
+    Where a tool takes no text, its library reads a text as JSON: what is checked must be what it reads there.
+
+    Raises:
+        Rejected: they hold what not every program can read.
+    """
+    given = json_object(payload)
+    try:
+        read = _tool(name).fn_metadata.pre_parse_json(given)
+        sound = json_object(json.dumps(read).encode())
+    except (ValueError, RecursionError) as error:
+        raise unsupported(f"an argument of {name} holds JSON that not every program can read") from error
+    return {key: value for key, value in sound.items() if value is not None}
+
+
 def _attach(asked: Asked, arguments: dict[str, Any]) -> Attached:
     """Put the caller's file where the tool can read it, and that path into the arguments."""
     source = arguments.get("source")
@@ -96,18 +113,28 @@ def _attach(asked: Asked, arguments: dict[str, Any]) -> Attached:
 
 
 def _call(name: str, arguments: dict[str, Any], lattice_dir: Path) -> Answer:
-    from lattice.mcp.server import mcp
     from mcp.server.fastmcp.exceptions import ToolError
 
-    tool = mcp._tool_manager.get_tool(name)
-    if tool is None:
-        raise RuntimeError(f"this lattice has no tool {name}")
     try:
-        result = _finish(tool.run(arguments))
+        result = _finish(_tool(name).run(arguments))
     except ToolError as error:
         message = str(error.__cause__ or error).replace(str(lattice_dir), ".lattice")
         return Answer(400, canonical_json({"ok": False, "error": {"code": "TOOL_ERROR", "message": message}}))
     return Answer(200, json.dumps({"result": result}).encode())
+
+
+def _tool(name: str) -> Any:
+    """Return a tool of lattice's MCP server.
+
+    Raises:
+        Rejected: the lattice that is installed here has none of this name.
+    """
+    from lattice.mcp.server import mcp
+
+    tool = mcp._tool_manager.get_tool(name)
+    if tool is None:
+        raise unsupported(f"the server's lattice has no MCP tool {name}")
+    return tool
 
 
 def _finish(work: Coroutine[Any, Any, Any]) -> Any:
