@@ -334,6 +334,33 @@ async def _comments(server: Server, token: str, goes_on: Callable[[], bool]) -> 
     return taken
 
 
+# --- editing: from a save in one copy to the text in the other ---
+
+
+def _seen_in_s(plan: Path, other: Path, text: str) -> float:
+    plan.write_text(text)
+    return seconds(lambda: wait_for(lambda: other.read_text() == text, "the edit in the other copy"))
+
+
+def editing(runs: int) -> Iterator[Figure]:
+    with board("ana", "ben") as (_server, (ana, ben)):
+        ana.ok("create", "Edited", *ACTOR)
+        name = next((ana.lattice_dir / "plans").glob("task_*.md")).name
+        plans = [client.lattice_dir / "plans" / name for client in (ana, ben)]
+        wait_for(plans[1].exists, "the plan in the other copy")
+        taken = []
+        for n in range(max(60, runs * 10)):
+            here, there = plans if n % 2 else plans[::-1]
+            taken.append(_seen_in_s(here, there, f"{here.read_text()}- line {n}\n") * 1000)
+        yield Figure("a plan saved in one copy is in the other's file, p50", statistics.median(taken), "ms")
+        yield at_most("the same, p99", statistics.quantiles(taken, n=100)[98], "ms", 1000)
+        line = "- a step, and what is to be done in it, in about eighty letters, as they usually are\n"
+        plans[0].write_text(line * 60_000)
+        wait_for(lambda: plans[1].stat().st_size == len(line) * 60_000, "the large text in the other copy")
+        large = [_seen_in_s(*plans, f"# {n}\n{line * 60_000}") * 1000 for n in range(5)]
+        yield Figure("the same of 5 MiB, p50", statistics.median(large), "ms")
+
+
 # --- memory: resident sets ---
 
 
@@ -398,6 +425,7 @@ GROUPS = {
     "latency": latency,
     "waiting": waiting,
     "large": large,
+    "editing": editing,
     "memory": memory,
 }
 

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -311,7 +312,8 @@ class Mix:
         plan = rng.choice(plans)
         path = plan if rng.random() < 0.7 else client.lattice_dir / "notes" / plan.name
         line = f"\n- edited {word}\n"
-        kept = append_in_place(path, line) if rng.random() < 0.5 else save_by_rename(client, path, line)
+        save = rng.choice([append_in_place, append_in_pieces, save_by_rename])
+        kept = save(client, path, line)
         self.account.edited(client, word, kept=kept)
 
     def _conflict(self, rng: random.Random, client: Client, word: str) -> None:
@@ -325,11 +327,18 @@ class Mix:
                 self.account.conflicted(words)
 
 
-def append_in_place(path: Path, line: str) -> bool:
+def append_in_pieces(client: Client, path: Path, line: str) -> bool:
+    """Like ``append_in_place``, with pauses in which others may take what is there for the whole."""
+    return append_in_place(client, path, line, pause_s=0.2)
+
+
+def append_in_place(_client: Client, path: Path, line: str, *, pause_s: float = 0.0) -> bool:
     """Append a line; return whether it surely went into the file that has this name."""
     with path.open("a") as file:
-        file.write(line)
-        file.flush()
+        for piece in (line[:8], line[8:]):
+            file.write(piece)
+            file.flush()
+            time.sleep(pause_s)
         with contextlib.suppress(FileNotFoundError):
             return os.fstat(file.fileno()).st_ino == path.stat().st_ino
     return False

@@ -379,6 +379,39 @@ async def test_what_is_edited_while_it_is_sent_is_the_next_edit(
     await until(lambda: tree(directory) == server.files)
 
 
+@pytest.mark.parametrize("killed", [False, True])
+async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
+    server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """I6: else both would be taken for edits of the same text, and the second be a conflict with the first."""
+    monkeypatch.setattr("lattice_remote.client.link.link.SENT_PATIENCE_S", 0.3)
+    plan = await edited(server, service, directory)
+
+    async def lose_the_answer(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put):
+            server.replies[frame.id] = await server._put(frame)
+            server.status = HTTPStatus.SERVICE_UNAVAILABLE
+            connection.transport.abort()
+        return isinstance(frame, Put)
+
+    server.misbehave = lose_the_answer  # type: ignore[assignment]
+    with pytest.raises(ConnectionFailed):
+        await ask(service, "push")
+    assert server.files[PLAN] == b"# Plan\nmine\n"
+    plan.write_bytes(b"# Plan\nmine\nand more\n")
+    server.misbehave, server.status = None, None
+    after = service
+    if killed:
+        after = Service(str(directory))
+        after.start(TOKEN)
+    await until(after._is_current, 20)
+    assert (await ask(after, "push"))["sent"] == [{"path": PLAN, "outcome": "stored"}]
+    await after.close()
+    puts = [frame for frame in server.frames if isinstance(frame, Put)]
+    assert len({put.id for put in puts}) == 2 and puts[-1].base == b"# Plan\nmine\n"
+    assert server.files[PLAN] == plan.read_bytes() == b"# Plan\nmine\nand more\n"
+
+
 async def test_an_archived_plan_does_not_take_an_edit_with_it(
     server: FakeServer, service: Service, directory: Path
 ) -> None:

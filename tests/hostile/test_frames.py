@@ -38,6 +38,7 @@ VALID = [
     HELLO,
     encode(Run(ID, ["comment", "LAT-1", "x", "--actor", "human:ana"])),
     encode(Put(ID, "plans/task_01M8173J64RGGH4YR2NPR23QWA.md", None, b"text")),
+    encode(Put(ID, "plans/task_01M8173J64RGGH4YR2NPR23QWA.md", b"\xff\r\n", b"\0" * 99, base_digest=bytes(32))),
     encode(Fetch(["config.json", "ids.json"])),
     encode(Manifest()),
     encode(Applied(1)),

@@ -53,7 +53,9 @@ async def test_lines_and_edits_through_the_server(place: Place, running: Running
             answer = await copy.answer(id_)
             if number % 20 == 0:
                 id_ = secrets.token_hex(16)
-                await copy.send(Put(id_, f"plans/{rng.choice(known.tasks)}.md", None, rng.randbytes(30)))
+                digest = rng.choice([b"", bytes(32), rng.randbytes(3)])
+                plan = f"plans/{rng.choice(known.tasks)}.md"
+                await copy.send(Put(id_, plan, None, rng.randbytes(30), base_digest=digest))
                 answer = await copy.answer(id_)
             assert isinstance(answer, Reply | Refused | Stored)
             text = answer.stdout + answer.stderr if isinstance(answer, Reply) else repr(answer).encode()

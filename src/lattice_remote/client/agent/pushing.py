@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from lattice_remote.client.agent.unanswered import Sent, Unanswered
 from lattice_remote.client.cache.busy import is_being_written
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.known import Signature
 from lattice_remote.client.link.link import Link
-from lattice_remote.client.runtime import boot_time
 from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.protocol.messages import Put, Refused, Stored
 from lattice_remote.protocol.operations import digest_of
@@ -20,6 +20,7 @@ from lattice_remote.protocol.operations import digest_of
 __all__ = ["Pushed", "Pusher"]
 
 _LONG_BASE_BYTES = 16 * 1024
+_SEND_WHOLE = ("REMOTE_STALE_BASE", "REMOTE_VERSION")
 SAVING_S = 2.0
 """So long a file that is being written, or was emptied just now, is waited for: an editor is about to save it."""
 _POLL_S = 0.02
@@ -52,7 +53,7 @@ class Pusher:
         self._following = following
         self._reached = reached
         self._turn = asyncio.Lock()
-        self._unanswered: dict[str, tuple[Put, float]] = {}  # path -> what may have arrived, and when it was sent
+        self._unanswered = Unanswered(follower.cache)
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> as it was then, why, by whom
 
     def refused(self) -> dict[str, str]:
@@ -84,20 +85,18 @@ class Pusher:
             pushed.notices.append(notice)
 
     async def _send(self, link: Link, path: str) -> tuple[str, str | None]:
-        found = self._signature(path)
-        base = self._follower.edits.base(path)
-        put, first_sent_at = self._put(path, base)
-        self._unanswered[path] = put, first_sent_at or boot_time()
-        answer = await self._ask_briefly(link, put, base, first_sent_at)
-        del self._unanswered[path]
+        if (before := self._unanswered.get(path)) is not None:
+            await self._settle_unanswered(link, before)
+            if not self._follower.edits.is_edited(path):
+                return "unchanged", None
+        found, base = self._signature(path), self._follower.edits.base(path)
+        text = self._follower.cache.read(path)
+        put = Put(id=_new_id(), path=path, base=self._follower.edits.older.base_of(path, text, base), text=text)
+        answer = await self._ask_briefly(link, put, base, is_edit=True)
         if isinstance(answer, Refused):
             return self._note_refusal(path, found, answer.message)
         self._refused.pop(path, None)
-        if link is not self._following:
-            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
-            await self._reached(answer.seq)
-        effects, copy = await self._follower.settle(put, answer.outcome, base)
-        await self._following.carry_out(effects)
+        copy = await self._settle(link, put, answer, base)
         if copy is not None:
             return "conflict", None  # said by every command until it is resolved
         if put.base != base:
@@ -106,6 +105,22 @@ class Pusher:
                 "in it: load it anew in your editor (to remove lines of others, remove them once more)"
             )
         return answer.outcome, None
+
+    async def _settle(self, link: Link, put: Put, answer: Stored, base: bytes | None) -> str | None:
+        """Go on from the server's answer; return where the text was put for a conflict."""
+        if link is not self._following:
+            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
+            await self._reached(answer.seq)
+        effects, copy = await self._follower.settle(put, answer.outcome, base)
+        await self._following.carry_out(effects)
+        return copy
+
+    async def _settle_unanswered(self, link: Link, sent: Sent) -> None:
+        """Ask what became of an edit whose answer was lost: what was saved since builds on it, if it was stored."""
+        answer = await self._ask(link, sent.frame, sent.first_sent_at())
+        self._unanswered.forget(sent.put.path)
+        if isinstance(answer, Stored):
+            await self._settle(link, sent.put, answer, sent.base)
 
     async def put(self, link: Link, path: str, text: bytes) -> str:
         """Send a text for a plan or notes, made from the server's as it is here; return the outcome.
@@ -120,34 +135,36 @@ class Pusher:
             await self._following.changed.until(lambda: path not in replica.wanted, SAVING_S)  # it may be on its way
             base = self._follower.edits.base(path)
             put = Put(id=_new_id(), path=path, base=base, text=text)
-            answer = await self._ask_briefly(link, put, base, None)
+            answer = await self._ask_briefly(link, put, base)
             if isinstance(answer, Refused):
                 raise Rejected(f"{path} was not sent: {answer.message}", code=answer.code)
             await self._reached(answer.seq)
         return answer.outcome
 
-    def _put(self, path: str, current: bytes | None) -> tuple[Put, float | None]:
-        """Return what to send, and since when it may be there: the same request as before, if nothing has changed."""
-        text = self._follower.cache.read(path)
-        base = self._follower.edits.older.base_of(path, text, current)
-        before = self._unanswered.pop(path, None)
-        if before is not None and (before[0].base, before[0].text) == (base, text):
-            return before
-        return Put(id=_new_id(), path=path, base=base, text=text), None
-
     async def _ask_briefly(
-        self, link: Link, put: Put, current: bytes | None, first_sent_at: float | None
+        self, link: Link, put: Put, current: bytes | None, *, is_edit: bool = False
     ) -> Stored | Refused:
-        """Ask, with the digest of a long base in its place where the server most likely has that text itself."""
+        """Ask, with the digest of a long base in its place where the server most likely has that text itself.
+
+        Of an edit it is kept in mind what was sent, until the answer is here.
+        """
+        frame = self._brief(link, put, current)
+        while True:
+            if is_edit:
+                self._unanswered.remember(Sent(put, frame, current, time.time()))
+            answer = await self._ask(link, frame)
+            if is_edit:
+                self._unanswered.forget(put.path)
+            if frame is put or not isinstance(answer, Refused) or answer.code not in _SEND_WHOLE:
+                return answer
+            frame = put
+
+    def _brief(self, link: Link, put: Put, current: bytes | None) -> Put:
         welcome = link.welcome
         can = welcome is not None and "put-base" in welcome.capabilities
-        is_long = put.base is not None and put.base == current and len(put.base) >= _LONG_BASE_BYTES
-        if can and is_long and first_sent_at is None:
-            digest = digest_of(put.base or b"")
-            answer = await self._ask(link, msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest))
-            if not isinstance(answer, Refused) or answer.code not in ("REMOTE_STALE_BASE", "REMOTE_VERSION"):
-                return answer
-        return await self._ask(link, put, first_sent_at)
+        if not can or put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
+            return put
+        return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
 
     async def _ask(self, link: Link, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
         answer = await link.ask(put, first_sent_at=first_sent_at)

@@ -31,7 +31,7 @@ class Edits:
 
     def scan(self) -> list[str]:
         """Return the paths of all edited files. Costs one ``stat`` for each plan and notes."""
-        return [path for path in self._paths() if is_editable(path) and self.is_edited(path)]
+        return sorted(path for path in self._unsettled() if is_editable(path) and self.is_edited(path))
 
     def is_edited(self, path: str) -> bool:
         """Whether a file differs from its base. A file that somebody removed is no edit."""
@@ -130,12 +130,24 @@ class Edits:
         paths = (operation.path, operation.to) if isinstance(operation, MoveFile) else (operation.path,)
         return [path for path in paths if is_editable(path) and self.is_in_use(path)]
 
-    def _paths(self) -> Iterator[str]:
+    def _unsettled(self) -> Iterator[str]:
+        """Yield the files that are not as they were when they were last known to equal their base."""
         for directory in _EDITED_DIRECTORIES:
-            names: list[str] = []
-            with contextlib.suppress(OSError):
-                names = sorted(os.listdir(os.path.join(self._cache.directory, directory)))
-            yield from (f"{directory}/{name}" for name in names)
+            with contextlib.suppress(OSError), os.scandir(os.path.join(self._cache.directory, directory)) as entries:
+                for entry in entries:
+                    path = f"{directory}/{entry.name}"
+                    if not self._is_settled(path, entry):
+                        yield path
+
+    def _is_settled(self, path: str, entry: os.DirEntry[str]) -> bool:
+        settled = self._settled.get(path)
+        if settled is None:
+            return False
+        try:
+            found = entry.stat(follow_symlinks=False)
+        except OSError:
+            return False  # removed this moment
+        return settled == (found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns)
 
 
 def _base_path(path: str) -> str:
