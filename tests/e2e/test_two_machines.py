@@ -135,7 +135,7 @@ def test_a_directory_without_a_remote_behaves_as_without_the_package(sandbox: Sa
     assert not (plain.lattice_dir / "cache_state.json").exists()
 
 
-def test_adding_a_remote_where_there_are_tasks_is_refused_and_touches_nothing(shared_board: Board) -> None:
+def test_adding_a_remote_with_an_unknown_token_is_refused_and_touches_nothing(shared_board: Board) -> None:
     server, ana, _ben = shared_board
     mine = ana.elsewhere(ana.dir.parent / "mine")
     mine.ok("init", "--project-code", "OWN", "--actor", "human:me", "--no-setup-agents", "--no-setup-claude")
@@ -143,7 +143,7 @@ def test_adding_a_remote_where_there_are_tasks_is_refused_and_touches_nothing(sh
     before = {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()}
     refused = mine.run("remote", "add", "origin", server.url, "--project", "board", "--token", "x")
     assert refused.returncode == 1
-    assert "task" in refused.stderr
+    assert "no token, or one that is not known here" in refused.stderr
     assert {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()} == before
     assert "OWN-2" in mine.ok("create", "Still local", "--actor", "human:me")
 
