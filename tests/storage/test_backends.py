@@ -1,5 +1,6 @@
 """``StorageBackend``: one suite for a local project and for a remote one."""
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 from boards import ANA, added, beginning, event, made, made_resource, of_resource, require_sound
 from lattice.core.ids import generate_resource_id, generate_task_id  # type: ignore[import-untyped]
+from lattice.storage.locks import multi_lock  # type: ignore[import-untyped]
 
 from lattice_remote import RemoteStorage, RemoteWarning, resolve_backend
-from lattice_remote.errors import ConnectionFailed, Misuse, Rejected
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, StorageError
 from lattice_remote.storage.backend import StorageBackend
 from lattice_remote.storage.local import LocalStorage
 from lattice_remote.storage.values import Conflict, Merged, Snapshot, Written
@@ -454,6 +456,53 @@ def test_a_text_of_no_task_or_too_long_is_refused(board: StorageBackend) -> None
     for where, text in ((task["id"], "x" * (1 << 20) + "x"), (task["id"], "\ud800"), ("LAT-9999", "x"), ("../x", "x")):
         with pytest.raises(Rejected):
             board.write_plan(where, text, board.read_plan(task["id"]))
+
+
+# --- a local one only: beside plain lattice, and after a kill ---
+
+
+def _log_of(place: Place, task: Snapshot) -> Path:
+    return place.truth / "events" / f"{task['id']}.jsonl"
+
+
+def test_a_line_that_is_being_written_is_not_read_yet(local_place: Place) -> None:
+    task = made(local_place.board)
+    log = _log_of(local_place, task)
+    before = log.read_bytes()
+    log.write_bytes(before + b'{"actor":"human:ana","da')
+    assert [one["type"] for one in local_place.board.get_task_events(task["id"])] == ["task_created"]
+    log.write_bytes(before)
+
+
+def test_after_a_write_that_was_cut_off_nothing_is_written_twice(local_place: Place, tmp_path: Path) -> None:
+    """Killed between log and snapshot, a program that tries again must not add its events a second time."""
+    board, task = local_place.board, made(local_place.board)
+    said = event("comment_added", task, {"body": "once"})
+    with _log_of(local_place, task).open("a") as log:
+        log.write(json.dumps(said, sort_keys=True, separators=(",", ":")) + "\n")
+    with pytest.raises(StorageError, match="lattice rebuild"):
+        added(board, task, "comment_added", {"body": "once"})
+    local_place.command("rebuild", "--all")
+    found = board.write_task(task["id"], [event("comment_added", task, {"body": "once"})], task["last_event_id"])
+    assert found == Conflict(task["last_event_id"], said["id"])
+    require_sound(local_place.truth, tmp_path)
+
+
+def test_a_text_is_not_left_behind_by_a_task_that_is_being_archived(local_place: Place, tmp_path: Path) -> None:
+    """`lattice archive` holds the task's lock while it moves its files."""
+    board, task = local_place.board, made(local_place.board)
+    base = board.read_plan(task["id"])
+    with ThreadPoolExecutor(1) as writer, multi_lock(local_place.truth / "locks", [f"tasks_{task['id']}"]):
+        late = writer.submit(board.write_plan, task["id"], "late\n", base)
+        with pytest.raises(TimeoutError):
+            late.result(0.5)  # it waits
+        for name in (f"tasks/{task['id']}.json", f"plans/{task['id']}.md"):
+            (local_place.truth / name).rename(tmp_path / Path(name).name)
+    with pytest.raises(Rejected, match="no active task"):
+        late.result(20)
+    assert not (local_place.truth / f"plans/{task['id']}.md").exists()
+    for name in (f"tasks/{task['id']}.json", f"plans/{task['id']}.md"):
+        (tmp_path / Path(name).name).rename(local_place.truth / name)
 
 
 # --- a remote one only ---

@@ -80,7 +80,7 @@ class LocalStorage:
         if task_id is None:
             return []
         name = f"events/{task_id}.jsonl"
-        return self._log(self._dir / name) or self._log(self._dir / "archive" / name)
+        return self._log_now(self._dir / name) or self._log_now(self._dir / "archive" / name)
 
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
         """Add events to a task, or make it; see ``StorageBackend``."""
@@ -96,7 +96,7 @@ class LocalStorage:
                 return Conflict(base, found)
             if before is None and self._archived(task_id) is not None:
                 raise invalid(f"{task_id} is archived; bring it back with: lattice unarchive {task_id}")
-            log = self._log(self._dir / "events" / f"{task_id}.jsonl")
+            log = self._whole_log(task_id, before)
             own = self._stamped(shaped(given, {"task_id": task_id}, log))
             after = task_rules.add_to_task(before, own, self._around(task_id, log))
             if before is None:
@@ -192,7 +192,7 @@ class LocalStorage:
             if found != base:
                 return Conflict(base, found)
             resource_id = before["id"] if before else self._new_resource_id(given)
-            log = self._log(self._dir / "events" / f"{resource_id}.jsonl")
+            log = self._whole_log(resource_id, before)
             own = self._stamped(shaped(given, {"resource_id": resource_id}, log))
             after = resource_rules.add_to_resource(before, own, resource_rules.Surroundings(name, self._is_task))
             operations.write_resource_event(
@@ -243,10 +243,12 @@ class LocalStorage:
         self, kind: Literal["plans", "notes"], task: str, text: str, base: str | None
     ) -> Written[str] | Merged | Conflict:
         task_id = self._task_id(task)
-        if task_id is None or self._active(task_id) is None:
+        if task_id is None:
             raise invalid(f"there is no active task {task[:60]!r}")
         mine, path = encoded(text), self._dir / kind / f"{task_id}.md"
-        with self._writing(), self._locked([f"{kind}_{task_id}"]):
+        with self._writing(), self._locked([f"tasks_{task_id}"]):  # which whoever archives it holds, and moves the text
+            if self._active(task_id) is None:
+                raise invalid(f"there is no active task {task[:60]!r}")
             there = _read_text(path)
             theirs = None if there is None else there.encode()
             outcome, merged = merge_text(None if base is None else encoded(base), mine, theirs)
@@ -300,12 +302,26 @@ class LocalStorage:
     def _archived(self, task_id: str) -> Snapshot | None:
         return _read_json(self._dir / "archive" / "tasks" / f"{task_id}.json")
 
-    def _log(self, path: Path) -> list[Snapshot]:
+    def _log_now(self, path: Path) -> list[Snapshot]:
+        """Return the events of a log to which somebody may be adding: a last line that has no end yet is none."""
         text = _read_text(path) or ""
-        try:
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
-        except ValueError as error:
-            raise StorageError(f"{path} is damaged; look at it with: lattice doctor") from error
+        return _events(path, text[: text.rfind("\n") + 1])
+
+    def _whole_log(self, owner: str, snapshot: Snapshot | None) -> list[Snapshot]:
+        """Return the events of a task or resource, whose lock is held.
+
+        Raises:
+            StorageError: they are not those of which the snapshot was made: a process was killed while it wrote.
+        """
+        path = self._dir / "events" / f"{owner}.jsonl"
+        events = _events(path, _read_text(path) or "")
+        last, made_of = events[-1].get("id") if events else None, snapshot["last_event_id"] if snapshot else None
+        if last != made_of:
+            raise StorageError(
+                f"a write to {owner} was cut off, and its log is ahead of what is shown; make that anew with: "
+                "lattice rebuild --all"
+            )
+        return events
 
     @contextmanager
     def _locked(self, keys: list[str]) -> Iterator[None]:
@@ -343,6 +359,13 @@ def _read_json(path: Path) -> Snapshot | None:
     if found is not None and not isinstance(found, dict):
         raise StorageError(f"{path} is damaged; look at it with: lattice doctor")
     return found
+
+
+def _events(path: Path, lines: str) -> list[Snapshot]:
+    try:
+        return [json.loads(line) for line in lines.split("\n") if line.strip()]
+    except ValueError as error:
+        raise StorageError(f"{path} is damaged; look at it with: lattice doctor") from error
 
 
 def _read_text(path: Path) -> str | None:
