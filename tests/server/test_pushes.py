@@ -1,14 +1,17 @@
 """Whole projects that clients push: taken as a whole or not at all, checked by lattice itself, once for their id."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import os
 import secrets
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from harness import Copy, Running, serving, tree_of
+from harness import Copy, Running, serving, tree_of, until
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
@@ -193,3 +196,36 @@ async def test_an_older_client_is_told_what_to_upgrade(running: Running) -> None
         await copy.send(request)
         refused = await copy.answer(request.id)
         assert isinstance(refused, Refused) and refused.code == "REMOTE_VERSION"
+
+
+async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
+    running: Running, own: dict[str, bytes]
+) -> None:
+    """I6: the answer may have been cut off at that moment, and a refusal would not be true."""
+    project = running.hub.project("web")
+    async with running.connected() as first, running.connected() as second:
+        one, two = await connected(first), await connected(second)
+        request = await upload(one, pack_of(own))
+        worker = project._writer.pid  # type: ignore[union-attr]
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            await one.send(request)
+            await until(lambda: request.id in project._jobs, 30)
+            await two.send(request)
+            await two.send(unknown := Push(secrets.token_hex(16), bytes(32), 1))
+            await until(lambda: unknown.id in project._jobs)
+            await until(lambda: len(project._jobs[request.id].askers) == 3 or not project.pushes._under_way)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        with contextlib.suppress(ConnectionClosed, AssertionError):
+            await two.answer(request.id)
+        assert not [frame for frame in two.frames if isinstance(frame, Refused)]
+    assert isinstance(await ask(running, request), Pushed)
+    assert tree_of(running.tree) == own
+    assert not project.pushes._under_way
+
+
+async def test_a_pack_that_is_refused_takes_no_more_room(running: Running, own: dict[str, bytes]) -> None:
+    refused = await push(running, pack_of({**own, "config.json": b"[]"}))
+    assert isinstance(refused, Refused) and "no JSON object" in refused.message
+    await until(lambda: not list(running.data.project("web").uploads.iterdir()))

@@ -36,12 +36,15 @@ Submit = Callable[[Adopt, Follower], None]
 
 @dataclass(slots=True)
 class _Push:
-    """One that is being checked."""
+    """One that is being checked, or with the worker."""
 
     frame: Push
     token: Token
     askers: list[Follower] = field(default_factory=list)
+    """Who waits for the check."""
     task: "asyncio.Task[None] | None" = None
+    request: Adopt | None = None
+    """What the worker was asked, once the check has passed: whoever asks again joins that."""
 
 
 class Pushes:
@@ -74,14 +77,16 @@ class Pushes:
             asker: who asks.
         """
         push = self._under_way.get(frame.id)
-        if push is not None and push.token.id == token.id:
-            push.askers.append(asker)
-        elif push is not None:
+        if push is not None and push.token.id != token.id:
             _refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif push is not None and push.request is not None:
+            self._submit(push.request, asker)
+        elif push is not None:
+            push.askers.append(asker)
         elif used is not None or not self._has_pack(frame, token):
             # It may have been carried out before: that, or why not, is the worker's to say.
             self._submit(Adopt(frame.id, token.id, token.actor, first_sent_at=first_sent_at), asker)
-        elif len(self._under_way) >= _MAX_UNDER_WAY:
+        elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
             _refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
         else:
             push = self._under_way[frame.id] = _Push(frame, token, [asker])
@@ -112,7 +117,9 @@ class Pushes:
         code, why = "REMOTE_UNSUPPORTED", ""
         try:
             report = await self._checked(frame, token, place)
-            why = f"the server does not take this project: {report.refused}" if report.refused else ""
+            if report.refused:  # and would be again: the next try brings another pack
+                self._uploads.used(token.id, frame.digest)
+                why = f"the server does not take this project: {report.refused}"
         except RemoteError as error:
             code, why = error.code, error.message
         except OSError as error:
@@ -123,14 +130,10 @@ class Pushes:
                 "REMOTE_FAILED",
                 "the server could not check the project; its administrator should look at its log",
             )
-        finally:
-            del self._under_way[frame.id]
         if why:
-            _log.info("%s: a push of %s was refused: %s", self._paths.root.name, token.actor, why)
-            for asker in push.askers:
-                _refuse(asker, frame.id, code, why)
+            self._refuse_all(push, code, why)
             return
-        request = Adopt(
+        push.request = Adopt(
             frame.id,
             token.id,
             token.actor,
@@ -141,9 +144,22 @@ class Pushes:
             report.notes(),
             first_sent_at,
         )
-        self._submit(request, _Cleaner(place, lambda: self._uploads.used(token.id, frame.digest)))
+        for asker in (_Cleaner(lambda: self._settled(push, place)), *push.askers):
+            self._submit(push.request, asker)
+
+    def _refuse_all(self, push: _Push, code: str, why: str) -> None:
+        del self._under_way[push.frame.id]
+        _log.info("%s: a push of %s was refused: %s", self._paths.root.name, push.token.actor, why)
         for asker in push.askers:
-            self._submit(request, asker)
+            _refuse(asker, push.frame.id, code, why)
+
+    def _settled(self, push: _Push, place: Path) -> None:
+        """The worker has answered: the candidate that did not get its place goes, or the pack of one that did."""
+        self._under_way.pop(push.frame.id, None)
+        if place.exists():
+            asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(place, ignore_errors=True))
+        else:
+            self._uploads.used(push.token.id, push.frame.digest)
 
     async def _checked(self, frame: Push, token: Token, place: Path) -> Report:
         async with self._one_at_a_time:
@@ -160,19 +176,15 @@ class Pushes:
 
 
 class _Cleaner:
-    """Asks like a client, and removes what is not needed any more once there is an answer."""
+    """Asks like a client, and says when there is an answer: clients may be gone by then."""
 
-    def __init__(self, place: Path, used: Callable[[], None]) -> None:
-        self._place = place
-        self._used = used
+    def __init__(self, settled: Callable[[], None]) -> None:
+        self._settled = settled
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """Remove the candidate of a push that did not get its place, or the pack of one that did."""
+        """What was asked for is done, or refused."""
         del request_id, reply
-        if self._place.exists():
-            asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(self._place, ignore_errors=True))
-        else:
-            self._used()
+        self._settled()
 
     def change_committed(self, seq: int, frame: bytes) -> None:
         """Nothing is followed here."""
