@@ -120,7 +120,11 @@ class Pack:
         Raises:
             StorageError: a file can't be read, or is not any more what the survey has seen.
         """
-        pack = cls(tempfile.TemporaryFile())  # noqa: SIM115 - the caller's to close
+        try:
+            # Beside the project: there is room for it, which temporary directories in memory may not have.
+            pack = cls(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - the caller's to close
+        except OSError as error:
+            raise StorageError(f"cannot write to {directory}: {error.strerror or error}") from error
         try:
             pack._fill(directory, found, report)
         except OSError as error:

@@ -40,7 +40,7 @@ def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
     try:
         mark = lock(project / _MARK)
     except LockedElsewhere as error:
-        raise Misuse(f"another command (pid {error.holder}) is at work on project {project.name}") from error
+        raise Misuse(f"another command is at work on project {project.name}; wait until it is done") from error
     try:
         os.ftruncate(mark, 0)
         os.pwrite(mark, why.encode(), 0)

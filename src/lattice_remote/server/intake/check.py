@@ -34,7 +34,7 @@ from lattice_remote.server.worker.executor import Executor, Outcome
 __all__ = ["main"]
 
 _MEMORY_BYTES = 4 << 30
-_CPU_S = 600
+_CPU_S = 1800
 _READS: Sequence[Sequence[str]] = (
     ("list", "--json"),
     ("list",),
@@ -246,7 +246,6 @@ def _make_durable(place: Path) -> None:
         os.unlink(place / "tmp" / name)
     os.chdir(place)
     os.rmdir(place / "tmp")
-    os.sync()  # all at once; what follows is cheap then, and says what went wrong
     for folder, _, names in os.walk(place):
         sync_files(os.path.join(folder, name) for name in names)
         sync_directory(Path(folder))

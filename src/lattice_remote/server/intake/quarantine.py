@@ -15,7 +15,8 @@ from lattice_remote.server.intake.report import Report
 __all__ = ["quarantine"]
 
 _COMMAND = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.intake.check")
-_TIMEOUT_S = 900.0
+_TIMEOUT_S = 3600.0
+"""5,000 tasks take half a minute."""
 _MAX_SAID = 300
 
 

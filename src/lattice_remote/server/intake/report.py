@@ -5,6 +5,8 @@ import msgspec
 __all__ = ["Report"]
 
 MAX_NAMED = 20
+_MAX_NOTE_CHARS = 2000
+"""A frame's line has room for 4096."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -34,7 +36,8 @@ class Report(msgspec.Struct, kw_only=True):
             lines.append(f"rebuilt from the event logs, which say otherwise: {_named(self.rebuilt)}")
         if self.left_out:
             lines.append(f"left out, no part of a project: {_named(self.left_out)}")
-        return [*lines, *(f"lattice doctor: {warning}" for warning in self.warnings[:MAX_NAMED])]
+        lines += [f"lattice doctor: {warning}" for warning in self.warnings[:MAX_NAMED]]
+        return [line[:_MAX_NOTE_CHARS] for line in lines]
 
 
 def _named(paths: list[str]) -> str:
