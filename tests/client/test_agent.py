@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_kit import agent_ends, agent_pid, ask, resident_kib, run, status  # noqa: F401 - a fixture
@@ -35,6 +37,23 @@ async def test_two_started_at_once_leave_one(server: FakeServer, directory: Path
     found = await status()
     assert found is not None and found["pid"] == agent_pid()
     assert sum(server.connections.values()) == 1
+
+
+async def test_threads_of_one_program_start_one(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each start costs half a second of a processor: forty at once kept an MCP server waiting for ten."""
+    starts: list[object] = []
+    popen = subprocess.Popen
+
+    def start(*args: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        starts.append(args)
+        return popen(*args, **options)
+
+    monkeypatch.setattr("lattice_remote.client.agent_client.subprocess.Popen", start)
+    answers = await asyncio.gather(*(ask("ready", directory) for _ in range(12)))
+    assert all(answer["current"] for answer in answers)
+    assert len(starts) == 1
 
 
 async def test_a_killed_agent_is_replaced_and_the_command_runs_once(server: FakeServer, directory: Path) -> None:

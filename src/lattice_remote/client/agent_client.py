@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -41,6 +42,8 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 _was_said = False
+_starting = threading.Lock()
+"""A program may ask from dozens of threads, as an MCP server does: one of them starts the agent, the others wait."""
 
 
 class _AgentLost(Exception):
@@ -71,7 +74,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
     began = runtime.boot_time()
     for _ in range(_ATTEMPTS):
         try:
-            stream = _connect(runtime.locate()) or _start()
+            stream = _connect(runtime.locate()) or _connect_anew()
         except (StorageError, OSError) as error:
             _say_that_there_is_none(error)
             return ask_here(request, on_progress)  # no place for a socket: do the same steps here
@@ -196,6 +199,12 @@ def _agent_pid() -> str:
             return str(int(file.read()))
     except (OSError, ValueError):
         return f"of {place.socket}"
+
+
+def _connect_anew() -> socket.socket:
+    """Return a connection to the agent that another thread has started meanwhile, else to a new one."""
+    with _starting:
+        return _connect(runtime.locate()) or _start()
 
 
 def _start() -> socket.socket:
