@@ -122,7 +122,7 @@ class Worker:
                 return False
         return True
 
-    def _once[Asked: _Request](self, request: Asked, carry_out: Callable[[Asked], None]) -> None:
+    def _once[R: _Request](self, request: R, carry_out: Callable[[R], None]) -> None:
         """Carry out a request unless it was before: then its answer is given again (I6)."""
         known = self._store.journal.find(request.id)
         try:
