@@ -77,7 +77,8 @@ def _plan_project(directory: str, *, as_json: bool) -> None:
         print_result({**data, **left})
     else:
         typer.echo(f"Would push to {plan.remote.url}, project {plan.remote.project}:")
-        parts = [f"{number} {label.replace('_', ' ')}" for label, number in counts.items() if number]
+        nouns = {label: label.replace("_", " ").removesuffix("s") for label in counts}
+        parts = [count(number, nouns[label]) for label, number in counts.items() if number]
         typer.echo(f"  {', '.join([*parts, count(len(plan.found.files), 'file')])}, {plan.found.bytes} bytes")
         if plan.found.has_hooks:
             typer.echo("  left out: the hooks of config.json, unless the server's administrator allows them")
