@@ -75,18 +75,25 @@
   }
 
   // One page listens for all pages of this browser: it has six connections for a host, and their requests need them.
-  // When that page is closed, another takes its place.
+  // When that page is closed, another takes its place. A page that is opened asks what was told last, with an empty text.
   function listen(pass) {
     var source = new EventSource("remote/events");
     source.onmessage = function (message) { take(message.data); pass(message.data); };
+    source.onerror = function () {  // the browser tries again by itself, but not after every answer
+      if (source.readyState === EventSource.CLOSED) window.setTimeout(listen, LOOK_MS, pass);
+    };
   }
   if (!window.EventSource) return;
   if (!navigator.locks || !window.BroadcastChannel) { listen(function () {}); return; }
   var name = "remote-events " + new URL("remote/events", location.href);
-  var channel = new BroadcastChannel(name);
-  channel.onmessage = function (message) { take(message.data); };
+  var channel = new BroadcastChannel(name), told = "";
+  channel.onmessage = function (message) {
+    if (message.data) take(message.data);
+    else if (told) channel.postMessage(told);
+  };
+  channel.postMessage("");
   navigator.locks.request(name, function () {
-    listen(function (text) { channel.postMessage(text); });
+    listen(function (text) { told = text; channel.postMessage(text); });
     return new Promise(function () {});  // kept for as long as the page is open
   });
 })();
