@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from client_kit import PLAN, TASK
+from filelock import FileLock
 
-from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.cache import LOCK_FILE, Cache
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.packing import Pack, survey
 from lattice_remote.client.commands import pushing
@@ -100,3 +101,17 @@ def test_nothing_but_our_file_tells_that_a_project_waits(directory: Path) -> Non
     assert json.loads((directory / UNPUSHED_FILE).read_text())["project"] == "web"
     pushing.stay_local(str(directory))
     assert not is_unpushed(str(directory)) and set(survey(str(directory)).files) == set(FILES)
+
+
+async def test_one_push_at_a_time_in_a_directory(directory: Path) -> None:
+    """The other's attempt, and the copy that comes of it, are not to be disturbed."""
+    with FileLock(directory / LOCK_FILE):
+        with pytest.raises(Misuse, match="wait for it"):
+            await pushing.push_project(str(directory), None)
+        with pytest.raises(Misuse, match="wait for it"):
+            pushing.stay_local(str(directory))
+    assert is_unpushed(str(directory))
+    pushing.stay_local(str(directory))
+    assert not (directory / LOCK_FILE).exists()
+    with pytest.raises(Misuse, match="no more"):
+        await pushing.push_project(str(directory), None)

@@ -96,6 +96,16 @@ HOSTILE = {
         own, resource_log(own), data={"name": "/tmp/outside-of-everything", "max_holders": 1}
     ),
     "a session that is a list": lambda own: {**own, "sessions/index.json": b"[]"},
+    "counters of sessions that are texts": lambda own: {
+        **own,
+        "sessions/index.json": b'{"serial_counters": {"Zed": "x"}, "active_sessions": {}}',
+    },
+    "a session that would end as config.json": lambda own: {
+        **own,
+        "sessions/Zed-1.json": b'{"name": "Zed-1", "session": "x/../../../config", "status": "active"}',
+        "sessions/archive/Zed-1_x/y.json": b"{}",
+    },
+    "a session of another name": lambda own: {**own, "sessions/Zed-1.json": own["sessions/Argus-1.json"]},
     "short ids that are a list": lambda own: {**own, "ids.json": b"[]"},
     "a text of 65 MiB": lambda own: {**own, "context.md": bytes(65 << 20)},
     "not UTF-8": lambda own: {**own, log_of(own): b"\xff\xfe\n"},

@@ -12,15 +12,16 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
 from lattice_remote.client.cache.follower import Writer
 from lattice_remote.client.cache.keepsakes import KEPT_DIRECTORY
 from lattice_remote.client.cache.packing import Pack, Survey, survey
@@ -29,7 +30,7 @@ from lattice_remote.client.link.link import Link
 from lattice_remote.client.link.uploading import Source, upload
 from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.servers import Server
-from lattice_remote.client.settings import UNPUSHED_FILE, Remote, check_name, read_remote, write_remote
+from lattice_remote.client.settings import UNPUSHED_FILE, Remote, check_name, is_unpushed, read_remote, write_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, StorageError
 from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
 from lattice_remote.protocol.operations import digest_of
@@ -93,8 +94,18 @@ async def await_push(directory: str, name: str, server: Server, project: str, to
 
 
 def stay_local(directory: str) -> None:
-    """The project is not to be pushed after all. Nothing else was ever changed in it."""
-    for name in (_ATTEMPT_FILE, UNPUSHED_FILE):
+    """The project is not to be pushed after all. Nothing else was ever changed in it.
+
+    Raises:
+        Misuse: it is being pushed.
+    """
+    with _alone(directory):
+        _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
+    _forget(directory, LOCK_FILE)
+
+
+def _forget(directory: str, *names: str) -> None:
+    for name in names:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
 
@@ -167,8 +178,35 @@ async def push_project(directory: str, show: Progress | None) -> Done:
         ConnectionFailed: out of reach; ``sent`` says that it may have been taken: call again.
         StorageError: a file can't be read or written.
     """
+    with _alone(directory):
+        return await _pushed(directory, show or _ignore)
+
+
+@contextlib.contextmanager
+def _alone(directory: str) -> Iterator[None]:
+    """Hold the lock of the copy that this directory becomes: another push, or an agent, would be at work beside us.
+
+    Raises:
+        Misuse: another has it, or has been here.
+        StorageError: it can't be made.
+    """
+    lock = FileLock(os.path.join(directory, LOCK_FILE), thread_local=False, mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Misuse("another lattice remote push is at work in this directory: wait for it") from None
+    except OSError as error:
+        raise StorageError(f"cannot lock {directory}: {error.strerror}") from error
+    try:
+        if not is_unpushed(directory):
+            raise Misuse("this directory waits to be pushed no more; see: lattice remote status")
+        yield
+    finally:
+        lock.release()
+
+
+async def _pushed(directory: str, report: Progress) -> Done:
     remote = read_remote(directory, UNPUSHED_FILE)
-    report = show or _ignore
     async with _connected(remote, credentials.from_environment()) as link:
         if (earlier := _read_attempt(directory)) is not None:
             report({"what": "asking for the last attempt", "done": 0, "total": 1})
@@ -206,12 +244,12 @@ async def _ask(link: Link, directory: str, attempt: _Attempt) -> Pushed | None:
         case Pushed():
             return answer
         case Refused(code="REMOTE_NOT_FOUND" | "REMOTE_UNKNOWN_OUTCOME") if not (link.welcome and link.welcome.used):
-            _forget_attempt(directory)
+            _forget(directory, _ATTEMPT_FILE)
             return None
         case Refused(code="REMOTE_BUSY"):
             raise Rejected(answer.message, code=answer.code)
         case Refused():
-            _forget_attempt(directory)
+            _forget(directory, _ATTEMPT_FILE)
             raise Rejected(answer.message, code=answer.code)
         case _:
             raise ConnectionFailed("the server answered something else", sent=True)
@@ -265,7 +303,7 @@ def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], t
             cache.replace(copy, content)
             kept.append(copy)
     write_remote(directory, remote)
-    stay_local(directory)
+    _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     return sorted(kept)
 
 
@@ -292,8 +330,3 @@ def _write_attempt(directory: str, attempt: _Attempt) -> None:
         os.replace(path + ".tmp", path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def _forget_attempt(directory: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, _ATTEMPT_FILE))

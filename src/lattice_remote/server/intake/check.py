@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -212,6 +212,21 @@ def _require_whole_tasks(lattice: Path) -> None:
                 raise Misuse(f"the event log of {where} is another task's")
 
 
+class _SessionIndex(msgspec.Struct):
+    """What lattice counts with when a session starts or ends."""
+
+    active_sessions: dict[str, str] = {}
+    serial_counters: dict[str, int] = {}
+
+
+class _Session(msgspec.Struct):
+    """One that goes on. Its own id becomes part of a file's name when it ends: with a path in it, it would end as
+    another file than a session's."""
+
+    name: str
+    session: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
 def _require_objects(lattice: Path) -> None:
     """Make sure that what lattice's doctor does not look at is what lattice expects.
 
@@ -220,6 +235,14 @@ def _require_objects(lattice: Path) -> None:
     """
     for path in sorted([*lattice.glob("sessions/**/*.json"), *lattice.glob("resources/*/resource.json")]):
         _json_object(path)
+    for path in sorted(lattice.glob("sessions/*.json")):
+        expected = _SessionIndex if path.name == "index.json" else _Session
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=expected)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Misuse(f"sessions/{path.name} is not what lattice writes: {error}") from error
+        if isinstance(found, _Session) and found.name != path.stem:
+            raise Misuse(f"sessions/{path.name} says that it is the session {printable(found.name)[:100]!r}")
 
 
 # --- what came of it ---
