@@ -157,6 +157,29 @@ async def test_of_an_archived_task_only_theirs_can_be_kept(server: FakeServer, s
     assert not (place / f"{PLAN}.mine").exists()
 
 
+@pytest.mark.parametrize("choice", ["mine", "edited"])
+async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
+    server: FakeServer, service: Service, directory: Path, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file still holds the text that conflicted: sent as an edit of itself it would be no edit, and be lost."""
+    monkeypatch.setattr("lattice_remote.client.agent.pushing.SAVING_S", 0.2)
+    server.files |= {PLAN: b"# Plan\n", SNAPSHOT: json.dumps({"id": TASK, "short_id": "LAT-42"}).encode()}
+    await ask(service, "ready")
+    with (directory / PLAN).open("wb") as file:
+        file.write(b"mine\n")
+        file.flush()
+        server.put(PLAN, b"theirs\n")
+        await until(lambda: service._follower.replica.position.seq == server.seq)
+        await ask(service, "push")
+        assert (directory / f"{PLAN}.mine").read_bytes() == b"mine\n"
+        with pytest.raises(Rejected, match="not here yet"):
+            await resolve(service, choice)
+    await ask(service, "ready")
+    await until(lambda: (directory / PLAN).read_bytes() == b"theirs\n")
+    await resolve(service, "mine")
+    assert (server.files[PLAN], (directory / PLAN).read_bytes()) == (b"mine\n", b"mine\n")
+
+
 @pytest.mark.parametrize("fields", [{"choice": "all"}, {"choice": "edited", "text": "no base64!"}])
 async def test_a_request_that_makes_no_sense_changes_nothing(
     service: Service, place: Path, fields: dict[str, str]

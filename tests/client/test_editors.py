@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from http import HTTPStatus
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,49 @@ async def test_an_edit_that_is_refused_is_said_once_and_holds_nothing_up(
     (directory / PLAN).write_bytes("café\n".encode())
     await until(lambda: server.files[PLAN] == "café\n".encode())
     assert (await ask(live, "status"))["refused_edits"] == {}
+
+
+@pytest.mark.parametrize("then", [OLD, NEW + b"- and more\n"], ids=["taken back", "gone on with"])
+async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
+    server: FakeServer, live: Service, directory: Path, then: bytes
+) -> None:
+    """Also what is just the text before it: the server has the edit by then, and its text must not be put in place."""
+    server.cut_before_reply = 1
+    server.status = None
+
+    async def stay_away(_: object, frame: object) -> bool:
+        if isinstance(frame, Put):
+            server.status = HTTPStatus.SERVICE_UNAVAILABLE
+        return False
+
+    server.misbehave = stay_away  # type: ignore[assignment]
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: server.files[PLAN] == NEW and not live._link.is_open)
+    (directory / PLAN).write_bytes(then)
+    server.misbehave = server.status = None
+    await until(lambda: server.files[PLAN] == then)
+    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    assert (directory / PLAN).read_bytes() == then
+
+
+async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    arrived, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: object, frame: object) -> bool:
+        if isinstance(frame, Put):
+            arrived.set()
+            await may_go_on.wait()
+        return False
+
+    server.misbehave = wait  # type: ignore[assignment]
+    (directory / PLAN).write_bytes(NEW)
+    await arrived.wait()
+    (directory / PLAN).write_bytes(OLD)
+    live._follower.edits.scan()
+    may_go_on.set()
+    await until(lambda: server.files[PLAN] == NEW)
+    await until(lambda: server.files[PLAN] == OLD)
+    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    assert (directory / PLAN).read_bytes() == OLD

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from lattice_remote.client.agent.unanswered import Sent, Unanswered
 from lattice_remote.client.cache.busy import is_being_written
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.unanswered import Sent
 from lattice_remote.client.link.link import Link
 from lattice_remote.errors import ConnectionFailed, Rejected
 from lattice_remote.protocol.messages import Put, Refused, Stored
@@ -53,7 +53,7 @@ class Pusher:
         self._following = following
         self._reached = reached
         self._turn = asyncio.Lock()
-        self._unanswered = Unanswered(follower.cache)
+        self._unanswered = follower.edits.unanswered
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> as it was then, why, by whom
 
     def refused(self) -> dict[str, str]:
@@ -94,6 +94,7 @@ class Pusher:
         put = Put(id=_new_id(), path=path, base=self._follower.edits.older.base_of(path, text, base), text=text)
         answer = await self._ask_briefly(link, put, base, is_edit=True)
         if isinstance(answer, Refused):
+            self._unanswered.forget(path)
             return self._note_refusal(path, found, answer.message)
         self._refused.pop(path, None)
         copy = await self._settle(link, put, answer, base)
@@ -107,20 +108,22 @@ class Pusher:
         return answer.outcome, None
 
     async def _settle(self, link: Link, put: Put, answer: Stored, base: bytes | None) -> str | None:
-        """Go on from the server's answer; return where the text was put for a conflict."""
+        """Go on from the server's answer to an edit; return where the text was put for a conflict."""
         if link is not self._following:
             # Its own change must find the file still edited: an older one, which it was merged with, may come first.
             await self._reached(answer.seq)
         effects, copy = await self._follower.settle(put, answer.outcome, base)
+        self._unanswered.forget(put.path)
         await self._following.carry_out(effects)
         return copy
 
     async def _settle_unanswered(self, link: Link, sent: Sent) -> None:
         """Ask what became of an edit whose answer was lost: what was saved since builds on it, if it was stored."""
         answer = await self._ask(link, sent.frame, sent.first_sent_at())
-        self._unanswered.forget(sent.put.path)
         if isinstance(answer, Stored):
             await self._settle(link, sent.put, answer, sent.base)
+        else:
+            self._unanswered.forget(sent.put.path)
 
     async def put(self, link: Link, path: str, text: bytes) -> str:
         """Send a text for a plan or notes, made from the server's as it is here; return the outcome.
@@ -131,8 +134,7 @@ class Pusher:
             RemoteError: it was not sent, or not taken.
         """
         async with self._turn:
-            replica = self._follower.replica
-            await self._following.changed.until(lambda: path not in replica.wanted, SAVING_S)  # it may be on its way
+            await self.until_in_place(path)
             base = self._follower.edits.base(path)
             put = Put(id=_new_id(), path=path, base=base, text=text)
             answer = await self._ask_briefly(link, put, base)
@@ -141,20 +143,31 @@ class Pusher:
             await self._reached(answer.seq)
         return answer.outcome
 
+    async def until_in_place(self, path: str) -> None:
+        """Wait for a moment until a plan or notes holds the server's text, or an edit of it.
+
+        Raises:
+            Rejected: it does not: after a conflict the file, and its base, may still be what was set aside.
+        """
+        if not await self._following.changed.until(lambda: path not in self._follower.replica.wanted, SAVING_S):
+            raise Rejected(
+                f"the server's text of {path} is not here yet; nothing was changed: if the file is open in an editor, "
+                "close it, then repeat it",
+                code="REMOTE_BUSY",
+            )
+
     async def _ask_briefly(
         self, link: Link, put: Put, current: bytes | None, *, is_edit: bool = False
     ) -> Stored | Refused:
         """Ask, with the digest of a long base in its place where the server most likely has that text itself.
 
-        Of an edit it is kept in mind what was sent, until the answer is here.
+        Of an edit it is kept in mind what was sent, until the answer is settled.
         """
         frame = self._brief(link, put, current)
         while True:
             if is_edit:
                 self._unanswered.remember(Sent(put, frame, current, time.time()))
             answer = await self._ask(link, frame)
-            if is_edit:
-                self._unanswered.forget(put.path)
             if frame is put or not isinstance(answer, Refused) or answer.code not in _SEND_WHOLE:
                 return answer
             frame = put

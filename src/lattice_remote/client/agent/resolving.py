@@ -79,6 +79,7 @@ class Resolver:
                 raise Misuse(f"{conflict.path} was edited here since, and conflicts once more; look again")
             if sent["outcome"] == "refused":
                 raise Rejected(pushed.notices[0], code="REMOTE_UNSUPPORTED")
+        await self._pusher.until_in_place(conflict.path)
 
     async def _put(self, conflict: Conflict, text: bytes, link: Link) -> None:
         outcome = await self._pusher.put(link, conflict.path, text)

@@ -7,18 +7,22 @@ a crash in between looks like an edit that the server already has, never like on
 
 import contextlib
 import os
+import time
 from collections.abc import Container, Iterator
 
 from lattice_remote.client.cache.busy import is_being_written
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.cache.known import Signature
 from lattice_remote.client.cache.older import Older
+from lattice_remote.client.cache.unanswered import Unanswered
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["Edits"]
 
 _EDITED_DIRECTORIES = ("plans", "notes")
+_TICK_NS = 50_000_000
+"""Two writes within a tick of the system's clock leave the same times: what is younger is read, not recognised."""
 
 
 class Edits:
@@ -27,6 +31,7 @@ class Edits:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self.older = Older(cache)
+        self.unanswered = Unanswered(cache)
         self._settled: dict[str, Signature] = {}  # files known to equal their base, as they were then
 
     def scan(self) -> list[str]:
@@ -34,13 +39,15 @@ class Edits:
         return sorted(path for path in self._unsettled() if is_editable(path) and self.is_edited(path))
 
     def is_edited(self, path: str) -> bool:
-        """Whether a file differs from its base. A file that somebody removed is no edit."""
+        """Whether a file differs from its base, or may once the server has answered. A removed file is no edit."""
         signature = self._cache.signature(path)
         if signature is None or self._settled.get(path) == signature:
             return False
-        if self._cache.read(path) != self.base(path):
+        base = self.base(path)
+        if self._cache.read(path) != base or self.unanswered.may_replace(path, base):
             return True
-        self._settled[path] = signature
+        if time.time_ns() - signature[3] > _TICK_NS:
+            self._settled[path] = signature
         return False
 
     def is_in_use(self, path: str) -> bool:
@@ -79,6 +86,7 @@ class Edits:
 
     def sent(self, path: str, text: bytes) -> None:
         """The server has ``text``: what the file holds beyond that is the next edit."""
+        self._settled.pop(path, None)
         self._cache.replace(_base_path(path), text)
 
     def take(self, path: str, text: bytes) -> bool:

@@ -1,7 +1,8 @@
 """Edits that were sent and not answered: what became of them is asked before anything is built on them (I6).
 
-Kept on the disk as well, as an agent may be killed between: what was saved after an edit that was stored would else be
-taken for an edit of the text before it, and be a conflict with itself.
+What was saved after an edit that was stored would else be taken for an edit of the text before it, and be a conflict
+with itself; or for no edit, where it is just that text again, and be replaced by what it takes back. Kept on the disk
+as well, as an agent may be killed between.
 """
 
 import os
@@ -55,9 +56,14 @@ class Unanswered:
             self._cache.replace(_place(sent.put.path), data)
 
     def forget(self, path: str) -> None:
-        """The answer is here."""
+        """The answer is here, and was settled."""
         self._sent.pop(path, None)
         self._cache.delete(_place(path))
+
+    def may_replace(self, path: str, base: bytes | None) -> bool:
+        """Whether the server may have an edit in place of ``base``, which a file is based on here."""
+        sent = self.get(path)
+        return sent is not None and sent.base == base
 
     def get(self, path: str) -> Sent | None:
         """Return what was sent of a file and not answered, by this process or one before it."""
