@@ -56,6 +56,7 @@ async def test_beside_a_frozen_agent_commands_do_the_steps_themselves_and_say_so
         assert capfd.readouterr().err == said
         assert (await run(directory, "append", "events/x.jsonl", "once\n"))["exit_code"] == 0
         assert (directory / "events/x.jsonl").read_bytes() == b"once\n"
+        assert capfd.readouterr().err == "", "a program that asks every two seconds says it once"
         with pytest.raises(ConnectionFailed, match=f"process {pid}, does not answer"):
             await status()
     await until(lambda: tree(directory) == server.files)

@@ -41,7 +41,8 @@ Progress = Callable[[dict[str, Any]], None]
 """Called with ``{"what": ..., "done": n, "total": n}`` while something takes its time."""
 
 
-_was_said = False
+_said: set[str] = set()
+"""What was said on stderr: once in a process is enough, a program may ask thousands of times."""
 _starting = threading.Lock()
 """A program may ask from dozens of threads, as an MCP server does: one of them starts the agent, the others wait."""
 
@@ -84,7 +85,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             request.setdefault("first_sent_at", began)  # it may have been sent on: the server wants to know since when
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
-            sys.stderr.write(f"lattice-remote: {_silent()}; this command does without it\n")
+            _say_once(f"{_silent()}; this command does without it")
             return ask_here(request, on_progress)  # also under its id, should the agent come to itself
         finally:
             stream.close()
@@ -176,15 +177,17 @@ def _connect(place: runtime.Runtime) -> socket.socket | None:
 
 
 def _say_that_there_is_none(error: OSError | StorageError) -> None:
-    """Once in a process: a program may ask thousands of times."""
-    global _was_said  # noqa: PLW0603 - of the process, as its stderr is
-    if not _was_said:
-        _was_said = True
-        why = error.message if isinstance(error, StorageError) else error
-        sys.stderr.write(
-            f"lattice-remote: no background agent ({why}): commands do without it, more slowly; "
-            f"{runtime.DIRECTORY_ENV} can name a directory for it, {AGENT_ENV}=off says that there is to be none\n"
-        )
+    why = error.message if isinstance(error, StorageError) else error
+    _say_once(
+        f"no background agent ({why}): commands do without it, more slowly; "
+        f"{runtime.DIRECTORY_ENV} can name a directory for it, {AGENT_ENV}=off says that there is to be none"
+    )
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        sys.stderr.write(f"lattice-remote: {line}\n")
 
 
 def _silent() -> str:
