@@ -32,7 +32,7 @@ def make_cache(root: Path, url: str, project: str = "web") -> Path:
 
 
 async def ask(service: Service, do: str, token: str | None = TOKEN, **fields: object) -> dict[str, object]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         return await service.handle({"do": do, "token": token, **fields}, lambda _: None)
 
 
@@ -40,7 +40,7 @@ async def run(service: Service, *argv: str, token: str | None = TOKEN, **fields:
     return await ask(service, "run", token, id=os.urandom(16).hex(), argv=list(argv), files=[], **fields)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Wait for a condition, with a bound."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,19 @@ def resident_kib() -> int:
     return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1])
 
 
+async def fill_pool(size: int = 4) -> None:
+    """Start all threads of the loop's pool: else one more comes whenever more work is done at once than ever before."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(size))
+    all_here = threading.Barrier(size)
+    await asyncio.gather(*(asyncio.to_thread(all_here.wait, 30) for _ in range(size)))
+
+
 async def test_twenty_caches_leak_nothing_over_many_reconnects(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(link, "MIN_ATTEMPT_GAP_S", 0.01)
     monkeypatch.setattr(pacing, "MAX_DELAY_S", 0.01)
+    await fill_pool()
     watching, turn = Watching(), asyncio.Semaphore(1)
     services = [Service(str(make_cache(tmp_path / str(n), server.url))) for n in range(CACHES)]
     for service in services:

@@ -39,7 +39,7 @@ class Reader:
             found[:] = [item for item in self.items if isinstance(item, kind)]
             return len(found) >= count
 
-        await until(enough, 10)
+        await until(enough, 30)
         return found[-1]
 
 
