@@ -17,7 +17,7 @@ class StorageBackend(Protocol):
     from several threads.
 
     Raises, in every method:
-        StorageError: a file can't be read or written.
+        StorageError: a file can't be read or written, or an earlier write was cut off; the message says what mends it.
         RemoteError: of a remote board, what keeps it from being reached; see ``errors``.
     """
 
