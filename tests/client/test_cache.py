@@ -151,6 +151,23 @@ async def test_a_directory_made_anew_is_another_one(cache: Cache) -> None:
 REMOTE = Remote("origin", "http://h", "web")
 
 
+async def test_a_copy_that_became_a_local_project_at_the_last_moment_is_left_alone(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had the lock has removed remote.json: nothing of the server's may be put there any more (I4)."""
+    acquire = cache._lock.acquire
+
+    def late(**options: float) -> object:
+        os.unlink(cache.absolute("remote.json"))
+        return acquire(**options)
+
+    monkeypatch.setattr(cache._lock, "acquire", late)
+    with pytest.raises(StorageError, match="was removed"):
+        async with cache.locked():
+            raise AssertionError("it was taken for a copy")
+    assert not cache._lock.is_locked
+
+
 def test_state_is_read_as_it_was_stored() -> None:
     stored = CacheState(
         Position("e", 7, b"m" * 16),

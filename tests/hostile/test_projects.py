@@ -80,6 +80,10 @@ HOSTILE = {
     "settings that are a list": lambda own: {**own, "config.json": b"[]"},
     "settings nested without end": lambda own: {**own, "config.json": b"[" * 200_000},
     "settings of strange types": lambda own: {**own, "config.json": b'{"statuses": 7, "workflow": []}'},
+    "settings with which nothing can be created": lambda own: {
+        **own,
+        "config.json": json.dumps({**json.loads(own["config.json"]), "task_types": 5}).encode(),
+    },
     "a snapshot without a log": lambda own: {**own, f"tasks/task_{ULID}.json": own[log_of(own)][:0] + b'{"id": 1}'},
     "a log that is empty": lambda own: {**own, f"events/task_{ULID}.jsonl": b""},
     "a log that is no JSON": lambda own: {**own, log_of(own): b"{\n{\n"},

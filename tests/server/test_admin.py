@@ -207,3 +207,14 @@ def test_fsck_finishes_what_was_cut_off(data: DataDir, own: Path) -> None:
     mended = fsck(data, ["web"], mend=True)
     assert not mended.left, mended
     assert tree_of(data.project("web").lattice) == tree_of(own / ".lattice")
+
+
+def test_a_project_archived_before_it_was_in_its_place_comes_back(data: DataDir) -> None:
+    """As a crash between the two renames of an adoption leaves it (decision 0056)."""
+    root = data.project("web").root
+    (root / "adopting").mkdir()
+    os.rename(root / ".lattice", root / "adopting" / ".lattice")
+    archive_project(data, "web")
+    assert data.archived_slugs() == ["web"]
+    unarchive_project(data, "web")
+    assert data.slugs() == ["web"]

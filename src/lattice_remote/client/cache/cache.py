@@ -122,6 +122,7 @@ class Cache:
                 await asyncio.sleep(_LOCK_POLL_S)
         self.is_held_by_others = False
         try:
+            self._check_there()  # whoever had the lock may have made it a local project
             yield
         finally:
             self._lock.release()

@@ -145,13 +145,11 @@ class DataDir:
 
     def has_project(self, slug: str) -> bool:
         """Tell whether there is such a project; any string may be asked for (I9)."""
-        return _SLUG.fullmatch(slug) is not None and any(
-            (self.projects / slug / name).is_dir() for name in (".lattice", "adopting")
-        )
+        return _is_project(self.projects, slug)
 
     def is_archived(self, slug: str) -> bool:
         """Tell whether there is such a project, which nobody is served; any string may be asked for."""
-        return _SLUG.fullmatch(slug) is not None and (self.archived / slug / ".lattice").is_dir()
+        return _is_project(self.archived, slug)
 
     def archived_slugs(self) -> list[str]:
         """Return the names of the projects that nobody is served, sorted."""
@@ -235,6 +233,13 @@ class DataDir:
             _count(lattice / "archive/tasks"),
             "archived" if is_archived else "active",
         )
+
+
+def _is_project(directory: Path, slug: str) -> bool:
+    """Whether a project lies there, or waits to be put in its place (see ``worker/adoption.py``)."""
+    return _SLUG.fullmatch(slug) is not None and any(
+        (directory / slug / name).is_dir() for name in (".lattice", "adopting")
+    )
 
 
 class _LatticeConfig(msgspec.Struct):

@@ -212,6 +212,16 @@ def _require_whole_tasks(lattice: Path) -> None:
                 raise Misuse(f"the event log of {where} is another task's")
 
 
+class _Settings(msgspec.Struct):
+    """What every ``create`` breaks down on when it is of another type."""
+
+    project_code: str | None = None
+    subproject_code: str | None = None
+    task_types: list[str] = []
+    default_status: str = ""
+    default_priority: str = ""
+
+
 class _SessionIndex(msgspec.Struct):
     """What lattice counts with when a session starts or ends."""
 
@@ -235,14 +245,19 @@ def _require_objects(lattice: Path) -> None:
     """
     for path in sorted([*lattice.glob("sessions/**/*.json"), *lattice.glob("resources/*/resource.json")]):
         _json_object(path)
+    _require_form(lattice / "config.json", _Settings)
     for path in sorted(lattice.glob("sessions/*.json")):
-        expected = _SessionIndex if path.name == "index.json" else _Session
-        try:
-            found = msgspec.json.decode(path.read_bytes(), type=expected)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise Misuse(f"sessions/{path.name} is not what lattice writes: {error}") from error
-        if isinstance(found, _Session) and found.name != path.stem:
-            raise Misuse(f"sessions/{path.name} says that it is the session {printable(found.name)[:100]!r}")
+        if path.name == "index.json":
+            _require_form(path, _SessionIndex)
+        elif (name := _require_form(path, _Session).name) != path.stem:
+            raise Misuse(f"sessions/{path.name} says that it is the session {printable(name)[:100]!r}")
+
+
+def _require_form[Form: msgspec.Struct](path: Path, form: type[Form]) -> Form:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=form)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Misuse(f"{path.name} is not what lattice writes: {error}") from error
 
 
 # --- what came of it ---
