@@ -106,6 +106,19 @@ async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, se
     assert server.files[PLAN] == b"mine\n"
 
 
+async def test_what_is_saved_in_the_copy_meanwhile_stays(server: FakeServer, service: Service, place: Path) -> None:
+    async def somebody_saves(_: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put):
+            (place / f"{PLAN}.mine").write_bytes(b"mine, with one more thought\n")
+        return False
+
+    server.misbehave = somebody_saves  # type: ignore[assignment]
+    await resolve(service, "mine")
+    assert server.files[PLAN] == b"mine\n"
+    assert (place / f"{PLAN}.mine").read_bytes() == b"mine, with one more thought\n"
+    assert conflict_lines(await ask(service, "ready"))
+
+
 async def test_out_of_reach_it_stays_as_it_is(server: FakeServer, service: Service, place: Path) -> None:
     await server.stop()
     await until(lambda: not service._link.is_open)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.known import Signature
 from lattice_remote.errors import StorageError, one_line
 from lattice_remote.protocol.paths import is_editable
 
@@ -32,6 +33,8 @@ class Conflict:
     """What people call the task; its id where it has no other name."""
     is_active: bool
     """Whether the task is there, so that its plan and notes can be edited."""
+    found: tuple[Signature | None, ...]
+    """What each copy was when it was found."""
 
     @property
     def what(self) -> str:
@@ -68,9 +71,10 @@ class Conflicts:
         return copy
 
     def end(self, conflict: Conflict) -> None:
-        """Remove what was set aside of a file."""
-        for copy in conflict.copies:
-            self._cache.delete(copy)
+        """Remove what was set aside of a file, but for what somebody has saved there since: that stays a conflict."""
+        for copy, found in zip(conflict.copies, conflict.found, strict=True):
+            if self._cache.signature(copy) == found:
+                self._cache.delete(copy)
         self.look_again()
 
     def look_again(self) -> None:
@@ -120,7 +124,8 @@ class Conflicts:
         active = f"tasks/{task}.json"
         is_active = self._cache.size(active) is not None
         short_id = self._short_id(active if is_active else f"archive/{active}")
-        return Conflict(path, tuple(copies), task, short_id or task, is_active)
+        found = tuple(map(self._cache.signature, copies))
+        return Conflict(path, tuple(copies), task, short_id or task, is_active, found)
 
     def _short_id(self, snapshot: str) -> str | None:
         with contextlib.suppress(StorageError, OSError, ValueError, AttributeError):
