@@ -93,6 +93,9 @@ HOSTILE = {
     "events of another task": lambda own: changed(own, log_of(own), task_id=f"task_{ULID}"),
     "events without data": lambda own: changed(own, log_of(own), data=None),
     "a title that is no text": lambda own: changed(own, log_of(own), data={"title": {"a": 1}, "status": []}),
+    "a priority that is a number": lambda own: changed(
+        own, log_of(own), data={"title": "x", "status": "backlog", "type": "task", "priority": 5}
+    ),
     "a resource called like a way out": lambda own: changed(
         own, resource_log(own), data={"name": "../../../../outside", "max_holders": 1}
     ),

@@ -40,6 +40,8 @@ _READS: Sequence[Sequence[str]] = (
     ("list",),
     ("next", "--json"),
     ("stats", "--json"),
+    ("stats",),
+    ("weather",),
     ("resource", "list", "--json"),
     ("session", "list", "--json"),
 )
