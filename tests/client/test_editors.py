@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from client_kit import PLAN, TASK, ask, until
-from fake_server import FakeServer
+from fake_server import TOKEN, FakeServer
 from test_healing import looked_after
 
+from lattice_remote.client import credentials
 from lattice_remote.client.agent import caretaker
 from lattice_remote.client.agent.service import Service
 from lattice_remote.protocol.messages import Put
@@ -292,3 +293,13 @@ async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(
     await until(lambda: server.files[PLAN] == OLD)
     await until(lambda: live._is_current() and not live._follower.edits.scan())
     assert (directory / PLAN).read_bytes() == OLD
+
+
+async def test_the_kept_token_is_one_name_also_where_a_command_brings_it(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    credentials.store(server.url, "web", TOKEN)
+    await ask(live, "ready", TOKEN)
+    await ask(live, "ready", None)
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: server.files[PLAN] == NEW)

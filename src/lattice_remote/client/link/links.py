@@ -120,9 +120,10 @@ class Links:
         return len(self._names_in_use()) > 1
 
     def _names_in_use(self) -> list[str | None]:
+        """Return the tokens of late; one that a command brought and that is the stored one as well, once."""
         newest = max(self._names.values(), default=0.0)
         self._names = {name: at for name, at in self._names.items() if newest - at <= _NAME_LASTS_S}
-        return list(self._names)
+        return [name for name in self._names if name is None or name != self._last_stored or None not in self._names]
 
     def new_writer(self, token: str) -> Link:
         """Return a link of its own, started; the caller must close it."""
