@@ -17,6 +17,7 @@ from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.checks.check_project import check_project
 from lattice_remote.server.checks.recovering import recover
 from lattice_remote.server.data.datadir import DataDir, ProjectPaths
+from lattice_remote.server.tree.manifest import sync_files
 
 __all__ = ["Exported", "export_project"]
 
@@ -111,7 +112,8 @@ def _finish(scratch: Path, target: Path, wrong: list[str]) -> Exported:
         if entry.name != ".lattice":
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     scratch.chmod(0o755)
-    os.sync()
+    for folder, _, names in os.walk(scratch):
+        sync_files(os.path.join(folder, name) for name in names)
     os.rename(scratch, target)
     tasks = sum(path.startswith("tasks/") for path in sizes)
     archived = sum(path.startswith("archive/tasks/") for path in sizes)
