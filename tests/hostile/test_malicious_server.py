@@ -594,11 +594,11 @@ async def test_a_link_that_is_only_half_there_is_never_called_connected(
     for name, value in {"PING_INTERVAL_S": 0.3, "PING_TIMEOUT_S": 0.3, "ALIVE_S": 0.7}.items():
         monkeypatch.setattr(f"lattice_remote.client.link.link.{name}", value)
     monkeypatch.setattr("lattice_remote.client.agent.service.ALIVE_S", 0.7)
-    monkeypatch.setattr("lattice_remote.client.agent.service.FIRST_READY_WAIT_S", 0.1)
     with FaultProxy(server.port) as proxy:
         service = Service(str(make_cache(tmp_path / "ben", proxy.url)))
         service.start(TOKEN)
         assert (await ask(service, "ready"))["current"]
+        monkeypatch.setattr("lattice_remote.client.agent.service.FIRST_READY_WAIT_S", 0.1)
         proxy.stall()
         stalled = time.monotonic()
         seen: list[bool] = []

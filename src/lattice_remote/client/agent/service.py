@@ -70,6 +70,8 @@ __all__ = ["Report", "Service", "answered"]
 READY_WAIT_S = 2.0
 FIRST_READY_WAIT_S = 5.0
 """A read waits so long for a server that answers but has not yet sent everything."""
+NEVER_FILLED_WAIT_S = 20.0
+"""There is nothing to show meanwhile: the first attempt may take as long as attempts take."""
 REACH_WAIT_S = 10.0
 STALLED_S = 30.0
 """Behind, and not advancing for this long: the connection is given up for a new one."""
@@ -203,6 +205,8 @@ class Service:
         """Wait until the files are current, the server is known to be out of reach, or it takes too long."""
         failed_before = self._link.failed_attempts
         wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
+        if not self._follower.state.is_filled:
+            wait_s = NEVER_FILLED_WAIT_S
         if not self._is_current():
             self._link.kick()
             await self._until(lambda: self._is_current() or self._has_failed(failed_before), wait_s)

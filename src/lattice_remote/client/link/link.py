@@ -287,7 +287,7 @@ class Link:
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
         """Return the error that says why there is no connection."""
-        why = f" ({self.error.message})" if self.error is not None else ""
+        why = f" ({self.error.message if self.error is not None else 'no answer yet'})"
         if sent:
             return ConnectionFailed(
                 f"lost the connection to server {self.remote.url}{why}; the command may have taken effect: look before "
