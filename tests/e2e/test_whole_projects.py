@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from faultproxy import FaultProxy
 from projects import ANA, add_hooks, lattice, sample_project
 from sandbox import Client, Sandbox, Server, differences, tree_of, wait_for
 from warm import warm
@@ -75,6 +76,23 @@ def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox,
     assert not differences(work.lattice_dir, server.lattice_dir())
     again = ben.run("remote", "clone", f"{server.url}/board", "work")
     assert again.returncode == 1 and "not an empty directory" in again.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_clone_that_is_ended_leaves_nothing_behind(sandbox: Sandbox, server: Server, number: signal.Signals) -> None:
+    ana = sandbox.client("ana")
+    with FaultProxy(server.port) as proxy:
+        proxy.stall()
+        ana.ok("remote", "login", server.url, stdin=server.token("human:ana"))
+        ana.ok("remote", "trust", proxy.url)
+        process = ana.popen(
+            "remote", "clone", f"{proxy.url}/board", "work", env={"LATTICE_TOKEN": server.token("human:a")}
+        )
+        wait_for(lambda: list(ana.dir.glob("work/.lattice.new-*")), "the clone to have begun")
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert list(ana.dir.iterdir()) == []
 
 
 def test_a_server_project_with_tasks_refuses_and_nothing_is_overwritten(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import signal
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -63,7 +64,7 @@ def add(
             remote = asyncio.run(pushing.await_push(os.path.join(root, ".lattice"), name, server, slug, given, own=own))
             _say_awaiting(remote, own, as_json=as_json)
             return
-        with progress("fetching") as show:
+        with _ended_as_by_ctrl_c(), progress("fetching") as show:
             added = asyncio.run(adding.add_remote(root, name, server, project=slug, token=given, show=show))
         _say_added(added, f"Added remote {added.remote.name}", as_json=as_json)
 
@@ -86,7 +87,7 @@ def clone(
     server, slug = _named_server(url, None, ca_file=ca_file, insecure=insecure)
     target = os.path.abspath(directory or slug)
     with _given(token, server) as given:
-        with progress("fetching") as show:
+        with _ended_as_by_ctrl_c(), progress("fetching") as show:
             added = asyncio.run(adding.clone(target, name, server, project=slug, token=given, show=show))
         _say_added(added, f"Cloned into {one_line(directory or slug)}", as_json=as_json)
 
@@ -99,6 +100,17 @@ def _named_server(url: str, project: str | None, *, ca_file: str | None, insecur
     server = servers.name(server_url, insecure=insecure, ca_file=ca_file)
     servers.admit(server_url, server)  # before anything is asked for
     return server, slug
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """While a directory is filled, let a terminal that closes or a ``kill`` leave nothing behind, as Ctrl-C does."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
