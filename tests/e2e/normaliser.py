@@ -9,7 +9,7 @@ __all__ = ["Normaliser"]
 _ULID = re.compile(r"(?<![A-Za-z0-9])(task|ev|art|res|sess|inst)_[0-9A-HJKMNP-TV-Z]{26}(?![A-Za-z0-9])")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
-_AGO = re.compile(r"\b\d+[sm] ago|in \d+m ?\d*s?|\d+m \d+s|\b\d+\.\d+(?=h|d|s| hours| days)")
+_AGO = re.compile(r"\b\d+[sm] ago|in \d+m ?\d*s?|\d+m \d+s|(?<=expires )\d+[sm]|\b\d+\.\d+(?=h|d|s| hours| days)")
 _DAYS = re.compile(r'(?<="days_ago": )[\d.e-]+')
 _NEAR = re.compile(r"(?<=lattice dashboard --port )\d+")
 
