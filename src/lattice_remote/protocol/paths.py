@@ -9,7 +9,33 @@ import re
 
 from lattice_remote.errors import HostilePath
 
-__all__ = ["MAX_DEPTH", "MAX_PATH_BYTES", "check_path", "is_editable", "is_payload", "is_replicated", "parse_path"]
+__all__ = [
+    "DIRECTORIES",
+    "MAX_DEPTH",
+    "MAX_PATH_BYTES",
+    "check_path",
+    "is_editable",
+    "is_payload",
+    "is_replicated",
+    "parse_path",
+]
+
+DIRECTORIES = (
+    "archive/events",
+    "archive/notes",
+    "archive/plans",
+    "archive/tasks",
+    "artifacts/meta",
+    "artifacts/payload",
+    "events",
+    "locks",
+    "notes",
+    "plans",
+    "resources",
+    "sessions/archive",
+    "tasks",
+)
+"""What ``lattice init`` makes below ``.lattice``: these are there also when nothing is in them."""
 
 MAX_PATH_BYTES = 512
 MAX_DEPTH = 8

@@ -29,7 +29,7 @@ from lattice_remote.client.servers import cache_limit
 from lattice_remote.client.settings import REMOTE_FILE, Remote
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
-from lattice_remote.protocol.paths import is_replicated
+from lattice_remote.protocol.paths import DIRECTORIES, is_replicated
 
 __all__ = ["BASE_DIRECTORY", "GITIGNORE", "LOCK_FILE", "PARTIAL", "Cache", "explained"]
 
@@ -39,21 +39,6 @@ PARTIAL = ".fetch"
 """Holds, for each large content that is being fetched, what has come of it, by its digest."""
 LOCK_FILE = ".cache.lock"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
-_SKELETON = (
-    "archive/events",
-    "archive/notes",
-    "archive/plans",
-    "archive/tasks",
-    "artifacts/meta",
-    "artifacts/payload",
-    "events",
-    "locks",
-    "notes",
-    "plans",
-    "resources",
-    "sessions/archive",
-    "tasks",
-)
 _LOCK_POLL_S = 0.01
 
 
@@ -83,7 +68,7 @@ class Cache:
     def prepare(self) -> None:
         """Make what lattice expects of a directory, and what keeps git from storing the cache."""
         with explained(self.directory):
-            for directory in (*_SKELETON, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
+            for directory in (*DIRECTORIES, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
                 self._files.replace(".gitignore", GITIGNORE)
@@ -91,7 +76,7 @@ class Cache:
 
     def is_whole(self) -> bool:
         """Whether the directories that lattice expects are there."""
-        return all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _SKELETON)
+        return all(os.path.isdir(os.path.join(self.directory, directory)) for directory in DIRECTORIES)
 
     def is_there(self) -> bool:
         """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""

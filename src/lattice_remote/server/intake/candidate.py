@@ -6,24 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lattice_remote.protocol.layout import Layout
+from lattice_remote.protocol.paths import DIRECTORIES
 
 __all__ = ["Candidate"]
 
-_SKELETON = (
-    "archive/events",
-    "archive/notes",
-    "archive/plans",
-    "archive/tasks",
-    "artifacts/meta",
-    "artifacts/payload",
-    "events",
-    "locks",
-    "notes",
-    "plans",
-    "resources",
-    "sessions/archive",
-    "tasks",
-)
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 
 
@@ -40,7 +26,7 @@ class Candidate:
         self.layout = layout
         self.digests: dict[str, bytes] = {}
         """Of each file as it came."""
-        for directory in _SKELETON:
+        for directory in DIRECTORIES:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
