@@ -72,7 +72,8 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
         server.requests.clear()
         await settled()
     assert server.greetings - greetings >= CACHES * ROUNDS
-    await until(lambda: held() == before, 30)
+    # Fewer is no leak: something may still have been under way when they were counted first.
+    await until(lambda: all(now <= before[kind] for kind, now in held().items()), 30)
     assert resident_kib() - memory < 16 * 1024
     with capsys.disabled():
         print(f"{server.greetings - greetings} reconnects: {held()}, {resident_kib() - memory:+} KiB")
