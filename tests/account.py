@@ -164,7 +164,7 @@ class Account:
 
     def _check_edits(self) -> None:
         on_server = words_in_texts(self._server.lattice_dir())
-        aside = self._set_aside()
+        aside = sum(self._set_aside(), Counter[str]())
         lost = sorted(word for word in self.edits if not on_server[word] and not aside[word])
         doubled = sorted(word for word in self.edits | self.lost_edits if on_server[word] > 1)
         assert not lost, f"edits that are neither on the server nor set aside: {lost}"
@@ -174,18 +174,26 @@ class Account:
         """Each of two edits of one line is somewhere, once, and never both in place; return how many there were (I4).
 
         Both are set aside where somebody's third edit, of the line beside theirs, came first. The one that is in place
-        is also in the text that a later edit set aside, made where it was in place already.
+        is also in the text that a later edit set aside, made where it was in place already: with that edit's word,
+        which is in place nowhere.
         """
-        on_server, aside = words_in_texts(self._server.lattice_dir()), self._set_aside()
+        on_server, copies = words_in_texts(self._server.lattice_dir()), self._set_aside()
         pairs = [words for words in self.conflicts if not self.lost_edits & set(words)]
         for words in pairs:
-            places = [(on_server[word], aside[word]) for word in words]
-            right = sum(here for here, _ in places) <= 1 and all(copies == 1 for here, copies in places if not here)
-            assert right, f"two edits of one line, (on the server, set aside): {places}"
+            later = {word for word in self.edits | self.lost_edits if not on_server[word]} - set(words)
+            places = []
+            for word in words:
+                holding = [copy for copy in copies if word in copy]
+                if on_server[word]:
+                    holding = [copy for copy in holding if not later & copy.keys()]
+                places.append((on_server[word], sum(copy[word] for copy in holding)))
+            assert sorted(places) in ([(0, 1), (1, 0)], [(0, 1), (0, 1)]), (
+                f"two edits of one line, (on the server, set aside): {dict(zip(words, places, strict=True))}"
+            )
         return len(pairs)
 
-    def _set_aside(self) -> Counter[str]:
-        return sum((set_aside_in(client) for client in self._clients), Counter())
+    def _set_aside(self) -> list[Counter[str]]:
+        return [copy for client in self._clients for copy in set_aside_in(client)]
 
     def _where(self, words: list[str]) -> list[str]:
         """Return the files that hold these words, with what they hold."""

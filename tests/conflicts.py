@@ -48,10 +48,7 @@ def _locked(client: Client) -> Iterator[None]:
         yield
 
 
-def set_aside_in(client: Client) -> Counter[str]:
-    """Count the words in a client's texts that were set aside, each text's once for each time they stand there."""
-    words: Counter[str] = Counter()
-    for folder in ("plans", "notes"):
-        for copy in (client.lattice_dir / folder).glob("*.mine*"):
-            words.update(copy.read_text().split())
-    return words
+def set_aside_in(client: Client) -> list[Counter[str]]:
+    """Return the words of each of a client's texts that were set aside, with how often they stand there."""
+    copies = [copy for folder in ("plans", "notes") for copy in (client.lattice_dir / folder).glob("*.mine*")]
+    return [Counter(copy.read_text().split()) for copy in copies]

@@ -1,5 +1,6 @@
 """What all tests share: a started server with two connected clients, made once a module."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,11 @@ from warm import warm
 # How long an example takes says how busy the machine is, nothing of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
+
+# What the tests start inherits what is ignored; whoever runs them may have been started with nohup, or from a script.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 LONG = [

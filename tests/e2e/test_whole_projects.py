@@ -95,6 +95,26 @@ def test_a_clone_that_is_ended_leaves_nothing_behind(sandbox: Sandbox, server: S
     assert list(ana.dir.iterdir()) == []
 
 
+def test_a_clone_under_nohup_outlives_its_terminal(sandbox: Sandbox, server: Server) -> None:
+    ana = sandbox.client("ana")
+    with FaultProxy(server.port) as proxy:
+        proxy.stall()
+        ana.ok("remote", "login", server.url, stdin=server.token("human:ana"))
+        ana.ok("remote", "trust", proxy.url)
+        inherited = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            process = ana.popen(
+                "remote", "clone", f"{proxy.url}/board", "work", env={"LATTICE_TOKEN": server.token("human:a")}
+            )
+        finally:
+            signal.signal(signal.SIGHUP, inherited)
+        wait_for(lambda: list(ana.dir.glob("work/.lattice.new-*")), "the clone to have begun")
+        process.send_signal(signal.SIGHUP)
+        proxy.flow()
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+
+
 def test_a_server_project_with_tasks_refuses_and_nothing_is_overwritten(
     sandbox: Sandbox, server: Server, master: Path
 ) -> None:

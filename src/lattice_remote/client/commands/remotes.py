@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -104,13 +106,28 @@ def _named_server(url: str, project: str | None, *, ca_file: str | None, insecur
 
 @contextlib.contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """While a directory is filled, let a terminal that closes or a ``kill`` leave nothing behind, as Ctrl-C does."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    """While a directory is filled, let a terminal that closes or a ``kill`` leave nothing behind, as Ctrl-C does.
+
+    What this process was told to ignore (``nohup``) stays ignored. Outside the main thread, where nobody may change
+    what signals do, nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, _act_as_on_ctrl_c)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _act_as_on_ctrl_c(_number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # while a loop runs, its own, which cancels what it runs
+    if not callable(handler):  # ignored, as for what a script starts in the background
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ def import_(  # noqa: PLR0917 - Typer calls it
 ) -> None:
     """Make a directory's project one of this server, checked first by lattice itself. The server may run or not.
 
-    Example: lattice-remote import --from ~/work/web --project web
+    Example: lattice-remote import --from ~/src/web --project web
     """
     report = import_project(_data(context, data), project, source, keep_hooks=keep_hooks, dry_run=dry_run)
     if as_json:
@@ -68,7 +68,7 @@ def export(
 
     Exits with 1 when lattice's doctor finds errors in it.
 
-    Example: lattice-remote export web ~/work/web
+    Example: lattice-remote export web ~/src/web
     """
     exported = export_project(_data(context, data), slug, directory)
     if as_json:
