@@ -1,6 +1,7 @@
 """What an agent holds on to does not grow with what happens to it."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import threading
@@ -30,6 +31,15 @@ def held() -> dict[str, int]:
         "threads": threading.active_count(),
         "threads of the system": len(os.listdir("/proc/self/task")),
     }
+
+
+def open_files() -> list[str]:
+    """Return what the descriptors lead to."""
+    found = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            found.append(os.readlink(f"/proc/self/fd/{number}"))
+    return found
 
 
 def resident_kib() -> int:
@@ -75,7 +85,12 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
         server.requests.clear()
         await settled()
     assert server.greetings - greetings >= CACHES * ROUNDS
-    await until(lambda: held() == before, 30)
+    try:
+        await until(lambda: held() == before, 30)
+    except AssertionError:
+        raise AssertionError(
+            f"before {before}, after {held()}: {sorted(open_files())}, {threading.enumerate()}"
+        ) from None
     assert resident_kib() - memory < 16 * 1024
     with capsys.disabled():
         print(f"{server.greetings - greetings} reconnects: {held()}, {resident_kib() - memory:+} KiB")

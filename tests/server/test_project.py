@@ -28,6 +28,10 @@ class Watcher:
         self.answers: dict[str, Reply | Refused] = {}
         self.byes: list[Bye] = []
 
+    @property
+    def lane(self) -> "Watcher":
+        return self
+
     def change_committed(self, seq: int, frame: bytes) -> None:
         payload = frame[2:] if frame[1] < 126 else frame[4:] if frame[1] == 126 else frame[10:]
         change = decode_server_frame(payload)

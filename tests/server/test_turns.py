@@ -1,13 +1,22 @@
 """Whose request is next: connections in turn, each in its own order."""
 
-from typing import cast
+from typing import NamedTuple, cast
 
 from lattice_remote.server.data.ipc import Reconcile, Settle
 from lattice_remote.server.project.history import Follower
 from lattice_remote.server.project.job import Job
 from lattice_remote.server.project.turns import Turns
 
-ANA, BEN, CEM = (cast("Follower", name) for name in ("ana", "ben", "cem"))
+
+class Asker(NamedTuple):
+    """A follower, as far as turns go: two of one lane are as one."""
+
+    name: str
+    lane: str
+
+
+ANA, BEN, CEM = (cast("Follower", Asker(name, name)) for name in ("ana", "ben", "cem"))
+BENS_OTHER = cast("Follower", Asker("ben at another connection", "ben"))
 
 
 def job(asker: Follower | None, name: str) -> Job:
@@ -33,8 +42,15 @@ def test_whoever_comes_late_waits_for_one_of_each_only() -> None:
     assert turns.pop().message.id == "a0"  # type: ignore[union-attr]
     turns.add(job(BEN, "b"))
     assert [turns.pop().message.id for _ in range(2)] == ["a1", "b"]  # type: ignore[union-attr]
-    assert turns.has(ANA)
-    assert not turns.has(BEN)
+    assert turns.has(ANA.lane)
+    assert not turns.has(BEN.lane)
+
+
+def test_all_askers_of_a_lane_share_its_turn() -> None:
+    turns = Turns()
+    for asker, name in ((BEN, "b1"), (BENS_OTHER, "b2"), (ANA, "a1"), (BENS_OTHER, "b3")):
+        turns.add(job(asker, name))
+    assert names(turns) == "b1 a1 b2 b3"
 
 
 def test_what_was_with_a_worker_goes_before_all() -> None:

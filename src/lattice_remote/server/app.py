@@ -8,20 +8,12 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from pathlib import Path
 from typing import cast
 
 import uvicorn
-from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-import lattice_remote
-from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.errors import Misuse
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.settings import Config
 from lattice_remote.server.hub import Hub
@@ -29,8 +21,8 @@ from lattice_remote.server.network.acceptor import Acceptor
 from lattice_remote.server.network.addresses import is_loopback
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.handoff import PlainHttp, handoff_class, websocket_server
-from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.network.tls import Certificate
+from lattice_remote.server.web.app import http_app
 
 __all__ = ["bind", "make_server", "run"]
 
@@ -130,7 +122,7 @@ def make_server(hub: Hub, certificate: Certificate | None = None) -> uvicorn.Ser
     """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end."""
     sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
     config = uvicorn.Config(
-        _http_app(hub),
+        http_app(hub),
         http=PlainHttp,
         ws=handoff_class(sockets),
         lifespan="off",
@@ -141,77 +133,6 @@ def make_server(hub: Hub, certificate: Certificate | None = None) -> uvicorn.Ser
         timeout_graceful_shutdown=1,
     )
     return _Server(config, hub, certificate)
-
-
-def _http_app(hub: Hub) -> ASGIApp:
-    async def healthz(_: Request) -> Response:
-        projects = await asyncio.to_thread(hub.data.slugs)
-        return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
-
-    async def project(request: Request) -> Response:
-        return await _describe(hub, request)
-
-    async def refuse(request: Request, error: Exception) -> Response:
-        if request.url.path.endswith("/ws"):
-            why = "this is a WebSocket endpoint: upgrade the request"
-            return _answer(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
-        status = HTTPStatus(getattr(error, "status_code", 500))
-        code = "REMOTE_NOT_FOUND" if status is HTTPStatus.NOT_FOUND else "REMOTE_PROTOCOL"
-        return _answer(Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
-
-    routes = [Route("/healthz", healthz), Route("/projects/{slug}", project)]
-    return _past_the_door(Starlette(routes=routes, exception_handlers={404: refuse, 405: refuse}))
-
-
-def _past_the_door(app: ASGIApp) -> ASGIApp:
-    """Return the app for those requests only that the door lets pass."""
-
-    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        visit: Visit = scope["state"]["visit"]
-        headers = Headers(scope=scope)
-        refusal = visit.enter(headers.getlist("X-Forwarded-For")) or _refused_body(headers)
-        await (app if refusal is None else _answer(refusal))(scope, receive, send)
-
-    return guarded
-
-
-def _refused_body(headers: Headers) -> Refusal | None:
-    """Refuse a request with a body, which nothing here takes; the connection ends, and what it hides is never read."""
-    if "Transfer-Encoding" not in headers and headers.get("Content-Length", "0") == "0":
-        return None
-    return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", "no request to this server has a body")
-
-
-async def _describe(hub: Hub, request: Request) -> Response:
-    """Say what a token may do in a project, and where the project stands. A client asks before it adds a remote."""
-    authorization = request.headers.getlist("Authorization")
-    visit = request.state.visit
-    admitted = hub.admit(visit, authorization, request.path_params["slug"])
-    if isinstance(admitted, Refusal):
-        return _answer(admitted)
-    login, project = admitted
-    try:
-        await project.opened()
-    except RemoteError as error:
-        return _answer(Refusal(HTTPStatus.SERVICE_UNAVAILABLE, error.code, error.message))
-    if isinstance(refusal := hub.admit(visit, authorization, project.slug), Refusal):  # that may have taken its time
-        return _answer(refusal)
-    token, history = login.token, project.history
-    return JSONResponse(
-        {
-            "project": project.slug,
-            "actor": token.actor,
-            "act_as": token.act_as,
-            "epoch": history.epoch,
-            "head": history.head,
-            "server_version": lattice_remote.__version__,
-            "lattice_version": project.lattice_version,
-        }
-    )
-
-
-def _answer(refusal: Refusal) -> Response:
-    return Response(refusal.body, refusal.status, refusal.headers)
 
 
 class _Server(uvicorn.Server):

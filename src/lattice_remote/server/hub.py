@@ -26,7 +26,7 @@ from lattice_remote.server.project.project import Bounds, Project
 from lattice_remote.server.project.watch import watch_tree
 from lattice_remote.server.project.writer import WORKER_COMMAND
 
-__all__ = ["Hub"]
+__all__ = ["Hub", "bearer"]
 
 TOKEN_CHECK_S = 0.25
 """How often to look at the tokens: the connections of one that was revoked, rotated or expired end within a second."""
@@ -35,6 +35,9 @@ RESCAN_S = 300.0
 _DRAIN_S = 1.0
 _STOP_S = 0.5
 
+_STOPPING = Refusal(
+    HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", "the server is stopping; try again", retry_after_s=1
+)
 _SOCKET_PATH = re.compile(r"/projects/([^/?#]+)/ws(?:\?.*)?")
 
 _log = logging.getLogger(__name__)
@@ -95,8 +98,8 @@ class Hub:
         self.stopping = True
         projects = self._projects.values()
         await asyncio.gather(*(project.drain(_DRAIN_S) for project in projects))
-        for peer in tuple(self._peers):
-            peer.end(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
+        for end in tuple(self._staying):
+            end(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
         for watching_ends in self._watching.values():
             watching_ends.set()
         for task in self._tasks:
@@ -142,23 +145,48 @@ class Hub:
             authorization: the values of all Authorization headers.
             slug: the project that is asked for.
         """
+        login = self.identify(visit, bearer(authorization))
+        if isinstance(login, Refusal):
+            return login
+        project = self.enter(login, slug)
+        return project if isinstance(project, Refusal) else (login, project)
+
+    def identify(self, visit: Visit, token_text: str) -> Login | Refusal:
+        """Return whose text this is; "" is nobody's (I9)."""
         if self.stopping:
-            why = "the server is stopping; try again"
-            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", why, retry_after_s=1)
+            return _STOPPING
         self._refresh_logins()  # so that a token works as soon as it is made
-        login = self._logins.find(_bearer(authorization))
+        login = self._logins.find(token_text)
         if login is None:
             why = "no token, or one that is not known here"
             return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+        return self._still(visit, login)
+
+    def identify_again(self, visit: Visit, token_id: str, sha256: str) -> Login | Refusal:
+        """Return the login of somebody who has shown a token before, of which this was the digest, if it is valid."""
+        if self.stopping:
+            return _STOPPING
+        self._refresh_logins()
+        login = self._logins.recall(token_id, sha256)
+        if login is None:
+            why = f"token {token_id} was revoked"
+            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+        return self._still(visit, login)
+
+    def _still(self, visit: Visit, login: Login) -> Login | Refusal:
         if (objection := self._logins.objection(login)) is not None:
             return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
         self._last_use.used([login.token.id])
+        return login
+
+    def enter(self, login: Login, slug: str) -> Project | Refusal:
+        """Return a project that somebody may use who was identified before; ``slug`` may be any string (I9)."""
         if (refusal := self._refused_project(login, slug)) is not None:
             return refusal
         project = self.project(slug)
         if project.failure is not None:
             return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
-        return login, project
+        return project
 
     def _refused_project(self, login: Login, slug: str) -> Refusal | None:
         """Refuse a project that the token is not for, or that is not to be had; which others there are is not told."""
@@ -245,9 +273,11 @@ class Hub:
         _log.info("%s: closed: %s", slug, why)
         try:
             await project.drain(_DRAIN_S)
+            bye = Bye("REMOTE_BUSY", why, 1.0)
             for peer in tuple(self._peers):
                 if peer.project is project:
-                    peer.end(Bye("REMOTE_BUSY", why, 1.0))
+                    peer.end(bye)
+            project.history.dismiss(bye)  # and whoever came over HTTP
             self._watching.pop(slug).set()
             await project.stop(_STOP_S)
         finally:
@@ -294,7 +324,7 @@ class Hub:
             _log.error("background work %r ended", task.get_name(), exc_info=error)
 
 
-def _bearer(values: Sequence[str]) -> str:
+def bearer(values: Sequence[str]) -> str:
     """Return the token's text, "" when there is none or more than one."""
     scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return text.strip() if scheme.lower() == "bearer" else ""

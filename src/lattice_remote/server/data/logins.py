@@ -74,6 +74,11 @@ class Logins:
         token = self._by_digest.get(digest)
         return None if token is None else Login(token, digest)
 
+    def recall(self, token_id: str, sha256: str) -> Login | None:
+        """Return the login of whoever has shown the text with this digest before; None when the token is gone."""
+        token = self._by_id.get(token_id)
+        return None if token is None else Login(token, sha256)
+
     def objection(self, login: Login) -> Bye | None:
         """Return why this client may not stay, None when it may."""
         was, now = login.token, self._now()

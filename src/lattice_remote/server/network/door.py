@@ -106,12 +106,19 @@ class Visit:
         return self._door.login_failed(self._door.known(self.address))
 
     def admit(self, token_id: str) -> Refusal | None:
-        """Count it for its token from now on, and with the strangers no more; or return why not."""
+        """Count it for its token from now on, and with the strangers no more; or return why not.
+
+        A connection may show another token with each request, as that of a proxy does; it is counted for the last.
+        """
+        if token_id == self._token_id:
+            return None
         if self._gone:  # cut, or ended by the client, while its request was looked at: nobody would take it off again
             return _too_many("this connection is closed", 1)
         refusal = self._door.one_more_with(token_id, self.address)
         if refusal is None:
             self._door.no_stranger(self)
+            if self._token_id:
+                self._door.one_less_with(self._token_id)
             self._token_id = token_id
         return refusal
 

@@ -18,7 +18,7 @@ class Refusal(msgspec.Struct, frozen=True):
     @property
     def body(self) -> bytes:
         """The answer's body, JSON."""
-        return msgspec.json.encode({"error": {"code": self.code, "message": self.message}})
+        return msgspec.json.encode({"ok": False, "error": {"code": self.code, "message": self.message}})
 
     @property
     def headers(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ whoever looks at the head, the files or the manifest and queues what it saw, wit
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,10 @@ Content = tuple[int, bytes]
 
 class Follower(Protocol):
     """A connected client, as its project sees it. No call waits or raises."""
+
+    @property
+    def lane(self) -> Hashable:
+        """Requests of one lane keep their order, and lanes take turns; a connection's own, or one for several."""
 
     def change_committed(self, seq: int, frame: bytes) -> None:
         """Change ``seq`` is durable; ``frame`` is ready for the wire and shared."""

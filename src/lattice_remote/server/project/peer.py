@@ -14,6 +14,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Hashable
 
 import msgspec
 from websockets.exceptions import ConnectionClosed
@@ -106,6 +107,11 @@ class Peer:
         self._follow: Follow | None = None  # asked for, and not answered yet
         self._work = asyncio.Event()
         self._ended = False
+
+    @property
+    def lane(self) -> Hashable:
+        """Its own: a connection's requests keep their order."""
+        return self
 
     async def run(self) -> None:
         """Serve the client until its connection is closed, from either side. Raises nothing."""

@@ -1,8 +1,8 @@
 """One project, seen from the network: its queue and its worker.
 
-Requests go to the worker in turns, one of each connection, a window at a time so that one fsync covers many. What
-comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the answer to whoever
-asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
+Requests go to the worker in turns, one of each connection (over HTTP: of each token), a window at a time so that one
+fsync covers many. What comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the
+answer to whoever asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
 
     starting --Ready--> open --the worker ends--> starting ...
     starting --it can't, again and again (a full disk)--> closed --Ready--> open
@@ -48,6 +48,7 @@ from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.job import Job
 from lattice_remote.server.project.log import LogReader
 from lattice_remote.server.project.pushes import Pushes
+from lattice_remote.server.project.reader import Reader
 from lattice_remote.server.project.turns import Turns
 from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
@@ -111,6 +112,8 @@ class Project:
         """Content that requests refer to."""
         self.pushes = Pushes(paths, config, self.uploads, self.submit)
         """Whole projects that are to take this one's place."""
+        self.reader = Reader(slug, paths, self._settled_state)
+        """Reads for those who have no copy."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
         self._hooks = hooks
@@ -157,6 +160,11 @@ class Project:
             raise self._failure
 
     @property
+    def stopping(self) -> bool:
+        """Whether it takes no more requests; whoever asks is not answered."""
+        return self._stopping
+
+    @property
     def failure(self) -> StorageError | None:
         """Why the project can't be used; None when it can."""
         return self._failure
@@ -183,10 +191,16 @@ class Project:
             if not await self._writer.wait(timeout_s):
                 self._writer.kill()
                 await self._writer.wait(1.0)
+        self.reader.close()
         self.uploads.close()
         await self.pushes.close()
         if self._hooks is not None:
             await self._hooks.close()
+
+    def _settled_state(self) -> object | None:
+        """Return what names the tree at the head while nothing else lies on the disk, None while something may."""
+        settled = self._working and not self._outstanding
+        return (self.history.epoch, self.history.head) if settled else None
 
     # --- requests ---
 
@@ -203,7 +217,7 @@ class Project:
             return
         weight = _weight_of(message)
         # Whoever has nothing queued is let in: others' impatience is not to be his trouble.
-        crowded = len(self._queue) >= self._bounds.queued and self._queue.has(asker)
+        crowded = len(self._queue) >= self._bounds.queued and self._queue.has(asker.lane)
         if crowded or self._held_bytes + weight > self._bounds.held_bytes:
             _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
             return

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -180,6 +180,11 @@ class _Cleaner:
 
     def __init__(self, settled: Callable[[], None]) -> None:
         self._settled = settled
+
+    @property
+    def lane(self) -> Hashable:
+        """Its own."""
+        return self
 
     def answer(self, request_id: str, reply: bytes) -> None:
         """What was asked for is done, or refused."""

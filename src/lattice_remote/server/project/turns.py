@@ -1,11 +1,11 @@
-"""Requests that wait for the worker: each connection in its own order, all connections in turn.
+"""Requests that wait for the worker: each lane, as that of a connection, in its own order, all lanes in turn.
 
 So a client that has hundreds of requests under way delays another's next one by one request, not by hundreds.
 """
 
 from collections import deque
+from collections.abc import Hashable
 
-from lattice_remote.server.project.history import Follower
 from lattice_remote.server.project.job import Job
 
 __all__ = ["Turns"]
@@ -16,19 +16,19 @@ class Turns:
 
     def __init__(self) -> None:
         self._first: deque[Job] = deque()
-        self._lanes: dict[Follower | None, deque[Job]] = {}  # by who asked; whose turn it is comes first
+        self._lanes: dict[Hashable, deque[Job]] = {}  # by the lane of who asked first; whose turn it is comes first
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def has(self, asker: Follower) -> bool:
-        """Tell whether a request of this connection waits here."""
-        return asker in self._lanes
+    def has(self, lane: Hashable) -> bool:
+        """Tell whether a request of this lane waits here."""
+        return lane in self._lanes
 
     def add(self, job: Job) -> None:
-        """Add a job behind the others of its connection."""
-        self._lanes.setdefault(job.askers[0] if job.askers else None, deque()).append(job)
+        """Add a job behind the others of its lane."""
+        self._lanes.setdefault(job.askers[0].lane if job.askers else None, deque()).append(job)
         self._length += 1
 
     def add_first(self, job: Job) -> None:
@@ -41,15 +41,15 @@ class Turns:
         return self._first[0] if self._first else next(iter(self._lanes.values()))[0]
 
     def pop(self) -> Job:
-        """Take the next job; there must be one. Then it is the next connection's turn."""
+        """Take the next job; there must be one. Then it is the next lane's turn."""
         self._length -= 1
         if self._first:
             return self._first.popleft()
-        asker, lane = next(iter(self._lanes.items()))
-        del self._lanes[asker]
+        name, lane = next(iter(self._lanes.items()))
+        del self._lanes[name]
         job = lane.popleft()
         if lane:
-            self._lanes[asker] = lane
+            self._lanes[name] = lane
         return job
 
     def remove(self, job: Job) -> None:
@@ -58,8 +58,8 @@ class Turns:
             if job in lane:
                 lane.remove(job)
                 self._length -= 1
-        for asker in [asker for asker, lane in self._lanes.items() if not lane]:
-            del self._lanes[asker]
+        for name in [name for name, lane in self._lanes.items() if not lane]:
+            del self._lanes[name]
 
     def clear(self) -> None:
         """Forget all."""

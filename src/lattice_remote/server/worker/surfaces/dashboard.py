@@ -4,7 +4,6 @@
 received does not matter: a page of a client's machine and one that the server itself shows are served alike.
 """
 
-import io
 import json
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
+from lattice_remote.server.worker.surfaces.lattice_handler import handler_class
 from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operation, check_fields, json_object
 
 __all__ = ["load", "prepare"]
@@ -73,7 +73,7 @@ def prepare(asked: Asked) -> Operation:
         values = json_object(body)
         actor = _check(route, values, takes, asked.identity)
         body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
-    post = partial(_post, _handler(asked.lattice_dir), asked.name, body)
+    post = partial(_post, handler_class(asked.lattice_dir), asked.name, body)
     return Operation(f"dashboard: POST {route}", actor, post)
 
 
@@ -140,9 +140,8 @@ def _not_found(lattice_dir: Path, path: str) -> Answer:
 
 
 def _post(handler: Any, path: str, body: bytes) -> Answer:
-    request = handler(path, body)
-    request.do_POST()
-    return Answer(request.status, request.wfile.getvalue())
+    answer: Answer = handler(path, body).post()
+    return answer
 
 
 @cache
@@ -152,33 +151,6 @@ def _routing(lattice_dir: Path) -> Any:
     def refuse(*_: object) -> None:
         raise _Known
 
-    handler = _handler(lattice_dir)
+    handler = handler_class(lattice_dir)
     names = [name for name in dir(handler) if name.startswith("_handle_")]
     return type("Routing", (handler,), dict.fromkeys(names, refuse))
-
-
-@cache
-def _handler(lattice_dir: Path) -> Any:
-    """Return lattice's request handler for this project, without its socket."""
-    from lattice.dashboard.server import _make_handler_class
-
-    lattices: Any = _make_handler_class(lattice_dir)
-
-    class Handler(lattices):  # type: ignore[misc] # made at run time
-        """One POST: made with its path and body, it has ``status`` and ``wfile`` after ``do_POST()``."""
-
-        def __init__(self, path: str, body: bytes) -> None:
-            self.path, self.headers = path, {"Content-Length": str(len(body))}
-            self.rfile, self.wfile = io.BytesIO(body), io.BytesIO()
-            self.status = 500
-
-        def send_response(self, code: int, message: str | None = None) -> None:  # noqa: ARG002 - the base's signature
-            self.status = int(code)
-
-        def send_header(self, keyword: str, value: str) -> None:
-            """Nobody reads it: every answer is JSON."""
-
-        def end_headers(self) -> None:
-            """There are none."""
-
-    return Handler

@@ -1,0 +1,158 @@
+"""The reader process of a project, seen from the server: started when it is needed, ended when it is not, or stuck.
+
+Reads are answered one at a time, in the order in which they were asked. What was read while the worker had nothing to
+do is the tree at the head, and serves everybody who asks for the same before the next change.
+"""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+
+import msgspec
+
+from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.read_ipc import Found, Read
+
+__all__ = ["Reader"]
+
+_COMMAND = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.reader_process")
+_READ_S = 20.0
+"""A read that takes longer is given up, and its process ended."""
+_IDLE_S = 300.0
+"""A process that was asked nothing for so long is ended."""
+_MAX_WAITING = 256
+_KEPT_S = 5.0
+"""How long an answer may be given again: some say how long ago something was."""
+_MAX_KEPT_BYTES = 32 * 1024 * 1024
+_MAX_FOUND_BYTES = 256 * 1024 * 1024
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Found)
+_log = logging.getLogger(__name__)
+
+
+class Reader:
+    """See the module's text. ``close()`` it at the end. Belongs to the event loop's thread.
+
+    Args:
+        slug: the project's.
+        paths: its files.
+        state: returns what names the state of its tree, and None while that is about to change.
+    """
+
+    def __init__(self, slug: str, paths: ProjectPaths, state: Callable[[], object | None]) -> None:
+        self._slug = slug
+        self._paths = paths
+        self._state = state
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._kept: dict[Read, tuple[object, float, Found]] = {}
+        self._kept_bytes = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._leaving: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    async def read(self, asked: Read) -> Found:
+        """Return what a read finds; it sees every change that was acknowledged before this is called.
+
+        Raises:
+            Rejected: REMOTE_BUSY, too many wait already.
+            StorageError: the process can't be started, or took too long over it.
+        """
+        if (kept := self._kept_answer(asked)) is not None:
+            return kept
+        if self._waiting >= _MAX_WAITING:
+            raise Rejected("the server has too much to read for this project; try again", code="REMOTE_BUSY")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                return self._kept_answer(asked) or await self._read(asked)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """End the process; reads that wait for it fail. Idempotent."""
+        self._closed = True
+        self._end()
+
+    def _kept_answer(self, asked: Read) -> Found | None:
+        state, since, found = self._kept.get(asked, (None, 0.0, None))
+        is_fresh = state is not None and state == self._state() and asyncio.get_running_loop().time() - since < _KEPT_S
+        return found if is_fresh else None
+
+    async def _read(self, asked: Read) -> Found:
+        before = self._state()
+        try:
+            async with asyncio.timeout(_READ_S):
+                found = await self._exchange(asked)
+        except BaseException as error:
+            self._end()  # it may be half way through an answer
+            if isinstance(error, TimeoutError):
+                _log.error("%s: the reader took longer than %g s over %s", self._slug, _READ_S, type(asked).__name__)
+                raise StorageError(f"reading this took longer than {_READ_S:g} s on the server") from error
+            if isinstance(error, OSError | EOFError | msgspec.DecodeError):
+                raise StorageError("the server's reader of this project ended; try again") from error
+            raise
+        if before is not None and before == self._state():
+            self._keep(asked, before, found)
+        return found
+
+    async def _exchange(self, asked: Read) -> Found:
+        incoming, outgoing = self._stream or await self._start()
+        self._leave_later()
+        data = _encoder.encode(asked)
+        outgoing.write(len(data).to_bytes(4) + data)
+        length = int.from_bytes(await incoming.readexactly(4))
+        if length > _MAX_FOUND_BYTES:
+            raise StorageError("what was read is too large")
+        return _decoder.decode(await incoming.readexactly(length))
+
+    def _keep(self, asked: Read, state: object, found: Found) -> None:
+        if any(kept[0] != state for kept in self._kept.values()) or self._kept_bytes > _MAX_KEPT_BYTES:
+            self._kept.clear()
+            self._kept_bytes = 0
+        self._kept[asked] = state, asyncio.get_running_loop().time(), found
+        self._kept_bytes += len(found.body)
+
+    async def _start(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self._closed:
+            raise StorageError("the server is stopping")
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, now and then
+                [*_COMMAND, "--fd", str(theirs.fileno()), "--project-dir", str(self._paths.root), "--slug", self._slug],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C in the server's terminal is the server's to handle
+            )
+            self._stream = await asyncio.open_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return self._stream
+
+    def _leave_later(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+        self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
+
+    def _end(self) -> None:
+        if self._leaving is not None:
+            self._leaving.cancel()
+        if self._stream is not None:
+            self._stream[1].close()
+            self._stream = None
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            self._process.wait()  # it was killed: this takes no time
+            self._process = None

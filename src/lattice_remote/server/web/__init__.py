@@ -1,0 +1,10 @@
+"""What speaks HTTP: programs (REST), streams of events, and the dashboard for browsers. One request, one way in.
+
+    app        which path is served by what; past the door, and with bounded bodies
+    gate       who asks, and for which project: each handler's first line
+    asking     a write: asked of the project's worker like a command of a client, and its answer
+    answers    what is said in JSON, and with which status
+
+Nothing here touches the project's files. Writes go to its worker (``asking``), reads to its reader
+(``Project.reader``), and both run lattice's own code.
+"""

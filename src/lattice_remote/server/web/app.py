@@ -1,0 +1,101 @@
+"""Which path is served by what, over HTTP: everything past the door, with bounded bodies, refused in JSON.
+
+Each part of the house brings its own routes; here they are put together.
+"""
+
+import asyncio
+import logging
+from http import HTTPStatus
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import lattice_remote
+from lattice_remote.errors import RemoteError
+from lattice_remote.server.hub import Hub
+from lattice_remote.server.network.door import Visit
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.web.answers import TurnedAway, failed, refused
+from lattice_remote.server.web.bodies import ending_where_unread, refused_body
+from lattice_remote.server.web.gate import guest, hub_of
+from lattice_remote.server.web.rest import tasks
+
+__all__ = ["http_app"]
+
+_log = logging.getLogger(__name__)
+
+
+def http_app(hub: Hub) -> ASGIApp:
+    """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
+    routes = [Route("/healthz", _healthz), Route("/projects/{slug}", _describe), *tasks.routes]
+    handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
+    app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
+    app.state.hub = hub
+    return _past_the_door(ending_where_unread(app))
+
+
+def _past_the_door(app: ASGIApp) -> ASGIApp:
+    """Return the app for those requests only that the door lets pass."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        visit: Visit = scope["state"]["visit"]
+        headers = Headers(scope=scope)
+        refusal = visit.enter(headers.getlist("X-Forwarded-For")) or refused_body(scope["method"], headers)
+        await (app if refusal is None else refused(refusal))(scope, receive, send)
+
+    return guarded
+
+
+# --- what ends otherwise than a handler wants ---
+
+
+async def _nothing_here(request: Request, error: Exception) -> Response:
+    if request.url.path.endswith("/ws"):
+        why = "this is a WebSocket endpoint: upgrade the request"
+        return refused(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
+    status = HTTPStatus(getattr(error, "status_code", 500))
+    code = "REMOTE_NOT_FOUND" if status is HTTPStatus.NOT_FOUND else "REMOTE_PROTOCOL"
+    return refused(Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
+
+
+async def _turn_away(_: Request, error: TurnedAway) -> Response:
+    return refused(error.refusal)
+
+
+async def _fail(_: Request, error: RemoteError) -> Response:
+    return refused(failed(error))
+
+
+async def _break(request: Request, error: Exception) -> Response:
+    _log.error("%s %s broke down", request.method, request.url.path, exc_info=error)
+    why = "the server failed at this; its log says more"
+    return refused(Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
+
+
+# --- what is not worth a file ---
+
+
+async def _healthz(request: Request) -> Response:
+    projects = await asyncio.to_thread(hub_of(request).data.slugs)
+    return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
+
+
+async def _describe(request: Request) -> Response:
+    """Say what a token may do in a project, and where the project stands. A client asks before it adds a remote."""
+    visitor = await guest(request)
+    token, project = visitor.login.token, visitor.project
+    return JSONResponse(
+        {
+            "project": project.slug,
+            "actor": token.actor,
+            "act_as": token.act_as,
+            "epoch": project.history.epoch,
+            "head": project.history.head,
+            "server_version": lattice_remote.__version__,
+            "lattice_version": project.lattice_version,
+        }
+    )

@@ -1,0 +1,96 @@
+"""A write over HTTP: asked of the project's worker like a command of a client, numbered and journalled like it."""
+
+import asyncio
+import secrets
+from collections.abc import Hashable
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Returned, ServerFrame, Stored
+from lattice_remote.server.data.ipc import Edit, Execute, Invoke
+from lattice_remote.server.web.gate import Guest
+
+__all__ = ["call", "edit", "new_id", "run"]
+
+
+_UNKNOWN = "whether the request took effect is not known: look before you repeat it, or repeat it with its own key"
+
+
+class _Asker:
+    """Waits for one answer: a follower for whom no change is news."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._lane = ("http", guest.login.token.id)
+        self.answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    @property
+    def lane(self) -> Hashable:
+        """That of all requests over HTTP with this token: many connections are not to be many turns."""
+        return self._lane
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """It is not told of changes."""
+
+    def answer(self, request_id: str, reply: bytes) -> None:  # noqa: ARG002 - it has asked once
+        if not self.answered.done():
+            self.answered.set_result(reply)
+
+    def end(self, bye: Bye) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(Rejected(f"{bye.reason}; {_UNKNOWN}", code="REMOTE_UNKNOWN_OUTCOME"))
+
+
+async def run(guest: Guest, argv: list[str], *, id_: str = "", files: list[Attachment] | None = None) -> Reply:
+    """Run a command line in the guest's name, once for its id; return what it printed, and its exit code.
+
+    Raises:
+        RemoteError: it was refused, or whether it was carried out is not known.
+    """
+    token = guest.login.token
+    reply = await _ask(guest, Execute(id_ or new_id(), argv, files or [], token.id, token.actor, token.act_as))
+    assert isinstance(reply, Reply), "so is a command answered"
+    return reply
+
+
+async def call(guest: Guest, surface: str, name: str, payload: bytes, *, id_: str = "") -> Returned:
+    """Carry out an operation of a surface in the guest's name; otherwise as ``run``."""
+    token = guest.login.token
+    message = Invoke(id_ or new_id(), surface, name, payload, [], token.id, token.actor, token.act_as)
+    reply = await _ask(guest, message)
+    assert isinstance(reply, Returned), "so is a call answered"
+    return reply
+
+
+async def edit(
+    guest: Guest, path: str, text: bytes, *, base: bytes | None = None, base_digest: bytes = b"", id_: str = ""
+) -> Stored:
+    """Store a plan or notes that was made from ``base``, or from the server's text of this digest; as ``run``."""
+    token = guest.login.token
+    message = Edit(id_ or new_id(), path, base, text, token.id, token.actor, base_digest=base_digest)
+    reply = await _ask(guest, message)
+    assert isinstance(reply, Stored), "so is an edit answered"
+    return reply
+
+
+def new_id() -> str:
+    """Return an id for a request that is asked once."""
+    return secrets.token_hex(16)
+
+
+async def _ask(guest: Guest, message: Execute | Invoke | Edit) -> ServerFrame:
+    project, asker = guest.project, _Asker(guest)
+    if project.failure is not None:
+        raise project.failure
+    if project.stopping:
+        raise Rejected("the server is stopping; try again", code="REMOTE_SHUTDOWN")
+    project.history.join(asker)
+    try:
+        with guest.hub.staying(guest.login, asker.end):
+            project.submit(message, asker)
+            frame = decode_server_frame(await asker.answered)
+    finally:
+        project.history.leave(asker)
+        project.forget(asker, {message.id})
+    if isinstance(frame, Refused):
+        raise Rejected(frame.message, code=frame.code)
+    return frame

@@ -1,0 +1,79 @@
+"""The bodies of requests: bounded, in size and in time, and none where none is expected."""
+
+import asyncio
+from http import HTTPStatus
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.web.answers import TurnedAway
+
+__all__ = ["body_of", "ending_where_unread", "refused_body"]
+
+_BODY_S = 30.0
+"""How long a client has for the whole of a body."""
+_WITH_BODY = {"POST", "PUT", "PATCH"}
+
+
+def refused_body(method: str, headers: Headers) -> Refusal | None:
+    """Refuse a body that comes with a method which has none; what it hides is never read."""
+    has_body = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
+    if not has_body or method in _WITH_BODY:
+        return None
+    return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request has no body here")
+
+
+async def body_of(request: Request, most: int) -> bytes:
+    """Return a request's body of at most so many bytes.
+
+    Raises:
+        TurnedAway: it is longer, or does not come in time, or the client has left.
+    """
+    length = request.headers.get("Content-Length", "0")
+    if length.isdecimal() and int(length) > most:
+        raise _too_large(most)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_BODY_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise _too_large(most)
+    except TimeoutError:
+        why = f"the request's body did not come within {_BODY_S:g} s"
+        raise TurnedAway(Refusal(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why)) from None
+    except ClientDisconnect:
+        raise TurnedAway(Refusal(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left")) from None
+    return bytes(body)
+
+
+def _too_large(most: int) -> TurnedAway:
+    why = f"the request's body is longer than {most} bytes"
+    return TurnedAway(Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", why))
+
+
+def ending_where_unread(app: ASGIApp) -> ASGIApp:
+    """Return the app such that a connection ends with an answer that comes before all of the body was read."""
+
+    async def ending(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        unread = scope["method"] in _WITH_BODY and (
+            "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
+        )
+
+        async def receiving() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            if unread and message["type"] == "http.response.start":
+                MutableHeaders(raw=message["headers"])["Connection"] = "close"
+            await send(message)
+
+        await app(scope, receiving, sending)
+
+    return ending
