@@ -1,8 +1,6 @@
 """Programs that speak HTTP: what they read is what lattice prints, what they write is numbered like any command."""
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import requests
