@@ -3,10 +3,13 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench soak hostile fuzz backups claims load protocol format clean
+.PHONY: help system venv demo test check bench soak hostile fuzz backups claims load protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+system:  ## Install what the tests need besides Python, from Debian's packages: chromium, nginx, caddy, systemd-analyze
+	@scripts/system.sh
 
 venv:  ## Make .venv with everything in it (at once when it is up to date)
 	@scripts/bootstrap.sh
