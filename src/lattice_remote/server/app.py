@@ -129,6 +129,7 @@ def make_server(hub: Hub, certificate: Certificate | None = None) -> uvicorn.Ser
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # it would believe any program on this machine; see web/origin.py
         backlog=_BACKLOG,
         timeout_graceful_shutdown=1,
     )

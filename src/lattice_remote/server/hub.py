@@ -17,6 +17,7 @@ from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.lastuse import SAVE_EVERY_S, LastUse
 from lattice_remote.server.data.logins import Login, Logins
 from lattice_remote.server.data.settings import Config
+from lattice_remote.server.data.signing_key import signing_key
 from lattice_remote.server.network.door import Door, Visit
 from lattice_remote.server.network.handoff import Handoff, Request, Response, http_answer
 from lattice_remote.server.network.refusal import Refusal
@@ -68,6 +69,8 @@ class Hub:
         self._worker_command = (*worker_command, *given)
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)
+        self.signing_key = b""
+        """What the cookies of browsers are signed with; known once it was started."""
         self._tokens_error = ""  # what was logged last, so that it is logged once
         self._projects: dict[str, Project] = {}
         self._watching: dict[str, asyncio.Event] = {}  # set to end the watching of a project's files
@@ -81,8 +84,9 @@ class Hub:
         """Read the tokens and begin the work in the background. Projects start when they are first asked for.
 
         Raises:
-            StorageError: ``tokens.json`` cannot be read.
+            StorageError: ``tokens.json`` or the signing key cannot be read.
         """
+        self.signing_key = signing_key(self.data.signing_key)
         if moved := finish_renames(self.data):
             _log.info("%d tokens were for projects that were renamed; they are for their new names now", moved)
         self._logins.refresh()
@@ -160,22 +164,25 @@ class Hub:
         if login is None:
             why = "no token, or one that is not known here"
             return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
-        return self._still(visit, login)
+        found = self._still(login)
+        return (visit.failed() or found) if isinstance(found, Refusal) else found
 
-    def identify_again(self, visit: Visit, token_id: str, sha256: str) -> Login | Refusal:
-        """Return the login of somebody who has shown a token before, of which this was the digest, if it is valid."""
+    def identify_again(self, token_id: str, sha256: str) -> Login | Refusal:
+        """Return the login of somebody who has shown a token before, of which this was the digest, if it is valid.
+
+        That somebody has is known, so it is no failed login when it is valid no more.
+        """
         if self.stopping:
             return _STOPPING
         self._refresh_logins()
         login = self._logins.recall(token_id, sha256)
         if login is None:
-            why = f"token {token_id} was revoked"
-            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
-        return self._still(visit, login)
+            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", f"token {token_id} was revoked")
+        return self._still(login)
 
-    def _still(self, visit: Visit, login: Login) -> Login | Refusal:
+    def _still(self, login: Login) -> Login | Refusal:
         if (objection := self._logins.objection(login)) is not None:
-            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
         self._last_use.used([login.token.id])
         return login
 

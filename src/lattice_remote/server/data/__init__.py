@@ -6,6 +6,7 @@ locks        one server, one writer
 tokens       who may do what, where: the file
 expiry       when something ends, as people write it
 logins       the tokens as a running server sees them
+signing_key  what browsers' cookies are signed with
 lastuse      when each token was last in use
 framing      length, checksum, payload: records on disk
 ipc          requests and outcomes between server and worker

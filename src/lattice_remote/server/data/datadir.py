@@ -2,6 +2,7 @@
 
     config.json                     settings, see ``settings.py``
     tokens.json                     who may do what, mode 0600, see ``tokens.py``
+    signing-key                     of browsers' cookies, mode 0600, see ``signing_key.py``
     tokens-used.json                when tokens were last in use, see ``lastuse.py``
     projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
     projects/<slug>/journal/        the numbered changes, see ``journal.py``
@@ -15,8 +16,8 @@
     renamed.json                    what projects were called before
     .lock                           held by the running server
 
-All but ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``, ``trash/`` and the lock is needed to restore a
-server, and nothing else is.
+All but ``signing-key``, ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``, ``trash/`` and the lock is needed
+to restore a server, and nothing else is.
 """
 
 import contextlib
@@ -79,6 +80,7 @@ class DataDir:
         self.path = path
         self.tokens = path / "tokens.json"
         self.tokens_used = path / "tokens-used.json"
+        self.signing_key = path / "signing-key"
         self.projects = path / "projects"
         self.archived = path / "archived"
         self.trash = path / "trash"

@@ -89,6 +89,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     limits: Limits = Limits()
     plugin_commands: Annotated[list[_Command], Meta(max_length=256)] = []
     """Commands of this server's own lattice plugins that clients may run, as ``deploy note``."""
+    sign_in_days: Annotated[float, Meta(gt=0, le=400)] = 30.0
+    """After how long a browser must sign in again. Browsers keep no cookie for longer than 400 days."""
     tls: Tls = Tls()
     trusted_proxies: list[str] = []
     """Addresses and networks whose X-Forwarded-For is believed."""

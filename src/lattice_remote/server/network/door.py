@@ -71,6 +71,11 @@ class Visit:
         """Where it comes from."""
         return self._host if self._home is None else self._home.name
 
+    @property
+    def from_proxy(self) -> bool:
+        """Whether a trusted proxy has made the connection, whose headers about its client are believed."""
+        return self._host in self._door.proxies
+
     def enter(self, forwarded_for: Sequence[str]) -> Refusal | None:
         """Take note of a request's head; return why it is turned away, if it is.
 

@@ -2,6 +2,9 @@
 
     app        which path is served by what; past the door, and with bounded bodies
     gate       who asks, and for which project: each handler's first line
+    cookie     what a browser that is signed in brings in place of a token
+    origin     whether a page of ours asks, or one of another site (CSRF)
+    headers    what every answer tells browsers
     asking     a write: asked of the project's worker like a command of a client, and its answer
     answers    what is said in JSON, and with which status
 

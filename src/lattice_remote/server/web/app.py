@@ -21,7 +21,9 @@ from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.web.answers import TurnedAway, failed, refused
 from lattice_remote.server.web.bodies import ending_where_unread, refused_body
+from lattice_remote.server.web.cookie import Cookies
 from lattice_remote.server.web.gate import guest, hub_of
+from lattice_remote.server.web.headers import with_headers
 from lattice_remote.server.web.rest import tasks
 
 __all__ = ["http_app"]
@@ -35,7 +37,8 @@ def http_app(hub: Hub) -> ASGIApp:
     handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub
-    return _past_the_door(ending_where_unread(app))
+    app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
+    return with_headers(_past_the_door(ending_where_unread(app)))
 
 
 def _past_the_door(app: ASGIApp) -> ASGIApp:

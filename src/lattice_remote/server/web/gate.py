@@ -1,7 +1,9 @@
 """Who asks, and for which project: the first line of every handler of a project's path (I9)."""
 
 from dataclasses import dataclass
+from http import HTTPStatus
 
+from itsdangerous import BadSignature, SignatureExpired
 from starlette.requests import Request
 
 from lattice_remote.server.data.logins import Login
@@ -10,8 +12,10 @@ from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.web.answers import TurnedAway
+from lattice_remote.server.web.cookie import Cookies
+from lattice_remote.server.web.origin import foreign
 
-__all__ = ["Guest", "guest", "hub_of", "identified"]
+__all__ = ["Guest", "cookies_of", "guest", "hub_of", "identified", "refuse_foreign"]
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,63 @@ def hub_of(request: Request) -> Hub:
     return hub
 
 
+def cookies_of(request: Request) -> Cookies:
+    """Return what makes and reads the cookies of this server."""
+    cookies: Cookies = request.app.state.cookies
+    return cookies
+
+
 def identified(request: Request) -> Login:
-    """Return who asks.
+    """Return who asks: by the token in its ``Authorization`` header, else by the cookie of a browser that is signed in.
+
+    A cookie counts only for what a page of ours asks.
 
     Raises:
-        TurnedAway: nobody known, or with too many connections.
+        TurnedAway: nobody known, or with too many connections, or with a cookie from another site's page.
     """
     visit: Visit = request.state.visit
-    login = hub_of(request).identify(visit, bearer(request.headers.getlist("Authorization")))
+    authorization = request.headers.getlist("Authorization")
+    login = None if _has_token(authorization) else _signed_in(request)
+    if login is None:
+        login = hub_of(request).identify(visit, bearer(authorization))
     if isinstance(login, Refusal):
         raise TurnedAway(login)
     if (refusal := visit.admit(login.token.id)) is not None:
         raise TurnedAway(refusal)
     return login
+
+
+def _has_token(authorization: list[str]) -> bool:
+    """Tell whether it is a token that is shown. A proxy in front may ask browsers for a password, which is none."""
+    return any(value.lower().startswith("bearer") for value in authorization)
+
+
+def _signed_in(request: Request) -> Login | Refusal | None:
+    """Return who has signed in with this browser; None when it brings no cookie, or one that was never ours.
+
+    A cookie of ours that is good no more is no failed login: pages that are still open go on asking.
+    """
+    try:
+        shown = cookies_of(request).read(request)
+    except SignatureExpired:
+        why = "you have signed in too long ago; sign in again"
+        return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+    except BadSignature:
+        return None
+    if shown is None:
+        return None
+    refuse_foreign(request)
+    return hub_of(request).identify_again(shown.token_id, shown.sha256)
+
+
+def refuse_foreign(request: Request) -> None:
+    """Do nothing if a request comes from a page of ours.
+
+    Raises:
+        TurnedAway: it was made by a page of another site.
+    """
+    if why := foreign(request):
+        raise TurnedAway(Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why))
 
 
 async def guest(request: Request) -> Guest:
