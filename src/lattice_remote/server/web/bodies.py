@@ -1,6 +1,7 @@
 """The bodies of requests: bounded, in size and in time, and none where none is expected."""
 
 import asyncio
+import contextlib
 from http import HTTPStatus
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +15,8 @@ __all__ = ["body_of", "ending_where_unread", "refused_body"]
 
 _BODY_S = 30.0
 """How long a client has for the whole of a body."""
+_LINGER_S = 1.0
+"""How long what is left of a body that nobody wants is thrown away before its connection is closed."""
 _WITH_BODY = {"POST", "PUT", "PATCH"}
 
 
@@ -55,7 +58,11 @@ def _too_large(most: int) -> TurnedAway:
 
 
 def ending_where_unread(app: ASGIApp) -> ASGIApp:
-    """Return the app such that a connection ends with an answer that comes before all of the body was read."""
+    """Return the app such that a connection ends with an answer that comes before all of the body was read.
+
+    It is closed only when the rest has come, or after a moment: what arrives at a socket that is closed makes the
+    system forget the answer that was sent, and a proxy then answers 502 in its place.
+    """
 
     async def ending(scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
@@ -72,7 +79,17 @@ def ending_where_unread(app: ASGIApp) -> ASGIApp:
         async def sending(message: Message) -> None:
             if unread and message["type"] == "http.response.start":
                 MutableHeaders(raw=message["headers"])["Connection"] = "close"
+            if unread and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await throw_away()
+                message = {"type": "http.response.body"}
             await send(message)
+
+        async def throw_away() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    while unread:
+                        await receiving()
 
         await app(scope, receiving, sending)
 
