@@ -12,20 +12,11 @@ from lattice_remote.client.cache.follower import Outcome
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
+from lattice_remote.protocol.effects import Answer, ApplyChange, Compare, Effect, Position, Remove, Send, WritePart
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import Hello, Part, ServerFrame
 from lattice_remote.protocol.operations import apply, digest_of
-from lattice_remote.protocol.replica import (
-    Answer,
-    ApplyChange,
-    Compare,
-    Effect,
-    Position,
-    Remove,
-    Replica,
-    Send,
-    WritePart,
-)
+from lattice_remote.protocol.replica import Replica
 
 __all__ = ["MemoryClient", "close_all"]
 

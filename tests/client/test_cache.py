@@ -17,9 +17,9 @@ from lattice_remote.client.cache.state import CacheState, decode_state, encode_a
 from lattice_remote.client.cache.survey import read_all
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import StorageError
+from lattice_remote.protocol.effects import NOWHERE, Position
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.operations import AppendBytes, DeleteFile, PutFile, digest_of
-from lattice_remote.protocol.replica import NOWHERE, Position
 
 
 @pytest.fixture

@@ -17,8 +17,21 @@ from in_memory_server import (
 )
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol import replica as replica_module
+from lattice_remote.protocol import arriving
 from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.comparison import MAX_BUFFERED_BYTES, MAX_ENTRIES
+from lattice_remote.protocol.effects import (
+    NOWHERE,
+    Answer,
+    ApplyChange,
+    Compare,
+    Effect,
+    Position,
+    Remove,
+    Save,
+    Send,
+    WritePart,
+)
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
     Bye,
@@ -46,22 +59,7 @@ from lattice_remote.protocol.operations import (
     digest_of,
     paths_of,
 )
-from lattice_remote.protocol.replica import (
-    MAX_BUFFERED_BYTES,
-    MAX_ENTRIES,
-    NOWHERE,
-    Answer,
-    ApplyChange,
-    Compare,
-    Effect,
-    Position,
-    Remove,
-    Replica,
-    Save,
-    Send,
-    State,
-    WritePart,
-)
+from lattice_remote.protocol.replica import Replica, State
 
 PLAN = "plans/a.md"
 LOGS = ("events/a.jsonl", "events/b.jsonl", PLAN)
@@ -742,7 +740,7 @@ def test_a_file_whose_pieces_come_anew_has_what_was_added_before_them() -> None:
 
 
 def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_module, "_MAX_KEPT_BYTES", 10)
+    monkeypatch.setattr(arriving, "_MAX_KEPT_BYTES", 10)
     replica = following(1, head=1, wanted=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
     replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))

@@ -13,6 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.effects import Answer, ApplyChange, Compare, Remove, Send, WritePart
 from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -27,7 +28,7 @@ from lattice_remote.protocol.messages import (
 )
 from lattice_remote.protocol.operations import apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.protocol.replica import Answer, ApplyChange, Compare, Remove, Replica, Send, WritePart
+from lattice_remote.protocol.replica import Replica
 from lattice_remote.server.app import bind, make_server
 from lattice_remote.server.data.datadir import DataDir, write_atomically
 from lattice_remote.server.data.settings import Config

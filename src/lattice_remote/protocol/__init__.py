@@ -6,6 +6,9 @@ messages     the frames
 about        what a change is about, for those who only look on
 codec        frames to bytes and back, bounded
 replica      what a client does with each frame
+effects      what it asks of the shell around it
+comparison   the server's manifest while it is read, and the changes meanwhile
+arriving     files of which not all pieces have come, and the changes to them meanwhile
 memory_tree  a tree that is a dictionary, for vectors and tests
 schema       all of it as JSON Schema, for protocol/schema.json
 """

@@ -27,6 +27,7 @@ __all__ = [
     "digest_of",
     "merge_patch",
     "paths_of",
+    "weight_of",
 ]
 
 TAIL_BYTES = 4096
@@ -199,3 +200,8 @@ def _move(operation: MoveFile, tree: Tree) -> frozenset[str]:
         return frozenset()
     tree.delete(operation.path)
     return frozenset({operation.to})
+
+
+def weight_of(operation: Operation) -> int:
+    """Return about how many bytes an operation takes in memory: 200 for its paths and itself, and its content."""
+    return 200 + len(getattr(operation, "data", b"")) + len(getattr(operation, "patch", b""))

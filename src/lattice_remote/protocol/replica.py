@@ -16,18 +16,30 @@ shell gets them by their digest (``Download``), now or never, and says when one 
 
 import enum
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol.arriving import Arriving
+from lattice_remote.protocol.comparison import Comparison
+from lattice_remote.protocol.effects import (
+    NOWHERE,
+    Answer,
+    ApplyChange,
+    Compare,
+    Content,
+    Effect,
+    Position,
+    Remove,
+    Save,
+    Send,
+    WritePart,
+)
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
     Bye,
     Change,
-    ClientFrame,
     Downloaded,
     Entries,
-    Entry,
     Fetch,
     Followed,
     Hello,
@@ -37,7 +49,6 @@ from lattice_remote.protocol.messages import (
     Pushed,
     Refused,
     Reply,
-    Response,
     Result,
     Returned,
     ServerFrame,
@@ -56,38 +67,12 @@ from lattice_remote.protocol.operations import (
 )
 from lattice_remote.protocol.paths import is_payload
 
-__all__ = [
-    "LARGE_BYTES",
-    "NOWHERE",
-    "Answer",
-    "ApplyChange",
-    "Compare",
-    "Content",
-    "Effect",
-    "Position",
-    "Remove",
-    "Replica",
-    "Save",
-    "Send",
-    "State",
-    "WritePart",
-]
+__all__ = ["LARGE_BYTES", "Replica", "State"]
 
 FETCH_BATCH = 256
 """How many files are asked for at once."""
-MAX_ENTRIES = 250_000
-"""How many files a project may have: a manifest that never ends must not fill the memory."""
-MAX_BUFFERED_BYTES = 64 * 1024 * 1024
-"""How much of changes may wait for a manifest to be complete; past that it is better to begin again."""
-_MAX_KEPT_BYTES = 16 * 1024 * 1024
-"""How much of operations is kept for files of which not all pieces have come."""
-_BYTES_PER_OPERATION = 200
 LARGE_BYTES = 256 * 1024
 """An artifact's content of more than this may be left out; a smaller one comes with everything else."""
-
-
-Content = tuple[int, bytes]
-"""A file's size in bytes and its digest."""
 
 
 class State(enum.Enum):
@@ -97,130 +82,6 @@ class State(enum.Enum):
     GREETING = "greeting"
     FOLLOWING = "following"
     COMPARING = "comparing"
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A point in a project's history. The empty epoch is "nowhere": the copy must be compared as a whole."""
-
-    epoch: str
-    seq: int
-    mark: bytes
-
-
-NOWHERE = Position("", 0, b"")
-
-
-@dataclass(frozen=True, slots=True)
-class ApplyChange:
-    """Apply ``operations`` in order; report paths that did not match with ``drifted()``.
-
-    An operation on a file that somebody edits here is not applied: ``hold()`` its path, and for a move also
-    report its target with ``drifted()``.
-    """
-
-    change: Change
-    operations: tuple[Operation, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WritePart:
-    """Write this piece of a file; one at offset 0 begins it anew.
-
-    On the last piece, check size and digest and replace the file; when they differ, report ``drifted()``.
-    """
-
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
-class Remove:
-    """Remove these files; the server has none there."""
-
-    paths: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Compare:
-    """Compare the files with the server's at ``seq`` and call ``compared()`` (to mend) or ``verified()``."""
-
-    seq: int
-    entries: Mapping[str, Content]
-    mend: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Send this frame."""
-
-    frame: ClientFrame
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A request's outcome; every change up to its number is in the files."""
-
-    frame: Response
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Store ``position`` and ``wanted`` durably enough that they are never ahead of the files (I5)."""
-
-
-Effect = ApplyChange | WritePart | Remove | Compare | Send | Answer | Save
-
-
-@dataclass(slots=True)
-class _Comparison:
-    """A manifest that is being read, and the changes that arrived meanwhile."""
-
-    mend: bool
-    seq: int = -1  # of the manifest, once its first piece is here
-    mark: bytes = b""
-    entries: dict[str, tuple[int, bytes]] = field(default_factory=dict)
-    later: list[Change] = field(default_factory=list)  # without a gap, from ``seq`` on
-    complete: bool = False
-    later_bytes: int = 0
-
-    def keep(self, change: Change) -> None:
-        """Remember a change until the comparison is over; a gap is noticed here, before anything is taken."""
-        last = self.later[-1].seq if self.later else self.seq
-        if 0 <= last < change.seq - 1:
-            raise ProtocolError(f"change {change.seq} follows {last}: the history has a gap")
-        if change.seq > last:
-            self.later.append(change)
-            self.later_bytes += sum(map(_weight_of, change.ops))
-        if self.later_bytes > MAX_BUFFERED_BYTES:
-            raise ProtocolError("too many changes before the manifest was complete")
-
-    def begin(self, seq: int, mark: bytes) -> None:
-        """The manifest is of this number: the changes up to it are in it."""
-        later = [change for change in self.later if change.seq > seq]
-        if later and later[0].seq != seq + 1:
-            raise ProtocolError(f"change {later[0].seq} follows the manifest of {seq}: the history has a gap")
-        self.seq, self.mark, self.later = seq, mark, later
-
-    def add(self, entries: Iterable[Entry], *, last: bool) -> None:
-        """Take a piece of the manifest; it must be of some use, or it could go on for ever."""
-        before = len(self.entries)
-        pairs = [(entry.path, (entry.size, entry.digest)) for entry in entries]
-        self.entries.update(pairs)
-        if len(self.entries) != before + len(pairs):
-            raise ProtocolError("the manifest lists a file twice")
-        if not pairs and not last:
-            raise ProtocolError("a piece of the manifest lists nothing")
-        if len(self.entries) > MAX_ENTRIES:
-            raise ProtocolError(f"the manifest lists more than {MAX_ENTRIES} files")
-        self.complete = last
-
-
-@dataclass(slots=True)
-class _Arriving:
-    """A file of which some pieces have come, as it was at ``seq``, and what was done to it after that number."""
-
-    seq: int
-    later: list[tuple[Change, AppendBytes | MergeJson]] = field(default_factory=list)
 
 
 class Replica:
@@ -261,10 +122,9 @@ class Replica:
         self._follow = follow
         self._capabilities = list(capabilities)
         self._requested: set[str] = set()
-        self._arriving: dict[str, _Arriving] = {}
-        self._kept_bytes = 0  # of all operations in _arriving
+        self._arriving = Arriving()
         self._floors: dict[str, int] = {}  # path -> number at which its content was read, while that is ahead of us
-        self._comparison: _Comparison | None = None
+        self._comparison: Comparison | None = None
         self._answers: list[Result] = []
 
     @property
@@ -399,7 +259,7 @@ class Replica:
                     self._want(path, seq)
                 elif path not in self.wanted:
                     yield operation
-                elif not self._keep(change, operation):
+                elif not self._arriving.keep(change, operation):
                     self._want(path, seq)
             case AnnounceFile(size=size, digest=digest) if self.may_leave_out(path, size):
                 self._leave_out(path, (size, digest))
@@ -427,35 +287,15 @@ class Replica:
             self._unwant(to)
             yield operation
 
-    def _keep(self, change: Change, operation: AppendBytes | MergeJson) -> bool:
-        """Keep an operation for the end of a file that is arriving; return False when the file must come anew.
-
-        A log that grows faster than it can be sent as a whole would otherwise never arrive.
-        """
-        arriving = self._arriving.get(operation.path)
-        if arriving is None:
-            return False
-        if change.seq > arriving.seq:
-            self._kept_bytes += _weight_of(operation)
-            arriving.later.append((change, operation))
-        return self._kept_bytes <= _MAX_KEPT_BYTES
-
     def _arrived(self, path: str) -> list[Effect]:
         """All pieces of a file are here: return what was kept for it."""
-        arriving = self._arriving.get(path)
-        later = arriving.later if arriving is not None else []
+        later = self._arriving.forget(path)
         self._unwant(path)
         return [ApplyChange(change, (operation,)) for change, operation in later]
-
-    def _forget_arriving(self, path: str) -> None:
-        arriving = self._arriving.pop(path, None)
-        if arriving is not None:
-            self._kept_bytes -= sum(_weight_of(operation) for _, operation in arriving.later)
 
     def _forget_requests(self) -> None:
         self._requested.clear()
         self._arriving.clear()
-        self._kept_bytes = 0
 
     def drifted(self, paths: Iterable[str]) -> list[Effect]:
         """These files were not what an operation or a digest expected: have them fetched whole."""
@@ -540,7 +380,7 @@ class Replica:
         self._come_back(path)
         self.wanted[path] = seq
         self._requested.discard(path)
-        self._forget_arriving(path)
+        self._arriving.forget(path)
         self._floors.pop(path, None)
 
     def _unwant(self, path: str) -> None:
@@ -548,7 +388,7 @@ class Replica:
         self.wanted.pop(path, None)
         self.held.discard(path)
         self._requested.discard(path)
-        self._forget_arriving(path)
+        self._arriving.forget(path)
         self._floors.pop(path, None)
 
     # --- whole files ---
@@ -575,7 +415,7 @@ class Replica:
             return []  # it answers an older request: an operation, an edit or a newer request came since
         self.head = max(self.head, part.seq)
         if part.offset == 0:
-            self._begin(part)
+            self._arriving.begin(part.path, part.seq)
         effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
         if part.gone or part.offset + len(part.data) == part.size:
             effects += self._arrived(part.path)
@@ -583,14 +423,6 @@ class Replica:
                 self.wanted[part.path] = self._floors[part.path] = part.seq
             effects += [Save(), *self._requests(), *self._answers_ready()]
         return effects
-
-    def _begin(self, part: Part) -> None:
-        """The first piece of a file: what came after its number and was kept for an earlier pass counts still."""
-        before = self._arriving.get(part.path, _Arriving(part.seq))
-        self._forget_arriving(part.path)
-        later = [(change, operation) for change, operation in before.later if change.seq > part.seq]
-        self._kept_bytes += sum(_weight_of(operation) for _, operation in later)
-        self._arriving[part.path] = _Arriving(part.seq, later)
 
     # --- comparing with the server's manifest ---
 
@@ -600,7 +432,7 @@ class Replica:
             self._comparison.mend |= mend
             return []
         assert self.state is State.FOLLOWING, "there is no server to compare with"
-        self._comparison = _Comparison(mend)
+        self._comparison = Comparison(mend)
         self.state = State.COMPARING
         return [Send(Manifest())]
 
@@ -647,7 +479,7 @@ class Replica:
         applied = [self._advance(change) for change in comparison.later]
         return [*removed, *applied, Save(), *self._requests(), *self._answers_ready()]
 
-    def _finish_comparison(self) -> _Comparison:
+    def _finish_comparison(self) -> Comparison:
         comparison = self._comparison
         assert comparison is not None, "compared() and verified() answer a Compare effect"
         assert comparison.complete, "compared() and verified() answer a Compare effect"
@@ -666,8 +498,3 @@ class Replica:
         ready = [a for a in self._answers if a.seq <= reached and not any(seq <= a.seq for seq in missing)]
         self._answers = [a for a in self._answers if a not in ready]
         return [Answer(answer) for answer in ready]
-
-
-def _weight_of(operation: Operation) -> int:
-    """Return about how many bytes an operation takes in memory."""
-    return _BYTES_PER_OPERATION + len(getattr(operation, "data", b"")) + len(getattr(operation, "patch", b""))

@@ -24,7 +24,8 @@ from lattice_remote.client.link.link import Link
 from lattice_remote.client.link.links import Links
 from lattice_remote.client.link.uploading import Source
 from lattice_remote.errors import ConnectionFailed, Rejected, RemoteError, StorageError
-from lattice_remote.protocol.replica import LARGE_BYTES, Content
+from lattice_remote.protocol.effects import Content
+from lattice_remote.protocol.replica import LARGE_BYTES
 
 __all__ = ["Fetching"]
 

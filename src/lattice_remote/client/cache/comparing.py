@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.survey import Reading, read_all
-from lattice_remote.protocol.replica import Compare
+from lattice_remote.protocol.effects import Compare
 
 __all__ = ["Compared", "Comparison", "compare_files"]
 

@@ -24,22 +24,11 @@ from lattice_remote.client.cache.known import Signature
 from lattice_remote.client.cache.state import STATE_FILE, CacheState
 from lattice_remote.client.cache.survey import Reading
 from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
+from lattice_remote.protocol.effects import Answer, ApplyChange, Compare, Content, Effect, Remove, Save, Send, WritePart
 from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
 from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
 from lattice_remote.protocol.paths import is_editable, is_payload
-from lattice_remote.protocol.replica import (
-    Answer,
-    ApplyChange,
-    Compare,
-    Content,
-    Effect,
-    Remove,
-    Replica,
-    Save,
-    Send,
-    State,
-    WritePart,
-)
+from lattice_remote.protocol.replica import Replica, State
 
 __all__ = ["Follower", "Outcome", "Writer"]
 

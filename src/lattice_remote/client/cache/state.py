@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from lattice_remote.client.settings import Remote
 from lattice_remote.errors import HostilePath
+from lattice_remote.protocol.effects import NOWHERE, Content, Position
 from lattice_remote.protocol.paths import check_path
-from lattice_remote.protocol.replica import NOWHERE, Content, Position
 
 __all__ = ["AWAY_FILE", "STATE_FILE", "CacheState", "boot_id", "decode_state", "encode_away", "encode_state"]
 

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from lattice_remote.errors import ConnectionFailed, Rejected
+from lattice_remote.protocol.effects import Content
 from lattice_remote.protocol.messages import Download, Downloaded, Refused, Request, Response
-from lattice_remote.protocol.replica import Content
 
 __all__ = ["Asks", "ask_what_it_is", "pieces"]
 

@@ -1,0 +1,96 @@
+"""What a replica asks of the shell around it, and the points in a history of which both speak (SPEC section 5)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lattice_remote.protocol.messages import Change, ClientFrame, Part, Response
+from lattice_remote.protocol.operations import Operation
+
+__all__ = [
+    "NOWHERE",
+    "Answer",
+    "ApplyChange",
+    "Compare",
+    "Content",
+    "Effect",
+    "Position",
+    "Remove",
+    "Save",
+    "Send",
+    "WritePart",
+]
+
+Content = tuple[int, bytes]
+"""A file's size in bytes and its digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A point in a project's history. The empty epoch is "nowhere": the copy must be compared as a whole."""
+
+    epoch: str
+    seq: int
+    mark: bytes
+
+
+NOWHERE = Position("", 0, b"")
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyChange:
+    """Apply ``operations`` in order; report paths that did not match with ``drifted()``.
+
+    An operation on a file that somebody edits here is not applied: ``hold()`` its path, and for a move also
+    report its target with ``drifted()``.
+    """
+
+    change: Change
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WritePart:
+    """Write this piece of a file; one at offset 0 begins it anew.
+
+    On the last piece, check size and digest and replace the file; when they differ, report ``drifted()``.
+    """
+
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Remove these files; the server has none there."""
+
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """Compare the files with the server's at ``seq`` and call ``compared()`` (to mend) or ``verified()``."""
+
+    seq: int
+    entries: Mapping[str, Content]
+    mend: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send this frame."""
+
+    frame: ClientFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A request's outcome; every change up to its number is in the files."""
+
+    frame: Response
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Store ``position`` and ``wanted`` durably enough that they are never ahead of the files (I5)."""
+
+
+Effect = ApplyChange | WritePart | Remove | Compare | Send | Answer | Save
