@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from http import HTTPStatus
+from typing import Literal
 
 import msgspec
 
@@ -22,12 +23,16 @@ from lattice_remote.server.network.door import Door, Visit
 from lattice_remote.server.network.handoff import Handoff, Request, Response, http_answer
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.project.hooks import HookRunner
+from lattice_remote.server.project.overview import Overviews
 from lattice_remote.server.project.peer import Peer
 from lattice_remote.server.project.project import Bounds, Project
 from lattice_remote.server.project.watch import watch_tree
 from lattice_remote.server.project.writer import WORKER_COMMAND
 
-__all__ = ["Hub", "bearer"]
+__all__ = ["Hub", "State", "bearer"]
+
+State = Literal["ready", "starting", "closed", "failed"]
+"""Whether a project can be used. ``closed``: an administrator's command has it for a moment."""
 
 TOKEN_CHECK_S = 0.25
 """How often to look at the tokens: the connections of one that was revoked, rotated or expired end within a second."""
@@ -62,6 +67,8 @@ class Hub:
         self.config = config or data.config()
         self.door = Door(self.config.limits, self.config.trusted_proxies)
         """Counts who comes in."""
+        self.overviews = Overviews(data)
+        """The projects at a glance."""
         limits = self.config.limits
         self._bounds = bounds or Bounds(command_s=limits.command_seconds, per_token=limits.requests_per_token)
         settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
@@ -225,6 +232,18 @@ class Hub:
             yield
         finally:
             del self._staying[end]
+
+    def state_of(self, slug: str) -> State:
+        """Tell how it stands with a project that exists; nothing is started for it.
+
+        ``ready`` is also what nobody has asked for yet: it starts with the first who does.
+        """
+        if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
+            return "closed"
+        project = self._projects.get(slug)
+        if project is None or (project.is_working and project.failure is None):
+            return "ready"
+        return "starting" if project.failure is None else "failed"
 
     async def serve(self, connection: Handoff) -> None:
         """Serve one client, that ``check()`` has let in, to its end."""

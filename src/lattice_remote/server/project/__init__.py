@@ -14,6 +14,7 @@ pushes       whole projects that clients bring
 files        files of the tree, sent at a number
 snapshot     a file as it was when it was opened
 log          who did what, read back
+overview     projects at a glance: counts, and who did something last
 hooks        config.json's hooks, after the commit
 watch        edits behind the server's back
 """

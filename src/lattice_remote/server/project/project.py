@@ -165,6 +165,11 @@ class Project:
         return self._stopping
 
     @property
+    def is_working(self) -> bool:
+        """Whether a worker carries out requests now; if not, one is on its way, unless the project has failed."""
+        return self._working
+
+    @property
     def failure(self) -> StorageError | None:
         """Why the project can't be used; None when it can."""
         return self._failure

@@ -7,6 +7,8 @@
     headers    what every answer tells browsers
     asking     a write: asked of the project's worker like a command of a client, and its answer
     answers    what is said in JSON, and with which status
+    listing    the projects that somebody may see
+    health     how the server is
 
 Nothing here touches the project's files. Writes go to its worker (``asking``), reads to its reader
 (``Project.reader``), and both run lattice's own code.

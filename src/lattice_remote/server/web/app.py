@@ -3,7 +3,6 @@
 Each part of the house brings its own routes; here they are put together.
 """
 
-import asyncio
 import logging
 from http import HTTPStatus
 
@@ -19,10 +18,11 @@ from lattice_remote.errors import RemoteError
 from lattice_remote.server.hub import Hub
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.web import health, listing
 from lattice_remote.server.web.answers import TurnedAway, failed, refused
 from lattice_remote.server.web.bodies import ending_where_unread, refused_body
 from lattice_remote.server.web.cookie import Cookies
-from lattice_remote.server.web.gate import guest, hub_of
+from lattice_remote.server.web.gate import guest
 from lattice_remote.server.web.headers import with_headers
 from lattice_remote.server.web.rest import tasks
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 def http_app(hub: Hub) -> ASGIApp:
     """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
-    routes = [Route("/healthz", _healthz), Route("/projects/{slug}", _describe), *tasks.routes]
+    routes = [*health.routes, *listing.routes, Route("/projects/{slug}", _describe), *tasks.routes]
     handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub
@@ -80,11 +80,6 @@ async def _break(request: Request, error: Exception) -> Response:
 
 
 # --- what is not worth a file ---
-
-
-async def _healthz(request: Request) -> Response:
-    projects = await asyncio.to_thread(hub_of(request).data.slugs)
-    return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
 
 
 async def _describe(request: Request) -> Response:
