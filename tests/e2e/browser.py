@@ -1,0 +1,95 @@
+"""A real browser for the tests: Debian's Chromium, driven by Playwright. It starts once a module; tabs are cheap.
+
+A test asks for a ``Person``: somebody with a browser of his own (cookies, storage), who may open several tabs. What a
+page complains about in its console is kept: ``complaints`` is to be empty in normal use.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+__all__ = ["EXECUTABLE", "PATIENCE_MS", "Person", "chromium", "screenshot"]
+
+EXECUTABLE = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+PATIENCE_MS = 20_000
+"""For how long Playwright waits for what a test expects; a machine may be busy."""
+_ROOT = Path(__file__).resolve().parents[2]
+_ARGUMENTS = [
+    "--no-sandbox",  # tests may run as root
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """Start the browser, without a window; it ends with the block."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=_ARGUMENTS)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Person:
+    """Somebody with a browser of his own. ``close()`` it, or use it as a context manager.
+
+    Args:
+        browser: what ``chromium()`` gives.
+        base_url: the server, so that ``open("/path")`` is enough.
+        options: those of Playwright's ``new_context``, as ``viewport``, ``color_scheme`` or ``ignore_https_errors``.
+    """
+
+    def __init__(self, browser: Browser, base_url: str, **options: Any) -> None:
+        self.context = browser.new_context(base_url=base_url, **options)
+        self.context.set_default_timeout(PATIENCE_MS)
+        self.complaints: list[str] = []
+        """What the pages' consoles said of errors and warnings, and every script that failed."""
+        self.context.on("console", self._said)
+        self.context.on("weberror", lambda failed: self.complaints.append(str(failed.error)))
+
+    def open(self, path: str) -> Page:
+        """Open a path of the server in a new tab."""
+        page = self.context.new_page()
+        page.goto(path)
+        return page
+
+    def sign_in(self, token: str, path: str = "/") -> Page:
+        """Open a path in a new tab as somebody who is not signed in, and sign in on the way."""
+        page = self.open(path)
+        page.get_by_label("Token").fill(token)
+        page.get_by_role("button", name="Sign in").click()
+        page.wait_for_url(lambda url: "/sign-in" not in url)
+        return page
+
+    def close(self) -> None:
+        """Close all tabs, and forget what the browser has kept."""
+        self.context.close()
+
+    def _said(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def __enter__(self) -> "Person":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def screenshot(page: Page, name: str) -> Path:
+    """Keep a picture of a page, for people to look at, in ``build/screenshots/`` or where ``SCREENSHOTS`` says."""
+    directory = Path(os.environ.get("SCREENSHOTS", _ROOT / "build/screenshots"))
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.png"
+    page.screenshot(path=path, full_page=True)
+    return path
