@@ -46,6 +46,8 @@ _STATUS_CODES = {
     429: ("REMOTE_BUSY", "too many requests"),
     503: ("REMOTE_BUSY", "the server can't take this now"),
 }
+_NOBODY_BEHIND = {502, 504}
+"""What a proxy answers that does not reach the server behind it."""
 _UNKNOWN_AUTHORITY = {18, 19, 20, 21}
 _NOT_NOW = {9: "is not valid yet", 10: "has expired"}
 _WRONG_HOST = {62, 64}
@@ -203,6 +205,8 @@ def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
             f"it redirects to {to}, and a token is not sent after a redirect; if that is your server: "
             f"lattice remote set-url {remote.name} URL"
         )
+    if not code and status in _NOBODY_BEHIND:
+        return ConnectionFailed(f"a proxy answers in its place, HTTP {status}: it is stopped, or starts just now")
     if not code:
         return ConnectionFailed(f"it answers HTTP {status}")
     return error_of(code, f"{remote.url}: {message}", remote, _seconds(response.headers.get("Retry-After")))

@@ -1,0 +1,155 @@
+"""nginx and Caddy with the configurations of ``examples/deploy/``, run by whoever runs the tests, on loopback.
+
+The text that is run is the example's: only the host's name, addresses, ports and the certificate's place are put in
+(``with_places`` insists that each is there to be replaced), and around it what keeps the program to a directory of its
+own. Around nginx's the time that it would wait by default is a short one: what outlasts it does so by the example's words.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import requests
+import trustme
+
+from sandbox import wait_for
+
+__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "Nginx", "Proxy", "program", "with_places"]
+
+DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
+NGINX_DEFAULT_S = 0.3
+
+
+def program(name: str) -> str:
+    """Return the path of a program of the system, which may be one for administrators.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if found is None:
+        raise RuntimeError(f"{name} is not installed: make system")
+    return found
+
+
+def with_places(text: str, places: Mapping[str, str]) -> str:
+    """Return the text with each of these replaced, which it must all hold."""
+    for old, new in places.items():
+        assert old in text, f"the example no longer says {old!r}"
+        text = text.replace(old, new)
+    return text
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Proxy:
+    """A proxy in front of a server on a port of this machine; ``start()`` it, ``stop()`` it."""
+
+    name: str
+    """Of the program."""
+
+    def __init__(self, directory: Path, upstream_port: int) -> None:
+        self.dir = directory / self.name
+        self.dir.mkdir()
+        self.port, self.plain_port = free_port(), free_port()
+        self.upstream_port = upstream_port
+        self.url = f"https://localhost:{self.port}"
+        self.ca_file = self.dir / "authority.pem"
+        """Who vouches for it."""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def argv(self) -> list[str]:
+        """Write its configuration, and return how it is run in the foreground, as one process."""
+        raise NotImplementedError
+
+    def start(self) -> None:
+        """Run it, and return once it answers."""
+        argv = self.argv()
+        env = {"PATH": os.environ["PATH"], "HOME": str(self.dir)}
+        with (self.dir / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                argv, cwd=self.dir, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        wait_for(self._answers, f"{self.name} to answer: {self.log()}")
+
+    def log(self) -> str:
+        """Return what it has said."""
+        return (self.dir / "log").read_text(errors="replace")[-2000:]
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(10)
+            self._process = None
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        if self._process.poll() is not None:
+            raise RuntimeError(f"{self.name} has ended: {self.log()}")
+        try:
+            return requests.get(f"{self.url}/healthz", verify=str(self.ca_file), timeout=5).ok
+        except (requests.RequestException, OSError):  # OSError: the authority's file is not there yet
+            return False
+
+
+class Nginx(Proxy):
+    """nginx, with a certificate made here."""
+
+    name = "nginx"
+
+    def argv(self) -> list[str]:
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(self.ca_file)
+        issued = authority.issue_cert("localhost")
+        issued.cert_chain_pems[0].write_to_path(self.dir / "cert.pem")
+        issued.private_key_pem.write_to_path(self.dir / "key.pem")
+        places = {
+            "/etc/letsencrypt/live/board.example.com/fullchain.pem": str(self.dir / "cert.pem"),
+            "/etc/letsencrypt/live/board.example.com/privkey.pem": str(self.dir / "key.pem"),
+            "board.example.com": "localhost",
+            "listen 80;": f"listen 127.0.0.1:{self.plain_port};",
+            "listen [::]:80;": f"listen 127.0.0.2:{self.plain_port};",  # a machine may have no IPv6
+            "listen 443 ": f"listen 127.0.0.1:{self.port} ",
+            "listen [::]:443 ": f"listen 127.0.0.2:{self.port} ",
+            "127.0.0.1:8443;": f"127.0.0.1:{self.upstream_port};",
+        }
+        head, _, text = (DEPLOY / "nginx.conf").read_text().partition("upstream ")
+        (self.dir / "site.conf").write_text(head + with_places("upstream " + text, places))
+        temporary = "".join(
+            f"{kind}_temp_path {self.dir}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (self.dir / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {self.dir}/pid; error_log stderr notice;"
+            f"events {{ worker_connections 512; }} http {{ access_log off; {temporary}"
+            f"proxy_read_timeout {round(NGINX_DEFAULT_S * 1000)}ms;"
+            f"include {self.dir}/site.conf; }}\n"
+        )
+        return [program("nginx"), "-p", str(self.dir), "-c", str(self.dir / "nginx.conf"), "-e", "stderr"]
+
+
+class Caddy(Proxy):
+    """Caddy, with an authority of its own, since none of the world's can reach it."""
+
+    name = "caddy"
+
+    def argv(self) -> list[str]:
+        self.ca_file = self.dir / "storage" / "pki" / "authorities" / "local" / "root.crt"
+        places = {
+            "\nboard.example.com {": f"\nlocalhost:{self.port} {{",
+            "127.0.0.1:8443 {": f"127.0.0.1:{self.upstream_port} {{",
+        }
+        options = (
+            f"{{\nadmin off\nlocal_certs\nskip_install_trust\ndefault_bind 127.0.0.1\n"
+            f"http_port {self.plain_port}\nhttps_port {self.port}\nstorage file_system {self.dir}/storage\n}}\n"
+        )
+        (self.dir / "Caddyfile").write_text(options + with_places((DEPLOY / "Caddyfile").read_text(), places))
+        return [program("caddy"), "run", "--config", str(self.dir / "Caddyfile"), "--adapter", "caddyfile"]

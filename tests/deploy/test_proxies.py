@@ -1,0 +1,165 @@
+"""Behind nginx and Caddy as ``examples/deploy/`` sets them up: commands, streams and requests through TLS."""
+
+import contextlib
+import http.client
+import json
+import secrets
+import ssl
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+from proxies import NGINX_DEFAULT_S, Caddy, Nginx, Proxy
+
+from sandbox import Client, Sandbox, Server, differences, wait_for
+from warm import warm
+
+pytestmark = pytest.mark.e2e
+
+ANA = ("--actor", "human:ana")
+LOGINS = 3
+"""How many failed logins an address has before it is slowed down."""
+
+
+class Place:
+    """A proxy in front of a server, and the copy of somebody who knows only the proxy."""
+
+    def __init__(self, server: Server, token: str, proxy: Proxy, ana: Client, first_address: int) -> None:
+        self.server, self.token, self.proxy, self.ana = server, token, proxy, ana
+        self.first_address = first_address
+        """The first of ten addresses of this machine, 127.0.0.N, from which nobody else asks."""
+
+    def add(self) -> None:
+        where = (self.proxy.url, "--project", "board", "--ca-file", str(self.proxy.ca_file))
+        self.ana.ok("remote", "add", "origin", *where, "--token", self.token)
+
+    def request(self, method: str, path: str, **options: Any) -> requests.Response:
+        headers = {"Authorization": f"Bearer {self.token}", **options.pop("headers", {})}
+        url = f"{self.proxy.url}{path}"
+        return requests.request(method, url, headers=headers, verify=str(self.proxy.ca_file), timeout=30, **options)
+
+    def status_from(self, number: int, claims: str | None = None) -> int:
+        """Return what a request with a wrong token is answered, sent from one of the ten addresses."""
+        address = f"127.0.0.{self.first_address + number}"
+        trusting = ssl.create_default_context(cafile=str(self.proxy.ca_file))
+        connection = http.client.HTTPSConnection(
+            "localhost", self.proxy.port, timeout=10, source_address=(address, 0), context=trusting
+        )
+        headers = {"Authorization": "Bearer wrong", **({"X-Forwarded-For": claims} if claims else {})}
+        try:
+            connection.request("GET", "/projects/board/tasks", headers=headers)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def stay_quiet(self, watching: subprocess.Popen[str]) -> None:
+        """Return once longer has passed, without a word, than nginx would wait by itself."""
+        with pytest.raises(subprocess.TimeoutExpired):
+            watching.wait(NGINX_DEFAULT_S + 1)
+
+
+@pytest.fixture(scope="module")
+def places() -> Iterator[list[Place]]:
+    with Sandbox(warm()) as sandbox, contextlib.ExitStack() as started:
+        server = sandbox.server()
+        server.project()
+        settings = {"trusted_proxies": ["127.0.0.1"], "limits": {"failed_logins_per_minute": LOGINS}}
+        (server.data / "config.json").write_text(json.dumps(settings))
+        token = server.token("human:ana", "agent:*")
+        server.start()
+        made = []
+        for number, kind in enumerate((Nginx, Caddy), start=1):
+            proxy = kind(sandbox.root, server.port)
+            proxy.start()
+            started.callback(proxy.stop)
+            made.append(Place(server, token, proxy, sandbox.client(kind.name), number * 10))
+            made[-1].add()
+        yield made
+
+
+@pytest.fixture(params=["nginx", "caddy"])
+def place(places: list[Place], request: pytest.FixtureRequest) -> Place:
+    return next(place for place in places if place.proxy.name == request.param)
+
+
+def test_commands_are_run_and_copies_are_the_same(place: Place) -> None:
+    place.ana.ok("create", "Through a proxy", *ANA)
+    assert "Through a proxy" in place.ana.ok("list")
+    assert differences(place.ana.lattice_dir, place.server.lattice_dir()) == []
+    assert "connected" in place.ana.ok("remote", "status")
+
+
+def test_a_watch_sees_a_change_after_a_silence_that_nginx_would_not_wait_for(place: Place) -> None:
+    watching = place.ana.popen("remote", "watch", "--json")
+    assert watching.stdout is not None
+    try:
+        place.stay_quiet(watching)
+        assert "timed out" not in place.proxy.log(), "it would be connected again, and nobody would notice"
+        created = place.request("POST", "/projects/board/tasks", json={"title": "Seen"})
+        assert created.status_code == 201, created.text
+        for line in watching.stdout:
+            if "Seen" in line or created.json()["data"]["id"] in line:
+                break
+        else:
+            pytest.fail("the watch has ended")
+    finally:
+        watching.terminate()
+        watching.communicate(timeout=20)
+
+
+def test_a_large_file_goes_in_pieces(place: Place) -> None:
+    place.ana.ok("create", "With a file", *ANA)
+    path = place.ana.dir / "large.bin"
+    path.write_bytes(secrets.token_bytes(1024 * 1024) * 50)
+    task = json.loads(place.ana.ok("list", "--json"))["data"][0]["id"]
+    artifact = place.ana.ok("attach", task, str(path), *ANA, "--quiet").strip()
+    [payload] = (place.server.lattice_dir() / "artifacts" / "payload").glob(f"{artifact}*")
+    assert payload.read_bytes() == path.read_bytes()
+
+
+def test_requests_are_answered_in_the_servers_own_words(place: Place) -> None:
+    tasks = place.request("GET", "/projects/board/tasks")
+    assert (tasks.status_code, tasks.json()["ok"]) == (200, True)
+    nobody = place.request("GET", "/projects/board/tasks", headers={"Authorization": "Bearer wrong"})
+    assert (nobody.status_code, nobody.json()["error"]["code"]) == (401, "REMOTE_UNAUTHORIZED")
+    long = place.request("POST", "/projects/board/tasks", data=b" " * 1_100_000)
+    assert (long.status_code, long.json()["error"]["code"]) == (413, "REMOTE_TOO_LARGE")
+
+
+def test_addresses_are_told_apart_and_what_they_claim_is_not_believed(place: Place) -> None:
+    assert [place.status_from(1) for _ in range(LOGINS + 1)] == [401] * LOGINS + [429]
+    assert place.status_from(2) == 401, "another address is nobody's fault"
+    claims = [place.status_from(3, f"203.0.113.{n}") for n in range(LOGINS + 1)]
+    assert claims == [401] * LOGINS + [429], "each claimed another address, and was counted for its own"
+    assert place.status_from(4, f"127.0.0.{place.first_address + 1}") == 401, (
+        "nor is somebody else's anger drawn on him"
+    )
+
+
+def test_plain_http_is_led_to_tls(place: Place) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", place.proxy.plain_port, timeout=10)
+    connection.request("GET", "/projects?x=1", headers={"Host": "localhost"})
+    answer = connection.getresponse()
+    assert answer.status in {301, 308}
+    assert (answer.getheader("Location") or "").endswith("/projects?x=1")
+    assert (answer.getheader("Location") or "").startswith("https://localhost")
+    connection.close()
+
+
+def test_while_the_server_is_down_it_is_out_of_reach_and_clients_come_back(places: list[Place]) -> None:
+    server = places[0].server
+    server.stop()
+    commands = [place.ana.popen("create", "Lost", *ANA) for place in places]
+    for place, command in zip(places, commands, strict=True):
+        assert place.request("GET", "/healthz").status_code == 502
+        _, said = command.communicate(timeout=60)
+        assert command.returncode == 1
+        assert "cannot reach server" in said and "nothing was written" in said
+        assert "HTTP 502: it is stopped, or starts just now" in said
+        assert place.ana.run("list").returncode == 0, "reads go on"
+    server.start()
+    for place in places:
+        wait_for(lambda place=place: place.ana.run("create", "Back", *ANA).returncode == 0, "the copy to be back")
+        assert "Back" in place.ana.ok("list")
