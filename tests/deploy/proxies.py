@@ -2,7 +2,8 @@
 
 The text that is run is the example's: only the host's name, addresses, ports and the certificate's place are put in
 (``with_places`` insists that each is there to be replaced), and around it what keeps the program to a directory of its
-own. Around nginx's the time that it would wait by default is a short one: what outlasts it does so by the example's words.
+own. Around nginx's the time that it would wait by default is a short one: what outlasts it does so by the example's
+words.
 """
 
 import os
