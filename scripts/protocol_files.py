@@ -120,6 +120,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("fetch", m.Fetch([SNAPSHOT, "config.json"])),
     ("manifest", m.Manifest()),
     ("applied", m.Applied(42)),
+    ("applied: a while ago", m.Applied(42, 0.5)),
     ("run: sent again", m.Run(ID, ["comment", "LAT-1", "x"], age_s=2.5)),
     ("call: a POST of the dashboard", m.Call(ID, "dashboard", f"/api/tasks/{TASK}/status", b'{"status":"done"}')),
     (

@@ -255,9 +255,13 @@ class Follow(_Frame, frozen=True, tag="follow"):
 
 
 class Applied(_Frame, frozen=True, tag="applied"):
-    """The client's files hold every change up to ``seq``. Informs only."""
+    """The client's files hold every change up to ``seq``. Informs only.
+
+    ``held_s`` is for how long they have held the last of these, in seconds; None when that is not known.
+    """
 
     seq: Seq
+    held_s: float | None = None
 
 
 class Limits(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from lattice_remote.server.data.closing import closed_because
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.lastuse import SAVE_EVERY_S, LastUse
 from lattice_remote.server.data.logins import Login, Logins
+from lattice_remote.server.data.metrics import Metrics
 from lattice_remote.server.data.settings import Config
 from lattice_remote.server.data.signing_key import signing_key
 from lattice_remote.server.network.door import Door, Visit
@@ -69,6 +70,8 @@ class Hub:
         """Counts who comes in."""
         self.overviews = Overviews(data)
         """The projects at a glance."""
+        self.metrics = Metrics()
+        """What is counted and measured here."""
         limits = self.config.limits
         self._bounds = bounds or Bounds(command_s=limits.command_seconds, per_token=limits.requests_per_token)
         settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
@@ -271,6 +274,7 @@ class Hub:
                 bounds=self._bounds,
                 config=self.config,
                 worker_command=self._worker_command,
+                metrics=self.metrics.of(slug),
             )
             self._projects[slug] = project
             project.start()

@@ -34,6 +34,7 @@ import msgspec
 
 from lattice_remote import __version__
 from lattice_remote.client import preferences, servers
+from lattice_remote.client.agent.acknowledging import Acknowledging
 from lattice_remote.client.agent.caretaker import Caretaker
 from lattice_remote.client.agent.fetching import Fetching
 from lattice_remote.client.agent.frames import call_frame, run_frame
@@ -52,7 +53,6 @@ from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import (
-    Applied,
     Attachment,
     Call,
     Refused,
@@ -113,12 +113,14 @@ class Service:
         self._watcher: asyncio.Task[None] | None = None
         self._caretaker: Caretaker | None = None
         self._care: asyncio.Task[None] | None = None
-        self._acknowledged: tuple[Welcome | None, int] = (None, 0)
+        self._telling: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Begin to follow the project, with the user's stored token before one that a command brought."""
         self._links.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
+        telling = Acknowledging(self._follower, self._link)
+        self._telling = asyncio.get_running_loop().create_task(telling.run())
         self._bringing = asyncio.get_running_loop().create_task(self._fetching.run())
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
@@ -131,7 +133,7 @@ class Service:
 
     async def close(self) -> None:
         """End all connections."""
-        for task in (self._watcher, self._bringing, self._care, self._sending):
+        for task in (self._watcher, self._telling, self._bringing, self._care, self._sending):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -407,7 +409,7 @@ class Service:
     # --- looking after it ---
 
     async def _watch(self) -> None:
-        """Give up a connection that is behind and does not advance; keep what is stored and told of it fresh."""
+        """Give up a connection that is behind and does not advance; keep what is stored of it fresh."""
         advance, advanced_at, stored_at = self._advance(), time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
@@ -432,15 +434,7 @@ class Service:
                 stored_at = now
                 with contextlib.suppress(StorageError):
                     await self._follower.store_age()
-            await self._acknowledge()
             await self._links.drop_idle()
-
-    async def _acknowledge(self) -> None:
-        """Tell the server how far the files are; it informs only, so now and then is enough."""
-        reached = (self._link.welcome, self._follower.state.position.seq)
-        if reached[0] is not None and reached != self._acknowledged:
-            self._acknowledged = reached
-            await self._link.send(Applied(reached[1]))
 
     def summary(self) -> dict[str, Any]:
         """Return the little that the agent's own status says of each cache."""

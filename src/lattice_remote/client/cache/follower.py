@@ -90,6 +90,10 @@ class Follower:
         """What is stored in the cache, as far as this process knows."""
         self.current_at = self.state.current_at
         """When the files were last known to be all that the server has (seconds since 1970)."""
+        self.advanced = asyncio.Event()
+        """Set whenever the files have come to another number."""
+        self.advanced_at: float | None = None
+        """When they did, by the monotonic clock; None when another process saw to it, or before the first time."""
         self.trouble: StorageError | None = None
         """Why the files could not be written, until they can be."""
         self.on_edits: Callable[[Iterable[str]], None] = _nobody
@@ -531,6 +535,9 @@ class Follower:
             raise ConnectionFailed("another process has begun this cache anew")
         self._stored = self.cache.signature(STATE_FILE)
         self.state = found
+        if found.position != here:
+            self.advanced_at = None
+            self.advanced.set()
         is_same = found.position == here and found.away == self.replica.away
         if is_same and set(found.wanted) == self.replica.wanted.keys():
             return []  # only the stored age is new
@@ -552,6 +559,9 @@ class Follower:
         )
 
     def _store(self, state: CacheState) -> None:
+        if state.position != self.state.position:
+            self.advanced_at = time.monotonic()
+            self.advanced.set()
         self.state = state
         self._stored = self.cache.save_state(state)
 

@@ -20,6 +20,7 @@ __all__ = [
     "NewEpoch",
     "Ready",
     "Reconcile",
+    "Report",
     "Settle",
     "Stop",
     "ToServer",
@@ -153,6 +154,24 @@ class HookCall(msgspec.Struct, frozen=True):
     stdin: str
 
 
+class Report(msgspec.Struct, frozen=True):
+    """What came of a request, for the log and the figures. It has nothing of what the caller typed.
+
+    Attributes:
+        command: its words, as ``resource acquire``, or the name of an operation; "" where that was not known.
+        code: of a refusal; "" when it was carried out.
+        status: the exit code of a command, or what an operation came to, as in HTTP.
+        seconds: how long the worker had it, but for the wait until it was durable.
+        again: it had been carried out before, and was answered once more.
+    """
+
+    command: str = ""
+    code: str = ""
+    status: int = 0
+    seconds: float = 0.0
+    again: bool = False
+
+
 class Ready(_Message, frozen=True, tag="ready"):
     """The worker has opened the project. Sent first, and again after ``NewEpoch``.
 
@@ -188,6 +207,9 @@ class Done(_Message, frozen=True, tag="done"):
     oldest: int = 0
     more: bool = False
     """A reconciliation has not come to its end: ask for it again."""
+    report: Report = Report()
+    synced_s: float | None = None
+    """How long the fsync of the journal took, told once for all that became durable with it."""
 
 
 class Failed(_Message, frozen=True, tag="failed"):

@@ -54,6 +54,7 @@ class Outbox:
         self._loop = asyncio.get_running_loop()
         self._frames: deque[bytes] = deque()
         self._bytes = 0  # in _frames; what the transport holds comes on top
+        self._written = 0  # bytes since somebody asked
         self._paused = False
         self._flush_due = False
         self._closed = False
@@ -66,6 +67,11 @@ class Outbox:
     def pending_bytes(self) -> int:
         """Bytes that the client's kernel has not taken yet."""
         return self._bytes + (0 if self._closed else self._transport.get_write_buffer_size())
+
+    def take_written(self) -> int:
+        """Return how many bytes were given to the transport since this was last called."""
+        written, self._written = self._written, 0
+        return written
 
     def push(self, frame: bytes) -> None:
         """Queue one frame, to be written at the end of this loop tick. After the connection's end: nothing."""
@@ -136,12 +142,14 @@ class Outbox:
         size = len(first)
         if not self._frames or size >= _WRITE_BYTES:
             self._bytes -= size
+            self._written += size
             return first
         batch = [first]
         while self._frames and size < _WRITE_BYTES:
             batch.append(self._frames.popleft())
             size += len(batch[-1])
         self._bytes -= size
+        self._written += size
         return b"".join(batch)
 
     def _wake(self) -> None:

@@ -50,7 +50,8 @@ class Follower(Protocol):
 class History:
     """See the module's text. All methods belong to the event loop's thread."""
 
-    def __init__(self, journal: Path) -> None:
+    def __init__(self, journal: Path, committed: Callable[[int], None] = lambda _: None) -> None:
+        """``committed`` is called with the number of each change, as the followers are."""
         self.epoch = ""
         """Its name; "" before the worker was ready for the first time."""
         self.head = 0
@@ -62,6 +63,7 @@ class History:
         self.files: dict[str, Content] = {}
         """The tree at ``head``."""
         self._journal = JournalReader(journal)
+        self._committed = committed
         self._recent = Recent()
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
@@ -147,6 +149,7 @@ class History:
             else:
                 self.files[file.path] = (file.size, file.digest)
         self._recent.append(seq, mark, frame)
+        self._committed(seq)
         for follower in tuple(self._followers):
             follower.change_committed(seq, frame)
         for file in after if self._expected else ():

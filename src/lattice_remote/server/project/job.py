@@ -1,7 +1,9 @@
 """One request to a project's worker, and what is known of its way there and back."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from lattice_remote.server.data.ipc import ToWorker
 from lattice_remote.server.project.history import Follower
@@ -17,6 +19,11 @@ class Job:
     askers: list[Follower] = field(default_factory=list)
     """Who wants the answer; the same request may be asked again on a new connection."""
     submitted_at: float = field(default_factory=time.monotonic)
+    """When it was first asked for, by the monotonic clock: perhaps of a server before this one."""
+    arrived_at: float = field(default_factory=time.monotonic)
+    """When it came here."""
+    told: Callable[[Any], None] | None = None
+    """Is told what came of it, and writes the line in the log; see ``accounts.py``."""
     weight: int = 0
     """Bytes of its arguments and of the files that it carries."""
     suspect: bool = False

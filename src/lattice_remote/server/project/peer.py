@@ -59,6 +59,7 @@ from lattice_remote.server.project.downloads import download
 from lattice_remote.server.project.files import FileSender
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.skew import common_capabilities, dialect, offered_capabilities
+from lattice_remote.server.project.standing import Standing
 
 __all__ = ["HELLO_TIMEOUT_S", "Peer"]
 
@@ -87,8 +88,8 @@ class Peer:
     def __init__(self, connection: Handoff, token: Token, project: Project) -> None:
         self.token = token
         self.project = project
-        self.applied = 0
-        """The last change that the client says to hold; informs only."""
+        self.standing = Standing(project.pace, project.metrics)
+        """How far it is."""
         self._connection = connection
         self._outbox = connection.outbox
         self._limits = connection.visit.limits
@@ -131,13 +132,29 @@ class Peer:
         finally:
             self.project.history.leave(self)
             self.project.forget(self, self._in_flight)
+            self.count_sent()
             _log.info("%s: disconnected", self._name)
+
+    @property
+    def address(self) -> str:
+        """Where it comes from, as far as the door knows."""
+        return self._connection.visit.address
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What it was sent and has not taken yet."""
+        return self._outbox.pending_bytes
+
+    def count_sent(self) -> None:
+        """Count what was sent since this was last called."""
+        self.project.metrics.sent_bytes.inc(self._outbox.take_written())
 
     def end(self, bye: Bye) -> None:
         """Say goodbye and close; what is queued goes first. Idempotent, never waits."""
         if self._ended:
             return
         self._ended = True
+        self.project.metrics.said_goodbye(bye.code)
         _log.info("%s: bye, %s %s", self._name, bye.code, bye.reason)
         self._outbox.push(websocket_frame(encode(bye)))
         self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
@@ -206,6 +223,7 @@ class Peer:
                 used=(project.history.used or "")[:256],
             )
         )
+        self.standing.greeted(hello, start=self._sent, head=project.history.head)
         programs = _programs(hello, project.lattice_version)
         _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
         if self._sent == project.history.head:
@@ -228,7 +246,7 @@ class Peer:
             case Follow():
                 self._ask_to_follow(frame)
             case Applied():
-                self.applied = frame.seq
+                self.standing.acknowledged(frame, sent=self._sent)
             case Hello():
                 raise ProtocolError("Hello comes once")
             case _:
@@ -298,6 +316,7 @@ class Peer:
         return True
 
     def _refuse(self, request_id: str, code: str, message: str) -> None:
+        self.project.accounts.refused_other(code)
         self.answer(request_id, encode(Refused(request_id, code, message)))
 
     # --- what the client is owed ---
@@ -360,6 +379,7 @@ class Peer:
         self._follow = None
         if answer.outcome == "following":
             self._follows, self._sent = True, answer.seq
+            self.standing.follows_from(answer.seq)
             self._live = answer.seq == answer.head
             await self._catch_up()
 

@@ -20,6 +20,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -42,11 +43,14 @@ from lattice_remote.server.data.ipc import (
     ToServer,
     ToWorker,
 )
+from lattice_remote.server.data.metrics import Metrics, ProjectMetrics
 from lattice_remote.server.data.settings import Config
+from lattice_remote.server.project.accounts import Accounts, Told
 from lattice_remote.server.project.history import Follower, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.job import Job
 from lattice_remote.server.project.log import LogReader
+from lattice_remote.server.project.pace import Pace
 from lattice_remote.server.project.pushes import Pushes
 from lattice_remote.server.project.reader import Reader
 from lattice_remote.server.project.turns import Turns
@@ -100,17 +104,24 @@ class Project:
         bounds: Bounds | None = None,
         config: Config | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
+        metrics: ProjectMetrics | None = None,
     ) -> None:
         self.slug = slug
         self.paths = paths
-        self.history = History(paths.journal)
+        self.metrics = metrics or Metrics().of(slug)
+        """What is counted and measured here."""
+        self.accounts = Accounts(slug, self.metrics)
+        """What came of each request."""
+        self.pace = Pace()
+        """When the newest changes were committed."""
+        self.history = History(paths.journal, self._committed)
         """What the followers know, and may ask for."""
         self.log = LogReader(paths)
         """Answers who changed what."""
         config = config or Config()
-        self.uploads = Uploads(paths, config.limits)
+        self.uploads = Uploads(paths, config.limits, self.accounts.refused_other)
         """Content that requests refer to."""
-        self.pushes = Pushes(paths, config, self.uploads, self.submit)
+        self.pushes = Pushes(paths, config, self.uploads, self.submit, self.accounts.refused_other)
         """Whole projects that are to take this one's place."""
         self.reader = Reader(slug, paths, self._settled_state)
         """Reads for those who have no copy."""
@@ -202,6 +213,10 @@ class Project:
         if self._hooks is not None:
             await self._hooks.close()
 
+    def _committed(self, seq: int) -> None:
+        self.pace.committed(seq, time.monotonic())
+        self.metrics.changes.inc()
+
     def _settled_state(self) -> object | None:
         """Return what names the tree at the head while nothing else lies on the disk, None while something may."""
         settled = self._working and not self._outstanding
@@ -209,31 +224,33 @@ class Project:
 
     # --- requests ---
 
-    def submit(self, message: Execute | Invoke | Edit | Adopt, asker: Follower) -> None:
+    def submit(self, message: Execute | Invoke | Edit | Adopt, asker: Follower, told: Told | None = None) -> None:
         """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
 
-        A request that is under way already is joined, not run again (I6).
+        A request that is under way already is joined, not run again (I6). ``told`` is called just before the answer
+        and writes the line in the log; without it, that is done here.
         """
         if self._stopping or self._failure is not None:
             return  # the goodbye on this connection says more
         job = self._jobs.get(message.id)
         if job is not None:
-            self._join(job, message, asker)
+            self._join(job, message, asker, told)
             return
+        refuse = partial(self._refuse, asker, message, told)
         weight = _weight_of(message)
         # Whoever has nothing queued is let in: others' impatience is not to be his trouble.
         crowded = len(self._queue) >= self._bounds.queued and self._queue.has(asker.lane)
         if crowded or self._held_bytes + weight > self._bounds.held_bytes:
-            _refuse(asker, message.id, "REMOTE_BUSY", "the server has too much to do for this project; try again")
+            refuse("REMOTE_BUSY", "the server has too much to do for this project; try again")
             return
         if self._by_token[message.token_id] >= self._bounds.per_token:
-            _refuse(asker, message.id, "REMOTE_BUSY", f"{self._bounds.per_token} requests of this token are under way")
+            refuse("REMOTE_BUSY", f"{self._bounds.per_token} requests of this token are under way")
             return
         if self._held_by_token[message.token_id] + weight > self._bounds.held_bytes_per_token:
             most = self._bounds.held_bytes_per_token >> 20
-            _refuse(asker, message.id, "REMOTE_BUSY", f"requests of {most} MiB of this token are under way; try again")
+            refuse("REMOTE_BUSY", f"requests of {most} MiB of this token are under way; try again")
             return
-        job = Job(message, [asker], weight=weight)
+        job = Job(message, [asker], weight=weight, told=told)
         if message.first_sent_at is not None:  # asked again: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
         self._jobs[message.id] = job
@@ -242,13 +259,30 @@ class Project:
         self._held_bytes += weight
         self._enqueue(job)
 
-    def _join(self, job: Job, message: Execute | Invoke | Edit | Adopt, asker: Follower) -> None:
+    def _join(
+        self,
+        job: Job,
+        message: Execute | Invoke | Edit | Adopt,
+        asker: Follower,
+        told: Told | None,
+    ) -> None:
         running = job.message
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
-            _refuse(asker, message.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+            self._refuse(asker, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif asker not in job.askers:
             job.askers.append(asker)
+
+    def _refuse(
+        self,
+        asker: Follower,
+        message: Execute | Invoke | Edit | Adopt,
+        told: Told | None,
+        code: str,
+        why: str,
+    ) -> None:
+        self.accounts.refused(message, code, told)
+        asker.answer(message.id, encode(Refused(message.id, code, why)))
 
     def _drop(self, request_id: str) -> None:
         if (job := self._jobs.pop(request_id, None)) is not None:
@@ -362,6 +396,8 @@ class Project:
         assert self._outstanding, "the worker answers only what it was sent"
         assert done.id == getattr(self._outstanding[0].message, "id", ""), "the worker answers in order"
         job = self._settled()
+        if done.synced_s is not None:
+            self.metrics.journal_fsync_seconds.observe(done.synced_s)
         if done.change is None:
             self.history.oldest = done.oldest or self.history.oldest
         else:
@@ -389,6 +425,7 @@ class Project:
                     return
                 self._drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
+                self.accounts.settled(job, message, done)
                 if done.change is not None and isinstance(message, Execute | Invoke):
                     self._uploads_used(message)
                 for asker in job.askers:
@@ -396,6 +433,8 @@ class Project:
                 self._waiting.leave(job)
             case Reconcile(paths):
                 self._reconciling = False
+                if done.change is not None:
+                    self.accounts.found(done.seq)
                 if done.more:
                     self.files_touched(None if paths is None else set(paths))
                 else:
@@ -457,6 +496,7 @@ class Project:
         if self._writer_ended.is_set():
             raise StorageError("it ended as soon as it was ready")
         self._working, self._failure = True, None
+        self.metrics.worker_starts.inc()
         _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._writer.pid)
         self._open.set()
         self._reconcile()
@@ -567,7 +607,3 @@ def _weight_of(message: Execute | Invoke | Edit | Adopt) -> int:
         return len(message.text) + len(message.base or b"")
     said = len(message.payload) if isinstance(message, Invoke) else sum(map(len, message.argv))
     return said + sum(len(file.data or b"") for file in message.files)
-
-
-def _refuse(asker: Follower, request_id: str, code: str, message: str) -> None:
-    asker.answer(request_id, encode(Refused(request_id, code, message)))

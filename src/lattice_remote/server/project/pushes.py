@@ -57,7 +57,16 @@ class Pushes:
         submit: gives a request to the project's worker.
     """
 
-    def __init__(self, paths: ProjectPaths, config: Config, uploads: Uploads, submit: Submit) -> None:
+    def __init__(
+        self,
+        paths: ProjectPaths,
+        config: Config,
+        uploads: Uploads,
+        submit: Submit,
+        refused: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """``refused`` is called with the code of each refusal that is not the worker's."""
+        self._refused = refused
         self._paths = paths
         self._config = config
         self._uploads = uploads
@@ -78,7 +87,7 @@ class Pushes:
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
-            _refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+            self._refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif push is not None and push.request is not None:
             self._submit(push.request, asker)
         elif push is not None:
@@ -87,7 +96,7 @@ class Pushes:
             # It may have been carried out before: that, or why not, is the worker's to say.
             self._submit(Adopt(frame.id, token.id, token.actor, first_sent_at=first_sent_at), asker)
         elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
-            _refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
+            self._refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
         else:
             push = self._under_way[frame.id] = _Push(frame, token, [asker])
             push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
@@ -151,7 +160,11 @@ class Pushes:
         del self._under_way[push.frame.id]
         _log.info("%s: a push of %s was refused: %s", self._paths.root.name, push.token.actor, why)
         for asker in push.askers:
-            _refuse(asker, push.frame.id, code, why)
+            self._refuse(asker, push.frame.id, code, why)
+
+    def _refuse(self, asker: Follower, request_id: str, code: str, message: str) -> None:
+        self._refused(code)
+        asker.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
     def _settled(self, push: _Push, place: Path) -> None:
         """The worker has answered: the candidate that did not get its place goes, or the pack of one that did."""
@@ -196,7 +209,3 @@ class _Cleaner:
 
     def end(self, bye: Bye) -> None:
         """Nothing is connected here."""
-
-
-def _refuse(asker: Follower, request_id: str, code: str, message: str) -> None:
-    asker.answer(request_id, encode(Refused(request_id, code, message[:4096])))

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from lattice_remote.errors import Rejected
@@ -31,7 +32,9 @@ _log = logging.getLogger(__name__)
 class Uploads:
     """See the module's text. All methods belong to the event loop's thread; ``close()`` it in the end."""
 
-    def __init__(self, paths: ProjectPaths, limits: Limits) -> None:
+    def __init__(self, paths: ProjectPaths, limits: Limits, refused: Callable[[str], None] = lambda _: None) -> None:
+        """``refused`` is called with the code of each refusal."""
+        self._refused = refused
         self._staging = Staging(paths, limits)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
         self._waiting: Counter[str] = Counter()  # bytes with the thread, by token
@@ -43,19 +46,22 @@ class Uploads:
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN
         if self._closed or waits_too_much or self._waiting.total() + weight > _WAITING_BYTES:
             why = "more is uploaded with this token than the server's disk takes now; try again"
+            self._refused("REMOTE_BUSY")
             asker.answer(frame.id, encode(Refused(frame.id, "REMOTE_BUSY", why)))
             return
         self._waiting[token_id] += weight
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._taken, frame, token_id)
 
-        def answer(done: "asyncio.Future[Uploaded | Refused]") -> None:
+        def finish(done: "asyncio.Future[Uploaded | Refused]") -> None:
             self._waiting[token_id] -= weight
             if not self._waiting[token_id]:
                 del self._waiting[token_id]
             if not done.cancelled():
-                asker.answer(frame.id, encode(done.result()))
+                if isinstance(answer := done.result(), Refused):
+                    self._refused(answer.code)
+                asker.answer(frame.id, encode(answer))
 
-        work.add_done_callback(answer)
+        work.add_done_callback(finish)
 
     def used(self, token_id: str, digest: bytes) -> None:
         """A request has taken this content for good."""

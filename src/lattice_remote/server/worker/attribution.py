@@ -4,16 +4,18 @@ The content of attached files is no part of a command line. What can be in one, 
 struck out: tokens of this server, and passwords in addresses.
 """
 
-import re
 import shlex
 from collections.abc import Collection, Sequence
 
-__all__ = ["describe_call", "describe_command", "describe_edit", "describe_paths"]
+import click
+
+from lattice_remote.server.data.masking import masked
+
+__all__ = ["command_words", "describe_call", "describe_command", "describe_edit", "describe_paths"]
 
 MAX_CHARS = 200
 _MAX_PATHS = 5
 _LOOKED_AT_CHARS = 8 * MAX_CHARS
-_SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)")
 
 
 def describe_command(argv: Sequence[str]) -> str:
@@ -23,12 +25,24 @@ def describe_command(argv: Sequence[str]) -> str:
         line += (" " if line else "") + shlex.quote(argument[:_LOOKED_AT_CHARS])
         if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte; what is cut off need not be looked at
             break
-    return _cut(_without_secrets(line[:_LOOKED_AT_CHARS]))
+    return _cut(masked(line[:_LOOKED_AT_CHARS]))
+
+
+def command_words(cli: click.Group, argv: Sequence[str]) -> str:
+    """Return the words of the command that a line begins with, as ``resource acquire``: no option and no value."""
+    words: list[str] = []
+    command: click.Command | None = cli
+    for word in argv:
+        command = command.commands.get(word) if isinstance(command, click.Group) else None
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)
 
 
 def describe_call(label: str) -> str:
     """Return what is said of an operation of a surface."""
-    return _cut(_without_secrets(label))
+    return _cut(masked(label))
 
 
 def describe_edit(path: str) -> str:
@@ -44,10 +58,6 @@ def describe_paths(paths: Collection[str]) -> str:
         return _cut(f"changed {shown}")
     tail = f", and {more} more"
     return f"changed {shown}"[: MAX_CHARS - len(tail)] + tail
-
-
-def _without_secrets(line: str) -> str:
-    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", line)
 
 
 def _cut(line: str) -> str:

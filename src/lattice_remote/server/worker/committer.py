@@ -9,12 +9,13 @@ import os
 import queue
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
-from lattice_remote.server.data.ipc import Failed, ToServer
+from lattice_remote.server.data.ipc import Done, Failed, ToServer
 from lattice_remote.server.tree.manifest import sync, sync_files
 
 __all__ = ["Committer", "Job"]
@@ -76,13 +77,17 @@ class Committer:
         while not self._jobs.empty():
             batch.append(self._jobs.get())
         jobs = [job for job in batch if job is not None]
-        for descriptor in dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None):
+        began = time.perf_counter()
+        descriptors = dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None)
+        for descriptor in descriptors:
             sync(descriptor)
+        synced_s = time.perf_counter() - began if descriptors else None
         sync_files(dict.fromkeys(path for job in jobs for path in job.paths))
         for job in jobs:
             if job.then is not None:
                 job.then()
-        self._send([job.message for job in jobs if job.message is not None])
+        messages = [job.message for job in jobs if job.message is not None]
+        self._send(messages if synced_s is None else _telling(messages, synced_s))
         return len(jobs) == len(batch)
 
     def _send(self, messages: list[ToServer]) -> None:
@@ -93,3 +98,12 @@ class Committer:
         # The server may be gone; what was committed is on disk, and the main thread is about to notice.
         with contextlib.suppress(OSError):
             self._connection.sendall(buffer)
+
+
+def _telling(messages: list[ToServer], synced_s: float) -> list[ToServer]:
+    """Have the first outcome say how long the fsync took."""
+    for number, message in enumerate(messages):
+        if isinstance(message, Done):
+            told = msgspec.structs.replace(message, synced_s=synced_s)
+            return [*messages[:number], told, *messages[number + 1 :]]
+    return messages

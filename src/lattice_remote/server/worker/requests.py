@@ -6,7 +6,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Refused, Reply, Result, Returned
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.data.datadir import ProjectPaths
@@ -28,7 +27,7 @@ from lattice_remote.server.tree.tree import Difference
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.adoption import decide, is_adopting, require_empty
 from lattice_remote.server.worker.attachments import Attached
-from lattice_remote.server.worker.attribution import describe_call, describe_command
+from lattice_remote.server.worker.attribution import command_words, describe_call, describe_command
 from lattice_remote.server.worker.committer import Committer, Job
 from lattice_remote.server.worker.editing import Editor
 from lattice_remote.server.worker.executor import Executor, Outcome
@@ -98,6 +97,7 @@ class Worker:
         Raises:
             OSError: the storage failed; the process must end.
         """
+        self._store.taken_up(self._name_of(message))
         match message:
             case Execute():
                 self._once(message, self._execute)
@@ -122,6 +122,17 @@ class Worker:
                 return False
         return True
 
+    def _name_of(self, message: ToWorker) -> str:
+        """Return what the log calls a request before it is looked at: nothing that the caller is free to choose."""
+        match message:
+            case Execute():
+                return command_words(self._executor.cli, message.argv)
+            case Edit():
+                return "edit"
+            case Adopt():
+                return "push"
+        return ""
+
     def _once[R: _Request](self, request: R, carry_out: Callable[[R], None]) -> None:
         """Carry out a request unless it was before: then its answer is given again (I6)."""
         known = self._store.journal.find(request.id)
@@ -133,7 +144,7 @@ class Worker:
                 self._answer_again(request, known)
         except Rejected as rejected:
             message = rejected.message[:_MAX_MESSAGE_CHARS]
-            self._store.refuse(request.id, encode(Refused(request.id, rejected.code, message)))
+            self._store.refuse(Refused(request.id, rejected.code, message))
 
     def _require_new(self, request: _Request) -> None:
         """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
@@ -234,6 +245,7 @@ class Worker:
         identity = self._identity(request)
         attach = partial(self._attach, request)
         operation = surface.prepare(Asked(request.name, request.payload, identity, self._lattice_dir, attach))
+        self._store.called(operation.label)
         if request.files and operation.attached is None:
             raise Rejected("a file came with an operation that takes none", code="REMOTE_UNSUPPORTED")
         return operation

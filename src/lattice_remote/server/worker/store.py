@@ -20,9 +20,9 @@ import msgspec
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
-from lattice_remote.protocol.messages import Change, Result
+from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned
 from lattice_remote.protocol.operations import MoveFile, paths_of
-from lattice_remote.server.data.ipc import After, Done, HookCall
+from lattice_remote.server.data.ipc import After, Done, HookCall, Report
 from lattice_remote.server.journal.copied import place_of
 from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.segments import Record, list_beside, remove_segments
@@ -93,6 +93,15 @@ class Store:
         self._capture = capture
         self._committer = committer
         self._boot_id = boot_id
+        self._taken = ("", time.perf_counter())
+
+    def taken_up(self, command: str) -> None:
+        """A request is begun, which the log calls ``command``; what is reported next is what came of it."""
+        self._taken = (command, time.perf_counter())
+
+    def called(self, command: str) -> None:
+        """What was taken up has a better name, now that it is known."""
+        self._taken = (command, self._taken[1])
 
     @contextmanager
     def transaction(self) -> Iterator[Touched]:
@@ -155,7 +164,8 @@ class Store:
             change = _encode_change(seq, mark, cause, difference)
             if len(change) > _MAX_ENCODED_BYTES:
                 raise ChangeTooLarge
-        reply = encode(answer(seq)) if answer is not None else None
+        result = answer(seq) if answer is not None else None
+        reply = encode(result) if result is not None else None
         descriptor = None
         if change is not None or reply is not None:
             id_ = cause.id if reply is not None else ""
@@ -182,6 +192,7 @@ class Store:
             retry_at=waiting.retry_at if waiting else None,
             oldest=self.journal.oldest,
             more=difference.is_partial,
+            report=self._report_of(status=_status_of(result)),
         )
         paths = tuple(map(self.tree.absolute, difference.volatile))
         self._committer.submit(Job(done if report else None, descriptor, paths))
@@ -222,15 +233,19 @@ class Store:
 
     def reply_again(self, request_id: str, record: Record) -> None:
         """Report once more what was answered to a request."""
-        self._report(request_id, record.reply, seq=record.seq)
+        self._tell(request_id, record.reply, record.seq, self._report_of(again=True))
 
-    def refuse(self, request_id: str, refused: bytes) -> None:
+    def refuse(self, refused: Refused) -> None:
         """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
-        self._report(request_id, refused, seq=self.journal.head)
+        self._tell(refused.id, encode(refused), self.journal.head, self._report_of(code=refused.code))
 
-    def _report(self, request_id: str, reply: bytes | None, *, seq: int) -> None:
-        done = Done(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest)
+    def _tell(self, request_id: str, reply: bytes | None, seq: int, report: Report) -> None:
+        done = Done(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest, report=report)
         self._committer.submit(Job(done))
+
+    def _report_of(self, *, code: str = "", status: int = 0, again: bool = False) -> Report:
+        command, since = self._taken
+        return Report(command, code, status, time.perf_counter() - since, again)
 
     # --- the journal's upkeep ---
 
@@ -311,6 +326,15 @@ class Store:
         self._committer.finish()
         self.save_manifest(clean=True)
         self.journal.close()
+
+
+def _status_of(result: Result | None) -> int:
+    match result:
+        case Reply():
+            return result.exit_code
+        case Returned():
+            return result.status
+    return 0
 
 
 def begin_anew(journal: Journal) -> Journal:

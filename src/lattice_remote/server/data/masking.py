@@ -1,0 +1,12 @@
+"""What gives somebody access is struck out of what is kept or logged: tokens of this server, passwords in addresses."""
+
+import re
+
+__all__ = ["masked"]
+
+_SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)")
+
+
+def masked(text: str) -> str:
+    """Return the text without them."""
+    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", text)

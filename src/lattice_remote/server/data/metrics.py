@@ -1,0 +1,85 @@
+"""What a running server counts and measures, for Prometheus; docs/monitoring.md says what each figure means.
+
+Everything is counted where it happens, through the ``ProjectMetrics`` of its project. What can be looked up at any
+moment (queues, clients, heads) is not counted: ``monitoring/gauges.py`` looks it up when somebody asks. Labels are
+bounded: projects, codes, routes; never an address, a token, or anything that a client may choose.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
+
+__all__ = ["Metrics", "ProjectMetrics"]
+
+_BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """All figures of one server, in a registry of its own: two servers in one process share nothing."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry(auto_describe=True)
+        ProcessCollector(registry=self.registry)
+        self.changes = self._counter("changes", "Changes that were numbered and made durable.", "project")
+        self.requests = self._counter(
+            "requests", "Writes that were asked for and settled.", "project", "kind", "outcome"
+        )
+        self.refusals = self._counter("refusals", "Requests that were refused.", "project", "code")
+        self.request_seconds = self._histogram("request", "From a request's arrival to its answer.", "project")
+        self.executor_seconds = self._histogram(
+            "executor", "How long a worker had a request, until its fsync.", "project"
+        )
+        self.journal_fsync_seconds = self._histogram("journal_fsync", "How long an fsync of a journal took.", "project")
+        self.delivery_lag_seconds = self._histogram(
+            "delivery_lag", "From a change's commit to the moment when a client's files held it.", "project"
+        )
+        self.worker_starts = self._counter("worker_starts", "Workers that were started and were ready.", "project")
+        self.sent_bytes = self._counter("sent_bytes", "Bytes written to WebSocket clients, before TLS.", "project")
+        self.connections_refused = self._counter(
+            "connections_refused", "WebSocket connections that were not let in.", "code"
+        )
+        self.goodbyes = self._counter("goodbyes", "WebSocket connections that the server ended.", "project", "code")
+        self.http_requests = self._counter(
+            "http_requests", "HTTP requests that were answered.", "method", "route", "status"
+        )
+        self.http_seconds = self._histogram("http_request", "How long HTTP requests took, streams apart.", "route")
+        self.http_sent_bytes = self._counter("http_sent_bytes", "Bytes of bodies sent over HTTP.", "route")
+        self._projects: dict[str, ProjectMetrics] = {}
+
+    def of(self, slug: str) -> "ProjectMetrics":
+        """Return the figures of one project, which go on when it is closed and opened again."""
+        if slug not in self._projects:
+            self._projects[slug] = ProjectMetrics(self, slug)
+        return self._projects[slug]
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"lattice_remote_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, *labels: str) -> Histogram:
+        return Histogram(f"lattice_remote_{name}_seconds", text, labels, registry=self.registry, buckets=_BUCKETS_S)
+
+
+class ProjectMetrics:
+    """The figures of one project."""
+
+    def __init__(self, metrics: Metrics, slug: str) -> None:
+        self._metrics = metrics
+        self._slug = slug
+        self.changes = metrics.changes.labels(slug)
+        self.request_seconds = metrics.request_seconds.labels(slug)
+        self.executor_seconds = metrics.executor_seconds.labels(slug)
+        self.journal_fsync_seconds = metrics.journal_fsync_seconds.labels(slug)
+        self.delivery_lag_seconds = metrics.delivery_lag_seconds.labels(slug)
+        self.worker_starts = metrics.worker_starts.labels(slug)
+        self.sent_bytes = metrics.sent_bytes.labels(slug)
+
+    def settled(self, kind: str, outcome: str) -> None:
+        """Count a write that was asked for: what it was, and what came of it."""
+        self._metrics.requests.labels(self._slug, kind, outcome).inc()
+
+    def refused(self, code: str) -> None:
+        """Count a request that was refused, a write or not."""
+        self._metrics.refusals.labels(self._slug, code).inc()
+
+    def said_goodbye(self, code: str) -> None:
+        """Count a client that was sent away."""
+        self._metrics.goodbyes.labels(self._slug, code).inc()

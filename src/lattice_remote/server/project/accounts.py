@@ -1,0 +1,126 @@
+"""What came of a request that was to write: counted, and one line in the log, with the number of its change.
+
+Of what the caller typed the line has the command's words and nothing else.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lattice_remote.server.data.ipc import Adopt, Done, Edit, Execute, Invoke, Report, Settle
+from lattice_remote.server.data.metrics import ProjectMetrics
+from lattice_remote.server.project.job import Job
+
+__all__ = ["Account", "Accounts", "Told"]
+
+_FAILED = 400
+"""From this status on an operation did not succeed."""
+_KINDS = {Execute: "command", Invoke: "call", Edit: "edit", Adopt: "push", Settle: "command"}
+
+_log = logging.getLogger("lattice_remote.requests")
+
+Asked = Execute | Invoke | Edit | Adopt | Settle
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What came of one request.
+
+    Attributes:
+        command: its words, as ``resource acquire``; "" where that is not known.
+        outcome: ``done``, ``failed`` (lattice said no), ``again`` (it was done before) or ``refused``.
+        code: of a refusal, else "".
+        status: the exit code, or of an operation its status.
+        seq: the number of its change, None when it made none.
+        ms: from its arrival to its answer.
+    """
+
+    project: str
+    actor: str
+    token_id: str
+    command: str
+    outcome: str
+    code: str
+    status: int
+    seq: int | None
+    ms: float
+
+    def log(self) -> None:
+        """Write its line."""
+        fields = {
+            "project": self.project,
+            "actor": self.actor,
+            "token": self.token_id,
+            "command": self.command,
+            "outcome": self.outcome,
+            "code": self.code or None,
+            "status": self.status,
+            "seq": self.seq,
+            "ms": self.ms,
+        }
+        who = f"{self.actor} ({self.token_id})" if self.token_id else self.actor
+        what = self.command or "a request"
+        came = self.code or (f"status {self.status}" if self.status else self.outcome)
+        number = f", change {self.seq}" if self.seq is not None else ""
+        text = "%s: %s: %s: %s%s, %g ms"
+        _log.info(text, self.project, who, what, came, number, self.ms, extra={"fields": fields})
+
+
+Told = Callable[[Account], None]
+"""Takes the account of a request and writes the line itself, as whoever serves an HTTP request does."""
+
+
+class Accounts:
+    """Keeps the accounts of one project."""
+
+    def __init__(self, project: str, metrics: ProjectMetrics) -> None:
+        self._project = project
+        self._metrics = metrics
+
+    def settled(self, job: Job, message: Asked, done: Done) -> None:
+        """A request that the worker had is answered."""
+        report = done.report
+        is_first = not (report.again or report.code)
+        if is_first:
+            self._metrics.executor_seconds.observe(report.seconds)
+        if is_first and job.resource is None:  # what waited for a resource says nothing of the server
+            self._metrics.request_seconds.observe(time.monotonic() - job.arrived_at)
+        self._add(message, report, done.seq if done.change is not None else None, job.arrived_at, job.told)
+
+    def refused(self, message: Asked, code: str, told: Told | None = None) -> None:
+        """A request is refused before the worker had it."""
+        self._add(message, Report(code=code), None, time.monotonic(), told)
+
+    def found(self, seq: int) -> None:
+        """Nobody asked for a change: files were changed by other hands."""
+        fields = {"project": self._project, "actor": "server", "command": "", "outcome": "found", "seq": seq}
+        _log.info("%s: files were changed by other hands, change %d", self._project, seq, extra={"fields": fields})
+
+    def refused_other(self, code: str) -> None:
+        """What was refused is no write, or was never taken for one."""
+        self._metrics.refused(code)
+
+    def _add(self, message: Asked, report: Report, seq: int | None, since: float, told: Told | None) -> None:
+        outcome = _outcome_of(message, report)
+        self._metrics.settled(_KINDS[type(message)], outcome)
+        if report.code:
+            self._metrics.refused(report.code)
+        actor = "" if isinstance(message, Settle) else message.actor
+        ms = round((time.monotonic() - since) * 1000, 1)
+        account = Account(
+            *(self._project, actor, message.token_id, report.command, outcome, report.code, report.status, seq, ms)
+        )
+        if told is None:
+            account.log()
+        else:
+            told(account)
+
+
+def _outcome_of(message: Asked, report: Report) -> str:
+    if report.code:
+        return "refused"
+    if report.again:
+        return "again"
+    failed = report.status >= _FAILED if isinstance(message, Invoke) else report.status != 0
+    return "failed" if failed else "done"
