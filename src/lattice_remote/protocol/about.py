@@ -9,7 +9,7 @@ from typing import Any
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, PutFile, paths_of
 
-__all__ = ["About", "about", "tasks_in"]
+__all__ = ["About", "about", "is_log", "snapshot_of", "tasks_in", "texts_of"]
 
 _TASK = r"task_[0-9A-HJKMNP-TV-Z]{26}"
 _TASK_FILE = re.compile(rf"(?:archive/)?(?:tasks|events|plans|notes)/({_TASK})\.[a-z]+")
@@ -48,18 +48,38 @@ def tasks_in(paths: Iterable[str]) -> list[str]:
     return sorted({found[1] for path in paths if (found := _TASK_FILE.fullmatch(path))})
 
 
+def is_log(path: str) -> bool:
+    """Tell whether this is the event log of a task or of a resource."""
+    return _LOG.fullmatch(path) is not None
+
+
+def snapshot_of(path: str) -> str | None:
+    """Return the id of the task whose snapshot this file is, archived or not; None when it is no snapshot."""
+    match = _SNAPSHOT.fullmatch(path)
+    return match[1] if match else None
+
+
+def texts_of(change: Change) -> list[tuple[str, str, str]]:
+    """Return path, ``plans`` or ``notes``, and task of each text that a change writes or removes, in its order.
+
+    A text that goes to the archive with its task is not written.
+    """
+    paths = dict.fromkeys(_written(change))
+    return [(path, match[1], match[2]) for path in paths if (match := _TEXT.fullmatch(path))]
+
+
 def about(change: Change) -> About:
     """Return what a change is about. Never raises: what is no JSON, or not as lattice writes it, is left out."""
     paths = [path for operation in change.ops for path in paths_of(operation)]
     found = About(tasks=tasks_in(paths))
     found.resources = sorted({match[1] for path in paths if (match := _RESOURCE.fullmatch(path))})
     found.sessions = sorted({match[1] for path in paths if (match := _SESSION.fullmatch(path))})
-    texts = {match.groups() for path in _written(change) if (match := _TEXT.fullmatch(path))}
+    texts = {(kind, task) for _, kind, task in texts_of(change)}
     found.plans = sorted(task for kind, task in texts if kind == "plans")
     found.notes = sorted(task for kind, task in texts if kind == "notes")
     found.snapshots = dict(_snapshots(change))
     for operation in change.ops:
-        if not _LOG.fullmatch(operation.path):
+        if not is_log(operation.path):
             continue
         match operation:
             case AppendBytes():
@@ -80,9 +100,9 @@ def _written(change: Change) -> Iterable[str]:
 
 def _snapshots(change: Change) -> Iterable[tuple[str, Mapping[str, Any]]]:
     for operation in change.ops:
-        match = _SNAPSHOT.fullmatch(operation.path)
-        if match and isinstance(operation, PutFile):
-            yield from ((match[1], snapshot) for snapshot in _events(operation.data, whole=True))
+        task = snapshot_of(operation.path)
+        if task and isinstance(operation, PutFile):
+            yield from ((task, snapshot) for snapshot in _events(operation.data, whole=True))
 
 
 def _events(data: bytes, *, whole: bool = False) -> list[dict[str, Any]]:

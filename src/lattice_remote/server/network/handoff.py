@@ -8,6 +8,8 @@ docs/decisions/0010). What is relied on beyond their documentation, checked by t
 - uvicorn makes ``ws_protocol_class`` with ``config, server_state, app_state``, replays the request's bytes into it
   as one ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and
   calls ``shutdown()`` on what is left of them when it stops.
+- What its ``send()`` is given is with the transport when it returns, so that whole chunks may be written to that
+  between the head of an answer and its end; ``flow.write_paused`` says whether the transport wants no more.
 - uvicorn says ``send_400_response()`` to what is not HTTP, and gives a copy of ``app_state`` to each request.
 - websockets' ``serve()`` makes a usable ``Server`` without binding a port; a connection asks its ``is_serving()``.
 - ``ServerProtocol.max_message_size`` may change between messages.
@@ -77,10 +79,47 @@ class PlainHttp(H11Protocol):
         *,
         visit: Visit,
     ) -> None:
-        super().__init__(config, server_state, {**app_state, "visit": visit})
+        super().__init__(config, server_state, {**app_state, "visit": visit, "http": self})
         self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), visit=visit))
         self._visit = visit
         self._deadline: asyncio.TimerHandle | None = None
+        self._streamed: tuple[Outbox, Callable[[], None]] | None = None
+
+    def stream(self, name: str, lost: Callable[[], None], *, max_bytes: int) -> Outbox:
+        """Return the way to write the body of the answer whose head was sent: past uvicorn, and bounded (I10).
+
+        Pushed are whole chunks, or any bytes to a client of HTTP/1.0. When there is no more, call ``end_stream()``,
+        then end the answer as ever; it is the last of its connection. ``lost`` is called when that is gone before.
+        """
+        outbox = Outbox(self.transport, name, max_bytes=max_bytes)
+        self._streamed = outbox, lost
+        if self.flow.write_paused:
+            outbox.pause()
+        if self.transport.is_closing():
+            self._stream_lost()
+        return outbox
+
+    def end_stream(self) -> None:
+        """Hand over what is queued, and abort the connection if the client does not take it in time."""
+        if self._streamed is not None:
+            self._streamed[0].finish()
+            self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+
+    def _stream_lost(self) -> None:
+        if self._streamed is not None:
+            outbox, lost = self._streamed
+            outbox.close()
+            lost()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._streamed is not None:
+            self._streamed[0].pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._streamed is not None:
+            self._streamed[0].resume()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -112,6 +151,7 @@ class PlainHttp(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._visit.leave()
         self._head_received()
+        self._stream_lost()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:

@@ -8,6 +8,7 @@
     policy     what lattice's own dashboard page may do in a browser
     asking     a write: asked of the project's worker like a command of a client, and its answer
     answers    what is said in JSON, and with which status
+    events/    what is done in a project, as it happens
     listing    the projects that somebody may see
     health     how the server is
 

@@ -22,6 +22,8 @@ from lattice_remote.server.web import health, listing
 from lattice_remote.server.web.answers import TurnedAway, failed, refused
 from lattice_remote.server.web.bodies import ending_where_unread, refused_body
 from lattice_remote.server.web.cookie import Cookies
+from lattice_remote.server.web.events import stream
+from lattice_remote.server.web.events.feed import Feeds
 from lattice_remote.server.web.gate import guest
 from lattice_remote.server.web.headers import with_headers
 from lattice_remote.server.web.rest import tasks
@@ -33,10 +35,11 @@ _log = logging.getLogger(__name__)
 
 def http_app(hub: Hub) -> ASGIApp:
     """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
-    routes = [*health.routes, *listing.routes, Route("/projects/{slug}", _describe), *tasks.routes]
+    routes = [*health.routes, *listing.routes, Route("/projects/{slug}", _describe), *tasks.routes, *stream.routes]
     handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub
+    app.state.feeds = Feeds()
     app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
     return with_headers(_past_the_door(ending_where_unread(app)))
 

@@ -1,0 +1,182 @@
+"""One client that listens to a project: where it begins, what it missed, then every change until it leaves or is cut.
+
+    catching up --it was sent all that the feed has told--> live --goodbye, cut, or gone--> over
+
+Its bytes go past uvicorn into an outbox (``PlainHttp.stream``), as those of a WebSocket client do: nobody waits for it,
+and it is cut when it takes nothing for 10 s, or has more than ``_MAX_PENDING_BYTES`` to take.
+"""
+
+import asyncio
+from http import HTTPStatus
+
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from lattice_remote.livepage import RETRY_MS
+from lattice_remote.logtext import printable
+from lattice_remote.protocol.messages import Bye
+from lattice_remote.server.network.handoff import PlainHttp
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.web.answers import TurnedAway
+from lattice_remote.server.web.events.feed import Feeds, Told, chunk, goodbye
+from lattice_remote.server.web.events.telling import Position, block
+from lattice_remote.server.web.gate import Guest, guest
+
+__all__ = ["routes"]
+
+_MAX_PENDING_BYTES = 4 * 1024 * 1024
+_HEADERS = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx passes each event on as it comes
+    (b"connection", b"close"),  # what was written past uvicorn's own bookkeeping is the last of its connection
+]
+
+
+class _Stream:
+    """The client's side of a feed; ``run()`` it once."""
+
+    def __init__(self, http: PlainHttp, visitor: Guest, feeds: Feeds, *, is_chunked: bool) -> None:
+        self._http = http
+        self._is_chunked = is_chunked
+        self._project = visitor.project
+        self._feeds = feeds
+        self._over = asyncio.Event()
+        token = visitor.login.token
+        name = f"{visitor.project.slug}: events for {token.actor} ({token.id})"
+        self._outbox = http.stream(name, self._over.set, max_bytes=_MAX_PENDING_BYTES)
+        self._sent = 0  # the last change that was queued for it, all of it or what it had not had before
+        self._had = 0  # how many events of the change after that it has had on another connection
+
+    async def run(self, asked: Position | None) -> None:
+        """Tell it everything after this position, None for the head, until it is over."""
+        self._feed = self._feeds.join(self._project, self)
+        if self._project.failure is not None or self._project.stopping:  # since it was let in
+            self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
+        self._begin(asked)
+        catching_up = asyncio.create_task(self._catch_up())
+        try:
+            await self._over.wait()
+        finally:
+            catching_up.cancel()
+            self._feeds.leave(self._feed, self)
+
+    def _begin(self, asked: Position | None) -> None:
+        """Say where it begins: where it wants to, or at the head."""
+        history = self._project.history
+        if asked is None:
+            asked = Position(history.epoch, history.head)
+        elif why := self._not_to_be_had(asked):
+            self._reset(why)
+            return
+        self._sent, self._had = asked.whole, asked.events or 0
+        here = Position(history.epoch, asked.seq, asked.events)
+        self._push(f"retry: {RETRY_MS}\nid: {here}\n\n".encode())
+
+    def _not_to_be_had(self, asked: Position) -> str:
+        history = self._project.history
+        if asked.epoch not in ("", history.epoch):
+            return "epoch"
+        if asked.seq > history.head:
+            return "ahead"
+        return "" if asked.whole == history.head or asked.whole + 1 >= history.oldest else "expired"
+
+    def _reset(self, why: str) -> None:
+        """Say that what it asks for is not to be had, and go on from the head."""
+        history = self._project.history
+        self._sent, self._had = history.head, 0
+        here = Position(history.epoch, history.head)
+        data = {"reason": why, "epoch": history.epoch, "seq": history.head}
+        self._push(f"retry: {RETRY_MS}\n".encode() + block("reset", here, data))
+
+    async def _catch_up(self) -> None:
+        """Send what it missed, at its pace; go live in the tick in which it has what the others have."""
+        try:
+            while self._sent < self._feed.position:
+                batch = await self._project.history.changes_after(self._sent)
+                if not batch and self._sent < self._feed.position:
+                    self._reset("expired")  # while it was catching up
+                for seq, frame in batch:
+                    self.tell(await self._feed.told(seq, frame))
+                    await self._outbox.room()
+        except Exception as error:  # noqa: BLE001 - it comes back, and says where it was
+            self.end(goodbye(self._project, error))
+        else:
+            self._feed.live.add(self)
+
+    # --- as a listener ---
+
+    def tell(self, told: Told) -> None:
+        """Queue a change, or what it has not had of it."""
+        if told.seq <= self._sent:
+            return
+        assert told.seq == self._sent + 1, "a live listener was told every change up to the feed's position"
+        self._sent = told.seq
+        if self._had:
+            self._push(b"".join(told.events[self._had :]))
+            self._had = 0
+        elif self._is_chunked:
+            self._outbox.push(told.chunk)
+        else:
+            self._outbox.push(told.text)
+
+    def keep_alive(self, comment: bytes) -> None:
+        """Queue a comment."""
+        self._push(comment)
+
+    def end(self, bye: Bye) -> None:
+        """Say why in a comment, hand over what is queued, and end the answer. Idempotent, never waits."""
+        if not self._over.is_set():
+            self._push(f": {printable(bye.code)} {printable(bye.reason)}\n\n".encode())
+            self._http.end_stream()
+            self._over.set()
+
+    def _push(self, data: bytes) -> None:
+        self._outbox.push(chunk(data) if self._is_chunked else data)
+
+
+class _Answer:
+    """The answer to a request for a stream, as ASGI has it."""
+
+    def __init__(self, visitor: Guest, asked: Position | None, feeds: Feeds) -> None:
+        self._visitor, self._asked, self._feeds = visitor, asked, feeds
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": list(_HEADERS)})
+        if scope["method"] != "HEAD":
+            http: PlainHttp = scope["state"]["http"]
+            # Where the client speaks HTTP/1.0 the body is what comes until the end, as uvicorn has told it.
+            stream = _Stream(http, self._visitor, self._feeds, is_chunked=scope["http_version"] != "1.0")
+            with self._visitor.hub.staying(self._visitor.login, stream.end):
+                await stream.run(self._asked)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _events(request: Request) -> _Answer:
+    feeds: Feeds = request.app.state.feeds
+    return _Answer(await guest(request), _asked_position(request), feeds)
+
+
+def _asked_position(request: Request) -> Position | None:
+    """Return where to go on: a browser that comes back says it with a header, at the same address as before.
+
+    What is no position is one that this server does not know: a browser would not ask again after an error.
+
+    Raises:
+        TurnedAway: ``?since=`` is none.
+    """
+    nowhere = Position("-", 0)  # of an epoch that never was
+    if last := request.headers.getlist("Last-Event-ID"):
+        return (Position.parse(last[0]) if len(last) == 1 else None) or nowhere
+    since = request.query_params.getlist("since")
+    if not since:
+        return None
+    position = Position.parse(since[0]) if len(since) == 1 else None
+    if position is None:
+        why = "?since= takes the id of an event, or the number of a change, once"
+        raise TurnedAway(Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, "REMOTE_INVALID", why))
+    return position
+
+
+routes = [Route("/projects/{slug}/events/stream", _events, methods=["GET"])]
