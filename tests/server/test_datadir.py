@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.data.datadir import DataDir, default_location, write_atomically
+from lattice_remote.server.data.datadir import DataDir, administered, default_location, write_atomically
 from lattice_remote.server.hub import Hub
 
 
@@ -35,6 +35,19 @@ def test_creating_it_twice_is_refused(data: DataDir) -> None:
 def test_a_directory_that_was_never_made_names_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match=f"lattice-remote init {tmp_path}"):
         DataDir(tmp_path).config()
+
+
+def test_root_leaves_nothing_in_a_directory_of_somebody_else(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() == 0:
+        assert administered(data.path).path == data.path, "root's own"
+        os.chown(data.path, 54321, -1)
+        expected = "sudo -u '#54321'"
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 0)
+        expected = "sudo -u "
+    with pytest.raises(Misuse, match=expected):
+        administered(data.path)
+    assert administered(data.path / "new").path == data.path / "new"
 
 
 @pytest.mark.parametrize("name", [".", "config.json", "tokens.json", "projects"])

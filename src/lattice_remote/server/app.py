@@ -21,6 +21,7 @@ from lattice_remote.server.network.acceptor import Acceptor
 from lattice_remote.server.network.addresses import is_loopback
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.handoff import PlainHttp, handoff_class, websocket_server
+from lattice_remote.server.network.service_manager import ServiceManager
 from lattice_remote.server.network.tls import Certificate
 from lattice_remote.server.web.app import http_app
 
@@ -68,11 +69,12 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
         Misuse: a setting, the certificate or its key is not what it must be.
         StorageError: ``tokens.json`` cannot be read.
     """
+    manager = ServiceManager.from_environment()
     certificate = _certificate(config, data.path)
     _warn_of_plain_text(config, listener)
     _allow_many_connections()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(data, config, certificate, listener))
+        runner.run(_serve(data, config, certificate, manager, listener))
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:
@@ -112,13 +114,17 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _serve(data: DataDir, config: Config, certificate: Certificate | None, listener: socket.socket) -> None:
+async def _serve(
+    data: DataDir, config: Config, certificate: Certificate | None, manager: ServiceManager, listener: socket.socket
+) -> None:
     hub = Hub(data, config=config)
     hub.start()
-    await make_server(hub, certificate).serve(sockets=[listener])
+    await make_server(hub, certificate, manager).serve(sockets=[listener])
 
 
-def make_server(hub: Hub, certificate: Certificate | None = None) -> uvicorn.Server:
+def make_server(
+    hub: Hub, certificate: Certificate | None = None, manager: ServiceManager | None = None
+) -> uvicorn.Server:
     """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end."""
     sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
     config = uvicorn.Config(
@@ -133,16 +139,19 @@ def make_server(hub: Hub, certificate: Certificate | None = None) -> uvicorn.Ser
         backlog=_BACKLOG,
         timeout_graceful_shutdown=1,
     )
-    return _Server(config, hub, certificate)
+    return _Server(config, hub, certificate, manager or ServiceManager())
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with our words at its start, our way of accepting, and our order at its end."""
 
-    def __init__(self, config: uvicorn.Config, hub: Hub, certificate: Certificate | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, hub: Hub, certificate: Certificate | None, manager: ServiceManager
+    ) -> None:
         super().__init__(config)
         self._hub = hub
         self._certificate = certificate
+        self._manager = manager
         self._upkeep: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -162,6 +171,7 @@ class _Server(uvicorn.Server):
         shown = f"[{host}]" if ":" in host else host
         scheme = "http" if context is None else "https"
         print(f"Listening on {scheme}://{shown}:{port}", flush=True)  # noqa: T201 - the one line of its output
+        self._manager.serving()
 
     def _make_protocol(self, visit: Visit) -> asyncio.Protocol:
         return PlainHttp(self.config, self.server_state, self.lifespan.state, visit=visit)
@@ -174,6 +184,7 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left."""
         _log.info("stopping")
+        self._manager.stopping()
         if self._upkeep is not None:
             self._upkeep.cancel()
         for server in self.servers:

@@ -17,7 +17,7 @@ import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.logtext import as_lines, as_records
 from lattice_remote.server.admin import commands as admin
-from lattice_remote.server.data.datadir import DataDir, default_location
+from lattice_remote.server.data.datadir import DataDir, administered
 from lattice_remote.server.data.expiry import duration, expiry, shown
 from lattice_remote.server.data.lastuse import read_last_uses
 from lattice_remote.server.data.loglines import log_to_stderr
@@ -77,8 +77,7 @@ def _common(
 
 def _data(context: typer.Context, after: Path | None) -> DataDir:
     """Return the data directory: named after the subcommand, before it, or the default one."""
-    named = after or context.find_root().obj
-    return DataDir(named or default_location())
+    return administered(after or context.find_root().obj)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from lattice_remote.logtext import printable
 from lattice_remote.server.admin.exporting import export_project
 from lattice_remote.server.admin.importing import import_project
 from lattice_remote.server.admin.moving import archive_project, delete_project, rename_project, unarchive_project
-from lattice_remote.server.data.datadir import DataDir, default_location
+from lattice_remote.server.data.datadir import DataDir, administered
 
 __all__ = ["app", "projects"]
 
@@ -26,7 +26,7 @@ Slug = Annotated[str, typer.Argument(help="The project.")]
 
 
 def _data(context: typer.Context, after: Path | None) -> DataDir:
-    return DataDir(after or context.find_root().obj or default_location())
+    return administered(after or context.find_root().obj)
 
 
 @app.command("import")

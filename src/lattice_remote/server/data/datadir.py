@@ -24,8 +24,10 @@ import contextlib
 import hashlib
 import io
 import os
+import pwd
 import re
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -37,7 +39,7 @@ from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.data.locks import LockedElsewhere, lock
 from lattice_remote.server.data.settings import Config
 
-__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "default_location", "write_atomically"]
+__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "administered", "default_location", "write_atomically"]
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -247,6 +249,24 @@ def _is_project(directory: Path, slug: str) -> bool:
 class _LatticeConfig(msgspec.Struct):
     project_code: str | None = None
     project_name: str | None = None
+
+
+def administered(named: Path | None) -> DataDir:
+    """Return the data directory that a command is to work on: the one that was named, or the default one.
+
+    Raises:
+        Misuse: root asks, and it is somebody else's, whose server could not read what root writes there.
+    """
+    path = named or default_location()
+    if os.geteuid() == 0 and path.exists() and (owner := path.stat().st_uid) != 0:
+        try:
+            name = pwd.getpwuid(owner).pw_name
+        except KeyError:  # nobody of this machine: a container's, say
+            name = f"#{owner}"
+        raise Misuse(
+            f"{path} belongs to {name}, and so must all that is in it; begin with: sudo -u {shlex.quote(name)}"
+        )
+    return DataDir(path)
 
 
 def default_location() -> Path:
