@@ -263,6 +263,16 @@ async def test_closed_streams_are_no_trouble(server: FakeServer, root: Path, clo
     assert process.returncode == 0 and b"Traceback" not in out + err
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+async def test_a_notice_that_nobody_can_see_is_no_trouble(server: FakeServer, root: Path, closed: str) -> None:
+    await add(server, root)
+    await server.stop()
+    line = shlex.join(LATTICE) + f" list {closed}"
+    process = await asyncio.create_subprocess_shell(line, cwd=root, stdout=-1, stderr=-1)
+    out, err = await process.communicate()
+    assert process.returncode == 0 and b"Traceback" not in out + err
+
+
 # --- the other subcommands ---
 
 
