@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -120,8 +121,8 @@ class Side:
         return status, said
 
     def said(self, text: str) -> str:
-        """Return an answer without what differs by nature, and without the script that the page brings along."""
-        return self.normalise(text.replace('\n<script src="remote/live.js"></script>', ""))
+        """Return an answer without what differs by nature, and without what is added to the page."""
+        return self.normalise(re.sub(r'\n<(?:link|script)[^>]* (?:href|src)="remote/.*', "", text))
 
 
 class Both(NamedTuple):

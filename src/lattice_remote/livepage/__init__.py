@@ -1,40 +1,81 @@
-"""Lattice's dashboard page, kept up to date by whoever serves it: a script for the page, and the events it listens to.
+"""Lattice's dashboard page, kept up to date by whoever serves it: scripts for the page, and the events they listen to.
 
-The script (``live.js``) is asked for as ``remote/live.js`` and listens to ``remote/events``, both relative to the page,
-so that it does not matter under which path the page lies. Without the events the page does what it always did: it asks
-every five seconds. No I/O here but reading the script.
+    requests.js    the page's own paths, below whatever path the page lies; and what came of its requests
+    redraw.js      when the page is drawn anew, and what stays as it is
+    indicator.js   says in a word whether what is shown is up to date
+    live.js        listens to the events
+    editor.js      plan and notes, edited in the page where no editor can be started (the hosted page only)
+
+They are asked for as one, ``remote/live.js``, with ``remote/live.css``, and listen to ``remote/events``: all relative
+to the page, so that it does not matter under which path that lies. Without the events the page does what it always did:
+it asks every five seconds. No I/O here but reading the scripts.
 """
 
 import json
+import re
+from functools import cache
 from importlib.resources import files
 
-__all__ = ["EVENTS", "KEEP_ALIVE", "RETRY_MS", "SCRIPT", "event", "script", "with_script"]
+__all__ = [
+    "EVENTS",
+    "KEEP_ALIVE",
+    "RETRY_MS",
+    "SCRIPT",
+    "STYLE",
+    "event",
+    "script",
+    "style",
+    "with_relative_paths",
+    "with_script",
+]
 
 SCRIPT = "remote/live.js"
+STYLE = "remote/live.css"
 EVENTS = "remote/events"
 """Where the page finds them, relative to itself."""
 RETRY_MS = 1000
 """A browser that has lost the events asks again after this time."""
 KEEP_ALIVE = b": still here\n\n"
-"""A comment: tells both sides that the other is there. Send one after some seconds of silence."""
+"""A comment, for streams whose listeners need no more than that the connection is used."""
 
-_HEAD = b"<head>"
+_PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js")
+_EDITOR = "editor.js"
+_HEAD = re.compile(rb"<head\b[^>]*>", re.IGNORECASE)
+_ABSOLUTE = re.compile(rb"""(\s(?:src|href|action)\s*=\s*["'])/(?!/)""", re.IGNORECASE)
 
 
 def with_script(page: bytes) -> bytes:
     """Return the page with the script before everything else that it runs; as it is if it has no head."""
-    return page.replace(_HEAD, _HEAD + f'\n<script src="{SCRIPT}"></script>'.encode(), 1)
+    added = f'\n<link rel="stylesheet" href="{STYLE}">\n<script src="{SCRIPT}"></script>'.encode()
+    return _HEAD.sub(lambda head: head[0] + added, page, count=1)
 
 
-def script() -> bytes:
-    """Return the script's text."""
-    return files(__package__).joinpath("live.js").read_bytes()
+def with_relative_paths(page: bytes) -> bytes:
+    """Return the page such that what it names from the root of its server is below the page's own path."""
+    return _ABSOLUTE.sub(rb"\1", page)
+
+
+@cache
+def script(*, editor: bool = False) -> bytes:
+    """Return the script's text; with ``editor`` the page edits plans and notes itself."""
+    return b"\n".join(_read(part) for part in (*_PARTS, *([_EDITOR] if editor else [])))
+
+
+@cache
+def style() -> bytes:
+    """Return the style sheet's text."""
+    return _read("live.css")
 
 
 def event(version: str, trouble: str = "") -> bytes:
     """Return one event of a stream: the board is at ``version`` (any text that differs after each change).
 
-    ``trouble`` is one line for people on why the board may be older than it should be.
+    ``trouble`` is one line for people on why the board may be older than it should be. Send the same again after some
+    seconds of silence: the page takes a stream that says nothing to be dead.
     """
     data = json.dumps({"version": version, "trouble": trouble})
     return f"retry: {RETRY_MS}\ndata: {data}\n\n".encode()
+
+
+def _read(name: str) -> bytes:
+    return files(__package__).joinpath(name).read_bytes()

@@ -103,6 +103,8 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
                 return
             if path == f"/{livepage.SCRIPT}":
                 self._send(200, "application/javascript", livepage.script())
+            elif path == f"/{livepage.STYLE}":
+                self._send(200, "text/css", livepage.style())
             elif path == f"/{livepage.EVENTS}":
                 self._stream()
             else:
@@ -197,7 +199,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             known = None
             with self.server.pulse as pulse:
                 while (state := pulse.wait(known, _KEEP_ALIVE_S)) is not None:
-                    self.wfile.write(livepage.KEEP_ALIVE if state == known else livepage.event(*state))
+                    self.wfile.write(livepage.event(*state))
                     known = state
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own word

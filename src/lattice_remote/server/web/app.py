@@ -20,6 +20,7 @@ from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.web import health, listing
 from lattice_remote.server.web.answers import TurnedAway, failed, refused
+from lattice_remote.server.web.board import page as board
 from lattice_remote.server.web.bodies import ending_where_unread, refused_body
 from lattice_remote.server.web.cookie import Cookies
 from lattice_remote.server.web.events import stream
@@ -35,7 +36,14 @@ _log = logging.getLogger(__name__)
 
 def http_app(hub: Hub) -> ASGIApp:
     """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
-    routes = [*health.routes, *listing.routes, Route("/projects/{slug}", _describe), *tasks.routes, *stream.routes]
+routes = [
+        *health.routes,
+        *listing.routes,
+        Route("/projects/{slug}", _describe),
+        *tasks.routes,
+        *stream.routes,
+        *board.routes,
+    ]
     handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub

@@ -55,8 +55,11 @@ def _prepare(project: Path) -> Reads:
     code = code_directories(project)
     os.chdir("/")
     executor = Executor(project, lazy=False)
+    import lattice.dashboard.git_reader
     import lattice.dashboard.server  # now: while it is watched nothing new is loaded
 
+    # A project on a server is in no repository of its users; whatever lies around the data directory is not theirs.
+    lattice.dashboard.git_reader.find_git_root = lambda *_: None
     lattice_dir = project / ".lattice"
     capture = Capture(str(lattice_dir), str(lattice_dir), NoWrites(), [*code, str(lattice.dashboard.server.STATIC_DIR)])
     gc.collect()

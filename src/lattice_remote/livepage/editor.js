@@ -1,0 +1,299 @@
+// Plan and notes of a task, edited in the page, where lattice's page would have an editor started on its server's machine.
+//
+// A text is saved with the text that it was made from: what others have changed in other lines is merged on the server,
+// what they have changed in the same lines is shown. What was typed is kept until it is saved or thrown away knowingly:
+// also while the page is loaded anew.
+(function (remote) {
+  "use strict";
+  var WORDS = { plans: "Plan", notes: "Notes" };
+  var OPEN = /^\/api\/tasks\/([^/?]+)\/open-(plans|notes)\/?(?:\?|$)/;
+
+  remote.instead.push(function (path, method) {
+    var asked = OPEN.exec(path);
+    if (method !== "POST" || !asked) return null;
+    open(asked[1], asked[2]);
+    return Promise.resolve(new Response('{"ok": true, "data": {}}', { headers: { "Content-Type": "application/json" } }));
+  });
+
+  // --- a text ---
+
+  // As a text field holds it; how lines end on the server stays as it is, for the merge sees that nobody has changed it.
+  function normal(text) { return text === null ? null : text.replace(/\r\n?/g, "\n"); }
+
+  function Text(task, kind) {
+    this.url = "/remote/" + kind + "/" + task;
+    this.key = "lattice draft " + remote.url(this.url);
+    this.base = null;      // what this was made from; null: there were none
+    this.text = "";        // what stands in the field
+    this.theirs = undefined;  // what is on the server, in a conflict with this
+    this.aside = null;     // what stood here before theirs was taken
+    this.locked = "loading";  // why it can't be edited, if so
+    this.said = "";
+    this.isBad = false;
+    this.isSaving = false;
+  }
+  Text.prototype.isDirty = function () { return this.text !== (this.base || "") || this.theirs !== undefined; };
+  Text.prototype.say = function (said, isBad) { this.said = said; this.isBad = Boolean(isBad); };
+
+  Text.prototype.keep = function () {
+    try {
+      if (!this.isDirty() && this.aside === null) sessionStorage.removeItem(this.key);
+      else sessionStorage.setItem(this.key, JSON.stringify({ base: this.base, text: this.text, aside: this.aside }));
+    } catch (error) { /* no room: it is here as long as the page is */ }
+  };
+  Text.prototype.kept = function () {
+    try { return JSON.parse(sessionStorage.getItem(this.key)); } catch (error) { return null; }
+  };
+
+  Text.prototype.load = async function () {
+    var now = await ask(this.url);
+    var text = normal(now.text), kept = this.kept();
+    this.locked = now.editable ? "" : now.reason;
+    this.base = text;
+    this.text = text || "";
+    this.say("");
+    if (kept && !this.locked) {
+      this.base = kept.base;
+      this.text = kept.text;
+      this.aside = kept.aside;
+      if (this.isDirty()) this.say("This is what you had typed and not saved.");
+    }
+  };
+
+  // Somebody has changed something: show it where nothing was typed, say it where there was.
+  Text.prototype.look = async function () {
+    if (this.isSaving || this.theirs !== undefined) return;
+    var wasDirty = this.isDirty(), base = this.base, now = await ask(this.url), text = normal(now.text);
+    if (this.isSaving || this.base !== base || this.isDirty() !== wasDirty) return;
+    this.locked = now.editable ? "" : now.reason;
+    if (text === base) return;
+    if (wasDirty) {
+      this.say("Somebody else has changed this meanwhile. Their lines and yours are put together when you save.");
+      return;
+    }
+    this.base = text;
+    this.text = text || "";
+    this.say("Changed by somebody else just now.");
+  };
+
+  Text.prototype.save = async function () {
+    var sent = this.text;
+    this.isSaving = true;
+    this.say("Saving …");
+    try {
+      this.settle(sent, await ask(this.url, { text: sent, base: this.base }));
+    } catch (error) {
+      this.say(error.message + " Your text is still here.", true);
+    } finally {
+      this.isSaving = false;
+      this.keep();
+    }
+  };
+  Text.prototype.settle = function (sent, saved) {
+    var now = normal(saved.now.text);
+    this.locked = saved.now.editable ? "" : saved.now.reason;
+    if (saved.outcome === "conflict") {
+      this.theirs = now;
+      this.say(this.locked ? "This can't be saved: " + this.locked + ". Copy your text if you need it."
+                           : "Somebody else has changed the same lines.", true);
+      return;
+    }
+    this.theirs = undefined;
+    this.aside = null;
+    if (this.text === sent) this.base = this.text = now || "";
+    else this.base = sent;  // typed on meanwhile: what others have written is merged with the next save
+    this.say(saved.outcome === "merged" ? "Saved, with what somebody else has changed in other lines." : "Saved.");
+  };
+  Text.prototype.putOver = function () {
+    this.base = this.theirs;
+    this.theirs = undefined;
+    return this.save();
+  };
+  Text.prototype.takeTheirs = function () {
+    this.aside = this.text;
+    this.base = this.theirs;
+    this.text = this.theirs || "";
+    this.theirs = undefined;
+    this.say("This is the text on the server.");
+    this.keep();
+  };
+  Text.prototype.takeBack = function () {
+    this.text = this.aside;
+    this.aside = null;
+    this.say("");
+    this.keep();
+  };
+  Text.prototype.forget = function () {
+    this.text = this.base || "";
+    this.theirs = undefined;
+    this.aside = null;
+    this.keep();
+  };
+
+  async function ask(url, body) {
+    var answer, envelope = null;
+    try {
+      answer = await window.fetch(url, body && {
+        method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body)
+      });
+    } catch (error) {
+      throw new Error("The server can't be reached.");
+    }
+    try { envelope = await answer.json(); } catch (error) { /* said below */ }
+    if (envelope && envelope.ok) return envelope.data;
+    if (answer.status === 401) throw new Error("You are signed out: sign in in another tab, then try again.");
+    throw new Error("The server says: " + ((envelope && envelope.error && envelope.error.message) || answer.status) + ".");
+  }
+
+  // --- the dialog ---
+
+  var dialog = null, parts = {}, texts = {}, kind = "plans";
+
+  function make(tag, name, content) {
+    var part = document.createElement(tag);
+    if (name) { parts[name] = part; part.className = "remote-" + name; }
+    if (content) part.append.apply(part, [].concat(content));
+    return part;
+  }
+  function button(name, label, does) {
+    var made = make("button", name, label);
+    made.type = "button";
+    made.className += " btn";
+    made.addEventListener("click", does);
+    return made;
+  }
+  function build() {
+    var heading = make("h2", "heading");
+    heading.id = "remote-editor-heading";
+    var tabs = make("div", "tabs", Object.keys(WORDS).map(function (each) {
+      return button("tab-" + each, WORDS[each], function () { show(each); });
+    }));
+    var field = make("textarea", "field");
+    field.setAttribute("aria-describedby", "remote-editor-said");
+    field.addEventListener("input", function () { current().text = field.value; current().keep(); draw(); });
+    var said = make("p", "said");
+    said.id = "remote-editor-said";
+    said.setAttribute("role", "status");
+    var theirs = make("pre", "theirs");
+    theirs.tabIndex = 0;
+    var conflict = make("section", "conflict", [
+      make("h3", "", "On the server"), theirs,
+      make("div", "choices", [
+        button("over", "Save mine over it", function () { act(current().putOver()); }),
+        button("take", "Take the server’s", function () { current().takeTheirs(); fill(); })
+      ]),
+      make("h3", "", "Yours: edit it into what both should be, or take one of the two")
+    ]);
+    dialog = make("dialog", "", [
+      make("header", "", [heading, tabs, button("close", "Close", close)]), conflict, field,
+      make("footer", "", [said, button("back", "Bring my text back", function () { current().takeBack(); fill(); }),
+                          button("save", "Save", save)])
+    ]);
+    parts.save.classList.add("btn-primary");
+    parts.save.title = "Ctrl+S";
+    dialog.id = "remote-editor";
+    dialog.setAttribute("aria-labelledby", heading.id);
+    dialog.addEventListener("keydown", press);
+    dialog.addEventListener("cancel", function (event) { event.preventDefault(); close(); });
+    dialog.addEventListener("close", function () { if (isDirty()) dialog.showModal(); });  // the browser insisted
+    document.body.appendChild(dialog);
+  }
+  function press(event) {
+    event.stopPropagation();  // the page has shortcuts of its own
+    if ((event.ctrlKey || event.metaKey) && (event.key === "s" || event.key === "Enter")) {
+      event.preventDefault();
+      save();
+    } else if (event.key === "Escape") {
+      event.preventDefault();
+      close();
+    }
+  }
+
+  function current() { return texts[kind]; }
+  function isDirty() { return Object.values(texts).some(function (text) { return text.isDirty(); }); }
+
+  function open(task, which) {
+    if (!dialog) build();
+    texts = { plans: new Text(task, "plans"), notes: new Text(task, "notes") };
+    parts.heading.textContent = task;
+    if (!dialog.open) dialog.showModal();
+    show(which);
+    load(texts.plans);
+    load(texts.notes);
+    ask("/api/tasks/" + task).then(function (found) {
+      parts.heading.textContent = (found.short_id || task) + " " + (found.title || "");
+    }, function () { /* its id stays */ });
+  }
+  async function load(text) {
+    try { await text.load(); } catch (error) {
+      text.locked = "it could not be read";
+      text.say(error.message, true);
+    }
+    if (text === current()) fill();
+    else draw();
+  }
+  function show(which) { kind = which; fill(); }
+  function save() {
+    var text = current();
+    if (!text.isSaving && !text.locked && text.theirs === undefined && text.isDirty()) act(text.save());
+  }
+  async function act(saving) {
+    draw();
+    await saving;
+    fill();
+  }
+  function close() {
+    if (isDirty() && !window.confirm("What you have typed is not saved. Throw it away?")) return;
+    Object.values(texts).forEach(function (text) { text.forget(); });
+    texts = {};
+    dialog.close();
+  }
+
+  // Puts the text into the field, without moving what somebody is reading or writing.
+  function fill() {
+    var text = current(), field = parts.field;
+    if (!text) return;
+    if (field.value !== text.text) {
+      var top = field.scrollTop, at = field.selectionStart;
+      field.value = text.text;
+      field.setSelectionRange(Math.min(at, text.text.length), Math.min(at, text.text.length));
+      field.scrollTop = top;
+    }
+    draw();
+  }
+  function draw() {
+    var text = current(), isLoading = text.locked === "loading", hasConflict = text.theirs !== undefined;
+    Object.keys(WORDS).forEach(function (each) {
+      var tab = parts["tab-" + each];
+      tab.setAttribute("aria-pressed", String(each === kind));
+      tab.textContent = WORDS[each] + (texts[each].isDirty() ? " •" : "");
+    });
+    parts.field.readOnly = Boolean(text.locked);
+    parts.field.setAttribute("aria-label", WORDS[kind]);
+    parts.field.placeholder = isLoading ? "" : "Nothing is written here yet.";
+    parts.conflict.hidden = !hasConflict;
+    parts.theirs.textContent = hasConflict ? (text.theirs === null ? "(the file was removed)" : text.theirs) : "";
+    parts.over.disabled = text.isSaving || Boolean(text.locked);
+    parts.take.disabled = text.isSaving;
+    parts.back.hidden = text.aside === null;
+    parts.save.hidden = hasConflict;
+    parts.save.disabled = text.isSaving || Boolean(text.locked) || !text.isDirty();
+    parts.said.classList.toggle("remote-bad", text.isBad);
+    var said = text.said || (isLoading ? "Loading …" : text.locked ? "Read-only: " + text.locked + "." :
+                             text.isDirty() ? "Not saved yet." : "");
+    if (parts.said.textContent !== said) parts.said.textContent = said;
+  }
+
+  // --- what happens around it ---
+
+  var isLooking = false;
+  remote.on("change", async function () {
+    if (isLooking || !dialog || !dialog.open) return;
+    isLooking = true;
+    var looked = Object.values(texts).map(function (text) { return text.look().catch(function () {}); });
+    await Promise.all(looked);
+    isLooking = false;
+    fill();
+  });
+  window.addEventListener("beforeunload", function (event) { if (isDirty()) event.preventDefault(); });
+})(window.latticeRemote);

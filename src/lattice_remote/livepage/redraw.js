@@ -1,0 +1,186 @@
+// Draws lattice's dashboard anew when the board has changed, in place of at its next look, and disturbs nobody on the way.
+//
+// The page looks every five seconds, with a function that it gives to setInterval. This script comes first, keeps that
+// function, and calls it when it is told of a change. While nobody tells of changes the page's own look goes on.
+(function (remote) {
+  "use strict";
+  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 200, SETTLED_MS = 2000;
+  var looks = new Map();
+  var missed = false, drawing = false, waiting = false, within = false;
+
+  var setInterval = window.setInterval.bind(window), clearInterval = window.clearInterval.bind(window);
+  window.setInterval = function (look, ms) {
+    if (ms !== LOOK_MS || typeof look !== "function") return setInterval.apply(null, arguments);
+    var id = setInterval(function () { if (remote.hasLost() && !isBusy()) draw(look); }, ms);
+    looks.set(id, look);
+    return id;
+  };
+  window.clearInterval = function (id) {
+    looks.delete(id);
+    clearInterval(id);
+  };
+  function pause(ms) { return new Promise(function (done) { window.setTimeout(done, ms); }); }
+
+  // --- who must not be disturbed ---
+
+  // Whoever drags a card or writes. A field with a name of its own in a view is a filter: what it holds is kept.
+  var PLACES = "#app, #detail-panel, #web-detail-pane";
+  var isDragging = false, chosen = null;
+  function isTask() { return /^#\/task\//.test(location.hash); }
+  function isFilter(field) { return field.id && !isTask() && field.tagName !== "TEXTAREA" && field.closest("#app"); }
+  function isWriting(field) {
+    if (field.disabled || isFilter(field)) return false;
+    if (field.tagName === "TEXTAREA" && field.value !== field.defaultValue) return true;
+    if (field.closest(".inline-edit")) return true;
+    return field === document.activeElement && field !== chosen;
+  }
+  function isBusy() {
+    if (isDragging) return true;
+    var fields = document.querySelectorAll("textarea, input, select, [contenteditable=true]");
+    return Array.prototype.some.call(fields, function (field) {
+      return field.closest(PLACES) && field.offsetParent !== null && isWriting(field);
+    });
+  }
+  document.addEventListener("dragstart", function () { isDragging = true; }, true);
+  ["drop", "dragend", "pointerdown"].forEach(function (name) {
+    document.addEventListener(name, function () { isDragging = false; }, true);
+  });
+  document.addEventListener("change", function (event) { chosen = event.target; }, true);  // a list was used, and is done
+  ["pointerdown", "keydown", "focusin"].forEach(function (name) {
+    document.addEventListener(name, function () { chosen = null; }, true);
+  });
+
+  // --- when ---
+
+  // One look at a time, and not more often than people can see; the last change is never missed. A hidden page does not
+  // look: it does when it is shown again.
+  async function refresh() {
+    missed = true;
+    if (document.hidden || drawing) return;
+    while (missed && !document.hidden && !isBusy()) {
+      missed = false;
+      await draw(isTask() ? revisit : lookEverywhere);
+      await pause(LEAST_GAP_MS);
+    }
+    if (missed && !document.hidden) waitUntilIdle();
+  }
+  remote.refresh = refresh;
+  async function waitUntilIdle() {
+    if (waiting) return;
+    waiting = true;
+    while (isBusy()) await pause(BUSY_MS);
+    waiting = false;
+    refresh();
+  }
+  function lookEverywhere() { return Promise.all(Array.from(looks.values(), function (look) { return look(); })); }
+  document.addEventListener("visibilitychange", function () {
+    if (!document.hidden && missed) window.setTimeout(refresh, 0);  // when the page has begun to look again
+  });
+  window.addEventListener("hashchange", function (event) { if (event.isTrusted) refresh(); });
+
+  // Somebody may begin to write between a look's question and its answer: then the look comes to nothing.
+  remote.guards.push(function (asked) {
+    if (!within) return asked;
+    return asked.then(function (answer) {
+      if (!isBusy()) return answer;
+      refresh();
+      throw new Error("somebody is writing");
+    });
+  });
+
+  // --- what stays as it is ---
+
+  async function draw(look) {
+    if (drawing) return;
+    drawing = true;
+    var panel = document.querySelector("#detail-panel.open");
+    var place = isTask() ? document.getElementById("app") : panel;
+    var scrolled = scrolls(), fields = filters();
+    var curtain = place && hangCurtain(place);
+    try {
+      await looking(look);
+      restore(fields);
+      scrolled();
+      if (panel && !panel.classList.contains("open")) reopen();
+      if (curtain) await settled(place);
+      scrolled();
+    } catch (error) { /* the next look tries again */ } finally {
+      if (curtain) curtain.remove();
+      drawing = false;
+    }
+  }
+  function looking(look) {
+    within = true;
+    try { return look(); } finally { within = false; }  // its questions are asked before it first waits
+  }
+
+  // A look does not draw the page of a single task, so it is shown as if somebody had just come to it.
+  function revisit() { window.dispatchEvent(new HashChangeEvent("hashchange")); }
+
+  // A look closes the panel of a task beside the board. It is opened again, with what is new in it.
+  var opened = "";
+  document.addEventListener("click", function (event) {
+    var card = event.target.closest && event.target.closest(".card[data-task-id]");
+    if (card) opened = card.dataset.taskId;
+  }, true);
+  function reopen() {
+    var card = document.querySelector('.card[data-task-id="' + CSS.escape(opened) + '"]');
+    if (card) card.click();
+  }
+
+  // What was there hides what is being drawn, until that is complete.
+  function hangCurtain(place) {
+    var curtain = place.cloneNode(true), box = place.getBoundingClientRect();
+    curtain.inert = true;
+    [curtain].concat(Array.from(curtain.querySelectorAll("[id], [name]"))).forEach(function (part) {
+      part.removeAttribute("id");
+      part.removeAttribute("name");
+    });
+    curtain.className += " remote-curtain";
+    curtain.style.left = box.left + "px";
+    curtain.style.top = box.top + "px";
+    curtain.style.width = box.width + "px";
+    curtain.style.height = Math.max(box.height, window.innerHeight - box.top) + "px";
+    document.body.appendChild(curtain);
+    curtain.scrollTop = place.scrollTop;
+    return curtain;
+  }
+  async function settled(place) {
+    for (var end = Date.now() + SETTLED_MS; place.querySelector(".loading") && Date.now() < end;) await pause(10);
+  }
+
+  function scrolls() {
+    var left = window.scrollX, top = window.scrollY;
+    var kept = [".board-scroll", "#detail-panel"].map(function (selector) {
+      var found = document.querySelector(selector);
+      return found && { selector: selector, left: found.scrollLeft, top: found.scrollTop };
+    }).filter(Boolean);
+    return function () {
+      window.scrollTo(left, top);
+      kept.forEach(function (was) {
+        var found = document.querySelector(was.selector);
+        if (found) { found.scrollLeft = was.left; found.scrollTop = was.top; }
+      });
+    };
+  }
+
+  function filters() {
+    return Array.from(document.querySelectorAll("#app input[id], #app select[id]")).filter(isFilter).map(function (field) {
+      var isText = field.tagName === "INPUT" && field.type === "text";
+      return { field: field, isText: isText, isFocused: field === document.activeElement };
+    });
+  }
+  function restore(kept) {
+    kept.forEach(function (was) {
+      var old = was.field, field = document.getElementById(old.id);
+      if (!field || field === old) return;  // it was not drawn anew
+      if (was.isFocused) field.focus({ preventScroll: true });
+      if (field.value !== old.value || field.checked !== old.checked) {
+        field.value = old.value;
+        field.checked = old.checked;
+        ["input", "change"].forEach(function (name) { field.dispatchEvent(new Event(name, { bubbles: true })); });
+      }
+      if (was.isFocused && was.isText) field.setSelectionRange(old.selectionStart, old.selectionEnd);
+    });
+  }
+})(window.latticeRemote);

@@ -1,0 +1,40 @@
+// The page asks for /api/... from the root of its server. Here that is sent to where the page lies, whatever path that is
+// and whatever proxy is before it; and what came of it is told to whoever wants to know.
+(function () {
+  "use strict";
+  var remote = window.latticeRemote = { listeners: {} };
+  var base = new URL(".", location.href);
+  var fetchAnywhere = window.fetch.bind(window), openAnywhere = XMLHttpRequest.prototype.open;
+
+  // Among the scripts: on("name", function) and tell("name", what).
+  remote.on = function (name, listener) { (remote.listeners[name] = remote.listeners[name] || []).push(listener); };
+  remote.tell = function (name, what) {
+    (remote.listeners[name] || []).forEach(function (listener) { listener(what); });
+  };
+  remote.url = function (path) { return new URL(path.replace(/^\//, ""), base).href; };
+  remote.instead = [];  // each may answer a request in the server's place: function (path, method) -> Promise or nothing
+  remote.guards = [];   // each is given the Promise of an answer and returns one
+
+  function ours(address) {
+    var url = new URL(address, base);
+    if (url.origin !== base.origin || !/^\/(api|static|remote)\//.test(url.pathname)) return null;
+    return url.pathname + url.search;
+  }
+
+  window.fetch = function (input, init) {
+    var path = ours(input instanceof Request ? input.url : String(input));
+    if (path === null) return fetchAnywhere(input, init);
+    var method = String((init && init.method) || (input instanceof Request && input.method) || "GET").toUpperCase();
+    var instead = remote.instead.reduce(function (found, answer) { return found || answer(path, method); }, null);
+    if (instead) return instead;
+    var address = remote.url(path);
+    var asked = fetchAnywhere(input instanceof Request ? new Request(address, input) : address, init);
+    asked.then(function (answer) { remote.tell("answer", answer.status); }, function () { remote.tell("answer", 0); });
+    return remote.guards.reduce(function (promise, guard) { return guard(promise); }, asked);
+  };
+  XMLHttpRequest.prototype.open = function (method, address) {
+    var path = ours(String(address));
+    if (path !== null) arguments[1] = remote.url(path);
+    return openAnywhere.apply(this, arguments);
+  };
+})();

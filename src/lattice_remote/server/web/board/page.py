@@ -1,0 +1,118 @@
+"""The page as the installed lattice brings it, with a script of ours; and what it asks, answered by lattice's handlers.
+
+Reads go to the project's reader, writes to its worker. Nothing of the page is here, so that a later version comes along
+as it is: its own files and requests are passed on by the forms of their paths, whatever they are called.
+"""
+
+import re
+from functools import lru_cache
+from hashlib import sha256
+from http import HTTPStatus
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from lattice_remote import livepage
+from lattice_remote.errors import Rejected
+from lattice_remote.server.data.read_ipc import Found, ReadPage
+from lattice_remote.server.web.asking import call
+from lattice_remote.server.web.board import changes, texts
+from lattice_remote.server.web.bodies import body_of
+from lattice_remote.server.web.gate import guest
+from lattice_remote.server.web.policy import policy_for
+
+__all__ = ["routes"]
+
+_MAX_BODY = 1024 * 1024
+"""Lattice's own bound on what its page may send."""
+_STATIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+"""Files of lattice's package have such names; with these no path leads out of their directory."""
+_BASE = "/projects/{slug}/dashboard"
+
+
+async def _with_slash(request: Request) -> Response:
+    """All that the page names is relative to it: a proxy may serve it below a path that nobody here knows."""
+    return RedirectResponse(f"{quote(request.url.path.rpartition('/')[2])}/", HTTPStatus.PERMANENT_REDIRECT)
+
+
+async def _page(request: Request) -> Response:
+    visitor = await guest(request)
+    found = await visitor.project.reader.read(ReadPage("/"))
+    if found.status != HTTPStatus.OK:
+        return _answer(found)
+    page, policy = _made_live(found.body)
+    return _file(request, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+
+
+@lru_cache(maxsize=2)
+def _made_live(page: bytes) -> tuple[bytes, str]:
+    """Return lattice's page with what is added on the way, and the policy under which it works."""
+    page = livepage.with_script(livepage.with_relative_paths(page))
+    return page, policy_for(page)
+
+
+async def _static(request: Request) -> Response:
+    visitor = await guest(request)
+    name = request.path_params["name"]
+    if not _STATIC.fullmatch(name):
+        raise Rejected(f"{name!r} is no file of the dashboard", code="REMOTE_NOT_FOUND")
+    found = await visitor.project.reader.read(ReadPage(f"/static/{name}"))
+    return _file(request, found.body, found.content_type) if found.status == HTTPStatus.OK else _answer(found)
+
+
+async def _script(request: Request) -> Response:
+    await guest(request)
+    return _file(request, livepage.script(editor=True), "text/javascript; charset=utf-8")
+
+
+async def _style(request: Request) -> Response:
+    await guest(request)
+    return _file(request, livepage.style(), "text/css; charset=utf-8")
+
+
+async def _read(request: Request) -> Response:
+    visitor = await guest(request)
+    query = f"?{request.url.query}" if request.url.query else ""
+    return _answer(await visitor.project.reader.read(ReadPage(_path(request) + query)))
+
+
+async def _write(request: Request) -> Response:
+    """Carry out a request of the page in the guest's name; it is numbered and journalled like a command."""
+    visitor = await guest(request)
+    done = await call(visitor, "dashboard", _path(request), await body_of(request, _MAX_BODY))
+    return Response(done.payload, done.status, media_type="application/json")
+
+
+def _path(request: Request) -> str:
+    return "/api/" + quote(request.path_params["path"])
+
+
+def _answer(found: Found) -> Response:
+    if not found.body:  # the handler broke down, or tried what no reader may
+        raise Rejected(found.message or "the dashboard failed at this; the log says more", code="REMOTE_FAILED")
+    return Response(found.body, found.status, media_type=found.content_type)
+
+
+def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
+    """Answer with a file that a browser may keep, and asks for each time: another version is there at once."""
+    tag = f'"{sha256(body).hexdigest()[:32]}"'
+    kept = {"ETag": tag, "Cache-Control": "private, no-cache", **(headers or {})}
+    if tag in request.headers.get("If-None-Match", ""):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=kept)
+    return Response(body, headers=kept, media_type=content_type)
+
+
+routes = [
+    Route(_BASE, _with_slash, methods=["GET"]),
+    Route(f"{_BASE}/", _page, methods=["GET"]),
+    Route(f"{_BASE}/static/{{name:path}}", _static, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.SCRIPT}", _script, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.STYLE}", _style, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.EVENTS}", changes.stream, methods=["GET"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", texts.read, methods=["GET"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", texts.write, methods=["POST"]),
+    Route(f"{_BASE}/api/{{path:path}}", _read, methods=["GET"]),
+    Route(f"{_BASE}/api/{{path:path}}", _write, methods=["POST"]),
+]
