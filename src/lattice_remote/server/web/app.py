@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 def http_app(hub: Hub) -> ASGIApp:
     """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
-routes = [
+    routes = [
         *health.routes,
         *listing.routes,
         Route("/projects/{slug}", _describe),
