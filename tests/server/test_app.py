@@ -45,7 +45,11 @@ def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
 def test_plain_http_answers_in_json(process: Process) -> None:
     status, body = process.get("/healthz")
     assert (status, body["status"], body["projects"]) == (200, "ok", 1)
-    for path, method, expected in (("/", "GET", 404), ("/healthz", "POST", 405), ("/projects/web/ws", "GET", 426)):
+    for path, method, expected in (
+        ("/nothing", "GET", 404),
+        ("/healthz", "POST", 405),
+        ("/projects/web/ws", "GET", 426),
+    ):
         status, body = process.get(path, method)
         assert status == expected
         assert set(body["error"]) == {"code", "message"}  # type: ignore[call-overload]

@@ -5,6 +5,7 @@
     cookie     what a browser that is signed in brings in place of a token
     origin     whether a page of ours asks, or one of another site (CSRF)
     headers    what every answer tells browsers
+    pages/     the pages of our own: signing in and out, the list of projects, what went wrong
     policy     what lattice's own dashboard page may do in a browser
     asking     a write: asked of the project's worker like a command of a client, and its answer
     answers    what is said in JSON, and with which status

@@ -4,12 +4,13 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lattice_remote.errors import RemoteError
 from lattice_remote.server.network.refusal import Refusal
 
-__all__ = ["STATUSES", "TurnedAway", "failed", "ok", "refused"]
+__all__ = ["STATUSES", "TurnedAway", "failed", "ok", "refused", "wants_page"]
 
 STATUSES = {
     "REMOTE_UNAUTHORIZED": HTTPStatus.UNAUTHORIZED,
@@ -36,6 +37,11 @@ class TurnedAway(Exception):
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
+
+
+def wants_page(request: Request) -> bool:
+    """Tell whether it is somebody with a browser who asks for a page, and not a program, nor a script of a page."""
+    return "text/html" in request.headers.get("Accept", "")
 
 
 def ok(data: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:

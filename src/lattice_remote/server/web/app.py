@@ -1,4 +1,4 @@
-"""Which path is served by what, over HTTP: everything past the door, with bounded bodies, refused in JSON.
+"""Which path is served by what, over HTTP: everything past the door, with bounded bodies, refused in JSON or as a page.
 
 Each part of the house brings its own routes; here they are put together.
 """
@@ -19,7 +19,7 @@ from lattice_remote.server.hub import Hub
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.web import health, listing
-from lattice_remote.server.web.answers import TurnedAway, failed, refused
+from lattice_remote.server.web.answers import TurnedAway, failed
 from lattice_remote.server.web.board import page as board
 from lattice_remote.server.web.bodies import ending_where_unread, refused_body
 from lattice_remote.server.web.cookie import Cookies
@@ -27,6 +27,8 @@ from lattice_remote.server.web.events import stream
 from lattice_remote.server.web.events.feed import Feeds
 from lattice_remote.server.web.gate import guest
 from lattice_remote.server.web.headers import with_headers
+from lattice_remote.server.web.pages import assets, home, signing_in
+from lattice_remote.server.web.pages.refusing import say
 from lattice_remote.server.web.rest import tasks
 
 __all__ = ["http_app"]
@@ -37,6 +39,9 @@ _log = logging.getLogger(__name__)
 def http_app(hub: Hub) -> ASGIApp:
     """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
     routes = [
+        *home.routes,
+        *signing_in.routes,
+        *assets.routes,
         *health.routes,
         *listing.routes,
         Route("/projects/{slug}", _describe),
@@ -59,7 +64,7 @@ def _past_the_door(app: ASGIApp) -> ASGIApp:
         visit: Visit = scope["state"]["visit"]
         headers = Headers(scope=scope)
         refusal = visit.enter(headers.getlist("X-Forwarded-For")) or refused_body(scope["method"], headers)
-        await (app if refusal is None else refused(refusal))(scope, receive, send)
+        await (app if refusal is None else say(Request(scope), refusal))(scope, receive, send)
 
     return guarded
 
@@ -70,24 +75,24 @@ def _past_the_door(app: ASGIApp) -> ASGIApp:
 async def _nothing_here(request: Request, error: Exception) -> Response:
     if request.url.path.endswith("/ws"):
         why = "this is a WebSocket endpoint: upgrade the request"
-        return refused(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
+        return say(request, Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
     status = HTTPStatus(getattr(error, "status_code", 500))
     code = "REMOTE_NOT_FOUND" if status is HTTPStatus.NOT_FOUND else "REMOTE_PROTOCOL"
-    return refused(Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
+    return say(request, Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
 
 
-async def _turn_away(_: Request, error: TurnedAway) -> Response:
-    return refused(error.refusal)
+async def _turn_away(request: Request, error: TurnedAway) -> Response:
+    return say(request, error.refusal)
 
 
-async def _fail(_: Request, error: RemoteError) -> Response:
-    return refused(failed(error))
+async def _fail(request: Request, error: RemoteError) -> Response:
+    return say(request, failed(error))
 
 
 async def _break(request: Request, error: Exception) -> Response:
     _log.error("%s %s broke down", request.method, request.url.path, exc_info=error)
     why = "the server failed at this; its log says more"
-    return refused(Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
+    return say(request, Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
 
 
 # --- what is not worth a file ---

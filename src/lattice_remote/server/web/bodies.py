@@ -28,8 +28,8 @@ def refused_body(method: str, headers: Headers) -> Refusal | None:
     return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request has no body here")
 
 
-async def body_of(request: Request, most: int) -> bytes:
-    """Return a request's body of at most so many bytes.
+async def body_of(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
+    """Return a request's body of at most so many bytes, all of which must come within so many seconds.
 
     Raises:
         TurnedAway: it is longer, or does not come in time, or the client has left.
@@ -39,13 +39,13 @@ async def body_of(request: Request, most: int) -> bytes:
         raise _too_large(most)
     body = bytearray()
     try:
-        async with asyncio.timeout(_BODY_S):
+        async with asyncio.timeout(within_s):
             async for piece in request.stream():
                 body += piece
                 if len(body) > most:
                     raise _too_large(most)
     except TimeoutError:
-        why = f"the request's body did not come within {_BODY_S:g} s"
+        why = f"the request's body did not come within {within_s:g} s"
         raise TurnedAway(Refusal(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why)) from None
     except ClientDisconnect:
         raise TurnedAway(Refusal(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left")) from None

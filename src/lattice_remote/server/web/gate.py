@@ -11,11 +11,18 @@ from lattice_remote.server.hub import Hub, bearer
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.web.answers import TurnedAway
+from lattice_remote.server.web.answers import TurnedAway, wants_page
 from lattice_remote.server.web.cookie import Cookies
 from lattice_remote.server.web.origin import foreign
 
-__all__ = ["Guest", "cookies_of", "guest", "hub_of", "identified", "refuse_foreign"]
+__all__ = ["Guest", "cookies_of", "guest", "hub_of", "identified", "refuse_foreign", "signed_in"]
+
+
+def _unauthorized(why: str) -> Refusal:
+    return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+
+
+_NOBODY = _unauthorized("sign in first")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ def identified(request: Request) -> Login:
     """
     visit: Visit = request.state.visit
     authorization = request.headers.getlist("Authorization")
-    login = None if _has_token(authorization) else _signed_in(request)
+    login = None if _has_token(authorization) else signed_in(request)
+    if login is None and wants_page(request) and not authorization:
+        login = _NOBODY  # people who look in are no guessers: they are shown where to sign in
     if login is None:
         login = hub_of(request).identify(visit, bearer(authorization))
     if isinstance(login, Refusal):
@@ -64,18 +73,21 @@ def _has_token(authorization: list[str]) -> bool:
     return any(value.lower().startswith("bearer") for value in authorization)
 
 
-def _signed_in(request: Request) -> Login | Refusal | None:
-    """Return who has signed in with this browser; None when it brings no cookie, or one that was never ours.
+def signed_in(request: Request) -> Login | Refusal | None:
+    """Return who has signed in with this browser, or why that has ended; None when it brings no cookie.
 
     A cookie of ours that is good no more is no failed login: pages that are still open go on asking.
+
+    Raises:
+        TurnedAway: a page of another site has made the request.
     """
     try:
         shown = cookies_of(request).read(request)
     except SignatureExpired:
-        why = "you have signed in too long ago; sign in again"
-        return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+        return _unauthorized("you have signed in too long ago; sign in again")
     except BadSignature:
-        return None
+        visit: Visit = request.state.visit
+        return visit.failed() or _unauthorized("the cookie is not one of this server; sign in again")
     if shown is None:
         return None
     refuse_foreign(request)
