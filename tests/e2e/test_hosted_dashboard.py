@@ -1,0 +1,207 @@
+"""``/projects/:slug/dashboard/``: what it answers is what a local ``lattice dashboard`` answers on the same files."""
+
+import http.client
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import pytest
+from dashboard_requests import ANA, GETS, NO_TASK, POSTS, UNORDERED
+from dashboards import Dashboard, serving
+from normaliser import Normaliser
+
+from sandbox import Client, Server, tree_of
+
+pytestmark = pytest.mark.e2e
+
+STATIC = ["/static/cube3d.js", "/static/cube3d.css"]
+
+
+class Hosted(NamedTuple):
+    """A project's dashboard on its server, asked as the page does; paths as the page has them, from the root."""
+
+    server: Server
+    token: str
+    slug: str = "board"
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> http.client.HTTPResponse:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
+        with closing(connection):
+            connection.request(
+                method,
+                f"/projects/{self.slug}/dashboard{path}",
+                body,
+                {"Authorization": f"Bearer {self.token}", **named},
+            )
+            answer = connection.getresponse()
+            answer.text = answer.read().decode()  # type: ignore[attr-defined]
+            return answer
+
+    def get(self, path: str) -> tuple[int, str]:
+        answer = self.ask("GET", path)
+        return answer.status, answer.text  # type: ignore[attr-defined]
+
+    def post(self, path: str, body: object, **headers: str) -> tuple[int, str]:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = self.ask("POST", path, data, **{"Content_Type": "application/json", **headers})
+        return answer.status, answer.text  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def hosted(shared_board: tuple[Server, Client, Client]) -> Hosted:
+    server, _, _ = shared_board
+    return Hosted(server, server.token("human:ana", "agent:*"))
+
+
+class Done(NamedTuple):
+    """The same requests, sent to a local dashboard and to the hosted one, and what was answered."""
+
+    different: list[tuple[str, tuple[int, str], tuple[int, str]]]
+    local_tree: dict[str, bytes]
+    hosted_tree: dict[str, bytes]
+    tasks: list[str]
+
+
+class Asker:
+    """Sends the requests of the table, with the ids that they made."""
+
+    def __init__(self, to: Dashboard | Hosted, normalise: Normaliser, *, is_local: bool) -> None:
+        self.to, self.normalise, self.is_local = to, normalise, is_local
+        self.tasks: list[str] = []
+        self.comment = ""
+
+    def post(self, path: str, body: object) -> tuple[int, str]:
+        if self.is_local and isinstance(body, dict) and body.get("actor", "dashboard:web") == "dashboard:web":
+            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # as whom the token is known there
+        data = body if isinstance(body, bytes) else json.dumps(body).replace("{comment}", self.comment).encode()
+        status, text = self.to.post(path.format(*self.tasks or [""]), data)
+        if path == "/api/tasks" and status == 201:
+            self.tasks.append(json.loads(text)["data"]["id"])
+        if path.endswith("/comment") and not self.comment:
+            self.comment = json.loads(text)["data"]["last_event_id"]
+        return status, self.normalise(text)
+
+
+@pytest.fixture(scope="module")
+def done(shared_board: tuple[Server, Client, Client], hosted: Hosted, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    server, ana, _ = shared_board
+    local = ana.elsewhere(tmp_path_factory.mktemp("local") / ana.dir.name)
+    shutil.copytree(server.lattice_dir(), local.lattice_dir)
+    sent = [(path, body) for path, body in POSTS if path.startswith("/api/") and "/open-" not in path]
+    with serving(local) as dashboard:
+        names = {str(local.dir): "DIR", ana.env["HOME"]: "HOME"}
+        here = Asker(dashboard, Normaliser(names), is_local=True)
+        there = Asker(hosted, Normaliser(names), is_local=False)
+        answers = [(path, here.post(path, body), there.post(path, body)) for path, body in sent]
+    return Done(
+        [(path, one, other) for path, one, other in answers if one != other],
+        here.normalise.files(tree_of(local.lattice_dir)),
+        there.normalise.files(tree_of(server.lattice_dir())),
+        there.tasks,
+    )
+
+
+def test_every_write_of_the_page_is_answered_as_locally_and_leaves_the_same_files(done: Done) -> None:
+    assert not done.different, "\n\n".join(f"{path}\n local: {a}\nhosted: {b}" for path, a, b in done.different)
+    assert sorted(done.local_tree) == sorted(done.hosted_tree)
+    assert {path for path in done.local_tree if done.local_tree[path] != done.hosted_tree[path]} == set()
+
+
+@pytest.fixture(scope="module")
+def beside(shared_board: tuple[Server, Client, Client], done: Done) -> Iterator[Dashboard]:
+    """A local dashboard on the server's own files."""
+    server, ana, _ = shared_board
+    with serving(ana.elsewhere(server.lattice_dir().parent)) as dashboard:
+        yield dashboard
+
+
+def test_every_read_of_the_page_is_answered_byte_for_byte_as_locally(
+    done: Done, beside: Dashboard, hosted: Hosted
+) -> None:
+    asked = [path.format(*done.tasks) for path in GETS if path.startswith("/api/")] + STATIC
+    different = []
+    for path in asked:
+        (here, mine), (there, theirs) = beside.get(path), hosted.get(path)
+        if path.startswith(UNORDERED):
+            mine, theirs = (
+                "\n".join(sorted(line.strip(" ,") for line in text.splitlines())) for text in (mine, theirs)
+            )
+        if (here, mine) != (there, theirs):
+            different.append(f"{path}\n local: {here} {mine[:500]}\nhosted: {there} {theirs[:500]}")
+    assert not different, "\n\n".join(different)
+    assert len(asked) > 15
+
+
+def test_the_page_is_lattices_own_with_relative_paths_and_one_script(beside: Dashboard, hosted: Hosted) -> None:
+    page = hosted.get("/")[1]
+    added = '\n<link rel="stylesheet" href="remote/live.css">\n<script src="remote/live.js"></script>'
+    assert page.count(added) == 1
+    assert page.index(added) < page.index("<script src=", page.index(added) + len(added))
+    own = beside.get("/")[1]
+    differing = [(a, b) for a, b in zip(page.replace(added, "").splitlines(), own.splitlines(), strict=True) if a != b]
+    assert len(differing) >= 2, "its style and its script"
+    assert all(b.replace('="/', '="') == a for a, b in differing)
+    assert not re.search(r'(?:src|href)="/(?!/)', page)
+    assert "EventSource" in hosted.get("/remote/live.js")[1]
+    assert "remote-editor" in hosted.get("/remote/live.css")[1]
+
+
+def test_the_page_is_found_without_its_slash_below_any_path(hosted: Hosted) -> None:
+    answer = hosted.ask("GET", "")
+    assert (answer.status, answer.headers["Location"]) == (308, "dashboard/")
+
+
+def test_files_are_kept_by_browsers_and_asked_for_each_time(hosted: Hosted) -> None:
+    for path in ("/", "/static/cube3d.js", "/remote/live.js", "/remote/live.css"):
+        first = hosted.ask("GET", path)
+        assert first.headers["Cache-Control"] == "private, no-cache"
+        again = hosted.ask("GET", path, If_None_Match=first.headers["ETag"])
+        assert (again.status, again.text) == (304, "")  # type: ignore[attr-defined]
+        assert hosted.ask("GET", path, If_None_Match='"another"').status == 200
+    assert hosted.ask("GET", "/api/tasks").headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/static/../server.py",
+        "/static/%2e%2e/server.py",
+        "/static/..%2fserver.py",
+        "/static//etc/passwd",
+        "/static/.hidden",
+        "/static/none.js",
+        "/static/",
+        "/stats-demo",
+        "/none",
+        "/remote/plans/none",
+        f"/remote/plans/{NO_TASK}",
+        "/remote/tasks/x",
+        "/remote/plans/..%2f..%2fconfig",
+        "/api/none",
+    ],
+)
+def test_nothing_else_is_there(hosted: Hosted, path: str) -> None:
+    assert hosted.get(path)[0] == 404
+
+
+def test_only_who_may_use_the_project_sees_anything_of_it(hosted: Hosted) -> None:
+    hosted.server.project("other")
+    for token, status in ((hosted.server.token("human:eve", slug="other"), 403), ("nonsense", 401)):
+        stranger = hosted._replace(token=token)
+        for path in ("/", "/api/tasks", "/static/cube3d.js", "/remote/live.js", "/remote/events", "/remote/plans/x"):
+            assert stranger.get(path)[0] == status
+        assert stranger.post("/api/tasks", {"title": "x"})[0] == status
+
+
+def test_what_starts_a_program_is_refused_and_nobody_acts_for_others(hosted: Hosted, done: Done) -> None:
+    before = tree_of(hosted.server.lattice_dir())
+    for what in ("notes", "plans"):
+        status, text = hosted.post(f"/api/tasks/{done.tasks[0]}/open-{what}", {})
+        assert (status, json.loads(text)["error"]["code"]) == (422, "REMOTE_UNSUPPORTED")
+    assert hosted.post("/api/tasks", {"title": "x", "actor": "human:ben"})[0] == 403
+    assert hosted.post("/api/tasks", b" " * (1 << 20) + b" ")[0] == 413
+    assert tree_of(hosted.server.lattice_dir()) == before
