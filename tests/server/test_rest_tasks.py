@@ -1,45 +1,330 @@
-"""Programs that speak HTTP: what they read is what lattice prints, what they write is numbered like any command."""
+"""Tasks over HTTP: what is read is what lattice prints, what is written is numbered like any command."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import requests
+from rest_client import Rest, rest_server
 from server_process import Process
-from test_app import make_data, make_token
+
+from lattice_remote.server.data.tokens import TokenFile
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    started = Process(make_data(tmp_path_factory.mktemp("rest") / "data"))
-    yield started
-    assert started.end() == 0
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Rest]]:
+    with rest_server(tmp_path_factory.mktemp("rest")) as both:
+        yield both
 
 
-@pytest.fixture(scope="module")
-def session(server: Process) -> Iterator[requests.Session]:
-    with requests.Session() as made:
-        made.headers["Authorization"] = f"Bearer {make_token(server.data)}"
-        yield made
+@pytest.fixture
+def rest(served: tuple[Process, Rest]) -> Rest:
+    return served[1]
 
 
-def test_a_task_is_made_and_listed(server: Process, session: requests.Session) -> None:
-    url = f"http://127.0.0.1:{server.port}/projects/web"
-    made = session.post(f"{url}/tasks", json={"title": "--help me"})
-    assert made.status_code == 201, made.text
-    assert made.json()["data"]["title"] == "--help me"
-    listed = session.get(f"{url}/tasks").json()
-    assert [task["id"] for task in listed["data"]] == [made.json()["data"]["id"]]
-    assert session.get(url).json()["head"] >= 1
+_PRINTING = """
+import json, sys
+from click.testing import CliRunner
+from lattice.cli.main import cli
+print(json.dumps([json.loads(CliRunner().invoke(cli, [*argv, "--json"]).stdout) for argv in json.load(sys.stdin)]))
+"""
 
 
-def test_what_is_wrong_is_said_in_an_envelope(server: Process, session: requests.Session) -> None:
-    url = f"http://127.0.0.1:{server.port}/projects/web/tasks"
-    for asked, status, code in (
-        (requests.get(url, timeout=10), 401, "REMOTE_UNAUTHORIZED"),
-        (session.get(url.replace("web", "other")), 403, "REMOTE_FORBIDDEN"),
-        (session.post(url, data=b"{"), 400, "REMOTE_PROTOCOL"),
-        (session.post(url, data=b" " * 2_000_000), 413, "REMOTE_TOO_LARGE"),
-        (session.get(url, data=b"x"), 413, "REMOTE_TOO_LARGE"),
+def lattice(server: Process, *lines: tuple[str, ...]) -> Any:
+    """Return what plain lattice prints of these command lines in the server's own directory."""
+    printed = subprocess.run(
+        [sys.executable, "-c", _PRINTING],
+        input=json.dumps(lines),
+        env={**os.environ, "LATTICE_ROOT": str(server.data.project("web").root), "LATTICE_REMOTE_SERVER": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(printed.stdout)
+
+
+# --- reading and writing ---
+
+
+def test_what_is_read_is_what_lattice_prints(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    made = rest.ok("POST", "/tasks", status=201, json={"title": "--help me", "tags": ["a", "b"], "priority": "high"})
+    assert (made["title"], made["tags"], made["created_by"]) == ("--help me", ["a", "b"], "human:ana")
+    rest.ok("POST", f"/tasks/{made['id']}/comments", status=201, json={"body": "--yes"})
+    lines = {
+        "/tasks?priority=high": ("list", "--priority=high"),
+        f"/tasks/{made['short_id']}": ("show", made["id"]),
+        f"/tasks/{made['short_id'].lower()}/comments": ("comments", made["id"]),
+        "/resources": ("resource", "list"),
+    }
+    assert [rest.ask("GET", path).json() for path in lines] == lattice(server, *lines.values())
+    events = rest.ok("GET", f"/tasks/{made['id']}/events")
+    assert [event["type"] for event in events] == ["task_created", "comment_added"]
+    assert rest.ok("GET", f"/tasks/{made['id']}/comments")[0]["body"] == "--yes"
+
+
+def test_a_write_says_after_which_change_its_answer_is_true(rest: Rest) -> None:
+    answer = rest.ask("POST", "/tasks", json={"title": "t"})
+    epoch, number = answer.headers["Lattice-Change"].rsplit("-", 1)
+    described = rest.session.get(rest.url).json()
+    assert (described["epoch"], described["head"]) == (epoch, int(number))
+
+
+def test_a_task_is_commented_completed_archived_and_brought_back(rest: Rest) -> None:
+    task = rest.task(planned=True)
+    assert rest.ok("POST", f"/tasks/{task}/claim")["status"] == "in_progress"
+    first = rest.ok("GET", f"/tasks/{task}/events")[-1]["id"]
+    said = rest.ok("POST", f"/tasks/{task}/comments", status=201, json={"body": "a", "triggered_by": first})
+    reply = {"body": "b", "reply_to": said["last_event_id"], "actor": "agent:bot"}
+    assert rest.ok("POST", f"/tasks/{task}/comments", status=201, json=reply)["comment_count"] == 2
+    comment = rest.ok("GET", f"/tasks/{task}/comments")[0]
+    assert [(answer["author"], answer["body"]) for answer in comment["replies"]] == [("agent:bot", "b")]
+    assert rest.ok("POST", f"/tasks/{task}/complete", json={"review": "well done"})["status"] == "done"
+    assert rest.ok("POST", f"/tasks/{task}/archive")["type"] == "task_archived"
+    assert rest.refused("POST", f"/tasks/{task}/archive") == (409, "CONFLICT")
+    assert rest.ok("GET", f"/tasks/{task}")["archived"] is True
+    assert rest.ok("POST", f"/tasks/{task}/unarchive", json={"reason": "too early"})["type"] == "task_unarchived"
+    assert "archived" not in rest.ok("GET", f"/tasks/{task}")
+
+
+# --- all or none ---
+
+
+def test_a_patch_changes_status_assignment_and_fields_in_one_change(rest: Rest) -> None:
+    task = rest.task(description="old")
+    before = rest.head
+    changes = {
+        "title": "-t=new",
+        "description": "",
+        "tags": ["x", "y"],
+        "custom_fields": {"size": "a=b"},
+        "assigned_to": "agent:z",
+        "status": "in_planning",
+        "actor": "agent:boss",
+        "reason": "because",
+    }
+    changed = rest.ok("PATCH", f"/tasks/{task}", json=changes)
+    assert rest.head == before + 1
+    for name in ("title", "description", "tags", "custom_fields", "assigned_to", "status"):
+        assert changed[name] == changes[name], name
+    events = rest.ok("GET", f"/tasks/{task}/events")[1:]
+    assert {(event["actor"], event["provenance"]["reason"]) for event in events} == {("agent:boss", "because")}
+    unassigned = rest.ok("PATCH", f"/tasks/{task}", json={"assigned_to": None, "title": "-t=new"})
+    assert (unassigned["assigned_to"], unassigned["title"]) == (None, "-t=new")
+    assert rest.head == before + 2
+    assert rest.ok("PATCH", f"/tasks/{task}", json={"title": "-t=new"})["title"] == "-t=new"
+    assert rest.head == before + 2, "where all is as it is to be, nothing is numbered"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"status": "done"}, "INVALID_TRANSITION"),
+        ({"status": "done", "force": True}, "VALIDATION_ERROR"),
+        ({"status": "nonsense"}, "VALIDATION_ERROR"),
+        ({"assigned_to": "nobody known"}, "INVALID_ACTOR"),
+        ({"priority": "none"}, "VALIDATION_ERROR"),
+        ({"status": "in_progress", "force": True, "reason": "r", "title": "a\0b"}, "REMOTE_UNSUPPORTED"),
+    ],
+)
+def test_a_patch_that_is_refused_in_part_changes_nothing(rest: Rest, wrong: dict[str, Any], code: str) -> None:
+    task = rest.task("as it was")
+    before = rest.ask("GET", f"/tasks/{task}").json()
+    changes = {"title": "new", "assigned_to": "agent:z", "status": "in_planning", **wrong}
+    assert rest.refused("PATCH", f"/tasks/{task}", json=changes) == (422, code)
+    assert rest.ask("GET", f"/tasks/{task}").json() == before
+
+
+def test_a_policy_counts_what_the_same_patch_does_before_it(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    path = server.data.project("web").lattice / "config.json"
+    config = json.loads(path.read_text())
+    config["workflow"]["completion_policies"] = {"review": {"require_assigned": True}}
+    task = rest.task(planned=True, status="in_progress")
+    path.write_text(json.dumps(config))
+    try:
+        assert rest.ask("PATCH", f"/tasks/{task}", json={"status": "review"}).json()["error"]["code"] == (
+            "COMPLETION_BLOCKED"
+        )
+        both = {"status": "review", "assigned_to": "agent:z"}
+        assert rest.ok("PATCH", f"/tasks/{task}", json=both)["status"] == "review"
+        forced = rest.task(planned=True, status="in_progress")
+        rest.ok("PATCH", f"/tasks/{forced}", json={"status": "review", "force": True, "reason": "a hurry"})
+    finally:
+        del config["workflow"]["completion_policies"]
+        path.write_text(json.dumps(config))
+
+
+def test_of_many_who_claim_a_task_one_gets_it(rest: Rest) -> None:
+    task = rest.task(planned=True)
+    rest.task(planned=True, priority="critical")  # not the one that next would pick
+
+    def claim(number: int) -> int:
+        return requests.post(
+            f"{rest.url}/tasks/{task}/claim",
+            json={"actor": f"agent:a{number}"},
+            headers=dict(rest.session.headers),
+            timeout=30,
+        ).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(claim, range(8)))
+    assert sorted(statuses) == [200] + [409] * 7
+    winner = f"agent:a{statuses.index(200)}"
+    assert rest.ok("GET", f"/tasks/{task}")["assigned_to"] == winner
+    before = rest.head
+    again = rest.ok("POST", f"/tasks/{task}/claim", json={"actor": winner})
+    assert (again["status"], again["plan_content"] is not None, rest.head) == ("in_progress", True, before)
+    assert rest.refused("POST", "/tasks/WEB-99999/claim") == (404, "NOT_FOUND")
+    assert rest.refused("POST", f"/tasks/{rest.task()}/claim") == (422, "PLAN_REQUIRED")
+
+
+def test_the_next_task_is_claimed_until_there_is_none(rest: Rest) -> None:
+    task = rest.task(planned=True, priority="critical", urgency="immediate", status="planned", assigned_to="agent:only")
+    only = {"actor": "agent:only", "status": ["planned"]}
+    claimed = rest.ok("POST", "/next", json=only)
+    assert (claimed["short_id"], claimed["status"], claimed["assigned_to"]) == (task, "in_progress", "agent:only")
+    assert rest.ok("POST", "/next", json=only)["short_id"] == task, "what is begun is gone on with"
+    rest.ok("POST", f"/tasks/{task}/complete", json={"review": "fine", "actor": "agent:only"})
+    nothing = rest.ask("POST", "/next", json={"actor": "agent:only", "status": ["no_such"]})
+    assert (nothing.status_code, nothing.content) == (204, b"")
+
+
+# --- lists ---
+
+
+def test_lists_filter_as_lattice_does(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    rest.task("bug", type="bug", tags=["ui"], assigned_to="agent:f", status="backlog", priority="low")
+    rest.ok("POST", f"/tasks/{rest.task('old', type='bug')}/archive")
+    lines = {
+        "status=backlog": ("list", "--status=backlog"),
+        "assigned=agent:f": ("list", "--assigned=agent:f"),
+        "tag=ui&type=bug": ("list", "--tag=ui", "--type=bug"),
+        "priority=low&compact=true": ("list", "--priority=low", "--compact"),
+        "include_archived=true&type=bug": ("list", "--include-archived", "--type=bug"),
+        "status=unheard-of": ("list", "--status=unheard-of"),
+        "tag=--help": ("list", "--tag=--help"),
+    }
+    assert [rest.ask("GET", f"/tasks?{query}").json() for query in lines] == lattice(server, *lines.values())
+    for wrong in ("include_archived=perhaps", "limit=0", "limit=1001", "limit=x", "page=1", "limit=1&limit=2"):
+        assert rest.refused("GET", f"/tasks?{wrong}") == (422, "REMOTE_INVALID"), wrong
+
+
+def test_pages_leave_nothing_out_and_show_nothing_twice(rest: Rest) -> None:
+    made = [rest.task(tags=["paged"]) for _ in range(7)]
+    seen: list[str] = []
+    query = "/tasks?tag=paged&limit=2"
+    page = rest.ask("GET", query).json()
+    while True:
+        seen += [task["short_id"] for task in page["data"]]
+        if len(seen) == 4:  # between two pages the last one that was seen goes, and another comes
+            rest.ok("POST", f"/tasks/{seen[-1]}/archive")
+            made.append(rest.task(tags=["paged"]))
+        if "next" not in page:
+            break
+        page = rest.ask("GET", f"{query}&cursor={page['next']}").json()
+    assert seen == made
+    for number in range(3):
+        rest.ok("POST", f"/tasks/{made[0]}/comments", status=201, json={"body": f"c{number}"})
+    first = rest.ask("GET", f"/tasks/{made[0]}/events?limit=3").json()
+    rest_of_it = rest.ask("GET", f"/tasks/{made[0]}/events?limit=3&cursor={first['next']}").json()
+    assert (len(first["data"]), len(rest_of_it["data"]), "next" in rest_of_it) == (3, 1, False)
+    assert rest.refused("GET", f"/tasks/{made[0]}/events?cursor={page_of_nothing()}") == (422, "REMOTE_INVALID")
+
+
+def page_of_nothing() -> str:
+    return "ZXZfMDE="  # ev_01, which no log has
+
+
+# --- who, and what is wrong ---
+
+
+def test_a_token_acts_as_itself_and_those_that_it_names(rest: Rest) -> None:
+    task = rest.task()
+    for path, body in (
+        (f"/tasks/{task}/comments", {"body": "x"}),
+        (f"/tasks/{task}/claim", {}),
+        (f"/tasks/{task}/complete", {"review": "x"}),
+        (f"/tasks/{task}/archive", {}),
+        ("/next", {}),
+        ("/tasks", {"title": "x"}),
+        ("/resources/r", {}),
     ):
-        assert (asked.status_code, asked.json()["error"]["code"]) == (status, code)
-        assert asked.json()["ok"] is False
+        assert rest.refused("POST", path, json={**body, "actor": "human:bob"}) == (403, "REMOTE_FORBIDDEN"), path
+    changes = {"title": "x", "status": "in_planning", "actor": "human:bob"}
+    assert rest.refused("PATCH", f"/tasks/{task}", json=changes) == (403, "REMOTE_FORBIDDEN")
+    assert rest.refused("POST", "/tasks", json={"title": "x", "name": "Nobody-1"}) == (422, "SESSION_NOT_FOUND")
+
+
+def test_nobody_gets_further_than_the_token_goes(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": "Basic x"}):
+        answer = requests.get(f"{rest.url}/tasks", headers=headers, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "REMOTE_UNAUTHORIZED")
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+    _, elsewhere = TokenFile(server.data.tokens).create(projects=["other"], actor="human:eve", act_as=[])
+    for method, path in (("GET", "/tasks"), ("POST", "/next"), ("PUT", "/notes/WEB-1"), ("PATCH", "/tasks/WEB-1")):
+        headers = {"Authorization": f"Bearer {elsewhere}"}
+        answer = requests.request(method, rest.url + path, headers=headers, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "REMOTE_FORBIDDEN")
+        answer = requests.request(method, f"{rest.root}/projects/other{path}", headers=headers, timeout=10)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "REMOTE_NOT_FOUND")
+
+
+DEEP = b'{"title":' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "REMOTE_PROTOCOL"),
+        (b'{"title": "\xff"}', 400, "REMOTE_PROTOCOL"),
+        (b'{"title": "\\ud800"}', 400, "REMOTE_PROTOCOL"),
+        (b'{"title": NaN}', 400, "REMOTE_PROTOCOL"),
+        (DEEP, 422, "REMOTE_INVALID"),
+        (DEEP[9:-1], 422, "REMOTE_INVALID"),
+        (b'{"custom_fields": {"a": ' + DEEP + b"}}", 422, "REMOTE_INVALID"),
+        (b'{"x":' * 10_000 + b"1" + b"}" * 10_000, 422, "REMOTE_INVALID"),
+        (b"[]", 422, "REMOTE_INVALID"),
+        (b'{"title": 7}', 422, "REMOTE_INVALID"),
+        (b'{"title": "x", "tite": "y"}', 422, "REMOTE_INVALID"),
+        (b'{"tags": ["a,b"]}', 422, "REMOTE_INVALID"),
+        (b"{}", 422, "REMOTE_INVALID"),
+        (b'{"title": "a\\u0000b"}', 422, "REMOTE_UNSUPPORTED"),
+        (b" " * 2_000_000, 413, "REMOTE_TOO_LARGE"),
+    ],
+    ids=range(15),
+)
+def test_a_body_that_is_wrong_is_refused_in_one_line(rest: Rest, body: bytes, status: int, code: str) -> None:
+    task = rest.task()
+    headers = {"Content-Type": "application/json"}
+    assert rest.refused("PATCH", f"/tasks/{task}", data=body, headers=headers) == (status, code)
+
+
+def test_what_else_is_wrong_has_its_status(rest: Rest) -> None:
+    for method, path, options, status, code in (
+        ("POST", "/tasks", {"data": "title=x"}, 415, "REMOTE_PROTOCOL"),
+        ("POST", "/tasks", {"json": {}}, 422, "REMOTE_INVALID"),
+        ("GET", "/tasks", {"data": b"x"}, 413, "REMOTE_TOO_LARGE"),
+        ("GET", "/tasks/WEB-99999", {}, 404, "NOT_FOUND"),
+        ("GET", f"/tasks/task_{'0' * 26}", {}, 404, "NOT_FOUND"),
+        ("GET", "/tasks/what%20is%20it", {}, 422, "INVALID_ID"),
+        ("POST", "/tasks/a,b/archive", {}, 422, "REMOTE_INVALID"),
+        ("POST", "/tasks/%20/archive", {}, 422, "REMOTE_INVALID"),
+        ("GET", "/tasks/WEB-1/nothing", {}, 404, "REMOTE_NOT_FOUND"),
+    ):
+        assert rest.refused(method, path, **options) == (status, code), (method, path)
+    answer = rest.ask("DELETE", "/tasks")
+    assert (answer.status_code, set(answer.headers["Allow"].split(", "))) == (405, {"GET", "HEAD", "POST"})
+
+
+def test_a_refusal_does_not_end_the_connection(rest: Rest) -> None:
+    assert rest.ask("GET", "/tasks/WEB-99999").headers.get("Connection") != "close"
+    assert rest.ask("POST", "/tasks", json={}).headers.get("Connection") != "close"
+    assert rest.ask("POST", "/tasks", json={"title": "x", "actor": "human:bob"}).headers.get("Connection") != "close"

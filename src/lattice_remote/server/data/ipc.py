@@ -42,6 +42,7 @@ class Execute(_Message, frozen=True, tag="execute"):
     ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
     ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``.
     ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
+    ``fingerprint`` is of what was asked where the id is somebody's choice: another request with this id is refused.
     """
 
     id: str
@@ -53,10 +54,14 @@ class Execute(_Message, frozen=True, tag="execute"):
     last_try: bool = False
     first_sent_at: float | None = None
     ahead: list[str] = []
+    fingerprint: bytes = b""
 
 
 class Invoke(_Message, frozen=True, tag="invoke"):
-    """Carry out an operation of a surface for the holder of this token, once for this id (I6); see ``Call``."""
+    """Carry out an operation of a surface for the holder of this token, once for this id (I6); see ``Call``.
+
+    ``fingerprint`` is as for ``Execute``.
+    """
 
     id: str
     surface: str
@@ -67,12 +72,14 @@ class Invoke(_Message, frozen=True, tag="invoke"):
     actor: str
     act_as: list[str]
     first_sent_at: float | None = None
+    fingerprint: bytes = b""
 
 
 class Edit(_Message, frozen=True, tag="edit"):
     """Store a plan or notes, merged by line when it was made from another base than the file's content.
 
     ``base_digest``, unless empty, stands for the base: the file's content if that has this digest.
+    ``fingerprint`` is as for ``Execute``.
     """
 
     id: str
@@ -83,6 +90,7 @@ class Edit(_Message, frozen=True, tag="edit"):
     actor: str
     first_sent_at: float | None = None
     base_digest: bytes = b""
+    fingerprint: bytes = b""
 
 
 class Adopt(_Message, frozen=True, tag="adopt"):

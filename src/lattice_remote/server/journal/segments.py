@@ -43,12 +43,13 @@ class Segment(msgspec.Struct, frozen=True, tag="segment"):
     since: float = 0.0
 
 
-class Record(msgspec.Struct, frozen=True, tag="record"):
+class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
     """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
 
     ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
     ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
-    file may have caught them in neither place (``copied.py``).
+    file may have caught them in neither place (``copied.py``). ``fingerprint`` is the request's, empty where its id was
+    nobody's choice.
     """
 
     seq: int
@@ -60,6 +61,7 @@ class Record(msgspec.Struct, frozen=True, tag="record"):
     reply: bytes | None = None
     files: dict[str, FileState | None] = {}
     moved: dict[str, bytes] = {}
+    fingerprint: bytes = b""
 
 
 class Outline(msgspec.Struct, frozen=True, tag="record"):

@@ -12,6 +12,7 @@ continuing   from which change a client may go on
 skew         what an older client is told in place of what it does not know
 pushes       whole projects that clients bring
 files        files of the tree, sent at a number
+texts        plans and notes as they are at the head
 snapshot     a file as it was when it was opened
 log          who did what, read back
 overview     projects at a glance: counts, and who did something last

@@ -270,6 +270,9 @@ class Project:
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
             self._refuse(asker, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif _is_another(running, message):
+            why = "another request is under way with this key: take a new one"
+            self._refuse(asker, message, told, "REMOTE_INVALID", why)
         elif asker not in job.askers:
             job.askers.append(asker)
 
@@ -607,3 +610,9 @@ def _weight_of(message: Execute | Invoke | Edit | Adopt) -> int:
         return len(message.text) + len(message.base or b"")
     said = len(message.payload) if isinstance(message, Invoke) else sum(map(len, message.argv))
     return said + sum(len(file.data or b"") for file in message.files)
+
+
+def _is_another(running: ToWorker, message: ToWorker) -> bool:
+    """Tell whether two requests with the same id can't be the same; of one that was given up nothing is known."""
+    chosen = Execute | Invoke | Edit
+    return isinstance(running, chosen) and isinstance(message, chosen) and running.fingerprint != message.fingerprint

@@ -29,7 +29,7 @@ from lattice_remote.server.web.gate import guest
 from lattice_remote.server.web.headers import with_headers
 from lattice_remote.server.web.pages import assets, home, signing_in
 from lattice_remote.server.web.pages.refusing import say
-from lattice_remote.server.web.rest import tasks
+from lattice_remote.server.web.rest import table
 
 __all__ = ["http_app"]
 
@@ -45,7 +45,7 @@ def http_app(hub: Hub) -> ASGIApp:
         *health.routes,
         *listing.routes,
         Route("/projects/{slug}", _describe),
-        *tasks.routes,
+        *table.routes,
         *stream.routes,
         *board.routes,
     ]
@@ -78,7 +78,9 @@ async def _nothing_here(request: Request, error: Exception) -> Response:
         return say(request, Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
     status = HTTPStatus(getattr(error, "status_code", 500))
     code = "REMOTE_NOT_FOUND" if status is HTTPStatus.NOT_FOUND else "REMOTE_PROTOCOL"
-    return say(request, Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
+    response = say(request, Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
+    response.headers.update(getattr(error, "headers", None) or {})  # which methods there are
+    return response
 
 
 async def _turn_away(request: Request, error: TurnedAway) -> Response:
@@ -86,7 +88,9 @@ async def _turn_away(request: Request, error: TurnedAway) -> Response:
 
 
 async def _fail(request: Request, error: RemoteError) -> Response:
-    return say(request, failed(error))
+    response = say(request, failed(error))
+    del response.headers["Connection"]  # who was let in may go on asking
+    return response
 
 
 async def _break(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Hashable
+from dataclasses import dataclass
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import decode_server_frame
@@ -10,10 +11,25 @@ from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Re
 from lattice_remote.server.data.ipc import Edit, Execute, Invoke
 from lattice_remote.server.web.gate import Guest
 
-__all__ = ["call", "edit", "new_id", "run"]
-
+__all__ = ["Once", "call", "edit", "once_only", "run"]
 
 _UNKNOWN = "whether the request took effect is not known: look before you repeat it, or repeat it with its own key"
+
+
+@dataclass(frozen=True)
+class Once:
+    """Under which id a request runs, at most once (I6), and which request that is.
+
+    ``id`` is 32 hexadecimal digits. The same id with another ``fingerprint`` is refused.
+    """
+
+    id: str
+    fingerprint: bytes = b""
+
+
+def once_only() -> Once:
+    """Return an id that nobody else has: for a request that can't be asked again."""
+    return Once(secrets.token_hex(16))
 
 
 class _Asker:
@@ -40,41 +56,51 @@ class _Asker:
             self.answered.set_exception(Rejected(f"{bye.reason}; {_UNKNOWN}", code="REMOTE_UNKNOWN_OUTCOME"))
 
 
-async def run(guest: Guest, argv: list[str], *, id_: str = "", files: list[Attachment] | None = None) -> Reply:
+async def run(
+    guest: Guest, argv: list[str], *, once: Once | None = None, files: list[Attachment] | None = None
+) -> Reply:
     """Run a command line in the guest's name, once for its id; return what it printed, and its exit code.
+
+    Whoever gives up waiting (is cancelled) takes nothing back, except that no resource is waited for any more.
 
     Raises:
         RemoteError: it was refused, or whether it was carried out is not known.
     """
-    token = guest.login.token
-    reply = await _ask(guest, Execute(id_ or new_id(), argv, files or [], token.id, token.actor, token.act_as))
+    token, once = guest.login.token, once or once_only()
+    message = Execute(once.id, argv, files or [], token.id, token.actor, token.act_as, fingerprint=once.fingerprint)
+    reply = await _ask(guest, message)
     assert isinstance(reply, Reply), "so is a command answered"
     return reply
 
 
-async def call(guest: Guest, surface: str, name: str, payload: bytes, *, id_: str = "") -> Returned:
+async def call(guest: Guest, surface: str, name: str, payload: bytes, *, once: Once | None = None) -> Returned:
     """Carry out an operation of a surface in the guest's name; otherwise as ``run``."""
-    token = guest.login.token
-    message = Invoke(id_ or new_id(), surface, name, payload, [], token.id, token.actor, token.act_as)
+    token, once = guest.login.token, once or once_only()
+    message = Invoke(
+        *(once.id, surface, name, payload, [], token.id, token.actor, token.act_as), fingerprint=once.fingerprint
+    )
     reply = await _ask(guest, message)
     assert isinstance(reply, Returned), "so is a call answered"
     return reply
 
 
 async def edit(
-    guest: Guest, path: str, text: bytes, *, base: bytes | None = None, base_digest: bytes = b"", id_: str = ""
+    guest: Guest,
+    path: str,
+    text: bytes,
+    *,
+    base: bytes | None = None,
+    base_digest: bytes = b"",
+    once: Once | None = None,
 ) -> Stored:
     """Store a plan or notes that was made from ``base``, or from the server's text of this digest; as ``run``."""
-    token = guest.login.token
-    message = Edit(id_ or new_id(), path, base, text, token.id, token.actor, base_digest=base_digest)
+    token, once = guest.login.token, once or once_only()
+    message = Edit(
+        *(once.id, path, base, text, token.id, token.actor), base_digest=base_digest, fingerprint=once.fingerprint
+    )
     reply = await _ask(guest, message)
     assert isinstance(reply, Stored), "so is an edit answered"
     return reply
-
-
-def new_id() -> str:
-    """Return an id for a request that is asked once."""
-    return secrets.token_hex(16)
 
 
 async def _ask(guest: Guest, message: Execute | Invoke | Edit) -> ServerFrame:

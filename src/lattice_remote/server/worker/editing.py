@@ -53,7 +53,8 @@ class Editor:
         else:
             difference = self._store.tree.reconcile([request.path])
         command = describe_edit(request.path)
-        cause = Cause(request.id, request.token_id, request.actor, request.id, command, request.actor)
+        who = request.actor
+        cause = Cause(request.id, request.token_id, who, request.id, command, who, request.fingerprint)
         self._store.commit(difference, cause, lambda seq: Stored(request.id, seq, outcome))
 
     def _current(self, path: str) -> bytes | None:

@@ -25,7 +25,7 @@ import filelock
 
 from lattice_remote.server.data.ipc import HookCall
 from lattice_remote.server.tree.tree import MERGE_FROM_BYTES
-from lattice_remote.server.worker.surfaces.surface import Answer
+from lattice_remote.server.worker.surfaces.surface import Answer, Printed
 
 __all__ = ["Executor", "Outcome", "Waiting"]
 
@@ -246,7 +246,7 @@ class Executor:
         return outcome
 
     def call(self, operation: Callable[[], Answer], label: str) -> Outcome:
-        """Run an operation of a surface, which may run no command; never raises an ``Exception``.
+        """Run an operation of a surface, which may run no command but by ``run_step``; never raises an ``Exception``.
 
         ``Vetoed`` passes through. What is printed is nobody's to see.
         """
@@ -260,6 +260,25 @@ class Executor:
                 outcome.failure = self._describe(error)
         outcome.hooks = list(self._hooks)
         return outcome
+
+    def run_step(self, argv: Sequence[str], checked: str) -> Printed:
+        """Run a command line as a part of the operation that is running; otherwise as ``run``.
+
+        What breaks down is raised: the operation does not go on.
+        """
+        self._checked = checked
+        self._clock.restart(is_over=True)
+        self._ahead = ()
+        exit_code = 0
+        try:
+            with _printing() as (stdout, stderr):
+                try:
+                    self.cli.main(args=list(argv), prog_name="lattice")
+                except SystemExit as ending:
+                    exit_code = _exit_code(ending)
+            return Printed(exit_code, stdout(), stderr())
+        finally:
+            self._checked = ""
 
     def _begin(self, checked: str, *, last_try: bool, own_copies: Collection[str] = ()) -> None:
         self._hooks.clear()

@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(project: Path) -> Reads:
     code = code_directories(project)
     os.chdir("/")
+    os.environ["PATH"] = ""  # lattice finds no git: that of the server knows nothing of its users' branches
     executor = Executor(project, lazy=False)
     import lattice.dashboard.git_reader
     import lattice.dashboard.server  # now: while it is watched nothing new is loaded

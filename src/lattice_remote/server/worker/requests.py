@@ -163,6 +163,8 @@ class Worker:
     def _answer_again(self, request: _Request, known: Record) -> None:
         if known.token_id != request.token_id:
             raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
+        if isinstance(request, Execute | Invoke | Edit) and known.fingerprint != request.fingerprint:
+            raise Rejected("another request was made with this key: take a new one", code="REMOTE_INVALID")
         self._store.reply_again(request.id, known)
 
     # --- a whole project ---
@@ -244,7 +246,8 @@ class Worker:
         surface = surface_named(request.surface)
         identity = self._identity(request)
         attach = partial(self._attach, request)
-        operation = surface.prepare(Asked(request.name, request.payload, identity, self._lattice_dir, attach))
+        run_line = self._executor.run_step
+        operation = surface.prepare(Asked(request.name, request.payload, identity, self._lattice_dir, attach, run_line))
         self._store.called(operation.label)
         if request.files and operation.attached is None:
             raise Rejected("a file came with an operation that takes none", code="REMOTE_UNSUPPORTED")
@@ -261,7 +264,9 @@ class Worker:
 
 
 def _cause(request: Execute | Invoke, actor: str, description: str) -> Cause:
-    return Cause(request.id, request.token_id, actor[:_MAX_ACTOR_CHARS], request.id, description, request.actor)
+    actor = actor[:_MAX_ACTOR_CHARS]
+    id_, fingerprint = request.id, request.fingerprint
+    return Cause(id_, request.token_id, actor, id_, description, request.actor, fingerprint)
 
 
 def _refuse_settled(request: Settle) -> None:

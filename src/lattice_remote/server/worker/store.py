@@ -53,7 +53,7 @@ class ChangeTooLarge(Exception):
 class Cause:
     """Why something changes: a request (``id``) of a token, or the server itself.
 
-    ``actor`` is who it acts as, ``token_actor`` whose token it is.
+    ``actor`` is who it acts as, ``token_actor`` whose token it is, ``fingerprint`` the request's.
     """
 
     id: str
@@ -62,6 +62,7 @@ class Cause:
     cause: str
     command: str = ""
     token_actor: str = ""
+    fingerprint: bytes = b""
 
 
 def BY_SERVER(cause: str) -> Cause:  # noqa: N802 - reads as the constant it nearly is
@@ -171,7 +172,8 @@ class Store:
             id_ = cause.id if reply is not None else ""
             states = difference.states if change is not None else {}
             moved = self._moved(difference)
-            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved)
+            asked = cause.fingerprint if id_ else b""
+            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, asked)
             try:
                 descriptor = self.journal.append(record)
             except OSError as error:
@@ -360,7 +362,7 @@ def _at_beginning(record: Record) -> Record:
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
     assert isinstance(answer, Result), "nothing else is journalled"
     reply = encode(msgspec.structs.replace(answer, seq=0))
-    return Record(0, b"", record.time, record.id, record.token_id, reply=reply)
+    return Record(0, b"", record.time, record.id, record.token_id, reply=reply, fingerprint=record.fingerprint)
 
 
 def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:

@@ -1,42 +1,242 @@
-"""``/projects/:slug/tasks`` and what lies below it."""
+"""``/projects/:slug/tasks``, ``/projects/:slug/tasks/:id`` and ``/projects/:slug/next``: a project's tasks."""
+
+from http import HTTPStatus
+from typing import Annotated, Any
 
 import msgspec
-from starlette.requests import Request
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
-from starlette.routing import Route
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.web.bodies import body_of
-from lattice_remote.server.web.gate import guest
-from lattice_remote.server.web.rest.commands import read, write
+from lattice_remote.server.web.rest.asked import Asked, Json, Nothing
+from lattice_remote.server.web.rest.commands import Provenance, answer, as_one, found, options, read, write
+from lattice_remote.server.web.rest.endpoint import Endpoint
+from lattice_remote.server.web.rest.paging import Page, page_of
+from lattice_remote.server.web.rest.shapes import Event, NextTask, Task, TaskInFull
 
-__all__ = ["routes"]
+__all__ = ["TASK", "endpoints"]
 
-_MAX_BODY = 1024 * 1024
+_TASKS = "/projects/{slug}/tasks"
+TASK = f"{_TASKS}/{{id}}"
+
+_Text = Annotated[str, Meta(min_length=1)]
+_Tag = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates tags in lattice")]
+_CustomField = Annotated[str, Meta(pattern=r"^[^=]+$")]
 
 
-class _NewTask(msgspec.Struct, forbid_unknown_fields=True):
-    title: str
+class Filters(Page, frozen=True, kw_only=True):
+    """Which tasks: those for which all of this holds, as of ``lattice list``."""
+
+    status: str | None = None
+    assigned: str | None = None
+    tag: str | None = None
+    type: str | None = None
+    priority: str | None = None
+    include_archived: bool = False
+    compact: bool = False
+
+
+class NewTask(Provenance, frozen=True, kw_only=True):
+    """A task that is to be made, as with ``lattice create``. What is left out, lattice chooses."""
+
+    title: _Text
     description: str | None = None
+    type: str | None = None
+    priority: str | None = None
+    urgency: str | None = None
+    complexity: str | None = None
+    status: str | None = None
+    tags: list[_Tag] | None = None
+    assigned_to: str | None = None
+    id: Annotated[str, Meta(pattern="^task_[0-9A-HJKMNP-TV-Z]{26}$")] | None = None
 
 
-async def _list(request: Request) -> Response:
-    return await read(await guest(request), "list")
+class TaskChanges(Provenance, frozen=True, kw_only=True):
+    """What is to be changed of a task: all of it, or nothing.
+
+    Fields are changed as by ``lattice update``, then ``assigned_to`` as by ``lattice assign`` (null: to nobody), then
+    ``status`` as by ``lattice status``. ``force`` lets the status be one that the workflow or a policy does not allow,
+    and needs a ``reason``.
+    """
+
+    title: _Text | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    priority: str | UnsetType = UNSET
+    urgency: str | UnsetType = UNSET
+    complexity: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    tags: list[_Tag] | UnsetType = UNSET
+    custom_fields: dict[_CustomField, str] | UnsetType = UNSET
+    assigned_to: str | UnsetType | None = UNSET
+    status: str | UnsetType = UNSET
+    force: bool = False
 
 
-async def _create(request: Request) -> Response:
-    visitor = await guest(request)
-    try:
-        new = msgspec.json.decode(await body_of(request, _MAX_BODY), type=_NewTask)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Rejected(f"the request's body: {error}", code="REMOTE_PROTOCOL") from error
-    options = [f"--actor={visitor.login.token.actor}"]
-    if new.description is not None:
-        options.append(f"--description={new.description}")
-    return await write(visitor, "create", *options, "--", new.title, success=201)
+class Claim(Json, frozen=True, kw_only=True):
+    """Who claims; see ``Provenance``."""
+
+    actor: str | None = None
+    name: str | None = None
 
 
-routes = [
-    Route("/projects/{slug}/tasks", _list, methods=["GET"]),
-    Route("/projects/{slug}/tasks", _create, methods=["POST"]),
+class ClaimNext(Claim, frozen=True, kw_only=True):
+    """Who claims, and of which tasks: those in one of these statuses, by default ``backlog`` and ``planned``."""
+
+    status: list[_Tag] | None = None
+
+
+class Completion(Provenance, frozen=True, kw_only=True):
+    """The review that completes a task."""
+
+    review: _Text
+
+
+# --- all of them ---
+
+
+async def list_tasks(asked: Asked[Filters, Nothing]) -> Response:
+    """List tasks in the order in which they were made, filtered as ``lattice list`` does."""
+    query = asked.query
+    texts = {"status": query.status, "assigned": query.assigned, "tag": query.tag, "type": query.type}
+    texts["priority"] = query.priority
+    given = [f"--{name}={value}" for name, value in texts.items() if value is not None]
+    flags = {"--include-archived": query.include_archived, "--compact": query.compact}
+    printed = await found(asked, "list", *given, *(name for name, is_set in flags.items() if is_set))
+    return answer(page_of(printed, query, by_id=True))
+
+
+async def create_task(asked: Asked[Nothing, NewTask]) -> Response:
+    """Make a task."""
+    new = asked.body
+    tags = None if new.tags is None else ",".join(new.tags)
+    fields = {"description": new.description, "type": new.type, "priority": new.priority, "urgency": new.urgency}
+    fields |= {"complexity": new.complexity, "status": new.status, "tags": tags, "assigned_to": new.assigned_to}
+    given = options(new, asked, id=new.id, **fields)
+    return await write(asked, "create", *given, "--", new.title, success=HTTPStatus.CREATED)
+
+
+async def claim_next_task(asked: Asked[Nothing, ClaimNext]) -> Response:
+    """Claim the next task, as ``lattice next --claim``: the one that you are at already, or the most important ready.
+
+    Status 204 when there is none.
+    """
+    statuses = None if asked.body.status is None else ",".join(asked.body.status)
+    response = await write(asked, "next", *_claimant(asked, asked.body), *_given("--status", statuses))
+    is_none = response.status_code == HTTPStatus.OK and _data_of(bytes(response.body)) == msgspec.Raw(b"null")
+    if not is_none:
+        return response
+    return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Lattice-Change": response.headers["Lattice-Change"]})
+
+
+# --- one of them ---
+
+
+async def show_task(asked: Asked[Nothing, Nothing]) -> Response:
+    """Return a task with its events and its relationships, archived or not."""
+    return await _show(asked)
+
+
+async def _show(asked: Asked[Any, Any]) -> Response:
+    return await read(asked, "show", "--", asked.path["id"])
+
+
+async def change_task(asked: Asked[Nothing, TaskChanges]) -> Response:
+    """Change status, assignment and fields of a task together: all of it as one change, or nothing."""
+    lines = list(_lines(asked, asked.body))
+    if not lines:
+        raise Rejected("there is nothing to change in the request's body", code="REMOTE_INVALID")
+    done, response = await as_one(asked, "together", {"lines": lines})
+    if response.status_code != HTTPStatus.OK:
+        return response
+    snapshots = [
+        data for data in msgspec.json.decode(_data_of(done.payload), type=list[dict[str, Any]]) if "id" in data
+    ]
+    # Where all was already as it is to be, lattice prints no task.
+    return _with_data(response, snapshots[-1]) if snapshots else await _show(asked)
+
+
+def _lines(asked: Asked[Any, Any], changes: TaskChanges) -> list[list[str]]:
+    """Return the command lines that make these changes."""
+    common, task = ["--json", *options(changes, asked)], asked.path["id"]
+    lines = []
+    if pairs := list(_pairs(changes)):
+        lines.append(["update", *common, "--", task, *pairs])
+    if changes.assigned_to is not UNSET:
+        lines.append(["assign", *common, "--", task, "none" if changes.assigned_to is None else changes.assigned_to])
+    if changes.status is not UNSET:
+        lines.append(["status", *common, *(["--force"] if changes.force else []), "--", task, changes.status])
+    return lines
+
+
+def _pairs(changes: TaskChanges) -> list[str]:
+    names = ("title", "description", "priority", "urgency", "complexity", "type")
+    values = {name: getattr(changes, name) for name in names}
+    if changes.tags is not UNSET:
+        values["tags"] = ",".join(changes.tags)
+    if changes.custom_fields is not UNSET:
+        values |= {f"custom_fields.{name}": value for name, value in changes.custom_fields.items()}
+    return [f"{name}={value}" for name, value in values.items() if value is not UNSET]
+
+
+async def claim_task(asked: Asked[Nothing, Claim]) -> Response:
+    """Claim this task: assign it and begin it, as ``lattice next --claim`` does with the one that it picks."""
+    line = ["next", "--json", *_claimant(asked, asked.body)]
+    done, response = await as_one(asked, "claim", {"task": asked.path["id"], "line": line})
+    if response.status_code != HTTPStatus.OK:
+        return response
+    return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[0])
+
+
+async def complete_task(asked: Asked[Nothing, Completion]) -> Response:
+    """Complete a task with a review, as ``lattice complete``."""
+    return await write(asked, "complete", *options(asked.body, asked, review=asked.body.review), "--", asked.path["id"])
+
+
+async def archive_task(asked: Asked[Nothing, Provenance]) -> Response:
+    """Archive a task."""
+    return await write(asked, "archive", *options(asked.body, asked), "--", _one(asked.path["id"]))
+
+
+async def unarchive_task(asked: Asked[Nothing, Provenance]) -> Response:
+    """Bring a task back from the archive."""
+    return await write(asked, "unarchive", *options(asked.body, asked), "--", _one(asked.path["id"]))
+
+
+def _one(task: str) -> str:
+    """Return an id that lattice takes for one: in these commands a comma separates several."""
+    if "," in task or not task.strip():
+        raise Rejected(f"Invalid task ID format: {task[:60]!r}.", code="REMOTE_INVALID")
+    return task
+
+
+def _claimant(asked: Asked[Any, Any], claim: Claim) -> list[str]:
+    actor = asked.guest.login.token.actor if claim.actor is None and claim.name is None else claim.actor
+    return ["--claim", *_given("--name", claim.name), *_given("--actor", actor)]
+
+
+def _given(option: str, value: str | None) -> list[str]:
+    return [] if value is None else [f"{option}={value}"]
+
+
+def _data_of(envelope: bytes) -> msgspec.Raw:
+    return msgspec.json.decode(envelope, type=dict[str, msgspec.Raw])["data"]
+
+
+def _with_data(response: Response, data: object) -> Response:
+    """Return an answer with other data, and the same headers of ours."""
+    content = msgspec.json.encode({"ok": True, "data": data})
+    headers = {"Lattice-Change": response.headers["Lattice-Change"]}
+    return Response(content, response.status_code, headers, media_type="application/json")
+
+
+endpoints = [
+    Endpoint("GET", _TASKS, list_tasks, list[Task]),
+    Endpoint("POST", _TASKS, create_task, Task, HTTPStatus.CREATED),
+    Endpoint("POST", "/projects/{slug}/next", claim_next_task, NextTask, others=[HTTPStatus.NO_CONTENT]),
+    Endpoint("GET", TASK, show_task, TaskInFull),
+    Endpoint("PATCH", TASK, change_task, Task),
+    Endpoint("POST", f"{TASK}/claim", claim_task, NextTask),
+    Endpoint("POST", f"{TASK}/complete", complete_task, Task),
+    Endpoint("POST", f"{TASK}/archive", archive_task, Event),
+    Endpoint("POST", f"{TASK}/unarchive", unarchive_task, Event),
 ]

@@ -25,6 +25,7 @@ class _Entry:
 
 
 _SURFACES: Mapping[str, _Entry] = {
+    "commands": _Entry("commands"),
     "dashboard": _Entry("dashboard"),
     "mcp": _Entry("mcp", needs="mcp", install="lattice-remote[mcp]"),
     "storage": _Entry("storage"),

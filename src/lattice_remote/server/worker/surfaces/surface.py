@@ -11,7 +11,7 @@ from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.arguments import Kind, check, unsupported
 from lattice_remote.server.worker.attachments import Attached
 
-__all__ = ["Answer", "Asked", "Operation", "Surface", "check_fields", "json_object"]
+__all__ = ["Answer", "Asked", "Operation", "Printed", "Surface", "check_fields", "json_object"]
 
 _TEXTS = frozenset({"assigned_to", "description", "priority", "title", "type", "urgency"})
 """Fields of a task that every reader of a board takes to be texts, or missing."""
@@ -28,6 +28,8 @@ class Asked:
         lattice_dir: the project's ``.lattice``.
         attach: puts the caller's files where the operation can read them, in place of the values that name them there.
             An operation that takes none does not call it. Raises Rejected.
+        run_line: runs a command line which the policy has let through, and only this command of it (its words), as a
+            step of the operation. Call it only while that runs.
     """
 
     name: str
@@ -35,6 +37,16 @@ class Asked:
     identity: Identity
     lattice_dir: Path
     attach: Callable[[Sequence[str]], Attached]
+    run_line: Callable[[Sequence[str], str], "Printed"]
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What a command printed, and the exit code that it would have."""
+
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
 
 
 @dataclass(frozen=True)

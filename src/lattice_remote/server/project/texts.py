@@ -1,0 +1,52 @@
+"""Plans and notes as they are at the head: for those who want the very bytes, and know nothing of the tree."""
+
+import asyncio
+import os
+from pathlib import Path
+
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.project.project import Project
+
+__all__ = ["text_at_head"]
+
+_SETTLE_S = 5.0
+_LOOK_AGAIN_S = 0.02
+
+
+async def text_at_head(project: Project, path: str) -> bytes | None:
+    """Return the content of a plan or notes; None when there is none. Belongs to the event loop's thread.
+
+    The disk is ahead of the head by what is being written: what was read counts once it is what the head says.
+
+    Raises:
+        StorageError: it can't be read, or was different from the head's for seconds.
+    """
+    try:
+        async with asyncio.timeout(_SETTLE_S):
+            return await _settled(project, path)
+    except TimeoutError:
+        raise StorageError(f"{path} is changing all the time; try again") from None
+    except OSError as error:
+        raise StorageError(f"the server can't read {path}: {error.strerror}") from error
+
+
+async def _settled(project: Project, path: str) -> bytes | None:
+    while (content := project.history.files.get(path)) is not None:
+        data = await asyncio.to_thread(_read, project.paths.lattice / path)
+        if data is not None and digest_of(data) == content[1]:
+            return data
+        if project.history.files.get(path) == content:
+            project.files_touched({path})  # perhaps somebody has edited it here
+            await asyncio.sleep(_LOOK_AGAIN_S)
+    return None
+
+
+def _read(path: Path) -> bytes | None:
+    """Return a plain file's content; None when there is none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()

@@ -1,0 +1,121 @@
+"""A request to an endpoint, checked: everything in it has the form that the endpoint's description promises."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.web.answers import TurnedAway
+from lattice_remote.server.web.asking import Once, once_only
+from lattice_remote.server.web.bodies import body_of
+from lattice_remote.server.web.gate import Guest, guest
+
+__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "Asked", "Json", "Nothing", "Query", "asked_of"]
+
+MAX_JSON_BYTES = 1024 * 1024
+MAX_KEY_CHARS = 255
+KEY_HEADER = "Idempotency-Key"
+_CONDITIONS = ("If-Match", "If-None-Match")
+
+
+class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may stand behind the ``?`` of a path; each at most once."""
+
+
+class Json(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A body of JSON."""
+
+
+class Nothing(Query, frozen=True):
+    """No query, or no body."""
+
+
+@dataclass(frozen=True)
+class Asked[Q: Query, B: Json | Nothing | bytes]:
+    """A request of somebody who may use the project.
+
+    Attributes:
+        guest: who, and which project.
+        path: the parts of the path that are in braces in the endpoint's.
+        query, body: as the endpoint's handler declares them.
+        once: under which id a write runs, and which request that is.
+        request: for its headers.
+    """
+
+    guest: Guest
+    path: dict[str, str]
+    query: Q
+    body: B
+    once: Once
+    request: Request
+
+
+async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Asked[Any, Any]:
+    """Return a request, checked.
+
+    Raises:
+        TurnedAway: nobody who may, or a body that is too long or of another media type.
+        Rejected: 400 or 422: not what the endpoint takes.
+    """
+    visitor = await guest(request)
+    found = _query(request, query)
+    content = b""
+    if body is not Nothing:
+        most = visitor.hub.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
+        content = await body_of(request, most)
+    parsed = content if body is bytes else _json(request, content, body)
+    return Asked(visitor, dict(request.path_params), found, parsed, _once(request, visitor, content), request)
+
+
+def _query(request: Request, kind: type[Query]) -> Query:
+    given = request.query_params.multi_items()
+    for name, times in Counter(name for name, _ in given).items():
+        if times > 1:
+            raise Rejected(f"{name!r} is given {times} times in the query", code="REMOTE_INVALID")
+    try:
+        return msgspec.convert(dict(given), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the query: {error}", code="REMOTE_INVALID") from None
+
+
+def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
+    """Return what is in a body; an empty one is an empty object."""
+    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if content and media_type != "application/json":
+        why = "send the body with Content-Type: application/json"
+        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+    try:
+        return msgspec.json.decode(content or b"{}", type=kind)
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the request's body: {error}", code="REMOTE_INVALID") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Rejected(f"the request's body is no JSON: {error}", code="REMOTE_PROTOCOL") from None
+
+
+def _once(request: Request, visitor: Guest, content: bytes) -> Once:
+    keys = request.headers.getlist(KEY_HEADER)
+    if not keys:
+        return once_only()
+    key = keys[0]
+    if len(keys) > 1 or not 0 < len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
+        raise Rejected(
+            f"{KEY_HEADER} must be one, of 1 to {MAX_KEY_CHARS} printable characters", code="REMOTE_PROTOCOL"
+        )
+    return Once(
+        _digest("key", visitor.login.token.id, key).hex(),
+        _digest(
+            *(request.method, request.url.path, request.url.query, hashlib.sha256(content).hexdigest()),
+            *(request.headers.get(name, "") for name in _CONDITIONS),
+        ),
+    )
+
+
+def _digest(*parts: str) -> bytes:
+    """Return 16 bytes that no other parts have."""
+    return hashlib.sha256(msgspec.json.encode(parts)).digest()[:16]

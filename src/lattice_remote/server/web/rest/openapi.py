@@ -1,0 +1,130 @@
+"""The endpoints as an OpenAPI 3.1 description, made from the same values that they are routed by."""
+
+import re
+from collections.abc import Iterator, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+
+import lattice_remote
+from lattice_remote.server.web.rest.asked import KEY_HEADER, MAX_KEY_CHARS, Nothing
+from lattice_remote.server.web.rest.endpoint import Endpoint
+
+__all__ = ["description"]
+
+_ABOUT = (
+    "Tasks of a project, in the envelopes of `lattice --json`. Every write is one numbered change, in the name of the "
+    "token's actor or of another that it may act as."
+)
+_MAY_FAIL = (
+    *(HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND),
+    *(HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    *(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.TOO_MANY_REQUESTS),
+    *(HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE),
+)
+_WITHOUT_BODY = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+_REF = "#/components/schemas/{name}"
+_TEXT = {"text/markdown": {"schema": {"type": "string"}}}
+
+
+class Problem(msgspec.Struct):
+    """Why a request was not carried out: lattice's own code and words, or a code that begins with ``REMOTE_``."""
+
+    code: str
+    message: str
+
+
+class Refused(msgspec.Struct):
+    """The envelope of every answer of status 400 or more."""
+
+    ok: bool
+    error: Problem
+
+
+def description(endpoints: Sequence[Endpoint]) -> bytes:
+    """Return the description, JSON."""
+    schemas, components = _schemas(endpoints)
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schemas)
+    whole = {
+        "openapi": "3.1.0",
+        "info": {"title": "lattice-remote", "version": lattice_remote.__version__, "description": _ABOUT},
+        "security": [{"token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+    return msgspec.json.encode(whole)
+
+
+def _schemas(endpoints: Sequence[Endpoint]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """Return the schema of each type that an endpoint takes or answers with, and what they refer to."""
+    kinds = [kind for endpoint in endpoints for kind in (*endpoint.takes, endpoint.data) if kind is not bytes]
+    found, components = msgspec.json.schema_components([*kinds, Refused], ref_template=_REF)
+    return {str(kind): schema for kind, schema in zip([*kinds, Refused], found, strict=True)}, components
+
+
+def _operation(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    summary, _, text = endpoint.text.partition("\n\n")
+    operation = {
+        "operationId": endpoint.name,
+        "summary": " ".join(summary.split()),
+        "tags": [endpoint.path.split("/")[3]],
+        "parameters": list(_parameters(endpoint)),
+        "responses": dict(_responses(endpoint, schemas)),
+    }
+    if text:
+        operation["description"] = " ".join(text.split())
+    body = endpoint.takes[1]
+    if body is bytes:
+        operation["requestBody"] = {"required": True, "content": _TEXT}
+    elif body is not Nothing:
+        is_required = any(field.required for field in msgspec.structs.fields(body))
+        operation["requestBody"] = {
+            "required": is_required,
+            "content": {"application/json": {"schema": schemas[str(body)]}},
+        }
+    return operation
+
+
+def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    for name in re.findall(r"{(\w+)}", endpoint.path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    for field in msgspec.structs.fields(endpoint.takes[0]):
+        schema = msgspec.json.schema(field.type)
+        schema = _without_null(schema)
+        yield {"name": field.encode_name, "in": "query", "required": field.required, "schema": schema}
+    for header, meaning in endpoint.headers.items():
+        yield {"name": header, "in": "header", "description": meaning, "schema": {"type": "string"}}
+    if endpoint.method != "GET":
+        meaning = "The same request with the same key is carried out once, and answered each time as the first time."
+        schema = {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"}
+        yield {"name": KEY_HEADER, "in": "header", "description": meaning, "schema": schema}
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a value that may be left out: in a query there is no null."""
+    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
+    return choices[0] if len(choices) == 1 else schema
+
+
+def _responses(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    yield str(endpoint.success.value), {"description": endpoint.success.phrase, "content": _content(endpoint, schemas)}
+    refused = {"application/json": {"schema": schemas[str(Refused)]}}
+    for status in sorted({*endpoint.others, *_MAY_FAIL}):
+        said: dict[str, Any] = {"description": status.phrase}
+        yield str(status.value), said if status in _WITHOUT_BODY else {**said, "content": refused}
+
+
+def _content(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    if endpoint.data is bytes:
+        return _TEXT
+    properties = {"ok": {"const": True}, "data": schemas[str(endpoint.data)]}
+    if "cursor" in {field.name for field in msgspec.structs.fields(endpoint.takes[0])}:
+        properties["next"] = {"type": "string"}
+    envelope = {"type": "object", "properties": properties, "required": ["ok", "data"]}
+    return {"application/json": {"schema": envelope}}

@@ -1,0 +1,72 @@
+"""A program that speaks HTTP to a server: one session, one project, and what was answered."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+from server_process import Process
+from test_app import make_data, make_token
+
+__all__ = ["Rest", "rest_server"]
+
+_PLAN = "# A plan\n\n- done in one step\n"
+
+
+class Rest:
+    """Asks for paths of the project ``web`` over one connection that is kept."""
+
+    def __init__(self, port: int, token: str) -> None:
+        self.root = f"http://127.0.0.1:{port}"
+        self.url = f"{self.root}/projects/web"
+        self.session = requests.Session()
+        self.session.headers["Authorization"] = f"Bearer {token}"
+
+    def ask(self, method: str, path: str, **options: Any) -> requests.Response:
+        """Ask, and see that whatever is answered is an envelope in which a refusal is one line."""
+        answer = self.session.request(method, self.url + path, timeout=30, **options)
+        assert answer.status_code != 500, answer.text
+        if answer.status_code >= 400:
+            said = answer.json()
+            assert said["ok"] is False
+            assert re.fullmatch("[A-Z_]+", said["error"]["code"])
+            assert said["error"]["message"] and "\n" not in said["error"]["message"], said
+        return answer
+
+    def ok(self, method: str, path: str, *, status: int = 200, **options: Any) -> Any:
+        """Ask for what must be done; return the data."""
+        answer = self.ask(method, path, **options)
+        assert answer.status_code == status, (answer.status_code, answer.text)
+        return answer.json()["data"]
+
+    def refused(self, method: str, path: str, **options: Any) -> tuple[int, str]:
+        """Ask for what must be refused; return the status and the code. Nothing may have changed."""
+        before = self.head
+        answer = self.ask(method, path, **options)
+        assert answer.status_code >= 400, answer.text
+        assert self.head == before
+        return answer.status_code, answer.json()["error"]["code"]
+
+    @property
+    def head(self) -> int:
+        """The number of the last change."""
+        return int(self.session.get(self.url, timeout=30).json()["head"])
+
+    def task(self, title: str = "t", *, planned: bool = False, **fields: Any) -> str:
+        """Make a task and return its short id; with ``planned`` one that can be begun."""
+        made = self.ok("POST", "/tasks", status=201, json={"title": title, **fields})
+        if planned:
+            self.ok("PUT", f"/plans/{made['id']}", data=_PLAN, headers={"If-Match": "*"})
+        return str(made["short_id"])
+
+
+@contextlib.contextmanager
+def rest_server(directory: Path) -> Iterator[tuple[Process, Rest]]:
+    """Run a server on a new data directory, with a program that has a token of human:ana, and of every agent."""
+    started = Process(make_data(directory / "data"))
+    client = Rest(started.port, make_token(started.data))
+    with client.session:
+        yield started, client
+    assert started.end() == 0
