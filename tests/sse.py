@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,8 +34,13 @@ class Listening:
         since: str | None = None,
         timeout_s: float = 20.0,
         headers: dict[str, str] | None = None,
+        trusting: ssl.SSLContext | None = None,
     ) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+        self._connection = (
+            http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+            if trusting is None
+            else http.client.HTTPSConnection("localhost", port, timeout=timeout_s, context=trusting)
+        )
         self.id = last or ""
         """The last id that was said."""
         self.comments: list[str] = []

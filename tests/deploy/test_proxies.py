@@ -3,21 +3,29 @@
 import contextlib
 import http.client
 import json
+import re
 import secrets
 import ssl
-import subprocess
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import requests
-from proxies import NGINX_DEFAULT_S, Caddy, Nginx, Proxy
+from proxies import DEPLOY, NGINX_DEFAULT_S, Caddy, Nginx, Proxy
 
+from lattice_remote.server.data.settings import Limits
+from lattice_remote.server.web.events.feed import KEEP_ALIVE_S
 from sandbox import Client, Sandbox, Server, differences, wait_for
+from sse import Listening
 from warm import warm
+from watcher import Watcher
 
 pytestmark = pytest.mark.e2e
 
+COMMAND_S = 600
+"""How long a server may let a command run."""
 ANA = ("--actor", "human:ana")
 LOGINS = 3
 """How many failed logins an address has before it is slowed down."""
@@ -40,12 +48,17 @@ class Place:
         url = f"{self.proxy.url}{path}"
         return requests.request(method, url, headers=headers, verify=str(self.proxy.ca_file), timeout=30, **options)
 
+    def trusting(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=str(self.proxy.ca_file))
+
+    def listening(self) -> Listening:
+        return Listening(self.proxy.port, self.token, "board", trusting=self.trusting())
+
     def status_from(self, number: int, claims: str | None = None) -> int:
         """Return what a request with a wrong token is answered, sent from one of the ten addresses."""
         address = f"127.0.0.{self.first_address + number}"
-        trusting = ssl.create_default_context(cafile=str(self.proxy.ca_file))
         connection = http.client.HTTPSConnection(
-            "localhost", self.proxy.port, timeout=10, source_address=(address, 0), context=trusting
+            "localhost", self.proxy.port, timeout=10, source_address=(address, 0), context=self.trusting()
         )
         headers = {"Authorization": "Bearer wrong", **({"X-Forwarded-For": claims} if claims else {})}
         try:
@@ -53,11 +66,6 @@ class Place:
             return connection.getresponse().status
         finally:
             connection.close()
-
-    def stay_quiet(self, watching: subprocess.Popen[str]) -> None:
-        """Return once longer has passed, without a word, than nginx would wait by itself."""
-        with pytest.raises(subprocess.TimeoutExpired):
-            watching.wait(NGINX_DEFAULT_S + 1)
 
 
 @pytest.fixture(scope="module")
@@ -92,21 +100,33 @@ def test_commands_are_run_and_copies_are_the_same(place: Place) -> None:
 
 
 def test_a_watch_sees_a_change_after_a_silence_that_nginx_would_not_wait_for(place: Place) -> None:
-    watching = place.ana.popen("remote", "watch", "--json")
-    assert watching.stdout is not None
-    try:
-        place.stay_quiet(watching)
+    place.ana.ok("create", "Before", *ANA)
+    with Watcher(place.ana) as watcher:
+        wait_for(lambda: "Before" in str(watcher.records), "the watch to be there")
+        time.sleep(NGINX_DEFAULT_S + 1)  # the silence that is spoken of
         assert "timed out" not in place.proxy.log(), "it would be connected again, and nobody would notice"
         created = place.request("POST", "/projects/board/tasks", json={"title": "Seen"})
         assert created.status_code == 201, created.text
-        for line in watching.stdout:
-            if "Seen" in line or created.json()["data"]["id"] in line:
-                break
-        else:
-            pytest.fail("the watch has ended")
-    finally:
-        watching.terminate()
-        watching.communicate(timeout=20)
+        wait_for(lambda: created.json()["data"]["id"] in str(watcher.records), "the change")
+
+
+def test_events_come_one_by_one_and_outlast_a_silence_that_nginx_would_not_wait_for(place: Place) -> None:
+    with place.listening() as listening, pytest.raises(TimeoutError):
+        assert listening.status == 200
+        listening.socket.settimeout(NGINX_DEFAULT_S + 1)
+        next(listening)
+    with place.listening() as listening:
+        for title in ("first", "second"):
+            place.ana.ok("create", title, *ANA)
+            assert title in str(listening.take(3))
+
+
+def test_nginx_waits_for_the_longest_command_and_for_many_signs_of_life() -> None:
+    [minutes] = re.findall(r"^ *proxy_read_timeout +(\d+)m;", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE)
+    assert int(minutes) * 60 > max(COMMAND_S, 10 * KEEP_ALIVE_S)
+    msgspec.json.decode(f'{{"command_seconds": {COMMAND_S}}}', type=Limits)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(f'{{"command_seconds": {COMMAND_S + 1}}}', type=Limits)
 
 
 def test_a_large_file_goes_in_pieces(place: Place) -> None:
@@ -150,7 +170,12 @@ def test_plain_http_is_led_to_tls(place: Place) -> None:
 
 def test_while_the_server_is_down_it_is_out_of_reach_and_clients_come_back(places: list[Place]) -> None:
     server = places[0].server
+    streams = [place.listening() for place in places]
     server.stop()
+    for stream in streams:
+        assert stream.status == 200
+        assert list(stream) == [], "it has come to its end"
+        stream.close()
     commands = [place.ana.popen("create", "Lost", *ANA) for place in places]
     for place, command in zip(places, commands, strict=True):
         assert place.request("GET", "/healthz").status_code == 502
