@@ -10,7 +10,7 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -30,6 +30,9 @@ _KEPT_S = 5.0
 """How long an answer may be given again: some say how long ago something was."""
 _MAX_KEPT_BYTES = 32 * 1024 * 1024
 _MAX_FOUND_BYTES = 256 * 1024 * 1024
+
+_TRIES_TOGETHER = 4
+_SETTLE_LOOKS, _SETTLE_LOOK_S = 25, 0.002
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Found)
@@ -75,6 +78,27 @@ class Reader:
                 return self._kept_answer(asked) or await self._read(asked)
         finally:
             self._waiting -= 1
+
+    async def read_together(self, asked: Sequence[Read]) -> tuple[list[Found], object | None]:
+        """Return what several reads find, and the state of the tree at which all of them found it.
+
+        Where writes follow one on the other it may be that of none: then the state is None, and each read has seen what
+        was acknowledged before this was called. Otherwise as ``read``.
+        """
+        for _ in range(_TRIES_TOGETHER):
+            before = await self._settled()
+            found = [await self.read(each) for each in asked]
+            if before is not None and before == self._state():
+                return found, before
+        return found, None
+
+    async def _settled(self) -> object | None:
+        """Return the state of the tree; wait a moment for one."""
+        for _ in range(_SETTLE_LOOKS):
+            if (state := self._state()) is not None:
+                return state
+            await asyncio.sleep(_SETTLE_LOOK_S)
+        return self._state()
 
     def close(self) -> None:
         """End the process; reads that wait for it fail. Idempotent."""

@@ -20,6 +20,7 @@ from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.web import health, listing
 from lattice_remote.server.web.answers import TurnedAway, failed
+from lattice_remote.server.web.board import data as board_data
 from lattice_remote.server.web.board import page as board
 from lattice_remote.server.web.bodies import ending_where_unread, refused_body
 from lattice_remote.server.web.cookie import Cookies
@@ -47,6 +48,7 @@ def http_app(hub: Hub) -> ASGIApp:
         Route("/projects/{slug}", _describe),
         *table.routes,
         *stream.routes,
+        *board_data.routes,
         *board.routes,
     ]
     handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
