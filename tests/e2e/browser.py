@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
 __all__ = ["EXECUTABLE", "PATIENCE_MS", "Person", "chromium", "screenshot"]
 
 EXECUTABLE = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 PATIENCE_MS = 20_000
 """For how long Playwright waits for what a test expects; a machine may be busy."""
+expect.set_options(timeout=PATIENCE_MS)
 _ROOT = Path(__file__).resolve().parents[2]
 _ARGUMENTS = [
     "--no-sandbox",  # tests may run as root
