@@ -15,6 +15,7 @@ from lattice_remote.server.web.rest.asked import Asked, Nothing
 from lattice_remote.server.web.rest.commands import Provenance, answer, found, options, read, write
 from lattice_remote.server.web.rest.endpoint import Endpoint
 from lattice_remote.server.web.rest.shapes import Resource, Resources
+from lattice_remote.server.web.staying import while_there
 
 __all__ = ["endpoints"]
 
@@ -76,7 +77,7 @@ async def acquire_resource(asked: Asked[Nothing, Acquisition]) -> Response:
     how = asked.body
     wait = {"wait": True, "timeout": how.timeout} if how.wait else {}
     given = options(how, asked, task=how.task, force=how.force, **wait)
-    return await write(asked, "resource acquire", *given, "--", asked.path["name"])
+    return await while_there(asked.request, write(asked, "resource acquire", *given, "--", asked.path["name"]))
 
 
 async def release_resource(asked: Asked[Nothing, Provenance]) -> Response:

@@ -111,8 +111,9 @@ async def _store(asked: Asked[Nothing, bytes], place: _Place) -> Stored:
         return await _edit(asked, place, b"")
     for _ in range(_TRIES):
         _, current = asked.guest.project.history.files.get(place.path, (0, b""))
+        base = _base(wanted, current)
         try:
-            return await _edit(asked, place, _base(wanted, current))
+            return await _edit(asked, place, base)
         except Rejected as rejected:
             # With a star, another text that came in between is to be replaced as well.
             if rejected.code != "REMOTE_STALE_BASE" or wanted != "*":
