@@ -179,12 +179,12 @@ class Server:
         self._end(signal.SIGKILL)
 
     def worker_pids(self) -> list[int]:
-        """Return the process ids of the project workers."""
+        """Return the process ids of the project workers; those that only read are none."""
         if self.process is None:
             return []
-        with contextlib.suppress(FileNotFoundError):
-            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-            return [int(pid) for pid in children.split()]
+        with contextlib.suppress(OSError):
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            return [int(pid) for pid in children if b".worker.process\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return []
 
     def _end(self, sign: signal.Signals) -> int:

@@ -6,14 +6,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from rest_client import Rest, rest_server
 from server_process import Process
+from test_app import make_token
 
 from lattice_remote.server.data.tokens import TokenFile
+from sandbox import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +143,20 @@ def test_a_patch_that_is_refused_in_part_changes_nothing(rest: Rest, wrong: dict
     assert rest.ask("GET", f"/tasks/{task}").json() == before
 
 
+def edit(rest: Rest, path: Path, text: str) -> None:
+    """Write a file behind the server's back, and wait until that has its number."""
+    before = rest.head
+    path.write_text(text)
+    wait_for(lambda: rest.head > before, "the edit's number")
+
+
 def test_a_policy_counts_what_the_same_patch_does_before_it(served: tuple[Process, Rest]) -> None:
     server, rest = served
     path = server.data.project("web").lattice / "config.json"
     config = json.loads(path.read_text())
     config["workflow"]["completion_policies"] = {"review": {"require_assigned": True}}
     task = rest.task(planned=True, status="in_progress")
-    path.write_text(json.dumps(config))
+    edit(rest, path, json.dumps(config))
     try:
         assert rest.ask("PATCH", f"/tasks/{task}", json={"status": "review"}).json()["error"]["code"] == (
             "COMPLETION_BLOCKED"
@@ -157,7 +167,7 @@ def test_a_policy_counts_what_the_same_patch_does_before_it(served: tuple[Proces
         rest.ok("PATCH", f"/tasks/{forced}", json={"status": "review", "force": True, "reason": "a hurry"})
     finally:
         del config["workflow"]["completion_policies"]
-        path.write_text(json.dumps(config))
+        edit(rest, path, json.dumps(config))
 
 
 def test_of_many_who_claim_a_task_one_gets_it(rest: Rest) -> None:
@@ -240,6 +250,66 @@ def test_pages_leave_nothing_out_and_show_nothing_twice(rest: Rest) -> None:
 
 def page_of_nothing() -> str:
     return "ZXZfMDE="  # ev_01, which no log has
+
+
+# --- once ---
+
+
+def keyed(rest: Rest, key: str, **options: Any) -> requests.Response:
+    """Ask to make a task, on a connection of its own."""
+    headers = {**dict(rest.session.headers), "Idempotency-Key": key}
+    return requests.post(f"{rest.url}/tasks", headers=headers, timeout=30, **options)
+
+
+def test_the_same_request_with_the_same_key_happens_once(rest: Rest) -> None:
+    before = rest.head
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: keyed(rest, "one", json={"title": "x"}), range(8)))
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.content for answer in answers}) == 1
+    assert rest.head == before + 1
+    refused = keyed(rest, "no", json={"title": "x", "status": "nonsense"})
+    assert keyed(rest, "no", json={"title": "x", "status": "nonsense"}).content == refused.content
+    assert rest.head == before + 1
+
+
+def test_a_key_that_comes_with_another_request_is_refused(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    with ThreadPoolExecutor(8) as pool:  # some while the first is under way, some later
+        answers = list(pool.map(lambda number: keyed(rest, "two", json={"title": f"{number}"}), range(8)))
+    assert sorted(answer.status_code for answer in answers) == [201] + [422] * 7
+    first = next(answer.json()["data"] for answer in answers if answer.status_code == 201)
+    headers = {"Idempotency-Key": "two"}
+    same = {"title": first["title"]}
+    assert rest.ok("POST", "/tasks", status=201, headers=headers, json=same) == first
+    assert rest.refused("POST", "/tasks?x=1", headers=headers, json=same) == (422, "REMOTE_INVALID")
+    assert rest.refused("POST", "/next", headers=headers, json={}) == (422, "REMOTE_INVALID")
+    assert rest.refused("PATCH", f"/tasks/{first['id']}", headers=headers, json=same) == (422, "REMOTE_INVALID")
+    other = Rest(server.port, make_token(server.data))
+    with other.session:
+        made = other.ok("POST", "/tasks", status=201, headers=headers, json=same)
+    assert made["id"] != first["id"], "another token's keys are its own"
+
+
+def test_a_change_that_is_made_once_stays_made_when_it_is_asked_again_later(rest: Rest) -> None:
+    task, headers = rest.task(), {"Idempotency-Key": "patch"}
+    changed = rest.ok("PATCH", f"/tasks/{task}", headers=headers, json={"title": "one"})
+    rest.ok("PATCH", f"/tasks/{task}", json={"title": "two"})
+    assert rest.ok("PATCH", f"/tasks/{task}", headers=headers, json={"title": "one"}) == changed
+    assert rest.ok("GET", f"/tasks/{task}")["title"] == "two"
+    path = f"/plans/{task}"
+    put = {"Idempotency-Key": "put", "If-Match": rest.ask("GET", path).headers["ETag"]}
+    stored = rest.ok("PUT", path, headers=put, data=b"one")
+    rest.ok("PUT", path, headers={"If-Match": "*"}, data=b"two")
+    assert rest.ok("PUT", path, headers=put, data=b"one") == stored, "not 412: it was done before the text was another"
+    assert rest.refused("PUT", path, headers={**put, "If-Match": "*"}, data=b"one") == (422, "REMOTE_INVALID")
+    assert rest.ask("GET", path).content == b"two"
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "\xe4"])
+def test_a_key_is_bounded(rest: Rest, key: str) -> None:
+    headers = {"Idempotency-Key": key.encode("latin-1")}
+    assert rest.refused("POST", "/tasks", headers=headers, json={"title": "x"}) == (400, "REMOTE_PROTOCOL")
 
 
 # --- who, and what is wrong ---

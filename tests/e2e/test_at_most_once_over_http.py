@@ -1,0 +1,75 @@
+"""A request over HTTP that has a key runs once, whatever dies at whatever moment of it (I6)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from account import check_numbers, effects_in
+from faults import inject
+from sandbox import Sandbox, Server, wait_for
+
+pytestmark = pytest.mark.e2e
+_MAX_POINTS = 60
+
+
+class Program:
+    """A program that comments on the first task, each time with a key, over a connection of its own."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._headers = {"Authorization": f"Bearer {server.token('human:ana', 'agent:*')}"}
+        self.post("/tasks", "first", title="One")
+
+    def post(self, path: str, key: str, **body: object) -> requests.Response:
+        url = f"{self._server.url}/projects/board{path}"
+        headers = {**self._headers, "Idempotency-Key": key}
+        return requests.post(url, json=body, headers=headers, timeout=30)
+
+    def comments(self) -> int:
+        """Return how many there are by now, as the server says."""
+        url = f"{self._server.url}/projects/board/tasks/LAT-1/comments"
+        return len(requests.get(url, headers=self._headers, timeout=30).json()["data"])
+
+    def comment(self, key: str, **body: object) -> requests.Response:
+        return self.post("/tasks/LAT-1/comments", key, body=f"comment {key}", actor=f"agent:{key}", **body)
+
+
+@pytest.fixture
+def injected(sandbox: Sandbox) -> Iterator[tuple[Server, Program, Path]]:
+    server = sandbox.server()
+    faults = inject(server)
+    server.project()
+    server.start()
+    yield server, Program(server), faults
+
+
+def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Server, Program, Path]) -> None:
+    server, program, faults = injected
+    keys, done_before = [], 0
+    for point in range(3, _MAX_POINTS, 3):
+        keys.append(key := f"p{point}")
+        wait_for(lambda: len(server.worker_pids()) == 1, "the worker")
+        (faults / f"server-dies-{server.worker_pids()[0]}").write_text("." * point)
+        try:
+            answer = program.comment(key)
+        except requests.ConnectionError:
+            server.kill()  # it is gone already; this takes note of it
+            server.start()
+            done_before += program.comments() == len(keys)
+            answer = program.comment(key)
+        else:
+            keys.append("")  # the command has no more points than that
+        assert answer.status_code == 201, answer.text
+        again = program.comment(key)
+        assert (again.status_code, again.content) == (201, answer.content), "an answer is given again as it was"
+        assert program.comment(key, reply_to="ev_1").json()["error"]["code"] == "REMOTE_INVALID"
+        if keys[-1] == "":
+            break
+    assert keys.pop() == "", "the server was to survive in the end"
+    assert program.comments() == len(keys)
+    found = effects_in(server.lattice_dir())
+    assert {key: found[key, "comment_added"] for key in keys} == dict.fromkeys(keys, 1)
+    assert done_before, "it was to die once between what it did and the answer"
+    check_numbers(server)
