@@ -81,7 +81,7 @@ class Caretaker:
             self._scan_at = 0.0  # what was moved in with it is not told file by file
         elif not os.path.lexists(place):
             self._missing(path)
-        elif self._follower.is_strange(path):
+        elif self._follower.files.is_strange(path):
             self._suspect(path)
 
     def _missing(self, path: str) -> None:
@@ -171,7 +171,7 @@ class Caretaker:
         async with self._turn:
             began = time.monotonic()
             for path in await asyncio.to_thread(foreign, self._cache):
-                if self._follower.is_strange(path):
+                if self._follower.files.is_strange(path):
                     self._suspect(path)
                 elif is_editable(path):
                     self._on_edits([path])

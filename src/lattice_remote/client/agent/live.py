@@ -116,7 +116,7 @@ class Live:
 
     def _is_edit(self, path: str) -> bool:
         """Whether there is something to send; what belongs to no task is set aside by the caretaker."""
-        return self._follower.edits.is_edited(path) and not self._follower.is_orphan(path)
+        return self._follower.edits.is_edited(path) and not self._follower.files.is_orphan(path)
 
     def _can_send(self) -> bool:
         link = self._links.live()

@@ -126,7 +126,7 @@ class Service:
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
         """From now on send what people edit and put right what else changes in the files, without being asked."""
         self._live = live = Live(self._follower, self._links, self._pusher)
-        self._follower.on_edits = live.touched
+        self._follower.files.on_edits = live.touched
         self._sending = asyncio.get_running_loop().create_task(live.run())
         self._caretaker = Caretaker(self._follower, self._link, watching, turn, live.touched)
         self._care = asyncio.get_running_loop().create_task(self._caretaker.run())

@@ -1,6 +1,7 @@
 """The directory as a tree that follows the server's.
 
 follower    drives a replica (``protocol/replica.py``) against a cache
+performing  what the replica says, done to the files: nothing that somebody writes is lost
 cache       atomic writes, and what is known of each file
 directory   how files are reached, never through a link
 state       which point of the history the directory holds

@@ -8,8 +8,8 @@ lock, so that the others find it done.
 import asyncio
 import contextlib
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
@@ -19,21 +19,19 @@ from lattice_remote.client.cache.comparing import Comparison, compare_files
 from lattice_remote.client.cache.conflicts import Conflicts
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.healing import Healing
-from lattice_remote.client.cache.keepsakes import Keepsakes, may_be_by_hand
+from lattice_remote.client.cache.keepsakes import Keepsakes
 from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.performing import Files
 from lattice_remote.client.cache.state import STATE_FILE, CacheState
 from lattice_remote.client.cache.survey import Reading
-from lattice_remote.errors import ConnectionFailed, ProtocolError, StorageError
+from lattice_remote.errors import ConnectionFailed, StorageError
 from lattice_remote.protocol.effects import Answer, ApplyChange, Compare, Content, Effect, Remove, Save, Send, WritePart
-from lattice_remote.protocol.messages import ClientFrame, Hello, Part, Put, Response, ServerFrame
-from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
-from lattice_remote.protocol.paths import is_editable, is_payload
+from lattice_remote.protocol.messages import ClientFrame, Hello, Put, Response, ServerFrame
+from lattice_remote.protocol.paths import is_payload
 from lattice_remote.protocol.replica import Replica, State
 
 __all__ = ["Follower", "Outcome", "Writer"]
 
-_MAX_MISFITS = 5
-"""How often the pieces of one file may not add up before the connection is given up."""
 _LOOK_AGAIN_S = 1.0
 _STORE_AGE_TIMEOUT_S = 1.0
 """Not worth a longer wait: everything else of this cache waits meanwhile."""
@@ -85,6 +83,8 @@ class Follower:
         self.conflicts = Conflicts(cache, self.edits)
         self.keepsakes = Keepsakes(cache)
         self.healing = Healing()
+        self.files = Files(cache, self.edits, self.keepsakes, self.healing)
+        """What performs on the files what the replica says."""
         self.replica = Replica()
         self.state = cache.load_state()
         """What is stored in the cache, as far as this process knows."""
@@ -96,8 +96,6 @@ class Follower:
         """When they did, by the monotonic clock; None when another process saw to it, or before the first time."""
         self.trouble: StorageError | None = None
         """Why the files could not be written, until they can be."""
-        self.on_edits: Callable[[Iterable[str]], None] = _nobody
-        """Told of plans and notes that are edited, or may be."""
         self.resyncs = 0
         """How often the whole tree was compared because the history could not be continued."""
         self.received = 0
@@ -109,7 +107,6 @@ class Follower:
         self._mutex = asyncio.Lock()
         self._comparing: asyncio.Future[Comparison] | None = None
         self._earlier: Mapping[str, Reading] | None = None
-        self._misfits: Counter[str] = Counter()  # path -> how often its pieces did not add up, on this connection
 
     @property
     def is_current(self) -> bool:
@@ -185,7 +182,7 @@ class Follower:
             self.replica.disconnected()
             self._fail_comparison()
             self._resyncing = False
-            self._misfits.clear()
+            self.files.misfits.clear()
             self.cache.forget_parts()
             await self._resync_lock.aclose()
         with contextlib.suppress(StorageError):
@@ -256,7 +253,7 @@ class Follower:
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
             await self._go_on(result)
-            strange = [path for path in paths if self.is_strange(path)]
+            strange = [path for path in paths if self.files.is_strange(path)]
             new = [path for path in strange if path not in self.replica.wanted] if self.is_following else []
             self.healing.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
             for path in new:
@@ -273,17 +270,6 @@ class Follower:
             self.replica.leave_out(path)
             self.cache.note(path)  # looked at once: from here on it is for whoever fetches it
         return [path for path in paths if path not in apart]
-
-    def is_strange(self, path: str) -> bool:
-        """Whether other hands than ours and the server's made the file what it is; edits of plans and notes aside."""
-        found = self.cache.signature(path)
-        if self.cache.known.agrees(path, found):
-            return False
-        return found is None or not is_editable(path) or self.is_orphan(path)
-
-    def is_orphan(self, path: str) -> bool:
-        """Whether a plan or notes belongs to no task of the server's, as far as that is known."""
-        return self.cache.known.is_complete and self.edits.is_orphan(path, self.cache.known)
 
     async def compare(
         self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
@@ -323,12 +309,12 @@ class Follower:
             if not self.is_following or self.replica.away.get(path) != content:
                 return False
             if partial is not None:
-                self._keep([path])
+                self.files.keep([path])
                 self.cache.place(partial, path)
             else:
                 self.cache.note(path)
             self.replica.here(path)
-            self._is_the_servers([path])
+            self.files.are_the_servers([path])
             self._save()
             self.cache.known.share()
             return True
@@ -340,7 +326,7 @@ class Follower:
         async with self._mutex, self.cache.locked():
             await self._go_on(Outcome())
             if self.is_following and self.replica.away.get(path) == content:
-                self._keep([path])
+                self.files.keep([path])
                 self.cache.delete(path)
                 self.cache.known.share()
 
@@ -363,13 +349,13 @@ class Follower:
         while queue:
             match queue.popleft():
                 case ApplyChange(operations=operations):
-                    queue.extend(self._apply(operations))
+                    queue.extend(self.files.apply(operations, self.replica))
                 case WritePart(part=part):
                     self.received += 1
-                    queue.extend(self._write_part(part))
+                    queue.extend(self.files.write_part(part, self.replica))
                 case Remove(paths=paths):
                     for path in paths:
-                        self._remove(path)
+                        self.files.remove(path, self.replica)
                 case Compare() as compare:
                     queue.extend(await self._compare(compare))
                 case Send(frame=frame):
@@ -379,114 +365,6 @@ class Follower:
                 case Save():
                     save = True
         return save
-
-    def _apply(self, operations: Iterable[Operation]) -> list[Effect]:
-        drifted: set[str] = set()
-        for operation in operations:
-            text = self.edits.text_after(operation)
-            if text is not None and self.edits.take(operation.path, text):
-                self.on_edits([operation.path])  # who saves in that moment is not told of: it looks like our own doing
-                continue
-            edited = self.edits.edited_by(operation)
-            if not edited:
-                paths = paths_of(operation)
-                self._keep(paths)
-                drifted |= (unfit := apply(operation, self.cache))
-                self._is_the_servers([path for path in paths if path not in unfit])
-                self.on_edits([path for path in paths if is_editable(path)])
-            elif self.edits.absorb(operation):
-                self.on_edits([operation.path])
-            else:
-                drifted |= self._hold(operation, edited)
-        return self.replica.drifted(drifted) if drifted else []
-
-    def _hold(self, operation: Operation, edited: list[str]) -> set[str]:
-        """Leave edited files alone; return which other file of a move must be fetched."""
-        for path in edited:
-            self.replica.hold(path)
-        self.on_edits(edited)
-        if isinstance(operation, MoveFile):
-            if operation.path not in edited:
-                self._remove(operation.path)
-            elif operation.to not in edited:
-                return {operation.to}
-        return set()
-
-    def _write_part(self, part: Part) -> list[Effect]:
-        if self._is_only_touched(part):
-            self.cache.note(part.path)
-            self._is_the_servers([part.path])
-            return []
-        if is_editable(part.path):
-            return self._write_text(part)
-        self._keep([part.path])
-        return self._written(part, self.cache.write_part(part))
-
-    def _write_text(self, part: Part) -> list[Effect]:
-        """The same for a plan or notes: never in place of what somebody writes, even at the last moment."""
-        placed: bool | None = False
-        if not self.edits.is_in_use(part.path):
-            placed = self.cache.write_part(part, self.edits.take)
-        if placed is False and self.edits.is_in_use(part.path):
-            self.replica.hold(part.path)
-            placed = None
-        self.on_edits([part.path])
-        return self._written(part, placed, is_text=True)
-
-    def _written(self, part: Part, placed: bool | None, *, is_text: bool = False) -> list[Effect]:
-        if placed is False:
-            self._misfits[part.path] += 1
-            if self._misfits[part.path] >= _MAX_MISFITS:
-                raise ProtocolError(f"the server keeps sending {part.path!r} in pieces that are not the file")
-            return self.replica.drifted([part.path])
-        if placed:
-            self._misfits.pop(part.path, None)
-            if is_text:  # its base was noted with it: what it holds by now may be the next edit
-                self._note_healing(part.path)
-            else:
-                self._is_the_servers([part.path])
-        return []
-
-    def _remove(self, path: str) -> None:
-        if is_editable(path) and self.edits.is_in_use(path):
-            if not self.is_orphan(path):
-                self.replica.hold(path)
-                self.on_edits([path])
-                return
-            self.keepsakes.keep(path, is_strange=True)
-        self._keep([path])
-        self.cache.delete(path)
-        self._is_the_servers([path])
-
-    def _is_only_touched(self, part: Part) -> bool:
-        """Whether a file that looked strange holds just what the server sends: only its times were changed."""
-        found = self.healing.strange.get(part.path)
-        return found is not None and found[1] == part.digest and found[0] == self.cache.signature(part.path)
-
-    def _keep(self, paths: Iterable[str]) -> None:
-        """These files are about to be replaced: set aside what somebody may have written into them."""
-        for path in paths:
-            if may_be_by_hand(path):
-                known = self.cache.known
-                strange = known.is_complete and not known.agrees(path, self.cache.signature(path))
-                self.keepsakes.keep(path, is_strange=strange or path in self.healing.strange)
-
-    def _is_the_servers(self, paths: Iterable[str]) -> None:
-        """These files hold what the server has, or are gone with it."""
-        for path in paths:
-            if is_editable(path):
-                self.edits.rebase(path)
-            else:
-                self.keepsakes.remember(path)
-            self._note_healing(path)
-
-    def _note_healing(self, path: str) -> None:
-        if (before := self.healing.strange.pop(path, None)) is not None:
-            self._was_fetched(path, was_changed=before[1] != self.cache.digest(path))
-
-    def _was_fetched(self, path: str, *, was_changed: bool) -> None:
-        if self.healing.healed(path) if was_changed else self.healing.fetched(path):
-            self.keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")
 
     async def _compare(self, compare: Compare) -> list[Effect]:
         compared = await compare_files(
@@ -509,7 +387,7 @@ class Follower:
                 if path not in self.replica.wanted:
                     reading = compared.readings.get(path)
                     self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
-        self.on_edits(comparison.edited)
+        self.files.on_edits(comparison.edited)
         self.cache.known.settle((path, compared.readings[path].signature) for path in compared.equal())
         effects = self.replica.compared(compared.local, edited=comparison.edited)
         self._to_fetch = len(self.replica.wanted)
@@ -578,7 +456,3 @@ class Follower:
             self._resyncing = True
             self.resyncs += 1
             await self._resync_lock.enter_async_context(self.cache.locked())
-
-
-def _nobody(_edited: Iterable[str]) -> None:
-    """Nobody sends edits without being asked."""
