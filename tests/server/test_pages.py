@@ -225,6 +225,7 @@ def test_every_page_may_use_its_own_files_only_and_is_kept_nowhere(visitor: Visi
         for path in re.findall(r'(?:href|src)="(/pages/[^"]*)"', answer.text):
             file = visitor.get(path)
             assert file.status_code == 200 and "immutable" in file.headers["Cache-Control"]
+    assert visitor.get("/favicon.ico").headers["Content-Type"] == "image/svg+xml"
 
 
 def test_a_project_with_a_name_that_is_markup_is_shown_as_text(server: Process, visitor: Visitor) -> None:

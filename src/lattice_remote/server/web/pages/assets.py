@@ -35,4 +35,14 @@ async def _serve(request: Request) -> Response:
     return Response(_content(name), headers=headers, media_type=_TYPES[name])
 
 
-routes = [Route("/pages/{digest}/{name}", _serve, methods=["GET"])]
+async def _icon(_: Request) -> Response:
+    """Answer what browsers ask for of every server, also for pages that name no icon."""
+    return Response(
+        _content("icon.svg"), headers={"Cache-Control": "public, max-age=86400"}, media_type="image/svg+xml"
+    )
+
+
+routes = [
+    Route("/pages/{digest}/{name}", _serve, methods=["GET"]),
+    Route("/favicon.ico", _icon, methods=["GET"]),
+]
