@@ -1,6 +1,6 @@
 """nginx and Caddy with the configurations of ``examples/deploy/``, run by whoever runs the tests, on loopback.
 
-The text that is run is the example's: only the host's name, addresses, ports and the certificate's place are put in
+What is run is the example: only the host's name, addresses, ports and the certificate's place are put in
 (``with_places`` insists that each is there to be replaced), and around it what keeps the program to a directory of its
 own. Around nginx's the time that it would wait by default is a short one: what outlasts it does so by the example's
 words.
@@ -71,10 +71,14 @@ class Proxy:
         """Write its configuration, and return how it is run in the foreground, as one process."""
         raise NotImplementedError
 
+    def environment(self) -> dict[str, str]:
+        """Return what the example takes from the environment."""
+        return {}
+
     def start(self) -> None:
         """Run it, and return once it answers."""
         argv = self.argv()
-        env = {"PATH": os.environ["PATH"], "HOME": str(self.dir)}
+        env = {"PATH": os.environ["PATH"], "HOME": str(self.dir), **self.environment()}
         with (self.dir / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 argv, cwd=self.dir, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -144,13 +148,12 @@ class Caddy(Proxy):
 
     def argv(self) -> list[str]:
         self.ca_file = self.dir / "storage" / "pki" / "authorities" / "local" / "root.crt"
-        places = {
-            "\nboard.example.com {": f"\nlocalhost:{self.port} {{",
-            "127.0.0.1:8443 {": f"127.0.0.1:{self.upstream_port} {{",
-        }
         options = (
             f"{{\nadmin off\nlocal_certs\nskip_install_trust\ndefault_bind 127.0.0.1\n"
             f"http_port {self.plain_port}\nhttps_port {self.port}\nstorage file_system {self.dir}/storage\n}}\n"
         )
-        (self.dir / "Caddyfile").write_text(options + with_places((DEPLOY / "Caddyfile").read_text(), places))
+        (self.dir / "Caddyfile").write_text(options + (DEPLOY / "Caddyfile").read_text())
         return [program("caddy"), "run", "--config", str(self.dir / "Caddyfile"), "--adapter", "caddyfile"]
+
+    def environment(self) -> dict[str, str]:
+        return {"LATTICE_HOST": f"localhost:{self.port}", "LATTICE_SERVER": f"127.0.0.1:{self.upstream_port}"}

@@ -1,0 +1,196 @@
+"""A directory that stands for a machine on which a server is set up, as its administrator's shell sees it.
+
+Absolute paths of what is typed lie below that directory. ``stand_ins/`` are in place of the programs that would change
+this machine or fetch something: ``sudo`` runs what it is given, ``useradd`` does nothing, ``pip`` puts this project's
+programs where it was to install them, ``systemctl`` asks the ``Machine``, which does with the unit's file what systemd
+would, as far as processes go. All else is real.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+from proxies import free_port
+
+from sandbox import BIN, Sandbox
+
+__all__ = ["Machine"]
+
+_STAND_INS = Path(__file__).resolve().parent / "stand_ins"
+_ROOT = _STAND_INS.parents[2]
+_DIRECTORIES = (
+    "/opt",
+    "/var/lib",
+    "/etc/systemd/system",
+    "/etc/nginx/conf.d",
+    "/usr/local/bin",
+    "/backup",
+    "/data",
+    "/src",
+)
+_START_S = 20
+
+
+class Machine:
+    """See the module's text; ``end()`` it.
+
+    Attributes:
+        port: where the service listens that the unit starts on port 8443.
+        environment: of every command.
+        places: what else is put in the place of what, in commands and units.
+        said: what the last command has written to stderr.
+    """
+
+    def __init__(self, sandbox: Sandbox, name: str) -> None:
+        self.root = sandbox.root / f"{name}-root"
+        self.root.mkdir()
+        for directory in _DIRECTORIES:
+            self.path(directory).mkdir(parents=True)
+        self.port = free_port()
+        self.places: dict[str, str] = {}
+        self.said = ""
+        self.environment = {
+            **sandbox.environment(name),
+            "MACHINE_ROOT": str(self.root),
+            "MACHINE_BIN": str(BIN),
+            "MACHINE_PYTHON": sys.executable,
+        }
+        self.environment["PATH"] = (
+            f"{_STAND_INS}{os.pathsep}{self.path('/usr/local/bin')}{os.pathsep}{os.environ['PATH']}"
+        )
+        self._services: dict[str, subprocess.Popen[bytes]] = {}
+        self._started: list[subprocess.Popen[str]] = []
+        self._manager = _Manager(self)
+
+    def path(self, path: str) -> Path:
+        """Return where an absolute path of the machine is."""
+        return self.root / path.lstrip("/")
+
+    def copy(self, source: Path, path: str) -> None:
+        """Bring a file or a directory there."""
+        self.path(path).parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-r", source, self.path(path)], check=True)
+
+    def here(self, text: str) -> str:
+        """Return a text of commands, or of a unit, with the machine's own places."""
+        for old, new in self.places.items():
+            text = text.replace(old, new)
+        directories = "|".join(re.escape(directory) for directory in _DIRECTORIES)
+        text = re.sub(rf"(?<![\w/.-])({directories})(?=[/\s:;'\"]|$)", lambda found: str(self.path(found[0])), text)
+        return re.sub(r"\b8443\b", str(self.port), text)
+
+    def run(
+        self, script: str, *, stdin: str = "", env: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run what is typed into a shell, in the repository's directory."""
+        argv = ["bash", "-euo", "pipefail", "-c", self.here(script)]
+        environment = {**self.environment, **(env or {})}
+        done = subprocess.run(
+            argv, cwd=_ROOT, env=environment, input=stdin, capture_output=True, text=True, timeout=60, check=False
+        )
+        self.said = done.stderr
+        return done
+
+    def start(self, command: str) -> subprocess.Popen[str]:
+        """Start a program and do not wait for it."""
+        argv = shlex.split(self.here(command))
+        with (self.root / "log").open("ab") as log:
+            process = subprocess.Popen(argv, cwd=_ROOT, env=self.environment, stdout=log, stderr=log, text=True)
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """End what runs."""
+        for name in list(self._services):
+            self.stop_service(name)
+        for process in self._started:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
+            process.wait(20)
+        self._manager.close()
+
+    # --- as systemd ---
+
+    def systemctl(self, verb: str, *arguments: str) -> str:
+        """Do what ``systemctl`` is asked; return why it failed."""
+        names = [argument for argument in arguments if not argument.startswith("-")]
+        if verb == "daemon-reload":
+            return ""
+        if names == ["nginx"]:
+            return "" if any(self.path("/etc/nginx/conf.d").iterdir()) else "nginx has no site"
+        [name] = names
+        match verb:
+            case "enable":
+                return self.start_service(name) if "--now" in arguments else ""
+            case "start":
+                return self.start_service(name)
+            case "stop":
+                return self.stop_service(name)
+            case "restart":
+                return self.stop_service(name) or self.start_service(name)
+            case "reload":
+                self._services[name].send_signal(signal.SIGHUP)
+                return ""
+        return f"no stand-in for systemctl {verb}"
+
+    def start_service(self, name: str) -> str:
+        """Run the unit's command with its environment, and wait until it says that it serves."""
+        unit = self.here((self.path("/etc/systemd/system") / f"{name}.service").read_text())
+        [command] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+        variables = dict(line.split("=", 1) for line in re.findall(r"^Environment=(.*)$", unit, re.MULTILINE))
+        assert re.search(r"^Type=notify$", unit, re.MULTILINE)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, (self.root / "log").open("ab") as log:
+            address = self.root / "notify"
+            address.unlink(missing_ok=True)
+            told.bind(str(address))
+            told.settimeout(0.05)
+            environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(address), **variables}
+            process = subprocess.Popen(shlex.split(command), env=environment, stdout=log, stderr=log)
+            for _ in range(round(_START_S / 0.05)):
+                with contextlib.suppress(TimeoutError):
+                    if told.recv(100) == b"READY=1":
+                        self._services[name] = process
+                        return ""
+                if process.poll() is not None:
+                    return f"{name} ended with {process.returncode}: {(self.root / 'log').read_text()[-500:]}"
+        process.kill()
+        process.wait()
+        return f"{name} did not say that it serves"
+
+    def stop_service(self, name: str) -> str:
+        """End it, and wait for its end."""
+        process = self._services.pop(name, None)
+        if process is None:
+            return ""
+        process.terminate()
+        return "" if process.wait(20) == 0 else f"{name} ended with {process.returncode}"
+
+
+class _Manager:
+    """Hears what ``stand_ins/systemctl`` is asked."""
+
+    def __init__(self, machine: Machine) -> None:
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                why = machine.systemctl(*json.loads(self.rfile.readline()))
+                self.wfile.write(why.encode())
+
+        self._server = socketserver.UnixStreamServer(str(machine.root / "systemd"), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
