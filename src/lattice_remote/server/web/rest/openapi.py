@@ -96,7 +96,6 @@ def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
         yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     for field in msgspec.structs.fields(endpoint.takes[0]):
         schema = msgspec.json.schema(field.type)
-        schema = _without_null(schema)
         yield {"name": field.encode_name, "in": "query", "required": field.required, "schema": schema}
     for header, meaning in endpoint.headers.items():
         yield {"name": header, "in": "header", "description": meaning, "schema": {"type": "string"}}
@@ -104,12 +103,6 @@ def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
         meaning = "The same request with the same key is carried out once, and answered each time as the first time."
         schema = {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"}
         yield {"name": KEY_HEADER, "in": "header", "description": meaning, "schema": schema}
-
-
-def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a value that may be left out: in a query there is no null."""
-    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
-    return choices[0] if len(choices) == 1 else schema
 
 
 def _responses(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ import base64
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.web.rest.asked import Query
@@ -21,8 +21,8 @@ MAX_LIMIT = 1000
 class Page(Query, frozen=True, kw_only=True):
     """Which part of a list. Without ``limit`` it is all of it; ``cursor`` is the ``next`` of the part before."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] | None = None
-    cursor: Annotated[str, Meta(min_length=1, max_length=400, pattern="^[A-Za-z0-9_=-]+$")] | None = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] | UnsetType = UNSET
+    cursor: Annotated[str, Meta(min_length=1, max_length=400, pattern="^[A-Za-z0-9_=-]+$")] | UnsetType = UNSET
 
 
 class _Identified(msgspec.Struct, frozen=True):
@@ -40,15 +40,15 @@ def page_of(envelope: bytes, page: Page, *, by_id: bool) -> bytes:
     Raises:
         Rejected: the cursor is none of this list.
     """
-    if page.limit is None and page.cursor is None:
+    if page.limit is UNSET and page.cursor is UNSET:
         return envelope
     whole = msgspec.json.decode(envelope, type=dict[str, msgspec.Raw])
     if whole.get("ok") != msgspec.Raw(b"true"):
         return envelope
     items = msgspec.json.decode(whole["data"], type=list[msgspec.Raw])
     ids = [item.id for item in msgspec.json.decode(whole["data"], type=list[_Identified])]
-    first = 0 if page.cursor is None else _place_after(_decoded(page.cursor), ids, by_id=by_id)
-    end = len(items) if page.limit is None else first + page.limit
+    first = 0 if page.cursor is UNSET else _place_after(_decoded(page.cursor), ids, by_id=by_id)
+    end = len(items) if page.limit is UNSET else first + page.limit
     part: dict[str, Any] = {**whole, "data": items[first:end]}
     if end < len(items):
         part["next"] = _encoded(ids[end - 1])

@@ -27,11 +27,11 @@ _CustomField = Annotated[str, Meta(pattern=r"^[^=]+$")]
 class Filters(Page, frozen=True, kw_only=True):
     """Which tasks: those for which all of this holds, as of ``lattice list``."""
 
-    status: str | None = None
-    assigned: str | None = None
-    tag: str | None = None
-    type: str | None = None
-    priority: str | None = None
+    status: str | UnsetType = UNSET
+    assigned: str | UnsetType = UNSET
+    tag: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    priority: str | UnsetType = UNSET
     include_archived: bool = False
     compact: bool = False
 
@@ -99,7 +99,7 @@ async def list_tasks(asked: Asked[Filters, Nothing]) -> Response:
     query = asked.query
     texts = {"status": query.status, "assigned": query.assigned, "tag": query.tag, "type": query.type}
     texts["priority"] = query.priority
-    given = [f"--{name}={value}" for name, value in texts.items() if value is not None]
+    given = [f"--{name}={value}" for name, value in texts.items() if value is not UNSET]
     flags = {"--include-archived": query.include_archived, "--compact": query.compact}
     printed = await found(asked, "list", *given, *(name for name, is_set in flags.items() if is_set))
     return answer(page_of(printed, query, by_id=True))
