@@ -54,7 +54,7 @@ CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
         ],
         [
             ("task_event", {"task": TASK, "event": {"id": "ev_1", "type": "x"}}),
-            ("task_snapshot", {"task": TASK, "archived": False, "snapshot": {"title": "T"}}),
+            ("task_snapshot", {"task": TASK, "archived": False, "gone": False, "snapshot": {"title": "T"}}),
             ("text", {"task": TASK, "text": "plan"}),
         ],
     ),
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
         [append(LOG), MergeJson(SNAPSHOT, b'{"title":"U"}', ONE)],
         [
             ("task_event", {"task": TASK, "event": {"id": "ev_1", "type": "x"}}),
-            ("task_snapshot", {"task": TASK, "archived": False, "snapshot": {"one": 1}}),
+            ("task_snapshot", {"task": TASK, "archived": False, "gone": False, "snapshot": {"one": 1}}),
         ],
     ),
     "a task that goes to the archive": (
@@ -75,21 +75,21 @@ CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
         ],
         [
             ("task_event", {"task": TASK, "event": {"id": "ev_1", "type": "x"}}),
-            ("task_snapshot", {"task": TASK, "archived": True, "snapshot": {"title": "T"}}),
+            ("task_snapshot", {"task": TASK, "archived": True, "gone": False, "snapshot": {"title": "T"}}),
         ],
     ),
     "a snapshot that is moved as it is": (
         [MoveFile(SNAPSHOT, ARCHIVED, TWO)],
-        [("task_snapshot", {"task": TASK, "archived": True, "snapshot": {"two": 2}})],
+        [("task_snapshot", {"task": TASK, "archived": True, "gone": False, "snapshot": {"two": 2}})],
     ),
     "a snapshot that is written, then moved": (
         [PutFile(SNAPSHOT, b'{"n": 1}'), MoveFile(SNAPSHOT, ARCHIVED, TWO)],
-        [("task_snapshot", {"task": TASK, "archived": True, "snapshot": {"n": 1}})],
+        [("task_snapshot", {"task": TASK, "archived": True, "gone": False, "snapshot": {"n": 1}})],
     ),
     "a task that is removed": (
         [DeleteFile(SNAPSHOT), DeleteFile(LOG)],
         [
-            ("task_snapshot", {"task": TASK, "archived": False, "snapshot": None}),
+            ("task_snapshot", {"task": TASK, "archived": False, "gone": True, "snapshot": None}),
             ("files", {"paths": [LOG], "more": 0}),
         ],
     ),
@@ -121,8 +121,8 @@ CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
     "two tasks": (
         [PutFile(SNAPSHOT, b'{"n": 1}'), PutFile(f"tasks/{OTHER}.json", b'{"n": 2}'), PutFile(SNAPSHOT, b'{"n": 3}')],
         [
-            ("task_snapshot", {"task": TASK, "archived": False, "snapshot": {"n": 3}}),
-            ("task_snapshot", {"task": OTHER, "archived": False, "snapshot": {"n": 2}}),
+            ("task_snapshot", {"task": TASK, "archived": False, "gone": False, "snapshot": {"n": 3}}),
+            ("task_snapshot", {"task": OTHER, "archived": False, "gone": False, "snapshot": {"n": 2}}),
         ],
     ),
     "very many files": (
@@ -143,7 +143,7 @@ def test_what_was_replaced_by_hand_is_named_only() -> None:
 
 def test_a_snapshot_that_is_another_by_now_is_null() -> None:
     [(kind, data)] = told(MergeJson(SNAPSHOT, b"{}", ONE))
-    assert (kind, data["snapshot"]) == ("task_snapshot", None)
+    assert (kind, data["snapshot"], data["gone"]) == ("task_snapshot", None, False)
 
 
 def test_every_event_has_the_position_behind_it() -> None:

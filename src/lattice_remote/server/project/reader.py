@@ -128,14 +128,16 @@ class Reader:
         return found
 
     async def _exchange(self, asked: Read) -> Found:
+        self._stay()
         incoming, outgoing = self._stream or await self._start()
-        self._leave_later()
         data = _encoder.encode(asked)
         outgoing.write(len(data).to_bytes(4) + data)
         length = int.from_bytes(await incoming.readexactly(4))
         if length > _MAX_FOUND_BYTES:
             raise StorageError("what was read is too large")
-        return _decoder.decode(await incoming.readexactly(length))
+        found = _decoder.decode(await incoming.readexactly(length))
+        self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
+        return found
 
     def _keep(self, asked: Read, state: object, found: Found) -> None:
         if any(kept[0] != state for kept in self._kept.values()) or self._kept_bytes > _MAX_KEPT_BYTES:
@@ -164,14 +166,13 @@ class Reader:
             theirs.close()
         return self._stream
 
-    def _leave_later(self) -> None:
+    def _stay(self) -> None:
+        """It is needed: don't end it for being idle."""
         if self._leaving is not None:
             self._leaving.cancel()
-        self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
 
     def _end(self) -> None:
-        if self._leaving is not None:
-            self._leaving.cancel()
+        self._stay()
         if self._stream is not None:
             self._stream[1].close()
             self._stream = None

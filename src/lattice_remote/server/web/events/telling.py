@@ -2,7 +2,7 @@
 
     task_event      {"task": ID, "event": {...}}                   a line that was added to the task's log
     resource_event  {"resource": ID, "name": NAME, "event": {...}}      the same of a resource
-    task_snapshot   {"task": ID, "archived": false, "snapshot": {...}}  the task as it is afterwards
+    task_snapshot   {"task": ID, "archived": false, "gone": false, "snapshot": {...}}    the task as it is afterwards
     text            {"task": ID, "text": "plan"}                   its plan, or its "notes", was written or removed
     files           {"paths": [...], "more": 0}                    whatever else was changed: settings, sessions, ...
 
@@ -124,7 +124,8 @@ def _snapshots(change: Change, told: set[str]) -> Iterator[Event]:
             continue
         told.update(other for other in _paths(change) if snapshot_of(other) == task)
         told.update(_moved_with(task, change))
-        data = {"task": task, "archived": path.startswith("archive/"), "snapshot": snapshot}
+        is_archived = path.startswith("archive/")
+        data = {"task": task, "archived": is_archived, "gone": content is None, "snapshot": snapshot}
         yield Event("task_snapshot", data, content if isinstance(content, Wanted) else None)
 
 

@@ -1,0 +1,323 @@
+"""The reader of a project: killed, stuck, attacked, asked by many; what it may keep, and what it must see."""
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+from harness import tree_of, until
+from server_process import Process
+from test_app import make_data, make_token
+
+from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.data.read_ipc import Read, ReadCommand, ReadPage
+from lattice_remote.server.project import reader as reader_module
+from lattice_remote.server.project.reader import Reader
+from sandbox import wait_for
+
+LIST = ReadCommand("list", ("list", "--json"))
+TASKS = ReadPage("/api/tasks")
+CONFIG = ReadPage("/api/config")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DataDir:
+    return make_data(tmp_path_factory.mktemp("reader") / "data")
+
+
+class State:
+    """What the project says of its tree; a test sets it."""
+
+    def __init__(self) -> None:
+        self.value: object | None = ("e", 1)
+
+    def __call__(self) -> object | None:
+        return self.value
+
+
+@pytest.fixture
+async def state() -> State:
+    return State()
+
+
+@pytest.fixture
+async def reader(data: DataDir, state: State) -> AsyncIterator[Reader]:
+    made = Reader("web", data.project("web"), state)
+    yield made
+    made.close()
+
+
+def pid_of(reader: Reader) -> int:
+    assert reader._process is not None
+    return reader._process.pid
+
+
+def is_gone(pid: int) -> bool:
+    return not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+
+
+async def test_commands_and_pages_are_lattices_own(reader: Reader) -> None:
+    listed = await reader.read(LIST)
+    assert (listed.status, json.loads(listed.body)) == (0, {"ok": True, "data": []})
+    page = await reader.read(CONFIG)
+    assert (page.status, page.content_type.split(";")[0]) == (200, "application/json")
+    assert b'"project_code": "WEB"' in page.body
+
+
+async def stopped(reader: Reader) -> int:
+    """Have the process stand still, whatever it is asked; return its pid."""
+    await reader.read(CONFIG)
+    os.kill(pid_of(reader), signal.SIGSTOP)
+    return pid_of(reader)
+
+
+async def test_killed_in_the_middle_it_says_so_and_the_next_read_has_another(reader: Reader) -> None:
+    pid = await stopped(reader)
+    reading = asyncio.create_task(reader.read(TASKS))
+    behind = asyncio.create_task(reader.read(LIST))
+    await until(lambda: reader._waiting == 2)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(StorageError, match="try again"):
+        await reading
+    assert (await behind).status == 0
+    assert pid_of(reader) != pid
+
+
+async def test_stuck_over_its_time_it_is_ended(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = await stopped(reader)
+    monkeypatch.setattr(reader_module, "_READ_S", 0.3)
+    with pytest.raises(StorageError, match=r"took longer than 0\.3 s"):
+        await reader.read(TASKS)
+    assert is_gone(pid)
+    monkeypatch.undo()
+    assert (await reader.read(TASKS)).status == 200
+
+
+async def test_one_who_leaves_takes_the_half_read_answer_with_him(reader: Reader) -> None:
+    """Else the next would get it in place of his own."""
+    pid = await stopped(reader)
+    reading = asyncio.create_task(reader.read(TASKS))
+    await until(lambda: reader._waiting == 1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert is_gone(pid)
+    assert b'"project_code"' in (await reader.read(ReadPage("/api/config?again"))).body
+
+
+async def test_what_is_no_plain_file_is_not_waited_for(reader: Reader, data: DataDir) -> None:
+    """A pipe would hold up every read behind it."""
+    pipe = data.project("web").lattice / "tasks/task_00000000000000000000000000.json"
+    os.mkfifo(pipe)
+    try:
+        found = await reader.read(TASKS)
+    finally:
+        pipe.unlink()
+    assert (found.status, found.body) == (500, b"")
+    assert "no plain file" in found.message
+
+
+FORBIDDEN: list[Read] = [
+    ReadCommand("create", ("create", "--json", "a task", "--actor", "human:a")),
+    ReadCommand("resource create", ("resource", "create", "--json", "db", "--actor", "human:a")),
+    ReadCommand("session start", ("session", "start", "--json", "--name", "A")),
+    ReadCommand("next", ("next", "--json", "--claim", "--name", "A")),
+]
+
+
+async def test_what_would_write_does_not(reader: Reader, data: DataDir) -> None:
+    before = tree_of(data.project("web").lattice)
+    await reader.read(CONFIG)
+    pid = pid_of(reader)
+    for asked in FORBIDDEN:
+        found = await reader.read(asked)
+        assert found.status not in (0, 200), found
+        assert tree_of(data.project("web").lattice) == before
+    assert pid_of(reader) == pid, "it has ended one read, not itself"
+
+
+HOSTILE = [
+    "/api/tasks/../..",
+    "/api/tasks/../../../tokens.json",
+    "/api/tasks/..%2f..%2f..%2ftokens.json",
+    "/api/tasks/%2e%2e/full",
+    "/api/tasks/../../../../../tokens/full",
+    "/api/tasks/../../../../../tokens/events",
+    "/api/tasks/task_00000000000000000000000000/../../../tokens",
+    "/static/../server.py",
+    "/static/..%2fserver.py",
+    "/static//etc/passwd",
+    "/static/%2fetc%2fpasswd",
+    "/static/./././../server.py",
+    "//etc/passwd",
+    "/stats-demo",
+    "/api/git/branches/--output=x/commits",
+    "/api/git/branches/../../x/commits",
+    "http://127.0.0.1:1/api/config",
+    "/\x00",
+    "/api/tasks/\x00",
+    "/api/tasks/" + "a" * 60_000,
+    "",
+    "?",
+    "*",
+    "/api/tasks/task_\u202e",
+]
+
+
+async def test_no_path_leads_out(reader: Reader) -> None:
+    for path in HOSTILE:
+        found = await reader.read(ReadPage(path))
+        harmless = path in ("", "?") or b'"project_code": "WEB"' in found.body or b'"available": false' in found.body
+        assert found.status >= 400 or harmless, (path, found)
+        for secret in (b"sha256", b"root:x:", b"HTTP server for the Lattice dashboard"):
+            assert secret not in found.body, path
+
+
+async def test_no_argument_leads_out(reader: Reader) -> None:
+    for name in ("../../../tokens", "../config", "/etc/passwd", "-x", "a\x00b", "x" * 60_000):
+        found = await reader.read(ReadCommand("show", ("show", "--json", "--", name)))
+        assert found.status != 0
+        assert b"sha256" not in found.body
+
+
+async def test_answers_are_kept_until_the_next_change_only(
+    reader: Reader, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged: list[Read] = []
+    original = Reader._exchange
+
+    async def counted(self: Reader, asked: Read) -> object:
+        exchanged.append(asked)
+        return await original(self, asked)
+
+    monkeypatch.setattr(Reader, "_exchange", counted)
+    first = await reader.read(LIST)
+    assert await reader.read(LIST) is first
+    state.value = ("e", 2)
+    assert await reader.read(LIST) is not first
+    assert len(exchanged) == 2
+    state.value = None  # while something is written nothing is kept
+    await reader.read(LIST)
+    await reader.read(LIST)
+    assert len(exchanged) == 4
+    state.value = ("e", 3)
+    monkeypatch.setattr(reader_module, "_KEPT_S", 0.0)
+    await reader.read(LIST)
+    await reader.read(LIST)
+    assert len(exchanged) == 6
+
+
+async def test_many_who_ask_the_same_wait_for_one_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = await asyncio.gather(*(reader.read(LIST) for _ in range(200)))
+    assert all(one is found[0] for one in found)
+    monkeypatch.setattr(reader_module, "_MAX_WAITING", 5)
+    asked = [asyncio.create_task(reader.read(ReadPage(f"/api/config?{n}"))) for n in range(9)]
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    busy = [outcome for outcome in outcomes if isinstance(outcome, Rejected)]
+    assert len(busy) == 4
+    assert {outcome.code for outcome in busy} == {"REMOTE_BUSY"}
+
+
+async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
+    reader: Reader, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, at = await reader.read_together([CONFIG, TASKS])
+    assert ([one.status for one in found], at) == ([200, 200], ("e", 1))
+    original, changes = Reader._exchange, 0
+
+    async def changing(self: Reader, asked: Read) -> object:
+        nonlocal changes
+        changes += 1
+        state.value = ("e", 1 + changes)
+        return await original(self, asked)
+
+    monkeypatch.setattr(Reader, "_exchange", changing)
+    found, at = await reader.read_together([ReadPage("/api/stats"), ReadPage("/api/archived")])
+    assert ([one.status for one in found], at) == ([200, 200], None)
+
+
+async def test_it_leaves_when_nobody_asks(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "_IDLE_S", 0.1)
+    await reader.read(CONFIG)
+    pid = pid_of(reader)
+    await until(lambda: is_gone(pid))
+    assert (await reader.read(ReadPage("/api/config?again"))).status == 200
+
+
+async def test_after_the_end_nothing_is_started(reader: Reader) -> None:
+    await reader.read(CONFIG)
+    pid = pid_of(reader)
+    reader.close()
+    reader.close()
+    assert is_gone(pid)
+    with pytest.raises(StorageError):
+        await reader.read(ReadPage("/api/config?again"))
+
+
+# --- in a running server ---
+
+
+def readers_of(server: Process) -> list[int]:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"reader_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def connections_to(server: Process) -> int:
+    """Return how many are connected to a server's port."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    return sum(line.split()[1].endswith(f":{server.port:04X}") and line.split()[3] == "01" for line in lines)
+
+
+def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: Path) -> None:
+    """Through HTTP; with its reader killed now and then, which costs no more than the read that it was at."""
+    server = Process(make_data(tmp_path / "data"))
+    headers = {"Authorization": f"Bearer {make_token(server.data)}"}
+    url = f"http://127.0.0.1:{server.port}/projects/web/tasks"
+
+    def write_and_look(n: int) -> int:
+        with requests.Session() as session:
+            session.headers.update(headers)
+            retries = 0
+            made = session.post(url, json={"title": f"no {n}"}, timeout=60)
+            assert made.status_code == 201, made.text
+            while (answer := session.get(url, timeout=60)).status_code == 503:
+                retries += 1
+            assert made.json()["data"]["id"] in [task["id"] for task in answer.json()["data"]]
+            return retries
+
+    with ThreadPoolExecutor(4) as pool:
+        looks = [pool.submit(write_and_look, n) for n in range(24)]
+        killed = 0
+        while not all(look.done() for look in looks):
+            for pid in readers_of(server)[: 1 if killed < 3 else 0]:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            time.sleep(0.1)
+        assert sum(look.result() for look in looks) <= 4 * killed
+    [pid] = readers_of(server)
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool:
+        board = url.replace("/tasks", "/dashboard/data")
+        stuck = pool.submit(requests.get, board, headers=headers, timeout=60)
+        wait_for(lambda: connections_to(server) == 1, "the request to be there", 10)
+        began = time.monotonic()
+        assert server.end() == 0
+        assert time.monotonic() - began < 3
+        assert is_gone(pid)
+        assert stuck.exception() is not None or stuck.result().status_code == 503
+
+
+def test_it_leaves_with_a_server_that_is_killed(tmp_path: Path) -> None:
+    server = Process(make_data(tmp_path / "data"))
+    headers = {"Authorization": f"Bearer {make_token(server.data)}"}
+    assert requests.get(f"http://127.0.0.1:{server.port}/projects/web/tasks", headers=headers, timeout=60).ok
+    [pid] = readers_of(server)
+    server.end(signal.SIGKILL)
+    wait_for(lambda: is_gone(pid), "the reader to leave", 10)
