@@ -154,10 +154,10 @@ class Server:
         patterns = [argument for pattern in act_as for argument in ("--act-as", pattern)]
         return self.admin("token", "create", "--project", slug, "--actor", actor, *patterns)
 
-    def start(self) -> Server:
+    def start(self, *options: str) -> Server:
         """Start the server, on the port it had before if it had one, and return once it listens."""
         with self.log.open("ab") as log:
-            argv = ("start", "--port", str(self.port))
+            argv = ("start", "--port", str(self.port), *options)
             self.process = self.programs.start(
                 "lattice-remote", argv, cwd=self.log.parent, env=self.env, stdout=subprocess.PIPE, stderr=log
             )

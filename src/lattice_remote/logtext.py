@@ -13,7 +13,7 @@ import msgspec
 
 from lattice_remote.protocol.messages import LogEntry
 
-__all__ = ["as_lines", "as_records", "printable"]
+__all__ = ["as_lines", "as_records", "columns", "printable"]
 
 _MAX_TASKS_SHOWN = 3
 
@@ -38,6 +38,11 @@ def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[
         return []
     rows = [("CHANGE", "TIME", "ACTOR", "TOKEN", "TASKS", "COMMAND")]
     rows += [_row(entry, short_ids) for entry in entries]
+    return columns(rows)
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of equally many cells as lines, each column as wide as it needs to be."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -4,6 +4,7 @@ Each folder may import those below it:
 
     cli         lattice-remote init, project, token, start, log
     app         HTTP on the same port, start and end
+    monitoring/ how a running server is: figures, and status
     hub         all of a running server
     checks/     what an administrator asks for: everything checked, and mended
     project/    one project seen from the network: its queue, its followers, its log

@@ -8,22 +8,31 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
+import msgspec
 import uvicorn
+from starlette.types import ASGIApp
 
 from lattice_remote.errors import Misuse
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.settings import Config
 from lattice_remote.server.hub import Hub
+from lattice_remote.server.monitoring import statussocket
+from lattice_remote.server.monitoring.gauges import Gauges
+from lattice_remote.server.monitoring.status import status_of
 from lattice_remote.server.network.acceptor import Acceptor
 from lattice_remote.server.network.addresses import is_loopback
-from lattice_remote.server.network.door import Visit
+from lattice_remote.server.network.door import Door, Visit
 from lattice_remote.server.network.handoff import PlainHttp, handoff_class, websocket_server
 from lattice_remote.server.network.service_manager import ServiceManager
 from lattice_remote.server.network.tls import Certificate
 from lattice_remote.server.web.app import http_app
+from lattice_remote.server.web.scrape import metrics_app
 
 __all__ = ["bind", "make_server", "run"]
 
@@ -66,15 +75,24 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
 
     Raises:
-        Misuse: a setting, the certificate or its key is not what it must be.
+        Misuse: a setting, an address to listen on, the certificate or its key is not what it must be.
         StorageError: ``tokens.json`` cannot be read.
     """
     manager = ServiceManager.from_environment()
     certificate = _certificate(config, data.path)
     _warn_of_plain_text(config, listener)
     _allow_many_connections()
+    figures = bind(*_host_and_port(config.metrics_listen)) if config.metrics_listen else None
+    sockets = _Sockets(listener, figures, statussocket.listen(data.path))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(data, config, certificate, manager, listener))
+        runner.run(_serve(data, config, certificate, manager, sockets))
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise Misuse(f"cannot serve metrics on {address!r}: name a host and a port, such as 127.0.0.1:9464")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:
@@ -114,23 +132,53 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+@dataclass(frozen=True)
+class _Sockets:
+    """What a server listens on: for everybody, for who wants its figures, for who asks on this machine how it is."""
+
+    board: socket.socket
+    figures: socket.socket | None
+    status: socket.socket | None
+
+
 async def _serve(
-    data: DataDir, config: Config, certificate: Certificate | None, manager: ServiceManager, listener: socket.socket
+    data: DataDir, config: Config, certificate: Certificate | None, manager: ServiceManager, sockets: _Sockets
 ) -> None:
-    hub = Hub(data, config=config)
+    hub, started = Hub(data, config=config), datetime.now(UTC)
     hub.start()
-    await make_server(hub, certificate, manager).serve(sockets=[listener])
+
+    async def document() -> bytes:
+        return msgspec.json.encode(await status_of(hub, started))
+
+    status = sockets.status
+    telling = None if status is None else asyncio.create_task(statussocket.tell(status, document), name="status")
+    await make_server(hub, certificate, manager, sockets.figures).serve(sockets=[sockets.board])
+    if telling is not None:
+        telling.cancel()
 
 
 def make_server(
-    hub: Hub, certificate: Certificate | None = None, manager: ServiceManager | None = None
+    hub: Hub,
+    certificate: Certificate | None = None,
+    manager: ServiceManager | None = None,
+    figures: socket.socket | None = None,
 ) -> uvicorn.Server:
-    """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end."""
+    """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end.
+
+    ``figures`` is a second listening socket, for the metrics alone.
+    """
     sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
+    gauges = Gauges(hub)
+    config = _http_config(http_app(hub, gauges), handoff_class(sockets))
+    metrics = None if figures is None else (figures, _http_config(metrics_app(gauges), "none"))
+    return _Server(config, hub, certificate, manager or ServiceManager(), metrics)
+
+
+def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["none"]) -> uvicorn.Config:
     config = uvicorn.Config(
-        http_app(hub),
+        app,
         http=PlainHttp,
-        ws=handoff_class(sockets),
+        ws=websockets,
         lifespan="off",
         log_config=None,
         access_log=False,
@@ -139,16 +187,23 @@ def make_server(
         backlog=_BACKLOG,
         timeout_graceful_shutdown=1,
     )
-    return _Server(config, hub, certificate, manager or ServiceManager())
+    config.load()
+    return config
 
 
 class _Server(uvicorn.Server):
     """uvicorn, with our words at its start, our way of accepting, and our order at its end."""
 
     def __init__(
-        self, config: uvicorn.Config, hub: Hub, certificate: Certificate | None, manager: ServiceManager
+        self,
+        config: uvicorn.Config,
+        hub: Hub,
+        certificate: Certificate | None,
+        manager: ServiceManager,
+        metrics: tuple[socket.socket, uvicorn.Config] | None,
     ) -> None:
         super().__init__(config)
+        self._metrics = metrics
         self._hub = hub
         self._certificate = certificate
         self._manager = manager
@@ -158,23 +213,29 @@ class _Server(uvicorn.Server):
         """Begin to accept, past the door; uvicorn's own startup would not ask it."""
         assert sockets, "run() passes the one it listens on"
         [listener] = sockets
-        if not self.config.loaded:
-            self.config.load()
         context = None if self._certificate is None else self._certificate.context
-        acceptor = Acceptor(listener, self._hub.door, self._make_protocol, context)
-        self.servers = [cast("asyncio.Server", acceptor)]
-        acceptor.start()
+        acceptors = [Acceptor(listener, self._hub.door, partial(self._make_protocol, self.config), context)]
+        if self._metrics is not None:  # who is turned away at one door is not for the other's flood
+            figures, config = self._metrics
+            door = Door(self._hub.config.limits)
+            acceptors.append(Acceptor(figures, door, partial(self._make_protocol, config), None))
+        self.servers = [cast("asyncio.Server", acceptor) for acceptor in acceptors]
+        for acceptor in acceptors:
+            acceptor.start()
         self.started = True
         if self._certificate is not None:
             self._upkeep = asyncio.create_task(self._watch_certificate(self._certificate), name="certificate")
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         scheme = "http" if context is None else "https"
-        print(f"Listening on {scheme}://{shown}:{port}", flush=True)  # noqa: T201 - the one line of its output
+        self._hub.address = f"{scheme}://{shown}:{port}"
+        if self._metrics is not None:
+            _log.info("metrics for everybody who can reach %s:%d", *self._metrics[0].getsockname()[:2])
+        print(f"Listening on {self._hub.address}", flush=True)  # noqa: T201 - the one line of its output
         self._manager.serving()
 
-    def _make_protocol(self, visit: Visit) -> asyncio.Protocol:
-        return PlainHttp(self.config, self.server_state, self.lifespan.state, visit=visit)
+    def _make_protocol(self, config: uvicorn.Config, visit: Visit) -> asyncio.Protocol:
+        return PlainHttp(config, self.server_state, self.lifespan.state, visit=visit)
 
     async def _watch_certificate(self, certificate: Certificate) -> None:
         while True:

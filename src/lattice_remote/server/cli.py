@@ -4,24 +4,26 @@ Errors are one line on stderr that says what to do next, exit 1; a wrong command
 (a token, a listing with --json, the address) is alone on stdout.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.logtext import as_lines, as_records
+from lattice_remote.logtext import as_lines, as_records, columns
 from lattice_remote.server.admin import commands as admin
 from lattice_remote.server.data.datadir import DataDir, administered
 from lattice_remote.server.data.expiry import duration, expiry, shown
 from lattice_remote.server.data.lastuse import read_last_uses
-from lattice_remote.server.data.loglines import log_to_stderr
+from lattice_remote.server.data.loglines import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.data.tokens import Token, TokenFile
+from lattice_remote.server.monitoring import command as monitoring
 from lattice_remote.server.project.log import read_log, short_ids
 
 __all__ = ["app", "main"]
@@ -37,6 +39,7 @@ _projects = typer.Typer(help="The projects on this server.", no_args_is_help=Tru
 _tokens = typer.Typer(help="Who may use them.", no_args_is_help=True)
 app.add_typer(_projects, name="project")
 app.add_typer(admin.app)
+app.add_typer(monitoring.app)
 _projects.add_typer(admin.projects)
 app.add_typer(_tokens, name="token")
 
@@ -110,11 +113,22 @@ def start(  # noqa: PLR0917 - Typer calls it
         list[str] | None,
         typer.Option(metavar="ADDRESS", help="A proxy, or a network of them, that says who asks; may be repeated."),
     ] = None,
+    metrics_listen: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve metrics there, to whoever can reach it.", show_default=False),
+    ] = None,
+    log_format: Annotated[
+        Literal["text", "json"], typer.Option(help="Lines for people, or JSON.", envvar=FORMAT_VARIABLE)
+    ] = "text",
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        typer.Option(help="With warning: no line for each request.", envvar=LEVEL_VARIABLE),
+    ] = "info",
     data: DataOption = None,
 ) -> None:
     """Run the server. Prints one line once it is ready; ends in order on SIGTERM and Ctrl-C.
 
-    The last three options take the place of tls and trusted_proxies in config.json.
+    The options on TLS, proxies and metrics take the place of tls, trusted_proxies and metrics_listen in config.json.
 
     Example: lattice-remote --data ./board start --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
@@ -128,8 +142,11 @@ def start(  # noqa: PLR0917 - Typer calls it
         config = msgspec.structs.replace(config, tls=tls)
     if behind_proxy:
         config = msgspec.structs.replace(config, trusted_proxies=behind_proxy)
+    if metrics_listen is not None:
+        config = msgspec.structs.replace(config, metrics_listen=metrics_listen)
     lock = target.lock()
     assert lock >= 0, "held until this process ends"
+    os.environ |= {FORMAT_VARIABLE: log_format, LEVEL_VARIABLE: log_level}
     log_to_stderr("%(asctime)s %(levelname)s %(name)s: %(message)s")
     run(target, config, bind(host, port))
 
@@ -231,8 +248,10 @@ def fsck(
 @_tokens.command("create")
 def create_token(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    project: Annotated[list[str], typer.Option(metavar="SLUG", help="A project it is for; may be repeated.")],
-    actor: Annotated[str, typer.Option(help="Whose it is, such as human:ana.")],
+    project: Annotated[
+        list[str] | None, typer.Option(metavar="SLUG", help="A project it is for; may be repeated.", show_default=False)
+    ] = None,
+    actor: Annotated[str, typer.Option(help="Whose it is, such as human:ana.", show_default=False)] = "",
     act_as: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Further actors it may name, such as 'agent:*'; may be repeated."),
@@ -240,6 +259,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     expires: Annotated[
         str, typer.Option(metavar="WHEN", help="90d (m, h, d, w), a date such as 2030-12-31, or never.")
     ] = "never",
+    metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics alone, in place of projects.")] = False,
     data: DataOption = None,
 ) -> None:
     """Create a token. It is printed alone on stdout, once: only its digest is kept.
@@ -248,15 +268,23 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     """
     target = _data(context, data)
     target.config()
-    for slug in project:
+    ends = expiry(expires, datetime.now(UTC))
+    if metrics and (project or actor or act_as):
+        raise Misuse("a token for metrics is for no project and no actor; make another for those")
+    if not metrics and not (project and actor):
+        raise Misuse("a token is for at least one project and an actor; name them with --project and --actor")
+    for slug in project or []:
         if not target.has_project(slug):
             raise Misuse(
                 f"there is no project {slug!r}; create it with: lattice-remote project create {slug} --code CODE"
             )
-    ends = expiry(expires, datetime.now(UTC))
-    token, text = TokenFile(target.tokens).create(projects=project, actor=actor, act_as=act_as or [], expires=ends)
+    file = TokenFile(target.tokens)
+    if metrics:
+        token, text = file.create_for_metrics(expires=ends)
+    else:
+        token, text = file.create(projects=project or [], actor=actor, act_as=act_as or [], expires=ends)
     until = "" if ends is None else f" until {shown(ends, '')}"
-    typer.echo(f"{token.id} for {actor}{until}; the token is shown only this once:", err=True)
+    typer.echo(f"{token.id} for {token.actor}{until}; the token is shown only this once:", err=True)
     typer.echo(text)
 
 
@@ -277,7 +305,7 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
             token.id,
             token.actor,
             ",".join(token.act_as) or "-",
-            ",".join(token.projects),
+            ",".join(token.projects) or "(metrics)",
             token.created,
             _expiry_of(token),
             shown(uses.get(token.id), "never"),
@@ -331,6 +359,7 @@ def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
         "actor": token.actor,
         "act_as": token.act_as,
         "projects": token.projects,
+        "metrics": token.metrics,
         "created": token.created,
         "expires": shown(token.expires, "") or None,
         "last_used": shown(uses.get(token.id), "") or None,
@@ -344,6 +373,4 @@ def _expiry_of(token: Token) -> str:
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print columns, as wide as they need to be."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    typer.echo("\n".join(columns([head, *rows])))

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from http import HTTPStatus
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -50,6 +50,21 @@ _SOCKET_PATH = re.compile(r"/projects/([^/?#]+)/ws(?:\?.*)?")
 _log = logging.getLogger(__name__)
 
 
+class Ongoing(Protocol):
+    """An HTTP request that is being answered, as far as is known of it. ``since`` is in seconds since 1970."""
+
+    login: Login | None
+    project: str
+    since: float
+    is_stream: bool
+
+    @property
+    def route(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+
 class Hub:
     """See the module's text. Made inside a running loop; ``start()``, then ``stop()`` once."""
 
@@ -81,11 +96,15 @@ class Hub:
         self._last_use = LastUse(data.tokens_used)
         self.signing_key = b""
         """What the cookies of browsers are signed with; known once it was started."""
+        self.address = ""
+        """Where the server listens, once it does."""
         self._tokens_error = ""  # what was logged last, so that it is logged once
         self._projects: dict[str, Project] = {}
         self._watching: dict[str, asyncio.Event] = {}  # set to end the watching of a project's files
         self._releasing: set[str] = set()
         self._peers: set[Peer] = set()
+        self.ongoing: set[Ongoing] = set()
+        """The HTTP requests that are being answered."""
         self._staying: dict[Callable[[Bye], None], Login] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Event()
@@ -123,6 +142,16 @@ class Hub:
             await asyncio.wait(self._tasks, timeout=_STOP_S)
         await self._last_use.save(self._logins.ids())
 
+    @property
+    def projects(self) -> Mapping[str, Project]:
+        """The projects that somebody has asked for, by their names."""
+        return self._projects
+
+    @property
+    def peers(self) -> Collection[Peer]:
+        """The clients that are connected over WebSockets."""
+        return self._peers
+
     # --- clients ---
 
     async def wait_until_alone(self, timeout_s: float) -> None:
@@ -134,20 +163,27 @@ class Hub:
 
     def check(self, connection: Handoff, request: Request) -> Response | None:
         """Decide on a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
+        refusal = self._check(connection, request)
+        if refusal is None:
+            return None
+        self.metrics.connections_refused.labels(refusal.code).inc()
+        return http_answer(refusal)
+
+    def _check(self, connection: Handoff, request: Request) -> Refusal | None:
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
-            return http_answer(Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path"))
+            return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
         headers, visit = request.headers, connection.visit
         admitted = visit.enter(headers.get_all("X-Forwarded-For")) or self.admit(
             visit, headers.get_all("Authorization"), matched[1]
         )
         if isinstance(admitted, Refusal):
-            return http_answer(admitted)
+            return admitted
         if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
             why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
-            return http_answer(Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why))
+            return Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why)
         if (refusal := visit.admit(admitted[0].token.id)) is not None:
-            return http_answer(refusal)
+            return refusal
         connection.who = admitted
         return None
 
@@ -213,7 +249,7 @@ class Hub:
             if now in login.token.projects:
                 why = f"project {slug!r} is called {now!r} now: lattice remote set-url origin URL --project {now}"
                 return Refusal(*missing, why)
-            why = f"this token is for {', '.join(login.token.projects)}, not for {slug!r}"
+            why = f"this token is for {', '.join(login.token.projects) or 'metrics'}, not for {slug!r}"
             return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
         if not self.data.has_project(slug):
             if self.data.is_archived(slug):

@@ -15,9 +15,10 @@
     trash/<slug>-<time>/            projects that were deleted
     renamed.json                    what projects were called before
     .lock                           held by the running server
+    status.sock                     tells how the running server is, see ``monitoring/statussocket.py``
 
-All but ``signing-key``, ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``, ``trash/`` and the lock is needed
-to restore a server, and nothing else is.
+All but ``signing-key``, ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``, ``trash/``, the lock and the
+socket is needed to restore a server, and nothing else is.
 """
 
 import contextlib

@@ -171,6 +171,7 @@ class Report(msgspec.Struct, frozen=True):
         status: the exit code of a command, or what an operation came to, as in HTTP.
         seconds: how long the worker had it, but for the wait until it was durable.
         again: it had been carried out before, and was answered once more.
+        made: the number of the change that it made then; None when it made none.
     """
 
     command: str = ""
@@ -178,6 +179,7 @@ class Report(msgspec.Struct, frozen=True):
     status: int = 0
     seconds: float = 0.0
     again: bool = False
+    made: int | None = None
 
 
 class Ready(_Message, frozen=True, tag="ready"):

@@ -1,20 +1,42 @@
-"""What a server logs, on stderr: one line for each event, whatever is in it.
+"""What a server logs, on stderr: one line for each event, whatever is in it, for people or as JSON.
 
 Much of what is logged was said by a client. Control characters are escaped and long lines cut, so that nobody writes
-a line of his own into the log, or an escape sequence to the terminal that shows it.
+a line of his own into the log, or an escape sequence to the terminal that shows it; and what would give access is
+struck out, whoever wrote it there. A log that nobody takes (a stopped terminal, a full pipe) holds nobody up: lines
+are left out then, and counted.
+
+Fields of an event travel in ``extra={"fields": {...}}``. As JSON they are members of the line, beside ``ts``,
+``level``, ``logger`` and ``msg``; for people the message says them.
 """
 
+import contextlib
+import json
 import logging
+import os
+import select
 import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TextIO
 
 from lattice_remote.logtext import printable
+from lattice_remote.server.data.masking import masked
 
-__all__ = ["log_to_stderr"]
+__all__ = ["FORMAT_VARIABLE", "LEVEL_VARIABLE", "log_to_stderr"]
+
+FORMAT_VARIABLE = "LATTICE_REMOTE_LOG_FORMAT"
+LEVEL_VARIABLE = "LATTICE_REMOTE_LOG_LEVEL"
+"""How to log: a server's workers and readers inherit both from it, as they do stderr."""
 
 _MAX_CHARACTERS = 1000
+_MAX_TRACE_CHARACTERS = 16_000
+_MOST_A_SECOND = 1000
+"""Lines; more are left out: a client that is refused a thousand times a second is not to fill the disk."""
 
 
-class _OneLine(logging.Formatter):
+class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line, and below it a traceback, of which every line begins with a bar."""
         trace = self.formatException(record.exc_info) if record.exc_info else ""
@@ -23,15 +45,86 @@ class _OneLine(logging.Formatter):
         return "\n".join(lines)
 
 
-def log_to_stderr(pattern: str) -> None:
-    """Log from INFO upward, each line as ``pattern`` says. Libraries' news of single connections is left out."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine(pattern))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+class _Json(logging.Formatter):
+    """One line of plain ASCII for each record, its traceback included."""
+
+    def __init__(self, context: Mapping[str, str]) -> None:
+        super().__init__()
+        self._context = context
+
+    def format(self, record: logging.LogRecord) -> str:
+        time_ = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        line: dict[str, object] = {
+            "ts": time_.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": _cut(record.getMessage(), _MAX_CHARACTERS),
+        }
+        for name, value in {**fields, **self._context}.items():
+            line.setdefault(name, _cut(value, _MAX_CHARACTERS) if isinstance(value, str) else value)
+        if record.exc_info:
+            line["error"] = _cut(self.formatException(record.exc_info), _MAX_TRACE_CHARACTERS)
+        return json.dumps(line).replace("\x7f", "\\u007f")
+
+
+class _Unhurried(logging.StreamHandler[TextIO]):
+    """Writes what can be written at once, and counts the rest."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._is_file = False
+        self._poll = select.poll()
+        with contextlib.suppress(OSError):  # what is no file takes everything
+            self._poll.register(stream.fileno(), select.POLLOUT)
+            self._is_file = True
+        self._second, self._lines, self._left_out = 0, 0, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._lines = second, 0
+        self._lines += 1
+        is_too_much = self._lines > _MOST_A_SECOND and record.levelno <= logging.INFO
+        if is_too_much or (self._is_file and not self._poll.poll(0)):
+            self._left_out += 1
+            return
+        if self._left_out:
+            text, number = "%d lines were left out here: too many at once, or nobody read them", self._left_out
+            self._left_out = 0
+            super().emit(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (number,), None))
+        super().emit(record)
+
+
+def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> None:
+    """Log as the environment says. Libraries' news of single connections is left out.
+
+    Args:
+        pattern: what a line for people is like.
+        context: further members of each line of JSON.
+    """
+    handler = _Unhurried(sys.stderr)
+    is_json = os.environ.get(FORMAT_VARIABLE) == "json"
+    handler.setFormatter(_Json(context or {}) if is_json else _Text(pattern))
+    level = os.environ.get(LEVEL_VARIABLE, "").upper()
+    logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    sys.excepthook = _log_the_end
+    for name in ("asyncio", "websockets", "watchfiles", "uvicorn", "multipart"):  # their details are nobody's business
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
     for name in ("websockets.server", "watchfiles.main"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a warning is whatever somebody sends to the port
 
 
+def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Log what ends this process: it is an event like any other."""
+    logging.getLogger(__name__).critical("ended by an error", exc_info=(kind, error, trace))
+
+
+def _cut(text: str, most: int) -> str:
+    return masked(text if len(text) <= most else text[:most] + "...")
+
+
 def _short(text: str) -> str:
-    return printable(text if len(text) <= _MAX_CHARACTERS else text[:_MAX_CHARACTERS] + "...")
+    return printable(_cut(text, _MAX_CHARACTERS))

@@ -87,6 +87,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     """Whether a project that a client pushes may bring hooks of its own."""
     journal: Journal = Journal()
     limits: Limits = Limits()
+    metrics_listen: str = ""
+    """``HOST:PORT`` on which the figures are served to whoever can reach it, and nothing else; "": nowhere."""
     plugin_commands: Annotated[list[_Command], Meta(max_length=256)] = []
     """Commands of this server's own lattice plugins that clients may run, as ``deploy note``."""
     sign_in_days: Annotated[float, Meta(gt=0, le=400)] = 30.0

@@ -20,11 +20,13 @@ from msgspec import Meta
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.data.datadir import write_atomically
 
-__all__ = ["Token", "TokenFile", "check_actor", "digest_of_text"]
+__all__ = ["METRICS_ACTOR", "Token", "TokenFile", "check_actor", "digest_of_text"]
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
 _LOCK_TIMEOUT_S = 10
+METRICS_ACTOR = "service:metrics"
+"""Whose a token for metrics is: nobody's who writes."""
 
 Moment = Annotated[datetime, Meta(tz=True)]
 
@@ -45,6 +47,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Of the text that it had before it was rotated."""
     old_until: Moment | None = None
     """From when that text is not valid any more."""
+    metrics: bool = False
+    """Whether it is for ``/metrics``, and for nothing else."""
 
 
 class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,15 +88,29 @@ class TokenFile:
         check_actor(actor, act_as)
         if not projects:
             raise Misuse("a token is for at least one project; name it with --project")
+        return self._add(sorted(set(projects)), actor, act_as, expires)
+
+    def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
+        """Make a token that is for the server's figures alone; otherwise as ``create``.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        return self._add([], METRICS_ACTOR, [], expires, metrics=True)
+
+    def _add(
+        self, projects: list[str], actor: str, act_as: list[str], expires: datetime | None, *, metrics: bool = False
+    ) -> tuple[Token, str]:
         text = _new_text()
         token = Token(
             id="tok_" + secrets.token_hex(6),
             sha256=digest_of_text(text),
-            projects=sorted(set(projects)),
+            projects=projects,
             actor=actor,
             act_as=act_as,
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             expires=expires,
+            metrics=metrics,
         )
         self._change(lambda tokens: [*tokens, token])
         return token, text

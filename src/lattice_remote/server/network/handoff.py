@@ -80,7 +80,8 @@ class PlainHttp(H11Protocol):
         visit: Visit,
     ) -> None:
         super().__init__(config, server_state, {**app_state, "visit": visit, "http": self})
-        self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), visit=visit))
+        if config.ws_protocol_class is not None:
+            self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), visit=visit))
         self._visit = visit
         self._deadline: asyncio.TimerHandle | None = None
         self._streamed: tuple[Outbox, Callable[[], None]] | None = None
@@ -104,6 +105,10 @@ class PlainHttp(H11Protocol):
         if self._streamed is not None:
             self._streamed[0].finish()
             self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
+
+    def take_streamed(self) -> int:
+        """Return how many bytes were streamed since this was last called."""
+        return 0 if self._streamed is None else self._streamed[0].take_written()
 
     def _stream_lost(self) -> None:
         if self._streamed is not None:

@@ -86,7 +86,13 @@ class Accounts:
             self._metrics.executor_seconds.observe(report.seconds)
         if is_first and job.resource is None:  # what waited for a resource says nothing of the server
             self._metrics.request_seconds.observe(time.monotonic() - job.arrived_at)
-        self._add(message, report, done.seq if done.change is not None else None, job.arrived_at, job.told)
+        self._add(
+            message,
+            report,
+            done.seq if done.change is not None else report.made,
+            job.arrived_at,
+            job.told if job.askers else None,
+        )
 
     def refused(self, message: Asked, code: str, told: Told | None = None) -> None:
         """A request is refused before the worker had it."""

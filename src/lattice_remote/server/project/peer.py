@@ -141,6 +141,12 @@ class Peer:
         return self._connection.visit.address
 
     @property
+    def behind(self) -> int | None:
+        """How many changes its copy lacks, as far as it has said; None when it keeps none on this connection."""
+        applied = self.standing.applied
+        return None if applied is None else max(0, self.project.history.head - applied)
+
+    @property
     def waiting_bytes(self) -> int:
         """What it was sent and has not taken yet."""
         return self._outbox.pending_bytes

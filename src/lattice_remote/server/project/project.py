@@ -58,7 +58,7 @@ from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
 from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
 
-__all__ = ["Bounds", "Project"]
+__all__ = ["Bounds", "Load", "Project"]
 
 _MAX_START_FAILURES = 5
 """After so many in a row those who wait are told; it is tried again all the same, now and then."""
@@ -90,6 +90,19 @@ class Bounds:
     """The same for those of one token: the rest is for others, who would be told that the server is busy."""
     window_bytes: int = 32 * 1024 * 1024
     """The worker gets no more requests while those that it holds weigh this much."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a project has to do: requests in its queue, with its worker, and that wait for a resource; reads."""
+
+    queued: int
+    with_worker: int
+    waiting: int
+    held_bytes: int
+    """What these requests weigh, reads apart."""
+    reads_waiting: int
+    worker_pid: int | None
 
 
 class Project:
@@ -169,6 +182,18 @@ class Project:
         await self._open.wait()
         if self._failure is not None:
             raise self._failure
+
+    @property
+    def load(self) -> Load:
+        """How much there is to do at this moment."""
+        return Load(
+            queued=len(self._queue),
+            with_worker=len(self._outstanding),
+            waiting=len(self._waiting),
+            held_bytes=self._held_bytes,
+            reads_waiting=self.reader.waiting,
+            worker_pid=self._writer.pid if self._working and self._writer is not None else None,
+        )
 
     @property
     def stopping(self) -> bool:

@@ -100,6 +100,11 @@ class Reader:
             await asyncio.sleep(_SETTLE_LOOK_S)
         return self._state()
 
+    @property
+    def waiting(self) -> int:
+        """How many reads are asked for and not answered, the one that is carried out included."""
+        return self._waiting
+
     def close(self) -> None:
         """End the process; reads that wait for it fail. Idempotent."""
         self._closed = True

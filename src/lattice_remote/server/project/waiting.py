@@ -47,6 +47,9 @@ class Waiting:
             if any(other is not job and other.submitted_at < job.submitted_at for other in line)
         ]
 
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
     def touched(self, done: Done) -> None:
         """Wake the first waiter of each resource whose files a change has touched."""
         if not self._lines:

@@ -16,9 +16,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import lattice_remote
 from lattice_remote.errors import RemoteError
 from lattice_remote.server.hub import Hub
+from lattice_remote.server.monitoring.gauges import Gauges
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
-from lattice_remote.server.web import health, listing
+from lattice_remote.server.web import health, listing, scrape
 from lattice_remote.server.web.answers import TurnedAway, failed
 from lattice_remote.server.web.board import data as board_data
 from lattice_remote.server.web.board import page as board
@@ -30,6 +31,7 @@ from lattice_remote.server.web.gate import guest
 from lattice_remote.server.web.headers import with_headers
 from lattice_remote.server.web.pages import assets, home, signing_in
 from lattice_remote.server.web.pages.refusing import say
+from lattice_remote.server.web.record import record_of, with_records
 from lattice_remote.server.web.rest import table
 
 __all__ = ["http_app"]
@@ -37,13 +39,14 @@ __all__ = ["http_app"]
 _log = logging.getLogger(__name__)
 
 
-def http_app(hub: Hub) -> ASGIApp:
+def http_app(hub: Hub, gauges: Gauges) -> ASGIApp:
     """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
     routes = [
         *home.routes,
         *signing_in.routes,
         *assets.routes,
         *health.routes,
+        *scrape.routes,
         *listing.routes,
         Route("/projects/{slug}", _describe),
         *table.routes,
@@ -54,9 +57,10 @@ def http_app(hub: Hub) -> ASGIApp:
     handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub
+    app.state.gauges = gauges
     app.state.feeds = Feeds()
     app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
-    return with_headers(_past_the_door(ending_where_unread(app)))
+    return with_records(with_headers(_past_the_door(ending_where_unread(app))), hub, routes)
 
 
 def _past_the_door(app: ASGIApp) -> ASGIApp:
@@ -96,7 +100,7 @@ async def _fail(request: Request, error: RemoteError) -> Response:
 
 
 async def _break(request: Request, error: Exception) -> Response:
-    _log.error("%s %s broke down", request.method, request.url.path, exc_info=error)
+    _log.error("%s %s broke down", record_of(request).method, record_of(request).route, exc_info=error)
     why = "the server failed at this; its log says more"
     return say(request, Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
 

@@ -112,7 +112,7 @@ async def _ask(guest: Guest, message: Execute | Invoke | Edit) -> ServerFrame:
     project.history.join(asker)
     try:
         with guest.hub.staying(guest.login, asker.end):
-            project.submit(message, asker)
+            project.submit(message, asker, guest.told)
             frame = decode_server_frame(await asker.answered)
     finally:
         project.history.leave(asker)

@@ -10,10 +10,12 @@ from lattice_remote.server.data.logins import Login
 from lattice_remote.server.hub import Hub, bearer
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.project.accounts import Told
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.web.answers import TurnedAway, wants_page
 from lattice_remote.server.web.cookie import Cookies
 from lattice_remote.server.web.origin import foreign
+from lattice_remote.server.web.record import record_of
 
 __all__ = ["Guest", "cookies_of", "guest", "hub_of", "identified", "refuse_foreign", "signed_in"]
 
@@ -32,6 +34,8 @@ class Guest:
     hub: Hub
     login: Login
     project: Project
+    told: Told | None = None
+    """Takes the account of a write that it asks for, so that its one line in the log has the change's number."""
 
 
 def hub_of(request: Request) -> Hub:
@@ -63,6 +67,7 @@ def identified(request: Request) -> Login:
         login = hub_of(request).identify(visit, bearer(authorization))
     if isinstance(login, Refusal):
         raise TurnedAway(login)
+    record_of(request).login = login
     if (refusal := visit.admit(login.token.id)) is not None:
         raise TurnedAway(refusal)
     return login
@@ -115,11 +120,12 @@ async def guest(request: Request) -> Guest:
     login, project = identified(request), _entered(request, slug, None)
     await project.opened()
     # Opening may have taken its time, in which the token or the project was taken away.
-    return Guest(hub_of(request), login, _entered(request, slug, project))
+    return Guest(hub_of(request), login, _entered(request, slug, project), record_of(request).take)
 
 
 def _entered(request: Request, slug: str, project: Project | None) -> Project:
     found = hub_of(request).enter(identified(request), slug)
     if isinstance(found, Refusal):
         raise TurnedAway(found)
+    record_of(request).project = found.slug
     return found if project is None else project

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.dont_write_bytecode = True
-    log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s")
+    log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s", {"process": "worker", "project": options.slug})
     connection = socket.socket(fileno=options.fd)
     committer = Committer(connection)
     try:

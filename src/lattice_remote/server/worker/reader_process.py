@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.dont_write_bytecode = True
-    log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s")
+    log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s", {"process": "reader", "project": options.slug})
     connection = socket.socket(fileno=options.fd)
     reads = _prepare(options.project_dir.resolve())
     for asked in _messages(connection):

@@ -235,7 +235,8 @@ class Store:
 
     def reply_again(self, request_id: str, record: Record) -> None:
         """Report once more what was answered to a request."""
-        self._tell(request_id, record.reply, record.seq, self._report_of(again=True))
+        made = record.seq if record.change is not None else None
+        self._tell(request_id, record.reply, record.seq, self._report_of(again=True, made=made))
 
     def refuse(self, refused: Refused) -> None:
         """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
@@ -245,9 +246,9 @@ class Store:
         done = Done(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest, report=report)
         self._committer.submit(Job(done))
 
-    def _report_of(self, *, code: str = "", status: int = 0, again: bool = False) -> Report:
+    def _report_of(self, *, code: str = "", status: int = 0, again: bool = False, made: int | None = None) -> Report:
         command, since = self._taken
-        return Report(command, code, status, time.perf_counter() - since, again)
+        return Report(command, code, status, time.perf_counter() - since, again, made)
 
     # --- the journal's upkeep ---
 
