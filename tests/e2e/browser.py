@@ -87,10 +87,10 @@ class Person:
         self.close()
 
 
-def screenshot(page: Page, name: str) -> Path:
-    """Keep a picture of a page, for people to look at, in ``build/screenshots/`` or where ``SCREENSHOTS`` says."""
+def screenshot(page: Page, name: str, *, whole: bool = True) -> Path:
+    """Keep a picture of a page, or of the part that is in view, for people to look at, in ``build/screenshots/`` or where ``SCREENSHOTS`` says."""
     directory = Path(os.environ.get("SCREENSHOTS", _ROOT / "build/screenshots"))
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.png"
-    page.screenshot(path=path, full_page=True)
+    page.screenshot(path=path, full_page=whole)
     return path

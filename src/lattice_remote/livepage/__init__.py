@@ -4,7 +4,8 @@
     redraw.js      when the page is drawn anew, and what stays as it is
     indicator.js   says in a word whether what is shown is up to date
     live.js        listens to the events
-    editor.js      plan and notes, edited in the page where no editor can be started (the hosted page only)
+    hosted.js      the way to one's projects, and to signing in (the hosted page only, as what follows)
+    editor.js      plan and notes, edited in the page where no editor can be started
 
 They are asked for as one, ``remote/live.js``, with ``remote/live.css``, and listen to ``remote/events``: all relative
 to the page, so that it does not matter under which path that lies. Without the events the page does what it always did:
@@ -39,7 +40,7 @@ KEEP_ALIVE = b": still here\n\n"
 """A comment, for streams whose listeners need no more than that the connection is used."""
 
 _PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js")
-_EDITOR = "editor.js"
+_HOSTED_PARTS = ("hosted.js", "editor.js")
 _HEAD = re.compile(rb"<head\b[^>]*>", re.IGNORECASE)
 _ABSOLUTE = re.compile(rb"""(\s(?:src|href|action)\s*=\s*["'])/(?!/)""", re.IGNORECASE)
 
@@ -56,9 +57,9 @@ def with_relative_paths(page: bytes) -> bytes:
 
 
 @cache
-def script(*, editor: bool = False) -> bytes:
-    """Return the script's text; with ``editor`` the page edits plans and notes itself."""
-    return b"\n".join(_read(part) for part in (*_PARTS, *([_EDITOR] if editor else [])))
+def script(*, hosted: bool = False) -> bytes:
+    """Return the script's text, for a page that the server itself shows or for one on somebody's own machine."""
+    return b"\n".join(_read(part) for part in (*_PARTS, *(_HOSTED_PARTS if hosted else ())))
 
 
 @cache

@@ -102,7 +102,7 @@
     this.aside = null;
     if (this.text === sent) this.base = this.text = now || "";
     else this.base = sent;  // typed on meanwhile: what others have written is merged with the next save
-    this.say(saved.outcome === "merged" ? "Saved, with what somebody else has changed in other lines." : "Saved.");
+    this.say(saved.outcome === "merged" && now !== sent ? "Saved, with what somebody else has changed in other lines." : "Saved.");
   };
   Text.prototype.putOver = function () {
     this.base = this.theirs;
@@ -272,7 +272,7 @@
     parts.field.setAttribute("aria-label", WORDS[kind]);
     parts.field.placeholder = isLoading ? "" : "Nothing is written here yet.";
     parts.conflict.hidden = !hasConflict;
-    parts.theirs.textContent = hasConflict ? (text.theirs === null ? "(the file was removed)" : text.theirs) : "";
+    if (hasConflict) compare(text);
     parts.over.disabled = text.isSaving || Boolean(text.locked);
     parts.take.disabled = text.isSaving;
     parts.back.hidden = text.aside === null;
@@ -282,6 +282,23 @@
     var said = text.said || (isLoading ? "Loading …" : text.locked ? "Read-only: " + text.locked + "." :
                              text.isDirty() ? "Not saved yet." : "");
     if (parts.said.textContent !== said) parts.said.textContent = said;
+  }
+
+  // Shows the server's text with the lines marked that are not in one's own; the first of them in view when it is new.
+  var compared = null;
+  function compare(text) {
+    var theirs = text.theirs === null ? "(the file was removed)" : text.theirs, known = JSON.stringify([text.text, theirs]);
+    if (known === compared) return;
+    var isNew = parts.theirs.textContent !== theirs, mine = new Set(text.text.split("\n"));
+    parts.theirs.replaceChildren.apply(parts.theirs, theirs.split(/(?<=\n)/).map(function (line) {
+      if (mine.has(line.replace("\n", ""))) return document.createTextNode(line);
+      var mark = document.createElement("mark");
+      mark.textContent = line;
+      return mark;
+    }));
+    compared = known;
+    var first = parts.theirs.querySelector("mark");
+    if (isNew && first) first.scrollIntoView({ block: "center" });
   }
 
   // --- what happens around it ---

@@ -31,8 +31,8 @@
   // The server has answered that this page is nobody's any more, or may not be shown.
   function end(status) {
     enter(status === 401 ? "ended" : "denied");
-    if (status === 401) remote.showTrouble("You are signed out. What you have typed stays here meanwhile.", remote.signIn);
-    else remote.showTrouble("This board is not shown to you any more: it was closed, or your token is for others by now.");
+    if (status === 401 && remote.signIn) remote.showTrouble("You are signed out.", remote.signIn());
+    else remote.showTrouble("This board is not shown here any more: it was closed, or is not for you by now.");
   }
 
   // A request that fails while the events are lost: the server is out of reach, not only they.

@@ -4,7 +4,7 @@
 // function, and calls it when it is told of a change. While nobody tells of changes the page's own look goes on.
 (function (remote) {
   "use strict";
-  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 200, SETTLED_MS = 2000;
+  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000;
   var looks = new Map();
   var missed = false, drawing = false, waiting = false, within = false;
 
@@ -25,7 +25,7 @@
 
   // Whoever drags a card or writes. A field with a name of its own in a view is a filter: what it holds is kept.
   var PLACES = "#app, #detail-panel, #web-detail-pane";
-  var isDragging = false, chosen = null;
+  var isDragging = false, pressed = 0, chosen = null;
   function isTask() { return /^#\/task\//.test(location.hash); }
   function isFilter(field) { return field.id && !isTask() && field.tagName !== "TEXTAREA" && field.closest("#app"); }
   function isWriting(field) {
@@ -35,7 +35,7 @@
     return field === document.activeElement && field !== chosen;
   }
   function isBusy() {
-    if (isDragging) return true;
+    if (isDragging || Date.now() - pressed < PRESSED_MS) return true;
     var fields = document.querySelectorAll("textarea, input, select, [contenteditable=true]");
     return Array.prototype.some.call(fields, function (field) {
       return field.closest(PLACES) && field.offsetParent !== null && isWriting(field);
@@ -45,6 +45,7 @@
   ["drop", "dragend", "pointerdown"].forEach(function (name) {
     document.addEventListener(name, function () { isDragging = false; }, true);
   });
+  document.addEventListener("pointerdown", function () { pressed = Date.now(); }, true);  // what comes of it is not known yet
   document.addEventListener("change", function (event) { chosen = event.target; }, true);  // a list was used, and is done
   ["pointerdown", "keydown", "focusin"].forEach(function (name) {
     document.addEventListener(name, function () { chosen = null; }, true);
@@ -95,15 +96,14 @@
     drawing = true;
     var panel = document.querySelector("#detail-panel.open");
     var place = isTask() ? document.getElementById("app") : panel;
-    var scrolled = scrolls(), fields = filters();
+    var restoreBoard = keepBoard(), restoreHeight = place && keepHeight(place), fields = filters();
     var curtain = place && hangCurtain(place);
     try {
       await looking(look);
       restore(fields);
-      scrolled();
+      restoreBoard();
       if (panel && !panel.classList.contains("open")) reopen();
-      if (curtain) await settled(place);
-      scrolled();
+      if (place && await settled(place)) restoreHeight();
     } catch (error) { /* the next look tries again */ } finally {
       if (curtain) curtain.remove();
       drawing = false;
@@ -146,22 +146,30 @@
     return curtain;
   }
   async function settled(place) {
-    for (var end = Date.now() + SETTLED_MS; place.querySelector(".loading") && Date.now() < end;) await pause(10);
+    var wasEmpty = false;
+    for (var end = Date.now() + SETTLED_MS; place.querySelector(".loading") && Date.now() < end;) {
+      wasEmpty = true;
+      await pause(10);
+    }
+    return wasEmpty;
   }
 
-  function scrolls() {
-    var left = window.scrollX, top = window.scrollY;
-    var kept = [".board-scroll", "#detail-panel"].map(function (selector) {
-      var found = document.querySelector(selector);
-      return found && { selector: selector, left: found.scrollLeft, top: found.scrollTop };
-    }).filter(Boolean);
+  // The board is put in place at once, so the window stays where it is; what scrolls inside is made anew. The page of a
+  // task, and a panel, are empty for a moment.
+  var boardLeft = 0;
+  document.addEventListener("scroll", function (event) {
+    if (event.target.matches && event.target.matches(".board-scroll")) boardLeft = event.target.scrollLeft;
+  }, true);
+  function keepBoard() {
+    var before = document.querySelector(".board-scroll");
     return function () {
-      window.scrollTo(left, top);
-      kept.forEach(function (was) {
-        var found = document.querySelector(was.selector);
-        if (found) { found.scrollLeft = was.left; found.scrollTop = was.top; }
-      });
+      var now = document.querySelector(".board-scroll");
+      if (now && before && now !== before) now.scrollLeft = boardLeft;
     };
+  }
+  function keepHeight(place) {
+    var element = place.id === "app" ? document.scrollingElement : place, top = element.scrollTop;
+    return function () { element.scrollTop = top; };
   }
 
   function filters() {

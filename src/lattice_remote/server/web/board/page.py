@@ -64,7 +64,7 @@ async def _static(request: Request) -> Response:
 
 async def _script(request: Request) -> Response:
     await guest(request)
-    return _file(request, livepage.script(editor=True), "text/javascript; charset=utf-8")
+    return _file(request, livepage.script(hosted=True), "text/javascript; charset=utf-8")
 
 
 async def _style(request: Request) -> Response:

@@ -1,0 +1,507 @@
+"""The hosted dashboard in a real browser: looked at, worked in, kept up to date, cut off and come back."""
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Person, chromium, screenshot
+from dashboards import serving
+from playwright.sync_api import Browser, Dialog, Locator, Page, Route, expect
+
+from sandbox import Client, Server, board
+from warm import warm
+
+pytestmark = pytest.mark.e2e
+
+expect.set_options(timeout=20_000)
+WITHOUT_ITS_LIBRARY = "THREE is not defined"
+"""What lattice's own page complains of where the public server is out of reach that has its libraries."""
+
+
+class Board:
+    """A server with one project, somebody who works on it from a terminal, and browsers."""
+
+    def __init__(self, server: Server, ben: Client, browser: Browser) -> None:
+        self.server, self.ben, self.browser = server, ben, browser
+        self.path = "/projects/board/dashboard/"
+
+    def made(self, title: str, *options: str) -> str:
+        """Create a task from the terminal and return its id."""
+        said = self.ben.ok("create", title, *options, "--actor", "human:ben", "--json")
+        return str(json.loads(said)["data"]["id"])
+
+    def does(self, *argv: str) -> None:
+        """Run a command in the terminal."""
+        self.ben.ok(*argv, "--actor", "human:ben")
+
+    def snapshot(self, task: str) -> dict[str, object]:
+        """Return a task as it is on the server."""
+        found: dict[str, object] = json.loads((self.server.lattice_dir() / "tasks" / f"{task}.json").read_text())
+        return found
+
+    def text(self, task: str, kind: str = "plans") -> Path:
+        """Return where the server has a plan or notes."""
+        return self.server.lattice_dir() / kind / f"{task}.md"
+
+    @contextlib.contextmanager
+    def person(self, actor: str = "human:web", *, width: int = 1280) -> Iterator[Person]:
+        """Somebody with a browser that is signed in; at the end no page has complained of anything."""
+        with Person(self.browser, self.server.url, viewport={"width": width, "height": 800}) as person:
+            person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
+            person.sign_in(self.server.token(actor)).close()
+            yield person
+            assert [said for said in person.complaints if WITHOUT_ITS_LIBRARY not in said] == []
+
+    def open(self, person: Person, view: str = "board") -> Page:
+        """Open the dashboard in a new tab; return once it is live."""
+        page = person.open(f"{self.path}#/{view}")
+        expect(state(page)).to_have_text("Live")
+        return page
+
+
+def without_libraries(route: Route) -> None:
+    """Answer what a page asks of other servers: no test depends on them."""
+    route.fulfill(body="", content_type="text/javascript")
+
+
+def state(page: Page) -> Locator:
+    """What the page says about its connection."""
+    return page.locator("#remote-state")
+
+
+def card(page: Page, task: str) -> Locator:
+    return page.locator(f'.card[data-task-id="{task}"]')
+
+
+def column(page: Page, status: str) -> Locator:
+    return page.locator(f'.board-col[data-status="{status}"]')
+
+
+def panel(page: Page) -> Locator:
+    return page.locator("#detail-panel.open")
+
+
+@pytest.fixture(scope="module")
+def it() -> Iterator[Board]:
+    with board("ben", programs=warm()) as (server, [ben]), chromium() as browser:
+        yield Board(server, ben, browser)
+
+
+# --- to look at it ---
+
+
+def test_somebody_signs_in_and_sees_the_board(it: Board) -> None:
+    task = it.made("Seen in a browser")
+    with Person(it.browser, it.server.url) as person:
+        person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
+        page = person.sign_in(it.server.token("human:web"), it.path.rstrip("/"))
+        expect(card(page, task)).to_contain_text("Seen in a browser")
+        assert page.url == it.server.url + it.path
+        expect(state(page)).to_have_text("Live")
+        page.locator("#remote-home").click()
+        page.wait_for_url(f"{it.server.url}/")
+        assert [said for said in person.complaints if WITHOUT_ITS_LIBRARY not in said] == []
+
+
+def test_every_view_shows_what_there_is_in_dark_and_light_wide_and_narrow(it: Board) -> None:
+    task = it.made("Looked at from all sides", "--priority", "high", "--description", "It is long.\n" * 3)
+    it.does("comment", task, "A comment")
+    with it.person() as person:
+        for theme in ("carbon", "linear"):
+            page = it.open(person)
+            page.locator("#settings-btn").click()
+            page.locator("#theme-select").select_option(theme)
+            expect(page.locator("html")).to_have_attribute("data-theme", theme)
+            page.locator("#settings-close").click()
+            for view in ("board", "list", "activity", "stats", "web", "cube", f"task/{task}"):
+                page.evaluate("view => { location.hash = '#/' + view; }", view)
+                shown = {"web": "unavailable", "cube": "unavailable", "activity": "comment"}.get(view.split("/")[0])
+                expect(page.locator("#app")).to_contain_text(re.compile(shown or "Looked at from all sides"))
+                screenshot(page, f"{theme}-{view.split('/')[0]}", whole=False)
+            page.evaluate("location.hash = '#/board'")
+            card(page, task).click()
+            expect(panel(page)).to_contain_text("A comment")
+            screenshot(page, f"{theme}-panel", whole=False)
+            page.set_viewport_size({"width": 375, "height": 700})
+            page.reload()
+            expect(state(page)).to_have_text("Live")
+            for button in ("#new-task-btn", "#settings-btn", "#help-btn", "#refresh-btn", "#remote-state"):
+                box = page.locator(button).bounding_box()
+                assert box is not None
+                assert box["x"] >= 0
+                assert box["x"] + box["width"] <= 375, f"{button} is out of reach"
+            screenshot(page, f"{theme}-narrow", whole=False)
+            page.close()
+
+
+# --- to work in it ---
+
+
+def test_a_card_is_dragged(it: Board) -> None:
+    task = it.made("To be dragged")
+    with it.person("human:dora") as person:
+        page, other = it.open(person), it.open(person)
+        card(page, task).drag_to(column(page, "in_planning"))
+        expect(column(other, "in_planning").locator(f'[data-task-id="{task}"]')).to_be_visible()
+        assert it.snapshot(task)["status"] == "in_planning"
+    log = (it.server.lattice_dir() / "events" / f"{task}.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["actor"] == "human:dora", "in the name of who is signed in"
+
+
+def test_a_task_is_made_edited_and_commented_on(it: Board) -> None:
+    with it.person() as person:
+        page = it.open(person)
+        page.locator("#new-task-btn").click()
+        page.locator("#ct-title").fill("Made in the page")
+        page.locator("#create-task-submit").click()
+        page.wait_for_url(re.compile("#/task/"))
+        task = page.url.rpartition("/")[2]
+        page.locator("#app textarea").fill("Said in the page")
+        page.locator("#detail-comment-submit").click()
+        expect(page.locator(".comment-body")).to_have_text("Said in the page")
+        page.evaluate("location.hash = '#/board'")
+        card(page, task).click()
+        page.locator("#dp-title-edit").click()
+        page.locator(".inline-edit input").fill("Renamed in the page")
+        page.locator(".inline-edit input").press("Enter")
+        expect(card(page, task)).to_contain_text("Renamed in the page")
+    assert it.snapshot(task)["title"] == "Renamed in the page"
+
+
+def test_what_lattice_refuses_is_said_by_the_page(it: Board) -> None:
+    task = it.made("Not planned yet")
+    it.does("status", task, "in_planning")
+    it.does("status", task, "planned")
+    with it.person() as person:
+        page = it.open(person)
+        it.text(task).write_text("")
+        answered = page.evaluate(
+            "async task => (await fetch(`/api/tasks/${task}/status`, {method: 'POST', "
+            "headers: {'Content-Type': 'application/json'}, body: JSON.stringify({status: 'nowhere'})})).status",
+            task,
+        )
+        assert answered == 400
+        assert any("400" in said for said in person.complaints), "the browser says it too"
+        person.complaints.clear()
+
+
+# --- kept up to date ---
+
+
+def test_a_change_made_anywhere_is_in_every_tab_within_a_second_and_nothing_is_asked_when_nothing_happens(
+    it: Board,
+) -> None:
+    with it.person() as person, it.person("human:eve") as other:
+        pages = [it.open(person), it.open(person, "list"), it.open(other)]
+        it.does("create", "Told to all")
+        began = time.monotonic()
+        for page in pages:
+            expect(page.get_by_text("Told to all")).to_be_visible()
+        assert time.monotonic() - began < 5, "measured in tens of milliseconds; a busy machine takes longer"
+        asked: list[str] = []
+        for page in pages:
+            page.on("request", lambda request: asked.append(request.url))
+        pages[0].wait_for_timeout(6000)  # longer than the page's own five seconds
+        assert asked == []
+
+
+def test_many_changes_at_once_are_few_looks(it: Board) -> None:
+    with it.person() as person:
+        page = it.open(person)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        for number in range(20):
+            it.does("create", f"One of many {number}")
+        expect(page.get_by_text("One of many 19")).to_be_visible()
+        looks = sum(url.endswith("/api/tasks") for url in asked)
+        assert 1 <= looks <= 21
+
+
+def test_another_tab_listens_when_the_one_that_did_is_closed(it: Board) -> None:
+    with it.person() as person:
+        pages = [it.open(person) for _ in range(3)]
+        pages[0].close()
+        it.does("create", "Heard by the next")
+        for page in pages[1:]:
+            expect(page.get_by_text("Heard by the next")).to_be_visible()
+            expect(state(page)).to_have_text("Live")
+
+
+def test_whoever_writes_is_not_disturbed_and_sees_the_rest_afterwards(it: Board) -> None:
+    task = it.made("Written about")
+    with it.person() as person:
+        page = it.open(person)
+        card(page, task).click()
+        field = panel(page).locator("textarea")
+        field.press_sequentially("Half a sentence")
+        it.does("comment", task, "Meanwhile")
+        it.does("create", "Made meanwhile")
+        page.wait_for_timeout(700)
+        expect(panel(page)).to_be_visible()
+        field.press_sequentially(" and the other half")
+        expect(field).to_have_value("Half a sentence and the other half")
+        panel(page).get_by_role("button", name="Post").click()
+        expect(panel(page)).to_contain_text("Meanwhile")
+        expect(panel(page)).to_contain_text("Half a sentence and the other half")
+        expect(page.get_by_text("Made meanwhile")).to_be_visible()
+        page.evaluate("task => { location.hash = '#/task/' + task; }", task)
+        field = page.locator("#detail-comment-text")
+        field.press_sequentially("On its own page")
+        it.does("comment", task, "Later")
+        page.wait_for_timeout(700)
+        expect(field).to_have_value("On its own page")
+        field.fill("")
+        page.locator(".nav-brand").click()
+        expect(page.locator("#app")).to_contain_text("Later")
+
+
+def test_an_open_panel_stays_open_and_shows_what_is_new(it: Board) -> None:
+    task = it.made("Open beside the board")
+    with it.person() as person:
+        page = it.open(person)
+        card(page, task).click()
+        expect(panel(page)).to_contain_text("Open beside the board")
+        it.does("comment", task, "New in the panel")
+        expect(panel(page)).to_contain_text("New in the panel")
+        expect(page.locator(".remote-curtain")).to_have_count(0)
+        assert page.locator("#detail-panel").count() == 1
+
+
+def test_a_card_that_is_being_dragged_stays_in_the_hand(it: Board) -> None:
+    task = it.made("In the hand")
+    with it.person() as person:
+        page = it.open(person)
+        page.set_viewport_size({"width": 1280, "height": 5000})  # nothing scrolls on the way
+        card(page, task).hover()
+        page.mouse.down()
+        column(page, "in_planning").hover()
+        page.evaluate("task => { window.held = document.querySelector(`[data-task-id='${task}']`); }", task)
+        it.does("create", "While something is dragged")
+        page.wait_for_timeout(700)
+        assert page.evaluate("window.held.isConnected"), "the board was not drawn anew under the hand"
+        column(page, "in_planning").hover()
+        page.mouse.up()
+        expect(column(page, "in_planning").locator(f'[data-task-id="{task}"]')).to_be_visible()
+        expect(page.get_by_text("While something is dragged")).to_be_visible()
+    assert it.snapshot(task)["status"] == "in_planning"
+
+
+def test_filters_stay_as_they_are_set(it: Board) -> None:
+    it.made("Needle one")
+    with it.person() as person:
+        page = it.open(person, "list")
+        page.locator("#f-search").press_sequentially("needle")
+        page.locator("#f-priority").select_option("medium")
+        page.locator("#f-search").focus()
+        it.does("create", "Needle two")
+        expect(page.locator("#list-table")).to_contain_text("Needle two")
+        expect(page.locator("#list-table tbody tr")).to_have_count(2)
+        expect(page.locator("#f-search")).to_be_focused()
+        expect(page.locator("#f-search")).to_have_value("needle")
+        page.locator("#f-search").press_sequentially(" two")
+        expect(page.locator("#list-table tbody tr")).to_have_count(1)
+        expect(page.locator("#f-priority")).to_have_value("medium")
+
+
+# --- cut off ---
+
+
+def test_a_server_that_restarts_is_found_again_and_what_was_missed_is_shown(it: Board) -> None:
+    with it.person() as person:
+        page, other = it.open(person), it.open(person)
+        it.server.stop()
+        expect(state(page)).to_have_text(re.compile("Reconnecting|Offline"))
+        expect(state(page)).to_have_text("Offline")  # as soon as the page has looked, and nobody was there
+        expect(state(other)).to_have_text("Offline")
+        screenshot(page, "offline", whole=False)
+        it.server.start()
+        it.does("create", "Made while nobody listened")
+        for tab in (page, other):
+            expect(state(tab)).to_have_text("Live")
+            expect(tab.get_by_text("Made while nobody listened")).to_be_visible()
+        person.complaints.clear()  # the browser says of each request that it came to nothing
+
+
+def test_whose_token_is_taken_away_is_told_and_led_to_sign_in(it: Board) -> None:
+    with Person(it.browser, it.server.url) as person:
+        person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
+        token = it.server.token("human:gone")
+        person.sign_in(token).close()
+        page = it.open(person)
+        listed = json.loads(it.server.admin("token", "list", "--json"))
+        [gone] = [each["id"] for each in listed if each["actor"] == "human:gone"]
+        it.server.admin("token", "revoke", gone)
+        expect(state(page)).to_have_text("Signed out")
+        screenshot(page, "signed-out", whole=False)
+        page.get_by_role("link", name="Sign in").click()
+        page.get_by_label("Token").fill(it.server.token("human:back"))
+        page.get_by_role("button", name="Sign in").click()
+        expect(state(page)).to_have_text("Live")
+        assert page.url == f"{it.server.url}{it.path}#/board"
+
+
+# --- plan and notes ---
+
+
+def editor(page: Page) -> Locator:
+    return page.locator("#remote-editor")
+
+
+def field(page: Page) -> Locator:
+    return editor(page).locator("textarea")
+
+
+def said(page: Page) -> Locator:
+    return editor(page).locator(".remote-said")
+
+
+def opened(it: Board, page: Page, task: str) -> None:
+    """Open the plan of a task from the board."""
+    card(page, task).click()
+    panel(page).get_by_role("button", name="Show Plan").click()
+    expect(field(page)).to_be_editable()
+
+
+def planned(it: Board, title: str, text: str) -> str:
+    """Make a task with this plan."""
+    task = it.made(title)
+    it.text(task).write_bytes(text.encode())
+    return task
+
+
+def press_save(page: Page) -> None:
+    field(page).press("Control+s")
+
+
+def refuse(dialog: Dialog) -> None:
+    dialog.dismiss()
+
+
+def test_a_plan_is_edited_in_the_page_and_notes_are_begun(it: Board) -> None:
+    task = planned(it, "Planned in the page", "# Plan\r\n\r\none\r\n")
+    with it.person("human:planner") as person:
+        page = it.open(person)
+        opened(it, page, task)
+        expect(field(page)).to_have_value("# Plan\n\none\n")
+        field(page).press("Control+End")
+        field(page).press_sequentially("two")
+        expect(said(page)).to_have_text("Not saved yet.")
+        screenshot(page, "editor", whole=False)
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_bytes() == b"# Plan\r\n\r\none\r\ntwo", "lines end as they did"
+        editor(page).get_by_role("button", name="Notes").click()
+        field(page).fill("Noted\n")
+        editor(page).get_by_role("button", name="Save").click()
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task, "notes").read_text() == "Noted\n"
+        field(page).press("Escape")
+        expect(editor(page)).to_be_hidden()
+    log = json.loads(it.server.admin("log", "board", "--json", "-n", "4"))["entries"]
+    assert {entry["actor"] for entry in log if "edit" in entry["command"]} == {"human:planner"}
+
+
+def test_lines_of_two_people_are_merged_and_the_same_line_is_a_conflict_that_is_shown(it: Board) -> None:
+    task = planned(it, "Planned by two", "one\ntwo\nthree\nfour\nfive\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("one\ntwo\nthree\nfour\nFIVE\n")
+        it.text(task).write_text("ONE\ntwo\nthree\nfour\nfive\n")
+        expect(said(page)).to_contain_text("Somebody else has changed this meanwhile")
+        press_save(page)
+        expect(said(page)).to_contain_text("Saved, with what somebody else has changed")
+        expect(field(page)).to_have_value("ONE\ntwo\nthree\nfour\nFIVE\n")
+        assert it.text(task).read_text() == "ONE\ntwo\nthree\nfour\nFIVE\n"
+
+        field(page).fill("ONE\nmine\nthree\nfour\nFIVE\n")
+        it.text(task).write_text("ONE\ntheirs\nthree\nfour\nFIVE\n")
+        expect(said(page)).to_contain_text("Somebody else has changed this meanwhile")
+        press_save(page)
+        expect(said(page)).to_have_text("Somebody else has changed the same lines.")
+        expect(editor(page).locator("mark")).to_have_text("theirs\n")
+        screenshot(page, "conflict", whole=False)
+        page.set_viewport_size({"width": 375, "height": 700})
+        screenshot(page, "conflict-narrow", whole=False)
+        assert it.text(task).read_text() == "ONE\ntheirs\nthree\nfour\nFIVE\n", "nothing was put over it"
+        editor(page).get_by_role("button", name="Take the server").click()
+        expect(field(page)).to_have_value("ONE\ntheirs\nthree\nfour\nFIVE\n")
+        editor(page).get_by_role("button", name="Bring my text back").click()
+        expect(field(page)).to_have_value("ONE\nmine\nthree\nfour\nFIVE\n")
+        field(page).fill("ONE\ntheirs and mine\nthree\nfour\nFIVE\n")
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_text() == "ONE\ntheirs and mine\nthree\nfour\nFIVE\n"
+
+
+def test_ones_own_text_is_saved_over_a_conflict_knowingly(it: Board) -> None:
+    task = planned(it, "Put over", "one\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("mine\n")
+        it.text(task).write_text("theirs\n")
+        expect(said(page)).to_contain_text("meanwhile")
+        press_save(page)
+        editor(page).get_by_role("button", name="Save mine over it").click()
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_text() == "mine\n"
+
+
+def test_nothing_typed_is_lost(it: Board) -> None:
+    """Not by Escape, not by a server that is gone, not by loading the page anew."""
+    task = planned(it, "Typed in", "one\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("one\ntyped\n")
+        page.once("dialog", refuse)
+        field(page).press("Escape")
+        expect(field(page)).to_have_value("one\ntyped\n")
+        it.server.stop()
+        press_save(page)
+        expect(said(page)).to_contain_text("The server can't be reached. Your text is still here.")
+        it.server.start()
+        page.once("dialog", lambda dialog: dialog.accept())  # leave all the same
+        page.reload()
+        opened(it, page, task)
+        expect(field(page)).to_have_value("one\ntyped\n")
+        expect(said(page)).to_contain_text("what you had typed and not saved")
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        field(page).press("Escape")
+        expect(editor(page)).to_be_hidden()
+        person.complaints.clear()
+    assert it.text(task).read_text() == "one\ntyped\n"
+
+
+def test_what_can_not_be_edited_is_shown(it: Board) -> None:
+    task = planned(it, "Archived with its plan", "kept\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("kept and typed\n")
+        it.does("archive", task)
+        expect(said(page)).to_contain_text("Read-only: the task is in the archive")
+        expect(field(page)).to_have_value("kept and typed\n")
+        expect(field(page)).not_to_be_editable()
+
+
+# --- the local dashboard ---
+
+
+def test_the_local_dashboard_is_kept_up_to_date_alike(it: Board) -> None:
+    with serving(it.ben) as dashboard, Person(it.browser, f"http://127.0.0.1:{dashboard.port}") as person:
+        person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
+        page = person.open("/#/board")
+        expect(state(page)).to_have_text("Live")
+        task = it.made("Seen in a local page")
+        card(page, task).click()
+        it.does("comment", task, "Told to a local page")
+        expect(panel(page)).to_contain_text("Told to a local page")
+        assert page.locator("#remote-home").count() == 0
+        assert [said for said in person.complaints if WITHOUT_ITS_LIBRARY not in said] == []
