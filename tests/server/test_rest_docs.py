@@ -1,0 +1,49 @@
+"""docs/rest.md: its examples are run as they stand, and what it lists is what there is."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from server_process import Process
+from test_app import make_data
+
+from lattice_remote.server.data.tokens import TokenFile
+from lattice_remote.server.web.rest.asked import Nothing
+from lattice_remote.server.web.rest.table import ENDPOINTS
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rest.md").read_text()
+
+
+def test_the_examples_do_what_they_say(tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    data.create_project("board", code="LAT", name=None, actor=None)
+    token = TokenFile(data.tokens).create(projects=["board"], actor="human:ana", act_as=["agent:*"])[1]
+    server = Process(data)
+    lines = [line for block in re.findall("^```\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
+    script = "\n".join(line.replace("curl ", "curl -sS --fail-with-body ", 1) + "; echo" for line in lines)
+    environment = {**os.environ, "SERVER": f"http://127.0.0.1:{server.port}", "TOKEN": token}
+    done = subprocess.run(["bash", "-ec", script], env=environment, capture_output=True, text=True, check=False)
+    assert server.end() == 0
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert len(lines) > 10
+    assert "\n# The plan\n" in done.stdout
+    tree = data.project("board").lattice
+    [task] = [json.loads(path.read_text()) for path in (tree / "tasks").iterdir()]
+    assert (task["title"], task["status"], task["assigned_to"]) == ("Write it all down", "in_planning", "agent:scribe")
+    assert task["comment_count"] == 2
+    assert (tree / "notes" / f"{task['id']}.md").read_text() == "A note"
+    assert json.loads((tree / "resources/gpu/resource.json").read_text())["holders"] == []
+
+
+def test_every_endpoint_is_listed() -> None:
+    [table] = re.findall(r"^\| \| \|\n\|---\|---\|\n(.*?)\n\n", PAGE, re.M | re.S)[:1]
+    for endpoint in ENDPOINTS:
+        last = re.sub("{.*}", "", endpoint.path).strip("/").rpartition("/")[2]
+        assert last in table, endpoint
+        assert any(endpoint.method in row and last in row for row in table.splitlines()) or endpoint.method == "POST"
+    filters = next(endpoint.takes[0] for endpoint in ENDPOINTS if endpoint.name == "list_tasks")
+    assert filters is not Nothing
+    for name in filters.__struct_fields__:
+        assert f"`{name}" in PAGE, name
