@@ -88,7 +88,10 @@ class Person:
 
 
 def screenshot(page: Page, name: str, *, whole: bool = True) -> Path:
-    """Keep a picture of a page, or of the part that is in view, for people to look at, in ``build/screenshots/`` or where ``SCREENSHOTS`` says."""
+    """Keep a picture for people to look at, of the whole page or of what is in view.
+
+    It goes to ``build/screenshots/``, or where ``SCREENSHOTS`` says.
+    """
     directory = Path(os.environ.get("SCREENSHOTS", _ROOT / "build/screenshots"))
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.png"
