@@ -1,4 +1,4 @@
-"""Calls nobody would send: the operations of the dashboard and of MCP with hostile names, values, actors and files."""
+"""Calls nobody would send: the operations of every surface with hostile names, values, actors and files."""
 
 import json
 import random
@@ -29,8 +29,9 @@ class Calls:
     def call(self, actor: str, act_as: tuple[str, ...]) -> Invoke:
         """Return the next one. Most are ordinary but for one or two values."""
         rng = self._rng
-        surface = rng.choice(["dashboard", "mcp"]) if rng.random() < 0.97 else self._text()[:32]
-        name, values = self._post() if surface == "dashboard" else self._tool()
+        surface = rng.choice(["commands", "dashboard", "mcp"]) if rng.random() < 0.97 else self._text()[:32]
+        made = {"commands": self._commands, "dashboard": self._post}.get(surface, self._tool)
+        name, values = made()
         for key in rng.sample(sorted(values), min(len(values), rng.choice([0, 0, 1, 1, 2]))):
             values[key] = self._hostile()
         if rng.random() < 0.05:
@@ -47,6 +48,18 @@ class Calls:
         values = {key: self._ordinary(key) for key in _ROUTES[route] if rng.random() < 0.85}
         path = route.replace("…", rng.choice([self._task()] * 9 + [self._text()[:100]]))
         return path + rng.choice([""] * 9 + ["/", "?x", "/open-plans", "/../x", "\n"]), values
+
+    def _commands(self) -> tuple[str, dict[str, Any]]:
+        rng = self._rng
+        if rng.random() < 0.3:
+            line = ["next", "--claim", "--json", *rng.choice([["--actor", "agent:x"], ["--actor=human:ana"], []])]
+            return "claim", {"task": self._ordinary("task_id"), "line": line if rng.random() < 0.9 else self._line()}
+        return "together", {"lines": [self._line() for _ in range(rng.choice([1, 2, 2, 3, 17]))]}
+
+    def _line(self) -> list[str]:
+        """Return a command line; most print JSON, as they must."""
+        path, *arguments = self._lines.line().argv or [""]
+        return [path, *arguments[:1], "--json", *arguments[1:]] if self._rng.random() < 0.9 else [path, *arguments]
 
     def _tool(self) -> tuple[str, dict[str, Any]]:
         rng = self._rng
