@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
 import os
 import secrets
@@ -141,6 +142,43 @@ def two_installations(sandbox: Sandbox) -> Iterator[tuple[Path, Path]]:
     yield pythons[0], pythons[1]
     for name in ("with", "without"):
         shutil.rmtree(sandbox.root / name)
+
+
+# --- rest: requests over a connection that is kept ---
+
+
+def rest(runs: int) -> Iterator[Figure]:
+    """A comment and a list over HTTP, beside the same commands on this machine's own disk."""
+    with board("ana") as (server, (ana,)), Sandbox() as sandbox:
+        local = local_project(sandbox, "local", 20)
+        for n in range(20):
+            ana.ok("create", f"Task {n}", *ACTOR)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+        headers = {"Authorization": f"Bearer {server.token('human:ana')}", "Content-Type": "application/json"}
+        text = "a comment of usual length, as people and agents write them"
+
+        def ask(method: str, path: str, body: str | None = None) -> None:
+            connection.request(method, f"/projects/board{path}", body, headers)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status < 400, answer.status
+
+        for name, by_http, by_command in (
+            (
+                "comment",
+                lambda: ask("POST", "/tasks/LAT-1/comments", json.dumps({"body": text})),
+                lambda: local.ok("comment", "LAT-1", text, *ACTOR),
+            ),
+            ("list", lambda: ask("GET", "/tasks"), lambda: local.ok("list")),
+        ):
+            http_s, local_s, ratio = paired(runs, by_http, by_command)
+            yield Figure(f"{name} over HTTP", http_s * 1000, "ms")
+            yield Figure(f"lattice {name}, local", local_s * 1000, "ms")
+            yield at_most(f"{name} over HTTP / lattice {name}, local", ratio, "x", 0.25)
+        alone = [seconds(lambda: ask("POST", "/tasks/LAT-1/comments", json.dumps({"body": text}))) for _ in range(100)]
+        yield Figure("comment over HTTP, one after the other, p50", statistics.median(alone) * 1000, "ms")
+        yield Figure("the same, p99", statistics.quantiles(alone, n=100)[98] * 1000, "ms")
+        connection.close()
 
 
 # --- throughput: commands a second ---
@@ -421,6 +459,7 @@ async def _close_peers(connections: list[ClientConnection]) -> None:
 
 GROUPS = {
     "commands": commands,
+    "rest": rest,
     "throughput": throughput,
     "latency": latency,
     "waiting": waiting,

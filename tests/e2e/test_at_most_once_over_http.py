@@ -1,6 +1,8 @@
 """A request over HTTP that has a key runs once, whatever dies at whatever moment of it (I6)."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,14 @@ class Program:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._headers = {"Authorization": f"Bearer {server.token('human:ana', 'agent:*')}"}
+        self._metrics = server.admin("token", "create", "--metrics")
         self.post("/tasks", "first", title="One")
+
+    def waits(self) -> bool:
+        """Tell whether somebody waits for a resource, as the server's figures say."""
+        headers = {"Authorization": f"Bearer {self._metrics}"}
+        figures = requests.get(f"{self._server.url}/metrics", headers=headers, timeout=10).text
+        return 'lattice_remote_queue_requests{project="board",where="resource"} 1.0' in figures
 
     def post(self, path: str, key: str, **body: object) -> requests.Response:
         url = f"{self._server.url}/projects/board{path}"
@@ -73,3 +82,20 @@ def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Serv
     assert {key: found[key, "comment_added"] for key in keys} == dict.fromkeys(keys, 1)
     assert done_before, "it was to die once between what it did and the answer"
     check_numbers(server)
+
+
+def test_a_server_that_stops_says_so_to_who_waits(injected: tuple[Server, Program, Path]) -> None:
+    server, program, _ = injected
+    assert program.post("/resources/gpu", "made").status_code == 201
+    assert program.post("/resources/gpu/acquire", "held").status_code == 200
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(program.post, "/resources/gpu/acquire", "waits", actor="agent:w", wait=True, timeout=60)
+        wait_for(program.waits, "its place in line")
+        began = time.monotonic()
+        assert server.stop() == 0
+        answer = waits.result(10)
+    assert time.monotonic() - began < 5
+    assert (answer.status_code, answer.json()["ok"]) == (503, False)
+    assert "the server is stopping" in answer.json()["error"]["message"]
+    server.start()
+    assert program.post("/resources/gpu/release", "free").status_code == 200, "nobody has taken it meanwhile"

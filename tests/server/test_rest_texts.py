@@ -3,7 +3,7 @@
 import hashlib
 import http.client
 import json
-import time
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +14,7 @@ from rest_client import Rest, rest_server
 from server_process import Process
 
 from lattice_remote.server.data.settings import Limits
+from lattice_remote.server.data.tokens import TokenFile
 from sandbox import wait_for
 
 MARKDOWN = {"Content-Type": "text/markdown"}
@@ -149,25 +150,37 @@ def test_a_resource_with_its_id_is_held_or_not(rest: Rest) -> None:
         assert rest.refused("PATCH", wrong, json={"held": True})[0] == 404
 
 
-def test_whoever_waits_for_a_resource_gets_it_and_whoever_left_does_not(rest: Rest) -> None:
+def waiting(server: Process, token: str) -> int:
+    """Return how many requests wait for a resource, as the server's figures say."""
+    headers = {"Authorization": f"Bearer {token}"}
+    figures = requests.get(f"http://127.0.0.1:{server.port}/metrics", headers=headers, timeout=10).text
+    found = re.search(r'^lattice_remote_queue_requests{project="web",where="resource"} (\d+)', figures, re.MULTILINE)
+    assert found, figures
+    return int(found[1])
+
+
+def test_whoever_waits_for_a_resource_gets_it_and_whoever_left_does_not(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    metrics = TokenFile(server.data.tokens).create_for_metrics()[1]
     rest.ok("POST", "/resources/lock", status=201)
     rest.ok("POST", "/resources/lock/acquire")
-    body = {"actor": "agent:left", "wait": True, "timeout": 60}
-    left = http.client.HTTPConnection(rest.root.removeprefix("http://"), timeout=30)
-    headers = {"Authorization": rest.session.headers["Authorization"], "Content-Type": "application/json"}
-    left.request("POST", "/projects/web/resources/lock/acquire", json.dumps(body), headers)
-    began = time.monotonic()
     late = {"actor": "agent:late", "wait": True, "timeout": 0}
     assert rest.refused("POST", "/resources/lock/acquire", json=late) == (409, "TIMEOUT")
+    body = {"actor": "agent:left", "wait": True, "timeout": 60}
+    left = http.client.HTTPConnection(rest.root.removeprefix("http://"), timeout=30)
+    headers = {"Authorization": str(rest.session.headers["Authorization"]), "Content-Type": "application/json"}
+    left.request("POST", "/projects/web/resources/lock/acquire", json.dumps(body), headers)
+    wait_for(lambda: waiting(server, metrics) == 1, "its place in line")
     left.close()
+    wait_for(lambda: waiting(server, metrics) == 0, "its leaving the line")
 
-    def wait_in_line() -> str:
+    def stay() -> str:
         stays = {"actor": "agent:stays", "wait": True, "timeout": 60}
         answer = requests.post(f"{rest.url}/resources/lock/acquire", json=stays, headers=headers, timeout=60)
         return str(answer.json()["data"]["holders"][0]["actor"])
 
     with ThreadPoolExecutor(1) as pool:
-        stays = pool.submit(wait_in_line)
+        stays = pool.submit(stay)
+        wait_for(lambda: waiting(server, metrics) == 1, "its place in line")
         rest.ok("POST", "/resources/lock/release")
         assert stays.result(30) == "agent:stays"
-    assert time.monotonic() - began < 30

@@ -4,7 +4,7 @@ import asyncio
 import os
 from pathlib import Path
 
-from lattice_remote.errors import StorageError
+from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.project.project import Project
 
@@ -12,6 +12,8 @@ __all__ = ["text_at_head"]
 
 _SETTLE_S = 5.0
 _LOOK_AGAIN_S = 0.02
+_MAX_BYTES = 64 * 1024 * 1024
+"""No client may send a text as large as this; somebody at the server may have put it there."""
 
 
 async def text_at_head(project: Project, path: str) -> bytes | None:
@@ -20,6 +22,7 @@ async def text_at_head(project: Project, path: str) -> bytes | None:
     The disk is ahead of the head by what is being written: what was read counts once it is what the head says.
 
     Raises:
+        Rejected: REMOTE_TOO_LARGE, over 64 MiB.
         StorageError: it can't be read, or was different from the head's for seconds.
     """
     try:
@@ -33,7 +36,9 @@ async def text_at_head(project: Project, path: str) -> bytes | None:
 
 async def _settled(project: Project, path: str) -> bytes | None:
     while (content := project.history.files.get(path)) is not None:
-        data = await asyncio.to_thread(_read, project.paths.lattice / path)
+        if content[0] > _MAX_BYTES:
+            raise Rejected(f"{path} has {content[0]} bytes, too many to be sent at once", code="REMOTE_TOO_LARGE")
+        data = await asyncio.to_thread(_read, project.paths.lattice / path, content[0])
         if data is not None and digest_of(data) == content[1]:
             return data
         if project.history.files.get(path) == content:
@@ -42,11 +47,11 @@ async def _settled(project: Project, path: str) -> bytes | None:
     return None
 
 
-def _read(path: Path) -> bytes | None:
-    """Return a plain file's content; None when there is none."""
+def _read(path: Path, size: int) -> bytes | None:
+    """Return a plain file's content, or one byte more than ``size`` when it is longer; None when there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     with os.fdopen(descriptor, "rb") as file:
-        return file.read()
+        return file.read(size + 1)
