@@ -2,8 +2,9 @@
 
 Absolute paths of what is typed lie below that directory. ``stand_ins/`` are in place of the programs that would change
 this machine or fetch something: ``sudo`` runs what it is given, ``useradd`` does nothing, ``pip`` puts this project's
-programs where it was to install them, ``systemctl`` asks the ``Machine``, which does with the unit's file what systemd
-would, as far as processes go. All else is real.
+programs where it was to install them. These programs and ``systemctl`` ask the ``Machine``, which forks the former from
+a process that has them loaded (``warm.py``), and does with a unit's file what systemd would, as far as processes go.
+All else is real.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from pathlib import Path
 from proxies import free_port
 
 from sandbox import BIN, Sandbox
+from warm import warm
 
 __all__ = ["Machine"]
 
@@ -62,7 +64,7 @@ class Machine:
         self.environment = {
             **sandbox.environment(name),
             "MACHINE_ROOT": str(self.root),
-            "MACHINE_BIN": str(BIN),
+            "MACHINE_BIN": str(_STAND_INS / "bin"),
             "MACHINE_PYTHON": sys.executable,
         }
         self.environment["PATH"] = (
@@ -70,7 +72,7 @@ class Machine:
         )
         self._services: dict[str, subprocess.Popen[bytes]] = {}
         self._started: list[subprocess.Popen[str]] = []
-        self._manager = _Manager(self)
+        self._asked = _Asked(self)
 
     def path(self, path: str) -> Path:
         """Return where an absolute path of the machine is."""
@@ -103,7 +105,7 @@ class Machine:
 
     def start(self, command: str) -> subprocess.Popen[str]:
         """Start a program and do not wait for it."""
-        argv = shlex.split(self.here(command))
+        argv = self._real(command)
         with (self.root / "log").open("ab") as log:
             process = subprocess.Popen(argv, cwd=_ROOT, env=self.environment, stdout=log, stderr=log, text=True)
         self._started.append(process)
@@ -117,7 +119,21 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 process.terminate()
             process.wait(20)
-        self._manager.close()
+        self._asked.close()
+
+    def _real(self, command: str) -> list[str]:
+        """Return a command line with the program itself where a stand-in was installed."""
+        program, *arguments = shlex.split(self.here(command))
+        assert Path(program).exists(), f"nothing was installed as {program}"
+        return [str(BIN / Path(program).name), *arguments]
+
+    def answer(self, program: str, argv: list[str], cwd: str, env: dict[str, str], stdin: str) -> tuple[int, str, str]:
+        """Do what a stand-in was asked; return its exit code and what it is to say."""
+        if program == "systemctl":
+            why = self.systemctl(*argv)
+            return int(bool(why)), "", why
+        done = warm().run(program, argv, cwd=Path(cwd), env=env, stdin=stdin)
+        return done.returncode, done.stdout, done.stderr
 
     # --- as systemd ---
 
@@ -145,9 +161,11 @@ class Machine:
 
     def start_service(self, name: str) -> str:
         """Run the unit's command with its environment, and wait until it says that it serves."""
-        unit = self.here((self.path("/etc/systemd/system") / f"{name}.service").read_text())
+        unit = (self.path("/etc/systemd/system") / f"{name}.service").read_text()
         [command] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
-        variables = dict(line.split("=", 1) for line in re.findall(r"^Environment=(.*)$", unit, re.MULTILINE))
+        variables = dict(
+            line.split("=", 1) for line in re.findall(r"^Environment=(.*)$", self.here(unit), re.MULTILINE)
+        )
         assert re.search(r"^Type=notify$", unit, re.MULTILINE)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, (self.root / "log").open("ab") as log:
             address = self.root / "notify"
@@ -155,7 +173,7 @@ class Machine:
             told.bind(str(address))
             told.settimeout(0.05)
             environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(address), **variables}
-            process = subprocess.Popen(shlex.split(command), env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(self._real(command), env=environment, stdout=log, stderr=log)
             for _ in range(round(_START_S / 0.05)):
                 with contextlib.suppress(TimeoutError):
                     if told.recv(100) == b"READY=1":
@@ -176,16 +194,15 @@ class Machine:
         return "" if process.wait(20) == 0 else f"{name} ended with {process.returncode}"
 
 
-class _Manager:
-    """Hears what ``stand_ins/systemctl`` is asked."""
+class _Asked:
+    """Hears what the stand-ins are asked."""
 
     def __init__(self, machine: Machine) -> None:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
-                why = machine.systemctl(*json.loads(self.rfile.readline()))
-                self.wfile.write(why.encode())
+                self.wfile.write(json.dumps(machine.answer(**json.loads(self.rfile.readline()))).encode())
 
-        self._server = socketserver.UnixStreamServer(str(machine.root / "systemd"), Handler)
+        self._server = socketserver.UnixStreamServer(str(machine.root / "asked"), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
 

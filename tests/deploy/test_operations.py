@@ -1,0 +1,114 @@
+"""``docs/operations.md`` does what it says: every command in it is run, in its order, as somebody would type it.
+
+A block is run on the machine that the word behind ``sh`` names, by default the server. What a ``text`` block shows is
+what the block before has printed, where ``...`` stands for anything. A client is given on stdin the token that was
+printed last, ``ID`` is that of the only token, and ``DAY`` that of the only backup.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine import Machine
+
+from sandbox import Client, Sandbox, differences, tree_of
+
+pytestmark = pytest.mark.e2e
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+FUNCTION = re.compile(r"^lattice-remote\(\) \{.*\}$", re.MULTILINE)
+HOSTS = {"server": "https://board.example.com", "new": "https://new.example.com"}
+
+
+class Company:
+    """The machines of the page: the server, the one that it moves to, a container, and Ana's."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.machines = {name: Machine(sandbox, name) for name in ("server", "new", "container")}
+        self.ana: Client = sandbox.client("ana")
+        [self.function] = FUNCTION.findall(PAGE)
+        self.token = ""
+
+    def run(self, where: str, script: str) -> str:
+        """Run a block, which must succeed, and return what it prints."""
+        done = self._on_the_client(script) if where == "client" else self._on(self.machines[where], script)
+        assert done.returncode == 0, f"{script}\n{done.stdout}{done.stderr}"
+        for line in done.stdout.splitlines():
+            if re.fullmatch(r"ltr_\S+", line):
+                self.token = line
+        return done.stdout
+
+    def _on(self, machine: Machine, script: str) -> subprocess.CompletedProcess[str]:
+        if re.search(r"\bID\b", script):
+            listed = machine.run(f"{self.function}\nlattice-remote token list --json")
+            [token] = json.loads(listed.stdout)
+            script = re.sub(r"\bID\b", token["id"], script)
+        if "DAY" in script:
+            [day] = machine.path("/backup").iterdir()
+            script = script.replace("DAY", day.name)
+        return machine.run(f"{self.function}\n{script}")
+
+    def _on_the_client(self, script: str) -> subprocess.CompletedProcess[str]:
+        for name, url in HOSTS.items():
+            script = script.replace(url, f"http://127.0.0.1:{self.machines[name].port}")
+        machine = self.machines["container"]  # whose stand-in for ``lattice`` is as good as any
+        env = {**self.ana.env, **{name: machine.environment[name] for name in ("MACHINE_ROOT", "MACHINE_PYTHON")}}
+        env["PATH"] = f"{machine.environment['MACHINE_BIN']}:{env['PATH']}"
+        argv = ["bash", "-euo", "pipefail", "-c", script]
+        return subprocess.run(
+            argv, cwd=self.ana.dir, env=env, input=f"{self.token}\n", capture_output=True, text=True,
+            timeout=60, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def company() -> Iterator[Company]:
+    with Sandbox() as sandbox:
+        made = Company(sandbox)
+        try:
+            yield made
+        finally:
+            for machine in made.machines.values():
+                machine.end()
+
+
+def arrive(company: Company) -> None:
+    """Do what the page leaves to the reader: set the new server up, and bring the project's directory there."""
+    new, old = company.machines["new"], company.machines["server"]
+    install = [script for kind, where, script in BLOCKS if kind == "sh" and not where]
+    for script in install[: next(i for i, script in enumerate(install) if "enable --now" in script) + 1]:
+        company.run("new", script)
+    leaving = old.path("/var/lib/lattice-remote/leaving")
+    shutil.copytree(leaving, new.path("/var/lib/lattice-remote/arriving"))
+
+
+def test_every_command_of_the_page_works_in_its_order(company: Company) -> None:
+    printed, ran = "", 0
+    for kind, where, script in BLOCKS:
+        if kind == "text":
+            pattern = ".*".join(re.escape(part) for part in script.replace("\n...\n", "\n...").split("..."))
+            assert re.fullmatch(pattern, printed, re.DOTALL), f"the page says\n{script}\nand it is\n{printed}"
+            continue
+        assert kind == "sh", "other blocks are no commands"
+        if where == "new":
+            arrive(company)
+        printed = company.run(where or "server", script)
+        ran += 1
+    assert ran >= 20
+    here, there = (
+        company.ana.lattice_dir,
+        company.machines["new"].path("/var/lib/lattice-remote/projects/board/.lattice"),
+    )
+    assert differences(here, there) == []
+    notes = b"".join(tree_of(there).values())
+    assert b"With the new token" in notes and b"From the new server" in notes, "nothing was lost on the way"
+
+
+def test_no_command_of_the_page_deletes() -> None:
+    for _, _, script in BLOCKS:
+        assert not re.search(r"(?<!-)\brm\b|--delete|token revoke|project delete", script)
