@@ -18,7 +18,7 @@ EXECUTABLE = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 PATIENCE_MS = 20_000
 """For how long Playwright waits for what a test expects; a machine may be busy."""
 expect.set_options(timeout=PATIENCE_MS)
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[1]
 _ARGUMENTS = [
     "--no-sandbox",  # tests may run as root
     "--disable-gpu",
