@@ -6,8 +6,9 @@ import re
 import subprocess
 from pathlib import Path
 
+import requests
 from server_process import Process
-from test_app import make_data
+from test_app import make_data, make_token
 
 from lattice_remote.server.data.tokens import TokenFile
 from lattice_remote.server.web.rest.asked import Nothing
@@ -47,3 +48,25 @@ def test_every_endpoint_is_listed() -> None:
     assert filters is not Nothing
     for name in filters.__struct_fields__:
         assert f"`{name}" in PAGE, name
+
+
+def test_what_is_described_is_there(tmp_path: Path) -> None:
+    """Of what is served elsewhere too: whoever moves it is to notice."""
+    server = Process(make_data(tmp_path / "data"))
+    token = make_token(server.data)
+    with requests.Session() as session:
+        described = session.get(f"http://127.0.0.1:{server.port}/openapi.json", timeout=10).json()
+        session.headers["Authorization"] = f"Bearer {token}"
+        assert described["openapi"] == "3.1.0"
+        for path, methods in described["paths"].items():
+            url = f"http://127.0.0.1:{server.port}" + path.replace("{slug}", "web").replace("{", "x").replace("}", "")
+            answer = session.delete(url, timeout=10)
+            assert answer.status_code == 405, path
+            assert {*answer.headers["Allow"].split(", ")} - {"HEAD"} == {method.upper() for method in methods}, path
+        for path in ("/healthz", "/readyz", "/projects", "/projects/web", "/projects/web/dashboard/data"):
+            answer = session.get(f"http://127.0.0.1:{server.port}{path}", timeout=10)
+            assert str(answer.status_code) in described["paths"][path.replace("web", "{slug}")]["get"]["responses"]
+            assert answer.status_code == 200
+    names = [method["operationId"] for methods in described["paths"].values() for method in methods.values()]
+    assert len(names) == len(set(names)) > 20
+    assert server.end() == 0

@@ -9,6 +9,7 @@ import msgspec
 
 import lattice_remote
 from lattice_remote.server.web.rest.asked import KEY_HEADER, MAX_KEY_CHARS, Nothing
+from lattice_remote.server.web.rest.elsewhere import Elsewhere
 from lattice_remote.server.web.rest.endpoint import Endpoint
 
 __all__ = ["description"]
@@ -24,6 +25,7 @@ _MAY_FAIL = (
     *(HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE),
 )
 _WITHOUT_BODY = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+_WORD = {"type": "string"}
 _REF = "#/components/schemas/{name}"
 _TEXT = {"text/markdown": {"schema": {"type": "string"}}}
 
@@ -42,12 +44,14 @@ class Refused(msgspec.Struct):
     error: Problem
 
 
-def description(endpoints: Sequence[Endpoint]) -> bytes:
-    """Return the description, JSON."""
-    schemas, components = _schemas(endpoints)
+def description(endpoints: Sequence[Endpoint], elsewhere: Sequence[Elsewhere]) -> bytes:
+    """Return the description, JSON, of the endpoints and of what is served elsewhere."""
+    schemas, components = _schemas(endpoints, elsewhere)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schemas)
+    for other in elsewhere:
+        paths.setdefault(other.path, {})["get"] = _other(other, schemas)
     whole = {
         "openapi": "3.1.0",
         "info": {"title": "lattice-remote", "version": lattice_remote.__version__, "description": _ABOUT},
@@ -61,11 +65,14 @@ def description(endpoints: Sequence[Endpoint]) -> bytes:
     return msgspec.json.encode(whole)
 
 
-def _schemas(endpoints: Sequence[Endpoint]) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
-    """Return the schema of each type that an endpoint takes or answers with, and what they refer to."""
+def _schemas(
+    endpoints: Sequence[Endpoint], elsewhere: Sequence[Elsewhere]
+) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """Return the schema of each type that is taken or answered with, by its name, and what they refer to."""
     kinds = [kind for endpoint in endpoints for kind in (*endpoint.takes, endpoint.data) if kind is not bytes]
-    found, components = msgspec.json.schema_components([*kinds, Refused], ref_template=_REF)
-    return {str(kind): schema for kind, schema in zip([*kinds, Refused], found, strict=True)}, components
+    kinds += [Refused, *(other.data for other in elsewhere if other.data is not None)]
+    found, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    return {str(kind): schema for kind, schema in zip(kinds, found, strict=True)}, components
 
 
 def _operation(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
@@ -91,14 +98,41 @@ def _operation(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[s
     return operation
 
 
+def _other(other: Elsewhere, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    schema = {} if other.data is None else {"schema": schemas[str(other.data)]}
+    answer = {"content": {other.media_type: schema}}
+    refused = {"application/json": {"schema": schemas[str(Refused)]}}
+    named = [("query", *one) for one in other.query.items()] + [("header", *one) for one in other.headers.items()]
+    return {
+        "operationId": other.name,
+        "summary": other.text,
+        "tags": ["server" if "{slug}" not in other.path else "project"],
+        "security": [{}] if other.is_open else [{"token": []}],
+        "parameters": [
+            *_in_path(other.path),
+            *({"name": name, "in": place, "description": text, "schema": _WORD} for place, name, text in named),
+        ],
+        "responses": {
+            **{str(status.value): {"description": status.phrase, "content": refused} for status in _MAY_FAIL},
+            **{
+                str(status.value): {"description": status.phrase, **answer} for status in (HTTPStatus.OK, *other.others)
+            },
+        },
+    }
+
+
+def _in_path(path: str) -> Iterator[dict[str, Any]]:
+    for name in re.findall(r"{(\w+)}", path):
+        yield {"name": name, "in": "path", "required": True, "schema": {**_WORD, "minLength": 1}}
+
+
 def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
-    for name in re.findall(r"{(\w+)}", endpoint.path):
-        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+    yield from _in_path(endpoint.path)
     for field in msgspec.structs.fields(endpoint.takes[0]):
         schema = msgspec.json.schema(field.type)
         yield {"name": field.encode_name, "in": "query", "required": field.required, "schema": schema}
     for header, meaning in endpoint.headers.items():
-        yield {"name": header, "in": "header", "description": meaning, "schema": {"type": "string"}}
+        yield {"name": header, "in": "header", "description": meaning, "schema": _WORD}
     if endpoint.method != "GET":
         meaning = "The same request with the same key is carried out once, and answered each time as the first time."
         schema = {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"}

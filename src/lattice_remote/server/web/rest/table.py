@@ -7,6 +7,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lattice_remote.server.web.rest import activity, resources, tasks, texts
+from lattice_remote.server.web.rest.elsewhere import ELSEWHERE
 from lattice_remote.server.web.rest.endpoint import routes_of
 from lattice_remote.server.web.rest.openapi import description
 
@@ -22,7 +23,7 @@ async def _openapi(_: Request) -> Response:
 
 @cache
 def _description() -> bytes:
-    return description(ENDPOINTS)
+    return description(ENDPOINTS, ELSEWHERE)
 
 
 routes = [*routes_of(ENDPOINTS), Route("/openapi.json", _openapi)]
