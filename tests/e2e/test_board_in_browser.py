@@ -489,6 +489,11 @@ def test_what_can_not_be_edited_is_shown(it: Board) -> None:
         expect(said(page)).to_contain_text("Read-only: the task is in the archive")
         expect(field(page)).to_have_value("kept and typed\n")
         expect(field(page)).not_to_be_editable()
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.reload()
+        page.evaluate("task => fetch(`/api/tasks/${task}/open-plans`, {method: 'POST', body: '{}'})", task)
+        expect(field(page)).to_have_value("kept and typed\n")
+        expect(field(page)).not_to_be_editable()
 
 
 # --- the local dashboard ---

@@ -6,6 +6,7 @@
 (function (remote) {
   "use strict";
   var WORDS = { plans: "Plan", notes: "Notes" };
+  var SAVED = "Saved.", MERGED = "Saved, with what somebody else has changed in other lines.";
   var OPEN = /^\/api\/tasks\/([^/?]+)\/open-(plans|notes)\/?(?:\?|$)/;
 
   remote.instead.push(function (path, method) {
@@ -27,7 +28,8 @@
     this.text = "";        // what stands in the field
     this.theirs = undefined;  // what is on the server, in a conflict with this
     this.aside = null;     // what stood here before theirs was taken
-    this.locked = "loading";  // why it can't be edited, if so
+    this.isLoaded = false;
+    this.locked = "";      // why it can't be edited, if so
     this.said = "";
     this.isBad = false;
     this.isSaving = false;
@@ -36,6 +38,7 @@
   Text.prototype.say = function (said, isBad) { this.said = said; this.isBad = Boolean(isBad); };
 
   Text.prototype.keep = function () {
+    if (!this.isLoaded) return;
     try {
       if (!this.isDirty() && this.aside === null) sessionStorage.removeItem(this.key);
       else sessionStorage.setItem(this.key, JSON.stringify({ base: this.base, text: this.text, aside: this.aside }));
@@ -48,11 +51,12 @@
   Text.prototype.load = async function () {
     var now = await ask(this.url);
     var text = normal(now.text), kept = this.kept();
+    this.isLoaded = true;
     this.locked = now.editable ? "" : now.reason;
     this.base = text;
     this.text = text || "";
     this.say("");
-    if (kept && !this.locked) {
+    if (kept) {
       this.base = kept.base;
       this.text = kept.text;
       this.aside = kept.aside;
@@ -60,8 +64,15 @@
     }
   };
 
+  Text.prototype.type = function (text) {
+    this.text = text;
+    if (this.said === SAVED || this.said === MERGED) this.say("");
+    this.keep();
+  };
+
   // Somebody has changed something: show it where nothing was typed, say it where there was.
   Text.prototype.look = async function () {
+    if (!this.isLoaded) return this.load();
     if (this.isSaving || this.theirs !== undefined) return;
     var wasDirty = this.isDirty(), base = this.base, now = await ask(this.url), text = normal(now.text);
     if (this.isSaving || this.base !== base || this.isDirty() !== wasDirty) return;
@@ -102,7 +113,7 @@
     this.aside = null;
     if (this.text === sent) this.base = this.text = now || "";
     else this.base = sent;  // typed on meanwhile: what others have written is merged with the next save
-    this.say(saved.outcome === "merged" && now !== sent ? "Saved, with what somebody else has changed in other lines." : "Saved.");
+    this.say(saved.outcome === "merged" && now !== sent ? MERGED : SAVED);
   };
   Text.prototype.putOver = function () {
     this.base = this.theirs;
@@ -170,7 +181,7 @@
     }));
     var field = make("textarea", "field");
     field.setAttribute("aria-describedby", "remote-editor-said");
-    field.addEventListener("input", function () { current().text = field.value; current().keep(); draw(); });
+    field.addEventListener("input", function () { current().type(field.value); draw(); });
     var said = make("p", "said");
     said.id = "remote-editor-said";
     said.setAttribute("role", "status");
@@ -210,6 +221,7 @@
   }
 
   function current() { return texts[kind]; }
+  function isEditable(text) { return text.isLoaded && !text.locked; }
   function isDirty() { return Object.values(texts).some(function (text) { return text.isDirty(); }); }
 
   function open(task, which) {
@@ -225,17 +237,14 @@
     }, function () { /* its id stays */ });
   }
   async function load(text) {
-    try { await text.load(); } catch (error) {
-      text.locked = "it could not be read";
-      text.say(error.message, true);
-    }
+    try { await text.load(); } catch (error) { text.say(error.message, true); }
     if (text === current()) fill();
     else draw();
   }
   function show(which) { kind = which; fill(); }
   function save() {
     var text = current();
-    if (!text.isSaving && !text.locked && text.theirs === undefined && text.isDirty()) act(text.save());
+    if (isEditable(text) && !text.isSaving && text.theirs === undefined && text.isDirty()) act(text.save());
   }
   async function act(saving) {
     draw();
@@ -262,26 +271,31 @@
     draw();
   }
   function draw() {
-    var text = current(), isLoading = text.locked === "loading", hasConflict = text.theirs !== undefined;
+    var text = current(), hasConflict = text.theirs !== undefined;
     Object.keys(WORDS).forEach(function (each) {
       var tab = parts["tab-" + each];
       tab.setAttribute("aria-pressed", String(each === kind));
       tab.textContent = WORDS[each] + (texts[each].isDirty() ? " •" : "");
     });
-    parts.field.readOnly = Boolean(text.locked);
+    parts.field.readOnly = !isEditable(text);
     parts.field.setAttribute("aria-label", WORDS[kind]);
-    parts.field.placeholder = isLoading ? "" : "Nothing is written here yet.";
+    parts.field.placeholder = isEditable(text) ? "Nothing is written here yet." : "";
     parts.conflict.hidden = !hasConflict;
     if (hasConflict) compare(text);
-    parts.over.disabled = text.isSaving || Boolean(text.locked);
+    parts.over.disabled = text.isSaving || !isEditable(text);
     parts.take.disabled = text.isSaving;
     parts.back.hidden = text.aside === null;
     parts.save.hidden = hasConflict;
-    parts.save.disabled = text.isSaving || Boolean(text.locked) || !text.isDirty();
+    parts.save.disabled = text.isSaving || !isEditable(text) || !text.isDirty();
     parts.said.classList.toggle("remote-bad", text.isBad);
-    var said = text.said || (isLoading ? "Loading …" : text.locked ? "Read-only: " + text.locked + "." :
-                             text.isDirty() ? "Not saved yet." : "");
+    var said = status(text);
     if (parts.said.textContent !== said) parts.said.textContent = said;
+  }
+
+  function status(text) {
+    if (text.isBad) return text.said;
+    if (text.locked) return "Read-only: " + text.locked + "." + (text.isDirty() ? " Copy what you have typed if you need it." : "");
+    return text.said || (!text.isLoaded ? "Loading …" : text.isDirty() ? "Not saved yet." : "");
   }
 
   // Shows the server's text with the lines marked that are not in one's own; the first of them in view when it is new.

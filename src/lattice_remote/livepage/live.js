@@ -1,8 +1,8 @@
 // Listens to what changes, and has the page drawn anew.
 (function (remote) {
   "use strict";
-  var SILENCE_MS = 30000, FIRST_RETRY_MS = 1000, LONGEST_RETRY_MS = 15000, ENDED_RETRY_MS = 60000;
-  var state = "connecting", last = null, failed = false;
+  var SILENCE_MS = 30000, FIRST_RETRY_MS = 1000, LONGEST_RETRY_MS = 15000, ENDED_RETRY_MS = 20000;
+  var state = "connecting", last = null, failed = false, again = function () {};
 
   remote.hasLost = function () { return state === "connecting" || state === "reconnecting"; };
 
@@ -39,6 +39,7 @@
   remote.on("answer", function (status) {
     failed = state !== "live" && (status === 0 || status >= 500);
     if (status === 401) end(status);
+    if (status === 200 && (state === "ended" || state === "denied")) again();  // signed in once more, in another tab
     show();
   });
   window.addEventListener("online", show);
@@ -49,7 +50,7 @@
   // It has six connections for a host, and their requests need them. When that page is closed, another takes its place. A
   // page that is opened asks what was told last, with an empty message.
   function listen(pass) {
-    var source = null, silence = 0, delay = FIRST_RETRY_MS;
+    var source = null, silence = 0, next = 0, delay = FIRST_RETRY_MS;
     function hear(what) {
       window.clearTimeout(silence);
       if (what.told) {
@@ -60,6 +61,8 @@
       pass(what);
     }
     function connect() {
+      window.clearTimeout(next);
+      if (source) source.close();
       source = new EventSource(remote.url("remote/events"));
       source.onmessage = function (message) { hear({ told: JSON.parse(message.data) }); };
       source.onerror = function () {
@@ -68,7 +71,6 @@
       };
     }
     function reconnect() {
-      source.close();
       hear({ lost: true });
       connect();
     }
@@ -76,10 +78,11 @@
       var answer = await window.fetch("/api/config").catch(function () { return { status: 0 }; });
       var isEnded = answer.status === 401 || answer.status === 403 || answer.status === 404;
       if (isEnded) hear({ ended: answer.status });
-      window.setTimeout(connect, isEnded ? ENDED_RETRY_MS : delay * (0.5 + Math.random()));
+      next = window.setTimeout(connect, isEnded ? ENDED_RETRY_MS : delay * (0.5 + Math.random()));
       delay = Math.min(2 * delay, LONGEST_RETRY_MS);
     }
     connect();
+    again = reconnect;
     window.addEventListener("online", reconnect);
   }
   function act(what) {
@@ -93,9 +96,11 @@
   var name = "remote-events " + remote.url("remote/events");
   var channel = new BroadcastChannel(name), latest = null;
   channel.onmessage = function (message) {
-    if (message.data) act(message.data);
+    if (message.data && message.data.again) again();
+    else if (message.data) act(message.data);
     else if (latest) channel.postMessage(latest);
   };
+  again = function () { channel.postMessage({ again: true }); };
   channel.postMessage(null);
   navigator.locks.request(name, function () {
     listen(function (what) { latest = what; channel.postMessage(what); });

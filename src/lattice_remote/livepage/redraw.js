@@ -6,12 +6,12 @@
   "use strict";
   var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000;
   var looks = new Map();
-  var missed = false, drawing = false, waiting = false, within = false;
+  var missed = false, refreshing = false, drawing = false, waiting = false, within = false;
 
   var setInterval = window.setInterval.bind(window), clearInterval = window.clearInterval.bind(window);
   window.setInterval = function (look, ms) {
     if (ms !== LOOK_MS || typeof look !== "function") return setInterval.apply(null, arguments);
-    var id = setInterval(function () { if (remote.hasLost() && !isBusy()) draw(look); }, ms);
+    var id = setInterval(function () { if (remote.hasLost() && !drawing && !isBusy()) draw(look); }, ms);
     looks.set(id, look);
     return id;
   };
@@ -57,12 +57,14 @@
   // look: it does when it is shown again.
   async function refresh() {
     missed = true;
-    if (document.hidden || drawing) return;
+    if (document.hidden || refreshing) return;
+    refreshing = true;
     while (missed && !document.hidden && !isBusy()) {
       missed = false;
       await draw(isTask() ? revisit : lookEverywhere);
       await pause(LEAST_GAP_MS);
     }
+    refreshing = false;
     if (missed && !document.hidden) waitUntilIdle();
   }
   remote.refresh = refresh;
@@ -92,7 +94,7 @@
   // --- what stays as it is ---
 
   async function draw(look) {
-    if (drawing) return;
+    while (drawing) await pause(10);
     drawing = true;
     var panel = document.querySelector("#detail-panel.open");
     var place = isTask() ? document.getElementById("app") : panel;

@@ -36,7 +36,7 @@ class _Listener:
         self.lane: Hashable = self
         self.over = asyncio.Event()
         self._http, self._is_chunked = http, is_chunked
-        self._history = visitor.project.history
+        self._project, self._history = visitor.project, visitor.project.history
         name = f"{visitor.project.slug}: dashboard of {token.actor} ({token.id})"
         self._outbox = http.stream(name, self.over.set, max_bytes=_MAX_PENDING_BYTES)
         self._is_due = False
@@ -46,6 +46,8 @@ class _Listener:
         """Tell where the board is, and of every change, until this is over."""
         self._history.join(self)
         self._tell()
+        if self._project.failure is not None or self._project.stopping:  # since it was let in
+            self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
         try:
             await self.over.wait()
         finally:
