@@ -288,6 +288,20 @@ def test_no_token_and_nothing_that_was_typed_is_in_the_log(watched: Watched) -> 
     assert all(line["ms"] >= 0 for line in requests_ if line.get("outcome") != "found")
 
 
+def test_strangers_do_not_fill_the_log(watched: Watched) -> None:
+    before = len(watched.lines())
+    with requests.Session() as stranger:
+        for _ in range(300):
+            stranger.get(watched.server.url + "/healthz/x", timeout=10)
+    assert watched.figure("http_requests_total", route="(none)", method="GET") >= 300
+    watched.ask("GET", "/projects/board", watched.tokens["web"])  # somebody known
+    wait_for(lambda: any("left_out" in line for line in watched.lines()), "the line that says how many were left out")
+    lines = watched.lines()[before:]
+    assert len(lines) < 150
+    told = sum(line["route"] == "(none)" for line in lines if "route" in line)
+    assert told + sum(line.get("left_out", 0) for line in lines) == 300
+
+
 def test_without_a_server_the_files_tell(watched: Watched) -> None:
     head, server = len(watched.changes()), watched.server
     server.kill()  # its socket stays, and nobody listens

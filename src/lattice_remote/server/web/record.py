@@ -1,7 +1,8 @@
 """What is known of each HTTP request: counted, timed, and one line in the log, with the number of the change it made.
 
 A line has who asked, the path without its query, and the status; nothing of headers and bodies. A part of the path
-that is no plain name is left out of it: anybody can ask for anything.
+that is no plain name is left out of it: anybody can ask for anything. Of those who show no token only so many have a
+line; all are counted.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_remote.server.data.logins import Login
 from lattice_remote.server.hub import Hub
+from lattice_remote.server.network.bucket import Bucket
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.handoff import PlainHttp
 from lattice_remote.server.project.accounts import Account
@@ -30,6 +32,8 @@ _PROBES = {"/healthz", "/readyz", "/metrics"}
 """Asked every few seconds by programs: worth a line only when something is wrong, or with ``--log-level debug``."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+_STRANGERS_PER_S, _STRANGERS_BURST = 2, 50
+"""Lines for requests of nobody known; ten addresses could ask a thousand times a second."""
 _LEFT = 499
 """As which status a request counts whose client has left before an answer, as with nginx."""
 
@@ -86,8 +90,8 @@ class Record:
             self._account.log()
         self._account = account
 
-    def log(self) -> None:
-        """Write its line."""
+    def log(self, left_out: int = 0) -> None:
+        """Write its line; ``left_out`` are requests before it that have none."""
         token, account = self.login.token if self.login else None, self._account
         fields = {
             "method": self.method,
@@ -106,6 +110,9 @@ class Record:
             fields |= {"command": account.command, "outcome": account.outcome, "code": account.code or None}
             fields |= {"actor": account.actor, "seq": account.seq}
             number = f", change {account.seq}" if account.seq is not None else ""
+        if left_out:
+            fields["left_out"] = left_out
+            number += f" (and {left_out} without a token before it)"
         is_quiet = self.route in _PROBES and self.status < 400
         text = "%s %s: %d%s, %g ms, %s%s"
         values = (self.method, self.path, self.status, number, fields["ms"], who, self.address)
@@ -120,7 +127,7 @@ def record_of(request: Request) -> Record:
 
 def with_records(app: ASGIApp, hub: Hub, routes: Sequence[BaseRoute]) -> ASGIApp:
     """Return the app such that each of its requests is counted and logged. ``routes`` are all that it has."""
-    patterns = _Patterns(routes)
+    patterns, strangers = _Patterns(routes), _Strangers()
 
     async def recording(scope: Scope, receive: Receive, send: Send) -> None:
         record = scope["state"]["record"] = Record(scope, patterns)
@@ -133,14 +140,14 @@ def with_records(app: ASGIApp, hub: Hub, routes: Sequence[BaseRoute]) -> ASGIApp
                 record.sent_bytes += len(message.get("body", b""))
             await send(message)
 
-        with _counted(hub, record):
+        with _counted(hub, record, strangers):
             await app(scope, receive, sending)
 
     return recording
 
 
 @contextlib.contextmanager
-def _counted(hub: Hub, record: Record) -> Iterator[None]:
+def _counted(hub: Hub, record: Record, strangers: "_Strangers") -> Iterator[None]:
     hub.ongoing.add(record)
     try:
         yield
@@ -153,13 +160,33 @@ def _counted(hub: Hub, record: Record) -> Iterator[None]:
         metrics.http_sent_bytes.labels(route).inc(record.sent_bytes)
         if not record.is_stream:
             metrics.http_seconds.labels(route).observe(record.seconds)
-        record.log()
+        if record.login is not None or strangers.may_have_one():
+            record.log(strangers.take_left_out())
 
 
 def _is_stream(start: MutableMapping[str, Any]) -> bool:
     return any(
         name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"]
     )
+
+
+class _Strangers:
+    """How many lines there may be of requests of nobody known."""
+
+    def __init__(self) -> None:
+        self._lines = Bucket(_STRANGERS_BURST, time.monotonic())
+        self._left_out = 0
+
+    def may_have_one(self) -> bool:
+        """Tell whether one more request may have a line; else it is counted."""
+        wait_s = self._lines.take(time.monotonic(), rate=_STRANGERS_PER_S, burst=_STRANGERS_BURST)
+        self._left_out += bool(wait_s)
+        return not wait_s
+
+    def take_left_out(self) -> int:
+        """Return how many were left out since this was last called."""
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
 class _Patterns:
