@@ -53,7 +53,7 @@ def copy_in_order(source: Path, target: Path) -> None:
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             copy_in_order(Path(entry.path), target / entry.name)
-        else:
+        elif not Path(entry.path).is_socket():  # of the running server: nobody listens to a copy of it
             with contextlib.suppress(FileNotFoundError):
                 shutil.copy2(entry.path, target / entry.name, follow_symlinks=False)
 

@@ -75,7 +75,7 @@ def test_it_survives_restart_rotation_a_copy_and_the_loss_of_the_journal(
     session = start(laptop, "Copied")
     server.kill()
     copied = server.data.with_name("copied")
-    shutil.copytree(server.data, copied)
+    shutil.copytree(server.data, copied, ignore=shutil.ignore_patterns("*.sock"))
     shutil.rmtree(copied / "projects/board/journal")
     server.data.rename(server.data.with_name("lost"))
     copied.rename(server.data)

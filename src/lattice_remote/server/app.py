@@ -155,6 +155,7 @@ async def _serve(
     await make_server(hub, certificate, manager, sockets.figures).serve(sockets=[sockets.board])
     if telling is not None:
         telling.cancel()
+        statussocket.remove(data.path)
 
 
 def make_server(

@@ -1,7 +1,7 @@
 """``status.sock`` in the data directory: whoever may open it is told how the server is, as one JSON document.
 
-Nothing that is sent to it is read, so there is nothing to say wrong. It is its owner's alone (mode 0600). A server that
-was killed leaves it behind; the next one takes its place.
+Nothing that is sent to it is read, so there is nothing to say wrong. It is its owner's alone (mode 0600), and goes with
+the server. One that was killed leaves it behind; the next one takes its place.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lattice_remote.errors import StorageError
 
-__all__ = ["ask", "listen", "tell"]
+__all__ = ["ask", "listen", "remove", "tell"]
 
 _NAME = "status.sock"
 _MAX_PATH_BYTES = 100
@@ -62,6 +62,12 @@ async def tell(listener: socket.socket, document: Callable[[], Awaitable[bytes]]
                 continue
             except Exception:  # noqa: BLE001 - who asks next may be luckier
                 _log.exception("the status could not be told")
+
+
+def remove(directory: Path) -> None:
+    """Take the socket away; whoever asks from now on is told that no server runs."""
+    with contextlib.suppress(OSError):
+        (directory / _NAME).unlink()
 
 
 def ask(directory: Path) -> bytes | None:
