@@ -35,6 +35,8 @@ LONG = [
     "test_backup",
     "test_load",
     "test_faults",
+    "test_operations",
+    "test_proxies",
 ]
 """The files that take longest: with one of these at the end, one core would work alone."""
 

@@ -40,7 +40,7 @@ _DIRECTORIES = (
     "/data",
     "/src",
 )
-_START_S = 20
+_START_S = 60
 
 
 class Machine:
@@ -98,7 +98,7 @@ class Machine:
         argv = ["bash", "-euo", "pipefail", "-c", self.here(script)]
         environment = {**self.environment, **(env or {})}
         done = subprocess.run(
-            argv, cwd=_ROOT, env=environment, input=stdin, capture_output=True, text=True, timeout=60, check=False
+            argv, cwd=_ROOT, env=environment, input=stdin, capture_output=True, text=True, timeout=120, check=False
         )
         self.said = done.stderr
         return done

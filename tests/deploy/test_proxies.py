@@ -13,8 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 import requests
+from playwright.sync_api import Browser, expect
 from proxies import DEPLOY, NGINX_DEFAULT_S, Caddy, Nginx, Proxy
 
+from browser import Person, chromium
 from lattice_remote.server.data.settings import Limits
 from lattice_remote.server.web.events.feed import KEEP_ALIVE_S
 from sandbox import Client, Sandbox, Server, differences, wait_for
@@ -92,6 +94,12 @@ def place(places: list[Place], request: pytest.FixtureRequest) -> Place:
     return next(place for place in places if place.proxy.name == request.param)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
 def test_commands_are_run_and_copies_are_the_same(place: Place) -> None:
     place.ana.ok("create", "Through a proxy", *ANA)
     assert "Through a proxy" in place.ana.ok("list")
@@ -156,6 +164,33 @@ def test_addresses_are_told_apart_and_what_they_claim_is_not_believed(place: Pla
     assert place.status_from(4, f"127.0.0.{place.first_address + 1}") == 401, (
         "nor is somebody else's anger drawn on him"
     )
+
+
+def test_a_browser_signs_in_and_its_board_is_live(place: Place, browser: Browser) -> None:
+    with Person(browser, place.proxy.url, ignore_https_errors=True) as person:
+        person.context.route(lambda url: "//localhost" not in url, lambda route: route.fulfill(body=""))
+        page = person.sign_in(place.token, "/projects/board/dashboard/")
+        [cookie] = person.context.cookies()
+        assert cookie["secure"], "the server knows that the browser speaks TLS"
+        assert page.evaluate("performance.getEntriesByType('navigation')[0].nextHopProtocol") == "h2"
+        expect(page.locator("#remote-state")).to_have_text("Live")
+        title = f"Seen through {place.proxy.name}"
+        place.ana.ok("create", title, *ANA)
+        expect(page.locator(".card", has_text=title)).to_be_visible()
+        page.goto("/")
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_label("Token")).to_be_visible()
+
+
+def test_a_form_of_another_site_is_refused_and_of_our_own_is_not(place: Place) -> None:
+    def signs_in(origin: str) -> int:
+        headers = {"Origin": origin, "Authorization": ""}
+        form = {"token": place.token, "next": "/"}
+        return place.request("POST", "/sign-in", headers=headers, data=form, allow_redirects=False).status_code
+
+    assert signs_in(place.proxy.url) == 303
+    assert signs_in("https://elsewhere.example") == 403
+    assert signs_in("https://localhost") == 403, "another port is another site"
 
 
 def test_plain_http_is_led_to_tls(place: Place) -> None:
