@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Person, chromium, screenshot
 from dashboards import serving
 from playwright.sync_api import Browser, Dialog, Locator, Page, Route, expect
 
+from browser import Person, chromium, screenshot
 from sandbox import Client, Server, board
 from warm import warm
 
