@@ -47,7 +47,8 @@ def tree_of(lattice_dir: Path) -> dict[str, bytes]:
     for path in lattice_dir.rglob("*"):
         relative = path.relative_to(lattice_dir).as_posix()
         if is_replicated(relative) and path.is_file():
-            tree[relative] = path.read_bytes()
+            with contextlib.suppress(FileNotFoundError):  # removed since it was listed: it is not there
+                tree[relative] = path.read_bytes()
     return tree
 
 

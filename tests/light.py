@@ -19,6 +19,8 @@ from lattice_remote.protocol.messages import (
     Attachment,
     Change,
     Hello,
+    Log,
+    LogPage,
     Put,
     Refused,
     Reply,
@@ -29,7 +31,7 @@ from lattice_remote.protocol.messages import (
 
 __all__ = ["Answer", "Light", "several"]
 
-Answer = Reply | Stored | Refused
+Answer = Reply | Stored | Refused | LogPage
 
 
 class Light:
@@ -92,6 +94,11 @@ class Light:
         id_ = secrets.token_hex(16)
         return await self._ask(id_, Put(id_, path, base, text))
 
+    async def reached(self) -> None:
+        """Wait until the server has taken everything that was sent before; the worker need not have."""
+        id_ = secrets.token_hex(16)
+        await self._ask(id_, Log(id_, limit=1))
+
     async def ok(self, *argv: str) -> str:
         """Run a command line, insist on success, and return what it prints."""
         answer = await self.run(*argv)
@@ -99,7 +106,7 @@ class Light:
         assert answer.exit_code == 0, answer
         return answer.stdout.decode()
 
-    async def _ask(self, id_: str, frame: Run | Put) -> Answer:
+    async def _ask(self, id_: str, frame: Run | Put | Log) -> Answer:
         future = self._answers[id_] = asyncio.get_running_loop().create_future()
         try:
             await self.socket.send(encode(frame))

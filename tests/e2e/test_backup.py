@@ -19,6 +19,8 @@ def test_copies_of_a_server_at_work_are_whole_and_clients_get_there_by_themselve
         wait_for(lambda: len(writers.acknowledged) >= 100 or writers.errors, "writes", 60)
         acknowledged = list(writers.acknowledged)
         copies = [Copy(sandbox, server, "rsync", copy_live), Copy(sandbox, server, "other", copy_in_order)]
+        copied = len(writers.acknowledged)
+        wait_for(lambda: len(writers.acknowledged) > copied or writers.errors, "the server to be ahead of them", 60)
     for copy in copies:
         check_copy(copy, token, acknowledged)
         assert resync(server, copy, token) == 1, copy.log.read_text()
