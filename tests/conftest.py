@@ -22,6 +22,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 LONG = [
     "test_soak",
     "test_every_command",
+    "test_board_in_browser",
+    "test_texts_in_browser",
     "test_mcp",
     "test_dashboard",
     "test_malicious_server",

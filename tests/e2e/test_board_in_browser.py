@@ -1,88 +1,20 @@
 """The hosted dashboard in a real browser: looked at, worked in, kept up to date, cut off and come back."""
 
-import contextlib
 import json
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from board_pages import WITHOUT_ITS_LIBRARY, Board, card, column, panel, state, without_libraries
 from dashboards import serving
-from playwright.sync_api import Browser, Dialog, Locator, Page, Route, expect
+from playwright.sync_api import expect
 
 from browser import Person, chromium, screenshot
-from sandbox import Client, Server, board
+from sandbox import board
 from warm import warm
 
 pytestmark = pytest.mark.e2e
-
-expect.set_options(timeout=20_000)
-WITHOUT_ITS_LIBRARY = "THREE is not defined"
-"""What lattice's own page complains of where the public server is out of reach that has its libraries."""
-
-
-class Board:
-    """A server with one project, somebody who works on it from a terminal, and browsers."""
-
-    def __init__(self, server: Server, ben: Client, browser: Browser) -> None:
-        self.server, self.ben, self.browser = server, ben, browser
-        self.path = "/projects/board/dashboard/"
-
-    def made(self, title: str, *options: str) -> str:
-        """Create a task from the terminal and return its id."""
-        said = self.ben.ok("create", title, *options, "--actor", "human:ben", "--json")
-        return str(json.loads(said)["data"]["id"])
-
-    def does(self, *argv: str) -> None:
-        """Run a command in the terminal."""
-        self.ben.ok(*argv, "--actor", "human:ben")
-
-    def snapshot(self, task: str) -> dict[str, object]:
-        """Return a task as it is on the server."""
-        found: dict[str, object] = json.loads((self.server.lattice_dir() / "tasks" / f"{task}.json").read_text())
-        return found
-
-    def text(self, task: str, kind: str = "plans") -> Path:
-        """Return where the server has a plan or notes."""
-        return self.server.lattice_dir() / kind / f"{task}.md"
-
-    @contextlib.contextmanager
-    def person(self, actor: str = "human:web", *, width: int = 1280) -> Iterator[Person]:
-        """Somebody with a browser that is signed in; at the end no page has complained of anything."""
-        with Person(self.browser, self.server.url, viewport={"width": width, "height": 800}) as person:
-            person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
-            person.sign_in(self.server.token(actor)).close()
-            yield person
-            assert [said for said in person.complaints if WITHOUT_ITS_LIBRARY not in said] == []
-
-    def open(self, person: Person, view: str = "board") -> Page:
-        """Open the dashboard in a new tab; return once it is live."""
-        page = person.open(f"{self.path}#/{view}")
-        expect(state(page)).to_have_text("Live")
-        return page
-
-
-def without_libraries(route: Route) -> None:
-    """Answer what a page asks of other servers: no test depends on them."""
-    route.fulfill(body="", content_type="text/javascript")
-
-
-def state(page: Page) -> Locator:
-    """What the page says about its connection."""
-    return page.locator("#remote-state")
-
-
-def card(page: Page, task: str) -> Locator:
-    return page.locator(f'.card[data-task-id="{task}"]')
-
-
-def column(page: Page, status: str) -> Locator:
-    return page.locator(f'.board-col[data-status="{status}"]')
-
-
-def panel(page: Page) -> Locator:
-    return page.locator("#detail-panel.open")
 
 
 @pytest.fixture(scope="module")
@@ -342,158 +274,6 @@ def test_whose_token_is_taken_away_is_told_and_led_to_sign_in(it: Board) -> None
         page.get_by_role("button", name="Sign in").click()
         expect(state(page)).to_have_text("Live")
         assert page.url == f"{it.server.url}{it.path}#/board"
-
-
-# --- plan and notes ---
-
-
-def editor(page: Page) -> Locator:
-    return page.locator("#remote-editor")
-
-
-def field(page: Page) -> Locator:
-    return editor(page).locator("textarea")
-
-
-def said(page: Page) -> Locator:
-    return editor(page).locator(".remote-said")
-
-
-def opened(it: Board, page: Page, task: str) -> None:
-    """Open the plan of a task from the board."""
-    card(page, task).click()
-    panel(page).get_by_role("button", name="Show Plan").click()
-    expect(field(page)).to_be_editable()
-
-
-def planned(it: Board, title: str, text: str) -> str:
-    """Make a task with this plan."""
-    task = it.made(title)
-    it.text(task).write_bytes(text.encode())
-    return task
-
-
-def press_save(page: Page) -> None:
-    field(page).press("Control+s")
-
-
-def refuse(dialog: Dialog) -> None:
-    dialog.dismiss()
-
-
-def test_a_plan_is_edited_in_the_page_and_notes_are_begun(it: Board) -> None:
-    task = planned(it, "Planned in the page", "# Plan\r\n\r\none\r\n")
-    with it.person("human:planner") as person:
-        page = it.open(person)
-        opened(it, page, task)
-        expect(field(page)).to_have_value("# Plan\n\none\n")
-        field(page).press("Control+End")
-        field(page).press_sequentially("two")
-        expect(said(page)).to_have_text("Not saved yet.")
-        screenshot(page, "editor", whole=False)
-        press_save(page)
-        expect(said(page)).to_have_text("Saved.")
-        assert it.text(task).read_bytes() == b"# Plan\r\n\r\none\r\ntwo", "lines end as they did"
-        editor(page).get_by_role("button", name="Notes").click()
-        field(page).fill("Noted\n")
-        editor(page).get_by_role("button", name="Save").click()
-        expect(said(page)).to_have_text("Saved.")
-        assert it.text(task, "notes").read_text() == "Noted\n"
-        field(page).press("Escape")
-        expect(editor(page)).to_be_hidden()
-    log = json.loads(it.server.admin("log", "board", "--json", "-n", "4"))["entries"]
-    assert {entry["actor"] for entry in log if "edit" in entry["command"]} == {"human:planner"}
-
-
-def test_lines_of_two_people_are_merged_and_the_same_line_is_a_conflict_that_is_shown(it: Board) -> None:
-    task = planned(it, "Planned by two", "one\ntwo\nthree\nfour\nfive\n")
-    with it.person() as person:
-        page = it.open(person)
-        opened(it, page, task)
-        field(page).fill("one\ntwo\nthree\nfour\nFIVE\n")
-        it.text(task).write_text("ONE\ntwo\nthree\nfour\nfive\n")
-        expect(said(page)).to_contain_text("Somebody else has changed this meanwhile")
-        press_save(page)
-        expect(said(page)).to_contain_text("Saved, with what somebody else has changed")
-        expect(field(page)).to_have_value("ONE\ntwo\nthree\nfour\nFIVE\n")
-        assert it.text(task).read_text() == "ONE\ntwo\nthree\nfour\nFIVE\n"
-
-        field(page).fill("ONE\nmine\nthree\nfour\nFIVE\n")
-        it.text(task).write_text("ONE\ntheirs\nthree\nfour\nFIVE\n")
-        expect(said(page)).to_contain_text("Somebody else has changed this meanwhile")
-        press_save(page)
-        expect(said(page)).to_have_text("Somebody else has changed the same lines.")
-        expect(editor(page).locator("mark")).to_have_text("theirs\n")
-        screenshot(page, "conflict", whole=False)
-        page.set_viewport_size({"width": 375, "height": 700})
-        screenshot(page, "conflict-narrow", whole=False)
-        assert it.text(task).read_text() == "ONE\ntheirs\nthree\nfour\nFIVE\n", "nothing was put over it"
-        editor(page).get_by_role("button", name="Take the server").click()
-        expect(field(page)).to_have_value("ONE\ntheirs\nthree\nfour\nFIVE\n")
-        editor(page).get_by_role("button", name="Bring my text back").click()
-        expect(field(page)).to_have_value("ONE\nmine\nthree\nfour\nFIVE\n")
-        field(page).fill("ONE\ntheirs and mine\nthree\nfour\nFIVE\n")
-        press_save(page)
-        expect(said(page)).to_have_text("Saved.")
-        assert it.text(task).read_text() == "ONE\ntheirs and mine\nthree\nfour\nFIVE\n"
-
-
-def test_ones_own_text_is_saved_over_a_conflict_knowingly(it: Board) -> None:
-    task = planned(it, "Put over", "one\n")
-    with it.person() as person:
-        page = it.open(person)
-        opened(it, page, task)
-        field(page).fill("mine\n")
-        it.text(task).write_text("theirs\n")
-        expect(said(page)).to_contain_text("meanwhile")
-        press_save(page)
-        editor(page).get_by_role("button", name="Save mine over it").click()
-        expect(said(page)).to_have_text("Saved.")
-        assert it.text(task).read_text() == "mine\n"
-
-
-def test_nothing_typed_is_lost(it: Board) -> None:
-    """Not by Escape, not by a server that is gone, not by loading the page anew."""
-    task = planned(it, "Typed in", "one\n")
-    with it.person() as person:
-        page = it.open(person)
-        opened(it, page, task)
-        field(page).fill("one\ntyped\n")
-        page.once("dialog", refuse)
-        field(page).press("Escape")
-        expect(field(page)).to_have_value("one\ntyped\n")
-        it.server.stop()
-        press_save(page)
-        expect(said(page)).to_contain_text("The server can't be reached. Your text is still here.")
-        it.server.start()
-        page.once("dialog", lambda dialog: dialog.accept())  # leave all the same
-        page.reload()
-        opened(it, page, task)
-        expect(field(page)).to_have_value("one\ntyped\n")
-        expect(said(page)).to_contain_text("what you had typed and not saved")
-        press_save(page)
-        expect(said(page)).to_have_text("Saved.")
-        field(page).press("Escape")
-        expect(editor(page)).to_be_hidden()
-        person.complaints.clear()
-    assert it.text(task).read_text() == "one\ntyped\n"
-
-
-def test_what_can_not_be_edited_is_shown(it: Board) -> None:
-    task = planned(it, "Archived with its plan", "kept\n")
-    with it.person() as person:
-        page = it.open(person)
-        opened(it, page, task)
-        field(page).fill("kept and typed\n")
-        it.does("archive", task)
-        expect(said(page)).to_contain_text("Read-only: the task is in the archive")
-        expect(field(page)).to_have_value("kept and typed\n")
-        expect(field(page)).not_to_be_editable()
-        page.once("dialog", lambda dialog: dialog.accept())
-        page.reload()
-        page.evaluate("task => fetch(`/api/tasks/${task}/open-plans`, {method: 'POST', body: '{}'})", task)
-        expect(field(page)).to_have_value("kept and typed\n")
-        expect(field(page)).not_to_be_editable()
 
 
 # --- the local dashboard ---

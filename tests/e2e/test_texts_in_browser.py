@@ -1,0 +1,169 @@
+"""Plan and notes edited in the hosted dashboard, in a real browser: saved, merged, in conflict, never lost."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from board_pages import Board, card, panel
+from playwright.sync_api import Dialog, Locator, Page, expect
+
+from browser import chromium, screenshot
+from sandbox import board
+from warm import warm
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture(scope="module")
+def it() -> Iterator[Board]:
+    with board("ben", programs=warm()) as (server, [ben]), chromium() as browser:
+        yield Board(server, ben, browser)
+
+
+def editor(page: Page) -> Locator:
+    return page.locator("#remote-editor")
+
+
+def field(page: Page) -> Locator:
+    return editor(page).locator("textarea")
+
+
+def said(page: Page) -> Locator:
+    return editor(page).locator(".remote-said")
+
+
+def opened(it: Board, page: Page, task: str) -> None:
+    """Open the plan of a task from the board."""
+    card(page, task).click()
+    panel(page).get_by_role("button", name="Show Plan").click()
+    expect(field(page)).to_be_editable()
+
+
+def planned(it: Board, title: str, text: str) -> str:
+    """Make a task with this plan."""
+    task = it.made(title)
+    it.text(task).write_bytes(text.encode())
+    return task
+
+
+def press_save(page: Page) -> None:
+    field(page).press("Control+s")
+
+
+def refuse(dialog: Dialog) -> None:
+    dialog.dismiss()
+
+
+def test_a_plan_is_edited_in_the_page_and_notes_are_begun(it: Board) -> None:
+    task = planned(it, "Planned in the page", "# Plan\r\n\r\none\r\n")
+    with it.person("human:planner") as person:
+        page = it.open(person)
+        opened(it, page, task)
+        expect(field(page)).to_have_value("# Plan\n\none\n")
+        field(page).press("Control+End")
+        field(page).press_sequentially("two")
+        expect(said(page)).to_have_text("Not saved yet.")
+        screenshot(page, "editor", whole=False)
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_bytes() == b"# Plan\r\n\r\none\r\ntwo", "lines end as they did"
+        editor(page).get_by_role("button", name="Notes").click()
+        field(page).fill("Noted\n")
+        editor(page).get_by_role("button", name="Save").click()
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task, "notes").read_text() == "Noted\n"
+        field(page).press("Escape")
+        expect(editor(page)).to_be_hidden()
+    log = json.loads(it.server.admin("log", "board", "--json", "-n", "4"))["entries"]
+    assert {entry["actor"] for entry in log if "edit" in entry["command"]} == {"human:planner"}
+
+
+def test_lines_of_two_people_are_merged_and_the_same_line_is_a_conflict_that_is_shown(it: Board) -> None:
+    task = planned(it, "Planned by two", "one\ntwo\nthree\nfour\nfive\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("one\ntwo\nthree\nfour\nFIVE\n")
+        it.text(task).write_text("ONE\ntwo\nthree\nfour\nfive\n")
+        expect(said(page)).to_contain_text("Somebody else has changed this meanwhile")
+        press_save(page)
+        expect(said(page)).to_contain_text("Saved, with what somebody else has changed")
+        expect(field(page)).to_have_value("ONE\ntwo\nthree\nfour\nFIVE\n")
+        assert it.text(task).read_text() == "ONE\ntwo\nthree\nfour\nFIVE\n"
+
+        field(page).fill("ONE\nmine\nthree\nfour\nFIVE\n")
+        it.text(task).write_text("ONE\ntheirs\nthree\nfour\nFIVE\n")
+        expect(said(page)).to_contain_text("Somebody else has changed this meanwhile")
+        press_save(page)
+        expect(said(page)).to_have_text("Somebody else has changed the same lines.")
+        expect(editor(page).locator("mark")).to_have_text("theirs\n")
+        screenshot(page, "conflict", whole=False)
+        page.set_viewport_size({"width": 375, "height": 700})
+        screenshot(page, "conflict-narrow", whole=False)
+        assert it.text(task).read_text() == "ONE\ntheirs\nthree\nfour\nFIVE\n", "nothing was put over it"
+        editor(page).get_by_role("button", name="Take the server").click()
+        expect(field(page)).to_have_value("ONE\ntheirs\nthree\nfour\nFIVE\n")
+        editor(page).get_by_role("button", name="Bring my text back").click()
+        expect(field(page)).to_have_value("ONE\nmine\nthree\nfour\nFIVE\n")
+        field(page).fill("ONE\ntheirs and mine\nthree\nfour\nFIVE\n")
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_text() == "ONE\ntheirs and mine\nthree\nfour\nFIVE\n"
+
+
+def test_ones_own_text_is_saved_over_a_conflict_knowingly(it: Board) -> None:
+    task = planned(it, "Put over", "one\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("mine\n")
+        it.text(task).write_text("theirs\n")
+        expect(said(page)).to_contain_text("meanwhile")
+        press_save(page)
+        editor(page).get_by_role("button", name="Save mine over it").click()
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_text() == "mine\n"
+
+
+def test_nothing_typed_is_lost(it: Board) -> None:
+    """Not by Escape, not by a server that is gone, not by loading the page anew."""
+    task = planned(it, "Typed in", "one\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("one\ntyped\n")
+        page.once("dialog", refuse)
+        field(page).press("Escape")
+        expect(field(page)).to_have_value("one\ntyped\n")
+        it.server.stop()
+        press_save(page)
+        expect(said(page)).to_contain_text("The server can't be reached. Your text is still here.")
+        it.server.start()
+        page.once("dialog", lambda dialog: dialog.accept())  # leave all the same
+        page.reload()
+        opened(it, page, task)
+        expect(field(page)).to_have_value("one\ntyped\n")
+        expect(said(page)).to_contain_text("what you had typed and not saved")
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        field(page).press("Escape")
+        expect(editor(page)).to_be_hidden()
+        person.complaints.clear()
+    assert it.text(task).read_text() == "one\ntyped\n"
+
+
+def test_what_can_not_be_edited_is_shown(it: Board) -> None:
+    task = planned(it, "Archived with its plan", "kept\n")
+    with it.person() as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("kept and typed\n")
+        it.does("archive", task)
+        expect(said(page)).to_contain_text("Read-only: the task is in the archive")
+        expect(field(page)).to_have_value("kept and typed\n")
+        expect(field(page)).not_to_be_editable()
+        page.once("dialog", lambda dialog: dialog.accept())
+        page.reload()
+        page.evaluate("task => fetch(`/api/tasks/${task}/open-plans`, {method: 'POST', body: '{}'})", task)
+        expect(field(page)).to_have_value("kept and typed\n")
+        expect(field(page)).not_to_be_editable()
