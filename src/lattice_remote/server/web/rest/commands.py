@@ -60,14 +60,19 @@ def options(body: Provenance, asked: Asked[Any, Any], **others: object) -> list[
 
     None and False stand for an option that is not given, True for a flag.
     """
-    given = {"name": body.name, "actor": body.actor, "reason": body.reason, "on-behalf-of": body.on_behalf_of}
+    given: dict[str, object] = {
+        "name": body.name,
+        "actor": body.actor,
+        "reason": body.reason,
+        "on-behalf-of": body.on_behalf_of,
+    }
     given |= {"triggered-by": body.triggered_by, "model": body.model, "session": body.session}
     if body.actor is None and body.name is None:
         given["actor"] = asked.guest.login.token.actor
-    found = {**given, **{name.replace("_", "-"): value for name, value in others.items()}}
+    given |= {name.replace("_", "-"): value for name, value in others.items()}
     return [
         f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in found.items()
+        for name, value in given.items()
         if value is not None and value is not False
     ]
 

@@ -20,7 +20,7 @@ _TASKS = "/projects/{slug}/tasks"
 TASK = f"{_TASKS}/{{id}}"
 
 _Text = Annotated[str, Meta(min_length=1)]
-_Tag = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates tags in lattice")]
+_Item = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates items in lattice")]
 _CustomField = Annotated[str, Meta(pattern=r"^[^=]+$")]
 
 
@@ -46,7 +46,7 @@ class NewTask(Provenance, frozen=True, kw_only=True):
     urgency: str | None = None
     complexity: str | None = None
     status: str | None = None
-    tags: list[_Tag] | None = None
+    tags: list[_Item] | None = None
     assigned_to: str | None = None
     id: Annotated[str, Meta(pattern="^task_[0-9A-HJKMNP-TV-Z]{26}$")] | None = None
 
@@ -65,7 +65,7 @@ class TaskChanges(Provenance, frozen=True, kw_only=True):
     urgency: str | UnsetType = UNSET
     complexity: str | UnsetType = UNSET
     type: str | UnsetType = UNSET
-    tags: list[_Tag] | UnsetType = UNSET
+    tags: list[_Item] | UnsetType = UNSET
     custom_fields: dict[_CustomField, str] | UnsetType = UNSET
     assigned_to: str | UnsetType | None = UNSET
     status: str | UnsetType = UNSET
@@ -82,7 +82,7 @@ class Claim(Json, frozen=True, kw_only=True):
 class ClaimNext(Claim, frozen=True, kw_only=True):
     """Who claims, and of which tasks: those in one of these statuses, by default ``backlog`` and ``planned``."""
 
-    status: list[_Tag] | None = None
+    status: list[_Item] | None = None
 
 
 class Completion(Provenance, frozen=True, kw_only=True):
