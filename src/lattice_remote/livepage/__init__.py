@@ -5,6 +5,7 @@
     indicator.js   says in a word whether what is shown is up to date
     live.js        listens to the events
     hosted.js      the way to one's projects, and to signing in (the hosted page only, as what follows)
+    listeners.js   the page's handlers, whose own attributes the page's policy forbids (handlers.py)
     editor.js      plan and notes, edited in the page where no editor can be started
 
 They are asked for as one, ``remote/live.js``, with ``remote/live.css``, and listen to ``remote/events``: all relative
@@ -17,6 +18,8 @@ import re
 from functools import cache
 from importlib.resources import files
 
+from lattice_remote.livepage.handlers import with_listeners, without_handlers
+
 __all__ = [
     "EVENTS",
     "KEEP_ALIVE",
@@ -26,8 +29,10 @@ __all__ = [
     "event",
     "script",
     "style",
+    "with_listeners",
     "with_relative_paths",
     "with_script",
+    "without_handlers",
 ]
 
 SCRIPT = "remote/live.js"
@@ -40,7 +45,7 @@ KEEP_ALIVE = b": still here\n\n"
 """A comment, for streams whose listeners need no more than that the connection is used."""
 
 _PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js")
-_HOSTED_PARTS = ("hosted.js", "editor.js")
+_HOSTED_PARTS = ("hosted.js", "listeners.js", "editor.js")
 _HEAD = re.compile(rb"<head\b[^>]*>", re.IGNORECASE)
 _ABSOLUTE = re.compile(rb"""(\s(?:src|href|action)\s*=\s*["'])/(?!/)""", re.IGNORECASE)
 

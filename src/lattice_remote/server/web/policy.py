@@ -5,7 +5,7 @@ attributes all over, and a background picture of the user's choice. So this can'
 
 - scripts of its own: each is named by its digest. No other inline script runs, and no ``javascript:`` link.
 - the libraries: each is named by its address.
-- ``on...`` attributes, inline styles, pictures from any server.
+- inline styles, pictures from any server, and ``on...`` attributes where these were not replaced (decision 0084).
 
 No I/O: the caller has the page, with what was added to it.
 """
@@ -17,8 +17,11 @@ from html.parser import HTMLParser
 __all__ = ["policy_for"]
 
 
-def policy_for(page: bytes) -> str:
-    """Return the policy under which a page works, and nothing that it does not bring itself runs."""
+def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
+    """Return the policy under which a page works, and nothing that it does not bring itself runs.
+
+    ``has_handlers``: whether it needs its ``on…`` attributes, which can't be told from those of somebody else.
+    """
     scripts = _Scripts()
     scripts.feed(page.decode(errors="replace").replace("\r\n", "\n"))
     scripts.close()
@@ -26,7 +29,7 @@ def policy_for(page: bytes) -> str:
     directives = {
         "default-src": "'none'",
         "script-src": sources,
-        "script-src-attr": "'unsafe-inline'",
+        "script-src-attr": "'unsafe-inline'" if has_handlers else "'none'",
         "style-src": "'self' 'unsafe-inline'",
         "img-src": "'self' data: https:",
         "connect-src": "'self'",

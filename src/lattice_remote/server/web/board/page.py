@@ -8,6 +8,7 @@ import re
 from functools import lru_cache
 from hashlib import sha256
 from http import HTTPStatus
+from typing import NamedTuple
 from urllib.parse import quote
 
 from starlette.requests import Request
@@ -20,7 +21,7 @@ from lattice_remote.server.data.read_ipc import Found, ReadPage
 from lattice_remote.server.web.asking import call
 from lattice_remote.server.web.board import changes, texts
 from lattice_remote.server.web.bodies import body_of
-from lattice_remote.server.web.gate import guest
+from lattice_remote.server.web.gate import Guest, guest
 from lattice_remote.server.web.policy import policy_for
 
 __all__ = ["routes"]
@@ -29,6 +30,7 @@ _MAX_BODY = 1024 * 1024
 """Lattice's own bound on what its page may send."""
 _STATIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 """Files of lattice's package have such names; with these no path leads out of their directory."""
+_OWN_SCRIPT = re.compile(rb"""<script\b[^>]*\ssrc="(/static/[\w./-]+)\"""")
 _BASE = "/projects/{slug}/dashboard"
 
 
@@ -37,20 +39,36 @@ async def _with_slash(request: Request) -> Response:
     return RedirectResponse(f"{quote(request.url.path.rpartition('/')[2])}/", HTTPStatus.PERMANENT_REDIRECT)
 
 
+class _Made(NamedTuple):
+    """Lattice's page with what is added on the way."""
+
+    page: bytes
+    scripts: tuple[bytes, ...]
+    """Its own, as they are installed."""
+    policy: str
+    """The policy under which it works."""
+    quiet: bool
+    """Whether it has no handlers any more, so that its scripts must make none either."""
+
+
 async def _page(request: Request) -> Response:
-    visitor = await guest(request)
-    found = await visitor.project.reader.read(ReadPage("/"))
-    if found.status != HTTPStatus.OK:
-        return _answer(found)
-    page, policy = _made_live(found.body)
-    return _file(request, page, "text/html; charset=utf-8", {"Content-Security-Policy": policy})
+    made = await _dashboard(await guest(request))
+    return _file(request, made.page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
+
+
+async def _dashboard(visitor: Guest) -> _Made:
+    page = await _read_file(visitor, "/")
+    scripts = [await _read_file(visitor, path.decode()) for path in _OWN_SCRIPT.findall(page.body)]
+    return _made_live(page.body, tuple(script.body for script in scripts))
 
 
 @lru_cache(maxsize=2)
-def _made_live(page: bytes) -> tuple[bytes, str]:
-    """Return lattice's page with what is added on the way, and the policy under which it works."""
+def _made_live(page: bytes, scripts: tuple[bytes, ...]) -> _Made:
     page = livepage.with_script(livepage.with_relative_paths(page))
-    return page, policy_for(page)
+    quiet = livepage.with_listeners(page, scripts)
+    if quiet is None:
+        return _Made(page, scripts, policy_for(page), quiet=False)
+    return _Made(quiet, scripts, policy_for(quiet, has_handlers=False), quiet=True)
 
 
 async def _static(request: Request) -> Response:
@@ -58,8 +76,22 @@ async def _static(request: Request) -> Response:
     name = request.path_params["name"]
     if not _STATIC.fullmatch(name):
         raise Rejected(f"{name!r} is no file of the dashboard", code="REMOTE_NOT_FOUND")
-    found = await visitor.project.reader.read(ReadPage(f"/static/{name}"))
-    return _file(request, found.body, found.content_type) if found.status == HTTPStatus.OK else _answer(found)
+    found = await _read_file(visitor, f"/static/{name}")
+    if name.endswith(".js") and found.body in (made := await _dashboard(visitor)).scripts and made.quiet:
+        return _file(request, livepage.without_handlers(found.body), found.content_type)
+    return _file(request, found.body, found.content_type)
+
+
+async def _read_file(visitor: Guest, path: str) -> Found:
+    """Return a file of lattice's package, as its dashboard answers with it.
+
+    Raises:
+        Rejected: there is none.
+    """
+    found = await visitor.project.reader.read(ReadPage(path))
+    if found.status != HTTPStatus.OK:
+        raise Rejected(f"there is no {path} in this version of the dashboard", code="REMOTE_NOT_FOUND")
+    return found
 
 
 async def _script(request: Request) -> Response:
