@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from browser import Person, chromium
 from playwright.sync_api import Page, expect
 
+from browser import Person, chromium
 from sandbox import Client, Sandbox, Server
 from warm import warm
 

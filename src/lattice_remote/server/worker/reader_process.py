@@ -60,6 +60,7 @@ def _prepare(project: Path) -> Reads:
     import lattice.dashboard.server  # now: while it is watched nothing new is loaded
 
     # A project on a server is in no repository of its users; whatever lies around the data directory is not theirs.
+    lattice.dashboard.git_reader.git_available = lambda: True  # as where the board is looked at; no program is started
     lattice.dashboard.git_reader.find_git_root = lambda *_: None
     lattice_dir = project / ".lattice"
     capture = Capture(str(lattice_dir), str(lattice_dir), NoWrites(), [*code, str(lattice.dashboard.server.STATIC_DIR)])
