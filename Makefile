@@ -8,7 +8,7 @@ export PYTHON
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-system:  ## Install what the tests need besides Python, from Debian's packages: chromium, nginx, caddy, systemd-analyze
+system:  ## Install what the tests need besides Python, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync
 	@scripts/system.sh
 
 venv:  ## Make .venv with everything in it (at once when it is up to date)

@@ -6,7 +6,9 @@ own. Around nginx's the time that it would wait by default is a short one: what 
 words.
 """
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -18,7 +20,7 @@ import trustme
 
 from sandbox import wait_for
 
-__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "Nginx", "Proxy", "program", "with_places"]
+__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "Nginx", "Proxy", "free_port", "program", "with_places"]
 
 DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
 NGINX_DEFAULT_S = 0.3
@@ -45,10 +47,12 @@ def with_places(text: str, places: Mapping[str, str]) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody has, and that the system gives to nobody who asks for any."""
+    while True:
+        port = random.randint(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Proxy:

@@ -1,38 +1,81 @@
-"""``make system``: says what is missing where it can't install it, and does nothing where nothing is."""
+"""``make system``: says what is missing where it can't install it, and starts no service where it can."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "system.sh"
+NEEDED = ("chromium", "nginx", "caddy", "systemd-analyze", "rsync")
 
 
-def run(path: str) -> tuple[int, str, str]:
-    done = subprocess.run([SCRIPT], env={"PATH": path}, capture_output=True, text=True, timeout=30, check=False)
+def run(path: Path, script: Path = SCRIPT) -> tuple[int, str, str]:
+    done = subprocess.run([script], env={"PATH": str(path)}, capture_output=True, text=True, timeout=30, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
-def program(directory: Path, name: str, prints: str = "") -> None:
-    (directory / name).write_text(f"#!/bin/sh\necho {prints}\n")
+def program(directory: Path, name: str, text: str = "") -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{text}\n")
     (directory / name).chmod(0o755)
 
 
-def test_with_everything_there_nothing_is_done(tmp_path):
-    for name in ("chromium", "nginx", "caddy", "systemd-analyze"):
+def test_with_everything_there_nothing_is_done(tmp_path: Path) -> None:
+    for name in NEEDED:
         program(tmp_path, name)
-    assert run(str(tmp_path)) == (0, "", "")
+    assert run(tmp_path) == (0, "", "")
 
 
-def test_without_apt_get_it_names_what_to_install(tmp_path):
-    code, out, err = run(str(tmp_path))
+def test_without_apt_get_it_names_what_to_install(tmp_path: Path) -> None:
+    code, out, err = run(tmp_path)
     assert (code, out) == (1, "")
     assert err.startswith("Missing: chromium ")
     assert err.endswith("There is no apt-get here: install them as your system does, then run this again.\n")
 
 
-def test_neither_root_nor_sudo_is_one_line(tmp_path):
+def test_neither_root_nor_sudo_is_one_line(tmp_path: Path) -> None:
     program(tmp_path, "apt-get")
-    program(tmp_path, "id", prints="1000")
-    code, out, err = run(str(tmp_path))
+    program(tmp_path, "id", "echo 1000")
+    code, out, err = run(tmp_path)
     assert (code, out) == (1, "")
     assert err.endswith("Run this as root, or install sudo.\n")
     assert err.count("\n") == 1
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A machine that has nothing, on which root installs; its policy is ``tmp_path/policy``."""
+    for name in ("mktemp", "rm", "cat", "chmod"):
+        (tmp_path / name).symlink_to(shutil.which(name) or "")
+    program(tmp_path, "id", "echo 0")
+    program(tmp_path, "systemctl", f'echo "$@" >> {tmp_path}/disabled')
+    script = SCRIPT.read_text().replace("/usr/sbin/policy-rc.d", str(tmp_path / "policy"))
+    (tmp_path / "system.sh").write_text(script.replace(":/usr/sbin:/sbin", ""))
+    (tmp_path / "system.sh").chmod(0o755)
+    return tmp_path
+
+
+def test_nothing_that_is_installed_starts_now_or_later(machine: Path) -> None:
+    program(machine, "apt-get", f'echo "$@" >> {machine}/asked; {machine}/policy; echo $? >> {machine}/asked')
+    assert run(machine, machine / "system.sh") == (0, "Installing chromium nginx caddy systemd rsync\n", "")
+    update, code, install, code_again = (machine / "asked").read_text().splitlines()
+    assert update.endswith(" update")
+    assert install.endswith(" install --yes --no-install-recommends chromium nginx caddy systemd rsync")
+    assert (code, code_again) == ("101", "101"), "the policy forbids to start anything"
+    assert not (machine / "policy").exists()
+    assert (machine / "disabled").read_text() == "--quiet disable nginx\n--quiet disable caddy\n"
+
+
+def test_a_failure_says_what_apt_get_has_said_and_leaves_no_policy_behind(machine: Path) -> None:
+    program(machine, "apt-get", "echo E: no space; exit 100")
+    code, _, err = run(machine, machine / "system.sh")
+    assert code == 1
+    assert err == "E: no space\nMissing: chromium nginx caddy systemd rsync. apt-get update failed, see above.\n"
+    assert not (machine / "policy").exists()
+
+
+def test_a_policy_that_is_there_stays(machine: Path) -> None:
+    program(machine, "apt-get")
+    program(machine, "policy", "exit 101")
+    assert run(machine, machine / "system.sh")[0] == 0
+    assert (machine / "policy").exists()
