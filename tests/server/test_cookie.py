@@ -11,6 +11,7 @@ from itsdangerous import SignatureExpired
 from server_process import Process
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Message
 from test_app import make_data
 
 from lattice_remote.errors import StorageError
@@ -20,6 +21,7 @@ from lattice_remote.server.data.signing_key import signing_key
 from lattice_remote.server.data.tokens import Token, TokenFile, digest_of_text
 from lattice_remote.server.network.door import Door
 from lattice_remote.server.web.cookie import Cookies, Shown
+from lattice_remote.server.web.headers import with_headers
 
 KEY = b"k" * 32
 TOKEN = Token(id="tok_1", sha256="d", projects=["web"], actor="human:ana")
@@ -228,3 +230,28 @@ def test_every_answer_tells_browsers_to_guess_nothing_and_to_show_it_in_no_frame
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["Cache-Control"] == "no-store"
         assert "Strict-Transport-Security" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "promised"),
+    [
+        ("https", "board.example", True),
+        ("https", "board.example:8443", True),
+        ("https", "localhost:8443", False),  # many servers share that name
+        ("http", "board.example", False),  # TLS, if any, is a proxy's
+    ],
+)
+async def test_tls_is_promised_where_it_is_ours(scheme: str, host: str, promised: bool) -> None:
+    said: list[Message] = []
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "scheme": scheme, "method": "GET", "headers": [(b"host", host.encode())]}
+    await with_headers(Response("x", headers={"Cache-Control": "private"}))(scope, receive, send)
+    headers = dict(said[0]["headers"])
+    assert (b"strict-transport-security" in headers) == promised
+    assert headers[b"cache-control"] == b"private"  # what a handler has said stays

@@ -49,15 +49,19 @@ async def _sign_in(request: Request) -> Response:
     refuse_foreign(request)
     form = await _form(request)
     following, token = local_path(form.get("next", "/")), form.get("token", "").strip()
-    visit: Visit = request.state.visit
-    login = hub_of(request).identify(visit, token)
-    refusal = login if isinstance(login, Refusal) else visit.admit(login.token.id)
-    if isinstance(login, Refusal) or refusal is not None:
-        assert refusal is not None, "it is either"
-        return _again(refusal, following)
+    login = _admitted(request, token)
+    if isinstance(login, Refusal):
+        return _again(login, following)
     answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
     cookies_of(request).give(request, answer, login)
     return answer
+
+
+def _admitted(request: Request, token: str) -> Login | Refusal:
+    """Return whose token this is, if it may come in; a wrong one is counted."""
+    visit: Visit = request.state.visit
+    login = hub_of(request).identify(visit, token)
+    return login if isinstance(login, Refusal) else visit.admit(login.token.id) or login
 
 
 def _again(refusal: Refusal, following: str) -> Response:
