@@ -61,7 +61,7 @@ fuzz: venv  ## Hostile arguments by the thousand (LINES=50000 SEED=1; UNGUARDED=
 EXAMPLES ?= 2000
 
 hostile: venv  ## Hostile requests, frames and floods against a running server (EXAMPLES=2000)
-	@HOSTILE_EXAMPLES=$(EXAMPLES) $(PYTHON_VENV) -m pytest -s tests/hostile/test_http.py tests/hostile/test_frames.py tests/hostile/test_floods.py tests/hostile/test_rest.py $(ARGS)
+	@HOSTILE_EXAMPLES=$(EXAMPLES) $(PYTHON_VENV) -m pytest -s tests/hostile/test_http.py tests/hostile/test_http_with_token.py tests/hostile/test_frames.py tests/hostile/test_floods.py tests/hostile/test_rest.py $(ARGS)
 
 protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import rest_caller
 from account import Account, Effect
 from conflicts import edit_at_once
 from sandbox import Client, Programs, Server
@@ -38,7 +39,8 @@ class Command:
     then: Callable[[str], None] = field(default=lambda _out: None)
     """Called with what it printed when it succeeded."""
     program: str = "lattice"
-    """Or ``board_writer``, through the Python interface; or ``surface_caller``, as a page or an MCP client does it."""
+    """Or ``board_writer``, through the Python interface; or ``surface_caller``, as a page or an MCP client does it; or
+    ``rest_caller``, over HTTP: method, path and body."""
 
 
 class Gate:
@@ -104,6 +106,8 @@ class Mix:
             self._comment_file,
             self._by_program,
             self._by_surface,
+            self._over_http,
+            self._over_http,
             self._on_comment,
             self._on_comment,
             self._attach,
@@ -141,6 +145,9 @@ class Mix:
     def _run(self, client: Client, command: Command, programs: Programs | None) -> subprocess.CompletedProcess[str]:
         if command.program == "lattice":
             return client.run(*command.argv, programs=programs)
+        if command.program == "rest_caller":
+            method, path, body = command.argv
+            return rest_caller.call(client, method, path, json.loads(body))
         return warm().run(command.program, command.argv, cwd=client.dir, env=client.env)
 
     # --- command lines ---
@@ -187,6 +194,21 @@ class Mix:
         )
         argv = (surface, name, json.dumps({**payload, "actor": actor}))
         return Command(argv, Effect(word, kind), program="surface_caller")
+
+    def _over_http(self, rng: random.Random, word: str) -> Command:
+        task, actor = rng.choice(self._tasks), f"agent:{word}"
+        path, about = f"/tasks/{task}", {"description": f"over HTTP {word}", "assigned_to": actor}
+        method, path, body, kind = rng.choice(
+            [
+                ("POST", "/tasks", {"title": f"Task {word}"}, "task_created"),
+                ("POST", f"{path}/comments", {"body": f"over HTTP {word}"}, "comment_added"),
+                ("PATCH", path, about, "assignment_changed"),
+                ("PATCH", path, about, "field_updated"),
+                ("POST", f"{path}/archive", {}, "task_archived"),
+            ]
+        )
+        argv = (method, path, json.dumps({**body, "actor": actor}))
+        return Command(argv, Effect(word, kind), program="rest_caller")
 
     def _comment_file(self, rng: random.Random, word: str) -> Command:
         file = self.server.log.parent / f"{word}.txt"

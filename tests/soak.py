@@ -21,6 +21,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 from account import Account  # noqa: E402
 from epochs import Epochs  # noqa: E402
+from events_watcher import EventsWatcher  # noqa: E402
 from faults import Faults, Strikes, three_people  # noqa: E402
 from hooked import Hooked  # noqa: E402
 from mix import Mix  # noqa: E402
@@ -75,6 +76,9 @@ def break_everything(
         three_people(sandbox, pushed=seed % 5 == 0) as (server, clients, proxy),
         Observer(server) as observer,
         Watcher(clients[-1], position=lambda: observer.position) as watcher,
+        EventsWatcher(
+            server, proxy.port, clients[0].env["LATTICE_TOKEN"], position=lambda: observer.position
+        ) as listener,
     ):
         mix = Mix(server, clients, seed=seed, commands=commands)
         epochs = Epochs(server, observer)
@@ -88,6 +92,7 @@ def break_everything(
         proxy.flow()
         try:
             figures = _check(server, account, epochs, observer, watcher)
+            figures["told over HTTP"] = listener.check()
         except (AssertionError, TimeoutError, RuntimeError) as error:
             shown = "\n  ".join(account.errors[-8:])
             raise AssertionError(f"{error}\nafter: {', '.join(strikes.struck)}\nlast errors:\n  {shown}") from error

@@ -47,16 +47,23 @@ class Listening:
         self.retry_ms: int | None = None
         query = "" if since is None else f"?since={since}"
         sent = {"Authorization": f"Bearer {token}", "Accept": "text/event-stream", **(headers or {})}
+        try:
+            self._ask(query, sent if last is None else {**sent, "Last-Event-ID": last}, slug)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._events = self._read()
+
+    def _ask(self, query: str, headers: dict[str, str], slug: str) -> None:
         self._connection.request(
             "GET",
             f"/projects/{slug}/events/stream{query}",
-            headers=sent if last is None else {**sent, "Last-Event-ID": last},
+            headers=headers,
         )
         assert self._connection.sock is not None
         self.socket: socket.socket = self._connection.sock
         self.response = self._connection.getresponse()
         self.status = self.response.status
-        self._events = self._read()
 
     def __enter__(self) -> Self:
         return self

@@ -16,6 +16,8 @@ MAX_PENDING_BYTES = 16 * 1024 * 1024
 STALL_DEADLINE_S = 10.0
 """Taking no byte for this long, and the client is cut."""
 _WRITE_BYTES = 256 * 1024
+_JOINED_BYTES = 16 * 1024
+"""Frames of up to this are written together. A larger one goes as it is: joined, each client would have its copy."""
 _CHECK_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -137,20 +139,15 @@ class Outbox:
             self._loop.call_soon(self._flush)
 
     def _next_write(self) -> bytes:
-        """Take frames of up to ``_WRITE_BYTES`` together, at least one."""
+        """Take small frames of up to ``_WRITE_BYTES`` together, or one large one."""
         first = self._frames.popleft()
         size = len(first)
-        if not self._frames or size >= _WRITE_BYTES:
-            self._bytes -= size
-            self._written += size
-            return first
         batch = [first]
-        while self._frames and size < _WRITE_BYTES:
+        while size < _WRITE_BYTES and self._frames and len(batch[-1]) <= _JOINED_BYTES >= len(self._frames[0]):
             batch.append(self._frames.popleft())
             size += len(batch[-1])
         self._bytes -= size
-        self._written += size
-        return b"".join(batch)
+        return first if len(batch) == 1 else b"".join(batch)
 
     def _wake(self) -> None:
         for waiter in self._room:

@@ -64,6 +64,7 @@ class History:
         """The tree at ``head``."""
         self._journal = JournalReader(journal)
         self._committed = committed
+        self._reading = asyncio.Lock()  # one at a time: each takes a segment's memory while it lasts
         self._recent = Recent()
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
@@ -93,8 +94,9 @@ class History:
         batch = self._recent.after(seq, _REPLAY_BYTES)
         if batch or seq >= self.head:
             return batch
-        kept = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
-        return [(number, websocket_frame(change)) for number, change in kept or ()]
+        async with self._reading:
+            kept = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
+            return [(number, websocket_frame(change)) for number, change in kept or ()]
 
     async def mark_at(self, seq: int) -> bytes | None:
         """Return the mark of the state at ``seq``, None when it is not known any more.

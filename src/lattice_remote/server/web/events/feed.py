@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import msgspec
@@ -54,21 +54,18 @@ def goodbye(project: Project, error: Exception) -> Bye:
 
 
 class Told:
-    """A change as it is sent: its events."""
+    """A change as it is sent: its events, as one chunk that all share."""
 
     def __init__(self, seq: int, events: list[bytes]) -> None:
         self.seq = seq
-        self.events = events
+        self.chunk = chunk(b"".join(events))
+        self._ends = list(accumulate(map(len, events)))
 
-    @cached_property
-    def text(self) -> bytes:
-        """All of it."""
-        return b"".join(self.events)
-
-    @cached_property
-    def chunk(self) -> bytes:
-        """All of it, as one chunk: the same bytes for everybody."""
-        return chunk(self.text)
+    def text(self, had: int = 0) -> bytes:
+        """Return the events behind the first ``had``, as they are without chunks."""
+        begin = self.chunk.index(b"\r\n") + 2
+        skipped = self._ends[min(had, len(self._ends)) - 1] if had else 0
+        return self.chunk[begin + skipped : -2]
 
 
 class Listener(Protocol):
@@ -124,6 +121,7 @@ class Feed:
         """Those that have everything up to ``position``."""
         self._told: OrderedDict[int, Told] = OrderedDict()
         self._told_bytes = 0
+        self._making = asyncio.Lock()
         self._news = asyncio.Event()
         project.history.join(self)
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"events of {project.slug}")
@@ -157,22 +155,25 @@ class Feed:
 
     async def told(self, seq: int, frame: bytes) -> Told:
         """Return change ``seq`` as it is sent; ``frame`` is the change, framed for a WebSocket."""
-        known = self._told.get(seq)
-        if known is not None:
+        if (known := self._told.get(seq)) is not None:
             return known
+        async with self._making:  # once, though many have come back together and want it
+            return self._told.get(seq) or self._keep(await self._make(seq, frame))
+
+    async def _make(self, seq: int, frame: bytes) -> Told:
         change = await _beside(len(frame), _decoder.decode, payload_of(frame))
         events = await _beside(len(frame), events_of, change)
         contents = {event.wanted: await self._content(event.wanted) for event in events if event.wanted}
         found = {wanted: data for wanted, data in contents.items() if data is not None}
         size = len(frame) + sum(map(len, found.values()))
-        return self._keep(Told(seq, await _beside(size, blocks, self.epoch, seq, events, found)))
+        return Told(seq, await _beside(size, blocks, self.epoch, seq, events, found))
 
-    def _keep(self, made: Told) -> Told:
-        """Keep it for a while, and return it; or what another has made of the change meanwhile."""
-        told = self._told.setdefault(made.seq, made)
-        self._told_bytes += len(made.text) if told is made else 0
+    def _keep(self, told: Told) -> Told:
+        """Keep it for a while, and return it."""
+        self._told[told.seq] = told
+        self._told_bytes += len(told.chunk)
         while len(self._told) > _KEPT or (self._told_bytes > _KEPT_BYTES and len(self._told) > 1):
-            self._told_bytes -= len(self._told.popitem(last=False)[1].text)
+            self._told_bytes -= len(self._told.popitem(last=False)[1].chunk)
         return told
 
     async def _content(self, wanted: Wanted) -> bytes | None:

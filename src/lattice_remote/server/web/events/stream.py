@@ -113,13 +113,11 @@ class _Stream:
             return
         assert told.seq == self._sent + 1, "a live listener was told every change up to the feed's position"
         self._sent = told.seq
-        if self._had:
-            self._push(b"".join(told.events[self._had :]))
-            self._had = 0
-        elif self._is_chunked:
+        if self._is_chunked and not self._had:
             self._outbox.push(told.chunk)
         else:
-            self._outbox.push(told.text)
+            self._push(told.text(self._had))
+            self._had = 0
 
     def keep_alive(self, comment: bytes) -> None:
         """Queue a comment."""

@@ -1,0 +1,45 @@
+"""A program that writes over HTTP as a careful one does: with a key, and again with it until it knows the outcome.
+
+Unlike a client it has no copy and no agent: what it does not know it can only ask again.
+"""
+
+import json
+import secrets
+import subprocess
+import time
+from typing import Any
+
+import requests
+
+from sandbox import Client
+
+__all__ = ["call"]
+
+_PATIENCE_S = 45.0
+_TIMEOUT_S = (5.0, 10.0)
+"""To connect, and for an answer: on a connection that is half open none comes."""
+_AGAIN_S = 0.1
+_UNKNOWN = "the request may have taken effect"
+
+
+def call(client: Client, method: str, path: str, body: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Ask for a write in a client's project; return what came of it as if it were a command's end."""
+    remote = json.loads((client.lattice_dir / "remote.json").read_text())
+    url = f"{remote['url']}/projects/{remote['project']}{path}"
+    headers = {"Authorization": f"Bearer {client.env['LATTICE_TOKEN']}", "Idempotency-Key": secrets.token_hex(8)}
+    argv = [method, path, json.dumps(body)]
+    end, said = time.monotonic() + _PATIENCE_S, ""
+    while time.monotonic() < end:
+        try:
+            answer = requests.request(method, url, json=body, headers=headers, timeout=_TIMEOUT_S)
+        except requests.RequestException as error:
+            said = type(error).__name__
+        else:
+            if answer.ok:
+                return subprocess.CompletedProcess(argv, 0, answer.text, "")
+            error = answer.json()["error"]  # whatever is wrong, it is said in an envelope
+            said = f"{answer.status_code} {error['code']}: {error['message']}"
+            if answer.status_code != 503:
+                return subprocess.CompletedProcess(argv, 1, "", f"Error: {said}\n")
+        time.sleep(_AGAIN_S)
+    return subprocess.CompletedProcess(argv, 1, "", f"Error: {_UNKNOWN}: {said}\n")
