@@ -14,7 +14,7 @@ from worker_process import ANA, WorkerProcess, answer_of, execute, make_project
 from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Refused, Reply, Run
 from lattice_remote.server.data.datadir import DataDir
-from lattice_remote.server.data.ipc import Edit, NewEpoch
+from lattice_remote.server.data.ipc import Edit, NewEpoch, Ready
 from lattice_remote.server.project.writer import WORKER_COMMAND
 
 MAX_BYTES, SEGMENT_BYTES = 64 * 1024, 8 * 1024
@@ -172,6 +172,29 @@ def test_a_request_sent_again_into_a_new_history_runs_once(tmp_path: Path, lose:
             assert answer.code == "REMOTE_UNKNOWN_OUTCOME"
             assert isinstance(Again(worker).ask(secrets.token_hex(16), None), Reply)
     assert titles(project).count(f"Task {known}") == 1
+
+
+def test_a_key_is_of_one_request_in_a_new_epoch_and_after_a_kill_too(tmp_path: Path) -> None:
+    """I6: what was asked is kept beside the answer, wherever that goes."""
+    project = make_project(tmp_path / "web")
+    first = msgspec.structs.replace(execute("create", "one", *ANA), fingerprint=b"1" * 16)
+    other = msgspec.structs.replace(first, argv=["create", "two", *ANA], fingerprint=b"2" * 16)
+    with WorkerProcess(project) as worker:
+        for beginning in ("a worker", "a new epoch"):
+            worker.send(first)
+            assert isinstance(answer_of(worker.done()), Reply), beginning
+            worker.send(other)
+            refused = answer_of(worker.done())
+            assert isinstance(refused, Refused) and refused.code == "REMOTE_INVALID", beginning
+            worker.send(NewEpoch("a test"))
+            assert isinstance(worker.receive(), Ready)
+        worker.kill()
+    with WorkerProcess(project) as worker:
+        worker.send(other)
+        assert isinstance(answer_of(worker.done()), Refused)
+        worker.send(first)
+        assert isinstance(answer_of(worker.done()), Reply)
+    assert titles(project) == ["one"]
 
 
 @pytest.mark.parametrize("at", ["the stop", "the kill"])
