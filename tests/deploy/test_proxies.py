@@ -38,6 +38,8 @@ class Place:
 
     def __init__(self, server: Server, token: str, proxy: Proxy, ana: Client, first_address: int) -> None:
         self.server, self.token, self.proxy, self.ana = server, token, proxy, ana
+        self.quiet: Listening
+        """An event stream, open from the beginning, of a project in which nothing is done."""
         self.first_address = first_address
         """The first of ten addresses of this machine, 127.0.0.N, from which nobody else asks."""
 
@@ -53,8 +55,8 @@ class Place:
     def trusting(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self.proxy.ca_file))
 
-    def listening(self) -> Listening:
-        return Listening(self.proxy.port, self.token, "board", trusting=self.trusting())
+    def listening(self, slug: str = "board") -> Listening:
+        return Listening(self.proxy.port, self.token, slug, trusting=self.trusting())
 
     def status_from(self, number: int, claims: str | None = None) -> int:
         """Return what a request with a wrong token is answered, sent from one of the ten addresses."""
@@ -75,9 +77,10 @@ def places() -> Iterator[list[Place]]:
     with Sandbox(warm()) as sandbox, contextlib.ExitStack() as started:
         server = sandbox.server()
         server.project()
+        server.project("quiet", "QUI")
         settings = {"trusted_proxies": ["127.0.0.1"], "limits": {"failed_logins_per_minute": LOGINS}}
         (server.data / "config.json").write_text(json.dumps(settings))
-        token = server.token("human:ana", "agent:*")
+        token = server.admin("token", "create", "--actor", "human:ana", "--project", "board", "--project", "quiet")
         server.start()
         made = []
         for number, kind in enumerate((Nginx, Caddy), start=1):
@@ -86,6 +89,7 @@ def places() -> Iterator[list[Place]]:
             started.callback(proxy.stop)
             made.append(Place(server, token, proxy, sandbox.client(kind.name), number * 10))
             made[-1].add()
+            made[-1].quiet = started.enter_context(made[-1].listening("quiet"))
         yield made
 
 
@@ -201,6 +205,11 @@ def test_plain_http_is_led_to_tls(place: Place) -> None:
     assert (answer.getheader("Location") or "").endswith("/projects?x=1")
     assert (answer.getheader("Location") or "").startswith("https://localhost")
     connection.close()
+
+
+def test_signs_of_life_of_a_quiet_stream_come_through(place: Place) -> None:
+    lines = iter(place.quiet.response.readline, b"")
+    assert any(line.startswith(b":") for line in lines), "it was cut off"
 
 
 def test_while_the_server_is_down_it_is_out_of_reach_and_clients_come_back(places: list[Place]) -> None:
