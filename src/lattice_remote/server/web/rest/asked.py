@@ -61,9 +61,11 @@ async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Asked
 
     Raises:
         TurnedAway: nobody who may, or a body that is too long or of another media type.
-        Rejected: 400 or 422: not what the endpoint takes.
+        Rejected: 400, 404 or 422: not what the endpoint takes.
     """
     visitor = await guest(request)
+    if not all(part.isprintable() for part in request.path_params.values()):
+        raise Rejected("there is nothing of a name with such characters", code="REMOTE_NOT_FOUND")
     found = _query(request, query)
     content = b""
     if body is not Nothing:
