@@ -105,20 +105,17 @@ def test_a_task_is_made_edited_and_commented_on(it: Board) -> None:
 
 
 def test_what_lattice_refuses_is_said_by_the_page(it: Board) -> None:
-    task = it.made("Not planned yet")
-    it.does("status", task, "in_planning")
-    it.does("status", task, "planned")
+    task = it.made("Assigned to nobody")
     with it.person() as person:
         page = it.open(person)
-        it.text(task).write_text("")
-        answered = page.evaluate(
-            "async task => (await fetch(`/api/tasks/${task}/status`, {method: 'POST', "
-            "headers: {'Content-Type': 'application/json'}, body: JSON.stringify({status: 'nowhere'})})).status",
-            task,
-        )
-        assert answered == 400
+        card(page, task).click()
+        page.locator("#dp-assigned").click()
+        panel(page).locator(".inline-edit input").fill("nobody")
+        panel(page).get_by_role("button", name="Save").click()
+        expect(page.locator(".toast-error")).to_contain_text("nobody")
         assert any("400" in said for said in person.complaints), "the browser says it too"
         person.complaints.clear()
+    assert it.snapshot(task)["assigned_to"] is None
 
 
 # --- kept up to date ---

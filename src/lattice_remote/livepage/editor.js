@@ -238,8 +238,9 @@
   }
   async function load(text) {
     try { await text.load(); } catch (error) { text.say(error.message, true); }
-    if (text === current()) fill();
-    else draw();
+    if (text !== current()) { draw(); return; }
+    fill();
+    if (isEditable(text) && window.matchMedia("(pointer: fine)").matches) parts.field.focus();  // no keyboard on a screen
   }
   function show(which) { kind = which; fill(); }
   function save() {
