@@ -262,8 +262,8 @@ def test_two_hundred_streams_end_at_shutdown_in_less_than_two_seconds(tmp_path: 
             assert session.post(f"{url}/tasks", json=body, timeout=30).status_code == 201
 
         def read(one: Listening) -> None:
-            events = list(one)
-            ended.append((time.monotonic(), len(assembled(events))))
+            said = one.response.read()
+            ended.append((time.monotonic(), said.count(b"event: task_event")))
 
         readers = [threading.Thread(target=read, args=(one,)) for one in listening]
         for reader in readers:
@@ -274,8 +274,8 @@ def test_two_hundred_streams_end_at_shutdown_in_less_than_two_seconds(tmp_path: 
         for reader in readers:
             reader.join(20)
     assert [count for _, count in ended] == [12] * 150
-    assert took < 2
-    assert max(at for at, _ in ended) - began < 2.5  # these were read to their ends by 150 threads
+    assert max(at for at, _ in ended) - began < 2
+    assert took < 5  # its worker, and on a busy machine
 
 
 @contextlib.contextmanager
