@@ -40,8 +40,10 @@ class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line, and below it a traceback, of which every line begins with a bar."""
         trace = self.formatException(record.exc_info) if record.exc_info else ""
-        record = logging.makeLogRecord({**record.__dict__, "exc_info": None, "exc_text": None, "stack_info": None})
-        lines = [_short(super().format(record)), *(f"    | {_short(line)}" for line in trace.splitlines())]
+        record.message = record.getMessage()
+        if self.usesTime():
+            record.asctime = self.formatTime(record)
+        lines = [_short(self.formatMessage(record)), *(f"    | {_short(line)}" for line in trace.splitlines())]
         return "\n".join(lines)
 
 
@@ -109,6 +111,8 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
     level = os.environ.get(LEVEL_VARIABLE, "").upper()
     logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
+    # What no line says need not be found out for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     sys.excepthook = _log_the_end
     for name in ("asyncio", "websockets", "watchfiles", "uvicorn", "multipart"):  # their details are nobody's business
         logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))

@@ -9,4 +9,6 @@ _SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/
 
 def masked(text: str) -> str:
     """Return the text without them."""
+    if "ltr_" not in text and "://" not in text:  # nearly every line of a log
+        return text
     return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", text)
