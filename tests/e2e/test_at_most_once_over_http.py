@@ -11,6 +11,7 @@ import requests
 from account import check_numbers, effects_in
 from faults import inject
 from sandbox import Sandbox, Server, wait_for
+from warm import warm
 
 pytestmark = pytest.mark.e2e
 _MAX_POINTS = 60
@@ -45,13 +46,14 @@ class Program:
         return self.post("/tasks/LAT-1/comments", key, body=f"comment {key}", actor=f"agent:{key}", **body)
 
 
-@pytest.fixture
-def injected(sandbox: Sandbox) -> Iterator[tuple[Server, Program, Path]]:
-    server = sandbox.server()
-    faults = inject(server)
-    server.project()
-    server.start()
-    yield server, Program(server), faults
+@pytest.fixture(scope="module")
+def injected() -> Iterator[tuple[Server, Program, Path]]:
+    with Sandbox(warm()) as sandbox:
+        server = sandbox.server()
+        faults = inject(server)
+        server.project()
+        server.start()
+        yield server, Program(server), faults
 
 
 def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Server, Program, Path]) -> None:
@@ -70,6 +72,7 @@ def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Serv
             answer = program.comment(key)
         else:
             keys.append("")  # the command has no more points than that
+            (faults / f"server-dies-{server.worker_pids()[0]}").unlink()
         assert answer.status_code == 201, answer.text
         again = program.comment(key)
         assert (again.status_code, again.content) == (201, answer.content), "an answer is given again as it was"

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import requests
 from server_process import Process
 from test_app import make_data, make_token
@@ -17,16 +19,22 @@ from lattice_remote.server.web.rest.table import ENDPOINTS
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "rest.md").read_text()
 
 
-def test_the_examples_do_what_they_say(tmp_path: Path) -> None:
-    data = make_data(tmp_path / "data")
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    data = make_data(tmp_path_factory.mktemp("docs") / "data")
     data.create_project("board", code="LAT", name=None, actor=None)
+    started = Process(data)
+    yield started
+    assert started.end() == 0
+
+
+def test_the_examples_do_what_they_say(server: Process) -> None:
+    data = server.data
     token = TokenFile(data.tokens).create(projects=["board"], actor="human:ana", act_as=["agent:*"])[1]
-    server = Process(data)
     lines = [line for block in re.findall("^```\n(.*?)^```$", PAGE, re.M | re.S) for line in block.splitlines()]
     script = "\n".join(line.replace("curl ", "curl -sS --fail-with-body ", 1) + "; echo" for line in lines)
     environment = {**os.environ, "SERVER": f"http://127.0.0.1:{server.port}", "TOKEN": token}
     done = subprocess.run(["bash", "-ec", script], env=environment, capture_output=True, text=True, check=False)
-    assert server.end() == 0
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert len(lines) > 10
     assert "\n# The plan\n" in done.stdout
@@ -50,9 +58,8 @@ def test_every_endpoint_is_listed() -> None:
         assert f"`{name}" in PAGE, name
 
 
-def test_what_is_described_is_there(tmp_path: Path) -> None:
+def test_what_is_described_is_there(server: Process) -> None:
     """Of what is served elsewhere too: whoever moves it is to notice."""
-    server = Process(make_data(tmp_path / "data"))
     token = make_token(server.data)
     with requests.Session() as session:
         described = session.get(f"http://127.0.0.1:{server.port}/openapi.json", timeout=10).json()
@@ -69,4 +76,3 @@ def test_what_is_described_is_there(tmp_path: Path) -> None:
             assert answer.status_code == 200
     names = [method["operationId"] for methods in described["paths"].values() for method in methods.values()]
     assert len(names) == len(set(names)) > 20
-    assert server.end() == 0
