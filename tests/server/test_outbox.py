@@ -73,6 +73,7 @@ async def test_a_slow_reader_gets_everything(pipe: tuple[Pipe, socket.socket]) -
     for frame in frames:
         end.outbox.push(frame)
     assert await received(theirs, 800_000) == b"".join(frames)
+    assert (end.outbox.take_written(), end.outbox.take_written()) == (800_000, 0)
     await end.outbox.room()
     assert end.outbox.pending_bytes == 0
 

@@ -147,6 +147,7 @@ class Outbox:
             batch.append(self._frames.popleft())
             size += len(batch[-1])
         self._bytes -= size
+        self._written += size
         return first if len(batch) == 1 else b"".join(batch)
 
     def _wake(self) -> None:
