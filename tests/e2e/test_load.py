@@ -9,7 +9,7 @@ from websockets.asyncio.client import connect
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import SUBPROTOCOL, Part, Reply
-from lattice_remote.server.project.project import Bounds
+from lattice_remote.server.project.bounds import Bounds
 from light import Light, several
 from memory_client import MemoryClient
 from sandbox import Sandbox, Server, tree_of

@@ -16,8 +16,9 @@ from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import Execute, Ready
+from lattice_remote.server.project.bounds import Bounds
 from lattice_remote.server.project.hooks import HookRunner
-from lattice_remote.server.project.project import Bounds, Project
+from lattice_remote.server.project.project import Project
 
 
 class Watcher:
@@ -248,7 +249,7 @@ async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths
     assert isinstance(refused, Refused)
     assert refused.code == "REMOTE_BUSY"
     assert all(isinstance(watcher.answers[request.id], Reply) for request in requests[:4])
-    assert project._held_bytes == 0
+    assert project.load.held_bytes == 0
     await project.stop(1.0)
 
 
@@ -264,7 +265,7 @@ async def test_one_token_leaves_room_for_the_files_of_others(paths: ProjectPaths
     await until(lambda: len(watcher.answers) == 5)
     answered = [isinstance(watcher.answers[request.id], Reply) for request in (*greedy, other)]
     assert answered == [True, True, False, False, True]
-    assert not +project._held_by_token
+    assert not +project._held._weight
     await project.stop(1.0)
 
 
@@ -390,7 +391,7 @@ async def test_a_waiter_that_leaves_lets_the_next_one_try(opened: Opened) -> Non
     opened.project.submit(freed, opened.watcher)
     opened.project.forget(gone, {first.id})  # before the worker has freed it
     await until(lambda: second.id in opened.watcher.answers)
-    assert not gone.answers and not opened.project._jobs and not opened.project._waiting._lines
+    assert not gone.answers and not opened.project._held._jobs and not opened.project._waiting._lines
 
 
 async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:

@@ -23,10 +23,11 @@ from lattice_remote.server.data.signing_key import signing_key
 from lattice_remote.server.network.door import Door, Visit
 from lattice_remote.server.network.handoff import Handoff, Request, Response, http_answer
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.project.bounds import Bounds
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.overview import Overviews
 from lattice_remote.server.project.peer import Peer
-from lattice_remote.server.project.project import Bounds, Project
+from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.watch import watch_tree
 from lattice_remote.server.project.writer import WORKER_COMMAND
 

@@ -2,6 +2,8 @@
 
 project      its queue and its worker
 job          one request on its way
+held         all of them, by id, within the bounds
+bounds       what these are
 turns        whose request is next
 waiting      who waits for a resource
 writer       the worker process, seen from here

@@ -17,10 +17,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import msgspec
 
@@ -46,6 +45,8 @@ from lattice_remote.server.data.ipc import (
 from lattice_remote.server.data.metrics import Metrics, ProjectMetrics
 from lattice_remote.server.data.settings import Config
 from lattice_remote.server.project.accounts import Accounts, Told
+from lattice_remote.server.project.bounds import Bounds
+from lattice_remote.server.project.held import Held, weight_of
 from lattice_remote.server.project.history import Follower, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.job import Job
@@ -58,7 +59,7 @@ from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
 from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
 
-__all__ = ["Bounds", "Load", "Project"]
+__all__ = ["Load", "Project"]
 
 _MAX_START_FAILURES = 5
 """After so many in a row those who wait are told; it is tried again all the same, now and then."""
@@ -67,29 +68,6 @@ _RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
 _STEADY_S = 10.0
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """Bounds of a project's queue and its worker."""
-
-    command_s: float = 30.0
-    """A command that takes longer is ended and undone."""
-    upkeep_s: float = 600.0
-    """How long opening the project, or reading all of its tree, may take; a look at some files is a command's."""
-    window: int = 16
-    """Requests that the worker may hold at once: enough for it to work on while others are fsynced; more would only
-    make the next connection's wait longer."""
-    queued: int = 1024
-    """Requests that may wait; more are refused as busy, of connections that have one waiting already."""
-    per_token: int = 512
-    """Requests of one token that may be queued, with the worker, or waiting for a resource."""
-    held_bytes: int = 256 * 1024 * 1024
-    """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
-    held_bytes_per_token: int = 128 * 1024 * 1024
-    """The same for those of one token: the rest is for others, who would be told that the server is busy."""
-    window_bytes: int = 32 * 1024 * 1024
-    """The worker gets no more requests while those that it holds weigh this much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,11 +121,8 @@ class Project:
         self._hooks = hooks
         self._bounds = bounds or Bounds()
         self._worker_command = worker_command
-        self._jobs: dict[str, Job] = {}  # by request id: queued, with the worker, or waiting
+        self._held = Held(self._bounds)
         self._queue = Turns()
-        self._held_bytes = 0  # what the jobs in _jobs weigh
-        self._by_token: Counter[str] = Counter()  # how many jobs in _jobs are a token's
-        self._held_by_token: Counter[str] = Counter()  # and what they weigh
         self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
         self._oldest_since = 0.0  # since when the first of them has been the first
         self._watchdog: asyncio.TimerHandle | None = None
@@ -190,7 +165,7 @@ class Project:
             queued=len(self._queue),
             with_worker=len(self._outstanding),
             waiting=len(self._waiting),
-            held_bytes=self._held_bytes,
+            held_bytes=self._held.bytes,
             reads_waiting=self.reader.waiting,
             worker_pid=self._writer.pid if self._working and self._writer is not None else None,
         )
@@ -257,31 +232,22 @@ class Project:
         """
         if self._stopping or self._failure is not None:
             return  # the goodbye on this connection says more
-        job = self._jobs.get(message.id)
+        job = self._held.get(message.id)
         if job is not None:
             self._join(job, message, asker, told)
             return
-        refuse = partial(self._refuse, asker, message, told)
-        weight = _weight_of(message)
+        weight = weight_of(message)
+        objection = self._held.objection(message.token_id, weight)
         # Whoever has nothing queued is let in: others' impatience is not to be his trouble.
-        crowded = len(self._queue) >= self._bounds.queued and self._queue.has(asker.lane)
-        if crowded or self._held_bytes + weight > self._bounds.held_bytes:
-            refuse("REMOTE_BUSY", "the server has too much to do for this project; try again")
-            return
-        if self._by_token[message.token_id] >= self._bounds.per_token:
-            refuse("REMOTE_BUSY", f"{self._bounds.per_token} requests of this token are under way")
-            return
-        if self._held_by_token[message.token_id] + weight > self._bounds.held_bytes_per_token:
-            most = self._bounds.held_bytes_per_token >> 20
-            refuse("REMOTE_BUSY", f"requests of {most} MiB of this token are under way; try again")
+        if len(self._queue) >= self._bounds.queued and self._queue.has(asker.lane):
+            objection = "the server has too much to do for this project; try again"
+        if objection is not None:
+            self._refuse(asker, message, told, "REMOTE_BUSY", objection)
             return
         job = Job(message, [asker], weight=weight, told=told)
         if message.first_sent_at is not None:  # asked again: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
-        self._jobs[message.id] = job
-        self._by_token[message.token_id] += 1
-        self._held_by_token[message.token_id] += weight
-        self._held_bytes += weight
+        self._held.add(message.id, message.token_id, job)
         self._enqueue(job)
 
     def _join(
@@ -312,23 +278,16 @@ class Project:
         self.accounts.refused(message, code, told)
         asker.answer(message.id, encode(Refused(message.id, code, why)))
 
-    def _drop(self, request_id: str) -> None:
-        if (job := self._jobs.pop(request_id, None)) is not None:
-            self._held_bytes -= job.weight
-            assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
-            self._by_token[job.message.token_id] -= 1
-            self._held_by_token[job.message.token_id] -= job.weight
-
     def forget(self, asker: Follower, request_ids: set[str]) -> None:
         """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
         self.pushes.forget(asker)
         for request_id in request_ids:
-            job = self._jobs.get(request_id)
+            job = self._held.get(request_id)
             if job is None or asker not in job.askers:
                 continue
             job.askers.remove(asker)
             if not job.askers and job.resource is not None and self._gives_up(job):
-                self._drop(request_id)
+                self._held.drop(request_id)
 
     def _gives_up(self, job: Job) -> bool:
         """Take a waiter out of its line that nobody asks for any more; return False if the worker has it by now."""
@@ -451,7 +410,7 @@ class Project:
                 if done.waiting_for is not None:
                     self._wait(job, message.id, done)
                     return
-                self._drop(message.id)
+                self._held.drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
                 self.accounts.settled(job, message, done)
                 if done.change is not None and isinstance(message, Execute | Invoke):
@@ -482,7 +441,7 @@ class Project:
             self._waiting.add(job, done, ahead=job.message.ahead)
         else:
             self._waiting.leave(job)
-            self._drop(request_id)
+            self._held.drop(request_id)
 
     # --- beginnings and ends of the worker ---
 
@@ -591,10 +550,7 @@ class Project:
         self._failure = StorageError(message)
         self._working = False
         self._waiting.clear()
-        self._jobs.clear()
-        self._by_token.clear()
-        self._held_bytes = 0
-        self._held_by_token.clear()
+        self._held.clear()
         self._queue.clear()
         self._reconciling = False
         self._open.set()
@@ -626,15 +582,6 @@ class Project:
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
         self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s, and was undone")
         self._writer.kill()
-
-
-def _weight_of(message: Execute | Invoke | Edit | Adopt) -> int:
-    if isinstance(message, Adopt):
-        return 0
-    if isinstance(message, Edit):
-        return len(message.text) + len(message.base or b"")
-    said = len(message.payload) if isinstance(message, Invoke) else sum(map(len, message.argv))
-    return said + sum(len(file.data or b"") for file in message.files)
 
 
 def _is_another(running: ToWorker, message: ToWorker) -> bool:
