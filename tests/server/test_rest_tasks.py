@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -330,6 +331,23 @@ def test_a_token_acts_as_itself_and_those_that_it_names(rest: Rest) -> None:
     changes = {"title": "x", "status": "in_planning", "actor": "human:bob"}
     assert rest.refused("PATCH", f"/tasks/{task}", json=changes) == (403, "REMOTE_FORBIDDEN")
     assert rest.refused("POST", "/tasks", json={"title": "x", "name": "Nobody-1"}) == (422, "SESSION_NOT_FOUND")
+
+
+def test_a_token_that_ends_while_its_request_is_sent_writes_nothing(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    before = rest.head
+    token, text = TokenFile(server.data.tokens).create(projects=["web"], actor="human:eve", act_as=[])
+    lines = ["POST /projects/web/tasks HTTP/1.1", "Host: x", f"Authorization: Bearer {text}"]
+    head = "\r\n".join([*lines, "Content-Type: application/json", "Content-Length: 15", "Expect: 100-continue"])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as raw:
+        raw.sendall(f"{head}\r\n\r\n".encode())
+        assert raw.recv(4096).startswith(b"HTTP/1.1 100 ")  # she was let in, and her request is waited for
+        TokenFile(server.data.tokens).revoke(token.id)
+        raw.sendall(b'{"title":"one"}')
+        answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 401 "), answer
+    assert f"token {token.id} was revoked".encode() in answer
+    assert rest.head == before
 
 
 def test_nobody_gets_further_than_the_token_goes(served: tuple[Process, Rest]) -> None:

@@ -228,10 +228,21 @@ class Hub:
         return self._still(login)
 
     def _still(self, login: Login) -> Login | Refusal:
-        if (objection := self._logins.objection(login)) is not None:
-            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+        if (refusal := self._ended(login)) is not None:
+            return refusal
         self._last_use.used([login.token.id])
         return login
+
+    def ended(self, login: Login) -> Refusal | None:
+        """Return why somebody may do no more who was let in, None when he still may: a request may take its time."""
+        self._refresh_logins()
+        return self._ended(login)
+
+    def _ended(self, login: Login) -> Refusal | None:
+        objection = self._logins.objection(login)
+        if objection is None:
+            return None
+        return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
 
     def enter(self, login: Login, slug: str) -> Project | Refusal:
         """Return a project that somebody may use who was identified before; ``slug`` may be any string (I9)."""

@@ -9,6 +9,7 @@ from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Returned, ServerFrame, Stored
 from lattice_remote.server.data.ipc import Edit, Execute, Invoke
+from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.gate import Guest
 
 __all__ = ["Once", "call", "edit", "once_only", "run"]
@@ -64,6 +65,7 @@ async def run(
     Whoever gives up waiting (is cancelled) takes nothing back, except that no resource is waited for any more.
 
     Raises:
+        TurnedAway: the token has ended since it was shown.
         RemoteError: it was refused, or whether it was carried out is not known.
     """
     token, once = guest.login.token, once or once_only()
@@ -109,6 +111,8 @@ async def _ask(guest: Guest, message: Execute | Invoke | Edit) -> ServerFrame:
         raise project.failure
     if project.stopping:
         raise Rejected("the server is stopping; try again", code="REMOTE_SHUTDOWN")
+    if (refusal := guest.hub.ended(guest.login)) is not None:  # its body may have taken its time
+        raise TurnedAway(refusal)
     project.history.join(asker)
     try:
         with guest.hub.staying(guest.login, asker.end):
