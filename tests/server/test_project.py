@@ -16,6 +16,7 @@ from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import Execute, Ready
+from lattice_remote.server.data.read_ipc import Found, Read, ReadPage
 from lattice_remote.server.project.bounds import Bounds
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.project import Project
@@ -434,6 +435,31 @@ async def test_missed_changes_come_from_memory_and_from_the_journal(opened: Open
     assert [seq for seq, _ in from_disk] == list(range(6, 21))
     assert from_memory == from_disk
     assert await opened.project.history.mark_at(20) == opened.project.history.mark
+
+
+async def test_what_a_read_saw_of_a_command_that_was_undone_is_not_given_again(
+    opened: Opened, paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head and queue are afterwards what they were before it."""
+    file, asked = paths.lattice / "a", ReadPage("/api/tasks")
+
+    async def look(_: Read) -> Found:
+        return Found(200, file.read_bytes() if file.exists() else b"")
+
+    async def look_in_the_middle(_: Read) -> Found:
+        running = asyncio.create_task(opened.run("undone", "a", "x"))
+        await until(file.exists)
+        found = await look(asked)
+        await running
+        return found
+
+    reader = opened.project.reader
+    monkeypatch.setattr(reader, "_exchange", look_in_the_middle)
+    assert (await reader.read(asked)).body == b"x", "it was there when it was read"
+    assert (await reader.read_together([ReadPage("/api/stats")]))[1] is False
+    monkeypatch.setattr(reader, "_exchange", look)
+    assert (await reader.read(asked)).body == b""
+    assert (await reader.read_together([ReadPage("/api/stats")]))[1] is True
 
 
 async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:

@@ -17,7 +17,8 @@ from test_app import make_data, make_token
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.data.datadir import DataDir
-from lattice_remote.server.data.read_ipc import Read, ReadCommand, ReadPage
+from lattice_remote.server.data.read_ipc import Found, Read, ReadCommand, ReadPage
+from lattice_remote.server.project import kept
 from lattice_remote.server.project import reader as reader_module
 from lattice_remote.server.project.reader import Reader
 from sandbox import wait_for
@@ -208,10 +209,26 @@ async def test_answers_are_kept_until_the_next_change_only(
     await reader.read(LIST)
     assert len(exchanged) == 4
     state.value = ("e", 3)
-    monkeypatch.setattr(reader_module, "_KEPT_S", 0.0)
+    monkeypatch.setattr(kept, "_KEPT_S", 0.0)
     await reader.read(LIST)
     await reader.read(LIST)
     assert len(exchanged) == 6
+
+
+async def test_what_is_kept_is_bounded_however_little_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_MAX_BYTES", 100_000)
+    answers, found = kept.Kept(), Found(404, b"")
+    for n in range(1000):
+        answers.keep(ReadPage(f"/{n}/{'x' * 10_000}"), ("e", 1), found)
+    assert len(answers) <= 10
+    for n in range(1000):
+        answers.keep(ReadPage(f"/{n}"), ("e", 2), found)
+    assert 50 < len(answers) < 100
+    assert answers.get(ReadPage("/999"), ("e", 2)) is found
+    assert answers.get(ReadPage("/0"), ("e", 2)) is None
+    large = Found(200, bytes(200_000))
+    answers.keep(TASKS, ("e", 2), large)
+    assert (len(answers), answers.get(TASKS, ("e", 2))) == (1, large)  # the last one always is
 
 
 async def test_many_who_ask_the_same_wait_for_one_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +245,8 @@ async def test_many_who_ask_the_same_wait_for_one_read(reader: Reader, monkeypat
 async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
     reader: Reader, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, at = await reader.read_together([CONFIG, TASKS])
-    assert ([one.status for one in found], at) == ([200, 200], ("e", 1))
+    found, is_exact = await reader.read_together([CONFIG, TASKS])
+    assert ([one.status for one in found], is_exact) == ([200, 200], True)
     original, changes = Reader._exchange, 0
 
     async def changing(self: Reader, asked: Read) -> object:
@@ -239,8 +256,8 @@ async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
         return await original(self, asked)
 
     monkeypatch.setattr(Reader, "_exchange", changing)
-    found, at = await reader.read_together([ReadPage("/api/stats"), ReadPage("/api/archived")])
-    assert ([one.status for one in found], at) == ([200, 200], None)
+    found, is_exact = await reader.read_together([ReadPage("/api/stats"), ReadPage("/api/archived")])
+    assert ([one.status for one in found], is_exact) == ([200, 200], False)
 
 
 async def test_it_leaves_when_nobody_asks(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:

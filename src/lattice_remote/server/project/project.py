@@ -124,6 +124,7 @@ class Project:
         self._held = Held(self._bounds)
         self._queue = Turns()
         self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
+        self._sent = 0  # how many a worker was ever given
         self._oldest_since = 0.0  # since when the first of them has been the first
         self._watchdog: asyncio.TimerHandle | None = None
         self._waiting = Waiting(self._retry)
@@ -218,9 +219,13 @@ class Project:
         self.metrics.changes.inc()
 
     def _settled_state(self) -> object | None:
-        """Return what names the tree at the head while nothing else lies on the disk, None while something may."""
+        """Return what names the tree at the head while nothing else lies on the disk, None while something may.
+
+        A command that was undone has left the head where it was, and whoever read meanwhile has seen what never came to
+        be: so the name is another after each.
+        """
         settled = self._working and not self._outstanding
-        return (self.history.epoch, self.history.head) if settled else None
+        return (self.history.epoch, self.history.head, self._sent) if settled else None
 
     # --- requests ---
 
@@ -337,6 +342,7 @@ class Project:
             if not self._outstanding:
                 self._oldest_since = time.monotonic()
             self._outstanding.append(job)
+            self._sent += 1
             if isinstance(job.message, Execute) and (ahead := self._waiting.ahead_of(job)) != job.message.ahead:
                 job.message = msgspec.structs.replace(job.message, ahead=ahead)
             batch.append(job.message)

@@ -17,6 +17,7 @@ import msgspec
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.read_ipc import Found, Read
+from lattice_remote.server.project.kept import Kept
 
 __all__ = ["Reader"]
 
@@ -26,9 +27,6 @@ _READ_S = 20.0
 _IDLE_S = 300.0
 """A process that was asked nothing for so long is ended."""
 _MAX_WAITING = 256
-_KEPT_S = 5.0
-"""How long an answer may be given again: some say how long ago something was."""
-_MAX_KEPT_BYTES = 32 * 1024 * 1024
 _MAX_FOUND_BYTES = 256 * 1024 * 1024
 
 _TRIES_TOGETHER = 4
@@ -45,7 +43,8 @@ class Reader:
     Args:
         slug: the project's.
         paths: its files.
-        state: returns what names the state of its tree, and None while that is about to change.
+        state: returns what names the state of its tree, and None while that is about to change. Between two moments
+            with the same name nothing has touched the tree.
     """
 
     def __init__(self, slug: str, paths: ProjectPaths, state: Callable[[], object | None]) -> None:
@@ -54,8 +53,7 @@ class Reader:
         self._state = state
         self._turn = asyncio.Lock()
         self._waiting = 0
-        self._kept: dict[Read, tuple[object, float, Found]] = {}
-        self._kept_bytes = 0
+        self._kept = Kept()
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._leaving: asyncio.TimerHandle | None = None
@@ -68,29 +66,29 @@ class Reader:
             Rejected: REMOTE_BUSY, too many wait already.
             StorageError: the process can't be started, or took too long over it.
         """
-        if (kept := self._kept_answer(asked)) is not None:
+        if (kept := self._kept.get(asked, self._state())) is not None:
             return kept
         if self._waiting >= _MAX_WAITING:
             raise Rejected("the server has too much to read for this project; try again", code="REMOTE_BUSY")
         self._waiting += 1
         try:
             async with self._turn:
-                return self._kept_answer(asked) or await self._read(asked)
+                return self._kept.get(asked, self._state()) or await self._read(asked)
         finally:
             self._waiting -= 1
 
-    async def read_together(self, asked: Sequence[Read]) -> tuple[list[Found], object | None]:
-        """Return what several reads find, and the state of the tree at which all of them found it.
+    async def read_together(self, asked: Sequence[Read]) -> tuple[list[Found], bool]:
+        """Return what several reads find, and whether all of them found it in the state in which the tree is now.
 
-        Where writes follow one on the other it may be that of none: then the state is None, and each read has seen what
-        was acknowledged before this was called. Otherwise as ``read``.
+        Where writes follow one on the other it may be that of none: then each read has seen what was acknowledged
+        before this was called. Otherwise as ``read``.
         """
         for _ in range(_TRIES_TOGETHER):
             before = await self._settled()
             found = [await self.read(each) for each in asked]
             if before is not None and before == self._state():
-                return found, before
-        return found, None
+                return found, True
+        return found, False
 
     async def _settled(self) -> object | None:
         """Return the state of the tree; wait a moment for one."""
@@ -110,11 +108,6 @@ class Reader:
         self._closed = True
         self._end()
 
-    def _kept_answer(self, asked: Read) -> Found | None:
-        state, since, found = self._kept.get(asked, (None, 0.0, None))
-        is_fresh = state is not None and state == self._state() and asyncio.get_running_loop().time() - since < _KEPT_S
-        return found if is_fresh else None
-
     async def _read(self, asked: Read) -> Found:
         before = self._state()
         try:
@@ -129,7 +122,7 @@ class Reader:
                 raise StorageError("the server's reader of this project ended; try again") from error
             raise
         if before is not None and before == self._state():
-            self._keep(asked, before, found)
+            self._kept.keep(asked, before, found)
         return found
 
     async def _exchange(self, asked: Read) -> Found:
@@ -143,13 +136,6 @@ class Reader:
         found = _decoder.decode(await incoming.readexactly(length))
         self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
         return found
-
-    def _keep(self, asked: Read, state: object, found: Found) -> None:
-        if any(kept[0] != state for kept in self._kept.values()) or self._kept_bytes > _MAX_KEPT_BYTES:
-            self._kept.clear()
-            self._kept_bytes = 0
-        self._kept[asked] = state, asyncio.get_running_loop().time(), found
-        self._kept_bytes += len(found.body)
 
     async def _start(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._closed:

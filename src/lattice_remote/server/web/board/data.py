@@ -3,8 +3,6 @@
 What is in it is what the dashboard's own handlers answer, put together: so that later versions of lattice come along.
 """
 
-from typing import cast
-
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,11 +30,12 @@ async def _data(request: Request) -> Response:
     it may hold some of what came next, which the events then tell again.
     """
     project = (await guest(request)).project
-    at = (project.history.epoch, project.history.head)
-    found, state = await project.reader.read_together([ReadPage(f"/api/{part}") for part in _PARTS])
-    epoch, head = at if state is None else cast("tuple[str, int]", state)
+    history = project.history
+    before = Position(history.epoch, history.head)
+    found, is_exact = await project.reader.read_together([ReadPage(f"/api/{part}") for part in _PARTS])
+    at = Position(history.epoch, history.head) if is_exact else before
     board = {part: _data_of(each) for part, each in zip(_PARTS, found, strict=True)}
-    where = {"epoch": epoch, "head": head, "position": str(Position(epoch, head)), "exact": state is not None}
+    where = {"epoch": at.epoch, "head": at.seq, "position": str(at), "exact": is_exact}
     return ok({"project": project.slug, **where, **board})
 
 
