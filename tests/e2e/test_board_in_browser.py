@@ -8,13 +8,17 @@ from collections.abc import Iterator
 import pytest
 from board_pages import WITHOUT_ITS_LIBRARY, Board, card, column, panel, state, without_libraries
 from dashboards import serving
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from browser import Person, chromium, screenshot
 from sandbox import board
 from warm import warm
 
 pytestmark = pytest.mark.e2e
+
+NOTE_A_LATE_TASK = """new MutationObserver(function () {
+  if (document.querySelector("#app .detail")) document.body.dataset.drawnLate = "yes";
+}).observe(document.getElementById("app"), { childList: true, subtree: true })"""
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +72,24 @@ def test_every_view_shows_what_there_is_in_dark_and_light_wide_and_narrow(it: Bo
                 assert box["x"] + box["width"] <= 375, f"{button} is out of reach"
             screenshot(page, f"{theme}-narrow", whole=False)
             page.close()
+
+
+def test_a_view_whose_answers_come_late_does_not_take_the_place_of_the_next(it: Board) -> None:
+    task = it.made("Answered late")
+    with it.person() as person:
+        page = it.open(person)
+        held: list[Route] = []
+        page.route(f"**/api/tasks/{task}/events", lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks it
+        with page.expect_request(f"**/api/tasks/{task}/events"):
+            page.evaluate("task => { location.hash = '#/task/' + task; }", task)
+        page.evaluate("location.hash = '#/board'")
+        expect(card(page, task)).to_be_visible()
+        page.evaluate(NOTE_A_LATE_TASK)
+        for route in held:
+            route.continue_()
+        expect(page.locator("body")).to_have_attribute("data-drawn-late", "yes")
+        expect(card(page, task)).to_be_visible()
+        expect(page.locator("#app .detail")).to_have_count(0)
 
 
 # --- to work in it ---

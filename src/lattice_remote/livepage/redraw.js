@@ -4,9 +4,9 @@
 // function, and calls it when it is told of a change. While nobody tells of changes the page's own look goes on.
 (function (remote) {
   "use strict";
-  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000;
+  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000, DRAWN_MS = 50;
   var looks = new Map();
-  var missed = false, refreshing = false, drawing = false, waiting = false, within = false;
+  var missed = false, refreshing = false, drawing = false, waiting = false, within = null;
 
   var setInterval = window.setInterval.bind(window), clearInterval = window.clearInterval.bind(window);
   window.setInterval = function (look, ms) {
@@ -61,7 +61,9 @@
     refreshing = true;
     while (missed && !document.hidden && !isBusy()) {
       missed = false;
-      await draw(isTask() ? revisit : lookEverywhere);
+      var look = isTask() || late ? revisit : lookEverywhere;
+      late = false;
+      await draw(look);
       await pause(LEAST_GAP_MS);
     }
     refreshing = false;
@@ -79,7 +81,24 @@
   document.addEventListener("visibilitychange", function () {
     if (!document.hidden && missed) window.setTimeout(refresh, 0);  // when the page has begun to look again
   });
-  window.addEventListener("hashchange", function (event) { if (event.isTrusted) refresh(); });
+
+  // The page draws a view when its answers come, also when another view was chosen meanwhile: then that is drawn again.
+  var visit = 0, late = false;
+  window.addEventListener("hashchange", function (event) {
+    if (!event.isTrusted) return;
+    visit += 1;
+    refresh();
+  });
+  remote.guards.push(function (asked) {
+    var begun = visit;
+    function answered() {
+      if (begun === visit) return;
+      late = true;
+      window.setTimeout(refresh, DRAWN_MS);
+    }
+    if (within !== lookEverywhere) asked.then(answered, answered);  // a look knows which view it is for
+    return asked;
+  });
 
   // Somebody may begin to write between a look's question and its answer: then the look comes to nothing.
   remote.guards.push(function (asked) {
@@ -112,8 +131,8 @@
     }
   }
   function looking(look) {
-    within = true;
-    try { return look(); } finally { within = false; }  // its questions are asked before it first waits
+    within = look;
+    try { return look(); } finally { within = null; }  // its questions are asked before it first waits
   }
 
   // A look does not draw the page of a single task, so it is shown as if somebody had just come to it.
