@@ -145,9 +145,13 @@ def test_a_patch_that_is_refused_in_part_changes_nothing(rest: Rest, wrong: dict
 
 
 def edit(rest: Rest, path: Path, text: str) -> None:
-    """Write a file behind the server's back, and wait until that has its number."""
+    """Replace a file behind the server's back, and wait until that has its number.
+
+    As a whole: a file that is seen half written has a number for each of its halves, the second at any later moment.
+    """
     before = rest.head
-    path.write_text(text)
+    (made := path.parents[1] / "edited").write_text(text)
+    made.replace(path)
     wait_for(lambda: rest.head > before, "the edit's number")
 
 
@@ -193,6 +197,19 @@ def test_of_many_who_claim_a_task_one_gets_it(rest: Rest) -> None:
     assert (again["status"], again["plan_content"] is not None, rest.head) == ("in_progress", True, before)
     assert rest.refused("POST", "/tasks/WEB-99999/claim") == (404, "NOT_FOUND")
     assert rest.refused("POST", f"/tasks/{rest.task()}/claim") == (422, "PLAN_REQUIRED")
+
+
+def test_of_many_who_ask_for_the_next_task_each_gets_another(rest: Rest) -> None:
+    ready = {rest.task(planned=True, status="planned", priority="critical", urgency="immediate") for _ in range(5)}
+
+    def ask(number: int) -> str:
+        body = {"actor": f"agent:n{number}", "status": ["planned"]}
+        answer = requests.post(f"{rest.url}/next", json=body, headers=dict(rest.session.headers), timeout=30)
+        return str(answer.json()["data"]["short_id"]) if answer.status_code == 200 else f"{answer.status_code}"
+
+    with ThreadPoolExecutor(16) as pool:
+        got = list(pool.map(ask, range(16)))
+    assert sorted(got) == sorted([*ready, *["204"] * 11])
 
 
 def test_the_next_task_is_claimed_until_there_is_none(rest: Rest) -> None:
@@ -299,12 +316,23 @@ def test_a_change_that_is_made_once_stays_made_when_it_is_asked_again_later(rest
     assert rest.ok("PATCH", f"/tasks/{task}", headers=headers, json={"title": "one"}) == changed
     assert rest.ok("GET", f"/tasks/{task}")["title"] == "two"
     path = f"/plans/{task}"
+    same = {"Idempotency-Key": "same"}
+    first = rest.ask("PATCH", f"/tasks/{task}", headers=same, json={"title": "two", "assigned_to": None})
+    assert first.headers["Lattice-Change"].endswith(f"-{rest.head}"), "nothing was changed, and that is an answer too"
+    rest.ok("PATCH", f"/tasks/{task}", json={"title": "three"})
+    again = rest.ask("PATCH", f"/tasks/{task}", headers=same, json={"title": "two", "assigned_to": None})
+    assert (again.status_code, again.content) == (200, first.content)
     put = {"Idempotency-Key": "put", "If-Match": rest.ask("GET", path).headers["ETag"]}
     stored = rest.ok("PUT", path, headers=put, data=b"one")
     rest.ok("PUT", path, headers={"If-Match": "*"}, data=b"two")
     assert rest.ok("PUT", path, headers=put, data=b"one") == stored, "not 412: it was done before the text was another"
     assert rest.refused("PUT", path, headers={**put, "If-Match": "*"}, data=b"one") == (422, "REMOTE_INVALID")
     assert rest.ask("GET", path).content == b"two"
+    any_ = {"Idempotency-Key": "any", "If-Match": "*"}
+    replaced = rest.ok("PUT", path, headers=any_, data=b"three")
+    rest.ok("POST", f"/tasks/{task}/archive")
+    assert rest.ok("PUT", path, headers=put, data=b"one") == stored, "not 409: it was done before the task was archived"
+    assert rest.ok("PUT", path, headers=any_, data=b"three") == replaced
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "\xe4"])
@@ -399,6 +427,7 @@ def test_what_else_is_wrong_has_its_status(rest: Rest) -> None:
     for method, path, options, status, code in (
         ("POST", "/tasks", {"data": "title=x"}, 415, "REMOTE_PROTOCOL"),
         ("POST", "/tasks", {"json": {}}, 422, "REMOTE_INVALID"),
+        ("POST", "/tasks", {"json": {"title": "x"}, "headers": {"Content-Encoding": "gzip"}}, 415, "REMOTE_PROTOCOL"),
         ("GET", "/tasks", {"data": b"x"}, 413, "REMOTE_TOO_LARGE"),
         ("GET", "/tasks/WEB-99999", {}, 404, "NOT_FOUND"),
         ("GET", f"/tasks/task_{'0' * 26}", {}, 404, "NOT_FOUND"),
@@ -413,6 +442,7 @@ def test_what_else_is_wrong_has_its_status(rest: Rest) -> None:
         assert rest.refused(method, path, **options) == (status, code), (method, path)
     answer = rest.ask("DELETE", "/tasks")
     assert (answer.status_code, set(answer.headers["Allow"].split(", "))) == (405, {"GET", "HEAD", "POST"})
+    assert answer.json()["error"]["message"].endswith(f"this path takes {answer.headers['Allow']} only")
 
 
 def test_a_refusal_does_not_end_the_connection(rest: Rest) -> None:

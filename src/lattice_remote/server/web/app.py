@@ -83,9 +83,12 @@ async def _nothing_here(request: Request, error: Exception) -> Response:
         why = "this is a WebSocket endpoint: upgrade the request"
         return say(request, Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
     status = HTTPStatus(getattr(error, "status_code", 500))
-    code = "REMOTE_NOT_FOUND" if status is HTTPStatus.NOT_FOUND else "REMOTE_PROTOCOL"
-    response = say(request, Refusal(status, code, f"{request.method} {request.url.path}: there is nothing here"))
-    response.headers.update(getattr(error, "headers", None) or {})  # which methods there are
+    headers = getattr(error, "headers", None) or {}
+    code, why = "REMOTE_NOT_FOUND", "there is nothing here"
+    if status is not HTTPStatus.NOT_FOUND:
+        code, why = "REMOTE_PROTOCOL", f"this path takes {headers.get('Allow', 'other methods')} only"
+    response = say(request, Refusal(status, code, f"{request.method} {request.url.path}: {why}"))
+    response.headers.update(headers)
     return response
 
 

@@ -16,7 +16,7 @@ from lattice_remote.server.web.asking import Once, once_only
 from lattice_remote.server.web.bodies import body_of
 from lattice_remote.server.web.gate import Guest, guest
 
-__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "Asked", "Json", "Nothing", "Query", "asked_of"]
+__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "Asked", "Json", "Nothing", "Query", "asked_of", "header_of"]
 
 MAX_JSON_BYTES = 1024 * 1024
 MAX_KEY_CHARS = 255
@@ -56,6 +56,11 @@ class Asked[Q: Query, B: Json | Nothing | bytes]:
     request: Request
 
 
+def header_of(request: Request, name: str) -> str:
+    """Return a header that is a list, of which each part may come in a line of its own; "" when there is none."""
+    return ", ".join(request.headers.getlist(name)).strip()
+
+
 async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Asked[Any, Any]:
     """Return a request, checked.
 
@@ -70,9 +75,16 @@ async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Asked
     content = b""
     if body is not Nothing:
         most = visitor.hub.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
+        _refuse_encoded(request)
         content = await body_of(request, most)
     parsed = content if body is bytes else _json(request, content, body)
     return Asked(visitor, dict(request.path_params), found, parsed, _once(request, visitor, content), request)
+
+
+def _refuse_encoded(request: Request) -> None:
+    if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
+        why = "send the body as it is, without Content-Encoding"
+        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
 
 
 def _query(request: Request, kind: type[Query]) -> Query:
@@ -113,7 +125,7 @@ def _once(request: Request, visitor: Guest, content: bytes) -> Once:
         _digest("key", visitor.login.token.id, key).hex(),
         _digest(
             *(request.method, request.url.path, request.url.query, hashlib.sha256(content).hexdigest()),
-            *(request.headers.get(name, "") for name in _CONDITIONS),
+            *(header_of(request, name) for name in _CONDITIONS),
         ),
     )
 

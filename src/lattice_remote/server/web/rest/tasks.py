@@ -133,10 +133,6 @@ async def claim_next_task(asked: Asked[Nothing, ClaimNext]) -> Response:
 
 async def show_task(asked: Asked[Nothing, Nothing]) -> Response:
     """Return a task with its events and its relationships, archived or not."""
-    return await _show(asked)
-
-
-async def _show(asked: Asked[Any, Any]) -> Response:
     return await read(asked, "show", "--", asked.path["id"])
 
 
@@ -145,14 +141,11 @@ async def change_task(asked: Asked[Nothing, TaskChanges]) -> Response:
     lines = list(_lines(asked, asked.body))
     if not lines:
         raise Rejected("there is nothing to change in the request's body", code="REMOTE_INVALID")
-    done, response = await as_one(asked, "together", {"lines": lines})
+    # Where all was already as it is to be, lattice prints no task: so it is asked for.
+    done, response = await as_one(asked, "together", {"lines": lines, "task": asked.path["id"]})
     if response.status_code != HTTPStatus.OK:
         return response
-    snapshots = [
-        data for data in msgspec.json.decode(_data_of(done.payload), type=list[dict[str, Any]]) if "id" in data
-    ]
-    # Where all was already as it is to be, lattice prints no task.
-    return _with_data(response, snapshots[-1]) if snapshots else await _show(asked)
+    return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[-1])
 
 
 def _lines(asked: Asked[Any, Any], changes: TaskChanges) -> list[list[str]]:

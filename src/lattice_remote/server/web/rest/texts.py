@@ -18,13 +18,15 @@ from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.project.texts import text_at_head
 from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.asking import edit
-from lattice_remote.server.web.rest.asked import Asked, Nothing
+from lattice_remote.server.web.rest.asked import Asked, Nothing, header_of
 from lattice_remote.server.web.rest.commands import answer, at_change, found
 from lattice_remote.server.web.rest.endpoint import Endpoint
 
 __all__ = ["Text", "endpoints"]
 
 _ETAG = re.compile(r'(W/)?"([^"]*)"')
+_OF_NO_TEXT = bytes(32)
+"""Names a text that is not there."""
 _TRIES = 5
 
 
@@ -38,11 +40,19 @@ class Text(msgspec.Struct):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a task's text is."""
+    """Where a task's text is, ``path``, and where it is written, ``active``, as long as the task is not archived."""
 
     task: str
-    path: str
+    kind: str
     is_archived: bool
+
+    @property
+    def active(self) -> str:
+        return f"{self.kind}/{self.task}.md"
+
+    @property
+    def path(self) -> str:
+        return f"archive/{self.active}" if self.is_archived else self.active
 
 
 async def read_plan(asked: Asked[Nothing, Nothing]) -> Response:
@@ -74,11 +84,11 @@ async def _get(asked: Asked[Nothing, Nothing], kind: str) -> Response:
         return place
     text = await text_at_head(asked.guest.project, place.path)
     if text is None:
-        raise Rejected(f"task {place.task} has no {kind}", code="REMOTE_NOT_FOUND")
+        raise Rejected(f"task {place.task} has no {'plan' if kind == 'plans' else kind}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)
     headers = {"ETag": etag, "Cache-Control": "no-cache"}
-    named = asked.request.headers.get("If-None-Match", "")
-    if named.strip() == "*" or etag in {f'"{tag}"' for _, tag in _ETAG.findall(named)}:
+    named = header_of(asked.request, "If-None-Match")
+    if named == "*" or etag in {f'"{tag}"' for _, tag in _ETAG.findall(named)}:
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return Response(text, headers=headers, media_type="text/markdown; charset=utf-8")
 
@@ -91,8 +101,6 @@ async def _put(asked: Asked[Nothing, bytes], kind: str) -> Response:
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
-    if place.is_archived:
-        raise _conflict(f"task {place.task} is archived: unarchive it first")
     done = await _store(asked, place)
     etag = _etag(asked.body)
     content = msgspec.json.encode(
@@ -103,30 +111,37 @@ async def _put(asked: Asked[Nothing, bytes], kind: str) -> Response:
 
 async def _store(asked: Asked[Nothing, bytes], place: _Place) -> Stored:
     """Put the text in the place of the one that the request names; return what came of it."""
-    wanted = asked.request.headers.get("If-Match", "").strip()
+    wanted = header_of(asked.request, "If-Match")
     if not wanted:
-        if asked.request.headers.get("If-None-Match", "").strip() != "*":
+        if header_of(asked.request, "If-None-Match") != "*":
             why = 'say what this replaces: If-Match: "..." with the ETag of the text that you have read, or * for any'
             raise TurnedAway(Refusal(HTTPStatus.PRECONDITION_REQUIRED, "REMOTE_INVALID", f"{why}; or If-None-Match: *"))
         return await _edit(asked, place, b"")
     for _ in range(_TRIES):
-        _, current = asked.guest.project.history.files.get(place.path, (0, b""))
-        base = _base(wanted, current)
+        _, current = asked.guest.project.history.files.get(place.active, (0, b""))
         try:
-            return await _edit(asked, place, base)
+            return await _edit(asked, place, _base(wanted, current))
         except Rejected as rejected:
-            # With a star, another text that came in between is to be replaced as well.
-            if rejected.code != "REMOTE_STALE_BASE" or wanted != "*":
+            if rejected.code != "REMOTE_STALE_BASE":
                 raise
-    raise Rejected(f"{place.path} is changing all the time; try again", code="REMOTE_BUSY")
+            if place.is_archived:
+                raise _archived(place) from rejected
+            if not current:
+                why = f"task {place.task} has no such text yet: make it with If-None-Match: *"
+                raise Rejected(why, code=rejected.code) from rejected
+            # With a star, another text that came in between is to be replaced as well.
+            if wanted != "*":
+                raise
+    raise Rejected(f"{place.active} is changing all the time; try again", code="REMOTE_BUSY")
 
 
 async def _edit(asked: Asked[Nothing, bytes], place: _Place, base_digest: bytes) -> Stored:
-    stored = await edit(asked.guest, place.path, asked.body, base_digest=base_digest, once=asked.once)
-    if stored.outcome == "conflict" and not base_digest:
-        raise _stale(place.path)
+    stored = await edit(asked.guest, place.active, asked.body, base_digest=base_digest, once=asked.once)
+    if stored.outcome == "conflict" and not base_digest and not place.is_archived:
+        why = f"{place.active} is there already: read it, and name its ETag in If-Match"
+        raise Rejected(why, code="REMOTE_STALE_BASE")
     if stored.outcome == "conflict":
-        raise _conflict(f"task {place.task} was archived meanwhile: unarchive it first")
+        raise _archived(place)
     return stored
 
 
@@ -138,11 +153,12 @@ def _base(wanted: str, current: bytes) -> bytes:
     Raises:
         Rejected: 412: it names none that could be there.
     """
-    if wanted == "*" and current:
-        return current
+    if wanted == "*":
+        return current or _OF_NO_TEXT
     named = [tag for weak, tag in _ETAG.findall(wanted) if not weak and re.fullmatch("[0-9a-f]{64}", tag)]
     if not named:
-        raise Rejected("there is no text yet, or If-Match names none of this server's", code="REMOTE_STALE_BASE")
+        why = "If-Match names no ETag of this server: send the one that came with the text, with its quotes"
+        raise Rejected(why, code="REMOTE_STALE_BASE")
     return bytes.fromhex(current.hex() if current.hex() in named else named[0])
 
 
@@ -153,19 +169,16 @@ async def _place(asked: Asked[Any, Any], kind: str) -> _Place | Response:
     if not shown["ok"]:
         return answer(printed)
     task, is_archived = shown["data"]["id"], bool(shown["data"].get("archived"))
-    return _Place(task, f"{'archive/' if is_archived else ''}{kind}/{task}.md", is_archived)
+    return _Place(task, kind, is_archived)
 
 
 def _etag(text: bytes) -> str:
     return f'"{digest_of(text).hex()}"'
 
 
-def _stale(path: str) -> Rejected:
-    return Rejected(f"{path} is there already: read it, and name its ETag in If-Match", code="REMOTE_STALE_BASE")
-
-
-def _conflict(message: str) -> TurnedAway:
-    return TurnedAway(Refusal(HTTPStatus.CONFLICT, "REMOTE_INVALID", message))
+def _archived(place: _Place) -> TurnedAway:
+    why = f"task {place.task} is archived: unarchive it first"
+    return TurnedAway(Refusal(HTTPStatus.CONFLICT, "REMOTE_INVALID", why))
 
 
 _CHOICES = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.PRECONDITION_REQUIRED)

@@ -1,10 +1,11 @@
 """Several of lattice's commands as one write, and the claiming of a task that is named.
 
-``together``, of ``{"lines": [[...], ...]}``, runs these command lines in order: all of them, or none. ``claim``, of
-``{"task": ..., "line": [...]}``, runs a line of ``next --claim``, which picks the task that is named.
+``together``, of ``{"lines": [[...], ...], "task": ...}``, runs these command lines in order: all of them, or none.
+``claim``, of ``{"task": ..., "line": [...]}``, runs a line of ``next --claim``, which picks the task that is named.
 
-The answer is ``{"ok": true, "data": [...]}`` with what each line printed as its data; or status 422, and the whole of
-what the line printed that lattice refused. Each line is checked as if it came alone, before the first one runs.
+The answer is ``{"ok": true, "data": [...]}`` with what each line printed as its data, and last, where ``together`` has
+a ``task``, its snapshot after all of them; or status 422, and the whole of what the line printed that lattice refused.
+Each line is checked as if it came alone, before the first one runs.
 """
 
 import json
@@ -29,6 +30,7 @@ _Line = Annotated[list[str], Meta(min_length=1, max_length=1000)]
 
 class _Together(msgspec.Struct, forbid_unknown_fields=True):
     lines: Annotated[list[_Line], Meta(min_length=1, max_length=16)]
+    task: str = ""
 
 
 class _Claim(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,7 +45,7 @@ def load() -> None:
 def prepare(asked: Asked) -> Operation:
     """Check every line; see ``Surface``."""
     if asked.name == "together":
-        return _operation(asked, _payload(asked, _Together).lines)
+        return _together(asked, _payload(asked, _Together))
     if asked.name == "claim":
         return _claim(asked, _payload(asked, _Claim))
     raise unsupported(f"the server does not know an operation {shown(asked.name)} of commands")
@@ -56,12 +58,29 @@ def _payload[T: msgspec.Struct](asked: Asked, kind: type[T]) -> T:
         raise Rejected(f"the payload of {asked.name}: {error}", code="REMOTE_PROTOCOL") from None
 
 
-def _operation(asked: Asked, lines: Sequence[Sequence[str]]) -> Operation:
+def _together(asked: Asked, together: _Together) -> Operation:
+    task = together.task
+    if task:
+        check(Kind.ID, "task", task)
+    return _operation(asked, together.lines, partial(_snapshot, asked, task) if task else None)
+
+
+def _snapshot(asked: Asked, task: str) -> msgspec.Raw:
+    """Return the snapshot of a task that a command has just found."""
+    from lattice.cli.helpers import read_snapshot, resolve_task_id
+
+    snapshot = read_snapshot(asked.lattice_dir, resolve_task_id(asked.lattice_dir, task, True))
+    return msgspec.Raw(json.dumps(snapshot).encode())
+
+
+def _operation(
+    asked: Asked, lines: Sequence[Sequence[str]], last: Callable[[], msgspec.Raw] | None = None
+) -> Operation:
     commands = [_parsed(asked, line) for line in lines]
     steps = [partial(asked.run_line, line, command.path) for line, command in zip(lines, commands, strict=True)]
     label = "commands: " + ", ".join(command.path for command in commands)
     actor = next((command.actor for command in commands if command.actor), asked.identity.actor)
-    return Operation(label, actor, partial(_run, steps))
+    return Operation(label, actor, partial(_run, steps, last))
 
 
 def _parsed(asked: Asked, line: Sequence[str]) -> Command:
@@ -73,13 +92,15 @@ def _parsed(asked: Asked, line: Sequence[str]) -> Command:
     return command
 
 
-def _run(steps: Sequence[Callable[[], Printed]]) -> Answer:
+def _run(steps: Sequence[Callable[[], Printed]], last: Callable[[], msgspec.Raw] | None) -> Answer:
     data: list[msgspec.Raw] = []
     for step in steps:
         printed = step()
         if printed.exit_code:
             return Answer(_REFUSED, printed.stdout or _as_envelope(printed))
         data.append(msgspec.json.decode(printed.stdout, type=dict[str, msgspec.Raw])["data"])
+    if last is not None:
+        data.append(last())
     return Answer(200, msgspec.json.encode({"ok": True, "data": data}))
 
 
