@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import re
 import resource
 import secrets
 import socket
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -145,17 +147,48 @@ async def test_who_takes_nothing_is_cut_after_its_time(running: Running, monkeyp
     lazy.close()
 
 
+class Batch(list[tuple[int, bytes]]):
+    """One of which can be told whether anybody holds it."""
+
+
+async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with writing(running) as client:
+        for _ in range(24):
+            await put(client, '{"x": "' + "x" * 250_000 + '"}')
+    history, read = running.hub.project("web").history, list[weakref.ref[Batch]]()
+    original = history.changes_after
+
+    async def reading(seq: int) -> Batch:
+        batch = Batch(await original(seq))
+        read.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(history, "changes_after", reading)
+    lazy = await stalled(running, "?since=0")
+    await until(lambda: read and not any(batch() for batch in read))
+    assert len(streams_of(running)) == 1, "it was not cut yet"
+    lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    said = bytearray()
+    while f"id: {history.epoch}-24\n".encode() not in said[-500_000:]:
+        said += await asyncio.get_running_loop().sock_recv(lazy, 1 << 20)
+    told = re.findall(rb"^id: \w+-(\d+)$", said, re.MULTILINE)
+    assert [int(seq) for seq in told] == list(range(25)), "the first says where it begins"
+    lazy.close()
+
+
 def streams_of(running: Running) -> list[stream._Stream]:
     return [end.__self__ for end in running.hub._staying if isinstance(getattr(end, "__self__", None), stream._Stream)]
 
 
-async def stalled(running: Running) -> socket.socket:
+async def stalled(running: Running, query: str = "") -> socket.socket:
     """Open a stream of which nothing is read, on a connection of which the system keeps little."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     raw.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(raw, ("127.0.0.1", running.port))
-    head = f"GET /projects/web/events/stream HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.token}\r\n\r\n"
-    await loop.sock_sendall(raw, head.encode())
+    lines = [f"GET /projects/web/events/stream{query} HTTP/1.1", "Host: x", f"Authorization: Bearer {running.token}"]
+    await loop.sock_sendall(raw, "\r\n".join([*lines, "", ""]).encode())
     return raw

@@ -7,6 +7,7 @@ and it is cut when it takes nothing for 10 s, or has more than ``_MAX_PENDING_BY
 """
 
 import asyncio
+import contextlib
 from http import HTTPStatus
 
 from starlette.requests import Request
@@ -26,6 +27,8 @@ from lattice_remote.server.web.gate import Guest, guest
 __all__ = ["routes"]
 
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
+_HELD_S = 0.5
+"""How long changes that were read for one that catches up are held while it takes nothing; then they are read again."""
 _HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
@@ -94,16 +97,23 @@ class _Stream:
         """Send what it missed, at its pace; go live in the tick in which it has what the others have."""
         try:
             while self._sent < self._feed.position:
-                batch = await self._project.history.changes_after(self._sent)
-                if not batch and self._sent < self._feed.position:
-                    self._reset("expired")  # while it was catching up
-                for seq, frame in batch:
-                    self.tell(await self._feed.told(seq, frame))
-                    await self._outbox.room()
+                await self._tell_batch()
+                await self._outbox.room()
         except Exception as error:  # noqa: BLE001 - it comes back, and says where it was
             self.end(goodbye(self._project, error))
         else:
             self._feed.live.add(self)
+
+    async def _tell_batch(self) -> None:
+        """Send a batch of what it missed, or what it takes of it: for one that stalls no more is held than it was sent."""
+        batch = await self._project.history.changes_after(self._sent)
+        if not batch and self._sent < self._feed.position:
+            self._reset("expired")  # while it was catching up
+        with contextlib.suppress(TimeoutError):
+            for seq, frame in batch:
+                self.tell(await self._feed.told(seq, frame))
+                async with asyncio.timeout(_HELD_S):
+                    await self._outbox.room()
 
     # --- as a listener ---
 
