@@ -384,6 +384,17 @@ def test_an_attachment_for_which_there_is_no_room_is_refused(project: Path) -> N
         worker.ok("comment", "LAT-1", "goes on", *ANA)
 
 
+def test_when_lattices_own_files_find_no_room_the_command_is_refused_and_undone(project: Path) -> None:
+    with WorkerProcess(project, max_file_bytes=20_000) as worker:
+        worker.ok("create", "x", *ANA)
+        before = tree_of(project / ".lattice")
+        refused = worker.refused("update", "LAT-1", f"description={'word-' * 5000}", *ANA)
+        assert refused.code == "REMOTE_STORAGE"
+        assert refused.message.startswith("the server can't store what 'lattice update' writes: ")
+        assert tree_of(project / ".lattice") == before
+        worker.ok("comment", "LAT-1", "goes on", *ANA)
+
+
 def test_when_the_journal_has_no_room_the_command_is_refused_undone_and_can_be_sent_again(project: Path) -> None:
     lattice = project / ".lattice"
     with WorkerProcess(project, max_file_bytes=20_000) as worker:

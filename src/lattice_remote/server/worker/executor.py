@@ -5,6 +5,7 @@ Or one operation of another surface, in the same circumstances.
 The process must have been prepared with ``prepare()``; one command runs at a time, in the main thread.
 """
 
+import errno
 import fcntl
 import io
 import logging
@@ -33,6 +34,8 @@ _log = logging.getLogger(__name__)
 _LOCK_RETRY_S = 0.02
 _FAILED = 400
 """From this status on an operation did not succeed."""
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+"""What the system says when the disk takes nothing: it is full, or over a quota or a limit, or it fails."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
 """The longest that ``resource acquire --wait`` waits, whatever it was told."""
 
@@ -56,6 +59,7 @@ class Outcome:
     Attributes:
         answer: of an operation that did not break down.
         failure: one line when the command broke down, so that all it did must be undone; None otherwise.
+        no_room: the failure is that the disk did not take what it wrote.
         waiting: it would wait; nothing was printed.
     """
 
@@ -65,6 +69,7 @@ class Outcome:
     answer: Answer | None = None
     hooks: list[HookCall] = field(default_factory=list)
     failure: str | None = None
+    no_room: OSError | None = None
     waiting: Waiting | None = None
 
     @property
@@ -239,8 +244,7 @@ class Executor:
             except _WouldWait as pause:
                 outcome.waiting = pause.waiting
             except Exception as error:  # noqa: BLE001 - a command may fail in any way, the writer goes on
-                _log.exception("lattice %s broke down", " ".join(argv[:2]))
-                outcome.failure = self._describe(error)
+                self._failed(outcome, f"lattice {' '.join(argv[:2])}", error)
         outcome.stdout, outcome.stderr = stdout(), stderr()
         outcome.hooks = list(self._hooks)
         return outcome
@@ -256,8 +260,7 @@ class Executor:
             try:
                 outcome.answer = operation()
             except Exception as error:  # noqa: BLE001 - an operation may fail in any way, the writer goes on
-                _log.exception("%s broke down", label)
-                outcome.failure = self._describe(error)
+                self._failed(outcome, label, error)
         outcome.hooks = list(self._hooks)
         return outcome
 
@@ -309,6 +312,15 @@ class Executor:
     def _collect_hook(self, cmd: str, env: dict[str, str], stdin_data: str) -> None:
         """Stand for lattice's own function: the server runs hooks after the commit."""
         self._hooks.append(HookCall(cmd, env, stdin_data))
+
+    def _failed(self, outcome: Outcome, label: str, error: Exception) -> None:
+        """Note what ended a command that did not come to its end by itself; the log has it too."""
+        outcome.failure = self._describe(error)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            outcome.no_room = error
+            _log.error("%s: the disk does not take what it writes: %s", label, error.strerror)
+        else:
+            _log.error("%s broke down", label, exc_info=error)
 
     def _describe(self, error: Exception) -> str:
         """Return one line on an error, without the server's directories."""

@@ -65,6 +65,8 @@ class Runner:
         if outcome.is_undone or touched.veto is not None or touched.unshared:
             self._store.roll_back()
             _refuse_vetoed(touched, work.name)
+            if outcome.no_room is not None:
+                raise cannot_store(f"what {work.name} writes", outcome.no_room)
             difference, hooks = Difference(), []
         else:
             difference = self._store.difference(touched, work.vouched)
