@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lattice_remote.server.data.loglines import _Json, _Text
+from lattice_remote.server.data.loglines import FORMAT_VARIABLE, _Json, _Text
 
 CODE = "import logging; from lattice_remote.server.data.loglines import log_to_stderr as f;"
 
@@ -110,6 +111,36 @@ def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
     left_out = next(int(line.split()[0]) for line in lines if "were left out here" in line)
     assert left_out == 900 - sum(line.startswith("xx") for line in lines)
     assert lines[-1] == "read again"
+
+
+def test_a_line_that_the_disk_takes_in_part_spoils_no_other(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = CODE + "from resource import RLIMIT_FSIZE as F, setrlimit as limit; f('');"
+    code += "limit(F, (1000, -1))\nfor n in range(20): logging.info('x' * 100)\n"
+    code += "limit(F, (-1, -1)); logging.info('room again')"
+    with log.open("wb") as stderr:
+        subprocess.run(
+            [sys.executable, "-c", code],
+            stderr=stderr,
+            env=os.environ | {FORMAT_VARIABLE: "json"},
+            check=True,
+            timeout=60,
+        )
+    *whole, torn, left_out, last = log.read_text().splitlines()
+    assert [json.loads(line)["msg"] for line in whole] == ["x" * 100] * len(whole)
+    assert 0 < len(torn) < len(whole[0])
+    assert json.loads(left_out)["msg"].startswith(f"{20 - len(whole)} lines were left out here")
+    assert json.loads(last)["msg"] == "room again"
+
+
+def test_a_long_traceback_in_a_full_pipe_holds_nobody_up() -> None:
+    code = CODE + "f('%(message)s')\nfor n in range(300):\n  try: raise ValueError('\\n'.join(['y' * 500] * 60))\n"
+    code += "  except ValueError: logging.exception('long')\nprint('through', flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "through\n"
+    process.communicate(timeout=30)
+    assert process.returncode == 0
 
 
 def test_a_flood_of_news_fills_no_disk_and_hides_no_warning() -> None:

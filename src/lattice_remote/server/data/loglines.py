@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import select
+import stat
 import sys
 import time
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ LEVEL_VARIABLE = "LATTICE_REMOTE_LOG_LEVEL"
 
 _MAX_CHARACTERS = 1000
 _MAX_TRACE_CHARACTERS = 16_000
+_PIECE_BYTES = 4096
+"""What a pipe takes at once when it takes anything."""
 _MOST_A_SECOND = 1000
 """Lines; more are left out: a client that is refused a thousand times a second is not to fill the disk."""
 
@@ -75,12 +78,16 @@ class _Unhurried(logging.StreamHandler[TextIO]):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._is_file = False
+        self._descriptor = -1
+        self._piece_bytes = sys.maxsize
         self._poll = select.poll()
         with contextlib.suppress(OSError):  # what is no file takes everything
             self._poll.register(stream.fileno(), select.POLLOUT)
-            self._is_file = True
+            self._descriptor = stream.fileno()
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                self._piece_bytes = _PIECE_BYTES
         self._second, self._lines, self._left_out = 0, 0, 0
+        self._is_torn = False  # a line was begun that has no end
 
     def emit(self, record: logging.LogRecord) -> None:
         second = int(time.monotonic())
@@ -88,14 +95,37 @@ class _Unhurried(logging.StreamHandler[TextIO]):
             self._second, self._lines = second, 0
         self._lines += 1
         is_too_much = self._lines > _MOST_A_SECOND and record.levelno <= logging.INFO
-        if is_too_much or (self._is_file and not self._poll.poll(0)):
+        if is_too_much or not self._takes_more():
             self._left_out += 1
             return
         if self._left_out:
-            text, number = "%d lines were left out here: too many at once, or nobody read them", self._left_out
-            self._left_out = 0
-            super().emit(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (number,), None))
-        super().emit(record)
+            text = "%d lines were left out here: too many at once, or nobody took them"
+            if self._tell(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._left_out,), None)):
+                self._left_out = 0
+        self._left_out += not self._tell(record)
+
+    def _takes_more(self) -> bool:
+        return self._descriptor < 0 or bool(self._poll.poll(0))
+
+    def _tell(self, record: logging.LogRecord) -> bool:
+        """Write a line; return whether all of it was taken."""
+        if self._descriptor < 0:
+            super().emit(record)
+            return True
+        try:
+            self._write(f"{self.format(record)}\n".encode(self.stream.encoding, "backslashreplace"))
+        except OSError:  # a full disk, a pipe that was closed
+            return False
+        except Exception:  # noqa: BLE001 - what can't be told ends nothing
+            self.handleError(record)
+        return not self._is_torn
+
+    def _write(self, line: bytes) -> None:
+        """Write a line past Python's buffers, which would keep what the disk does not take; as much as is taken."""
+        rest = memoryview(b"\n" + line if self._is_torn else line)
+        while rest and self._takes_more():
+            rest = rest[os.write(self._descriptor, rest[: self._piece_bytes]) :]
+            self._is_torn = bool(rest)
 
 
 def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> None:
@@ -111,8 +141,9 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
     level = os.environ.get(LEVEL_VARIABLE, "").upper()
     logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
-    # What no line says need not be found out for each.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    # What no line says need not be found out for each: thread, process, task, file and line.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = logging.logAsyncioTasks = False
+    logging._srcfile = None  # as "Optimization" in the how-to of logging says
     sys.excepthook = _log_the_end
     for name in ("asyncio", "websockets", "watchfiles", "uvicorn", "multipart"):  # their details are nobody's business
         logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
