@@ -71,18 +71,21 @@ def test_a_second_server_on_the_same_directory_is_refused(process: Process) -> N
     assert len(second.stderr.splitlines()) == 1
 
 
-def test_a_port_in_use_is_one_line(process: Process, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["--port", "--metrics-listen"])
+def test_a_port_in_use_is_one_line(process: Process, tmp_path: Path, option: str) -> None:
     other = DataDir(tmp_path / "other")
     other.create()
+    where = f"127.0.0.1:{process.port}"
+    taken = ["--port", str(process.port)] if option == "--port" else ["--port", "0", option, where]
     second = subprocess.run(
-        [*COMMAND, "start", "--data", other.path, "--port", str(process.port)],
+        [*COMMAND, "start", "--data", other.path, *taken],
         capture_output=True,
         text=True,
         check=False,
     )
     assert second.returncode == 1
     assert len(second.stderr.splitlines()) == 1
-    assert f"cannot listen on 127.0.0.1:{process.port}" in second.stderr
+    assert f"cannot listen on {where}: Address already in use; choose another {option}" in second.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

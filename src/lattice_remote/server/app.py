@@ -47,8 +47,8 @@ _CERTIFICATE_CHECK_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """Return a listening socket; port 0 picks a free one.
+def bind(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> socket.socket:
+    """Return a listening socket; port 0 picks a free one. The options are those that its message names.
 
     Raises:
         Misuse: the address is taken, not ours, or can't be resolved.
@@ -58,7 +58,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
     except (OSError, UnicodeError) as error:  # UnicodeError: no name could look like this
         why = error.strerror if isinstance(error, OSError) else "not a host name"
-        raise Misuse(f"cannot listen on {host}:{port}: {why}; choose another --host") from error
+        raise Misuse(f"cannot listen on {host}:{port}: {why}; choose another {host_option}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -67,7 +67,7 @@ def bind(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise Misuse(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        raise Misuse(f"cannot listen on {host}:{port}: {error.strerror}; choose another {port_option}") from error
     return listener
 
 
@@ -82,17 +82,18 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     certificate = _certificate(config, data.path)
     _warn_of_plain_text(config, listener)
     _allow_many_connections()
-    figures = bind(*_host_and_port(config.metrics_listen)) if config.metrics_listen else None
+    figures = _bind_figures(config.metrics_listen) if config.metrics_listen else None
     sockets = _Sockets(listener, figures, statussocket.listen(data.path))
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(data, config, certificate, manager, sockets))
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def _bind_figures(address: str) -> socket.socket:
     host, colon, port = address.rpartition(":")
     if not (host and colon and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
         raise Misuse(f"cannot serve metrics on {address!r}: name a host and a port, such as 127.0.0.1:9464")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    host, option = host.removeprefix("[").removesuffix("]"), "--metrics-listen"
+    return bind(host, int(port), host_option=option, port_option=option)
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:

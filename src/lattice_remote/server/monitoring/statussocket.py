@@ -20,7 +20,11 @@ _NAME = "status.sock"
 _MAX_PATH_BYTES = 100
 """A socket's path may have 103 bytes on some systems."""
 _TIMEOUT_S = 5.0
+_PAUSE_S = 1.0
+"""Before the next look at who asks, when the system lets nobody in."""
 _MAX_BYTES = 64 * 1024 * 1024
+_END = b"}"
+"""With what a document ends that is whole: it is one object."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +56,11 @@ async def tell(listener: socket.socket, document: Callable[[], Awaitable[bytes]]
     """Answer whoever connects, one after the other, until this is cancelled."""
     loop = asyncio.get_running_loop()
     while True:
-        connection, _ = await loop.sock_accept(listener)
+        try:
+            connection, _ = await loop.sock_accept(listener)
+        except OSError:  # no more files can be opened, for now
+            await asyncio.sleep(_PAUSE_S)
+            continue
         with connection:
             connection.setblocking(False)
             try:
@@ -73,9 +81,21 @@ def remove(directory: Path) -> None:
 def ask(directory: Path) -> bytes | None:
     """Return what the server of a data directory says; None when none runs.
 
+    One that ends just now is asked once more, which tells whether it has ended.
+
     Raises:
         StorageError: one is there and does not answer, or may not be asked.
     """
+    answer = _answer_of(directory)
+    if answer is not None and not answer.endswith(_END):
+        answer = _answer_of(directory)
+        if answer is not None and not answer.endswith(_END):
+            raise StorageError(f"the server on {directory} could not answer; look at its log")
+    return answer
+
+
+def _answer_of(directory: Path) -> bytes | None:
+    """Return what it says, perhaps not to its end; None when nobody is there."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(directory) as address:
             connection.settimeout(_TIMEOUT_S)
@@ -83,6 +103,8 @@ def ask(directory: Path) -> bytes | None:
             return _all_of(connection)
     except (FileNotFoundError, ConnectionRefusedError):
         return None
+    except ConnectionResetError:
+        return b""
     except TimeoutError:
         raise StorageError(f"the server on {directory} does not answer; look at its log") from None
     except OSError as error:
