@@ -12,6 +12,9 @@ _MAX_BYTES = 32 * 1024 * 1024
 _OVERHEAD_BYTES = 1024
 """What each takes beside its contents: there may be many that say next to nothing."""
 
+_ITEM_BYTES = 160
+"""What is known of each item of a list."""
+
 
 class Kept:
     """The newest answers of one state of the tree. Belongs to the event loop's thread."""
@@ -57,4 +60,5 @@ def _now() -> float:
 
 def _weight_of(asked: Read, found: Found) -> int:
     said = sum(map(len, asked.argv)) if isinstance(asked, ReadCommand) else len(asked.path)
-    return _OVERHEAD_BYTES + said + len(found.body) + len(found.message)
+    items = 0 if found.items is None else len(found.items.ids) * _ITEM_BYTES
+    return _OVERHEAD_BYTES + said + len(found.body) + len(found.message) + items

@@ -10,6 +10,7 @@ from typing import NoReturn
 from lattice_remote.server.data.read_ipc import Found, Read, ReadCommand
 from lattice_remote.server.tree.capture import Capture, Vetoed
 from lattice_remote.server.worker.executor import Executor
+from lattice_remote.server.worker.lists import laid_out
 from lattice_remote.server.worker.surfaces.lattice_handler import handler_class
 
 __all__ = ["NoWrites", "Reads"]
@@ -44,7 +45,14 @@ class Reads:
         outcome = self._executor.run(asked.argv, asked.path, last_try=True)
         if outcome.failure is not None:
             return Found(500, b"", message=outcome.failure)
-        return Found(outcome.exit_code, outcome.stdout, message=outcome.stderr.decode(errors="replace"))
+        message = outcome.stderr.decode(errors="replace")
+        if asked.list_at and not outcome.exit_code:
+            try:
+                body, items = laid_out(outcome.stdout, asked.list_at)
+            except ValueError as error:
+                return Found(500, b"", message=str(error))
+            return Found(0, body, message=message, items=items)
+        return Found(outcome.exit_code, outcome.stdout, message=message)
 
     def _page(self, path: str) -> Found:
         request = handler_class(self._lattice_dir)(path, b"")

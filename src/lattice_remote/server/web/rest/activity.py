@@ -3,12 +3,11 @@
 from http import HTTPStatus
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 from starlette.responses import Response
 
 from lattice_remote.server.web.rest.asked import Asked, Nothing
-from lattice_remote.server.web.rest.commands import Provenance, answer, found, options, write
+from lattice_remote.server.web.rest.commands import Provenance, found, options, shown, write
 from lattice_remote.server.web.rest.endpoint import Endpoint
 from lattice_remote.server.web.rest.paging import Page, page_of
 from lattice_remote.server.web.rest.shapes import Comment, Event, Task
@@ -27,8 +26,8 @@ class NewComment(Provenance, frozen=True, kw_only=True):
 
 async def list_comments(asked: Asked[Page, Nothing]) -> Response:
     """List the comments on a task, oldest first, each with its replies; a page counts comments, not replies."""
-    printed = await found(asked, "comments", "--", asked.path["id"])
-    return answer(page_of(printed, asked.query, by_id=False))
+    comments = await found(asked, "comments", "--", asked.path["id"], list_at=("data",))
+    return shown(page_of(comments, asked.query, by_id=False))
 
 
 async def add_comment(asked: Asked[Nothing, NewComment]) -> Response:
@@ -40,12 +39,8 @@ async def add_comment(asked: Asked[Nothing, NewComment]) -> Response:
 
 async def list_events(asked: Asked[Page, Nothing]) -> Response:
     """List a task's events, oldest first."""
-    printed = await found(asked, "show", "--", asked.path["id"])
-    shown = msgspec.json.decode(printed, type=dict[str, msgspec.Raw])
-    if shown.get("ok") == msgspec.Raw(b"true"):
-        shown["data"] = msgspec.json.decode(shown["data"], type=dict[str, msgspec.Raw])["events"]
-        printed = msgspec.json.encode(shown)
-    return answer(page_of(printed, asked.query, by_id=False))
+    events = await found(asked, "show", "--", asked.path["id"], list_at=("data", "events"))
+    return shown(page_of(events, asked.query, by_id=False))
 
 
 endpoints = [

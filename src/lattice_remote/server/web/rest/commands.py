@@ -9,11 +9,11 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.messages import Returned
-from lattice_remote.server.data.read_ipc import ReadCommand
+from lattice_remote.server.data.read_ipc import Found, ReadCommand
 from lattice_remote.server.web.asking import call, run
 from lattice_remote.server.web.rest.asked import Asked, Json
 
-__all__ = ["Provenance", "answer", "as_one", "at_change", "found", "options", "read", "write"]
+__all__ = ["Provenance", "answer", "as_one", "at_change", "found", "options", "read", "shown", "write"]
 
 _STATUSES = {
     "NOT_FOUND": HTTPStatus.NOT_FOUND,
@@ -79,19 +79,27 @@ def options(body: Provenance, asked: Asked[Any, Any], **others: object) -> list[
 
 async def read(asked: Asked[Any, Any], path: str, *arguments: str) -> Response:
     """Answer with what a command prints that only reads; ``path`` are its words, as ``resource list``."""
-    return answer(await found(asked, path, *arguments))
+    return shown(await found(asked, path, *arguments))
 
 
-async def found(asked: Asked[Any, Any], path: str, *arguments: str) -> bytes:
+def shown(printed: Found) -> Response:
+    """Answer with what was found; what may be very long is passed on as it is."""
+    return answer(printed.body) if printed.status else _in_json(printed.body, HTTPStatus.OK)
+
+
+async def found(asked: Asked[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()) -> Found:
     """Return what a command prints that only reads: an envelope, or that of its error.
+
+    With ``list_at``, the list that is there instead, as in ``ReadCommand``.
 
     Raises:
         StorageError: it broke down.
     """
-    printed = await asked.guest.project.reader.read(ReadCommand(path, (*path.split(), "--json", *arguments)))
+    asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
+    printed = await asked.guest.project.reader.read(asking)
     if not printed.body:
         raise StorageError(f"'lattice {path}' can't be read on the server: {_said(printed.message)}")
-    return printed.body
+    return printed
 
 
 async def write(asked: Asked[Any, Any], path: str, *arguments: str, success: HTTPStatus = HTTPStatus.OK) -> Response:
@@ -121,7 +129,11 @@ def answer(printed: bytes, success: HTTPStatus = HTTPStatus.OK) -> Response:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StorageError("what lattice printed is no JSON: it may be longer than can be sent") from error
     status = success if envelope.ok else _STATUSES.get(envelope.error.code, HTTPStatus.UNPROCESSABLE_ENTITY)
-    return Response(printed.rstrip() + b"\n", status, media_type="application/json")
+    return _in_json(printed.rstrip() + b"\n", status)
+
+
+def _in_json(content: bytes, status: HTTPStatus) -> Response:
+    return Response(content, status, media_type="application/json")
 
 
 def _said(message: str) -> str:

@@ -5,12 +5,13 @@ is left out or shown twice.
 """
 
 import base64
-from typing import Annotated, Any
+from bisect import bisect_right
+from typing import Annotated
 
-import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta, UnsetType, structs
 
 from lattice_remote.errors import Rejected
+from lattice_remote.server.data.read_ipc import Found
 from lattice_remote.server.web.rest.asked import Query
 
 __all__ = ["Page", "page_of"]
@@ -25,47 +26,39 @@ class Page(Query, frozen=True, kw_only=True):
     cursor: Annotated[str, Meta(min_length=1, max_length=400, pattern="^[A-Za-z0-9_=-]+$")] | UnsetType = UNSET
 
 
-class _Identified(msgspec.Struct, frozen=True):
-    id: str = ""
-
-
-def page_of(envelope: bytes, page: Page, *, by_id: bool) -> bytes:
-    """Return an envelope with a part of the list that is the ``data`` of another; an error's is returned as it is.
+def page_of(found: Found, page: Page, *, by_id: bool) -> Found:
+    """Return what was found with a part of its list; an error is returned as it is. Takes no longer for a long list.
 
     Args:
-        envelope: as lattice prints it.
+        found: a list, with its items.
         page: which part.
         by_id: the list is in the order of its ids, and things may disappear from it.
 
     Raises:
         Rejected: the cursor is none of this list.
     """
-    if page.limit is UNSET and page.cursor is UNSET:
-        return envelope
-    whole = msgspec.json.decode(envelope, type=dict[str, msgspec.Raw])
-    if whole.get("ok") != msgspec.Raw(b"true"):
-        return envelope
-    items = msgspec.json.decode(whole["data"], type=list[msgspec.Raw])
-    ids = [item.id for item in msgspec.json.decode(whole["data"], type=list[_Identified])]
-    first = 0 if page.cursor is UNSET else _place_after(_decoded(page.cursor), ids, by_id=by_id)
-    end = len(items) if page.limit is UNSET else first + page.limit
-    part: dict[str, Any] = {**whole, "data": items[first:end]}
-    if end < len(items):
-        part["next"] = _encoded(ids[end - 1])
-    return msgspec.json.encode(part)
+    items = found.items
+    if items is None or (page.limit is UNSET and page.cursor is UNSET):
+        return found
+    first = 0 if page.cursor is UNSET else _place_after(_decoded(page.cursor), items.ids, by_id=by_id)
+    count = len(items.ids)
+    end = count if page.limit is UNSET else min(first + page.limit, count)
+    part = found.body[items.ends[first - 1] + 1 if first else items.start : items.ends[end - 1]] if first < end else b""
+    following = b',"next":"%s"' % _encoded(items.ids[end - 1]) if end < count else b""
+    return structs.replace(found, body=b"".join((found.body[: items.start], part, b"]", following, b"}")))
 
 
 def _place_after(last: str, ids: list[str], *, by_id: bool) -> int:
     if by_id:
-        return sum(id_ <= last for id_ in ids)
+        return bisect_right(ids, last)
     try:
         return ids.index(last) + 1
     except ValueError:
         raise Rejected("the cursor is none of this list: begin anew without it", code="REMOTE_INVALID") from None
 
 
-def _encoded(id_: str) -> str:
-    return base64.urlsafe_b64encode(id_.encode()).decode()
+def _encoded(id_: str) -> bytes:
+    return base64.urlsafe_b64encode(id_.encode())
 
 
 def _decoded(cursor: str) -> str:

@@ -11,8 +11,9 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
+from lattice_remote.server.data.read_ipc import Found
 from lattice_remote.server.web.rest.asked import Asked, Nothing
-from lattice_remote.server.web.rest.commands import Provenance, answer, found, options, read, write
+from lattice_remote.server.web.rest.commands import Provenance, found, options, read, shown, write
 from lattice_remote.server.web.rest.endpoint import Endpoint
 from lattice_remote.server.web.rest.shapes import Resource, Resources
 from lattice_remote.server.web.staying import while_there
@@ -92,7 +93,7 @@ async def extend_resource(asked: Asked[Nothing, Provenance]) -> Response:
 
 async def show_resource_with_id(asked: Asked[Nothing, Nothing]) -> Response:
     """Return the resource that has this name and this id."""
-    return answer(await _with_id(asked))
+    return shown(await _with_id(asked))
 
 
 async def hold_resource(asked: Asked[Nothing, Holding]) -> Response:
@@ -105,7 +106,7 @@ async def hold_resource(asked: Asked[Nothing, Holding]) -> Response:
     return await write(asked, "resource release", *options(how, asked), "--", asked.path["id"])
 
 
-async def _with_id(asked: Asked[Any, Any]) -> bytes:
+async def _with_id(asked: Asked[Any, Any]) -> Found:
     """Return what lattice prints of a resource; the name of an id never changes.
 
     Raises:
@@ -113,8 +114,8 @@ async def _with_id(asked: Asked[Any, Any]) -> bytes:
     """
     name, id_ = asked.path["name"], asked.path["id"]
     printed = await found(asked, "resource status", "--", name)
-    shown = msgspec.json.decode(printed, type=dict[str, Any])
-    if not shown.get("ok") or (shown["data"].get("name"), shown["data"].get("id")) != (name, id_):
+    resource = {} if printed.status else msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
+    if (resource.get("name"), resource.get("id")) != (name, id_):
         raise Rejected(f"no resource {name!r} has the id {id_!r}", code="REMOTE_NOT_FOUND")
     return printed
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.web.rest.asked import Asked, Json, Nothing
-from lattice_remote.server.web.rest.commands import Provenance, answer, as_one, found, options, read, write
+from lattice_remote.server.web.rest.commands import Provenance, as_one, found, options, read, shown, write
 from lattice_remote.server.web.rest.endpoint import Endpoint
 from lattice_remote.server.web.rest.paging import Page, page_of
 from lattice_remote.server.web.rest.shapes import Event, NextTask, Task, TaskInFull
@@ -101,8 +101,8 @@ async def list_tasks(asked: Asked[Filters, Nothing]) -> Response:
     texts["priority"] = query.priority
     given = [f"--{name}={value}" for name, value in texts.items() if value is not UNSET]
     flags = {"--include-archived": query.include_archived, "--compact": query.compact}
-    printed = await found(asked, "list", *given, *(name for name, is_set in flags.items() if is_set))
-    return answer(page_of(printed, query, by_id=True))
+    given += [name for name, is_set in flags.items() if is_set]
+    return shown(page_of(await found(asked, "list", *given, list_at=("data",)), query, by_id=True))
 
 
 async def create_task(asked: Asked[Nothing, NewTask]) -> Response:

@@ -165,10 +165,10 @@ def _base(wanted: str, current: bytes) -> bytes:
 async def _place(asked: Asked[Any, Any], kind: str) -> _Place | Response:
     """Return where a task's text is, or how lattice says that there is no such task."""
     printed = await found(asked, "show", "--compact", "--", asked.path["id"])
-    shown = msgspec.json.decode(printed, type=dict[str, Any])
-    if not shown["ok"]:
-        return answer(printed)
-    task, is_archived = shown["data"]["id"], bool(shown["data"].get("archived"))
+    if printed.status:
+        return answer(printed.body)
+    data = msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
+    task, is_archived = data["id"], bool(data.get("archived"))
     return _Place(task, kind, is_archived)
 
 
