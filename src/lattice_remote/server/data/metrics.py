@@ -5,6 +5,8 @@ moment (queues, clients, heads) is not counted: ``monitoring/gauges.py`` looks i
 bounded: projects, codes, routes; never an address, a token, or anything that a client may choose.
 """
 
+from functools import cache, partial
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 
 __all__ = ["Metrics", "ProjectMetrics"]
@@ -62,8 +64,10 @@ class ProjectMetrics:
     """The figures of one project."""
 
     def __init__(self, metrics: Metrics, slug: str) -> None:
-        self._metrics = metrics
-        self._slug = slug
+        # Looked up once for each combination: each write is counted several times.
+        self._requests = cache(partial(metrics.requests.labels, slug))
+        self._refusals = cache(partial(metrics.refusals.labels, slug))
+        self._goodbyes = cache(partial(metrics.goodbyes.labels, slug))
         self.changes = metrics.changes.labels(slug)
         self.request_seconds = metrics.request_seconds.labels(slug)
         self.executor_seconds = metrics.executor_seconds.labels(slug)
@@ -74,12 +78,12 @@ class ProjectMetrics:
 
     def settled(self, kind: str, outcome: str) -> None:
         """Count a write that was asked for: what it was, and what came of it."""
-        self._metrics.requests.labels(self._slug, kind, outcome).inc()
+        self._requests(kind, outcome).inc()
 
     def refused(self, code: str) -> None:
         """Count a request that was refused, a write or not."""
-        self._metrics.refusals.labels(self._slug, code).inc()
+        self._refusals(code).inc()
 
     def said_goodbye(self, code: str) -> None:
         """Count a client that was sent away."""
-        self._metrics.goodbyes.labels(self._slug, code).inc()
+        self._goodbyes(code).inc()
