@@ -105,7 +105,7 @@ class _Stream:
             self._feed.live.add(self)
 
     async def _tell_batch(self) -> None:
-        """Send a batch of what it missed, or what it takes of it: for one that stalls no more is held than it was sent."""
+        """Send a batch of what it missed; for one that stalls, no more of it is held than it was sent."""
         batch = await self._project.history.changes_after(self._sent)
         if not batch and self._sent < self._feed.position:
             self._reset("expired")  # while it was catching up
