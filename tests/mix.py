@@ -205,10 +205,13 @@ class Mix:
                 ("PATCH", path, about, "assignment_changed"),
                 ("PATCH", path, about, "field_updated"),
                 ("POST", f"{path}/archive", {}, "task_archived"),
+                ("POST", f"{path}/claim", {}, "assignment_changed"),
+                ("POST", "/next", {}, "assignment_changed"),
+                *(("POST", f"/resources/{name}/acquire", {}, "resource_acquired") for name in self._resources),
             ]
         )
         argv = (method, path, json.dumps({**body, "actor": actor}))
-        return Command(argv, Effect(word, kind), program="rest_caller")
+        return Command(argv, Effect(word, kind, none_if=rest_caller.NOTHING), program="rest_caller")
 
     def _comment_file(self, rng: random.Random, word: str) -> Command:
         file = self.server.log.parent / f"{word}.txt"

@@ -13,8 +13,10 @@ import requests
 
 from sandbox import Client
 
-__all__ = ["call"]
+__all__ = ["NOTHING", "call"]
 
+NOTHING = "204: there was nothing to do"
+"""What it says it printed when a request succeeded and did nothing."""
 _PATIENCE_S = 45.0
 _TIMEOUT_S = (5.0, 10.0)
 """To connect, and for an answer: on a connection that is half open none comes."""
@@ -36,7 +38,7 @@ def call(client: Client, method: str, path: str, body: dict[str, Any]) -> subpro
             said = type(error).__name__
         else:
             if answer.ok:
-                return subprocess.CompletedProcess(argv, 0, answer.text, "")
+                return subprocess.CompletedProcess(argv, 0, NOTHING if answer.status_code == 204 else answer.text, "")
             error = answer.json()["error"]  # whatever is wrong, it is said in an envelope
             said = f"{answer.status_code} {error['code']}: {error['message']}"
             if answer.status_code != 503:
