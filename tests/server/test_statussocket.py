@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from test_app import make_data
+from typer.testing import CliRunner
 
 from lattice_remote.errors import StorageError
+from lattice_remote.server.cli import app
 from lattice_remote.server.monitoring import statussocket
 
 
@@ -80,3 +83,77 @@ async def test_what_the_system_refuses_for_a_moment_is_no_end(tmp_path: Path, mo
     assert await asyncio.to_thread(statussocket.ask, tmp_path) == b"{}"
     telling.cancel()
     listener.close()
+
+
+@contextlib.asynccontextmanager
+async def telling(directory: Path, document: bytes) -> AsyncIterator[asyncio.Task[None]]:
+    """Tell everybody this, as a server does."""
+
+    async def said() -> bytes:
+        return document
+
+    listener = statussocket.listen(directory)
+    assert listener is not None
+    task = asyncio.create_task(statussocket.tell(listener, said))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        listener.close()
+        statussocket.remove(directory)
+
+
+async def ask(directory: Path) -> bytes | None:
+    return await asyncio.to_thread(statussocket.ask, directory)
+
+
+async def test_what_a_killed_server_left_and_a_link_are_replaced(tmp_path: Path) -> None:
+    place, other = tmp_path / "status.sock", tmp_path / "other"
+    other.write_text("somebody else's")
+    place.symlink_to(other)
+    for _ in range(2):
+        async with telling(tmp_path, b"{}"):
+            assert place.is_socket()
+            assert place.stat().st_mode & 0o777 == 0o600
+            assert await ask(tmp_path) == b"{}"
+        assert await ask(tmp_path) is None
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(place))
+        assert await ask(tmp_path) is None, "nobody listens there any more"
+    assert other.read_text() == "somebody else's"
+
+
+async def test_where_there_can_be_none_the_server_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "status.sock").mkdir()
+    assert statussocket.listen(tmp_path) is None
+    statussocket.remove(tmp_path)
+    assert (tmp_path / "status.sock").is_dir()
+
+
+async def test_a_path_may_be_longer_than_a_sockets(tmp_path: Path) -> None:
+    directory = tmp_path / ("x" * 120)
+    directory.mkdir()
+    before = Path.cwd()
+    async with telling(directory, b"{}"):
+        assert await ask(directory) == b"{}"
+    assert Path.cwd() == before
+
+
+async def test_who_does_not_read_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statussocket, "_TIMEOUT_S", 0.2)
+    large = b"{%b}" % (b" " * 4_000_000)
+    async with telling(tmp_path, large):
+        with socket.socket(socket.AF_UNIX) as lazy:
+            lazy.connect(str(tmp_path / "status.sock"))
+            await asyncio.to_thread(lazy.recv, 1)  # his turn has begun
+            monkeypatch.setattr(statussocket, "_TIMEOUT_S", 5.0)  # of the one behind him
+            assert await ask(tmp_path) == large
+
+
+def test_a_server_that_says_something_else_is_one_line(tmp_path: Path) -> None:
+    """It may be of an older version."""
+    data = make_data(tmp_path / "data")
+    with saying(data.path, [b'{"running": 1}']):
+        done = CliRunner().invoke(app, ["--data", str(data.path), "status", "--json"])
+    assert "did not say how it is" in str(done.exception), done.output

@@ -3,6 +3,7 @@
 import msgspec
 import typer
 
+from lattice_remote.errors import StorageError
 from lattice_remote.server.admin.commands import DataOption, JsonOption
 from lattice_remote.server.data.datadir import DataDir, default_location
 from lattice_remote.server.monitoring.showing import as_lines
@@ -29,9 +30,17 @@ def status(context: typer.Context, as_json: JsonOption = False, data: DataOption
     target = DataDir(data or context.find_root().obj or default_location())
     target.config()
     told = ask(target.path)
-    found = stopped_status(target) if told is None else msgspec.json.decode(told, type=ServerStatus)
+    found = stopped_status(target) if told is None else _decoded(told)
     if as_json:
         typer.echo(msgspec.json.encode(found).decode())
     else:
         typer.echo("\n".join(as_lines(found)))
     raise typer.Exit(0 if found.running else NOT_RUNNING)
+
+
+def _decoded(told: bytes) -> ServerStatus:
+    """Raises StorageError: the server has broken off, or is of a version that tells less."""
+    try:
+        return msgspec.json.decode(told, type=ServerStatus)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise StorageError("the server did not say how it is; its log says why, unless it is older than this") from None
