@@ -22,8 +22,8 @@ NOT_RUNNING = 3
 def status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
     """Show how the server is: its projects, and who is connected and how far behind.
 
-    Asks the server that runs on the data directory, as the same user. Exits with 0 when one does, with 3 when none
-    does: then the files tell of the projects.
+    Asks the server that runs on the data directory, as the same user, and exits with 0.
+    Where none runs it exits with 3, and the files tell of the projects.
 
     Example: lattice-remote --data ./board status --json
     """
