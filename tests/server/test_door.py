@@ -65,6 +65,34 @@ def test_requests_on_one_connection_have_that_rate_too() -> None:
     assert refusal(arrived(door)) is None
 
 
+def test_requests_with_a_token_are_counted_for_the_token_wherever_they_come_from() -> None:
+    clock = Clock()
+    door = Door(Limits(new_connections_per_second=1, messages_per_second=5), clock=clock)
+    ours, theirs, far = arrived(door), arrived(door), arrived(door, "192.0.2.2")
+    assert [ours.enter([], "tok_a") for _ in range(15)] + [far.enter([], "tok_a") for _ in range(5)] == [None] * 20
+    for visit in (ours, far):
+        refused = visit.enter([], "tok_a")
+        assert refused is not None and refused.status is HTTPStatus.TOO_MANY_REQUESTS
+        assert "tok_a" in refused.message
+    assert theirs.enter([], "tok_b") is None, "whoever shares the address goes on"
+    clock.now += 0.2
+    assert (ours.enter([], "tok_a"), ours.enter([], "tok_a") is None) == (None, False)
+    # On its connection too, what shows no token is a stranger's.
+    assert [refusal(theirs) for _ in range(8)] == [None] * 8
+    assert refusal(theirs) == (429, 1)
+
+
+def test_behind_a_proxy_nobody_asks_at_the_cost_of_who_asked_before_him_on_the_same_connection() -> None:
+    door = Door(Limits(new_connections_per_second=1, messages_per_second=20), ["10.0.0.1"], clock=Clock())
+    shared = arrived(door, "10.0.0.1")
+    for number in range(80):  # every one from another place than the last: no address of the team is a new connection
+        assert shared.enter([f"192.0.2.{1 + number % 2}"], "tok_a") is None
+    assert refusal(shared, "192.0.2.1") is None
+    assert shared.admit("tok_a") is None
+    assert [refusal(shared, "198.51.100.1") for _ in range(10)] == [None] * 10
+    assert refusal(shared, "198.51.100.1") == (429, 1)
+
+
 def test_open_connections_from_one_address_are_bounded() -> None:
     door = Door(Limits(connections_per_address=3))
     visits = [arrived(door, host) for host in ("2001:db8::1", "2001:db8::2", "2001:db8::3")]
@@ -221,7 +249,7 @@ def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(even
             visit = visits[number % len(visits)]
             match kind:
                 case "enter":
-                    visit.enter([host])
+                    visit.enter([host], f"tok_{number % 2}" if number % 3 else "")
                 case "admit" if not visit._token_id:
                     visit.admit(f"tok_{number % 2}")
                 case "holds":

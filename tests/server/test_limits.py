@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import json
+import re
 import secrets
 import struct
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,30 @@ async def test_new_connections_of_an_address(tmp_path: Path) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await reader.read()).startswith(b"HTTP/1.1 429 ")
+        writer.close()
+
+
+async def test_requests_with_a_token_are_not_those_of_its_address(tmp_path: Path) -> None:
+    async with limited(tmp_path, new_connections_per_second=1, messages_per_second=10) as running:
+        asked: Counter[bytes] = Counter()
+        request = f"GET /projects/web HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {running.token}\r\n\r\n".encode()
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        for _ in range(400):
+            writer.write(request)
+            head = await reader.readuntil(b"\r\n\r\n")
+            asked[head[9:12]] += 1
+            if asked[b"429"]:
+                break
+            await reader.readexactly(int(re.search(rb"content-length: (\d+)", head, re.I)[1]))  # type: ignore[index]
+        assert asked[b"200"] >= 40 and asked[b"429"] == 1
+        assert (await reader.read()).startswith(b'{"ok":false,"error":{"code":"REMOTE_BUSY"')
+        writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+        answered = await reader.read()
+        assert (answered.count(b"HTTP/1.1 200"), answered.count(b"HTTP/1.1 429")) == (9, 1), (
+            "strangers go at their pace"
+        )
         writer.close()
 
 

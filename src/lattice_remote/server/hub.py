@@ -175,9 +175,9 @@ class Hub:
         if matched is None:
             return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
         headers, visit = request.headers, connection.visit
-        admitted = visit.enter(headers.get_all("X-Forwarded-For")) or self.admit(
-            visit, headers.get_all("Authorization"), matched[1]
-        )
+        authorization = headers.get_all("Authorization")
+        turned_away = visit.enter(headers.get_all("X-Forwarded-For"), self.shown(authorization))
+        admitted = turned_away or self.admit(visit, authorization, matched[1])
         if isinstance(admitted, Refusal):
             return admitted
         if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
@@ -201,6 +201,11 @@ class Hub:
             return login
         project = self.enter(login, slug)
         return project if isinstance(project, Refusal) else (login, project)
+
+    def shown(self, authorization: Sequence[str]) -> str:
+        """Return the id of the token that a request shows and that is valid, "" for none; nothing is counted."""
+        login = self._logins.find(bearer(authorization))
+        return "" if login is None or self._logins.objection(login) is not None else login.token.id
 
     def identify(self, visit: Visit, token_text: str) -> Login | Refusal:
         """Return whose text this is; "" is nobody's (I9)."""

@@ -22,7 +22,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     connections_per_token: _Count = 1_000
     connections_per_address: _Count = 2_000
     new_connections_per_second: _Count = 100
-    """From one address, and HTTP requests on them; ten seconds' worth may come at once."""
+    """From one address, and further HTTP requests that show no valid token; ten seconds' worth may come at once."""
     waiting_connections: _Count = 2_048
     """Connections that have not shown a token yet. One more, and the address with the most loses its oldest."""
     waiting_connections_per_address: _Count = 1_024
@@ -35,7 +35,7 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     command_seconds: Annotated[float, Meta(ge=1, le=600)] = 30.0
     """A command that takes longer is ended and undone. Waiting for a resource does not count."""
     messages_per_second: _Count = 1_000
-    """WebSocket frames of any kind on one connection; four seconds' worth may come at once."""
+    """WebSocket frames on one connection, and HTTP requests with one token; four seconds' worth may come at once."""
     request_bytes: Annotated[int, Meta(ge=4 * 1024 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024
     """The largest message that a client may send."""
     text_bytes: Annotated[int, Meta(ge=64 * 1024, le=15 * 1024 * 1024)] = 8 * 1024 * 1024

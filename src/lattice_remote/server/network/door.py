@@ -6,6 +6,9 @@ address and all together; when those are too many, the address with the most mak
 (``strangers.py``), so a flood keeps nobody out who shows his token at once. What else is known of an address is
 forgotten when more than ``MAX_ADDRESSES`` are known.
 
+A request that shows a valid token is counted for the token, and any other for its address: agents that share an address
+don't stand in each other's way, and a token is no faster from many addresses.
+
 Nothing here waits or does I/O.
 """
 
@@ -29,6 +32,8 @@ MAX_ADDRESSES = 10_000
 """How many addresses are remembered that have no connection."""
 _BURST_S = 10
 """How many seconds' worth of new connections may come at once."""
+_TOKEN_BURST_S = 4
+"""How many seconds' worth of requests with one token may come at once."""
 _LOG_EVERY_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -76,31 +81,37 @@ class Visit:
         """Whether a trusted proxy has made the connection, whose headers about its client are believed."""
         return self._host in self._door.proxies
 
-    def enter(self, forwarded_for: Sequence[str]) -> Refusal | None:
+    def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> Refusal | None:
         """Take note of a request's head; return why it is turned away, if it is.
 
         Args:
             forwarded_for: the values of all X-Forwarded-For headers, which count when a trusted proxy sent them.
+            token_id: of the valid token that this very request shows, "" for none. What an earlier request on the
+                connection has shown counts for nothing: a proxy has many people's requests on one.
         """
         proxies = self._door.proxies
         if self._host in proxies and not self._gone:
             name = counted_as(proxies.origin(self._host, forwarded_for))
             if self._home is None or self._home.name != name:
                 self._leave_home()
-                self.come_from(self._door.known(name))
+                self.come_from(self._door.known(name), is_new=not token_id)
                 self._requests = 0
-        if self._requests and self._home is not None and self._refusal is None:  # the first came with its connection
-            self._refusal = self._door.too_fast(self._home)
         self._requests += 1
+        if self._refusal is None and token_id:
+            return self._door.too_fast_with(token_id, self.address)
+        if (
+            self._refusal is None and self._requests > 1 and self._home is not None
+        ):  # the first came with its connection
+            self._refusal = self._door.too_fast(self._home)
         return self._refusal
 
-    def come_from(self, home: _Address) -> None:
-        """Count it for an address; ``enter()`` says whether that is one too many."""
+    def come_from(self, home: _Address, *, is_new: bool = True) -> None:
+        """Count it for an address, as new or as one more that is open; ``enter()`` says if it is too much."""
         self._home = home
         home.connections += 1
         if not self._token_id:
             self._door.stranger(self, home.name)
-        self._refusal = self._door.one_more_from(home)
+        self._refusal = self._door.one_more_from(home, is_new=is_new)
 
     def log(self, reason: str) -> None:
         """Log what it did, now and then."""
@@ -167,6 +178,7 @@ class Door:
         self._strangers: Strangers[Visit] = Strangers()
         self._by_token: Counter[str] = Counter()
         self._held_by_token: Counter[str] = Counter()
+        self._requests_of: dict[str, Bucket] = {}  # by token: there are no more than were ever made
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: when, and how often it was not since
 
     def arrive(self, host: str) -> Visit | None:
@@ -217,10 +229,10 @@ class Door:
                 return
             self._addresses[name] = oldest
 
-    def one_more_from(self, home: _Address) -> Refusal | None:
+    def one_more_from(self, home: _Address, *, is_new: bool) -> Refusal | None:
         """Return why one more connection from an address, already counted, is too much."""
         limits = self.limits
-        if (refusal := self.too_fast(home)) is not None:
+        if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
         if home.connections > limits.connections_per_address:
             self.log("too many connections", home.name)
@@ -238,6 +250,16 @@ class Door:
             return None
         self.log("too many new connections or requests", home.name)
         return _too_many("too many new connections or requests from your address", wait_s)
+
+    def too_fast_with(self, token_id: str, address: str) -> Refusal | None:
+        """Count a request that shows a valid token; return why it is too much."""
+        rate, now = self.limits.messages_per_second, self._clock()
+        requests = self._requests_of.setdefault(token_id, Bucket(rate * _TOKEN_BURST_S, now))
+        wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)
+        if not wait_s:
+            return None
+        self.log(f"too many requests with {token_id}", address)
+        return _too_many(f"too many requests with token {token_id}", wait_s)
 
     def login_failed(self, home: _Address) -> Refusal | None:
         """Count a failed login, and return a refusal when it is one too many."""

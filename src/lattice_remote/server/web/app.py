@@ -60,16 +60,17 @@ def http_app(hub: Hub, gauges: Gauges) -> ASGIApp:
     app.state.gauges = gauges
     app.state.feeds = Feeds()
     app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
-    return with_records(with_headers(_past_the_door(ending_where_unread(app))), hub, routes)
+    return with_records(with_headers(_past_the_door(ending_where_unread(app), hub)), hub, routes)
 
 
-def _past_the_door(app: ASGIApp) -> ASGIApp:
+def _past_the_door(app: ASGIApp, hub: Hub) -> ASGIApp:
     """Return the app for those requests only that the door lets pass."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope["state"]["visit"]
         headers = Headers(scope=scope)
-        refusal = visit.enter(headers.getlist("X-Forwarded-For")) or refused_body(scope["method"], headers)
+        token_id = hub.shown(headers.getlist("Authorization"))
+        refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refused_body(scope["method"], headers)
         await (app if refusal is None else say(Request(scope), refusal))(scope, receive, send)
 
     return guarded
