@@ -61,6 +61,10 @@ class FaultProxy:
         """Half open: what is connected now stays connected, and nothing that is said on it arrives any more."""
         self._call(lambda: self._swallowed.update(self._writers))
 
+    def swallow_answers(self) -> None:
+        """What is said on the connections of now arrives; what is answered does not."""
+        self._call(lambda: self._swallowed.update(each for each in self._writers if not self._is_to_server(each)))
+
     def flow(self) -> None:
         """Forward again, and accept again; what was swallowed stays so."""
         self._refusing = False
@@ -96,8 +100,13 @@ class FaultProxy:
         self._loop.call_soon_threadsafe(run)
         done.wait(10)
 
+    def _is_to_server(self, writer: asyncio.StreamWriter) -> bool:
+        return bool(writer.get_extra_info("peername")[1] == self.target)
+
     def _reset(self) -> None:
         for writer in list(self._writers):
+            if writer.is_closing():
+                continue
             sock: socket.socket = writer.get_extra_info("socket")
             # With a linger of 0 seconds, closing sends RST and drops what was not yet sent.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -156,7 +165,7 @@ class FaultProxy:
             if self._cut_after is not None:
                 self._cut_after -= len(data)
             writer.write(data)
-            if writer.get_extra_info("peername")[1] == self.target:
+            if self._is_to_server(writer):
                 self.to_server += len(data)
             else:
                 self.to_clients += len(data)

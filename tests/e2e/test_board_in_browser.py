@@ -11,7 +11,8 @@ from dashboards import serving
 from playwright.sync_api import Route, expect
 
 from browser import Person, chromium, screenshot
-from sandbox import board
+from faultproxy import FaultProxy
+from sandbox import board, wait_for
 from warm import warm
 
 pytestmark = pytest.mark.e2e
@@ -293,6 +294,73 @@ def test_whose_token_is_taken_away_is_told_and_led_to_sign_in(it: Board) -> None
         page.get_by_role("button", name="Sign in").click()
         expect(state(page)).to_have_text("Live")
         assert page.url == f"{it.server.url}{it.path}#/board"
+
+
+def test_a_look_that_comes_to_nothing_is_made_again(it: Board) -> None:
+    with it.person() as person:
+        page = it.open(person)
+        page.route("**/api/tasks", lambda route: route.fulfill(status=503, body="{}"), times=2)
+        it.does("create", "Not seen at once")
+        expect(page.get_by_text("Not seen at once")).to_be_visible()
+        expect(state(page)).to_have_text("Live")
+        assert sum("503" in said for said in person.complaints) == 2
+        person.complaints.clear()
+
+
+def test_signing_out_in_one_tab_is_known_in_the_others(it: Board) -> None:
+    with it.person() as person:
+        pages = [it.open(person), it.open(person)]
+        home = person.open("/")
+        home.get_by_role("button", name="Sign out").click()
+        expect(home.get_by_label("Token")).to_be_visible()
+        with person.context.expect_event("response", lambda answer: answer.url.endswith("remote/events")) as asked:
+            it.does("create", "Not for who has signed out")
+        assert asked.value.status == 401, "the stream of before is not listened to any more"
+        for page in pages:
+            expect(state(page)).to_have_text("Signed out")
+        person.complaints.clear()
+
+
+def test_a_connection_that_is_dead_is_noticed_after_a_sleep(it: Board) -> None:
+    with FaultProxy(it.server.port) as proxy, Person(it.browser, proxy.url) as person:
+        person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
+        person.sign_in(it.server.token("human:web")).close()
+        listening, other = it.open(person), it.open(person)
+        other.clock.install()
+        other.reload()
+        expect(state(other)).to_have_text("Live")
+        proxy.swallow()
+        proxy.stall()  # nor is there a way for another
+        other.clock.fast_forward("00:25")
+        expect(state(other)).to_have_text(re.compile("Reconnecting|Offline"))
+        expect(state(listening)).to_have_text(re.compile("Reconnecting|Offline"))
+        proxy.flow()
+        it.does("create", "Made while it slept")
+        for page in (listening, other):
+            expect(state(page)).to_have_text("Live")
+            expect(page.get_by_text("Made while it slept")).to_be_visible()
+
+
+def test_a_request_that_the_browser_sends_again_by_itself_runs_once(it: Board) -> None:
+    with FaultProxy(it.server.port) as proxy, Person(it.browser, proxy.url) as person:
+        person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
+        person.sign_in(it.server.token("human:web")).close()
+        page = it.open(person)
+        page.locator("#new-task-btn").click()
+        page.locator("#ct-title").fill("Made once over a bad line")
+        proxy.swallow_answers()
+        page.locator("#create-task-submit").click()
+
+        def made() -> int:
+            page.wait_for_timeout(10)
+            return sum('"Made once over' in path.read_text() for path in it.server.lattice_dir().glob("tasks/*.json"))
+
+        wait_for(made, "the task to be made", 20)
+        sent = proxy.to_server
+        proxy.cut()
+        page.wait_for_url(re.compile("#/task/"))
+        assert proxy.to_server > sent, "it was sent again"
+        assert made() == 1
 
 
 # --- the local dashboard ---

@@ -1,15 +1,18 @@
 // Listens to what changes, and has the page drawn anew.
 (function (remote) {
   "use strict";
-  var SILENCE_MS = 30000, FIRST_RETRY_MS = 1000, LONGEST_RETRY_MS = 15000, ENDED_RETRY_MS = 20000;
-  var state = "connecting", last = null, failed = false, again = function () {};
+  var SILENCE_MS = 22000, CHECK_MS = 3000;  // the server says something every 10 s
+  var FIRST_RETRY_MS = 1000, LONGEST_RETRY_MS = 15000, ENDED_RETRY_MS = 20000;
+  var state = "connecting", last = null, heard = Date.now(), failed = false, again = function () {};
 
   remote.hasLost = function () { return state === "connecting" || state === "reconnecting"; };
+  remote.isLive = function () { return state === "live"; };
 
   // --- what is known, in this page ---
 
   function enter(next) {
     state = next;
+    if (next !== "live") last = null;  // what the page has shown since may be anything: look, once it is live again
     show();
   }
   function show() {
@@ -20,6 +23,7 @@
     if (state === "live" || state === "connecting") enter("reconnecting");
   }
   function take(told) {
+    heard = Date.now();
     enter("live");
     failed = false;
     remote.showTrouble(told.trouble);
@@ -38,6 +42,8 @@
   // A request that fails while the events are lost: the server is out of reach, not only they.
   remote.on("answer", function (status) {
     failed = state !== "live" && (status === 0 || status >= 500);
+    // What still listens was let in before: as who it is now, it has to ask anew.
+    if (state === "live" && (status === 401 || status === 403)) again();
     if (status === 401) end(status);
     if (status === 200 && (state === "ended" || state === "denied")) again();  // signed in once more, in another tab
     show();
@@ -45,18 +51,24 @@
   window.addEventListener("online", show);
   window.addEventListener("offline", show);
 
+  // A connection may be dead and nobody says so, and so may the page that listens for this one. By the clock on the wall:
+  // the one of timers stands still while a machine sleeps.
+  function check() {
+    if (state !== "live" || Date.now() - heard < SILENCE_MS) return;
+    lose();
+    again();
+  }
+  window.setInterval(check, CHECK_MS);
+  document.addEventListener("visibilitychange", check);
+
   // --- one page listens for all pages of this browser ---
 
   // It has six connections for a host, and their requests need them. When that page is closed, another takes its place. A
   // page that is opened asks what was told last, with an empty message.
   function listen(pass) {
-    var source = null, silence = 0, next = 0, delay = FIRST_RETRY_MS;
+    var source = null, next = 0, delay = FIRST_RETRY_MS;
     function hear(what) {
-      window.clearTimeout(silence);
-      if (what.told) {
-        delay = FIRST_RETRY_MS;
-        silence = window.setTimeout(reconnect, SILENCE_MS);  // a connection may be dead and nobody says so
-      }
+      if (what.told) delay = FIRST_RETRY_MS;
       act(what);
       pass(what);
     }

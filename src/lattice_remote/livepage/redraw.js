@@ -4,9 +4,10 @@
 // function, and calls it when it is told of a change. While nobody tells of changes the page's own look goes on.
 (function (remote) {
   "use strict";
-  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000, DRAWN_MS = 50;
+  var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000, DRAWN_MS = 50, FAILED_MS = 1500;
   var looks = new Map();
   var missed = false, refreshing = false, drawing = false, waiting = false, within = null;
+  var failed = false;  // whether a look has not got all that it asked for
 
   var setInterval = window.setInterval.bind(window), clearInterval = window.clearInterval.bind(window);
   window.setInterval = function (look, ms) {
@@ -60,11 +61,12 @@
     if (document.hidden || refreshing) return;
     refreshing = true;
     while (missed && !document.hidden && !isBusy()) {
-      missed = false;
+      missed = failed = false;
       var look = isTask() || late ? revisit : lookEverywhere;
       late = false;
       await draw(look);
-      await pause(LEAST_GAP_MS);
+      await pause(failed ? FAILED_MS : LEAST_GAP_MS);
+      missed = missed || (failed && remote.isLive());
     }
     refreshing = false;
     if (missed && !document.hidden) waitUntilIdle();
@@ -77,6 +79,10 @@
     waiting = false;
     refresh();
   }
+  // The page says nothing of a look that came to nothing: its next one comes soon. Here there is none until a change.
+  remote.on("answer", function (status) {
+    if (drawing && (status === 0 || status === 429 || status >= 500)) failed = true;
+  });
   function lookEverywhere() { return Promise.all(Array.from(looks.values(), function (look) { return look(); })); }
   document.addEventListener("visibilitychange", function () {
     if (!document.hidden && missed) window.setTimeout(refresh, 0);  // when the page has begun to look again
@@ -87,7 +93,7 @@
   window.addEventListener("hashchange", function (event) {
     if (!event.isTrusted) return;
     visit += 1;
-    refresh();
+    if (!isTask()) refresh();  // the page of a task is asked for when somebody comes to it
   });
   remote.guards.push(function (asked) {
     var begun = visit;

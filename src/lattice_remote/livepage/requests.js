@@ -15,6 +15,11 @@
   remote.instead = [];  // each may answer a request in the server's place: function (path, method) -> Promise or nothing
   remote.guards = [];   // each is given the Promise of an answer and returns one
 
+  function key() {
+    return Array.from(crypto.getRandomValues(new Uint8Array(16)), function (byte) {
+      return byte.toString(16).padStart(2, "0");
+    }).join("");
+  }
   function ours(address) {
     var url = new URL(address, base);
     if (url.origin !== base.origin || !/^\/(api|static|remote)\//.test(url.pathname)) return null;
@@ -28,7 +33,10 @@
     var instead = remote.instead.reduce(function (found, answer) { return found || answer(path, method); }, null);
     if (instead) return instead;
     var address = remote.url(path);
-    var asked = fetchAnywhere(input instanceof Request ? new Request(address, input) : address, init);
+    var request = new Request(input instanceof Request ? new Request(address, input) : address, init);
+    // A browser sends a request again by itself when a connection that it had kept turns out to be dead: it runs once.
+    if (method !== "GET") request.headers.set("Idempotency-Key", key());
+    var asked = fetchAnywhere(request);
     asked.then(function (answer) { remote.tell("answer", answer.status); }, function () { remote.tell("answer", 0); });
     return remote.guards.reduce(function (promise, guard) { return guard(promise); }, asked);
   };

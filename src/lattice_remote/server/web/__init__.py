@@ -8,6 +8,7 @@
     pages/     the pages of our own: signing in and out, the list of projects, what went wrong
     policy     what lattice's own dashboard page may do in a browser
     asking     a write: asked of the project's worker like a command of a client, and its answer
+    keys       a request that is sent again runs once
     staying    work that ends when its client leaves
     rest       programs: tasks, resources, plans and notes
     answers    what is said in JSON, and with which status

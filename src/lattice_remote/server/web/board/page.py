@@ -22,6 +22,7 @@ from lattice_remote.server.web.asking import call
 from lattice_remote.server.web.board import changes, texts
 from lattice_remote.server.web.bodies import body_of
 from lattice_remote.server.web.gate import Guest, guest
+from lattice_remote.server.web.keys import once_of
 from lattice_remote.server.web.policy import policy_for
 
 __all__ = ["routes"]
@@ -113,7 +114,8 @@ async def _read(request: Request) -> Response:
 async def _write(request: Request) -> Response:
     """Carry out a request of the page in the guest's name; it is numbered and journalled like a command."""
     visitor = await guest(request)
-    done = await call(visitor, "dashboard", _path(request), await body_of(request, _MAX_BODY))
+    body = await body_of(request, _MAX_BODY)
+    done = await call(visitor, "dashboard", _path(request), body, once=once_of(request, visitor, body))
     return Response(done.payload, done.status, media_type="application/json")
 
 

@@ -14,6 +14,7 @@ from lattice_remote.server.web.answers import ok
 from lattice_remote.server.web.asking import edit
 from lattice_remote.server.web.bodies import body_of
 from lattice_remote.server.web.gate import Guest, guest
+from lattice_remote.server.web.keys import once_of
 
 __all__ = ["read", "write"]
 
@@ -66,7 +67,7 @@ async def write(request: Request) -> Response:
     text, base = asked.text.encode(), None if asked.base is None else asked.base.encode()
     if max(len(text), len(base or b"")) > most:
         raise Rejected(f"{path} is longer than {most} bytes", code="REMOTE_TOO_LARGE")
-    stored = await edit(visitor, path, text, base=base)
+    stored = await edit(visitor, path, text, base=base, once=once_of(request, visitor, body))
     return ok(_Saved(stored.outcome, await _text(visitor, path)))
 
 

@@ -1,6 +1,5 @@
 """A request to an endpoint, checked: everything in it has the form that the endpoint's description promises."""
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,16 +11,14 @@ from starlette.requests import Request
 from lattice_remote.errors import Rejected
 from lattice_remote.server.network.refusal import Refusal
 from lattice_remote.server.web.answers import TurnedAway
-from lattice_remote.server.web.asking import Once, once_only
+from lattice_remote.server.web.asking import Once
 from lattice_remote.server.web.bodies import body_of
 from lattice_remote.server.web.gate import Guest, guest
+from lattice_remote.server.web.keys import once_of
 
-__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "Asked", "Json", "Nothing", "Query", "asked_of", "header_of"]
+__all__ = ["Asked", "Json", "Nothing", "Query", "asked_of", "header_of"]
 
 MAX_JSON_BYTES = 1024 * 1024
-MAX_KEY_CHARS = 255
-KEY_HEADER = "Idempotency-Key"
-_CONDITIONS = ("If-Match", "If-None-Match")
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -78,7 +75,7 @@ async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Asked
         _refuse_encoded(request)
         content = await body_of(request, most)
     parsed = content if body is bytes else _json(request, content, body)
-    return Asked(visitor, dict(request.path_params), found, parsed, _once(request, visitor, content), request)
+    return Asked(visitor, dict(request.path_params), found, parsed, once_of(request, visitor, content), request)
 
 
 def _refuse_encoded(request: Request) -> None:
@@ -110,26 +107,3 @@ def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
         raise Rejected(f"the request's body: {error}", code="REMOTE_INVALID") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(f"the request's body is no JSON: {error}", code="REMOTE_PROTOCOL") from None
-
-
-def _once(request: Request, visitor: Guest, content: bytes) -> Once:
-    keys = request.headers.getlist(KEY_HEADER)
-    if not keys:
-        return once_only()
-    key = keys[0]
-    if len(keys) > 1 or not 0 < len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
-        raise Rejected(
-            f"{KEY_HEADER} must be one, of 1 to {MAX_KEY_CHARS} printable characters", code="REMOTE_PROTOCOL"
-        )
-    return Once(
-        _digest("key", visitor.login.token.id, key).hex(),
-        _digest(
-            *(request.method, request.url.path, request.url.query, hashlib.sha256(content).hexdigest()),
-            *(header_of(request, name) for name in _CONDITIONS),
-        ),
-    )
-
-
-def _digest(*parts: str) -> bytes:
-    """Return 16 bytes that no other parts have."""
-    return hashlib.sha256(msgspec.json.encode(parts)).digest()[:16]

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 import lattice_remote
-from lattice_remote.server.web.rest.asked import KEY_HEADER, MAX_KEY_CHARS, Nothing
+from lattice_remote.server.web.keys import KEY_HEADER, MAX_KEY_CHARS
+from lattice_remote.server.web.rest.asked import Nothing
 from lattice_remote.server.web.rest.elsewhere import Elsewhere
 from lattice_remote.server.web.rest.endpoint import Endpoint
 
