@@ -4,6 +4,7 @@ project      its queue and its worker
 job          one request on its way
 held         all of them, by id, within the bounds
 bounds       what these are
+outstanding  those that the worker has, and for how long the oldest
 turns        whose request is next
 waiting      who waits for a resource
 writer       the worker process, seen from here

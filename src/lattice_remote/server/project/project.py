@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,6 +50,7 @@ from lattice_remote.server.project.history import Follower, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.job import Job
 from lattice_remote.server.project.log import LogReader
+from lattice_remote.server.project.outstanding import Outstanding
 from lattice_remote.server.project.pace import Pace
 from lattice_remote.server.project.pushes import Pushes
 from lattice_remote.server.project.reader import Reader
@@ -123,10 +123,7 @@ class Project:
         self._worker_command = worker_command
         self._held = Held(self._bounds)
         self._queue = Turns()
-        self._outstanding: deque[Job] = deque()  # with the worker, in the order in which it answers
-        self._sent = 0  # how many a worker was ever given
-        self._oldest_since = 0.0  # since when the first of them has been the first
-        self._watchdog: asyncio.TimerHandle | None = None
+        self._outstanding = Outstanding(self._bounds, self._overdue)  # with the worker
         self._waiting = Waiting(self._retry)
         self._edited: set[str] = set()
         self._rescan = False
@@ -201,8 +198,7 @@ class Project:
         if self._keeper is not None:
             self._keeper.cancel()
             await asyncio.wait({self._keeper})
-        if self._watchdog is not None:
-            self._watchdog.cancel()
+        self._outstanding.close()
         if self._writer is not None:
             self._writer.send(Stop())
             if not await self._writer.wait(timeout_s):
@@ -225,7 +221,7 @@ class Project:
         be: so the name is another after each.
         """
         settled = self._working and not self._outstanding
-        return (self.history.epoch, self.history.head, self._sent) if settled else None
+        return (self.history.epoch, self.history.head, self._outstanding.ever) if settled else None
 
     # --- requests ---
 
@@ -331,29 +327,19 @@ class Project:
         self._pump()
 
     def _pump(self) -> None:
-        """Send the worker as much as it may hold; suspects one at a time."""
+        """Send the worker as much as it may hold."""
         if not self._working or self._stopping:
             return
         batch: list[ToWorker] = []
-        room = self._bounds.window_bytes - sum(job.weight for job in self._outstanding)
-        while self._queue and room > 0 and len(self._outstanding) < self._window():
+        while self._queue and self._outstanding.takes(self._queue.next()):
             job = self._queue.pop()
-            room -= job.weight
-            if not self._outstanding:
-                self._oldest_since = time.monotonic()
-            self._outstanding.append(job)
-            self._sent += 1
+            self._outstanding.add(job)
             if isinstance(job.message, Execute) and (ahead := self._waiting.ahead_of(job)) != job.message.ahead:
                 job.message = msgspec.structs.replace(job.message, ahead=ahead)
             batch.append(job.message)
         if batch:
             assert self._writer is not None, "an open project has a worker"
             self._writer.send(*batch)
-            self._arm_watchdog()
-
-    def _window(self) -> int:
-        first = self._outstanding[0] if self._outstanding else self._queue.next()
-        return 1 if first.suspect else self._bounds.window
 
     def _retry(self, job: Job) -> None:
         """Try again what waited for a resource."""
@@ -387,7 +373,7 @@ class Project:
     def _done(self, done: Done) -> None:
         """Take one outcome: tell the followers, then whoever asked, then the hooks."""
         assert self._outstanding, "the worker answers only what it was sent"
-        assert done.id == getattr(self._outstanding[0].message, "id", ""), "the worker answers in order"
+        assert done.id == getattr(self._outstanding.oldest.message, "id", ""), "the worker answers in order"
         job = self._settled()
         if done.synced_s is not None:
             self.metrics.journal_fsync_seconds.observe(done.synced_s)
@@ -402,9 +388,7 @@ class Project:
         self._pump()
 
     def _settled(self) -> Job:
-        job = self._outstanding.popleft()
-        job.suspect, job.deaths = False, 0
-        self._oldest_since = time.monotonic()
+        job = self._outstanding.settle()
         if not self._outstanding:
             self._idle.set()
         return job
@@ -498,7 +482,7 @@ class Project:
 
     def _epoch_begun(self, ready: Ready) -> None:
         """The worker has begun a new epoch, as it was asked to."""
-        asked = self._outstanding and isinstance(self._outstanding[0].message, NewEpoch)
+        asked = self._outstanding and isinstance(self._outstanding.oldest.message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
         self.history.begin(ready, "the server's files were rolled back; come back at once")
@@ -507,10 +491,10 @@ class Project:
 
     def _ended(self) -> None:
         """The worker is gone. What it held is sent again, first, and in the same order."""
-        held = [job for job in self._outstanding if not isinstance(job.message, Reconcile)]
-        if len(held) < len(self._outstanding):
+        had = self._outstanding.clear()
+        held = [job for job in had if not isinstance(job.message, Reconcile)]
+        if len(held) < len(had):
             self._reconciling = False  # the next worker looks at the whole tree when it starts
-        self._outstanding.clear()
         self._idle.set()
         self._writer_ended.set()
         if self._ready is not None and not self._ready.done():
@@ -562,29 +546,10 @@ class Project:
         self._open.set()
         self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
 
-    # --- the time limit ---
-
-    def _arm_watchdog(self) -> None:
-        if self._watchdog is None:
-            # Not later than a command's time limit: the next request may be one, and this timer serves it too.
-            delay = min(self._time_left(), self._bounds.command_s)
-            self._watchdog = asyncio.get_running_loop().call_later(delay, self._look_after_worker)
-
-    def _time_left(self) -> float:
-        message = self._outstanding[0].message
-        reads_all = isinstance(message, NewEpoch) or (isinstance(message, Reconcile) and message.paths is None)
-        limit = self._bounds.upkeep_s if reads_all else self._bounds.command_s
-        return self._oldest_since + limit - time.monotonic()
-
-    def _look_after_worker(self) -> None:
-        """End a worker that has had its oldest request for too long."""
-        self._watchdog = None
-        if not self._outstanding or self._writer is None:
+    def _overdue(self, job: Job) -> None:
+        """End a worker that has had this request for too long."""
+        if self._writer is None:
             return
-        if self._time_left() > 0:
-            self._arm_watchdog()
-            return
-        job = self._outstanding[0]
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
         self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s, and was undone")
         self._writer.kill()
