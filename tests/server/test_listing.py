@@ -1,5 +1,6 @@
 """The list of projects that a token sees, and how the server says that it can be used."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -61,6 +62,21 @@ def test_counts_and_last_activity_follow_what_is_done(server: Process, session: 
     assert project["statuses"] == {"backlog": 2}
     assert (project["last"]["actor"], project["last"]["tasks"]) == ("human:ana", [made.json()["data"]["id"]])
     assert project["last"]["command"].startswith("create")
+
+
+def test_what_is_no_plain_file_hides_no_project(server: Process, session: requests.Session) -> None:
+    tasks = server.data.project("web").lattice / "tasks"
+    odd = [tasks / f"task_{number:026}.json" for number in range(3)]
+    odd[0].symlink_to("/etc/passwd")
+    odd[1].mkdir()
+    os.mkfifo(odd[2])
+    try:
+        wait_for(lambda: listed(server, session)["web"]["tasks"] == 3, "the list to be fresh", 5)
+        assert listed(server, session)["web"]["statuses"] == {"unknown": 3}
+    finally:
+        odd[0].unlink()
+        odd[1].rmdir()
+        odd[2].unlink()
 
 
 def test_nothing_is_started_for_a_list(server: Process, session: requests.Session) -> None:

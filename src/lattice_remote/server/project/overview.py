@@ -81,7 +81,7 @@ class _Known:
         self.taken_at = 0.0
         self._data, self._slug = data, slug
         self._statuses: dict[str, tuple[_Signature, str]] = {}  # by the task's file name
-        self._last: tuple[tuple[str, int] | None, LogEntry | None] = (None, None)
+        self._last: tuple[tuple[str, _Signature] | None, LogEntry | None] = (None, None)
 
     def take(self) -> Overview:
         """Look at the files. Blocking."""
@@ -107,7 +107,7 @@ class _Known:
         for entry in entries:
             try:
                 status = entry.stat(follow_symlinks=False)
-                signature = (status.st_size, status.st_mtime_ns, status.st_ino)
+                signature = _signature_of(status)
                 before = self._statuses.get(entry.name)
                 yield entry.name, before if before and before[0] == signature else (signature, _status_of(entry.path))
             except FileNotFoundError:
@@ -118,7 +118,7 @@ class _Known:
         if newest is None:
             return None
         try:
-            state = (newest.name, newest.stat().st_size)
+            state = (newest.name, _signature_of(newest.stat()))
         except FileNotFoundError:  # expired meanwhile: another is the newest, and the next look sees it
             return self._last[1]
         if self._last[0] != state:
@@ -127,15 +127,21 @@ class _Known:
         return self._last[1]
 
 
+def _signature_of(status: os.stat_result) -> _Signature:
+    """Return what is another when a file was written, or another file has taken its place."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def _is_task(name: str) -> bool:
     return name.endswith(".json") and not name.startswith(".")
 
 
 def _status_of(path: str) -> str:
-    """Return the status that a task's file says; ``unknown`` when it says none."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        data = file.read()
+    """Return the status that a task's file says; ``unknown`` when it says none, or is no plain file."""
     try:
-        return _task_decoder.decode(data).status
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _UNREADABLE
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return _task_decoder.decode(file.read()).status
+    except FileNotFoundError:
+        raise
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _UNREADABLE  # one odd file is not to hide all projects
