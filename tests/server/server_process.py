@@ -64,3 +64,14 @@ class Process:
         self.process.stdout.close()
         self.log.close()
         return code
+
+
+def children_of(server: Process, what: bytes) -> list[int]:
+    """Return the processes that a server has started with these words in their command lines."""
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if what in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def is_gone(pid: int) -> bool:
+    """Tell whether a process has ended."""
+    return not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()

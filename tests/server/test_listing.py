@@ -1,13 +1,15 @@
 """The list of projects that a token sees, and how the server says that it can be used."""
 
+import asyncio
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import requests
+from harness import make_data as make_data_and_token
+from harness import serving, until
 from server_process import Process
 from test_app import make_data
 
@@ -110,23 +112,25 @@ def test_ready_means_that_every_project_can_be_used(server: Process) -> None:
     wait_for(lambda: ready() == (200, []), "the project to be open again", 10)
 
 
-def test_a_project_whose_worker_does_not_start_is_no_ready_one(tmp_path: Path) -> None:
-    data = make_data(tmp_path / "data")
-    _, token = TokenFile(data.tokens).create(projects=["web"], actor="human:ana", act_as=[])
-    journal = data.project("web").journal
-    journal.rmdir() if journal.is_dir() else None
-    journal.write_text("no directory")
-    server = Process(data)
+async def test_a_project_whose_worker_does_not_start_is_no_ready_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.server.project.project._RESTART_DELAYS_S", (0.001,))
+    data, token = make_data_and_token(tmp_path / "data")
+    tried = tmp_path / "tried"
+    script = f'while ! test -e "{tried}"; do sleep 0.02; done; exit 1'
+    async with serving(data, token, worker=("/bin/sh", "-c", script)) as running:
 
-    def reasons() -> list[str]:
-        return requests.get(at(server, "/readyz"), timeout=10).json()["reasons"]
+        def get(path: str) -> requests.Response:
+            headers = {"Authorization": f"Bearer {token}"}
+            return requests.get(f"http://127.0.0.1:{running.port}{path}", headers=headers, timeout=60)
 
-    with requests.Session() as session:
-        session.headers["Authorization"] = f"Bearer {token}"
-        asking = threading.Thread(target=lambda: session.get(at(server, "/projects/web"), timeout=60))
-        asking.start()
-        wait_for(lambda: any(reason.startswith("starting") for reason in reasons()), "the worker to be tried", 20)
-        wait_for(lambda: any(reason.startswith("failed") for reason in reasons()), "it to be given up", 30)
-        asking.join()
-        assert session.get(at(server, "/projects/web"), timeout=10).status_code == 503
-    assert server.end(signal.SIGTERM) == 0
+        asking = asyncio.create_task(asyncio.to_thread(get, "/projects/web"))
+        await until(lambda: running.hub.projects)
+        starting = await asyncio.to_thread(get, "/readyz")
+        assert (starting.status_code, starting.json()["reasons"][0].split(":")[0]) == (503, "starting")
+        tried.touch()
+        assert (await asking).status_code == 503
+        failed = await asyncio.to_thread(get, "/readyz")
+        assert (failed.status_code, failed.json()["reasons"][0].split(":")[0]) == (503, "failed")
+        assert (await asyncio.to_thread(get, "/projects/web")).status_code == 503

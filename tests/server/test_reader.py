@@ -1,6 +1,7 @@
 """The reader of a project: killed, stuck, attacked, asked by many; what it may keep, and what it must see."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import requests
 from harness import tree_of, until
-from server_process import Process
+from server_process import Process, children_of, is_gone
 from test_app import make_data, make_token
 
 from lattice_remote.errors import Rejected, StorageError
@@ -33,26 +35,44 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataDir:
     return make_data(tmp_path_factory.mktemp("reader") / "data")
 
 
+shares_a_reader = pytest.mark.asyncio(loop_scope="module")
+"""Its process costs a second to start, so that most tests share one."""
+
+
 class State:
     """What the project says of its tree; a test sets it."""
 
+    numbers = itertools.count()
+
     def __init__(self) -> None:
-        self.value: object | None = ("e", 1)
+        self.value: object | None = None
+        self.touch()
+
+    def touch(self) -> None:
+        """What was read before is not given again."""
+        self.value = ("e", next(self.numbers))
 
     def __call__(self) -> object | None:
         return self.value
 
 
-@pytest.fixture
-async def state() -> State:
-    return State()
-
-
-@pytest.fixture
-async def reader(data: DataDir, state: State) -> AsyncIterator[Reader]:
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def shared(data: DataDir) -> AsyncIterator[tuple[Reader, State]]:
+    state = State()
     made = Reader("web", data.project("web"), state)
-    yield made
+    yield made, state
     made.close()
+
+
+@pytest.fixture
+def state(shared: tuple[Reader, State]) -> State:
+    return shared[1]
+
+
+@pytest.fixture
+def reader(shared: tuple[Reader, State]) -> Reader:
+    shared[1].touch()
+    return shared[0]
 
 
 def pid_of(reader: Reader) -> int:
@@ -60,10 +80,7 @@ def pid_of(reader: Reader) -> int:
     return reader._process.pid
 
 
-def is_gone(pid: int) -> bool:
-    return not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-
-
+@shares_a_reader
 async def test_commands_and_pages_are_lattices_own(reader: Reader) -> None:
     listed = await reader.read(LIST)
     assert (listed.status, json.loads(listed.body)) == (0, {"ok": True, "data": []})
@@ -79,6 +96,7 @@ async def stopped(reader: Reader) -> int:
     return pid_of(reader)
 
 
+@shares_a_reader
 async def test_killed_in_the_middle_it_says_so_and_the_next_read_has_another(reader: Reader) -> None:
     pid = await stopped(reader)
     reading = asyncio.create_task(reader.read(TASKS))
@@ -91,6 +109,7 @@ async def test_killed_in_the_middle_it_says_so_and_the_next_read_has_another(rea
     assert pid_of(reader) != pid
 
 
+@shares_a_reader
 async def test_stuck_over_its_time_it_is_ended(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = await stopped(reader)
     monkeypatch.setattr(reader_module, "_READ_S", 0.3)
@@ -101,6 +120,7 @@ async def test_stuck_over_its_time_it_is_ended(reader: Reader, monkeypatch: pyte
     assert (await reader.read(TASKS)).status == 200
 
 
+@shares_a_reader
 async def test_one_who_leaves_takes_the_half_read_answer_with_him(reader: Reader) -> None:
     """Else the next would get it in place of his own."""
     pid = await stopped(reader)
@@ -113,6 +133,7 @@ async def test_one_who_leaves_takes_the_half_read_answer_with_him(reader: Reader
     assert b'"project_code"' in (await reader.read(ReadPage("/api/config?again"))).body
 
 
+@shares_a_reader
 async def test_what_is_no_plain_file_is_not_waited_for(reader: Reader, data: DataDir) -> None:
     """A pipe would hold up every read behind it."""
     pipe = data.project("web").lattice / "tasks/task_00000000000000000000000000.json"
@@ -133,6 +154,7 @@ FORBIDDEN: list[Read] = [
 ]
 
 
+@shares_a_reader
 async def test_what_would_write_does_not(reader: Reader, data: DataDir) -> None:
     before = tree_of(data.project("web").lattice)
     await reader.read(CONFIG)
@@ -172,6 +194,7 @@ HOSTILE = [
 ]
 
 
+@shares_a_reader
 async def test_no_path_leads_out(reader: Reader) -> None:
     for path in HOSTILE:
         found = await reader.read(ReadPage(path))
@@ -181,6 +204,7 @@ async def test_no_path_leads_out(reader: Reader) -> None:
             assert secret not in found.body, path
 
 
+@shares_a_reader
 async def test_no_argument_leads_out(reader: Reader) -> None:
     for name in ("../../../tokens", "../config", "/etc/passwd", "-x", "a\x00b", "x" * 60_000):
         found = await reader.read(ReadCommand("show", ("show", "--json", "--", name)))
@@ -188,6 +212,7 @@ async def test_no_argument_leads_out(reader: Reader) -> None:
         assert b"sha256" not in found.body
 
 
+@shares_a_reader
 async def test_answers_are_kept_until_the_next_change_only(
     reader: Reader, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,14 +226,14 @@ async def test_answers_are_kept_until_the_next_change_only(
     monkeypatch.setattr(Reader, "_exchange", counted)
     first = await reader.read(LIST)
     assert await reader.read(LIST) is first
-    state.value = ("e", 2)
+    state.touch()
     assert await reader.read(LIST) is not first
     assert len(exchanged) == 2
     state.value = None  # while something is written nothing is kept
     await reader.read(LIST)
     await reader.read(LIST)
     assert len(exchanged) == 4
-    state.value = ("e", 3)
+    state.touch()
     monkeypatch.setattr(kept, "_KEPT_S", 0.0)
     await reader.read(LIST)
     await reader.read(LIST)
@@ -231,6 +256,7 @@ async def test_what_is_kept_is_bounded_however_little_it_says(monkeypatch: pytes
     assert (len(answers), answers.get(TASKS, ("e", 2))) == (1, large)  # the last one always is
 
 
+@shares_a_reader
 async def test_many_who_ask_the_same_wait_for_one_read(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     found = await asyncio.gather(*(reader.read(LIST) for _ in range(200)))
     assert all(one is found[0] for one in found)
@@ -242,17 +268,16 @@ async def test_many_who_ask_the_same_wait_for_one_read(reader: Reader, monkeypat
     assert {outcome.code for outcome in busy} == {"REMOTE_BUSY"}
 
 
+@shares_a_reader
 async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
     reader: Reader, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, is_exact = await reader.read_together([CONFIG, TASKS])
     assert ([one.status for one in found], is_exact) == ([200, 200], True)
-    original, changes = Reader._exchange, 0
+    original = Reader._exchange
 
     async def changing(self: Reader, asked: Read) -> object:
-        nonlocal changes
-        changes += 1
-        state.value = ("e", 1 + changes)
+        state.touch()
         return await original(self, asked)
 
     monkeypatch.setattr(Reader, "_exchange", changing)
@@ -260,6 +285,7 @@ async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
     assert ([one.status for one in found], is_exact) == ([200, 200], False)
 
 
+@shares_a_reader
 async def test_it_leaves_when_nobody_asks(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_IDLE_S", 0.1)
     await reader.read(CONFIG)
@@ -268,7 +294,9 @@ async def test_it_leaves_when_nobody_asks(reader: Reader, monkeypatch: pytest.Mo
     assert (await reader.read(ReadPage("/api/config?again"))).status == 200
 
 
-async def test_after_the_end_nothing_is_started(reader: Reader) -> None:
+@shares_a_reader
+async def test_after_the_end_nothing_is_started(data: DataDir, state: State) -> None:
+    reader = Reader("web", data.project("web"), state)
     await reader.read(CONFIG)
     pid = pid_of(reader)
     reader.close()
@@ -279,11 +307,6 @@ async def test_after_the_end_nothing_is_started(reader: Reader) -> None:
 
 
 # --- in a running server ---
-
-
-def readers_of(server: Process) -> list[int]:
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    return [int(pid) for pid in children if b"reader_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def connections_to(server: Process) -> int:
@@ -310,15 +333,15 @@ def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: P
             return retries
 
     with ThreadPoolExecutor(4) as pool:
-        looks = [pool.submit(write_and_look, n) for n in range(24)]
+        looks = [pool.submit(write_and_look, n) for n in range(16)]
         killed = 0
         while not all(look.done() for look in looks):
-            for pid in readers_of(server)[: 1 if killed < 3 else 0]:
+            for pid in children_of(server, b"reader_process")[: 1 if killed < 2 else 0]:
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
             time.sleep(0.1)
         assert sum(look.result() for look in looks) <= 4 * killed
-    [pid] = readers_of(server)
+    [pid] = children_of(server, b"reader_process")
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         board = url.replace("/tasks", "/dashboard/data")
@@ -329,12 +352,3 @@ def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: P
         assert time.monotonic() - began < 3
         assert is_gone(pid)
         assert stuck.exception() is not None or stuck.result().status_code == 503
-
-
-def test_it_leaves_with_a_server_that_is_killed(tmp_path: Path) -> None:
-    server = Process(make_data(tmp_path / "data"))
-    headers = {"Authorization": f"Bearer {make_token(server.data)}"}
-    assert requests.get(f"http://127.0.0.1:{server.port}/projects/web/tasks", headers=headers, timeout=60).ok
-    [pid] = readers_of(server)
-    server.end(signal.SIGKILL)
-    wait_for(lambda: is_gone(pid), "the reader to leave", 10)
