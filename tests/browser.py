@@ -51,6 +51,7 @@ class Person:
     """
 
     def __init__(self, browser: Browser, base_url: str, **options: Any) -> None:
+        self._base_url = base_url
         self.context = browser.new_context(base_url=base_url, **options)
         self.context.set_default_timeout(PATIENCE_MS)
         self.complaints: list[str] = []
@@ -71,6 +72,12 @@ class Person:
         page.get_by_role("button", name="Sign in").click()
         page.wait_for_url(lambda url: "/sign-in" not in url)
         return page
+
+    def enter(self, token: str) -> None:
+        """Sign in by the one request that the page makes, without a page."""
+        headers = {"Origin": self._base_url}
+        answer = self.context.request.post("/sign-in", form={"token": token}, headers=headers, max_redirects=0)
+        assert answer.status == 303
 
     def close(self) -> None:
         """Close all tabs, and forget what the browser has kept."""

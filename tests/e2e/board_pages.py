@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from playwright.sync_api import Browser, Locator, Page, Route, expect
@@ -42,12 +43,16 @@ class Board:
         """Return where the server has a plan or notes."""
         return self.server.lattice_dir() / kind / f"{task}.md"
 
+    @cache  # noqa: B019 - as long as the server
+    def _token(self, actor: str) -> str:
+        return self.server.token(actor)
+
     @contextlib.contextmanager
     def person(self, actor: str = "human:web", *, width: int = 1280) -> Iterator[Person]:
         """Somebody with a browser that is signed in; at the end no page has complained of anything."""
         with Person(self.browser, self.server.url, viewport={"width": width, "height": 800}) as person:
             person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
-            person.sign_in(self.server.token(actor)).close()
+            person.enter(self._token(actor))
             yield person
             assert [said for said in person.complaints if WITHOUT_ITS_LIBRARY not in said] == []
 

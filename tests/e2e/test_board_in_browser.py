@@ -282,7 +282,7 @@ def test_whose_token_is_taken_away_is_told_and_led_to_sign_in(it: Board) -> None
     with Person(it.browser, it.server.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
         token = it.server.token("human:gone")
-        person.sign_in(token).close()
+        person.enter(token)
         page = it.open(person)
         listed = json.loads(it.server.admin("token", "list", "--json"))
         [gone] = [each["id"] for each in listed if each["actor"] == "human:gone"]
@@ -324,7 +324,7 @@ def test_signing_out_in_one_tab_is_known_in_the_others(it: Board) -> None:
 def test_a_connection_that_is_dead_is_noticed_after_a_sleep(it: Board) -> None:
     with FaultProxy(it.server.port) as proxy, Person(it.browser, proxy.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
-        person.sign_in(it.server.token("human:web")).close()
+        person.enter(it.server.token("human:web"))
         listening, other = it.open(person), it.open(person)
         other.clock.install()
         other.reload()
@@ -344,7 +344,7 @@ def test_a_connection_that_is_dead_is_noticed_after_a_sleep(it: Board) -> None:
 def test_a_request_that_the_browser_sends_again_by_itself_runs_once(it: Board) -> None:
     with FaultProxy(it.server.port) as proxy, Person(it.browser, proxy.url) as person:
         person.context.route(lambda url: "//127.0.0.1" not in url, without_libraries)
-        person.sign_in(it.server.token("human:web")).close()
+        person.enter(it.server.token("human:web"))
         page = it.open(person)
         page.locator("#new-task-btn").click()
         page.locator("#ct-title").fill("Made once over a bad line")

@@ -30,17 +30,30 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def token(server: Server) -> str:
     return server.token("human:ana")
 
 
-@pytest.fixture
-def ana(browser: Browser, server: Server, token: str) -> Iterator[Person]:
+@pytest.fixture(scope="module")
+def theirs(server: Server) -> str:
+    return server.token("human:mallory")
+
+
+@pytest.fixture(scope="module")
+def signed_in(browser: Browser, server: Server, token: str) -> Iterator[Person]:
     with Person(browser, server.url) as person:
-        person.sign_in(token)
+        person.enter(token)
         yield person
-        assert person.complaints == []
+
+
+@pytest.fixture
+def ana(signed_in: Person) -> Iterator[Person]:
+    """Somebody who is signed in, and stays so."""
+    yield signed_in
+    for page in signed_in.context.pages:
+        page.close()
+    signed_in.complaints.clear()
 
 
 def revoke(server: Server, token: str) -> None:
@@ -88,7 +101,9 @@ def test_a_wrong_token_is_said_and_one_can_try_again(browser: Browser, server: S
 def test_a_token_that_is_revoked_signs_its_browsers_out_and_no_other(browser: Browser, server: Server) -> None:
     mine, yours = server.token("human:ana"), server.token("human:ben")
     with Person(browser, server.url) as ana, Person(browser, server.url) as phone, Person(browser, server.url) as ben:
-        pages = [ana.sign_in(mine), phone.sign_in(mine), ben.sign_in(yours)]
+        for person, token in ((ana, mine), (phone, mine), (ben, yours)):
+            person.enter(token)
+        pages = [person.open("/") for person in (ana, phone, ben)]
         expect(pages[2].get_by_text("human:ben", exact=True)).to_be_visible()
         revoke(server, mine)
         for page in pages[:2]:
@@ -102,35 +117,36 @@ def test_signing_out_leaves_the_others_of_the_same_token_in(
     browser: Browser, server: Server, ana: Person, token: str
 ) -> None:
     with Person(browser, server.url) as phone:
-        page = phone.sign_in(token)
+        phone.enter(token)
+        page = phone.open("/")
         page.get_by_role("button", name="Sign out").click()
         expect(page.get_by_label("Token")).to_be_visible()
     page = ana.open("/")
     expect(page.get_by_role("heading", name="Projects")).to_be_visible()
+    assert ana.complaints == []
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_fit_their_window(browser: Browser, server: Server, scheme: str) -> None:
-    token = server.token(f"agent:{'a-name-that-goes-on-' * 4}")
-    with Person(browser, server.url, color_scheme=scheme) as person:
+def test_pages_fit_their_window_light_and_dark(browser: Browser, server: Server) -> None:
+    with Person(browser, server.url) as person:
         page = person.open("/")
-        fits(page, f"sign-in-{scheme}")
-        page.get_by_label("Token").fill(token)
-        page.get_by_role("button", name="Sign in").click()
+        fits(page, "sign-in")
+        person.enter(server.token(f"agent:{'a-name-that-goes-on-' * 4}"))
+        page.goto("/")
         expect(page.get_by_role("heading", name="Projects")).to_be_visible()
-        fits(page, f"projects-{scheme}")
+        fits(page, "projects")
         page.goto("/nothing-here")
-        fits(page, f"refused-{scheme}")
-        dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 22)"
-        assert dark == (scheme == "dark")
+        fits(page, "refused")
 
 
 def fits(page: Page, name: str) -> None:
-    """Keep pictures of the page, wide and narrow; nothing of it lies beside its window."""
+    """Keep pictures of the page, wide and narrow, light and dark; nothing of it lies beside its window."""
     for width in (1280, 375):
         page.set_viewport_size({"width": width, "height": 800})
-        screenshot(page, f"{name}-{width}")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        for scheme, ground in (("light", "rgb(246, 247, 245)"), ("dark", "rgb(20, 24, 22)")):
+            page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type] # mypy takes it for any text
+            screenshot(page, f"{name}-{scheme}-{width}")
+            assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
 
 
 # --- other sites ---
@@ -157,14 +173,17 @@ class _Quiet(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=["localhost", "127.0.0.1"], ids=["another site", "another port of the same site"])
-def elsewhere(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OtherSite]:
+@pytest.fixture(
+    scope="module", params=["localhost", "127.0.0.1"], ids=["another site", "another port of the same site"]
+)
+def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherSite]:
     """To a browser, localhost is another site than 127.0.0.1; another port is not, and gets strict cookies."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(tmp_path))) as listening:
+    directory = tmp_path_factory.mktemp("elsewhere")
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(directory))) as listening:
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            yield OtherSite(request.param, listening.server_port, tmp_path)
+            yield OtherSite(request.param, listening.server_port, directory)
         finally:
             listening.shutdown()
             thread.join()
@@ -183,38 +202,27 @@ def answers_of(person: Person, server: Server) -> Iterator[list[Response]]:
 
     person.context.on("response", note)
     yield answers
+    person.context.remove_listener("response", note)
 
 
-def signed_in(browser: Browser, server: Server, token: str) -> Person:
-    """Return somebody who is signed in, by the request that the page makes."""
-    person = Person(browser, server.url)
-    answer = person.context.request.post(
-        "/sign-in", form={"token": token}, headers={"Origin": server.url}, max_redirects=0
-    )
-    assert answer.status == 303
-    return person
-
-
-def test_another_site_writes_nothing(browser: Browser, server: Server, token: str, elsewhere: OtherSite) -> None:
+def test_another_site_writes_nothing(server: Server, ana: Person, elsewhere: OtherSite) -> None:
     target = f"{server.url}/projects/board/tasks"
     form = f"""<form method=post enctype=text/plain action="{target}">
         <input name='{{"title":"evil","x":"' value='"}}'></form><script>document.forms[0].submit()</script>"""
     fetched = f"""<script>fetch("{target}", {{method: "POST", mode: "no-cors", credentials: "include", body: "{{}}"}})
         .finally(() => document.title = "done")</script>"""
-    with signed_in(browser, server, token) as person, answers_of(person, server) as answers:
-        page = person.open(elsewhere.shows(form))
+    with answers_of(ana, server) as answers:
+        page = ana.open(elsewhere.shows(form))
         page.wait_for_url(target)
         page.goto(elsewhere.shows(fetched))
         expect(page).to_have_title("done")
         [post] = [answer for answer in answers if answer.request.method == "POST"]  # what was fetched is withheld
         assert post.status == (403 if elsewhere.gets_cookies else 401)
-        listed = person.context.request.get("/projects/board/tasks")
+        listed = ana.context.request.get("/projects/board/tasks")
         assert listed.json()["data"] == []
 
 
-def test_another_site_reads_and_frames_nothing(
-    browser: Browser, server: Server, token: str, elsewhere: OtherSite
-) -> None:
+def test_another_site_reads_and_frames_nothing(server: Server, ana: Person, elsewhere: OtherSite) -> None:
     html = f"""<iframe src="{server.url}/"></iframe><iframe src="{server.url}/projects"></iframe>
         <script>
         const asked = ["/projects", "/", "/projects/board/tasks"].map(async path => {{
@@ -229,8 +237,8 @@ def test_another_site_reads_and_frames_nothing(
         }}));
         Promise.all(asked).then(all => document.title = [...new Set(all)].join());
         </script>"""
-    with signed_in(browser, server, token) as person, answers_of(person, server) as answers:
-        page = person.open(elsewhere.shows(html))
+    with answers_of(ana, server) as answers:
+        page = ana.open(elsewhere.shows(html))
         expect(page).to_have_title("refused")
         wait_for(lambda: [page.wait_for_timeout(10), len(page.frames) == 3][1], "the frames")
         for frame in page.frames[1:]:
@@ -241,9 +249,8 @@ def test_another_site_reads_and_frames_nothing(
 
 
 def test_another_site_signs_nobody_in_with_its_own_token(
-    browser: Browser, server: Server, elsewhere: OtherSite
+    browser: Browser, server: Server, theirs: str, elsewhere: OtherSite
 ) -> None:
-    theirs = server.token("human:mallory")
     form = f"""<form method=post action="{server.url}/sign-in"><input name=token value="{theirs}"></form>
         <script>document.forms[0].submit()</script>"""
     with Person(browser, server.url) as person:
@@ -253,22 +260,20 @@ def test_another_site_signs_nobody_in_with_its_own_token(
         assert person.context.cookies() == []
 
 
-def test_another_site_signs_nobody_out(browser: Browser, server: Server, token: str, elsewhere: OtherSite) -> None:
+def test_another_site_signs_nobody_out(server: Server, ana: Person, elsewhere: OtherSite) -> None:
     form = f"""<form method=post action="{server.url}/sign-out"></form><script>document.forms[0].submit()</script>"""
-    with signed_in(browser, server, token) as person:
-        page = person.open(elsewhere.shows(form))
-        page.wait_for_url(f"{server.url}/sign-out")
-        page.goto("/")
-        expect(page.get_by_role("heading", name="Projects")).to_be_visible()
+    page = ana.open(elsewhere.shows(form))
+    page.wait_for_url(f"{server.url}/sign-out")
+    page.goto("/")
+    expect(page.get_by_role("heading", name="Projects")).to_be_visible()
 
 
 def test_a_link_from_another_site_leads_to_the_board_without_signing_in_again(
-    browser: Browser, server: Server, token: str, elsewhere: OtherSite
+    browser: Browser, server: Server, ana: Person, elsewhere: OtherSite
 ) -> None:
-    with signed_in(browser, server, token) as person:
-        page = person.open(elsewhere.shows(f'<a href="{server.url}/">our board</a>'))
-        page.get_by_role("link").click()
-        expect(page.get_by_role("heading", name="Projects")).to_be_visible()
+    page = ana.open(elsewhere.shows(f'<a href="{server.url}/">our board</a>'))
+    page.get_by_role("link").click()
+    expect(page.get_by_role("heading", name="Projects")).to_be_visible()
     with Person(browser, server.url) as stranger:
         page = stranger.open(elsewhere.shows(f'<a href="{server.url}/projects/board">our board</a>'))
         page.get_by_role("link").click()
