@@ -13,6 +13,7 @@
     rest       programs: tasks, resources, plans and notes
     answers    what is said in JSON, and with which status
     events/    what is done in a project, as it happens
+    streaming  an answer that goes on: a stream of events
     listing    the projects that somebody may see
     health     how the server is
 

@@ -2,16 +2,15 @@
 
 import asyncio
 from collections.abc import Hashable
-from http import HTTPStatus
 
 from starlette.requests import Request
-from starlette.types import Receive, Scope, Send
 
 from lattice_remote import livepage
 from lattice_remote.protocol.messages import Bye
 from lattice_remote.server.network.handoff import PlainHttp
 from lattice_remote.server.web.events.feed import chunk
 from lattice_remote.server.web.gate import Guest, guest
+from lattice_remote.server.web.streaming import EventStream
 
 __all__ = ["stream"]
 
@@ -20,12 +19,6 @@ _KEEP_ALIVE_S = 10.0
 _SOON_S = 0.02
 """Changes that follow each other within this are told as one."""
 _MAX_PENDING_BYTES = 64 * 1024
-_HEADERS = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),
-    (b"connection", b"close"),  # its outbox writes past uvicorn's own bookkeeping
-]
 
 
 class _Listener:
@@ -42,7 +35,7 @@ class _Listener:
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
 
-    async def listen(self) -> None:
+    async def run(self) -> None:
         """Tell where the board is, and of every change, until this is over."""
         self._history.join(self)
         self._tell()
@@ -86,22 +79,7 @@ class _Listener:
             self.over.set()
 
 
-class _Answer:
-    """The answer to a request for events, as ASGI has it."""
-
-    def __init__(self, visitor: Guest) -> None:
-        self._visitor = visitor
-
-    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": list(_HEADERS)})
-        if scope["method"] != "HEAD":
-            http: PlainHttp = scope["state"]["http"]
-            listener = _Listener(http, self._visitor, is_chunked=scope["http_version"] != "1.0")
-            with self._visitor.hub.staying(self._visitor.login, listener.end):
-                await listener.listen()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def stream(request: Request) -> _Answer:
+async def stream(request: Request) -> EventStream:
     """Tell of every change until the page leaves, its token ends or the server stops."""
-    return _Answer(await guest(request))
+    visitor = await guest(request)
+    return EventStream(visitor, lambda http, is_chunked: _Listener(http, visitor, is_chunked=is_chunked))

@@ -12,7 +12,6 @@ from http import HTTPStatus
 
 from starlette.requests import Request
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from lattice_remote.livepage import RETRY_MS
 from lattice_remote.logtext import printable
@@ -23,25 +22,23 @@ from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.events.feed import Feeds, Told, chunk, goodbye
 from lattice_remote.server.web.events.telling import Position, block
 from lattice_remote.server.web.gate import Guest, guest
+from lattice_remote.server.web.streaming import EventStream
 
 __all__ = ["routes"]
 
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
 _HELD_S = 0.5
 """How long changes that were read for one that catches up are held while it takes nothing; then they are read again."""
-_HEADERS = [
-    (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx passes each event on as it comes
-    (b"connection", b"close"),  # what was written past uvicorn's own bookkeeping is the last of its connection
-]
 
 
 class _Stream:
     """The client's side of a feed; ``run()`` it once."""
 
-    def __init__(self, http: PlainHttp, visitor: Guest, feeds: Feeds, *, is_chunked: bool) -> None:
-        self._http = http
+    def __init__(
+        self, http: PlainHttp, visitor: Guest, feeds: Feeds, asked: Position | None, *, is_chunked: bool
+    ) -> None:
+        """Take what it wants everything after, None for the head."""
+        self._http, self._asked = http, asked
         self._is_chunked = is_chunked
         self._project = visitor.project
         self._feeds = feeds
@@ -52,12 +49,12 @@ class _Stream:
         self._sent = 0  # the last change that was queued for it, all of it or what it had not had before
         self._had = 0  # how many events of the change after that it has had on another connection
 
-    async def run(self, asked: Position | None) -> None:
-        """Tell it everything after this position, None for the head, until it is over."""
+    async def run(self) -> None:
+        """Tell it everything after where it begins, until it is over."""
         self._feed = self._feeds.join(self._project, self)
         if self._project.failure is not None or self._project.stopping:  # since it was let in
             self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
-        self._begin(asked)
+        self._begin(self._asked)
         catching_up = asyncio.create_task(self._catch_up())
         try:
             await self._over.wait()
@@ -144,26 +141,10 @@ class _Stream:
         self._outbox.push(chunk(data) if self._is_chunked else data)
 
 
-class _Answer:
-    """The answer to a request for a stream, as ASGI has it."""
-
-    def __init__(self, visitor: Guest, asked: Position | None, feeds: Feeds) -> None:
-        self._visitor, self._asked, self._feeds = visitor, asked, feeds
-
-    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": list(_HEADERS)})
-        if scope["method"] != "HEAD":
-            http: PlainHttp = scope["state"]["http"]
-            # Where the client speaks HTTP/1.0 the body is what comes until the end, as uvicorn has told it.
-            stream = _Stream(http, self._visitor, self._feeds, is_chunked=scope["http_version"] != "1.0")
-            with self._visitor.hub.staying(self._visitor.login, stream.end):
-                await stream.run(self._asked)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _events(request: Request) -> _Answer:
+async def _events(request: Request) -> EventStream:
     feeds: Feeds = request.app.state.feeds
-    return _Answer(await guest(request), _asked_position(request), feeds)
+    visitor, asked = await guest(request), _asked_position(request)
+    return EventStream(visitor, lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked))
 
 
 def _asked_position(request: Request) -> Position | None:
