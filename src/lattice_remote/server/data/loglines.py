@@ -25,7 +25,7 @@ from typing import TextIO
 import msgspec
 
 from lattice_remote.logtext import printable
-from lattice_remote.server.data.masking import masked
+from lattice_remote.server.data.masking import is_harmless, masked
 
 __all__ = ["FORMAT_VARIABLE", "LEVEL_VARIABLE", "log_to_stderr"]
 
@@ -62,14 +62,18 @@ class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time_ = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         fields: Mapping[str, object] = getattr(record, "fields", {})
-        line: dict[str, object] = {
+        head: dict[str, object] = {
             "ts": time_.replace("+00:00", "Z"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "msg": _cut(record.getMessage(), _MAX_CHARACTERS),
+            "msg": record.getMessage(),
         }
-        for name, value in {**fields, **self._context}.items():
-            line.setdefault(name, _cut(value, _MAX_CHARACTERS) if isinstance(value, str) else value)
+        line = {**head, **fields, **self._context, **head}  # what the line says of itself comes first, and counts
+        text = _as_json(line)
+        if record.exc_info is None and len(text) <= _MAX_CHARACTERS and is_harmless(text):
+            return text  # there is nothing to strike out or to cut
+        for name, value in line.items():
+            line[name] = _cut(value, _MAX_CHARACTERS) if isinstance(value, str) else value
         if record.exc_info:
             line["error"] = _cut(self.formatException(record.exc_info), _MAX_TRACE_CHARACTERS)
         return _as_json(line)
