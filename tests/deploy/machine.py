@@ -2,8 +2,9 @@
 
 Absolute paths of what is typed lie below that directory. ``stand_ins/`` are in place of the programs that would change
 this machine or fetch something: ``sudo`` runs what it is given, ``useradd`` does nothing, ``pip`` puts this project's
-programs where it was to install them. These programs and ``systemctl`` ask the ``Machine``, which forks the former from
-a process that has them loaded (``warm.py``), and does with a unit's file what systemd would, as far as processes go.
+programs where it was to install them. These programs and ``systemctl`` ask the ``Machine``, which forks the former,
+services too, from a process that has them loaded (``warm.py``), and does with a unit's file what systemd would, as far
+as processes go.
 All else is real.
 """
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 from proxies import free_port
 
-from sandbox import BIN, Sandbox
+from sandbox import Process, Sandbox
 from warm import warm
 
 __all__ = ["Machine"]
@@ -70,8 +71,8 @@ class Machine:
         self.environment["PATH"] = (
             f"{_STAND_INS}{os.pathsep}{self.path('/usr/local/bin')}{os.pathsep}{os.environ['PATH']}"
         )
-        self._services: dict[str, subprocess.Popen[bytes]] = {}
-        self._started: list[subprocess.Popen[str]] = []
+        self._services: dict[str, Process] = {}
+        self._started: list[Process] = []
         self._asked = _Asked(self)
 
     def path(self, path: str) -> Path:
@@ -103,29 +104,26 @@ class Machine:
         self.said = done.stderr
         return done
 
-    def start(self, command: str) -> subprocess.Popen[str]:
+    def start(self, command: str) -> Process:
         """Start a program and do not wait for it."""
-        argv = self._real(command)
+        self._started.append(self._start(command, self.environment))
+        return self._started[-1]
+
+    def _start(self, command: str, environment: Mapping[str, str]) -> Process:
+        """Start what was installed, by the path where it was: it is this project's."""
+        program, *arguments = shlex.split(self.here(command))
+        assert Path(program).exists(), f"nothing was installed as {program}"
         with (self.root / "log").open("ab") as log:
-            process = subprocess.Popen(argv, cwd=_ROOT, env=self.environment, stdout=log, stderr=log, text=True)
-        self._started.append(process)
-        return process
+            return warm().start(Path(program).name, arguments, cwd=_ROOT, env=environment, stdout=log, stderr=log)
 
     def end(self) -> None:
         """End what runs."""
         for name in list(self._services):
             self.stop_service(name)
         for process in self._started:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
+            process.send_signal(signal.SIGTERM)
             process.wait(20)
         self._asked.close()
-
-    def _real(self, command: str) -> list[str]:
-        """Return a command line with the program itself where a stand-in was installed."""
-        program, *arguments = shlex.split(self.here(command))
-        assert Path(program).exists(), f"nothing was installed as {program}"
-        return [str(BIN / Path(program).name), *arguments]
 
     def answer(self, program: str, argv: list[str], cwd: str, env: dict[str, str], stdin: str) -> tuple[int, str, str]:
         """Do what a stand-in was asked; return its exit code and what it is to say."""
@@ -167,13 +165,13 @@ class Machine:
             line.split("=", 1) for line in re.findall(r"^Environment=(.*)$", self.here(unit), re.MULTILINE)
         )
         assert re.search(r"^Type=notify$", unit, re.MULTILINE)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told, (self.root / "log").open("ab") as log:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as told:
             address = self.root / "notify"
             address.unlink(missing_ok=True)
             told.bind(str(address))
             told.settimeout(0.05)
             environment = {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(address), **variables}
-            process = subprocess.Popen(self._real(command), env=environment, stdout=log, stderr=log)
+            process = self._start(command, environment)
             for _ in range(round(_START_S / 0.05)):
                 with contextlib.suppress(TimeoutError):
                     if told.recv(100) == b"READY=1":
@@ -190,7 +188,7 @@ class Machine:
         process = self._services.pop(name, None)
         if process is None:
             return ""
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         return "" if process.wait(20) == 0 else f"{name} ended with {process.returncode}"
 
 

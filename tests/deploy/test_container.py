@@ -7,6 +7,7 @@ project as it is installed here (``stand_ins/``).
 import json
 import re
 import shlex
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_its_steps_its_programs_and_its_check_work(container: Machine) -> None:
     assert command.startswith(with_places(shlex.join(json.loads(only("CMD"))), LOOPBACK))
     server = container.start(f"{program} {command}")
     wait_for(lambda: container.run(check).returncode == 0, f"the check to pass: {container.said}")
-    server.terminate()
+    server.send_signal(signal.SIGTERM)
     assert server.wait(20) == 0
     assert container.run(check).returncode != 0
 

@@ -1,8 +1,8 @@
 """``docs/operations.md`` does what it says: every command in it is run, in its order, as somebody would type it.
 
 A block is run on the machine that the word behind ``sh`` names, by default the server. What a ``text`` block shows is
-what the block before has printed, where ``...`` stands for anything. A client is given on stdin the token that was
-printed last, ``ID`` is that of the only token, and ``DAY`` that of the only backup.
+what the block before has printed, where ``...`` stands for anything. A client that logs in is given on stdin the token
+that was printed last, ``ID`` is that of the only token, and ``DAY`` that of the only backup.
 """
 
 import json
@@ -61,9 +61,15 @@ class Company:
         env["PATH"] = f"{machine.environment['MACHINE_BIN']}:{env['PATH']}"
         argv = ["bash", "-euo", "pipefail", "-c", script]
         return subprocess.run(
-            argv, cwd=self.ana.dir, env=env, input=f"{self.token}\n", capture_output=True, text=True,
-            timeout=120, check=False,
-        )  # fmt: skip
+            argv,
+            cwd=self.ana.dir,
+            env=env,
+            input=f"{self.token}\n" if "login" in script else "",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
 
 
 @pytest.fixture
