@@ -2,11 +2,12 @@
 // there is to be done about it.
 (function (remote) {
   "use strict";
-  var WORDS = { connecting: "Connecting", live: "Live", reconnecting: "Reconnecting", offline: "Offline",
-                ended: "Signed out", denied: "No access" };
+  var WORDS = { connecting: "Connecting", live: "Live", waiting: "Waiting", reconnecting: "Reconnecting",
+                offline: "Offline", ended: "Signed out", denied: "No access" };
   var MEANINGS = {
     connecting: "Asking the server",
     live: "Changes are shown as soon as they are made",
+    waiting: "There are changes: they are shown when you have finished what you are at",
     reconnecting: "The connection was lost: it is being made again, and the page looks every 5 seconds meanwhile",
     offline: "The server can't be reached: this is the board as it was",
     ended: "The server does not know who you are any more",

@@ -3,7 +3,7 @@
   "use strict";
   var SILENCE_MS = 22000, CHECK_MS = 3000;  // the server says something every 10 s
   var FIRST_RETRY_MS = 1000, LONGEST_RETRY_MS = 15000, ENDED_RETRY_MS = 20000;
-  var state = "connecting", last = null, heard = Date.now(), failed = false, again = function () {};
+  var state = "connecting", last = null, heard = Date.now(), failed = false, isWaiting = false, again = function () {};
 
   remote.hasLost = function () { return state === "connecting" || state === "reconnecting"; };
   remote.isLive = function () { return state === "live"; };
@@ -17,7 +17,7 @@
   }
   function show() {
     var isOffline = state === "reconnecting" && (!navigator.onLine || failed);
-    remote.showState(isOffline ? "offline" : state);
+    remote.showState(isOffline ? "offline" : state === "live" && isWaiting ? "waiting" : state);
   }
   function lose() {
     if (state === "live" || state === "connecting") enter("reconnecting");
@@ -46,6 +46,10 @@
     if (state === "live" && (status === 401 || status === 403)) again();
     if (status === 401) end(status);
     if (status === 200 && (state === "ended" || state === "denied")) again();  // signed in once more, in another tab
+    show();
+  });
+  remote.on("waiting", function (is) {
+    isWaiting = is;
     show();
   });
   window.addEventListener("online", show);

@@ -5,6 +5,7 @@
 (function (remote) {
   "use strict";
   var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000, DRAWN_MS = 50, FAILED_MS = 1500;
+  var SAID_MS = 1000;  // who waits so long says it
   var looks = new Map();
   var missed = false, refreshing = false, drawing = false, waiting = false, within = null;
   var failed = false;  // whether a look has not got all that it asked for
@@ -75,8 +76,12 @@
   async function waitUntilIdle() {
     if (waiting) return;
     waiting = true;
-    while (isBusy()) await pause(BUSY_MS);
+    for (var since = Date.now(); isBusy();) {
+      if (Date.now() - since > SAID_MS) remote.tell("waiting", true);
+      await pause(BUSY_MS);
+    }
     waiting = false;
+    remote.tell("waiting", false);
     refresh();
   }
   // The page says nothing of a look that came to nothing: its next one comes soon. Here there is none until a change.
