@@ -458,7 +458,12 @@ async def test_what_a_read_saw_of_a_command_that_was_undone_is_not_given_again(
     assert (await reader.read(asked)).body == b"x", "it was there when it was read"
     assert (await reader.read_together([ReadPage("/api/stats")]))[1] is False
     monkeypatch.setattr(reader, "_exchange", look)
-    assert (await reader.read(asked)).body == b""
+    found = await reader.read(asked)
+    assert found.body == b""
+    opened.project.files_touched({"a"})  # as after each change; the worker finds nothing new
+    assert opened.project.load.with_worker
+    await until(lambda: not opened.project.load.with_worker)
+    assert await reader.read(asked) is found
     assert (await reader.read_together([ReadPage("/api/stats")]))[1] is True
 
 

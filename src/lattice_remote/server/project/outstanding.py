@@ -29,8 +29,8 @@ class Outstanding:
         self._overdue = overdue
         self._jobs: deque[Job] = deque()
         self._weight = 0
-        self.ever = 0
-        """How many a worker was ever sent."""
+        self.attempts = 0
+        """How many a worker was ever sent that may write, also where nothing came of it."""
         self._oldest_since = 0.0  # since when the first of them has been the first
         self._timer: asyncio.TimerHandle | None = None
 
@@ -57,7 +57,7 @@ class Outstanding:
             self._oldest_since = time.monotonic()
         self._jobs.append(job)
         self._weight += job.weight
-        self.ever += 1
+        self.attempts += not isinstance(job.message, Reconcile)  # which only looks
         self._watch()
 
     def settle(self) -> Job:

@@ -221,7 +221,7 @@ class Project:
         be: so the name is another after each.
         """
         settled = self._working and not self._outstanding
-        return (self.history.epoch, self.history.head, self._outstanding.ever) if settled else None
+        return (self.history.epoch, self.history.head, self._outstanding.attempts) if settled else None
 
     # --- requests ---
 
