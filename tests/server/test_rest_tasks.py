@@ -5,31 +5,18 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from rest_client import Rest, rest_server
+from rest_client import Rest
 from server_process import Process
 from test_app import make_token
 
 from lattice_remote.server.data.tokens import TokenFile
 from sandbox import wait_for
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Rest]]:
-    with rest_server(tmp_path_factory.mktemp("rest")) as both:
-        yield both
-
-
-@pytest.fixture
-def rest(served: tuple[Process, Rest]) -> Rest:
-    return served[1]
-
 
 _PRINTING = """
 import json, sys

@@ -4,13 +4,12 @@ import hashlib
 import http.client
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
-from rest_client import Rest, rest_server
+from rest_client import Rest
 from server_process import Process
 
 from lattice_remote.server.data.settings import Limits
@@ -19,17 +18,6 @@ from sandbox import wait_for
 
 MARKDOWN = {"Content-Type": "text/markdown"}
 TEXT = "# Ünïcode\r\n\n- a\ttab\n".encode()
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Process, Rest]]:
-    with rest_server(tmp_path_factory.mktemp("texts")) as both:
-        yield both
-
-
-@pytest.fixture
-def rest(served: tuple[Process, Rest]) -> Rest:
-    return served[1]
 
 
 def etag(text: bytes) -> str:
