@@ -1,15 +1,14 @@
 """Plans and notes, for the editor in the page: read with what is needed to edit them, and stored by a merge."""
 
-import asyncio
 from pathlib import Path
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.errors import Rejected
 from lattice_remote.protocol.paths import is_editable
-from lattice_remote.server.project.snapshot import PIECE_BYTES, Snapshot
+from lattice_remote.server.project.texts import text_at_head
 from lattice_remote.server.web.answers import ok
 from lattice_remote.server.web.asking import edit
 from lattice_remote.server.web.bodies import body_of
@@ -84,29 +83,14 @@ async def _text(visitor: Guest, path: str) -> _Text:
     Raises:
         Rejected: there is no such task.
     """
-    files, root = visitor.project.history.files, visitor.project.paths.lattice
+    files = visitor.project.history.files
     task = f"tasks/{Path(path).stem}.json"
     if task not in files and f"archive/{task}" not in files:
         raise Rejected(f"there is no task {Path(path).stem}", code="REMOTE_NOT_FOUND")
     archived = task not in files
-    data = await asyncio.to_thread(_read, root / "archive" / path if archived else root / path)
+    data = await text_at_head(visitor.project, f"archive/{path}" if archived else path)
     try:
         text = None if data is None else data.decode()
     except UnicodeDecodeError:
         return _Text(data.decode(errors="replace") if data else "", editable=False, reason="it is no text in UTF-8")
     return _Text(text, not archived, "the task is in the archive" if archived else "")
-
-
-def _read(path: Path) -> bytes | None:
-    """Return a plain file's content, None when there is none."""
-    try:
-        snapshot = Snapshot.open(path, 0)
-    except OSError as error:
-        raise StorageError(f"the server cannot read {path.name}: {error.strerror}") from error
-    if snapshot is None:
-        return None
-    try:
-        pieces = [snapshot.piece(offset, snapshot.size) for offset in range(0, snapshot.size, PIECE_BYTES)]
-    finally:
-        snapshot.close()
-    return b"".join(pieces)
