@@ -398,11 +398,13 @@ DEEP = b'{"title":' + b"[" * 10_000 + b"]" * 10_000 + b"}"
         (b'{"title": 7}', 422, "REMOTE_INVALID"),
         (b'{"title": "x", "tite": "y"}', 422, "REMOTE_INVALID"),
         (b'{"tags": ["a,b"]}', 422, "REMOTE_INVALID"),
+        (b'{"title": "x", "title": "y"}', 422, "REMOTE_INVALID"),
+        (b'{"custom_fields": {"a": "x", "a": "y"}}', 422, "REMOTE_INVALID"),
         (b"{}", 422, "REMOTE_INVALID"),
         (b'{"title": "a\\u0000b"}', 422, "REMOTE_UNSUPPORTED"),
         (b" " * 2_000_000, 413, "REMOTE_TOO_LARGE"),
     ],
-    ids=range(15),
+    ids=range(17),
 )
 def test_a_body_that_is_wrong_is_refused_in_one_line(rest: Rest, body: bytes, status: int, code: str) -> None:
     task = rest.task()

@@ -1,5 +1,6 @@
 """A request to an endpoint, checked: everything in it has the form that the endpoint's description promises."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -102,8 +103,16 @@ def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
         why = "send the body with Content-Type: application/json"
         raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
     try:
-        return msgspec.json.decode(content or b"{}", type=kind)
+        found = msgspec.json.decode(content or b"{}", type=kind)
+        json.loads(content or b"{}", object_pairs_hook=_named_once)  # it is no deeper than its type
     except msgspec.ValidationError as error:
         raise Rejected(f"the request's body: {error}", code="REMOTE_INVALID") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected(f"the request's body is no JSON: {error}", code="REMOTE_PROTOCOL") from None
+    return found
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> None:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise Rejected(f"the request's body: {name[:60]!r} is given {times} times", code="REMOTE_INVALID")
