@@ -17,8 +17,11 @@ venv:  ## Make .venv with everything in it (at once when it is up to date)
 demo: venv  ## See it work: a server and two machines, cut off and put together again
 	@$(PYTHON_VENV) examples/demo.py
 
+# One more than there are processors: the tests wait for other processes half of their time.
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
+
 test: venv  ## Run every test
-	@$(PYTHON_VENV) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTHON_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv  ## Format, lint, strict types, import layering; protocol/ agrees with the code
 	@.venv/bin/ruff format --check .
