@@ -252,6 +252,8 @@ def test_what_the_example_dashboard_and_alerts_ask_for_is_there(watched: Watched
     asked = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     asked += re.findall(r"(?m)^ +expr: (.+)$", (DEPLOY / "prometheus-alerts.yml").read_text())
     assert len(asked) > 30
+    # An alert for an increase sees the first one only where the series began at 0.
+    assert 'lattice_remote_refusals_total{code="REMOTE_STORAGE",project="board"} 0.0' in watched.scraped()
     for expression in asked:
         names = re.findall(r"\b(?:lattice_remote|process)_\w+", expression)
         assert names, expression

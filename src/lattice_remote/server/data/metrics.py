@@ -11,6 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 
 __all__ = ["Metrics", "ProjectMetrics"]
 
+_ALARMING = ("REMOTE_BUSY", "REMOTE_STORAGE")
+"""Refusals that are told of before there is one: Prometheus sees no increase in a series that begins above 0."""
 _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -67,6 +69,8 @@ class ProjectMetrics:
         # Looked up once for each combination: each write is counted several times.
         self._requests = cache(partial(metrics.requests.labels, slug))
         self._refusals = cache(partial(metrics.refusals.labels, slug))
+        for code in _ALARMING:
+            self._refusals(code)
         self._goodbyes = cache(partial(metrics.goodbyes.labels, slug))
         self.changes = metrics.changes.labels(slug)
         self.request_seconds = metrics.request_seconds.labels(slug)

@@ -48,6 +48,8 @@ class Account:
 
     def log(self) -> None:
         """Write its line."""
+        if not _log.isEnabledFor(logging.INFO):
+            return
         fields = {
             "project": self.project,
             "actor": self.actor,
