@@ -37,7 +37,7 @@ LONG = [
     "test_backup",
     "test_load",
     "test_faults",
-    "test_operations",
+    "test_operations_page",
     "test_proxies",
 ]
 """The files that take longest: with one of these at the end, one core would work alone."""

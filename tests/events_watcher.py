@@ -31,14 +31,19 @@ class EventsWatcher:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._last: str | None = None
+        self._listening: Listening | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        with self._lock:
+            self._over.set()
+            if self._listening is not None:
+                self._listening.hang_up()
         self._thread.join(_SILENCE_S + 10)
+        assert not self._thread.is_alive(), "the listener has left"
 
     def check(self) -> int:
         """Insist on every change up to where the others are, whole, once and in order; return how many events came."""
@@ -80,10 +85,12 @@ class EventsWatcher:
         while not self._over.wait(_AGAIN_S):
             try:
                 with Listening(self._port, self._token, "board", **self._where(), timeout_s=_SILENCE_S) as listening:
-                    for event in listening if listening.status == 200 else ():
-                        self._take(event)
+                    with self._lock:
+                        self._listening = listening
                         if self._over.is_set():
                             return
+                    for event in listening if listening.status == 200 else ():
+                        self._take(event)
             except (OSError, http.client.HTTPException):
                 continue
 

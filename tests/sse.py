@@ -1,5 +1,6 @@
 """Somebody who listens to ``events/stream`` with nothing but a socket, and takes it apart as browsers do."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -75,6 +76,11 @@ class Listening:
         """Leave."""
         self.response.close()
         self._connection.close()
+
+    def hang_up(self) -> None:
+        """Have it end for whoever iterates over it, in whichever thread. ``close()`` it afterwards."""
+        with contextlib.suppress(OSError):  # the other side was faster
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def reset(self) -> None:
         """Leave as one whose machine was switched off."""

@@ -93,6 +93,23 @@ def test_a_view_whose_answers_come_late_does_not_take_the_place_of_the_next(it: 
         expect(page.locator("#app .detail")).to_have_count(0)
 
 
+def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> None:
+    task = it.made("Opened meanwhile")
+    with it.person() as person:
+        page = it.open(person)
+        held: list[Route] = []
+        page.route("**/api/tasks", lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks it
+        with page.expect_request("**/api/tasks"):
+            later = it.made("Made meanwhile")
+        card(page, task).click()
+        expect(panel(page)).to_contain_text("Opened meanwhile")
+        page.wait_for_timeout(500)  # a click counts as one for 300 ms: the answer is to come after that
+        for route in held:
+            route.continue_()
+        expect(card(page, later)).to_be_visible()
+        expect(panel(page)).to_contain_text("Opened meanwhile")
+
+
 # --- to work in it ---
 
 

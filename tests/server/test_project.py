@@ -12,6 +12,7 @@ import msgspec
 import pytest
 from harness import FAKE_WORKER, until
 
+from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Change, Refused, Reply
 from lattice_remote.server.data.datadir import ProjectPaths
@@ -477,6 +478,18 @@ async def test_stopping_finishes_what_runs(paths: ProjectPaths) -> None:
     await project.drain(2.0)
     assert isinstance(watcher.answers[request.id], Reply)
     await project.stop(1.0)
+
+
+async def test_who_waits_for_a_project_to_open_is_told_that_it_is_stopped(paths: ProjectPaths) -> None:
+    project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", "exec sleep 60"))
+    project.start()
+    waiting = asyncio.create_task(project.opened())
+    await asyncio.sleep(0)
+    await project.drain(1.0)
+    with pytest.raises(Rejected, match="stopping") as refused:
+        await asyncio.wait_for(waiting, 10)
+    assert refused.value.code == "REMOTE_SHUTDOWN"
+    await project.stop(0.1)
 
 
 async def test_a_worker_that_does_not_start_closes_the_project_until_it_does(

@@ -115,7 +115,10 @@
   remote.guards.push(function (asked) {
     if (!within) return asked;
     return asked.then(function (answer) {
-      if (!isBusy()) return answer;
+      if (!isBusy()) {
+        panel = panel || openPanel();
+        return answer;
+      }
       refresh();
       throw new Error("somebody is writing");
     });
@@ -126,7 +129,7 @@
   async function draw(look) {
     while (drawing) await pause(10);
     drawing = true;
-    var panel = document.querySelector("#detail-panel.open");
+    panel = openPanel();
     var place = isTask() ? document.getElementById("app") : panel;
     var restoreBoard = keepBoard(), restoreHeight = place && keepHeight(place), fields = filters();
     var curtain = place && hangCurtain(place);
@@ -149,8 +152,10 @@
   // A look does not draw the page of a single task, so it is shown as if somebody had just come to it.
   function revisit() { window.dispatchEvent(new HashChangeEvent("hashchange")); }
 
-  // A look closes the panel of a task beside the board. It is opened again, with what is new in it.
-  var opened = "";
+  // A look closes the panel of a task beside the board, also one that was opened while the look was under way. It is
+  // opened again, with what is new in it.
+  var opened = "", panel = null;
+  function openPanel() { return document.querySelector("#detail-panel.open"); }
   document.addEventListener("click", function (event) {
     var card = event.target.closest && event.target.closest(".card[data-task-id]");
     if (card) opened = card.dataset.taskId;

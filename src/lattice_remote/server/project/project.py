@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lattice_remote.errors import StorageError
+from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Bye, Refused
 from lattice_remote.server.data.datadir import ProjectPaths
@@ -59,7 +59,7 @@ from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
 from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
 
-__all__ = ["Load", "Project"]
+__all__ = ["Load", "Project", "stopping"]
 
 _MAX_START_FAILURES = 5
 """After so many in a row those who wait are told; it is tried again all the same, now and then."""
@@ -151,10 +151,13 @@ class Project:
 
         Raises:
             StorageError: it can't be, for now or until the server is restarted.
+            Rejected: the server stops, or closes this project, before it can.
         """
         await self._open.wait()
         if self._failure is not None:
             raise self._failure
+        if self._stopping:
+            raise stopping()
 
     @property
     def load(self) -> Load:
@@ -186,6 +189,7 @@ class Project:
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests and wait for those that the worker holds."""
         self._stopping = True
+        self._open.set()  # whoever waits for it waits in vain
         self._waiting.clear()
         if self._outstanding:
             self._idle.clear()
@@ -553,6 +557,11 @@ class Project:
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
         self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s, and was undone")
         self._writer.kill()
+
+
+def stopping() -> Rejected:
+    """Return what is said to whoever asks something of a project that takes no more requests."""
+    return Rejected("the server is stopping, or closes this project; try again", code="REMOTE_SHUTDOWN")
 
 
 def _is_another(running: ToWorker, message: ToWorker) -> bool:

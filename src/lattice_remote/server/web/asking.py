@@ -9,6 +9,7 @@ from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Returned, ServerFrame, Stored
 from lattice_remote.server.data.ipc import Edit, Execute, Invoke
+from lattice_remote.server.project.project import stopping
 from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.gate import Guest
 
@@ -110,7 +111,7 @@ async def _ask(guest: Guest, message: Execute | Invoke | Edit) -> ServerFrame:
     if project.failure is not None:
         raise project.failure
     if project.stopping:
-        raise Rejected("the server is stopping; try again", code="REMOTE_SHUTDOWN")
+        raise stopping()
     if (refusal := guest.hub.ended(guest.login)) is not None:  # its body may have taken its time
         raise TurnedAway(refusal)
     project.history.join(asker)

@@ -9,6 +9,7 @@ It leaves when told to (``Stop``), when the server is gone (end of file), or whe
 import argparse
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -21,7 +22,7 @@ from lattice_remote.server.data.ipc import (
     Failed,
     ToWorker,
 )
-from lattice_remote.server.data.loglines import log_to_stderr
+from lattice_remote.server.data.loglines import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.data.settings import Journal as JournalSettings
 from lattice_remote.server.journal.journal import Retention
 from lattice_remote.server.tree.manifest import SyncFailed
@@ -70,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.dont_write_bytecode = True
     log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s", {"process": "worker", "project": options.slug})
+    for name in (FORMAT_VARIABLE, LEVEL_VARIABLE):
+        os.environ.pop(name, None)  # a hook's environment is made from this process's, and is lattice's
     connection = socket.socket(fileno=options.fd)
     committer = Committer(connection)
     try:
