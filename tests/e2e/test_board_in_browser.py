@@ -100,7 +100,7 @@ def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> No
         held: list[Route] = []
         page.route("**/api/tasks", lambda route: held.append(route))  # noqa: PLW0108 - Playwright marks it
         with page.expect_request("**/api/tasks"):
-            later = it.made("Made meanwhile")
+            later = it.made("Made while it looks")
         card(page, task).click()
         expect(panel(page)).to_contain_text("Opened meanwhile")
         page.wait_for_timeout(500)  # a click counts as one for 300 ms: the answer is to come after that
