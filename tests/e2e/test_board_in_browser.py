@@ -86,6 +86,7 @@ def test_a_view_whose_answers_come_late_does_not_take_the_place_of_the_next(it: 
         page.evaluate("location.hash = '#/board'")
         expect(card(page, task)).to_be_visible()
         page.evaluate(NOTE_A_LATE_TASK)
+        wait_for(lambda: held or page.wait_for_timeout(20), "the question to be held")
         for route in held:
             route.continue_()
         expect(page.locator("body")).to_have_attribute("data-drawn-late", "yes")
@@ -104,6 +105,7 @@ def test_a_panel_that_is_opened_while_the_page_looks_stays_open(it: Board) -> No
         card(page, task).click()
         expect(panel(page)).to_contain_text("Opened meanwhile")
         page.wait_for_timeout(500)  # a click counts as one for 300 ms: the answer is to come after that
+        wait_for(lambda: held or page.wait_for_timeout(20), "the question to be held")
         for route in held:
             route.continue_()
         expect(card(page, later)).to_be_visible()
