@@ -15,7 +15,11 @@ def logged(client: Client, *argv: str) -> list[dict[str, Any]]:
 
 
 def logged_on(server: Server, *argv: str) -> list[dict[str, Any]]:
-    return list(json.loads(server.admin("log", "board", *argv, "--json"))["entries"])
+    return list(admin_log(server, *argv)["entries"])
+
+
+def admin_log(server: Server, *argv: str) -> dict[str, Any]:
+    return dict(json.loads(server.admin("log", "board", *argv, "--json")))
 
 
 def test_the_log_names_actor_token_and_command_everywhere(sandbox: Sandbox) -> None:
@@ -26,6 +30,8 @@ def test_the_log_names_actor_token_and_command_everywhere(sandbox: Sandbox) -> N
     ana.add_remote(server, server.token("human:ana"))
     ben.add_remote(server, server.token("human:ben", "agent:*"))
     ana.ok("create", "One", "--actor", "human:ana")
+    for shown in (json.loads(ana.ok("remote", "log", "-n", "1", "--json"))["data"], admin_log(server, "-n", "1")):
+        assert len(shown["entries"]) == 1 and shown["more"] is False, "the only change is all there is"
     ben.ok("comment", "LAT-1", "\x1b[31mred\x07", "--actor", "agent:bot")
     ana.ok("archive", "LAT-1", "--actor", "human:ana")
     tokens = {token["actor"]: token["id"] for token in json.loads(server.admin("token", "list", "--json"))}
@@ -40,6 +46,7 @@ def test_the_log_names_actor_token_and_command_everywhere(sandbox: Sandbox) -> N
     assert of_one == found, "archived tasks have their log too"
     assert {entry["tasks"][0]["short_id"] for entry in of_one} == {"LAT-1"}
     assert logged_on(server, "-n", "2") == found[:2]
+    assert json.loads(ben.ok("remote", "log", "-n", "2", "--json"))["data"]["more"] is True
 
     for shown in (ana.ok("remote", "log"), server.admin("log", "board")):
         assert "agent:bot (token of human:ben)" in shown and "archive LAT-1" in shown

@@ -136,14 +136,15 @@ def test_a_deleted_project_is_in_the_trash_and_in_no_token(data: DataDir) -> Non
     data.create_project("two", code="TWO", name=None, actor=None)
     token(data, "web")
     both = token(data, "two", "web")
+    metrics, _ = TokenFile(data.tokens).create_for_metrics()
     with pytest.raises(Misuse, match="is in use"):
         delete_project(data, "web")
     archive_project(data, "web")
-    assert len(projects_of(data)) == 2, "archived: its tokens wait"
+    assert len(projects_of(data)) == 3, "archived: its tokens wait"
     assert not fsck(data, chosen(data, None), mend=False).left
     place, tokens = delete_project(data, "web")
     assert (place / ".lattice" / "config.json").is_file() and tokens == 2
-    assert projects_of(data) == {both: ["two"]}
+    assert projects_of(data) == {both: ["two"], metrics.id: []}
     assert not fsck(data, chosen(data, None), mend=False).left
 
 

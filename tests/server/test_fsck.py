@@ -4,6 +4,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,24 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("original") / "data"
     data = DataDir(root)
     data.create()
-    TokenFile(data.tokens).create(projects=["web"], actor="human:ana", act_as=[])
+    make_tokens_of_every_kind(TokenFile(data.tokens))
     with WorkerProcess(make_project(root / "projects/web"), settings=SMALL) as worker:
         worker.ok("create", "One", *ANA)
         for number in range(12):
             worker.ok("comment", "LAT-1", f"{number} " + "x" * 900, *ANA)
         worker.stop()
     return root
+
+
+def make_tokens_of_every_kind(tokens: TokenFile) -> None:
+    """Make all kinds of tokens that the command line can leave in ``tokens.json``."""
+    soon = datetime.now(UTC) + timedelta(days=1)
+    rotated, _ = tokens.create(projects=["web"], actor="human:ana", act_as=["agent:*"], expires=soon)
+    tokens.rotate(rotated.id, grace=timedelta(hours=1))
+    tokens.create(projects=["web"], actor="human:ben", act_as=[], expires=datetime.now(UTC) - timedelta(days=1))
+    tokens.create_for_metrics()
+    rotated, _ = tokens.create_for_metrics(expires=soon)
+    tokens.rotate(rotated.id)
 
 
 @pytest.fixture

@@ -80,6 +80,24 @@ def test_pages_lead_to_the_beginning_whatever_their_size(tmp_path: Path, monkeyp
     assert entries(project) == everything
 
 
+@pytest.mark.parametrize("scan_bytes", [1, log.MAX_SCAN_BYTES])
+def test_there_is_more_exactly_when_another_entry_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scan_bytes: int
+) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project, settings='{"segment_bytes": 4096, "max_bytes": 1000000}') as worker:
+        for number in range(3):
+            worker.ok("create", f"Task {number}", *ANA)
+            worker.ok("comment", "LAT-1", "x" * 5000, *ANA)
+    monkeypatch.setattr(log, "MAX_SCAN_BYTES", scan_bytes)
+    paths = ProjectPaths(project)
+    for task, count in (("", 6), ("LAT-1", 4), ("LAT-2", 1), ("LAT-3", 1)):
+        found = {limit: read_log(paths, task, limit) for limit in range(1, count + 2)}
+        assert {limit: (len(page), more) for limit, (page, more) in found.items()} == {
+            limit: (min(limit, count), limit < count) for limit in found
+        }
+
+
 def test_what_is_not_durable_yet_is_not_told(tmp_path: Path) -> None:
     project = make_project(tmp_path / "web")
     with WorkerProcess(project) as worker:

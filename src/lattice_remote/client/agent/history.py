@@ -23,6 +23,8 @@ MAX_ENTRIES = 10_000
 async def read_log(link: Link, task: str, limit: int) -> dict[str, Any]:
     """Return the newest entries, of one task if it is named, and whether older ones are kept.
 
+    Asks for one entry more than it returns: ``LogPage.before`` alone does not say that another entry exists.
+
     Raises:
         Rejected: there is no such task, or the server can't tell its log.
         ConnectionFailed: the server is out of reach.
@@ -31,13 +33,15 @@ async def read_log(link: Link, task: str, limit: int) -> dict[str, Any]:
     entries: list[LogEntry] = []
     before: int | None = None
     while True:
-        page = await _page(link, Log(os.urandom(16).hex(), task, min(limit - len(entries), MAX_LOG_ENTRIES), before))
+        page = await _page(
+            link, Log(os.urandom(16).hex(), task, min(limit + 1 - len(entries), MAX_LOG_ENTRIES), before)
+        )
         if before is not None and page.before is not None and page.before >= before:
             raise ProtocolError("the pages of the server's log don't lead to its beginning")
         before = page.before
         entries += page.entries
-        if before is None or len(entries) >= limit:
-            return {"entries": msgspec.to_builtins(entries[:limit]), "more": before is not None}
+        if before is None or len(entries) > limit:
+            return {"entries": msgspec.to_builtins(entries[:limit]), "more": len(entries) > limit}
 
 
 async def _page(link: Link, asked: Log) -> LogPage:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.checks.findings import Finding
 from lattice_remote.server.data.datadir import DataDir
-from lattice_remote.server.data.tokens import Token, TokenFile, check_actor
+from lattice_remote.server.data.tokens import METRICS_ACTOR, Token, TokenFile, check_actor
 
 __all__ = ["CHMOD_600", "TAKE_AWAY", "check_server", "server_leftovers"]
 
@@ -64,6 +64,10 @@ def _tokens(data: DataDir) -> Iterator[Finding]:
 def _wrong_with(token: Token, data: DataDir) -> Iterator[str]:
     if not _SHA256.fullmatch(token.sha256):
         yield "has no digest: nobody can use it; revoke it"
+    if token.metrics:  # METRICS_ACTOR is no actor of lattice, so that the token can't write
+        if (token.actor, token.act_as, token.projects) != (METRICS_ACTOR, [], []):
+            yield "is malformed: a token for metrics has no actor and no projects; revoke it and make another"
+        return
     try:
         check_actor(token.actor, token.act_as)
     except Misuse as error:

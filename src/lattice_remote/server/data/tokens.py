@@ -190,7 +190,7 @@ class TokenFile:
         def edit(tokens: list[Token]) -> list[Token]:
             after = [_for_projects(token, set(token.projects) - {slug}) for token in tokens]
             changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
-            return [token for token in after if token.projects]
+            return [token for token in after if token.projects or token.metrics]
 
         self._change(edit)
         return len(changed)

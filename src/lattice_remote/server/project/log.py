@@ -104,11 +104,11 @@ def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry]
     entries: list[LogEntry] = []
     before: int | None = None
     while True:
-        page = read_page(paths.journal, task=task_id, limit=limit - len(entries), before=before)
+        page = read_page(paths.journal, task=task_id, limit=limit + 1 - len(entries), before=before)
         entries += page.entries
         before = page.before
-        if before is None or len(entries) >= limit:
-            return entries, before is not None
+        if before is None or len(entries) > limit:
+            return entries[:limit], len(entries) > limit
 
 
 def read_page(
