@@ -136,6 +136,9 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ),
     ("log: the newest changes", m.Log(ID)),
     ("log: of a task, going on", m.Log(ID, "LAT-42", 5, 17)),
+    ("log: the versions of a plan", m.Log(ID, "LAT-42", text="plan")),
+    ("read-version: the newest with its number", m.ReadVersion(ID, "LAT-42", "notes", 7)),
+    ("read-version: of an epoch", m.ReadVersion(ID, TASK, "plan", 7, "e1")),
     ("follow: from now on", m.Follow()),
     ("follow: after a change", m.Follow("8f2c", 41, MARK)),
     (
@@ -187,6 +190,8 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("part: no such file", m.Part(EVENTS, 42, gone=True)),
     ("log-page", m.LogPage(ID, [_ENTRY, msgspec.structs.replace(_ENTRY, seq=7, tasks=[TASK], more_tasks=2)], 17)),
     ("log-page: the end", m.LogPage(ID, [], None)),
+    ("log-page: versions", m.LogPage(ID, [msgspec.structs.replace(_ENTRY, text_bytes=120)], None)),
+    ("version", m.Version(ID, "e1", 7, b"# Plan\n")),
     ("refused", m.Refused(ID, "REMOTE_FORBIDDEN", "token may act as human:ana, agent:*; not as human:bob")),
     ("bye: come back", m.Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0)),
     ("bye: do not come back", m.Bye("REMOTE_UNAUTHORIZED", "the token was revoked")),

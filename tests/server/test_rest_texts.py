@@ -43,6 +43,36 @@ def test_a_text_is_stored_and_read_byte_by_byte(served: tuple[Process, Rest], ki
     assert rest.ask("GET", path, headers={"If-None-Match": '"x"'}).content == TEXT
 
 
+@pytest.mark.parametrize("kind", ["plans", "notes"])
+def test_versions_are_listed_page_by_page_and_read(rest: Rest, kind: str) -> None:
+    path = f"/{kind}/{rest.task()}"
+    texts = [f"{number}\n".encode() * 3 for number in range(3)]
+    for number, text in enumerate(texts):
+        condition = {"If-None-Match": "*"} if kind == "notes" and not number else {"If-Match": "*"}
+        rest.ok("PUT", path, data=text, headers={**MARKDOWN, **condition})
+    found = rest.ok("GET", f"{path}/versions")
+    assert [version["bytes"] for version in found[:3]] == [6, 6, 6]
+    assert {(version["actor"], version["token_actor"]) for version in found} == {("human:ana", "human:ana")}
+    for version, text in zip(found, reversed(texts), strict=False):
+        read = rest.ask("GET", f"{path}/versions/{version['change']}")
+        assert (read.content, read.headers["ETag"]) == (text, etag(text))
+        assert read.headers["Lattice-Change"] == version["change"]
+        assert rest.ask("GET", f"{path}/versions/{version['change'].rpartition('-')[2]}").content == text
+    paged, cursor = [], ""
+    while True:
+        page = rest.ask("GET", f"{path}/versions?limit=2{cursor}").json()
+        paged += page["data"]
+        if "next" not in page:
+            break
+        cursor = f"&cursor={page['next']}"
+    assert paged == found
+    missing = (404, "REMOTE_NOT_FOUND")
+    for name in ("999999", "x", "zz-1", "..%2f1", "1" * 40):
+        assert rest.refused("GET", f"{path}/versions/{name}") == missing
+    assert rest.refused("GET", "/plans/LAT-999/versions")[0] == 404
+    assert rest.refused("GET", f"{path}/versions?cursor=x")[0] == 422
+
+
 def test_what_is_newer_is_not_overwritten(rest: Rest) -> None:
     path = f"/notes/{rest.task()}"
     assert rest.ask("GET", path).status_code == 404

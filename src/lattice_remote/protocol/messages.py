@@ -22,6 +22,7 @@ __all__ = [
     "MAX_LOG_TASKS",
     "MAX_PAYLOAD_BYTES",
     "MAX_PIECE_BYTES",
+    "MAX_VERSION_BYTES",
     "MIN_PIECE_BYTES",
     "PROTOCOL_VERSION",
     "SUBPROTOCOL",
@@ -48,6 +49,7 @@ __all__ = [
     "Push",
     "Pushed",
     "Put",
+    "ReadVersion",
     "Refused",
     "Reply",
     "Request",
@@ -59,6 +61,7 @@ __all__ = [
     "Stored",
     "Upload",
     "Uploaded",
+    "Version",
     "Welcome",
     "Write",
     "needed_capability",
@@ -68,7 +71,7 @@ SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
 CAPABILITIES = (
     *("append", "merge", "move", "announce", "put-text", "put-base", "log"),
-    *("uploads", "downloads", "push", "follow"),
+    *("uploads", "downloads", "push", "follow", "versions"),
     *("call:dashboard", "call:mcp", "call:storage"),
 )
 """What this version can do beyond whole files; a peer uses only what the other side named.
@@ -86,6 +89,8 @@ MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
 """The longest payload of a ``Call``."""
 MAX_PIECE_BYTES = 1024 * 1024
 """The most of a file that travels in one frame: nothing small waits long behind it."""
+MAX_VERSION_BYTES = 16 * 1024 * 1024
+"""The longest text that one ``Version`` brings."""
 MIN_PIECE_BYTES = 4096
 """The least that a piece of an upload brings, unless it is the last."""
 
@@ -233,13 +238,28 @@ class Log(_Frame, frozen=True, tag="log"):
     """Tell who changed what, newest first: at most ``limit`` changes, those of one task if it is named.
 
     ``task`` is a task's id or short id, "" for all. ``before`` goes on where a ``LogPage.before`` says, None
-    begins with the newest. Capability ``log``.
+    begins with the newest. Capability ``log``. ``text`` selects the changes of the task's plan or notes: each
+    entry then names a version of that text. Capability ``versions``.
     """
 
     id: RequestId
     task: _Short = ""
     limit: Annotated[int, Meta(ge=1, le=MAX_LOG_ENTRIES)] = 20
     before: Seq | None = None
+    text: Literal["", "plan", "notes"] = ""
+
+
+class ReadVersion(_Frame, frozen=True, tag="read-version"):
+    """Ask for a task's plan or notes as of the change (``epoch``, ``seq``), which must be one of that text.
+
+    An empty ``epoch`` is the newest with such a change. Capability ``versions``.
+    """
+
+    id: RequestId
+    task: _Short
+    text: Literal["plan", "notes"]
+    seq: Seq
+    epoch: Epoch = ""
 
 
 class Follow(_Frame, frozen=True, tag="follow"):
@@ -436,6 +456,8 @@ class LogEntry(msgspec.Struct, frozen=True):
     command: _Line
     tasks: Annotated[list[_Short], Meta(max_length=MAX_LOG_TASKS)]
     more_tasks: _Size = 0
+    text_bytes: _Size | None = None
+    """In the answer to a ``Log`` with ``text``: the length of that text after the change; None: removed or moved."""
 
 
 class LogPage(_Frame, frozen=True, tag="log-page"):
@@ -447,6 +469,15 @@ class LogPage(_Frame, frozen=True, tag="log-page"):
     id: RequestId
     entries: Annotated[list[LogEntry], Meta(max_length=MAX_LOG_ENTRIES)]
     before: Seq | None
+
+
+class Version(_Frame, frozen=True, tag="version"):
+    """The answer to ``ReadVersion``: the whole text, at most ``MAX_VERSION_BYTES``."""
+
+    id: RequestId
+    epoch: Epoch
+    seq: Seq
+    data: bytes
 
 
 class Refused(_Frame, frozen=True, tag="refused"):
@@ -472,17 +503,20 @@ CAPABILITY_OF: Mapping[type, str] = {
     Download: "downloads",
     Push: "push",
     Follow: "follow",
+    ReadVersion: "versions",
 }
 """What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
 Write = Run | Put | Push | Call
 """A request that may change something, once for its id (I6)."""
-Request = Write | Log | Upload | Download
+Request = Write | Log | ReadVersion | Upload | Download
 """What a server answers, by its id."""
-Response = Reply | Stored | Pushed | Returned | LogPage | Uploaded | Downloaded | Refused
+Response = Reply | Stored | Pushed | Returned | LogPage | Version | Uploaded | Downloaded | Refused
 """What answers a ``Request``."""
 Result = Reply | Stored | Pushed | Returned
 """What answers a request that was carried out; it is journalled, and has the number up to which it is true."""
-ClientFrame = Hello | Run | Put | Push | Call | Fetch | Manifest | Log | Upload | Download | Follow | Applied
+ClientFrame = (
+    Hello | Run | Put | Push | Call | Fetch | Manifest | Log | ReadVersion | Upload | Download | Follow | Applied
+)
 ServerFrame = Welcome | Change | Followed | Entries | Part | Response | Bye
 
 
@@ -492,4 +526,6 @@ def needed_capability(frame: Request) -> str | None:
         return f"call:{frame.surface}"
     if isinstance(frame, Put) and frame.base_digest:
         return "put-base"
+    if isinstance(frame, Log) and frame.text:
+        return "versions"
     return CAPABILITY_OF.get(type(frame))

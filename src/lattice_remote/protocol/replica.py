@@ -54,6 +54,7 @@ from lattice_remote.protocol.messages import (
     ServerFrame,
     Stored,
     Uploaded,
+    Version,
     Welcome,
 )
 from lattice_remote.protocol.operations import (
@@ -183,7 +184,7 @@ class Replica:
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()
-            case LogPage() | Uploaded() | Downloaded() | Refused():
+            case LogPage() | Version() | Uploaded() | Downloaded() | Refused():
                 return [Answer(frame)]
             case Followed():
                 raise ProtocolError("Followed, which a copy never asks for")

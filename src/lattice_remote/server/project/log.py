@@ -11,12 +11,14 @@ from pathlib import Path
 
 import msgspec
 
-from lattice_remote.errors import Misuse
+from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.protocol.about import tasks_in
-from lattice_remote.protocol.messages import MAX_LOG_TASKS, Log, LogEntry, LogPage, Refused
+from lattice_remote.protocol.messages import MAX_LOG_TASKS, Log, LogEntry, LogPage, ReadVersion, Refused, Version
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.framing import frames
 from lattice_remote.server.journal.segments import Segment, segment_paths
+from lattice_remote.server.project.text_versions import TextKind, paths_of_text, read_version
+from lattice_remote.server.tree.manifest import FileState
 
 __all__ = ["LogReader", "Page", "find_task", "read_log", "read_page", "short_ids"]
 
@@ -31,6 +33,7 @@ class _Record(msgspec.Struct, frozen=True, tag="record"):
 
     seq: int
     change: bytes | None = None
+    files: dict[str, FileState | None] = {}
 
 
 class _Operation(msgspec.Struct, frozen=True):
@@ -69,26 +72,33 @@ class Page:
 
 
 class LogReader:
-    """Answers ``Log`` for one project, one at a time, in a thread: clients that read the log delay nobody."""
+    """Answers ``Log`` and ``ReadVersion`` for one project, one at a time, in a thread, off the event loop."""
 
     def __init__(self, paths: ProjectPaths) -> None:
         self._paths = paths
         self._turn = asyncio.Lock()
 
-    async def answer(self, asked: Log, *, epoch: str, head: int) -> LogPage | Refused:
-        """Return a page of the changes up to ``head``, which are durable (I2)."""
+    async def answer(self, asked: Log | ReadVersion, *, epoch: str, head: int) -> LogPage | Version | Refused:
+        """Return a page of the changes up to ``head``, which are durable (I2), or a text as of one of them."""
         async with self._turn:
             try:
                 return await asyncio.to_thread(self._answer, asked, (epoch, head))
+            except RemoteError as error:
+                return Refused(asked.id, error.code, error.message)
             except OSError as error:
-                return Refused(asked.id, "REMOTE_STORAGE", f"the server can't read its journal: {error.strerror}")
+                return Refused(asked.id, "REMOTE_STORAGE", f"the server cannot read its journal: {error.strerror}")
 
-    def _answer(self, asked: Log, head: tuple[str, int]) -> LogPage | Refused:
+    def _answer(self, asked: Log | ReadVersion, head: tuple[str, int]) -> LogPage | Version:
         task = find_task(self._paths.lattice, asked.task) if asked.task else ""
-        if task is None:
-            return Refused(asked.id, "REMOTE_NOT_FOUND", f"there is no task {asked.task!r} in this project")
-        page = read_page(self._paths.journal, task=task, limit=asked.limit, before=asked.before, head=head)
-        return LogPage(asked.id, page.entries, page.before)
+        if task is None or (asked.text and not task):
+            raise Misuse(f"there is no task {asked.task!r} in this project", code="REMOTE_NOT_FOUND")
+        if isinstance(asked, Log):
+            page = read_page(
+                *(self._paths.journal, task, asked.text or None), limit=asked.limit, before=asked.before, head=head
+            )
+            return LogPage(asked.id, page.entries, page.before)
+        found = read_version(self._paths, task, asked.text, (asked.epoch, asked.seq), head=head)
+        return Version(asked.id, found.epoch, found.seq, found.data)
 
 
 def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
@@ -112,13 +122,20 @@ def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry]
 
 
 def read_page(
-    journal: Path, *, task: str = "", limit: int = 20, before: int | None = None, head: tuple[str, int] | None = None
+    journal: Path,
+    task: str = "",
+    text: TextKind | None = None,
+    *,
+    limit: int = 20,
+    before: int | None = None,
+    head: tuple[str, int] | None = None,
 ) -> Page:
     """Return the newest ``limit`` changes before a record, or fewer when that means reading too much. Blocking.
 
     Args:
         journal: the project's journal directory.
         task: a task's id: only what touched it; "" for everything.
+        text: only what wrote this text of the task.
         limit: how many entries at most.
         before: ``Page.before`` of the page before this one, None for the newest.
         head: epoch and number of the last change to tell of; None for all that are there.
@@ -139,7 +156,7 @@ def read_page(
             data = path.read_bytes()
         except FileNotFoundError:
             break  # expired meanwhile, and so has everything before it
-        for position, entry in reversed(list(_entries(data, task, before, head))):
+        for position, entry in reversed(list(_entries(data, task, text, before, head))):
             page.entries.append(entry)
             if len(page.entries) == limit:
                 page.before = position
@@ -174,10 +191,11 @@ def _ids(lattice: Path) -> dict[str, str]:
 
 
 def _entries(
-    data: bytes, task: str, before: int | None, head: tuple[str, int] | None
+    data: bytes, task: str, text: TextKind | None, before: int | None, head: tuple[str, int] | None
 ) -> Iterator[tuple[int, LogEntry]]:
     """Yield the changes of one segment with the numbers of their records, oldest first; as far as it is whole."""
     epoch, position = "", -1
+    paths = set(paths_of_text(task, text)) if text else set[str]()
     for _, payload in frames(data):
         try:
             item = _decoder.decode(payload)
@@ -193,7 +211,13 @@ def _entries(
             continue
         told = _change_decoder.decode(item.change)
         tasks = tasks_in(path for operation in told.ops for path in (operation.path, operation.to))
-        if not task or task in tasks:
+        # A text that goes to the archive, or comes back, is not written: its operation is a move.
+        written = [operation.path for operation in told.ops if operation.path in paths and not operation.to]
+        if text and written:
+            state = item.files.get(written[-1])
+            size = None if state is None else state.size
+            yield position, msgspec.structs.replace(_entry(epoch, told, tasks), text_bytes=size)
+        elif not text and (not task or task in tasks):
             yield position, _entry(epoch, told, tasks)
 
 

@@ -39,6 +39,7 @@ from lattice_remote.protocol.messages import (
     Manifest,
     Push,
     Put,
+    ReadVersion,
     Refused,
     Request,
     Run,
@@ -104,7 +105,9 @@ class Peer:
         self._in_flight: set[str] = set()
         self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
         self._wants_manifest = False
-        self._asked: deque[Log | Download] = deque()  # what is read for it when it has taken what it is owed before
+        self._asked: deque[Log | ReadVersion | Download] = (
+            deque()
+        )  # what is read for it when it has taken what it is owed before
         self._follow: Follow | None = None  # asked for, and not answered yet
         self._work = asyncio.Event()
         self._ended = False
@@ -306,7 +309,7 @@ class Peer:
                 project.uploads.take(frame, token.id, self)
             case Push():
                 project.pushes.take(frame, token, _first_sent_at(frame), project.history.used, self)
-            case Log() | Download():
+            case Log() | ReadVersion() | Download():
                 self._asked.append(frame)
                 self._work.set()
 
@@ -389,9 +392,9 @@ class Peer:
             self._live = answer.seq == answer.head
             await self._catch_up()
 
-    async def _read_for(self, asked: Log | Download) -> ServerFrame:
+    async def _read_for(self, asked: Log | ReadVersion | Download) -> ServerFrame:
         history = self.project.history
-        if isinstance(asked, Log):
+        if isinstance(asked, Log | ReadVersion):
             return await self.project.log.answer(asked, epoch=history.epoch, head=history.head)
         return await download(asked, history, self.project.paths)
 

@@ -149,6 +149,8 @@ routes = [
     Route(f"{_BASE}/{livepage.EVENTS}", changes.stream, methods=["GET"]),
     Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", texts.read, methods=["GET"]),
     Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", texts.write, methods=["POST"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}/versions", texts.versions, methods=["GET"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}/versions/{{change:str}}", texts.read_version, methods=["GET"]),
     Route(f"{_BASE}/api/{{path:path}}", _read, methods=["GET"]),
     Route(f"{_BASE}/api/{{path:path}}", _write, methods=["POST"]),
 ]

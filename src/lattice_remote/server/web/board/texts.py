@@ -8,16 +8,19 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.project.text_versions import TextKind
 from lattice_remote.server.project.texts import text_at_head
 from lattice_remote.server.web.answers import ok
 from lattice_remote.server.web.asking import edit
 from lattice_remote.server.web.bodies import body_of
 from lattice_remote.server.web.gate import Guest, guest
 from lattice_remote.server.web.keys import once_of
+from lattice_remote.server.web.versions import MAX_VERSIONS, list_versions, version_text
 
-__all__ = ["read", "write"]
+__all__ = ["read", "read_version", "versions", "write"]
 
 _OTHER_BYTES = 64 * 1024
+_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class _Text(msgspec.Struct, frozen=True):
@@ -68,6 +71,23 @@ async def write(request: Request) -> Response:
         raise Rejected(f"{path} is longer than {most} bytes", code="REMOTE_TOO_LARGE")
     stored = await edit(visitor, path, text, base=base, once=once_of(request, visitor, body))
     return ok(_Saved(stored.outcome, await _text(visitor, path)))
+
+
+async def versions(request: Request) -> Response:
+    """Answer with the newest changes of the text."""
+    visitor, kind = await guest(request), _KINDS[_path(request).partition("/")[0]]
+    found, _ = await list_versions(visitor.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
+    return ok(found)
+
+
+async def read_version(request: Request) -> Response:
+    """Answer with the text as of a change."""
+    visitor, kind = await guest(request), _KINDS[_path(request).partition("/")[0]]
+    found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
+    try:
+        return ok(_Text(found.data.decode()))
+    except UnicodeDecodeError:
+        return ok(_Text(found.data.decode(errors="replace"), editable=False, reason="it is no text in UTF-8"))
 
 
 def _path(request: Request) -> str:

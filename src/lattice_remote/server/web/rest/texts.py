@@ -9,18 +9,22 @@ from http import HTTPStatus
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Stored
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.project.text_versions import TextKind
 from lattice_remote.server.project.texts import text_at_head
 from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.asking import edit
 from lattice_remote.server.web.rest.asked import Asked, Nothing, header_of
 from lattice_remote.server.web.rest.commands import answer, at_change, found
 from lattice_remote.server.web.rest.endpoint import Endpoint
+from lattice_remote.server.web.rest.paging import Page
+from lattice_remote.server.web.versions import MAX_VERSIONS, TextChange, list_versions, version_text
 
 __all__ = ["Text", "endpoints"]
 
@@ -28,6 +32,7 @@ _ETAG = re.compile(r'(W/)?"([^"]*)"')
 _OF_NO_TEXT = bytes(32)
 """Names a text that is not there."""
 _TRIES = 5
+_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class Text(msgspec.Struct):
@@ -76,6 +81,49 @@ async def write_notes(asked: Asked[Nothing, bytes]) -> Response:
     Notes are there when somebody has written them; a task has a plan from its beginning.
     """
     return await _put(asked, "notes")
+
+
+async def list_plan_versions(asked: Asked[Page, Nothing]) -> Response:
+    """List the changes of a task's plan, newest first, as far back as the journal reaches."""
+    return await _versions(asked, "plans")
+
+
+async def list_notes_versions(asked: Asked[Page, Nothing]) -> Response:
+    """List the changes of a task's notes, newest first, as far back as the journal reaches."""
+    return await _versions(asked, "notes")
+
+
+async def read_plan_version(asked: Asked[Nothing, Nothing]) -> Response:
+    """Return a task's plan as of a change of it: ``EPOCH-NUMBER``, or a number."""
+    return await _version(asked, "plans")
+
+
+async def read_notes_version(asked: Asked[Nothing, Nothing]) -> Response:
+    """Return a task's notes as of a change of them: ``EPOCH-NUMBER``, or a number."""
+    return await _version(asked, "notes")
+
+
+async def _versions(asked: Asked[Page, Nothing], kind: str) -> Response:
+    place = await _place(asked, kind)
+    if isinstance(place, Response):
+        return place
+    page = asked.query
+    limit = MAX_VERSIONS if page.limit is UNSET else page.limit
+    if page.cursor is not UNSET and not re.fullmatch("[0-9]{1,18}", page.cursor):
+        raise Rejected("the cursor is none of this list: start again without it", code="REMOTE_INVALID")
+    before = None if page.cursor is UNSET else int(page.cursor)
+    found, following = await list_versions(asked.guest.project, place.task, _KINDS[kind], limit=limit, before=before)
+    envelope = {"ok": True, "data": found} | ({} if following is None else {"next": str(following)})
+    return Response(msgspec.json.encode(envelope), media_type="application/json")
+
+
+async def _version(asked: Asked[Nothing, Nothing], kind: str) -> Response:
+    place = await _place(asked, kind)
+    if isinstance(place, Response):
+        return place
+    found = await version_text(asked.guest.project, place.task, _KINDS[kind], asked.path["change"])
+    headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
+    return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
 
 
 async def _get(asked: Asked[Nothing, Nothing], kind: str) -> Response:
@@ -191,4 +239,8 @@ endpoints = [
         "GET", "/projects/{slug}/notes/{id}", read_notes, bytes, others=[HTTPStatus.NOT_MODIFIED], headers=_CACHED
     ),
     Endpoint("PUT", "/projects/{slug}/notes/{id}", write_notes, Text, others=_CHOICES, headers=_REPLACED),
+    Endpoint("GET", "/projects/{slug}/plans/{id}/versions", list_plan_versions, list[TextChange]),
+    Endpoint("GET", "/projects/{slug}/plans/{id}/versions/{change}", read_plan_version, bytes),
+    Endpoint("GET", "/projects/{slug}/notes/{id}/versions", list_notes_versions, list[TextChange]),
+    Endpoint("GET", "/projects/{slug}/notes/{id}/versions/{change}", read_notes_version, bytes),
 ]
