@@ -13,7 +13,7 @@ import msgspec
 
 from lattice_remote.protocol.messages import LogEntry
 
-__all__ = ["as_lines", "as_records", "columns", "printable"]
+__all__ = ["as_lines", "as_records", "columns", "local_time", "printable"]
 
 _MAX_TASKS_SHOWN = 3
 
@@ -53,12 +53,12 @@ def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, 
     more = len(tasks) + entry.more_tasks - _MAX_TASKS_SHOWN
     shown = ",".join(tasks[:_MAX_TASKS_SHOWN]) + (f",+{more}" if more > 0 else "")
     what = f"{entry.cause}: {entry.command}" if entry.cause in ("edit", "recovery") else entry.command
-    cells = (str(entry.seq), _local_time(entry.time), actor, entry.token_id or "-", shown or "-", what)
+    cells = (str(entry.seq), local_time(entry.time), actor, entry.token_id or "-", shown or "-", what)
     number, time, who, token, touched, command = map(printable, cells)
     return number, time, who, token, touched, command
 
 
-def _local_time(time: str) -> str:
+def local_time(time: str) -> str:
     """Return a time in the reader's own zone, to the second; as it is if it is none."""
     try:
         return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}"

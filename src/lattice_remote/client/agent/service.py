@@ -14,7 +14,9 @@ A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``n
     verify   compare all files                     -> the same
     fetch    paths of contents left out, or null    -> fetched, bytes
     configure  name, value                         -> every setting of this copy
-    log      task ("": all), limit                 -> entries, more
+    log      task ("": all), limit; text ("plan", "notes")  -> entries, more
+    version  task, text, version                   -> text (base64), seq, epoch
+    restore  task, text, version                   -> outcome, path, notices
     status   what is known, with its evidence      -> see ``Service._status``
 
 An answer has ``ok``; a failure has ``code`` and ``message``.
@@ -38,7 +40,7 @@ from lattice_remote.client.agent.acknowledging import Acknowledging
 from lattice_remote.client.agent.caretaker import Caretaker
 from lattice_remote.client.agent.fetching import Fetching
 from lattice_remote.client.agent.frames import call_frame, run_frame
-from lattice_remote.client.agent.history import read_log
+from lattice_remote.client.agent.history import read_log, read_version, task_of
 from lattice_remote.client.agent.live import Live
 from lattice_remote.client.agent.pushing import Pusher
 from lattice_remote.client.agent.resolving import Resolver
@@ -60,6 +62,7 @@ from lattice_remote.protocol.messages import (
     Response,
     Returned,
     Run,
+    Version,
     Welcome,
 )
 from lattice_remote.protocol.replica import State
@@ -169,7 +172,15 @@ class Service:
                 self._fetching.wake()
                 return preferences.read(self.cache.directory)
             case "log":
-                return await read_log(self._links.writing(token), request["task"], request["limit"])
+                return await read_log(
+                    self._links.writing(token), request["task"], request["limit"], request.get("text")
+                )
+            case "version":
+                found = await self._version(request, token)
+                text = base64.b64encode(found.data).decode("ascii")
+                return {"text": text, "seq": found.seq, "epoch": found.epoch}
+            case "restore":
+                return await self._restore(request, token)
             case "status":
                 return await self._status(token)
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
@@ -367,6 +378,33 @@ class Service:
     async def _push_now(self, token: str | None) -> dict[str, Any]:
         pushed = await self._pusher.push(self._links.writing(token), again=True)
         return {"sent": pushed.sent, "notices": [*pushed.notices, *self._notices()]}
+
+    async def _version(self, request: dict[str, Any], token: str | None) -> Version:
+        return await read_version(self._links.writing(token), request["task"], request["text"], str(request["version"]))
+
+    async def _restore(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
+        """Make an earlier version of a plan or notes the newest one: an edit of the server's text as it is here.
+
+        An edit that waits in the file is sent first, so that it stays in the history.
+        """
+        version = await self._version(request, token)
+        await self._must_be_current()
+        path = self._text_path(request["task"], request["text"])
+        link = self._links.writing(token)
+        pushed = await self._pusher.push(link, [path], again=True)
+        if any(sent["outcome"] in ("conflict", "refused") for sent in pushed.sent):
+            why = f"{path} has an edit that the server does not take: lattice remote resolve {request['task']}"
+            raise Misuse(why, code="REMOTE_BUSY")
+        outcome = await self._pusher.put(link, path, version.data)
+        if outcome == "conflict":
+            raise Rejected(f"others changed {path} meanwhile; nothing was restored: repeat it", code="REMOTE_BUSY")
+        return {"outcome": outcome, "path": path, "notices": [*pushed.notices, *self._notices()]}
+
+    def _text_path(self, task: str, text: str) -> str:
+        task_id = task_of(self.cache.directory, task)
+        if self.cache.size(f"tasks/{task_id}.json") is None:
+            raise Misuse(f"{task} is archived or gone: bring it back first, with lattice unarchive")
+        return f"{'plans' if text == 'plan' else 'notes'}/{task_id}.md"
 
     # --- comparing ---
 

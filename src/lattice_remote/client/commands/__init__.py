@@ -4,6 +4,7 @@ app       the Typer app, and how errors are shown
 remotes   add, clone, show, set-url, remove
 tokens    login, trust, logout
 copy      status, pull, sync, verify, log
+history   history
 push      push
 watch     watch, and what is printed or run for each change
 agent     agent status, agent stop
