@@ -167,3 +167,30 @@ def test_what_can_not_be_edited_is_shown(it: Board) -> None:
         page.evaluate("task => fetch(`/api/tasks/${task}/open-plans`, {method: 'POST', body: '{}'})", task)
         expect(field(page)).to_have_value("kept and typed\n")
         expect(field(page)).not_to_be_editable()
+
+
+def test_an_earlier_version_is_shown_and_saved_again(it: Board) -> None:
+    task = planned(it, "Restored in the page", "# First\n")
+    with it.person("human:restorer") as person:
+        page = it.open(person)
+        opened(it, page, task)
+        field(page).fill("# Second\n")
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        field(page).fill("# Typed, not saved\n")
+        editor(page).get_by_role("button", name="History").click()
+        versions = editor(page).get_by_role("option")
+        expect(versions.first).to_contain_text("human:restorer")
+        screenshot(page, "history", whole=False)
+        versions.nth(1).click()
+        expect(field(page)).to_have_value("# First\n")
+        expect(said(page)).to_contain_text("Save to restore it.")
+        editor(page).get_by_role("button", name="Bring my text back").click()
+        expect(field(page)).to_have_value("# Typed, not saved\n")
+        versions.nth(1).click()
+        expect(field(page)).to_have_value("# First\n")
+        press_save(page)
+        expect(said(page)).to_have_text("Saved.")
+        assert it.text(task).read_text() == "# First\n"
+        field(page).press("Escape")
+        expect(editor(page)).to_be_hidden()

@@ -134,6 +134,14 @@
     this.say("");
     this.keep();
   };
+  // Puts an earlier version into the field; saving makes it the newest.
+  Text.prototype.takeVersion = async function (version) {
+    var found = await ask(this.url + "/versions/" + version.change);
+    if (this.aside === null && this.text !== (this.base || "")) this.aside = this.text;
+    this.text = normal(found.text) || "";
+    this.say("The text of " + when(version) + " by " + version.actor + ". Save to restore it.");
+    this.keep();
+  };
   Text.prototype.forget = function () {
     this.text = this.base || "";
     this.theirs = undefined;
@@ -155,6 +163,8 @@
     if (answer.status === 401) throw new Error("You are signed out: sign in in another tab, then try again.");
     throw new Error("The server says: " + ((envelope && envelope.error && envelope.error.message) || answer.status) + ".");
   }
+
+  function when(version) { return new Date(version.time).toLocaleString(); }
 
   // --- the dialog ---
 
@@ -195,8 +205,12 @@
       ]),
       make("h3", "", "Yours: edit it into what both should be, or take one of the two")
     ]);
+    var versions = make("div", "versions");
+    versions.setAttribute("role", "listbox");
+    versions.setAttribute("aria-label", "Versions");
     dialog = make("dialog", "", [
-      make("header", "", [heading, tabs, button("close", "Close", close)]), conflict, field,
+      make("header", "", [heading, tabs, button("history", "History", showHistory), button("close", "Close", close)]),
+      versions, conflict, field,
       make("footer", "", [said, button("back", "Bring my text back", function () { current().takeBack(); fill(); }),
                           button("save", "Save", save)])
     ]);
@@ -218,6 +232,40 @@
       event.preventDefault();
       close();
     }
+  }
+
+  // --- earlier versions ---
+
+  async function showHistory() {
+    if (!parts.versions.hidden) { hideHistory(); return; }
+    var text = current();
+    parts.versions.replaceChildren("Loading …");
+    parts.versions.hidden = false;
+    parts.history.setAttribute("aria-expanded", "true");
+    try {
+      var found = await ask(text.url + "/versions");
+      if (text === current()) listVersions(text, found);
+    } catch (error) {
+      hideHistory();
+      text.say(error.message, true);
+      draw();
+    }
+  }
+  function listVersions(text, found) {
+    var kept = found.filter(function (version) { return version.bytes !== null; });
+    parts.versions.replaceChildren.apply(parts.versions, kept.map(function (version) {
+      var choice = button("", when(version) + "  " + version.actor + "  " + version.bytes + " bytes", function () {
+        act(text.takeVersion(version).catch(function (error) { text.say(error.message, true); }));
+      });
+      choice.setAttribute("role", "option");
+      choice.title = version.command;
+      return choice;
+    }));
+    if (!kept.length) parts.versions.append("No versions are kept.");
+  }
+  function hideHistory() {
+    parts.versions.hidden = true;
+    parts.history.setAttribute("aria-expanded", "false");
   }
 
   function current() { return texts[kind]; }
@@ -242,7 +290,7 @@
     fill();
     if (isEditable(text) && window.matchMedia("(pointer: fine)").matches) parts.field.focus();  // no keyboard on a screen
   }
-  function show(which) { kind = which; fill(); }
+  function show(which) { kind = which; hideHistory(); fill(); }
   function save() {
     var text = current();
     if (isEditable(text) && !text.isSaving && text.theirs === undefined && text.isDirty()) act(text.save());
@@ -283,6 +331,7 @@
     parts.field.placeholder = isEditable(text) ? "Nothing is written here yet." : "";
     parts.conflict.hidden = !hasConflict;
     if (hasConflict) compare(text);
+    parts.history.disabled = text.isSaving || hasConflict || !isEditable(text);
     parts.over.disabled = text.isSaving || !isEditable(text);
     parts.take.disabled = text.isSaving;
     parts.back.hidden = text.aside === null;
