@@ -66,6 +66,7 @@ def test_versions_are_listed_page_by_page_and_read(rest: Rest, kind: str) -> Non
             break
         cursor = f"&cursor={page['next']}"
     assert paged == found
+    assert "next" not in rest.ask("GET", f"{path}/versions?limit={len(found)}").json()
     missing = (404, "REMOTE_NOT_FOUND")
     for name in ("999999", "x", "zz-1", "..%2f1", "1" * 40):
         assert rest.refused("GET", f"{path}/versions/{name}") == missing

@@ -47,19 +47,31 @@ async def list_versions(
         Rejected: there is no such task, or the journal cannot be read.
     """
     found: list[TextChange] = []
-    while True:
-        page = await _ask(project, Log(_new_id(), task, min(limit - len(found), MAX_LOG_ENTRIES), before, kind))
-        assert isinstance(page, LogPage), "the answer to Log"
-        before = page.before
-        found += [
-            TextChange(
-                f"{entry.epoch}-{entry.seq}",
-                *(entry.time, entry.actor, entry.token_actor or entry.actor, entry.command, entry.text_bytes),
-            )
-            for entry in page.entries
-        ]
-        if before is None or len(found) >= limit:
+    while len(found) < limit:
+        entries, before = await _page(project, task, kind, limit - len(found), before)
+        found += entries
+        if before is None:
+            return found, None
+    following = before
+    while following is not None:  # a place to go on from does not say that there is another version
+        entries, following = await _page(project, task, kind, 1, following)
+        if entries:
             return found, before
+    return found, None
+
+
+async def _page(
+    project: Project, task: str, kind: TextKind, limit: int, before: int | None
+) -> tuple[list[TextChange], int | None]:
+    page = await _ask(project, Log(_new_id(), task, min(limit, MAX_LOG_ENTRIES), before, kind))
+    assert isinstance(page, LogPage), "the answer to Log"
+    return [
+        TextChange(
+            f"{entry.epoch}-{entry.seq}",
+            *(entry.time, entry.actor, entry.token_actor or entry.actor, entry.command, entry.text_bytes),
+        )
+        for entry in page.entries
+    ], page.before
 
 
 async def version_text(project: Project, task: str, kind: TextKind, change: str) -> Version:
