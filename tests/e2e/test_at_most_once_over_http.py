@@ -87,6 +87,30 @@ def test_a_server_killed_before_it_answers_has_done_it_once(injected: tuple[Serv
     check_numbers(server)
 
 
+def test_a_key_is_remembered_though_others_write_much() -> None:
+    """For the 30 days that are documented, whatever the journal's size, and in a new epoch too."""
+    with Sandbox(warm()) as sandbox:
+        server = sandbox.server()
+        (server.data / "config.json").write_text('{"journal": {"max_bytes": 65536, "segment_bytes": 8192}}')
+        server.project()
+        server.start()
+        program = Program(server)
+        program.post("/tasks", "first", title="One")
+        assert program.comment("once").status_code == 201
+        for number in range(12):
+            assert program.post("/tasks/LAT-1/comments", f"much {number}", body="x" * 8000).status_code == 201
+        for moment in ("now", "after a restart", "in a new epoch"):
+            answer = program.comment("once")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "REMOTE_UNKNOWN_OUTCOME"), moment
+            other = program.comment("once", reply_to="ev_1")
+            assert (other.status_code, other.json()["error"]["code"]) == (422, "REMOTE_INVALID"), moment
+            server.stop()
+            if moment != "now":
+                (server.data / "projects/board/journal/manifest").unlink()
+            server.start()
+        assert effects_in(server.lattice_dir())["once", "comment_added"] == 1
+
+
 def test_a_server_that_stops_says_so_to_who_waits(injected: tuple[Server, Program, Path]) -> None:
     server, program, _ = injected
     assert program.post("/resources/gpu", "made").status_code == 201

@@ -4,6 +4,7 @@ import secrets
 import time
 from pathlib import Path
 
+import filelock
 import msgspec
 import pytest
 from harness import Copy, Running, make_data, serving, tree_of, until
@@ -15,6 +16,8 @@ from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Refused, Reply, Run
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.ipc import Edit, NewEpoch, Ready
+from lattice_remote.server.journal.request_ids import Answered, RequestIds, token_digest
+from lattice_remote.server.journal.segments import Outline
 from lattice_remote.server.project.writer import WORKER_COMMAND
 
 MAX_BYTES, SEGMENT_BYTES = 64 * 1024, 8 * 1024
@@ -195,6 +198,113 @@ def test_a_key_is_of_one_request_in_a_new_epoch_and_after_a_kill_too(tmp_path: P
         worker.send(first)
         assert isinstance(answer_of(worker.done()), Reply)
     assert titles(project) == ["one"]
+
+
+SMALL = f'{{"max_bytes": {MAX_BYTES}, "segment_bytes": {SEGMENT_BYTES}}}'
+
+
+@pytest.mark.parametrize("then", ["trimmed", "a new epoch", "trimmed, a new epoch, a kill"])
+def test_an_id_is_remembered_though_its_answer_was_trimmed(tmp_path: Path, then: str) -> None:
+    """I6: a key says no age, so that it must be known for as long as is promised, whatever else is written."""
+    project = make_project(tmp_path / "web")
+    keyed = msgspec.structs.replace(execute("create", "one", *ANA), fingerprint=b"1" * 16)
+    plain = execute("create", "two", *ANA)
+    with WorkerProcess(project, settings=SMALL) as worker:
+        for request in (keyed, plain):
+            worker.send(request)
+            assert isinstance(answer_of(worker.done()), Reply)
+        if "trimmed" in then:
+            for _ in range(30):
+                worker.ok("comment", "LAT-1", "x" * 8000, *ANA)
+            oldest = min((project / "journal").glob("*.log"))
+            assert int(oldest.stem) > 2, "the answers were to be trimmed"
+        if "epoch" in then:
+            for _ in range(3):  # only the answers of the last minutes go along
+                worker.send(NewEpoch("a test"))
+                assert isinstance(worker.receive(), Ready)
+        if "kill" in then:
+            worker.kill()
+    with WorkerProcess(project, settings=SMALL) as worker:
+        for request in (keyed, plain):
+            worker.send(request)
+            answer = answer_of(worker.done())
+            if "trimmed" in then:
+                assert isinstance(answer, Refused) and answer.code == "REMOTE_UNKNOWN_OUTCOME", answer
+                assert "look before you repeat it" in answer.message
+            else:
+                assert isinstance(answer, Reply)
+            for wrong in ({"argv": ["create", "three", *ANA], "fingerprint": b""}, {"token_id": "tok_other"}):
+                worker.send(msgspec.structs.replace(request, **wrong))
+                refused = answer_of(worker.done())
+                assert isinstance(refused, Refused)
+                assert refused.code == ("REMOTE_FORBIDDEN" if "token_id" in wrong else "REMOTE_INVALID")
+    assert sorted(titles(project)) == ["one", "two"]
+
+
+def test_an_id_with_another_command_line_is_refused(tmp_path: Path) -> None:
+    """I6: whatever the surface, and over restarts; what a client says of the age is no part of the request."""
+    project, id_ = make_project(tmp_path / "web"), secrets.token_hex(16)
+    first = execute("create", "one", *ANA, id=id_)
+    for restart in range(3):
+        with WorkerProcess(project) as worker:
+            if restart:
+                assert worker.refused("create", "two", *ANA, id=id_).code == "REMOTE_INVALID"
+            worker.send(msgspec.structs.replace(first, first_sent_at=time.time() - 5 if restart else None))
+            assert isinstance(answer_of(worker.done()), Reply)
+            worker.kill()
+    assert titles(project) == ["one"]
+
+
+def test_a_lock_that_others_hold_is_no_answer_for_ever(tmp_path: Path) -> None:
+    """I6: what did not come to its own end is tried again when it is asked again."""
+    project, id_ = make_project(tmp_path / "web"), secrets.token_hex(16)
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "one", *ANA)
+        task = next((project / ".lattice/tasks").iterdir()).stem
+        lock = filelock.FileLock(project / ".lattice/locks" / f"events_{task}.lock")
+        with lock:
+            first = worker.reply("comment", "LAT-1", "said", *ANA, id=id_)
+            assert first.exit_code == 1
+        worker.ok("comment", "LAT-1", "said", *ANA, id=id_)
+        worker.ok("comment", "LAT-1", "said", *ANA, id=id_)
+    log = (project / f".lattice/events/{task}.jsonl").read_text()
+    assert log.count("comment_added") == 1
+
+
+def test_the_index_of_ids_is_bounded_by_age_and_for_each_token(tmp_path: Path) -> None:
+    index = RequestIds(tmp_path, 1000.0, per_token=10)
+    index.add([outline(number, "busy", time=100.0 + number) for number in range(100)], 200.0)
+    index.add([outline(1000, "other", time=150.0), outline(1001, "old", time=-900.0)], 200.0)
+    assert index.find(f"{1000:032x}") and not index.find(f"{1001:032x}")
+    assert len(ids_of_index(tmp_path)) == 101 * 48
+    index.add([outline(2000, "other", time=1250.0)], 1250.0)  # an eighth over the age: the file is rewritten
+    for found in (index, RequestIds(tmp_path, 1000.0)):
+        assert found.find(f"{2000:032x}")
+        assert not found.find(f"{100:032x}")
+        assert not found.find(f"{1000:032x}"), "older than the age"
+    index = RequestIds(tmp_path, 1000.0, per_token=10)
+    index.add([outline(3000 + n, "busy", time=1251.0 + n) for n in range(66_000)], 1300.0)
+    assert len(ids_of_index(tmp_path)) == 11 * 48, "ten of the greedy token, and the other's"
+    assert index.find(f"{2000:032x}") and index.find(f"{68_999:032x}") and not index.find(f"{68_000:032x}")
+
+
+def test_half_an_entry_of_the_index_is_no_hindrance(tmp_path: Path) -> None:
+    index = RequestIds(tmp_path, 1000.0)
+    index.add([outline(1, "tok", time=100.0)], 100.0)
+    with (tmp_path / "request-ids").open("ab") as file:
+        file.write(b"half")
+    index = RequestIds(tmp_path, 1000.0)
+    index.add([outline(2, "tok", time=100.0)], 100.0)
+    for found in (index, RequestIds(tmp_path, 1000.0)):
+        assert found.find(f"{1:032x}") == Answered(bytes(16), token_digest("tok")) == found.find(f"{2:032x}")
+
+
+def outline(number: int, token: str, *, time: float) -> Outline:
+    return Outline(number, b"", time, f"{number:032x}", token)
+
+
+def ids_of_index(directory: Path) -> bytes:
+    return (directory / "request-ids").read_bytes()
 
 
 @pytest.mark.parametrize("at", ["the stop", "the kill"])

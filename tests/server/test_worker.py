@@ -109,6 +109,7 @@ def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path
     words = {secrets.token_hex(16): f"word-{number}-" for number in range(60)}
     waiting = {id_: execute("comment", "LAT-1", word, *ANA, id=id_) for id_, word in words.items()}
     waiting = {"f" * 32: execute("create", "x", *ANA, id="f" * 32), **waiting}
+    requests = dict(waiting)
     answered: dict[str, bytes] = {}
     while waiting:
         with WorkerProcess(project) as worker:
@@ -134,7 +135,8 @@ def test_killed_at_any_moment_nothing_is_lost_doubled_or_different(project: Path
         log = next(content for path, content in copy.files.items() if path.startswith("events/task_")).decode()
         assert all(log.count(word) == 1 for word in words.values())
         for id_, reply in answered.items():
-            assert worker.run("comment", "LAT-1", "again", *ANA, id=id_).reply == reply
+            worker.send(requests[id_])
+            assert worker.done().reply == reply
         assert "No issues found" in worker.ok("doctor")
 
 

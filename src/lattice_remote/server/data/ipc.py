@@ -25,6 +25,7 @@ __all__ = [
     "Stop",
     "ToServer",
     "ToWorker",
+    "asked_by",
 ]
 
 
@@ -42,7 +43,8 @@ class Execute(_Message, frozen=True, tag="execute"):
     ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
     ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``.
     ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
-    ``fingerprint`` is of what was asked where the id is somebody's choice: another request with this id is refused.
+    ``fingerprint`` is a digest of what was asked, where the surface makes one; else the fields (``asked_by``) count.
+    Another request with the same id is refused.
     """
 
     id: str
@@ -97,7 +99,7 @@ class Adopt(_Message, frozen=True, tag="adopt"):
     """Put a checked project in the place of this one, if this one is empty, and leave; the next worker goes on with it.
 
     ``candidate`` is its directory, relative to the project's; "" when there is none any more: then this is answered as
-    it was, or refused. The other fields are for the answer.
+    it was, or refused. ``fingerprint`` is a digest of what was pushed. The other fields are for the answer.
     """
 
     id: str
@@ -109,6 +111,7 @@ class Adopt(_Message, frozen=True, tag="adopt"):
     files: int = 0
     notes: list[str] = []
     first_sent_at: float | None = None
+    fingerprint: bytes = b""
 
 
 class Reconcile(_Message, frozen=True, tag="reconcile"):
@@ -138,6 +141,17 @@ class Settle(_Message, frozen=True, tag="settle"):
 
 class Stop(_Message, frozen=True, tag="stop"):
     """Finish, write the manifest, leave."""
+
+
+def asked_by(request: Execute | Invoke | Edit) -> tuple[object, ...]:
+    """Return the fields that make a request: with the same id, two with other fields are not the same (I6)."""
+    match request:
+        case Execute():
+            return ("execute", request.argv, request.files)
+        case Invoke():
+            return ("invoke", request.surface, request.name, request.payload, request.files)
+        case Edit():
+            return ("edit", request.path, request.base, request.base_digest, request.text)
 
 
 ToWorker = Execute | Invoke | Edit | Adopt | Reconcile | NewEpoch | Settle | Stop

@@ -5,7 +5,8 @@ segment is a ``Segment``, which says where the history stood; the others are ``R
 request that changed nothing: it is kept so that asking again returns the same reply.
 
 A new epoch is a new segment with another epoch in it. The segments before it, and those before a damaged one, are
-*former*: nobody is sent their changes any more, but the log tells of them, until they expire like the others.
+*former*: nobody is sent their changes any more, but the log tells of them, until they expire like the others. The
+request ids of former and expired segments are in the index of ``request_ids.py``.
 
 ``Journal`` is the worker's: it appends with ``write()``, which a killed process survives; the caller makes it durable
 with fsync. Other processes read with ``journal_reader.py``.
@@ -13,6 +14,7 @@ with fsync. Other processes read with ``journal_reader.py``.
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -23,21 +25,24 @@ from typing import Self
 import msgspec
 
 from lattice_remote.server.data.framing import HEAD_BYTES, frame, frames, payload_at
+from lattice_remote.server.journal.request_ids import RequestIds
 from lattice_remote.server.journal.segments import (
     Kept,
     Outline,
     Record,
     Segment,
     decoder,
-    has_record,
     outline_decoder,
     read_segment,
+    readable_records,
+    salvaged,
     segment_paths,
 )
-from lattice_remote.server.tree.manifest import FileState, sync, sync_directory, sync_files
+from lattice_remote.server.tree.manifest import FileState, SyncFailed, sync, sync_directory, sync_files
 
 __all__ = ["Journal", "Retention"]
 
+_log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
 _SCRATCH = ".new"
 
@@ -82,6 +87,7 @@ class Journal:
         epoch, head, mark: where the history stands; ``head`` counts changes from 1, 0 means none.
         notes: what ``open`` had to repair, one line each.
         is_damaged: what ``open`` cut was acknowledged, or some of it: the answers in it are not known any more.
+        request_ids: the requests that were answered in segments which expired or became former ones.
     """
 
     def __init__(self, directory: Path, retention: Retention) -> None:
@@ -92,10 +98,12 @@ class Journal:
         self.mark = b""
         self.notes: list[str] = []
         self.is_damaged = False
+        self.request_ids = RequestIds(directory, retention.max_age_s)
         self._next_number = 0
         self._former: list[_Former] = []
         self._segments: list[Kept] = []
         self._places: dict[bytes, _Place] = {}
+        self._retired: list[Outline] = []  # records of former segments that the index may lack
         self._descriptor = -1
 
     @classmethod
@@ -109,9 +117,11 @@ class Journal:
         """
         journal = cls(directory, retention or Retention())
         journal._load()
+        journal._index_retired()
         if not journal._segments:
             return None
         journal._cut_tail()
+        journal._index_retired()
         journal._sync()
         return journal
 
@@ -143,8 +153,10 @@ class Journal:
         directory.mkdir(parents=True, exist_ok=True)
         for path in segment_paths(directory):
             journal._add_former(path)
+            journal._retired += readable_records(path)
             # However many records it has, the next number is a later one.
             journal._next_number = int(path.stem) + journal._former[-1].size // HEAD_BYTES + 1
+        journal._index_retired()
         journal.epoch = epoch
         journal._begin_segment(time.time() if since is None else since, answered)
         return journal
@@ -158,6 +170,7 @@ class Journal:
             loaded = read_segment(path)
             if loaded is None:
                 self._retire()
+                self._retired += readable_records(path)
                 self._add_former(path)
                 self.notes.append(f"journal: {path.name} can't be read")
                 continue
@@ -171,9 +184,16 @@ class Journal:
 
     def _retire(self) -> None:
         """What was read so far is no part of the history."""
+        if any(id_ not in self.request_ids for id_ in self._places):
+            self._retired += [record for kept in self._segments for record in readable_records(kept.path)]
         self._former += [_Former(kept.path, kept.path.stat().st_size, kept.newest) for kept in self._segments]
         self._segments.clear()
         self._places.clear()
+
+    def _index_retired(self) -> None:
+        """Index the ids of former segments: nobody looks for them there any more."""
+        self.request_ids.add(self._retired, time.time())
+        self._retired.clear()
 
     def _add_former(self, path: Path) -> None:
         status = path.stat()
@@ -200,7 +220,8 @@ class Journal:
             self.notes.append(
                 f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
             )
-            self.is_damaged = has_record(last.path.read_bytes()[last.size :])
+            self._retired += salvaged(last.path.read_bytes()[last.size :])
+            self.is_damaged = bool(self._retired)
             self._set_aside_tail(last)
             os.ftruncate(self._descriptor, last.size)
 
@@ -280,20 +301,40 @@ class Journal:
         self._segments[-1].size = len(data)
 
     def expire(self, now: float) -> list[Path]:
-        """Forget the segments that are over the retention and return their paths, to be removed by the caller."""
-        expired: list[Path] = []
-        total = sum(former.size for former in self._former) + sum(kept.size for kept in self._segments)
-        while self._former or len(self._segments) > 1:
-            oldest = self._former[0] if self._former else self._segments[0]
-            if total <= self.retention.max_bytes and now - oldest.newest <= self.retention.max_age_s:
-                break
-            total -= oldest.size
-            expired.append(oldest.path)
-            del (self._former or self._segments)[0]
-        if expired:
+        """Forget the segments that are over the retention and return their paths, to be removed by the caller.
+
+        Their request ids are durable in the index by then (I6). Where the disk has no room for these, nothing expires.
+
+        Raises:
+            SyncFailed: the storage failed.
+        """
+        expired = self._over_retention(now)
+        kept = expired[len(self._former) :]
+        try:
+            for segment in kept:
+                self.request_ids.add(readable_records(segment.path), now)
+        except SyncFailed:
+            raise
+        except OSError as error:
+            _log.warning("the journal does not expire: its request ids cannot be indexed: %s", error)
+            return []
+        del self._former[: len(expired) - len(kept)], self._segments[: len(kept)]
+        if kept:
             first = self._segments[0].header.number
             self._places = {id_: place for id_, place in self._places.items() if place.segment >= first}
-        return expired
+        return [segment.path for segment in expired]
+
+    def _over_retention(self, now: float) -> list[_Former | Kept]:
+        """Return the oldest segments, former ones first, that are too old or too much."""
+        segments: list[_Former | Kept] = [*self._former, *self._segments]
+        total = sum(segment.size for segment in segments)
+        count = 0
+        for segment in segments[:-1]:
+            if total <= self.retention.max_bytes and now - segment.newest <= self.retention.max_age_s:
+                break
+            total -= segment.size
+            count += 1
+        return segments[:count]
 
     def close(self) -> None:
         """Close the newest segment; what was appended must have been fsynced by the caller."""

@@ -4,8 +4,9 @@ A segment is named by the number of its first record, ``%020d.log``, and made of
 is a ``Segment``, which says where the history stood, the others are ``Record``s.
 """
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,12 +21,13 @@ __all__ = [
     "Record",
     "Segment",
     "decoder",
-    "has_record",
     "header_of",
     "list_beside",
     "outline_decoder",
     "read_segment",
+    "readable_records",
     "remove_segments",
+    "salvaged",
     "segment_paths",
 ]
 
@@ -48,8 +50,7 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
 
     ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
     ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
-    file may have caught them in neither place (``copied.py``). ``fingerprint`` is the request's, empty where its id was
-    nobody's choice.
+    file may have caught them in neither place (``copied.py``). ``fingerprint`` is a digest of what was asked.
     """
 
     seq: int
@@ -73,6 +74,7 @@ class Outline(msgspec.Struct, frozen=True, tag="record"):
     id: str = ""
     token_id: str = ""
     files: dict[str, FileState | None] = {}
+    fingerprint: bytes = b""
 
 
 decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
@@ -133,14 +135,29 @@ def read_segment(path: Path) -> tuple[Kept, list[tuple[int, Outline]]] | None:
     return (Kept(path, header, size, newest), items) if header is not None else None
 
 
-def has_record(data: bytes) -> bool:
-    """Tell whether a whole record is somewhere in ``data``, which does not begin with one: a torn end has none."""
+def salvaged(data: bytes) -> Iterator[Outline]:
+    """Yield the whole records that are somewhere in ``data``, which does not begin with one: a torn end has none."""
     at = data.find(_RECORD_TAG)
     while at >= 0:
-        if payload_at(data, at - _TAG_OFFSET) is not None:
-            return True
+        if (payload := payload_at(data, at - _TAG_OFFSET)) is not None:
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+                item = outline_decoder.decode(payload)
+                assert isinstance(item, Outline), "it has a record's tag"
+                yield item
         at = data.find(_RECORD_TAG, at + 1)
-    return False
+
+
+def readable_records(path: Path) -> list[Outline]:
+    """Return the outlines of all records of a segment that can be read, those behind a damage too.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    found = read_segment(path)
+    if found is None:
+        return list(salvaged(path.read_bytes()))
+    kept, items = found
+    return [*(record for _, record in items), *salvaged(path.read_bytes()[kept.size :])]
 
 
 def header_of(path: Path) -> Segment | None:

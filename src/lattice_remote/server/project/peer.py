@@ -102,7 +102,7 @@ class Peer:
         self._sent = 0  # the last change that was queued for it
         self._held_answers: list[bytes] = []  # until it is live
         self._held_bytes = 0
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, Request] = {}
         self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
         self._wants_manifest = False
         self._asked: deque[Log | ReadVersion | Download] = (
@@ -134,7 +134,7 @@ class Peer:
             self._end_because(group)
         finally:
             self.project.history.leave(self)
-            self.project.forget(self, self._in_flight)
+            self.project.forget(self, set(self._in_flight))
             self.count_sent()
             _log.info("%s: disconnected", self._name)
 
@@ -286,7 +286,7 @@ class Peer:
         elif isinstance(frame, Put) and max(len(frame.text), len(frame.base or b"")) > self._limits.text_bytes:
             most = self._limits.text_bytes
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"{frame.path} is longer than {most} bytes")
-        elif self._is_taken(frame.id):
+        elif self._is_taken(frame):
             self._carry_out(frame)
 
     def _carry_out(self, frame: Request) -> None:
@@ -313,15 +313,21 @@ class Peer:
                 self._asked.append(frame)
                 self._work.set()
 
-    def _is_taken(self, request_id: str) -> bool:
-        """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many."""
-        if request_id in self._in_flight:
+    def _is_taken(self, frame: Request) -> bool:
+        """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many.
+
+        Raises:
+            ProtocolError: it is another request than the one that is under way with this id.
+        """
+        if (known := self._in_flight.get(frame.id)) is not None:
+            if _without_age(known) != _without_age(frame):
+                raise ProtocolError(f"request {frame.id} is under way on this connection, and is another one")
             return False  # asked twice on one connection: one answer
         most = self._limits.requests_per_connection
         if len(self._in_flight) >= most:
-            self._refuse(request_id, "REMOTE_BUSY", f"{most} requests are under way on this connection")
+            self._refuse(frame.id, "REMOTE_BUSY", f"{most} requests are under way on this connection")
             return False
-        self._in_flight.add(request_id)
+        self._in_flight[frame.id] = frame
         return True
 
     def _refuse(self, request_id: str, code: str, message: str) -> None:
@@ -339,7 +345,7 @@ class Peer:
 
     def answer(self, request_id: str, reply: bytes) -> None:
         """Queue an answer; one that comes while the client catches up waits for the changes before it."""
-        self._in_flight.discard(request_id)
+        self._in_flight.pop(request_id, None)
         frame = websocket_frame(reply)
         if self._live:
             self._outbox.push(frame)
@@ -428,6 +434,10 @@ def _programs(hello: Hello, lattice_version: str) -> str:
 def _first_sent_at(frame: Write) -> float | None:
     """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
     return time.time() - frame.age_s if frame.age_s else None
+
+
+def _without_age(frame: Request) -> Request:
+    return msgspec.structs.replace(frame, age_s=0.0) if isinstance(frame, Write) else frame
 
 
 def _decode(message: str | bytes) -> ClientFrame:

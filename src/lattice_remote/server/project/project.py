@@ -40,6 +40,7 @@ from lattice_remote.server.data.ipc import (
     Stop,
     ToServer,
     ToWorker,
+    asked_by,
 )
 from lattice_remote.server.data.metrics import Metrics, ProjectMetrics
 from lattice_remote.server.data.settings import Config
@@ -267,7 +268,7 @@ class Project:
         if running.token_id != message.token_id:
             self._refuse(asker, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif _is_another(running, message):
-            why = "another request is under way with this key: take a new one"
+            why = "another request is under way with this id or key: take a new one"
             self._refuse(asker, message, told, "REMOTE_INVALID", why)
         elif asker not in job.askers:
             job.askers.append(asker)
@@ -565,6 +566,9 @@ def stopping() -> Rejected:
 
 
 def _is_another(running: ToWorker, message: ToWorker) -> bool:
-    """Tell whether two requests with the same id can't be the same; of one that was given up nothing is known."""
-    chosen = Execute | Invoke | Edit
-    return isinstance(running, chosen) and isinstance(message, chosen) and running.fingerprint != message.fingerprint
+    """Tell whether two requests with the same id differ; of one that was given up nothing is known."""
+    if not isinstance(running, Execute | Invoke | Edit | Adopt) or not isinstance(message, type(running)):
+        return not isinstance(running, Settle)
+    if running.fingerprint or message.fingerprint or isinstance(running, Adopt) or isinstance(message, Adopt):
+        return running.fingerprint != message.fingerprint
+    return asked_by(running) != asked_by(message)

@@ -88,13 +88,17 @@ class Pushes:
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
             self._refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif push is not None and push.frame.digest != frame.digest:
+            why = "another project is being pushed with this request id: take a new one"
+            self._refuse(asker, frame.id, "REMOTE_INVALID", why)
         elif push is not None and push.request is not None:
             self._submit(push.request, asker)
         elif push is not None:
             push.askers.append(asker)
         elif used is not None or not self._has_pack(frame, token):
             # It may have been carried out before: that, or why not, is the worker's to say.
-            self._submit(Adopt(frame.id, token.id, token.actor, first_sent_at=first_sent_at), asker)
+            asked = Adopt(frame.id, token.id, token.actor, first_sent_at=first_sent_at, fingerprint=_fingerprint(frame))
+            self._submit(asked, asker)
         elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
             self._refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
         else:
@@ -152,6 +156,7 @@ class Pushes:
             report.files,
             report.notes(),
             first_sent_at,
+            _fingerprint(frame),
         )
         for asker in (_Cleaner(lambda: self._settled(push, place)), *push.askers):
             self._submit(push.request, asker)
@@ -186,6 +191,10 @@ class Pushes:
                 keep_hooks=self._config.pushed_hooks,
                 hooks_of=self._paths.lattice / "config.json",
             )
+
+
+def _fingerprint(frame: Push) -> bytes:
+    return frame.digest[:16]
 
 
 class _Cleaner:

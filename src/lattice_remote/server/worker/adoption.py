@@ -120,7 +120,7 @@ def cause_of(request: Adopt) -> Cause:
     """Return who brought a project, for the log."""
     what = f"{request.tasks} tasks, {request.archived} archived, {request.files} files"
     command = f"remote push: {what}" if request.token_id else f"lattice-remote import: {what}"
-    return Cause(request.id, request.token_id, request.actor, request.id, command, request.actor)
+    return Cause(request.id, request.token_id, request.actor, request.id, command, request.actor, request.fingerprint)
 
 
 def answer_to(request: Adopt, seq: int) -> Pushed:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import click
 import filelock
@@ -60,6 +60,8 @@ class Outcome:
         answer: of an operation that did not break down.
         failure: one line when the command broke down, so that all it did must be undone; None otherwise.
         no_room: the failure is that the disk did not take what it wrote.
+        is_final: it came to its own end, and would come to the same again. A breakdown, or a lock that others did not
+            give back in time, says nothing of the next try: it is undone, and answered without being remembered.
         waiting: it would wait; nothing was printed.
     """
 
@@ -70,12 +72,13 @@ class Outcome:
     hooks: list[HookCall] = field(default_factory=list)
     failure: str | None = None
     no_room: OSError | None = None
+    is_final: bool = True
     waiting: Waiting | None = None
 
     @property
     def is_undone(self) -> bool:
         """Tell whether all that was written must be undone."""
-        return self.failure is not None or (self.answer is not None and self.answer.status >= _FAILED)
+        return not self.is_final or (self.answer is not None and self.answer.status >= _FAILED)
 
 
 class _WouldWait(BaseException):
@@ -145,6 +148,9 @@ class _Lock:
     Plain ``lattice`` in the same directory still waits for it, and is waited for (I12).
     """
 
+    has_timed_out: ClassVar[bool] = False
+    """Whether any lock was waited for in vain since this was last set to False."""
+
     def __init__(self, path: Path, timeout: float) -> None:
         self._path = path
         self._timeout_s = timeout
@@ -164,6 +170,7 @@ class _Lock:
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     self.release()
+                    _Lock.has_timed_out = True
                     raise filelock.Timeout(str(self._path)) from None
                 time.sleep(_LOCK_RETRY_S)
             else:
@@ -247,6 +254,7 @@ class Executor:
                 self._failed(outcome, f"lattice {' '.join(argv[:2])}", error)
         outcome.stdout, outcome.stderr = stdout(), stderr()
         outcome.hooks = list(self._hooks)
+        outcome.is_final &= not (_Lock.has_timed_out and outcome.exit_code)
         return outcome
 
     def call(self, operation: Callable[[], Answer], label: str) -> Outcome:
@@ -262,6 +270,7 @@ class Executor:
             except Exception as error:  # noqa: BLE001 - an operation may fail in any way, the writer goes on
                 self._failed(outcome, label, error)
         outcome.hooks = list(self._hooks)
+        outcome.is_final &= not (_Lock.has_timed_out and outcome.answer and outcome.answer.status >= _FAILED)
         return outcome
 
     def run_step(self, argv: Sequence[str], checked: str) -> Printed:
@@ -286,6 +295,7 @@ class Executor:
     def _begin(self, checked: str, *, last_try: bool, own_copies: Collection[str] = ()) -> None:
         self._hooks.clear()
         self._checked = checked
+        _Lock.has_timed_out = False
         self._clock.restart(is_over=last_try)
         self._mover.own_copies = own_copies
 
@@ -315,7 +325,7 @@ class Executor:
 
     def _failed(self, outcome: Outcome, label: str, error: Exception) -> None:
         """Note what ended a command that did not come to its end by itself; the log has it too."""
-        outcome.failure = self._describe(error)
+        outcome.failure, outcome.is_final = self._describe(error), False
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             outcome.no_room = error
             _log.error("%s: the disk does not take what it writes: %s", label, error.strerror)

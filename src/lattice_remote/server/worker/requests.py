@@ -5,9 +5,11 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
+
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.messages import Refused, Reply, Result, Returned
-from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.protocol.messages import Attachment, Refused, Reply, Result, Returned
+from lattice_remote.protocol.operations import canonical_json, digest_of
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import (
     Adopt,
@@ -21,7 +23,9 @@ from lattice_remote.server.data.ipc import (
     Settle,
     Stop,
     ToWorker,
+    asked_by,
 )
+from lattice_remote.server.journal.request_ids import token_digest
 from lattice_remote.server.journal.segments import Record
 from lattice_remote.server.tree.tree import Difference
 from lattice_remote.server.worker.actors import Identity
@@ -136,6 +140,7 @@ class Worker:
     def _once[R: _Request](self, request: R, carry_out: Callable[[R], None]) -> None:
         """Carry out a request unless it was before: then its answer is given again (I6)."""
         known = self._store.journal.find(request.id)
+        request = _with_fingerprint(request)
         try:
             if known is None:
                 self._require_new(request)
@@ -150,10 +155,14 @@ class Worker:
         """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
 
         Raises:
-            Rejected: it was sent before, and whether it was carried out may have been forgotten since.
+            Rejected: it was carried out, and the answer is gone; or that is not known any more; or it is another
+                request than the one with this id.
         """
+        answered = self._store.journal.request_ids.find(request.id)
+        if answered is not None:
+            _require_same(request, answered.fingerprint, is_own=answered.token == token_digest(request.token_id))
         first = request.first_sent_at if not isinstance(request, Settle) else None
-        if first is not None and first < self._store.journal.since:
+        if answered is not None or (first is not None and first < self._store.journal.since):
             raise Rejected(
                 "this request was sent before, and the server does not keep its answer any more; it may have taken "
                 "effect: look before you repeat it",
@@ -161,10 +170,7 @@ class Worker:
             )
 
     def _answer_again(self, request: _Request, known: Record) -> None:
-        if known.token_id != request.token_id:
-            raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
-        if isinstance(request, Execute | Invoke | Edit) and known.fingerprint != request.fingerprint:
-            raise Rejected("another request was made with this key: take a new one", code="REMOTE_INVALID")
+        _require_same(request, known.fingerprint, is_own=known.token_id == request.token_id)
         self._store.reply_again(request.id, known)
 
     # --- a whole project ---
@@ -263,6 +269,37 @@ class Worker:
         )
 
 
+def _with_fingerprint[R: _Request](request: R) -> R:
+    """Return the request with a digest of what is asked, where the surface has made none."""
+    if isinstance(request, Settle | Adopt) or request.fingerprint:
+        return request
+    contents = [_plain(value) for value in asked_by(request)]
+    return msgspec.structs.replace(request, fingerprint=digest_of(msgspec.msgpack.encode(contents))[:16])
+
+
+def _plain(value: object) -> object:
+    """Return a field of a request for its digest; of an attached file, its content's digest."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Attachment):
+        digest = digest_of(value.data) if value.data is not None else value.digest
+        return [value.index, value.name, digest]
+    return value
+
+
+def _require_same(request: _Request, fingerprint: bytes, *, is_own: bool) -> None:
+    """Do nothing if a request is the one that was carried out with its id.
+
+    Raises:
+        Rejected: it is another one.
+    """
+    if not is_own:
+        raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
+    known = fingerprint.strip(b"\0")  # none in records of an earlier version
+    if known and not isinstance(request, Settle) and request.fingerprint != fingerprint:
+        raise Rejected("another request was made with this id or key: take a new one", code="REMOTE_INVALID")
+
+
 def _cause(request: Execute | Invoke, actor: str, description: str) -> Cause:
     actor = actor[:_MAX_ACTOR_CHARS]
     id_, fingerprint = request.id, request.fingerprint
@@ -290,7 +327,7 @@ def _reply(id_: str, seq: int, outcome: Outcome, command: Command, attached: Att
 def _bounded(outcome: Outcome) -> Outcome:
     """Let an operation fail whose answer no frame could carry: JSON can't be cut short."""
     if outcome.answer is not None and len(outcome.answer.payload) > _MAX_OUTPUT_BYTES:
-        outcome.answer, outcome.failure = None, "its answer is over 8 MiB"
+        outcome.answer, outcome.failure, outcome.is_final = None, "its answer is over 8 MiB", False
     return outcome
 
 

@@ -51,6 +51,8 @@ class Runner:
     def carry_out(self, work: Work) -> None:
         """Do it and commit it with its answer; what failed, or did what it must not, is undone.
 
+        What did not come to its own end is answered, and not remembered: asked again, it is tried again (I6).
+
         Raises:
             Rejected: it did what the server does not allow, or more than one change can carry.
             OSError: the storage failed.
@@ -67,6 +69,9 @@ class Runner:
             _refuse_vetoed(touched, work.name)
             if outcome.no_room is not None:
                 raise cannot_store(f"what {work.name} writes", outcome.no_room)
+            if not outcome.is_final:
+                self._store.answer_once(lambda seq: work.answer(outcome, seq))
+                return
             difference, hooks = Difference(), []
         else:
             difference = self._store.difference(touched, work.vouched)

@@ -238,6 +238,11 @@ class Store:
         made = record.seq if record.change is not None else None
         self._tell(request_id, record.reply, record.seq, self._report_of(again=True, made=made))
 
+    def answer_once(self, answer: Callable[[int], Result]) -> None:
+        """Report, in its turn, how a request ended that was undone. Nothing is journalled: the next try may succeed."""
+        result = answer(self.journal.head)
+        self._tell(result.id, encode(result), self.journal.head, self._report_of(status=_status_of(result)))
+
     def refuse(self, refused: Refused) -> None:
         """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
         self._tell(refused.id, encode(refused), self.journal.head, self._report_of(code=refused.code))

@@ -1,0 +1,159 @@
+"""Request ids whose records the journal no longer replays: an index on disk, so that none of them runs again (I6).
+
+The journal is bounded by size, an idempotency key is good for the retention's age. So before a segment is removed,
+and when a new epoch begins, the ids in it are appended here and fsynced: 48 bytes each, in order of time. Entries
+expire by age, and beyond a number of entries for each token, when the file is rewritten. The reply itself is gone.
+
+    id (16 bytes)  fingerprint (16)  digest of the token's id (8)  time of the answer in ms (8, big endian)
+"""
+
+import hashlib
+import os
+import struct
+from array import array
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from lattice_remote.server.journal.segments import Outline
+from lattice_remote.server.tree.manifest import sync, sync_directory
+
+__all__ = ["Answered", "RequestIds", "token_digest"]
+
+_ENTRY = struct.Struct(">16s16s8sQ")
+_REWRITE_AFTER = 65_536
+"""New entries before the file is rewritten, and again as many as it had then."""
+
+
+class Answered(NamedTuple):
+    """A request that was answered once."""
+
+    fingerprint: bytes
+    """16 bytes, zeros where the record had none."""
+    token: bytes
+    """``token_digest`` of its token."""
+
+
+def token_digest(token_id: str) -> bytes:
+    """Return the 8 bytes that stand for a token in the index."""
+    return hashlib.sha256(token_id.encode()).digest()[:8]
+
+
+class RequestIds:
+    """The index of one journal. Only 64 bits of each id are in memory.
+
+    Args:
+        directory: the journal's.
+        max_age_s: for how long an id is remembered after its answer.
+        per_token: how many ids of one token are remembered, the newest ones.
+    """
+
+    def __init__(self, directory: Path, max_age_s: float, *, per_token: int = 100_000) -> None:
+        self._path = directory / "request-ids"
+        self._max_age_s = max_age_s
+        self._per_token = per_token
+        self._sorted: array[int] = array("Q")
+        self._new: set[int] = set()
+        self._oldest_ms: int | None = None
+        self._load()
+
+    def __contains__(self, request_id: bytes) -> bool:
+        """Return whether an id is in the index, as far as 64 bits of it tell; reads no file."""
+        key = _key(request_id)
+        at = bisect_left(self._sorted, key)
+        return key in self._new or (at < len(self._sorted) and self._sorted[at] == key)
+
+    def find(self, request_id: str) -> Answered | None:
+        """Return what is known of a request, None when it is not in the index.
+
+        Raises:
+            OSError: the file can't be read.
+        """
+        wanted = bytes.fromhex(request_id)
+        if wanted not in self:
+            return None
+        for id_, fingerprint, token, _ in self._entries():
+            if id_ == wanted:
+                return Answered(fingerprint, token)
+        return None
+
+    def add(self, answered: Iterable[Outline], now: float) -> None:
+        """Remember these answers; durable once it returns. Entries that are known or too old are skipped.
+
+        Args:
+            answered: records, oldest first; those without an id are skipped.
+            now: in seconds since the epoch.
+
+        Raises:
+            OSError: nothing was added.
+        """
+        recent = (record for record in answered if record.id and now - record.time <= self._max_age_s)
+        entries = {id_: record for record in recent if (id_ := bytes.fromhex(record.id)) not in self}
+        if entries:
+            self._append(b"".join(_packed(id_, record) for id_, record in entries.items()))
+            self._new.update(map(_key, entries))
+            if self._oldest_ms is None:
+                self._oldest_ms = _milliseconds(next(iter(entries.values())).time)
+        is_old = self._oldest_ms is not None and now - self._oldest_ms / 1000 > self._max_age_s * 9 / 8
+        if is_old or len(self._new) > len(self._sorted) + _REWRITE_AFTER:
+            self._rewrite(now)
+
+    def _append(self, data: bytes) -> None:
+        is_new = not self._path.exists()
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
+        try:
+            end = os.lseek(descriptor, 0, os.SEEK_END)
+            end -= end % _ENTRY.size  # half an entry, of a process that was killed
+            while data:
+                written = os.pwrite(descriptor, data, end)
+                data, end = data[written:], end + written
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+        if is_new:
+            sync_directory(self._path.parent)
+
+    def _rewrite(self, now: float) -> None:
+        """Replace the file by one without the entries that are too old, or too many of one token."""
+        counts: Counter[bytes] = Counter()
+        kept: list[bytes] = []
+        since = _milliseconds(now - self._max_age_s)
+        for id_, fingerprint, token, time_ms in reversed(list(self._entries())):
+            counts[token] += 1
+            if time_ms >= since and counts[token] <= self._per_token:
+                kept.append(_ENTRY.pack(id_, fingerprint, token, time_ms))
+        scratch = self._path.with_suffix(".new")
+        with scratch.open("wb") as file:
+            file.write(b"".join(reversed(kept)))
+            file.flush()
+            sync(file.fileno())
+        scratch.replace(self._path)
+        sync_directory(self._path.parent)
+        self._load()
+
+    def _load(self) -> None:
+        entries = list(self._entries())
+        self._sorted = array("Q", sorted(_key(entry[0]) for entry in entries))
+        self._new = set()
+        self._oldest_ms = entries[0][3] if entries else None
+
+    def _entries(self) -> Iterator[tuple[bytes, bytes, bytes, int]]:
+        try:
+            data = self._path.read_bytes()
+        except FileNotFoundError:
+            return iter(())
+        return _ENTRY.iter_unpack(data[: len(data) - len(data) % _ENTRY.size])
+
+
+def _key(request_id: bytes) -> int:
+    return int.from_bytes(request_id[:8]) ^ int.from_bytes(request_id[8:])
+
+
+def _milliseconds(time: float) -> int:
+    return max(0, int(time * 1000))
+
+
+def _packed(id_: bytes, record: Outline) -> bytes:
+    return _ENTRY.pack(id_, record.fingerprint[:16], token_digest(record.token_id), _milliseconds(record.time))
