@@ -52,3 +52,13 @@ def tree(directory: Path) -> dict[str, bytes]:
     """Return the replicated files of a cache."""
     cache = Cache(str(directory), read_remote(str(directory)))
     return {path: cache.read(path) for path in cache.paths()}
+
+
+def rescued(directory: Path) -> dict[str, list[bytes]]:
+    """Return the rescued contents of a cache by path, oldest first."""
+    found: dict[str, list[bytes]] = {}
+    for entry in sorted((directory / ".remote/rescued").glob("*"), key=lambda place: int(place.name)):
+        for place in sorted((entry / "files").rglob("*")):
+            if place.is_file():
+                found.setdefault(place.relative_to(entry / "files").as_posix(), []).append(place.read_bytes())
+    return found

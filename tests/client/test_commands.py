@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from client_kit import PLAN, TASK, make_cache, make_clone, tree, until
+from client_kit import PLAN, TASK, make_cache, make_clone, rescued, tree, until
 from fake_server import TOKEN, FakeServer
 from lattice.cli.main import cli
 
@@ -204,11 +204,10 @@ async def test_a_text_that_the_server_has_not_is_not_removed(server: FakeServer,
     assert done.code == 1 and path in done.err and done.err.count("\n") == 1
     assert (root / ".lattice" / path).read_text() == "mine"
     restored = await lattice(root, "remote", "sync")
-    kept = root / ".lattice" / ".mine" / path
-    assert kept.read_text() == "mine" and f".mine/{path}" in restored.err
+    assert rescued(root / ".lattice") == {path: [b"mine"]} and "lattice remote rescued show 1" in restored.err
     done = await lattice(root, "remote", "remove", "origin")
-    assert done.code == 1 and f".mine/{path}" in done.err
-    kept.unlink()
+    assert done.code == 1 and "lattice remote rescued" in done.err
+    assert (await lattice(root, "remote", "rescued", "drop", "1")).out == "Dropped 1.\n"
     assert (await lattice(root, "remote", "remove", "origin")).code == 0
 
 
@@ -396,6 +395,7 @@ async def test_reads_go_on_without_the_server(server: FakeServer, root: Path) ->
     await add(server, root)
     server.files.pop("tasks/task_1.json")
     await lattice(root, "remote", "sync")
+    await lattice(root, "remote", "rescued", "drop", "--all")
     await server.stop()
     done = await lattice_process(root, "list", "--json")
     assert done.code == 0 and json.loads(done.out)["ok"]

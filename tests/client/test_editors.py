@@ -8,7 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, until
+from client_kit import PLAN, TASK, ask, rescued, until
 from fake_server import TOKEN, FakeServer
 from test_healing import looked_after
 
@@ -176,7 +176,7 @@ async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
     monkeypatch.setattr(caretaker, "STRAY_S", 0.5)
     live._caretaker.touched(None)  # type: ignore[union-attr]
     await until(lambda: not copy.exists())
-    assert (directory / ".mine/plans" / copy.name).read_bytes() == b"# A copy\n"
+    assert rescued(directory) == {f"plans/{copy.name}": [b"# A copy\n"]}
     assert any(copy.name in notice for notice in (await ask(live, "ready"))["notices"])  # type: ignore[attr-defined]
 
 
@@ -188,7 +188,7 @@ async def test_a_plan_renamed_by_hand_is_restored_and_the_other_kept(
     (directory / PLAN).rename(directory / "plans/parser.md")
     await until(lambda: (directory / PLAN).exists() and not (directory / "plans/parser.md").exists())
     assert (directory / PLAN).read_bytes() == OLD
-    assert (directory / ".mine/plans/parser.md").read_bytes() == NEW
+    assert rescued(directory) == {"plans/parser.md": [NEW]}
 
 
 async def test_a_text_is_not_put_under_the_hands_of_who_writes_it(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, run, tree, until
+from client_kit import PLAN, TASK, ask, rescued, run, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client.agent import caretaker, watching
@@ -18,6 +18,7 @@ from lattice_remote.client.agent.caretaker import Caretaker
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.client.cache import healing, keepsakes
+from lattice_remote.client.cache import rescued as store
 from lattice_remote.client.cache.follower import Follower, Outcome
 from lattice_remote.client.cache.healing import Healing
 from lattice_remote.protocol.messages import Fetch, Manifest
@@ -300,10 +301,11 @@ async def test_what_was_changed_while_no_agent_ran_is_found_at_its_start(server:
     async with looked_after(directory) as service:
         await equal(directory, server)
         await until(lambda: service._healed()["count"] == 6)
-        assert (directory / ".mine/context.md").read_bytes() == b"# Mine\n"
+        assert rescued(directory)["context.md"] == [b"# Mine\n"]
+        assert rescued(directory)["tasks/task_1.json"] == [b'{"id": 9}\n']
 
 
-async def test_a_text_written_by_hand_is_kept_once_and_said_once(
+async def test_a_text_written_by_hand_is_kept_once_and_said_until_it_is_dropped(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(caretaker, "STRAY_S", 0.0)
@@ -312,14 +314,17 @@ async def test_a_text_written_by_hand_is_kept_once_and_said_once(
         (directory / "plans/draft.md").write_bytes(b"a draft\n")
         (directory / "archive/plans/old.md").write_bytes(b"# Old, corrected\n")
         await equal(directory, server)
-    copies = {path.relative_to(directory / ".mine").as_posix() for path in (directory / ".mine").rglob("*.md*")}
-    assert copies == {"context.md", "plans/draft.md", "archive/plans/old.md"}
-    assert (directory / ".mine/context.md").read_bytes() == b"# Ours\nand mine\n"
-    answer = await ask(kept, "ready")
-    said = [notice for notice in answer["notices"] if ".mine/context.md" in notice]  # type: ignore[attr-defined]
-    assert len(said) == 1 and "context.md belongs to the server" in said[0]
-    assert (await ask(kept, "ready"))["notices"] == []
-    assert ".mine/context.md" in (await ask(kept, "status"))["set_aside"]  # type: ignore[operator]
+    assert rescued(directory) == {
+        "context.md": [b"# Ours\nand mine\n"],
+        "plans/draft.md": [b"a draft\n"],
+        "archive/plans/old.md": [b"# Old, corrected\n"],
+    }
+    for _ in range(2):
+        (said,) = (await ask(kept, "ready"))["notices"]  # type: ignore[misc]
+        assert "lattice remote rescued" in said
+    entries = (await ask(kept, "status"))["rescued"]
+    await ask(kept, "rescued", action="drop", numbers=[entry["number"] for entry in entries])  # type: ignore[attr-defined]
+    assert (await ask(kept, "ready"))["notices"] == [] and not rescued(directory)
     await run(kept, "nothing")
     assert tree(directory) == server.files
 
@@ -333,10 +338,10 @@ async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
     (directory / "context.md").write_bytes(b"# Mine\n")
     server.put("context.md", b"# Ours, later\n")
     await until(lambda: (directory / "context.md").read_bytes() == b"# Ours, later\n")
-    assert (directory / ".mine/context.md").read_bytes() == b"# Mine\n"
+    assert rescued(directory) == {"context.md": [b"# Mine\n"]}
     server.put("context.md", b"# Ours, later still\n")
     await until(lambda: (directory / "context.md").read_bytes() == b"# Ours, later still\n")
-    assert os.listdir(directory / ".mine") == ["context.md"]
+    assert rescued(directory) == {"context.md": [b"# Mine\n"]}
 
 
 @pytest.mark.parametrize(
@@ -360,7 +365,7 @@ async def test_whatever_a_person_put_there_is_kept(
     monkeypatch.setattr(caretaker, "STRAY_S", 0.0)
     (directory / path).write_bytes(content)
     await equal(directory, server)
-    assert (directory / ".mine" / path).read_bytes() == content
+    assert rescued(directory) == {path: [content]}
 
 
 async def test_what_is_too_large_to_copy_is_moved(
@@ -370,31 +375,30 @@ async def test_what_is_too_large_to_copy_is_moved(
     (directory / "context.md").write_bytes(b"more than ten bytes")
     (directory / "recording.wav").write_bytes(b"more than that again")
     await equal(directory, server)
-    assert (directory / ".mine/context.md").read_bytes() == b"more than ten bytes"
-    assert (directory / ".mine/recording.wav").read_bytes() == b"more than that again"
+    assert rescued(directory) == {"context.md": [b"more than ten bytes"], "recording.wav": [b"more than that again"]}
 
 
-async def test_when_nothing_more_is_kept_that_is_said_once(
+async def test_when_the_store_is_full_nothing_is_overwritten_and_that_is_said(
     server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keepsakes, "_MAX_COPIES", 2)
+    monkeypatch.setattr(store, "MAX_FILES", 2)
     for number in range(5):
         (directory / f"{number}.txt").write_bytes(b"mine")
     await equal(directory, server)
-    notices = (await ask(kept, "ready"))["notices"]
-    assert len(os.listdir(directory / ".mine")) == 2 and len(notices) == 3  # type: ignore[arg-type]
+    (notice,) = (await ask(kept, "ready"))["notices"]  # type: ignore[misc]
+    assert len(rescued(directory)) == 2 and "3 later files were not kept" in notice
 
 
-async def test_copies_do_not_pile_up(server: FakeServer, service: Service, directory: Path) -> None:
+async def test_no_rescued_text_takes_the_place_of_another(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
     server.files["context.md"] = b"# Ours\n"
     await ask(service, "ready")
-    for n in range(20):
+    for n in range(10):
         (directory / "context.md").write_bytes(f"mine {n}".encode())
         server.change(PutFile("context.md", f"theirs {n}".encode()))
         await until(lambda: tree(directory) == server.files)
-    assert len(os.listdir(directory / ".mine")) == 5
-    texts = {path.read_bytes() for path in (directory / ".mine").iterdir()}
-    assert b"mine 0" in texts and b"mine 19" in texts
+    assert rescued(directory) == {"context.md": [f"mine {n}".encode() for n in range(10)]}
 
 
 async def test_a_process_that_keeps_rewriting_a_file_is_backed_off_and_named(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK
+from client_kit import PLAN, TASK, rescued
 from filelock import FileLock
 
 from lattice_remote.client.cache.cache import LOCK_FILE, Cache
@@ -81,8 +81,8 @@ def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool)
     (directory / "new.txt").write_bytes(b"new")
     texts = {path: data for path, data in FILES.items() if path.startswith(("plans/", "notes/"))}
     kept = pushing._become_copy(str(directory), REMOTE, digests(), texts if knows_texts else {})
-    assert kept == [".mine/new.txt", f".mine/tasks/{TASK}.json"]
-    assert (directory / kept[1]).read_bytes() == b'{"changed": 1}\n'
+    assert kept == ["new.txt", f"tasks/{TASK}.json"]
+    assert rescued(directory) == {"new.txt": [b"new"], f"tasks/{TASK}.json": [b'{"changed": 1}\n']}
     assert read_remote(str(directory)) == REMOTE and not is_unpushed(str(directory))
     assert not list(directory.glob(".unpushed*")) and not list(directory.glob(".pushing*"))
     edits = Edits(Cache(str(directory), REMOTE))
@@ -93,7 +93,8 @@ def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool)
 def test_it_can_be_done_again(directory: Path) -> None:
     (directory / "context.md").write_bytes(b"# since\n")
     first = pushing._become_copy(str(directory), REMOTE, digests(), {})
-    assert pushing._become_copy(str(directory), REMOTE, digests(), {}) == first == [".mine/context.md"]
+    assert pushing._become_copy(str(directory), REMOTE, digests(), {}) == first == ["context.md"]
+    assert rescued(directory) == {"context.md": [b"# since\n"]}
 
 
 def test_nothing_but_our_file_tells_that_a_project_waits(directory: Path) -> None:

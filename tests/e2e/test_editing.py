@@ -327,7 +327,9 @@ def test_a_plan_of_no_task_is_set_aside(shared_board: Board) -> None:
     plan = ana.lattice_dir / "plans" / "task_01M81V60BHQAM1W2RK0HTW19WB.md"
     plan.write_text("# A task of its own\n")
     wait_for(lambda: not plan.exists(), "the plan to be set aside")
-    assert (ana.lattice_dir / ".mine" / "plans" / plan.name).read_text() == "# A task of its own\n"
+    (kept,) = ana.lattice_dir.glob(f".remote/rescued/*/files/plans/{plan.name}")
+    assert kept.read_text() == "# A task of its own\n"
+    ana.ok("remote", "rescued", "drop", "--all")
 
 
 @pytest.mark.parametrize("editor", ["vim", "ed"])

@@ -9,6 +9,7 @@ A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``n
     push     send edited plans and notes           -> sent, notices
     resolve  task ("": all), what ("plan", "notes", null), choice ("mine", "theirs", "edited", null: only tell),
              text (base64, null)                   -> conflicts, resolved
+    rescued  action ("list", "show", "apply", "drop"), numbers ([]: all)  -> entries, applied, refused, dropped
     pull     bring the cache up to date            -> seq
     sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
     verify   compare all files                     -> the same
@@ -25,6 +26,7 @@ An answer has ``ok``; a failure has ``code`` and ``message``.
 import asyncio
 import base64
 import contextlib
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -43,6 +45,7 @@ from lattice_remote.client.agent.frames import call_frame, run_frame
 from lattice_remote.client.agent.history import read_log, read_version, task_of
 from lattice_remote.client.agent.live import Live
 from lattice_remote.client.agent.pushing import Pusher
+from lattice_remote.client.agent.rescuing import Rescuer, decoded, described
 from lattice_remote.client.agent.resolving import Resolver
 from lattice_remote.client.agent.sending import Unreadable, opened_files, send_files
 from lattice_remote.client.agent.watching import Watching
@@ -108,6 +111,7 @@ class Service:
         self._link = self._links.following
         self._pusher = Pusher(self._follower, self._link, self._reached)
         self._resolver = Resolver(self._follower, self._pusher)
+        self._rescuer = Rescuer(self._follower)
         self._live: Live | None = None
         self._sending: asyncio.Task[None] | None = None
         self._fetching = Fetching(self._follower, self._links)
@@ -202,6 +206,8 @@ class Service:
                 return self._compare(mend=do == "sync")
             case "fetch":
                 return self._fetch(request["paths"], report)
+            case "rescued":
+                return self._rescuer.handle(request, partial(self._write_as_a_program, token))
         return None
 
     def ready_now(self, token: str | None) -> dict[str, Any] | None:
@@ -240,13 +246,13 @@ class Service:
         }
 
     def _notices(self) -> list[str]:
-        """Return what the next command should say: all of it once, but conflicts until they are resolved."""
+        """Return what the next command should say: all of it once, conflicts and rescued files until they end."""
         notices, self._follower.keepsakes.notices = self._follower.keepsakes.notices, []
         if self._live is not None:
             notices += self._live.notices
             self._live.notices = []
-        conflict = self._follower.conflicts.notice()
-        return notices if conflict is None else [*notices, conflict]
+        lasting = (self._follower.conflicts.notice(), self._follower.keepsakes.rescued.notice())
+        return notices + [notice for notice in lasting if notice is not None]
 
     async def _fill(self, failed_before: int) -> None:
         """The first fill may take long: wait for as long as it advances."""
@@ -332,6 +338,12 @@ class Service:
             raise ConnectionFailed("the server answered something else", sent=True)
         payload = answer.payload.decode(errors="replace")
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
+
+    async def _write_as_a_program(self, token: str | None, name: str, values: dict[str, Any]) -> dict[str, Any]:
+        """Have the server carry out a write of the surface ``storage``; return its answer. Raises RemoteError."""
+        payload = json.dumps(values, ensure_ascii=False)
+        asked = {"id": os.urandom(16).hex(), "surface": "storage", "name": name, "payload": payload, "files": []}
+        return decoded(await self._call(asked, token, lambda _: None))
 
     async def _carry_out(
         self, frame: Run | Call, request: dict[str, Any], token: str | None, report: Report
@@ -533,7 +545,8 @@ class Service:
             "refused_edits": self._pusher.refused(),
             "edits_wait_for": self._edits_wait_for(),
             "conflicts": self._resolver.tell(),
-            "set_aside": [*self._follower.conflicts.copies(), *self._follower.keepsakes.copies()],
+            "set_aside": self._follower.conflicts.copies(),
+            "rescued": [described(entry) for entry in self._follower.keepsakes.rescued.entries()],
             "healed": self._healed(),
             "actor": welcome.actor if welcome else None,
             "act_as": welcome.act_as if welcome else None,

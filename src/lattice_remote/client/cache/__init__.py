@@ -9,7 +9,8 @@ known       what each file was when one of ours last wrote it
 survey      looks at every file, for what others have changed
 comparing   files against the server's manifest
 healing     which file is put right when, and which is fought over
-keepsakes   what a person wrote where only the server may, kept aside
+keepsakes   which contents are rescued before a file is restored
+rescued     the rescued files
 edits       plans and notes that people edit in place
 older       on which text an edit was made, where the editor had opened it before a change came
 busy        whether somebody has a file open for writing

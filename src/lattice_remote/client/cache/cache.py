@@ -31,12 +31,14 @@ from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import DIRECTORIES, is_replicated
 
-__all__ = ["BASE_DIRECTORY", "GITIGNORE", "LOCK_FILE", "PARTIAL", "Cache", "explained"]
+__all__ = ["BASE_DIRECTORY", "GITIGNORE", "LOCK_FILE", "PARTIAL", "PRIVATE_DIRECTORY", "Cache", "explained"]
 
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
 PARTIAL = ".fetch"
 """Holds, for each large content that is being fetched, what has come of it, by its digest."""
+PRIVATE_DIRECTORY = ".remote"
+"""Holds what else only this client knows."""
 LOCK_FILE = ".cache.lock"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
 _LOCK_POLL_S = 0.01
@@ -181,6 +183,11 @@ class Cache:
         with explained(path), contextlib.suppress(FileNotFoundError):
             return None if self.signature(path) is None else self._files.digest(path)
         return None
+
+    def store(self, path: str, data: bytes) -> None:
+        """Make a file of ours exactly ``data``, so that it survives a power cut once this returns."""
+        with explained(path):
+            self._files.replace(path, data, is_synced=True)
 
     def replace(self, path: str, data: bytes) -> None:
         """Make the file exactly ``data``, atomically, with its parent directories."""

@@ -58,14 +58,16 @@ class Directory:
         with self._parent(f"{path}/."):
             pass
 
-    def replace(self, path: str, data: bytes, is_wanted: Callable[[], bool] = lambda: True) -> bool:
+    def replace(
+        self, path: str, data: bytes, is_wanted: Callable[[], bool] = lambda: True, *, is_synced: bool = False
+    ) -> bool:
         """Make the file exactly ``data``, with its parent directories, if it is still wanted at the last moment.
 
-        Returns whether it was.
+        Returns whether it was. With ``is_synced`` the content survives a power cut.
         """
         temporary = self.new_temporary()
         try:
-            self.extend(temporary, data)
+            self.extend(temporary, data, is_synced=is_synced)
             if is_wanted():
                 self.move(temporary, path)
                 return True
@@ -105,11 +107,13 @@ class Directory:
         self._serial += 1
         return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{self._serial}"
 
-    def extend(self, temporary: str, data: bytes) -> None:
+    def extend(self, temporary: str, data: bytes, *, is_synced: bool = False) -> None:
         """Add to a temporary file; the first time, make it."""
         self._quota.take(len(data))
         with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
             _write_all(handle, data)
+            if is_synced:
+                os.fsync(handle)
 
     def discard(self, temporary: str) -> None:
         """Remove a temporary file, if it is there and can be."""

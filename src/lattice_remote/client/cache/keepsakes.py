@@ -1,24 +1,24 @@
-"""What somebody put by hand into a place that only the server changes: kept aside once, before that is restored.
+"""What another program or a person put into a place that only the server changes: rescued before that is restored.
 
 Plans and notes are edited in place, and edits of them are sent (see ``edits.py``). Every other file is restored when
-other hands change it (I4). What may be a person's, ``context.md``, ``config.json`` or any file that the server does
-not have, text or not, is first copied to ``.mine/``; what programs write (tasks, events, ids) is not.
+anything else changes it (I4); the content that it had goes to the rescued files first (``rescued.py``).
 """
 
-import os
-from collections.abc import Iterator
-
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.rescued import RescuedFiles
 from lattice_remote.protocol.paths import is_editable
 
-__all__ = ["KEPT_DIRECTORY", "Keepsakes", "may_be_by_hand"]
+__all__ = ["Keepsakes", "is_event_log", "may_be_by_hand"]
 
-KEPT_DIRECTORY = ".mine"
-_MAX_COPIES_OF_ONE = 5
-_MAX_COPIES = 1000
+RESTORED = "changed here by another program, and restored to the server's version; what it wrote is kept"
 _MAX_READ_BYTES = 32 * 1024 * 1024
 """What is larger is moved, not copied: the file is missing until the server's comes."""
 _WRITTEN_BY_PROGRAMS = frozenset({"artifacts", "events", "ids.json", "resources", "sessions", "tasks"})
+
+
+def is_event_log(path: str) -> bool:
+    """Whether this file holds events, which are never changed or removed once they are written."""
+    return path.startswith(("events/", "archive/events/"))
 
 
 def may_be_by_hand(path: str) -> bool:
@@ -30,10 +30,11 @@ def may_be_by_hand(path: str) -> bool:
 
 
 class Keepsakes:
-    """The files that were set aside in one cache. Methods must be called under the cache's lock."""
+    """Decides which contents of one cache are rescued. Methods must be called under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self.rescued = RescuedFiles(cache)
         self.notices: list[str] = []
         """What the next command should say."""
 
@@ -46,60 +47,36 @@ class Keepsakes:
         elif (text := self._cache.read(path)) != self._base(path):
             self._cache.replace(_base_path(path), text)
 
-    def keep(self, path: str, *, is_strange: bool) -> None:
-        """Copy the file aside if somebody may have written it; call before it is replaced or removed.
+    def keep(self, path: str, *, is_strange: bool, after: bytes | None = None) -> None:
+        """Rescue the file's content if it is not the server's; call before the file is replaced or removed.
 
         Args:
             path: the file.
-            is_strange: other hands are known to have changed it. Otherwise only a text that differs from what was
-                remembered counts.
+            is_strange: another program is known to have changed it. Otherwise only a text that differs from what was
+                remembered counts, and an event that the server does not have.
+            after: the server's content if it is known.
         """
         size, base = self._cache.size(path), self._base(path)
-        if not size or path.endswith("~") or not (is_strange or base is not None):
+        if not size or path.endswith("~"):
+            return
+        has_events = after is not None and is_event_log(path)
+        if not (is_strange or base is not None or has_events):
             return
         content = self._cache.read(path) if size <= _MAX_READ_BYTES else None
-        if content is not None and (content == base or not content.strip()):
+        if content is not None and (content in (base, after) or not content.strip()):
             return
-        copy = self._place_for(path, content)
-        if copy is None:
+        if has_events and content is not None and after is not None and _lacks_nothing(after, content):
             return
-        if len(list(self._copies())) >= _MAX_COPIES:
-            self._say(f"nothing more is kept of what was restored: {KEPT_DIRECTORY} holds {_MAX_COPIES} files")
-            return
-        if content is None:
-            self._cache.move(path, copy)
-        else:
-            self._cache.replace(copy, content)
-        self._say(f"{path} belongs to the server and was restored; what was written into it is in {copy}")
-
-    def _say(self, notice: str) -> None:
-        if notice not in self.notices:
-            self.notices.append(notice)
-
-    def copies(self) -> list[str]:
-        """Return the copies that nobody has removed yet."""
-        return sorted(self._copies())
+        self.rescued.add(path, content, RESTORED)
 
     def _base(self, path: str) -> bytes | None:
         place = _base_path(path)
         return None if self._cache.size(place) is None else self._cache.read(place)
 
-    def _place_for(self, path: str, content: bytes | None) -> str | None:
-        """Return where to put a file's content, None where that was too much to read; None when it is kept already."""
-        copy = f"{KEPT_DIRECTORY}/{path}"
-        for number in range(2, _MAX_COPIES_OF_ONE + 2):
-            if (size := self._cache.size(copy)) is None:
-                return copy
-            if content is not None and size == len(content) and self._cache.read(copy) == content:
-                return None
-            copy = f"{KEPT_DIRECTORY}/{path}.{number}"
-        return f"{KEPT_DIRECTORY}/{path}.{_MAX_COPIES_OF_ONE}"  # the last one gives way to the newest
 
-    def _copies(self) -> Iterator[str]:
-        top = os.path.join(self._cache.directory, KEPT_DIRECTORY)
-        for directory, _, names in os.walk(top):
-            for name in names:
-                yield os.path.relpath(os.path.join(directory, name), self._cache.directory).replace(os.sep, "/")
+def _lacks_nothing(log: bytes, other: bytes) -> bool:
+    """Whether an event log has every event of another one."""
+    return log.startswith(other) or not set(other.splitlines()) - set(log.splitlines())
 
 
 def _base_path(path: str) -> str:

@@ -25,7 +25,7 @@ _READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0
 _PIECE_BYTES = 1 << 20
 _BOOKKEEPING = frozenset(
     {"locks", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", "remote.json", "cache_state.json"}
-    | {".unpushed.json", ".pushing.json", ".fetch", ".fetch.lock", ".away", ".settings.json"}
+    | {".unpushed.json", ".pushing.json", ".fetch", ".fetch.lock", ".away", ".settings.json", ".remote"}
 )
 """Lattice's locks, and our own files: nobody misses them."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.healing import Healing
-from lattice_remote.client.cache.keepsakes import Keepsakes, may_be_by_hand
+from lattice_remote.client.cache.keepsakes import Keepsakes, is_event_log, may_be_by_hand
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.effects import Effect
 from lattice_remote.protocol.messages import Part
@@ -89,7 +89,7 @@ class Files:
             return []
         if is_editable(part.path):
             return self._write_text(part, replica)
-        self.keep([part.path])
+        self.keep([part.path], part.data if len(part.data) == part.size else None)
         return self._written(part, replica, self._cache.write_part(part))
 
     def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
@@ -134,13 +134,16 @@ class Files:
         found = self._healing.strange.get(part.path)
         return found is not None and found[1] == part.digest and found[0] == self._cache.signature(part.path)
 
-    def keep(self, paths: Iterable[str]) -> None:
-        """These files are about to be replaced: set aside what somebody may have written into them."""
+    def keep(self, paths: Iterable[str], after: bytes | None = None) -> None:
+        """Rescue what other programs wrote into files that are about to be replaced, by ``after`` if that is known."""
+        known = self._cache.known
         for path in paths:
-            if may_be_by_hand(path):
-                known = self._cache.known
-                strange = known.is_complete and not known.agrees(path, self._cache.signature(path))
-                self._keepsakes.keep(path, is_strange=strange or path in self._healing.strange)
+            strange = known.is_complete and not known.agrees(path, self._cache.signature(path))
+            strange = strange or path in self._healing.strange
+            if strange and is_editable(path):
+                continue  # an edit, or what is left of one: see ``edits.py``
+            if strange or may_be_by_hand(path) or (after is not None and is_event_log(path)):
+                self._keepsakes.keep(path, is_strange=strange, after=after)
 
     def are_the_servers(self, paths: Iterable[str]) -> None:
         """These files hold what the server has, or are gone with it."""

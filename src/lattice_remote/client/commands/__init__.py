@@ -6,6 +6,7 @@ tokens    login, trust, logout
 copy      status, pull, sync, verify, log
 history   history
 push      push
+rescued   rescued list, show, apply, drop
 watch     watch, and what is printed or run for each change
 agent     agent status, agent stop
 adding    a directory becomes a copy

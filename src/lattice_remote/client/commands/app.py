@@ -11,7 +11,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from lattice_remote.client.commands import agent, copy, history, mcp, payloads, push, remotes, resolve, tokens, watch
+from lattice_remote.client.commands import (
+    agent,
+    copy,
+    history,
+    mcp,
+    payloads,
+    push,
+    remotes,
+    rescued,
+    resolve,
+    tokens,
+    watch,
+)
 from lattice_remote.client.commands.shared import Json, fields_of, lattice_directory, print_json, print_result, unpushed
 from lattice_remote.client.settings import read_remote
 from lattice_remote.errors import RemoteError
@@ -25,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _part in (remotes, tokens, copy, history, push, payloads, resolve, watch, mcp, agent):
+for _part in (remotes, tokens, copy, history, push, payloads, resolve, rescued, watch, mcp, agent):
     app.add_typer(_part.app)
 
 

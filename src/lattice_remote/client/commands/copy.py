@@ -53,6 +53,7 @@ def status(as_json: Json = False) -> None:
         ("unsent edits", describe.edits(answer)),
         ("conflicts", describe.conflicts(answer["conflicts"])),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
+        ("rescued", describe.rescued(answer["rescued"])),
         ("healed", describe.healed(answer["healed"])),
         ("agent", describe.agent(answer["agent"])),
         ("versions here", describe.versions(versions["here"])),

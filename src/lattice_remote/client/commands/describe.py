@@ -5,7 +5,7 @@ from typing import Any
 from lattice_remote.client.commands.shared import count
 from lattice_remote.client.freshness import describe_age
 
-__all__ = ["acting", "agent", "conflicts", "connection", "copy", "edits", "healed", "versions"]
+__all__ = ["acting", "agent", "conflicts", "connection", "copy", "edits", "healed", "rescued", "versions"]
 
 _MIB = 1024 * 1024
 
@@ -57,6 +57,14 @@ def conflicts(conflicts: list[dict[str, Any]]) -> str:
         return "none"
     named = ", ".join(f"{each['what']} of {each['short_id']}" for each in conflicts)
     return f"{len(conflicts)}: {named}; see: lattice remote resolve"
+
+
+def rescued(entries: list[dict[str, Any]]) -> str:
+    """Say how many files were rescued and wait for the user."""
+    if not entries:
+        return "none"
+    files = sum(len(entry["files"]) for entry in entries)
+    return f"{count(files, 'file')} in {count(len(entries), 'entry', 'entries')}; see: lattice remote rescued"
 
 
 def agent(agent: dict[str, Any] | None) -> str:

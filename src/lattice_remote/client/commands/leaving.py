@@ -7,9 +7,10 @@ import uuid
 from typing import Any
 
 from lattice_remote.client import preferences
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, GITIGNORE, LOCK_FILE, PARTIAL, Cache
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, GITIGNORE, LOCK_FILE, PARTIAL, PRIVATE_DIRECTORY, Cache
 from lattice_remote.client.cache.directory import TEMPORARY, remove_tree
 from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.rescued import RESCUED_DIRECTORY, RescuedFiles
 from lattice_remote.client.cache.state import AWAY_FILE, STATE_FILE
 from lattice_remote.client.settings import REMOTE_FILE, Remote
 from lattice_remote.errors import Misuse, StorageError
@@ -17,7 +18,7 @@ from lattice_remote.errors import Misuse, StorageError
 __all__ = ["keep_local", "remove_remote"]
 
 _BOOKKEEPING = (STATE_FILE, AWAY_FILE, preferences.FILE, LOCK_FILE, ".fetch.lock", ".written")
-_DIRECTORIES = (BASE_DIRECTORY, PARTIAL, TEMPORARY)
+_DIRECTORIES = (BASE_DIRECTORY, PARTIAL, TEMPORARY, PRIVATE_DIRECTORY)
 
 
 def remove_remote(directory: str, remote: Remote) -> None:
@@ -66,19 +67,22 @@ async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> l
             if config is not None:
                 cache.replace("config.json", config)
             os.unlink(os.path.join(directory, REMOTE_FILE))
-            _remove_bookkeeping(directory)
+            _remove_bookkeeping(directory, keeps_rescued=bool(RescuedFiles(cache).entries()))
         except OSError as error:
             raise StorageError(f"cannot change {directory}: {error.strerror}") from error
-    return _own_files(cache)
+    rescued = [f"{RESCUED_DIRECTORY}/{entry.number}" for entry in RescuedFiles(cache).entries()]
+    return rescued + _own_files(cache)
 
 
-def _remove_bookkeeping(directory: str) -> None:
+def _remove_bookkeeping(directory: str, *, keeps_rescued: bool) -> None:
     for name in _BOOKKEEPING:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(directory, name))
     if _is_ours(os.path.join(directory, ".gitignore")):
         os.unlink(os.path.join(directory, ".gitignore"))
     for name in _DIRECTORIES:
+        if name == PRIVATE_DIRECTORY and keeps_rescued:
+            continue
         if os.path.isdir(os.path.join(directory, name)):
             remove_tree(os.path.join(directory, name))
 
@@ -126,6 +130,8 @@ def _is_ours(gitignore: str) -> bool:
 def _require_nothing_unsent(cache: Cache) -> None:
     if unsent := Edits(cache).scan():
         raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
+    if RescuedFiles(cache).entries():
+        raise Misuse("rescued files are only here: lattice remote rescued; apply or drop them first")
     if own := _own_files(cache):
         raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
 

@@ -107,5 +107,6 @@ def _push_project(directory: str, *, as_json: bool) -> None:
     )
     for note in answer.notes:
         typer.echo(f"lattice-remote: {one_line(note)}", err=True)
-    for copy in done.kept:
-        typer.echo(f"lattice-remote: changed here after it was sent, and kept: {one_line(copy)}", err=True)
+    for path in done.kept:
+        notice = f"{one_line(path)} was changed here after it was sent; see: lattice remote rescued"
+        typer.echo(f"lattice-remote: {notice}", err=True)

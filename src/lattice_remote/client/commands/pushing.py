@@ -23,8 +23,8 @@ from lattice_remote.client import credentials, servers
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
 from lattice_remote.client.cache.follower import Writer
-from lattice_remote.client.cache.keepsakes import KEPT_DIRECTORY
 from lattice_remote.client.cache.packing import Pack, Survey, survey
+from lattice_remote.client.cache.rescued import RescuedFiles
 from lattice_remote.client.cache.survey import read_all
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.link.uploading import Source, upload
@@ -33,7 +33,6 @@ from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import UNPUSHED_FILE, Remote, check_name, is_unpushed, read_remote, write_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, StorageError
 from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
-from lattice_remote.protocol.operations import digest_of
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["Done", "Plan", "await_push", "plan_push", "push_project", "stay_local"]
@@ -65,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a push has done. ``kept`` are copies of files that were changed here after they were sent."""
+    """What a push has done. ``kept`` are files that were changed here after they were sent, and rescued."""
 
     remote: Remote
     answer: Pushed
@@ -275,7 +274,7 @@ def _ignore(_progress: Mapping[str, Any]) -> None:
 
 
 def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
-    """Make the directory a copy of what was pushed; return copies of what was changed here since.
+    """Make the directory a copy of what was pushed; return the files that were changed since, which are rescued.
 
     ``remote.json`` comes last: before it the directory is an unpushed project, and this may be done again.
 
@@ -287,7 +286,7 @@ def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], t
     """
     cache = Cache(directory, remote)
     cache.prepare()
-    kept: list[str] = []
+    kept, rescued = list[str](), RescuedFiles(cache)
     for path, reading in read_all(cache).items():
         if is_editable(path):
             text = texts.get(path)
@@ -297,11 +296,8 @@ def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], t
                 cache.replace(f"{BASE_DIRECTORY}/{path}", text)  # what differs from it is an edit, and will be sent
         elif reading.digest != entries.get(path):
             content = cache.read(path)
-            copy = f"{KEPT_DIRECTORY}/{path}"
-            while cache.size(copy) is not None and digest_of(cache.read(copy)) != reading.digest:
-                copy += ".2"
-            cache.replace(copy, content)
-            kept.append(copy)
+            rescued.add(path, content, "changed here while the project was pushed; that version is kept")
+            kept.append(path)
     write_remote(directory, remote)
     _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     return sorted(kept)

@@ -19,7 +19,7 @@ _PIECE_BYTES = 1 << 20
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_LEFT_OUT = 1000
 _BOOKKEEPING = frozenset(
-    {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written"}
+    {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", ".remote"}
     | {".fetch", ".fetch.lock", ".away", ".settings.json"}
 )
 """Lattice's locks, and what makes a directory a cache: nobody misses them."""

@@ -1,0 +1,147 @@
+"""What other programs write into a copy is restored, kept whole, and can be applied on the server (I4)."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sandbox import Client, Server, differences, tree_of, wait_for
+
+pytestmark = pytest.mark.e2e
+
+Board = tuple[Server, Client, Client]
+PLAIN = {"LATTICE_REMOTE_SERVER": "1"}
+"""Lattice as it is without our plugin."""
+MINE = ("--actor", "human:ana")
+
+
+@pytest.fixture(autouse=True)
+def nothing_rescued(shared_board: Board) -> None:
+    shared_board[1].ok("remote", "rescued", "drop", "--all")
+
+
+def new_task(client: Client, title: str) -> str:
+    return client.ok("create", title, *MINE, "--quiet").strip()
+
+
+def write_into(
+    client: Client, tmp_path: Path, *commands: tuple[str, ...], new_plan: str | None = None
+) -> dict[str, bytes]:
+    """Write into a copy what plain lattice writes into the same files; return what was written by path."""
+    client.ok("remote", "pull")
+    other = client.elsewhere(tmp_path / "plain")
+    shutil.copytree(client.lattice_dir, other.lattice_dir, ignore=shutil.ignore_patterns(".*", "*.json.lock", "locks"))
+    for name in ("remote.json", "cache_state.json"):
+        (other.lattice_dir / name).unlink()
+    (other.lattice_dir / "locks").mkdir()
+    before = tree_of(other.lattice_dir)
+    for argv in commands:
+        done = other.run(*argv, env=PLAIN)
+        assert done.returncode == 0, done.stderr
+    if new_plan is not None:
+        (plan,) = (path for path in tree_of(other.lattice_dir).keys() - before.keys() if path.startswith("plans/"))
+        (other.lattice_dir / plan).write_text(new_plan)
+    written = {path: data for path, data in tree_of(other.lattice_dir).items() if before.get(path) != data}
+    for path in sorted(written):
+        place = client.lattice_dir / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(written[path])
+    return written
+
+
+def restored(server: Server, client: Client) -> None:
+    wait_for(lambda: not differences(server.lattice_dir(), client.lattice_dir), "the copy to be the server's again")
+
+
+def entries(client: Client) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(client.ok("remote", "rescued", "--json"))["data"]["entries"]
+    return found
+
+
+def test_a_comment_is_kept_named_shown_and_applied(shared_board: Board, tmp_path: Path) -> None:
+    server, ana, ben = shared_board
+    task = new_task(ana, "Beside the server")
+    written = write_into(ana, tmp_path, ("comment", task, "straight into the copy", *MINE))
+    restored(server, ana)
+    (entry,) = entries(ana)
+    assert set(entry["files"]) == set(written)
+    for path, data in written.items():
+        assert (ana.lattice_dir / f".remote/rescued/{entry['number']}/files/{path}").read_bytes() == data
+    for _ in range(2):
+        listed = ana.run("list")
+        assert f"lattice remote rescued show {entry['number']}" in listed.stderr and listed.returncode == 0
+    shown = ana.ok("remote", "rescued", "show", str(entry["number"]))
+    assert "straight into the copy" in shown and "comment_added" in shown
+    assert ana.ok("remote", "rescued", "apply", "--all").splitlines() == [
+        f"applied: comment_added to {task}",
+        "Applied 1, refused 0.",
+    ]
+    ben.ok("remote", "pull")
+    assert ben.ok("comments", task).count("straight into the copy") == 1
+    assert entries(ana) == [] and "rescued" not in ana.run("list").stderr
+    restored(server, ana)
+
+
+def test_a_new_task_gets_its_events_its_plan_and_the_servers_number(shared_board: Board, tmp_path: Path) -> None:
+    server, ana, ben = shared_board
+    ana.ok("remote", "pull")
+    written = write_into(
+        ana,
+        tmp_path,
+        ("create", "Made without the server", "--description", "all of it", *MINE),
+        ("resource", "create", "printer", *MINE),
+        new_plan="# My plan\n\n- a step\n",
+    )
+    (plan,) = (path for path in written if path.startswith("plans/"))
+    taken = ben.ok("create", "Takes the number meanwhile", "--actor", "human:ben", "--quiet").strip()
+    restored(server, ana)
+    assert "Made without" not in ana.ok("list")
+    done = json.loads(ana.ok("remote", "rescued", "apply", "--all", "--json"))["data"]
+    assert done["refused"] == []
+    assert sorted(each["type"] for each in done["applied"]) == ["plan", "resource_created", "task_created"]
+    made = next(each["to"] for each in done["applied"] if each["type"] == "task_created")
+    assert made != taken
+    ben.ok("remote", "pull")
+    assert json.loads(ben.ok("show", made, "--json"))["data"]["title"] == "Made without the server"
+    assert (ben.lattice_dir / plan).read_text() == "# My plan\n\n- a step\n"
+    assert "printer" in ben.ok("resource", "list")
+    assert entries(ana) == []
+    restored(server, ana)
+
+
+def test_what_the_server_refuses_is_said_and_stays(shared_board: Board, tmp_path: Path) -> None:
+    server, ana, _ben = shared_board
+    task = new_task(ana, "Refused")
+    write_into(
+        ana,
+        tmp_path,
+        ("comment", task, "in another name", "--actor", "human:carla"),
+        ("comment", task, "in my own", *MINE),
+        ("session", "start", "--name", "Rescued", "--model", "m", "--framework", "f"),
+    )
+    restored(server, ana)
+    wait_for(lambda: sum(len(each["files"]) for each in entries(ana)) >= 4, "all that was written")
+    for _ in range(2):
+        done = ana.run("remote", "rescued", "apply", "--all")
+        assert done.returncode == 1
+        assert "refused: events/task_" in done.stdout and "human:carla" in done.stdout
+        assert "refused: sessions/Rescued-1.json: only tasks" in done.stdout
+    restored(server, ana)
+    assert ana.ok("comments", task).count("in my own") == 1 and "in another name" not in ana.ok("comments", task)
+    assert entries(ana), "it is kept until it is dropped"
+    ana.ok("remote", "rescued", "drop", "--all")
+    assert entries(ana) == [] and not list((ana.lattice_dir / ".remote/rescued").iterdir())
+
+
+def test_what_is_wrong_is_said_in_one_line(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    for words, said in (
+        (("show", "77"), "no rescued files 77"),
+        (("drop",), "say which"),
+        (("apply", "1", "--all"), "say which"),
+    ):
+        done = ana.run("remote", "rescued", *words)
+        assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1
+    assert ana.ok("remote", "rescued") == ana.ok("remote", "rescued", "list") == "No rescued files.\n"
