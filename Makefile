@@ -8,7 +8,7 @@ export PYTHON
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-system:  ## Install what the tests need besides Python, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync
+system:  ## Install what the tests need besides Python, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync, vim, ed
 	@scripts/system.sh
 
 venv:  ## Make .venv with everything in it (at once when it is up to date)
@@ -20,7 +20,7 @@ demo: venv  ## See it work: a server and two machines, cut off and put together 
 # One more than there are processors: the tests wait for other processes half of their time.
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 
-test: venv  ## Run every test
+test: venv  ## Run every test; the last line names what was skipped because a program of `make system` is missing
 	@$(PYTHON_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv  ## Format, lint, strict types, import layering; protocol/ agrees with the code

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install from Debian's packages (or Ubuntu's) what the tests need besides Python, where it is missing: a browser, two
-# proxies, the check of systemd's units, and rsync. Nothing that is installed is upgraded, and no service is started or enabled.
+# proxies, the check of systemd's units, rsync and two editors. Nothing that is installed is upgraded, and no service is started or enabled.
 set -eu
 
 missing=
@@ -12,6 +12,8 @@ need nginx nginx
 need caddy caddy
 need systemd-analyze systemd
 need rsync rsync
+need vim vim
+need ed ed
 missing=${missing# }
 [ -n "$missing" ] || exit 0
 

@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 from light import Light  # noqa: E402
 from memory_client import MemoryClient  # noqa: E402
+from programs import program  # noqa: E402
 from sandbox import Sandbox, Server, tree_of, wait_for  # noqa: E402
 from warm import warm  # noqa: E402
 
@@ -38,12 +39,10 @@ _VANISHED = 24
 
 
 def copy_live(source: Path, target: Path) -> None:
-    """Copy a directory as ``rsync -a`` does; by rsync itself where there is one."""
-    if shutil.which("rsync"):
-        done = subprocess.run(["rsync", "-a", f"{source}/", f"{target}/"], capture_output=True, text=True, check=False)
-        assert done.returncode in (0, _VANISHED), done.stderr
-    else:
-        copy_in_order(source, target)
+    """Copy a directory with ``rsync -a``."""
+    argv = [program("rsync"), "-a", f"{source}/", f"{target}/"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode in (0, _VANISHED), done.stderr
 
 
 def copy_in_order(source: Path, target: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 
 from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
-__all__ = ["EXECUTABLE", "PATIENCE_MS", "Person", "chromium", "screenshot"]
+from programs import program
 
-EXECUTABLE = os.environ.get("CHROMIUM", "/usr/bin/chromium")
+__all__ = ["PATIENCE_MS", "Person", "chromium", "screenshot"]
+
 PATIENCE_MS = 20_000
 """For how long Playwright waits for what a test expects; a machine may be busy."""
 expect.set_options(timeout=PATIENCE_MS)
@@ -32,9 +33,10 @@ _ARGUMENTS = [
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
-    """Start the browser, without a window; it ends with the block."""
+    """Start the browser, without a window; it ends with the block. ``CHROMIUM`` may name another one's file."""
+    executable = os.environ.get("CHROMIUM") or program("chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=EXECUTABLE, args=_ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=executable, args=_ARGUMENTS)
         try:
             yield browser
         finally:

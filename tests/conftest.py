@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from programs import skipped_line
 from sandbox import Client, Sandbox, Server, board
 from warm import warm
 
@@ -47,6 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long files; the order within a file and that of all others stay."""
     place = {name: number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests were skipped, and how to run them."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if line := skipped_line(report.longrepr[-1] for report in skipped):
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture

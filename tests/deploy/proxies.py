@@ -9,7 +9,6 @@ words.
 import contextlib
 import os
 import random
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
@@ -18,24 +17,13 @@ from pathlib import Path
 import requests
 import trustme
 
+from programs import program
 from sandbox import wait_for
 
-__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "Nginx", "Proxy", "free_port", "program", "with_places"]
+__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "Nginx", "Proxy", "free_port", "with_places"]
 
 DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
 NGINX_DEFAULT_S = 0.3
-
-
-def program(name: str) -> str:
-    """Return the path of a program of the system, which may be one for administrators.
-
-    Raises:
-        RuntimeError: it is not installed.
-    """
-    found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if found is None:
-        raise RuntimeError(f"{name} is not installed: make system")
-    return found
 
 
 def with_places(text: str, places: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from machine import Machine
 
+from programs import program
 from sandbox import Client, Sandbox, differences, tree_of
 
 pytestmark = pytest.mark.e2e
@@ -74,6 +75,7 @@ class Company:
 
 @pytest.fixture
 def company() -> Iterator[Company]:
+    program("rsync")
     with Sandbox() as sandbox:
         made = Company(sandbox)
         try:

@@ -1,13 +1,15 @@
 """``make system``: says what is missing where it can't install it, and starts no service where it can."""
 
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "system.sh"
-NEEDED = ("chromium", "nginx", "caddy", "systemd-analyze", "rsync")
+NEEDED = ("chromium", "nginx", "caddy", "systemd-analyze", "rsync", "vim", "ed")
 
 
 def run(path: Path, script: Path = SCRIPT) -> tuple[int, str, str]:
@@ -57,10 +59,10 @@ def machine(tmp_path: Path) -> Path:
 
 def test_nothing_that_is_installed_starts_now_or_later(machine: Path) -> None:
     program(machine, "apt-get", f'echo "$@" >> {machine}/asked; {machine}/policy; echo $? >> {machine}/asked')
-    assert run(machine, machine / "system.sh") == (0, "Installing chromium nginx caddy systemd rsync\n", "")
+    assert run(machine, machine / "system.sh") == (0, "Installing chromium nginx caddy systemd rsync vim ed\n", "")
     update, code, install, code_again = (machine / "asked").read_text().splitlines()
     assert update.endswith(" update")
-    assert install.endswith(" install --yes --no-install-recommends chromium nginx caddy systemd rsync")
+    assert install.endswith(" install --yes --no-install-recommends chromium nginx caddy systemd rsync vim ed")
     assert (code, code_again) == ("101", "101"), "the policy forbids to start anything"
     assert not (machine / "policy").exists()
     assert (machine / "disabled").read_text() == "--quiet disable nginx\n--quiet disable caddy\n"
@@ -70,7 +72,7 @@ def test_a_failure_says_what_apt_get_has_said_and_leaves_no_policy_behind(machin
     program(machine, "apt-get", "echo E: no space; exit 100")
     code, _, err = run(machine, machine / "system.sh")
     assert code == 1
-    assert err == "E: no space\nMissing: chromium nginx caddy systemd rsync. apt-get update failed, see above.\n"
+    assert err == "E: no space\nMissing: chromium nginx caddy systemd rsync vim ed. apt-get update failed, see above.\n"
     assert not (machine / "policy").exists()
 
 
@@ -79,3 +81,19 @@ def test_a_policy_that_is_there_stays(machine: Path) -> None:
     program(machine, "policy", "exit 101")
     assert run(machine, machine / "system.sh")[0] == 0
     assert (machine / "policy").exists()
+
+
+@pytest.mark.parametrize("ci", [False, True])
+def test_a_test_without_its_program_is_skipped_and_named_but_fails_in_ci(tmp_path: Path, *, ci: bool) -> None:
+    (tmp_path / "test_it.py").write_text("from programs import program\n\ndef test_it():\n    program('no-such')\n")
+    root = Path(__file__).parents[2]
+    argv = [sys.executable, "-m", "pytest", "-p", "conftest", "-n", "1", "-c", root / "pyproject.toml", tmp_path]
+    environment = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith("PYTEST")}
+    environment |= {"CI": "true"} if ci else {}
+    environment["PYTHONPATH"] = os.pathsep.join([str(root / "tests"), str(root / "examples")])
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    if ci:
+        assert done.returncode == 1 and "not installed: no-such; install it with: make system" in done.stdout
+    else:
+        line = "1 test was skipped without no-such; to run all: make system && make test"
+        assert done.returncode == 0 and line in done.stdout.splitlines()[-2:], done.stdout + done.stderr

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from machine import Machine
-from proxies import DEPLOY, program, with_places
+from proxies import DEPLOY, with_places
 
+from programs import program
 from sandbox import BIN, Sandbox
 
 UNIT = (DEPLOY / "lattice-remote.service").read_text()

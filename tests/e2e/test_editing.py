@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from programs import program
 from sandbox import Client, Sandbox, Server, wait_for
 
 pytestmark = pytest.mark.e2e
@@ -334,15 +335,25 @@ def test_a_plan_of_no_task_is_set_aside(shared_board: Board) -> None:
 
 @pytest.mark.parametrize("editor", ["vim", "ed"])
 def test_a_real_editor(shared_board: Board, editor: str) -> None:
-    program = shutil.which(editor)
+    editor_path = program(editor)
     _server, ana, ben = shared_board
     plan = text_files(ana, ben, new_task(ana, f"By {editor}"))
-    if program is None:  # not on this machine: its file operations are in client/test_editors.py
-        plan[0].write_text("# By hand\n")
-        same(plan, "# By hand\n")
-        return
-    argv = [program, "-es", "-u", "NONE", plan[0].name, "-c", "%d", "-c", "0put ='# By hand'", "-c", "$d", "-c", "wq"]
+    argv = [
+        editor_path,
+        "-es",
+        "-u",
+        "NONE",
+        plan[0].name,
+        "-c",
+        "%d",
+        "-c",
+        "0put ='# By hand'",
+        "-c",
+        "$d",
+        "-c",
+        "wq",
+    ]
     script = "" if editor == "vim" else "1,$c\n# By hand\n.\nw\nq\n"
-    command = argv if editor == "vim" else [program, "-s", plan[0].name]
+    command = argv if editor == "vim" else [editor_path, "-s", plan[0].name]
     subprocess.run(command, cwd=plan[0].parent, input=script, text=True, check=True, capture_output=True, timeout=30)
     same(plan, "# By hand\n")

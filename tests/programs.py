@@ -1,0 +1,42 @@
+"""Programs of the system that some tests need: ``make system`` installs them.
+
+Without one of them a test is skipped and the last lines of the run name it. In CI nothing is skipped: there the test
+fails.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+
+import pytest
+
+__all__ = ["find", "program", "skipped_line"]
+
+_MISSING = "not installed: "
+
+
+def find(name: str) -> str | None:
+    """Return the path of a program, which may be one for administrators, such as nginx; None if not installed."""
+    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def program(name: str) -> str:
+    """Return the path of a program; skip the test if it is not installed.
+
+    Raises:
+        RuntimeError: it is not installed, and ``CI`` is set.
+    """
+    if (found := find(name)) is not None:
+        return found
+    if os.environ.get("CI"):
+        raise RuntimeError(f"{_MISSING}{name}; install it with: make system")
+    pytest.skip(f"{_MISSING}{name}")
+
+
+def skipped_line(reasons: Iterable[str]) -> str | None:
+    """Return one line about the tests that ``program()`` has skipped for these reasons, None when there are none."""
+    missing = [reason.partition(_MISSING)[2] for reason in reasons if _MISSING in reason]
+    if not missing:
+        return None
+    tests = "1 test was" if len(missing) == 1 else f"{len(missing)} tests were"
+    return f"{tests} skipped without {', '.join(sorted(set(missing)))}; to run all: make system && make test"
