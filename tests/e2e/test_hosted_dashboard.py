@@ -172,6 +172,21 @@ def test_files_are_kept_by_browsers_and_asked_for_each_time(hosted: Hosted) -> N
     assert hosted.ask("GET", "/api/tasks").headers["Cache-Control"] == "no-store"
 
 
+def test_the_graph_is_not_sent_again_while_it_is_the_same(beside: Dashboard, hosted: Hosted) -> None:
+    first = hosted.ask("GET", "/api/graph")
+    tag = first.headers["ETag"]
+    assert beside.ask("GET", "/api/graph", If_None_Match=tag) == (304, ""), "it is the one that lattice gives"
+    again = hosted.ask("GET", "/api/graph", If_None_Match=tag)
+    assert (again.status, again.headers["ETag"], again.text) == (304, tag, "")  # type: ignore[attr-defined]
+    assert hosted.ask("GET", "/api/graph", If_None_Match='"0:"').status == 200
+
+
+def test_too_large_a_body_is_refused_in_lattices_words(hosted: Hosted) -> None:
+    status, text = hosted.post("/api/tasks", b" " * (1024 * 1024 + 1))
+    error = {"code": "PAYLOAD_TOO_LARGE", "message": "Request body exceeds 1048576 bytes"}
+    assert (status, json.loads(text)["error"]) == (413, error)
+
+
 @pytest.mark.parametrize(
     "path",
     [

@@ -56,6 +56,11 @@ def run(worker: WorkerProcess, *argv: str) -> Reply | Refused:
     return answer
 
 
+def is_refused(answer: Reply | Refused) -> bool:
+    """Tell whether the policy, or lattice itself, has refused a command."""
+    return isinstance(answer, Refused) or answer.exit_code != 0
+
+
 def test_every_routed_command_refuses_every_other_actor_and_session(worker: WorkerProcess) -> None:
     before = actors(worker.project)
     refused = 0
@@ -66,8 +71,8 @@ def test_every_routed_command_refuses_every_other_actor_and_session(worker: Work
         if "--actor" in names:
             for actor in ACTORS:
                 answer = run(worker, *line, "--actor", actor)
-                assert isinstance(answer, Refused) or actor == OWN, (path, actor)
-                refused += isinstance(answer, Refused)
+                assert is_refused(answer) or actor == OWN, (path, actor)
+                refused += is_refused(answer)
             assert isinstance(run(worker, *line, "--actor", OWN, "--actor", "human:ana"), Refused)
         if "--name" in names and path != "session start":
             for session in ("Ana-1", "Other-1", "X-1"):

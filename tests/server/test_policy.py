@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -10,17 +11,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lattice.cli.main import cli
+from worker_process import WorkerProcess, answer_of, make_project, tree_of
 
 from lattice_remote.errors import Rejected
+from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.policy import ROUTED, Command, parse
 
 ANA = Identity("human:ana", ["agent:*", "team:web-*-x"])
+AS_ANA = ("--actor", "human:ana")
 PRIVATE = "/private/0123\\/given.txt"
+
+
+NAMES = ("gpu.0", "con", "x.json", "x.tmp.y", "two words", "a..b", "~", "-x", "x" * 240, "\u00e9" * 120, "COM1.")
+"""Lattice takes these for the name of a resource, and no rule of paths forbids them."""
 
 
 def check(lattice_dir: Path, *argv: str, identity: Identity = ANA, files: tuple[str, ...] = ()) -> Command:
     return parse(cli, argv, identity, files=files, lattice_dir=lattice_dir)
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerProcess]:
+    with WorkerProcess(make_project(tmp_path_factory.mktemp("policy") / "web")) as process:
+        process.ok("create", "a task", *AS_ANA)
+        yield process
 
 
 def refused(lattice_dir: Path, *argv: str, identity: Identity = ANA, files: tuple[str, ...] = ()) -> Rejected:
@@ -57,6 +72,11 @@ def test_what_a_newer_lattice_brings_is_refused_until_it_is_in_the_table(tmp_pat
         ["comment", "nonsense id!", "hi", "--actor", "human:ana"],
         ["archive", "LAT-1, LAT-2", "LAT-3", "--actor", "human:ana"],
         ["resource", "create", "gpu-1_ä", "--actor", "team:web-7-x"],
+        *(["resource", "create", "--actor", "human:ana", "--", name] for name in NAMES),
+        ["resource", "acquire", "x" * 240, "--actor", "human:ana"],
+        ["session", "start", "--name", "Argus.1", "--model", "m", "--framework", "f"],
+        ["session", "end", "Argus.1-1"],
+        ["comment", "LAT-1", "x", "--name", "no session"],
         ["session", "start", "--name", "Argus", "--model", "m", "--framework", "f"],
         ["session", "end", "Argus-1"],
         ["attach", "LAT-1", "https://example.org/../x", "--actor", "human:ana"],
@@ -81,9 +101,7 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
         ["session", "end", "Argus-1\n"],
         ["session", "end", "a/b-1"],
         ["session", "end", ""],
-        ["session", "start", "--name", "../x", "--model", "human"],
         ["session", "start", "--name", ".x", "--model", "human"],
-        ["session", "start", "--agent-type", "../x", "--model", "human"],
         ["comment", "LAT-1", "x", "--name", "../x"],
         ["comment", "LAT-1", "x", "--name=../x-1"],
         ["comment", "LAT-1", "x", "--name", "index"],
@@ -91,15 +109,27 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
         ["rebuild", "../../x"],
         ["rebuild", "_lifecycle.x"],
         ["rebuild", "_lifecycle"],
+        ["rebuild", "x" * 250],
+        ["session", "start", "--name", "x:y", "--model", "human"],
+        ["session", "start", "--name", "x\n", "--model", "human"],
+        ["session", "start", "--agent-type", ".x", "--model", "human"],
+        ["session", "start", "--name", "x" * 217, "--model", "human"],
+        ["session", "end", "INDEX"],
+        ["session", "end", ".hidden-1"],
+        ["session", "end", "x" * 217 + "-1"],
+        ["resource", "create", ".hidden", "--actor", "human:ana"],
+        ["resource", "create", "..", "--actor", "human:ana"],
+        ["resource", "create", "", "--actor", "human:ana"],
+        ["resource", "acquire", "a/../../x", "--actor", "human:ana"],
+        ["resource", "acquire", ".tmp.x", "--actor", "human:ana"],
+        ["resource", "release", "a\\b", "--actor", "human:ana"],
+        ["archive", "LAT-1,task_01M8173J64RGGH4YR2NPR23QW\u212a", "--actor", "human:ana"],
         ["resource", "create", "../x", "--actor", "human:ana"],
-        ["resource", "create", "x.y", "--actor", "human:ana"],
-        ["resource", "create", "x" * 101, "--actor", "human:ana"],
+        ["resource", "create", "x" * 241, "--actor", "human:ana"],
         ["resource", "acquire", "x/../y", "--actor", "human:ana"],
         ["create", "x", "--id", "task_01M8173J64RGGH4YR2NPR23QWA\n", "--actor", "human:ana"],
-        ["status", "../x", "done", "--actor", "human:ana"],
         ["create", "x", "--id", "task_01m8173j64rggh4yr2npr23qwa", "--actor", "human:ana"],
         ["create", "x", "--id", "task_01M8173J64RGGH4YR2NPR23QW\u212a", "--actor", "human:ana"],
-        ["status", "LAT\uff0d1", "done", "--actor", "human:ana"],
         ["resource", "create", "e\u0301te", "--actor", "human:ana"],
         ["resource", "create", "\u212aey", "--actor", "human:ana"],
         ["create", "x", "--actor", "agent:a\nb"],
@@ -112,7 +142,6 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
         ["event", "LAT-1", "x_y", "--data", '{"a": "\\ud800"}'],
         ["event", "LAT-1", "x_y", "--data", '{"a": 1' + "0" * 5000 + "}"],
         ["set-project-code", "ABC\n"],
-        ["archive", "LAT-1", "../x", "--actor", "human:ana"],
         ["attach", "LAT-1", "/etc/passwd", "--actor", "human:ana"],
         ["attach", "LAT-1", "file:///etc/passwd", "--actor", "human:ana"],
         ["comment", "LAT-1", "--file", "/etc/passwd", "--actor", "human:ana"],
@@ -131,6 +160,63 @@ def test_ordinary_command_lines_pass(tmp_path: Path, argv: list[str]) -> None:
 )
 def test_what_could_reach_another_file_or_is_not_routed_is_refused(tmp_path: Path, argv: list[str]) -> None:
     assert refused(tmp_path, *argv).code == "REMOTE_UNSUPPORTED"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["create", "x", "--id", "not_valid", *AS_ANA], "INVALID_ID"),
+        (["create", "x", "--id", "../../x", *AS_ANA], "INVALID_ID"),
+        (["attach", "LAT-1", "--inline", "x", "--id", "bad_id", *AS_ANA], "INVALID_ID"),
+        (["event", "LAT-1", "x_y", "--id", "task_01M8173J64RGGH4YR2NPR23QWA", *AS_ANA], "INVALID_ID"),
+        (["resource", "create", "x", "--id", "nope", *AS_ANA], "INVALID_ID"),
+        (["status", "../x", "done", *AS_ANA], "INVALID_ID"),
+        (["status", "LAT\uff0d1", "done", *AS_ANA], "INVALID_ID"),
+        (["status", "", "done", *AS_ANA], "INVALID_ID"),
+        (["link", "LAT-1", "blocks", "../../etc/passwd", *AS_ANA], "INVALID_ID"),
+        (["unlink", "a\\b", "blocks", "LAT-1", *AS_ANA], "INVALID_ID"),
+        (["archive", "../../etc/passwd", *AS_ANA], "INVALID_ID"),
+        (["resource", "acquire", "con", "--task", "../x", *AS_ANA], "INVALID_ID"),
+        (["resource", "acquire", "gpu.9", *AS_ANA], "NOT_FOUND"),
+        (["set-project-code", "../x"], "VALIDATION_ERROR"),
+        (["backfill-ids", "--code", "../x", *AS_ANA], "VALIDATION_ERROR"),
+        (["session", "start", "--name", "../x", "--model", "human"], "VALIDATION_ERROR"),
+        (["session", "start", "--name", "Argus-3", "--model", "human"], "VALIDATION_ERROR"),
+        (["session", "start", "--name", "", "--model", "human"], "VALIDATION_ERROR"),
+        (["session", "start", "--agent-type", "a b", "--model", "human"], "VALIDATION_ERROR"),
+        (["session", "end", "nobody"], "NOT_FOUND"),
+        (["comment", "LAT-1", "x", "--name", "no session"], "SESSION_NOT_FOUND"),
+        (["comment", "LAT-1", "x", "--actor", "bob"], "INVALID_ACTOR"),
+        (["rebuild", "no.such-task"], "NOT_FOUND"),
+    ],
+)
+def test_what_lattice_refuses_itself_it_refuses_in_its_own_words(
+    worker: WorkerProcess, argv: list[str], code: str
+) -> None:
+    """And before that it has touched nothing."""
+    before = tree_of(worker.project / ".lattice")
+    answer = answer_of(worker.run(*argv, *(["--json"] if argv[0] != "set-project-code" else [])))
+    assert isinstance(answer, Reply), answer
+    assert answer.exit_code != 0
+    if argv[0] != "set-project-code":
+        assert json.loads(answer.stdout)["error"]["code"] == code
+    assert tree_of(worker.project / ".lattice") == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_lattice_takes_works_from_its_beginning_to_its_end(worker: WorkerProcess, name: str) -> None:
+    for verb in ("create", "acquire", "heartbeat", "release"):
+        worker.ok("resource", verb, *AS_ANA, "--", name)
+    snapshot = worker.project / ".lattice/resources" / name / "resource.json"
+    assert json.loads(snapshot.read_text())["name"] == name
+
+
+@pytest.mark.parametrize("name", ["Argus.1", "x.json", "a..b", "con", "\u00e9", "index", "~"])
+def test_a_session_of_any_name_that_lattice_takes_can_be_used_and_ended(worker: WorkerProcess, name: str) -> None:
+    session = json.loads(worker.ok("session", "start", "--name", name, "--model", "human", "--json", act_as=["*"]))
+    assert session["data"]["name"] == f"{name}-1"
+    worker.ok("comment", "LAT-1", "from a session", "--name", f"{name}-1", act_as=["*"])
+    worker.ok("session", "end", f"{name}-1", act_as=["*"])
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,12 @@ def test_a_claim_is_a_line_of_next(worker: WorkerProcess, task: str) -> None:
     for payload, code in (
         ({"task": task, "line": ["next", "--json", "--actor=agent:z"]}, "REMOTE_UNSUPPORTED"),
         ({"task": task, "line": ["archive", task, *JSON_ANA]}, "REMOTE_UNSUPPORTED"),
-        ({"task": "../x", "line": line}, "REMOTE_UNSUPPORTED"),
         ({"task": task}, "REMOTE_PROTOCOL"),
     ):
         answer = worker.call("commands", "claim", payload)[1]
         assert isinstance(answer, Refused) and answer.code == code, payload
+    answer = worker.call("commands", "claim", {"task": "../x", "line": line})[1]
+    assert isinstance(answer, Returned) and answer.status == 422 and b"INVALID_ID" in answer.payload
     path = worker.project / ".lattice" / "plans" / f"{task}.md"
     path.write_text("# x\n\n- y\n")
     answer = worker.call("commands", "claim", {"task": task, "line": line})[1]

@@ -77,7 +77,10 @@ def test_settings_of_the_page_name_no_actor(worker: WorkerProcess) -> None:
     assert isinstance(answer, Returned) and answer.status == 200
     change = change_of(done)
     assert change is not None and change.actor == "human:ana"
-    assert refused(worker, "dashboard", "/api/config/dashboard", {"theme": "x", "actor": "x"}) == "REMOTE_UNSUPPORTED"
+    before = tree_of(worker.project / ".lattice")
+    status, answer = returned(worker, "dashboard", "/api/config/dashboard", {"theme": "x", "actor": "x"})
+    assert (status, answer["error"]["code"]) == (400, "VALIDATION_ERROR")
+    assert tree_of(worker.project / ".lattice") == before
 
 
 @pytest.mark.parametrize(
@@ -123,16 +126,17 @@ def test_what_the_table_does_not_list_is_refused_or_undone(worker: WorkerProcess
     assert refused(worker, "dashboard", "/api/tasks", {"title": "t"}, files=[file]) == unsupported
 
 
-@pytest.mark.parametrize("actor", ["human:bob", "agents:x", "", "human:ana\n"])
+@pytest.mark.parametrize("actor", ["human:bob", "human:ana\n"])
 def test_nobody_acts_in_the_name_of_others(worker: WorkerProcess, task: str, actor: str) -> None:
     codes = {"REMOTE_FORBIDDEN", "REMOTE_UNSUPPORTED"}
     assert refused(worker, "dashboard", "/api/tasks", {"title": "t", "actor": actor}) in codes
     assert refused(worker, "mcp", "lattice_create", {"title": "t", "actor": actor}) in codes
 
 
-@pytest.mark.parametrize("actor", [{"name": "Argus", "base_name": "human:bob"}, ["human:bob"], 7, None])
-def test_an_actor_that_is_no_text_is_refused(worker: WorkerProcess, actor: object) -> None:
-    assert refused(worker, "dashboard", "/api/tasks", {"title": "t", "actor": actor}) == "REMOTE_UNSUPPORTED"
+@pytest.mark.parametrize("actor", [{"name": "Argus", "base_name": "human:bob"}, ["human:bob"], 7, None, "agents:x", ""])
+def test_what_is_no_actor_lattice_refuses(worker: WorkerProcess, actor: object) -> None:
+    status, answer = returned(worker, "dashboard", "/api/tasks", {"title": "t", "actor": actor})
+    assert (status, answer["error"]["code"]) == (400, "VALIDATION_ERROR")
     status, _ = returned(worker, "mcp", "lattice_create", {"title": "t", "actor": actor})
     assert status == 400
 
@@ -143,8 +147,11 @@ def test_values_that_would_break_down_every_reader_are_refused(
 ) -> None:
     """A local lattice stores them, and then fails at its own files."""
     unsupported = "REMOTE_UNSUPPORTED"
-    assert refused(worker, "dashboard", f"/api/tasks/{task}/update", {"fields": fields}) == unsupported
-    assert refused(worker, "dashboard", "/api/tasks", {"title": "t", **fields}) == unsupported
+    before = tree_of(worker.project / ".lattice")
+    for path, body in ((f"/api/tasks/{task}/update", {"fields": fields}), ("/api/tasks", {"title": "t", **fields})):
+        status, answer = returned(worker, "dashboard", path, body)
+        assert (status, answer["error"]["code"]) in ((422, unsupported), (400, "VALIDATION_ERROR"))
+    assert tree_of(worker.project / ".lattice") == before
     arguments = {"task_id": task, "actor": "human:ana", "fields": fields}
     assert refused(worker, "mcp", "lattice_update", arguments) == unsupported
 

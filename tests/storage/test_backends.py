@@ -376,9 +376,10 @@ def test_a_resource_whose_base_has_moved_is_a_conflict(board: StorageBackend) ->
 
 _NO_RESOURCES: list[tuple[str, dict[str, Any]]] = [
     ("../sessions", {}),
-    ("a b", {}),
-    ("x" * 200, {}),
-    ("-x", {}),
+    ("a:b", {}),
+    (".hidden", {}),
+    ("x" * 241, {}),
+    ("e\u0301", {}),
     ("fine", {"called": "other"}),
     ("fine", {"max_holders": 0}),
     ("fine", {"ttl_seconds": 10**15}),

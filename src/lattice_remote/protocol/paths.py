@@ -14,9 +14,12 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_PATH_BYTES",
     "check_path",
+    "is_component",
     "is_editable",
     "is_payload",
     "is_replicated",
+    "is_resource_name",
+    "is_session_name",
     "parse_path",
 ]
 
@@ -40,6 +43,11 @@ DIRECTORIES = (
 MAX_PATH_BYTES = 512
 MAX_DEPTH = 8
 _MAX_COMPONENT_BYTES = 255
+
+_MAX_RESOURCE_BYTES = 240
+"""Of a resource's name: that of its lock is ``resources_NAME.lock``."""
+_MAX_SESSION_BYTES = 218
+"""Of a session's name: that of its file in the archive is ``NAME_ID.json``."""
 
 _LOCAL_TOP_LEVEL = frozenset({"remote.json", "cache_state.json", "locks"})
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\:\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
@@ -71,6 +79,24 @@ def parse_path(path: str) -> tuple[str, ...]:
         if not component or component.startswith(".") or len(component.encode()) > _MAX_COMPONENT_BYTES:
             raise HostilePath(f"path has a component that is not allowed: {path!r}")
     return components
+
+
+def is_component(name: str, max_bytes: int = _MAX_COMPONENT_BYTES) -> bool:
+    """Tell whether a name can be that of a file or directory in the replicated tree; never raises."""
+    try:
+        return parse_path(name) == (name,) and len(name.encode()) <= max_bytes
+    except HostilePath:
+        return False
+
+
+def is_resource_name(name: str) -> bool:
+    """Tell whether a resource of this name can be shared: lattice makes a directory of that name."""
+    return is_component(name, _MAX_RESOURCE_BYTES)
+
+
+def is_session_name(name: str) -> bool:
+    """Tell whether a session of this name can be shared: lattice makes a file of that name, beside its index."""
+    return name.casefold() != "index" and is_component(name, _MAX_SESSION_BYTES)
 
 
 def is_replicated(path: str) -> bool:

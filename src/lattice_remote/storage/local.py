@@ -19,6 +19,7 @@ from lattice.storage.locks import LockTimeout, multi_lock
 from lattice.storage.short_ids import allocate_short_id, load_id_index
 
 from lattice_remote.errors import Misuse, Rejected, StorageError
+from lattice_remote.protocol.paths import is_session_name
 from lattice_remote.storage import resource_rules, task_rules
 from lattice_remote.storage.events import MayActAs, Shaped, invalid, plain, require_actor, shaped
 from lattice_remote.storage.values import Conflict, Event, Merged, Snapshot, Written
@@ -30,7 +31,6 @@ _MAX_TEXT_BYTES = 1024 * 1024
 _TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
 _RESOURCE_ID = re.compile(r"res_[0-9A-HJKMNP-TV-Z]{26}")
 _ARTIFACT_ID = re.compile(r"art_[0-9A-HJKMNP-TV-Z]{26}")
-_SESSION = re.compile(r"\w[\w-]{0,99}-[0-9]{1,18}")
 
 
 def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None:
@@ -273,7 +273,7 @@ class LocalStorage:
         """Return the actor that events of this active session carry; None when there is no such session."""
         from lattice.cli.helpers import _build_actor_dict
 
-        if not _SESSION.fullmatch(session_name):
+        if not is_session_name(session_name):
             return None
         found = _read_json(self._dir / "sessions" / f"{session_name}.json")
         try:

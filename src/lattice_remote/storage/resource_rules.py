@@ -10,13 +10,12 @@ import msgspec
 from lattice.core import resources
 from msgspec import UNSET, Meta, UnsetType
 
+from lattice_remote.protocol.paths import is_resource_name
 from lattice_remote.storage.events import Shaped, invalid, shape
 from lattice_remote.storage.values import Snapshot
 
 __all__ = ["Surroundings", "add_to_resource", "require_name"]
 
-_NAME = re.compile(r"\w[\w-]{0,99}")
-_MAX_NAME_BYTES = 200
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _Holders = Annotated[int, Meta(ge=1, le=1_000_000)]
 _Seconds = Annotated[int, Meta(ge=1, le=100 * 366 * 24 * 3600)]
@@ -42,8 +41,8 @@ def require_name(name: str, others: Sequence[str]) -> None:
         Rejected: it may not.
     """
     plain = name.isprintable() and unicodedata.is_normalized("NFC", name)
-    if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_NAME_BYTES or not plain:
-        raise invalid(f"{name[:60]!r} can't be a resource's name: letters, digits, _ and - only, at most 100")
+    if not is_resource_name(name) or not plain:
+        raise invalid(f"{name[:60]!r} can't be a resource's name: it becomes a directory's name on every machine")
     for other in others:
         if name != other and name.casefold() == other.casefold():
             raise invalid(f"{name!r} differs from {other!r} only in capitals: choose another name")

@@ -48,7 +48,7 @@ class Found(msgspec.Struct, frozen=True):
     Attributes:
         status: a command's exit code; of a page, as in HTTP.
         body: what the command printed to its standard output, or the page's body.
-        content_type: of a page.
+        content_type, etag: of a page; "" for none.
         message: what the command printed to its standard error.
         items: of the list that was asked for; None when it could not be read.
     """
@@ -56,5 +56,6 @@ class Found(msgspec.Struct, frozen=True):
     status: int
     body: bytes
     content_type: str = ""
+    etag: str = ""
     message: str = ""
     items: Items | None = None

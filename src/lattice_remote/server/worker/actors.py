@@ -79,13 +79,22 @@ def _as_regex(pattern: str) -> str:
 
 
 def check_actor(
-    cli: click.Group, path: str, values: Mapping[str, Any], identity: Identity, lattice_dir: Path
+    cli: click.Group,
+    path: str,
+    values: Mapping[str, Any],
+    identity: Identity,
+    lattice_dir: Path,
+    *,
+    is_lattices: bool,
 ) -> str | None:
     """Return who the command says it is, checked; every way in which lattice takes an actor is one of these.
 
     A session, its own name for ``session end``, the session that starts, ``--actor``, and where that is left out the
-    actor that a command takes instead.
+    actor that a command takes instead. A name that lattice refuses is left to lattice, if the command ``is_lattices``.
     """
+    from lattice.core.actors import validate_base_name
+    from lattice.core.ids import validate_actor
+
     actor: str | None = None
     session = values.get("name") if path == "session end" else values.get("session_name")
     if session is not None:
@@ -95,9 +104,11 @@ def check_actor(
             identity.require_session(session, own_id, to_end=path == "session end")
     elif path == "session start":
         actor = _actor_to_be(values)
-        identity.require(actor, ignore_case=True)
+        if validate_base_name(actor.partition(":")[2]) is None:
+            identity.require(actor, ignore_case=True)
     given = values.get("actor", _default_actor(cli, path))
-    if given is not None:
+    # Lattice checks the form of every actor but that of the one command which has a default.
+    if given is not None and (validate_actor(given) or not is_lattices or path == "backfill-ids"):
         identity.require(given)
     return actor or given
 

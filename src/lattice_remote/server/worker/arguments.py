@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 
 from lattice_remote.errors import Rejected
+from lattice_remote.protocol.paths import is_component, is_resource_name, is_session_name
 
 __all__ = ["Kind", "check", "is_plain", "shown", "unsupported"]
 
-_MAX_NAME_BYTES = 150
 _MAX_ACTOR_CHARS = 256
 _MAX_JSON_DEPTH = 64
 
@@ -26,25 +26,27 @@ class Kind(Enum):
     JSON = "JSON"
     """Goes into an event log as it is, which everybody must be able to read again."""
     ID = "id"
-    """Lattice checks its form itself, but its ``$`` lets a final newline pass, and ids become file names."""
+    """Lattice refuses a wrong form, but its check ignores case and a final newline, and ids become file names."""
     IDS = "ids"
+    """The same, several between commas."""
     NEW_ID = "new id"
     """The id of something that is to be made, in lattice's own spelling: it becomes a file's name."""
     NAME = "name"
-    """Becomes a file's or directory's name unchecked."""
+    """Of a resource: becomes a file's or directory's name unchecked."""
     LOG = "task's log"
-    """As NAME, but not one of lattice's own logs, which begin with an underscore."""
+    """Becomes a file's name unchecked; not one of lattice's own logs, which begin with an underscore."""
     SESSION = "session name"
-    """The name of a session's file, which is Name-Serial: nothing else in that directory."""
+    """The name of a session's file: not the index in that directory."""
     ACTOR = "actor"
     FILE = "file"
     """A file of the caller, which must have been attached."""
 
 
-_NAME = re.compile(r"\w[\w-]{0,99}")
-_SESSION = re.compile(r"\w[\w-]{0,99}-[0-9]{1,18}")
-_ID = re.compile(r"[ -~]*")
+_WORDS = re.compile(r"[\w-]*\n?")
+"""Contains all that lattice's own checks of an id let pass: they ignore case as Unicode has it, and a final newline."""
+_ID = re.compile(r"[A-Za-z0-9_-]*")
 _NEW_ID = re.compile(r"[a-z]{1,5}_[0-9A-HJKMNP-TV-Z]{26}")
+_PREFIXES = {"task_id": "task", "art_id": "art", "ev_id": "ev", "resource_id": "res"}
 _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
@@ -82,30 +84,37 @@ def _depth(value: str) -> int:
 
 
 def _check_name(name: str, value: str) -> None:
-    if not _NAME.fullmatch(value) or len(value.encode()) > _MAX_NAME_BYTES or not is_plain(value):
-        raise unsupported(f"{shown(value)} can't be used as {name}: letters, digits, _ and - only, at most 100")
+    if not is_resource_name(value):
+        raise unsupported(f"{shown(value)} can't be used as {name}: it becomes a directory's name on every machine")
 
 
 def _check_log(name: str, value: str) -> None:
-    _check_name(name, value)
-    if value.startswith("_"):
-        raise unsupported(f"{shown(value)} is not the id of a task")
+    if value.startswith("_") or not is_component(f"{value}.jsonl"):
+        raise unsupported(f"{shown(value)} can't be used as {name}: it is not the id of a task")
 
 
 def _check_session(name: str, value: str) -> None:
     del name
-    if not _SESSION.fullmatch(value) or len(value.encode()) > _MAX_NAME_BYTES:
-        raise unsupported(f"{shown(value)} is not the name of a session, which ends in a number, as Argus-3")
+    if not is_session_name(value):
+        raise unsupported(f"{shown(value)} can't be the name of a session, which is like Argus-3")
 
 
 def _check_id(name: str, value: str) -> None:
-    if not _ID.fullmatch(value) or "/" in value or "\\" in value or value.startswith("."):
-        raise unsupported(f"{shown(value)} can't be used as {name}")
+    """Refuse what lattice would take for an id and is spelt differently; all that is no id lattice refuses itself."""
+    if _WORDS.fullmatch(value) and not _ID.fullmatch(value):
+        raise unsupported(f"{shown(value)} can't be used as {name}: ASCII letters, digits, _ and - only")
+
+
+def _check_ids(name: str, value: str) -> None:
+    for part in value.split(","):
+        _check_id(name, part.strip())
 
 
 def _check_new_id(name: str, value: str) -> None:
-    if not _NEW_ID.fullmatch(value):
-        raise unsupported(f"{shown(value)} can't be used as {name}: its kind, _ and 26 capitals and digits")
+    from lattice.core.ids import validate_id
+
+    if not _NEW_ID.fullmatch(value) and (name not in _PREFIXES or validate_id(value, _PREFIXES[name])):
+        raise unsupported(f"{shown(value)} can't be used as {name}: write its letters as capitals, in ASCII")
 
 
 def _check_actor_text(name: str, value: str) -> None:
@@ -117,7 +126,7 @@ _CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
     Kind.TEXT: _check_text,
     Kind.JSON: _check_json,
     Kind.ID: _check_id,
-    Kind.IDS: _check_id,
+    Kind.IDS: _check_ids,
     Kind.NEW_ID: _check_new_id,
     Kind.NAME: _check_name,
     Kind.LOG: _check_log,

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from lattice_remote.server.worker.actors import Identity, check_actor
-from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
+from lattice_remote.server.worker.arguments import Kind, check, is_plain, shown, unsupported
 
 __all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "check_new_task", "not_of_plugins", "parse"]
 
@@ -69,9 +69,7 @@ ROUTED: Mapping[str, Mapping[str, Kind]] = {
     "resource acquire": _writes("force", "do_wait", "timeout", name=Kind.NAME, **_ID_ONLY),
     "resource release": _writes(name=Kind.NAME),
     "resource heartbeat": _writes(name=Kind.NAME),
-    "session start": _takes(
-        *("model", "framework", "prompt", "parent", "quiet"), base_name=Kind.NAME, agent_type=Kind.NAME
-    ),
+    "session start": _takes(*("model", "framework", "prompt", "parent", "quiet", "base_name", "agent_type")),
     "session end": _takes("reason", name=Kind.SESSION),
     "doctor": _takes("fix"),
     "rebuild": _takes("rebuild_all", task_id=Kind.LOG),
@@ -147,7 +145,7 @@ def parse(
         for value in _as_tuple(given):
             check(kind, name, value)
     _check_new(path, values, lattice_dir)
-    return Command(path, values, check_actor(cli, path, values, identity, lattice_dir))
+    return Command(path, values, check_actor(cli, path, values, identity, lattice_dir, is_lattices=path in ROUTED))
 
 
 def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
@@ -267,9 +265,18 @@ def _check_new(path: str, values: Mapping[str, Any], lattice_dir: Path) -> None:
         check_new_task(values.get("task_id"), lattice_dir)
     if path == "resource create":
         _check_spelling(values.get("name"), _names_in(lattice_dir / "resources"))
+        _check_plain(values.get("name"))
     if path == "session start":
-        active = (name.rpartition("-")[0] for name in _names_in(lattice_dir / "sessions"))
-        _check_spelling(values.get("base_name") or values.get("agent_type", "").capitalize(), active)
+        _check_new_session(values.get("base_name", values.get("agent_type", "").capitalize()), lattice_dir)
+
+
+def _check_new_session(base_name: str, lattice_dir: Path) -> None:
+    from lattice.core.actors import validate_base_name
+
+    if validate_base_name(base_name) is None:  # else lattice refuses it, or picks one itself
+        check(Kind.SESSION, "base_name", f"{base_name}-1")
+        _check_plain(base_name)
+        _check_spelling(base_name, (name.rpartition("-")[0] for name in _names_in(lattice_dir / "sessions")))
 
 
 def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
@@ -280,6 +287,12 @@ def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
     """
     if task_id and os.path.lexists(lattice_dir / f"archive/tasks/{task_id}.json"):
         raise unsupported(f"{task_id} is the id of an archived task: unarchive it, or make one without an id")
+
+
+def _check_plain(name: str | None) -> None:
+    """Refuse a new name that looks like another, or that some file systems store as another."""
+    if name and not is_plain(name):
+        raise unsupported(f"{shown(name)} can't be a name: it holds characters that are not printed, or are not in NFC")
 
 
 def _check_spelling(name: str | None, others: Iterable[str]) -> None:

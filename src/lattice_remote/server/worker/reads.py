@@ -59,4 +59,4 @@ class Reads:
         outcome = self._executor.call(request.get, "dashboard: GET")
         if outcome.failure is not None:
             return Found(500, b"", message=outcome.failure)
-        return Found(request.status, request.wfile.getvalue(), content_type=request.content_type)
+        return Found(request.status, request.wfile.getvalue(), content_type=request.content_type, etag=request.etag)

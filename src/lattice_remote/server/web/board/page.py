@@ -19,6 +19,8 @@ from starlette.routing import Route
 from lattice_remote import livepage
 from lattice_remote.errors import Rejected
 from lattice_remote.server.data.read_ipc import Found, ReadPage
+from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.asking import call
 from lattice_remote.server.web.board import changes, texts
 from lattice_remote.server.web.bodies import body_of
@@ -110,30 +112,45 @@ async def _style(request: Request) -> Response:
 async def _read(request: Request) -> Response:
     visitor = await guest(request)
     query = f"?{request.url.query}" if request.url.query else ""
-    return _answer(await visitor.project.reader.read(ReadPage(_path(request) + query)))
+    found = await visitor.project.reader.read(ReadPage(_path(request) + query))
+    if not found.body:  # the handler broke down, or tried what no reader may
+        raise Rejected(found.message or "the dashboard failed at this; the log says more", code="REMOTE_FAILED")
+    if found.etag:
+        return _tagged(request, found.body, found.etag, found.content_type)
+    return Response(found.body, found.status, media_type=found.content_type)
 
 
 async def _write(request: Request) -> Response:
     """Carry out a request of the page in the guest's name; it is numbered and journalled like a command."""
     visitor = await guest(request)
-    body = await body_of(request, _MAX_BODY)
+    try:
+        body = await body_of(request, _MAX_BODY)
+    except TurnedAway as error:
+        raise _in_lattices_words(error) from error
     done = await call(visitor, "dashboard", _path(request), body, once=once_of(request, visitor, body))
     return Response(done.payload, done.status, media_type="application/json")
+
+
+def _in_lattices_words(error: TurnedAway) -> TurnedAway:
+    """Return what lattice's own handler says of a body that is too large; anything else as it is."""
+    if error.refusal.status is not HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return error
+    why = f"Request body exceeds {_MAX_BODY} bytes"
+    return TurnedAway(Refusal(error.refusal.status, "PAYLOAD_TOO_LARGE", why))
 
 
 def _path(request: Request) -> str:
     return "/api/" + quote(request.path_params["path"])
 
 
-def _answer(found: Found) -> Response:
-    if not found.body:  # the handler broke down, or tried what no reader may
-        raise Rejected(found.message or "the dashboard failed at this; the log says more", code="REMOTE_FAILED")
-    return Response(found.body, found.status, media_type=found.content_type)
-
-
 def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
     """Answer with a file that a browser may keep, and asks for each time: another version is there at once."""
-    tag = f'"{sha256(body).hexdigest()[:32]}"'
+    return _tagged(request, body, f'"{sha256(body).hexdigest()[:32]}"', content_type, headers)
+
+
+def _tagged(
+    request: Request, body: bytes, tag: str, content_type: str, headers: dict[str, str] | None = None
+) -> Response:
     kept = {"ETag": tag, "Cache-Control": "private, no-cache", **(headers or {})}
     if tag in request.headers.get("If-None-Match", ""):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=kept)

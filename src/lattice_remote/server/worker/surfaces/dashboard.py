@@ -6,12 +6,13 @@ received does not matter: a page of a client's machine and one that the server i
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from lattice_remote.errors import Rejected
 from lattice_remote.server.worker.actors import Identity
 from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
 from lattice_remote.server.worker.surfaces.lattice_handler import handler_class
@@ -19,6 +20,9 @@ from lattice_remote.server.worker.surfaces.surface import Answer, Asked, Operati
 
 __all__ = ["load", "prepare"]
 
+_REFUSED, _UNSUPPORTED = 400, 422
+_SETTINGS = "/api/config/dashboard"
+_UNKNOWN = "the server does not know this value of POST {}: {}"
 _NOBODY = "dashboard:web"
 """Whom the page names because it does not know who looks at it. Here that is known: the token's actor."""
 
@@ -32,7 +36,7 @@ _ROUTES: Mapping[str, Mapping[str, Kind]] = {
     "/api/tasks": _takes(
         *("title", "status", "priority", "type", "description", "tags", "assigned_to", "urgency"), actor=Kind.ACTOR
     ),
-    "/api/config/dashboard": _takes(
+    _SETTINGS: _takes(
         *("background_image", "column_width", "font_size", "heat_map_enabled", "lane_colors", "theme", "voice")
     ),
     "/api/tasks/…/status": _takes("status", "force", "reason", actor=Kind.ACTOR),
@@ -68,13 +72,14 @@ def prepare(asked: Asked) -> Operation:
     if takes is None:
         answer = _not_found(asked.lattice_dir, asked.name)
         return Operation("dashboard: POST", asked.identity.actor, lambda: answer)
-    actor, body = asked.identity.actor, asked.payload
+    actor, body, objection = asked.identity.actor, asked.payload, ""
     if not _is_left_to_the_handler(body):
         values = json_object(body)
         actor = _check(route, values, takes, asked.identity)
+        objection = _objection(route, values, takes)
         body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
     post = partial(_post, handler_class(asked.lattice_dir), asked.name, body)
-    return Operation(f"dashboard: POST {route}", actor, post)
+    return Operation(f"dashboard: POST {route}", actor, partial(_unless, objection, post))
 
 
 def _route(path: str) -> str:
@@ -105,22 +110,45 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
     Raises:
         Rejected: a value that the table does not list or its kind does not allow, or an actor of somebody else.
     """
+    from lattice.core.ids import validate_actor
+
     for name, value in values.items():
-        if name not in takes:
-            raise unsupported(f"the server does not know this value of POST {route}: {shown(name)}")
-        if isinstance(value, str) and takes[name] is not Kind.JSON:
-            check(takes[name], name, value)
-    check_fields(values)
-    check_fields(values.get("fields"))
+        if name in takes:
+            if isinstance(value, str) and takes[name] is not Kind.JSON:
+                check(takes[name], name, value)
+        elif route != _SETTINGS:  # whose handler refuses names that it does not know
+            raise unsupported(_UNKNOWN.format(route, shown(name)))
     if "actor" not in takes:
         return identity.actor
     if values.get("actor", _NOBODY) == _NOBODY:
         values["actor"] = identity.actor
     actor = values["actor"]
-    if not isinstance(actor, str):
-        raise unsupported("actor must be a text, as human:ana")
+    if not validate_actor(actor):
+        return identity.actor  # the handler refuses it
     identity.require(actor)
-    return actor
+    return str(actor)
+
+
+def _objection(route: str, values: dict[str, Any], takes: Mapping[str, Kind]) -> str:
+    """Return what the server has against values that the handler may have refused before; "" for nothing."""
+    unknown = sorted(values.keys() - takes.keys())
+    if unknown:
+        return _UNKNOWN.format(route, shown(unknown[0]))
+    try:
+        check_fields(values)
+        check_fields(values.get("fields"))
+    except Rejected as rejected:
+        return rejected.message
+    return ""
+
+
+def _unless(objection: str, post: Callable[[], Answer]) -> Answer:
+    """Return the handler's answer; where that accepts what the server objects to, a refusal, which undoes it."""
+    answer = post()
+    if not objection or answer.status >= _REFUSED:
+        return answer
+    envelope = {"ok": False, "error": {"code": "REMOTE_UNSUPPORTED", "message": objection}}
+    return Answer(_UNSUPPORTED, json.dumps(envelope).encode())
 
 
 class _Known(Exception):

@@ -14,7 +14,7 @@ __all__ = ["handler_class"]
 def handler_class(lattice_dir: Path) -> Any:
     """Return lattice's request handler for this project: made with a path and a body, it answers one request.
 
-    ``get()`` and ``post()`` return the answer; its ``content_type`` is there afterwards.
+    ``get()`` and ``post()`` return the answer; its ``content_type`` and ``etag`` are there afterwards.
     """
     from lattice.dashboard.server import _make_handler_class
 
@@ -24,7 +24,7 @@ def handler_class(lattice_dir: Path) -> Any:
         def __init__(self, path: str, body: bytes) -> None:
             self.path, self.headers = path, {"Content-Length": str(len(body))}
             self.rfile, self.wfile = io.BytesIO(body), io.BytesIO()
-            self.status, self.content_type = 500, ""
+            self.status, self.content_type, self.etag = 500, "", ""
 
         def get(self) -> Answer:
             self.do_GET()
@@ -38,8 +38,11 @@ def handler_class(lattice_dir: Path) -> Any:
             self.status = int(code)
 
         def send_header(self, keyword: str, value: str) -> None:
-            if keyword.lower() == "content-type":
-                self.content_type = value
+            match keyword.lower():
+                case "content-type":
+                    self.content_type = value
+                case "etag":
+                    self.etag = value
 
         def end_headers(self) -> None:
             """There are no others that anybody reads."""

@@ -62,6 +62,8 @@ def load() -> None:
 
 def prepare(asked: Asked) -> Operation:
     """Check a tool call; see ``Surface``."""
+    from lattice.core.ids import validate_actor
+
     takes = _TOOLS.get(asked.name)
     if takes is None:
         raise unsupported(f"the server does not know an MCP tool {shown(asked.name)} that writes")
@@ -75,7 +77,8 @@ def prepare(asked: Asked) -> Operation:
     actor = asked.identity.actor
     if isinstance(arguments.get("actor"), str):  # anything else is refused by the tool's schema
         actor = arguments["actor"]
-        asked.identity.require(actor)
+        if validate_actor(actor):  # else the tool refuses it
+            asked.identity.require(actor)
     if asked.name == "lattice_create":
         check_new_task(arguments.get("task_id"), asked.lattice_dir)
     attached = _attach(asked, arguments) if "source" in takes else None
