@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lattice_remote.server.checks.check_journal import check_journal
+from lattice_remote.server.journal.copied import place_of
 from lattice_remote.server.journal.journal_reader import JournalReader
 from observer import Observer
 from sandbox import Server
@@ -25,6 +26,7 @@ class Epochs:
         self._former: set[str] = set()
         self._may_change = False
         self._must_change = False
+        self._journal = Path(server.data, "projects", "board", "journal")
         self.begun = 0
         """How many new epochs there were, each for a reason."""
 
@@ -32,11 +34,11 @@ class Epochs:
     def history_may_be_lost(self) -> Iterator[None]:
         """While the server is down, do something to its journal: what that must lead to is told from the result."""
         saw = self._observer.position
-        before = self._on_disk()
+        before, place = self._on_disk(), place_of(self._journal)
         yield
-        now = self._on_disk()
-        self._must_change = now[0] != saw[0] or now[1] < saw[1]
-        self._may_change = now != before
+        now, is_copy = self._on_disk(), place_of(self._journal) != place
+        self._must_change = now[0] != saw[0] or now[1] < saw[1] or is_copy
+        self._may_change = now != before or is_copy
         if self._must_change and now[0] and now[0] != before[0]:
             self._observer.forget(*now[:2])
 
@@ -54,6 +56,5 @@ class Epochs:
 
     def _on_disk(self) -> tuple[str, int, int]:
         """Return the journal's epoch ("": none goes on), its head, and how many records can be read."""
-        directory = Path(self._server.data, "projects", "board", "journal")
-        check = check_journal("board", directory)
-        return check.epoch, check.head, sum(1 for _ in JournalReader(directory).records())
+        check = check_journal("board", self._journal)
+        return check.epoch, check.head, sum(1 for _ in JournalReader(self._journal).records())

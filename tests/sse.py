@@ -135,7 +135,7 @@ def assembled(events: list[Event]) -> list[tuple[str, int]]:
             assert int(part) == had + 1, f"event {event.id} came after {had} of its change"
             had += 1
             continue
-        epoch, _, number = change.rpartition("-")
+        epoch, number, *_ = change.split("-")
         changes.append((epoch, int(number)))
         had = 0
     assert had == 0, "the last change was not told to its end"

@@ -1,9 +1,16 @@
 """A copy of the live data directory is a server again, and its clients get there by themselves (I2, I7, I12)."""
 
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
+import requests
 
 from backups import Copy, Writers, check_copy, copy_in_order, copy_live, resync
-from sandbox import Sandbox, differences, wait_for
+from sandbox import Client, Sandbox, differences, wait_for
+from sse import Listening
 
 pytestmark = pytest.mark.e2e
 
@@ -31,3 +38,100 @@ def test_copies_of_a_server_at_work_are_whole_and_clients_get_there_by_themselve
     copies[0].start()
     wait_for(lambda: not differences(ana.lattice_dir, copies[0].lattice_dir()), "ana to have what the copy has", 40)
     copies[0].stop()
+
+
+def put_copy_in_place(backup: Path, data: Path) -> None:
+    shutil.rmtree(data)
+    shutil.copytree(backup, data, symlinks=True)
+
+
+def write_over(backup: Path, data: Path) -> None:
+    """Restore as a snapshot of the file system does: every file and directory is the one that it was."""
+    for directory, names, files in os.walk(data, topdown=False):
+        there = backup / Path(directory).relative_to(data)
+        for name in files:
+            if not (there / name).exists():
+                Path(directory, name).unlink()
+        for name in names:
+            if not (there / name).exists():
+                Path(directory, name).rmdir()
+    for directory, _, files in os.walk(backup):
+        here = data / Path(directory).relative_to(backup)
+        here.mkdir(exist_ok=True)
+        for name in files:
+            with (here / name).open("r+b" if (here / name).exists() else "wb") as file:
+                file.truncate()
+                file.write(Path(directory, name).read_bytes())
+
+
+class Restored:
+    """A server with five changes, a backup, and three changes after it that the backup lacks."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.server = server = sandbox.server()
+        server.project()
+        server.start()
+        self.token = server.token("human:ana", "agent:*")
+        self.ana, self.ben = (self._client(sandbox, name) for name in ("ana", "ben"))
+        for n in range(5):
+            self.ana.ok("create", f"Kept {n}", "--actor", "human:ana")
+        server.stop()
+        self.backup = sandbox.root / "backup"
+        shutil.copytree(server.data, self.backup, symlinks=True)
+        server.start()
+        for n in range(3):
+            self.ana.ok("create", f"Lost {n}", "--actor", "human:ana")
+        self.ben.ok("list")
+        self.epoch, self.position = self.described()
+
+    def _client(self, sandbox: Sandbox, name: str) -> Client:
+        client = sandbox.client(name)
+        client.add_remote(self.server, self.token)
+        return client
+
+    def described(self) -> tuple[str, str]:
+        url = f"{self.server.url}/projects/board"
+        found = requests.get(url, headers={"Authorization": f"Bearer {self.token}"}, timeout=30).json()
+        return found["epoch"], found["position"]
+
+    def restore(self, put_back: Callable[[Path, Path], None], *, new: int) -> None:
+        """Put the backup back while nobody is connected; then somebody without a copy makes new changes."""
+        for client in (self.ana, self.ben):
+            client.ok("remote", "agent", "stop")
+        self.server.stop()
+        put_back(self.backup, self.server.data)
+        self.server.start()
+        headers = {"Authorization": f"Bearer {self.token}"}
+        for n in range(new):
+            made = requests.post(
+                f"{self.server.url}/projects/board/tasks", json={"title": f"New {n}"}, headers=headers, timeout=30
+            )
+            assert made.status_code == 201, made.text
+
+
+@pytest.mark.parametrize("put_back", [put_copy_in_place, write_over])
+@pytest.mark.parametrize("first", ["events", "watch", "a cache"])
+def test_a_position_in_an_abandoned_history_is_noticed(
+    sandbox: Sandbox, put_back: Callable[[Path, Path], None], first: str
+) -> None:
+    """I7: the restored server has gone on past the number, so that only the change's mark says that it is another."""
+    at = Restored(sandbox)
+    at.restore(put_back, new=5)
+    assert (at.described()[0] == at.epoch) == (put_back is write_over), "a copy is known as such, a snapshot is not"
+    if first == "events":
+        for _ in range(2):
+            with Listening(at.server.port, at.token, "board", last=at.position) as listening:
+                [reset] = listening.take(1)
+                assert (reset.kind, reset.data["reason"]) == ("reset", "epoch")
+                assert (reset.data["epoch"], reset.id) == at.described() and reset.data["epoch"] != at.epoch
+    elif first == "watch":
+        watch = at.ben.run("remote", "watch", "--since", at.position, "-n", "1")
+        assert watch.returncode == 3, watch.stderr
+        assert "that change is not in the project's history" in watch.stderr
+    at.ben.ok("list")
+    wait_for(lambda: not differences(at.ben.lattice_dir, at.server.lattice_dir()), "ben to have what was restored", 40)
+    assert at.described()[0] != at.epoch
+    shown = at.ben.ok("list")
+    assert "New 4" in shown and "Kept 4" in shown and "Lost 0" not in shown
+    at.ana.ok("comment", "LAT-1", "goes on", "--actor", "human:ana")
+    wait_for(lambda: not differences(at.ana.lattice_dir, at.server.lattice_dir()), "ana to have it too", 40)

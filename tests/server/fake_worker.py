@@ -166,7 +166,8 @@ class FakeWorker:
             self.send(change)
 
     def number(self, cause: str, files: dict[str, bytes | None], request: Execute | None) -> Done:
-        seq, mark = self.journal.head + 1, os.urandom(8)
+        seq = self.journal.head + 1
+        mark = self.journal.change_ids.make(self.journal.epoch, seq)
         ops = [DeleteFile(p) if data is None else PutFile(p, data) for p, data in files.items()]
         change = encode(Change(seq, mark, "2026-01-01T00:00:00.000Z", "human:ana", "t", cause, "fake", list(ops)))
         reply = encode(Reply(request.id, seq, 0, b"", b"")) if request else None

@@ -15,6 +15,7 @@ from harness import Running, hello, make_data, serving, until
 from websockets.asyncio.client import ClientConnection
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Change, Reply, Run, Welcome
 from lattice_remote.server.web.events import feed, stream
 from sse import Event, Listening
@@ -67,15 +68,22 @@ async def test_silence_is_broken_by_comments(running: Running, monkeypatch: pyte
         assert len(opened.comments) >= 2
 
 
+async def position_of(running: Running, seq: int) -> str:
+    history = running.hub.project("web").history
+    mark = await history.mark_at(seq)
+    assert mark is not None
+    return str(Position(history.epoch, seq, mark))
+
+
 async def test_another_history_ends_the_stream_and_begins_with_a_reset(running: Running) -> None:
     async with writing(running) as client:
         await put(client, "{}")
     async with listening(running, since="0") as opened:
         [first] = await take(opened, 1)
         project = running.hub.project("web")
-        await project.rollback_proved("a test says so")
+        await project.rollback_proved(project.history.epoch, "a test says so")
         assert await asyncio.to_thread(list, opened) == []
-    assert first.id != f"{project.history.epoch}-1"
+    assert not first.id.startswith(project.history.epoch)
     async with listening(running, last=first.id) as opened, writing(running) as client:
         [reset] = await take(opened, 1)
         assert (reset.kind, reset.data["reason"], reset.data["epoch"]) == ("reset", "epoch", project.history.epoch)
@@ -89,10 +97,10 @@ async def test_what_is_not_kept_any_more_is_reset(running: Running) -> None:
             await put(client, f'{{"n": {n}}}')
     history = running.hub.project("web").history
     history.oldest = 3
-    async with listening(running, since=f"{history.epoch}-1") as opened:
+    async with listening(running, since=await position_of(running, 1)) as opened:
         [reset] = await take(opened, 1)
         assert (reset.kind, reset.data["reason"], reset.data["seq"]) == ("reset", "expired", 4)
-    async with listening(running, since=f"{history.epoch}-2") as opened:
+    async with listening(running, since=await position_of(running, 2)) as opened:
         assert [event.data["snapshot"]["n"] for event in await take(opened, 2)] == [2, 3]
 
 
@@ -118,7 +126,6 @@ async def test_who_takes_nothing_is_cut_and_delays_nobody(running: Running, monk
     loop, large = asyncio.get_running_loop(), '{"x": "' + "x" * 200_000 + '"}'
     async with listening(running) as opened, writing(running, follow=True) as client:
         lazy = await stalled(running)
-        project = running.hub.project("web")
         await until(lambda: len(streams_of(running)) == 2)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         slowest = 0.0
@@ -127,7 +134,7 @@ async def test_who_takes_nothing_is_cut_and_delays_nobody(running: Running, monk
             await put(client, large)
             [event] = await take(opened, 1)
             slowest = max(slowest, loop.time() - began)
-            assert event.id == f"{project.history.epoch}-{n + 1}"
+            assert event.id == await position_of(running, n + 1)
         await until(lambda: len(streams_of(running)) == 1)
         assert slowest < 5
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # KiB
@@ -171,9 +178,10 @@ async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
     assert len(streams_of(running)) == 1, "it was not cut yet"
     lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     said = bytearray()
-    while f"id: {history.epoch}-24\n".encode() not in said[-500_000:]:
+    last = await position_of(running, 24)
+    while f"id: {last}\n".encode() not in said[-500_000:]:
         said += await asyncio.get_running_loop().sock_recv(lazy, 1 << 20)
-    told = re.findall(rb"^id: \w+-(\d+)$", said, re.MULTILINE)
+    told = re.findall(rb"^id: \w+-(\d+)(?:-\w+)?$", said, re.MULTILINE)
     assert [int(seq) for seq in told] == list(range(25)), "the first says where it begins"
     lazy.close()
 

@@ -64,8 +64,8 @@ def test_a_new_task_is_told(server: Process, token: str, session: requests.Sessi
     assert by_kind["task_event"]["event"]["type"] == "task_created"
     assert by_kind["task_snapshot"]["snapshot"]["title"] == "told"
     assert by_kind["text"] == {"task": task, "text": "plan"}
-    described = session.get(url, timeout=10).json()
-    assert assembled(events) == [(described["epoch"], described["head"])]
+    assert assembled(events) == [position(session, url)]
+    assert events[-1].id == here(session, url)
 
 
 def position(session: requests.Session, url: str) -> tuple[str, int]:
@@ -73,10 +73,13 @@ def position(session: requests.Session, url: str) -> tuple[str, int]:
     return described["epoch"], described["head"]
 
 
+def here(session: requests.Session, url: str) -> str:
+    return session.get(url, timeout=10).json()["position"]
+
+
 def everything(server: Process, token: str, session: requests.Session, url: str) -> list[Event]:
-    epoch, head = position(session, url)
     with Listening(server.port, token, since="0") as listening:
-        return listening.until(ends=f"{epoch}-{head}")
+        return listening.until(ends=here(session, url))
 
 
 def test_it_goes_on_behind_any_event(server: Process, token: str, session: requests.Session, url: str) -> None:
@@ -109,11 +112,11 @@ def test_without_a_position_it_begins_at_the_head_and_says_where_that_is(
     epoch, head = position(session, url)
     with Listening(server.port, token) as listening:
         create(session, url, "the next")
-        event = listening.take(1)[0]
-        assert event.id == f"{epoch}-{head + 1}.1"
-    with Listening(server.port, token, since=f"{epoch}-{head + 1}") as listening:
+        event, after = listening.take(1)[0], here(session, url)
+        assert event.id == f"{after}.1" and after.startswith(f"{epoch}-{head + 1}-")
+    with Listening(server.port, token, since=after) as listening:
         create(session, url, "and one more")
-        assert listening.take(1)[0].id == f"{epoch}-{head + 2}.1"
+        assert listening.take(1)[0].id == f"{here(session, url)}.1"
 
 
 @pytest.mark.parametrize(
@@ -126,13 +129,13 @@ def test_a_position_that_is_not_to_be_had_is_reset_to_the_head(
     epoch, head = position(session, url)
     with Listening(server.port, token, last=last) as listening:
         [reset] = listening.take(1)
-        assert (reset.kind, reset.id) == ("reset", f"{epoch}-{head}")
+        assert (reset.kind, reset.id) == ("reset", here(session, url))
         assert reset.data == {"reason": reason, "epoch": epoch, "seq": head}
         create(session, url, "after it")
-        assert listening.take(1)[0].id == f"{epoch}-{head + 1}.1"
+        assert listening.take(1)[0].id == f"{here(session, url)}.1"
 
 
-@pytest.mark.parametrize("since", ["nonsense", "-1", "1&since=2", "%00", "1.x"])
+@pytest.mark.parametrize("since", ["nonsense", "-1", "1&since=2", "%00", "1.x", "abc-1", "1.2"])
 def test_a_since_that_is_no_position_is_an_error(server: Process, token: str, since: str) -> None:
     with Listening(server.port, token, since=since) as listening:
         assert listening.status == 422
@@ -150,7 +153,7 @@ def test_a_large_snapshot_is_told_whole_and_an_older_one_is_null(
 ) -> None:
     """Of a large snapshot the change holds a patch only."""
     made = session.post(f"{url}/tasks", json={"title": "large", "description": "x" * 9000}, timeout=30)
-    task, before = made.json()["data"]["id"], position(session, url)
+    task, before = made.json()["data"]["id"], here(session, url)
     with Listening(server.port, token) as listening:
         for title in ("first", "second"):
             rename(server, token, task, title)
@@ -158,7 +161,7 @@ def test_a_large_snapshot_is_told_whole_and_an_older_one_is_null(
             assert [event.kind for event in events] == ["task_event", "task_snapshot"]
             assert events[1].data["snapshot"]["title"] == title
             assert len(events[1].data["snapshot"]["description"]) == 9000
-    with Listening(server.port, token, since=f"{before[0]}-{before[1]}") as listening:
+    with Listening(server.port, token, since=before) as listening:
         snapshots = [event.data["snapshot"] for event in listening.take(4) if event.kind == "task_snapshot"]
     assert snapshots[0] is None
     assert snapshots[1]["title"] == "second"
@@ -244,7 +247,7 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
         with Listening(second.port, token, last=events[-1].id) as listening:
             create(session, url, "three")
             epoch, head = position(session, url)
-            events += listening.until(ends=f"{epoch}-{head}")
+            events += listening.until(ends=here(session, url))
     assert second.end() == 0
     assert assembled(events) == [(epoch, seq) for seq in range(1, head + 1)]
 

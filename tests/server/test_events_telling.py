@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import (
     AnnounceFile,
@@ -16,12 +17,13 @@ from lattice_remote.protocol.operations import (
     Operation,
     PutFile,
 )
-from lattice_remote.server.web.events.telling import Position, Wanted, block, blocks, events_of
+from lattice_remote.server.web.events.telling import EventId, Wanted, block, blocks, events_of
 
 TASK, OTHER, RES = f"task_{'0' * 26}", f"task_{'1' * 26}", f"res_{'2' * 26}"
 LOG, SNAPSHOT, ARCHIVED = f"events/{TASK}.jsonl", f"tasks/{TASK}.json", f"archive/tasks/{TASK}.json"
 LINE = b'{"id":"ev_1","type":"x"}\n'
 ONE, TWO = b"1" * 32, b"2" * 32
+AT = Position("e0", 7, b"\xab")
 
 
 def change(*ops: Operation, cause: str = "0" * 32) -> Change:
@@ -36,7 +38,7 @@ def told(*ops: Operation, cause: str = "0" * 32, **contents: bytes) -> list[tupl
     """Return kind and data of each event as it is read on the other side; ``contents`` by the digest's first digit."""
     events = events_of(change(*ops, cause=cause))
     found = {e.wanted: contents[f"d{e.wanted.digest[:1].decode()}"] for e in events if e.wanted and contents}
-    sent = b"".join(blocks("e0", 7, events, found)).decode()
+    sent = b"".join(blocks(AT, events, found)).decode()
     return [
         (text.split("\n")[0].removeprefix("event: "), json.loads(text.split("\n")[2].removeprefix("data: ")))
         for text in sent.removesuffix("\n\n").split("\n\n")
@@ -148,9 +150,9 @@ def test_a_snapshot_that_is_another_by_now_is_null() -> None:
 
 def test_every_event_has_the_position_behind_it() -> None:
     events = events_of(change(append(LOG, LINE * 3)))
-    ids = [sent.split(b"\n")[1] for sent in blocks("e0", 7, events, {})]
-    assert ids == [b"id: e0-7.1", b"id: e0-7.2", b"id: e0-7"]
-    assert blocks("e0", 7, [], {}) == [b"id: e0-7\n\n"]
+    ids = [sent.split(b"\n")[1] for sent in blocks(AT, events, {})]
+    assert ids == [b"id: e0-7-ab.1", b"id: e0-7-ab.2", b"id: e0-7-ab"]
+    assert blocks(AT, [], {}) == [b"id: e0-7-ab\n\n"]
 
 
 @given(
@@ -175,7 +177,7 @@ def test_whatever_a_change_holds_its_events_are_the_same_each_time_and_lines(ops
     events = events_of(made)
     assert events == events_of(made)
     wanted = {event.wanted: b'{"a":\r1}' for event in events if event.wanted}
-    for sent in blocks("e0", 7, events, wanted):
+    for sent in blocks(AT, events, wanted):
         assert sent.endswith(b"\n\n") and b"\r" not in sent
         lines = sent[:-2].split(b"\n")
         assert [line.partition(b": ")[0] for line in lines] in ([b"event", b"id", b"data"], [b"id"])
@@ -184,27 +186,31 @@ def test_whatever_a_change_holds_its_events_are_the_same_each_time_and_lines(ops
 
 
 def test_a_position_is_what_its_text_says() -> None:
-    assert Position.parse("12") == Position("", 12)
-    assert Position.parse("ab12-7") == Position("ab12", 7)
-    assert Position.parse("a-b-7.2") == Position("a-b", 7, 2)
-    assert str(Position("ab", 7, 2)) == "ab-7.2"
-    assert (Position("", 7).whole, Position("", 7, 2).whole) == (7, 6)
+    assert EventId.parse("12") == EventId(Position("", 12, b""))
+    assert EventId.parse("ab12-7-0f") == EventId(Position("ab12", 7, b"\x0f"))
+    assert EventId.parse("ab-7-0f.2") == EventId(Position("ab", 7, b"\x0f"), 2)
+    assert EventId.parse("ab-0") == EventId(Position("ab", 0, b""))
+    assert str(EventId(AT, 2)) == "e0-7-ab.2" and str(Position("e0", 0, b"")) == "e0-0"
+    assert (EventId(AT).whole, EventId(AT, 2).whole) == (7, 6)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "-", "a-", "-1", "x", "1.", "a-0.1", "1.-2", "1e3", "٣", "1" * 19, "a" * 65 + "-1", "a b-1", "1\n", "%00-1"],
+    (
+        "-|a-|-1|x|1.|a-0.1|1.-2|1e3|٣|1111111111111111111|a b-1-00|1\n|%00-1|a-1|a-1-|a-1-0|a-1-0G|a-0-00|1.2"
+        "|a-1-00\n|a-1-00.1\n|a-1-00.|-1-00|" + "a" * 65 + "-1-00|a-1-" + "0" * 66
+    ).split("|"),
 )
 def test_what_is_no_position_is_none(text: str) -> None:
-    assert Position.parse(text) is None
+    assert EventId.parse(text) is None
 
 
-@given(st.text(max_size=40))
+@given(st.text(max_size=40) | st.from_regex(r"[a-f0-9-]{1,30}(\.[0-9]+)?", fullmatch=True))
 def test_any_text_is_a_position_or_none(text: str) -> None:
-    position = Position.parse(text)
-    assert position is None or position.seq >= 0
+    found = EventId.parse(text)
+    assert found is None or str(found) == text or found.position.epoch == "" or text.split("-")[1][0] == "0"
 
 
 def test_an_event_of_hostile_names_is_three_lines() -> None:
-    sent = block("files", Position("e", 1), {"paths": ["a\u2028\x85b"]})
+    sent = block("files", EventId(AT), {"paths": ["a\u2028\x85b"]})
     assert sent.count(b"\n") == 4 and Wanted("a", ONE).path == "a"

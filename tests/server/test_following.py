@@ -11,6 +11,7 @@ from websockets.asyncio.client import ClientConnection
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import CAPABILITIES, Change, Follow, Followed, Reply, Run, ServerFrame, Welcome
+from lattice_remote.server.journal.segments import ChangeIds
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ async def test_the_changes_after_a_number_and_then_every_new_one(running: Runnin
     await write(running, 5)
     async with running.connected() as socket:
         epoch = (await greeted(socket)).epoch
-        assert await ask(socket, Follow(epoch, 2)) == Followed(2, "following", epoch, 5, 1)
+        assert await ask(socket, Follow(epoch, 2)) == Followed(2, "following", epoch, 5, 1, await mark_of(running, 2))
         await write(running, 3)
         changes = [await received(socket) for _ in range(6)]
     assert [change.seq for change in changes if isinstance(change, Change)] == [3, 4, 5, 6, 7, 8]
@@ -72,6 +73,52 @@ async def test_from_now_on_and_at_the_head_nothing_comes_before_the_next(running
         assert isinstance(change, Change) and change.seq == 3
 
 
+async def mark_of(running: Running, seq: int) -> bytes:
+    mark = await running.hub.project("web").history.mark_at(seq)
+    assert mark is not None
+    return mark
+
+
+def genuine(running: Running, seq: int) -> bytes:
+    """Return a mark as the project would have given it to another change ``seq`` before it was rolled back."""
+    project = running.hub.project("web")
+    return ChangeIds(project.paths.journal).make(project.history.epoch, seq)
+
+
+@pytest.mark.parametrize("seq", [2, 9])
+async def test_a_made_up_position_proves_nothing(running: Running, seq: int) -> None:
+    """I7: a token holder must not be able to end an epoch, whichever number and mark it makes up."""
+    await write(running, 2)
+    history = running.hub.project("web").history
+    epoch = history.epoch
+    for mark in (b"another!", bytes(16), (await mark_of(running, 1)), b"x" * 32):
+        async with running.connected() as socket:
+            await greeted(socket)
+            assert (await ask(socket, Follow(epoch, seq, mark))).outcome == ("ahead" if seq == 9 else "epoch")
+        async with running.connected() as socket:
+            await socket.send(hello(epoch=epoch, seq=seq, mark=mark))
+            welcome = await received(socket)
+            assert isinstance(welcome, Welcome) and welcome.resync and welcome.epoch == epoch
+    assert history.epoch == epoch
+
+
+@pytest.mark.parametrize("seq", [1, 2, 9])
+async def test_a_genuine_position_that_the_server_lacks_proves_a_rollback(running: Running, seq: int) -> None:
+    await write(running, 2)
+    history = running.hub.project("web").history
+    epoch, mark = history.epoch, genuine(running, seq)
+    async with running.connected() as socket:
+        await socket.send(hello(epoch=epoch, seq=seq, mark=mark))
+        welcome = await received(socket)
+        assert isinstance(welcome, Welcome) and welcome.resync and welcome.epoch == history.epoch != epoch
+    renewed = history.epoch
+    for _ in range(2):  # the same proof again proves nothing of this epoch
+        async with running.connected() as socket:
+            await socket.send(hello(epoch=epoch, seq=seq, mark=mark))
+            assert isinstance(await received(socket), Welcome)
+    assert history.epoch == renewed
+
+
 async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -> None:
     """I7: anybody may guess a number; who has a change's mark has seen it."""
     await write(running, 2)
@@ -85,7 +132,7 @@ async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -
     assert history.epoch == epoch
     async with running.connected() as socket:
         await greeted(socket)
-        await socket.send(encode(Follow(epoch, 9, b"another!")))
+        await socket.send(encode(Follow(epoch, 9, genuine(running, 9))))
         bye, _ = await farewell(socket)
     assert bye is not None and bye.code == "REMOTE_BUSY" and history.epoch != epoch
 
@@ -96,7 +143,7 @@ async def test_what_is_not_kept_is_said(running: Running) -> None:
     history.oldest = 3
     async with running.connected() as socket:
         epoch = (await greeted(socket)).epoch
-        assert await ask(socket, Follow(epoch, 1)) == Followed(1, "expired", epoch, 4, 3)
+        assert await ask(socket, Follow(epoch, 1)) == Followed(1, "expired", epoch, 4, 3, await mark_of(running, 1))
         assert (await ask(socket, Follow(epoch, 2))).outcome == "following"
 
 

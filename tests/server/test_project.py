@@ -417,12 +417,12 @@ async def test_more_edits_than_fit_in_a_change_become_several(opened: Opened, pa
 async def test_a_rollback_begins_a_new_epoch_once(opened: Opened) -> None:
     await opened.run("put", "a", "x")
     epoch = opened.project.history.epoch
-    await opened.project.rollback_proved("a client is ahead")
+    await opened.project.rollback_proved(epoch, "a client is ahead")
     assert opened.project.history.epoch != epoch
     assert opened.project.history.head == 0
     assert opened.watcher.byes[0].retry_after_s == 0
     renewed = opened.project.history.epoch
-    await opened.project.rollback_proved("and again")
+    await opened.project.rollback_proved(epoch, "and again")
     assert opened.project.history.epoch == renewed
     assert (await opened.run("put", "a", "y")).seq == 1  # type: ignore[union-attr]
 

@@ -191,13 +191,19 @@ def test_what_happened_while_it_was_down_becomes_a_change(project: Path) -> None
         assert (worker.ready.head, worker.ready.notes) == (2, [])
 
 
-def test_a_restored_copy_of_the_directory_is_no_change(project: Path, tmp_path: Path) -> None:
+def test_a_restored_copy_of_the_directory_is_another_history(project: Path, tmp_path: Path) -> None:
+    """I7: the original may have gone on after the copy was taken."""
     with WorkerProcess(project) as worker:
         worker.ok("create", "x", *ANA)
         epoch = worker.ready.epoch
     os.system(f"cp -r {project} {tmp_path / 'restored'}")  # noqa: S605 - times and inodes are new
     with WorkerProcess(tmp_path / "restored") as worker:
-        assert (worker.ready.epoch, worker.ready.head, worker.ready.notes) == (epoch, 1, [])
+        assert worker.ready.epoch != epoch and worker.ready.head == 0
+        assert worker.ready.notes == ["this is a copy of the project's directory: a new epoch begins"]
+        renewed = worker.ready.epoch
+        worker.kill()
+    with WorkerProcess(tmp_path / "restored") as worker:
+        assert (worker.ready.epoch, worker.ready.head, worker.ready.notes) == (renewed, 0, [])
 
 
 @pytest.mark.parametrize("lost", ["*.log", "manifest"])

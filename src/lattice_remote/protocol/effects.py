@@ -1,5 +1,6 @@
 """What a replica asks of the shell around it, and the points in a history of which both speak (SPEC section 5)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,13 +25,30 @@ Content = tuple[int, bytes]
 """A file's size in bytes and its digest."""
 
 
+_POSITION = re.compile(r"([0-9A-Za-z]{1,64})-([0-9]{1,18})(?:-([0-9a-f]{2,64}))?", re.ASCII)
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A point in a project's history. The empty epoch is "nowhere": the copy must be compared as a whole."""
+    """A point in a project's history. The empty epoch is "nowhere": the copy must be compared as a whole.
+
+    As text it is ``EPOCH-SEQ-MARK``, and ``EPOCH-0`` at the beginning of an epoch.
+    """
 
     epoch: str
     seq: int
     mark: bytes
+
+    @classmethod
+    def parse(cls, text: str) -> "Position | None":
+        """Return the position that a text names, None when it names none: a number without its mark is none."""
+        match = _POSITION.fullmatch(text)
+        if match is None or (match[3] is None) != (int(match[2]) == 0) or len(match[3] or "") % 2:
+            return None
+        return cls(match[1], int(match[2]), bytes.fromhex(match[3] or ""))
+
+    def __str__(self) -> str:
+        return f"{self.epoch}-{self.seq}" + (f"-{self.mark.hex()}" if self.mark else "")
 
 
 NOWHERE = Position("", 0, b"")

@@ -99,7 +99,7 @@ Epoch = Annotated[str, Meta(max_length=64)]
 Seq = Annotated[int, Meta(ge=0)]
 """The number of a change within its epoch."""
 Mark = Annotated[bytes, Meta(max_length=32)]
-"""Random bytes of one change: two histories that differ have different marks at the same number."""
+"""Names one change: two histories that differ have different marks at the same number. Only the server makes them."""
 RequestId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
 """128 random bits in hexadecimal, made by the client, the same when it asks again (I6)."""
 _Short = Annotated[str, Meta(max_length=256)]
@@ -347,6 +347,8 @@ class Followed(_Frame, frozen=True, tag="followed"):
     epoch: Epoch
     head: Seq
     oldest: Seq
+    mark: Mark = b""
+    """Of the change at ``seq`` when the changes after it follow."""
 
 
 class Reply(_Frame, frozen=True, tag="reply"):

@@ -18,7 +18,12 @@ def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -
     It has a process group of its own, so that all of it ends when its time is over, or with Ctrl-C here; the
     ``KeyboardInterrupt`` then passes through.
     """
-    environment = {**os.environ, "LATTICE_CHANGE": str(record["seq"]), "LATTICE_EPOCH": record["epoch"]}
+    environment = {
+        **os.environ,
+        "LATTICE_CHANGE": str(record["seq"]),
+        "LATTICE_EPOCH": record["epoch"],
+        "LATTICE_POSITION": record["position"],
+    }
     started: list[subprocess.Popen[bytes]] = []
     try:
         with _ctrl_c_held_back():

@@ -7,6 +7,7 @@ from typing import Any
 
 from lattice_remote.logtext import printable
 from lattice_remote.protocol.about import about
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Change
 
 __all__ = ["Titles", "as_line", "record_of"]
@@ -59,6 +60,7 @@ def record_of(epoch: str, change: Change, titles: Titles) -> dict[str, Any]:
     return {
         "seq": change.seq,
         "epoch": epoch,
+        "position": str(Position(epoch, change.seq, change.mark)),
         "time": change.time,
         "actor": change.actor,
         "token_actor": change.token_actor or (change.actor if change.token_id else ""),

@@ -18,12 +18,13 @@ from lattice_remote.client.commands.records import Titles, as_line, record_of
 from lattice_remote.client.commands.shared import here, request
 from lattice_remote.client.link.stream import Arrived, ChangeStream, Connected, Ended, Gone, Lost, NewEpoch
 from lattice_remote.errors import Misuse, RemoteError, one_line
+from lattice_remote.protocol.effects import Position
 
 __all__ = ["app"]
 
 GONE_EXIT_CODE = 3
 INTERRUPTED_EXIT_CODE = 130
-_SINCE = re.compile(r"(?:([0-9a-zA-Z-]{1,64}):)?([0-9]{1,18})")
+_NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 app = typer.Typer()
 
@@ -111,7 +112,8 @@ class _View:
 def watch(
     *,
     since: Annotated[
-        str, typer.Option("--since", metavar="N", help="Begin after this change, also as EPOCH:N; else with the next.")
+        str,
+        typer.Option("--since", metavar="N", help="Begin after this change, a number or position; else with the next."),
     ] = "",
     command: Annotated[
         str, typer.Option("--exec", metavar="CMD", help="Run this for each change, with its JSON on standard input.")
@@ -133,14 +135,14 @@ def watch(
     Example: lattice remote watch --since 120 --exec 'jq -r .command >> changes.txt'
     """
     directory, found = here()
-    epoch, number = _parse_since(since)
+    begin = _parse_since(since)
     with contextlib.suppress(RemoteError):
         ask(request("ready", directory))  # from here on the agent keeps the copy current, for the titles
     titles = Titles(directory)
     only = _task_id(titles, task)
     token = credentials.from_environment() or credentials.stored(found.url, found.project)
     named = servers.from_environment(os.environ.get(servers.URL_ENV, "").strip() or None)
-    stream = ChangeStream(found, token, named=named, epoch=epoch, since=number)
+    stream = ChangeStream(found, token, named=named, since=begin)
     handler = _Handler(as_json, command, exec_timeout)
     with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show, stay_connected():
         code = _Watch(stream, titles, handler, show).run(only, count)
@@ -152,7 +154,7 @@ class _Watch:
 
     def __init__(self, stream: ChangeStream, titles: Titles, handler: _Handler, show: _Show) -> None:
         self._stream, self._titles, self._handler, self._show = stream, titles, handler, show
-        self._epoch, self._seq = "", -1  # the last change that was handled
+        self._position: Position | None = None  # of the last change that was handled
 
     def run(self, only: str | None, count: int) -> int:
         """Take changes until the end; return the exit code."""
@@ -166,8 +168,8 @@ class _Watch:
             return GONE_EXIT_CODE if isinstance(error, Gone) else 1
         finally:
             self._stream.close()
-            if self._seq >= 0:
-                self._show.note(f"watched up to change {self._seq}: go on with --since {self._epoch}:{self._seq}")
+            if (last := self._position) is not None:
+                self._show.note(f"watched up to change {last.seq}: go on with --since {last}")
 
     def _fail(self, error: RemoteError) -> None:
         """Say why it ends: with ``--json`` as one more line, in lattice's envelope."""
@@ -187,24 +189,27 @@ class _Watch:
                     if only is None or any(task["id"] == only for task in record["tasks"]):
                         self._handler(record, self._show)
                         handled += 1
-                    self._epoch, self._seq = epoch, change.seq
+                    self._position = Position(epoch, change.seq, change.mark)
                     self._show.state(f"change {change.seq}")
                     if count and handled >= count:
                         return 0
-                case Connected(epoch, seq, head):
-                    self._connected(epoch, seq, head)
+                case Connected(position, head):
+                    self._connected(position, head)
                 case NewEpoch(epoch):
-                    self._show.note("the project's history has begun anew on the server: its changes are numbered anew")
-                    self._epoch, self._seq = epoch, -1
+                    why = "the server was restored or has lost its journal, and changes after that may be missing here"
+                    self._show.note(f"a new epoch begins on the server ({epoch}), with new numbers: {why}")
+                    self._position = None
                 case Lost(error):
                     self._show.note(f"{error.message}; trying again")
-                    self._show.state(f"not connected, at change {self._seq}" if self._seq >= 0 else "not connected")
+                    at = f", at change {self._position.seq}" if self._position is not None else ""
+                    self._show.state(f"not connected{at}")
                 case Ended(error):
                     raise error
 
-    def _connected(self, epoch: str, seq: int, head: int) -> None:
-        if self._epoch != epoch or self._seq < 0:
-            self._epoch, self._seq = epoch, seq
+    def _connected(self, position: Position, head: int) -> None:
+        seq, last = position.seq, self._position
+        if last is None or last.epoch != position.epoch:
+            self._position = position
             self._show.note(f"watching after change {seq}" + (f", the last is {head}" if head > seq else ""))
         else:
             self._show.note(f"connected again after change {seq}")
@@ -220,13 +225,15 @@ def _showing(*, is_view: bool) -> Iterator[_Show]:
         yield view
 
 
-def _parse_since(text: str) -> tuple[str, int | None]:
+def _parse_since(text: str) -> Position | int | None:
     if not text:
-        return "", None
-    match = _SINCE.fullmatch(text)
-    if match is None:
-        raise Misuse(f"--since takes the number of a change, or EPOCH:NUMBER, not {text[:60]!r}")
-    return match[1] or "", int(match[2])
+        return None
+    if _NUMBER.fullmatch(text):
+        return int(text)
+    position = Position.parse(text)
+    if position is None:
+        raise Misuse(f"--since takes the number of a change, or a position as 'watch' prints it, not {text[:60]!r}")
+    return position
 
 
 def _task_id(titles: Titles, name: str) -> str | None:

@@ -20,6 +20,7 @@ from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
 from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -56,10 +57,9 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Connected:
-    """The changes after ``seq`` follow; ``head`` is the last that there is."""
+    """The changes after ``position`` follow; ``head`` is the last that there is."""
 
-    epoch: str
-    seq: int
+    position: Position
     head: int
 
 
@@ -92,15 +92,16 @@ class ChangeStream:
 
     Args:
         remote, token, named: as of a ``Link``.
-        epoch: of ``since``; "" for the project's own.
-        since: the last change that is known already; None for the head.
+        since: the last change that is known already, or only its number, in whichever epoch; None for the head.
     """
 
     def __init__(
-        self, remote: Remote, token: str | None, *, named: Server | None, epoch: str = "", since: int | None = None
+        self, remote: Remote, token: str | None, *, named: Server | None, since: Position | int | None = None
     ) -> None:
         self._remote, self._token, self._named = remote, token, named
-        self._epoch, self._seq, self._mark = epoch, since, b""
+        begin = since if isinstance(since, Position) else None
+        self._epoch, self._mark = (begin.epoch, begin.mark) if begin else ("", b"")
+        self._seq = since.seq if isinstance(since, Position) else since
         self._former: dict[str, tuple[int, bytes]] = {}  # where it was in the epochs before
         self._is_resumed = False  # a change, or the place to begin at, was told
         self._ready = False
@@ -246,10 +247,10 @@ class ChangeStream:
 
     def _followed(self, answer: Followed) -> None:
         if answer.outcome == "following":
-            self._epoch, self._seq = answer.epoch, answer.seq
+            self._epoch, self._seq, self._mark = answer.epoch, answer.seq, answer.mark
             self._is_resumed = self._ready = True
             self._said = None
-            self._put(Connected(answer.epoch, answer.seq, answer.head))
+            self._put(Connected(Position(answer.epoch, answer.seq, answer.mark), answer.head))
         elif self._is_resumed and answer.outcome in ("epoch", "ahead"):
             # Of a history that begins anew at this moment: the next Welcome says how.
             raise ConnectionFailed("the project's history begins anew on the server")
@@ -274,7 +275,7 @@ def _why_not(answer: Followed) -> str:
     if answer.outcome == "ahead":
         return f"there is no change {answer.seq} yet, the last is {answer.head}: go on with --since {answer.head}"
     if answer.outcome == "epoch":
-        return f"that change is of another epoch, the project's history has begun anew: epoch {answer.epoch}, " + (
+        return f"that change is not in the project's history, which is of epoch {answer.epoch} now: " + (
             f"all that is kept of it comes with --since {max(answer.oldest - 1, 0)}"
         )
     return f"the changes after {answer.seq} are not kept any more; the oldest that is kept is {answer.oldest}: " + (

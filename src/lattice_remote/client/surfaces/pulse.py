@@ -89,7 +89,7 @@ class Pulse:
             if signature != self._seen:
                 with open(self._file, "rb") as file:
                     state = json.loads(file.read())
-                self._seen, self._told = signature, f"{state['epoch']}-{state['seq']}-{len(state['wanted'])}"
+                self._seen, self._told = signature, f"{state['mark']}-{state['seq']}-{len(state['wanted'])}"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
         return self._told

@@ -4,10 +4,11 @@ Whoever copies file by file, as rsync does, gets each file as it was at another 
 may have been caught twice or not at all. The journal is copied after the tree, since its name sorts after
 ``.lattice``. So it tells what every file of the copy was to become: the tree is brought to the journal's head, and
 where a file that the journal only announces is missing, to the last change before it. Then a new epoch begins: a
-copy is another history from here on, so that clients of the original compare their files as a whole.
+copy is another history from here on, so that clients of the original compare their files as a whole. That holds for a
+copy of a stopped server too: the original may have gone on since, or may go on elsewhere.
 
-A copy is told by the inodes of the journal's directory and its undo log: they stay the same as long as a project
-lives, and no copy has them. One in which every file is as at the journal's head is of one moment: its history goes on.
+A copy is recognised by the inodes of the journal's directory and its undo log: they stay the same as long as a
+project lives, and a copy seldom has them.
 """
 
 import os
@@ -53,7 +54,7 @@ def mend_copy(
 ) -> list[str]:
     """Bring the tree to the last change of the journal to which all of it can be brought; return lines for the log.
 
-    Empty when there is nothing to mend: the history can go on. What somebody has edited in the copy before its first
+    Empty when there is nothing to repair. What somebody has edited in the copy before its first
     start is left alone, and so is all of it if somebody worked there after the server had ended in order. May be done
     again after a crash.
 

@@ -27,6 +27,7 @@ import msgspec
 from lattice_remote.server.data.framing import HEAD_BYTES, frame, frames, payload_at
 from lattice_remote.server.journal.request_ids import RequestIds
 from lattice_remote.server.journal.segments import (
+    ChangeIds,
     Kept,
     Outline,
     Record,
@@ -87,6 +88,7 @@ class Journal:
         epoch, head, mark: where the history stands; ``head`` counts changes from 1, 0 means none.
         notes: what ``open`` had to repair, one line each.
         is_damaged: what ``open`` cut was acknowledged, or some of it: the answers in it are not known any more.
+        change_ids: makes the marks of its changes.
         request_ids: the requests that were answered in segments which expired or became former ones.
     """
 
@@ -98,6 +100,7 @@ class Journal:
         self.mark = b""
         self.notes: list[str] = []
         self.is_damaged = False
+        self.change_ids = ChangeIds(directory)
         self.request_ids = RequestIds(directory, retention.max_age_s)
         self._next_number = 0
         self._former: list[_Former] = []

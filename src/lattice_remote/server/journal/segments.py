@@ -5,7 +5,10 @@ is a ``Segment``, which says where the history stood, the others are ``Record``s
 """
 
 import contextlib
+import hmac
+import os
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +16,10 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.server.data.framing import HEAD_BYTES, frames, payload_at
-from lattice_remote.server.tree.manifest import FileState
+from lattice_remote.server.tree.manifest import FileState, sync, sync_directory
 
 __all__ = [
+    "ChangeIds",
     "Kept",
     "Outline",
     "Record",
@@ -30,6 +34,61 @@ __all__ = [
     "salvaged",
     "segment_paths",
 ]
+
+
+class ChangeIds:
+    """Marks of one journal's changes, made with a key that lies beside the segments and in every copy of them (I7).
+
+    A mark is 8 random bytes, and 8 bytes of an HMAC of these, the epoch and the number. So a mark that this project
+    has not given to a change is recognised, and a genuine one of which the journal knows nothing proves a rollback.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Take the journal's directory; the key is read when it is needed."""
+        self._path = directory / "key"
+        self._key: bytes | None = None
+
+    def make(self, epoch: str, seq: int) -> bytes:
+        """Return a mark for change ``seq``. Only for the writer, which makes the key if there is none yet.
+
+        Raises:
+            OSError: the key can't be read or written.
+        """
+        if self._key is None:
+            self._key = self._read() or self._create()
+        random = secrets.token_bytes(8)
+        return random + _code(self._key, epoch, seq, random)
+
+    def is_genuine(self, epoch: str, seq: int, mark: bytes) -> bool:
+        """Tell whether this mark was made for change ``seq``, by this project or another copy of it. Blocking.
+
+        Raises:
+            OSError: the key can't be read.
+        """
+        key = self._read()
+        return key is not None and hmac.compare_digest(_code(key, epoch, seq, mark[:8]), mark[8:])
+
+    def _read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes() or None
+        except FileNotFoundError:
+            return None
+
+    def _create(self) -> bytes:
+        key, scratch = secrets.token_bytes(32), self._path.with_suffix(".new")
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.write(descriptor, key)
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+        scratch.replace(self._path)
+        sync_directory(self._path.parent)
+        return key
+
+
+def _code(key: bytes, epoch: str, seq: int, random: bytes) -> bytes:
+    return hmac.digest(key, f"{epoch}-{seq}-{random.hex()}".encode(), "sha256")[:8]
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):

@@ -14,10 +14,12 @@ import msgspec
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.layout import first_sign_of_use
 from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
 from lattice_remote.server.data.ipc import After, Ready
 from lattice_remote.server.journal.journal_reader import JournalReader
+from lattice_remote.server.journal.segments import ChangeIds
 from lattice_remote.server.network.outbox import websocket_frame
 from lattice_remote.server.project.recent import Recent
 
@@ -63,6 +65,7 @@ class History:
         self.files: dict[str, Content] = {}
         """The tree at ``head``."""
         self._journal = JournalReader(journal)
+        self._change_ids = ChangeIds(journal)
         self._committed = committed
         self._reading = asyncio.Lock()  # one at a time: each takes a segment's memory while it lasts
         self._recent = Recent()
@@ -74,6 +77,11 @@ class History:
     def used(self) -> str | None:
         """What shows that something was done in the project, in words; None when it is empty, as its files say."""
         return first_sign_of_use((path, size) for path, (size, _) in self.files.items())
+
+    @property
+    def position(self) -> Position:
+        """The head, with the mark of its change."""
+        return Position(self.epoch, self.head, self.mark)
 
     # --- what followers need ---
 
@@ -108,6 +116,14 @@ class History:
             return self.mark if seq else b""
         known = self._recent.mark_at(seq)
         return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
+
+    async def is_genuine(self, position: Position) -> bool:
+        """Tell whether the project, or another copy of it, has made this position's mark.
+
+        Raises:
+            OSError: the journal's key can't be read.
+        """
+        return await asyncio.to_thread(self._change_ids.is_genuine, position.epoch, position.seq, position.mark)
 
     def entries(self) -> list[bytes]:
         """Return the manifest at ``head`` as frames, shared by all who ask before the next change."""

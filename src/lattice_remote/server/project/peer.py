@@ -23,6 +23,7 @@ import lattice_remote
 from lattice_remote.errors import ProtocolError, RemoteError, StorageError
 from lattice_remote.logtext import printable
 from lattice_remote.protocol.codec import decode_client_frame, encode
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
@@ -206,7 +207,7 @@ class Peer:
         self._capabilities = common_capabilities(hello)
         self._dialect = dialect(self._capabilities)
         await project.opened()
-        continues = hello.follow and await can_continue(project, hello.epoch, hello.seq, hello.mark)
+        continues = hello.follow and await can_continue(project, Position(hello.epoch, hello.seq, hello.mark))
         continues = continues and hello.epoch == project.history.epoch  # it may have begun anew meanwhile
         if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
             raise project.failure

@@ -129,7 +129,7 @@ class Project:
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
-        self._epoch_renewed = False  # a client may prove a rollback once; see rollback_proved()
+        self._refuted = ""  # the epoch for whose end the worker was asked last; see rollback_proved()
         self._writer: Writer | None = None
         self._open = asyncio.Event()
         self._idle = asyncio.Event()
@@ -311,18 +311,15 @@ class Project:
             self._edited |= paths
         self._reconcile()
 
-    async def rollback_proved(self, reason: str) -> None:
-        """A client has seen what this history does not hold: begin a new epoch, and wait for it (I7).
-
-        Once per run of the server: a history that began in this run was not rolled back since.
-        """
-        if self._epoch_renewed:
-            await self.opened()  # somebody else's proof may be under way
-            return
-        self._epoch_renewed = True
-        _log.warning("%s: %s; a new epoch begins", self.slug, reason)
-        self._open.clear()
-        self._enqueue(Job(NewEpoch(reason)))
+    async def rollback_proved(self, epoch: str, reason: str) -> None:
+        """Begin a new epoch, and wait for it: a client has seen a genuine change that ``epoch`` does not hold (I7)."""
+        if epoch != self.history.epoch:
+            return  # another proof came first
+        if self._refuted != epoch:
+            self._refuted = epoch
+            _log.warning("%s: %s: the server was rolled back; a new epoch begins", self.slug, reason)
+            self._open.clear()
+            self._enqueue(Job(NewEpoch(reason)))
         await self.opened()
 
     # --- the queue ---

@@ -123,6 +123,7 @@ async def _describe(request: Request) -> Response:
             "act_as": token.act_as,
             "epoch": project.history.epoch,
             "head": project.history.head,
+            "position": str(project.history.position),
             "server_version": lattice_remote.__version__,
             "lattice_version": project.lattice_version,
         }

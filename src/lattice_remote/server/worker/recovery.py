@@ -127,6 +127,10 @@ def open_store(
     if journal.is_damaged:
         store.new_epoch()
         notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
+    elif copied is not None and history.journal is not None:
+        # Whole, but a copy: the original may have gone on after it was taken, and its numbers are given again here.
+        store.new_epoch()
+        notes.append("this is a copy of the project's directory: a new epoch begins")
     else:
         store.save_manifest(clean=False)
     if adopted is not None:

@@ -161,7 +161,8 @@ class Store:
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
-            seq, mark = seq + 1, secrets.token_bytes(8)
+            seq += 1
+            mark = self.journal.change_ids.make(self.journal.epoch, seq)
             change = _encode_change(seq, mark, cause, difference)
             if len(change) > _MAX_ENCODED_BYTES:
                 raise ChangeTooLarge

@@ -49,7 +49,7 @@ class _Listener:
 
     def _tell(self) -> None:
         self._is_due = False
-        data = livepage.event(f"{self._history.epoch}-{self._history.head}")
+        data = livepage.event(str(self._history.position))
         self._outbox.push(chunk(data) if self._is_chunked else data)
         self._tell_in(_KEEP_ALIVE_S)
 

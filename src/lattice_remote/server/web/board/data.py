@@ -11,7 +11,6 @@ from starlette.routing import Route
 from lattice_remote.errors import StorageError
 from lattice_remote.server.data.read_ipc import Found, ReadPage
 from lattice_remote.server.web.answers import ok
-from lattice_remote.server.web.events.telling import Position
 from lattice_remote.server.web.gate import guest
 
 __all__ = ["routes"]
@@ -31,9 +30,9 @@ async def _data(request: Request) -> Response:
     """
     project = (await guest(request)).project
     history = project.history
-    before = Position(history.epoch, history.head)
+    before = history.position
     found, is_exact = await project.reader.read_together([ReadPage(f"/api/{part}") for part in _PARTS])
-    at = Position(history.epoch, history.head) if is_exact else before
+    at = history.position if is_exact else before
     board = {part: _data_of(each) for part, each in zip(_PARTS, found, strict=True)}
     where = {"epoch": at.epoch, "head": at.seq, "position": str(at), "exact": is_exact}
     return ok({"project": project.slug, **where, **board})

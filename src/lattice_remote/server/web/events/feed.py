@@ -15,6 +15,7 @@ import msgspec
 
 from lattice_remote.errors import RemoteError, StorageError
 from lattice_remote.livepage import KEEP_ALIVE
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Change
 from lattice_remote.server.network.outbox import payload_of
 from lattice_remote.server.project.project import Project
@@ -166,7 +167,7 @@ class Feed:
         contents = {event.wanted: await self._content(event.wanted) for event in events if event.wanted}
         found = {wanted: data for wanted, data in contents.items() if data is not None}
         size = len(frame) + sum(map(len, found.values()))
-        return Told(seq, await _beside(size, blocks, self.epoch, seq, events, found))
+        return Told(seq, await _beside(size, blocks, Position(self.epoch, seq, change.mark), events, found))
 
     def _keep(self, told: Told) -> Told:
         """Keep it for a while, and return it."""

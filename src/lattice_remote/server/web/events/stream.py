@@ -13,14 +13,17 @@ from http import HTTPStatus
 from starlette.requests import Request
 from starlette.routing import Route
 
+from lattice_remote.errors import RemoteError
 from lattice_remote.livepage import RETRY_MS
 from lattice_remote.logtext import printable
-from lattice_remote.protocol.messages import Bye
+from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import Bye, Follow, Followed
 from lattice_remote.server.network.handoff import PlainHttp
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.project.continuing import followed
 from lattice_remote.server.web.answers import TurnedAway
 from lattice_remote.server.web.events.feed import Feeds, Told, chunk, goodbye
-from lattice_remote.server.web.events.telling import Position, block
+from lattice_remote.server.web.events.telling import EventId, block
 from lattice_remote.server.web.gate import Guest, guest
 from lattice_remote.server.web.streaming import EventStream
 
@@ -35,7 +38,7 @@ class _Stream:
     """The client's side of a feed; ``run()`` it once."""
 
     def __init__(
-        self, http: PlainHttp, visitor: Guest, feeds: Feeds, asked: Position | None, *, is_chunked: bool
+        self, http: PlainHttp, visitor: Guest, feeds: Feeds, asked: EventId | None, *, is_chunked: bool
     ) -> None:
         """Take what it wants everything after, None for the head."""
         self._http, self._asked = http, asked
@@ -51,10 +54,15 @@ class _Stream:
 
     async def run(self) -> None:
         """Tell it everything after where it begins, until it is over."""
+        try:
+            begin = await followed(self._project, _follow(self._asked))
+        except (RemoteError, OSError) as error:
+            self.end(goodbye(self._project, error))
+            return
         self._feed = self._feeds.join(self._project, self)
         if self._project.failure is not None or self._project.stopping:  # since it was let in
             self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
-        self._begin(self._asked)
+        self._begin(begin)
         catching_up = asyncio.create_task(self._catch_up())
         try:
             await self._over.wait()
@@ -62,31 +70,23 @@ class _Stream:
             catching_up.cancel()
             self._feeds.leave(self._feed, self)
 
-    def _begin(self, asked: Position | None) -> None:
+    def _begin(self, found: Followed) -> None:
         """Say where it begins: where it wants to, or at the head."""
-        history = self._project.history
-        if asked is None:
-            asked = Position(history.epoch, history.head)
-        elif why := self._not_to_be_had(asked):
-            self._reset(why)
-            return
-        self._sent, self._had = asked.whole, asked.events or 0
-        here = Position(history.epoch, asked.seq, asked.events)
-        self._push(f"retry: {RETRY_MS}\nid: {here}\n\n".encode())
-
-    def _not_to_be_had(self, asked: Position) -> str:
-        history = self._project.history
-        if asked.epoch not in ("", history.epoch):
-            return "epoch"
-        if asked.seq > history.head:
-            return "ahead"
-        return "" if asked.whole == history.head or asked.whole + 1 >= history.oldest else "expired"
+        had = self._asked.events if self._asked is not None else None
+        if found.outcome != "following":
+            self._reset(found.outcome)
+        elif had is not None and found.seq < found.oldest:
+            self._reset("expired")  # of this change a part is missing
+        else:
+            self._sent, self._had = found.seq - (had is not None), had or 0
+            here = EventId(Position(found.epoch, found.seq, found.mark), had)
+            self._push(f"retry: {RETRY_MS}\nid: {here}\n\n".encode())
 
     def _reset(self, why: str) -> None:
         """Say that what it asks for is not to be had, and go on from the head."""
         history = self._project.history
         self._sent, self._had = history.head, 0
-        here = Position(history.epoch, history.head)
+        here = EventId(history.position)
         data = {"reason": why, "epoch": history.epoch, "seq": history.head}
         self._push(f"retry: {RETRY_MS}\n".encode() + block("reset", here, data))
 
@@ -147,7 +147,13 @@ async def _events(request: Request) -> EventStream:
     return EventStream(visitor, lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked))
 
 
-def _asked_position(request: Request) -> Position | None:
+def _follow(asked: EventId | None) -> Follow:
+    if asked is None:
+        return Follow()
+    return Follow(asked.position.epoch, asked.position.seq, asked.position.mark)
+
+
+def _asked_position(request: Request) -> EventId | None:
     """Return where to go on: a browser that comes back says it with a header, at the same address as before.
 
     What is no position is one that this server does not know: a browser would not ask again after an error.
@@ -155,13 +161,13 @@ def _asked_position(request: Request) -> Position | None:
     Raises:
         TurnedAway: ``?since=`` is none.
     """
-    nowhere = Position("-", 0)  # of an epoch that never was
+    nowhere = EventId(Position("-", 0, b""))  # of an epoch that never was
     if last := request.headers.getlist("Last-Event-ID"):
-        return (Position.parse(last[0]) if len(last) == 1 else None) or nowhere
+        return (EventId.parse(last[0]) if len(last) == 1 else None) or nowhere
     since = request.query_params.getlist("since")
     if not since:
         return None
-    position = Position.parse(since[0]) if len(since) == 1 else None
+    position = EventId.parse(since[0]) if len(since) == 1 else None
     if position is None:
         why = "?since= takes the id of an event, or the number of a change, once"
         raise TurnedAway(Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, "REMOTE_INVALID", why))

@@ -6,8 +6,9 @@
     text            {"task": ID, "text": "plan"}                   its plan, or its "notes", was written or removed
     files           {"paths": [...], "more": 0}                    whatever else was changed: settings, sessions, ...
 
-The id of an event is the position behind it: ``EPOCH-SEQ`` of a change's last one, ``EPOCH-SEQ.1``, ``EPOCH-SEQ.2``
-and so on of those before. So a stream that is cut in the middle of a change goes on behind the last event that arrived.
+The id of an event is the position behind it: ``EPOCH-SEQ-MARK`` of a change's last one, ``EPOCH-SEQ-MARK.1``,
+``EPOCH-SEQ-MARK.2`` and so on of those before. So a stream that is cut in the middle of a change goes on behind the
+last event that arrived.
 """
 
 import re
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lattice_remote.protocol.about import is_log, snapshot_of, tasks_in, texts_of
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import (
     AnnounceFile,
@@ -30,38 +32,41 @@ from lattice_remote.protocol.operations import (
     paths_of,
 )
 
-__all__ = ["Event", "Position", "Wanted", "block", "blocks", "events_of"]
+__all__ = ["Event", "EventId", "Wanted", "block", "blocks", "events_of"]
 
 _MAX_PATHS = 100
 _NOT_BY_COMMAND = ("edit", "recovery")
 _FOLLOWS_FROM_OTHERS = frozenset({"ids.json", "events/_lifecycle.jsonl"})
 """What lattice keeps besides: told only when nothing else is."""
-_POSITION = re.compile(r"(?:([0-9A-Za-z-]{1,64})-)?([0-9]{1,18})(?:\.([0-9]{1,9}))?", re.ASCII)
+_NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
+_EVENTS = re.compile(r"\.([0-9]{1,9})\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Position:
-    """Up to where somebody was told: all of change ``seq``, or its first ``events`` events; ``epoch`` "" is any."""
+class EventId:
+    """The position behind an event: all of the change at ``position``, or its first ``events`` events."""
 
-    epoch: str
-    seq: int
+    position: Position
     events: int | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Position | None":
-        """Return what an event's id says, or a bare number; None when it is neither."""
-        match = _POSITION.fullmatch(text)
-        if match is None or (match[3] is not None and int(match[2]) == 0):
+    def parse(cls, text: str) -> "EventId | None":
+        """Return what an event's id says, or a bare number, which is of any epoch; None when it is neither."""
+        if _NUMBER.fullmatch(text):
+            return cls(Position("", int(text), b""))
+        partly = _EVENTS.search(text)
+        position = Position.parse(text[: partly.start()] if partly else text)
+        if position is None or (partly and position.seq == 0):
             return None
-        return cls(match[1] or "", int(match[2]), None if match[3] is None else int(match[3]))
+        return cls(position, int(partly[1]) if partly else None)
 
     def __str__(self) -> str:
-        return f"{self.epoch}-{self.seq}" + ("" if self.events is None else f".{self.events}")
+        return str(self.position) + ("" if self.events is None else f".{self.events}")
 
     @property
     def whole(self) -> int:
-        """The last change that was told to its end."""
-        return self.seq if self.events is None else self.seq - 1
+        """The number of the last change that was sent to its end."""
+        return self.position.seq if self.events is None else self.position.seq - 1
 
 
 class Wanted(NamedTuple):
@@ -171,8 +176,8 @@ def _paths(change: Change) -> list[str]:
     return [path for operation in change.ops for path in paths_of(operation)]
 
 
-def blocks(epoch: str, seq: int, events: Sequence[Event], contents: Mapping[Wanted, bytes]) -> list[bytes]:
-    """Return the events of a change as they are sent; what is wanted and not in ``contents`` is null.
+def blocks(position: Position, events: Sequence[Event], contents: Mapping[Wanted, bytes]) -> list[bytes]:
+    """Return the events of the change at ``position`` as they are sent; what is wanted and not in ``contents`` is null.
 
     Then the file is another by now, and a later change brings that.
     """
@@ -181,14 +186,14 @@ def blocks(epoch: str, seq: int, events: Sequence[Event], contents: Mapping[Want
         data = event.data
         if event.wanted is not None:
             data = {**data, "snapshot": _compact(contents.get(event.wanted, b""))}
-        position = Position(epoch, seq, None if number == len(events) else number)
-        sent.append(block(event.kind, position, data))
-    return sent or [f"id: {Position(epoch, seq)}\n\n".encode()]
+        behind = EventId(position, None if number == len(events) else number)
+        sent.append(block(event.kind, behind, data))
+    return sent or [f"id: {position}\n\n".encode()]
 
 
-def block(kind: str, position: Position, data: Mapping[str, Any]) -> bytes:
+def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
     """Return one event as it is sent. JSON has no line end in it, so that it is one line of data."""
-    return b"event: %b\nid: %b\ndata: %b\n\n" % (kind.encode(), str(position).encode(), msgspec.json.encode(data))
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (kind.encode(), str(behind).encode(), msgspec.json.encode(data))
 
 
 def _compact(data: bytes) -> msgspec.Raw | None:

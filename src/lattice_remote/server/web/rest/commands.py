@@ -8,6 +8,7 @@ import msgspec
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Returned
 from lattice_remote.server.data.read_ipc import Found, ReadCommand
 from lattice_remote.server.web.asking import call, run
@@ -107,18 +108,20 @@ async def write(asked: Asked[Any, Any], path: str, *arguments: str, success: HTT
     done = await run(asked.guest, [*path.split(), "--json", *arguments], once=asked.once)
     if not done.stdout:
         raise Rejected(_said(done.stderr.decode(errors="replace")), code="REMOTE_INVALID")
-    return at_change(asked, done.seq, answer(done.stdout, success))
+    return await at_change(asked, done.seq, answer(done.stdout, success))
 
 
 async def as_one(asked: Asked[Any, Any], name: str, payload: dict[str, object]) -> tuple[Returned, Response]:
     """Carry out an operation of the surface ``commands``: several commands of which all take effect, or none."""
     done = await call(asked.guest, "commands", name, json.dumps(payload).encode(), once=asked.once)
-    return done, at_change(asked, done.seq, answer(done.payload))
+    return done, await at_change(asked, done.seq, answer(done.payload))
 
 
-def at_change(asked: Asked[Any, Any], seq: int, response: Response) -> Response:
-    """Add the number up to which an answer is true, in the form in which streams of events give it."""
-    response.headers["Lattice-Change"] = f"{asked.guest.project.history.epoch}-{seq}"
+async def at_change(asked: Asked[Any, Any], seq: int, response: Response) -> Response:
+    """Add the position up to which an answer is true, in the form in which streams of events give it."""
+    history = asked.guest.project.history
+    epoch, mark = history.epoch, (await history.mark_at(seq) if seq <= history.head else None)
+    response.headers["Lattice-Change"] = str(Position(epoch, seq, mark or b""))
     return response
 
 

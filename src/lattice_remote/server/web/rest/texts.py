@@ -154,7 +154,7 @@ async def _put(asked: Asked[Nothing, bytes], kind: str) -> Response:
     content = msgspec.json.encode(
         {"ok": True, "data": Text(place.task, etag, "unchanged" if done.outcome == "unchanged" else "stored")}
     )
-    return at_change(asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json"))
+    return await at_change(asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json"))
 
 
 async def _store(asked: Asked[Nothing, bytes], place: _Place) -> Stored:
