@@ -78,6 +78,50 @@ def test_a_storm_from_one_address_has_a_rate(target: Target) -> None:
     target.check("700 connections in a row")
 
 
+def test_a_storm_without_a_token_delays_no_request_with_one_from_the_same_address(target: Target) -> None:
+    address, stop = "127.4.1.1", threading.Event()
+    refused = threading.Event()
+
+    def storm() -> None:
+        while not stop.is_set():
+            with target.open(address=address) as raw, contextlib.suppress(OSError):
+                raw.sendall(b"GET /projects/board/tasks HTTP/1.1\r\nHost: x\r\n\r\n")
+                if read_all(raw).startswith(b"HTTP/1.1 429 "):
+                    refused.set()
+
+    attackers = [threading.Thread(target=storm) for _ in range(4)]
+    for attacker in attackers:
+        attacker.start()
+    try:
+        assert refused.wait(60), "the storm is over the rate of its address"
+        asking = f"GET /projects/board HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {target.token}\r\n".encode()
+        for _ in range(40):
+            with target.open(address=address) as raw:
+                raw.sendall(asking + b"\r\n" + asking + b"Connection: close\r\n\r\n")
+                assert read_all(raw).count(b"HTTP/1.1 200 ") == 2, "the first on a connection, and the next"
+        with target.upgraded(address=address):
+            pass
+    finally:
+        stop.set()
+        for attacker in attackers:
+            attacker.join()
+    target.check("a storm beside requests with a token")
+
+
+def test_silent_connections_of_an_address_make_room_for_its_token(target: Target, opened: list[socket.socket]) -> None:
+    address = "127.3.1.1"
+    opened += [target.open(address=address) for _ in range(PER_ADDRESS)]
+    end = time.monotonic() + 10
+    answer = b""
+    while not answer.startswith(b"HTTP/1.1 200 "):  # the silent ones are turned out once they have had a second
+        assert time.monotonic() < end
+        with target.open(address=address) as raw, contextlib.suppress(ConnectionError):
+            asking = f"GET /projects/board HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {target.token}\r\n"
+            raw.sendall(f"{asking}Connection: close\r\n\r\n".encode())
+            answer = read_all(raw)
+    target.check("silent connections beside a request with a token")
+
+
 def test_heads_that_come_byte_by_byte_are_bounded(target: Target, opened: list[socket.socket]) -> None:
     files = target.open_files()
     slow = [target.open(address=f"127.5.{number % 30}.1") for number in range(400)]

@@ -93,16 +93,53 @@ def test_behind_a_proxy_nobody_asks_at_the_cost_of_who_asked_before_him_on_the_s
     assert refusal(shared, "198.51.100.1") == (429, 1)
 
 
-def test_open_connections_from_one_address_are_bounded() -> None:
+def admitted(visit: Visit, *forwarded: str) -> tuple[int, int | None] | None:
+    """Return status and patience of a refusal of a request that shows a valid token."""
+    refused = visit.enter(forwarded, "tok_a") or visit.admit("tok_a")
+    return None if refused is None else (refused.status.value, refused.retry_after_s)
+
+
+def test_open_connections_with_a_token_from_one_address_are_bounded() -> None:
     door = Door(Limits(connections_per_address=3))
+    strangers = [arrived(door, "2001:db8::9") for _ in range(5)]
+    assert [refusal(visit) for visit in strangers] == [None] * 5, "these have a bound of their own"
     visits = [arrived(door, host) for host in ("2001:db8::1", "2001:db8::2", "2001:db8::3")]
-    assert [refusal(visit) for visit in visits] == [None] * 3
+    assert [admitted(visit) for visit in visits] == [None] * 3
     late = arrived(door, "2001:db8::4")
-    assert refusal(late) == (429, 10)
+    assert admitted(late) == (429, 10)
     late.leave()
     visits[0].leave()
-    assert refusal(arrived(door, "2001:db8::5")) is None
-    assert refusal(arrived(door, "2001:db8:0:1::1")) is None
+    assert admitted(arrived(door, "2001:db8::5")) is None
+    assert admitted(arrived(door, "2001:db8:0:1::1")) is None
+
+
+def test_a_flood_from_an_address_refuses_no_token_from_there() -> None:
+    clock = Clock()
+    door = Door(Limits(new_connections_per_second=2), clock=clock)
+    flood = [arrived(door) for _ in range(200)]
+    assert refusal(flood[-1]) == (429, 1)
+    visit = arrived(door)
+    assert admitted(visit) is None
+    assert admitted(visit) is None, "nor the next on its connection"
+    assert refusal(flood[-1]) == (429, 1)
+
+
+def test_a_stranger_gives_its_place_to_the_next_of_its_address_after_a_second() -> None:
+    clock = Clock()
+    door = Door(Limits(waiting_connections_per_address=2), clock=clock)
+    cut: list[str] = []
+    oldest, other = arrived(door), arrived(door)
+    oldest.cut, other.cut = (lambda: cut.append("oldest")), (lambda: cut.append("other"))
+    clock.now += 0.9
+    assert door.arrive("192.0.2.1") is None
+    clock.now += 0.2
+    assert admitted(arrived(door)) is None
+    assert cut == ["oldest"]
+    arrived(door, "192.0.2.2")
+    arrived(door)
+    assert cut == ["oldest"], "there was room"
+    arrived(door)
+    assert cut == ["oldest", "other"]
 
 
 def test_an_address_has_room_for_few_strangers() -> None:
@@ -182,19 +219,21 @@ def test_behind_a_trusted_proxy_each_client_has_its_own_account() -> None:
     door = Door(Limits(connections_per_address=1, waiting_connections_per_address=1), ["10.0.0.0/8"])
     one, two, three = (arrived(door, "10.0.0.1") for _ in range(3))
     assert refusal(one, "192.0.2.1") is None
-    assert refusal(two, "192.0.2.1") == (429, 10)
+    assert refusal(two, "192.0.2.1") == (429, 1)
     assert refusal(two, "192.0.2.2") is None
-    assert refusal(three, "192.0.2.2") == (429, 10)
+    assert refusal(three, "192.0.2.2") == (429, 1)
+    assert refusal(arrived(door, "10.0.0.1"), "192.0.2.2, 10.9.9.9") == (429, 1)
+    assert admitted(two, "192.0.2.2") is None
+    assert admitted(three, "192.0.2.2") == (429, 10)
     two.leave()
-    assert refusal(three, "192.0.2.2") == (429, 10)  # it keeps its refusal, which ends its connection
-    assert refusal(arrived(door, "10.0.0.1"), "192.0.2.2, 10.9.9.9") == (429, 10)
+    assert admitted(three, "192.0.2.2") is None
     three.leave()
 
 
 def test_from_anybody_else_that_header_counts_for_nothing() -> None:
     door = Door(Limits(connections_per_address=1), ["10.0.0.0/8"])
-    assert refusal(arrived(door), "198.51.100.1") is None
-    assert refusal(arrived(door), "198.51.100.2") == (429, 10)
+    assert admitted(arrived(door), "198.51.100.1") is None
+    assert admitted(arrived(door), "198.51.100.2") == (429, 10)
 
 
 def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

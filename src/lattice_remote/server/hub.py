@@ -207,6 +207,11 @@ class Hub:
         login = self._logins.find(bearer(authorization))
         return "" if login is None or self._logins.objection(login) is not None else login.token.id
 
+    def shown_before(self, token_id: str, sha256: str) -> str:
+        """Return the id of a token that was shown before, if it is still valid, "" otherwise; nothing is counted."""
+        login = self._logins.recall(token_id, sha256)
+        return "" if login is None or self._logins.objection(login) is not None else token_id
+
     def identify(self, visit: Visit, token_text: str) -> Login | Refusal:
         """Return whose text this is; "" is nobody's (I9)."""
         if self.stopping:

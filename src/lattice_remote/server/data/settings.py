@@ -21,8 +21,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     connections_per_token: _Count = 1_000
     connections_per_address: _Count = 2_000
+    """Connections that have shown a valid token."""
     new_connections_per_second: _Count = 100
-    """From one address, and further HTTP requests that show no valid token; ten seconds' worth may come at once."""
+    """From one address, and further HTTP requests on them; ten seconds' worth may come at once. A request that shows a
+    valid token is not refused for it."""
     waiting_connections: _Count = 2_048
     """Connections that have not shown a token yet. One more, and the address with the most loses its oldest."""
     waiting_connections_per_address: _Count = 1_024

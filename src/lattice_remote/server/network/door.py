@@ -6,8 +6,9 @@ address and all together; when those are too many, the address with the most mak
 (``strangers.py``), so a flood keeps nobody out who shows his token at once. What else is known of an address is
 forgotten when more than ``MAX_ADDRESSES`` are known.
 
-A request that shows a valid token is counted for the token, and any other for its address: agents that share an address
-don't stand in each other's way, and a token is no faster from many addresses.
+A request that shows a valid token is counted for the token, and any other for its address: a flood without a token
+slows down no request with one from the same address, agents that share an address don't stand in each other's way, and
+a token is no faster from many addresses.
 
 Nothing here waits or does I/O.
 """
@@ -34,6 +35,9 @@ _BURST_S = 10
 """How many seconds' worth of new connections may come at once."""
 _TOKEN_BURST_S = 4
 """How many seconds' worth of requests with one token may come at once."""
+_PATIENCE_S = 1.0
+"""A connection that has shown no token after this time makes room for the next of its address. A token comes with the
+first packet; a shorter time would cut TLS handshakes when hundreds of agents come back together."""
 _LOG_EVERY_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -42,11 +46,12 @@ _log = logging.getLogger(__name__)
 class _Address:
     """What is known of one address."""
 
-    __slots__ = ("arrivals", "connections", "failures", "name")
+    __slots__ = ("admitted", "arrivals", "connections", "failures", "name")
 
     def __init__(self, name: str, limits: Limits, now: float) -> None:
         self.name = name
         self.connections = 0
+        self.admitted = 0  # those of them that have shown a valid token
         self.arrivals = Bucket(limits.new_connections_per_second * _BURST_S, now)
         self.failures = Bucket(limits.failed_logins_per_minute, now)
 
@@ -59,6 +64,8 @@ class Visit:
         """Ends the connection at once; set by its owner."""
         self._door = door
         self._host = host
+        self.since = door.now()
+        """When it was accepted, by the door's clock, in seconds."""
         self._home: _Address | None = None  # whose it is; behind a proxy that is known when a request has come
         self._refusal: Refusal | None = None
         self._requests = 0
@@ -97,7 +104,7 @@ class Visit:
                 self.come_from(self._door.known(name), is_new=not token_id)
                 self._requests = 0
         self._requests += 1
-        if self._refusal is None and token_id:
+        if token_id:  # whatever else comes from its address
             return self._door.too_fast_with(token_id, self.address)
         if (
             self._refusal is None and self._requests > 1 and self._home is not None
@@ -109,6 +116,7 @@ class Visit:
         """Count it for an address, as new or as one more that is open; ``enter()`` says if it is too much."""
         self._home = home
         home.connections += 1
+        home.admitted += bool(self._token_id)
         if not self._token_id:
             self._door.stranger(self, home.name)
         self._refusal = self._door.one_more_from(home, is_new=is_new)
@@ -130,11 +138,15 @@ class Visit:
             return None
         if self._gone:  # cut, or ended by the client, while its request was looked at: nobody would take it off again
             return _too_many("this connection is closed", 1)
+        if self._home is not None and not self._token_id and (refusal := self._door.one_more_admitted(self._home)):
+            return refusal
         refusal = self._door.one_more_with(token_id, self.address)
         if refusal is None:
             self._door.no_stranger(self)
             if self._token_id:
                 self._door.one_less_with(self._token_id)
+            elif self._home is not None:
+                self._home.admitted += 1
             self._token_id = token_id
         return refusal
 
@@ -161,6 +173,7 @@ class Visit:
     def _leave_home(self) -> None:
         if self._home is not None:
             self._home.connections -= 1
+            self._home.admitted -= bool(self._token_id)
             self._home = None
 
 
@@ -189,15 +202,24 @@ class Door:
         else:
             home = self.known(counted_as(host))
             if self._strangers.at(home.name) >= self.limits.waiting_connections_per_address:
-                self.log("too many connections without a token", home.name)
-                return None
+                oldest = self._strangers.oldest_at(home.name)
+                if visit.since - oldest.since < _PATIENCE_S:
+                    self.log("too many connections without a token", home.name)
+                    return None
+                self._cut(oldest)
             visit.come_from(home)
         if len(self._strangers) > self.limits.waiting_connections:
-            leaving = self._strangers.next_to_go()
-            self.log("cut, to make room for connections without a token", leaving.address)
-            leaving.leave()
-            leaving.cut()
+            self._cut(self._strangers.next_to_go())
         return visit
+
+    def _cut(self, leaving: Visit) -> None:
+        self.log("cut, to make room for connections without a token", leaving.address)
+        leaving.leave()
+        leaving.cut()
+
+    def now(self) -> float:
+        """Return the time, in seconds, by a clock that is never set."""
+        return self._clock()
 
     def log(self, reason: str, address: str) -> None:
         """Log that somebody was turned away, now and then for each reason. ``reason`` has no text of the client's."""
@@ -231,16 +253,20 @@ class Door:
 
     def one_more_from(self, home: _Address, *, is_new: bool) -> Refusal | None:
         """Return why one more connection from an address, already counted, is too much."""
-        limits = self.limits
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
-        if home.connections > limits.connections_per_address:
-            self.log("too many connections", home.name)
-            return _too_many(f"your address has {limits.connections_per_address} connections already", 10)
-        if self._strangers.at(home.name) > limits.waiting_connections_per_address:
+        if self._strangers.at(home.name) > self.limits.waiting_connections_per_address:
             self.log("too many connections without a token", home.name)
             return _too_many("too many connections without a token from your address", 1)
         return None
+
+    def one_more_admitted(self, home: _Address) -> Refusal | None:
+        """Return why an address may not have one more connection that has shown a token; others don't count here."""
+        most = self.limits.connections_per_address
+        if home.admitted < most:
+            return None
+        self.log("too many connections", home.name)
+        return _too_many(f"your address has {most} connections already", 10)
 
     def too_fast(self, home: _Address) -> Refusal | None:
         """Count a new connection, or a further request on one; return why it is too much."""

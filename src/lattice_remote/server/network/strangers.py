@@ -26,6 +26,10 @@ class Strangers[T: Hashable]:
         """Return how many there are at an address."""
         return len(self._at.get(address, ()))
 
+    def oldest_at(self, address: str) -> T:
+        """Return the one that has been at an address for longest; there is at least one."""
+        return next(iter(self._at[address]))
+
     def put(self, stranger: T, address: str) -> None:
         """Add one, or note that it belongs to this address."""
         self.remove(stranger)

@@ -6,6 +6,7 @@ Each part of the house brings its own routes; here they are put together.
 import logging
 from http import HTTPStatus
 
+from itsdangerous import BadData
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -60,20 +61,29 @@ def http_app(hub: Hub, gauges: Gauges) -> ASGIApp:
     app.state.gauges = gauges
     app.state.feeds = Feeds()
     app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
-    return with_records(with_headers(_past_the_door(ending_where_unread(app), hub)), hub, routes)
+    return with_records(with_headers(_past_the_door(ending_where_unread(app), hub, app.state.cookies)), hub, routes)
 
 
-def _past_the_door(app: ASGIApp, hub: Hub) -> ASGIApp:
+def _past_the_door(app: ASGIApp, hub: Hub, cookies: Cookies) -> ASGIApp:
     """Return the app for those requests only that the door lets pass."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         visit: Visit = scope["state"]["visit"]
         headers = Headers(scope=scope)
-        token_id = hub.shown(headers.getlist("Authorization"))
+        token_id = hub.shown(headers.getlist("Authorization")) or _shown_by_cookie(hub, cookies, scope)
         refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refused_body(scope["method"], headers)
         await (app if refusal is None else say(Request(scope), refusal))(scope, receive, send)
 
     return guarded
+
+
+def _shown_by_cookie(hub: Hub, cookies: Cookies, scope: Scope) -> str:
+    """Return the id of the valid token with which a browser has signed in, "" for none; whether it may is not said."""
+    try:
+        shown = cookies.read(Request(scope))
+    except BadData:
+        return ""
+    return "" if shown is None else hub.shown_before(shown.token_id, shown.sha256)
 
 
 # --- what ends otherwise than a handler wants ---
