@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from worker_process import ANA, WorkerProcess, answer_of, change_of, execute, make_project, tree_of
+from worker_process import ANA, WorkerProcess, answer_of, change_of, make_project, tree_of
 
 from lattice_remote.protocol.messages import Attachment, Reply
 
@@ -148,15 +147,6 @@ def test_waiting_for_a_resource_does_not_hold_the_writer(worker: WorkerProcess) 
     done = worker.run(*wait)
     assert (done.waiting_for, change_of(done) is not None) == (None, True)
     assert worker.reply(*wait[:3], "--actor", "agent:c").exit_code == 1
-
-
-def test_plain_lattice_in_the_same_directory_is_waited_for(worker: WorkerProcess) -> None:
-    with FileLock(worker.project / ".lattice/locks/resources_gpu.lock"):
-        worker.send(execute("resource", "create", "gpu", *ANA))
-        assert not worker.has_message(within_s=0.2)
-        assert not (worker.project / ".lattice/resources/gpu").exists()
-    assert isinstance(answer := answer_of(worker.done()), Reply)
-    assert answer.exit_code == 0
 
 
 def test_what_is_evicted_while_waiting_is_a_change_without_an_answer(worker: WorkerProcess) -> None:

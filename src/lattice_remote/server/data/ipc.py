@@ -41,7 +41,9 @@ class Execute(_Message, frozen=True, tag="execute"):
 
     ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and says in
     ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
-    ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``.
+    ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``. It also has
+    the locks (``locks/tasks_...``) for which others wait. With ``may_wait``, a lock that another process holds makes
+    the request wait as a resource does; without, it is refused.
     ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
     ``fingerprint`` is a digest of what was asked, where the surface makes one; else the fields (``asked_by``) count.
     Another request with the same id is refused.
@@ -56,13 +58,14 @@ class Execute(_Message, frozen=True, tag="execute"):
     last_try: bool = False
     first_sent_at: float | None = None
     ahead: list[str] = []
+    may_wait: bool = True
     fingerprint: bytes = b""
 
 
 class Invoke(_Message, frozen=True, tag="invoke"):
     """Carry out an operation of a surface for the holder of this token, once for this id (I6); see ``Call``.
 
-    ``fingerprint`` is as for ``Execute``.
+    ``ahead``, ``may_wait`` and ``fingerprint`` are as for ``Execute``.
     """
 
     id: str
@@ -74,6 +77,8 @@ class Invoke(_Message, frozen=True, tag="invoke"):
     actor: str
     act_as: list[str]
     first_sent_at: float | None = None
+    ahead: list[str] = []
+    may_wait: bool = True
     fingerprint: bytes = b""
 
 
@@ -215,7 +220,8 @@ class Done(_Message, frozen=True, tag="done"):
     """One request is finished and durable; ``change`` and ``reply`` are encoded frames, ready to be sent.
 
     ``id`` is empty for a reconciliation. ``waiting_for`` names the resource whose next change, or whose expiry
-    at ``retry_at`` (seconds since the epoch), is worth another try; nothing was answered then.
+    at ``retry_at`` (seconds since the epoch), is worth another try, or a lock (``locks/tasks_...``) that another
+    process holds; nothing was answered then.
     """
 
     id: str

@@ -32,5 +32,9 @@ class Job:
     """Workers that certainly died of it."""
     resource: str | None = None
     """What it waited for last."""
+    lock_tries: int = 0
+    """How often it has found a lock held by another process."""
+    lock_until: float = 0.0
+    """When it waits for no lock any more, by the monotonic clock; 0 before its first wait for one."""
     wait_until: float = 0.0
     """When that waiting is over, by the monotonic clock."""

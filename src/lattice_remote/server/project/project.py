@@ -336,18 +336,23 @@ class Project:
         while self._queue and self._outstanding.takes(self._queue.next()):
             job = self._queue.pop()
             self._outstanding.add(job)
-            if isinstance(job.message, Execute) and (ahead := self._waiting.ahead_of(job)) != job.message.ahead:
-                job.message = msgspec.structs.replace(job.message, ahead=ahead)
+            if isinstance(job.message, Execute | Invoke):
+                ahead = self._waiting.ahead_of(job)
+                if ahead != job.message.ahead:
+                    job.message = msgspec.structs.replace(job.message, ahead=ahead)
             batch.append(job.message)
         if batch:
             assert self._writer is not None, "an open project has a worker"
             self._writer.send(*batch)
 
     def _retry(self, job: Job) -> None:
-        """Try again what waited for a resource."""
-        assert isinstance(job.message, Execute), "only commands wait"
-        last = time.monotonic() >= job.wait_until
-        job.message = msgspec.structs.replace(job.message, last_try=last)
+        """Try again what waited for a resource or a lock."""
+        assert isinstance(job.message, Execute | Invoke), "only commands and calls wait"
+        is_over = time.monotonic() >= job.wait_until
+        if job.lock_until:
+            job.message = msgspec.structs.replace(job.message, may_wait=not is_over)
+        elif isinstance(job.message, Execute):
+            job.message = msgspec.structs.replace(job.message, last_try=is_over, may_wait=True)
         self._enqueue(job)
 
     def _reconcile(self) -> None:
@@ -429,7 +434,7 @@ class Project:
 
     def _wait(self, job: Job, request_id: str, done: Done) -> None:
         if job.askers and not self._stopping:
-            assert isinstance(job.message, Execute), "only commands wait"
+            assert isinstance(job.message, Execute | Invoke), "only commands and calls wait"
             self._waiting.add(job, done, ahead=job.message.ahead)
         else:
             self._waiting.leave(job)

@@ -15,7 +15,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
@@ -92,6 +92,8 @@ class Capture:
         self._locks = self._tree + "locks/"
         self._undo = undo
         self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
+        self.before_change: Callable[[], None] | None = None
+        """Called before each change of the tree, of which it may make some itself; see ``WriteSet``."""
         self._thread = 0
         self._touched = Touched()
         self._seen: set[str] = set()
@@ -129,8 +131,26 @@ class Capture:
         handler = _HANDLERS.get(event)
         if handler is None:
             self._refuse(f"do what Python calls {event}")
+        if self.before_change is not None and self._is_change(event, args):
+            self.before_change()
         with self._own_work():
             handler(self, args)
+
+    def _is_change(self, event: str, args: tuple[object, ...]) -> bool:
+        """Tell whether an event changes what a reader of the tree sees: not a lock, nor a file in the making."""
+        if event == "open":
+            paths = args[:1] if isinstance(args[2], int) and args[2] & _WRITES else ()
+        elif event in {"os.rename", "os.remove", "os.truncate"}:
+            paths = args[:2] if event == "os.rename" else args[:1]
+        else:
+            return False
+        return any(
+            isinstance(path, str)
+            and path.startswith(self._tree)
+            and not path.startswith(self._locks)
+            and not os.path.basename(path).startswith(".tmp.")
+            for path in paths
+        )
 
     def _refuse(self, what: str) -> NoReturn:
         if self._touched.veto is None:

@@ -6,32 +6,28 @@ The process must have been prepared with ``prepare()``; one command runs at a ti
 """
 
 import errno
-import fcntl
 import io
 import logging
 import os
-import shutil
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import click
-import filelock
 
 from lattice_remote.server.data.ipc import HookCall
-from lattice_remote.server.tree.tree import MERGE_FROM_BYTES
+from lattice_remote.server.tree.capture import Capture
+from lattice_remote.server.worker.patches import LOCK_PREFIX, Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
 from lattice_remote.server.worker.surfaces.surface import Answer, Printed
 
 __all__ = ["Executor", "Outcome", "Waiting"]
 
 _log = logging.getLogger(__name__)
-_LOCK_RETRY_S = 0.02
 _FAILED = 400
 """From this status on an operation did not succeed."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -44,12 +40,18 @@ _MAX_WAIT_S = 7 * 24 * 3600.0
 class Waiting:
     """``resource acquire --wait`` would wait here: for the resource, at most ``timeout_s`` in all.
 
+    Or any command would, for a lock (``locks/tasks_...``) that another process holds.
     ``retry_at`` is when its first holder's time is over, in seconds since the epoch; None when not known.
     """
 
     resource: str
     timeout_s: float
-    retry_at: float | None
+    retry_at: float | None = None
+
+    @property
+    def is_lock(self) -> bool:
+        """Whether it waits for a lock: nothing that it did stays."""
+        return self.resource.startswith(LOCK_PREFIX)
 
 
 @dataclass
@@ -60,9 +62,10 @@ class Outcome:
         answer: of an operation that did not break down.
         failure: one line when the command broke down, so that all it did must be undone; None otherwise.
         no_room: the failure is that the disk did not take what it wrote.
-        is_final: it came to its own end, and would come to the same again. A breakdown, or a lock that others did not
-            give back in time, says nothing of the next try: it is undone, and answered without being remembered.
+        is_final: it came to its own end, and would come to the same again. A breakdown says nothing of the next try:
+            it is undone, and answered without being remembered.
         waiting: it would wait; nothing was printed.
+        timeout: the words of lattice for a lock that another process held for all of the time.
     """
 
     exit_code: int = 0
@@ -74,111 +77,20 @@ class Outcome:
     no_room: OSError | None = None
     is_final: bool = True
     waiting: Waiting | None = None
+    timeout: str = ""
 
     @property
     def is_undone(self) -> bool:
         """Tell whether all that was written must be undone."""
-        return not self.is_final or (self.answer is not None and self.answer.status >= _FAILED)
+        failed = self.answer is not None and self.answer.status >= _FAILED
+        waits = self.waiting is not None and self.waiting.is_lock
+        return not self.is_final or failed or waits or bool(self.timeout)
 
 
 class _WouldWait(BaseException):
     def __init__(self, waiting: Waiting) -> None:
         super().__init__(waiting)
         self.waiting = waiting
-
-
-class _Clock:
-    """Stands for ``time`` in lattice's resource commands: nobody sleeps while holding the writer."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-        self._asked = 0
-
-    def restart(self, *, is_over: bool) -> None:
-        """Begin a command; with ``is_over`` its time is up as soon as it has tried once."""
-        self.is_over, self._asked = is_over, 0
-
-    def monotonic(self) -> float:
-        self._asked += 1
-        return float("inf") if self.is_over and self._asked > 1 else 0.0
-
-    def sleep(self, seconds: float) -> NoReturn:
-        del seconds
-        raise _WouldWait(_waiting())
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(time, name)
-
-
-class _LazyDisk:
-    """Stands for ``os`` in lattice's file functions: leaves out the fsyncs that the journal makes needless.
-
-    What is kept is that of a file which the journal holds only as a patch on what it was before.
-    """
-
-    def fsync(self, descriptor: int) -> None:
-        appends = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
-        if not appends and os.fstat(descriptor).st_size >= MERGE_FROM_BYTES:
-            os.fsync(descriptor)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-
-class _Mover:
-    """Stands for ``shutil`` in lattice's ``attach``: what came with the command is a copy, nobody needs another."""
-
-    def __init__(self) -> None:
-        self.own_copies: Collection[str] = ()
-
-    def copy2(self, source: str, target: str) -> str:
-        if source in self.own_copies:
-            with suppress(OSError):  # another file system, for one: then it is copied
-                os.replace(source, target)
-                return target
-        return shutil.copy2(source, target)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(shutil, name)
-
-
-class _Lock:
-    """Stands for ``FileLock`` in lattice: the same flock on the same file, at a tenth of the cost.
-
-    Plain ``lattice`` in the same directory still waits for it, and is waited for (I12).
-    """
-
-    has_timed_out: ClassVar[bool] = False
-    """Whether any lock was waited for in vain since this was last set to False."""
-
-    def __init__(self, path: Path, timeout: float) -> None:
-        self._path = path
-        self._timeout_s = timeout
-        self._descriptor = -1
-
-    def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            filelock.Timeout: somebody else has had it for all of the time.
-        """
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    self.release()
-                    _Lock.has_timed_out = True
-                    raise filelock.Timeout(str(self._path)) from None
-                time.sleep(_LOCK_RETRY_S)
-            else:
-                return
-
-    def release(self) -> None:
-        """Give the lock back."""
-        os.close(self._descriptor)
 
 
 class Executor:
@@ -190,9 +102,11 @@ class Executor:
     Args:
         root: a real path.
         lazy: leave out lattice's fsyncs; a power cut is then repaired from the journal.
+        capture: watches the commands, where they write to a project that others read: what they write to existing
+            files is not there before they have succeeded.
     """
 
-    def __init__(self, root: Path, *, lazy: bool) -> None:
+    def __init__(self, root: Path, *, lazy: bool, capture: Capture | None = None) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
         os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell in place of running it
@@ -207,8 +121,10 @@ class Executor:
         self.cli: click.Group = cli
         self._root = root
         self._hooks: list[HookCall] = []
-        self._clock = _Clock()
-        self._mover = _Mover()
+        self._clock = Clock(_pause)
+        self._mover = Mover()
+        self._locks = LockTable()
+        self._may_wait = False
         self._checked = ""
         self._ahead: Collection[str] = ()
         self._guard(cli, [])
@@ -216,10 +132,16 @@ class Executor:
         setattr(resource_cmds, "is_resource_available", self._is_available)  # noqa: B010 - an imported name
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
         setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
+        self._writes = WriteSet(None if lazy else fs._fsync_directory)
+        if lazy or capture is not None:
+            setattr(fs, "os", Disk(self._writes if capture is not None else None, lazy=lazy))  # noqa: B010 - likewise
         if lazy:
-            setattr(fs, "os", _LazyDisk())  # noqa: B010 - likewise
             fs._fsync_directory = _leave_it
-        setattr(locks, "FileLock", _Lock)  # noqa: B010 - likewise
+        if capture is not None:
+            capture.before_change = self._writes.publish
+            setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
+            setattr(io, "open", self._writes.open)  # noqa: B010 - pathlib's way to every file
+        setattr(locks, "FileLock", partial(Lock, self._take_lock))  # noqa: B010 - an imported name
         hooks._run_hook = self._collect_hook
 
     def run(
@@ -228,49 +150,51 @@ class Executor:
         checked: str,
         *,
         last_try: bool = False,
+        may_wait: bool = False,
         ahead: Collection[str] = (),
         own_copies: Collection[str] = (),
     ) -> Outcome:
         """Run a command line that the policy has let through; never raises an ``Exception``.
 
-        ``ahead`` are resources that it does not take with ``--wait``, because others stand before it in line.
+        ``ahead`` are resources that it does not take with ``--wait``, and locks that it does not take, because others
+        have waited for longer. Unless it ``may_wait``, a lock that another process holds ends it with the words of
+        lattice. The locks that it takes stay until ``release_locks``.
         ``own_copies`` are files that the command may take instead of copying them.
 
         ``checked`` is the command that the policy saw in it, as ``resource acquire``: no other is run, and none at all
         when it is empty, for a line that only prints. ``Vetoed`` passes through. What the command printed is what a
         pipe would have received.
         """
-        self._begin(checked, last_try=last_try, own_copies=own_copies)
-        self._ahead = ahead
+        self._begin(checked, ahead, last_try=last_try, may_wait=may_wait, own_copies=own_copies)
         outcome = Outcome()
-        with _printing() as (stdout, stderr):
+        with _printing() as (stdout, stderr), self._ending(outcome, f"lattice {' '.join(argv[:2])}"):
             try:
                 self.cli.main(args=list(argv), prog_name="lattice")
             except SystemExit as ending:
                 outcome.exit_code = _exit_code(ending)
             except _WouldWait as pause:
                 outcome.waiting = pause.waiting
-            except Exception as error:  # noqa: BLE001 - a command may fail in any way, the writer goes on
-                self._failed(outcome, f"lattice {' '.join(argv[:2])}", error)
         outcome.stdout, outcome.stderr = stdout(), stderr()
         outcome.hooks = list(self._hooks)
-        outcome.is_final &= not (_Lock.has_timed_out and outcome.exit_code)
         return outcome
 
-    def call(self, operation: Callable[[], Answer], label: str) -> Outcome:
+    def call(
+        self,
+        operation: Callable[[], Answer],
+        label: str,
+        *,
+        may_wait: bool = False,
+        ahead: Collection[str] = (),
+    ) -> Outcome:
         """Run an operation of a surface, which may run no command but by ``run_step``; never raises an ``Exception``.
 
-        ``Vetoed`` passes through. What is printed is nobody's to see.
+        ``Vetoed`` passes through. What is printed is nobody's to see. ``may_wait`` and ``ahead`` are as for ``run``.
         """
-        self._begin("", last_try=True)
+        self._begin("", ahead, last_try=True, may_wait=may_wait)
         outcome = Outcome()
-        with _printing():
-            try:
-                outcome.answer = operation()
-            except Exception as error:  # noqa: BLE001 - an operation may fail in any way, the writer goes on
-                self._failed(outcome, label, error)
+        with _printing(), self._ending(outcome, label):
+            outcome.answer = operation()
         outcome.hooks = list(self._hooks)
-        outcome.is_final &= not (_Lock.has_timed_out and outcome.answer and outcome.answer.status >= _FAILED)
         return outcome
 
     def run_step(self, argv: Sequence[str], checked: str) -> Printed:
@@ -280,7 +204,6 @@ class Executor:
         """
         self._checked = checked
         self._clock.restart(is_over=True)
-        self._ahead = ()
         exit_code = 0
         try:
             with _printing() as (stdout, stderr):
@@ -292,12 +215,59 @@ class Executor:
         finally:
             self._checked = ""
 
-    def _begin(self, checked: str, *, last_try: bool, own_copies: Collection[str] = ()) -> None:
+    def release_locks(self) -> None:
+        """Release the locks of the last command; it is committed or rolled back."""
+        self._locks.release_all()
+
+    def _begin(
+        self,
+        checked: str,
+        ahead: Collection[str],
+        *,
+        last_try: bool,
+        may_wait: bool,
+        own_copies: Collection[str] = (),
+    ) -> None:
         self._hooks.clear()
         self._checked = checked
-        _Lock.has_timed_out = False
+        self._ahead = ahead
         self._clock.restart(is_over=last_try)
+        self._may_wait = may_wait
+        self._locks.begin(ahead)
         self._mover.own_copies = own_copies
+
+    @contextmanager
+    def _ending(self, outcome: Outcome, label: str) -> Iterator[None]:
+        """Publish what the block has written if it succeeds, and note what ends it otherwise."""
+        try:
+            yield
+            if not outcome.is_undone:
+                self._writes.publish()
+        except LockBusy as busy:
+            if self._may_wait:
+                outcome.waiting = Waiting(LOCK_PREFIX + busy.key, busy.timeout_s)
+            else:
+                outcome.timeout = str(busy)
+        except Exception as error:  # noqa: BLE001 - a command may fail in any way, the writer goes on
+            self._failed(outcome, label, error)
+        finally:
+            self._writes.forget()
+
+    def _take_lock(self, path: Path, timeout_s: float) -> None:
+        """Take a lock for the transaction.
+
+        Lattice reads a task's snapshot, decides, and then takes the lock. When another process has replaced the
+        snapshot in between, the command starts again, so that it does not write over what plain lattice has said is
+        done.
+
+        Raises:
+            LockBusy: another process holds it, or has just written.
+        """
+        self._locks.acquire(path, timeout_s)
+        kind, _, task_id = path.stem.partition("_")
+        snapshot = f"{path.parent.parent}/tasks/{task_id}.json"
+        if kind == "tasks" and self._may_wait and self._writes.has_changed(snapshot):
+            raise LockBusy(path.stem, timeout_s)
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
         """Have every command below ``group`` make sure that it is the one that was checked."""
@@ -339,7 +309,7 @@ class Executor:
 
 
 def _leave_it(path: Path) -> None:
-    """Stand for lattice's fsync of a directory."""
+    """Replace lattice's fsync of a directory: omit it."""
 
 
 @contextmanager
@@ -368,6 +338,10 @@ def _exit_code(ending: SystemExit) -> int:
         return ending.code or 0
     sys.stderr.write(f"{ending.code}\n")
     return 1
+
+
+def _pause() -> NoReturn:
+    raise _WouldWait(_waiting())
 
 
 def _waiting() -> Waiting:

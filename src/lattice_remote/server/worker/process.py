@@ -104,7 +104,7 @@ def _serve(
     code = code_directories(project)
     scratch = prepare_scratch(project)
     opened = open_store(project, scratch, committer, code=code, retention=retention)
-    executor = Executor(project, lazy=opened.can_repair)
+    executor = Executor(project, lazy=opened.can_repair, capture=opened.capture)
     worker = Worker(project, scratch, opened.store, executor, committer, plugin_commands=plugin_commands)
     worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
     gc.collect()

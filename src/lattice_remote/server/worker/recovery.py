@@ -36,12 +36,13 @@ class Opened:
     """A project ready for work.
 
     Attributes:
-        store: see there.
+        store, capture: see there.
         notes: what had to be done, one line each.
         can_repair: a power cut will be noticed and repaired from the journal: lattice's own fsyncs may be left out.
     """
 
     store: Store
+    capture: Capture
     notes: list[str]
     can_repair: bool
 
@@ -108,11 +109,12 @@ def open_store(
     if history.journal is not None and not history.is_trusted and boot_id:
         repair = Repair(tree, _contents(directory), damaged_since(tree, booted_at()))
         notes += repair.perform(directory / "lost")
+    capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
     store = Store(
         journal=journal,
         tree=tree,
         undo=undo,
-        capture=Capture(str(tree.root), str(scratch), undo, tuple(code)),
+        capture=capture,
         committer=committer,
         boot_id=boot_id,
         unsynced=history.unsynced,
@@ -136,7 +138,7 @@ def open_store(
     if adopted is not None:
         finish(project)
     remove_segments(store.journal.expire(time.time()))
-    return Opened(store, notes, bool(boot_id))
+    return Opened(store, capture, notes, bool(boot_id))
 
 
 def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:

@@ -150,6 +150,8 @@ class Worker:
         except Rejected as rejected:
             message = rejected.message[:_MAX_MESSAGE_CHARS]
             self._store.refuse(Refused(request.id, rejected.code, message))
+        finally:
+            self._executor.release_locks()
 
     def _require_new(self, request: _Request) -> None:
         """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
@@ -226,6 +228,7 @@ class Worker:
                 attached.argv,
                 command.path,
                 last_try=request.last_try,
+                may_wait=request.may_wait,
                 ahead=request.ahead,
                 own_copies=attached.paths,
             ),
@@ -264,9 +267,13 @@ class Worker:
         return Work(
             name=f"'{operation.label}'",
             cause=_cause(request, operation.actor, describe_call(operation.label)),
-            run=lambda: _bounded(self._executor.call(operation.run, operation.label)),
+            run=lambda: self._call(request, operation),
             answer=lambda outcome, seq: _returned(request.id, seq, outcome, attached),
         )
+
+    def _call(self, request: Invoke, operation: Operation) -> Outcome:
+        called = partial(self._executor.call, may_wait=request.may_wait, ahead=request.ahead)
+        return _bounded(called(operation.run, operation.label))
 
 
 def _with_fingerprint[R: _Request](request: R) -> R:

@@ -69,6 +69,9 @@ class Runner:
             _refuse_vetoed(touched, work.name)
             if outcome.no_room is not None:
                 raise cannot_store(f"what {work.name} writes", outcome.no_room)
+            if outcome.timeout:
+                holder = "another process in the server's directory holds it"
+                raise Rejected(f"{outcome.timeout}: {holder}; nothing was changed, try again", code="REMOTE_BUSY")
             if not outcome.is_final:
                 self._store.answer_once(lambda seq: work.answer(outcome, seq))
                 return
