@@ -263,10 +263,11 @@ def execute(
     token_id: str = "tok_1",  # noqa: S107 - an id
     last_try: bool = False,
     ahead: Sequence[str] = (),
+    may_wait: bool = True,
 ) -> Execute:
     """Return the request to run a command line."""
     request = Execute(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
-    return msgspec.structs.replace(request, ahead=list(ahead))
+    return msgspec.structs.replace(request, ahead=list(ahead), may_wait=may_wait)
 
 
 def invoke(

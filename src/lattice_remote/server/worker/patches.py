@@ -138,16 +138,20 @@ class Lock:
 def _try_lock(path: str) -> int | None:
     """Return a descriptor that has the lock; None when another process has it.
 
-    The same flags as in ``filelock``: a symbolic link is not followed, and no lease is waited for.
+    The same flags and mode as in ``filelock``: a symbolic link is not followed, no lease is waited for, and the umask
+    decides whether the user's group may lock too.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = os.open(path, flags, 0o666)
     except BlockingIOError:
         return None
-    except FileNotFoundError:  # a project that comes from git or a zip file has no empty directory
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # a project that comes from git or a zip file has no empty directory
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor = os.open(path, flags, 0o644)
+        descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_there = os.fstat(descriptor).st_nlink > 0  # a lock on a removed file excludes nobody
@@ -250,7 +254,8 @@ class WriteSet:
         name = os.fspath(file)
         content = self._waiting.get(name)
         if isinstance(content, list) and os.path.lexists(name):
-            whole = self._open(name, "rb").read() + "".join(content).encode()
+            with self._open(name, "rb") as log:
+                whole = log.read() + "".join(content).encode()
             return _reader(whole, mode, *arguments, **options)
         is_replaced = content is not None and os.path.lexists(name)
         opened = self._open(content if is_replaced else file, mode, *arguments, **options)

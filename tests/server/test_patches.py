@@ -1,0 +1,350 @@
+"""Each function that the worker replaces in lattice does what the original does."""
+
+import errno
+import io
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import filelock
+import pytest
+from lattice.storage import fs, locks
+
+from lattice_remote.server.worker.patches import Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
+
+
+@pytest.fixture
+def table() -> Iterator[LockTable]:
+    made = LockTable()
+    yield made
+    made.release_all()
+
+
+def outcome_of(action: Callable[[], object]) -> object:
+    """Return the type and number of the error that ends an action, None for success."""
+    try:
+        action()
+    except (filelock.Timeout, LockBusy):
+        return "timeout"
+    except OSError as error:
+        return type(error), error.errno
+    return None
+
+
+# --- locks ---
+
+
+def nothing(path: Path) -> None:
+    """A first use."""
+
+
+def no_directory(path: Path) -> None:
+    path.parent.rmdir()
+
+
+def no_parent_either(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.parent.rmdir()
+
+
+def a_directory(path: Path) -> None:
+    path.mkdir()
+
+
+def a_link(path: Path) -> None:
+    path.symlink_to(path.parent / "target")
+
+
+def a_file_as_directory(path: Path) -> None:
+    path.parent.rmdir()
+    path.parent.write_text("no locks here")
+
+
+def content(path: Path) -> None:
+    path.write_text("4711")
+
+
+@pytest.mark.parametrize(
+    "prepare", [nothing, no_directory, no_parent_either, a_directory, a_link, a_file_as_directory, content]
+)
+def test_a_lock_is_taken_or_refused_as_by_the_original(
+    tmp_path: Path, table: LockTable, prepare: Callable[[Path], None]
+) -> None:
+    results = []
+    umask = os.umask(0o002)
+    for name, take in {
+        "original": lambda path: filelock.FileLock(path, timeout=0).acquire(),
+        "patched": lambda path: Lock(table.acquire, path, 0).acquire(),
+    }.items():
+        path = tmp_path / name / ".lattice/locks/tasks_x.lock"
+        path.parent.mkdir(parents=True)
+        prepare(path)
+        error = outcome_of(lambda path=path, take=take: take(path))  # type: ignore[misc]
+        there = path.is_file() and not path.is_symlink()
+        mode = path.stat().st_mode if there else 0
+        results.append((error, there, mode, path.read_bytes() if there else b""))
+    os.umask(umask)
+    assert results[0] == results[1]
+
+
+def test_each_excludes_the_other(tmp_path: Path, table: LockTable) -> None:
+    path = tmp_path / "tasks_x.lock"
+    with filelock.FileLock(path):
+        with pytest.raises(LockBusy) as busy:
+            table.acquire(path, 10)
+        assert str(busy.value) == lattices_words(tmp_path)
+    table.acquire(path, 10)
+    with pytest.raises(filelock.Timeout):
+        filelock.FileLock(path, timeout=0).acquire()
+    table.release_all()
+    with filelock.FileLock(path, timeout=0):
+        pass
+
+
+def lattices_words(directory: Path) -> str:
+    """Return what lattice says of a lock that is held, as if it had waited for 10 s."""
+    with pytest.raises(locks.LockTimeout) as error, locks.lattice_lock(directory, "tasks_x", timeout=0):
+        pass
+    return str(error.value).replace("within 0s", "within 10s")
+
+
+def test_a_lock_on_a_removed_file_is_none(tmp_path: Path, table: LockTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tasks_x.lock"
+    opened = os.open
+
+    def open_and_remove(*arguments: object, **options: object) -> int:
+        descriptor = opened(*arguments, **options)  # type: ignore[arg-type]
+        path.unlink()  # as another program may, between the open and the lock
+        return descriptor
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", open_and_remove)
+        with pytest.raises(LockBusy):
+            table.acquire(path, 10)
+    table.acquire(path, 10)
+
+
+def test_a_transaction_takes_a_lock_once_and_keeps_it(tmp_path: Path, table: LockTable) -> None:
+    lock = Lock(table.acquire, tmp_path / "tasks_x.lock", 10)
+    for _ in range(3):
+        lock.acquire()
+        lock.release()
+    with pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / "tasks_x.lock", timeout=0).acquire()
+    before = len(os.listdir("/proc/self/fd"))
+    table.release_all()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    table.begin(["locks/tasks_x"])
+    with pytest.raises(LockBusy):
+        lock.acquire()
+    table.begin()
+    lock.acquire()
+
+
+# --- writes ---
+
+
+class Patched:
+    """Lattice's file functions on a directory, with a set of writes that wait."""
+
+    def __init__(self, directory: Path, patch: pytest.MonkeyPatch, *, lazy: bool = True) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self.writes = WriteSet(None if lazy else fs._fsync_directory)
+        patch.setattr(fs, "os", Disk(self.writes, lazy=lazy))
+        patch.setattr(fs, "open", self.writes.open_log, raising=False)
+        patch.setattr(io, "open", self.writes.open)
+
+
+Steps = Callable[[Path, Callable[[], None]], list[object]]
+
+
+def a_command(place: Path, publish: Callable[[], None]) -> list[object]:
+    """Two writes of a task that exists, as of an update and a status, each read again."""
+    log, snapshot = place / "log.jsonl", place / "snapshot.json"
+    seen: list[object] = []
+    for number in range(2):
+        fs.jsonl_append(log, f'{{"n":{number}}}\n')
+        fs.atomic_write(snapshot, f"state é {number}")
+        seen += [log.read_text(), snapshot.read_text(), snapshot.read_bytes()]
+        with log.open("rb") as file:
+            file.seek(-1, 2)
+            seen.append(file.read())
+    publish()
+    return seen
+
+
+def new_files(place: Path, publish: Callable[[], None]) -> list[object]:
+    fs.jsonl_append(place / "new.jsonl", "1\n")
+    fs.jsonl_append(place / "new.jsonl", "2\n")
+    fs.atomic_write(place / "new.json", b"\xff")
+    publish()
+    return [(place / "new.jsonl").read_text(), (place / "new.json").read_bytes()]
+
+
+def without_a_newline(place: Path, publish: Callable[[], None]) -> list[object]:
+    (place / "log.jsonl").write_bytes(b"torn")
+    fs.jsonl_append(place / "log.jsonl", "1\n")
+    fs.jsonl_append(place / "log.jsonl", "2\n")
+    publish()
+    return []
+
+
+def replaced_then_appended(place: Path, publish: Callable[[], None]) -> list[object]:
+    fs.atomic_write(place / "log.jsonl", "whole\n")
+    fs.jsonl_append(place / "log.jsonl", "1\n")
+    seen: list[object] = [(place / "log.jsonl").read_text()]
+    publish()
+    return seen
+
+
+def appended_then_replaced(place: Path, publish: Callable[[], None]) -> list[object]:
+    fs.jsonl_append(place / "log.jsonl", "1\n")
+    fs.atomic_write(place / "log.jsonl", "whole\n")
+    publish()
+    return []
+
+
+def half_a_surrogate(place: Path, publish: Callable[[], None]) -> list[object]:
+    with pytest.raises(UnicodeEncodeError):
+        fs.jsonl_append(place / "log.jsonl", "\ud800\n")
+    publish()
+    return []
+
+
+def no_directory_to_write_to(place: Path, publish: Callable[[], None]) -> list[object]:
+    publish()
+    return [outcome_of(lambda: fs.atomic_write(place / "none/x", "x")), outcome_of((place / "no").read_text)]
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        a_command,
+        new_files,
+        without_a_newline,
+        replaced_then_appended,
+        appended_then_replaced,
+        half_a_surrogate,
+        no_directory_to_write_to,
+    ],
+)
+def test_what_is_written_and_read_is_that_of_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: Steps, lazy: bool
+) -> None:
+    original = tmp_path / "original"
+    original.mkdir()
+    prepare(original)
+    expected = steps(original, lambda: None)
+    with monkeypatch.context() as patch:
+        patched = Patched(tmp_path / "patched", patch, lazy=lazy)
+        prepare(patched.directory)
+        assert steps(patched.directory, patched.writes.publish) == expected
+    assert content_of(patched.directory) == content_of(original)
+
+
+def prepare(directory: Path) -> None:
+    (directory / "log.jsonl").write_text('{"n":-1}\n')
+    (directory / "snapshot.json").write_text("before")
+
+
+def content_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_nobody_else_sees_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patched = Patched(tmp_path / "place", patch)
+        prepare(patched.directory)
+        before = {name: os.stat(patched.directory / name).st_size for name in ("log.jsonl", "snapshot.json")}
+        seen: list[dict[str, int]] = []
+        a_command(
+            patched.directory, lambda: seen.append({name: (patched.directory / name).stat().st_size for name in before})
+        )
+        assert seen == [before]
+        patched.writes.forget()
+        assert (patched.directory / "log.jsonl").read_text() == '{"n":-1}\n'
+        patched.writes.publish()
+    assert (tmp_path / "place/snapshot.json").read_text() == "before"
+
+
+def test_what_was_removed_meanwhile_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a task is updated and then archived in one transaction."""
+    with monkeypatch.context() as patch:
+        patched = Patched(tmp_path / "place", patch)
+        prepare(patched.directory)
+        fs.atomic_write(patched.directory / "snapshot.json", "after")
+        (patched.directory / "snapshot.json").unlink()
+        with pytest.raises(FileNotFoundError):
+            (patched.directory / "snapshot.json").read_text()
+
+
+def test_a_snapshot_that_another_process_replaces_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patched = Patched(tmp_path / "tasks", patch)
+        snapshot = patched.directory / "x.json"
+        snapshot.write_text("1")
+        assert not patched.writes.has_changed(str(snapshot)), "it was not read"
+        snapshot.read_text()
+        assert not patched.writes.has_changed(str(snapshot))
+        os.replace(tmp_path / "tasks/x.json", tmp_path / "y")
+        snapshot.write_text("1")
+        snapshot.read_text()
+        assert patched.writes.has_changed(str(snapshot)), "the first look counts"
+        patched.writes.forget()
+        snapshot.read_text()
+        assert not patched.writes.has_changed(str(snapshot))
+
+
+def test_the_fsyncs_that_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    for lazy, expected in ((True, [5000]), (False, [10, 1, 5000, 3])):
+        synced.clear()
+        disk = Disk(None, lazy=lazy)
+        for size, flags in ((10, 0), (1, os.O_APPEND), (5000, 0), (3, os.O_APPEND)):
+            (tmp_path / "file").write_bytes(b"x" * size)
+            descriptor = os.open(tmp_path / "file", os.O_WRONLY | flags)
+            disk.fsync(descriptor)
+            os.close(descriptor)
+        assert synced == expected
+        assert disk.path is os.path
+
+
+# --- the others ---
+
+
+def test_a_clock_is_that_of_the_original_but_for_sleeping() -> None:
+    class Paused(Exception):
+        pass
+
+    def pause() -> object:
+        raise Paused
+
+    clock = Clock(pause)  # type: ignore[arg-type]
+    clock.restart(is_over=False)
+    assert [clock.monotonic() for _ in range(3)] == [0.0, 0.0, 0.0]
+    with pytest.raises(Paused):
+        clock.sleep(1)
+    clock.restart(is_over=True)
+    assert [clock.monotonic() for _ in range(3)] == [0.0, float("inf"), float("inf")]
+    assert clock.time is time.time
+
+
+def test_a_file_that_came_with_the_command_is_moved_and_others_are_copied(tmp_path: Path) -> None:
+    mover = Mover()
+    given, other = tmp_path / "given", tmp_path / "other"
+    for path in (given, other):
+        path.write_text(path.name)
+        path.chmod(0o640)
+    mover.own_copies = [str(given)]
+    for path in (given, other):
+        target = tmp_path / f"{path.name}.copy"
+        assert mover.copy2(str(path), str(target)) == str(target)
+        assert (target.read_text(), target.stat().st_mode & 0o777) == (path.name, 0o640)
+    assert (given.exists(), other.exists()) == (False, True)
+    with pytest.raises(FileNotFoundError) as error:
+        mover.copy2(str(given), str(tmp_path / "x"))
+    assert error.value.errno == errno.ENOENT
