@@ -13,7 +13,7 @@ from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.agent.service import Service
-from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.cache import LOCKS_TEXT, Cache
 from lattice_remote.client.cache.directory import Directory
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.link.link import MAX_SENDS
@@ -37,7 +37,7 @@ async def test_a_directory_with_only_a_remote_is_filled(server: FakeServer, serv
     answer = await ask(service, "ready")
     assert answer["current"] and answer["filled"]
     assert tree(directory) == server.files
-    assert (directory / "locks").is_dir() and (directory / ".gitignore").read_text().startswith("#")
+    assert (directory / "locks").read_bytes() == LOCKS_TEXT and (directory / ".gitignore").read_text().startswith("#")
 
 
 async def test_changes_arrive_by_themselves(server: FakeServer, service: Service, directory: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import BIN, Client, Sandbox, Server, differences, wait_for
+from sandbox import BIN, Client, Sandbox, Server, differences, tree_of, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -89,6 +89,74 @@ def test_deep_below_and_with_files_of_there(clone: Client) -> None:
     artifact = json.loads(attached.stdout)["data"]["id"]
     (payload,) = (clone.lattice_dir / "artifacts" / "payload").glob(f"{artifact}*")
     assert payload.read_text() == "from below"
+
+
+def without_its_remote(ana: Client, directory: Path) -> Client:
+    """A copy in a git repository that is at a commit from before the remote was added."""
+    other = ana.elsewhere(directory)
+    git(other.dir, "init", "-q", "-b", "main")
+    git(other.dir, "commit", "-q", "--allow-empty", "-m", "before")
+    other.lattice_dir.mkdir()
+    shutil.copy(ana.lattice_dir / "remote.json", other.lattice_dir)
+    works_in(other)
+    git(other.dir, "add", ".lattice/remote.json")
+    git(other.dir, "commit", "-q", "-m", "with a remote")
+    git(other.dir, "checkout", "-q", "main~")
+    assert not (other.lattice_dir / "remote.json").exists() and (other.lattice_dir / "tasks").is_dir()
+    return other
+
+
+GONE = ("is a copy of project board", "remote.json is gone", "lattice remote add origin", "--project board")
+
+
+def test_a_copy_without_its_remote_json_is_no_local_project(
+    shared_board: tuple[Server, Client, Client], tmp_path: Path
+) -> None:
+    server, ana, _ben = shared_board
+    other = without_its_remote(ana, tmp_path / "repo")
+    task = ana.ok("create", "Known", *ANA, "--quiet").strip()
+    before = tree_of(other.lattice_dir)
+    for words in (
+        ("create", "Lost", *ANA),
+        ("comment", task, "lost", *ANA),
+        ("session", "start", "--name", "Lost", "--model", "m", "--framework", "f"),
+        ("dashboard",),
+        ("remote",),
+        ("remote", "status"),
+        ("remote", "push"),
+        ("remote", "remove", "origin"),
+    ):
+        says(other.run(*words), *GONE)
+    done = other.run("comment", task, "lost", *ANA, "--json")
+    assert json.loads(done.stdout)["error"]["code"] == "REMOTE_GUARD"
+    listed = other.run("list")
+    says(listed, *GONE, code=0)
+    assert "Here too" in listed.stdout
+    assert tree_of(other.lattice_dir) == before
+    program = (
+        "from lattice_remote import resolve_backend as here; board = here(); print(len(board.list_tasks()))\n"
+        "board.write_notes('LAT-1', 'x', None)"
+    )
+    done = subprocess.run(
+        [BIN / "python", "-c", program], cwd=other.dir, env=other.env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip().isdigit() and done.returncode == 1 and "remote.json is gone" in done.stderr
+    git(other.dir, "checkout", "-q", "main")
+    works_in(other)
+    wait_for(lambda: not differences(server.lattice_dir(), other.lattice_dir), "the copy to be current")
+
+
+def test_remote_add_attaches_a_copy_again(shared_board: tuple[Server, Client, Client], tmp_path: Path) -> None:
+    server, ana, _ben = shared_board
+    other = without_its_remote(ana, tmp_path / "repo")
+    (plan, *_) = sorted((other.lattice_dir / "plans").glob("*.md"))
+    text = plan.read_text() + "\nwritten meanwhile\n"
+    plan.write_text(text)
+    says(other.run("remote", "add", "origin", f"{server.url}/another"), "is a copy of", f"{server.url}/board")
+    assert "Added remote origin" in other.ok("remote", "add", "origin", server.url, "--project", "board")
+    works_in(other)
+    wait_for(lambda: (ana.lattice_dir / "plans" / plan.name).read_text() == text, "the edit to be sent")
+    assert not differences(server.lattice_dir(), other.lattice_dir)
 
 
 def test_lattice_root_names_the_project(clone: Client) -> None:

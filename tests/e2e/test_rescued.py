@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sandbox import Client, Server, differences, tree_of, wait_for
+from sandbox import Client, Sandbox, Server, differences, tree_of, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -133,6 +133,91 @@ def test_what_the_server_refuses_is_said_and_stays(shared_board: Board, tmp_path
     assert entries(ana), "it is kept until it is dropped"
     ana.ok("remote", "rescued", "drop", "--all")
     assert entries(ana) == [] and not list((ana.lattice_dir / ".remote/rescued").iterdir())
+
+
+WRITES = (
+    ("create", "Lost", *MINE),
+    ("comment", "TASK", "lost", *MINE),
+    ("status", "TASK", "in_planning", *MINE),
+    ("assign", "TASK", "human:ana", *MINE),
+    ("archive", "TASK", *MINE),
+    ("resource", "create", "lost", *MINE),
+    ("session", "start", "--name", "Lost", "--model", "m", "--framework", "f"),
+    ("rebuild", "--all"),
+    ("doctor", "--fix"),
+)
+READS = (
+    ("list",),
+    ("show", "TASK"),
+    ("comments", "TASK"),
+    ("stats",),
+    ("weather",),
+    ("next",),
+    ("doctor",),
+    ("plan", "TASK"),
+)
+
+
+def test_a_lattice_without_our_plugin_reads_and_can_not_write(shared_board: Board) -> None:
+    server, ana, _ben = shared_board
+    task = new_task(ana, "For everybody to see")
+    ana.ok("remote", "pull")
+    before = tree_of(ana.lattice_dir)
+    for words in WRITES:
+        done = ana.run(*(task if word == "TASK" else word for word in words), env=PLAIN)
+        if words == ("doctor", "--fix"):
+            assert done.returncode == 0, "it finds nothing to fix"
+            continue
+        assert done.returncode == 1, words
+        assert "locks" in f"{done.stdout}{done.stderr}" or "locks" in repr(done), words
+    for words in READS:
+        line = tuple(task if word == "TASK" else word for word in words)
+        plain, ours = ana.run(*line, env=PLAIN), ana.run(*line)
+        assert (plain.returncode, plain.stdout) == (ours.returncode, ours.stdout), words
+    assert tree_of(ana.lattice_dir) == before == tree_of(server.lattice_dir())
+    assert "pip install lattice-remote" in (ana.lattice_dir / "locks").read_text()
+    assert entries(ana) == []
+
+
+@pytest.mark.parametrize("how", ["removed", "a directory", "a directory with a lock", "a link"])
+def test_what_keeps_plain_lattice_out_comes_back(shared_board: Board, how: str) -> None:
+    _server, ana, _ben = shared_board
+    ana.ok("list")
+    locks = ana.lattice_dir / "locks"
+    text = locks.read_text()
+    locks.unlink()
+    if how.startswith("a directory"):
+        locks.mkdir()
+    if how.endswith("lock"):
+        (locks / "tasks_x.lock").touch()
+    if how == "a link":
+        locks.symlink_to("/tmp")
+    wait_for(lambda: locks.is_file() and not locks.is_symlink() and locks.read_text() == text, "the file of locks")
+
+
+def test_a_cache_that_is_made_local_can_be_written_by_plain_lattice(shared_board: Board, tmp_path: Path) -> None:
+    server, ana, _ben = shared_board
+    other = ana.elsewhere(tmp_path / "other")
+    other.ok("remote", "add", "origin", f"{server.url}/board")
+    assert (other.lattice_dir / "locks").is_file()
+    other.ok("remote", "remove", "origin", "--keep-local")
+    assert (other.lattice_dir / "locks").is_dir()
+    assert "Created task" in other.run("create", "On my own", *MINE, env=PLAIN).stdout
+    assert "Created task" in other.ok("create", "On my own, with the plugin", *MINE)
+    assert "On my own" in other.ok("list") and "On my own" not in ana.ok("list")
+
+
+def test_a_server_that_was_copied_from_a_cache_can_write(sandbox: Sandbox, tmp_path: Path) -> None:
+    server = sandbox.server()
+    server.project()
+    locks = server.lattice_dir() / "locks"
+    shutil.rmtree(locks)
+    locks.write_text("This directory is a copy")
+    server.start()
+    ana = sandbox.client("ana")
+    ana.add_remote(server, server.token("human:ana"))
+    assert new_task(ana, "Written") == "LAT-1"
+    assert locks.is_dir()
 
 
 def test_what_is_wrong_is_said_in_one_line(shared_board: Board) -> None:

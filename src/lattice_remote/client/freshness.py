@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from lattice_remote.client.agent_client import Progress, ask, request
+from lattice_remote.client.settings import detachment
 from lattice_remote.errors import RemoteError, one_line
 
 __all__ = ["describe_age", "ensure_current"]
@@ -16,6 +17,9 @@ def ensure_current(directory: str, say: Callable[[str], object], on_progress: Pr
     Raises:
         RemoteError: the cache was never filled, so there is nothing to show.
     """
+    if (why := detachment(directory)) is not None:
+        say(f"lattice-remote: {one_line(why)}")
+        return
     answer = ask(request("ready", directory), on_progress)
     for notice in answer["notices"]:
         say(f"lattice-remote: {one_line(notice)}")

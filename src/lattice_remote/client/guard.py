@@ -60,7 +60,6 @@ class Guard:
         self._directory = directory
         self._plugins = plugins
         self._inside = tuple({os.path.abspath(directory) + os.sep, os.path.realpath(directory) + os.sep})
-        self._allowed = tuple(prefix + "locks" + os.sep for prefix in self._inside)
         self._on = False
         self.refused: WriteRefused | None = None
 
@@ -91,7 +90,7 @@ class Guard:
         parent, leaf = os.path.split(os.path.abspath(name))
         for form in (os.path.join(parent, leaf), os.path.join(os.path.realpath(parent), leaf)):
             place = form + os.sep
-            if place.startswith(self._inside) and not place.startswith(self._allowed) and not self._is_let(place):
+            if place.startswith(self._inside) and not self._is_let(place):
                 self._refuse(name)
 
     def _is_let(self, place: str) -> bool:

@@ -1,7 +1,7 @@
 """What ``lattice`` loads at every start, in every project: it must cost next to nothing.
 
 ``register`` adds the ``remote`` command and one hook. Only when a command is about to run in a directory that
-has a ``.lattice/remote.json`` is anything else of this package imported.
+is a cache is anything else of this package imported.
 """
 
 import os
@@ -39,7 +39,7 @@ def register(cli_group: click.Group) -> None:
 
 
 def remote_directory() -> str | None:
-    """Return the ``.lattice`` directory of the project around us if it has a remote, found as lattice finds it."""
+    """Return the ``.lattice`` directory around us, found as lattice finds it, if it is a cache or waits for a push."""
     try:
         root = find_root()
     except (LatticeRootError, OSError):
@@ -48,7 +48,8 @@ def remote_directory() -> str | None:
         return None
     directory = os.path.abspath(os.path.join(root, LATTICE_DIR))  # LATTICE_ROOT may be relative; the agent is elsewhere
     # One that waits to be pushed to its remote has another file, so that to everybody else it is a local project.
-    files = ("remote.json", ".unpushed.json")
+    # ``cache_state.json`` alone is a cache whose remote.json git or the user has removed: no local project (I4).
+    files = ("remote.json", ".unpushed.json", "cache_state.json")
     return directory if any(os.path.isfile(os.path.join(directory, name)) for name in files) else None
 
 

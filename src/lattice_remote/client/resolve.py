@@ -1,12 +1,11 @@
 """Which board is meant: found as lattice finds it, local or remote."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
 
-from lattice_remote.client.settings import REMOTE_FILE
+from lattice_remote.client.settings import is_cache
 from lattice_remote.errors import Misuse
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ def resolve_backend(start: Path | str | None = None) -> "StorageBackend":
     root = _root_at(None if start is None else Path(start).absolute())
     if root is None:
         raise Misuse(f"there is no lattice project in {start or Path.cwd()} or above; make one with: lattice init")
-    if os.path.isfile(root / LATTICE_DIR / REMOTE_FILE):
+    if is_cache(str(root / LATTICE_DIR)):
         from lattice_remote.client.storage import RemoteStorage
 
         return RemoteStorage(root)

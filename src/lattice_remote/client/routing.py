@@ -89,6 +89,8 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         if _is_plugins(command) and " ".join(path) not in read_remote(directory).commands:
             return _run_plugin(command, path, ctx, directory)
         if _is_read(path, ctx):
+            if path == ("dashboard",):
+                read_remote(directory)  # a copy without its remote.json could show a page, and save nothing
             ensure_current(directory, partial(click.echo, err=True), _progress())
             if path == ("dashboard",):
                 return _serve_dashboard(command, ctx, directory)

@@ -9,17 +9,23 @@ from lattice_remote.errors import Misuse, StorageError
 
 __all__ = [
     "REMOTE_FILE",
+    "STATE_FILE",
     "UNPUSHED_FILE",
     "Remote",
     "check_command",
     "check_name",
+    "detachment",
+    "is_cache",
     "is_unpushed",
+    "lost_remote",
     "parse_url",
     "read_remote",
     "write_remote",
 ]
 
 REMOTE_FILE = "remote.json"
+STATE_FILE = "cache_state.json"
+"""Makes a directory a cache, also where git or the user has removed ``remote.json``."""
 UNPUSHED_FILE = ".unpushed.json"
 """In its place while a local project waits to be pushed there: to everybody else the directory is a local project."""
 _URL = re.compile(
@@ -87,11 +93,40 @@ def is_unpushed(directory: str) -> bool:
     )
 
 
+def is_cache(directory: str) -> bool:
+    """Whether a ``.lattice`` directory is a cache: it has a remote, or had one that was not removed by our commands."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in (REMOTE_FILE, STATE_FILE))
+
+
+def detachment(directory: str) -> str | None:
+    """Return what is wrong with a cache whose ``remote.json`` is gone, and what to do; None for any other directory."""
+    if os.path.exists(os.path.join(directory, REMOTE_FILE)) or not is_cache(directory) or is_unpushed(directory):
+        return None
+    lost = lost_remote(directory)
+    of = "a project on a server" if lost is None else f"project {lost.project} on {lost.url}"
+    where = "URL --project SLUG" if lost is None else f"{lost.url} --project {lost.project}"
+    return (
+        f"this directory is a copy of {of}, but its remote.json is gone (git may have removed it): nothing can be "
+        f"written; bring the file back, or run: lattice remote add origin {where}"
+    )
+
+
+def lost_remote(directory: str) -> Remote | None:
+    """Return what a cache without a ``remote.json`` is a copy of, as its state says; None if that is not known."""
+    try:
+        with open(os.path.join(directory, STATE_FILE), "rb") as file:
+            found = json.load(file)
+        url, slug = parse_url(found["url"], found["project"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, Misuse):
+        return None
+    return None if slug is None else Remote(name="origin", url=url, project=slug)
+
+
 def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
     """Return what the ``remote.json`` in a ``.lattice`` directory says, or the file that is there in its place.
 
     Raises:
-        Misuse: there is none.
+        Misuse: there is none; ``REMOTE_GUARD`` if the directory is a cache all the same.
         StorageError: it can't be read, or is not what we wrote.
     """
     path = os.path.join(directory, name)
@@ -101,6 +136,8 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
         called, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
         commands = tuple(check_command(command) for command in list(found.get("commands", []))[:_MAX_COMMANDS])
     except FileNotFoundError:
+        if name == REMOTE_FILE and (why := detachment(directory)) is not None:
+            raise Misuse(why, code="REMOTE_GUARD") from None
         raise Misuse("this project has no remote; add one with: lattice remote add origin URL --project SLUG") from None
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lattice_remote.client.agent_client import ask, request
-from lattice_remote.client.settings import read_remote
+from lattice_remote.client.settings import detachment, read_remote
 from lattice_remote.errors import ConnectionFailed, as_told
 from lattice_remote.storage.events import plain
 from lattice_remote.storage.local import LocalStorage, encoded
@@ -60,7 +60,8 @@ class RemoteStorage:
     def __init__(self, root: Path | str) -> None:
         self._root = Path(root).absolute()
         self._directory = str(self._root / ".lattice")
-        read_remote(self._directory)
+        if detachment(self._directory) is None:  # without its remote.json a copy can be read, not written
+            read_remote(self._directory)
 
     @property
     def root_path(self) -> Path:
@@ -131,6 +132,9 @@ class RemoteStorage:
         Raises:
             RemoteError: the copy was never filled, so there is nothing to read.
         """
+        if (why := detachment(self._directory)) is not None:
+            _warn(why)
+            return LocalStorage(self._root)
         answer = self._ready()
         if not answer["current"]:
             if not answer["filled"]:

@@ -333,7 +333,7 @@ class LocalStorage:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Around every write: a copy is never written (I4), and what the system says no to is an error of ours."""
-        if (self._dir / "remote.json").exists():
+        if any((self._dir / name).exists() for name in ("remote.json", "cache_state.json")):
             raise Misuse(
                 f"the files in {self._dir} belong to a remote; write with resolve_backend()", code="REMOTE_GUARD"
             )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from lattice_remote.client.agent.watching import Watching
+from lattice_remote.client.cache.cache import LOCKS_FILE
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.survey import foreign, read_gently
 from lattice_remote.client.link.link import Link
@@ -63,7 +64,7 @@ class Caretaker:
         """These files may have been changed by other hands; None: any of them."""
         if paths is None or any(path.startswith(_EDITED_BY_HAND) and not is_replicated(path) for path in paths):
             self._follower.conflicts.look_again()
-        if paths is None or not self._cache.known.is_complete:
+        if paths is None or not self._cache.known.is_complete or any(path.startswith(LOCKS_FILE) for path in paths):
             self._scan_at = 0.0
         else:
             for path in paths:

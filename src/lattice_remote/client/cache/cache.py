@@ -31,7 +31,17 @@ from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import DIRECTORIES, is_replicated
 
-__all__ = ["BASE_DIRECTORY", "GITIGNORE", "LOCK_FILE", "PARTIAL", "PRIVATE_DIRECTORY", "Cache", "explained"]
+__all__ = [
+    "BASE_DIRECTORY",
+    "GITIGNORE",
+    "LOCKS_FILE",
+    "LOCKS_TEXT",
+    "LOCK_FILE",
+    "PARTIAL",
+    "PRIVATE_DIRECTORY",
+    "Cache",
+    "explained",
+]
 
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
@@ -41,6 +51,17 @@ PRIVATE_DIRECTORY = ".remote"
 """Holds what else only this client knows."""
 LOCK_FILE = ".cache.lock"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
+LOCKS_FILE = "locks"
+LOCKS_TEXT = b"""\
+This directory is a copy of a board on a server; see remote.json. This file stands where lattice looks for its
+lock files, so that a lattice which does not know of the server can read here, but fails before it writes: the
+server would not get what it writes.
+
+To write, install lattice-remote beside the lattice that failed: pip install lattice-remote
+For MCP, run lattice remote mcp instead of lattice-mcp.
+To make this directory a local project again: lattice remote remove NAME --keep-local
+"""
+_DIRECTORIES = tuple(directory for directory in DIRECTORIES if directory != LOCKS_FILE)
 _LOCK_POLL_S = 0.01
 
 
@@ -70,15 +91,42 @@ class Cache:
     def prepare(self) -> None:
         """Make what lattice expects of a directory, and what keeps git from storing the cache."""
         with explained(self.directory):
-            for directory in (*DIRECTORIES, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
+            for directory in (*_DIRECTORIES, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
                 self._files.replace(".gitignore", GITIGNORE)
             self._files.remove_stale_temporaries()
+            self._block_plain_writes()
+
+    def _block_plain_writes(self) -> None:
+        """Put a file where lattice makes its locks: without our plugin every write then fails at its first step (I4).
+
+        A project that waits to be pushed is none of ours yet.
+        """
+        if self._blocks_plain_writes() or not os.path.lexists(os.path.join(self.directory, REMOTE_FILE)):
+            return
+        place = self.absolute(LOCKS_FILE)
+        with contextlib.suppress(OSError):  # other files in there: what plain lattice writes is rescued
+            if os.path.isdir(place) and not os.path.islink(place):
+                for name in os.listdir(place):
+                    if name.endswith(".lock"):
+                        self._files.remove(f"{LOCKS_FILE}/{name}")
+            self._files.replace(LOCKS_FILE, LOCKS_TEXT)  # also in place of an empty directory
+
+    def _blocks_plain_writes(self) -> bool:
+        return self.signature(LOCKS_FILE) is not None
+
+    def allow_plain_writes(self) -> None:
+        """Give lattice its directory of locks back: this is going to be a local project."""
+        with explained(LOCKS_FILE):
+            if self._blocks_plain_writes():
+                self._files.remove(LOCKS_FILE)
+            self._files.make(LOCKS_FILE)
 
     def is_whole(self) -> bool:
-        """Whether the directories that lattice expects are there."""
-        return all(os.path.isdir(os.path.join(self.directory, directory)) for directory in DIRECTORIES)
+        """Whether the directories that lattice expects are there, and what keeps plain lattice from writing."""
+        directories = all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _DIRECTORIES)
+        return directories and self._blocks_plain_writes()
 
     def is_there(self) -> bool:
         """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""

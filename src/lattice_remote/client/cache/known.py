@@ -29,7 +29,7 @@ class Known:
         self.is_complete = False
         """Whether every file was compared with the server's, so that an unknown one is a stranger's."""
         self._log = os.path.join(directory, _LOG)
-        self._marks: dict[str, int] = {}  # path -> hash of the signature: a fifth of the memory
+        self._marks: dict[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
         self._unshared: dict[str, Signature | None] = {}
         self._read_up_to: tuple[int, int] | None = None  # inode of the log, bytes
 
@@ -46,7 +46,12 @@ class Known:
 
     def agrees(self, path: str, found: Signature | None) -> bool:
         """Whether a file, ``None`` where there is none, is as one of us left it."""
-        return self._marks.get(path) == (None if found is None else hash(found))
+        return self._marks.get(path) == (None if found is None else _mark(found))
+
+    def was_written(self, path: str, found: Signature | None) -> bool:
+        """Whether another program changed a file, and not only its mode, owner or links."""
+        mark = self._marks.get(path)
+        return not self.agrees(path, found) and (mark is None or found is None or mark >> 64 != _mark(found) >> 64)
 
     def note(self, path: str, found: Signature | None) -> None:
         """We have just made the file this, or have removed it."""
@@ -55,14 +60,14 @@ class Known:
 
     def settle(self, files: Iterable[tuple[str, Signature]]) -> None:
         """These files, and no others, were just found equal to the server's; the rest will be noted as it is mended."""
-        self._marks = {path: hash(found) for path, found in files}
+        self._marks = {path: _mark(found) for path, found in files}
         self.is_complete = True
 
     def _remember(self, path: str, found: Signature | None) -> None:
         if found is None:
             self._marks.pop(path, None)
         else:
-            self._marks[path] = hash(found)
+            self._marks[path] = _mark(found)
 
     # --- what our other processes did; under the cache's lock ---
 
@@ -99,6 +104,11 @@ class Known:
             finally:
                 os.close(handle)
             self._read_up_to = (status.st_ino, status.st_size)
+
+
+def _mark(found: Signature) -> int:
+    """Return two hashes as one number: of what a write changes, then of all."""
+    return (hash(found[:3]) << 64) | (hash(found) & (2**64 - 1))
 
 
 def _line(path: str, found: Signature | None) -> str:

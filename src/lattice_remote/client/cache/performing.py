@@ -10,7 +10,7 @@ from lattice_remote.client.cache.keepsakes import Keepsakes, is_event_log, may_b
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.effects import Effect
 from lattice_remote.protocol.messages import Part
-from lattice_remote.protocol.operations import MoveFile, Operation, apply, paths_of
+from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, apply, paths_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.protocol.replica import Replica
 
@@ -55,7 +55,8 @@ class Files:
             edited = self._edits.edited_by(operation)
             if not edited:
                 paths = paths_of(operation)
-                self.keep(paths)
+                if not isinstance(operation, AppendBytes | MergeJson):  # which fit what is there, or change nothing
+                    self.keep(paths, operation.data if isinstance(operation, PutFile) else None)
                 drifted |= (unfit := apply(operation, self._cache))
                 self.are_the_servers([path for path in paths if path not in unfit])
                 self.on_edits([path for path in paths if is_editable(path)])
@@ -138,8 +139,8 @@ class Files:
         """Rescue what other programs wrote into files that are about to be replaced, by ``after`` if that is known."""
         known = self._cache.known
         for path in paths:
-            strange = known.is_complete and not known.agrees(path, self._cache.signature(path))
-            strange = strange or path in self._healing.strange
+            strange = known.is_complete or path in self._healing.strange
+            strange = strange and known.was_written(path, self._cache.signature(path))
             if strange and is_editable(path):
                 continue  # an edit, or what is left of one: see ``edits.py``
             if strange or may_be_by_hand(path) or (after is not None and is_event_log(path)):

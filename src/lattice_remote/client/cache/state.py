@@ -7,14 +7,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from lattice_remote.client.settings import Remote
+from lattice_remote.client.settings import STATE_FILE, Remote
 from lattice_remote.errors import HostilePath
 from lattice_remote.protocol.effects import NOWHERE, Content, Position
 from lattice_remote.protocol.paths import check_path
 
 __all__ = ["AWAY_FILE", "STATE_FILE", "CacheState", "boot_id", "decode_state", "encode_away", "encode_state"]
 
-STATE_FILE = "cache_state.json"
 AWAY_FILE = ".away"
 
 

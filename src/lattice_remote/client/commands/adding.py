@@ -19,7 +19,15 @@ from lattice_remote.client.cache.directory import remove_tree
 from lattice_remote.client.cache.follower import Writer
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
-from lattice_remote.client.settings import REMOTE_FILE, Remote, check_name, is_unpushed, write_remote
+from lattice_remote.client.settings import (
+    REMOTE_FILE,
+    Remote,
+    check_name,
+    detachment,
+    is_unpushed,
+    lost_remote,
+    write_remote,
+)
 from lattice_remote.errors import Misuse, StorageError
 
 __all__ = ["Added", "add_remote", "check_token", "clone", "own_project"]
@@ -75,6 +83,8 @@ async def add_remote(
         raise Misuse(f"this directory has a project of its own ({used}), which a copy would replace")
     if token is not None:
         credentials.check_token(token)
+    if detachment(target) is not None:
+        return _attach_again(target, remote, token=token, server=server)
     staging = f"{target}.new-{uuid.uuid4().hex[:8]}"
     try:
         added = await _fill(
@@ -89,6 +99,28 @@ async def add_remote(
     finally:
         remove_tree(staging)
     return added
+
+
+def _attach_again(target: str, remote: Remote, *, token: str | None, server: Server) -> Added:
+    """Give a cache its ``remote.json`` back; its files and edits are compared with the server when it is next used.
+
+    Raises:
+        Misuse: it is a copy of another project.
+    """
+    lost = lost_remote(target)
+    if lost is not None and (lost.url, lost.project) != (remote.url, remote.project):
+        raise Misuse(
+            f"this directory is a copy of {lost.place}: add that again first; where the server has moved, "
+            f"lattice remote set-url {remote.name} comes next"
+        )
+    servers.record(server)
+    if token is not None:
+        credentials.store(server.url, remote.project, token)
+    write_remote(target, remote)
+    cache = Cache(target, remote)
+    paths = list(cache.paths())
+    tasks = sum(path.startswith("tasks/") and path.endswith(".json") for path in paths)
+    return Added(target, remote, tasks, len(paths), cache.load_state().position.seq)
 
 
 async def clone(
@@ -178,6 +210,8 @@ def own_project(target: str) -> str | None:
         raise Misuse(f"{target} is not a directory")
     if os.path.exists(os.path.join(target, REMOTE_FILE)):
         raise Misuse("this project has a remote already; change it with lattice remote set-url, or remove it first")
+    if detachment(target) is not None:
+        return None
     if is_unpushed(target):
         raise Misuse("this project waits to be pushed already: lattice remote push, or lattice remote remove NAME")
     return _first_sign_of_use(target)

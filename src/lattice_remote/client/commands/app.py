@@ -4,7 +4,6 @@ Results go to stdout, everything else to stderr; colours and progress only where
 """
 
 import io
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, NoReturn
@@ -25,7 +24,7 @@ from lattice_remote.client.commands import (
     watch,
 )
 from lattice_remote.client.commands.shared import Json, fields_of, lattice_directory, print_json, print_result, unpushed
-from lattice_remote.client.settings import read_remote
+from lattice_remote.client.settings import is_cache, is_unpushed, read_remote
 from lattice_remote.errors import RemoteError
 
 __all__ = ["app", "main"]
@@ -70,7 +69,7 @@ def remote(
     if context.invoked_subcommand is not None:
         return
     directory = lattice_directory()
-    found = read_remote(directory) if directory and os.path.exists(os.path.join(directory, "remote.json")) else None
+    found = read_remote(directory) if directory and is_cache(directory) and not is_unpushed(directory) else None
     waiting = unpushed()
     if waiting is not None:
         found = waiting[1]

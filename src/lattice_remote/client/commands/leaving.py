@@ -7,7 +7,15 @@ import uuid
 from typing import Any
 
 from lattice_remote.client import preferences
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, GITIGNORE, LOCK_FILE, PARTIAL, PRIVATE_DIRECTORY, Cache
+from lattice_remote.client.cache.cache import (
+    BASE_DIRECTORY,
+    GITIGNORE,
+    LOCK_FILE,
+    LOCKS_FILE,
+    PARTIAL,
+    PRIVATE_DIRECTORY,
+    Cache,
+)
 from lattice_remote.client.cache.directory import TEMPORARY, remove_tree
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.rescued import RESCUED_DIRECTORY, RescuedFiles
@@ -48,7 +56,8 @@ def remove_remote(directory: str, remote: Remote) -> None:
 async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
     """Make a copy a plain local project again, with all its files as they are; return what else is left in it.
 
-    Its first step, the end of ``remote.json``, decides: after it the directory is a local project, whatever happens.
+    The end of ``remote.json`` decides. Cut off before it, the directory is a cache without a state, which the next
+    command completes; after it, a local project.
 
     Args:
         directory: the ``.lattice``.
@@ -66,7 +75,9 @@ async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> l
         try:
             if config is not None:
                 cache.replace("config.json", config)
-            os.unlink(os.path.join(directory, REMOTE_FILE))
+            cache.allow_plain_writes()
+            for name in (STATE_FILE, REMOTE_FILE):  # the state alone would make it a cache
+                os.unlink(os.path.join(directory, name))
             _remove_bookkeeping(directory, keeps_rescued=bool(RescuedFiles(cache).entries()))
         except OSError as error:
             raise StorageError(f"cannot change {directory}: {error.strerror}") from error
@@ -139,11 +150,11 @@ def _require_nothing_unsent(cache: Cache) -> None:
 def _own_files(cache: Cache) -> list[str]:
     """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
     replicated = set(cache.paths())
-    ours = {REMOTE_FILE, ".gitignore", *_BOOKKEEPING}
+    ours = {REMOTE_FILE, LOCKS_FILE, ".gitignore", *_BOOKKEEPING}
     found: list[str] = []
     for directory, directories, names in os.walk(cache.directory):
         if directory == cache.directory:
-            directories[:] = [name for name in directories if name not in (*_DIRECTORIES, "locks")]
+            directories[:] = [name for name in directories if name not in (*_DIRECTORIES, LOCKS_FILE)]
         for name in names:
             path = os.path.relpath(os.path.join(directory, name), cache.directory)
             if path.replace(os.sep, "/") not in replicated and path not in ours:

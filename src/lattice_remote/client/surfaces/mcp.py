@@ -25,13 +25,17 @@ from lattice_remote.client.agent_client import stay_connected
 from lattice_remote.client.callers_files import CallersFiles
 from lattice_remote.client.freshness import ensure_current
 from lattice_remote.client.guard import Guard
+from lattice_remote.client.settings import is_cache
 from lattice_remote.client.surfaces.calls import call
 from lattice_remote.errors import RemoteError
 
 __all__ = ["serve"]
 
 _READS = frozenset({"lattice_comments", "lattice_config", "lattice_list", "lattice_show"})
-"""Tools that only read the project. Any other may write: it goes to the server, which refuses what it does not know."""
+"""Tools that only read the project. Any other may write: it goes to the server, which refuses what it does not know.
+
+``lattice_doctor`` looks for ``locks/`` too, which no cache has.
+"""
 _FILES = {"lattice_attach": "source"}
 """Which argument names a file of the caller, whose content travels with the call."""
 
@@ -93,7 +97,7 @@ async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **argume
     directory = _cache_of(arguments.get("lattice_root"))
     if directory is None:
         return tool(**arguments)
-    if _only_reads(name, arguments):
+    if name in _READS:
         await anyio.to_thread.run_sync(caches.prepare, directory)
         return tool(**arguments)
     return await anyio.to_thread.run_sync(_call_there, directory, name, arguments)
@@ -107,19 +111,13 @@ async def _read_resource(caches: _Caches, read: Callable[[Any], Any], request: A
 
 
 def _cache_of(lattice_root: str | None) -> str | None:
-    """Return the ``.lattice`` directory that a call is about, if it has a remote; lattice itself says what is wrong."""
+    """Return the ``.lattice`` directory that a call is about, if it is a cache; lattice itself says what is wrong."""
     try:
         root = lattice_root or find_root()
     except (LatticeRootError, OSError):
         return None
     directory = os.path.join(os.path.abspath(root), LATTICE_DIR) if root else None
-    return directory if directory and os.path.isfile(os.path.join(directory, "remote.json")) else None
-
-
-def _only_reads(name: str, arguments: Arguments) -> bool:
-    if name == "lattice_doctor":
-        return not arguments.get("fix")
-    return name in _READS
+    return directory if directory and is_cache(directory) else None
 
 
 def _call_there(directory: str, name: str, arguments: Arguments) -> Any:

@@ -92,6 +92,7 @@ def open_store(
     listed = load_manifest(directory / "manifest")
     if not (project / ".lattice").is_dir():
         raise FileNotFoundError(f"{project} has no .lattice")  # moved away: that does not mean that all is deleted
+    was_cache = _make_locks(project / ".lattice" / "locks")
     copied = copied_at(directory) if is_copied(directory, listed) else None
     undo = UndoLog.open(directory)
     journal = Journal.open(directory, retention)
@@ -105,6 +106,8 @@ def open_store(
     history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
     notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
+    if was_cache:
+        notes.append("locks was a file, as in a copied cache; it is a directory again")
     tree = Tree(project / ".lattice", history.files)
     if history.journal is not None and not history.is_trusted and boot_id:
         repair = Repair(tree, _contents(directory), damaged_since(tree, booted_at()))
@@ -139,6 +142,18 @@ def open_store(
         finish(project)
     remove_segments(store.journal.expire(time.time()))
     return Opened(store, capture, notes, bool(boot_id))
+
+
+def _make_locks(place: Path) -> bool:
+    """Make lattice's directory of locks; return whether a file had to be removed for that.
+
+    A cache has a file there, so that plain lattice can't write into it; ``rsync`` may have brought it here.
+    """
+    is_file = place.is_file() or place.is_symlink()
+    if is_file:
+        place.unlink()
+    place.mkdir(exist_ok=True)
+    return is_file
 
 
 def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:
