@@ -1,5 +1,6 @@
 """A copy of the live data directory is a server again, and its clients get there by themselves (I2, I7, I12)."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -107,6 +108,58 @@ class Restored:
                 f"{self.server.url}/projects/board/tasks", json={"title": f"New {n}"}, headers=headers, timeout=30
             )
             assert made.status_code == 201, made.text
+
+
+def rescued(client: Client) -> list[str]:
+    entries = json.loads(client.ok("remote", "rescued", "list", "--json"))["data"]["entries"]
+    return [path for entry in entries for path in entry["files"]]
+
+
+@pytest.mark.parametrize("put_back", [put_copy_in_place, write_over])
+def test_what_a_restored_server_lacks_is_kept_by_its_clients(
+    sandbox: Sandbox, put_back: Callable[[Path, Path], None]
+) -> None:
+    """I7: it is named by the next command, and can be applied; ids that were given again are no hindrance."""
+    at = Restored(sandbox)
+    at.ana.ok("comment", "LAT-1", "lost words", "--actor", "human:ana")
+    task = json.loads(at.ana.ok("show", "LAT-2", "--json"))["data"]["id"]
+    plan = at.ana.lattice_dir / "plans" / f"{task}.md"
+    plan.write_text("# Lost lines\n")
+    at.ana.ok("remote", "push")
+    at.restore(put_back, new=2)
+    at.ben.ok("comment", "LAT-1", "said after it", "--actor", "human:ana")  # proves it; the log goes on in another way
+    wait_for(lambda: "were rescued" in at.ana.run("list").stderr or rescued(at.ana), "ana to notice")
+    said = at.ana.run("list").stderr
+    assert "the server was restored to an earlier state that lacks it" in said and "remote rescued" in said, said
+    wait_for(lambda: not differences(at.ana.lattice_dir, at.server.lattice_dir()), "ana to have what was restored", 40)
+    assert f"plans/{task}.md" in rescued(at.ana)
+    shown = at.ana.ok("list")
+    assert "New 1" in shown and "Lost 0" not in shown
+    applied = at.ana.run("remote", "rescued", "apply", "--all")
+    shown = at.ana.ok("list")
+    assert all(f"Lost {n}" in shown for n in range(3)) and "New 1" in shown, applied.stdout + applied.stderr
+    comments = at.ana.ok("comments", "LAT-1")
+    assert "lost words" in comments and "said after it" in comments, applied.stdout + applied.stderr
+    place = next((at.ana.lattice_dir / ".remote/rescued").glob(f"*/files/plans/{task}.md"))
+    assert place.read_text() == "# Lost lines\n", "the text stays until the user has compared it"
+    wait_for(lambda: not differences(at.ben.lattice_dir, at.server.lattice_dir()), "ben to have all of it", 40)
+
+
+def test_a_client_that_was_behind_the_backup_has_nothing_to_keep(sandbox: Sandbox) -> None:
+    at = Restored(sandbox)
+    at.ben.ok("remote", "agent", "stop")
+    before = {path.name for path in at.ben.lattice_dir.iterdir()}
+    at.server.stop()
+    backup = sandbox.root / "later"
+    shutil.copytree(at.server.data, backup, symlinks=True)
+    at.server.start()
+    at.ana.ok("comment", "LAT-1", "in no backup", "--actor", "human:ana")
+    at.backup = backup
+    at.restore(put_copy_in_place, new=1)
+    assert "rescued" not in at.ben.run("list").stderr and not rescued(at.ben)
+    assert before == {path.name for path in at.ben.lattice_dir.iterdir()}
+    wait_for(lambda: rescued(at.ana), "ana to keep the comment")
+    assert "in no backup" in at.ana.ok("remote", "rescued", "show", "1")
 
 
 @pytest.mark.parametrize("put_back", [put_copy_in_place, write_over])

@@ -312,6 +312,8 @@ class Welcome(_Frame, frozen=True, tag="welcome"):
     limits: Limits
     act_as: list[_Short] = []
     capabilities: list[_Short] = []
+    lost: bool = False
+    """The server has no record of the copy's position: it lacks changes that the copy may have."""
     used: _Short = ""
     """What shows that something was done in the project, such as ``3 tasks``; "" when it is empty, or not said."""
 

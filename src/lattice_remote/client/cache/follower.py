@@ -19,7 +19,7 @@ from lattice_remote.client.cache.comparing import Comparison, compare_files
 from lattice_remote.client.cache.conflicts import Conflicts
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.healing import Healing
-from lattice_remote.client.cache.keepsakes import Keepsakes
+from lattice_remote.client.cache.keepsakes import RESTORED, Keepsakes
 from lattice_remote.client.cache.known import Signature
 from lattice_remote.client.cache.performing import Files
 from lattice_remote.client.cache.state import STATE_FILE, CacheState
@@ -182,6 +182,7 @@ class Follower:
             self.replica.disconnected()
             self._fail_comparison()
             self._resyncing = False
+            self.keepsakes.reason = RESTORED
             self.files.misfits.clear()
             self.cache.forget_parts()
             await self._resync_lock.aclose()
@@ -382,16 +383,25 @@ class Follower:
         self._comparing = None
         if not compare.mend:
             return self.replica.verified()
+        ours = compared.equal()
         if self.replica.position.epoch:  # the files should have been equal, save for those that were being fetched
             for path in (*comparison.differing, *comparison.missing, *comparison.surplus):
                 if path not in self.replica.wanted:
                     reading = compared.readings.get(path)
                     self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
+        elif self.replica.welcome is not None and self.replica.welcome.lost:
+            self.keepsakes.keep_lost(comparison.differing, comparison.surplus, compare.entries)
+        if not self.replica.position.epoch:  # what differs is an earlier state, unless another program is known to it
+            others = (*comparison.differing, *comparison.surplus)
+            ours += [path for path in others if self._may_be_ours(path, compared.readings[path])]
         self.files.on_edits(comparison.edited)
-        self.cache.known.settle((path, compared.readings[path].signature) for path in compared.equal())
+        self.cache.known.settle((path, compared.readings[path].signature) for path in ours)
         effects = self.replica.compared(compared.local, edited=comparison.edited)
         self._to_fetch = len(self.replica.wanted)
         return effects
+
+    def _may_be_ours(self, path: str, reading: Reading) -> bool:
+        return not self.cache.known.is_complete or self.cache.known.agrees(path, reading.signature)
 
     # --- state ---
 
@@ -451,6 +461,7 @@ class Follower:
             and len(self.replica.wanted) == len(self.replica.held)
         ):
             self._resyncing = False
+            self.keepsakes.reason = RESTORED
             await self._resync_lock.aclose()
         elif not self._resyncing and self.replica.state is State.COMPARING and not self.replica.position.epoch:
             self._resyncing = True

@@ -4,12 +4,18 @@ Plans and notes are edited in place, and edits of them are sent (see ``edits.py`
 anything else changes it (I4); the content that it had goes to the rescued files first (``rescued.py``).
 """
 
+from collections.abc import Iterable, Mapping
+
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.cache.rescued import RescuedFiles
+from lattice_remote.protocol.effects import Content
+from lattice_remote.protocol.messages import MAX_PIECE_BYTES
+from lattice_remote.protocol.operations import digest_of
 from lattice_remote.protocol.paths import is_editable
 
-__all__ = ["Keepsakes", "is_event_log", "may_be_by_hand"]
+__all__ = ["RESTORED", "Keepsakes", "is_event_log", "may_be_by_hand"]
 
+LOST = "the server was restored to an earlier state that lacks it; the content is kept"
 RESTORED = "changed here by another program, and restored to the server's version; what it wrote is kept"
 _MAX_READ_BYTES = 32 * 1024 * 1024
 """What is larger is moved, not copied: the file is missing until the server's comes."""
@@ -35,6 +41,8 @@ class Keepsakes:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self.rescued = RescuedFiles(cache)
+        self.reason = RESTORED
+        """Why files are replaced at present, for what is rescued."""
         self.notices: list[str] = []
         """What the next command should say."""
 
@@ -67,7 +75,36 @@ class Keepsakes:
             return
         if has_events and content is not None and after is not None and _lacks_nothing(after, content):
             return
-        self.rescued.add(path, content, RESTORED)
+        self.rescued.add(path, content, self.reason)
+
+    def keep_lost(self, differing: Iterable[str], surplus: Iterable[str], entries: Mapping[str, Content]) -> None:
+        """Rescue what the server had when it was last seen, and lacks since it was restored (I7).
+
+        Files that lattice makes of events are not worth it where the server has them too. Of an event log only the
+        server's digest is known here: one that was continued in another way is compared when it arrives.
+
+        Args:
+            differing, surplus: files that the server has with another content, and those that it does not have.
+            entries: the server's files.
+        """
+        self.reason = LOST
+        for path in surplus:
+            self._keep_lost(path)
+        for path in differing:
+            if is_event_log(path):
+                size = entries[path][0]
+                if size > MAX_PIECE_BYTES or self._begins_with(path, entries[path]):
+                    self._keep_lost(path)
+            elif is_editable(path) or may_be_by_hand(path):
+                self._keep_lost(path)
+
+    def _keep_lost(self, path: str) -> None:
+        if size := self._cache.size(path):
+            self.rescued.add(path, self._cache.read(path) if size <= _MAX_READ_BYTES else None, LOST)
+
+    def _begins_with(self, path: str, content: Content) -> bool:
+        size, digest = content
+        return digest_of(self._cache.read(path)[:size]) == digest
 
     def _base(self, path: str) -> bytes | None:
         place = _base_path(path)

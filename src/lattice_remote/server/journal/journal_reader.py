@@ -4,7 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lattice_remote.server.data.framing import frames
-from lattice_remote.server.journal.segments import Record, Segment, decoder, header_of, segment_paths
+from lattice_remote.server.journal.segments import (
+    Record,
+    Segment,
+    decoder,
+    header_of,
+    readable_records,
+    segment_paths,
+)
 
 __all__ = ["JournalReader"]
 
@@ -62,6 +69,22 @@ class JournalReader:
             if number > seq:
                 return None
         return None
+
+    def was_at(self, epoch: str, seq: int, mark: bytes) -> bool:
+        """Tell whether this position is on record, in this history or a former one that is still on disk.
+
+        One that is older than what is kept of its epoch counts as such.
+
+        Raises:
+            OSError: a segment can't be read.
+        """
+        paths = [(path, header) for path in segment_paths(self._directory) if (header := header_of(path)) is not None]
+        of_epoch = [(path, header) for path, header in paths if header.epoch == epoch]
+        for path, header in reversed(of_epoch):
+            if header.head <= seq:
+                marks = {record.seq: record.mark for record in readable_records(path)}
+                return {header.head: header.mark, **marks}.get(seq) == mark
+        return bool(of_epoch)
 
     def _items(self, seq: int) -> Iterator[Segment | Record]:
         """Yield what is on disk of the history, from the segment on in which change ``seq + 1`` would be."""

@@ -27,6 +27,7 @@ __all__ = ["Content", "Follower", "History"]
 
 _ENTRIES_PER_FRAME = 1000
 _REPLAY_BYTES = 1024 * 1024
+_MAX_FORMER = 1000
 
 Content = tuple[int, bytes]
 """A file's size in bytes and its digest."""
@@ -69,6 +70,7 @@ class History:
         self._committed = committed
         self._reading = asyncio.Lock()  # one at a time: each takes a segment's memory while it lasts
         self._recent = Recent()
+        self._was_at: dict[Position, bool] = {}  # by position in a former epoch: clients come back together
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
         self._followers: set[Follower] = set()
@@ -124,6 +126,23 @@ class History:
             OSError: the journal's key can't be read.
         """
         return await asyncio.to_thread(self._change_ids.is_genuine, position.epoch, position.seq, position.mark)
+
+    async def lacks(self, position: Position) -> bool:
+        """Tell whether the project has no record of a position, so that changes up to it may be lost here.
+
+        Raises:
+            OSError: the journal can't be read.
+        """
+        if not position.epoch:
+            return False
+        if (known := self._was_at.get(position)) is None:
+            async with self._reading:
+                known = await asyncio.to_thread(self._journal.was_at, position.epoch, position.seq, position.mark)
+            if len(self._was_at) >= _MAX_FORMER:
+                self._was_at.clear()
+            if position.epoch != self.epoch:
+                self._was_at[position] = known
+        return not known
 
     def entries(self) -> list[bytes]:
         """Return the manifest at ``head`` as frames, shared by all who ask before the next change."""

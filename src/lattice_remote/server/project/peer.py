@@ -207,7 +207,9 @@ class Peer:
         self._capabilities = common_capabilities(hello)
         self._dialect = dialect(self._capabilities)
         await project.opened()
-        continues = hello.follow and await can_continue(project, Position(hello.epoch, hello.seq, hello.mark))
+        position = Position(hello.epoch, hello.seq, hello.mark)
+        continues = hello.follow and await can_continue(project, position)
+        is_lost = hello.follow and not continues and await project.history.lacks(position)
         continues = continues and hello.epoch == project.history.epoch  # it may have begun anew meanwhile
         if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
             raise project.failure
@@ -227,6 +229,7 @@ class Peer:
                 head=project.history.head,
                 oldest=project.history.oldest,
                 resync=hello.follow and not continues,
+                lost=is_lost,
                 limits=Limits(most, most - _OTHER_FIELDS_BYTES, self._limits.text_bytes),
                 act_as=self.token.act_as,
                 capabilities=offered_capabilities(),
