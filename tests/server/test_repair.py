@@ -9,22 +9,21 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
+from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.server.journal.contents import Contents
-from lattice_remote.server.journal.repair import Repair, damaged_since
+from lattice_remote.server.journal.repair import Repair, differing
+from lattice_remote.server.journal.segments import Record
 from lattice_remote.server.tree.manifest import FileState
 from lattice_remote.server.tree.tree import INLINE_BYTES, MERGE_FROM_BYTES, Tree
 from lattice_remote.server.worker import recovery
 from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.recovery import Opened, open_store
 
-LATER = float("inf")
 
-
-def open_after_power_cut(project: Path, monkeypatch: pytest.MonkeyPatch, *, boot_time: float = LATER) -> Opened:
-    monkeypatch.setattr(recovery, "_boot_id", lambda: "another boot")
-    monkeypatch.setattr(recovery, "booted_at", lambda: boot_time)
+def open_after_power_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    monkeypatch.setattr(recovery, "_boot_id", lambda _: "another boot")
     ours, theirs = socket.socketpair()
     with ours, theirs:
         opened = open_store(project, project / "tmp", committer := Committer(theirs), code=[])
@@ -91,7 +90,7 @@ def test_what_was_edited_since_the_machine_is_back_is_left_alone(
         worker.kill()
     plan = next((project / ".lattice/plans").iterdir())
     plan.write_text("# By hand\n")
-    opened = open_after_power_cut(project, monkeypatch, boot_time=0.0)
+    opened = open_after_power_cut(project, monkeypatch)
     assert plan.read_text() == "# By hand\n"
     assert opened.store.journal.head == 2
     assert "files were not as change 1 left them" in opened.notes[0]
@@ -105,7 +104,7 @@ def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkey
     monkeypatch.setitem(Tree.reconcile.__kwdefaults__, "limit", 2)
     for number in range(5):
         (project / f".lattice/notes/{number}.md").write_text("by hand\n")
-    opened = open_after_power_cut(project, monkeypatch, boot_time=0.0)
+    opened = open_after_power_cut(project, monkeypatch)
     assert opened.store.journal.head == 4
     assert sum("were not as change" in note for note in opened.notes) == 3
 
@@ -121,16 +120,17 @@ def test_files_that_nobody_knows_are_set_aside(tmp_path: Path, monkeypatch: pyte
     assert (project / "journal/lost/tasks/task_lost.json").read_text() == "{}\n"
 
 
-def changes(*operations: Operation) -> list[Change]:
-    return [Change(seq, b"", "", "", "", "", "", [operation]) for seq, operation in enumerate(operations, 1)]
+def records(*operations: Operation) -> list[Record]:
+    changes = [Change(seq, b"", "", "", "", "", "", [operation]) for seq, operation in enumerate(operations, 1)]
+    return [Record(change.seq, b"", 0.0, change=encode(change)) for change in changes]
 
 
 def check_repair(root: Path, wanted: dict[str, bytes], *operations: Operation) -> list[str]:
     files = {path: FileState(len(data), digest_of(data), 0, 0) for path, data in wanted.items()}
     tree, contents = Tree(root, files), Contents()
-    for change in changes(*operations):
-        contents.learn(change, {})
-    return Repair(tree, contents, damaged_since(tree, LATER)).perform(root.parent / "lost")
+    for record in records(*operations):
+        contents.learn(record)
+    return Repair(tree, contents, differing(tree)).perform(root.parent / "lost")
 
 
 def test_an_append_is_repeated_on_what_was_durable_even_if_the_rename_was_lost(tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from lattice_remote.server.data.datadir import DataDir, ProjectPaths
 from lattice_remote.server.data.locks import LockedElsewhere, lock
 from lattice_remote.server.data.settings import Journal
 from lattice_remote.server.journal.contents import Contents
-from lattice_remote.server.journal.copied import change_of
 from lattice_remote.server.journal.journal_reader import JournalReader
 from lattice_remote.server.journal.repair import Repair
 from lattice_remote.server.tree.tree import Tree
@@ -196,11 +195,10 @@ def _restore(paths: ProjectPaths, check: ProjectCheck) -> list[str]:
     """Bring back what the disk has damaged, as far as the journal has it; keep what is there now aside."""
     if not check.damaged:
         return []
-    contents = Contents()
+    contents = Contents(check.damaged)
     for record in JournalReader(paths.journal).records():
-        if record.change is not None:
-            contents.learn(change_of(record), record.moved)
-    repair = Repair(Tree(paths.lattice, check.files), contents, check.damaged)
+        contents.learn(record)
+    repair = Repair(Tree(paths.lattice, check.files), contents, check.damaged, has_edits=False)
     restorable = [path for path in check.damaged if path not in repair.failed]
     _set_aside(paths.root, [paths.lattice / path for path in restorable])
     return repair.perform(paths.journal / "lost")

@@ -1,14 +1,16 @@
 """What the journal tells of the content of files: enough to bring back most, whichever earlier version is there.
 
-A change holds what a file became, or what was added to it, or a patch. From that, from the file as it lies on the
-disk, and for some files from the logs that they are derived from, its content at a number follows. The digest decides.
+A change holds what a file became, or what was added to it, or a patch; a record may hold a whole content besides. From
+that, from the file as it lies on the disk, and for some files from the logs that they are derived from, its content at
+a number follows. The digest decides.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
+from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import (
     AnnounceFile,
@@ -22,8 +24,10 @@ from lattice_remote.protocol.operations import (
     digest_of,
     merge_patch,
 )
+from lattice_remote.server.journal.segments import Record
+from lattice_remote.server.tree.manifest import FileState
 
-__all__ = ["Contents"]
+__all__ = ["Contents", "change_of", "counterpart", "derive", "is_snapshot", "log_of"]
 
 Read = Callable[[str], bytes]
 """Returns the content of a path of the tree, empty when there is none."""
@@ -43,32 +47,67 @@ class _Known:
 
 
 class Contents:
-    """Feed it changes with ``learn``, oldest first; then ask for content."""
+    """Feed it records with ``learn``, oldest first; then ask for content.
 
-    def __init__(self) -> None:
+    Args:
+        paths: the files that will be asked for, None for all. It saves memory: a journal has tens of megabytes.
+    """
+
+    def __init__(self, paths: Iterable[str] | None = None) -> None:
+        self._names = {os.path.basename(path) for path in paths} if paths is not None else None
         self._known: dict[str, _Known | None] = {}  # None: the file is gone
+        self._digests: dict[str, set[bytes]] = {}
+        self._texts: dict[str, list[bytes]] = {}
 
-    def learn(self, change: Change, moved: Mapping[str, bytes]) -> None:
-        """Take in one change, and the content of files that it only moved."""
-        for operation in change.ops:
-            self._learn(operation, moved)
+    def learn(self, record: Record) -> None:
+        """Take in one record: its change, the states after it, and the contents that it holds whole."""
+        for path, state in record.files.items():
+            self.learn_state(path, state)
+        if record.change is None:
+            for path, data in record.moved.items():  # as it was before something that may have been cut off
+                if self._is_wanted(path):
+                    self._put(path, data)
+            return
+        for operation in change_of(record).ops:
+            if self._is_wanted(operation.path):
+                self._learn(operation, record)
+
+    def learn_state(self, path: str, state: FileState | None) -> None:
+        """Take in that a file had this content at some number."""
+        if state is not None and self._is_wanted(path):
+            self._digests.setdefault(path, set()).add(state.digest)
+
+    def was(self, path: str, data: bytes) -> bool:
+        """Tell whether the file had this content once, or the beginning of one that the journal has whole."""
+        return digest_of(data) in self._digests.get(path, ()) or any(
+            text.startswith(data) for text in self._texts.get(path, ())
+        )
 
     def is_gone(self, path: str) -> bool:
         """Whether the last that the journal tells of this file is that it was removed."""
         return path in self._known and self._known[path] is None
 
-    def _learn(self, operation: Operation, moved: Mapping[str, bytes]) -> None:
+    def _is_wanted(self, path: str) -> bool:
+        return self._names is None or os.path.basename(path) in self._names
+
+    def _put(self, path: str, data: bytes) -> None:
+        self._known[path] = _Known(None, data=bytearray(data))
+        self._texts.setdefault(path, []).append(data)
+
+    def _learn(self, operation: Operation, record: Record) -> None:
         known, path = self._known, operation.path
         match operation:
             case PutFile():
-                known[path] = _Known(None, data=bytearray(operation.data))
+                self._put(path, operation.data)
             case AppendBytes():
                 known[path] = _grown(known.get(path) or _Known(path, operation.offset), operation)
             case MergeJson():
                 (known.get(path) or known.setdefault(path, _Known(path)) or _Known(path)).patches.append(operation)
             case MoveFile():
-                whole = _Known(None, data=bytearray(moved[operation.to])) if operation.to in moved else None
-                known[operation.to] = whole or known.get(path) or _Known(path)
+                if operation.to in record.moved:
+                    self._put(operation.to, record.moved[operation.to])
+                else:
+                    known[operation.to] = known.get(path) or _Known(path)
                 known[path] = None
             case DeleteFile():
                 known[path] = None
@@ -86,10 +125,15 @@ class Contents:
             for data in (candidate, _patched(candidate, told.patches)):
                 if digest_of(data) == digest:
                     return data
-        for data in (kept or b"", _rebuilt(path, read)):
-            if digest_of(data) == digest:
-                return data
-        return None
+        return kept if kept is not None and digest_of(kept) == digest else None
+
+
+def change_of(record: Record) -> Change:
+    """Return the change that a record holds."""
+    assert record.change is not None, "the caller has looked"
+    frame = decode_server_frame(record.change, max_bytes=len(record.change))
+    assert isinstance(frame, Change), "the journal holds what this package has encoded"
+    return frame
 
 
 def _grown(known: _Known, operation: AppendBytes) -> _Known:
@@ -116,18 +160,64 @@ def _patched(data: bytes, patches: list[MergeJson]) -> bytes:
         return data
 
 
-def _rebuilt(path: str, read: Read) -> bytes:
-    """Return a task's snapshot as lattice derives it from the task's log; empty where that is not possible."""
+# --- what lattice derives from its logs ---
+
+
+def counterpart(path: str) -> str:
+    """Return where a file lies once its task is archived, or was before that."""
+    return path.removeprefix("archive/") if path.startswith("archive/") else f"archive/{path}"
+
+
+def is_snapshot(path: str) -> bool:
+    """Tell whether a file is a snapshot of a task or a resource."""
     folder, name = os.path.split(path)
-    if folder not in ("tasks", "archive/tasks"):
+    return folder in ("tasks", "archive/tasks") or (folder.startswith("resources/") and name == "resource.json")
+
+
+def log_of(path: str, read: Read) -> str | None:
+    """Return the event log that a snapshot of a task or a resource is derived from; None for any other file."""
+    folder, name = os.path.split(path)
+    if folder in ("tasks", "archive/tasks"):
+        return f"{folder.removesuffix('tasks')}events/{name.removesuffix('.json')}.jsonl"
+    if folder.startswith("resources/") and name == "resource.json":
+        try:
+            return f"events/{json.loads(read(path))['id']}.jsonl"
+        except (ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
+def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
+    """Return a snapshot as lattice derives it from its log; empty where that is not possible.
+
+    Args:
+        path: of the snapshot.
+        read: see ``Read``.
+        logs: of resources, to look in where the snapshot does not say which is its own.
+    """
+    log = log_of(path, read)
+    if log is None and path.startswith("resources/"):
+        name = path.split("/")[1]
+        log = next((log for log in logs if _name_of_resource(read(log)) == name), None)
+    if log is None:
         return b""
+    from lattice.core.resources import apply_resource_event_to_snapshot, serialize_resource_snapshot
     from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
 
-    events = read(f"{folder.removesuffix('tasks')}events/{name.removesuffix('.json')}.jsonl")
+    is_task = not path.startswith("resources/")
+    apply = apply_event_to_snapshot if is_task else apply_resource_event_to_snapshot
     snapshot = None
     try:
-        for line in events.splitlines():
-            snapshot = apply_event_to_snapshot(snapshot, json.loads(line))
+        for line in read(log).splitlines():
+            snapshot = apply(snapshot, json.loads(line))
+        return (serialize_snapshot if is_task else serialize_resource_snapshot)(snapshot).encode() if snapshot else b""
     except (ValueError, KeyError, TypeError):
         return b""
-    return serialize_snapshot(snapshot).encode() if snapshot is not None else b""
+
+
+def _name_of_resource(log: bytes) -> str | None:
+    try:
+        first = json.loads(log.split(b"\n", 1)[0])
+        return str(first["data"]["name"])
+    except (ValueError, KeyError, TypeError):
+        return None

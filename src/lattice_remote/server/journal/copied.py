@@ -15,8 +15,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change
 from lattice_remote.server.journal.contents import Contents
 from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.journal_reader import JournalReader
@@ -25,10 +23,7 @@ from lattice_remote.server.journal.segments import Record, list_beside, segment_
 from lattice_remote.server.tree.manifest import FileState, ManifestFile, load_manifest
 from lattice_remote.server.tree.tree import Tree
 
-__all__ = ["change_of", "copied_at", "is_copied", "mend_copy", "place_of"]
-
-_CLOCKS_S = 60.0
-"""By how much the clocks of two machines may differ. What was written within it after the last change is no edit."""
+__all__ = ["is_copied", "mend_copy", "place_of"]
 
 
 def place_of(directory: Path) -> list[int]:
@@ -44,18 +39,11 @@ def is_copied(directory: Path, listed: ManifestFile | None) -> bool:
     return listed is not None and bool(listed.place) and listed.place != place_of(directory)
 
 
-def copied_at(directory: Path) -> float:
-    """Return when the journal was copied here, in seconds since the epoch; ask before anything is changed in it."""
-    return max(os.stat(path).st_ctime for path in (directory, *directory.glob("*.log")))
-
-
-def mend_copy(
-    tree: Tree, journal: Journal, listed: ManifestFile, *, kept: Callable[[str], bytes | None], copied: float
-) -> list[str]:
+def mend_copy(tree: Tree, journal: Journal, listed: ManifestFile, *, kept: Callable[[str], bytes | None]) -> list[str]:
     """Bring the tree to the last change of the journal to which all of it can be brought; return lines for the log.
 
-    Empty when there is nothing to repair. What somebody has edited in the copy before its first
-    start is left alone, and so is all of it if somebody worked there after the server had ended in order. May be done
+    Empty when there is nothing to repair. Outside changes in the copy before its first start stay
+    (``Repair``), and so does all of it if files were written there after the server had ended in order. May be done
     again after a crash.
 
     Args:
@@ -63,21 +51,20 @@ def mend_copy(
         journal: the copied one, open.
         listed: the copied list of files.
         kept: returns what the copied undo log keeps of a path, by its absolute path.
-        copied: see ``copied_at``.
 
     Raises:
         OSError: a file can't be read or written.
     """
-    edited_after = journal.newest if listed.clean else max(copied, journal.newest + _CLOCKS_S)
     states = _States(journal, listed, tree)
     target = journal.head
     while True:
         tree.files = states.at(target)
-        damaged = differing(tree, lambda status: status.st_mtime > edited_after)
-        is_whole = not damaged or (listed.clean and _is_edited(tree, edited_after))
+        damaged = differing(tree)
+        epoch = "" if journal.is_damaged else journal.epoch
+        repair = Repair(tree, states.contents, damaged, lambda path: kept(tree.absolute(path)), epoch=epoch)
+        is_whole = not repair.is_needed or (listed.clean and _is_edited(tree, journal.newest))
         if is_whole and target == journal.head:
             return []
-        repair = Repair(tree, states.contents, damaged, lambda path: kept(tree.absolute(path)))
         late = [states.changed_at[path] for path in repair.failed if path in states.changed_at]
         if not late:
             break
@@ -113,11 +100,12 @@ class _States:
         """Return the files at this number, and learn what leads there."""
         files = dict(self._files)
         self.contents, self.changed_at = Contents(), {}
+        for path, state in self._files.items():
+            self.contents.learn_state(path, state)
         for record in JournalReader(self._journal.directory).records():
             if record.seq > seq:
                 break
-            if record.change is not None:
-                self.contents.learn(change_of(record), record.moved)
+            self.contents.learn(record)
             if record.seq > self._first:
                 self._apply(files, record)
         return files
@@ -141,14 +129,6 @@ def _oldest_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
     lists = [found for found in (listed, *beside) if found is not None and found.epoch == journal.epoch]
     reached = range(journal.oldest - 1, journal.head + 1)
     return min((found for found in lists if found.seq in reached), key=lambda found: found.seq, default=None)
-
-
-def change_of(record: Record) -> Change:
-    """Return the change that a record holds."""
-    assert record.change is not None, "the caller has looked"
-    frame = decode_server_frame(record.change, max_bytes=len(record.change))
-    assert isinstance(frame, Change), "the journal holds what this package has encoded"
-    return frame
 
 
 def _on_disk(tree: Tree) -> dict[str, FileState]:

@@ -1,52 +1,125 @@
 """Brings the files of a tree back to what the journal says they were at one number (I2).
 
 After a power cut: the worker leaves out lattice's own fsyncs, because each change is in the journal, which is fsynced
-before anybody is told. So a file may be older than the journal, empty, or newer: touched by a command whose record
-never reached the disk. And in a copy of a live data directory every file is of another moment, see ``copied.py``.
+before any reply. So a file may be older than the journal, empty, or newer: touched by a command whose record never
+reached the disk. And in a copy of a live data directory every file is of another moment, see ``copied.py``.
+
+People may have worked in the files since, with plain lattice or an editor, before the server starts. Only content
+tells their work from a lost write; every time stamp may be of a ``chown -R`` or an ``rsync``:
+
+- a file that is missing, empty, filled with NULs, as at an earlier number, or the beginning of such a content was lost;
+- a line of an event log is an outside change if the journal's log does not have it and no worker of this history made
+  its id (``make_id``): it is added to the journal's log;
+- snapshots and indexes follow from the logs;
+- any other content that no number knows is an outside change, and stays.
 """
 
+import base64
+import hashlib
+import json
 import os
+import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lattice_remote.server.journal.contents import Contents
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.journal.contents import Contents, counterpart, derive, is_snapshot, log_of
 from lattice_remote.server.tree.manifest import sync_directory
 from lattice_remote.server.tree.tree import Tree
 
-__all__ = ["Repair", "booted_at", "damaged_since", "differing"]
+__all__ = ["Repair", "differing", "is_own_id", "make_id"]
+
+_IDS = "ids.json"
+_LIFECYCLE = "_lifecycle.jsonl"
+_SESSION_INDEX = "sessions/index.json"
+_LOG_FOLDERS = ("events", "archive/events")
+_CROCKFORD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ")
+_FROM_CROCKFORD = {target: chr(source) for source, target in _CROCKFORD.items()}
+_BY_RECOVERY = "agent:lattice-remote"
 
 
-def booted_at() -> float:
-    """Return when this run of the machine began, in seconds since the epoch."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+# --- ids that a worker made ---
 
 
-def damaged_since(tree: Tree, boot_time: float) -> list[str]:
-    """Return the files that are not as in ``tree.files``, and have not been touched since the machine started again."""
-    return differing(tree, lambda status: status.st_ctime >= boot_time)
+def make_id(epoch: str) -> str:
+    """Return a new ULID of which ``is_own_id`` tells that a worker made it in this epoch.
+
+    Half of its random part is random, the other half a digest of the rest.
+    """
+    head = int(time.time() * 1000).to_bytes(6) + secrets.token_bytes(5)
+    return _encode(head + _seal(head, epoch))
 
 
-def differing(tree: Tree, is_edit: Callable[[os.stat_result], bool]) -> list[str]:
-    """Return the files that are not as in ``tree.files``, apart from what somebody has edited since."""
+def is_own_id(id_: object, epoch: str) -> bool:
+    """Tell whether an id as ``ev_01...`` was made by a worker in this epoch; False for everything else."""
+    if not isinstance(id_, str) or not epoch:
+        return False
+    try:
+        data = _decode(id_.rpartition("_")[2])
+    except ValueError:
+        return False
+    return len(data) == 16 and data[11:] == _seal(data[:11], epoch)
+
+
+def _seal(head: bytes, epoch: str) -> bytes:
+    return hashlib.blake2b(head, digest_size=5, key=epoch.encode()[:64]).digest()
+
+
+def _encode(data: bytes) -> str:
+    # 130 bits in 26 characters, the first two of them 0: Base32 of 20 bytes has the 128 bits at its end.
+    return base64.b32encode(bytes(4) + data).decode().translate(_CROCKFORD)[6:]
+
+
+def _decode(ulid: str) -> bytes:
+    return base64.b32decode("AAAAAA" + ulid.translate(_FROM_CROCKFORD))[4:]
+
+
+# --- files ---
+
+
+def differing(tree: Tree, doubtful: Collection[str] | None = None) -> list[str]:
+    """Return the files that are not as in ``tree.files``, by their content.
+
+    With ``doubtful`` paths every other file was made durable since it last changed: it is read only if its signature
+    is another.
+    """
     found, seen = [], set()
     for path, status in tree.scan():
         seen.add(path)
-        if not is_edit(status) and _digest(tree, path) != _digest_in(tree, path):
+        if doubtful is not None and path not in doubtful and tree.is_unchanged(path, status):
+            continue
+        if _digest(tree, path) != _digest_in(tree, path):
             found.append(path)
     return found + [path for path in tree.files if path not in seen]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of an event log that the journal does not know."""
+
+    data: bytes
+    event: dict[str, Any]
 
 
 class Repair:
     """What it takes to bring ``damaged`` files to what they are in ``tree.files``; ``perform`` writes it.
 
-    What can't be brought back is in ``failed``, and is left as it is: it becomes a change like any other difference.
+    Attributes:
+        failed: lost, and nothing leads to what they were: they stay as they are.
+        edits: paths of outside changes, which stay.
+
+    Both become changes like any other difference.
 
     Args:
         tree: its ``files`` are those of the number to go to.
-        contents: has learned every change up to that number that the journal has.
+        contents: has learned every record up to that number that the journal has.
         damaged: paths of files that are not as they should be.
         kept: returns what else may be the content of a path; the digest decides.
+        epoch: whose ids are its workers'; empty where commands must not be taken back.
+        has_edits: a content that no number knows may be an outside change; without, it is damage.
 
     Raises:
         OSError: a file can't be read.
@@ -58,28 +131,262 @@ class Repair:
         contents: Contents,
         damaged: Iterable[str],
         kept: Callable[[str], bytes | None] = lambda _: None,
+        *,
+        epoch: str = "",
+        has_edits: bool = True,
     ) -> None:
         self.failed: list[str] = []
+        self.edits: list[str] = []
         self._tree = tree
+        self._contents = contents
+        self._kept = kept
+        self._epoch = epoch
+        self._has_edits = has_edits
         self._restored: dict[str, bytes] = {}
-        self._surplus: list[tuple[str, bool]] = []  # with whether the journal says that it was removed
-        # Logs first: a snapshot may be rebuilt from its log. What is to go last: a lost rename may be repeated from it.
-        for path in sorted(damaged, key=lambda path: (path not in tree.files, "events/" not in path)):
-            state = tree.files.get(path)
-            if state is None:
-                self._surplus.append((path, contents.is_gone(path)))
+        self._surplus: list[str] = []
+        self._added: dict[str, list[_Line]] = {}  # what was added to logs, by path
+        damaged = set(damaged)
+        logs = {path for path in damaged if _is_log(path)}
+        for name in sorted({os.path.basename(path) for path in logs}):
+            self._repair_log(name)
+        self._complete_lifecycle()
+        self._repair_index_of_ids(damaged)
+        snapshots = {path for path in damaged - logs if is_snapshot(path)} | set(self._snapshots_of_added())
+        for path in sorted(snapshots):
+            self._repair_snapshot(path)
+        # What is to go last: a lost rename may be repeated from it.
+        for path in sorted(damaged - logs - snapshots - {_IDS}, key=lambda path: (path not in tree.files, path)):
+            self._repair_other(path)
+        if _SESSION_INDEX in tree.files and any(path.startswith("sessions/") for path in damaged):
+            self._repair_index_of_sessions()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anything was lost."""
+        return bool(self.failed or self._restored or self._surplus)
+
+    # --- event logs ---
+
+    def _repair_log(self, name: str) -> None:
+        """Put a log where the journal has it, as it was, with the lines that others have added to it since."""
+        paths = [f"{folder}/{name}" for folder in _LOG_FOLDERS]
+        at = next((path for path in paths if path in self._tree.files), None)
+        copies = [path for path in paths if self._tree.status(path) is not None]
+        log = b""
+        if at is not None:
+            found = self._find(at)
+            if found is None:
+                self.failed.append(at)
+                return
+            log = found
+        lines = list(self._added_lines(log, [self._read(path) for path in copies])) if self._has_edits else []
+        if at is None and not lines:
+            self._surplus += copies
+            return
+        at = at or copies[0]
+        self._added[at] = lines
+        self._restore(at, _extended(log, lines))
+        self._surplus += [path for path in copies if path != at]
+
+    def _added_lines(self, log: bytes, copies: list[bytes]) -> Iterator[_Line]:
+        known_lines = set(log.split(b"\n"))
+        known = {_id_of(line) for line in known_lines}
+        for line in (line for copy in copies for line in copy.replace(b"\0", b"\n").split(b"\n")):
+            if line in known_lines or (found := _line_in(line)) is None:
                 continue
-            data = contents.find(path, state.size, state.digest, self._read, kept(path))
-            if data is None:
+            id_ = found.event["id"]
+            if id_ not in known and not is_own_id(id_, self._epoch):
+                known.add(id_)
+                yield found
+
+    def _complete_lifecycle(self) -> None:
+        """Have what was added to a task's log in the log of all tasks, where lattice writes it too."""
+        from lattice.core.events import LIFECYCLE_EVENT_TYPES
+
+        path = f"events/{_LIFECYCLE}"
+        lines = [
+            line
+            for log, lines in self._added.items()
+            for line in lines
+            if os.path.basename(log) not in (_LIFECYCLE,) and line.event.get("type") in LIFECYCLE_EVENT_TYPES
+        ]
+        log = self._read(path)
+        known = {_id_of(line) for line in log.split(b"\n")}
+        if missing := [line for line in lines if line.event["id"] not in known]:
+            self._restore(path, _extended(log, missing))
+
+    # --- what follows from the logs ---
+
+    def _snapshots_of_added(self) -> Iterator[str]:
+        for log, lines in self._added.items():
+            stem = os.path.basename(log).removesuffix(".jsonl")
+            if not lines or stem == "_lifecycle":
+                continue
+            if not stem.startswith("res_"):
+                yield f"{log.removesuffix(os.path.basename(log)).replace('events/', 'tasks/')}{stem}.json"
+            elif name := _name_of(self._read(log)):
+                yield f"resources/{name}/resource.json"
+
+    def _repair_snapshot(self, path: str) -> None:
+        state, data = self._tree.files.get(path), None
+        log = log_of(path, self._read)
+        if state is not None and not self._added.get(log or ""):
+            data = self._find(path)
+        if data is None:
+            data = derive(path, self._read, self._resource_logs())
+        if data and log in self._surplus:
+            data = b""
+        if data:
+            self._restore(path, data)
+        elif state is not None:
+            self.failed.append(path)
+        elif self._tree.status(path) is not None:
+            self._surplus.append(path)
+
+    def _resource_logs(self) -> list[str]:
+        on_disk = (path for path, _ in self._tree.scan())
+        return sorted(path for path in {*self._restored, *on_disk} if path.startswith("events/res_"))
+
+    def _repair_index_of_ids(self, damaged: set[str]) -> None:
+        """Bring ``ids.json`` back, with the tasks that others have made since; one whose id is taken gets a new one."""
+        data: bytes | None = self._read(_IDS)
+        if _IDS in damaged:
+            data = self._find(_IDS) if _IDS in self._tree.files else None
+            if data is None and _IDS in self._tree.files:
+                data = self._index_of_ids()
+        made = [
+            (log, line.event)
+            for log, lines in self._added.items()
+            if os.path.basename(log) != _LIFECYCLE
+            for line in lines
+            if isinstance(line.event.get("data"), dict) and line.event["data"].get("short_id")
+        ]
+        if made:
+            index = json.loads(data or b'{"schema_version": 2}')
+            ids, following = index.setdefault("map", {}), index.setdefault("next_seqs", {})
+            for log, event in made:
+                self._register(log, event, ids, following)
+            data = _serialized(index)
+        if data:
+            self._restore(_IDS, data)
+        elif _IDS in damaged and self._tree.status(_IDS) is not None:
+            self._surplus.append(_IDS)
+
+    def _register(self, log: str, event: dict[str, Any], ids: dict[str, str], following: dict[str, int]) -> None:
+        from lattice.core.events import create_event, serialize_event
+
+        short_id, task = event["data"]["short_id"], event["task_id"]
+        prefix, _, number = short_id.rpartition("-")
+        if ids.get(short_id, task) != task:  # it was given to another task, whose change was acknowledged
+            number = following.get(prefix, 1)
+            short_id = f"{prefix}-{number}"
+            given = create_event(
+                type="task_short_id_assigned", task_id=task, actor=_BY_RECOVERY, data={"short_id": short_id}
+            )
+            self._restore(log, self._read(log) + serialize_event(given).encode())
+        ids[short_id] = task
+        following[prefix] = max(following.get(prefix, 1), int(number) + 1)
+
+    def _index_of_ids(self) -> bytes:
+        """Return the index as the tasks' logs have it, where nothing leads to what it was."""
+        ids: dict[str, str] = {}
+        following: dict[str, int] = {}
+        for path in {*self._tree.files, *self._restored}:
+            if not _is_log(path) or not os.path.basename(path).startswith("task_"):
+                continue
+            for line in self._read(path).split(b"\n"):
+                event = _parsed(line) or {}
+                data = event.get("data")
+                if isinstance(data, dict) and event.get("type") in ("task_created", "task_short_id_assigned"):
+                    short_id = data.get("short_id")
+                    prefix, _, number = str(short_id or "").rpartition("-")
+                    if number.isdecimal():
+                        ids[str(short_id)] = os.path.basename(path).removesuffix(".jsonl")
+                        following[prefix] = max(following.get(prefix, 1), int(number) + 1)
+        return _serialized({"schema_version": 2, "map": ids, "next_seqs": following})
+
+    def _repair_index_of_sessions(self) -> None:
+        """Have the index of sessions name the sessions that there are."""
+        paths = {path for path, _ in self._tree.scan()} - set(self._surplus) | self._restored.keys()
+        files = [path for path in paths if os.path.dirname(path) == "sessions" and path != _SESSION_INDEX]
+        index = _parsed(self._read(_SESSION_INDEX)) or {}
+        before = _serialized(index)
+        active, counters = {}, index.setdefault("serial_counters", {})
+        for path in files:
+            session = _parsed(self._read(path)) or {}
+            if "session" in session:
+                active[os.path.basename(path).removesuffix(".json")] = session["session"]
+                base, serial = session.get("base_name"), session.get("serial")
+                if isinstance(base, str) and isinstance(serial, int):
+                    counters[base] = max(counters.get(base, 0), serial)
+        index["active_sessions"] = active
+        if _serialized(index) != before:
+            self._restore(_SESSION_INDEX, _serialized(index))
+
+    # --- all other files ---
+
+    def _repair_other(self, path: str) -> None:
+        data = self._read(path) if self._tree.status(path) is not None else None
+        if path in self._tree.files:
+            if not self._is_lost(path, data):
+                self.edits.append(path)
+            elif (found := self._find(path)) is None:
                 self.failed.append(path)
             else:
-                self._restored[path] = data
+                self._restore(path, found)
+        elif self._is_lost(path, data) or self._contents.is_gone(path) or self._is_of_a_command(path):
+            self._surplus.append(path)
+        else:
+            self.edits.append(path)
+
+    def _is_lost(self, path: str, data: bytes | None) -> bool:
+        if not self._has_edits or data is None or not data.strip(b"\0") or self._contents.was(path, data):
+            return True
+        if path.startswith("artifacts/"):
+            return path in self._tree.files  # nothing ever changes one
+        if path == _SESSION_INDEX or (b"\0" in data and path.endswith((".md", ".json"))):
+            return True
+        found = self._find(path) if path in self._tree.files else None
+        return found is not None and found.startswith(data)
+
+    def _is_of_a_command(self, path: str) -> bool:
+        """Tell whether a file that no number knows was made by a command, which then never came to its end."""
+        name = os.path.basename(path).partition(".")[0]
+        session = (_parsed(self._read(path)) or {}).get("session") if path.startswith("sessions/") else None
+        return is_own_id(name, self._epoch) or is_own_id(session, self._epoch)
+
+    # --- content ---
+
+    def _find(self, path: str) -> bytes | None:
+        state = self._tree.files[path]
+        data = self._contents.find(path, state.size, state.digest, self._read, self._kept(path))
+        if data is None and is_snapshot(path):
+            derived = derive(path, self._read, self._resource_logs())
+            return derived if digest_of(derived) == state.digest else None
+        if data is None and (moved := self._read(counterpart(path))[: state.size]):
+            return moved if digest_of(moved) == state.digest else None
+        return data
+
+    def _restore(self, path: str, data: bytes) -> None:
+        self._restored.pop(path, None)
+        if self._tree.status(path) is None or self._read(path) != data:
+            self._restored[path] = data
+
+    def _read(self, path: str) -> bytes:
+        if path in self._restored:
+            return self._restored[path]
+        try:
+            return Path(self._tree.absolute(path)).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return b""
+
+    # --- writing ---
 
     def perform(self, lost: Path) -> list[str]:
         """Write the files; return one line for each, for the log.
 
         Args:
-            lost: a directory for files that nobody knows of: they were written by commands that never were.
+            lost: a directory for files that no change knows of: they were written by commands that never were.
 
         Raises:
             OSError: a file can't be written. It may be done again.
@@ -87,22 +394,65 @@ class Repair:
         notes = [f"{path}: could not be brought back" for path in self.failed]
         for path, data in self._restored.items():
             _write(self._tree.absolute(path), data)
-            notes.append(f"{path}: brought back from the journal")
-        for path, was_removed in self._surplus:
-            if was_removed:
+            lines = len(self._added.get(path, ()))
+            more = f", with {lines} lines that were added outside the server" if lines else ""
+            notes.append(f"{path}: brought back from the journal{more}")
+        for path in self._surplus:
+            if self._contents.is_gone(path) and self._is_known(path):
                 os.unlink(self._tree.absolute(path))
                 notes.append(f"{path}: removed again")
             else:
                 notes.append(_set_aside(self._tree, path, lost))
         return notes
 
-    def _read(self, path: str) -> bytes:
-        if path in self._restored:
-            return self._restored[path]
-        try:
-            return Path(self._tree.absolute(path)).read_bytes()
-        except FileNotFoundError:
-            return b""
+    def _is_known(self, path: str) -> bool:
+        data = self._read(path)
+        return _is_log(path) or is_snapshot(path) or self._is_lost(path, data)
+
+
+def _is_log(path: str) -> bool:
+    folder, name = os.path.split(path)
+    return folder in _LOG_FOLDERS and name.endswith(".jsonl")
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _id_of(line: bytes) -> object:
+    event = _parsed(line)
+    return event.get("id") if event is not None else None
+
+
+def _line_in(data: bytes) -> _Line | None:
+    """Return the event that a line ends with: before it may be the beginning of one whose end was lost."""
+    start = data.find(b"{")
+    while start >= 0:
+        event = _parsed(data[start:])
+        if event is not None and isinstance(event.get("id"), str) and "type" in event:
+            return _Line(data[start:], event)
+        start = data.find(b'{"', start + 1)
+    return None
+
+
+def _extended(log: bytes, lines: list[_Line]) -> bytes:
+    separator = b"\n" if lines and log and not log.endswith(b"\n") else b""
+    return log + separator + b"".join(line.data + b"\n" for line in lines)
+
+
+def _name_of(log: bytes) -> str | None:
+    first = _parsed(log.split(b"\n", 1)[0]) or {}
+    data = first.get("data")
+    return data.get("name") if isinstance(data, dict) else None
+
+
+def _serialized(index: dict[str, Any]) -> bytes:
+    """Return an index as lattice writes it."""
+    return (json.dumps(index, sort_keys=True, indent=2) + "\n").encode()
 
 
 def _digest(tree: Tree, path: str) -> bytes | None:
@@ -118,7 +468,7 @@ def _set_aside(tree: Tree, path: str, lost: Path) -> str:
     target = lost / path
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(tree.absolute(path), target)
-    return f"{path}: of a command that was never finished; now in {lost.name}/"
+    return f"{path}: no change has it; now in journal/{lost.name}/"
 
 
 def _write(path: str, data: bytes) -> None:

@@ -109,7 +109,8 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
 
     ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
     ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
-    file may have caught them in neither place (``copied.py``). ``fingerprint`` is a digest of what was asked.
+    file may have caught them in neither place (``copied.py``). Without a change it has the content of a file before a
+    command destroys it. ``fingerprint`` is a digest of what was asked.
     """
 
     seq: int

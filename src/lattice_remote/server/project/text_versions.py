@@ -8,9 +8,7 @@ from typing import Literal
 import msgspec
 
 from lattice_remote.errors import Rejected
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import MAX_VERSION_BYTES, Change
-from lattice_remote.protocol.operations import paths_of
+from lattice_remote.protocol.messages import MAX_VERSION_BYTES
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.framing import frames
 from lattice_remote.server.journal.contents import Contents
@@ -60,7 +58,7 @@ def read_version(
         OSError: a segment can't be read.
     """
     (epoch, seq), paths = change, paths_of_text(task, kind)
-    contents = Contents()
+    contents = Contents(paths)
     found: tuple[str, FileState] | None = None  # its epoch, and the state of the file
     data: bytes | None = None
 
@@ -73,8 +71,8 @@ def read_version(
                 continue
         return b""
 
-    for its_epoch, record, its_change in _changes(project.journal, paths, head):
-        contents.learn(its_change, record.moved)
+    for its_epoch, record in _records(project.journal, paths, head):
+        contents.learn(record)
         if record.seq != seq or epoch not in ("", its_epoch):
             continue
         for path in paths:
@@ -95,8 +93,8 @@ def _content(contents: Contents, path: str, state: FileState, on_disk: Callable[
     return None if state.size > MAX_VERSION_BYTES else contents.find(path, state.size, state.digest, on_disk)
 
 
-def _changes(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> Iterator[tuple[str, Record, Change]]:
-    """Yield the changes that touch ``paths``, oldest first: epoch, record, change with these operations only."""
+def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> Iterator[tuple[str, Record]]:
+    """Yield the records that name one of ``paths``, oldest first, each with its epoch."""
     for segment in segment_paths(journal):
         try:
             data = segment.read_bytes()
@@ -114,12 +112,5 @@ def _changes(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> It
                 epoch = item.epoch
             elif epoch == head[0] and item.seq > head[1]:
                 continue
-            elif item.change is not None and any(path.encode() in item.change for path in paths):
-                change = decode_server_frame(item.change)
-                assert isinstance(change, Change), "a record holds the frame of a change"
-                yield epoch, item, _only(change, paths)
-
-
-def _only(change: Change, paths: tuple[str, str]) -> Change:
-    ops = [operation for operation in change.ops if set(paths_of(operation)) & set(paths)]
-    return msgspec.structs.replace(change, ops=ops)
+            elif any(path.encode() in payload for path in paths):
+                yield epoch, item

@@ -72,6 +72,9 @@ class PreImages(Protocol):
     def keep_for_replace(self, path: str) -> None:
         """This name will be removed, or given to another file."""
 
+    def keep_for_move(self, path: str) -> None:
+        """This file will get another name."""
+
     def keep_directory(self, path: str) -> None:
         """This directory will be made."""
 
@@ -240,7 +243,7 @@ class Capture:
         source, target = self._writable(args[0]), self._writable(args[1])
         if source is not None:
             self._no_directory(source)
-            self._undo.keep_for_replace(source)
+            self._undo.keep_for_move(source)
         if target is not None:
             self._undo.keep_for_replace(target)
         if source is None or target is None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AnnounceFile,
@@ -100,6 +102,12 @@ class Tree:
             else:
                 self.files[path] = state
 
+    def distrust(self, paths: Iterable[str]) -> None:
+        """Read these files at the next ``reconcile``, whatever their signatures."""
+        for path in paths:
+            if (state := self.files.get(path)) is not None:
+                self.files[path] = msgspec.structs.replace(state, settled=False)
+
     # --- what a command did ---
 
     def after_command(
@@ -136,7 +144,7 @@ class Tree:
             on_disk = {path: status for path in candidates if (status := self.status(path)) is not None}
         for path in sorted(candidates, key=_reading_order):
             status = on_disk.get(path)
-            if status is None or not trust_signatures or not self._is_unchanged(path, status):
+            if status is None or not trust_signatures or not self.is_unchanged(path, status):
                 touched.steps.append(path)
         return _Comparison(self, touched, lambda _: None, limit, {}).run()
 
@@ -160,7 +168,8 @@ class Tree:
                     except FileNotFoundError:
                         continue
 
-    def _is_unchanged(self, path: str, status: os.stat_result) -> bool:
+    def is_unchanged(self, path: str, status: os.stat_result) -> bool:
+        """Tell whether a file has the signature that it is known by."""
         state = self.files.get(path)
         return state is not None and state.settled and _has_signature(state, status)
 

@@ -7,6 +7,7 @@ death of the process, not a power cut, and says so by the machine's boot id. ``d
 import contextlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -75,6 +76,8 @@ class UndoLog:
         self._links.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._images: dict[str, _Image] = {}
+        self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
+        """Called with the path and the size of a file before its content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
         self._size = 0  # bytes of whole records on disk
         self._linked = 0
@@ -131,6 +134,7 @@ class UndoLog:
             if known is None:
                 self._keep(_Absent(path))
             return
+        self.before_overwrite(path, status.st_size)
         for image in list(self._images.values()):
             # A second name protects against replacing, not against changing the one file behind both names.
             if isinstance(image, _Linked) and image.inode == status.st_ino:
@@ -142,6 +146,12 @@ class UndoLog:
 
     def keep_for_replace(self, path: str) -> None:
         """This name will be removed, or given to another file."""
+        if (status := _status(path)) is not None:
+            self.before_overwrite(path, status.st_size)
+        self.keep_for_move(path)
+
+    def keep_for_move(self, path: str) -> None:
+        """This file will get another name."""
         known = self._images.get(path)
         if known is not None and not isinstance(known, _Length):
             return

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from lattice_remote.server.data.ipc import Done, Failed, ToServer
-from lattice_remote.server.tree.manifest import sync, sync_files
+from lattice_remote.server.tree.manifest import sync
 
 __all__ = ["Committer", "Job"]
 
@@ -26,11 +26,10 @@ _encoder = msgspec.msgpack.Encoder()
 
 @dataclass(frozen=True)
 class Job:
-    """What is to happen: fsync ``descriptor`` and the files at ``paths``, then run ``then``, then send ``message``."""
+    """What is to happen: fsync ``descriptor``, then run ``then``, then send ``message``."""
 
     message: ToServer | None = None
     descriptor: int | None = None
-    paths: tuple[str, ...] = ()
     then: Callable[[], None] | None = None
 
 
@@ -82,7 +81,6 @@ class Committer:
         for descriptor in descriptors:
             sync(descriptor)
         synced_s = time.perf_counter() - began if descriptors else None
-        sync_files(dict.fromkeys(path for job in jobs for path in job.paths))
         for job in jobs:
             if job.then is not None:
                 job.then()

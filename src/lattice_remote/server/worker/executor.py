@@ -104,9 +104,12 @@ class Executor:
         lazy: leave out lattice's fsyncs; a power cut is then repaired from the journal.
         capture: watches the commands, where they write to a project that others read: what they write to existing
             files is not there before they have succeeded.
+        make_id: makes the ULIDs, by which the repair distinguishes what commands wrote.
     """
 
-    def __init__(self, root: Path, *, lazy: bool, capture: Capture | None = None) -> None:
+    def __init__(
+        self, root: Path, *, lazy: bool, capture: Capture | None = None, make_id: Callable[[], str] | None = None
+    ) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
         os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell in place of running it
@@ -114,6 +117,7 @@ class Executor:
 
         from lattice.cli import artifact_cmds, resource_cmds
         from lattice.cli.main import cli
+        from lattice.core import ids
         from lattice.core.resources import is_resource_available
         from lattice.storage import fs, hooks, locks
 
@@ -142,6 +146,8 @@ class Executor:
             setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
             setattr(io, "open", self._writes.open)  # noqa: B010 - pathlib's way to every file
         setattr(locks, "FileLock", partial(Lock, self._take_lock))  # noqa: B010 - an imported name
+        if make_id is not None:
+            setattr(ids, "ULID", make_id)  # noqa: B010 - an imported name
         hooks._run_hook = self._collect_hook
 
     def run(

@@ -15,8 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lattice_remote.server.tree.tree import MERGE_FROM_BYTES
-
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
 
 LOCK_PREFIX = "locks/"
@@ -310,8 +308,7 @@ class Disk:
 
     Args:
         writes: takes what replaces a file; None where it is replaced at once.
-        lazy: omit the fsyncs that the journal makes needless. A file which the journal may hold only as a patch on the
-            version before keeps its own.
+        lazy: omit the fsyncs, which the journal makes needless.
     """
 
     def __init__(self, writes: WriteSet | None, *, lazy: bool) -> None:
@@ -320,13 +317,8 @@ class Disk:
             self.replace = writes.replace
 
     def fsync(self, descriptor: int) -> None:
-        if descriptor < 0:
-            return  # lines that wait; publish() makes them durable
-        if self._lazy:
-            appends = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND
-            if appends or os.fstat(descriptor).st_size < MERGE_FROM_BYTES:
-                return
-        os.fsync(descriptor)
+        if descriptor >= 0 and not self._lazy:  # publish() makes lines durable that wait
+            os.fsync(descriptor)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)

@@ -25,6 +25,7 @@ from lattice_remote.server.data.ipc import (
 from lattice_remote.server.data.loglines import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.data.settings import Journal as JournalSettings
 from lattice_remote.server.journal.journal import Retention
+from lattice_remote.server.journal.repair import make_id
 from lattice_remote.server.tree.manifest import SyncFailed
 from lattice_remote.server.worker.committer import Committer, Job
 from lattice_remote.server.worker.confinement import code_directories, prepare_scratch
@@ -104,15 +105,18 @@ def _serve(
     code = code_directories(project)
     scratch = prepare_scratch(project)
     opened = open_store(project, scratch, committer, code=code, retention=retention)
-    executor = Executor(project, lazy=opened.can_repair, capture=opened.capture)
-    worker = Worker(project, scratch, opened.store, executor, committer, plugin_commands=plugin_commands)
+    store = opened.store
+    executor = Executor(
+        project, lazy=opened.can_repair, capture=opened.capture, make_id=lambda: make_id(store.journal.epoch)
+    )
+    worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
     worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
     gc.collect()
     gc.freeze()  # what was loaded so far stays: no collection need look at it again
     for message in _messages(connection):
         if not worker.handle(message):
             break
-    opened.store.close()
+    store.close()
     return 0
 
 

@@ -22,7 +22,7 @@ class NoWrites:
     def keep_for_append(self, path: str) -> NoReturn:  # noqa: ARG002 - the protocol's signature
         raise Vetoed("write a file")
 
-    keep_for_rewrite = keep_for_replace = keep_directory = keep_for_append
+    keep_for_rewrite = keep_for_replace = keep_for_move = keep_directory = keep_for_append
 
 
 class Reads:

@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from lattice_remote.server.journal.contents import Contents
-from lattice_remote.server.journal.copied import change_of, copied_at, is_copied, mend_copy
+from lattice_remote.server.journal.copied import is_copied, mend_copy
 from lattice_remote.server.journal.journal import Journal, Retention
 from lattice_remote.server.journal.journal_reader import JournalReader
-from lattice_remote.server.journal.repair import Repair, booted_at, damaged_since
+from lattice_remote.server.journal.repair import Repair, differing
 from lattice_remote.server.journal.segments import remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.manifest import FileState, ManifestFile, load_manifest
@@ -56,7 +56,9 @@ class _History:
         abandoned: the journal that does not fit the list.
         files: those at the journal's head.
         unsynced: paths that were changed since the list was written.
-        is_trusted: an unchanged signature means an unchanged file: the last worker ended in order, or in this boot.
+        listed: the files as the list has them: what the disk has of others is at least that new.
+        is_in_doubt: the machine may have stopped since the last worker wrote, which did not end in order: a file that
+            is not as the journal says may be a lost write.
         notes: what was found amiss.
     """
 
@@ -64,7 +66,8 @@ class _History:
     abandoned: Journal | None = None
     files: dict[str, FileState] = field(default_factory=dict)
     unsynced: set[str] = field(default_factory=set)
-    is_trusted: bool = False
+    listed: dict[str, FileState] = field(default_factory=dict)
+    is_in_doubt: bool = True
     notes: list[str] = field(default_factory=list)
 
 
@@ -88,30 +91,30 @@ def open_store(
     adopted = put_in_place(project)
     directory = project / "journal"
     directory.mkdir(mode=0o700, exist_ok=True)
-    boot_id = _boot_id()
+    boot_id = _boot_id(project)
     listed = load_manifest(directory / "manifest")
     if not (project / ".lattice").is_dir():
         raise FileNotFoundError(f"{project} has no .lattice")  # moved away: that does not mean that all is deleted
     was_cache = _make_locks(project / ".lattice" / "locks")
-    copied = copied_at(directory) if is_copied(directory, listed) else None
+    copied = is_copied(directory, listed)
     undo = UndoLog.open(directory)
     journal = Journal.open(directory, retention)
     mended: list[str] = []
-    if adopted is None and copied is not None and listed is not None and journal is not None:
-        mended = mend_copy(Tree(project / ".lattice", {}), journal, listed, kept=undo.before, copied=copied)
+    if adopted is None and copied and listed is not None and journal is not None:
+        mended = mend_copy(Tree(project / ".lattice", {}), journal, listed, kept=undo.before)
         undo.clear()  # what it keeps of large files may be another command's by now: it was copied later
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
     if adopted is not None and is_new:
         mended = [f"{adopted.actor} brought a whole project: a new epoch begins"]
     history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
-    notes = history.notes + _undo_what_was_cut_off(undo, journal, boot_id)
+    tree = Tree(project / ".lattice", history.files)
+    notes = list(history.notes)
+    if history.journal is not None and history.is_in_doubt and boot_id:
+        notes += _repair_after_power_cut(tree, journal, history, undo)
+    notes += _undo_what_was_cut_off(undo, journal, boot_id)
     if was_cache:
         notes.append("locks was a file, as in a copied cache; it is a directory again")
-    tree = Tree(project / ".lattice", history.files)
-    if history.journal is not None and not history.is_trusted and boot_id:
-        repair = Repair(tree, _contents(directory), damaged_since(tree, booted_at()))
-        notes += repair.perform(directory / "lost")
     capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
     store = Store(
         journal=journal,
@@ -127,12 +130,12 @@ def open_store(
         if adopted is not None and is_new:
             store.commit(first_difference(tree), cause_of(adopted), partial(answer_to, adopted), report=False)
     else:
-        notes += _number_what_differs(store, trust_signatures=history.is_trusted)
+        notes += _number_what_differs(store, trust_signatures=bool(boot_id) or not history.is_in_doubt)
     committer.wait()
     if journal.is_damaged:
         store.new_epoch()
         notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
-    elif copied is not None and history.journal is not None:
+    elif copied and history.journal is not None:
         # Whole, but a copy: the original may have gone on after it was taken, and its numbers are given again here.
         store.new_epoch()
         notes.append("this is a copy of the project's directory: a new epoch begins")
@@ -191,8 +194,8 @@ def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id:
                 files.pop(path, None)
             else:
                 files[path] = state
-    is_trusted = listed.clean or listed.boot_id == boot_id != ""
-    return _History(journal, None, files, unsynced, is_trusted, notes)
+    is_in_doubt = not listed.clean and not listed.boot_id == boot_id != ""
+    return _History(journal, None, files, unsynced, listed.files, is_in_doubt, notes)
 
 
 def _new_journal(directory: Path, abandoned: Journal | None, retention: Retention | None) -> Journal:
@@ -201,13 +204,20 @@ def _new_journal(directory: Path, abandoned: Journal | None, retention: Retentio
     return Journal.create(directory, secrets.token_hex(16), retention)
 
 
-def _contents(directory: Path) -> Contents:
-    """Return what the journal tells of the content of files."""
-    contents = Contents()
-    for record in JournalReader(directory).records():
-        if record.change is not None:
-            contents.learn(change_of(record), record.moved)
-    return contents
+def _repair_after_power_cut(tree: Tree, journal: Journal, history: _History, undo: UndoLog) -> list[str]:
+    """Bring back what the machine had not written; return lines for the log."""
+    damaged = differing(tree, history.unsynced)
+    if not damaged:
+        return []
+    contents = Contents(damaged)
+    for path, state in history.listed.items():
+        contents.learn_state(path, state)
+    for record in JournalReader(journal.directory).records():
+        contents.learn(record)
+    epoch = "" if journal.is_damaged else journal.epoch  # then acknowledged commands are among those it lacks
+    repair = Repair(tree, contents, damaged, lambda path: undo.before(tree.absolute(path)), epoch=epoch)
+    tree.distrust([*repair.edits, *repair.failed])
+    return repair.perform(journal.directory / "lost")
 
 
 def _describe(found: Difference, head: int) -> str:
@@ -228,11 +238,14 @@ def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str) -> lis
     return []
 
 
-def _boot_id() -> str:
-    """Return what names this run of the machine; empty where that is not known: nothing is trusted across a crash."""
+def _boot_id(project: Path) -> str:
+    """Return what names this run of the machine, with the device: a snapshot of it may be mounted in the same run.
+
+    Empty where that is not known: nothing is trusted across a crash.
+    """
     if sys.platform != "linux":
         return ""
     try:
-        return _BOOT_ID.read_text().strip()
+        return f"{_BOOT_ID.read_text().strip()}:{project.stat().st_dev}"
     except OSError:
         return ""

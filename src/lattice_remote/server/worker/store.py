@@ -21,13 +21,14 @@ import msgspec
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned
-from lattice_remote.protocol.operations import MoveFile, paths_of
+from lattice_remote.protocol.operations import MoveFile, PutFile, digest_of, paths_of
 from lattice_remote.server.data.ipc import After, Done, HookCall, Report
+from lattice_remote.server.journal.contents import is_snapshot
 from lattice_remote.server.journal.copied import place_of
 from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.segments import Record, list_beside, remove_segments
 from lattice_remote.server.tree.capture import Capture, Touched
-from lattice_remote.server.tree.manifest import ManifestFile, save_manifest, sync_files
+from lattice_remote.server.tree.manifest import ManifestFile, save_manifest, sync, sync_files
 from lattice_remote.server.tree.tree import Difference, Tree, Vouched
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from lattice_remote.server.worker.attribution import describe_paths
@@ -90,6 +91,8 @@ class Store:
         self.journal = journal
         self.tree = tree
         self._undo = undo
+        self._undo.before_overwrite = self._write_ahead
+        self._whole: set[str] = set()  # files of which the newest segment has a whole content
         self._unsynced = set(unsynced)
         self._capture = capture
         self._committer = committer
@@ -158,6 +161,7 @@ class Store:
             ChangeTooLarge: no client could take it; nothing was done, and the transaction must be rolled back.
             Rejected: the journal can't take it (the disk is full); a request was undone.
             OSError: likewise, of what nobody asked for.
+            SyncFailed: the disk could not keep a content that the record only refers to.
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
@@ -175,10 +179,13 @@ class Store:
             moved = self._moved(difference)
             asked = cause.fingerprint if id_ else b""
             record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, asked)
+            # The kernel may write the record before any fsync, so what it only refers to is on the disk before it.
+            sync_files(map(self.tree.absolute, difference.volatile))
             try:
                 descriptor = self.journal.append(record)
             except OSError as error:
                 self._take_back(cause, error)
+            self._whole.update(moved, (put.path for put in difference.operations if isinstance(put, PutFile)))
         self._undo.clear()
         after = self._after(difference) if change is not None else []
         self.adopt(difference)
@@ -197,9 +204,24 @@ class Store:
             more=difference.is_partial,
             report=self._report_of(status=_status_of(result)),
         )
-        paths = tuple(map(self.tree.absolute, difference.volatile))
-        self._committer.submit(Job(done if report else None, descriptor, paths))
+        self._committer.submit(Job(done if report else None, descriptor))
         self.keep_retention()
+
+    def _write_ahead(self, path: str, size: int) -> None:
+        """Make a content durable in the journal before a command destroys it, if it is nowhere else.
+
+        Lattice's own fsyncs are left out: after a power cut the file may be empty, though the command was never
+        acknowledged. It costs an fsync for each such file in each segment. Snapshots follow from their logs.
+        """
+        relative = path.removeprefix(self.tree.absolute(""))
+        state = self.tree.files.get(relative)
+        if state is None or relative in self._whole or is_snapshot(relative) or size > _MAX_MOVED_BYTES:
+            return
+        data = Path(path).read_bytes()
+        if digest_of(data) == state.digest:
+            journal = self.journal
+            sync(journal.append(Record(journal.head, journal.mark, time.time(), moved={relative: data})))
+            self._whole.add(relative)
 
     def _moved(self, difference: Difference) -> dict[str, bytes]:
         """Return the content of files that were moved, apart from very large ones."""
@@ -268,6 +290,7 @@ class Store:
     def _rotate(self) -> None:
         """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
         old = self.journal.rotate()
+        self._whole.clear()
         content, segment = self.manifest(clean=False), self.journal.segment
         unsynced = self._take_unsynced()
         expired = self.journal.expire(time.time())
@@ -328,6 +351,7 @@ class Store:
         """Begin a new history on the files as they are (I7); every commit must have been reported."""
         sync_files(self._take_unsynced())  # the journal that could repair them goes
         self.journal = begin_anew(self.journal)
+        self._whole.clear()
         self.save_manifest(clean=False)
 
     def close(self) -> None:

@@ -1,0 +1,294 @@
+"""A power cut at a random moment of a random history, and what people do before the server starts again (I2, I12)."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import pytest
+from random_commands import command_lines
+from worker_process import ANA, Copy, WorkerProcess, change_of, execute, make_project, tree_of
+
+from lattice_remote.protocol.messages import Change
+from lattice_remote.server.data.framing import frames
+from lattice_remote.server.data.ipc import Done
+from lattice_remote.server.journal.journal_reader import JournalReader
+from lattice_remote.server.tree.tree import INLINE_BYTES
+from lattice_remote.server.worker.committer import Committer
+from lattice_remote.server.worker.recovery import open_store
+from lattice_remote.server.worker.store import BY_SERVER
+from power_cut import Disk, touch, traced_worker
+
+LATTICE = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"
+SETTINGS = ["{}", '{"segment_bytes": 8192, "max_bytes": 65536}']
+
+
+def plain_lattice(project: Path, *argv: str) -> bool:
+    """Run lattice without our plugin in the project's directory; return whether it succeeded."""
+    environment = {**os.environ, "LATTICE_ROOT": str(project), "LATTICE_REMOTE_SERVER": "1"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LATTICE, *argv], env=environment, capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def events(tree: dict[str, bytes]) -> Counter[bytes]:
+    """Return how often each event is in the logs of tasks and resources."""
+    logs = [data for path, data in tree.items() if path.endswith(".jsonl") and "_lifecycle" not in path]
+    return Counter(line for data in logs for line in data.splitlines())
+
+
+def follow_journal(cache: Copy, project: Path, head: int) -> None:
+    changes = JournalReader(project / "journal").read(cache.seq, head, 1 << 30)
+    assert changes is not None
+    for _, data in changes:
+        change = msgspec.msgpack.decode(data, type=Change)
+        cache.follow(change)
+
+
+def check_whole(worker: WorkerProcess, project: Path, cache: Copy) -> dict[str, bytes]:
+    """Check what must be true after every recovery; return the tree."""
+    lattice = project / ".lattice"
+    tree = tree_of(lattice)
+    follow_journal(cache, project, worker.ready.head)
+    assert cache.files == tree, "a cache that follows has the same bytes (I3)"
+    assert {after.path: after.digest for after in worker.ready.files}.keys() == tree.keys()
+    assert "No issues found" in worker.ok("doctor")
+    worker.ok("rebuild", "--all")
+    rebuilt = tree_of(lattice)
+    assert {path: data for path, data in rebuilt.items() if "_lifecycle" not in path} == {
+        path: data for path, data in tree.items() if "_lifecycle" not in path
+    }, "what is derived agrees with the logs"
+    lifecycle = "events/_lifecycle.jsonl"
+    assert sorted(rebuilt[lifecycle].splitlines()) == sorted(tree[lifecycle].splitlines())
+    return tree
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["all of the history", "small segments"])
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SEEDS_FROM", "0")), int(os.environ.get("SEEDS_TO", "6"))))
+def test_after_a_power_cut_every_acknowledged_command_is_there_once(tmp_path: Path, seed: int, settings: str) -> None:
+    rng = random.Random(seed)
+    project = make_project(tmp_path / "web")
+    lattice, trace = project / ".lattice", tmp_path / "trace"
+    disk, cache = Disk(project, trace), Copy(lattice, tree_of(lattice))
+    with WorkerProcess(project, command=traced_worker(trace, "one"), settings=settings) as worker:
+        for argv, files in command_lines(rng, 60, lattice):
+            follow(cache, worker.run(*argv, files=files))
+            disk.observe()
+        acknowledged = tree_of(lattice)
+        lost = [word for word in ("lost1", "lost2", "lost3") if rng.random() < 0.7]
+        for word in lost:
+            for line in (f"comment LAT-1 {word}", f"create {word}", "resource acquire gpu", "archive LAT-2"):
+                worker.send(execute(*line.split(), *ANA))
+        if lost and worker.has_message(within_s=rng.choice([0.0, 0.01, 0.05])):
+            follow(cache, worker.done())
+        worker.kill()
+    disk.cut(rng)
+    how = touch(rng, lattice)
+    added = [
+        word
+        for word in ("plain1", "plain2")
+        if rng.random() < 0.5 and plain_lattice(project, "comment", "LAT-1", word, *ANA)
+    ]
+    made = [word for word in ("plainly",) if rng.random() < 0.5 and plain_lattice(project, "create", word, *ANA)]
+    with WorkerProcess(project, command=traced_worker(trace, "two"), settings=settings) as worker:
+        tree = check_whole(worker, project, cache)
+        found = events(tree)
+        context = (how, added, made, worker.ready.notes)
+        assert not events(acknowledged) - found, context
+        assert all(count == 1 for count in found.values()), "nothing is doubled"
+        everything = b"".join(tree.values())
+        for word in added:
+            assert everything.count(f'"{word}"'.encode()) == 1, context
+        for word in made:
+            assert sum(f'"title":"{word}"'.encode() in line for line in found) == 1, context
+            assert f'"title": "{word}"'.encode() in everything, context
+
+
+def follow(cache: Copy, done: Done) -> None:
+    change = change_of(done)
+    if change is not None:
+        cache.follow(change)
+
+
+# --- what people do before the next start ---
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return make_project(tmp_path / "web")
+
+
+def in_boot(project: Path, name: str) -> WorkerProcess:
+    """Start a worker in the boot of this name."""
+    trace = project.parent / "trace"
+    trace.mkdir(exist_ok=True)
+    return WorkerProcess(project, command=traced_worker(trace, name))
+
+
+def log_of_first_task(project: Path) -> Path:
+    return next((project / ".lattice/events").glob("task_*.jsonl"))
+
+
+def put_back(lattice: Path, tree: dict[str, bytes]) -> None:
+    """Make the files of this tree what they were, and remove all others."""
+    for path in tree_of(lattice).keys() - tree.keys():
+        (lattice / path).unlink()
+    for path, data in tree.items():
+        (lattice / path).write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["earlier", "empty", "zeros", "missing", "cut short"])
+def test_what_a_power_cut_took_comes_back_whatever_touched_it_since(project: Path, damage: str) -> None:
+    lattice = project / ".lattice"
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        worker.ok("session", "start", "--name", "Argus", "--model", "m", "--framework", "f")
+        earlier = tree_of(lattice)
+        worker.ok("comment", "LAT-1", "acknowledged", *ANA)
+        worker.ok("create", "y", *ANA)
+        promised = tree_of(lattice)
+        worker.kill()
+    for path, data in promised.items():
+        if path == "config.json":
+            continue  # it was durable before
+        if path in earlier and damage == "earlier":
+            (lattice / path).write_bytes(earlier[path])
+        elif damage == "missing" or damage == "earlier":
+            (lattice / path).unlink()
+        else:
+            (lattice / path).write_bytes({"empty": b"", "zeros": bytes(len(data))}.get(damage, data[: len(data) // 2]))
+    for path in lattice.rglob("*"):
+        path.chmod(0o750)
+    with in_boot(project, "two") as worker:
+        assert tree_of(lattice) == promised, worker.ready.notes
+        assert worker.ready.head == 4, "nothing of it is a change"
+
+
+def test_a_plain_comment_on_a_log_that_lost_its_end_is_added_to_what_was_acknowledged(project: Path) -> None:
+    lattice = project / ".lattice"
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        earlier = tree_of(lattice)
+        worker.ok("comment", "LAT-1", "acknowledged", *ANA)
+        worker.kill()
+    put_back(lattice, earlier)
+    assert plain_lattice(project, "comment", "LAT-1", "by hand", *ANA)
+    with in_boot(project, "two") as worker:
+        log = log_of_first_task(project).read_text()
+        assert log.count('"acknowledged"') == log.count('"by hand"') == 1
+        assert "with 1 lines that were added outside the server" in str(worker.ready.notes)
+        assert worker.ready.head == 3
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_a_plain_task_under_an_id_that_was_given_to_another_gets_a_new_one(project: Path) -> None:
+    lattice = project / ".lattice"
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        earlier = tree_of(lattice)
+        worker.ok("create", "acknowledged", *ANA)
+        worker.kill()
+    put_back(lattice, earlier)
+    assert plain_lattice(project, "create", "by hand", *ANA)
+    with in_boot(project, "two") as worker:
+        ids = json.loads((lattice / "ids.json").read_bytes())["map"]
+        assert json.loads((lattice / f"tasks/{ids['LAT-2']}.json").read_bytes())["title"] == "acknowledged"
+        assert json.loads((lattice / f"tasks/{ids['LAT-3']}.json").read_bytes())["title"] == "by hand"
+        assert "No issues found" in worker.ok("doctor")
+        before = tree_of(lattice)
+        worker.ok("rebuild", "--all")
+        assert tree_of(lattice) == before
+
+
+def test_what_plain_lattice_wrote_before_the_power_cut_is_kept(project: Path) -> None:
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    assert plain_lattice(project, "comment", "LAT-1", "while the server was down", *ANA)
+    with in_boot(project, "two") as worker:
+        assert "while the server was down" in log_of_first_task(project).read_text()
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_an_edit_that_no_change_knows_is_kept(project: Path) -> None:
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    plan = next((project / ".lattice/plans").iterdir())
+    plan.write_text("# By hand\n")
+    with in_boot(project, "two") as worker:
+        assert plan.read_text() == "# By hand\n"
+        assert worker.ready.head == 2
+
+
+@pytest.mark.parametrize("stop", ["in order", "killed, and the machine runs on"])
+def test_without_doubt_an_earlier_state_is_an_edit(project: Path, stop: str) -> None:
+    lattice = project / ".lattice"
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        earlier = tree_of(lattice)
+        worker.ok("comment", "LAT-1", "to be taken back by git", *ANA)
+        worker.stop() if stop == "in order" else worker.kill()
+    put_back(lattice, earlier)
+    with in_boot(project, "two" if stop == "in order" else "one") as worker:
+        assert tree_of(lattice) == earlier
+        assert worker.ready.head == 3
+
+
+def test_a_refused_command_does_not_come_back(project: Path) -> None:
+    """The event was written, and taken back by the rollback, which the disk did not see."""
+    log_size = 0
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        promised = tree_of(project / ".lattice")
+        worker.ok("comment", "LAT-1", "never acknowledged", *ANA)
+        worker.kill()
+    log = log_of_first_task(project)
+    log_size = log.stat().st_size
+    segment = next((project / "journal").glob("*.log"))
+    cut_last_record(segment)
+    with in_boot(project, "two") as worker:
+        assert tree_of(project / ".lattice") == promised, worker.ready.notes
+        assert worker.ready.head == 1
+    assert log.stat().st_size < log_size
+
+
+def cut_last_record(segment: Path) -> None:
+    data = segment.read_bytes()
+    last = [offset for offset, _ in frames(data)][-1]
+    with segment.open("r+b") as file:
+        file.truncate(last + 5)
+
+
+def test_contents_that_a_record_only_names_are_durable_before_it_is_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    sync, write = os.fsync, os.write
+    ours, theirs = socket.socketpair()
+
+    def traced_sync(descriptor: int) -> None:
+        sync(descriptor)
+        steps.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+
+    def traced_write(descriptor: int, data: bytes) -> int:
+        steps.append(f"write {Path(os.readlink(f'/proc/self/fd/{descriptor}')).suffix}")
+        return write(descriptor, data)
+
+    with ours, theirs:
+        opened = open_store(project, project / "tmp", committer := Committer(theirs), code=[])
+        plan = project / ".lattice/plans/large.md"
+        plan.write_bytes(b"x" * (INLINE_BYTES + 1))
+        monkeypatch.setattr(os, "fsync", traced_sync)
+        monkeypatch.setattr(os, "write", traced_write)
+        opened.store.commit(opened.store.tree.reconcile(), BY_SERVER("edit"))
+        monkeypatch.undo()
+        committer.finish()
+        opened.store.journal.close()
+    assert steps.index("sync large.md") < steps.index("sync plans") < steps.index("write .log")
