@@ -25,6 +25,7 @@ from lattice_remote.server.worker.store import BY_SERVER
 from power_cut import Disk, touch, traced_worker
 
 LATTICE = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"
+SEEDS = range(*map(int, os.environ.get("POWER_CUT_SEEDS", "0 4").split()))
 SETTINGS = ["{}", '{"segment_bytes": 8192, "max_bytes": 65536}']
 
 
@@ -70,7 +71,7 @@ def check_whole(worker: WorkerProcess, project: Path, cache: Copy) -> dict[str, 
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=["all of the history", "small segments"])
-@pytest.mark.parametrize("seed", range(int(os.environ.get("SEEDS_FROM", "0")), int(os.environ.get("SEEDS_TO", "6"))))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_after_a_power_cut_every_acknowledged_command_is_there_once(tmp_path: Path, seed: int, settings: str) -> None:
     rng = random.Random(seed)
     project = make_project(tmp_path / "web")
