@@ -16,7 +16,7 @@ TIME = "2026-01-02T03:04:05.678Z"
 
 def entry(**fields: Any) -> LogEntry:
     given = {"actor": "human:ana", "token_id": "tok_1", "token_actor": "", "cause": "0" * 32, "command": "x", **fields}
-    return LogEntry(seq=7, epoch="e", time=TIME, **{"tasks": [TASK], **given})
+    return LogEntry(seq=7, time=TIME, **{"epoch": "e", "tasks": [TASK], **given})
 
 
 def test_a_line_says_who_what_when_through_which_token_on_which_task() -> None:
@@ -42,6 +42,15 @@ def test_many_tasks_are_counted() -> None:
 
 def test_no_entries_are_no_lines() -> None:
     assert as_lines([], {}) == []
+
+
+def test_a_line_shows_where_an_epoch_begins() -> None:
+    entries = [entry(epoch=epoch, command=f"in {epoch}") for epoch in ("new", "new", "old")]
+    shown = as_lines(entries, {}, "new")
+    assert [line.split()[-1] for line in shown] == ["COMMAND", "new", "new", "---", "old"]
+    assert shown[3] == "--- epoch new begins: the history was restored or replaced ---"
+    assert as_lines(entries, {}, "newest")[1].startswith("--- epoch newest begins"), "it may have no entry yet"
+    assert as_lines(entries, {}) == shown, "an epoch that is not known is not shown"
 
 
 def test_records_keep_every_field_and_the_time_as_it_came() -> None:

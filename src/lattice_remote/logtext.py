@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
 
 __all__ = ["as_lines", "as_records", "columns", "local_time", "printable"]
@@ -26,19 +27,33 @@ def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> lis
     records = []
     for entry in entries:
         record = msgspec.to_builtins(entry)
+        record["position"] = str(Position(entry.epoch, entry.seq, entry.mark))
+        del record["mark"]
         record["token_actor"] = entry.token_actor or (entry.actor if entry.token_id else "")
         record["tasks"] = [{"id": task, "short_id": short_ids.get(task)} for task in entry.tasks]
         records.append(record)
     return records
 
 
-def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[str]:
-    """Return a table for a terminal: number, local time, actor, token, tasks, command. Empty without entries."""
+def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
+    """Return a table for a terminal: number, local time, actor, token, tasks, command. Empty without entries.
+
+    A line stands where an epoch begins, above the entries of the one before. ``epoch`` is the present one if it is
+    known: it may have no entry yet.
+    """
     if not entries:
         return []
     rows = [("CHANGE", "TIME", "ACTOR", "TOKEN", "TASKS", "COMMAND")]
     rows += [_row(entry, short_ids) for entry in entries]
-    return columns(rows)
+    head, *lines = columns(rows)
+    shown = [head]
+    newer = epoch or entries[0].epoch
+    for entry, line in zip(entries, lines, strict=True):
+        if entry.epoch != newer:
+            shown.append(f"--- epoch {printable(newer)} begins: the history was restored or replaced ---")
+        shown.append(line)
+        newer = entry.epoch
+    return shown
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -462,6 +462,7 @@ class LogEntry(msgspec.Struct, frozen=True):
     more_tasks: _Size = 0
     text_bytes: _Size | None = None
     """In the answer to a ``Log`` with ``text``: the length of that text after the change; None: removed or moved."""
+    mark: Mark = b""
 
 
 class LogPage(_Frame, frozen=True, tag="log-page"):

@@ -24,7 +24,7 @@ from lattice_remote.server.data.lastuse import read_last_uses
 from lattice_remote.server.data.loglines import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.data.tokens import Token, TokenFile
 from lattice_remote.server.monitoring import command as monitoring
-from lattice_remote.server.project.log import read_log, short_ids
+from lattice_remote.server.project.log import present_epoch, read_log, short_ids
 
 __all__ = ["app", "main"]
 
@@ -210,9 +210,10 @@ def log(  # noqa: PLR0917 - Typer calls it
     entries, more = read_log(paths, task, number)
     names = short_ids(paths.lattice)
     if as_json:
-        typer.echo(msgspec.json.encode({"entries": as_records(entries, names), "more": more}).decode())
+        found = {"entries": as_records(entries, names), "epoch": present_epoch(paths), "more": more}
+        typer.echo(msgspec.json.encode(found).decode())
         return
-    for line in as_lines(entries, names) or ["No changes are kept."]:
+    for line in as_lines(entries, names, present_epoch(paths)) or ["No changes are kept."]:
         typer.echo(line)
 
 

@@ -56,7 +56,8 @@ async def read_log(link: Link, task: str, limit: int, text: TextName | None = No
         before = page.before
         entries += page.entries
         if before is None or len(entries) > limit:
-            return {"entries": msgspec.to_builtins(entries[:limit]), "more": len(entries) > limit}
+            epoch = link.welcome.epoch if link.welcome is not None else ""
+            return {"entries": msgspec.to_builtins(entries[:limit]), "epoch": epoch, "more": len(entries) > limit}
 
 
 async def read_version(link: Link, task: str, text: TextName, version: str) -> Version:
@@ -91,12 +92,13 @@ async def _ask(link: Link, asked: Log | ReadVersion) -> Response:
 
 def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:
     """Return an answer of ``read_log`` as ``--json`` prints it."""
-    return {"entries": logtext.as_records(_entries(answer), _short_ids(directory)), "more": answer["more"]}
+    records = logtext.as_records(_entries(answer), _short_ids(directory))
+    return {"entries": records, "epoch": answer["epoch"], "more": answer["more"]}
 
 
 def lines(answer: dict[str, Any], directory: str) -> list[str]:
     """Return an answer of ``read_log`` as lines for a terminal."""
-    return logtext.as_lines(_entries(answer), _short_ids(directory))
+    return logtext.as_lines(_entries(answer), _short_ids(directory), answer["epoch"])
 
 
 def _entries(answer: dict[str, Any]) -> list[LogEntry]:

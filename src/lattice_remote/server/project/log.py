@@ -16,11 +16,11 @@ from lattice_remote.protocol.about import tasks_in
 from lattice_remote.protocol.messages import MAX_LOG_TASKS, Log, LogEntry, LogPage, ReadVersion, Refused, Version
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.framing import frames
-from lattice_remote.server.journal.segments import Segment, segment_paths
+from lattice_remote.server.journal.segments import Segment, header_of, segment_paths
 from lattice_remote.server.project.text_versions import TextKind, paths_of_text, read_version
 from lattice_remote.server.tree.manifest import FileState
 
-__all__ = ["LogReader", "Page", "find_task", "read_log", "read_page", "short_ids"]
+__all__ = ["LogReader", "Page", "find_task", "present_epoch", "read_log", "read_page", "short_ids"]
 
 MAX_SCAN_BYTES = 16 * 1024 * 1024
 """About how much of the journal is read for one page."""
@@ -45,6 +45,7 @@ class _Change(msgspec.Struct, frozen=True, tag="change", tag_field="type"):
     """A ``Change`` without the content of its operations, which is most of it."""
 
     seq: int
+    mark: bytes
     time: str
     actor: str
     token_id: str
@@ -99,6 +100,16 @@ class LogReader:
             return LogPage(asked.id, page.entries, page.before)
         found = read_version(self._paths, task, asked.text, (asked.epoch, asked.seq), head=head)
         return Version(asked.id, found.epoch, found.seq, found.data)
+
+
+def present_epoch(paths: ProjectPaths) -> str:
+    """Return the name of the project's epoch, empty without a journal that can be read. Blocking.
+
+    Raises:
+        OSError: the journal can't be read.
+    """
+    headers = map(header_of, reversed(segment_paths(paths.journal)))
+    return next((header.epoch for header in headers if header is not None), "")
 
 
 def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
@@ -233,4 +244,5 @@ def _entry(epoch: str, told: _Change, tasks: list[str]) -> LogEntry:
         command=told.command,
         tasks=tasks[:MAX_LOG_TASKS],
         more_tasks=max(0, len(tasks) - MAX_LOG_TASKS),
+        mark=told.mark,
     )
