@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from lattice_remote.server.data.read_ipc import Found, Read, ReadCommand, ReadPa
 from lattice_remote.server.project import kept
 from lattice_remote.server.project import reader as reader_module
 from lattice_remote.server.project.reader import Reader
+from lattice_remote.server.tree.undo import Begin, UndoLog
 from sandbox import wait_for
 
 LIST = ReadCommand("list", ("list", "--json"))
@@ -46,7 +47,11 @@ class State:
 
     def __init__(self) -> None:
         self.value: object | None = None
+        self.head = ("e", 0)
         self.touch()
+
+    def durable(self) -> tuple[str, int]:
+        return self.head
 
     def touch(self) -> None:
         """What was read before is not given again."""
@@ -59,7 +64,7 @@ class State:
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def shared(data: DataDir) -> AsyncIterator[tuple[Reader, State]]:
     state = State()
-    made = Reader("web", data.project("web"), state)
+    made = Reader("web", data.project("web"), state, state.durable)
     yield made, state
     made.close()
 
@@ -285,6 +290,102 @@ async def test_what_is_read_together_is_of_one_state_or_says_that_it_is_not(
     assert ([one.status for one in found], is_exact) == ([200, 200], False)
 
 
+# --- beside transactions ---
+
+
+@pytest.fixture
+def title(data: DataDir) -> Iterator["Title"]:
+    made = Title(data.project("web").root)
+    yield made
+    made.task.unlink(missing_ok=True)
+
+
+class Title:
+    """A task whose title a transaction changes, as the worker does it."""
+
+    def __init__(self, root: Path) -> None:
+        self.undo = UndoLog.open(root / "journal")
+        self.task = root / ".lattice/tasks/task_01M8NJW80DRQAH63DYSNCA0NRP.json"
+        self.write("before")
+
+    def write(self, title: str) -> None:
+        self.task.write_text(json.dumps({"id": self.task.stem, "title": title, "status": "backlog"}))
+
+    def change(self) -> None:
+        self.undo.begin(Begin("e", 1, "boot"))
+        self.undo.keep_for_rewrite(str(self.task))
+        self.write("after")
+
+    @staticmethod
+    async def seen(reader: Reader) -> list[str]:
+        found = await reader.read(ReadCommand("list", ("list", "--json")))
+        return [task["title"] for task in json.loads(found.body)["data"]]
+
+
+@shares_a_reader
+async def test_a_read_in_a_transaction_waits_for_its_commit_and_for_the_disk(
+    reader: Reader, state: State, title: Title
+) -> None:
+    state.value = None  # the worker is at work
+    title.change()
+    seeing = asyncio.create_task(title.seen(reader))
+    await has_read(reader)
+    assert not seeing.done(), "what it has seen may still be undone"
+    title.undo.clear(1)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(seeing), 0.05)  # the change is not durable
+    state.head = ("e", 1)
+    assert await seeing == ["after"]
+    state.head = ("e", 0)
+    title.undo.clear(0)
+
+
+@shares_a_reader
+async def test_what_was_rolled_back_is_read_again(reader: Reader, state: State, title: Title) -> None:
+    state.value = None
+    title.change()
+    seeing = asyncio.create_task(title.seen(reader))
+    await has_read(reader)
+    title.undo.restore()
+    assert await seeing == ["before"]
+
+
+@shares_a_reader
+async def test_a_read_in_a_transaction_that_does_not_end_is_refused(
+    reader: Reader, state: State, title: Title, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.value = None
+    monkeypatch.setattr(reader_module, "_COMMIT_S", 0.1)
+    title.change()
+    with pytest.raises(Rejected, match="try again") as error:
+        await title.seen(reader)
+    assert error.value.code == "REMOTE_BUSY"
+    title.undo.restore()
+    monkeypatch.setattr(reader_module, "_TRIES_TO_COMMIT", 0)
+    with pytest.raises(Rejected, match="again and again"):
+        await title.seen(reader)
+
+
+@shares_a_reader
+async def test_a_change_of_an_earlier_epoch_is_not_waited_for(reader: Reader, state: State, title: Title) -> None:
+    state.value = None
+    title.undo.clear(7)
+    seeing = asyncio.create_task(title.seen(reader))
+    await has_read(reader)
+    assert not seeing.done()
+    title.undo.clear(0)
+    state.head = ("f", 0)
+    assert await seeing == ["before"]
+    state.head = ("e", 0)
+
+
+async def has_read(reader: Reader) -> None:
+    """Return once the process of the reader has answered; what it found may wait."""
+    await asyncio.sleep(0)  # the read begins, and takes its turn
+    async with reader._turn:
+        pass
+
+
 @shares_a_reader
 async def test_it_leaves_when_nobody_asks(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader_module, "_IDLE_S", 0.1)
@@ -296,7 +397,7 @@ async def test_it_leaves_when_nobody_asks(reader: Reader, monkeypatch: pytest.Mo
 
 @shares_a_reader
 async def test_after_the_end_nothing_is_started(data: DataDir, state: State) -> None:
-    reader = Reader("web", data.project("web"), state)
+    reader = Reader("web", data.project("web"), state, state.durable)
     await reader.read(CONFIG)
     pid = pid_of(reader)
     reader.close()

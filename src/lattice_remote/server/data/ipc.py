@@ -4,6 +4,11 @@ Each message is a length (4 bytes, big endian) and one msgpack map. The worker a
 it reports as ``Done`` is on disk: its journal record has been fsynced (I2).
 """
 
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple, Self
+
 import msgspec
 
 from lattice_remote.protocol.messages import Attachment
@@ -249,3 +254,51 @@ class Failed(_Message, frozen=True, tag="failed"):
 
 
 ToServer = Ready | Done | Failed
+
+
+# --- beside the messages ---
+
+
+class TreeState(NamedTuple):
+    """How the files in the tree stand to the committed changes, in ``journal/tree-state``.
+
+    The worker writes it before a transaction changes its first file, and once it is committed or rolled back. The
+    server compares it before and after a read (I2). It is not fsynced: after a power cut nobody reads the old one.
+
+    Attributes:
+        is_open: a transaction has changed files, and is neither committed nor rolled back.
+        ended: how many transactions have changed files, and were committed or rolled back.
+        rolled_back: how many of these were rolled back.
+        seq: the newest change whose files lie in the tree. It may not be durable yet.
+    """
+
+    is_open: bool = False
+    ended: int = 0
+    rolled_back: int = 0
+    seq: int = 0
+
+    @classmethod
+    def read(cls, journal: Path) -> Self:
+        """Return the state of the project with this journal; before the first transaction, that of an empty one."""
+        try:
+            descriptor = os.open(journal / _TREE_STATE, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return cls()
+        try:
+            data = os.pread(descriptor, _tree_state.size, 0)
+        finally:
+            os.close(descriptor)
+        return cls(*_tree_state.unpack(data)) if len(data) == _tree_state.size else cls()
+
+    @staticmethod
+    def open(journal: Path) -> int:
+        """Return a descriptor for ``write``."""
+        return os.open(journal / _TREE_STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def write(self, descriptor: int) -> None:
+        """Let readers know, with one system call."""
+        os.pwrite(descriptor, _tree_state.pack(*self), 0)
+
+
+_TREE_STATE = "tree-state"
+_tree_state = struct.Struct("<?QQQ")

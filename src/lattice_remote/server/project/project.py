@@ -115,7 +115,7 @@ class Project:
         """Content that requests refer to."""
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.accounts.refused_other)
         """Whole projects that are to take this one's place."""
-        self.reader = Reader(slug, paths, self._settled_state)
+        self.reader = Reader(slug, paths, self._settled_state, self._durable)
         """Reads for those who have no copy."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
@@ -227,6 +227,10 @@ class Project:
         """
         settled = self._working and not self._outstanding
         return (self.history.epoch, self.history.head, self._outstanding.attempts) if settled else None
+
+    def _durable(self) -> tuple[str, int]:
+        """Return the epoch, and the number of its newest durable change."""
+        return self.history.epoch, self.history.head
 
     # --- requests ---
 

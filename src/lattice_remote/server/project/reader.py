@@ -2,6 +2,9 @@
 
 Reads are answered one at a time, in the order in which they were asked. What was read while the worker had nothing to
 do is the tree at the head, and serves everybody who asks for the same before the next change.
+
+A read that overlaps a transaction counts only if that is committed and durable (I2): until then its answer waits, and
+where the transaction was rolled back, the read is repeated.
 """
 
 import asyncio
@@ -16,6 +19,7 @@ import msgspec
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.data.datadir import ProjectPaths
+from lattice_remote.server.data.ipc import TreeState
 from lattice_remote.server.data.read_ipc import Found, Read
 from lattice_remote.server.project.kept import Kept
 
@@ -29,6 +33,10 @@ _IDLE_S = 300.0
 _MAX_WAITING = 256
 _MAX_FOUND_BYTES = 256 * 1024 * 1024
 
+_TRIES_TO_COMMIT = 10
+"""A transaction that is rolled back after it has changed files is rare: ten in a row are no accident."""
+_COMMIT_S, _COMMIT_LOOK_S = 10.0, 0.001
+"""How long a read waits for a transaction that it overlaps, and how often it looks."""
 _TRIES_TOGETHER = 4
 _SETTLE_LOOKS, _SETTLE_LOOK_S = 25, 0.002
 
@@ -45,12 +53,20 @@ class Reader:
         paths: its files.
         state: returns what names the state of its tree, and None while that is about to change. Between two moments
             with the same name nothing has touched the tree.
+        durable: returns the epoch, and the number of its newest durable change.
     """
 
-    def __init__(self, slug: str, paths: ProjectPaths, state: Callable[[], object | None]) -> None:
+    def __init__(
+        self,
+        slug: str,
+        paths: ProjectPaths,
+        state: Callable[[], object | None],
+        durable: Callable[[], tuple[str, int]],
+    ) -> None:
         self._slug = slug
         self._paths = paths
         self._state = state
+        self._durable = durable
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._kept = Kept()
@@ -63,7 +79,7 @@ class Reader:
         """Return what a read finds; it sees every change that was acknowledged before this is called.
 
         Raises:
-            Rejected: REMOTE_BUSY, too many wait already.
+            Rejected: REMOTE_BUSY, too many wait already, or no state of the files was committed for a long time.
             StorageError: the process can't be started, or took too long over it.
         """
         if (kept := self._kept.get(asked, self._state())) is not None:
@@ -72,10 +88,41 @@ class Reader:
             raise Rejected("the server has too much to read for this project; try again", code="REMOTE_BUSY")
         self._waiting += 1
         try:
-            async with self._turn:
-                return self._kept.get(asked, self._state()) or await self._read(asked)
+            for _ in range(_TRIES_TO_COMMIT):
+                async with self._turn:
+                    before, (epoch, _) = self._tree_state(), self._durable()
+                    found = self._kept.get(asked, self._state()) or await self._read(asked)
+                if await self._is_committed(before, epoch):
+                    return found
         finally:
             self._waiting -= 1
+        raise Rejected("what was read was undone again and again; try again", code="REMOTE_BUSY")
+
+    def _tree_state(self) -> TreeState:
+        return TreeState.read(self._paths.journal)
+
+    async def _is_committed(self, before: TreeState, epoch: str) -> bool:
+        """Wait until all that a read may have seen is durable; return whether nothing of it was rolled back.
+
+        Raises:
+            Rejected: REMOTE_BUSY, that takes too long.
+        """
+        seen = now = self._tree_state()
+        try:
+            async with asyncio.timeout(_COMMIT_S):
+                while now.is_open and now.ended == seen.ended:
+                    await asyncio.sleep(_COMMIT_LOOK_S)  # another process ends it: no event tells of that
+                    now = self._tree_state()
+                while now.rolled_back == before.rolled_back and self._is_ahead(epoch, now.seq):  # noqa: ASYNC110 - one fsync
+                    await asyncio.sleep(_COMMIT_LOOK_S)
+        except TimeoutError:
+            raise Rejected("a write has taken too long to wait for; try again", code="REMOTE_BUSY") from None
+        return now.rolled_back == before.rolled_back and self._durable()[0] == epoch
+
+    def _is_ahead(self, epoch: str, seq: int) -> bool:
+        """Tell whether a change of this epoch is not durable yet."""
+        current, head = self._durable()
+        return current == epoch and head < seq
 
     async def read_together(self, asked: Sequence[Read]) -> tuple[list[Found], bool]:
         """Return what several reads find, and whether all of them found it in the state in which the tree is now.

@@ -14,6 +14,7 @@ from typing import Self
 import msgspec
 
 from lattice_remote.server.data.framing import frame, frames
+from lattice_remote.server.data.ipc import TreeState
 
 __all__ = ["Begin", "UndoLog"]
 
@@ -67,7 +68,7 @@ class UndoLog:
     elsewhere must not restore anything in the original.
 
     Order: ``begin``, then any of the ``keep_`` methods before each change, then ``clear`` (it stays) or ``restore``.
-    All raise OSError when the storage fails.
+    All raise OSError when the storage fails. ``TreeState`` tells readers which of these it is.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -81,6 +82,7 @@ class UndoLog:
         self._begin: Begin | None = None
         self._size = 0  # bytes of whole records on disk
         self._linked = 0
+        self._state, self._state_descriptor = TreeState.read(directory), TreeState.open(directory)
 
     @classmethod
     def open(cls, directory: Path) -> Self:
@@ -109,14 +111,22 @@ class UndoLog:
         assert not self._size, "the last transaction was neither cleared nor restored"
         self._begin = transaction
 
-    def clear(self) -> None:
-        """The transaction stays (or there was none): forget the pre-images."""
+    def clear(self, seq: int | None = None) -> None:
+        """The transaction stays (or there was none): forget the pre-images. ``seq`` is the number of its change."""
         if self._size:
             os.ftruncate(self._descriptor, 0)
         for number in range(self._linked):
             (self._links / str(number)).unlink(missing_ok=True)
         self._images.clear()
         self._begin, self._size, self._linked = None, 0, 0
+        state = self._state
+        ended = state.ended + state.is_open
+        self._show(state._replace(is_open=False, ended=ended, seq=state.seq if seq is None else seq))
+
+    def _show(self, state: TreeState) -> None:
+        if state != self._state:
+            state.write(self._state_descriptor)
+            self._state = state
 
     # --- before a change ---
 
@@ -205,6 +215,8 @@ class UndoLog:
             raise OSError("short write to the undo log")
         self._size += len(data)
         self._images[image.path] = image
+        if not self._state.is_open and not os.path.basename(image.path).startswith(".tmp."):
+            self._show(self._state._replace(is_open=True))  # a file in the making is no reader's
 
     # --- going back ---
 
@@ -213,6 +225,8 @@ class UndoLog:
         paths = list(self._images)
         for image in reversed(self._images.values()):
             self._restore_one(image)
+        if self._state.is_open:
+            self._show(self._state._replace(rolled_back=self._state.rolled_back + 1))
         self.clear()
         return paths
 

@@ -1,7 +1,8 @@
 """What is read of a project for others than its clients: lattice's own commands and the dashboard's own pages.
 
 Both run lattice's code on the files as they lie there, at any moment: lattice replaces a file as a whole, so what is
-read is what a local reader would see. Whatever would write, start a program or use the network is refused (I9).
+read is what a local reader would see. The server returns it once that is committed (``project/reader.py``). Whatever
+would write, start a program or use the network is refused (I9).
 """
 
 from pathlib import Path

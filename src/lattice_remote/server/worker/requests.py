@@ -83,6 +83,7 @@ class Worker:
 
     def ready(self, notes: list[str]) -> None:
         """Report that the project is open, after everything that was committed so far."""
+        self._store.show_head()
         journal, files = self._store.journal, self._store.tree.files
         message = Ready(
             epoch=journal.epoch,

@@ -114,6 +114,10 @@ class Store:
         with self._capture.watch() as touched:
             yield touched
 
+    def show_head(self) -> None:
+        """Tell readers that the tree is as at the journal's head, before the first request and in a new epoch."""
+        self._undo.clear(self.journal.head)
+
     def difference(self, touched: Touched, vouched: Mapping[int, Vouched] | None = None) -> Difference:
         """Return what a transaction did to the tree; call before its end. ``vouched`` as for ``after_command``."""
         return self.tree.after_command(touched, self._undo.before, vouched)
@@ -186,7 +190,7 @@ class Store:
             except OSError as error:
                 self._take_back(cause, error)
             self._whole.update(moved, (put.path for put in difference.operations if isinstance(put, PutFile)))
-        self._undo.clear()
+        self._undo.clear(self.journal.head)
         after = self._after(difference) if change is not None else []
         self.adopt(difference)
         done = Done(
