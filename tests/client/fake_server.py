@@ -6,6 +6,7 @@ anything else, which changes nothing. Each answers with its own argv as stdout.
 
 import asyncio
 import contextlib
+import json
 import ssl
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
@@ -60,6 +61,11 @@ from lattice_remote.protocol.operations import (
 
 TOKEN = "ltr_ana"
 PIECE = 64
+
+
+def refusal_body(code: str, message: str) -> bytes:
+    """Return the body of a refusal before the upgrade (SPEC section 2.2)."""
+    return json.dumps({"ok": False, "error": {"code": code, "message": message}}).encode()
 
 
 class FakeServer:
@@ -132,16 +138,20 @@ class FakeServer:
     def _check(self, connection: ServerConnection, request: Request) -> Response | None:
         self.requests.append(request)
         if self.status is not None:
-            response = connection.respond(self.status, "")
-            response.body = self.error_body
-            del response.headers["Content-Length"]
-            response.headers["Content-Length"] = str(len(self.error_body))
-            response.headers.update(self.error_headers)
-            return response
+            return self._turned_away(connection, self.status, self.error_body)
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token not in self.tokens:
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "")
+            body = refusal_body("REMOTE_UNAUTHORIZED", "the server does not know this token")
+            return self._turned_away(connection, HTTPStatus.UNAUTHORIZED, body)
         return None
+
+    def _turned_away(self, connection: ServerConnection, status: HTTPStatus, body: bytes) -> Response:
+        response = connection.respond(status, "")
+        response.body = body
+        del response.headers["Content-Length"]
+        response.headers["Content-Length"] = str(len(body))
+        response.headers.update(self.error_headers)
+        return response
 
     # --- the project ---
 

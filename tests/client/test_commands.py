@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from client_kit import PLAN, TASK, make_cache, make_clone, rescued, tree, until
-from fake_server import TOKEN, FakeServer
+from fake_server import TOKEN, FakeServer, refusal_body
 from lattice.cli.main import cli
 
 from lattice_remote.client import credentials, servers
@@ -158,13 +158,28 @@ async def test_a_second_remote_is_refused(server: FakeServer, root: Path) -> Non
     assert done.code == 1 and "set-url" in json.loads(done.out)["error"]["message"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 404, 426, 502])
-async def test_a_refusal_leaves_nothing_behind(server: FakeServer, root: Path, status: int) -> None:
+@pytest.mark.parametrize("refused", [True, False])
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (401, "REMOTE_UNAUTHORIZED"),
+        (403, "REMOTE_FORBIDDEN"),
+        (404, "REMOTE_NOT_FOUND"),
+        (426, "REMOTE_VERSION"),
+        (502, "REMOTE_BUSY"),
+    ],
+)
+async def test_a_refusal_leaves_nothing_behind(
+    server: FakeServer, root: Path, status: int, code: str, *, refused: bool
+) -> None:
     from http import HTTPStatus
 
     server.status = HTTPStatus(status)
+    if refused:
+        server.error_body = refusal_body(code, "not now")
     done = await add(server, root)
     assert done.code == 1 and done.err.startswith("Error: ") and done.err.count("\n") == 1
+    assert ("not now" in done.err) == refused
     assert names(root) == [] and not has_tokens()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from client_kit import PLAN, TASK, ask, make_cache, run, tree, until
-from fake_server import TOKEN, FakeServer
+from fake_server import TOKEN, FakeServer, refusal_body
 from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.agent.service import Service
@@ -261,12 +261,11 @@ async def test_a_better_token_replaces_a_refused_one(server: FakeServer, directo
 @pytest.mark.parametrize(
     ("status", "body", "code", "text"),
     [
-        (403, b'{"error": {"code": "REMOTE_FORBIDDEN", "message": "not yours"}}', "REMOTE_FORBIDDEN", "not yours"),
-        (404, b"", "REMOTE_NOT_FOUND", "no such project"),
-        (426, b"<html>", "REMOTE_VERSION", "another version"),
-        (503, b'{"error": {"code": "REMOTE_BUSY", "message": "full"}}', "REMOTE_BUSY", "full"),
+        (403, refusal_body("REMOTE_FORBIDDEN", "not yours"), "REMOTE_FORBIDDEN", "not yours"),
+        (404, refusal_body("REMOTE_NOT_FOUND", "no such project"), "REMOTE_NOT_FOUND", "no such project"),
+        (503, refusal_body("REMOTE_BUSY", "full"), "REMOTE_BUSY", "full"),
         (502, b"Bad Gateway", "REMOTE_UNREACHABLE", "HTTP 502"),
-        (403, b'{"error": {"code": "REMOTE_FORBIDDEN", "message": "\\u001b[31m\\nred"}}', "REMOTE_FORBIDDEN", "red"),
+        (403, refusal_body("REMOTE_FORBIDDEN", "\x1b[31m\nred"), "REMOTE_FORBIDDEN", "red"),
     ],
 )
 async def test_a_refusal_before_the_upgrade_is_understood(
@@ -276,6 +275,37 @@ async def test_a_refusal_before_the_upgrade_is_understood(
     await until(lambda: service._link.error is not None)
     error = service._link.error
     assert error is not None and error.code == code and text in error.message and error.message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, b""),
+        (403, b"<html>Sign in to the guest network</html>"),
+        (403, b'{"error": {"code": 403, "message": "forbidden by policy"}}'),
+        (401, b'{"error": {"code": "REMOTE_UNAUTHORIZED", "message": "not of our form"}}'),
+        (404, b'{"ok": false, "error": {"code": "NOT_FOUND", "message": "another product"}}'),
+        (401, b'{"ok": false, "error": "REMOTE_UNAUTHORIZED"}'),
+        (407, b"[" * 100_000),
+        (426, b"<html>"),
+        (429, b"{}"),
+        (503, b"null"),
+    ],
+)
+async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
+    server: FakeServer, service: Service, status: int, body: bytes
+) -> None:
+    """Between client and server there are proxies and login pages, for a while."""
+    await ask(service, "ready")
+    server.status, server.error_body = HTTPStatus(status), body
+    server.cut()
+    await until(lambda: "in its place" in str(service._link.error))
+    error = service._link.error
+    assert isinstance(error, ConnectionFailed) and error.code == "REMOTE_UNREACHABLE" and not service._link.is_refused
+    expected = f"a proxy or another program answers in its place, HTTP {status}; check its URL and the way there"
+    assert error.message == expected
+    server.status = None
+    assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0, "the same token, and no login"
 
 
 async def test_a_goodbye_is_obeyed(server: FakeServer, service: Service) -> None:

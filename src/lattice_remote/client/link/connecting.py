@@ -5,13 +5,11 @@ else.
 """
 
 import asyncio
-import contextlib
 import functools
 import json
 import os
 import re
 import ssl
-from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI, ProxyError
@@ -38,14 +36,7 @@ REFUSALS = {
     "REMOTE_VERSION",
 }
 """Codes after which trying again changes nothing until something else does."""
-_STATUS_CODES = {
-    401: ("REMOTE_UNAUTHORIZED", "the server does not know this token"),
-    403: ("REMOTE_FORBIDDEN", "this token is not for this project"),
-    404: ("REMOTE_NOT_FOUND", "the server has no such project"),
-    426: ("REMOTE_VERSION", "the server speaks another version of the protocol"),
-    429: ("REMOTE_BUSY", "too many requests"),
-    503: ("REMOTE_BUSY", "the server can't take this now"),
-}
+_COME_BACK = {429, 503}
 _NOBODY_BEHIND = {502, 504}
 """What a proxy answers that does not reach the server behind it."""
 _UNKNOWN_AUTHORITY = {18, 19, 20, 21}
@@ -194,22 +185,38 @@ async def _speaks_tls(remote: Remote) -> bool:
 def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
     """Return the error for an HTTP answer in place of the upgrade."""
     response = refusal.response
-    status = response.status_code
-    code, message = _STATUS_CODES.get(status, ("", ""))
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # not our server's own: a proxy's, say
-        said: dict[str, Any] = json.loads(response.body or b"")["error"]
-        code, message = str(said["code"]), str(said["message"])
+    retry_after_s = _seconds(response.headers.get("Retry-After"))
+    said = _own_words(bytes(response.body or b""))
+    if said is None:
+        return _foreign(response.status_code, response.headers.get("Location"), remote, retry_after_s)
+    code, message = said
+    return error_of(code, f"{remote.url}: {message}", remote, retry_after_s)
+
+
+def _own_words(body: bytes) -> tuple[str, str] | None:
+    """Return code and message of a refusal in our server's form (SPEC section 2.2), None for any other body."""
+    try:
+        answer = json.loads(body)
+        ok, code, message = answer["ok"], answer["error"]["code"], answer["error"]["message"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return (code, str(message)) if ok is False and isinstance(code, str) and code.startswith("REMOTE_") else None
+
+
+def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: float | None) -> ConnectionFailed:
+    """Return the error for the answer of another program than our server, which says nothing about token or project."""
     if 300 <= status < 400:
-        to = one_line(response.headers.get("Location", "elsewhere"))[:200]
+        to = one_line(location or "elsewhere")[:200]
         return ConnectionFailed(
             f"it redirects to {to}, and a token is not sent after a redirect; if that is your server: "
             f"lattice remote set-url {remote.name} URL"
         )
-    if not code and status in _NOBODY_BEHIND:
+    if status in _NOBODY_BEHIND:
         return ConnectionFailed(f"a proxy answers in its place, HTTP {status}: it is stopped, or starts just now")
-    if not code:
-        return ConnectionFailed(f"it answers HTTP {status}")
-    return error_of(code, f"{remote.url}: {message}", remote, _seconds(response.headers.get("Retry-After")))
+    message = f"a proxy or another program answers in its place, HTTP {status}; check its URL and the way there"
+    if status in _COME_BACK and retry_after_s is not None:
+        return RetryLater(message, retry_after_s)
+    return ConnectionFailed(message)
 
 
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
