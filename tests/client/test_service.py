@@ -231,6 +231,23 @@ async def test_a_refused_token_is_named(server: FakeServer, directory: Path) -> 
     await service.close()
 
 
+async def test_a_command_that_was_sent_before_its_token_ended_may_have_taken_effect(
+    server: FakeServer, service: Service
+) -> None:
+    await ask(service, "ready")
+
+    async def revoke(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Run):
+            server.tokens.clear()
+            await connection.send(encode(Bye("REMOTE_UNAUTHORIZED", "token tok_1 was revoked")))
+        return isinstance(frame, Run)
+
+    server.misbehave = revoke
+    with pytest.raises(Rejected, match="the command may have taken effect: look before you repeat it") as error:
+        await run(service, "put", "tasks/x.json", "x")
+    assert error.value.code == "REMOTE_UNAUTHORIZED"
+
+
 async def test_no_token_at_all_says_how_to_log_in(directory: Path) -> None:
     service = Service(str(directory))
     service.start(None)

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import requests
 
 from lattice_remote.server.monitoring import statussocket
 from sandbox import Client, Sandbox, Server, wait_for
@@ -36,8 +38,9 @@ class Board:
         self.server.project()
         self.server.start()
         self.clients = [sandbox.client(name, machine) for name, machine in (("a", "one"), ("b", "one"), ("c", "two"))]
-        for client in self.clients:
-            client.add_remote(self.server, self.server.token(f"human:{client.dir.name}", "human:ana", "agent:*"))
+        self.tokens = [self.server.token(f"human:{c.dir.name}", "human:ana", "agent:*") for c in self.clients]
+        for client, token in zip(self.clients, self.tokens, strict=True):
+            client.add_remote(self.server, token)
         self.ana = self.clients[0]
         self.ana.ok("resource", "create", "gpu", "--ttl", "300", *ANA)
         self.ana.ok("resource", "acquire", "gpu", *ANA)
@@ -103,6 +106,32 @@ def test_a_restarted_server_and_a_killed_agent_lose_no_waiter_and_no_place(board
     log = json.loads(board.ana.ok("remote", "log", "--json", "-n", "50"))["data"]["entries"]
     acquired = [entry["actor"] for entry in log if "acquire gpu --wait" in entry["command"]]
     assert acquired == ["agent:second", "agent:first"], "each once"
+
+
+def test_a_waiter_whose_token_is_revoked_is_refused_on_every_surface_and_takes_nothing(board: Board) -> None:
+    server = board.server
+    command = board.wait(board.clients[2], "cem", "--timeout", "60")
+    url, text = f"http://127.0.0.1:{server.port}/projects/board", board.tokens[2]
+    tokens = {token["actor"]: token["id"] for token in json.loads(server.admin("token", "list", "--json"))}
+
+    def acquire() -> requests.Response:
+        body = {"actor": "agent:eve", "wait": True, "timeout": 60}
+        headers = {"Authorization": f"Bearer {text}"}
+        return requests.post(f"{url}/resources/gpu/acquire", json=body, headers=headers, timeout=60)
+
+    with ThreadPoolExecutor(1) as pool:
+        over_http = pool.submit(acquire)
+        wait_for(lambda: waiters(server) == 2, "both to stand in line")
+        server.admin("token", "revoke", tokens["human:c"])
+        answer = over_http.result(30)
+    why = f"token {tokens['human:c']} was revoked; nothing was changed"
+    assert (answer.status_code, answer.json()["error"]) == (401, {"code": "REMOTE_UNAUTHORIZED", "message": why})
+    assert answer.headers["WWW-Authenticate"] == "Bearer"
+    out, err = command.communicate(timeout=30)
+    assert (command.returncode, out) == (1, "") and why in err and err.count("\n") == 1, err
+    assert waiters(server) == 0
+    board.release("human:ana")
+    assert holders(server) == []
 
 
 def test_the_end_of_a_holders_time_wakes_and_words_and_codes_are_local_lattices(board: Board, sandbox: Sandbox) -> None:

@@ -331,6 +331,27 @@ async def test_a_waiter_whose_connection_is_gone_takes_nothing(opened: Opened) -
     assert "resources/gpu/free" in opened.project.history.files
 
 
+async def test_what_is_withdrawn_is_not_run_and_what_the_worker_has_is_not_withdrawn(paths: ProjectPaths) -> None:
+    bounds = Bounds(window_bytes=1000)
+    project = Project("web", paths, hooks=None, bounds=bounds, worker_command=FAKE_WORKER)
+    project.start()
+    await project.opened()
+    watcher, again = Watcher(), Watcher()
+    running, second, queued = requests = [carrying(600) for _ in range(3)]
+    for request in requests:
+        project.submit(request, watcher)
+    project.submit(queued, again)
+    assert [len(queue) for queue in (project._outstanding, project._queue)] == [2, 1]
+    assert not project.withdraw(watcher, running.id, "REMOTE_UNAUTHORIZED"), "the worker has it"
+    assert not project.withdraw(again, queued.id, "REMOTE_UNAUTHORIZED"), "another connection asks for it"
+    project.forget(again, {queued.id})
+    assert project.withdraw(watcher, queued.id, "REMOTE_UNAUTHORIZED")
+    assert not project.withdraw(watcher, queued.id, "REMOTE_UNAUTHORIZED")
+    await until(lambda: set(watcher.answers) == {running.id, second.id})
+    assert project.load.held_bytes == 0 and project.load.queued == 0
+    await project.stop(1.0)
+
+
 async def wait_in_line(opened: Opened, count: int) -> list[Execute]:
     requests = [command("want", "gpu", "30") for _ in range(count)]
     for request in requests:

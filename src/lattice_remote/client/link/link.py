@@ -26,7 +26,7 @@ from lattice_remote.client.link.pacing import MAX_RESETS, MIN_UPTIME_S, RESET_WI
 from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote
-from lattice_remote.errors import ConnectionFailed, ProtocolError, RemoteError, StorageError
+from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     Bye,
@@ -275,6 +275,9 @@ class Link:
         if self.welcome is not None or pending.answer.done():
             return
         if self.is_refused and self.failed_attempts > failed_before and self.error is not None:
+            if pending.sent:
+                message = f"{self.error.message}; the command may have taken effect: look before you repeat it"
+                raise Rejected(message, code=self.error.code)
             raise self.error
         if self._pace.barred_s(time.monotonic()) > UNSENT_PATIENCE_S:
             raise self.unreachable(sent=pending.sent)

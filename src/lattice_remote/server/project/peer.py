@@ -164,10 +164,19 @@ class Peer:
         if self._ended:
             return
         self._ended = True
+        if bye.code == "REMOTE_UNAUTHORIZED":
+            self._withdraw_requests(bye)
         self.project.metrics.said_goodbye(bye.code)
         _log.info("%s: bye, %s %s", self._name, bye.code, bye.reason)
         self._outbox.push(websocket_frame(encode(bye)))
         self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
+
+    def _withdraw_requests(self, bye: Bye) -> None:
+        """Refuse the requests that have had no effect yet: nobody may ask for them again, so they are not run."""
+        for request_id in tuple(self._in_flight):
+            if self.project.withdraw(self, request_id, bye.code):
+                del self._in_flight[request_id]
+                self._push(Refused(request_id, bye.code, f"{bye.reason}; nothing was changed"))
 
     def _end_because(self, group: BaseExceptionGroup[BaseException]) -> None:
         error: BaseException = group

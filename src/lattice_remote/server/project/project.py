@@ -299,6 +299,19 @@ class Project:
             if not job.askers and job.resource is not None and self._gives_up(job):
                 self._held.drop(request_id)
 
+    def withdraw(self, asker: Follower, request_id: str, code: str) -> bool:
+        """Take a request out whose token has ended; return whether it surely has had no effect and never will.
+
+        False: the worker has it, or had it, or another connection asks for it too.
+        """
+        job = self._held.get(request_id)
+        if job is None or job.askers != [asker] or job.suspect or not self._gives_up(job):
+            return False
+        assert isinstance(job.message, Execute | Invoke | Edit | Adopt), "others are not asked for"
+        self._held.drop(request_id)
+        self.accounts.refused(job.message, code, job.told)
+        return True
+
     def _gives_up(self, job: Job) -> bool:
         """Take a waiter out of its line that nobody asks for any more; return False if the worker has it by now."""
         if job in self._outstanding:

@@ -92,8 +92,8 @@ class Waiting:
         timer = line.pop(job)
         if timer is not None:
             timer.cancel()
-        if line:
-            self.wake_first(job.resource or "")
+        if line:  # in the next tick: of those who leave together none is tried for the one before it
+            asyncio.get_running_loop().call_soon(self.wake_first, job.resource or "")
         else:
             del self._lines[job.resource or ""]
         return timer is not None

@@ -37,7 +37,8 @@ def once_only() -> Once:
 class _Asker:
     """Waits for one answer: a follower for whom no change is news."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, request_id: str) -> None:
+        self._project, self._request_id = guest.project, request_id
         self._lane = ("http", guest.login.token.id)
         self.answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
@@ -54,8 +55,14 @@ class _Asker:
             self.answered.set_result(reply)
 
     def end(self, bye: Bye) -> None:
-        if not self.answered.done():
-            self.answered.set_exception(Rejected(f"{bye.reason}; {_UNKNOWN}", code="REMOTE_UNKNOWN_OUTCOME"))
+        if self.answered.done():
+            return
+        ended = bye.code == "REMOTE_UNAUTHORIZED"
+        if ended and self._project.withdraw(self, self._request_id, bye.code):
+            error = Rejected(f"{bye.reason}; nothing was changed", code=bye.code)
+        else:
+            error = Rejected(f"{bye.reason}; {_UNKNOWN}", code=bye.code if ended else "REMOTE_UNKNOWN_OUTCOME")
+        self.answered.set_exception(error)
 
 
 async def run(
@@ -107,7 +114,7 @@ async def edit(
 
 
 async def _ask(guest: Guest, message: Execute | Invoke | Edit) -> ServerFrame:
-    project, asker = guest.project, _Asker(guest)
+    project, asker = guest.project, _Asker(guest, message.id)
     if project.failure is not None:
         raise project.failure
     if project.stopping:
