@@ -1,7 +1,9 @@
 """TLS, redirects, proxies, and refusals before the upgrade: real sockets, one clear line each, no token astray."""
 
 import asyncio
+import contextlib
 import datetime
+import os
 import ssl
 from collections.abc import AsyncIterator
 from http import HTTPStatus
@@ -204,6 +206,139 @@ async def test_a_proxy_of_the_environment_does_not_carry_it_off_this_machine(
     assert (await ask(service, "ready"))["current"]
     assert site.server.requests == []
     await service.close()
+
+
+class Proxy:
+    """A proxy that speaks SOCKS 5 and HTTP CONNECT, and leads to one server whatever host is asked for."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.asked: list[str] = []
+        """The hosts, with how they were asked for."""
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end."""
+        self.writers.append(writer)
+        if (first := await reader.readexactly(1)) == b"\x05":
+            await reader.readexactly((await reader.readexactly(1))[0])
+            writer.write(b"\x05\x00")
+            await reader.readexactly(4)
+            host = await reader.readexactly((await reader.readexactly(1))[0])
+            await reader.readexactly(2)
+            self.asked.append(f"socks {host.decode()}")
+            writer.write(b"\x05\x00\x00\x01" + bytes(6))
+        else:
+            head = first + await reader.readuntil(b"\r\n\r\n")
+            self.asked.append(f"connect {head.split()[1].decode()}")
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pump(reader, there_writer))
+                group.create_task(pump(there_reader, writer))
+        finally:
+            writer.close()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@pytest.fixture
+async def proxy(server: FakeServer) -> AsyncIterator[tuple[Proxy, int]]:
+    made = Proxy(int(server.url.rpartition(":")[2]))
+    async with await asyncio.start_server(made.serve, "127.0.0.1") as listening:
+        yield made, listening.sockets[0].getsockname()[1]
+        for writer in made.writers:
+            writer.transport.abort()
+
+
+BOARD = "http://board.invalid:8443"
+
+
+@pytest.fixture
+def behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache whose server no name service knows."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    servers.record(servers.name(BOARD, insecure=True))
+    return make_clone(tmp_path / "behind", BOARD)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "asked"),
+    [
+        ("ALL_PROXY", "socks5h://127.0.0.1:{port}", "socks board.invalid"),
+        ("all_proxy", "socks://127.0.0.1:{port}", "socks board.invalid"),
+        ("ALL_PROXY", "http://127.0.0.1:{port}", "connect board.invalid:8443"),
+        ("HTTP_PROXY", "127.0.0.1:{port}", "connect board.invalid:8443"),
+        ("http_proxy", "socks5h://127.0.0.1:{port}", "socks board.invalid"),
+        ("SOCKS_PROXY", "socks5h://127.0.0.1:{port}", "socks board.invalid"),
+    ],
+)
+async def test_a_proxy_that_the_environment_names_is_used(
+    proxy: tuple[Proxy, int], behind: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, asked: str
+) -> None:
+    monkeypatch.setenv(variable, value.format(port=proxy[1]))
+    service = Service(str(behind))
+    service.start(TOKEN)
+    assert (await ask(service, "ready"))["current"]
+    await service.close()
+    assert set(proxy[0].asked) == {asked}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("socks5h://127.0.0.1:1", "proxy socks5h://127.0.0.1:1: connection refused"),
+        ("http://u:secret@127.0.0.1:1", "proxy http://127.0.0.1:1: connection refused"),
+        ("socks5://127.0.0.1:{silent}", "proxy socks5://127.0.0.1:{silent}: "),
+        ("http://127.0.0.1:{silent}", "proxy http://127.0.0.1:{silent}: "),
+        ("gopher://127.0.0.1:1", "a proxy variable of the environment"),
+        ("http://127.0.0.1:secret", "a proxy variable of the environment"),
+    ],
+)
+async def test_a_proxy_that_can_not_be_used_is_named(
+    site: Site, behind: Path, monkeypatch: pytest.MonkeyPatch, value: str, says: str
+) -> None:
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1") as silent:
+        port = silent.sockets[0].getsockname()[1]
+        monkeypatch.setenv("ALL_PROXY", value.format(silent=port))
+        service = Service(str(behind))
+        service.start(TOKEN)
+        error = await fails(service, says.format(silent=port))
+    assert "secret" not in error.message
+
+
+async def test_a_proxy_without_its_library_is_said(behind: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect_socks_proxy(*_args: object, **_options: object) -> None:
+        raise ImportError("connecting through a SOCKS proxy requires python-socks")
+
+    monkeypatch.setattr("websockets.asyncio.client.connect_socks_proxy", connect_socks_proxy)
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1")
+    service = Service(str(behind))
+    service.start(TOKEN)
+    await fails(service, "python-socks", "not installed")
+
+
+async def test_a_host_of_no_proxy_is_asked_directly(
+    proxy: tuple[Proxy, int], behind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{proxy[1]}")
+    monkeypatch.setenv("NO_PROXY", "board.invalid")
+    service = Service(str(behind))
+    service.start(TOKEN)
+    await fails(service, "not known")
+    assert proxy[0].asked == []
 
 
 # --- asked to wait ---

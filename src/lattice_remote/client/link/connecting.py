@@ -10,10 +10,13 @@ import json
 import os
 import re
 import ssl
+from urllib.request import getproxies, proxy_bypass
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI, ProxyError
+from websockets.proxy import get_proxy, parse_proxy
 from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
 
 from lattice_remote.client.credentials import check_token
 from lattice_remote.client.servers import Server, admit, is_loopback
@@ -77,7 +80,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     Raises:
         Rejected: no token, or it may not be sent there, or the server refuses it; or its certificate is refused.
         RetryLater: the server asks to be left alone for a while.
-        ConnectionFailed: it is out of reach, or is no lattice-remote server.
+        ConnectionFailed: it, or the proxy to it, is out of reach, or is no lattice-remote server.
         StorageError: the user's tokens or servers can't be read.
     """
     if token is None:
@@ -87,6 +90,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     check_token(token)
     server = admit(remote.url, named)
     is_tls = remote.url.startswith("https:")
+    proxy, via = _proxy(remote)
     try:
         return await _Dial(
             remote.websocket_url,
@@ -94,7 +98,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers={"Authorization": f"Bearer {token}"},
             ssl=_tls(server.ca_file) if is_tls else None,
-            proxy=None if is_loopback(remote.url) else True,  # a proxy would carry it off this machine
+            proxy=proxy,
             compression=None,
             max_size=MAX_FRAME_BYTES,
             max_queue=_MAX_QUEUED_FRAMES,
@@ -111,18 +115,52 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     except ssl.SSLError as error:
         raise _no_tls(error.reason) from error
     except (InvalidProxy, ProxyError) as error:
-        raise ConnectionFailed("the proxy of this machine's environment refuses, or is none") from error
+        raise ConnectionFailed(f"{via}refused, or no proxy is there") from error
+    except ImportError as error:  # only a proxy needs anything that is loaded here
+        raise ConnectionFailed(f"{via}SOCKS needs the package python-socks, which is not installed") from error
     except OSError as error:
         if is_tls and isinstance(error, ConnectionError) and not error.errno:  # asyncio's own, from the handshake
             raise _no_tls("it hangs up") from error
-        raise ConnectionFailed(_describe(error)) from error
+        raise ConnectionFailed(via + _describe(error)) from error
     except (InvalidHandshake, InvalidURI, EOFError, ValueError) as error:
-        if is_tls or not await _speaks_tls(remote):
+        if is_tls or proxy or not await _speaks_tls(remote):
             raise ConnectionFailed("what answers there is not a lattice-remote server") from error
         raise ConnectionFailed(
             f"it speaks TLS there: its URL is https{remote.url.removeprefix('http')}; a remote that exists is changed "
             "with: lattice remote set-url"
         ) from error
+
+
+# --- proxies ---
+
+
+def _proxy(remote: Remote) -> tuple[str | None, str]:
+    """Return the proxy that the environment names for a server, and its place in words, without a password.
+
+    ``ALL_PROXY`` counts where no more specific variable does. A server on this machine is reached directly: a proxy
+    would carry the token off it.
+
+    Raises:
+        ConnectionFailed: the variable holds no proxy.
+    """
+    if is_loopback(remote.url):
+        return None, ""
+    target = parse_uri(remote.websocket_url)
+    found = get_proxy(target)
+    if found is None and not proxy_bypass(f"{target.host}:{target.port}"):
+        found = getproxies().get("all")
+    if not found:
+        return None, ""
+    scheme, _, address = found.rpartition("://")
+    scheme = {"": "http", "socks": "socks5h"}.get(scheme.lower(), scheme.lower())
+    try:
+        parsed = parse_proxy(f"{scheme}://{address}")
+    except (InvalidProxy, ValueError) as error:
+        raise ConnectionFailed(
+            "a proxy variable of the environment holds no http, https or socks5h URL; see HTTPS_PROXY, HTTP_PROXY and "
+            "ALL_PROXY, or name the server's host in NO_PROXY"
+        ) from error
+    return f"{scheme}://{address}", f"proxy {parsed.scheme}://{parsed.host}:{parsed.port}: "
 
 
 # --- TLS ---
