@@ -304,7 +304,7 @@ class Sandbox:
     def end(self) -> None:
         """End the agents and servers; the directory stays."""
         for environment in {client.env["XDG_RUNTIME_DIR"]: client for client in self._clients}.values():
-            environment.run("remote", "agent", "stop", cwd=self.root)
+            environment.run("remote", "agent", "stop", "--all", cwd=self.root)
         for server in self._servers:
             server.stop()
 

@@ -19,10 +19,10 @@ from lattice_remote.client import agent_client, runtime
 async def agent_ends(home: Path) -> AsyncIterator[None]:
     """Whatever agent a test has started ends with it."""
     yield
-    if (pid := agent_pid()) is not None:
+    for pid in [int(file.read_text()) for file in list(home.glob("run/*.pid"))]:  # noqa: ASYNC240
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        await until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or is_zombie(pid))
+        await until(lambda: not os.path.exists(f"/proc/{pid}/cmdline") or is_zombie(pid))  # noqa: B023
 
 
 def agent_pid() -> int | None:
@@ -40,8 +40,11 @@ def is_zombie(pid: int) -> bool:
 
 async def ask(do: str, directory: Path, **fields: object) -> dict[str, Any]:
     """Ask as a command does, which blocks its own process: in a thread, as the server lives in this one."""
-    request = {"do": do, "directory": str(directory), "token": TOKEN, **fields}
-    return await asyncio.to_thread(agent_client.ask, request)
+    return await asyncio.to_thread(agent_client.ask, request(do, directory, **fields))
+
+
+def request(do: str, directory: Path, **fields: object) -> dict[str, Any]:
+    return {**agent_client.request(do, str(directory)), "token": TOKEN, **fields}
 
 
 async def run(directory: Path, *argv: str) -> dict[str, Any]:

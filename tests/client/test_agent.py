@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agent_kit import agent_ends, agent_pid, ask, resident_kib, run, status  # noqa: F401 - a fixture
+from agent_kit import agent_ends, agent_pid, ask, request, resident_kib, run, status  # noqa: F401 - a fixture
 from client_kit import make_cache, tree, until
-from fake_server import TOKEN, FakeServer
+from fake_server import FakeServer
 
 from lattice_remote.client import agent_client, runtime
 from lattice_remote.errors import RemoteError
@@ -161,8 +161,8 @@ async def test_off_means_off(server: FakeServer, directory: Path, monkeypatch: p
 
 async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: Path) -> None:
     await ask("ready", directory)
-    unnamed = {"do": "run", "directory": str(directory), "id": "0" * 32, "argv": ["x"], "token": TOKEN}
-    unnamed |= {"files": [{"index": 0, "name": 7, "data": None}]}
+    files = [{"index": 0, "name": 7, "data": None}]
+    unnamed = request("run", directory, id="0" * 32, argv=["x"], files=files, agent=runtime.locate().name)
     nonsense = (b"nonsense", b"[]", b"{}", b'{"do": "ready", "directory": 7}', b'{"do": "ready"}')
     for line in (*nonsense, json.dumps(unnamed).encode()):
         reader, writer = await asyncio.open_unix_connection(runtime.locate().socket)
@@ -175,11 +175,11 @@ async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: 
 
 
 async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, directory: Path) -> None:
-    request = {"do": "run", "directory": str(directory), "token": TOKEN, "own_link": True}
-    request |= {"id": os.urandom(16).hex(), "argv": ["slow"], "files": []}
+    asked = request("run", directory, own_link=True, id=os.urandom(16).hex(), argv=["slow"], files=[])
     await ask("ready", directory)
-    _, writer = await asyncio.open_unix_connection(runtime.locate().socket)
-    writer.write(json.dumps(request).encode() + b"\n")
+    place = runtime.locate()
+    _, writer = await asyncio.open_unix_connection(place.socket)
+    writer.write(json.dumps({**asked, "agent": place.name}).encode() + b"\n")
     await until(lambda: len(server.connections) == 2)
     writer.close()
     await until(lambda: sum(connection.close_code is None for connection in server.connections) == 1)

@@ -1,6 +1,7 @@
 """The fast path from a command to the agent: one JSON line there, one back. Standard library only.
 
-``ask`` starts the agent when there is none, and does without one where there can be none.
+``ask`` starts the agent of this environment when there is none, and does without one where there can be none, or
+where the agent refuses a request as not its own.
 """
 
 import json
@@ -14,14 +15,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
-from lattice_remote.client import runtime
+from lattice_remote.client import private_files, runtime
 from lattice_remote.client.guard import letting_write
+from lattice_remote.client.settings import identify
 from lattice_remote.errors import ConnectionFailed, StorageError, as_told
 
 __all__ = [
     "Progress",
     "agent_enabled",
     "ask",
+    "ask_agent",
     "ask_here",
     "ask_running_agent",
     "raise_error",
@@ -56,9 +59,16 @@ class _AgentSilent(Exception):
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    """Return a request for the cache at ``directory``, with what this process's environment says of its remote."""
+    """Return a request for the cache at ``directory``, with this process's token and server of the environment.
+
+    It names the cache that is there now, so that no other one is read or written, whatever becomes of the path.
+
+    Raises:
+        RemoteError: there is no cache.
+    """
     token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
-    return {"do": do, "directory": directory, "token": token, "named": named, **fields}
+    cache = identify(directory)
+    return {"do": do, "directory": directory, "cache": cache, "token": token, "named": named, **fields}
 
 
 def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
@@ -75,17 +85,19 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
     began = runtime.boot_time()
     for _ in range(_ATTEMPTS):
         try:
-            stream = _connect(runtime.locate()) or _connect_anew()
+            place = runtime.locate()
+            stream = _connect(place) or _connect_anew()
         except (StorageError, OSError) as error:
             _say_that_there_is_none(error)
             return ask_here(request, on_progress)  # no place for a socket: do the same steps here
         try:
-            return raise_error(_exchange(stream, request, on_progress))
+            answer = _exchange(stream, {**request, "agent": place.name}, on_progress)
+            return ask_here(request, on_progress) if answer.get("not_mine") else raise_error(answer)
         except _AgentLost:
             request.setdefault("first_sent_at", began)  # it may have been sent on: the server wants to know since when
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
-            _say_once(f"{_silent()}; this command does without it")
+            _say_once(f"{_silent(place)}; this command does without it")
             return ask_here(request, on_progress)  # also under its id, should the agent come to itself
         finally:
             stream.close()
@@ -98,28 +110,47 @@ def agent_enabled() -> bool:
 
 
 def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``ask``, but None when no agent is running.
+    """Like ``ask``, but None when the agent of this environment is not running.
 
     Raises:
         ConnectionFailed: it does not answer.
     """
-    stream = _connect(runtime.locate()) if agent_enabled() else None
+    place = _place()
+    return None if place is None else ask_agent(place, request)
+
+
+def ask_agent(place: runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what one agent answers; None when it is not running.
+
+    Raises:
+        ConnectionFailed: it does not answer.
+    """
+    stream = _connect(place)
     if stream is None:
         return None
     try:
-        return raise_error(_exchange(stream, request, None))
+        return raise_error(_exchange(stream, {**request, "agent": place.name}, None))
     except _AgentLost:
         return None
     except _AgentSilent:
-        raise ConnectionFailed(f"{_silent()}; commands do without it until that process ends") from None
+        raise ConnectionFailed(f"{_silent(place)}; commands do without it until that process ends") from None
     finally:
         stream.close()
 
 
 def stay_connected() -> AbstractContextManager[object]:
     """While the returned context is open, the agent stays, and keeps the caches current."""
-    stream = _connect(runtime.locate()) if agent_enabled() else None
+    place = _place()
+    stream = None if place is None else _connect(place)
     return nullcontext() if stream is None else closing(stream)
+
+
+def _place() -> runtime.Runtime | None:
+    """Return the files of this environment's agent; None where there can be no agent."""
+    try:
+        return runtime.locate() if agent_enabled() else None
+    except StorageError:
+        return None
 
 
 def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
@@ -190,13 +221,12 @@ def _say_once(line: str) -> None:
         sys.stderr.write(f"lattice-remote: {line}\n")
 
 
-def _silent() -> str:
-    return f"the background agent, process {_agent_pid()}, does not answer"
+def _silent(place: runtime.Runtime) -> str:
+    return f"the background agent, process {_agent_pid(place)}, does not answer"
 
 
-def _agent_pid() -> str:
+def _agent_pid(place: runtime.Runtime) -> str:
     """Return the agent's process id, or where it would be found."""
-    place = runtime.locate()
     try:
         with open(place.pid, encoding="ascii") as file:
             return str(int(file.read()))
@@ -218,8 +248,8 @@ def _start() -> socket.socket:
     """
     place = runtime.locate()
     runtime.prepare(place)
-    environment = {name: value for name, value in os.environ.items() if name not in {"LATTICE_TOKEN", "LATTICE_ROOT"}}
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    os.utime(log)  # an agent that starts at this moment takes no file of this one for a left-over
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "lattice_remote.client.agent.process"],
@@ -227,14 +257,14 @@ def _start() -> socket.socket:
             stdout=log,
             stderr=log,
             cwd="/",
-            env=environment,
+            env=_agents_environment(place),
             start_new_session=True,
         )
     finally:
         os.close(log)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        stream = _connect(place)
+        stream = _connect(runtime.locate())  # the configuration directory may have been made meanwhile
         if stream is not None:
             process.returncode = 0  # it is nobody's child to wait for: keeps Popen from warning
             return stream
@@ -242,3 +272,14 @@ def _start() -> socket.socket:
             break  # it failed; one that found another agent ends with 0
         time.sleep(0.005)
     raise StorageError(f"the background agent did not start; see {place.log}")
+
+
+def _agents_environment(place: runtime.Runtime) -> dict[str, str]:
+    """Return the variables for an agent: this process's, less what each request brings, and no relative paths."""
+    per_request = {"LATTICE_TOKEN", "LATTICE_REMOTE_URL", "LATTICE_ROOT"}
+    return {
+        **{name: value for name, value in os.environ.items() if name not in per_request},
+        **runtime.absolute_paths(),
+        "XDG_CONFIG_HOME": os.path.dirname(private_files.directory()),
+        runtime.DIRECTORY_ENV: place.directory,
+    }

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from lattice_remote.client.runtime import temporary_directory
 from lattice_remote.errors import Misuse
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class CallersFiles:
         """Keep ``data`` and the rest of a pipe in a file of this user's alone; return where, and what it is."""
         import tempfile
 
-        handle, place = tempfile.mkstemp(prefix="lattice-")
+        handle, place = tempfile.mkstemp(prefix="lattice-", dir=temporary_directory())
         self._spooled.append(place)
         size = 0
         with open(handle, "wb") as copy:

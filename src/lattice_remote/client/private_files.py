@@ -7,13 +7,12 @@ not be this user's.
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
 from lattice_remote.errors import StorageError
 
-__all__ = ["Signature", "change", "path_of", "read", "signature"]
+__all__ = ["Signature", "change", "directory", "path_of", "read", "signature"]
 
 MAX_BYTES = 1024 * 1024
 _LOCK_TIMEOUT_S = 10.0
@@ -23,10 +22,20 @@ Signature = tuple[int, int, int]
 """A file's modification time in nanoseconds, size in bytes and inode."""
 
 
+def directory() -> str:
+    """Return the absolute path of this user's configuration directory, which need not exist.
+
+    A relative ``XDG_CONFIG_HOME`` counts for nothing, as its specification says: tokens would go into a repository.
+    """
+    base = os.environ.get("XDG_CONFIG_HOME", "")
+    if not os.path.isabs(base):
+        base = os.path.abspath(os.path.join(os.path.expanduser("~"), ".config"))
+    return os.path.join(base, "lattice")
+
+
 def path_of(name: str) -> str:
     """Return where this user's file of that name is kept."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return os.path.join(base, "lattice", name)
+    return os.path.join(directory(), name)
 
 
 def signature(path: str) -> Signature | None:
@@ -72,10 +81,10 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
     """
     from filelock import FileLock, Timeout
 
-    directory, name = os.path.split(path)
+    parent, name = os.path.split(path)
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
-        with FileLock(os.path.join(directory, f".{name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
+        os.makedirs(parent, mode=0o700, exist_ok=True)
+        with FileLock(os.path.join(parent, f".{name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
             edited = edit(read(path, what))
             if edited is not None:
                 _replace(path, {what: edited})
@@ -89,8 +98,10 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
 
 
 def _replace(path: str, content: dict[str, Any]) -> None:
-    directory, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")  # made with mode 0600
+    import tempfile
+
+    parent, name = os.path.split(path)
+    handle, temporary = tempfile.mkstemp(dir=parent, prefix=f".{name}.")  # made with mode 0600
     try:
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, sort_keys=True)

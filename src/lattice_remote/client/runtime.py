@@ -1,35 +1,65 @@
-"""Where the agent of this user and this package version is to be found. Standard library only."""
+"""Location of the agent that serves a command: same user, package version and environment. Standard library only.
+
+The environment is all that an agent cannot take from a request: the configuration directory, the namespaces and the
+sandbox it lives in, and the variables that say how to reach a server. A digest of it is the name of the agent's
+files, so that a command finds only an agent that does as the command itself would do (I13). It is computed for every
+command that is routed, in well under a millisecond.
+"""
 
 import hashlib
 import os
 import stat
-import tempfile
 import time
 
 from lattice_remote import __version__
+from lattice_remote.client import private_files
 from lattice_remote.errors import StorageError
 
-__all__ = ["Runtime", "boot_time", "check", "check_socket", "locate", "prepare"]
+__all__ = [
+    "DIRECTORY_ENV",
+    "Runtime",
+    "absolute_paths",
+    "boot_time",
+    "check",
+    "check_socket",
+    "configuration",
+    "locate",
+    "namespaces",
+    "others",
+    "prepare",
+    "temporary_directory",
+]
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
-_LANGUAGE = 4
-"""Counted up when what commands and agents say to each other changes between releases: an agent of the same version
-that was started before does not understand, and is left alone until it leaves."""
+_LANGUAGE = 5
+"""Counted up when the requests and answers between commands and agents change between releases: an agent of the same
+version that was started before does not understand them, and is left alone until it leaves."""
 _OTHERS_MAY_WRITE = 0o022
-_MAX_SOCKET_PATH_BYTES = 100
-"""The kernel takes 108 bytes on Linux, 104 on macOS."""
+_MAX_SOCKET_PATH_BYTES = 103
+"""The kernel takes 108 bytes on Linux, 104 on macOS, each with a NUL at the end."""
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SOCKS_PROXY", "WSS_PROXY", "WS_PROXY")
+_PATHS = ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF", "SSLKEYLOGFILE")
+_PRELOADED = ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
+"""A library such as torsocks replaces the network of a process."""
+_VARIABLES = (*_PROXIES, *(name.lower() for name in _PROXIES), *_PATHS, *_PRELOADED)
+_NAMESPACES = ("mnt", "net", "user")
 
 
 class Runtime:
-    """The agent's files: ``directory``, and in it the paths of its ``socket``, ``lock``, ``log`` and ``pid``."""
+    """The agent's files: ``directory``, and in it the paths of its ``socket``, ``lock``, ``log`` and ``pid``.
 
-    def __init__(self, directory: str) -> None:
+    Attributes:
+        name: of the agent: a digest of its package version and environment.
+    """
+
+    def __init__(self, directory: str, name: str) -> None:
         self.directory = directory
-        name = os.path.join(directory, f"agent-{__version__}-{_LANGUAGE}")
-        self.socket = name + ".sock"
-        self.lock = name + ".lock"
-        self.log = name + ".log"
-        self.pid = name + ".pid"
+        self.name = name
+        path = os.path.join(directory, name)
+        self.socket = path + ".sock"
+        self.lock = path + ".lock"
+        self.log = path + ".log"
+        self.pid = path + ".pid"
 
 
 def boot_time() -> float:
@@ -42,23 +72,112 @@ def boot_time() -> float:
 
 
 def locate() -> Runtime:
-    """Return where the agent's files are; nothing is created.
+    """Return the files of the agent for this process; nothing is created.
 
-    The versioned name lets an upgraded package start its own agent, while the old one leaves by itself.
+    As the version is in the digest, an upgraded package starts its own agent, while the old one leaves by itself.
+
+    Raises:
+        StorageError: there is no directory for them.
     """
-    given = os.environ.get(DIRECTORY_ENV)
+    name = f"agent-{_digest()}"
+    given, session = os.environ.get(DIRECTORY_ENV), os.environ.get("XDG_RUNTIME_DIR", "")
     if given:
         directory = os.path.abspath(given)
-    elif session := os.environ.get("XDG_RUNTIME_DIR"):
+    elif _is_own(session):
         directory = os.path.join(session, "lattice-remote")
     else:
-        directory = os.path.join(tempfile.gettempdir(), f"lattice-remote-{_user()}")
-    if len(os.fsencode(Runtime(directory).socket)) > _MAX_SOCKET_PATH_BYTES:
-        short = hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]
-        directory = os.path.join(tempfile.gettempdir(), f"lattice-remote-{_user()}-{short}")
-        if len(os.fsencode(Runtime(directory).socket)) > _MAX_SOCKET_PATH_BYTES:
-            directory = f"/tmp/lattice-remote-{_user()}-{short}"  # noqa: S108 - it is checked to be ours alone
-    return Runtime(directory)
+        directory = os.path.join(temporary_directory(), f"lattice-remote-{_user()}")
+    if not _fits(directory, name):
+        short = f"lattice-remote-{_user()}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}"
+        directory = os.path.join(temporary_directory(), short)
+        if not _fits(directory, name):
+            directory = f"/tmp/{short}"  # noqa: S108 - it is checked to be ours alone
+    return Runtime(directory, name)
+
+
+def others(place: Runtime) -> list[Runtime]:
+    """Return the agents of this user that serve other environments or versions, as far as they have a socket."""
+    try:
+        names = sorted(os.listdir(place.directory))
+    except OSError:
+        return []
+    found = [name.removesuffix(".sock") for name in names if name.startswith("agent-") and name.endswith(".sock")]
+    return [Runtime(place.directory, name) for name in found if name != place.name]
+
+
+def temporary_directory() -> str:
+    """Return a directory for temporary files, never the current one, which may be a repository.
+
+    Raises:
+        StorageError: none can be written.
+    """
+    candidates = (os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp")  # noqa: S108 - what is made there is checked
+    for path in candidates:
+        if os.path.isabs(path) and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
+            return path
+    raise StorageError(f"no directory for temporary files can be written; {DIRECTORY_ENV} or TMPDIR can name one")
+
+
+def configuration() -> str:
+    """Identify the configuration directory: by device and inode, by its path while it does not exist."""
+    path = private_files.directory()
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def namespaces(process: str = "self") -> tuple[str, ...]:
+    """Return the namespaces that decide which files and hosts a process reaches; empty where there are none.
+
+    Raises:
+        OSError: of another process they can't be read.
+    """
+    return tuple(os.readlink(f"/proc/{process}/ns/{name}") for name in _NAMESPACES)
+
+
+def absolute_paths() -> dict[str, str]:
+    """Return the variables that an agent needs, with paths that do not depend on the current directory."""
+    return {name: os.path.abspath(os.environ[name]) for name in _PATHS if os.environ.get(name)}
+
+
+def _digest() -> str:
+    """Return a digest of this process's environment. Each part of it is inherited by an agent that it starts."""
+    parts: list[str | None] = [__version__, str(_LANGUAGE), configuration(), _sandbox()]
+    try:
+        parts += namespaces()
+        root = os.stat("/")
+        parts.append(f"{root.st_dev}:{root.st_ino}")  # a chroot is no namespace
+    except OSError:
+        parts.append("no namespaces")
+    paths = absolute_paths()
+    parts += [paths.get(name, os.environ.get(name)) for name in _VARIABLES]
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:10]
+
+
+def _sandbox() -> str:
+    """Return whether privileges and system calls are restricted: a sandbox need not have a namespace."""
+    try:
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            text = file.read(8192)
+    except OSError:
+        return ""
+    return text.partition(b"NoNewPrivs:")[2].partition(b"Speculation")[0].decode("ascii", "replace")
+
+
+def _is_own(session: str) -> bool:
+    """Whether ``XDG_RUNTIME_DIR`` is there and this user's own: ``sudo`` and ``su`` keep that of another user."""
+    try:
+        found = os.stat(session)
+    except OSError:
+        return False
+    is_own = os.path.isabs(session) and stat.S_ISDIR(found.st_mode) and found.st_uid == _user()
+    return is_own and os.access(session, os.W_OK | os.X_OK)
+
+
+def _fits(directory: str, name: str) -> bool:
+    return len(os.fsencode(Runtime(directory, name).socket)) <= _MAX_SOCKET_PATH_BYTES
 
 
 def prepare(runtime: Runtime) -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "check_command",
     "check_name",
     "detachment",
+    "identify",
     "is_cache",
     "is_unpushed",
     "lost_remote",
@@ -146,6 +147,21 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
     if slug is None:
         raise StorageError(f"{path} names no project")
     return Remote(name=called, url=url, project=slug, commands=commands)
+
+
+def identify(directory: str) -> list[int | str]:
+    """Return the identity of the cache at a path: device and inode of the directory, server and project.
+
+    Raises:
+        Misuse: it has no remote.
+        StorageError: it can't be read.
+    """
+    remote = read_remote(directory)
+    try:
+        found = os.stat(directory)
+    except OSError as error:
+        raise StorageError(f"cannot read {directory}: {error.strerror}") from error
+    return [found.st_dev, found.st_ino, remote.url, remote.project]
 
 
 def check_name(name: object) -> str:

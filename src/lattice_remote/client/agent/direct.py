@@ -6,6 +6,7 @@ from typing import Any
 
 from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.client.servers import from_environment
+from lattice_remote.errors import StorageError
 
 __all__ = ["ask_directly"]
 
@@ -21,6 +22,8 @@ async def _ask(request: dict[str, Any], report: Callable[[dict[str, Any]], None]
 
 async def _serve_once(request: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     service = Service(request["directory"])
+    if not service.is_meant_by(request):
+        raise StorageError(f"{request['directory']} was replaced while this command ran; repeat it")
     service.start(request.get("token"), named=from_environment(request.get("named")))
     try:
         return await service.handle(request, report)

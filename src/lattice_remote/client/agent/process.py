@@ -1,9 +1,10 @@
-"""The background process: one per user and package version, for all of that user's caches.
+"""The background process: one per user, package version and environment, for all caches of that user there.
 
 It listens on a Unix socket in a directory of the user's own (see ``runtime.py``) for requests, one JSON object a
 line (see ``service.py``), and while it works on one it sends ``{"progress": ...}`` lines, the first at once, then
-one every two seconds. Two requests are its own: ``agent-status`` and ``agent-stop``. It leaves when nobody has used
-it for a while, and when the package that it was started from is replaced: the next command starts one of the new
+one every two seconds. Two requests are its own: ``agent-status`` and ``agent-stop``. It refuses a request of another
+environment, or for another cache than the one at that path. It leaves when it was not used for a while, when its
+environment is gone, and when the package that it was started from is replaced: the next command starts one of the new
 version. Start it with ``python -m lattice_remote.client.agent.process``; commands do so by themselves.
 """
 
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 
 import lattice_remote
 from lattice_remote import __version__
-from lattice_remote.client import runtime, servers
+from lattice_remote.client import private_files, runtime, servers
 from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.errors import RemoteError
@@ -35,7 +36,13 @@ _HEARTBEAT_S = 2.0
 _SWEEP_INTERVAL_S = 1.0
 _UNUSED_S = 30.0
 """An agent that nobody has ever asked lost a race to one that has already ended: it leaves sooner."""
+_ALONE_S = 60.0
+"""An agent whose namespaces hold no other process of this user, which a sandbox has left behind, leaves sooner."""
 _TAKE_OVER_S, _TAKE_OVER_POLL_S = 8.0, 0.05
+_LEFT_OVER_S = 3600.0
+"""The files of an agent that ended are kept for so long: its log may say why."""
+_UMASK = 0o022
+"""Not that of the command which happens to start the agent. The modes of files in a cache are for ``directory.py``."""
 _MAX_LOG_BYTES, _KEPT_LOG_BYTES = 1024 * 1024, 64 * 1024
 _log = logging.getLogger(__name__)
 
@@ -54,6 +61,8 @@ class Agent:
         self._started_at = time.time()
         self._stopping = asyncio.Event()
         self._package = _package_signature()
+        self._configuration = runtime.configuration()
+        self._looked_around_at = time.monotonic()
         self._watching = Watching()
         self._turn = asyncio.Semaphore(1)
 
@@ -93,13 +102,28 @@ class Agent:
         if _package_signature() != self._package:
             _log.info("the package was upgraded or removed; the next command starts another agent")
             return False
+        if not self._is_at_home():
+            _log.info(
+                "the configuration directory was made, removed or replaced; the next command starts another agent"
+            )
+            return False
         return not self._stopping.is_set() and not self._is_idle()
+
+    def _is_at_home(self) -> bool:
+        """Whether the environment is still that of the agent's name: of all its parts only this one can change."""
+        return runtime.configuration() == self._configuration
 
     def _is_idle(self) -> bool:
         if self._connections:
             self._used_at = time.monotonic()
         limit_s = self._idle_s if self._was_used else min(self._idle_s, _UNUSED_S)
-        return time.monotonic() - self._used_at > limit_s
+        now = time.monotonic()
+        if now - self._used_at > _ALONE_S and now - self._looked_around_at > _ALONE_S:
+            self._looked_around_at = now
+            if _is_alone():
+                _log.info("no other process of this user is left in this sandbox")
+                return True
+        return now - self._used_at > limit_s
 
     def _owns_socket(self, identity: int) -> bool:
         try:
@@ -169,12 +193,17 @@ class Agent:
             return None
         try:
             request = json.loads(line)
-            directory, token = request["directory"], request.get("token")
-        except (ValueError, KeyError):
+            service = self._services.get(request["directory"])
+        except (ValueError, KeyError, TypeError):
             return None  # refused where all requests are handled
-        service = self._services.get(directory)
-        answer = service.ready_now(token) if service is not None and not service.is_stale() else None
+        if service is None or not self._is_mine(request) or service.is_stale() or not service.is_meant_by(request):
+            return None
+        answer = service.ready_now(request)
         return None if answer is None else {"ok": True, **answer}
+
+    def _is_mine(self, request: dict[str, Any]) -> bool:
+        """Whether a request comes from this agent's environment; its command then does the steps itself if not."""
+        return bool(request["agent"] == self._place.name) and self._is_at_home()
 
     async def _handle(self, line: bytes, report: Any) -> dict[str, Any]:
         try:
@@ -184,7 +213,10 @@ class Agent:
             if request["do"] == "agent-stop":
                 self._stopping.set()
                 return {"pid": os.getpid()}
-            return await self._service(request).handle(request, report)
+            service = self._service(request) if self._is_mine(request) else None
+            if service is None or not service.is_meant_by(request):
+                return {"not_mine": True}
+            return await service.handle(request, report)
         except RemoteError:
             raise
         except Exception as error:
@@ -209,6 +241,7 @@ class Agent:
         return {
             "pid": os.getpid(),
             "version": __version__,
+            "configuration": private_files.directory(),
             "socket": self._place.socket,
             "log": self._place.log,
             "uptime_s": time.time() - self._started_at,
@@ -224,6 +257,43 @@ def _package_signature() -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_ino
+
+
+def _is_alone() -> bool:
+    """Whether no process of this user but agents is in the namespaces of this one, as far as can be seen."""
+    try:
+        own = runtime.namespaces()
+        processes = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+    except OSError:
+        return False
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if runtime.namespaces(process) == own and not _is_agent(process):
+                return False
+    return True
+
+
+def _is_agent(process: str) -> bool:
+    with open(f"/proc/{process}/cmdline", "rb") as file:
+        return f"\0{__spec__.name}\0".encode() in file.read()
+
+
+def _remove_left_overs(place: runtime.Runtime) -> None:
+    """Remove the files of other environments' agents that ended long ago, by a crash or otherwise."""
+    with contextlib.suppress(OSError):
+        names = {name.rpartition(".")[0] for name in os.listdir(place.directory) if name.startswith("agent-")}
+        for name in names - {place.name}:
+            other = runtime.Runtime(place.directory, name)
+            lock = FileLock(other.lock, mode=0o600)
+            with contextlib.suppress(OSError, Timeout), lock.acquire(timeout=0):
+                _remove_if_old(other)
+
+
+def _remove_if_old(other: runtime.Runtime) -> None:
+    paths = [path for path in (other.socket, other.pid, other.log) if os.path.lexists(path)]
+    if all(time.time() - os.lstat(path).st_mtime > _LEFT_OVER_S for path in paths):
+        for path in (*paths, other.lock):
+            os.unlink(path)
 
 
 def _trim(log: str) -> None:
@@ -258,11 +328,13 @@ def main() -> int:
     """Run the agent unless one runs already. Returns the exit code."""
     place = runtime.locate()
     runtime.prepare(place)
+    os.umask(_UMASK)
     lock = FileLock(place.lock, mode=0o600)
     if not _take_over(lock, place):
         return 0  # somebody else has started one at the same time
     with open(place.pid, "w", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
+    _remove_left_overs(place)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for library in ("websockets", "watchfiles"):
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,7 +1,8 @@
 """What can be asked of one cache: the same steps in the agent and in a command that does without it.
 
-A request is a JSON object: ``do``, ``directory`` (the cache), ``token`` and ``named`` (``LATTICE_TOKEN`` and
-``LATTICE_REMOTE_URL`` of the command, or null), and
+A request is a JSON object: ``do``, ``directory`` and ``cache`` (the path of the cache, and its ``settings.identify``),
+``token`` and ``named`` (``LATTICE_TOKEN`` and ``LATTICE_REMOTE_URL`` of the command, or null), ``agent`` (the name of
+the agent that the command looks for, see ``runtime.py``), and
 
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices; or unreadable
@@ -54,6 +55,7 @@ from lattice_remote.client.cache.comparing import Comparison
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.link.link import ALIVE_S, Link
 from lattice_remote.client.link.links import Links
+from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.servers import Server
 from lattice_remote.client.settings import Remote, read_remote
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
@@ -85,6 +87,8 @@ _WATCH_INTERVAL_S = 5.0
 _STORE_AGE_INTERVAL_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _COMPARE_ATTEMPTS = 3
+_HELD_LONG_S, _HELD_POLL_S = 1.0, 0.2
+"""A cache that another process holds for longer is not waited for by a write: the server has it, the files follow."""
 
 Report = Callable[[dict[str, Any]], None]
 """Called with ``what``, ``done`` and ``total`` while something takes its time."""
@@ -153,6 +157,10 @@ class Service:
         except RemoteError:
             return True
 
+    def is_meant_by(self, request: dict[str, Any]) -> bool:
+        """Whether a request is for this cache and this remote, and not for others that its path led to."""
+        return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
+
     async def handle(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         """Do what a request asks for.
 
@@ -161,11 +169,19 @@ class Service:
         """
         self.used_at = time.monotonic()
         token = request.get("token")
+        # ``add`` asks in its own process, of the server that it has named at the start.
+        named = servers.from_environment(request["named"]) if "named" in request else self._link.named
+        if (refusal := self._links.refusal(named)) is not None:
+            return self._without_server(request, refusal)
         self._links.note_use(token)
-        self._links.choose(token, servers.from_environment(request.get("named")))
-        await self._link.carry_out(await self._follower.look_at_edits())
+        self._links.choose(token, named)
+        if not self.cache.is_held_by_others:
+            await self._link.carry_out(await self._follower.look_at_edits())
         if (work := self._long_work(request, token, report)) is not None:
             return await self._with_progress(work, report)
+        return await self._short_work(request, token)
+
+    async def _short_work(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
         match request["do"]:
             case "push":
                 return await self._push_now(token)
@@ -189,6 +205,13 @@ class Service:
                 return await self._status(token)
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
 
+    def _without_server(self, request: dict[str, Any], refusal: RemoteError) -> dict[str, Any]:
+        """Answer a command that has not named the server which an earlier one has: by what is here, or not at all."""
+        if request["do"] != "ready":
+            raise refusal
+        readiness = self._readiness()
+        return {**readiness, "current": False, "code": refusal.code, "message": refusal.message}
+
     def _long_work(
         self, request: dict[str, Any], token: str | None, report: Report
     ) -> Coroutine[Any, Any, dict[str, Any]] | None:
@@ -210,12 +233,14 @@ class Service:
                 return self._rescuer.handle(request, partial(self._write_as_a_program, token))
         return None
 
-    def ready_now(self, token: str | None) -> dict[str, Any] | None:
+    def ready_now(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
-        self._links.note_use(token)
         if not self._is_current() or self._follower.replica.held:
             return None
+        if self._links.refusal(servers.from_environment(request["named"])) is not None:
+            return None
         self.used_at = time.monotonic()
+        self._links.note_use(request["token"])
         return self._readiness()
 
     # --- reading ---
@@ -357,7 +382,8 @@ class Service:
         notices: list[str] = []
 
         async def ask(files: list[Attachment]) -> Response:
-            notices.extend((await self._pusher.push(link)).notices)
+            if not self._is_held_long():  # else they wait for the next command, as no answer to them could be settled
+                notices.extend((await self._pusher.push(link)).notices)
             attaching.enter_context(self._fetching.attaching(file.digest for file in files if file.digest))
             return await self._ask_once(msgspec.structs.replace(frame, files=files), link, request)
 
@@ -367,7 +393,8 @@ class Service:
                 await self._fetching.take_own(sources)
         if isinstance(answer, Refused):
             raise Rejected(answer.message, code=answer.code)
-        if isinstance(answer, Reply | Returned) and link is not self._link and not await self._reached(answer.seq):
+        is_behind = link is not self._link or self.cache.is_held_by_others
+        if isinstance(answer, Reply | Returned) and is_behind and not await self._reached(answer.seq):
             notices.append(f"done, but the copy here is behind: {self._trouble().message}")
         return answer, [*notices, *self._notices()]
 
@@ -375,12 +402,33 @@ class Service:
         """Send the request and return its answer; ``own_link`` gives it a connection that ends with it."""
         first_sent_at = request.get("first_sent_at")
         if not request.get("own_link"):
-            return await link.ask(frame, first_sent_at=first_sent_at)
+            answer = await self._ask_unless_held(frame, link, first_sent_at)
+            if answer is not None:
+                return answer
+            # The link that follows waits for the files, and its answers wait with it. The id runs once (I6).
+            first_sent_at = first_sent_at or boot_time()
         # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
         async with self._links.bulk(str(link.token)) as own:
             return await own.ask(frame, first_sent_at=first_sent_at)
 
+    async def _ask_unless_held(self, frame: Run | Call, link: Link, first_sent_at: float | None) -> Response | None:
+        """Return the answer; None when another process keeps the link from taking it."""
+        asking = asyncio.ensure_future(link.ask(frame, first_sent_at=first_sent_at))
+        try:
+            while not (await asyncio.wait([asking], timeout=_HELD_POLL_S))[0]:
+                if link is self._link and self._is_held_long():
+                    return None
+            return asking.result()
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    def _is_held_long(self) -> bool:
+        return self.cache.held_since is not None and time.monotonic() - self.cache.held_since > _HELD_LONG_S
+
     async def _reached(self, seq: int) -> bool:
+        if self._is_held_long():
+            return False
         self._link.kick()
         replica = self._follower
         return await self._until(
@@ -525,6 +573,7 @@ class Service:
             self._link.kick()
             await self._until(lambda: self._link.is_open or self._has_failed(failed_before), FIRST_READY_WAIT_S)
         welcome, is_open, silence_s = self._link.welcome, self._link.is_open, self._link.silence_s()
+        own, own_error = await self._welcomed(token)
         return {
             "remote": {"name": self.remote.name, "url": self.remote.url, "project": self.remote.project},
             "connected": is_open,
@@ -548,12 +597,26 @@ class Service:
             "set_aside": self._follower.conflicts.copies(),
             "rescued": [described(entry) for entry in self._follower.keepsakes.rescued.entries()],
             "healed": self._healed(),
-            "actor": welcome.actor if welcome else None,
-            "act_as": welcome.act_as if welcome else None,
+            "actor": own.actor if own else None,
+            "act_as": own.act_as if own else None,
+            "actor_error": None if own_error is None else own_error.message,
             "has_token": (token or self._links.stored_token()) is not None,
             "pid": os.getpid(),
             "versions": _versions(welcome),
         }
+
+    async def _welcomed(self, token: str | None) -> tuple[Welcome | None, RemoteError | None]:
+        """Return the server's answer to the caller's token, which may be another than the one that follows."""
+        try:
+            link = self._links.writing(token)
+        except RemoteError as error:
+            return None, error
+        failed_before = link.failed_attempts
+        await link.changed.until(
+            lambda: link.welcome is not None or link.failed_attempts > failed_before or link.is_refused,
+            FIRST_READY_WAIT_S if self._link.is_open else 0.0,
+        )
+        return link.welcome, link.error
 
 
 def _versions(welcome: Welcome | None) -> dict[str, Any]:

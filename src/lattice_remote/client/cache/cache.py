@@ -74,14 +74,15 @@ class Cache:
     def __init__(self, directory: str, remote: Remote) -> None:
         self.directory = os.path.realpath(directory)
         self.remote = remote
-        self._identity = self._stat_directory()
+        self.identity = self._stat_directory()
+        """Device and inode of the directory."""
         self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
         """How large the server may make it."""
         self._files = Directory(self.directory, self.quota)
         self._away = b""  # what the file of left out contents holds
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
-        self.is_held_by_others = False
-        """Whether another process has the lock that this one waits for."""
+        self.held_since: float | None = None
+        """Since when (monotonic) this process waits for the lock that another one has; None: it does not wait."""
         self.known = Known(self.directory)
         """The files as our own processes left them."""
         self._lock = FileLock(os.path.join(self.directory, LOCK_FILE), thread_local=False, mode=0o600)
@@ -123,6 +124,11 @@ class Cache:
                 self._files.remove(LOCKS_FILE)
             self._files.make(LOCKS_FILE)
 
+    @property
+    def is_held_by_others(self) -> bool:
+        """Whether another process has the lock that this one waits for."""
+        return self.held_since is not None
+
     def is_whole(self) -> bool:
         """Whether the directories that lattice expects are there, and what keeps plain lattice from writing."""
         directories = all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _DIRECTORIES)
@@ -131,7 +137,7 @@ class Cache:
     def is_there(self) -> bool:
         """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""
         try:
-            here = self._stat_directory() == self._identity
+            here = self._stat_directory() == self.identity
             return here and os.path.lexists(os.path.join(self.directory, REMOTE_FILE))
         except StorageError:
             return False
@@ -151,11 +157,12 @@ class Cache:
                     self._lock.acquire(timeout=0)
                 break
             except Timeout:
-                self.is_held_by_others = True
+                if self.held_since is None:
+                    self.held_since = time.monotonic()
                 if time.monotonic() > deadline:
                     raise StorageError(f"another process has held {self.directory} for {timeout_s:.0f} s") from None
                 await asyncio.sleep(_LOCK_POLL_S)
-        self.is_held_by_others = False
+        self.held_since = None
         try:
             self._check_there()  # whoever had the lock may have made it a local project
             yield

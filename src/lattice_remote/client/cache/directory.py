@@ -3,6 +3,9 @@
 Every directory on the way is opened from the one before (``openat``), so that a link, a pipe or a file that somebody
 puts in the way, also between a look and the deed, leads nowhere: a link in place of a file is replaced, one in place
 of a directory is an error (I9). A file with a second name elsewhere is replaced, not written into. Nothing is synced.
+
+What is made here may be read and written by those who may do so with the directory itself, under any umask: of two
+commands of one agent only one would find its own applied.
 """
 
 import contextlib
@@ -132,16 +135,20 @@ class Directory:
     @contextlib.contextmanager
     def _opened(self, path: str, flags: int, *, make: bool = False) -> Iterator[int]:
         """Open a plain file; its descriptor is closed afterwards."""
+        mode = self._mode() & 0o666 if make else 0
         with self._parent(path, make=make) as (directory, name):
             try:
-                handle = os.open(name, flags | _BASE, 0o644, dir_fd=directory)
+                handle = os.open(name, flags | _BASE, mode, dir_fd=directory)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                     raise self._in_the_way(path, "file") from None
                 raise
         try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
                 raise self._in_the_way(path, "file")
+            if make and not found.st_size:
+                _permit(handle, found, mode)
             yield handle
         finally:
             os.close(handle)
@@ -154,7 +161,7 @@ class Directory:
         try:
             for depth, component in enumerate(parents, 1):
                 try:
-                    inner = _enter(handle, component, make=make)
+                    inner = self._enter(handle, component, make=make)
                 except OSError as error:
                     if error.errno in (errno.ELOOP, errno.ENOTDIR):
                         raise self._in_the_way("/".join(parents[:depth]), "directory") from None
@@ -165,6 +172,21 @@ class Directory:
         finally:
             os.close(handle)
 
+    def _enter(self, handle: int, name: str, *, make: bool) -> int:
+        try:
+            return os.open(name, _DIRECTORY, dir_fd=handle)
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, self._mode(), dir_fd=handle)
+        inner = os.open(name, _DIRECTORY, dir_fd=handle)
+        _permit(inner, os.fstat(inner), self._mode())
+        return inner
+
+    def _mode(self) -> int:
+        return os.stat(self._root).st_mode & 0o777
+
     def _in_the_way(self, path: str, wanted: str) -> StorageError:
         return StorageError(f"{os.path.join(self._root, path)} is in the way: it is no plain {wanted}; remove it")
 
@@ -174,15 +196,11 @@ def remove_tree(directory: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _enter(handle: int, name: str, *, make: bool) -> int:
-    try:
-        return os.open(name, _DIRECTORY, dir_fd=handle)
-    except FileNotFoundError:
-        if not make:
-            raise
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(name, dir_fd=handle)
-    return os.open(name, _DIRECTORY, dir_fd=handle)
+def _permit(handle: int, found: os.stat_result, mode: int) -> None:
+    """Give what was made just now all permissions of ``mode``, of which a umask may have taken some."""
+    if found.st_mode & 0o777 != mode:
+        with contextlib.suppress(PermissionError):  # another user made it meanwhile
+            os.fchmod(handle, stat.S_IMODE(found.st_mode) & ~0o777 | mode)
 
 
 def _write_all(handle: int, data: bytes) -> None:

@@ -75,9 +75,9 @@ def agent(agent: dict[str, Any] | None) -> str:
 
 def acting(answer: dict[str, Any]) -> str:
     if answer["actor"] is None:
-        return (
-            "unknown: not connected" if answer["has_token"] else "nobody: no token; log in with: lattice remote login"
-        )
+        if answer["has_token"]:
+            return f"unknown: {answer['actor_error'] or 'not connected'}"
+        return "nobody: no token; log in with: lattice remote login"
     return ", ".join([answer["actor"], *answer["act_as"]])
 
 

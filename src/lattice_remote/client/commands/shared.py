@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from lattice.storage.fs import LatticeRootError, find_root
 
-from lattice_remote.client import credentials, servers
+from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.settings import UNPUSHED_FILE, Remote, is_unpushed, read_remote
 from lattice_remote.errors import Misuse
@@ -107,8 +107,8 @@ def show_unpushed(found: Remote, *, as_json: bool) -> None:
 
 
 def request(do: str, directory: str) -> dict[str, Any]:
-    named = os.environ.get(servers.URL_ENV, "").strip() or None
-    return {"do": do, "directory": directory, "token": credentials.from_environment(), "named": named}
+    credentials.from_environment()  # says at once that a token can't be one
+    return agent_client.request(do, directory)
 
 
 def fields_of(found: Remote) -> dict[str, str]:

@@ -3,17 +3,21 @@
 A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A change of the file, or another token with
 the next command, replaces one that was refused by itself.
 
-What is sent without a command goes out in the name in which the commands of this cache come. Where they came
-in several of late, nobody can tell whose it is: it waits for the next command.
+What is sent without a command goes out under the token with which the commands of this cache come. Where they came
+with several of late, the author is not known: it waits for the next command. Agents of several environments may
+follow one cache, so the tokens of late are noted in the cache, by their digests.
 """
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from lattice_remote.client import credentials, private_files, servers
+from lattice_remote.client.cache.cache import PRIVATE_DIRECTORY
 from lattice_remote.client.cache.follower import Follower, Writer
 from lattice_remote.client.link.link import Link
 from lattice_remote.client.servers import Server
@@ -25,8 +29,53 @@ __all__ = ["Links"]
 LOOK_INTERVAL_S = 0.5
 """How often to look whether the user's tokens or servers have changed."""
 _WRITER_IDLE_S = 300.0
-_NAME_LASTS_S = 600.0
-"""A name in which no command has come for so long, while others came in another, is not in use any more."""
+_TOKEN_LASTS_S = 600.0
+"""A token with which no command has come for so long, while others came with another, is not in use any more."""
+_NOTE_INTERVAL_S = 30.0
+_RECENT = (PRIVATE_DIRECTORY, "tokens")
+"""In the cache: an empty file for each token with which a command came, named by its digest, of that time."""
+
+
+class RecentTokens:
+    """The tokens with which the commands of a cache came of late, in all environments."""
+
+    def __init__(self, cache: str) -> None:
+        self._cache = cache
+        self._directory = os.path.join(cache, *_RECENT)
+        self._noted: dict[str, float] = {}  # digest -> when it was noted here
+
+    def note(self, token: str) -> None:
+        """A command has come with this token. What can't be noted, as in a cache that can only be read, is not."""
+        digest, now = digest_of_token(token), time.monotonic()
+        if now - self._noted.get(digest, -_NOTE_INTERVAL_S) < _NOTE_INTERVAL_S:
+            return
+        with contextlib.suppress(OSError):
+            for depth in range(len(_RECENT)):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(os.path.join(self._cache, *_RECENT[: depth + 1]), 0o700)
+            path = os.path.join(self._directory, digest)
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
+            os.utime(path)
+            self._noted[digest] = now
+
+    def forget(self, token: str) -> None:
+        """This token was replaced by another of the same user."""
+        self._noted.pop(digest_of_token(token), None)
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._directory, digest_of_token(token)))
+
+    def digests(self) -> set[str]:
+        """Return the digests of the tokens in use: each used within ten minutes before the last use of any."""
+        uses: dict[str, float] = {}
+        with contextlib.suppress(OSError):
+            uses = {entry.name: entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(self._directory)}
+        newest = max(uses.values(), default=0.0)
+        return {digest for digest, used_at in uses.items() if newest - used_at <= _TOKEN_LASTS_S + _NOTE_INTERVAL_S}
+
+
+def digest_of_token(token: str) -> str:
+    """Return what stands for a token where it must not be: nobody can guess one from it."""
+    return hashlib.sha256(b"lattice-remote token " + token.encode(errors="replace")).hexdigest()[:32]
 
 
 class Links:
@@ -37,7 +86,8 @@ class Links:
         self.following = Link(remote, follower, None, on_heard=follower.heard)
         """The link that keeps the files current."""
         self._writers: dict[str, tuple[Link, float]] = {}
-        self._names: dict[str | None, float] = {}  # token that a command brought, None: the stored one -> its last use
+        self._recent = RecentTokens(follower.cache.directory)
+        self._given: dict[str, str | None] = {}  # digest -> token that a command brought, None: the stored one
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -67,6 +117,8 @@ class Links:
     def choose(self, given: str | None, named: Server | None = None) -> None:
         """Follow with the user's stored token, or with one that a command brought, whichever the server takes."""
         link, stored = self.following, self.stored_token()
+        if stored != self._last_stored and self._last_stored is not None:
+            self._recent.forget(self._last_stored)
         if named is not None and named != link.named:
             link.named = named
             link.try_again()
@@ -97,33 +149,44 @@ class Links:
         self._writers[token] = (link, time.monotonic())
         return link
 
+    def refusal(self, named: Server | None) -> RemoteError | None:
+        """Return why a command may not speak to this server; None when it may.
+
+        A server that only an earlier command named, by ``LATTICE_REMOTE_URL``, is not named by this one.
+        """
+        if self.following.named is None or self.following.named == named:
+            return None  # decided where the token is sent
+        try:
+            servers.admit(self._remote.url, named)
+        except RemoteError as error:
+            return error
+        return None
+
     def note_use(self, given: str | None) -> None:
         """A command has come with this token, None: with the user's stored one."""
-        self._names.pop(given, None)
-        self._names[given] = time.monotonic()
+        token = given or self._last_stored
+        if token is not None:
+            self._given[digest_of_token(token)] = None if token == self._last_stored else token
+            self._recent.note(token)
 
     def live(self) -> Link | None:
-        """Return the link for what is sent without a command; None when it isn't known in whose name.
+        """Return the link for what is sent without a command; None when its author isn't known.
 
         Never a token that no command of this cache came with: the user may have given it for another directory.
         """
-        names = self._names_in_use()
-        if len(names) != 1:
-            return None
+        recent = self._recent.digests()
+        self._given = {digest: given for digest, given in self._given.items() if digest in recent}
+        if len(recent) != 1 or not self._given:
+            return None  # of several, or of another environment
         try:
-            return self.writing(names[0])
+            return self.writing(*self._given.values())
         except RemoteError:
             return None  # there is no token, or the file that holds it can't be read: said to the next command
 
     def has_several_names(self) -> bool:
-        """Whether the commands of late came in several names."""
-        return len(self._names_in_use()) > 1
-
-    def _names_in_use(self) -> list[str | None]:
-        """Return the tokens of late; one that a command brought and that is the stored one as well, once."""
-        newest = max(self._names.values(), default=0.0)
-        self._names = {name: at for name, at in self._names.items() if newest - at <= _NAME_LASTS_S}
-        return [name for name in self._names if name is None or name != self._last_stored or None not in self._names]
+        """Whether the commands of late came with several tokens, or with one of another environment."""
+        recent = self._recent.digests()
+        return len(recent) > 1 or not recent <= self._given.keys()
 
     def new_writer(self, token: str) -> Link:
         """Return a link of its own, started; the caller must close it."""
