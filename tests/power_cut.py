@@ -17,13 +17,14 @@ import contextlib
 import json
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Disk", "touch", "traced_worker"]
+__all__ = ["Disk", "make_image", "mounted", "touch", "traced_worker"]
 
 _TREE = ".lattice"
 
@@ -203,6 +204,39 @@ class Disk:
         if len(file.versions) > 1:
             whole = [version for version in file.versions if path != "journal/undo" or version is not None]
             self._put(path, rng.choice(whole))
+
+
+# --- a real file system ---
+
+
+@contextlib.contextmanager
+def mounted(image: Path, place: Path, options: str) -> Iterator[None]:
+    """Mount an image of a file system.
+
+    Raises:
+        OSError: it can't be, for example without root's rights or loop devices.
+    """
+    place.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-o", f"loop,{options}", image, place], capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(f"cannot mount an image: {done.stderr.decode(errors='replace').strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def make_image(path: Path) -> None:
+    """Make a small ext4 file system.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    with path.open("wb") as file:
+        file.truncate(64 * 1024 * 1024)
+    done = subprocess.run(["mkfs.ext4", "-q", path], capture_output=True, check=False)
+    if done.returncode:
+        raise OSError(f"cannot make a file system: {done.stderr.decode(errors='replace').strip()}")
 
 
 # --- before the next start ---

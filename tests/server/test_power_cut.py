@@ -1,12 +1,16 @@
 """A power cut at a random moment of a random history, and what people do before the server starts again (I2, I12)."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -14,7 +18,7 @@ import pytest
 from random_commands import command_lines
 from worker_process import ANA, Copy, WorkerProcess, change_of, execute, make_project, tree_of
 
-from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.messages import Attachment, Change
 from lattice_remote.server.data.framing import frames
 from lattice_remote.server.data.ipc import Done
 from lattice_remote.server.journal.journal_reader import JournalReader
@@ -22,11 +26,19 @@ from lattice_remote.server.tree.tree import INLINE_BYTES
 from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.recovery import open_store
 from lattice_remote.server.worker.store import BY_SERVER
-from power_cut import Disk, touch, traced_worker
+from power_cut import Disk, make_image, mounted, touch, traced_worker
 
 LATTICE = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"
 SEEDS = range(*map(int, os.environ.get("POWER_CUT_SEEDS", "0 4").split()))
 SETTINGS = ["{}", '{"segment_bytes": 8192, "max_bytes": 65536}']
+
+
+def history(rng: random.Random, count: int, lattice: Path) -> Iterator[tuple[list[str], list[Attachment]]]:
+    """Yield random command lines for a board on which there is something to do."""
+    for line in (*[f"create T{number}" for number in range(6)], "resource create gpu", "resource create db"):
+        yield [*line.split(), *ANA], []
+    yield ["session", "start", "--name", "Argus", "--model", "m", "--framework", "f"], []
+    yield from command_lines(rng, count, lattice)
 
 
 def plain_lattice(project: Path, *argv: str) -> bool:
@@ -78,7 +90,7 @@ def test_after_a_power_cut_every_acknowledged_command_is_there_once(tmp_path: Pa
     lattice, trace = project / ".lattice", tmp_path / "trace"
     disk, cache = Disk(project, trace), Copy(lattice, tree_of(lattice))
     with WorkerProcess(project, command=traced_worker(trace, "one"), settings=settings) as worker:
-        for argv, files in command_lines(rng, 60, lattice):
+        for argv, files in history(rng, 60, lattice):
             follow(cache, worker.run(*argv, files=files))
             disk.observe()
         acknowledged = tree_of(lattice)
@@ -115,6 +127,41 @@ def follow(cache: Copy, done: Done) -> None:
     change = change_of(done)
     if change is not None:
         cache.follow(change)
+
+
+@pytest.mark.parametrize("options", ["auto_da_alloc", "noauto_da_alloc"])
+def test_a_file_system_that_was_cut_off_while_in_use_is_recovered(tmp_path: Path, options: str) -> None:
+    """An image of ext4 is copied while a worker is at work: the copy has what the disk has after a power cut."""
+    rng = random.Random(options)
+    image, cut, place = tmp_path / "image", tmp_path / "cut", tmp_path / "mounted"
+    options += ",commit=600"  # nothing is written but by fsync
+    trace = tmp_path / "trace"
+    trace.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            make_image(image)
+            stack.enter_context(mounted(image, place, options))
+        except OSError as error:
+            pytest.skip(f"needs root's rights and loop devices: {error}")
+        project = make_project(place / "web")
+        cache = Copy(project / ".lattice", tree_of(project / ".lattice"))
+        with WorkerProcess(project, command=traced_worker(trace, "one")) as worker:
+            for argv, files in history(rng, 150, project / ".lattice"):
+                follow(cache, worker.run(*argv, files=files))
+            acknowledged = tree_of(project / ".lattice")
+            for number in range(6):
+                worker.send(execute("create", f"lost {number}", *ANA))
+            os.kill(worker.pid, signal.SIGSTOP)
+            shutil.copyfile(image, cut)
+            worker.kill()
+    with mounted(cut, place, options):
+        touch(rng, project / ".lattice")
+        added = plain_lattice(project, "comment", "LAT-1", "plainly", *ANA)
+        with WorkerProcess(project, command=traced_worker(trace, "two")) as worker:
+            found = events(check_whole(worker, project, cache))
+            assert not events(acknowledged) - found, worker.ready.notes
+            assert all(count == 1 for count in found.values()), "nothing is doubled"
+            assert sum(b'"plainly"' in line for line in found) == added, worker.ready.notes
 
 
 # --- what people do before the next start ---
