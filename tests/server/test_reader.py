@@ -106,7 +106,7 @@ async def test_killed_in_the_middle_it_says_so_and_the_next_read_has_another(rea
     pid = await stopped(reader)
     reading = asyncio.create_task(reader.read(TASKS))
     behind = asyncio.create_task(reader.read(LIST))
-    await until(lambda: reader._waiting == 2)
+    await until(lambda: reader.waiting == 2)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(StorageError, match="try again"):
         await reading
@@ -130,7 +130,7 @@ async def test_one_who_leaves_takes_the_half_read_answer_with_him(reader: Reader
     """Else the next would get it in place of his own."""
     pid = await stopped(reader)
     reading = asyncio.create_task(reader.read(TASKS))
-    await until(lambda: reader._waiting == 1)
+    await until(lambda: reader.waiting == 1)
     reading.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reading
@@ -382,7 +382,7 @@ async def test_a_change_of_an_earlier_epoch_is_not_waited_for(reader: Reader, st
 async def has_read(reader: Reader) -> None:
     """Return once the process of the reader has answered; what it found may wait."""
     await asyncio.sleep(0)  # the read begins, and takes its turn
-    async with reader._turn:
+    async with reader._lock.turn(None):
         pass
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -152,7 +153,13 @@ def test_a_resource_is_made_taken_and_given_back(rest: Rest) -> None:
     assert rest.ok("POST", "/resources/gpu/release")["holders"] == []
     assert rest.ok("GET", "/resources/gpu")["holders"] == []
     assert rest.refused("GET", "/resources/nothing") == (404, "NOT_FOUND")
-    assert rest.refused("POST", "/resources/a.b", json={}) == (422, "REMOTE_UNSUPPORTED")
+    assert rest.refused("POST", "/resources/a:b", json={}) == (422, "REMOTE_UNSUPPORTED")
+    for name in ("gpu.0", "con", "x.json", "two words", "a..b"):
+        path = f"/resources/{quote(name)}"
+        made = rest.ok("POST", path, status=201, json={})
+        assert rest.ok("POST", f"{path}/acquire")["name"] == name
+        assert rest.ok("GET", f"{path}/{made['id']}")["holders"][0]["actor"] == "human:ana"
+        assert rest.ok("POST", f"{path}/release")["holders"] == []
 
 
 def test_a_resource_with_its_id_is_held_or_not(rest: Rest) -> None:

@@ -23,6 +23,7 @@ from lattice_remote.server.data.signing_key import signing_key
 from lattice_remote.server.network.door import Door, Visit
 from lattice_remote.server.network.handoff import Handoff, Request, Response, http_answer
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.network.response_budget import ResponseBudget
 from lattice_remote.server.project.bounds import Bounds
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.overview import Overviews
@@ -84,6 +85,8 @@ class Hub:
         self.config = config or data.config()
         self.door = Door(self.config.limits, self.config.trusted_proxies)
         """Counts who comes in."""
+        self.responses = ResponseBudget(self.config.limits)
+        """Bounds what answers over HTTP hold in memory."""
         self.overviews = Overviews(data)
         """The projects at a glance."""
         self.metrics = Metrics()

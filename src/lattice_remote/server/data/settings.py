@@ -38,6 +38,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """A command that takes longer is ended and undone. Waiting for a resource does not count."""
     messages_per_second: _Count = 1_000
     """WebSocket frames on one connection, and HTTP requests with one token; four seconds' worth may come at once."""
+    answer_bytes_per_token: _Bytes = 32 * 1024 * 1024
+    """Of answers over HTTP that are not taken yet. With so many outstanding no further one is made for the token."""
+    answer_bytes: _Bytes = 256 * 1024 * 1024
+    """The same of all tokens. A token that has none outstanding is still answered."""
     request_bytes: Annotated[int, Meta(ge=4 * 1024 * 1024, le=32 * 1024 * 1024)] = 32 * 1024 * 1024
     """The largest message that a client may send."""
     text_bytes: Annotated[int, Meta(ge=64 * 1024, le=15 * 1024 * 1024)] = 8 * 1024 * 1024

@@ -20,6 +20,8 @@ TLS_TIMEOUT_S = 10.0
 """How long a client has for the TLS handshake."""
 _TLS_GOODBYE_S = 0.6
 _RETRY_S = 0.2
+_UNSENT_BYTES = 128 * 1024
+"""What the kernel takes of one connection beyond what it can send: a client that takes nothing gets no more."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NO_ROOM = Refusal(
     HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", "too many connections without a token from your address; wait", 1
@@ -74,6 +76,8 @@ class Acceptor:
             await asyncio.sleep(0)  # asyncio's own loop gives nobody a turn while connections wait to be accepted
 
     def _take(self, connection: socket.socket, host: str) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # not every system has it
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         visit = self._door.arrive(host)
         if visit is None:
             self._turn_away(connection)

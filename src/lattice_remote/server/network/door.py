@@ -125,6 +125,10 @@ class Visit:
         """Log what it did, now and then."""
         self._door.log(reason, self.address)
 
+    def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
+        """Log, now and then, that it was cut because it does not take what it is sent."""
+        self._door.log("cut: it does not take what it is sent", self.address)
+
     def failed(self) -> Refusal | None:
         """Take note of a request without a valid token; return what to say instead when there were too many."""
         return self._door.login_failed(self._door.known(self.address))

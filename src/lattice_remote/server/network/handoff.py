@@ -59,7 +59,7 @@ __all__ = [
 CLOSE_TIMEOUT_S = 0.6
 """How long a client has to answer a close frame before its connection is aborted."""
 HEAD_TIMEOUT_S = 10.0
-"""How long a client has for the head of its request, from connecting or from the response before it."""
+"""How long a client has for the head of its request, from connecting or from taking some of the response before it."""
 _SLICE_BYTES = 8 * 1024
 _FRAGMENT_BYTES = 256
 """What a frame of an unfinished message takes beside its data."""
@@ -85,6 +85,7 @@ class PlainHttp(H11Protocol):
         self._visit = visit
         self._deadline: asyncio.TimerHandle | None = None
         self._streamed: tuple[Outbox, Callable[[], None]] | None = None
+        self._left = 0  # bytes of the last answer that were not taken when that was looked at
 
     def stream(self, name: str, lost: Callable[[], None], *, max_bytes: int) -> Outbox:
         """Return the way to write the body of the answer whose head was sent: past uvicorn, and bounded (I10).
@@ -118,17 +119,21 @@ class PlainHttp(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self._stalling.pause()
         if self._streamed is not None:
             self._streamed[0].pause()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._stalling.resume()
         if self._streamed is not None:
             self._streamed[0].resume()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._visit.cut = transport.abort
+        # Nothing is queued in it: it cuts a client that takes nothing of an answer of uvicorn's.
+        self._stalling = Outbox(transport, self._visit.address, log=self._visit.log_cut)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -156,12 +161,21 @@ class PlainHttp(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._visit.leave()
         self._head_received()
+        self._stalling.close()
         self._stream_lost()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
         self._head_received()
-        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+        self._left = self.transport.get_write_buffer_size()
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._head_overdue)
+
+    def _head_overdue(self) -> None:
+        """End it, unless it is still taking the answer before."""
+        if self.transport.get_write_buffer_size() < self._left:
+            self._await_head()
+        else:
+            self.transport.abort()
 
     def _head_received(self) -> None:
         if self._deadline is not None:

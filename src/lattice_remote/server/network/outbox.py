@@ -6,8 +6,14 @@ when it is back.
 """
 
 import asyncio
+import contextlib
+import fcntl
 import logging
+import sys
+import termios
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 __all__ = ["MAX_PENDING_BYTES", "STALL_DEADLINE_S", "Outbox", "payload_of", "websocket_frame"]
 
@@ -48,9 +54,11 @@ class Outbox:
         *,
         max_bytes: int = MAX_PENDING_BYTES,
         stall_deadline_s: float = STALL_DEADLINE_S,
+        log: Callable[[str], None] | None = None,
     ) -> None:
+        """Bound the queue and the time in which the client takes nothing; ``log`` is called with why it is cut."""
+        self._log = log or partial(_log.warning, "%s %s: cut", name)
         self._transport = transport
-        self._name = name
         self._max_bytes = max_bytes
         self._deadline_s = stall_deadline_s
         self._loop = asyncio.get_running_loop()
@@ -99,7 +107,7 @@ class Outbox:
     def pause(self) -> None:
         """The transport's buffer is full."""
         self._paused = True
-        self._left = self._transport.get_write_buffer_size()
+        self._left = self._untaken()
         self._taken_at = self._loop.time()
         if self._check is None:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
@@ -161,7 +169,7 @@ class Outbox:
         self._check = None
         if not self._paused or self._closed:
             return
-        left = self._transport.get_write_buffer_size()
+        left = self._untaken()
         now = self._loop.time()
         if left < self._left:
             self._taken_at = now
@@ -171,7 +179,20 @@ class Outbox:
         else:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
 
+    def _untaken(self) -> int:
+        """Return how many bytes the client has not acknowledged, of those that the transport was given.
+
+        Those with the kernel count: it takes no more from here until a good part of its own queue is sent, which
+        takes a slow client longer than the deadline.
+        """
+        left = self._transport.get_write_buffer_size()
+        descriptor = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no socket, or it is closed
+            queued = fcntl.ioctl(descriptor.fileno(), termios.TIOCOUTQ, bytes(4))
+            left += int.from_bytes(queued, sys.byteorder)
+        return left
+
     def _cut(self, why: str) -> None:
-        _log.warning("%s %s: cut", self._name, why)
+        self._log(why)
         self.close()
         self._transport.abort()

@@ -1,7 +1,7 @@
 """One request to a project's worker, and what is known of its way there and back."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,3 +38,8 @@ class Job:
     """When it waits for no lock any more, by the monotonic clock; 0 before its first wait for one."""
     wait_until: float = 0.0
     """When that waiting is over, by the monotonic clock."""
+
+    @property
+    def lane(self) -> Hashable:
+        """That of the request which was first; None for the server's own."""
+        return self.askers[0].lane if self.askers else None

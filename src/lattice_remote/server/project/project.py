@@ -55,7 +55,7 @@ from lattice_remote.server.project.outstanding import Outstanding
 from lattice_remote.server.project.pace import Pace
 from lattice_remote.server.project.pushes import Pushes
 from lattice_remote.server.project.reader import Reader
-from lattice_remote.server.project.turns import Turns
+from lattice_remote.server.project.turns import FairQueue
 from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.waiting import Waiting
 from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
@@ -123,7 +123,7 @@ class Project:
         self._bounds = bounds or Bounds()
         self._worker_command = worker_command
         self._held = Held(self._bounds)
-        self._queue = Turns()
+        self._queue: FairQueue[Job] = FairQueue()
         self._outstanding = Outstanding(self._bounds, self._overdue)  # with the worker
         self._waiting = Waiting(self._retry)
         self._edited: set[str] = set()
@@ -342,7 +342,7 @@ class Project:
     # --- the queue ---
 
     def _enqueue(self, job: Job) -> None:
-        self._queue.add(job)
+        self._queue.add(job, job.lane)
         self._pump()
 
     def _pump(self) -> None:

@@ -1,7 +1,7 @@
 """The reader process of a project, seen from the server: started when it is needed, ended when it is not, or stuck.
 
-Reads are answered one at a time, in the order in which they were asked. What was read while the worker had nothing to
-do is the tree at the head, and serves everybody who asks for the same before the next change.
+Reads are carried out one at a time, tokens in turn. What was read while the worker had nothing to do is the tree at the
+head, and serves everybody who asks for the same before the next change.
 
 A read that overlaps a transaction counts only if that is committed and durable (I2): until then its answer waits, and
 where the transaction was rolled back, the read is repeated.
@@ -13,6 +13,7 @@ import logging
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -21,7 +22,9 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.data.ipc import TreeState
 from lattice_remote.server.data.read_ipc import Found, Read
+from lattice_remote.server.network.response_budget import ResponseShare
 from lattice_remote.server.project.kept import Kept
+from lattice_remote.server.project.turns import FairLock
 
 __all__ = ["Reader"]
 
@@ -31,6 +34,7 @@ _READ_S = 20.0
 _IDLE_S = 300.0
 """A process that was asked nothing for so long is ended."""
 _MAX_WAITING = 256
+"""Reads of one token that may wait."""
 _MAX_FOUND_BYTES = 256 * 1024 * 1024
 
 _TRIES_TO_COMMIT = 10
@@ -67,35 +71,44 @@ class Reader:
         self._paths = paths
         self._state = state
         self._durable = durable
-        self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._lock = FairLock()
+        self._waiting: Counter[str] = Counter()  # by token
         self._kept = Kept()
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._leaving: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def read(self, asked: Read) -> Found:
+    async def read(self, asked: Read, share: ResponseShare | None = None) -> Found:
         """Return what a read finds; it sees every change that was acknowledged before this is called.
 
+        Args:
+            share: of whose response it is to be a part: its token's reads wait for their turn, and for room. None for
+                the server's own.
+
         Raises:
-            Rejected: REMOTE_BUSY, too many wait already, or no state of the files was committed for a long time.
+            Rejected: REMOTE_BUSY, too many of the token wait, it has too many answers outstanding, or no state of
+                the files was committed for a long time.
             StorageError: the process can't be started, or took too long over it.
         """
-        if (kept := self._kept.get(asked, self._state())) is not None:
-            return kept
-        if self._waiting >= _MAX_WAITING:
-            raise Rejected("the server has too much to read for this project; try again", code="REMOTE_BUSY")
-        self._waiting += 1
+        kept = self._kept.get(asked, self._state())
+        if kept is not None and (share is None or share.may_hold(kept.body)):
+            return _held(kept, share)
+        token_id = share.token_id if share is not None else ""
+        if self._waiting[token_id] >= _MAX_WAITING:
+            raise Rejected(f"{_MAX_WAITING} reads of this token wait in this project; try again", code="REMOTE_BUSY")
+        self._waiting[token_id] += 1
         try:
             for _ in range(_TRIES_TO_COMMIT):
-                async with self._turn:
-                    before, (epoch, _) = self._tree_state(), self._durable()
-                    found = self._kept.get(asked, self._state()) or await self._read(asked)
+                found, before, epoch = await self._read_in_turn(asked, token_id, share)
                 if await self._is_committed(before, epoch):
                     return found
+                if share is not None:
+                    share.drop(found.body)
         finally:
-            self._waiting -= 1
+            self._waiting[token_id] -= 1
+            if not self._waiting[token_id]:
+                del self._waiting[token_id]
         raise Rejected("what was read was undone again and again; try again", code="REMOTE_BUSY")
 
     def _tree_state(self) -> TreeState:
@@ -124,15 +137,32 @@ class Reader:
         current, head = self._durable()
         return current == epoch and head < seq
 
-    async def read_together(self, asked: Sequence[Read]) -> tuple[list[Found], bool]:
+    async def _read_in_turn(
+        self, asked: Read, token_id: str, share: ResponseShare | None
+    ) -> tuple[Found, TreeState, str]:
+        """Return what a read finds, the state of the tree before it, and the epoch."""
+        while True:
+            if share is not None:
+                await share.room()
+            async with self._lock.turn(token_id):
+                if share is None or share.has_room:  # another answer to its token may have taken the room meanwhile
+                    before, (epoch, _) = self._tree_state(), self._durable()
+                    found = self._kept.get(asked, self._state()) or await self._read(asked)
+                    return _held(found, share), before, epoch
+
+    async def read_together(
+        self, asked: Sequence[Read], share: ResponseShare | None = None
+    ) -> tuple[list[Found], bool]:
         """Return what several reads find, and whether all of them found it in the state in which the tree is now.
 
         Where writes follow one on the other it may be that of none: then each read has seen what was acknowledged
         before this was called. Otherwise as ``read``.
         """
         for _ in range(_TRIES_TOGETHER):
+            if share is not None:
+                share.close()  # what the try before has found is not sent
             before = await self._settled()
-            found = [await self.read(each) for each in asked]
+            found = [await self.read(each, share) for each in asked]
             if before is not None and before == self._state():
                 return found, True
         return found, False
@@ -148,7 +178,7 @@ class Reader:
     @property
     def waiting(self) -> int:
         """How many reads are asked for and not answered, the one that is carried out included."""
-        return self._waiting
+        return self._waiting.total()
 
     def close(self) -> None:
         """End the process; reads that wait for it fail. Idempotent."""
@@ -219,3 +249,10 @@ class Reader:
                 self._process.kill()
             self._process.wait()  # it was killed: this takes no time
             self._process = None
+
+
+def _held(found: Found, share: ResponseShare | None) -> Found:
+    """Count what was found for the response that it is for, and return it."""
+    if share is not None:
+        share.hold(found.body)
+    return found

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.network.response_budget import ResponseShare
 from lattice_remote.server.project.project import Project
 
 __all__ = ["text_at_head"]
@@ -16,18 +17,22 @@ _MAX_BYTES = 64 * 1024 * 1024
 """No client may send a text as large as this; somebody at the server may have put it there."""
 
 
-async def text_at_head(project: Project, path: str) -> bytes | None:
+async def text_at_head(project: Project, path: str, share: ResponseShare) -> bytes | None:
     """Return the content of a plan or notes; None when there is none. Belongs to the event loop's thread.
+
+    It is counted as a part of the response that has this ``share``.
 
     The disk is ahead of the head by what is being written: what was read counts once it is what the head says.
 
     Raises:
-        Rejected: REMOTE_TOO_LARGE, over 64 MiB.
+        Rejected: REMOTE_TOO_LARGE, over 64 MiB; REMOTE_BUSY, the token has too many answers outstanding.
         StorageError: it can't be read, or was different from the head's for seconds.
     """
     try:
-        async with asyncio.timeout(_SETTLE_S):
-            return await _settled(project, path)
+        async with share.making(), asyncio.timeout(_SETTLE_S):
+            text = await _settled(project, path)
+            share.hold(text or b"")
+            return text
     except TimeoutError:
         raise StorageError(f"{path} is changing all the time; try again") from None
     except OSError as error:

@@ -1,62 +1,62 @@
-"""Requests that wait for the worker: each lane, as that of a connection, in its own order, all lanes in turn.
+"""Fair queue, and a lock whose waiters stand in one: each lane in its own order, all lanes in turn (I10).
 
 So a client that has hundreds of requests under way delays another's next one by one request, not by hundreds.
 """
 
+import asyncio
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import AsyncIterator, Hashable
+from contextlib import asynccontextmanager
 
-from lattice_remote.server.project.job import Job
-
-__all__ = ["Turns"]
+__all__ = ["FairLock", "FairQueue"]
 
 
-class Turns:
-    """A queue. The server's own jobs, which nobody asked for, take their turn like those of one more connection."""
+class FairQueue[T]:
+    """A queue of lanes, such as one for each connection or token. ``None`` is the lane of the server's own items."""
 
     def __init__(self) -> None:
-        self._first: deque[Job] = deque()
-        self._lanes: dict[Hashable, deque[Job]] = {}  # by the lane of who asked first; whose turn it is comes first
+        self._first: deque[T] = deque()
+        self._lanes: dict[Hashable, deque[T]] = {}  # whose turn it is comes first
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def has(self, lane: Hashable) -> bool:
-        """Tell whether a request of this lane waits here."""
+        """Tell whether an item of this lane waits here."""
         return lane in self._lanes
 
-    def add(self, job: Job) -> None:
-        """Add a job behind the others of its lane."""
-        self._lanes.setdefault(job.askers[0].lane if job.askers else None, deque()).append(job)
+    def add(self, item: T, lane: Hashable) -> None:
+        """Add an item behind the others of its lane."""
+        self._lanes.setdefault(lane, deque()).append(item)
         self._length += 1
 
-    def add_first(self, job: Job) -> None:
-        """Add a job before all others: it was with a worker already."""
-        self._first.appendleft(job)
+    def add_first(self, item: T) -> None:
+        """Add an item before all others: it was taken before."""
+        self._first.appendleft(item)
         self._length += 1
 
-    def next(self) -> Job:
-        """Return the job that ``pop`` would take; there must be one."""
+    def next(self) -> T:
+        """Return the item that ``pop`` would take; there must be one."""
         return self._first[0] if self._first else next(iter(self._lanes.values()))[0]
 
-    def pop(self) -> Job:
-        """Take the next job; there must be one. Then it is the next lane's turn."""
+    def pop(self) -> T:
+        """Take the next item; there must be one. Then it is the next lane's turn."""
         self._length -= 1
         if self._first:
             return self._first.popleft()
         name, lane = next(iter(self._lanes.items()))
         del self._lanes[name]
-        job = lane.popleft()
+        item = lane.popleft()
         if lane:
             self._lanes[name] = lane
-        return job
+        return item
 
-    def remove(self, job: Job) -> None:
-        """Take a job out that is not to be done any more. Nothing happens when it is not here."""
+    def remove(self, item: T) -> None:
+        """Take an item out that is no longer wanted. Nothing happens when it is not here."""
         for lane in (self._first, *self._lanes.values()):
-            if job in lane:
-                lane.remove(job)
+            if item in lane:
+                lane.remove(item)
                 self._length -= 1
         for name in [name for name, lane in self._lanes.items() if not lane]:
             del self._lanes[name]
@@ -66,3 +66,44 @@ class Turns:
         self._first.clear()
         self._lanes.clear()
         self._length = 0
+
+
+class FairLock:
+    """A lock that lanes take in turn. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
+
+    @asynccontextmanager
+    async def turn(self, lane: Hashable) -> AsyncIterator[None]:
+        """Hold the lock, once it is this lane's turn."""
+        await self._acquire(lane)
+        try:
+            yield
+        finally:
+            self._release()
+
+    async def _acquire(self, lane: Hashable) -> None:
+        if not self._is_taken:
+            self._is_taken = True
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.add(waiter, lane)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.cancelled():
+                self._waiting.remove(waiter)
+            else:  # its turn came in the same tick
+                self._release()
+            raise
+
+    def _release(self) -> None:
+        """Give the lock to the next lane; a waiter that was cancelled in this tick is not the next."""
+        while self._waiting:
+            waiter = self._waiting.pop()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._is_taken = False

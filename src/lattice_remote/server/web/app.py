@@ -24,7 +24,7 @@ from lattice_remote.server.web import health, listing, scrape
 from lattice_remote.server.web.answers import TurnedAway, failed
 from lattice_remote.server.web.board import data as board_data
 from lattice_remote.server.web.board import page as board
-from lattice_remote.server.web.bodies import ending_where_unread, refused_body
+from lattice_remote.server.web.bodies import ending_where_unread, refused_body, sent_in_pieces
 from lattice_remote.server.web.cookie import Cookies
 from lattice_remote.server.web.events import stream
 from lattice_remote.server.web.events.feed import Feeds
@@ -61,7 +61,8 @@ def http_app(hub: Hub, gauges: Gauges) -> ASGIApp:
     app.state.gauges = gauges
     app.state.feeds = Feeds()
     app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
-    return with_records(with_headers(_past_the_door(ending_where_unread(app), hub, app.state.cookies)), hub, routes)
+    bounded = ending_where_unread(sent_in_pieces(app, hub.responses))
+    return with_records(with_headers(_past_the_door(bounded, hub, app.state.cookies)), hub, routes)
 
 
 def _past_the_door(app: ASGIApp, hub: Hub, cookies: Cookies) -> ASGIApp:

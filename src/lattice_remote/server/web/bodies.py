@@ -1,4 +1,8 @@
-"""The bodies of requests: bounded, in size and in time, and none where none is expected."""
+"""The bodies of requests and responses: bounded, in size and in time.
+
+A request has none where none is expected. A response is sent in pieces, each when the client has taken those before it,
+so that what uvicorn and TLS copy of it is small; a client that takes nothing is cut by ``PlainHttp``.
+"""
 
 import asyncio
 import contextlib
@@ -9,9 +13,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.network.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
 from lattice_remote.server.web.answers import TurnedAway
 
-__all__ = ["body_of", "ending_where_unread", "refused_body"]
+__all__ = ["body_of", "ending_where_unread", "refused_body", "sent_in_pieces"]
 
 _BODY_S = 30.0
 """How long a client has for the whole of a body."""
@@ -94,3 +99,31 @@ def ending_where_unread(app: ASGIApp) -> ASGIApp:
         await app(scope, receiving, sending)
 
     return ending
+
+
+def sent_in_pieces(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
+    """Return the app such that its large bodies are counted until they are sent, and sent in pieces.
+
+    ``scope["state"]["share"]`` is the request's ``ResponseShare``.
+    """
+
+    async def pacing(scope: Scope, receive: Receive, send: Send) -> None:
+        share = scope["state"]["share"] = ResponseShare(budget)
+
+        async def sending(message: Message) -> None:
+            body = message.get("body", b"")
+            if message["type"] == "http.response.body" and len(body) > COUNTED_BYTES:
+                share.hold(body)
+                last = (len(body) - 1) // COUNTED_BYTES * COUNTED_BYTES
+                for start in range(0, last, COUNTED_BYTES):
+                    piece = body[start : start + COUNTED_BYTES]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                message = {**message, "body": body[last:]}
+            await send(message)
+
+        try:
+            await app(scope, receive, sending)
+        finally:
+            share.close()
+
+    return pacing

@@ -10,6 +10,7 @@ from lattice_remote.server.data.logins import Login
 from lattice_remote.server.hub import Hub, bearer
 from lattice_remote.server.network.door import Visit
 from lattice_remote.server.network.refusal import Refusal
+from lattice_remote.server.network.response_budget import ResponseShare
 from lattice_remote.server.project.accounts import Told
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.web.answers import TurnedAway, wants_page
@@ -34,6 +35,8 @@ class Guest:
     hub: Hub
     login: Login
     project: Project
+    share: ResponseShare
+    """What the response holds in memory."""
     told: Told | None = None
     """Takes the account of a write that it asks for, so that its one line in the log has the change's number."""
 
@@ -68,6 +71,8 @@ def identified(request: Request) -> Login:
     if isinstance(login, Refusal):
         raise TurnedAway(login)
     record_of(request).login = login
+    share: ResponseShare = request.state.share
+    share.token_id = login.token.id
     if (refusal := visit.admit(login.token.id)) is not None:
         raise TurnedAway(refusal)
     return login
@@ -114,13 +119,16 @@ async def guest(request: Request) -> Guest:
 
     Raises:
         TurnedAway: nobody who may.
+        Rejected: the token has more answers outstanding than it may.
         StorageError: the project can't be used.
     """
     slug = request.path_params["slug"]
     login, project = identified(request), _entered(request, slug, None)
+    share: ResponseShare = request.state.share
+    await share.room()
     await project.opened()
     # Opening may have taken its time, in which the token or the project was taken away.
-    return Guest(hub_of(request), login, _entered(request, slug, project), record_of(request).take)
+    return Guest(hub_of(request), login, _entered(request, slug, project), share, record_of(request).take)
 
 
 def _entered(request: Request, slug: str, project: Project | None) -> Project:

@@ -28,10 +28,12 @@ async def _data(request: Request) -> Response:
     ``exact`` says that it is what the project was at that position. Without it, while writes follow one on the other,
     it may hold some of what came next, which the events then tell again.
     """
-    project = (await guest(request)).project
+    visitor = await guest(request)
+    project = visitor.project
     history = project.history
     before = history.position
-    found, is_exact = await project.reader.read_together([ReadPage(f"/api/{part}") for part in _PARTS])
+    pages = [ReadPage(f"/api/{part}") for part in _PARTS]
+    found, is_exact = await project.reader.read_together(pages, visitor.share)
     at = history.position if is_exact else before
     board = {part: _data_of(each) for part, each in zip(_PARTS, found, strict=True)}
     where = {"epoch": at.epoch, "head": at.seq, "position": str(at), "exact": is_exact}

@@ -93,7 +93,7 @@ async def _read_file(visitor: Guest, path: str) -> Found:
     Raises:
         Rejected: there is none.
     """
-    found = await visitor.project.reader.read(ReadPage(path))
+    found = await visitor.project.reader.read(ReadPage(path), visitor.share)
     if found.status != HTTPStatus.OK:
         raise Rejected(f"there is no {path} in this version of the dashboard", code="REMOTE_NOT_FOUND")
     return found
@@ -112,7 +112,7 @@ async def _style(request: Request) -> Response:
 async def _read(request: Request) -> Response:
     visitor = await guest(request)
     query = f"?{request.url.query}" if request.url.query else ""
-    found = await visitor.project.reader.read(ReadPage(_path(request) + query))
+    found = await visitor.project.reader.read(ReadPage(_path(request) + query), visitor.share)
     if not found.body:  # the handler broke down, or tried what no reader may
         raise Rejected(found.message or "the dashboard failed at this; the log says more", code="REMOTE_FAILED")
     if found.etag:

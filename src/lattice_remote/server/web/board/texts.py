@@ -83,7 +83,9 @@ async def versions(request: Request) -> Response:
 async def read_version(request: Request) -> Response:
     """Answer with the text as of a change."""
     visitor, kind = await guest(request), _KINDS[_path(request).partition("/")[0]]
-    found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
+    async with visitor.share.making():
+        found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
+        visitor.share.hold(found.data)
     try:
         return ok(_Text(found.data.decode()))
     except UnicodeDecodeError:
@@ -108,7 +110,7 @@ async def _text(visitor: Guest, path: str) -> _Text:
     if task not in files and f"archive/{task}" not in files:
         raise Rejected(f"there is no task {Path(path).stem}", code="REMOTE_NOT_FOUND")
     archived = task not in files
-    data = await text_at_head(visitor.project, f"archive/{path}" if archived else path)
+    data = await text_at_head(visitor.project, f"archive/{path}" if archived else path, visitor.share)
     try:
         text = None if data is None else data.decode()
     except UnicodeDecodeError:

@@ -97,7 +97,7 @@ async def found(asked: Asked[Any, Any], path: str, *arguments: str, list_at: tup
         StorageError: it broke down.
     """
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
-    printed = await asked.guest.project.reader.read(asking)
+    printed = await asked.guest.project.reader.read(asking, asked.guest.share)
     if not printed.body:
         raise StorageError(f"'lattice {path}' can't be read on the server: {_said(printed.message)}")
     return printed

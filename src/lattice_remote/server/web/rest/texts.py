@@ -121,7 +121,9 @@ async def _version(asked: Asked[Nothing, Nothing], kind: str) -> Response:
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
-    found = await version_text(asked.guest.project, place.task, _KINDS[kind], asked.path["change"])
+    async with asked.guest.share.making():
+        found = await version_text(asked.guest.project, place.task, _KINDS[kind], asked.path["change"])
+        asked.guest.share.hold(found.data)
     headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
     return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
 
@@ -130,7 +132,7 @@ async def _get(asked: Asked[Nothing, Nothing], kind: str) -> Response:
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
-    text = await text_at_head(asked.guest.project, place.path)
+    text = await text_at_head(asked.guest.project, place.path, asked.guest.share)
     if text is None:
         raise Rejected(f"task {place.task} has no {'plan' if kind == 'plans' else kind}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)

@@ -1,0 +1,172 @@
+"""One token that asks for much and takes little: what it costs the server, and the other tokens (I10)."""
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lattice.core.events import create_event, serialize_event
+from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
+
+from sandbox import Sandbox, Server, wait_for
+from warm import warm
+
+TASKS, DESCRIPTION_BYTES = 240, 100_000
+LIST_MIB = TASKS * DESCRIPTION_BYTES / 2**20
+"""A list of 23 MiB."""
+PLANNED, PLAN_BYTES = "task_01M8173J64RGGH4YR2NPR00000", 7_000_000
+BOUND_MIB = 32 + 2 * LIST_MIB + 32 + 24
+"""Outstanding answers of one token and the last of them, one on its way from the reader, those that are shared while
+nothing changes, and 192 KiB for each of 100 connections."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with Sandbox(warm()) as sandbox:
+        made = sandbox.server()
+        made.project()
+        for number in range(TASKS):
+            _add_task(made.lattice_dir(), f"task_01M8173J64RGGH4YR2NPR{number:05d}")
+        (made.lattice_dir() / f"plans/{PLANNED}.md").write_text("x" * PLAN_BYTES)
+        made.start()
+        yield made
+        assert made.stop() == 0
+
+
+def _add_task(lattice: Path, id_: str) -> None:
+    data = {"title": id_, "status": "backlog", "type": "task", "priority": "medium", "description": "x" * 100_000}
+    event = create_event("task_created", id_, "human:ana", data)
+    (lattice / f"events/{id_}.jsonl").write_text(serialize_event(event))
+    (lattice / f"tasks/{id_}.json").write_text(serialize_snapshot(apply_event_to_snapshot(None, event)))
+
+
+@pytest.fixture(scope="module")
+def greedy(server: Server) -> str:
+    return server.token("human:ana", "agent:*")
+
+
+@pytest.fixture(scope="module")
+def other(server: Server) -> str:
+    return server.token("human:ben")
+
+
+def rss_mib(server: Server) -> float:
+    assert server.process is not None
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def ask(server: Server, token: str, path: str, method: str = "GET", body: object = None) -> tuple[int, bytes]:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        connection.request(method, f"/projects/board{path}", None if body is None else json.dumps(body), headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+def send_get(server: Server, token: str, path: str) -> socket.socket:
+    """Ask and read nothing."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", server.port))
+    raw.sendall(f"GET /projects/board{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+    return raw
+
+
+@pytest.fixture
+def stalled() -> Iterator[list[socket.socket]]:
+    sockets: list[socket.socket] = []
+    yield sockets
+    for raw in sockets:
+        raw.close()
+
+
+def is_over(raw: socket.socket) -> bool:
+    """Tell whether the server has cut a connection whose answer was not read."""
+    raw.setblocking(False)
+    try:
+        while raw.recv(1 << 20):
+            pass
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+    return True
+
+
+@pytest.mark.parametrize("path", [f"/plans/{PLANNED}", "/tasks", "/dashboard/data"])
+def test_a_hundred_answers_that_are_not_read_take_no_more_memory_than_a_few(
+    server: Server, greedy: str, other: str, stalled: list[socket.socket], path: str
+) -> None:
+    """Also while the project changes, so that no two of the answers are the same."""
+    assert len(ask(server, greedy, path)[1]) > LIST_MIB * 2**20 * (path == "/tasks")
+    before, most = rss_mib(server), 0.0
+    for number in range(100):
+        stalled.append(send_get(server, greedy, path))
+        if number % 10 == 9:
+            assert ask(server, other, f"/tasks/{_first(server, other)}/comments", "POST", {"body": "still"})[0] == 201
+        most = max(most, rss_mib(server) - before)
+    began = time.monotonic()
+    while time.monotonic() < began + 3:  # what is asked for in its time
+        most = max(most, rss_mib(server) - before)
+        assert ask(server, other, "")[0] == 200
+    print(f"{path}: {most:+.0f} MiB at most")
+    assert most < BOUND_MIB
+    wait_for(lambda: is_over(stalled[0]), "the first that reads nothing to be cut", timeout_s=30)
+
+
+def _first(server: Server, token: str) -> str:
+    return str(json.loads(ask(server, token, "/tasks?compact=true&limit=1")[1])["data"][0]["id"])
+
+
+def test_a_token_with_hundreds_of_reads_delays_another_by_a_turn(server: Server, greedy: str, other: str) -> None:
+    """Each read is of another filter, so that no answer serves for two."""
+    alone_s = min(_timed(server, other, f"/tasks?tag=alone{number}&compact=true") for number in range(3))
+    done = threading.Semaphore(0)
+
+    def read(number: int) -> None:
+        for turn in range(6):
+            assert ask(server, greedy, f"/tasks?tag=n{number}t{turn}&compact=true")[0] == 200
+            done.release()
+
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(40)]
+    for reader in readers:
+        reader.start()
+    done.acquire()
+    delays, left = [], 0
+    for number in range(5):
+        delays.append(_timed(server, other, f"/tasks?tag=other{number}&compact=true"))
+        left = sum(reader.is_alive() for reader in readers)
+    for reader in readers:
+        reader.join()
+    assert left > 30, "the other token asked while most of the reads still waited"
+    print(f"alone {alone_s:.3f} s, beside 240 reads of another token {sorted(delays)[2]:.3f} s")
+    assert sorted(delays)[2] < 8 * alone_s + 0.5
+
+
+def _timed(server: Server, token: str, path: str) -> float:
+    began = time.monotonic()
+    assert ask(server, token, path)[0] == 200
+    return time.monotonic() - began
+
+
+def test_a_slow_reader_gets_all_of_a_long_answer(server: Server, greedy: str) -> None:
+    """It takes longer than the deadline, which is for clients that take nothing."""
+    want = ask(server, greedy, "/tasks")[1]
+    with send_get(server, greedy, "/tasks") as raw:
+        got = bytearray()
+        began = time.monotonic()
+        while time.monotonic() < began + 12:
+            got += raw.recv(4096)
+            time.sleep(0.2)
+        while b"\r\n\r\n" not in got or len(got.partition(b"\r\n\r\n")[2]) < len(want):
+            piece = raw.recv(1 << 20)
+            assert piece, f"cut after {len(got)} of {len(want)} bytes"
+            got += piece
+    assert got.partition(b"\r\n\r\n")[2] == want
