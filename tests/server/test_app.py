@@ -1,9 +1,12 @@
 """The server as a process: its one line, its lock, its signals, its end; with lattice itself behind it."""
 
 import asyncio
+import contextlib
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,11 +14,13 @@ from pathlib import Path
 
 import pytest
 from harness import Copy, tree_of
-from server_process import COMMAND, Process
+from server_process import COMMAND, Process, children_of
 
-from lattice_remote.protocol.messages import Reply
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Reply, Run
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.tokens import TokenFile
+from lattice_remote.server.hub import STOP_S
 
 
 def make_data(path: Path) -> DataDir:
@@ -98,6 +103,35 @@ async def test_it_stops_in_order_with_a_client_connected(data: DataDir, number: 
         before = time.monotonic()
         assert await asyncio.to_thread(process.end, number) == 0
         assert time.monotonic() - before < 2
+
+
+async def test_it_stops_in_time_beside_stalled_readers_and_a_worker_that_does_not_answer(data: DataDir) -> None:
+    token = make_token(data)
+    process = Process(data)
+    async with process.connected(token) as client, contextlib.AsyncExitStack() as opened:
+        copy = Copy()
+        await copy.greet(client)
+        for n in range(20):
+            await copy.run("create", f"task {n}", "--description", "y" * 250_000, "--actor", "human:ana")
+        readers = [stalled_reader(process.port, token, "/projects/web/tasks") for _ in range(20)]
+        for reader in readers:
+            opened.enter_context(reader)
+        assert await asyncio.to_thread(readers[0].recv, 12) == b"HTTP/1.1 200"
+        [worker] = children_of(process, b".worker.process\0")
+        os.kill(worker, signal.SIGSTOP)
+        await client.send(encode(Run("1" * 32, ["create", "never answered", "--actor", "human:ana"], [])))
+        assert await asyncio.to_thread(process.end) == 0
+    [took_s] = re.findall(r"stopped after ([0-9.]+) s", (data.path.parent / "log").read_text())
+    assert float(took_s) < STOP_S + 0.3, "the process itself ends in the rest of 2 s"
+
+
+def stalled_reader(port: int, token: str, path: str) -> socket.socket:
+    """Return a connection on which something is asked and nothing is read."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(("127.0.0.1", port))
+    reader.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+    return reader
 
 
 async def test_a_killed_server_is_succeeded_by_another_with_nothing_lost(data: DataDir) -> None:

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from lattice_remote.errors import Misuse
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.settings import Config
-from lattice_remote.server.hub import Hub
+from lattice_remote.server.hub import STOP_S, Hub
 from lattice_remote.server.monitoring import statussocket
 from lattice_remote.server.monitoring.gauges import Gauges
 from lattice_remote.server.monitoring.status import status_of
@@ -187,7 +187,6 @@ def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["non
         server_header=False,
         proxy_headers=False,  # it would believe any program on this machine; see web/origin.py
         backlog=_BACKLOG,
-        timeout_graceful_shutdown=1,
     )
     config.load()
     return config
@@ -245,16 +244,24 @@ class _Server(uvicorn.Server):
             certificate.refresh()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left."""
+        """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left, within ``STOP_S``.
+
+        A client that takes nothing costs no more than the rest of that time.
+        """
         _log.info("stopping")
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + STOP_S
         self._manager.stopping()
         if self._upkeep is not None:
             self._upkeep.cancel()
         for server in self.servers:
             server.close()
         await self._hub.stop()
-        await self._hub.wait_until_alone(_GOODBYE_S)
+        await self._hub.wait_until_alone(min(_GOODBYE_S, max(0.0, ends_at - loop.time())))
+        # uvicorn waits for this long, though it declares an int, and 0.1 s before.
+        self.config.timeout_graceful_shutdown = max(0.1, ends_at - 0.1 - loop.time())  # type: ignore[assignment]
         await super().shutdown(sockets)
+        _log.info("stopped after %.2f s", loop.time() - ends_at + STOP_S)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.watch import watch_tree
 from lattice_remote.server.project.writer import WORKER_COMMAND
 
-__all__ = ["Hub", "State", "bearer"]
+__all__ = ["STOP_S", "Hub", "State", "bearer"]
 
 State = Literal["ready", "starting", "closed", "failed"]
 """Whether a project can be used. ``closed``: an administrator's command has it for a moment."""
@@ -41,8 +41,11 @@ TOKEN_CHECK_S = 0.25
 """How often to look at the tokens: the connections of one that was revoked, rotated or expired end within a second."""
 RESCAN_S = 300.0
 """How often to look at all files of a project, for edits that the system did not report."""
-_DRAIN_S = 1.0
-_STOP_S = 0.5
+STOP_S = 1.5
+"""How long a stop may take, with all that waits in it. The process then needs some 0.2 s to end: under 2 s in all."""
+_DRAIN_S = 0.7
+_WORKER_STOP_S = 0.3
+_TASKS_STOP_S = 0.2
 
 _STOPPING = Refusal(
     HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", "the server is stopping; try again", retry_after_s=1
@@ -131,7 +134,10 @@ class Hub:
         self._keep("closing", self._watch_closing())
 
     async def stop(self) -> None:
-        """Finish what runs, tell the clients when to come back, end the workers; takes about 1.5 s at the most."""
+        """Finish what runs, tell the clients when to come back, end the workers; takes 1.2 s at most.
+
+        A worker that is not done by then is ended: its request is undone when the project is next opened.
+        """
         self.stopping = True
         projects = self._projects.values()
         await asyncio.gather(*(project.drain(_DRAIN_S) for project in projects))
@@ -141,9 +147,9 @@ class Hub:
             watching_ends.set()
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(project.stop(_STOP_S) for project in projects))
+        await asyncio.gather(*(project.stop(_WORKER_STOP_S) for project in projects))
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=_STOP_S)
+            await asyncio.wait(self._tasks, timeout=_TASKS_STOP_S)
         await self._last_use.save(self._logins.ids())
 
     @property
@@ -370,7 +376,7 @@ class Hub:
                     peer.end(bye)
             project.history.dismiss(bye)  # and whoever came over HTTP
             self._watching.pop(slug).set()
-            await project.stop(_STOP_S)
+            await project.stop(_WORKER_STOP_S)
         finally:
             del self._projects[slug]
             self._releasing.discard(slug)
