@@ -45,6 +45,20 @@ def lock_late(*arguments):
 operations.multi_lock = lock_late
 sys.exit(process.main())
 """
+_NEVER_COMMITTED = """
+import os, sys
+from lattice_remote.server.worker import process, store
+reached = os.open(os.environ["REACHED"], os.O_WRONLY | os.O_CREAT)
+commit = store.Store.commit
+def never_commit(self, difference, cause, *arguments, **options):
+    if cause.id == os.environ["STUCK"]:
+        os.write(reached, b"x")
+        while True:
+            pass
+    return commit(self, difference, cause, *arguments, **options)
+store.Store.commit = never_commit
+sys.exit(process.main())
+"""
 
 
 @pytest.fixture
@@ -263,3 +277,33 @@ def test_a_command_does_not_write_over_what_plain_lattice_has_just_written(tmp_p
     [path] = (project / ".lattice/tasks").iterdir()
     snapshot = json.loads(path.read_text())
     assert (snapshot["title"], snapshot["comment_count"]) == ("y", 1)
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_what_plain_lattice_writes_after_a_killed_worker_stays(tmp_path: Path, size: int) -> None:
+    """A worker that is killed before its commit releases its locks; only its own half is taken back."""
+    project, reached = make_project(tmp_path / "web"), tmp_path / "reached"
+    plain(project, "create", "x", "--description", "d" * size, *ANA)
+    stuck = execute("comment", "LAT-1", "by the worker" * (size // 10), *ANA)
+    environment = {**os.environ, "REACHED": str(reached), "STUCK": stuck.id}
+    with WorkerProcess(project, command=(sys.executable, "-c", _NEVER_COMMITTED), environment=environment) as worker:
+        wrote(worker, "update", "LAT-1", "title=y")
+        worker.send(stuck)
+        wait_for(lambda: reached.exists() and reached.read_text() == "x", "the worker to have written")
+        [log] = (project / ".lattice/events").glob("task_*.jsonl")
+        assert "by the worker" in log.read_text()
+        seen = json.loads((project / f".lattice/tasks/{log.stem}.json").read_text())
+        assert seen["comment_count"] == 1
+        started = subprocess.Popen(
+            [*_LATTICE, "comment", "LAT-1", "plain", *ANA], env={**os.environ, "LATTICE_ROOT": str(project)}
+        )
+        worker.kill()
+        assert started.wait(30) == 0
+    with WorkerProcess(project) as worker:
+        assert "a command was cut off and has been undone" in worker.ready.notes[0]
+        assert ("plain" in log.read_text(), "by the worker" in log.read_text()) == (True, False)
+        assert "No issues found" in worker.ok("doctor")
+        assert wrote(worker, "comment", "LAT-1", "by the worker", id=stuck.id)
+    before = tree_of(project / ".lattice")
+    plain(project, "rebuild", "--all")
+    assert tree_of(project / ".lattice") == before

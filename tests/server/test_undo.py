@@ -190,3 +190,82 @@ def test_a_copy_of_the_project_restores_itself_and_not_the_original(tmp_path: Pa
     UndoLog.open(copy / "journal").restore()
     assert (original / "file").read_bytes() == SMALL + b"more"
     assert (copy / "file").read_bytes() == SMALL
+
+
+# --- beside another process ---
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        (b"old\nours\n", b"old\n"),
+        (b"old\nou", b"old\n"),  # killed, or the disk full, half way
+        (b"old\n", b"old\n"),
+        (b"old\nours\ntheirs\n", b"old\ntheirs\n"),
+        (b"old\ntheirs\n", b"old\ntheirs\n"),  # killed before the first byte
+    ],
+)
+def test_what_others_append_after_the_death_of_the_process_stays(
+    tmp_path: Path, log: UndoLog, after: bytes, expected: bytes
+) -> None:
+    path = tmp_path / ".lattice/log.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"old\n")
+    path.chmod(0o640)
+    log.announce(str(path), b"ours\n")
+    log.keep_for_append(str(path))
+    path.write_bytes(after)
+    reopened = UndoLog.open(tmp_path / "journal")
+    assert reopened.restore() == [str(path)]
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (expected, 0o640)
+    assert reopened.of_others == ([str(path)] if b"theirs" in after else [])
+
+
+def announced_replace(log: UndoLog, path: Path, data: bytes) -> None:
+    scratch = path.with_name(".tmp.x")
+    scratch.write_bytes(data)
+    log.announce(str(path), scratch.stat().st_ino)
+    log.keep_for_move(str(scratch))  # as a rename is seen
+    log.keep_for_replace(str(path))
+    os.replace(scratch, path)
+
+
+@pytest.mark.parametrize("size", [3, SMALL_BYTES + 1])
+@pytest.mark.parametrize("theirs", [b"", b"theirs"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_others_put_in_place_after_the_death_of_the_process_stays(
+    tmp_path: Path, log: UndoLog, size: int, theirs: bytes, times: int
+) -> None:
+    path = tmp_path / ".lattice/ids.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"o" * size)
+    for number in range(times):
+        announced_replace(log, path, b"ours %d" % number)
+    if theirs:
+        scratch = path.with_name("theirs")
+        scratch.write_bytes(theirs)
+        os.replace(scratch, path)
+    UndoLog.open(tmp_path / "journal").restore()
+    assert path.read_bytes() == (theirs or b"o" * size)
+
+
+def test_what_is_announced_holds_for_one_change(tmp_path: Path, log: UndoLog) -> None:
+    """A later change of the same file that nobody announced is taken back, whatever it is."""
+    path = tmp_path / ".lattice/ids.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"old")
+    announced_replace(log, path, b"ours")
+    replace(log, path)
+    log.restore()
+    assert path.read_bytes() == b"old"
+    events = tmp_path / ".lattice/log.jsonl"
+    events.write_bytes(b"old\n")
+    log.begin(Begin("e", 2, "boot"))
+    for announced in (b"ours\n", b""):
+        if announced:
+            log.announce(str(events), announced)
+        log.keep_for_append(str(events))
+        with events.open("ab") as file:
+            file.write(announced or b"more\n")
+    log.restore()
+    assert events.read_bytes() == b"old\n"

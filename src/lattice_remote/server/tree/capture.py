@@ -18,12 +18,12 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.tree.audit_events import HARMLESS, WATCHED
 
-__all__ = ["Capture", "Move", "PreImages", "Touched", "Vetoed"]
+__all__ = ["Announced", "Capture", "Move", "PreImages", "Touched", "Vetoed"]
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _HARMLESS_FILES = frozenset({"/dev/null", "/dev/urandom", "/dev/random"})
@@ -79,6 +79,14 @@ class PreImages(Protocol):
         """This directory will be made."""
 
 
+@runtime_checkable
+class Announced(Protocol):
+    """Pre-images that tell the changes of a transaction from those of another process."""
+
+    def announce(self, path: str, after: bytes | int) -> None:
+        """The next change of this file appends these bytes, or puts the file with this inode in its place."""
+
+
 class Capture:
     """The hook and its rules. Make one per process: an audit hook can't be removed.
 
@@ -117,6 +125,11 @@ class Capture:
             yield self._touched
         finally:
             self._thread = 0
+
+    def announce(self, path: str, after: bytes | int) -> None:
+        """Note what the next change makes of a file; see ``UndoLog.announce``."""
+        if isinstance(self._undo, Announced):
+            self._undo.announce(path, after)
 
     @contextmanager
     def _own_work(self) -> Iterator[None]:

@@ -41,12 +41,16 @@ class _Directory(msgspec.Struct, frozen=True, tag="directory"):
 class _Length(msgspec.Struct, frozen=True, tag="length"):
     path: str
     size: int
+    added: bytes = b""
+    """The bytes that the transaction appends, where that is known: what follows them is another process's."""
 
 
 class _Content(msgspec.Struct, frozen=True, tag="content"):
     path: str
     data: bytes
     mode: int
+    inode_after: int = 0
+    """Of the file that replaces it, where that is known: a third one is another process's."""
 
 
 class _Linked(msgspec.Struct, frozen=True, tag="linked"):
@@ -54,6 +58,7 @@ class _Linked(msgspec.Struct, frozen=True, tag="linked"):
     name: str
     size: int
     inode: int
+    inode_after: int = 0
 
 
 _Image = _Absent | _Directory | _Length | _Content | _Linked
@@ -77,6 +82,8 @@ class UndoLog:
         self._links.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._images: dict[str, _Image] = {}
+        self.of_others: list[str] = []
+        self._announced: tuple[str, bytes | int] = ("", 0)  # a path, and what its next change makes of it
         self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
         """Called with the path and the size of a file before its content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
@@ -110,6 +117,7 @@ class UndoLog:
         """Start a transaction; nothing is written before its first change."""
         assert not self._size, "the last transaction was neither cleared nor restored"
         self._begin = transaction
+        self._announced = "", 0
 
     def clear(self, seq: int | None = None) -> None:
         """The transaction stays (or there was none): forget the pre-images. ``seq`` is the number of its change."""
@@ -128,13 +136,29 @@ class UndoLog:
             state.write(self._state_descriptor)
             self._state = state
 
+    @property
+    def paths(self) -> list[str]:
+        """The files that the transaction has changed."""
+        return list(self._images)
+
     # --- before a change ---
+
+    def announce(self, path: str, after: bytes | int) -> None:
+        """The next change of this file appends these bytes, or puts the file with this inode in its place.
+
+        A process that dies releases lattice's locks. What plain lattice writes after that is told apart, and stays.
+        """
+        self._announced = path, after
 
     def keep_for_append(self, path: str) -> None:
         """Something will be added at the end of this file, or it will be created."""
-        if path not in self._images:
+        after, known = self._take_announced(path), self._images.get(path)
+        added = after if isinstance(after, bytes) else b""
+        if known is None:
             status = _status(path)
-            self._keep(_Length(path, status.st_size) if status else _Absent(path))
+            self._keep(_Length(path, status.st_size, added) if status else _Absent(path))
+        elif isinstance(known, _Length) and (known.added or added):
+            self._keep(_Length(path, known.size, known.added + added if added else b""))
 
     def keep_for_rewrite(self, path: str) -> None:
         """This file will be changed in place, or created."""
@@ -162,8 +186,11 @@ class UndoLog:
 
     def keep_for_move(self, path: str) -> None:
         """This file will get another name."""
-        known = self._images.get(path)
+        after, known = self._take_announced(path), self._images.get(path)
+        inode_after = after if isinstance(after, int) else 0
         if known is not None and not isinstance(known, _Length):
+            if isinstance(known, _Content | _Linked) and known.inode_after != inode_after:
+                self._keep(msgspec.structs.replace(known, inode_after=inode_after))
             return
         status = _status(path)
         if status is None:
@@ -171,8 +198,8 @@ class UndoLog:
                 self._keep(_Absent(path))
             return
         size = known.size if isinstance(known, _Length) else status.st_size
-        if status.st_size <= SMALL_BYTES or not self._link(path, size, status.st_ino):
-            self._keep_content(path, path, size)
+        if status.st_size <= SMALL_BYTES or not self._link(path, size, status.st_ino, inode_after):
+            self._keep_content(path, path, size, inode_after)
 
     def keep_directory(self, path: str) -> None:
         """This directory will be made."""
@@ -189,11 +216,12 @@ class UndoLog:
                     return (self._links / name).read_bytes()[:size]
         return None
 
-    def _keep_content(self, path: str, source: str, size: int) -> None:
+    def _keep_content(self, path: str, source: str, size: int, inode_after: int = 0) -> None:
         with open(source, "rb") as file:
-            self._keep(_Content(path, file.read(size), stat.S_IMODE(os.fstat(file.fileno()).st_mode)))
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            self._keep(_Content(path, file.read(size), mode, inode_after))
 
-    def _link(self, path: str, size: int, inode: int) -> bool:
+    def _link(self, path: str, size: int, inode: int, inode_after: int) -> bool:
         name = str(self._linked)
         target = self._links / name
         target.unlink(missing_ok=True)
@@ -202,8 +230,16 @@ class UndoLog:
         except OSError:
             return False  # a file system without hard links: copy
         self._linked += 1
-        self._keep(_Linked(path, name, size, inode))
+        self._keep(_Linked(path, name, size, inode, inode_after))
         return True
+
+    def _take_announced(self, path: str) -> bytes | int:
+        """Return what was announced for this change of a file; 0 for nothing."""
+        announced, after = self._announced
+        if announced != path:
+            return 0
+        self._announced = "", 0
+        return after
 
     def _keep(self, image: _Image) -> None:
         data = frame(_encoder.encode(msgspec.structs.replace(image, path=image.path.removeprefix(self._place))))
@@ -221,14 +257,25 @@ class UndoLog:
     # --- going back ---
 
     def restore(self) -> list[str]:
-        """Put back every pre-image and ``clear``; return the paths. Killed half way, it can be done again."""
+        """Put back every pre-image and ``clear``; return the paths. Killed half way, it can be done again.
+
+        ``of_others`` then has the paths in which the writes of another process stay.
+        """
         paths = list(self._images)
+        self.of_others = []
         for image in reversed(self._images.values()):
             self._restore_one(image)
         if self._state.is_open:
             self._show(self._state._replace(rolled_back=self._state.rolled_back + 1))
         self.clear()
         return paths
+
+    def _is_anothers(self, path: str, inode_after: int) -> bool:
+        """Tell whether a file is neither as before the transaction nor as the transaction made it."""
+        status = _status(path)
+        if not inode_after or status is None or status.st_ino == inode_after:
+            return False
+        return Path(path).read_bytes() != self.before(path)
 
     def _restore_one(self, image: _Image) -> None:
         match image:
@@ -238,10 +285,14 @@ class UndoLog:
             case _Directory(path=path):
                 with contextlib.suppress(OSError):
                     os.rmdir(path)  # only when nothing else came to lie there
-            case _Length(path=path, size=size):
+            case _Length(path=path, size=size, added=added):
                 with contextlib.suppress(FileNotFoundError):
-                    if os.stat(path).st_size > size:
-                        os.truncate(path, size)
+                    if _cut(path, size, added):
+                        self.of_others.append(path)
+            case _Content(path=path, inode_after=inode) | _Linked(path=path, inode_after=inode) if self._is_anothers(
+                path, inode
+            ):
+                self.of_others.append(path)
             case _Content(path=path, data=data, mode=mode):
                 _replace(path, data, mode)
             case _Linked(path=path, name=name, size=size):
@@ -262,6 +313,24 @@ def _status(path: str) -> os.stat_result | None:
     except FileNotFoundError:
         return None
     return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _cut(path: str, size: int, added: bytes) -> bool:
+    """Take off what the transaction has appended to the first ``size`` bytes; return whether another process's stay."""
+    if os.stat(path).st_size <= size:
+        return False
+    with open(path, "rb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        file.seek(size)
+        tail = file.read() if added else b""
+        anothers = tail.removeprefix(added)
+        if not anothers or added.startswith(tail):
+            os.truncate(path, size)
+            return False
+        file.seek(0)
+        before = file.read(size)
+    _replace(path, before + anothers, mode)
+    return True
 
 
 def _scratch(path: str) -> str:

@@ -179,10 +179,16 @@ class WriteSet:
 
     Args:
         sync_directory: makes a rename durable; None where lattice's fsyncs are omitted.
+        announce: takes the path of a file and what will be appended to it, or the inode of the file that replaces it.
     """
 
-    def __init__(self, sync_directory: Callable[[Path], None] | None) -> None:
+    def __init__(
+        self,
+        sync_directory: Callable[[Path], None] | None,
+        announce: Callable[[str, bytes | int], None] = lambda _path, _after: None,
+    ) -> None:
         self._sync_directory = sync_directory
+        self._announce = announce
         self._open: Callable[..., IO[Any]] = io.open
         self._waiting: dict[str, str | list[str]] = {}  # by target: the file that replaces it, or the lines to append
         self._read: dict[str, _Signature] = {}
@@ -201,8 +207,10 @@ class WriteSet:
         waiting, self._waiting = self._waiting, {}
         for target, content in waiting.items():
             if isinstance(content, str):
+                self._announce(target, os.stat(content).st_ino)
                 os.replace(content, target)
             else:
+                self._announce(target, "".join(content).encode())
                 with self._open(target, "a", encoding="utf-8") as log:
                     log.writelines(content)
                     log.flush()

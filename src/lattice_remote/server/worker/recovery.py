@@ -4,15 +4,16 @@ At the start of a worker the tree is compared with what the journal says it was.
 everything else that differs becomes a numbered change.
 """
 
+import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.contents import Contents, derive, is_snapshot, log_of
 from lattice_remote.server.journal.copied import is_copied, mend_copy
 from lattice_remote.server.journal.journal import Journal, Retention
 from lattice_remote.server.journal.journal_reader import JournalReader
@@ -112,7 +113,7 @@ def open_store(
     notes = list(history.notes)
     if history.journal is not None and history.is_in_doubt and boot_id:
         notes += _repair_after_power_cut(tree, journal, history, undo)
-    notes += _undo_what_was_cut_off(undo, journal, boot_id)
+    notes += _undo_what_was_cut_off(undo, journal, boot_id, tree)
     if was_cache:
         notes.append("locks was a file, as in a copied cache; it is a directory again")
     capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
@@ -226,16 +227,69 @@ def _describe(found: Difference, head: int) -> str:
     return f"{len(paths)} files were not as change {head} left them, see change {head + 1}: {shown}"
 
 
-def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str) -> list[str]:
-    """Restore the pre-images of a command whose commit never reached the journal (I6)."""
+def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: Tree) -> list[str]:
+    """Restore the pre-images of a command whose commit never reached the journal (I6).
+
+    Lines that plain lattice has added to a log since stay (I12), and the snapshot is derived from the log again.
+    """
     pending = undo.pending
     if pending is None:
         return []
     if (pending.epoch, pending.seq, pending.boot_id) == (journal.epoch, journal.head + 1, boot_id):
-        count = len(undo.restore())
+        with _locked(undo.paths):
+            restored = undo.restore()
+            _derive_again(restored, undo.of_others, tree)
+            count = len(restored)
         return [f"a command was cut off and has been undone ({count} files)"]
     undo.clear()
     return []
+
+
+def _derive_again(restored: Iterable[str], of_others: Iterable[str], tree: Tree) -> None:
+    """Derive the snapshots of the logs to which others have added."""
+    from lattice.storage.fs import atomic_write
+
+    def read(path: str) -> bytes:
+        return Path(tree.absolute(path)).read_bytes()
+
+    prefix = tree.absolute("")
+    logs = {path.removeprefix(prefix) for path in of_others}
+    for path in sorted({path.removeprefix(prefix) for path in restored}):
+        if is_snapshot(path) and tree.status(path) is not None and log_of(path, read) in logs:
+            data = derive(path, read)
+            if data:
+                atomic_write(Path(tree.absolute(path)), data)
+
+
+@contextlib.contextmanager
+def _locked(paths: Iterable[str]) -> Iterator[None]:
+    """Hold lattice's locks on these files: plain lattice may be writing them since the last worker died.
+
+    A lock that another process does not release in 10 s is done without: the project has to open.
+    """
+    from lattice.storage.locks import LockTimeout, multi_lock
+
+    keys = {key for path in paths if (key := _lock_of(Path(path))) is not None}
+    locks = next(
+        (parent / "locks" for path in paths for parent in Path(path).parents if parent.name == ".lattice"), None
+    )
+    with contextlib.ExitStack() as held:
+        if locks is not None and keys:
+            with contextlib.suppress(LockTimeout):
+                held.enter_context(multi_lock(locks, sorted(keys)))
+        yield
+
+
+def _lock_of(path: Path) -> str | None:
+    """Return the name of the lock under which lattice writes a file; None for a file that it writes without one."""
+    if path.name == "ids.json":
+        return "ids_json"
+    match path.parent.name:
+        case "events" | "tasks" as kind:
+            return f"{kind}_{path.stem}"
+        case "sessions":
+            return "sessions_index"
+    return f"resources_{path.parent.name}" if path.name == "resource.json" else None
 
 
 def _boot_id(project: Path) -> str:
