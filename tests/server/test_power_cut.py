@@ -19,6 +19,9 @@ from random_commands import command_lines
 from worker_process import ANA, Copy, WorkerProcess, change_of, execute, make_project, tree_of
 
 from lattice_remote.protocol.messages import Attachment, Change
+from lattice_remote.server.checks.check_project import AFTER_POWER_CUT
+from lattice_remote.server.checks.fsck import fsck
+from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.framing import frames
 from lattice_remote.server.data.ipc import Done
 from lattice_remote.server.journal.journal_reader import JournalReader
@@ -254,6 +257,22 @@ def test_a_plain_task_under_an_id_that_was_given_to_another_gets_a_new_one(proje
         assert tree_of(lattice) == before
 
 
+def test_a_damaged_project_that_was_copied_to_another_disk_loses_nothing(project: Path) -> None:
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        earlier = tree_of(project / ".lattice")
+        worker.ok("comment", "LAT-1", "acknowledged", *ANA)
+        worker.kill()
+    put_back(project / ".lattice", earlier)
+    copied = project.parent / "copied"
+    shutil.copytree(project, copied)
+    assert plain_lattice(copied, "comment", "LAT-1", "by hand", *ANA)
+    with in_boot(copied, "two") as worker:
+        log = log_of_first_task(copied).read_text()
+        assert log.count('"acknowledged"') == log.count('"by hand"') == 1
+        assert "No issues found" in worker.ok("doctor")
+
+
 def test_what_plain_lattice_wrote_before_the_power_cut_is_kept(project: Path) -> None:
     with in_boot(project, "one") as worker:
         worker.ok("create", "x", *ANA)
@@ -273,6 +292,21 @@ def test_an_edit_that_no_change_knows_is_kept(project: Path) -> None:
     with in_boot(project, "two") as worker:
         assert plan.read_text() == "# By hand\n"
         assert worker.ready.head == 2
+
+
+def test_fsck_says_that_what_a_power_cut_took_comes_back(tmp_path: Path) -> None:
+    data = DataDir(tmp_path / "data")
+    data.create()
+    project = make_project(data.project("web").root)
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    promised = tree_of(project / ".lattice")
+    log_of_first_task(project).write_bytes(b"")
+    found = [finding for finding in fsck(data, ["web"], mend=False).findings if "events/task" in finding.where]
+    assert [finding.mend for finding in found] == [AFTER_POWER_CUT]
+    fsck(data, ["web"], mend=True)
+    assert tree_of(project / ".lattice") == promised
 
 
 @pytest.mark.parametrize("stop", ["in order", "killed, and the machine runs on"])

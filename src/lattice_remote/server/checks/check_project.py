@@ -13,10 +13,12 @@ from lattice_remote.server.checks.findings import Finding
 from lattice_remote.server.data.datadir import ProjectPaths
 from lattice_remote.server.tree.manifest import FileState, load_manifest
 from lattice_remote.server.tree.tree import Tree
+from lattice_remote.server.worker.recovery import is_in_doubt
 
 __all__ = ["ProjectCheck", "check_project"]
 
 AS_CHANGE = "it becomes a numbered change, as at the next start"
+AFTER_POWER_CUT = "what a power cut took comes back, anything else becomes a numbered change, as at the next start"
 NEW_EPOCH = "a new epoch begins, and every client compares its files, as at the next start"
 RESTORE = "bring it back from the journal"
 _DOCTOR = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"
@@ -31,6 +33,7 @@ class ProjectCheck:
         findings: all of it.
         files: what the files are at the journal's head, as far as that is known.
         damaged: paths of the tree whose content changed though nobody wrote to them.
+        difference: what becomes of a file that is not as at the head.
         leftovers: files that a program which ended too early left behind.
         journal: see there.
     """
@@ -38,6 +41,7 @@ class ProjectCheck:
     findings: list[Finding] = field(default_factory=list)
     files: dict[str, FileState] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    difference: str = AS_CHANGE
     leftovers: list[Path] = field(default_factory=list)
     journal: JournalCheck | None = None
 
@@ -81,6 +85,8 @@ def _list_files(slug: str, paths: ProjectPaths, check: ProjectCheck) -> bool:
     if why or listed is None:
         check.findings.append(Finding(slug, "journal/manifest", why, NEW_EPOCH))
         return False
+    if is_in_doubt(listed, paths.root):
+        check.difference = AFTER_POWER_CUT
     check.files = dict(listed.files)
     for seq, states in journal.states:
         for path, state in states.items() if seq > listed.seq else ():
@@ -104,17 +110,17 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
             check.findings.append(Finding(slug, f".lattice/{path}", "it can't be read by this user"))
         elif state is None:
             what = f"change {journal.head} knows of no such file"
-            check.findings.append(Finding(slug, f".lattice/{path}", what, AS_CHANGE))
+            check.findings.append(Finding(slug, f".lattice/{path}", what, check.difference))
         elif content.state.digest != state.digest:
             same = (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
             if same and state.settled:
                 check.damaged.append(path)
                 what, mend = "its content changed though nobody wrote to it: the disk has damaged it", RESTORE
             else:
-                what, mend = f"it is not as change {journal.head} left it", AS_CHANGE
+                what, mend = f"it is not as change {journal.head} left it", check.difference
             check.findings.append(Finding(slug, f".lattice/{path}", what, mend))
     for path in check.files.keys() - seen:
-        check.findings.append(Finding(slug, f".lattice/{path}", "it is gone", AS_CHANGE))
+        check.findings.append(Finding(slug, f".lattice/{path}", "it is gone", check.difference))
 
 
 def _cut_off(slug: str, paths: ProjectPaths) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ from lattice_remote.server.worker.adoption import answer_to, cause_of, finish, f
 from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.store import BY_SERVER, Store, begin_anew
 
-__all__ = ["Opened", "open_store"]
+__all__ = ["Opened", "is_in_doubt", "open_store"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -195,8 +195,16 @@ def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id:
                 files.pop(path, None)
             else:
                 files[path] = state
-    is_in_doubt = not listed.clean and not listed.boot_id == boot_id != ""
-    return _History(journal, None, files, unsynced, listed.files, is_in_doubt, notes)
+    return _History(journal, None, files, unsynced, listed.files, _may_have_lost_writes(listed, boot_id), notes)
+
+
+def is_in_doubt(listed: ManifestFile, project: Path) -> bool:
+    """Tell whether the machine may have stopped while a worker was at work: files may have lost writes since."""
+    return _may_have_lost_writes(listed, _boot_id(project))
+
+
+def _may_have_lost_writes(listed: ManifestFile, boot_id: str) -> bool:
+    return not listed.clean and not listed.boot_id == boot_id != ""
 
 
 def _new_journal(directory: Path, abandoned: Journal | None, retention: Retention | None) -> Journal:
