@@ -198,7 +198,8 @@ class Disk:
         data, size = file.versions[-1], len(file.appendable)
         if data is not None and len(data) > size:
             kept = rng.randint(size, len(data))
-            self._put(path, rng.choice([data[:kept], data[:kept] + bytes(rng.randint(0, 40))]))
+            hole = data[:size] + bytes(kept - size) + data[kept:]
+            self._put(path, rng.choice([data[:kept], data[:kept], data[:kept] + bytes(rng.randint(0, 40)), hole]))
 
     def _cut_own(self, rng: random.Random, path: str, file: _File) -> None:
         if len(file.versions) > 1:

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from random_commands import command_lines
-from worker_process import ANA, Copy, WorkerProcess, change_of, execute, make_project, tree_of
+from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execute, make_project, tree_of
 
 from lattice_remote.protocol.messages import Attachment, Change
 from lattice_remote.server.checks.check_project import AFTER_POWER_CUT
@@ -67,12 +67,15 @@ def follow_journal(cache: Copy, project: Path, head: int) -> None:
         cache.follow(change)
 
 
-def check_whole(worker: WorkerProcess, project: Path, cache: Copy) -> dict[str, bytes]:
-    """Check what must be true after every recovery; return the tree."""
+def check_whole(worker: WorkerProcess, project: Path, cache: Copy, epoch: str) -> dict[str, bytes]:
+    """Check what must be true after every recovery, of a history that was called ``epoch``; return the tree."""
     lattice = project / ".lattice"
     tree = tree_of(lattice)
-    follow_journal(cache, project, worker.ready.head)
-    assert cache.files == tree, "a cache that follows has the same bytes (I3)"
+    if worker.ready.epoch == epoch:
+        follow_journal(cache, project, worker.ready.head)
+        assert cache.files == tree, "a cache that follows has the same bytes (I3)"
+    else:
+        assert "the journal was damaged" in str(worker.ready.notes)
     assert {after.path: after.digest for after in worker.ready.files}.keys() == tree.keys()
     assert "No issues found" in worker.ok("doctor")
     worker.ok("rebuild", "--all")
@@ -93,37 +96,60 @@ def test_after_a_power_cut_every_acknowledged_command_is_there_once(tmp_path: Pa
     lattice, trace = project / ".lattice", tmp_path / "trace"
     disk, cache = Disk(project, trace), Copy(lattice, tree_of(lattice))
     with WorkerProcess(project, command=traced_worker(trace, "one"), settings=settings) as worker:
+        epoch = worker.ready.epoch
         for argv, files in history(rng, 60, lattice):
             follow(cache, worker.run(*argv, files=files))
             disk.observe()
         acknowledged = tree_of(lattice)
-        lost = [word for word in ("lost1", "lost2", "lost3") if rng.random() < 0.7]
-        for word in lost:
-            for line in (f"comment LAT-1 {word}", f"create {word}", "resource acquire gpu", "archive LAT-2"):
+        words = [word for word in ("late1", "late2", "late3") if rng.random() < 0.7]
+        comments = [execute("comment", "LAT-1", word, *ANA) for word in words]
+        for word, comment in zip(words, comments, strict=True):
+            worker.send(comment)
+            for line in (f"create {word}", "resource acquire gpu", "archive LAT-2"):
                 worker.send(execute(*line.split(), *ANA))
-        if lost and worker.has_message(within_s=rng.choice([0.0, 0.01, 0.05])):
+        if words and worker.has_message(within_s=rng.choice([0.0, 0.01, 0.05])):
             follow(cache, worker.done())
         worker.kill()
     disk.cut(rng)
     how = touch(rng, lattice)
-    added = [
-        word
-        for word in ("plain1", "plain2")
-        if rng.random() < 0.5 and plain_lattice(project, "comment", "LAT-1", word, *ANA)
-    ]
+    added = [word for word in ("plain1", "plain2") if rng.random() < 0.5 and plain_comment(project, word)]
     made = [word for word in ("plainly",) if rng.random() < 0.5 and plain_lattice(project, "create", word, *ANA)]
+    trace = tmp_path / "second trace"
+    disk = Disk(project, trace)
     with WorkerProcess(project, command=traced_worker(trace, "two"), settings=settings) as worker:
-        tree = check_whole(worker, project, cache)
+        tree = check_whole(worker, project, cache, epoch)
         found = events(tree)
         context = (how, added, made, worker.ready.notes)
         assert not events(acknowledged) - found, context
         assert all(count == 1 for count in found.values()), "nothing is doubled"
-        everything = b"".join(tree.values())
         for word in added:
-            assert everything.count(f'"{word}"'.encode()) == 1, context
+            assert comments_of(tree, word) == 1, context
         for word in made:
             assert sum(f'"title":"{word}"'.encode() in line for line in found) == 1, context
-            assert f'"title": "{word}"'.encode() in everything, context
+            assert f'"title": "{word}"'.encode() in b"".join(tree.values()), context
+        disk.observe()
+        for comment in comments:
+            worker.send(comment)
+            assert answer_of(worker.done()) is not None
+        acknowledged = tree_of(lattice)
+        for word in words:
+            assert comments_of(acknowledged, word) <= 1, "asked again, it runs once (I6)"
+        epoch = worker.ready.epoch
+        worker.kill()
+    disk.cut(rng)
+    cache = Copy(lattice, tree, worker.ready.head)
+    with WorkerProcess(project, command=traced_worker(trace, "three"), settings=settings) as worker:
+        again = events(check_whole(worker, project, cache, epoch))
+        assert not events(acknowledged) - again, "a power cut after the recovery takes nothing either"
+        assert all(count == 1 for count in again.values())
+
+
+def plain_comment(project: Path, word: str) -> bool:
+    return plain_lattice(project, "comment", "LAT-1", word, *ANA)
+
+
+def comments_of(tree: dict[str, bytes], word: str) -> int:
+    return sum(f'"body":"{word}"'.encode() in line for line in events(tree).elements())
 
 
 def follow(cache: Copy, done: Done) -> None:
@@ -151,7 +177,7 @@ def test_a_file_system_that_was_cut_off_while_in_use_is_recovered(tmp_path: Path
         with WorkerProcess(project, command=traced_worker(trace, "one")) as worker:
             for argv, files in history(rng, 150, project / ".lattice"):
                 follow(cache, worker.run(*argv, files=files))
-            acknowledged = tree_of(project / ".lattice")
+            acknowledged, epoch = tree_of(project / ".lattice"), worker.ready.epoch
             for number in range(6):
                 worker.send(execute("create", f"lost {number}", *ANA))
             os.kill(worker.pid, signal.SIGSTOP)
@@ -161,7 +187,7 @@ def test_a_file_system_that_was_cut_off_while_in_use_is_recovered(tmp_path: Path
         touch(rng, project / ".lattice")
         added = plain_lattice(project, "comment", "LAT-1", "plainly", *ANA)
         with WorkerProcess(project, command=traced_worker(trace, "two")) as worker:
-            found = events(check_whole(worker, project, cache))
+            found = events(check_whole(worker, project, cache, epoch))
             assert not events(acknowledged) - found, worker.ready.notes
             assert all(count == 1 for count in found.values()), "nothing is doubled"
             assert sum(b'"plainly"' in line for line in found) == added, worker.ready.notes

@@ -112,6 +112,7 @@ def sync_files(paths: Iterable[str]) -> None:
                 sync(descriptor)
             finally:
                 os.close(descriptor)
+    directories |= {os.path.dirname(directory) for directory in directories}  # a directory may be new itself
     for directory in directories:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             sync_directory(Path(directory))
