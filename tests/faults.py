@@ -20,7 +20,7 @@ from mix import Mix
 from sandbox import Client, Sandbox, Server, wait_for
 from warm import Warm
 
-__all__ = ["Faults", "Strikes", "inject", "three_people"]
+__all__ = ["Faults", "Strikes", "inject", "three_people", "write_over"]
 
 _RARE = {"journal damaged", "journal removed", "data rolled back", "network half open"}
 """Strike less often: they take much away that was acknowledged, or cost a minute."""
@@ -76,6 +76,25 @@ def start_agent(sandbox: Sandbox, client: Client) -> None:
         agent.leave()
         runtime = Path(client.env["LATTICE_REMOTE_RUNTIME_DIR"])
         wait_for(lambda: list(runtime.glob("agent*.sock")), "the agent's socket")
+
+
+def write_over(backup: Path, data: Path) -> None:
+    """Restore as a snapshot of the file system does: every file and directory is the one that it was."""
+    for directory, names, files in os.walk(data, topdown=False):
+        there = backup / Path(directory).relative_to(data)
+        for name in files:
+            if not (there / name).exists():
+                Path(directory, name).unlink()
+        for name in names:
+            if not (there / name).exists():
+                Path(directory, name).rmdir()
+    for directory, _, files in os.walk(backup):
+        here = data / Path(directory).relative_to(backup)
+        here.mkdir(exist_ok=True)
+        for name in files:
+            with (here / name).open("r+b" if (here / name).exists() else "wb") as file:
+                file.truncate()
+                file.write(Path(directory, name).read_bytes())
 
 
 def inject(server: Server) -> Path:
@@ -287,8 +306,12 @@ class Faults:
         with self._down():
             tokens = (self._server.data / "tokens.json").read_bytes()
             events = {event["id"] for event in events_in(self._server.lattice_dir())}
-            shutil.rmtree(self._server.data)
-            copy.rename(self._server.data)
+            if self._rng.random() < 0.5:
+                shutil.rmtree(self._server.data)
+                copy.rename(self._server.data)
+            else:  # as a snapshot of the file system is put back: nothing but a client's position tells
+                write_over(copy, self._server.data)
+                shutil.rmtree(copy)
             (self._server.data / "tokens.json").write_bytes(tokens)
             self._account.forget_what_is_not_in(self._server.lattice_dir(), events)
 

@@ -12,6 +12,7 @@ from lattice_remote.client import servers
 from lattice_remote.client.link import stream as streams
 from lattice_remote.client.link.stream import Arrived, ChangeStream, Connected, Ended, Gone, Item, Lost, NewEpoch
 from lattice_remote.client.settings import Remote
+from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import ClientFrame, Follow, Hello
 from lattice_remote.protocol.operations import PutFile
 
@@ -59,7 +60,7 @@ def reading(server: FakeServer, **where: object) -> Iterator[Reader]:
 
 async def test_it_begins_with_the_next_change_and_keeps_no_copy(server: FakeServer, reader: Reader) -> None:
     server.put("a", b"1")
-    assert await reader.until(Connected) == Connected("epoch-1", 1, 1)
+    assert await reader.until(Connected) == Connected(Position("epoch-1", 1, b""), 1)
     server.put("a", b"2")
     server.put("a", b"3")
     await reader.until(Arrived, 2)
@@ -85,7 +86,7 @@ async def test_after_every_cut_it_goes_on_where_it_was(server: FakeServer, reade
     [
         ({"since": 9}, "there is no change 9 yet, the last is 4: go on with --since 4"),
         ({"since": 0}, "the changes after 0 are not kept any more; the oldest that is kept is 3: go on with --since 2"),
-        ({"since": 3, "epoch": "older"}, "of another epoch, the project's history has begun anew: epoch epoch-1"),
+        ({"since": Position("older", 3, b"m")}, "is not in the project's history, which is of epoch epoch-1 now"),
     ],
 )
 async def test_what_is_not_kept_is_said_and_never_left_out_silently(

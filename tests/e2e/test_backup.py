@@ -1,7 +1,6 @@
 """A copy of the live data directory is a server again, and its clients get there by themselves (I2, I7, I12)."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import requests
 
 from backups import Copy, Writers, check_copy, copy_in_order, copy_live, resync
+from faults import write_over
 from sandbox import Client, Sandbox, differences, wait_for
 from sse import Listening
 
@@ -44,25 +44,6 @@ def test_copies_of_a_server_at_work_are_whole_and_clients_get_there_by_themselve
 def put_copy_in_place(backup: Path, data: Path) -> None:
     shutil.rmtree(data)
     shutil.copytree(backup, data, symlinks=True)
-
-
-def write_over(backup: Path, data: Path) -> None:
-    """Restore as a snapshot of the file system does: every file and directory is the one that it was."""
-    for directory, names, files in os.walk(data, topdown=False):
-        there = backup / Path(directory).relative_to(data)
-        for name in files:
-            if not (there / name).exists():
-                Path(directory, name).unlink()
-        for name in names:
-            if not (there / name).exists():
-                Path(directory, name).rmdir()
-    for directory, _, files in os.walk(backup):
-        here = data / Path(directory).relative_to(backup)
-        here.mkdir(exist_ok=True)
-        for name in files:
-            with (here / name).open("r+b" if (here / name).exists() else "wb") as file:
-                file.truncate()
-                file.write(Path(directory, name).read_bytes())
 
 
 class Restored:

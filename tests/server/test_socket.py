@@ -21,6 +21,7 @@ from lattice_remote.protocol.messages import (
     Welcome,
 )
 from lattice_remote.server.data.tokens import TokenFile
+from lattice_remote.server.journal.segments import ChangeIds
 
 
 @pytest.fixture
@@ -72,7 +73,8 @@ async def test_a_client_that_proves_a_rollback_gets_a_new_epoch(running: Running
         await copy.run("put", "a", "0")
         epoch = copy.replica.position.epoch
         async with running.connected() as ahead:
-            await ahead.send(hello(epoch=epoch, seq=7, mark=b"x" * 8))
+            mark = ChangeIds(running.hub.project("web").paths.journal).make(epoch, 7)
+            await ahead.send(hello(epoch=epoch, seq=7, mark=mark))
             welcome = decode_server_frame(await ahead.recv())
             assert isinstance(welcome, Welcome)
             assert welcome.resync
@@ -89,12 +91,33 @@ async def test_another_mark_at_the_same_number_is_a_rollback(running: Running) -
         await copy.greet(client)
         await copy.sync()
         await copy.run("put", "a", "0")
+    epoch = copy.replica.position.epoch
     async with running.connected() as client:
-        await client.send(hello(epoch=copy.replica.position.epoch, seq=1, mark=b"y" * 8))
+        mark = ChangeIds(running.hub.project("web").paths.journal).make(epoch, 1)
+        await client.send(hello(epoch=epoch, seq=1, mark=mark))
         welcome = decode_server_frame(await client.recv())
         assert isinstance(welcome, Welcome)
         assert welcome.resync
-        assert welcome.epoch != copy.replica.position.epoch
+        assert welcome.epoch != epoch and welcome.lost
+
+
+async def test_a_request_id_is_of_one_request_on_every_connection(running: Running) -> None:
+    """I6: also while the first is under way, and whatever a client says of its age."""
+    copy, id_ = Copy(), "a" * 32
+    async with running.connected() as client:
+        await copy.greet(client)
+        await copy.sync()
+        await client.send(encode(Run(id_, ["put", "a", "0"])))
+        await client.send(encode(Run(id_, ["put", "a", "0"], age_s=0.1)))
+        await client.send(encode(Run(id_, ["put", "a", "1"])))
+        bye, _ = await farewell(client)
+        assert bye is not None and bye.code == "REMOTE_PROTOCOL" and "is another one" in bye.reason
+    async with running.connected() as client:
+        await client.send(hello(follow=False))
+        assert isinstance(decode_server_frame(await client.recv()), Welcome)
+        await client.send(encode(Run(id_, ["put", "a", "0"], age_s=1.0)))
+        assert isinstance(decode_server_frame(await client.recv()), Reply)
+        assert (running.tree / "a").read_text() == "0"
 
 
 async def test_a_writer_that_does_not_follow_gets_answers_only(running: Running) -> None:

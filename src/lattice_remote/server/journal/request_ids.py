@@ -8,6 +8,7 @@ expire by age, and beyond a number of entries for each token, when the file is r
 """
 
 import hashlib
+import logging
 import os
 import struct
 from array import array
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lattice_remote.server.journal.segments import Outline
-from lattice_remote.server.tree.manifest import sync, sync_directory
+from lattice_remote.server.tree.manifest import SyncFailed, sync, sync_directory
 
 __all__ = ["Answered", "RequestIds", "token_digest"]
 
+_log = logging.getLogger(__name__)
 _ENTRY = struct.Struct(">16s16s8sQ")
 _REWRITE_AFTER = 65_536
 """New entries before the file is rewritten, and again as many as it had then."""
@@ -98,7 +100,7 @@ class RequestIds:
                 self._oldest_ms = _milliseconds(next(iter(entries.values())).time)
         is_old = self._oldest_ms is not None and now - self._oldest_ms / 1000 > self._max_age_s * 9 / 8
         if is_old or len(self._new) > len(self._sorted) + _REWRITE_AFTER:
-            self._rewrite(now)
+            self._try_to_rewrite(now)
 
     def _append(self, data: bytes) -> None:
         is_new = not self._path.exists()
@@ -114,6 +116,14 @@ class RequestIds:
             os.close(descriptor)
         if is_new:
             sync_directory(self._path.parent)
+
+    def _try_to_rewrite(self, now: float) -> None:
+        try:
+            self._rewrite(now)
+        except SyncFailed:
+            raise
+        except OSError as error:  # a full disk: the longer file serves as well
+            _log.warning("the request ids cannot be rewritten: %s", error)
 
     def _rewrite(self, now: float) -> None:
         """Replace the file by one without the entries that are too old, or too many of one token."""
