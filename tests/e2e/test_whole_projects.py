@@ -43,6 +43,33 @@ def answers(client: Client) -> list[str]:
     return [client.ok(*line) for line in READS]
 
 
+def test_what_a_pushed_project_has_names_for_can_be_used_afterwards(sandbox: Sandbox, server: Server) -> None:
+    """Whatever lattice took, and no rule of paths forbids."""
+    resources, session = ("gpu.0", "con", "x.json", "two words", "-x", "a..b"), "Argus.1"
+    ana = sandbox.client("ana")
+    lattice(ana.dir, "init", "--project-code", "OWN", "--actor", "human:ana")
+    for name in resources:
+        lattice(ana.dir, "resource", "create", *ANA, "--", name)
+    lattice(ana.dir, "session", "start", "--name", session, "--model", "human")
+    ana.add_remote(server, server.token("human:ana", "agent:*", f"human:{session}"))
+    ana.ok("remote", "push")
+    for name in resources:
+        for verb in ("acquire", "heartbeat", "release"):
+            ana.ok("resource", verb, *ANA, "--", name)
+        assert json.loads(ana.ok("resource", "status", "--json", "--", name))["data"]["holders"] == []
+    ana.ok("create", "from a session", "--name", f"{session}-1")
+    ana.ok("session", "end", f"{session}-1")
+    assert not differences(ana.lattice_dir, server.lattice_dir())
+    for argv, code in (
+        (["link", "OWN-1", "blocks", "../../etc/passwd", *ANA], "INVALID_ID"),
+        (["create", "T", "--id", "not_valid", *ANA], "INVALID_ID"),
+        (["create", "T", "--actor", "ana"], "INVALID_ACTOR"),
+        (["resource", "acquire", "../x", *ANA], "REMOTE_UNSUPPORTED"),
+    ):
+        refused = ana.run(*argv, "--json")
+        assert (refused.returncode, json.loads(refused.stdout)["error"]["code"]) == (1, code)
+
+
 def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox, server: Server, master: Path) -> None:
     """I3, I4."""
     ana = own(sandbox, master)
