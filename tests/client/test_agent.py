@@ -1,6 +1,7 @@
 """The background process, as commands meet it: started, shared, killed, idle, and its caches removed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -172,6 +173,25 @@ async def test_nonsense_is_answered_and_survived(server: FakeServer, directory: 
         await writer.wait_closed()
         assert lines[0] == {"progress": None} and lines[1]["ok"] is False
     assert (await ask("ready", directory))["current"]
+
+
+async def test_a_request_for_another_agent_or_cache_is_refused(server: FakeServer, directory: Path) -> None:
+    await ask("ready", directory)
+    place = runtime.locate()
+    mine = {**request("ready", directory), "agent": place.name}
+    device, inode, url, project = mine["cache"]
+    others = ([device, inode + 1, url, project], [device, inode, "http://other", project], [device, inode, url, "x"])
+    for changed in ({"agent": "agent-0000000000"}, *({"cache": other} for other in others)):
+        stream = agent_client._connect(place)
+        assert stream is not None
+        with contextlib.closing(stream):
+            answer = await asyncio.to_thread(agent_client._exchange, stream, {**mine, **changed}, None)
+        assert answer == {"ok": True, "not_mine": True}
+    asked = len(server.requests)
+    for other in others:  # the command then does the steps itself, and finds that it means another one
+        with pytest.raises(RemoteError, match="was replaced while this command ran"):
+            await ask("run", directory, cache=other, id=os.urandom(16).hex(), argv=["put", "x", "x"], files=[])
+    assert len(server.requests) == asked
 
 
 async def test_an_interrupted_command_gives_up_its_wait(server: FakeServer, directory: Path) -> None:

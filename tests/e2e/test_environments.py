@@ -109,6 +109,7 @@ def test_two_configurations_write_at_once_each_under_its_own_name(both: Board) -
     wait_for(lambda: sum(entry["command"].startswith("edit") for entry in log(ana)) == 2, "both plans to be sent")
     for actor, client in people.items():
         assert status(client)["actor"] == actor
+    assert status(ana, {"LATTICE_TOKEN": server.token("agent:x")})["actor"] == "agent:x"
     entries = log(ana)
     assert {(entry["actor"], entry["token_actor"]) for entry in entries if entry["token_actor"]} == {
         (actor, actor) for actor in people

@@ -560,7 +560,7 @@ class Service:
         if self._live is None:
             return "the next command, as no agent runs"
         if self._links.has_several_names():
-            return "the next command, as commands came in several names of late"
+            return "the next command, as commands came in several names of late, or in another configuration's"
         link = self._links.live()
         if link is None:
             return "a token"
