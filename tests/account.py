@@ -9,7 +9,7 @@ import json
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from conflicts import Conflict, set_aside_in
 from lattice_remote.server.journal.journal_reader import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
-__all__ = ["Account", "Effect", "effects_in", "events_in", "words_in_texts"]
+__all__ = ["Account", "Effect", "effects_in", "events_in", "owner_of", "words_in_texts"]
 
 _SETTLE_S = 60.0
 
@@ -38,6 +38,11 @@ class Effect:
         return self.who, self.kind
 
 
+def owner_of(client: Client) -> str:
+    """Return the actor of the token with which a client's commands are run."""
+    return f"human:{client.dir.name}"
+
+
 class Account:
     """Thread-safe. ``check()`` raises AssertionError when something is not as it must be."""
 
@@ -56,6 +61,8 @@ class Account:
         """How much that was acknowledged was taken back by a rollback of the data directory."""
         self.forgotten_events: set[str] = set()
         """The ids of all events that a rollback has taken."""
+        self._meant: dict[tuple[str, str] | str, set[str]] = {}
+        """Under whose token each effect, or each word of an edit, was asked for; "" is plain lattice on the server."""
 
     # --- while the mix runs ---
 
@@ -75,6 +82,7 @@ class Account:
                     self.defects.append(f"an error of {len(lines)} lines from {shown}: {said}")
             if effect is None:
                 return
+            self._mean(effect.key, owner_of(client))
             if done.returncode == 0:
                 if effect.none_if is None or effect.none_if not in done.stdout:
                     self.acknowledged.add(effect.key)
@@ -83,19 +91,32 @@ class Account:
             else:
                 self.refused[effect.key] = f"{shown}: {said[:300]}"
 
-    def acknowledge(self, effect: Effect) -> None:
-        """Take in what was done without a client."""
+    def acknowledge(self, effect: Effect, owner: str) -> None:
+        """Take in what was done under the token of ``owner``, "" for plain lattice in the server's directory."""
         with self._lock:
+            self._mean(effect.key, owner)
             self.acknowledged.add(effect.key)
+
+    def leave_unknown(self, effect: Effect, owner: str) -> None:
+        """Take in what may have been done."""
+        with self._lock:
+            self._mean(effect.key, owner)
+            self.unknown.add(effect.key)
+
+    def _mean(self, what: tuple[str, str] | str, owner: str) -> None:
+        self._meant.setdefault(what, set()).add(owner)
 
     def edited(self, client: Client, word: str, *, kept: bool) -> None:
         """A line with this word was written into a plan or notes of a cache; ``kept``: surely into the file itself."""
         with self._lock:
+            self._mean(word, owner_of(client))
             (self.edits if kept else self.lost_edits).add(word)
 
-    def conflicted(self, words: Conflict) -> None:
+    def conflicted(self, words: Conflict, clients: tuple[Client, Client]) -> None:
         """Two clients have written these words into the same line of the same text."""
         with self._lock:
+            for word, client in zip(words, clients, strict=True):
+                self._mean(word, owner_of(client))
             self.edits.update(words)
             self.conflicts.append(words)
 
@@ -136,6 +157,16 @@ class Account:
             "changes": changes,
         }
 
+    def check_who(self, seen: Mapping[tuple[str, str] | str, set[str]]) -> int:
+        """Insist that what was seen was done under the token of the person who asked for it; return how much it was.
+
+        ``seen`` are the owners of the tokens of all changes that have an effect, or bring a word (I13).
+        """
+        known = {what: owners for what, owners in seen.items() if what in self._meant}
+        wrong = {what: owners for what, owners in known.items() if not owners <= self._meant[what]}
+        assert not wrong, f"under another token than meant: {[(w, o, self._meant[w]) for w, o in wrong.items()]}"
+        return len(known)
+
     def _send_edits(self) -> None:
         """Ask each client once for something: that sends what was edited. Nothing is compared or fetched for it."""
         for client in self._clients:
@@ -157,7 +188,8 @@ class Account:
         lost = sorted(key for key in self.acknowledged if found[key] == 0)
         asked = self.acknowledged | self.unknown
         doubled = sorted(key for key in asked if found[key] > 1)
-        untrue = sorted(text for key, text in self.refused.items() if found[key])
+        # Several people may try to end one session: who is refused has not done what another has.
+        untrue = sorted(text for key, text in self.refused.items() if found[key] and key not in asked)
         assert not lost, f"acknowledged and lost: {lost}"
         assert not doubled, f"done twice: {doubled}"
         assert not untrue, f"an error was shown, and the command took effect: {untrue}"

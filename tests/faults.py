@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from account import Account, Effect, events_in
+from account import Account, Effect, events_in, owner_of
 from epochs import Epochs
 from faultproxy import FaultProxy
 from hooked import Hooked
@@ -221,9 +221,9 @@ class Faults:
             command.wait(self._rng.random() * 0.1)
         command.kill()
         if command.wait(20) == 0:
-            self._account.acknowledge(Effect(who, "comment_added"))
+            self._account.acknowledge(Effect(who, "comment_added"), owner_of(client))
         else:
-            self._account.unknown.add((who, "comment_added"))
+            self._account.leave_unknown(Effect(who, "comment_added"), owner_of(client))
 
     def delay(self) -> None:
         self._proxy.delay(0.1)
@@ -373,7 +373,7 @@ class Faults:
             "lattice", (*argv, "--actor", f"agent:{who}"), cwd=self._server.lattice_dir().parent, env=self._plain_env()
         )
         if done.returncode == 0:
-            self._account.acknowledge(Effect(who, {"create": "task_created"}.get(argv[0], "comment_added")))
+            self._account.acknowledge(Effect(who, {"create": "task_created"}.get(argv[0], "comment_added")), "")
 
     def editor_on_the_server(self) -> None:
         """Somebody edits a plan in the server's directory: saved by rename, in place, or in two halves."""

@@ -349,7 +349,7 @@ class Mix:
             plan = edit_at_once(client, other, words, but=self._conflicted)
             if plan is not None:
                 self._conflicted.add(plan)
-                self.account.conflicted(words)
+                self.account.conflicted(words, (client, other))
 
 
 def append_in_pieces(client: Client, path: Path, line: str) -> bool:

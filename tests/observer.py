@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Self
 
 from lattice_remote.client.cache.follower import Outcome
+from lattice_remote.protocol.about import about, texts_of
 from lattice_remote.protocol.messages import Change, Hello, ServerFrame, Welcome
+from lattice_remote.protocol.operations import AppendBytes, PutFile
 from memory_client import MemoryClient
 from sandbox import Server, tree_of, wait_for
 
@@ -22,6 +24,7 @@ class _Witness(MemoryClient):
     def __init__(self, url: str, token: str) -> None:
         super().__init__(url, token)
         self.marks: dict[tuple[str, int], bytes] = {}
+        self.owners: dict[tuple[str, str] | str, set[str]] = {}
         self.welcomes = 0
         self.defects: list[str] = []
         self._hello: Hello
@@ -32,7 +35,7 @@ class _Witness(MemoryClient):
         return self._hello
 
     async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
-        frames = list(frames)
+        outcome = Outcome()
         for frame in frames:
             if isinstance(frame, Welcome):
                 self.welcomes += 1
@@ -40,7 +43,10 @@ class _Witness(MemoryClient):
                 self._seq = frame.head if frame.resync else self._hello.seq
             elif isinstance(frame, Change):
                 self._saw(frame)
-        return await super().receive(frames)
+            of_one = await super().receive([frame])
+            outcome.to_send += of_one.to_send
+            outcome.answers += of_one.answers
+        return outcome
 
     def _saw(self, change: Change) -> None:
         if change.seq != self._seq + 1:
@@ -48,6 +54,23 @@ class _Witness(MemoryClient):
         self._seq = change.seq
         if self.marks.setdefault((self._epoch, change.seq), change.mark) != change.mark:
             self.defects.append(f"two different changes {change.seq} in epoch {self._epoch} (I7)")
+        if self.is_current:
+            self._attribute(change)
+
+    def _attribute(self, change: Change) -> None:
+        """Note whose token brought each event, and each word of a text that its file did not hold before."""
+        owner = change.token_actor or (change.actor if change.token_id else "")
+        for event in about(change).events:
+            if isinstance(event.get("actor"), str):
+                self.owners.setdefault((event["actor"].partition(":")[2], event["type"]), set()).add(owner)
+        texts = {path for path, _, _ in texts_of(change)}
+        for operation in change.ops:
+            if operation.path in texts and isinstance(operation, PutFile | AppendBytes):
+                known = (
+                    set() if isinstance(operation, AppendBytes) else set(self.files.get(operation.path, b"").split())
+                )
+                for word in set(operation.data.split()) - known:
+                    self.owners.setdefault(word.decode(errors="replace"), set()).add(owner)
 
 
 class Observer:
@@ -81,6 +104,11 @@ class Observer:
     def changes(self) -> int:
         """How many different changes it was told of."""
         return len(self._witness.marks)
+
+    @property
+    def owners(self) -> dict[tuple[str, str] | str, set[str]]:
+        """Under whose tokens each effect and each word of a text came, as far as it saw changes; "" is by hand."""
+        return dict(self._witness.owners)
 
     def current(self, *, not_in: str | None = None) -> None:
         """Wait until it has everything that the server has told it of, in another epoch than ``not_in`` if given."""

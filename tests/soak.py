@@ -104,9 +104,17 @@ def _check(server: Server, account: Account, epochs: Epochs, observer: Observer,
     epochs.settle()
     figures = account.check()
     observer.check()
+    attributed = account.check_who(observer.owners)
     hooks = Hooked(server).check_at_most_once(but=account.forgotten_events)
     watched = watcher.check()
-    return {**figures, "hooks": hooks, "seen": observer.changes, "watched": watched, "epochs begun": epochs.begun}
+    return {
+        **figures,
+        "attributed": attributed,
+        "hooks": hooks,
+        "seen": observer.changes,
+        "watched": watched,
+        "epochs begun": epochs.begun,
+    }
 
 
 def show(result: Result, options: argparse.Namespace) -> None:

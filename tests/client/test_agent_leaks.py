@@ -33,6 +33,11 @@ def held(foreign: frozenset[str]) -> dict[str, int]:
     }
 
 
+def grown(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """Return the counts that are greater than they were."""
+    return {name: count for name, count in now.items() if count > before[name]}
+
+
 def open_files() -> list[str]:
     """Return what the descriptors lead to."""
     found = []
@@ -86,7 +91,11 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
         server.requests.clear()
         await settled()
     assert server.greetings - greetings >= CACHES * ROUNDS
-    await until(lambda: held(foreign) == before, 30)
+    # Earlier tests leave threads of the system that may end only now: less than before is no leak.
+    try:
+        await until(lambda: not grown(before, held(foreign)), 30)
+    except AssertionError:
+        raise AssertionError(f"grown: {grown(before, held(foreign))}, from {before}") from None
     assert resident_kib() - memory < 16 * 1024
     with capsys.disabled():
         print(f"{server.greetings - greetings} reconnects: {held(foreign)}, {resident_kib() - memory:+} KiB")
