@@ -17,6 +17,7 @@ from epochs import Epochs
 from faultproxy import FaultProxy
 from hooked import Hooked
 from mix import Mix
+from rest_caller import call
 from sandbox import Client, Sandbox, Server, wait_for
 from warm import Warm
 
@@ -181,6 +182,7 @@ class Faults:
             "cached file deleted": self.delete_cached_file,
             "strange file in a cache": self.add_to_cache,
             "plain lattice on the server": self.lattice_on_the_server,
+            "plain lattice beside refused requests": self.lattice_beside_refused_requests,
             "editor on the server": self.editor_on_the_server,
         }
 
@@ -374,6 +376,23 @@ class Faults:
         )
         if done.returncode == 0:
             self._account.acknowledge(Effect(who, {"create": "task_created"}.get(argv[0], "comment_added")), "")
+
+    def lattice_beside_refused_requests(self) -> None:
+        """Plain ``lattice`` while the server refuses requests that have changed the same task half way (I12)."""
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.is_set():
+                changes = {"title": "refused", "status": "no such status"}
+                assert call(self._clients[0], "PATCH", "/tasks/LAT-1", changes).returncode
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            self.lattice_on_the_server()
+        finally:
+            over.set()
+            asking.join()
 
     def editor_on_the_server(self) -> None:
         """Somebody edits a plan in the server's directory: saved by rename, in place, or in two halves."""

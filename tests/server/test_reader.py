@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,9 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.data.datadir import DataDir
 from lattice_remote.server.data.read_ipc import Found, Read, ReadCommand, ReadPage
 from lattice_remote.server.project import kept
+from lattice_remote.server.project import overview as overview_module
 from lattice_remote.server.project import reader as reader_module
+from lattice_remote.server.project.overview import Overviews
 from lattice_remote.server.project.reader import Reader
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from sandbox import wait_for
@@ -377,6 +380,21 @@ async def test_a_change_of_an_earlier_epoch_is_not_waited_for(reader: Reader, st
     state.head = ("f", 0)
     assert await seeing == ["before"]
     state.head = ("e", 0)
+
+
+@shares_a_reader
+async def test_a_list_of_projects_counts_no_status_that_is_rolled_back(
+    data: DataDir, title: Title, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = threading.Event()
+    monkeypatch.setattr(overview_module.time, "sleep", lambda _: looked.set())
+    monkeypatch.setattr(overview_module, "_MAX_LOOKS", 1_000_000)
+    title.change()
+    title.task.write_text(title.task.read_text().replace("backlog", "done"))
+    counting = asyncio.create_task(Overviews(data).of("web"))
+    await asyncio.to_thread(looked.wait, 10)
+    title.undo.restore()
+    assert (await counting).statuses == {"backlog": 1}
 
 
 async def has_read(reader: Reader) -> None:

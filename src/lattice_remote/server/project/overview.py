@@ -14,6 +14,7 @@ import msgspec
 
 from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.data.datadir import DataDir, ProjectPaths
+from lattice_remote.server.data.ipc import TreeState
 from lattice_remote.server.journal.segments import segment_paths
 from lattice_remote.server.project.log import read_page
 
@@ -21,6 +22,8 @@ __all__ = ["Overview", "Overviews"]
 
 _FRESH_S = 0.5
 """An overview may be as old as this: many who ask at once are told the same."""
+_MAX_LOOKS, _LOOK_AGAIN_S = 100, 0.005
+"""A write takes some ms. After half a second the project may have no worker that ends one."""
 _UNREADABLE = "unknown"
 _Signature = tuple[int, int, int]
 
@@ -87,7 +90,7 @@ class _Known:
         """Look at the files. Blocking."""
         summary = self._data.summary(self._slug)
         paths = self._data.project(self._slug)
-        self._statuses = dict(self._read_statuses(paths))
+        self._statuses = self._committed_statuses(paths)
         statuses = Counter(status for _, status in self._statuses.values())
         return Overview(
             self._slug,
@@ -98,6 +101,17 @@ class _Known:
             dict(statuses.most_common()),
             self._last_change(paths),
         )
+
+    def _committed_statuses(self, paths: ProjectPaths) -> dict[str, tuple[_Signature, str]]:
+        """Read the statuses; again if a write that they may show was rolled back, or may still be (I2)."""
+        for _ in range(_MAX_LOOKS):
+            before = TreeState.read(paths.journal)
+            statuses = dict(self._read_statuses(paths))
+            after = TreeState.read(paths.journal)
+            if not after.is_open and after.rolled_back == before.rolled_back:
+                break
+            time.sleep(_LOOK_AGAIN_S)
+        return statuses
 
     def _read_statuses(self, paths: ProjectPaths) -> Iterator[tuple[str, tuple[_Signature, str]]]:
         try:
