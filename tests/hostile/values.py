@@ -61,6 +61,11 @@ PATHS = (
         "remote.json",
         "CON",
         "index",
+        "index.json",
+        ".hidden",
+        ".tmp.x",
+        "a/../b",
+        "x" * 241,
         "_lifecycle",
     ),
 )
@@ -273,7 +278,8 @@ class Lines:
             return rng.choice(known.sessions[-4:] or ["X-1"])
         if kind is Kind.NAME:
             there = known.resources[-4:] if path.startswith("resource") else []
-            return rng.choice([*there, "X", "gpu", "Ana", "x", "\u00e9t\u00e9"])
+            dotted = ("gpu.0", "x.json", "a..b", "two words")
+            return rng.choice([*there, *dotted, "X", "gpu", "Ana", "x", "\u00e9t\u00e9"])
         choices: dict[str, Sequence[str]] = {
             "actor": ("human:ana", "agent:x", "agent:x", "agent:x", "agent:other"),
             "on_behalf_of": ACTORS,
