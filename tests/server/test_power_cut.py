@@ -201,11 +201,11 @@ def project(tmp_path: Path) -> Path:
     return make_project(tmp_path / "web")
 
 
-def in_boot(project: Path, name: str) -> WorkerProcess:
+def in_boot(project: Path, name: str, settings: str = "{}") -> WorkerProcess:
     """Start a worker in the boot of this name."""
     trace = project.parent / "trace"
     trace.mkdir(exist_ok=True)
-    return WorkerProcess(project, command=traced_worker(trace, name))
+    return WorkerProcess(project, command=traced_worker(trace, name), settings=settings)
 
 
 def log_of_first_task(project: Path) -> Path:
@@ -359,15 +359,41 @@ def test_a_refused_command_does_not_come_back(project: Path) -> None:
         worker.kill()
     log = log_of_first_task(project)
     log_size = log.stat().st_size
-    segment = next((project / "journal").glob("*.log"))
-    cut_last_record(segment)
+    cut_last_record(project)
     with in_boot(project, "two") as worker:
         assert tree_of(project / ".lattice") == promised, worker.ready.notes
         assert worker.ready.head == 1
     assert log.stat().st_size < log_size
 
 
-def cut_last_record(segment: Path) -> None:
+@pytest.mark.parametrize("damaged", ["sessions/Argus-1.json", "sessions/index.json", "ids.json"])
+def test_what_an_unacknowledged_command_replaced_comes_back_though_the_journal_was_trimmed(
+    project: Path, damaged: str
+) -> None:
+    lattice = project / ".lattice"
+    with in_boot(project, "one", SETTINGS[1]) as worker:
+        worker.ok("create", "x", *ANA)
+        for _ in range(2):
+            worker.ok("session", "start", "--name", "Argus", "--model", "m", "--framework", "f")
+        for number in range(100):
+            worker.ok("comment", "LAT-1", f"{number} " + "x" * 900, *ANA)
+        while max((project / "journal").glob("*.log")).stat().st_size > 2000:  # room for what comes
+            worker.ok("comment", "LAT-1", "x" * 900, *ANA)
+        assert min(int(path.stem) for path in (project / "journal").glob("*.log")) > 3, "the journal was trimmed"
+        promised = tree_of(lattice)
+        if damaged == "ids.json":
+            worker.ok("create", "never acknowledged", *ANA)
+        else:
+            worker.ok("session", "end", "Argus-1")
+        worker.kill()
+    cut_last_record(project)
+    (lattice / damaged).write_bytes(b"")
+    with in_boot(project, "two", SETTINGS[1]) as worker:
+        assert tree_of(lattice) == promised, worker.ready.notes
+
+
+def cut_last_record(project: Path) -> None:
+    segment = max((project / "journal").glob("*.log"))
     data = segment.read_bytes()
     last = [offset for offset, _ in frames(data)][-1]
     with segment.open("r+b") as file:
