@@ -283,6 +283,36 @@ def test_a_plain_task_under_an_id_that_was_given_to_another_gets_a_new_one(proje
         assert tree_of(lattice) == before
 
 
+def test_a_plain_task_is_in_the_log_of_all_tasks_though_that_lost_its_end(project: Path) -> None:
+    with in_boot(project, "one") as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    lifecycle = project / ".lattice/events/_lifecycle.jsonl"
+    before = lifecycle.read_bytes()
+    assert plain_lattice(project, "create", "by hand", *ANA)
+    lifecycle.write_bytes(before)
+    with in_boot(project, "two") as worker:
+        assert len(lifecycle.read_bytes().splitlines()) == 2
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_a_plain_session_and_one_that_was_acknowledged_are_both_in_the_index(project: Path) -> None:
+    lattice = project / ".lattice"
+    start = ["session", "start", "--model", "m", "--framework", "f", "--name"]
+    with in_boot(project, "one") as worker:
+        worker.ok(*start, "Echo")
+        earlier = tree_of(lattice)
+        worker.ok(*start, "Argus")
+        worker.kill()
+    put_back(lattice, earlier)
+    assert plain_lattice(project, *start, "Beacon")
+    with in_boot(project, "two"):
+        index = json.loads((lattice / "sessions/index.json").read_bytes())
+        assert index["active_sessions"].keys() == {"Argus-1", "Beacon-1", "Echo-1"}
+        assert index["serial_counters"] == {"Argus": 1, "Beacon": 1, "Echo": 1}
+        assert {path.stem for path in (lattice / "sessions").glob("*-1.json")} == index["active_sessions"].keys()
+
+
 def test_a_damaged_project_that_was_copied_to_another_disk_loses_nothing(project: Path) -> None:
     with in_boot(project, "one") as worker:
         worker.ok("create", "x", *ANA)
