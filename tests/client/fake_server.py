@@ -180,9 +180,9 @@ class FakeServer:
     def put(self, path: str, data: bytes) -> Change:
         return self.change(PutFile(path, data))
 
-    def append(self, path: str, data: bytes) -> Change:
+    def append(self, path: str, data: bytes, cause: str = "edit") -> Change:
         before = self.files.get(path, b"")
-        return self.change(AppendBytes(path, len(before), digest_of(before[-TAIL_BYTES:]), data))
+        return self.change(AppendBytes(path, len(before), digest_of(before[-TAIL_BYTES:]), data), cause=cause)
 
     def broadcast(self, frame: ServerFrame) -> None:
         for connection, follows in self.connections.items():
@@ -328,7 +328,7 @@ class FakeServer:
             case ["put", path, text]:
                 self.change(PutFile(path, text.encode()), cause=run.id)
             case ["append", path, text]:
-                self.append(path, text.encode())
+                self.append(path, text.encode(), cause=run.id)
             case ["delete", path]:
                 self.change(DeleteFile(path), cause=run.id)
             case ["move", path, to]:

@@ -32,12 +32,14 @@ async def place(server: FakeServer, service: Service, directory: Path) -> Path:
     return directory
 
 
-async def conflict(server: FakeServer, service: Service, directory: Path, path: str) -> None:
+async def conflict(
+    server: FakeServer, service: Service, directory: Path, path: str, theirs: bytes = b"theirs\n"
+) -> None:
     (directory / path).write_bytes(b"mine\n")
-    server.put(path, b"theirs\n")
+    server.put(path, theirs)
     await until(lambda: service._follower.replica.position.seq == server.seq)
     await ask(service, "push")
-    await until(lambda: (directory / path).read_bytes() == b"theirs\n")
+    await until(lambda: (directory / path).read_bytes() == theirs)
 
 
 def conflict_lines(answer: dict[str, object]) -> list[str]:
@@ -137,7 +139,7 @@ async def test_plan_and_notes_are_resolved_together_or_each(server: FakeServer, 
         await resolve(service, "edited", text=base64.b64encode(b"x").decode())
     await resolve(service, "theirs", what="notes")
     assert (place / f"{PLAN}.mine").exists() and not (place / f"{NOTES}.mine").exists()
-    await conflict(server, service, place, NOTES)
+    await conflict(server, service, place, NOTES, b"theirs once more\n")
     await resolve(service, "mine")
     assert (server.files[PLAN], server.files[NOTES]) == (b"mine\n", b"mine\n")
     with pytest.raises(Misuse, match="no conflict in the plan or notes of LAT-42"):
@@ -219,20 +221,63 @@ async def test_an_editor_that_is_behind_undoes_nothing(server: FakeServer, servi
     assert (await ask(service, "status"))["unsent_edits"] == []
 
 
-async def test_what_others_wrote_comes_back_when_a_text_lacks_it(
-    server: FakeServer, service: Service, directory: Path
+LINES = b"# Plan\n\n- write the parser\n- test the parser\n"
+
+
+@pytest.mark.parametrize("choice", ["confirm", "mine", "theirs", "edited"])
+async def test_an_earlier_version_waits_until_the_user_decides(
+    server: FakeServer, service: Service, directory: Path, choice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = b"# Plan\n\n- write the parser\n- test the parser\n"
-    theirs = lines + b"- ask Ben about Unicode\n"
-    server.files |= {PLAN: lines, SNAPSHOT: b"{}\n"}
+    """However long ago it was replaced, and however often it is saved."""
+    theirs = LINES + b"- ask Ben about Unicode\n"
+    server.files |= {PLAN: LINES, SNAPSHOT: json.dumps({"short_id": "LAT-42"}).encode()}
     await ask(service, "ready")
     server.put(PLAN, theirs)
     await until(lambda: (directory / PLAN).read_bytes() == theirs)
-    (directory / PLAN).write_bytes(lines)
-    server.put_outcome = "unchanged"
-    await ask(service, "push")
-    await until(lambda: (directory / PLAN).read_bytes() == theirs)
-    server.put_outcome = None
-    (directory / PLAN).write_bytes(lines)  # once more: it is meant
-    await ask(service, "push")
-    assert server.files[PLAN] == lines
+    monkeypatch.setattr("lattice_remote.client.cache.older.KEPT_S", 0.0)
+    for _ in range(3):
+        (directory / PLAN).write_bytes(LINES)
+        answer = await ask(service, "push")
+        assert answer["sent"] == [] and server.files[PLAN] == theirs
+        (notice,) = (await run(service, "x"))["notices"]  # type: ignore[misc]
+        assert "earlier version" in notice and "--confirm" in notice and "resolve LAT-42 --theirs" in notice
+    status = await ask(service, "status")
+    assert list(status["withheld_edits"]) == status["unsent_edits"] == [PLAN]  # type: ignore[call-overload]
+    (shown,) = (await resolve(service, None))["conflicts"]  # type: ignore[misc]
+    assert shown["copies"] == [] and "earlier version" in shown["reason"]
+    if choice == "confirm":
+        assert (await ask(service, "push", confirm=True))["sent"] == [{"path": PLAN, "outcome": "stored"}]
+    else:
+        text = base64.b64encode(b"# Both\n").decode() if choice == "edited" else None
+        await resolve(service, choice, text=text)
+    expected = {"theirs": theirs, "edited": b"# Both\n"}.get(choice, LINES)
+    await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN] == expected)
+    await until(lambda: not service._follower.edits.scan())
+    notices = (await ask(service, "ready"))["notices"]
+    assert ["rescued" in notice for notice in notices] == [True] * (choice == "edited")  # type: ignore[attr-defined]
+    assert (await resolve(service, None, ""))["conflicts"] == []
+
+
+async def test_what_one_takes_back_oneself_is_an_edit(server: FakeServer, service: Service, directory: Path) -> None:
+    """A checkbox that is toggled, and toggled back; others have changed nothing in between."""
+    ticked = LINES.replace(b"- test", b"- [x] test")
+    server.files |= {PLAN: LINES, SNAPSHOT: b"{}\n"}
+    await ask(service, "ready")
+    for text in (ticked, LINES, ticked, LINES):
+        (directory / PLAN).write_bytes(text)
+        await ask(service, "push")
+        assert server.files[PLAN] == text
+
+
+async def test_a_change_of_ones_own_command_is_not_others(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    """An editor that was open saves over what the user's own ``lattice status`` appended, as it would locally."""
+    server.files |= {PLAN: LINES, SNAPSHOT: b"{}\n"}
+    await ask(service, "ready")
+    await run(service, "append", PLAN, "## Sent back\n\nnot yet\n")
+    assert (directory / PLAN).read_bytes() == LINES + b"## Sent back\n\nnot yet\n"
+    for text in (LINES + b"- rewritten in the editor\n", LINES):
+        (directory / PLAN).write_bytes(text)
+        assert (await ask(service, "push"))["sent"] == [{"path": PLAN, "outcome": "stored"}]
+        assert server.files[PLAN] == text

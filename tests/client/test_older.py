@@ -110,18 +110,10 @@ def test_what_is_kept_is_bounded_in_number_size_and_time(cache: Cache, monkeypat
     older.remember(PLAN, None)
     kept = [path.read_bytes() for path in Path(cache.directory, ".base/.older", PLAN).iterdir()]
     assert sorted(kept) == sorted(texts[2:-1])
-    assert Older(cache).base_of(PLAN, texts[2], texts[-1]) == texts[2], "another process knows them too"
+    edited = texts[2] + b"- measure it\n"
+    assert Older(cache).base_of(PLAN, edited, texts[-1]) == texts[2], "another process knows them too"
+    assert older.base_of(PLAN, texts[2], texts[-1]) == texts[-1], "confirmed by the user, see evidence.py"
     monkeypatch.setattr(older_module, "KEPT_S", 0.0)
-    assert older.base_of(PLAN, texts[2], texts[-1]) == texts[-1]
+    assert older.base_of(PLAN, edited, texts[-1]) == texts[-1]
     older.forget(PLAN)
     assert not list(Path(cache.directory, ".base/.older", PLAN).iterdir())
-
-
-def test_taking_back_what_others_wrote_is_believed_the_second_time(cache: Cache) -> None:
-    older = Older(cache)
-    older.remember(PLAN, BEFORE)
-    assert older.base_of(PLAN, BEFORE, AFTER) == BEFORE
-    older.used(PLAN)
-    older.remember(PLAN, BEFORE)  # as AFTER was put in place again
-    assert older.base_of(PLAN, BEFORE, AFTER) == AFTER
-    assert older.base_of(PLAN, BEFORE + b"- measure it\n", AFTER) == BEFORE, "an editor that is still behind"

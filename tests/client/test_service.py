@@ -819,11 +819,13 @@ async def test_what_is_saved_while_a_text_is_put_in_place_is_an_edit(
     place, put = directory / PLAN, Directory.replace
     await until(place.exists)
 
-    def while_an_editor_saves(self: Directory, path: str, data: bytes, *condition: Callable[[], bool]) -> bool:
+    def while_an_editor_saves(
+        self: Directory, path: str, data: bytes, *condition: Callable[[], bool], is_synced: bool = False
+    ) -> bool:
         mine = path == PLAN and b"theirs" in data
         if mine and moment == "before":
             place.write_bytes(b"# Plan\nmine\n")
-        done = put(self, path, data, *condition)
+        done = put(self, path, data, *condition, is_synced=is_synced)
         if mine and moment == "after":
             place.write_bytes(b"# Plan\nmine\n")
         return done

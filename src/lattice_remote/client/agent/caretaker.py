@@ -1,8 +1,9 @@
 """Keeps one cache equal to the server's files without being asked: what others change is noticed and mended (I3, I4).
 
 The system tells which files were touched (``watching.py``); those that are not as one of our own processes left them
-(``known.py``) are fetched anew. What was changed while no agent ran is found by comparing every file with
-the server's manifest once, after the first connection.
+(``known.py``) are fetched anew. What was changed while no agent ran is found after the first connection: by the times
+of the files, where the last process stored them since the machine was started, else by comparing every file with the
+server's manifest.
 """
 
 import asyncio
@@ -57,6 +58,10 @@ class Caretaker:
         self._on_edits = on_edits
         self._turn = turn  # one cache at a time reads all its files
         self._wake = asyncio.Event()
+        self.has_looked = False
+        """Whether every file that was changed before is found: none is shown as it is."""
+        self.is_awaited = False
+        """Whether a command waits for that."""
         self._scan_at = 0.0
         self._scan_cost_s = 0.0
 
@@ -94,7 +99,7 @@ class Caretaker:
     def _suspect(self, path: str) -> None:
         if not is_replicated(path):
             return
-        if is_editable(path):
+        if is_editable(path) and self.has_looked:
             self._healing.suspect_missing([path])
         else:
             self._healing.suspect([path], delay_s=self._stray_s(path))
@@ -118,7 +123,7 @@ class Caretaker:
                 pause_s = _RETRY_S
                 if self._can_work():
                     try:
-                        await self._look()
+                        await self.look()
                         pause_s = self._pause_s()
                     except RemoteError:
                         pass  # said by the link, or by the follower
@@ -138,9 +143,15 @@ class Caretaker:
         scan_s = max(0.0, self._scan_at - time.monotonic())
         return scan_s if due_s is None else min(due_s, scan_s)
 
-    async def _look(self) -> None:
+    async def look(self) -> None:
+        """Find the files that were changed by others, and have them fetched.
+
+        Raises:
+            RemoteError: the server is out of reach, or a file can't be read or written.
+        """
         if not self._cache.known.is_complete:
             await self._compare_all()
+            await self._follower.store_known()
         if time.monotonic() >= self._scan_at:
             await self._scan()
         if self._healing.count_due() > _MANY:
@@ -150,12 +161,15 @@ class Caretaker:
             for path, wait_s in later.items():
                 self._healing.suspect([path], delay_s=wait_s)
             await self._link.carry_out(await self._follower.heal(path for path in due if path not in later))
+        if not self.has_looked:
+            self.has_looked = True
+            self._link.changed.notify()
 
     async def _compare_all(self) -> None:
         """Compare every file with the server's: nobody has watched them until now, or too many were touched."""
         async with self._turn:
             began, is_first = time.monotonic(), not self._cache.known.is_complete
-            earlier = await read_gently(self._cache)
+            earlier = await read_gently(self._cache, lambda: self.is_awaited)
             if is_first and self._cache.known.is_complete:  # a resync has compared everything meanwhile
                 return
             outcome, done = await self._follower.compare(mend=True, earlier=earlier)

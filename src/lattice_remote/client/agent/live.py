@@ -27,7 +27,10 @@ LONGEST_SAVE_S = 30.0
 _POLL_S = 0.04
 _RETRY_S = 1.0
 _LOOK_AT_HELD_S = 0.5
-_SLICE = 100
+_BURST = 3
+"""When more files than this are edited at once, a program may be at work on more: its end is waited for."""
+_BURST_QUIET_S = 1.0
+_BURST_POLL_S = 0.25
 _log = logging.getLogger(__name__)
 
 
@@ -91,20 +94,28 @@ class Live:
 
     async def _push_saved(self) -> None:
         saved = [path for path in self._seen if self._is_saved(path)]
-        if not saved:
+        edited = [path for path in saved if self._is_edit(path)]
+        for path in set(saved).difference(edited):
+            del self._seen[path]
+        if not edited:
+            return
+        if self._is_burst(edited):
+            await asyncio.sleep(_BURST_POLL_S)
             return
         if not self._can_send():
+            await self._pusher.note_saves(edited)
             await self._links.following.changed.until(self._can_send, SAVING_S)
             return
         link = self._links.live()
         assert link is not None, "_can_send() says so, and nothing was awaited since"
-        for start in range(0, len(saved), _SLICE):
-            some = saved[start : start + _SLICE]
-            seen = {path: self._seen.pop(path) for path in some}
-            edited = [path for path in some if self._is_edit(path)]
-            if edited:
-                await self._push(link, edited, seen)
-            await asyncio.sleep(0)
+        await self._push(link, edited, {path: self._seen.pop(path) for path in edited})
+
+    def _is_burst(self, edited: list[str]) -> bool:
+        """Return whether a program seems to be at work on many files, and has not come to its end."""
+        now = time.monotonic()
+        quiet_s = now - max(self._seen[path].at for path in edited)
+        lasts_s = now - min(self._seen[path].began for path in edited)
+        return len(edited) > _BURST and quiet_s < _BURST_QUIET_S and lasts_s < LONGEST_SAVE_S
 
     async def _push(self, link: Link, edited: list[str], seen: dict[str, _Seen]) -> None:
         try:

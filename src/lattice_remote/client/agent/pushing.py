@@ -1,19 +1,25 @@
-"""Sends edited plans and notes of one cache, one after the other, and settles what the server makes of them (I4)."""
+"""Sends edited plans and notes of one cache, one after the other, and settles what the server makes of them (I4).
+
+Each is judged first (``evidence.py``). What is not an edit is restored; what needs the user's decision is withheld.
+"""
 
 import asyncio
 import os
 import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
 from lattice_remote.client.cache.busy import is_being_written
+from lattice_remote.client.cache.evidence import EDIT, Judgement
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.cache.unanswered import Sent
 from lattice_remote.client.link.link import Link
-from lattice_remote.errors import ConnectionFailed, Rejected
+from lattice_remote.errors import ConnectionFailed, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import Put, Refused, Stored
 from lattice_remote.protocol.operations import digest_of
 
@@ -24,6 +30,14 @@ _SEND_WHOLE = ("REMOTE_STALE_BASE", "REMOTE_VERSION")
 SAVING_S = 2.0
 """So long a file that is being written, or was emptied just now, is waited for: an editor is about to save it."""
 _POLL_S = 0.02
+_MANY_REWRITTEN = 20
+"""When more texts than this lost or changed lines at once, a program is assumed to have done it.
+
+Those that the agent sent by itself within the last seconds count, too.
+"""
+_RECENT_S = 5.0
+_LEAST_FREE_BYTES = 1 << 20
+"""With less free space on its disk, an editor's save may have failed half way."""
 
 
 @dataclass(slots=True)
@@ -54,41 +68,207 @@ class Pusher:
         self._reached = reached
         self._turn = asyncio.Lock()
         self._unanswered = follower.edits.unanswered
+        self._rewritten_at: deque[float] = deque()  # when texts that lost lines were sent unasked (monotonic)
+        self._noted: dict[str, Signature | None] = {}  # saves that were looked at while they could not be sent
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> as it was then, why, by whom
 
     def refused(self) -> dict[str, str]:
         """Return the edits that the server does not take as they are: path to the reason."""
         return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
 
-    async def push(self, link: Link, paths: Iterable[str] | None = None, *, again: bool = False) -> Pushed:
-        """Send the edits of these files, None for all that are edited.
+    async def push(
+        self, link: Link, paths: Iterable[str] | None = None, *, again: bool = False, confirm: bool = False
+    ) -> Pushed:
+        """Send the edits of these files, None for all that are edited; restore the files that are no edits.
 
-        One that the server has refused is sent again when it, or the server, has changed, or with ``again``.
+        One that the server has refused is sent again when it, or the server, has changed, or with ``again``. With
+        ``confirm`` each file that differs from the server's is an edit: the user says so.
 
         Raises:
+            StorageError: the disk is full.
             RemoteError: the server is out of reach, or takes nothing from this token; what was not sent is kept.
         """
         pushed = Pushed()
         async with self._turn:
+            edited: list[str] = []
             for path in self._follower.edits.scan() if paths is None else paths:
                 if not again and self._is_hopeless(path):
                     continue
                 await self._until_saved(path)
-                if self._follower.edits.is_edited(path):
-                    await self._push_one(link, path, pushed)
+                if not self._follower.edits.is_edited(path):
+                    continue
+                self._require_room()
+                if (before := self._unanswered.get(path)) is not None:
+                    await self._settle_unanswered(link, before)
+                    if not self._follower.edits.is_edited(path):
+                        pushed.sent.append({"path": path, "outcome": "unchanged"})
+                        continue
+                edited.append(path)
+            judged = await self._judge(edited, confirm=confirm, is_asked=paths is None or again)
+            await self._restore(judged, pushed)
+            await self._push_judged(link, judged, pushed)
         return pushed
 
-    async def _push_one(self, link: Link, path: str, pushed: Pushed) -> None:
-        outcome, notice = await self._send(link, path)
-        pushed.sent.append({"path": path, "outcome": outcome})
-        if notice:
-            pushed.notices.append(notice)
+    async def note_saves(self, paths: Iterable[str]) -> None:
+        """Record for later that these edits, which cannot be sent now, are a person's."""
+        async with self._turn:
+            paths = [path for path in paths if self._noted.get(path) != self._signature(path)]
+            if not paths:
+                return
+            self._require_room()
+            judged = await self._judge([path for path in paths if self._follower.edits.is_edited(path)])
+            await self._record(judged)
+            self._noted |= {path: self._signature(path) for path in paths}
+
+    async def restore_damage(self) -> Pushed:
+        """Restore the files that differ from the server's and are no edits; send nothing."""
+        pushed = Pushed()
+        async with self._turn:
+            edits = self._follower.edits
+            paths = [path for path in edits.scan() if edits.unanswered.get(path) is None]
+            for path in paths:
+                await self._until_saved(path)
+            judged = await self._judge(path for path in paths if edits.is_edited(path))
+            await self._restore(judged, pushed)
+        return pushed
+
+    def withheld(self) -> dict[str, str]:
+        """Return the edits that wait for the user's decision: path to the reason."""
+        return self._follower.edits.evidence.withheld()
+
+    def notice(self) -> str | None:
+        """Return the line about withheld edits for every command, None if there are none."""
+        withheld = self.withheld()
+        if not withheld:
+            return None
+        reason = Counter(withheld.values()).most_common(1)[0][0]
+        if len(withheld) == 1:
+            (path,) = withheld
+            task = self._follower.conflicts.name_of(path)
+            return (
+                f"not sent: {path}: {reason}; to send it: lattice remote push --confirm; to go back to the server's "
+                f"text: lattice remote resolve {task} --theirs"
+            )
+        return (
+            f"not sent: {len(withheld)} edits, for example {min(withheld)}: {withheld[min(withheld)]}; see: lattice "
+            "remote status; to send them: lattice remote push --confirm; to go back to the server's texts: lattice "
+            "remote resolve --all --theirs"
+        )
+
+    # --- judging ---
+
+    def _require_room(self) -> None:
+        """Refuse to send edits while the disk is full: a save that failed half way looks like an edit.
+
+        Raises:
+            StorageError: it is. The edited files are then checked for such a save when there is room.
+        """
+        directory = self._follower.cache.directory
+        try:
+            found = os.statvfs(directory)
+        except (OSError, AttributeError):
+            return
+        if found.f_bavail * found.f_frsize < _LEAST_FREE_BYTES:
+            self._follower.edits.evidence.cramped.update(self._follower.edits.scan())
+            raise StorageError(f"the disk of {directory} is full: edits are not sent until there is room again")
+
+    async def _judge(
+        self, paths: Iterable[str], *, confirm: bool = False, is_asked: bool = True
+    ) -> dict[str, tuple[Signature, Judgement]]:
+        """Decide for each edited file what it is, and withhold what must wait; with ``confirm`` each is an edit."""
+        edits = self._follower.edits
+        judged: dict[str, tuple[Signature, Judgement]] = {}
+        repository = Repository(self._follower.cache.directory)
+        paths = list(paths)
+        blobs = {} if confirm else await asyncio.to_thread(repository.blobs, paths)
+        rewritten: list[str] = []
+        for path in paths:
+            if (found := self._signature(path)) is None:
+                continue
+            text = self._follower.cache.read(path)
+            if confirm:
+                judged[path] = found, EDIT
+            elif (reason := edits.evidence.withheld_reason(path, text)) is not None:
+                judged[path] = found, Judgement("withheld", reason)
+            else:
+                judged[path] = found, edits.judge(path, text, found, blobs.get(path))
+                if judged[path][1] == EDIT and not edits.evidence.is_saved(path, text):
+                    rewritten += [path] if _takes_away(edits.base(path), text) else []
+        if len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
+            why = "it was changed at once with many others, as by a formatter"
+            judged |= {path: (judged[path][0], Judgement("withheld", why)) for path in rewritten}
+        elif not is_asked:
+            self._rewritten_at.extend([time.monotonic()] * len(rewritten))
+        await self._withhold(judged)
+        return judged
+
+    def _count_recent(self) -> int:
+        now = time.monotonic()
+        while self._rewritten_at and now - self._rewritten_at[0] > _RECENT_S:
+            self._rewritten_at.popleft()
+        return len(self._rewritten_at)
+
+    async def _withhold(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
+        evidence = self._follower.edits.evidence
+        waiting = [(path, each.reason) for path, (_, each) in judged.items() if each.outcome == "withheld"]
+        if waiting and evidence.withheld().keys() != {path for path, _ in waiting}:
+            await self._follower.withhold(waiting)
+
+    async def _record(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
+        """Record the saves among these files, as they cannot be sent now."""
+        evidence, cache = self._follower.edits.evidence, self._follower.cache
+        saves = []
+        for path, (found, judgement) in judged.items():
+            if judgement == EDIT and self._signature(path) == found:
+                text = cache.read(path)
+                saves += [] if evidence.is_saved(path, text) else [(path, text)]
+        if saves:
+            await self._follower.record(saves)
+
+    async def _restore(self, judged: dict[str, tuple[Signature, Judgement]], pushed: Pushed) -> None:
+        """Restore the files that are no edits. What is rescued, every command says; add a notice for the others."""
+        without_text = defaultdict(list)
+        for path, (found, judgement) in judged.items():
+            if judgement.outcome == "restored":
+                done = await self.restore(path, found, reason=f"restored to the server's text: {judgement.reason}")
+                if done is False:
+                    without_text[judgement.reason].append(path)
+        for reason, paths in without_text.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            pushed.notices.append(f"{paths[0]}{more}: restored to the server's text: {reason}")
+
+    async def restore(self, path: str, found: Signature | None = None, *, reason: str | None) -> bool | None:
+        """Put the server's text in place of a file that is not to be sent.
+
+        Returns:
+            Whether a text was rescued, for which a ``reason`` is needed; None if the file cannot be restored now.
+        """
+        found = found or self._signature(path)
+        if found is None:
+            return None
+        done = await self._follower.restore(path, found, reason)
+        if done is None:
+            return None
+        outcome, is_kept = done
+        await self._following.carry_out(outcome)
+        return is_kept
+
+    # --- sending ---
+
+    async def _push_judged(self, link: Link, judged: dict[str, tuple[Signature, Judgement]], pushed: Pushed) -> None:
+        for path, (found, judgement) in judged.items():
+            if judgement != EDIT or self._signature(path) != found:  # another save is judged by itself
+                continue
+            try:
+                outcome, notice = await self._send(link, path)
+            except RemoteError:
+                await self._record(judged)
+                raise
+            pushed.sent.append({"path": path, "outcome": outcome})
+            if notice:
+                pushed.notices.append(notice)
 
     async def _send(self, link: Link, path: str) -> tuple[str, str | None]:
-        if (before := self._unanswered.get(path)) is not None:
-            await self._settle_unanswered(link, before)
-            if not self._follower.edits.is_edited(path):
-                return "unchanged", None
         found, base = self._signature(path), self._follower.edits.base(path)
         text = self._follower.cache.read(path)
         put = Put(id=_new_id(), path=path, base=self._follower.edits.older.base_of(path, text, base), text=text)
@@ -213,6 +393,11 @@ class Pusher:
 
     def _signature(self, path: str) -> Signature | None:
         return self._follower.cache.signature(path)
+
+
+def _takes_away(base: bytes | None, text: bytes) -> bool:
+    """Return whether the server's text has a line that this one lacks."""
+    return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
 
 
 def _new_id() -> str:

@@ -1,8 +1,8 @@
-"""Ends conflicts as somebody says: the text that is kept goes to the server as an edit of what it has now."""
+"""Ends conflicts and withheld edits as the user decides: the chosen text is sent as an edit of the server's."""
 
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lattice_remote.client.agent.pushing import Pusher
@@ -33,6 +33,7 @@ class Resolver:
         self._follower.conflicts.look_again()
         found = self._named(request["task"], request["what"])
         choice = request["choice"]
+        reasons = self._pusher.withheld()
         resolved: list[dict[str, str]] = []
         if choice is not None:
             text = _text_of(request)
@@ -41,14 +42,15 @@ class Resolver:
             for conflict in found:
                 outcome = await self._end(conflict, choice, text, link)
                 resolved.append({"path": conflict.path, "outcome": outcome})
-        return {"conflicts": [_fields(conflict) for conflict in found], "resolved": resolved}
+        return {"conflicts": [_fields(conflict, reasons) for conflict in found], "resolved": resolved}
 
     def tell(self) -> list[dict[str, Any]]:
         """Return what is known of every conflict."""
-        return [_fields(conflict) for conflict in self._follower.conflicts.all()]
+        return [_fields(conflict, {}) for conflict in self._follower.conflicts.all()]
 
     def _named(self, task: str, what: str | None) -> list[Conflict]:
-        found = self._follower.conflicts.all()
+        conflicts = self._follower.conflicts
+        found = [*conflicts.all(), *(conflicts.waiting(path) for path in self._pusher.withheld())]
         if task:
             found = [each for each in found if each.is_called(task)]
         found = [each for each in found if what in (None, each.what)]
@@ -59,21 +61,34 @@ class Resolver:
 
     async def _end(self, conflict: Conflict, choice: str, text: bytes | None, link: Callable[[], Link]) -> str:
         if choice == "theirs":
+            if not conflict.copies:
+                await self._restore(conflict, None)
             return await self._drop(conflict, "theirs")
         if not conflict.is_active:
             raise Misuse(
                 f"{conflict.short_id} is archived or gone: bring it back first, with lattice unarchive, or keep theirs"
             )
+        if not conflict.copies and text is not None:
+            await self._restore(conflict, "replaced by the text that resolve was given")
         await self._send_what_is_in_place(conflict, link())
-        if choice == "mine":
+        if choice == "mine" and conflict.copies:
             text = self._only_copy(conflict)
         if text is not None:
             await self._put(conflict, text, link())
         return await self._drop(conflict, choice)
 
+    async def _restore(self, conflict: Conflict, reason: str | None) -> None:
+        if await self._pusher.restore(conflict.path, reason=reason) is None:
+            raise Rejected(
+                f"the server's text of {conflict.path} cannot be fetched now; nothing was changed: repeat it when the "
+                "server is in reach",
+                code="REMOTE_BUSY",
+            )
+
     async def _send_what_is_in_place(self, conflict: Conflict, link: Link) -> None:
         """Send what was edited in the file itself since: whatever is kept is kept on top of that."""
-        pushed = await self._pusher.push(link, [conflict.path], again=True)
+        is_withheld = not conflict.copies
+        pushed = await self._pusher.push(link, [conflict.path], again=True, confirm=is_withheld)
         for sent in pushed.sent:
             if sent["outcome"] == "conflict":
                 raise Misuse(f"{conflict.path} was edited here since, and conflicts once more; look again")
@@ -101,7 +116,7 @@ class Resolver:
         return outcome
 
 
-def _fields(conflict: Conflict) -> dict[str, Any]:
+def _fields(conflict: Conflict, reasons: Mapping[str, str]) -> dict[str, Any]:
     return {
         "task": conflict.task,
         "short_id": conflict.short_id,
@@ -109,6 +124,7 @@ def _fields(conflict: Conflict) -> dict[str, Any]:
         "path": conflict.path,
         "copies": list(conflict.copies),
         "is_active": conflict.is_active,
+        "reason": None if conflict.copies else reasons.get(conflict.path),
     }
 
 

@@ -7,7 +7,7 @@ the agent that the command looks for, see ``runtime.py``), and
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices; or unreadable
     call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts); likewise
-    push     send edited plans and notes           -> sent, notices
+    push     send edited plans and notes, confirm: the withheld ones too -> sent, notices
     resolve  task ("": all), what ("plan", "notes", null), choice ("mine", "theirs", "edited", null: only tell),
              text (base64, null)                   -> conflicts, resolved
     rescued  action ("list", "show", "apply", "drop"), numbers ([]: all)  -> entries, applied, refused, dropped
@@ -30,7 +30,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -122,7 +122,10 @@ class Service:
         self._bringing: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
-        self._caretaker: Caretaker | None = None
+        self._caretaker = Caretaker(self._follower, self._link, Watching(), asyncio.Semaphore(1), _ignore)
+        self._looking = asyncio.Lock()
+        self._said: list[str] = []  # for the next command
+        self._has_looked = False
         self._care: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
 
@@ -136,6 +139,7 @@ class Service:
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
         """From now on send what people edit and put right what else changes in the files, without being asked."""
+        self._follower.edits.evidence.begin_watch()
         self._live = live = Live(self._follower, self._links, self._pusher)
         self._follower.files.on_edits = live.touched
         self._sending = asyncio.get_running_loop().create_task(live.run())
@@ -149,6 +153,10 @@ class Service:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
         await self._links.close()
+        if self._care is not None:
+            with contextlib.suppress(StorageError):
+                await self._follower.store_known()
+            self._follower.edits.evidence.end_watch()
 
     def is_stale(self) -> bool:
         """Whether the directory is gone, or names another remote than when it was opened."""
@@ -184,7 +192,7 @@ class Service:
     async def _short_work(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
         match request["do"]:
             case "push":
-                return await self._push_now(token)
+                return await self._push_now(token, confirm=bool(request.get("confirm")))
             case "resolve":
                 return await self._resolver.resolve(request, lambda: self._links.writing(token))
             case "configure":
@@ -235,7 +243,7 @@ class Service:
 
     def ready_now(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
-        if not self._is_current() or self._follower.replica.held:
+        if not self._has_looked or not self._is_current() or self._follower.replica.held:
             return None
         if self._links.refusal(servers.from_environment(request["named"])) is not None:
             return None
@@ -245,8 +253,11 @@ class Service:
 
     # --- reading ---
 
-    async def _ready(self) -> dict[str, Any]:
-        """Wait until the files are current, the server is known to be out of reach, or it takes too long."""
+    async def _ready(self, *, look: bool = True) -> dict[str, Any]:
+        """Wait until the files are current, the server is known to be out of reach, or it takes too long.
+
+        With ``look`` the files that were changed while nothing watched them are found and restored first.
+        """
         failed_before = self._link.failed_attempts
         wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
         if not self._follower.state.is_filled:
@@ -256,12 +267,33 @@ class Service:
             await self._until(lambda: self._is_current() or self._has_failed(failed_before), wait_s)
         if not self._follower.state.is_filled and self._link.welcome is not None:
             await self._fill(failed_before)
+        if look and not self._has_looked and self._is_current():
+            await self._look(wait_s)
         return self._readiness()
+
+    async def _look(self, wait_s: float) -> None:
+        """Have the files that were changed while nothing watched them found and restored, for at most ``wait_s``."""
+        deadline = time.monotonic() + wait_s
+        self._caretaker.is_awaited = True
+        try:
+            async with asyncio.timeout(wait_s), self._looking:
+                if self._care is None and not self._caretaker.has_looked:
+                    await self._caretaker.look()
+                if not await self._until(lambda: self._caretaker.has_looked and self._is_current(), wait_s):
+                    return
+                if not self._has_looked:
+                    self._said += (await self._pusher.restore_damage()).notices
+                    self._has_looked = True
+            await self._until(self._is_current, max(0.0, deadline - time.monotonic()))
+        except (TimeoutError, RemoteError):
+            return  # said by the answer: the files are not known to be current
+        finally:
+            self._caretaker.is_awaited = False
 
     def _readiness(self) -> dict[str, Any]:
         trouble = self._trouble()
         return {
-            "current": self._is_current(),
+            "current": self._is_current() and self._has_looked,
             "filled": self._follower.state.is_filled,
             "seq": self._follower.state.position.seq,
             "age_s": self._age_s(),
@@ -271,13 +303,14 @@ class Service:
         }
 
     def _notices(self) -> list[str]:
-        """Return what the next command should say: all of it once, conflicts and rescued files until they end."""
-        notices, self._follower.keepsakes.notices = self._follower.keepsakes.notices, []
+        """Return the lines for the next command: each once, but lasting states until they end."""
+        notices, self._follower.keepsakes.notices, self._said = self._follower.keepsakes.notices + self._said, [], []
         if self._live is not None:
             notices += self._live.notices
             self._live.notices = []
-        lasting = (self._follower.conflicts.notice(), self._follower.keepsakes.rescued.notice())
-        return notices + [notice for notice in lasting if notice is not None]
+        rescued = self._follower.keepsakes.rescued
+        lasting = (self._pusher.notice(), self._follower.conflicts.notice(), rescued.notice())
+        return [*notices, *(notice for notice in lasting if notice is not None)]
 
     async def _fill(self, failed_before: int) -> None:
         """The first fill may take long: wait for as long as it advances."""
@@ -308,6 +341,8 @@ class Service:
             return StorageError(f"another process holds on to {self.cache.directory}")
         if self._link.welcome is None or not self._link.is_open:
             return self._link.unreachable(is_write=False)
+        if self._is_current():
+            return ConnectionFailed("still comparing the files here with the server's")
         here, there = self._follower.replica.position.seq, self._follower.replica.head
         return ConnectionFailed(f"still catching up with server {self.remote.url} (change {here} of {there})")
 
@@ -323,8 +358,8 @@ class Service:
         await self._must_be_current()
         return await self._fetching.fetch(paths, report)
 
-    async def _must_be_current(self) -> None:
-        answer = await self._ready()
+    async def _must_be_current(self, *, look: bool = True) -> None:
+        answer = await self._ready(look=look)
         if not answer["current"] and self._link.is_open:
             failed_before = self._link.failed_attempts
             await self._fill(failed_before)
@@ -401,6 +436,7 @@ class Service:
     async def _ask_once(self, frame: Run | Call, link: Link, request: dict[str, Any]) -> Response:
         """Send the request and return its answer; ``own_link`` gives it a connection that ends with it."""
         first_sent_at = request.get("first_sent_at")
+        self._follower.own_requests.append(frame.id)
         if not request.get("own_link"):
             answer = await self._ask_unless_held(frame, link, first_sent_at)
             if answer is not None:
@@ -435,8 +471,8 @@ class Service:
             lambda: replica.replica.position.seq >= seq and replica.replica.state is State.FOLLOWING, REACH_WAIT_S
         )
 
-    async def _push_now(self, token: str | None) -> dict[str, Any]:
-        pushed = await self._pusher.push(self._links.writing(token), again=True)
+    async def _push_now(self, token: str | None, *, confirm: bool) -> dict[str, Any]:
+        pushed = await self._pusher.push(self._links.writing(token), again=True, confirm=confirm)
         return {"sent": pushed.sent, "notices": [*pushed.notices, *self._notices()]}
 
     async def _version(self, request: dict[str, Any], token: str | None) -> Version:
@@ -479,7 +515,7 @@ class Service:
 
     async def _compared(self, *, mend: bool) -> Comparison:
         for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
-            await self._must_be_current()
+            await self._must_be_current(look=False)
             try:
                 effects, future = await self._follower.compare(mend=mend)
                 await self._link.carry_out(effects)
@@ -552,7 +588,7 @@ class Service:
             "last_path": healing.last_path,
             "last_age_s": None if healing.last_at is None else round(max(0.0, time.time() - healing.last_at), 1),
             "fought_over": healing.fought_over(),
-            "watched": None if self._caretaker is None else self._caretaker.how(),
+            "watched": None if self._care is None else self._caretaker.how(),
         }
 
     def _edits_wait_for(self) -> str | None:
@@ -592,6 +628,7 @@ class Service:
             "resyncs": self._follower.resyncs,
             "unsent_edits": self._follower.edits.scan(),
             "refused_edits": self._pusher.refused(),
+            "withheld_edits": self._pusher.withheld(),
             "edits_wait_for": self._edits_wait_for(),
             "conflicts": self._resolver.tell(),
             "set_aside": self._follower.conflicts.copies(),
@@ -617,6 +654,10 @@ class Service:
             FIRST_READY_WAIT_S if self._link.is_open else 0.0,
         )
         return link.welcome, link.error
+
+
+def _ignore(_paths: Iterable[str]) -> None:
+    """Edits are sent with the next command: no agent runs."""
 
 
 def _versions(welcome: Welcome | None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """A project's ``.lattice`` directory as a replicated tree: plain files, replaced or appended atomically (I8).
 
 How a file is reached, never through a link, is for ``directory.py``. No file is synced to the disk one by one: after
-a power cut the cache is compared with the server as a whole (see ``state.py``).
+a power cut the cache is compared with the server as a whole (see ``state.py``). Saves that wait to be sent are the
+exception (see ``evidence.py``).
 """
 
 import asyncio
@@ -15,11 +16,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from filelock import FileLock, Timeout
 
 from lattice_remote.client.cache.directory import TEMPORARY, Directory
-from lattice_remote.client.cache.known import Known, Signature
+from lattice_remote.client.cache.known import STORED, Known, Signature
 from lattice_remote.client.cache.state import (
     AWAY_FILE,
     STATE_FILE,
     CacheState,
+    boot_id,
     decode_state,
     encode_away,
     encode_state,
@@ -207,6 +209,18 @@ class Cache:
             self._files.replace(STATE_FILE, encode_state(state, self.remote))
         return self.signature(STATE_FILE)
 
+    def load_known(self) -> None:
+        """Take over what the last process knew of the files, and what others have written since."""
+        if not self.known.is_complete and self.size(STORED) is not None:
+            self.known.restore(self.read(STORED), boot_id())
+        self.known.learn()
+
+    def store_known(self) -> None:
+        """Keep what is known of the files for the next process."""
+        self.known.share()
+        if (data := self.known.stored(boot_id())) is not None:
+            self.replace(STORED, data)
+
     def signature(self, path: str) -> Signature | None:
         """Return what tells whether a file was written since, None when there is no plain file."""
         try:
@@ -249,6 +263,12 @@ class Cache:
         with explained(path):
             self._files.replace(path, data)
             self.note(path)
+
+    def sync(self, paths: Iterable[str]) -> None:
+        """Sync these files to the disk."""
+        for path in paths:
+            with explained(path):
+                self._files.sync(path)
 
     def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
         """Like ``replace``, but only if the file is still as ``found``, which is looked at as late as can be."""

@@ -72,6 +72,10 @@ async def compare_files(
     readings = await asyncio.to_thread(read_all, cache, earlier)
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
     edited = [path for path in edits.scan() if not edits.is_orphan(path, compare.entries)]
+    for path in [path for path in edited if path in local and local[path] == entries.get(path)]:
+        if edits.unanswered.get(path) is None:  # else its answer says what became of it
+            edits.sent(path, cache.read(path))  # the base was behind, or damaged
+            edited.remove(path)
     for path in edited:
         local.pop(path, None)
         if (entry := edits.base_entry(path)) is not None:

@@ -66,7 +66,7 @@ class Conflicts:
             number += 1
             copy = f"{path}.mine{number}"
         self._cache.replace(copy, text)
-        self._edits.sent(path, text)
+        self._edits.give_up(path, text)
         self.look_again()
         return copy
 
@@ -112,6 +112,14 @@ class Conflicts:
             )
         named = ", ".join(tasks[:_MAX_NAMED]) + (f" and {len(tasks) - _MAX_NAMED} more" * (len(tasks) > _MAX_NAMED))
         return f"{len(found)} conflicts: your texts for {named} were not sent; see: lattice remote resolve"
+
+    def name_of(self, path: str) -> str:
+        """Return what people call the task of a plan or notes."""
+        return self.waiting(path).short_id
+
+    def waiting(self, path: str) -> Conflict:
+        """Return an edit that waits for the user's decision: a conflict without a copy, as the file holds the text."""
+        return self._conflict(path, [])
 
     def _marked(self, folder: str) -> list[str]:
         with contextlib.suppress(OSError):

@@ -2,7 +2,8 @@
 
 Every directory on the way is opened from the one before (``openat``), so that a link, a pipe or a file that somebody
 puts in the way, also between a look and the deed, leads nowhere: a link in place of a file is replaced, one in place
-of a directory is an error (I9). A file with a second name elsewhere is replaced, not written into. Nothing is synced.
+of a directory is an error (I9). A file with a second name elsewhere is replaced, not written into. Nothing is synced
+unless it is asked for.
 
 What is made here may be read and written by those who may do so with the directory itself, under any umask: of two
 commands of one agent only one would find its own applied.
@@ -11,6 +12,7 @@ commands of one agent only one would find its own applied.
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import stat
@@ -39,7 +41,7 @@ class Directory:
     def __init__(self, root: str, quota: Quota) -> None:
         self._root = root
         self._quota = quota
-        self._serial = 0
+        self._serials = itertools.count(1)  # also for threads
 
     # --- reading ---
 
@@ -66,19 +68,30 @@ class Directory:
     ) -> bool:
         """Make the file exactly ``data``, with its parent directories, if it is still wanted at the last moment.
 
-        Returns whether it was. With ``is_synced`` the content survives a power cut.
+        Returns whether it was. With ``is_synced`` the file survives a power cut once this returns.
         """
         temporary = self.new_temporary()
         try:
             self.extend(temporary, data, is_synced=is_synced)
             if is_wanted():
                 self.move(temporary, path)
+                if is_synced:
+                    self.sync(path)
                 return True
         except BaseException:
             self.discard(temporary)
             raise
         self.discard(temporary)
         return False
+
+    def sync(self, path: str) -> None:
+        """Sync a file to the disk, and every directory on the way to it."""
+        with self._opened(path, os.O_RDONLY) as handle:
+            os.fsync(handle)
+        *parents, _ = path.split("/")
+        for depth in range(len(parents), -1, -1):
+            with self._parent("/".join([*parents[:depth], "."]), make=False) as (handle, _name):
+                os.fsync(handle)
 
     def append(self, path: str, data: bytes) -> None:
         """Add ``data`` at the end in one write; creates the file."""
@@ -107,8 +120,7 @@ class Directory:
 
     def new_temporary(self) -> str:
         """Return the path of a temporary file that does not exist yet."""
-        self._serial += 1
-        return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{self._serial}"
+        return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{next(self._serials)}"
 
     def extend(self, temporary: str, data: bytes, *, is_synced: bool = False) -> None:
         """Add to a temporary file; the first time, make it."""

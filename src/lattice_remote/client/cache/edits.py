@@ -12,8 +12,10 @@ from collections.abc import Container, Iterator
 
 from lattice_remote.client.cache.busy import is_being_written
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.cache.evidence import Evidence, Judgement
 from lattice_remote.client.cache.known import Signature
 from lattice_remote.client.cache.older import Older
+from lattice_remote.client.cache.repository import Blobs
 from lattice_remote.client.cache.unanswered import Unanswered
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.paths import is_editable
@@ -32,6 +34,10 @@ class Edits:
         self._cache = cache
         self.older = Older(cache)
         self.unanswered = Unanswered(cache)
+        self.evidence = Evidence(cache)
+        self.is_own = False
+        """Whether the change that is being applied comes of a request from this cache, not of others."""
+        self._given_up: set[str] = set()  # files whose base is no text of the server's, until they are replaced
         self._settled: dict[str, Signature] = {}  # files known to equal their base, as they were then
 
     def scan(self) -> list[str]:
@@ -80,23 +86,41 @@ class Edits:
             self._settled.pop(path, None)
             self._cache.delete(_base_path(path))
             self.older.forget(path)
-        elif (text := self._cache.read(path)) != (base := self.base(path)):
-            self.older.remember(path, base)
-            self.sent(path, text)
+            self.evidence.forget_versions(path)
+        elif (text := self._cache.read(path)) != self.base(path):
+            self._replace_base(path, text)
 
     def sent(self, path: str, text: bytes) -> None:
         """The server has ``text``: what the file holds beyond that is the next edit."""
         self._settled.pop(path, None)
         self._cache.replace(_base_path(path), text)
 
+    def give_up(self, path: str, text: bytes) -> None:
+        """The file's ``text`` is not to be sent: it counts as the base until the server's text replaces both."""
+        self.sent(path, text)
+        self._given_up.add(path)
+
+    def _replace_base(self, path: str, text: bytes) -> None:
+        """The server's text is another one now: unless that is our own doing, remember the one before."""
+        if path in self._given_up:
+            self._given_up.discard(path)
+        elif not self.is_own and (base := self.base(path)) is not None:
+            self.older.remember(path, base)
+            self.evidence.replaced(path, base)
+        self.sent(path, text)
+
+    def judge(self, path: str, text: bytes, found: Signature, blobs: Blobs | None) -> Judgement:
+        """Decide whether a file that differs from its base was saved by a person, see ``evidence.py``."""
+        is_watched = path in self._settled
+        return self.evidence.judge(path, text, self.base(path), found, is_watched=is_watched, blobs=blobs)
+
     def take(self, path: str, text: bytes) -> bool:
         """Put the server's text in place, unless the file is edited, even at the last moment; tell whether it was."""
         found = self._cache.signature(path)
         if self.is_in_use(path) or not self._cache.replace_if(path, text, found):
             return False
-        if text != (base := self.base(path)):
-            self.older.remember(path, base)
-            self.sent(path, text)
+        if text != self.base(path):
+            self._replace_base(path, text)
         return True
 
     def absorb(self, operation: Operation) -> bool:

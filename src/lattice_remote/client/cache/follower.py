@@ -33,6 +33,7 @@ from lattice_remote.protocol.replica import Replica, State
 __all__ = ["Follower", "Outcome", "Writer"]
 
 _LOOK_AGAIN_S = 1.0
+_MAX_OWN_REQUESTS = 256
 _STORE_AGE_TIMEOUT_S = 1.0
 """Not worth a longer wait: everything else of this cache waits meanwhile."""
 
@@ -98,6 +99,8 @@ class Follower:
         """Why the files could not be written, until they can be."""
         self.resyncs = 0
         """How often the whole tree was compared because the history could not be continued."""
+        self.own_requests: deque[str] = deque(maxlen=_MAX_OWN_REQUESTS)
+        """The ids of the newest requests that went from this cache: their changes are not others'."""
         self.received = 0
         """Parts of files that have arrived: shows that a long fill advances."""
         self._stored: Signature | None = None
@@ -189,6 +192,12 @@ class Follower:
         with contextlib.suppress(StorageError):
             await self.store_age()
 
+    async def store_known(self) -> None:
+        """Store what is known of the files, for the next process."""
+        if self.cache.known.is_complete and self.cache.is_there():
+            async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
+                self.cache.store_known()
+
     def heard(self) -> None:
         """The server is there: what was current still is."""
         if self.replica.is_current:
@@ -223,6 +232,7 @@ class Follower:
         result, copy, path = Outcome(), None, put.path
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
+            self.edits.evidence.settled(path, put.text)
             if self.edits.base(path) != base:
                 pass
             elif outcome != "conflict" and put.base == base:
@@ -231,7 +241,7 @@ class Follower:
                 self.replica.hold(path)
                 self._save()  # that the server's text is wanted must be known before the edit looks sent
                 if put.base != base:
-                    self.edits.older.used(path)
+                    self.edits.older.forget(path)
                 if outcome == "conflict":
                     copy = self.conflicts.set_aside(path)
                 else:
@@ -239,6 +249,43 @@ class Follower:
             if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
                 self._save()
         return result, copy
+
+    async def record(self, saves: list[tuple[str, bytes]]) -> None:
+        """Record texts, by path, as saves of a person that cannot be sent now. Durable on return."""
+        async with self._mutex, self.cache.locked():
+            await asyncio.to_thread(self.edits.evidence.record, saves)
+
+    async def withhold(self, edits: list[tuple[str, str]]) -> None:
+        """Withhold the texts of these files, each with a reason, until the user decides. Durable on return."""
+        async with self._mutex, self.cache.locked():
+            texts = [(path, self.cache.read(path), why) for path, why in edits if self.cache.size(path) is not None]
+            await asyncio.to_thread(self.edits.evidence.withhold, texts)
+
+    async def restore(self, path: str, found: Signature, reason: str | None) -> tuple[Outcome, bool] | None:
+        """Have the server's text put in place of a plan or notes that is not to be sent.
+
+        Args:
+            path, found: the file, and its signature when that was decided.
+            reason: under which reason to rescue the local text; None to drop it.
+
+        Returns:
+            What to send, and whether a text was rescued; None if the file is another by now, or cannot be fetched.
+        """
+        result, is_kept = Outcome(), False
+        async with self._mutex, self.cache.locked():
+            await self._go_on(result)
+            if self.replica.state is not State.FOLLOWING or self.cache.signature(path) != found:
+                return None
+            text = self.cache.read(path)
+            if reason is not None:
+                is_kept = self.keepsakes.keep_text(path, reason)
+            self.replica.hold(path)
+            self._save()  # that the server's text is wanted must be known before the file looks like its base
+            self.edits.give_up(path, text)
+            self.edits.evidence.settled(path, text)
+            if await self._perform(self.replica.release([path]), result):
+                self._save()
+        return result, is_kept
 
     async def look_at_edits(self) -> Outcome:
         """Fetch what was held back for an edit that is none any more: undone by hand, or sent by another process."""
@@ -349,8 +396,10 @@ class Follower:
         save = False
         while queue:
             match queue.popleft():
-                case ApplyChange(operations=operations):
+                case ApplyChange(change=change, operations=operations):
+                    self.edits.is_own = change.cause in self.own_requests
                     queue.extend(self.files.apply(operations, self.replica))
+                    self.edits.is_own = False
                 case WritePart(part=part):
                     self.received += 1
                     queue.extend(self.files.write_part(part, self.replica))
@@ -406,7 +455,7 @@ class Follower:
     # --- state ---
 
     def _load(self) -> None:
-        self.cache.known.learn()
+        self.cache.load_known()
         self._stored = self.cache.signature(STATE_FILE)
         self.state = self.cache.load_state()
         self.current_at = self.state.current_at

@@ -19,6 +19,7 @@ LOST = "the server was restored to an earlier state that lacks it; the content i
 RESTORED = "changed here by another program, and restored to the server's version; what it wrote is kept"
 _MAX_READ_BYTES = 32 * 1024 * 1024
 """What is larger is moved, not copied: the file is missing until the server's comes."""
+_BLANK = b" \t\r\n\v\f\0"
 _WRITTEN_BY_PROGRAMS = frozenset({"artifacts", "events", "ids.json", "resources", "sessions", "tasks"})
 
 
@@ -76,6 +77,15 @@ class Keepsakes:
         if has_events and content is not None and after is not None and _lacks_nothing(after, content):
             return
         self.rescued.add(path, content, self.reason)
+
+    def keep_text(self, path: str, reason: str) -> bool:
+        """Rescue the text of a plan or notes that is not to be sent; return whether it has any."""
+        size = self._cache.size(path)
+        content = self._cache.read(path) if size is not None and size <= _MAX_READ_BYTES else None
+        if size is None or (content is not None and not content.strip(_BLANK)):
+            return False
+        self.rescued.add(path, content, reason)
+        return True
 
     def keep_lost(self, differing: Iterable[str], surplus: Iterable[str], entries: Mapping[str, Content]) -> None:
         """Rescue what the server had when it was last seen, and lacks since it was restored (I7).

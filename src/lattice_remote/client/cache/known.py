@@ -4,15 +4,20 @@ Only times, sizes and inodes are kept, never content. A process that writes note
 has noted in ``.written``, a short log beside the files, so that another process of ours which follows the same cache
 doesn't take that for a stranger's doing. The log is written under the cache's lock and may be lost or cut at any time:
 what is then not known is fetched once more, never believed.
+
+``store()`` keeps all of it for the next process, which then need not read every file to find those that were changed
+while none ran. It counts until the machine is restarted: a power cut changes content and leaves times and size.
 """
 
 import contextlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 
-__all__ = ["Known", "Signature"]
+__all__ = ["STORED", "Known", "Signature"]
 
 _LOG = ".written"
+STORED = ".remote/known.json"
 _MAX_LOG_BYTES = 256 * 1024
 
 Signature = tuple[int, int, int, int]
@@ -69,10 +74,33 @@ class Known:
         else:
             self._marks[path] = _mark(found)
 
+    # --- for the next process ---
+
+    def stored(self, boot_id: str) -> bytes | None:
+        """Return what ``restore()`` takes, None if not every file is known."""
+        if not self.is_complete or self._read_up_to is None or not boot_id:
+            return None
+        return json.dumps({"boot_id": boot_id, "log": self._read_up_to, "marks": self._marks}).encode()
+
+    def restore(self, data: bytes, boot_id: str) -> None:
+        """Take over what another process knew, if it did so since the machine was started."""
+        try:
+            found = json.loads(data)
+            inode, offset = found["log"]
+            marks = {str(path): int(mark) for path, mark in found["marks"].items()}
+            if not boot_id or found["boot_id"] != boot_id:
+                return
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return
+        self._marks, self._read_up_to, self.is_complete = marks, (int(inode), int(offset)), True
+
     # --- what our other processes did; under the cache's lock ---
 
     def learn(self) -> None:
-        """Take over what others have written since we last looked; at first only see how far they are."""
+        """Take over what others have written since we last looked; at first only see how far they are.
+
+        After ``restore()`` that is everything since the process before us stored it.
+        """
         with contextlib.suppress(OSError), open(self._log, "rb") as log:
             status = os.fstat(log.fileno())
             if self._read_up_to is not None:

@@ -35,7 +35,6 @@ class Older:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._put_back: dict[str, float] = {}  # path -> when what somebody's text lacked was put back (monotonic)
 
     def remember(self, path: str, text: bytes | None) -> None:
         """A change of others' is about to replace this text of the server's."""
@@ -48,20 +47,14 @@ class Older:
     def base_of(self, path: str, text: bytes, current: bytes | None) -> bytes | None:
         """Return the text that a saved one was made from: ``current``, or an older one.
 
-        Text that is exactly an older one is a change taken back: by accident the first time, on purpose the second.
+        Text that is exactly an older one is withheld before (``evidence.py``); if the user confirms it, it replaces
+        ``current``.
         """
         if current is None:
             return None
         older = [self._cache.read(f"{_directory(path)}/{name}") for name in self._names(path)]
         base = base_of(text, current, older)
-        if base == text and time.monotonic() - self._put_back.get(path, -KEPT_S) < KEPT_S:
-            return current
-        return base
-
-    def used(self, path: str) -> None:
-        """An older text was taken for the base: what the saved one lacked is put back."""
-        self._put_back[path] = time.monotonic()
-        self.forget(path)
+        return current if base == text else base
 
     def forget(self, path: str) -> None:
         """No editor needs to be reckoned with any more."""

@@ -4,15 +4,26 @@ Beside it, in ``.lattice/.away``, which contents of artifacts are left out. Ther
 """
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from lattice_remote.client.runtime import boot_time
 from lattice_remote.client.settings import STATE_FILE, Remote
 from lattice_remote.errors import HostilePath
 from lattice_remote.protocol.effects import NOWHERE, Content, Position
 from lattice_remote.protocol.paths import check_path
 
-__all__ = ["AWAY_FILE", "STATE_FILE", "CacheState", "boot_id", "decode_state", "encode_away", "encode_state"]
+__all__ = [
+    "AWAY_FILE",
+    "STATE_FILE",
+    "CacheState",
+    "boot_id",
+    "booted_at",
+    "decode_state",
+    "encode_away",
+    "encode_state",
+]
 
 AWAY_FILE = ".away"
 
@@ -101,6 +112,11 @@ def boot_id() -> str:
         except OSError:
             _boot_id = ""
     return _boot_id
+
+
+def booted_at() -> float:
+    """Return when this machine was started (seconds since 1970); 0 where the system does not identify its starts."""
+    return time.time() - boot_time() if boot_id() else 0.0
 
 
 _boot_id: str | None = None

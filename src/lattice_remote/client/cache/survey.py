@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from lattice_remote.client.cache.cache import Cache, explained
@@ -35,8 +35,8 @@ def read_all(cache: Cache, earlier: Mapping[str, Reading] | None = None) -> dict
     return _read(cache, cache.paths(), earlier or {})
 
 
-async def read_gently(cache: Cache) -> dict[str, Reading]:
-    """Like ``read_all``, without the cache's lock and with pauses, so that nobody has to wait meanwhile.
+async def read_gently(cache: Cache, is_urgent: Callable[[], bool]) -> dict[str, Reading]:
+    """Like ``read_all``, without the cache's lock, and with pauses for other work unless it is urgent.
 
     What is changed after it was read is found by ``read_all`` with this as ``earlier``, at the cost of a look.
     """
@@ -44,7 +44,7 @@ async def read_gently(cache: Cache) -> dict[str, Reading]:
     paths = cache.paths()
     while some := await asyncio.to_thread(lambda: list(itertools.islice(paths, _SLICE))):
         found |= await asyncio.to_thread(_read, cache, some, {})
-        await asyncio.sleep(_PAUSE_S)
+        await asyncio.sleep(0 if is_urgent() else _PAUSE_S)
     return found
 
 

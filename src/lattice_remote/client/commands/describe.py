@@ -42,12 +42,13 @@ def healed(healed: dict[str, Any]) -> str:
 
 def edits(answer: dict[str, Any]) -> str:
     """Say how many plans and notes were edited here and not sent yet, which, and what they wait for."""
-    refused, waits_for = answer["refused_edits"], answer["edits_wait_for"]
+    refused, waits_for, withheld = answer["refused_edits"], answer["edits_wait_for"], answer["withheld_edits"]
     unsent = answer["unsent_edits"]
     how = "sent as soon as they are saved" if waits_for is None else f"they wait for {waits_for}"
     if not unsent:
         return f"none ({how})"
     shown = [f"{path} (not taken as it is: {refused[path]})" if path in refused else path for path in unsent]
+    shown = [f"{path} (waits for you: {withheld[path]})" if path in withheld else path for path in shown]
     return f"{len(unsent)}: {', '.join(shown)} ({how})"
 
 

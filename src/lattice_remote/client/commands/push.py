@@ -8,7 +8,16 @@ import typer
 
 from lattice_remote.client.agent_client import ask
 from lattice_remote.client.commands import pushing
-from lattice_remote.client.commands.shared import Json, count, here, print_result, progress, request, unpushed
+from lattice_remote.client.commands.shared import (
+    Json,
+    count,
+    here,
+    print_result,
+    progress,
+    request,
+    unpushed,
+    warn_of_tracking,
+)
 from lattice_remote.errors import RemoteError, one_line
 
 __all__ = ["app"]
@@ -31,6 +40,9 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be sent; send and change nothing.")
     ] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Send also the edits that wait for a decision, see lattice remote status.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Send edited plans and notes now; or, after lattice remote add, this directory's whole project.
@@ -38,13 +50,15 @@ def push(
     Example: lattice remote push --dry-run
     """
     if (waiting := unpushed()) is not None:
+        warn_of_tracking(waiting[0])
         (_plan_project if dry_run else _push_project)(waiting[0], as_json=as_json)
         return
     if dry_run:
         _plan_edits(as_json=as_json)
         return
     directory, _ = here()
-    answer = ask(request("push", directory))
+    warn_of_tracking(directory)
+    answer = ask({**request("push", directory), "confirm": confirm})
     if as_json:
         print_result(answer)
     else:

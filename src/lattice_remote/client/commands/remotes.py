@@ -28,6 +28,7 @@ from lattice_remote.client.commands.shared import (
     request,
     show_unpushed,
     unpushed,
+    warn_of_tracking,
 )
 from lattice_remote.client.commands.tokens import ask_for_token
 from lattice_remote.client.settings import UNPUSHED_FILE, Remote, check_command, parse_url, write_remote
@@ -65,6 +66,7 @@ def add(
         if own is not None:
             remote = asyncio.run(pushing.await_push(os.path.join(root, ".lattice"), name, server, slug, given, own=own))
             _say_awaiting(remote, own, as_json=as_json)
+            warn_of_tracking(os.path.join(root, ".lattice"))
             return
         with _ended_as_by_ctrl_c(), progress("fetching") as show:
             added = asyncio.run(adding.add_remote(root, name, server, project=slug, token=given, show=show))
@@ -150,6 +152,7 @@ def _say_added(added: adding.Added, what: str, *, as_json: bool) -> None:
             f"{what} ({added.remote.url}, project {added.remote.project}): "
             f"{count(added.tasks, 'task')}, {count(added.files, 'file')}, at change {added.seq}."
         )
+    warn_of_tracking(added.directory)
 
 
 def _say_awaiting(remote: Remote, own: str, *, as_json: bool) -> None:

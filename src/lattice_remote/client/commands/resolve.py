@@ -1,4 +1,4 @@
-"""``lattice remote resolve``: ends the conflict of a plan or notes that two people have edited in the same lines."""
+"""``lattice remote resolve``: ends conflicts of plans and notes, and edits that wait for a decision."""
 
 import base64
 import difflib
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lattice_remote.client.agent_client import ask
+from lattice_remote.client.cache.cache import BASE_DIRECTORY
 from lattice_remote.client.commands.shared import Json, here, print_result, request
 from lattice_remote.errors import Misuse, one_line
 
@@ -45,9 +46,10 @@ def resolve(
     edited: Edited = False,
     plan: Plan = False,
     notes: Notes = False,
+    every: Annotated[bool, typer.Option("--all", help="With --mine or --theirs: all that are shown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a conflict between my text of a plan or notes and the server's, or end it.
+    """Show a conflict between my text of a plan or notes and the server's, or an edit that waits for me; or end it.
 
     What is kept is sent as an edit of the server's text as it is now: should others change the same lines
     meanwhile, nothing happens, and it can be repeated.
@@ -57,8 +59,8 @@ def resolve(
     choice = _choice(mine=mine, theirs=theirs, edited=edited)
     if file and choice != "edited":
         raise Misuse("a FILE goes with --edited")
-    if choice is not None and not task:
-        raise Misuse("say which TASK: without one, this only shows the conflicts")
+    if choice is not None and not task and (not every or file):
+        raise Misuse("say which TASK, or --all: without one, this only shows the conflicts")
     directory, _ = here()
     fields = {
         "task": task,
@@ -110,7 +112,12 @@ def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
         yield "No conflicts."
     for conflict in conflicts:
         why = "others changed the same lines" if conflict["is_active"] else "the task is archived or gone"
-        yield f"{one_line(conflict['short_id'])}, {conflict['what']}: {why}."
+        why = f"not sent: {conflict['reason']}" if conflict["reason"] else why
+        yield f"{one_line(conflict['short_id'])}, {conflict['what']}: {one_line(why)}."
+        if not conflict["copies"]:
+            yield f"  your text:         {one_line(conflict['path'])}"
+            yield from _difference(directory, f"{BASE_DIRECTORY}/{conflict['path']}", conflict["path"])
+            continue
         yield f"  the server's text: {one_line(conflict['path'])}"
         for copy in conflict["copies"]:
             yield f"  your text:         {one_line(copy)}"

@@ -12,8 +12,9 @@ from lattice.storage.fs import LatticeRootError, find_root
 
 from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
-from lattice_remote.client.settings import UNPUSHED_FILE, Remote, is_unpushed, read_remote
-from lattice_remote.errors import Misuse
+from lattice_remote.client.cache.repository import Repository
+from lattice_remote.client.settings import REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
+from lattice_remote.errors import Misuse, one_line
 
 __all__ = [
     "CaFile",
@@ -30,6 +31,7 @@ __all__ = [
     "request",
     "show_unpushed",
     "unpushed",
+    "warn_of_tracking",
 ]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -42,6 +44,19 @@ CaFile = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Let tokens go to this server over plain HTTP, also from another machine.")
 ]
+
+
+def warn_of_tracking(directory: str) -> None:
+    """Write a line to stderr if a git repository tracks more of a cache than its address."""
+    tracked = [path for path in Repository(directory).tracked() if path not in (REMOTE_FILE, ".gitignore")]
+    if tracked:
+        typer.echo(
+            f"lattice-remote: a git repository tracks {count(len(tracked), 'file')} of this .lattice, such as "
+            f"{one_line(tracked[0])}; git checkout, stash or reset would put earlier contents there, which are not "
+            "sent but replaced by the server's. Stop tracking all of .lattice except remote.json and .gitignore, and "
+            "keep the files on disk (see git help rm, option --cached)",
+            err=True,
+        )
 
 
 def lattice_directory() -> str | None:

@@ -1,0 +1,275 @@
+"""Evidence that a person saved a plan or notes: a file that a crash, git or a copy tool altered is not an edit (I4).
+
+A file that differs from its base is a candidate. ``judge()`` decides between three outcomes:
+
+- an edit: it is sent;
+- not an edit: it is restored, its text set aside, and the user notified. That is a file filled with NULs; one whose
+  content the git repository that tracks it has in its index or HEAD; one that was emptied or cut short while nothing
+  watched it (before this start of the machine, or before an agent whose predecessor was killed);
+- withheld: neither sent nor restored until the user decides. That is an exact earlier version of a text that others
+  have changed since, an emptied long text, an unfinished merge of git, and any other difference that was saved before
+  this start of the machine and that no process of ours saw.
+
+A save that could not be sent at once is recorded by digest, so that it stays an edit after a reboot or a commit.
+
+Order on disk: a cache is not synced, except here. The edited file is synced before its record, the record and its
+directory before ``record()`` returns. So after a power cut a recorded digest that matches proves a whole text. The
+rest of a cache may then be as of any earlier moment, and is compared with the server's manifest.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.repository import Blobs
+from lattice_remote.client.cache.state import booted_at
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.operations import digest_of
+
+__all__ = ["EDIT", "Evidence", "Judgement"]
+
+_FILE = ".remote/edits.json"
+_VERSIONS = ".remote/versions"
+_WATCHES = ".remote/watches"
+_DIGEST_BYTES = 16
+_MAX_VERSIONS = 512
+"""So many earlier versions of a text are recognised."""
+_MAX_SAVES = 4
+"""Saves of one file that are recorded at the same time: ``git stash`` and ``pop`` may bring one back."""
+_NULS = bytes(64)
+"""A person's text has no such run; a block that a power cut lost is one."""
+_LONG_TEXT_BYTES = 512
+
+
+class Judgement(NamedTuple):
+    """The outcome for one file, and for all but an edit the reason, as a clause about the file."""
+
+    outcome: Literal["edit", "restored", "withheld"]
+    reason: str = ""
+
+
+EDIT = Judgement("edit")
+
+
+class Evidence:
+    """The evidence about one cache's plans and notes. Methods that write must be called under the cache's lock."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self.watched_since = 0.0
+        """Changes before this moment (seconds since 1970) nobody saw, and the last agent did not end properly."""
+        self._watch = ""
+        self._watch_handle: int | None = None
+        self.cramped: set[str] = set()
+        """Files that were edited while the disk was full."""
+        self._saves: dict[str, list[str]] = {}  # path -> digests of texts that a person saved and nobody has sent
+        self._withheld: dict[str, tuple[str, str]] = {}  # path -> digest of the text, and the reason
+        self._found: dict[str, tuple[Signature, str]] = {}  # withheld files as they were when last read
+        self._loaded: Signature | None = None
+
+    def judge(
+        self, path: str, text: bytes, base: bytes | None, found: Signature, *, is_watched: bool, blobs: Blobs | None
+    ) -> Judgement:
+        """Decide what a file that differs from its base is.
+
+        Args:
+            path, text, base: the file, its content, and the server's text on which it is based.
+            found: the file's signature when the text was read.
+            is_watched: whether this process has seen the file equal to its base before.
+            blobs: the content that git has for it, None if git does not track it.
+        """
+        if self.is_saved(path, text):
+            return EDIT
+        written_at = found[0] / 1e9
+        is_doubtful = not is_watched and written_at < max(self.watched_since, booted_at())
+        is_from_before = is_doubtful and written_at < booted_at()
+        if (reason := self._damage(path, text, base, blobs, is_doubtful=is_doubtful)) is not None:
+            return Judgement("restored", reason)
+        if (reason := self._doubt(path, text, base, blobs, is_from_before=is_from_before)) is not None:
+            return Judgement("withheld", reason)
+        return EDIT
+
+    def _damage(
+        self, path: str, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_doubtful: bool
+    ) -> str | None:
+        """Return the reason why a text is no edit."""
+        if _NULS in text or (text and not text.strip(b"\0")):
+            return "it held NUL bytes instead of text, as after a power cut"
+        if blobs is not None and blobs.have(text):
+            return "git put a text of its own there (checkout, stash, reset, merge), which is no save"
+        if (is_doubtful or path in self.cramped) and base and base.startswith(text):
+            return "it was empty or cut short, as after a crash or on a full disk"
+        return None
+
+    def _doubt(
+        self, path: str, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_from_before: bool
+    ) -> str | None:
+        """Return the reason why a text waits for the user's decision."""
+        if blobs is not None and blobs.is_unmerged:
+            return "git has not finished merging it"
+        if is_from_before:
+            return "it was changed before this machine was started, and no agent saw that"
+        if self._is_earlier(path, text):
+            return "it is an earlier version, which others have changed since"
+        if not text.strip() and base is not None and len(base) >= _LONG_TEXT_BYTES:
+            return "it empties a long text"
+        return None
+
+    # --- watching ---
+
+    def begin_watch(self) -> None:
+        """Begin to watch the files, and find out whether another agent that did was killed.
+
+        Each agent keeps a locked file; one that nobody locks was left by a process that did not end properly.
+        """
+        place = self._cache.absolute(_WATCHES)
+        with contextlib.suppress(OSError):  # no room, or a read-only mount: the files count as unwatched
+            os.makedirs(place, mode=0o700, exist_ok=True)
+            for name in os.listdir(place):
+                if (handle := _locked(os.path.join(place, name), os.O_RDONLY)) is not None:
+                    self.watched_since = time.time()
+                    os.unlink(os.path.join(place, name))
+                    os.close(handle)
+            self._watch = os.path.join(place, os.urandom(8).hex())
+            self._watch_handle = _locked(self._watch, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+
+    def end_watch(self) -> None:
+        """End the watch properly."""
+        if self._watch_handle is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._watch)
+            os.close(self._watch_handle)
+            self._watch_handle = None
+
+    # --- saves that wait to be sent ---
+
+    def is_saved(self, path: str, text: bytes) -> bool:
+        """Return whether this very text was recorded as a person's save."""
+        self._load()
+        return _digest(text) in self._saves.get(path, ())
+
+    def record(self, saves: Iterable[tuple[str, bytes]]) -> None:
+        """Record these texts, by path, as saved by a person. Durable on return; the files are synced first."""
+        self._load()
+        new = [(path, _digest(text)) for path, text in saves]
+        self._cache.sync(path for path, _ in new)
+        for path, digest in new:
+            self._saves[path] = [*(d for d in self._saves.get(path, []) if d != digest), digest][-_MAX_SAVES:]
+            self._withheld.pop(path, None)
+        if new:
+            self._store()
+
+    def settled(self, path: str, text: bytes) -> None:
+        """Forget this save and those before it: the server has it, or the user has dropped it."""
+        self._load()
+        self.cramped.discard(path)
+        digest, saves = _digest(text), self._saves.get(path, [])
+        if digest in saves:
+            self._saves[path] = saves[saves.index(digest) + 1 :]
+        is_withheld = self._withheld.get(path, ("", ""))[0] == digest
+        if is_withheld:
+            del self._withheld[path]
+        if digest in saves or is_withheld:
+            self._store()
+
+    # --- texts that wait for the user's decision ---
+
+    def withhold(self, texts: Iterable[tuple[str, bytes, str]]) -> None:
+        """Neither send nor replace these texts, each with its path and reason, until the user decides."""
+        self._load()
+        before = dict(self._withheld)
+        self._withheld |= {path: (_digest(text), reason) for path, text, reason in texts}
+        if self._withheld != before:
+            self._store()
+
+    def withheld(self) -> dict[str, str]:
+        """Return the reason for each withheld file that still holds the withheld text."""
+        self._load()
+        return {path: reason for path, (digest, reason) in self._withheld.items() if self._holds(path, digest)}
+
+    def withheld_reason(self, path: str, text: bytes) -> str | None:
+        """Return why this text is withheld; None if it is not."""
+        self._load()
+        digest, reason = self._withheld.get(path, ("", ""))
+        return reason if digest == _digest(text) else None
+
+    def _holds(self, path: str, digest: str) -> bool:
+        found = self._cache.signature(path)
+        if found is None or self._found.get(path) == (found, digest):
+            return found is not None
+        try:
+            holds = _digest(self._cache.read(path)) == digest
+        except (StorageError, OSError):
+            return False
+        if holds:
+            self._found[path] = found, digest
+        return holds
+
+    # --- earlier versions ---
+
+    def replaced(self, path: str, text: bytes) -> None:
+        """Others have changed this text of the server's: a file that holds it again is an earlier version."""
+        digest = digest_of(text)[:_DIGEST_BYTES]
+        before = self._versions(path)
+        if digest not in before:
+            self._cache.replace(f"{_VERSIONS}/{path}", b"".join([*before, digest][-_MAX_VERSIONS:]))
+
+    def forget_versions(self, path: str) -> None:
+        """The file is gone, and its versions with it."""
+        self._cache.delete(f"{_VERSIONS}/{path}")
+
+    def _is_earlier(self, path: str, text: bytes) -> bool:
+        return digest_of(text)[:_DIGEST_BYTES] in self._versions(path)
+
+    def _versions(self, path: str) -> list[bytes]:
+        place = f"{_VERSIONS}/{path}"
+        data = b"" if self._cache.size(place) is None else self._cache.read(place)
+        return [data[at : at + _DIGEST_BYTES] for at in range(0, len(data), _DIGEST_BYTES)]
+
+    # --- the file ---
+
+    def _load(self) -> None:
+        """Read what another process has stored since."""
+        found = self._cache.signature(_FILE)
+        if found == self._loaded:
+            return
+        self._loaded = found
+        self._saves, self._withheld = {}, {}
+        try:
+            data = json.loads(self._cache.read(_FILE)) if found is not None else {"saves": {}, "withheld": {}}
+            saves = {str(path): [str(digest) for digest in digests] for path, digests in data["saves"].items()}
+            withheld = {str(path): (str(digest), str(why)) for path, (digest, why) in data["withheld"].items()}
+        except (StorageError, ValueError, KeyError, TypeError, AttributeError):
+            return  # damaged: without evidence, a difference from before this start is withheld
+        self._saves, self._withheld = saves, withheld
+
+    def _store(self) -> None:
+        self._withheld = {path: each for path, each in self._withheld.items() if self._holds(path, each[0])}
+        self._saves = {path: saves for path, saves in self._saves.items() if saves}
+        data = {"saves": self._saves, "withheld": self._withheld, "time": time.time()}
+        self._cache.store(_FILE, (json.dumps(data, indent=0, sort_keys=True) + "\n").encode())
+        self._loaded = self._cache.signature(_FILE)
+
+
+def _locked(place: str, flags: int) -> int | None:
+    """Open and lock a file; return its descriptor, None if another process has it locked or it is gone."""
+    try:
+        handle = os.open(place, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _digest(text: bytes) -> str:
+    return digest_of(text)[:_DIGEST_BYTES].hex()

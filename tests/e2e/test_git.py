@@ -1,0 +1,84 @@
+"""A copy in a git repository, and a copy that was changed while no agent ran, with real commands (I4)."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sandbox import Client, Sandbox, Server, differences, wait_for
+
+pytestmark = pytest.mark.e2e
+
+Board = tuple[Server, Client, Client]
+MINE = ("--actor", "human:ana")
+
+
+def git(place: Path, *arguments: str) -> None:
+    identity = ("-c", "user.name=Ana", "-c", "user.email=ana@example.org")
+    subprocess.run(["git", *identity, *arguments], cwd=place, check=True, capture_output=True)
+
+
+def new_plan(client: Client, title: str) -> tuple[str, Path]:
+    short_id = client.ok("create", title, *MINE, "--quiet").strip()
+    task = json.loads(client.ok("show", short_id, "--json"))["data"]["id"]
+    return short_id, client.lattice_dir / "plans" / f"{task}.md"
+
+
+def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> None:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    ana, ben = sandbox.client("ana"), sandbox.client("ben")
+    for client in (ana, ben):
+        client.add_remote(server, server.token("human:ana"))
+    _, mine = new_plan(ana, "Tracked")
+    theirs = ben.lattice_dir / "plans" / mine.name
+    git(ana.dir, "init", "-q")
+    git(ana.dir, "add", "-f", ".lattice/plans")
+    git(ana.dir, "commit", "-q", "-m", "tracked")
+    wait_for(theirs.exists, "the plan in both copies")
+    text = "# By Ben\n" + "\nA paragraph of his.\n" * 6
+    theirs.write_text(text)
+    wait_for(lambda: mine.read_text() == text, "Ben's text to arrive")
+    for act in (("checkout", "--", "."), ("stash",), ("reset", "-q", "--hard"), ("checkout", "--", ".")):
+        git(ana.dir, *act)
+        wait_for(lambda: mine.read_text() == text, f"the plan to be restored after git {act[0]}")
+    assert theirs.read_text() == text and not differences(server.lattice_dir(), ana.lattice_dir)
+    assert "git put a text of its own there" in ana.run("list").stderr
+    pushed = ana.run("remote", "push")
+    assert "tracks 1 file of this .lattice" in pushed.stderr and "git help rm" in pushed.stderr
+
+
+def test_a_plan_that_was_rewritten_after_ones_own_command_wins_as_it_does_locally(shared_board: Board) -> None:
+    _server, ana, _ben = shared_board
+    short_id, plan = new_plan(ana, "Rewritten")
+    text = "# Plan\n\n- first\n- second\n\n## Notes\n\nnothing yet\n"
+    plan.write_text(text)
+    for column in ("in_planning", "planned"):
+        ana.ok("status", short_id, column, *MINE)
+    ana.ok("status", short_id, "in_planning", "--force", "--reason", "not yet", *MINE)
+    assert plan.read_text().startswith(text) and plan.read_text() != text
+    rewritten = text.replace("nothing yet", "much by now") + "- and a last line\n"
+    plan.write_text(rewritten)
+    pushed = ana.run("remote", "push")
+    assert pushed.returncode == 0 and "conflict" not in pushed.stderr
+    wait_for(
+        lambda: not json.loads(ana.ok("remote", "status", "--json"))["data"]["unsent_edits"], "the edit to be sent"
+    )
+    assert plan.read_text() == rewritten and "rescued" not in ana.run("list").stderr
+    assert ana.ok("remote", "resolve") == "No conflicts.\n"
+
+
+@pytest.mark.parametrize("agent", [{}, {"LATTICE_REMOTE_AGENT": "off"}], ids=["agent", "no agent"])
+def test_the_first_read_shows_files_as_they_are_on_the_server(shared_board: Board, agent: dict[str, str]) -> None:
+    """Fifteen times of fifteen, also while other files of the copy are as they were."""
+    _server, ana, _ben = shared_board
+    short_id, plan = new_plan(ana, "As it is")
+    task = ana.lattice_dir / "tasks" / f"{plan.stem}.json"
+    whole = task.read_text()
+    for _ in range(15):
+        ana.ok("remote", "agent", "stop")
+        task.write_text(whole.replace("As it is", "As it is not"))
+        shown = ana.run("show", short_id, "--json", env=agent)
+        assert json.loads(shown.stdout)["data"]["title"] == "As it is"
