@@ -63,13 +63,21 @@ class Account:
         """The ids of all events that a rollback has taken."""
         self._meant: dict[tuple[str, str] | str, set[str]] = {}
         """Under whose token each effect, or each word of an edit, was asked for; "" is plain lattice on the server."""
+        self._guests: dict[str, set[str]] = {}
+        """Who else works in a client's directory, by its person: whoever comes first sends what is saved there."""
 
     # --- while the mix runs ---
 
     def record(
-        self, client: Client, argv: tuple[str, ...], effect: Effect | None, done: subprocess.CompletedProcess[str]
+        self,
+        client: Client,
+        argv: tuple[str, ...],
+        effect: Effect | None,
+        done: subprocess.CompletedProcess[str],
+        *,
+        owner: str | None = None,
     ) -> None:
-        """Take in how a command ended."""
+        """Take in how a command ended. ``owner`` is whose token it had, by default the client's."""
         shown = f"{client.dir.name}: {' '.join(argv)[:100]}"
         said = (done.stderr or done.stdout).strip()
         with self._lock:
@@ -82,7 +90,7 @@ class Account:
                     self.defects.append(f"an error of {len(lines)} lines from {shown}: {said}")
             if effect is None:
                 return
-            self._mean(effect.key, owner_of(client))
+            self._mean(effect.key, owner or owner_of(client))
             if done.returncode == 0:
                 if effect.none_if is None or effect.none_if not in done.stdout:
                     self.acknowledged.add(effect.key)
@@ -102,6 +110,11 @@ class Account:
         with self._lock:
             self._mean(effect.key, owner)
             self.unknown.add(effect.key)
+
+    def share(self, client: Client, guest: str) -> None:
+        """Take in that another person works in a client's directory: of a saved file nobody can say whose it is."""
+        with self._lock:
+            self._guests.setdefault(owner_of(client), set()).add(guest)
 
     def _mean(self, what: tuple[str, str] | str, owner: str) -> None:
         self._meant.setdefault(what, set()).add(owner)
@@ -163,9 +176,13 @@ class Account:
         ``seen`` are the owners of the tokens of all changes that have an effect, or bring a word (I13).
         """
         known = {what: owners for what, owners in seen.items() if what in self._meant}
-        wrong = {what: owners for what, owners in known.items() if not owners <= self._meant[what]}
+        wrong = {what: owners for what, owners in known.items() if not owners <= self._allowed(what)}
         assert not wrong, f"under another token than meant: {[(w, o, self._meant[w]) for w, o in wrong.items()]}"
         return len(known)
+
+    def _allowed(self, what: tuple[str, str] | str) -> set[str]:
+        meant = self._meant[what]
+        return meant.union(*(self._guests.get(owner, ()) for owner in meant)) if isinstance(what, str) else meant
 
     def _send_edits(self) -> None:
         """Ask each client once for something: that sends what was edited. Nothing is compared or fetched for it."""

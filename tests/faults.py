@@ -25,6 +25,7 @@ __all__ = ["Faults", "Strikes", "inject", "three_people", "write_over"]
 
 _RARE = {"journal damaged", "journal removed", "data rolled back", "network half open"}
 """Strike less often: they take much away that was acknowledged, or cost a minute."""
+DORA = "human:dora"
 _INJECT = Path(__file__).resolve().parent / "inject"
 
 
@@ -167,6 +168,7 @@ class Faults:
             "worker killed": self.kill_worker,
             "agent killed": self.kill_agent,
             "command killed": self.kill_command,
+            "another configuration": self.command_of_another_configuration,
             "network cut": self._proxy.cut,
             "network cut in a frame": lambda: self._proxy.cut_after(self._rng.randrange(1, 3000)),
             "network delayed": self.delay,
@@ -226,6 +228,25 @@ class Faults:
             self._account.acknowledge(Effect(who, "comment_added"), owner_of(client))
         else:
             self._account.leave_unknown(Effect(who, "comment_added"), owner_of(client))
+
+    def command_of_another_configuration(self) -> None:
+        """Dora, with a home and a token of her own, works in a client's directory and its runtime directory (I13)."""
+        client, who = self._rng.choice(self._clients), self._who("d")
+        home = self._sandbox.root / "home" / "dora"
+        env = {name: value for name, value in client.env.items() if name != "LATTICE_TOKEN"}
+        env |= {"HOME": str(home), "XDG_CONFIG_HOME": str(home / ".config")}
+        programs, cwd = self._sandbox.programs, client.dir
+        if not home.exists():
+            home.mkdir(mode=0o700)
+            token = self._server.token(DORA, "agent:*")
+            argv = ("remote", "login", self._proxy.url)
+            wait_for(
+                lambda: programs.run("lattice", argv, cwd=cwd, env=env, stdin=token).returncode == 0, "dora's login", 60
+            )
+        self._account.share(client, DORA)
+        command = ("comment", "LAT-1", f"says {who}", "--actor", f"agent:{who}")
+        done = programs.run("lattice", command, cwd=cwd, env=env)
+        self._account.record(client, command, Effect(who, "comment_added"), done, owner=DORA)
 
     def delay(self) -> None:
         self._proxy.delay(0.1)

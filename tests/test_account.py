@@ -47,3 +47,7 @@ def test_what_came_under_anothers_token_is_misattributed(sandbox: Sandbox, clien
     for what, owner in ((effect.key, "human:ana"), ("e1", "human:ben"), (("h1", "task_created"), "human:ana")):
         with pytest.raises(AssertionError, match="under another token than meant"):
             account.check_who({what: {owner}})
+    account.share(ana, "human:dora")
+    assert account.check_who({"e1": {"human:dora"}}) == 1, "the file does not say who saved it"
+    with pytest.raises(AssertionError, match="under another token than meant"):
+        account.check_who({effect.key: {"human:dora"}})
