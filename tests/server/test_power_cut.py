@@ -259,7 +259,7 @@ def test_a_plain_comment_on_a_log_that_lost_its_end_is_added_to_what_was_acknowl
     with in_boot(project, "two") as worker:
         log = log_of_first_task(project).read_text()
         assert log.count('"acknowledged"') == log.count('"by hand"') == 1
-        assert "with 1 lines that were added outside the server" in str(worker.ready.notes)
+        assert "and lines added outside the server: 1" in str(worker.ready.notes)
         assert worker.ready.head == 3
         assert "No issues found" in worker.ok("doctor")
 

@@ -395,7 +395,7 @@ class Repair:
         for path, data in self._restored.items():
             _write(self._tree.absolute(path), data)
             lines = len(self._added.get(path, ()))
-            more = f", with {lines} lines that were added outside the server" if lines else ""
+            more = f", and lines added outside the server: {lines}" if lines else ""
             notes.append(f"{path}: brought back from the journal{more}")
         for path in self._surplus:
             if self._contents.is_gone(path) and self._is_known(path):
