@@ -118,7 +118,7 @@ def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
 
 
 def test_the_manifest_lists_what_is_shared(cache: Cache) -> None:
-    for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks/x.lock", ".base/plans/x.md", "notes/a.md.mine"):
+    for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks", ".base/plans/x.md", "notes/a.md.mine"):
         cache.replace(path, b"x")
     found = {path: (reading.size, reading.digest) for path, reading in read_all(cache).items()}
     assert found == {path: (1, digest_of(b"x")) for path in ("config.json", "tasks/a.json")}

@@ -180,6 +180,24 @@ async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
     assert any(copy.name in notice for notice in (await ask(live, "ready"))["notices"])  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("how", ["at rest", "a change comes"])
+async def test_a_link_in_place_of_a_plan_is_not_followed_and_said(
+    server: FakeServer, live: Service, directory: Path, tmp_path: Path, how: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"not for the board\n")
+    (directory / PLAN).unlink()
+    (directory / PLAN).symlink_to(secret)
+    text = OLD if how == "at rest" else NEW
+    if how != "at rest":
+        server.put(PLAN, text)
+    await until(lambda: not (directory / PLAN).is_symlink() and (directory / PLAN).exists())
+    assert (directory / PLAN).read_bytes() == text == server.files[PLAN]
+    assert secret.read_bytes() == b"not for the board\n"
+    notices = (await ask(live, "ready"))["notices"]
+    assert any("was a link" in notice and str(secret) in notice for notice in notices)  # type: ignore[attr-defined]
+
+
 async def test_a_plan_renamed_by_hand_is_restored_and_the_other_kept(
     server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, rescued, run, tree, until
+from client_kit import PLAN, TASK, ask, make_cache, rescued, run, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client.agent import caretaker, watching
@@ -21,8 +22,12 @@ from lattice_remote.client.cache import healing, keepsakes
 from lattice_remote.client.cache import rescued as store
 from lattice_remote.client.cache.follower import Follower, Outcome
 from lattice_remote.client.cache.healing import Healing
+from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Fetch, Manifest
 from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
+
+REMOVALS = int(os.environ.get("REMOVALS", "10"))
+"""How often a cache is removed while it changes."""
 
 
 @contextlib.asynccontextmanager
@@ -570,3 +575,59 @@ async def test_whatever_strikes_while_changes_stream_in_the_copy_ends_up_equal(
     kept._link.kick()
     await equal(directory, server, 20)
     assert kept.cache.is_whole() and kept._follower.edits.scan() == []
+
+
+# --- a directory that is being removed ---
+
+
+async def test_nothing_is_created_in_a_directory_that_is_being_removed(server: FakeServer, tmp_path: Path) -> None:
+    """``rm -rf`` reads each directory's names once: whatever appears later makes it fail."""
+    server.files |= {f"{folder}/old_{n}.md": b"{}\n" for folder in ("tasks", "events", "plans") for n in range(50)}
+    outcomes = []
+    for n in range(REMOVALS):
+        directory = make_cache(tmp_path / f"copy{n}", server.url)
+        async with looked_after(directory):
+            changing = asyncio.ensure_future(_change_without_end(server, n))
+            await until((directory / f"tasks/new_{n}_3.json").exists)
+            process = await asyncio.create_subprocess_exec("rm", "-rf", directory.parent, stderr=-1)
+            outcomes.append((await process.communicate())[1].decode())
+            changing.cancel()
+        assert not directory.parent.exists() or outcomes[-1], "it came back"
+    assert outcomes == [""] * REMOVALS
+
+
+async def _change_without_end(server: FakeServer, n: int) -> None:
+    for number in itertools.count():
+        for path in (f"tasks/new_{n}_{number}.json", f"events/new_{n}_{number}.jsonl", f"plans/x_{n}_{number}.md"):
+            server.put(path, b"{}\n")
+        server.put("ids.json", b"%d\n" % number)
+        await asyncio.sleep(0.001)
+
+
+async def test_a_directory_that_was_removed_by_mistake_is_restored_when_it_is_quiet(
+    server: FakeServer, kept: Service, directory: Path
+) -> None:
+    for path in ("tasks", "events", ".base/plans", ".tmp"):
+        shutil.rmtree(directory / path)
+    (directory / "cache_state.json").unlink()
+    server.put("tasks/task_9.json", b"{}\n")
+    await equal(directory, server, 10.0)
+    await until((directory / "cache_state.json").exists)
+
+
+async def test_nothing_is_restored_that_can_not_be_kept(
+    server: FakeServer, kept: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk, for example: reads say so, and it goes on once there is room."""
+
+    def full(path: str, data: bytes) -> None:
+        raise StorageError("cannot write the cache: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.cache, "store", full)
+        (directory / "context.md").write_bytes(b"# Mine\n")
+        await until(lambda: kept._follower.trouble is not None)
+        assert "No space left" in str((await ask(kept, "ready"))["message"])
+        assert (directory / "context.md").read_bytes() == b"# Mine\n"
+    await equal(directory, server, 15.0)
+    assert rescued(directory) == {"context.md": [b"# Mine\n"]}

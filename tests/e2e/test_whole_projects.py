@@ -171,7 +171,8 @@ def test_hooks_stay_out_and_what_was_here_is_kept(sandbox: Sandbox, server: Serv
     done = ana.run("remote", "push")
     assert done.returncode == 0 and "its hooks were left out" in done.stderr
     assert "hooks" not in json.loads((ana.lattice_dir / "config.json").read_text())
-    assert "hooks" in json.loads((ana.lattice_dir / ".mine" / "config.json").read_text()), "what was here is kept"
+    (kept,) = ana.lattice_dir.glob(".remote/rescued/*/files/config.json")
+    assert "hooks" in json.loads(kept.read_text()), "what was here is kept"
     assert not differences(ana.lattice_dir, server.lattice_dir())
 
 
@@ -256,7 +257,7 @@ def test_hooks_of_a_server_do_not_become_local_ones_unasked(sandbox: Sandbox, se
     assert refused.returncode == 1 and "--no-hooks" in refused.stderr
     ana.ok("remote", "remove", "origin", "--keep-local", "--no-hooks")
     assert "hooks" not in json.loads((ana.lattice_dir / "config.json").read_text())
-    assert not (ana.lattice_dir / ".mine").exists()
+    assert not (ana.lattice_dir / ".remote/rescued").exists()
 
 
 def test_a_fresh_git_clone_fills_itself_or_says_how_to_log_in(sandbox: Sandbox, server: Server, master: Path) -> None:

@@ -99,6 +99,8 @@ class Guard:
 
     def _refuse(self, name: str) -> None:
         where = os.path.relpath(os.path.abspath(name), os.path.abspath(self._directory))
+        if where.split(os.sep)[0] == "locks":  # lattice's first step of any write
+            where = "the project's files"
         if self._plugins:
             refusal = WriteRefused(
                 f"'lattice {self._plugins}' is a plugin's and would write {where}, but the files here are a copy "

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 
 from lattice_remote.client.agent.watching import Watching
 from lattice_remote.client.cache.cache import LOCKS_FILE
+from lattice_remote.client.cache.directory import QUIET_S
 from lattice_remote.client.cache.follower import Follower
 from lattice_remote.client.cache.survey import foreign, read_gently
 from lattice_remote.client.link.link import Link
@@ -64,6 +65,7 @@ class Caretaker:
         """Whether a command waits for that."""
         self._scan_at = 0.0
         self._scan_cost_s = 0.0
+        self._vanished_at = -QUIET_S  # when a file was last seen to be gone (monotonic)
 
     def touched(self, paths: set[str] | None) -> None:
         """These files may have been changed by other hands; None: any of them."""
@@ -92,6 +94,7 @@ class Caretaker:
 
     def _missing(self, path: str) -> None:
         if path in self._cache.known:
+            self._vanished_at = time.monotonic()
             self._suspect(path)
         elif "." not in path.rpartition("/")[2] and self._cache.known.is_below(path):
             self._scan_at = 0.0  # a directory was moved away
@@ -99,7 +102,7 @@ class Caretaker:
     def _suspect(self, path: str) -> None:
         if not is_replicated(path):
             return
-        if is_editable(path) and self.has_looked:
+        if self.has_looked and (is_editable(path) or self._cache.signature(path) is None):
             self._healing.suspect_missing([path])
         else:
             self._healing.suspect([path], delay_s=self._stray_s(path))
@@ -110,6 +113,12 @@ class Caretaker:
             return 0.0
         found = self._cache.signature(path)
         return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())
+
+    def _vanishing_s(self, path: str) -> float:
+        """Return for how long yet a missing file is not restored: somebody may be removing the whole directory."""
+        if self._cache.signature(path) is not None:
+            return 0.0
+        return max(0.0, self._vanished_at + QUIET_S - time.monotonic())
 
     # --- the task ---
 
@@ -157,7 +166,7 @@ class Caretaker:
         if self._healing.count_due() > _MANY:
             await self._compare_all()
         while due := self._healing.take_due(_BATCH):
-            later = {path: wait_s for path in due if (wait_s := self._stray_s(path)) > 0}
+            later = {path: wait_s for path in due if (wait_s := max(self._stray_s(path), self._vanishing_s(path))) > 0}
             for path, wait_s in later.items():
                 self._healing.suspect([path], delay_s=wait_s)
             await self._link.carry_out(await self._follower.heal(path for path in due if path not in later))

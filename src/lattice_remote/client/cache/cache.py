@@ -7,15 +7,14 @@ exception (see ``evidence.py``).
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import os
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-from filelock import FileLock, Timeout
-
-from lattice_remote.client.cache.directory import TEMPORARY, Directory
+from lattice_remote.client.cache.directory import QUIET_S, TEMPORARY, Directory
 from lattice_remote.client.cache.known import STORED, Known, Signature
 from lattice_remote.client.cache.state import (
     AWAY_FILE,
@@ -64,6 +63,8 @@ For MCP, run lattice remote mcp instead of lattice-mcp.
 To make this directory a local project again: lattice remote remove NAME --keep-local
 """
 _DIRECTORIES = tuple(directory for directory in DIRECTORIES if directory != LOCKS_FILE)
+_PRIVATE = (TEMPORARY, PARTIAL, PRIVATE_DIRECTORY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes")
+_LAYOUT = (*_DIRECTORIES, *_PRIVATE)
 _LOCK_POLL_S = 0.01
 
 
@@ -83,18 +84,19 @@ class Cache:
         self._files = Directory(self.directory, self.quota)
         self._away = b""  # what the file of left out contents holds
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
+        self._present: set[str] = set()  # the files of ours at the top that were there
         self.held_since: float | None = None
         """Since when (monotonic) this process waits for the lock that another one has; None: it does not wait."""
         self.known = Known(self.directory)
         """The files as our own processes left them."""
-        self._lock = FileLock(os.path.join(self.directory, LOCK_FILE), thread_local=False, mode=0o600)
+        self._lock = _Lock(os.path.join(self.directory, LOCK_FILE))
 
     # --- the directory ---
 
     def prepare(self) -> None:
         """Make what lattice expects of a directory, and what keeps git from storing the cache."""
         with explained(self.directory):
-            for directory in (*_DIRECTORIES, TEMPORARY, PARTIAL, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes"):
+            for directory in _LAYOUT:
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
                 self._files.replace(".gitignore", GITIGNORE)
@@ -154,22 +156,37 @@ class Cache:
         deadline = time.monotonic() + timeout_s
         while True:
             self._check_there()
-            try:
-                with explained(self.directory):
-                    self._lock.acquire(timeout=0)
-                break
-            except Timeout:
-                if self.held_since is None:
-                    self.held_since = time.monotonic()
-                if time.monotonic() > deadline:
-                    raise StorageError(f"another process has held {self.directory} for {timeout_s:.0f} s") from None
-                await asyncio.sleep(_LOCK_POLL_S)
+            await self._until_quiet(deadline)
+            with explained(self.directory):
+                if self._lock.acquire():
+                    break
+            if self.held_since is None:
+                self.held_since = time.monotonic()
+            if time.monotonic() > deadline:
+                raise StorageError(f"another process has held {self.directory} for {timeout_s:.0f} s")
+            await asyncio.sleep(_LOCK_POLL_S)
+        self._present.add(LOCK_FILE)
         self.held_since = None
         try:
             self._check_there()  # whoever had the lock may have made it a local project
             yield
         finally:
             self._lock.release()
+
+    async def _until_quiet(self, deadline: float) -> None:
+        """Wait while another program seems to remove the whole directory: what is created meanwhile is in its way."""
+        while self._is_vanishing() and self._files.changed_s_ago() < QUIET_S and time.monotonic() < deadline:
+            await asyncio.sleep(_LOCK_POLL_S)
+            self._check_there()
+        if self._is_vanishing():  # by intention, and in the past
+            self._files.forget_names()
+            self._present.clear()
+
+    def _is_vanishing(self) -> bool:
+        """Whether something that was there is gone: files, a directory of the layout, or what we always have."""
+        if self._files.is_shrinking or self._files.is_missing_any():
+            return True
+        return any(not os.path.lexists(self.absolute(name)) for name in self._present)
 
     def _check_there(self) -> None:
         if not self.is_there():
@@ -206,7 +223,12 @@ class Cache:
             if (away := encode_away(state.away)) != self._away:
                 self._files.replace(AWAY_FILE, away)
                 self._away = away
+            if STATE_FILE in self._present and not os.path.lexists(self.absolute(STATE_FILE)):
+                self._files.is_shrinking = True
+                raise StorageError(f"{STATE_FILE} was removed from {self.directory}")
             self._files.replace(STATE_FILE, encode_state(state, self.remote))
+            self._present.add(STATE_FILE)
+            self._files.is_filled = state.is_filled and not state.wanted
         return self.signature(STATE_FILE)
 
     def load_known(self) -> None:
@@ -410,12 +432,51 @@ class Cache:
                     yield path
 
 
+class _Lock:
+    """An advisory lock on a file, for one process at a time; nested use within one is counted."""
+
+    def __init__(self, place: str) -> None:
+        self._place = place
+        self._handle: int | None = None
+        self._depth = 0
+
+    @property
+    def is_locked(self) -> bool:
+        return self._handle is not None
+
+    def acquire(self) -> bool:
+        """Take the lock and return True, or return False if another process holds it. Makes no directory."""
+        if self._handle is None:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+            handle = os.open(self._place, flags, 0o600)
+            if not _is_locked(handle):
+                os.close(handle)
+                return False
+            self._handle = handle
+        self._depth += 1
+        return True
+
+    def release(self) -> None:
+        """Leave the lock, once for each ``acquire``."""
+        self._depth -= 1
+        if self._depth == 0 and self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _is_locked(handle: int) -> bool:
+    """Lock an open file; return whether that was possible, and the file was not removed meanwhile."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return os.fstat(handle).st_nlink > 0
+
+
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
     """Turn an error of the file system into ours, naming the file."""
     try:
         yield
-    except Timeout:
-        raise  # filelock's own, also an OSError
     except OSError as error:
         raise StorageError(f"cannot write the cache ({what}): {error.strerror or error}") from error

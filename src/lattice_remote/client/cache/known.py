@@ -121,12 +121,13 @@ class Known:
         if len(lines) > _MAX_LOG_BYTES:
             return
         with contextlib.suppress(OSError):
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(self._log).st_size > _MAX_LOG_BYTES:
-                    os.unlink(self._log)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            # Made once: without it the directory is being removed, and nothing may be created there.
+            made = 0 if self._read_up_to is not None else os.O_CREAT
+            flags = os.O_WRONLY | made | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
             handle = os.open(self._log, flags, 0o600)
             try:
+                if os.fstat(handle).st_size > _MAX_LOG_BYTES:
+                    os.ftruncate(handle, 0)
                 os.write(handle, lines)
                 status = os.fstat(handle)
             finally:

@@ -1,5 +1,6 @@
 """What a change does to the files of a cache: nothing that somebody writes there is lost (I4)."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 
@@ -49,6 +50,8 @@ class Files:
         drifted: set[str] = set()
         for operation in operations:
             text = self._edits.text_after(operation)
+            if text is not None:
+                self._say_of_link(operation.path)
             if text is not None and self._edits.take(operation.path, text):
                 self.on_edits([operation.path])  # who saves in that moment is not told of: it looks like our own doing
                 continue
@@ -96,6 +99,7 @@ class Files:
     def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
         """The same for a plan or notes: never in place of what somebody writes, even at the last moment."""
         placed: bool | None = False
+        self._say_of_link(part.path)
         if not self._edits.is_in_use(part.path):
             placed = self._cache.write_part(part, self._edits.take)
         if placed is False and self._edits.is_in_use(part.path):
@@ -103,6 +107,13 @@ class Files:
             placed = None
         self.on_edits([part.path])
         return self._written(part, replica, placed, is_text=True)
+
+    def _say_of_link(self, path: str) -> None:
+        """Say of a link in place of a plan or notes that it is about to be replaced: it may lead to any file."""
+        place = self._cache.absolute(path)
+        if os.path.islink(place):
+            notice = f"{path} was a link, and only a plain file is sent: the server's text is back, "
+            self._keepsakes.notices.append(f"{notice}and the file that it led to ({os.readlink(place)}) is as before")
 
     def _written(self, part: Part, replica: Replica, placed: bool | None, *, is_text: bool = False) -> list[Effect]:
         if placed is False:

@@ -210,6 +210,7 @@ async def _pushed(directory: str, report: Progress) -> Done:
         if (earlier := _read_attempt(directory)) is not None:
             report({"what": "asking for the last attempt", "done": 0, "total": 1})
             if (answer := await _ask(link, directory, earlier)) is not None:
+                _keep_hooks(directory, remote, answer)
                 return Done(remote, answer, _become_copy(directory, remote, earlier.entries, {}))
         _require_empty(link.welcome)
         found = await asyncio.to_thread(survey, directory)
@@ -225,6 +226,7 @@ async def _pushed(directory: str, report: Progress) -> Done:
             answer = await _ask(link, directory, attempt)
             if answer is None:
                 raise ConnectionFailed("the server has forgotten what was sent; push again")
+            _keep_hooks(directory, remote, answer)
             texts = {path: pack.content(path) for path in pack.entries if is_editable(path)}
             return Done(remote, answer, _become_copy(directory, remote, entries, texts))
 
@@ -271,6 +273,15 @@ def _ignore(_progress: Mapping[str, Any]) -> None:
 
 
 # --- after ---
+
+
+def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
+    """Rescue a ``config.json`` whose hooks the server has left out: its own is about to come."""
+    if any("hooks" in note for note in answer.notes):
+        cache = Cache(directory, remote)
+        cache.prepare()
+        reason = "the server has it without its hooks; your own is kept"
+        RescuedFiles(cache).add("config.json", cache.read("config.json"), reason)
 
 
 def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
