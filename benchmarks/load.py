@@ -19,10 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
 
-from light import Light  # noqa: E402
-from memory_client import MemoryClient  # noqa: E402
-from sandbox import Client, Sandbox, Server, differences, wait_for  # noqa: E402
-from scenarios import (  # noqa: E402
+from load_scenarios import (  # noqa: E402
     BY,
     a_busy_log,
     agent_mib,
@@ -34,6 +31,9 @@ from scenarios import (  # noqa: E402
     storm,
     writers_at_once,
 )
+from memory_client import MemoryClient  # noqa: E402
+from request_client import Light  # noqa: E402
+from sandbox import Client, Sandbox, Server, differences, wait_for  # noqa: E402
 
 
 @dataclass(frozen=True)

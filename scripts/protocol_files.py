@@ -12,7 +12,7 @@ import msgspec
 
 from lattice_remote.protocol import messages as m
 from lattice_remote.protocol import operations as o
-from lattice_remote.protocol.memory_tree import MemoryTree
+from lattice_remote.protocol.operations import MemoryTree
 from lattice_remote.protocol.schema import schema
 
 ROOT = Path(__file__).parent.parent / "protocol"

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from conflicts import Conflict, set_aside_in
-from lattice_remote.server.journal.journal_reader import JournalReader
+from conflicting_edits import Conflict, set_aside_in
+from lattice_remote.server.journal.reader import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
 __all__ = ["Account", "Effect", "effects_in", "events_in", "owner_of", "words_in_texts"]

@@ -26,11 +26,11 @@ from lattice_remote.protocol.messages import Reply, Stored
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "examples")]
 
-from light import Light  # noqa: E402
 from memory_client import MemoryClient  # noqa: E402
+from preloaded_programs import warm  # noqa: E402
 from programs import program  # noqa: E402
+from request_client import Light  # noqa: E402
 from sandbox import Sandbox, Server, tree_of, wait_for  # noqa: E402
-from warm import warm  # noqa: E402
 
 __all__ = ["Copy", "Writers", "check_copy", "copy_in_order", "copy_live", "resync"]
 

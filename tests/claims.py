@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent / "examples")]
 
+from preloaded_programs import warm  # noqa: E402
 from sandbox import Client, Sandbox, Server, differences, wait_for  # noqa: E402
-from warm import warm  # noqa: E402
 
 __all__ = ["RACES", "Racers", "racers"]
 

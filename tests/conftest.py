@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from preloaded_programs import warm
 from programs import skipped_line
 from sandbox import Client, Sandbox, Server, board
-from warm import warm
 
 # How long an example takes says how busy the machine is, nothing of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

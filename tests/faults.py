@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from account import Account, Effect, events_in, owner_of
-from epochs import Epochs
+from command_mix import Mix
+from epoch_account import Epochs
 from faultproxy import FaultProxy
-from hooked import Hooked
-from mix import Mix
-from rest_caller import call
+from hook_record import Hooked
+from preloaded_programs import Warm
+from rest_program import call
 from sandbox import Client, Sandbox, Server, wait_for
-from warm import Warm
 
 __all__ = ["Faults", "Strikes", "inject", "three_people", "write_over"]
 

@@ -8,14 +8,22 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable
 
-from lattice_remote.client.cache.follower import Outcome
-from lattice_remote.client.link.link import Link
-from lattice_remote.client.servers import Server
-from lattice_remote.client.settings import Remote
-from lattice_remote.protocol.effects import Answer, ApplyChange, Compare, Effect, Position, Remove, Send, WritePart
-from lattice_remote.protocol.memory_tree import MemoryTree
+from lattice_remote.client.cache.replicator import ReceiveOutcome
+from lattice_remote.client.config import Remote
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.client.trusted_servers import Server
+from lattice_remote.protocol.effects import (
+    ApplyChange,
+    Compare,
+    DeliverReply,
+    Effect,
+    Position,
+    Remove,
+    Send,
+    WritePart,
+)
 from lattice_remote.protocol.messages import Hello, Part, ServerFrame
-from lattice_remote.protocol.operations import apply, digest_of
+from lattice_remote.protocol.operations import MemoryTree, apply, digest_of
 from lattice_remote.protocol.replica import Replica
 
 __all__ = ["MemoryClient", "close_all"]
@@ -32,7 +40,7 @@ class MemoryClient:
         """How often the whole copy was compared."""
         self._received: Counter[str] = Counter()
         self._parts: dict[str, bytearray] = {}
-        self.link = Link(Remote(name="origin", url=url, project=slug), self, token, named=Server(url))
+        self.link = Connection(Remote(name="origin", url=url, project=slug), self, token, named=Server(url))
 
     def start(self) -> None:
         """Begin to follow."""
@@ -71,8 +79,8 @@ class MemoryClient:
     async def hello(self) -> Hello:
         return self.replica.hello(client_version="memory", lattice_version="memory")
 
-    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
-        outcome = Outcome()
+    async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+        outcome = ReceiveOutcome()
         for frame in frames:
             effects = self.replica.receive(frame)
             while effects:
@@ -83,7 +91,7 @@ class MemoryClient:
         self.replica.disconnected()
         self._parts.clear()
 
-    def _perform(self, effect: Effect, outcome: Outcome) -> list[Effect]:
+    def _perform(self, effect: Effect, outcome: ReceiveOutcome) -> list[Effect]:
         match effect:
             case ApplyChange(operations=operations):
                 drifted = [path for operation in operations for path in apply(operation, MemoryTree(self.files))]
@@ -99,7 +107,7 @@ class MemoryClient:
                 return self.replica.compared(local)
             case Send(frame=frame):
                 outcome.to_send.append(frame)
-            case Answer(frame=answer):
+            case DeliverReply(frame=answer):
                 outcome.answers.append(answer)
             case _:
                 pass

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from lattice_remote.client.cache.follower import Outcome
-from lattice_remote.protocol.about import about, texts_of
+from lattice_remote.client.cache.replicator import ReceiveOutcome
+from lattice_remote.protocol.change_summary import about, texts_of
 from lattice_remote.protocol.messages import Change, Hello, ServerFrame, Welcome
 from lattice_remote.protocol.operations import AppendBytes, PutFile
 from memory_client import MemoryClient
@@ -34,8 +34,8 @@ class _Witness(MemoryClient):
         self._hello = await super().hello()
         return self._hello
 
-    async def receive(self, frames: Iterable[ServerFrame]) -> Outcome:
-        outcome = Outcome()
+    async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+        outcome = ReceiveOutcome()
         for frame in frames:
             if isinstance(frame, Welcome):
                 self.welcomes += 1

@@ -264,10 +264,10 @@ def touch(rng: random.Random, lattice: Path) -> str:
 
 
 if __name__ == "__main__":
-    from lattice_remote.server.worker import process, recovery
+    from lattice_remote.server.worker import main, recovery
 
     boot_file = Path(sys.argv[1], "boot")
     boot_file.write_text(sys.argv[2])
     recovery._BOOT_ID = boot_file
     _trace(Path(sys.argv[1]))
-    sys.exit(process.main(sys.argv[3:]))
+    sys.exit(main.main(sys.argv[3:]))

@@ -20,15 +20,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 from account import Account  # noqa: E402
-from epochs import Epochs  # noqa: E402
-from events_watcher import EventsWatcher  # noqa: E402
+from command_mix import Mix  # noqa: E402
+from epoch_account import Epochs  # noqa: E402
+from event_stream_client import EventsWatcher  # noqa: E402
 from faults import Faults, Strikes, three_people  # noqa: E402
-from hooked import Hooked  # noqa: E402
-from mix import Mix  # noqa: E402
+from hook_record import Hooked  # noqa: E402
 from observer import Observer  # noqa: E402
+from preloaded_programs import warm  # noqa: E402
 from sandbox import Sandbox, Server  # noqa: E402
-from warm import warm  # noqa: E402
-from watcher import Watcher  # noqa: E402
+from watch_command import Watcher  # noqa: E402
 
 __all__ = ["Result", "one"]
 

@@ -17,12 +17,10 @@ says it).
 
 TYPE_CHECKING = False  # as typing has it, which every lattice command would have to import
 if TYPE_CHECKING:
-    from lattice_remote.client.resolve import resolve_backend
-    from lattice_remote.client.storage import Freshness, RemoteStorage, RemoteWarning
+    from lattice_remote.client.storage import Freshness, RemoteStorage, RemoteWarning, resolve_backend
     from lattice_remote.errors import RemoteError
-    from lattice_remote.storage.backend import StorageBackend
+    from lattice_remote.storage.events import Conflict, Merged, StorageBackend, Written
     from lattice_remote.storage.local import LocalStorage
-    from lattice_remote.storage.values import Conflict, Merged, Written
 
 __all__ = [
     "Conflict",
@@ -42,16 +40,16 @@ __version__ = "0.1.0"
 """Written here, and read from here by the build: looking it up in the installed metadata costs each command 1 ms."""
 
 _HOMES = {
-    "Conflict": "storage.values",
+    "Conflict": "storage.events",
     "Freshness": "client.storage",
     "LocalStorage": "storage.local",
-    "Merged": "storage.values",
+    "Merged": "storage.events",
     "RemoteError": "errors",
     "RemoteStorage": "client.storage",
     "RemoteWarning": "client.storage",
-    "StorageBackend": "storage.backend",
-    "Written": "storage.values",
-    "resolve_backend": "client.resolve",
+    "StorageBackend": "storage.events",
+    "Written": "storage.events",
+    "resolve_backend": "client.storage",
 }
 """Where each name is; loaded when it is first asked for, since every ``lattice`` command imports this package."""
 

@@ -14,19 +14,19 @@ from typing import Literal, NamedTuple
 
 from merge3 import Merge3
 
-__all__ = ["Merged", "merge_text"]
+__all__ = ["MergeResult", "merge_text"]
 
 _MAX_WORK = 1_000_000
 """What a merge may take, in steps of about a microsecond: on repetitive lines the time grows with the square."""
 _BOM = b"\xef\xbb\xbf"
 
-Outcome = Literal["stored", "merged", "unchanged", "conflict"]
+MergeOutcome = Literal["stored", "merged", "unchanged", "conflict"]
 
 
-class Merged(NamedTuple):
+class MergeResult(NamedTuple):
     """``text`` is what the file has to hold afterwards; on ``unchanged`` and ``conflict`` what it held before."""
 
-    outcome: Outcome
+    outcome: MergeOutcome
     text: bytes | None
 
 
@@ -34,25 +34,25 @@ class _TooMuch(Exception):
     """The texts differ in so many places that it would take too long to tell in which."""
 
 
-def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> Merged:
+def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeResult:
     """Merge an edit of ``base`` that reads ``mine`` into the file, which now reads ``theirs``.
 
     None for ``base`` or ``theirs``: there was, or is, no file. A file that was removed meanwhile is a conflict, and so
     are two texts that were begun independently and differ, or that differ too much to be merged in about a second.
     """
     if mine in (theirs, base):
-        return Merged("unchanged", theirs)
+        return MergeResult("unchanged", theirs)
     if theirs == base:
-        return Merged("stored", mine)
+        return MergeResult("stored", mine)
     if base is None or theirs is None:
-        return Merged("conflict", theirs)
+        return MergeResult("conflict", theirs)
     try:
         text = _merge(_Text(base), _Text(mine), _Text(theirs))
     except _TooMuch:
         text = None
     if text is None:
-        return Merged("conflict", theirs)
-    return Merged("unchanged", theirs) if text == theirs else Merged("merged", text)
+        return MergeResult("conflict", theirs)
+    return MergeResult("unchanged", theirs) if text == theirs else MergeResult("merged", text)
 
 
 class _Text:

@@ -12,7 +12,7 @@ import pytest
 from client_kit import until
 from fake_server import TOKEN
 
-from lattice_remote.client import agent_client, runtime
+from lattice_remote.client import agent_client, agent_runtime
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ async def agent_ends(home: Path) -> AsyncIterator[None]:
 
 def agent_pid() -> int | None:
     try:
-        return int(Path(runtime.locate().pid).read_text())
+        return int(Path(agent_runtime.locate().pid).read_text())
     except (OSError, ValueError):
         return None
 

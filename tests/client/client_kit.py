@@ -8,10 +8,10 @@ from pathlib import Path
 
 from fake_server import TOKEN
 
-from lattice_remote.client import servers
+from lattice_remote.client import trusted_servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache.cache import Cache
-from lattice_remote.client.settings import Remote, read_remote, write_remote
+from lattice_remote.client.config import Remote, read_remote, write_remote
 
 TASK = "task_01HZZZZZZZZZZZZZZZZZZZZZZZ"
 PLAN = f"plans/{TASK}.md"
@@ -27,7 +27,7 @@ def make_clone(root: Path, url: str, project: str = "web") -> Path:
 
 def make_cache(root: Path, url: str, project: str = "web") -> Path:
     """Make a clone whose server the user has named on this machine."""
-    servers.record(servers.name(url))
+    trusted_servers.record(trusted_servers.name(url))
     return make_clone(root, url, project)
 
 

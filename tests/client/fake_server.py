@@ -15,8 +15,8 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from lattice_remote.protocol.bundle import first_sign_of_use
 from lattice_remote.protocol.codec import decode_client_frame, encode
-from lattice_remote.protocol.layout import first_sign_of_use
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,

@@ -11,9 +11,9 @@ import click
 import pytest
 from lattice.cli.main import cli
 
-from lattice_remote.client import callers_files, routing
-from lattice_remote.client.callers_files import INLINE_BYTES, CallersFiles, identity
-from lattice_remote.client.freshness import describe_age
+from lattice_remote.client import attachments, routing
+from lattice_remote.client.agent_client import describe_age
+from lattice_remote.client.attachments import INLINE_BYTES, CallersFiles, identity
 from lattice_remote.client.guard import Guard, WriteRefused
 from lattice_remote.errors import Misuse
 
@@ -183,7 +183,7 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def test_a_pipe_without_end_is_refused_and_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callers_files, "MAX_SPOOLED_BYTES", 3 * INLINE_BYTES)
+    monkeypatch.setattr(attachments, "MAX_SPOOLED_BYTES", 3 * INLINE_BYTES)
     monkeypatch.setenv("TMPDIR", str(here))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with pytest.raises(Misuse) as error:

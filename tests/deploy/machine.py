@@ -3,8 +3,8 @@
 Absolute paths of what is typed lie below that directory. ``stand_ins/`` are in place of the programs that would change
 this machine or fetch something: ``sudo`` runs what it is given, ``useradd`` does nothing, ``pip`` puts this project's
 programs where it was to install them. These programs and ``systemctl`` ask the ``Machine``, which forks the former,
-services too, from a process that has them loaded (``warm.py``), and does with a unit's file what systemd would, as far
-as processes go.
+services too, from a process that has them loaded (``preloaded_programs.py``), and does with a unit's file as systemd
+would, as far as processes go.
 All else is real.
 """
 
@@ -24,8 +24,8 @@ from pathlib import Path
 
 from proxies import free_port
 
+from preloaded_programs import warm
 from sandbox import Process, Sandbox
-from warm import warm
 
 __all__ = ["Machine"]
 

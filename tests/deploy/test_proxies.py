@@ -17,13 +17,13 @@ from playwright.sync_api import Browser, expect
 from proxies import DEPLOY, NGINX_DEFAULT_S, Caddy, Nginx, Proxy
 
 from browser import Person, chromium
-from lattice_remote.server.data.settings import Limits
-from lattice_remote.server.web.events.feed import KEEP_ALIVE_S
+from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.http.sse import KEEP_ALIVE_S
+from preloaded_programs import warm
 from programs import find, program
 from sandbox import Client, Sandbox, Server, differences, wait_for
 from sse import Listening
-from warm import warm
-from watcher import Watcher
+from watch_command import Watcher
 
 pytestmark = pytest.mark.e2e
 
@@ -140,9 +140,9 @@ def test_events_come_one_by_one_and_outlast_a_silence_that_nginx_would_not_wait_
 def test_nginx_waits_for_the_longest_command_and_for_many_signs_of_life() -> None:
     [minutes] = re.findall(r"^ *proxy_read_timeout +(\d+)m;", (DEPLOY / "nginx.conf").read_text(), re.MULTILINE)
     assert int(minutes) * 60 > max(COMMAND_S, 10 * KEEP_ALIVE_S)
-    msgspec.json.decode(f'{{"command_seconds": {COMMAND_S}}}', type=Limits)
+    msgspec.json.decode(f'{{"command_seconds": {COMMAND_S}}}', type=LimitSettings)
     with pytest.raises(msgspec.ValidationError):
-        msgspec.json.decode(f'{{"command_seconds": {COMMAND_S + 1}}}', type=Limits)
+        msgspec.json.decode(f'{{"command_seconds": {COMMAND_S + 1}}}', type=LimitSettings)
 
 
 def test_a_large_file_goes_in_pieces(place: Place) -> None:

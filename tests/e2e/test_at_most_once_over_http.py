@@ -10,8 +10,8 @@ import requests
 
 from account import check_numbers, effects_in
 from faults import inject
+from preloaded_programs import warm
 from sandbox import Sandbox, Server, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 _MAX_POINTS = 60

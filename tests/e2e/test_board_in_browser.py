@@ -12,8 +12,8 @@ from playwright.sync_api import Route, expect
 
 from browser import Person, chromium, screenshot
 from faultproxy import FaultProxy
+from preloaded_programs import warm
 from sandbox import board, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

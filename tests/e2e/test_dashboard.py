@@ -18,7 +18,7 @@ from lattice.dashboard import server as lattices
 from normaliser import Normaliser
 
 from lattice_remote.client.surfaces.dashboard import _HERE
-from lattice_remote.server.worker.surfaces.dashboard import _ROUTES
+from lattice_remote.server.worker.calls.dashboard import _ROUTES
 from sandbox import Client, Server, differences, tree_of, wait_for
 
 pytestmark = pytest.mark.e2e

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lattice_remote.client.link.links import digest_of_token
+from lattice_remote.client.connection.pool import digest_of_token
 from sandbox import BIN, Client, Sandbox, Server, differences, wait_for
 
 pytestmark = pytest.mark.e2e

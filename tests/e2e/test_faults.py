@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from command_mix import Mix
 from faults import three_people
-from hooked import Hooked
-from mix import Mix
+from hook_record import Hooked
 from sandbox import Sandbox, wait_for
 
 pytestmark = pytest.mark.e2e

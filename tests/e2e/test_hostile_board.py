@@ -7,8 +7,8 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from browser import Person, chromium
+from preloaded_programs import warm
 from sandbox import Client, Sandbox, Server
-from warm import warm
 
 MARKUP = """"'><img src=x onerror="window.ran='{0}'"><svg onload="window.ran='{0}'"><script>window.ran='{0}'</script>"""
 QUOTES = "');window.ran='quotes';//"

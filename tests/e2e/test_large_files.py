@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from faultproxy import FaultProxy
+from preloaded_programs import warm
 from sandbox import Client, Sandbox, Server, differences, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

@@ -9,11 +9,11 @@ from websockets.asyncio.client import connect
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import SUBPROTOCOL, Part, Reply
-from lattice_remote.server.project.bounds import Bounds
-from light import Light, several
+from lattice_remote.server.project.queue import QueueLimits
+from load_scenarios import BY, grow_log, stalled_clients, storm, writers_at_once
 from memory_client import MemoryClient
+from request_client import Light, several
 from sandbox import Sandbox, Server, tree_of
-from scenarios import BY, grow_log, stalled_clients, storm, writers_at_once
 
 pytestmark = pytest.mark.e2e
 
@@ -47,7 +47,7 @@ async def test_a_client_with_hundreds_of_requests_under_way_does_not_starve_anot
         await asyncio.gather(*many)
     assert isinstance(answer, Reply)
     ahead = answer.seq - 2  # changes: the task, what went ahead, and its own
-    assert ahead <= Bounds().window + 1  # what the worker held when it came, and one turn; not all two hundred
+    assert ahead <= QueueLimits().window + 1  # what the worker held when it came, and one turn; not all two hundred
 
 
 def test_all_clients_come_back_by_themselves_after_a_crash(sandbox: Sandbox) -> None:

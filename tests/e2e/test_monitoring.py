@@ -14,9 +14,9 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from lattice_remote.server.journal.journal_reader import JournalReader
+from lattice_remote.server.journal.reader import JournalReader
+from preloaded_programs import warm
 from sandbox import Client, Sandbox, Server, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

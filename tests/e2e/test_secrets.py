@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from preloaded_programs import warm
 from sandbox import Client, Sandbox, Server, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from preloaded_programs import warm
 from sandbox import BIN, Client, Sandbox, Server
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

@@ -11,8 +11,8 @@ import pytest
 from playwright.sync_api import Browser, Page, Response, expect
 
 from browser import Person, chromium, screenshot
+from preloaded_programs import warm
 from sandbox import Sandbox, Server, wait_for
-from warm import warm
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from preloaded_programs import warm
 from sandbox import Client, Server, board, differences, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

@@ -8,8 +8,8 @@ from board_pages import Board, card, panel
 from playwright.sync_api import Dialog, Locator, Page, expect
 
 from browser import chromium, screenshot
+from preloaded_programs import warm
 from sandbox import board
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 

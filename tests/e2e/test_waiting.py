@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import requests
 
-from lattice_remote.server.monitoring import statussocket
+from lattice_remote.server import status as statussocket
 from sandbox import Client, Sandbox, Server, wait_for
 
 pytestmark = pytest.mark.e2e

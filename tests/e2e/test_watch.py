@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from preloaded_programs import warm
 from sandbox import BIN, Client, Sandbox, Server, wait_for
-from warm import warm
-from watcher import Watcher
+from watch_command import Watcher
 
 pytestmark = pytest.mark.e2e
 

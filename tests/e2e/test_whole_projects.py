@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from faultproxy import FaultProxy
-from projects import ANA, add_hooks, lattice, sample_project
+from preloaded_programs import warm
+from sample_projects import ANA, add_hooks, lattice, sample_project
 from sandbox import Client, Sandbox, Server, differences, tree_of, wait_for
-from warm import warm
 
 pytestmark = pytest.mark.e2e
 READS = (["list", "--json"], ["list"], ["show", "OWN-1", "--json"], ["show", "OWN-3"], ["comments", "OWN-1"], ["stats"])

@@ -8,10 +8,10 @@ from typing import Any
 from values import ACTORS, JSONS, PATHS, STATUSES, Known, Lines
 
 from lattice_remote.protocol.messages import MAX_PAYLOAD_BYTES, Attachment
-from lattice_remote.server.data.ipc import Invoke
+from lattice_remote.server.ipc import RunCall
 from lattice_remote.server.worker.arguments import Kind
-from lattice_remote.server.worker.surfaces.dashboard import _ROUTES
-from lattice_remote.server.worker.surfaces.mcp import _TOOLS
+from lattice_remote.server.worker.calls.dashboard import _ROUTES
+from lattice_remote.server.worker.calls.mcp import _TOOLS
 
 __all__ = ["Calls"]
 
@@ -26,7 +26,7 @@ class Calls:
     def __init__(self, rng: random.Random, known: Known, lines: Lines) -> None:
         self._rng, self._known, self._lines = rng, known, lines
 
-    def call(self, actor: str, act_as: tuple[str, ...]) -> Invoke:
+    def call(self, actor: str, act_as: tuple[str, ...]) -> RunCall:
         """Return the next one. Most are ordinary but for one or two values."""
         rng = self._rng
         surface = rng.choice(["commands", "dashboard", "mcp"]) if rng.random() < 0.97 else self._text()[:32]
@@ -38,7 +38,7 @@ class Calls:
             values[self._text()[:50]] = self._hostile()
         if rng.random() < 0.04:
             name = self._text()[:256]
-        return Invoke(
+        return RunCall(
             secrets.token_hex(16), surface, name, self._payload(values), self._files(name), "tok_1", actor, list(act_as)
         )
 

@@ -27,7 +27,7 @@ from worker_process import Copy, WorkerProcess, answer_of, change_of, execute, t
 
 from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned, Stored  # noqa: E402
 from lattice_remote.protocol.operations import AppendBytes, PutFile  # noqa: E402
-from lattice_remote.server.data.ipc import Done, Edit, Invoke  # noqa: E402
+from lattice_remote.server.ipc import Edit, RequestDone, RunCall  # noqa: E402
 
 BATCH_LINES = 400
 _MAX_LINE_S = 20.0
@@ -97,7 +97,7 @@ class Batch:
         line = self._next(identity)
         began = time.monotonic()
         try:
-            if isinstance(line, Edit | Invoke):
+            if isinstance(line, Edit | RunCall):
                 worker.send(line)
             else:
                 worker.send(execute(*line.argv, files=line.files, actor=identity[0], act_as=identity[1]))
@@ -110,7 +110,7 @@ class Batch:
             raise Broken(f"{took:.1f} s for {_shown(line)}")
         self._take(line, done, None if self._unguarded else identity)
 
-    def _next(self, identity: tuple[str, tuple[str, ...]]) -> "Line | Edit | Invoke":
+    def _next(self, identity: tuple[str, tuple[str, ...]]) -> "Line | Edit | RunCall":
         what = self._rng.random()
         if what < 0.08:
             return self._edit()
@@ -141,7 +141,9 @@ class Batch:
 
     # --- what comes back ---
 
-    def _take(self, line: Line | Edit | Invoke, done: Done, identity: tuple[str, tuple[str, ...]] | None) -> None:
+    def _take(
+        self, line: Line | Edit | RunCall, done: RequestDone, identity: tuple[str, tuple[str, ...]] | None
+    ) -> None:
         change = change_of(done)
         try:
             if change is not None:
@@ -151,7 +153,7 @@ class Batch:
         except AssertionError as error:
             raise Broken(f"{error}\n  at {_shown(line)}") from error
 
-    def _check_answer(self, line: Line | Edit | Invoke, answer: Result | Refused | None) -> None:
+    def _check_answer(self, line: Line | Edit | RunCall, answer: Result | Refused | None) -> None:
         match answer:
             case None:
                 self._figures.outcomes["waits"] += 1
@@ -159,7 +161,7 @@ class Batch:
                 self._figures.outcomes[f"edit {outcome}"] += 1
             case Returned(status=status, payload=payload):
                 self._figures.outcomes[f"call {status}"] += 1
-                assert isinstance(line, Invoke)
+                assert isinstance(line, RunCall)
                 json.loads(payload)
                 self._check_secrecy(payload.decode())
             case Refused(code=code, message=message):
@@ -247,8 +249,8 @@ def _memory_kib(pid: int) -> int:
     return int(status.split("VmRSS:")[1].split()[0])
 
 
-def _shown(line: Line | Edit | Invoke) -> str:
-    if isinstance(line, Invoke):
+def _shown(line: Line | Edit | RunCall) -> str:
+    if isinstance(line, RunCall):
         return f"a call of {line.surface!r}, {line.name!r}, {line.payload[:300]!r}"
     if isinstance(line, Edit):
         return f"an edit of {line.path!r}"

@@ -16,10 +16,10 @@ import click
 from lattice_remote.errors import Rejected
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.undo import UndoLog
-from lattice_remote.server.worker import policy, requests
-from lattice_remote.server.worker import process as worker
-from lattice_remote.server.worker.actors import Identity
+from lattice_remote.server.worker import dispatcher, policy
+from lattice_remote.server.worker import main as worker
 from lattice_remote.server.worker.executor import Executor
+from lattice_remote.server.worker.identity import Identity
 
 _PATHS_OF = {
     **dict.fromkeys(("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.rmdir", "os.truncate"), 1),
@@ -87,6 +87,6 @@ def _parse_nothing_refused(
 if __name__ == "__main__":
     _observe()
     if os.environ.get("HOSTILE_UNGUARDED"):
-        requests.parse = _parse_nothing_refused  # type: ignore[attr-defined]
+        dispatcher.parse = _parse_nothing_refused  # type: ignore[attr-defined]
         Executor._invoke = lambda _, __, invoke, context: invoke(context)  # type: ignore[method-assign]
     sys.exit(worker.main())

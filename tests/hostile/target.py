@@ -20,8 +20,8 @@ from websockets.sync.client import ClientConnection, connect
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Hello, Reply, Run, Welcome
+from preloaded_programs import warm
 from sandbox import Sandbox, Server
-from warm import warm
 
 __all__ = ["BINARY", "EXAMPLES", "WRITE_BOUND_S", "Target", "attackable", "frame", "read_all", "upgrade_request"]
 

@@ -14,8 +14,8 @@ import pytest
 from lattice.core.events import create_event, serialize_event
 from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
 
+from preloaded_programs import warm
 from sandbox import Sandbox, Server, wait_for
-from warm import warm
 
 TASKS, DESCRIPTION_BYTES = 240, 100_000
 LIST_MIB = TASKS * DESCRIPTION_BYTES / 2**20

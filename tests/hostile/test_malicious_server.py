@@ -24,9 +24,9 @@ from raw_server import RawServer, upgraded
 from websockets.asyncio.server import ServerConnection
 
 from faultproxy import FaultProxy
-from lattice_remote.client import servers
+from lattice_remote.client import trusted_servers
 from lattice_remote.client.agent.service import Service
-from lattice_remote.client.link import pacing
+from lattice_remote.client.connection import dial
 from lattice_remote.errors import ConnectionFailed, HostilePath, Rejected, RemoteError
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
@@ -333,7 +333,7 @@ async def test_a_file_with_a_second_name_is_not_written_into(
 
 
 def allow_one_mib(server: FakeServer) -> None:
-    servers.record(servers.name(server.url, max_cache_mib=1))
+    trusted_servers.record(trusted_servers.name(server.url, max_cache_mib=1))
 
 
 async def test_a_huge_announcement_is_refused_before_it_takes_room(
@@ -412,7 +412,7 @@ async def test_a_manifest_of_more_than_is_allowed_is_refused(
     assert not answer["current"] and "1 MiB that you let" in str(answer["message"])
     assert not any(isinstance(frame, Fetch) for frame in server.frames)
     assert bytes_in(directory) < 100_000
-    servers.record(servers.name(server.url, max_cache_mib=4))
+    trusted_servers.record(trusted_servers.name(server.url, max_cache_mib=4))
     service._link.kick()
     await until(service._is_current, 20)
     assert tree(directory) == server.files
@@ -543,7 +543,7 @@ async def test_limits_of_nothing_refuse_here_what_would_be_refused_there(
 async def test_beginning_anew_without_end_becomes_an_error(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, manner: str
 ) -> None:
-    monkeypatch.setattr(pacing, "MAX_DELAY_S", 0.05)
+    monkeypatch.setattr(dial, "MAX_DELAY_S", 0.05)
     await ask(service, "ready")
 
     async def anew(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -559,7 +559,7 @@ async def test_beginning_anew_without_end_becomes_an_error(
     server.cut()
     await until(lambda: service._link.is_barred, 20)
     connections, asked = len(server.requests), len(server.frames)
-    assert connections <= 2 * pacing.MAX_RESETS
+    assert connections <= 2 * dial.MAX_RESETS
     for _ in range(5):
         with pytest.raises(ConnectionFailed, match=r"begin anew \d+ times within 10 minutes.*its log"):
             await run(service, "list")
@@ -592,7 +592,7 @@ async def test_a_link_that_is_only_half_there_is_never_called_connected(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {"PING_INTERVAL_S": 0.3, "PING_TIMEOUT_S": 0.3, "ALIVE_S": 0.7}.items():
-        monkeypatch.setattr(f"lattice_remote.client.link.link.{name}", value)
+        monkeypatch.setattr(f"lattice_remote.client.connection.connection.{name}", value)
     monkeypatch.setattr("lattice_remote.client.agent.service.ALIVE_S", 0.7)
     with FaultProxy(server.port) as proxy:
         service = Service(str(make_cache(tmp_path / "ben", proxy.url)))

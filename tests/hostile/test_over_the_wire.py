@@ -12,8 +12,8 @@ from values import Known, Lines
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Bye, Fetch, Part, Put, Refused, Reply, Run, Stored
-from lattice_remote.server.data.datadir import DataDir
-from lattice_remote.server.data.tokens import TokenFile
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.tokens import TokenFile
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lattice_remote.protocol.bundle import END, MAGIC, head_of
 from lattice_remote.protocol.messages import Entry
-from lattice_remote.protocol.pack import END, MAGIC, head_of
-from lattice_remote.server.intake.report import Report
-from projects import entry_of, pack_of, sample_project
+from lattice_remote.server.project.bundle_check import ImportReport
+from preloaded_programs import warm
+from sample_projects import entry_of, pack_of, sample_project
 from sandbox import tree_of
-from warm import warm
 
 Files = dict[str, bytes]
 ULID = "01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -27,7 +27,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return tree_of(sample_project(tmp_path_factory.mktemp("own")))
 
 
-def checked(tmp_path: Path, *source: str, max_bytes: int = 1 << 26) -> tuple[Report, Path]:
+def checked(tmp_path: Path, *source: str, max_bytes: int = 1 << 26) -> tuple[ImportReport, Path]:
     """Put a candidate together and have it checked, as the server does; return the report and its place."""
     place = tmp_path / secrets.token_hex(4) / "candidate"
     place.mkdir(parents=True)
@@ -36,10 +36,10 @@ def checked(tmp_path: Path, *source: str, max_bytes: int = 1 << 26) -> tuple[Rep
         argv = ["--into", str(place), *source, "--max-bytes", str(max_bytes)]
         process = warm().start("intake", argv, cwd=tmp_path, env=dict(os.environ), stdout=stdout, stderr=stderr)
         assert process.wait(120) == 0, err.read_text()[-2000:]
-    return msgspec.json.decode(out.read_bytes(), type=Report), place
+    return msgspec.json.decode(out.read_bytes(), type=ImportReport), place
 
 
-def taken(tmp_path: Path, pack: bytes, **options: int) -> tuple[Report, Path]:
+def taken(tmp_path: Path, pack: bytes, **options: int) -> tuple[ImportReport, Path]:
     path = tmp_path / secrets.token_hex(4)
     path.write_bytes(pack)
     return checked(tmp_path, "--pack", str(path), **options)

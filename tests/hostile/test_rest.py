@@ -13,7 +13,7 @@ from rest_client import Rest
 from schemathesis.engine import events, from_schema
 from server_process import Process
 from target import EXAMPLES
-from test_app import make_data, make_token
+from test_server import make_data, make_token
 
 _LIMITS = {"limits": {"new_connections_per_second": 1_000_000, "failed_logins_per_minute": 1_000_000}}
 _SECONDS = max(10, EXAMPLES // 10)

@@ -48,7 +48,7 @@ def _watched(real):
     return call
 
 
-if _directory and "lattice_remote.server.worker.process" in sys.orig_argv:
+if _directory and "lattice_remote.server.worker.main" in sys.orig_argv:
     _processes = {
         f"{_directory}/worker-dies-{os.getpid()}": os.pidfd_open(os.getpid()),
         f"{_directory}/server-dies-{os.getpid()}": os.pidfd_open(os.getppid()),

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from in_memory_server import Files, announce, append_to, delta, merge_into
 
-from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AppendBytes,
     DeleteFile,
+    MemoryTree,
     MergeJson,
     MoveFile,
     Operation,

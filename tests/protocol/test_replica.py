@@ -17,14 +17,13 @@ from in_memory_server import (
 )
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol import arriving
+from lattice_remote.protocol import transfers
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.comparison import MAX_BUFFERED_BYTES, MAX_ENTRIES
 from lattice_remote.protocol.effects import (
     NOWHERE,
-    Answer,
     ApplyChange,
     Compare,
+    DeliverReply,
     Effect,
     Position,
     Remove,
@@ -32,7 +31,6 @@ from lattice_remote.protocol.effects import (
     Send,
     WritePart,
 )
-from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import (
     Bye,
     Change,
@@ -51,6 +49,7 @@ from lattice_remote.protocol.messages import (
 from lattice_remote.protocol.operations import (
     AppendBytes,
     DeleteFile,
+    MemoryTree,
     MoveFile,
     Operation,
     PutFile,
@@ -60,6 +59,7 @@ from lattice_remote.protocol.operations import (
     paths_of,
 )
 from lattice_remote.protocol.replica import Replica, State
+from lattice_remote.protocol.transfers import MAX_BUFFERED_BYTES, MAX_ENTRIES
 
 PLAN = "plans/a.md"
 LOGS = ("events/a.jsonl", "events/b.jsonl", PLAN)
@@ -182,7 +182,7 @@ class Copy:
                 case Send(frame):
                     assert self.connection is not None
                     self.connection.to_server.append(encode(frame))
-                case Answer(frame):
+                case DeliverReply(frame):
                     assert not isinstance(frame, Refused)
                     assert self.replica.position.seq >= frame.seq
                     if not drifted:
@@ -547,7 +547,9 @@ def sent(effects: list[Effect]) -> list[object]:
 
 def answers(effects: list[Effect]) -> list[int]:
     return [
-        effect.frame.seq for effect in effects if isinstance(effect, Answer) and not isinstance(effect.frame, Refused)
+        effect.frame.seq
+        for effect in effects
+        if isinstance(effect, DeliverReply) and not isinstance(effect.frame, Refused)
     ]
 
 
@@ -617,7 +619,7 @@ def test_reply_of_a_lost_connection_is_not_handed_on_later() -> None:
 
 def test_refusal_is_handed_on_at_once() -> None:
     refused = Refused(REQUEST, "REMOTE_FORBIDDEN", "no")
-    assert following().receive(refused) == [Answer(refused)]
+    assert following().receive(refused) == [DeliverReply(refused)]
 
 
 def test_connection_that_only_writes_gets_its_answer_at_once() -> None:
@@ -625,7 +627,7 @@ def test_connection_that_only_writes_gets_its_answer_at_once() -> None:
     replica.hello(client_version="0", lattice_version="0")
     assert replica.receive(welcome(head=40, resync=True)) == []
     stored = Stored(REQUEST, 41, "merged")
-    assert replica.receive(stored) == [Answer(stored)]
+    assert replica.receive(stored) == [DeliverReply(stored)]
     assert replica.position == NOWHERE
 
 
@@ -724,7 +726,7 @@ def test_what_is_added_to_a_file_while_its_pieces_come_is_applied_after_the_last
     assert replica.receive(change(2, grown)) == [ApplyChange(change(2, grown), ()), Save()]
     assert replica.receive(reply(2)) == []
     effects = replica.receive(last)
-    assert effects == [WritePart(last), ApplyChange(change(2, grown), (grown,)), Save(), Answer(reply(2))]
+    assert effects == [WritePart(last), ApplyChange(change(2, grown), (grown,)), Save(), DeliverReply(reply(2))]
     assert replica.is_current
 
 
@@ -740,7 +742,7 @@ def test_a_file_whose_pieces_come_anew_has_what_was_added_before_them() -> None:
 
 
 def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arriving, "_MAX_KEPT_BYTES", 10)
+    monkeypatch.setattr(transfers, "_MAX_KEPT_BYTES", 10)
     replica = following(1, head=1, wanted=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
     replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
@@ -798,7 +800,7 @@ def test_changes_during_a_comparison_follow_it() -> None:
     assert replica.receive(Entries(1, b"m1", [], last=True)) == [
         Compare(1, {LISTED.path: (1, LISTED.digest)}, mend=False)
     ]
-    assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[Answer(reply(2))]]
+    assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[DeliverReply(reply(2))]]
 
 
 def test_nothing_is_saved_between_a_mending_and_the_changes_that_follow_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lattice_remote.errors import CODES, ProtocolError
 from lattice_remote.protocol import codec, messages, operations
-from lattice_remote.protocol.memory_tree import MemoryTree
+from lattice_remote.protocol.operations import MemoryTree
 from lattice_remote.protocol.schema import schema
 
 PUBLISHED = Path(__file__).parents[2] / "protocol"

@@ -25,22 +25,22 @@ import msgspec
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Change, Refused, Reply
 from lattice_remote.protocol.operations import DeleteFile, PutFile, digest_of
-from lattice_remote.server.data.ipc import (
-    After,
-    Done,
+from lattice_remote.server.ipc import (
+    AbandonRequest,
     Edit,
-    Execute,
-    Failed,
     HookCall,
     NewEpoch,
+    PathState,
     Ready,
     Reconcile,
-    Settle,
+    RequestDone,
+    RunCommand,
     Stop,
     ToWorker,
+    WorkerFailed,
 )
 from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.segments import Record
+from lattice_remote.server.journal.segment import Record
 
 
 class FakeWorker:
@@ -62,23 +62,23 @@ class FakeWorker:
     def ready(self) -> None:
         files = [p for p in self.tree.rglob("*") if p.is_file() and not p.name.startswith(".")]
         after = [
-            After(str(p.relative_to(self.tree)), p.stat().st_size, digest_of(p.read_bytes())) for p in sorted(files)
+            PathState(str(p.relative_to(self.tree)), p.stat().st_size, digest_of(p.read_bytes())) for p in sorted(files)
         ]
         journal = self.journal
         self.send(Ready(journal.epoch, journal.head, journal.mark, journal.oldest, "fake", after))
 
     def handle(self, message: ToWorker) -> None:
         match message:
-            case Execute():
+            case RunCommand():
                 known = self.journal.find(message.id)
                 if known is not None:
-                    self.send(Done(message.id, known.seq, reply=known.reply))
+                    self.send(RequestDone(message.id, known.seq, reply=known.reply))
                 else:
                     self.execute(message)
-            case Settle():
+            case AbandonRequest():
                 known = self.journal.find(message.id)
                 refused = encode(Refused(message.id, message.code, message.message))
-                self.send(Done(message.id, self.journal.head, reply=known.reply if known else refused))
+                self.send(RequestDone(message.id, self.journal.head, reply=known.reply if known else refused))
             case Reconcile():
                 self.reconcile(message.paths or [])
             case NewEpoch():
@@ -88,7 +88,7 @@ class FakeWorker:
             case Edit() | Stop():
                 raise SystemExit(0)
 
-    def execute(self, request: Execute) -> None:
+    def execute(self, request: RunCommand) -> None:
         with (self.project / "runs").open("a") as runs:
             runs.write(request.id + "\n")
         match request.argv:
@@ -102,7 +102,7 @@ class FakeWorker:
                 self.write(path, text.encode())
                 time.sleep(0.05)
                 (self.tree / path).unlink()
-                self.send(Done(request.id, self.journal.head, reply=self.reply(request, b"")))
+                self.send(RequestDone(request.id, self.journal.head, reply=self.reply(request, b"")))
             case ["die"]:
                 os._exit(9)
             case ["die-once"]:
@@ -116,26 +116,26 @@ class FakeWorker:
                 time.sleep(float(seconds))
                 self.commit(request, {})
             case ["fail"]:
-                self.send(Failed("the disk is gone"))
+                self.send(WorkerFailed("the disk is gone"))
                 os._exit(1)
             case ["want", name, seconds]:
                 self.want(request, name, float(seconds))
             case ["hook", command]:
                 hook = HookCall(command, dict(os.environ), "the event")
-                self.send(Done(request.id, self.journal.head, reply=self.reply(request, b""), hooks=[hook]))
+                self.send(RequestDone(request.id, self.journal.head, reply=self.reply(request, b""), hooks=[hook]))
             case ["count"]:
                 self.commit(request, {}, stdout=(self.project / "runs").read_bytes())
             case _:
                 self.commit(request, {})
 
-    def want(self, request: Execute, name: str, seconds: float) -> None:
+    def want(self, request: RunCommand, name: str, seconds: float) -> None:
         free = self.tree / "resources" / name / "free"
         if free.exists() and name not in request.ahead:
             self.commit(request, {f"resources/{name}/free": None}, stdout=b"yours")
         elif request.last_try:
             self.commit(request, {}, stdout=b"timeout")
         else:
-            self.send(Done(request.id, self.journal.head, waiting_for=name, wait_timeout_s=seconds))
+            self.send(RequestDone(request.id, self.journal.head, waiting_for=name, wait_timeout_s=seconds))
 
     def write(self, path: str, data: bytes | None) -> None:
         target = self.tree / path
@@ -147,11 +147,11 @@ class FakeWorker:
             scratch.write_bytes(data)
             scratch.rename(target)
 
-    def reply(self, request: Execute, stdout: bytes) -> bytes:
+    def reply(self, request: RunCommand, stdout: bytes) -> bytes:
         return encode(Reply(request.id, self.journal.head, 0, stdout, b""))
 
     def commit(
-        self, request: Execute, files: dict[str, bytes | None], *, stdout: bytes = b"", die: bool = False
+        self, request: RunCommand, files: dict[str, bytes | None], *, stdout: bytes = b"", die: bool = False
     ) -> None:
         for path, data in files.items():
             self.write(path, data)
@@ -159,21 +159,21 @@ class FakeWorker:
         if change is None:
             reply = self.reply(request, stdout)
             self.journal.append(Record(self.journal.head, self.journal.mark, time.time(), request.id, "t", None, reply))
-            self.send(Done(request.id, self.journal.head, reply=reply))
+            self.send(RequestDone(request.id, self.journal.head, reply=reply))
         else:
             if die:
                 os._exit(9)
             self.send(change)
 
-    def number(self, cause: str, files: dict[str, bytes | None], request: Execute | None) -> Done:
+    def number(self, cause: str, files: dict[str, bytes | None], request: RunCommand | None) -> RequestDone:
         seq = self.journal.head + 1
         mark = self.journal.change_ids.make(self.journal.epoch, seq)
         ops = [DeleteFile(p) if data is None else PutFile(p, data) for p, data in files.items()]
         change = encode(Change(seq, mark, "2026-01-01T00:00:00.000Z", "human:ana", "t", cause, "fake", list(ops)))
         reply = encode(Reply(request.id, seq, 0, b"", b"")) if request else None
         self.journal.append(Record(seq, mark, time.time(), request.id if request else "", "t", change, reply))
-        after = [After(p, len(d or b""), None if d is None else digest_of(d)) for p, d in files.items()]
-        return Done(request.id if request else "", seq, mark, change, reply, after, oldest=1)
+        after = [PathState(p, len(d or b""), None if d is None else digest_of(d)) for p, d in files.items()]
+        return RequestDone(request.id if request else "", seq, mark, change, reply, after, oldest=1)
 
     def reconcile(self, paths: list[str]) -> None:
         files = {
@@ -184,7 +184,7 @@ class FakeWorker:
         new = {path: data for path, data in files.items() if self.edited.get(path) != data}
         first = dict(list(new.items())[:1])  # as if one were all that fits
         self.edited |= first
-        done = self.number("edit", first, None) if first else Done("", self.journal.head)
+        done = self.number("edit", first, None) if first else RequestDone("", self.journal.head)
         self.send(msgspec.structs.replace(done, more=len(new) > 1))
 
 

@@ -13,8 +13,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.effects import Answer, ApplyChange, Compare, Remove, Send, WritePart
-from lattice_remote.protocol.memory_tree import MemoryTree
+from lattice_remote.protocol.effects import ApplyChange, Compare, DeliverReply, Remove, Send, WritePart
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     SUBPROTOCOL,
@@ -26,15 +25,15 @@ from lattice_remote.protocol.messages import (
     Run,
     ServerFrame,
 )
-from lattice_remote.protocol.operations import apply, digest_of
+from lattice_remote.protocol.operations import MemoryTree, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.protocol.replica import Replica
-from lattice_remote.server.app import bind, make_server
-from lattice_remote.server.data.datadir import DataDir, write_atomically
-from lattice_remote.server.data.settings import Config
-from lattice_remote.server.data.tokens import TokenFile
-from lattice_remote.server.hub import Hub
-from lattice_remote.server.network.tls import Certificate
+from lattice_remote.server.config import Config
+from lattice_remote.server.datadir import DataDir, write_atomically
+from lattice_remote.server.registry import ProjectRegistry
+from lattice_remote.server.server import bind, make_server
+from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.transport.tls import Certificate
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 
@@ -50,7 +49,7 @@ async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> Non
 class Running:
     """A running server: its hub, address, data directory, and one token for the project ``web``."""
 
-    hub: Hub
+    hub: ProjectRegistry
     port: int
     data: DataDir
     token: str
@@ -98,7 +97,7 @@ async def serving(
     certificate: Certificate | None = None,
 ) -> AsyncIterator[Running]:
     """Run a server on a free port until the block ends."""
-    hub = Hub(data, worker_command=worker, config=config)
+    hub = ProjectRegistry(data, worker_command=worker, config=config)
     hub.start()
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
@@ -203,7 +202,7 @@ class Copy:
                     return self.replica.compared(local)
                 assert local == entries
                 return self.replica.verified()
-            case Answer(frame):
+            case DeliverReply(frame):
                 self.answers[frame.id] = frame
         return []
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import requests
 from server_process import Process
-from test_app import make_data, make_token
+from test_server import make_data, make_token
 
 __all__ = ["Rest", "rest_server"]
 

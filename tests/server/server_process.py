@@ -12,7 +12,7 @@ from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 
-from lattice_remote.server.data.datadir import DataDir
+from lattice_remote.server.datadir import DataDir
 
 COMMAND = [sys.executable, "-c", "from lattice_remote.server.cli import main; main()"]
 

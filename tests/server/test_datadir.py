@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.data.datadir import DataDir, administered, default_location, write_atomically
-from lattice_remote.server.hub import Hub
+from lattice_remote.server.datadir import DataDir, administered, default_location, write_atomically
+from lattice_remote.server.registry import ProjectRegistry
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def test_the_server_warns_when_everybody_may_change_who_may_do_what(
 ) -> None:
     async def warnings() -> list[str]:
         caplog.clear()
-        hub = Hub(data)
+        hub = ProjectRegistry(data)
         hub.start()
         await hub.stop()
         return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]

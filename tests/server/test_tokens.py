@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.data.lastuse import LastUse, read_last_uses
-from lattice_remote.server.data.logins import Login, Logins
-from lattice_remote.server.data.tokens import TokenFile
+from lattice_remote.server.auth import LastUse, Login, Logins, read_last_uses
+from lattice_remote.server.tokens import TokenFile
 
 
 @pytest.fixture

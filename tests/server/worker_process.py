@@ -15,24 +15,23 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.memory_tree import MemoryTree
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Result, Returned, Stored
-from lattice_remote.protocol.operations import AnnounceFile, MoveFile, apply, digest_of
+from lattice_remote.protocol.operations import AnnounceFile, MemoryTree, MoveFile, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.data.ipc import (
-    Done,
+from lattice_remote.server.ipc import (
     Edit,
-    Execute,
-    Failed,
-    Invoke,
     Ready,
     Reconcile,
+    RequestDone,
+    RunCall,
+    RunCommand,
     Stop,
     ToServer,
     ToWorker,
+    WorkerFailed,
 )
-from lattice_remote.server.project.writer import WORKER_COMMAND
-from warm import WarmProcess, warm
+from lattice_remote.server.project.worker_process import WORKER_COMMAND
+from preloaded_programs import WarmProcess, warm
 
 __all__ = ["ANA", "Copy", "WorkerProcess", "make_project", "tree_of"]
 
@@ -167,17 +166,17 @@ class WorkerProcess:
         """Tell whether something has come from the worker, or comes within this time."""
         return bool(self._received or select.select([self._connection], [], [], within_s)[0])
 
-    def done(self) -> Done:
+    def done(self) -> RequestDone:
         message = self.receive()
-        assert isinstance(message, Done), message
+        assert isinstance(message, RequestDone), message
         return message
 
-    def failed(self) -> Failed:
+    def failed(self) -> WorkerFailed:
         message = self.receive()
-        assert isinstance(message, Failed), message
+        assert isinstance(message, WorkerFailed), message
         return message
 
-    def run(self, *argv: str, **options: object) -> Done:
+    def run(self, *argv: str, **options: object) -> RequestDone:
         """Run a command line and wait for its outcome."""
         self.send(execute(*argv, **options))
         return self.done()
@@ -200,7 +199,9 @@ class WorkerProcess:
         assert isinstance(answer, Refused), answer
         return answer
 
-    def call(self, surface: str, name: str, payload: object, **options: object) -> tuple[Done, Returned | Refused]:
+    def call(
+        self, surface: str, name: str, payload: object, **options: object
+    ) -> tuple[RequestDone, Returned | Refused]:
         """Have an operation of a surface carried out; a payload that is no bytes travels as JSON."""
         self.send(invoke(surface, name, payload, **options))  # type: ignore[arg-type]
         done = self.done()
@@ -208,14 +209,14 @@ class WorkerProcess:
         assert isinstance(answer, Returned | Refused), answer
         return done, answer
 
-    def edit(self, path: str, base: bytes | None, text: bytes, **options: str) -> tuple[Done, Stored | Refused]:
+    def edit(self, path: str, base: bytes | None, text: bytes, **options: str) -> tuple[RequestDone, Stored | Refused]:
         self.send(Edit(options.get("id", secrets.token_hex(16)), path, base, text, "tok_1", "human:ana"))
         done = self.done()
         answer = answer_of(done)
         assert isinstance(answer, Stored | Refused), answer
         return done, answer
 
-    def reconcile(self, paths: list[str] | None = None) -> Done:
+    def reconcile(self, paths: list[str] | None = None) -> RequestDone:
         self.send(Reconcile(paths))
         return self.done()
 
@@ -264,9 +265,9 @@ def execute(
     last_try: bool = False,
     ahead: Sequence[str] = (),
     may_wait: bool = True,
-) -> Execute:
+) -> RunCommand:
     """Return the request to run a command line."""
-    request = Execute(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
+    request = RunCommand(id or secrets.token_hex(16), list(argv), list(files), token_id, actor, list(act_as), last_try)
     return msgspec.structs.replace(request, ahead=list(ahead), may_wait=may_wait)
 
 
@@ -280,13 +281,13 @@ def invoke(
     actor: str = "human:ana",
     act_as: Sequence[str] = ("agent:*",),
     token_id: str = "tok_1",  # noqa: S107 - an id
-) -> Invoke:
+) -> RunCall:
     """Return the request to carry out an operation of a surface."""
     data = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    return Invoke(id or secrets.token_hex(16), surface, name, data, list(files), token_id, actor, list(act_as))
+    return RunCall(id or secrets.token_hex(16), surface, name, data, list(files), token_id, actor, list(act_as))
 
 
-def change_of(done: Done) -> Change | None:
+def change_of(done: RequestDone) -> Change | None:
     if done.change is None:
         return None
     frame = decode_server_frame(done.change)
@@ -297,7 +298,7 @@ def change_of(done: Done) -> Change | None:
     return frame
 
 
-def answer_of(done: Done) -> Result | Refused | None:
+def answer_of(done: RequestDone) -> Result | Refused | None:
     if done.reply is None:
         return None
     frame = decode_server_frame(done.reply)

@@ -11,8 +11,7 @@ from lattice.cli.main import cli  # type: ignore[import-untyped]
 from lattice.core.events import create_event, create_resource_event  # type: ignore[import-untyped]
 from lattice.core.ids import generate_resource_id, generate_task_id  # type: ignore[import-untyped]
 
-from lattice_remote.storage.backend import StorageBackend
-from lattice_remote.storage.values import Snapshot, Written
+from lattice_remote.storage.events import Snapshot, StorageBackend, Written
 from sandbox import tree_of
 
 ANA = "human:ana"

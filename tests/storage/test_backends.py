@@ -14,11 +14,10 @@ from lattice.storage.locks import multi_lock  # type: ignore[import-untyped]
 
 from lattice_remote import RemoteStorage, RemoteWarning, resolve_backend
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, StorageError
-from lattice_remote.storage.backend import StorageBackend
+from lattice_remote.storage.events import Conflict, Merged, Snapshot, StorageBackend, Written
 from lattice_remote.storage.local import LocalStorage
-from lattice_remote.storage.values import Conflict, Merged, Snapshot, Written
+from preloaded_programs import warm
 from sandbox import Client, Server
-from warm import warm
 
 type Command = Callable[..., str]
 

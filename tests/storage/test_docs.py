@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from preloaded_programs import warm
 from sandbox import Client, Server
-from warm import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "python_api.py"

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 
-from lattice_remote.client import private_files, runtime
+from lattice_remote.client import agent_runtime, credentials
+from lattice_remote.client.config import detachment, identify
 from lattice_remote.client.guard import letting_write
-from lattice_remote.client.settings import identify
-from lattice_remote.errors import ConnectionFailed, StorageError, as_told
+from lattice_remote.errors import ConnectionFailed, RemoteError, StorageError, as_told, one_line
 
 __all__ = [
     "Progress",
@@ -27,6 +27,8 @@ __all__ = [
     "ask_agent",
     "ask_here",
     "ask_running_agent",
+    "describe_age",
+    "ensure_current",
     "raise_error",
     "request",
     "stay_connected",
@@ -82,10 +84,10 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
     """
     if not agent_enabled():
         return ask_here(request, on_progress)
-    began = runtime.boot_time()
+    began = agent_runtime.boot_time()
     for _ in range(_ATTEMPTS):
         try:
-            place = runtime.locate()
+            place = agent_runtime.locate()
             stream = _connect(place) or _connect_anew()
         except (StorageError, OSError) as error:
             _say_that_there_is_none(error)
@@ -119,7 +121,7 @@ def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
     return None if place is None else ask_agent(place, request)
 
 
-def ask_agent(place: runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
+def ask_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
     """Return what one agent answers; None when it is not running.
 
     Raises:
@@ -145,10 +147,10 @@ def stay_connected() -> AbstractContextManager[object]:
     return nullcontext() if stream is None else closing(stream)
 
 
-def _place() -> runtime.Runtime | None:
+def _place() -> agent_runtime.Runtime | None:
     """Return the files of this environment's agent; None where there can be no agent."""
     try:
-        return runtime.locate() if agent_enabled() else None
+        return agent_runtime.locate() if agent_enabled() else None
     except StorageError:
         return None
 
@@ -166,7 +168,7 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
 
 def ask_here(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
     """Like ``ask``, without an agent: the same steps in this process. Raises RemoteError."""
-    from lattice_remote.client.agent.direct import ask_directly
+    from lattice_remote.client.agent.inline import ask_directly
 
     with letting_write(""):  # a command that serves, under its guard, may ask at any time
         return raise_error(ask_directly(request, on_progress))
@@ -191,15 +193,15 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
     raise _AgentLost
 
 
-def _connect(place: runtime.Runtime) -> socket.socket | None:
+def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
     """Return a connection to the agent; None when there is none, or what is there is not this user's.
 
     A socket in somebody else's directory must not be told any token.
     """
     stream = socket.socket(socket.AF_UNIX)
     try:
-        runtime.check(place)
-        runtime.check_socket(place)
+        agent_runtime.check(place)
+        agent_runtime.check_socket(place)
         stream.connect(place.socket)
     except (StorageError, OSError):
         stream.close()
@@ -211,7 +213,7 @@ def _say_that_there_is_none(error: OSError | StorageError) -> None:
     why = error.message if isinstance(error, StorageError) else error
     _say_once(
         f"no background agent ({why}): commands do without it, more slowly; "
-        f"{runtime.DIRECTORY_ENV} can name a directory for it, {AGENT_ENV}=off says that there is to be none"
+        f"{agent_runtime.DIRECTORY_ENV} can name a directory for it, {AGENT_ENV}=off says that there is to be none"
     )
 
 
@@ -221,11 +223,11 @@ def _say_once(line: str) -> None:
         sys.stderr.write(f"lattice-remote: {line}\n")
 
 
-def _silent(place: runtime.Runtime) -> str:
+def _silent(place: agent_runtime.Runtime) -> str:
     return f"the background agent, process {_agent_pid(place)}, does not answer"
 
 
-def _agent_pid(place: runtime.Runtime) -> str:
+def _agent_pid(place: agent_runtime.Runtime) -> str:
     """Return the agent's process id, or where it would be found."""
     try:
         with open(place.pid, encoding="ascii") as file:
@@ -237,7 +239,7 @@ def _agent_pid(place: runtime.Runtime) -> str:
 def _connect_anew() -> socket.socket:
     """Return a connection to the agent that another thread has started meanwhile, else to a new one."""
     with _starting:
-        return _connect(runtime.locate()) or _start()
+        return _connect(agent_runtime.locate()) or _start()
 
 
 def _start() -> socket.socket:
@@ -246,13 +248,13 @@ def _start() -> socket.socket:
     Raises:
         StorageError: it does not start.
     """
-    place = runtime.locate()
-    runtime.prepare(place)
+    place = agent_runtime.locate()
+    agent_runtime.prepare(place)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
     os.utime(log)  # an agent that starts at this moment takes no file of this one for a left-over
     try:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "lattice_remote.client.agent.process"],
+            [sys.executable, "-P", "-m", "lattice_remote.client.agent.main"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -264,7 +266,7 @@ def _start() -> socket.socket:
         os.close(log)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        stream = _connect(runtime.locate())  # the configuration directory may have been made meanwhile
+        stream = _connect(agent_runtime.locate())  # the configuration directory may have been made meanwhile
         if stream is not None:
             process.returncode = 0  # it is nobody's child to wait for: keeps Popen from warning
             return stream
@@ -274,12 +276,45 @@ def _start() -> socket.socket:
     raise StorageError(f"the background agent did not start; see {place.log}")
 
 
-def _agents_environment(place: runtime.Runtime) -> dict[str, str]:
+def _agents_environment(place: agent_runtime.Runtime) -> dict[str, str]:
     """Return the variables for an agent: this process's, less what each request brings, and no relative paths."""
     per_request = {"LATTICE_TOKEN", "LATTICE_REMOTE_URL", "LATTICE_ROOT"}
     return {
         **{name: value for name, value in os.environ.items() if name not in per_request},
-        **runtime.absolute_paths(),
-        "XDG_CONFIG_HOME": os.path.dirname(private_files.directory()),
-        runtime.DIRECTORY_ENV: place.directory,
+        **agent_runtime.absolute_paths(),
+        "XDG_CONFIG_HOME": os.path.dirname(credentials.directory()),
+        agent_runtime.DIRECTORY_ENV: place.directory,
     }
+
+
+def ensure_current(directory: str, say: Callable[[str], object], on_progress: Progress | None = None) -> None:
+    """Bring the cache up to date if the server is in reach; else say, in one line, how old it is.
+
+    ``say`` gets each line that the user should read, which is none most of the time.
+
+    Raises:
+        RemoteError: the cache was never filled, so there is nothing to show.
+    """
+    if (why := detachment(directory)) is not None:
+        say(f"lattice-remote: {one_line(why)}")
+        return
+    answer = ask(request("ready", directory), on_progress)
+    for notice in answer["notices"]:
+        say(f"lattice-remote: {one_line(notice)}")
+    if answer["current"]:
+        return
+    if not answer["filled"]:
+        raise RemoteError(answer["message"], code=answer["code"])
+    age = "data of unknown age" if answer["age_s"] is None else f"data from {describe_age(answer['age_s'])} ago"
+    say(f"lattice-remote: {one_line(answer['message'])}; showing {age} (change {answer['seq']})")
+
+
+def describe_age(age_s: float) -> str:
+    """Return an age in its largest fitting unit: ``8 s``, ``3 min``, ``5 h``, ``2 days``."""
+    if age_s < 120:
+        return f"{age_s:.0f} s"
+    if age_s < 7200:
+        return f"{age_s / 60:.0f} min"
+    if age_s < 172800:
+        return f"{age_s / 3600:.0f} h"
+    return f"{age_s / 86400:.0f} days"

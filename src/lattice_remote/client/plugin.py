@@ -69,7 +69,7 @@ class _RemoteCommand(click.Command):
         """Return what could stand here, by the Typer app: Click asks for it with the words before this one."""
         from click.shell_completion import CompletionItem
 
-        from lattice_remote.client.commands.completion import completions
+        from lattice_remote.client.cli.app import completions
 
         return [
             CompletionItem(value, type=kind, help=help_) for value, kind, help_ in completions(ctx.args, incomplete)
@@ -77,6 +77,6 @@ class _RemoteCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Hand over to the Typer app, which exits by itself."""
-        from lattice_remote.client.commands.app import main
+        from lattice_remote.client.cli.app import main
 
         main(ctx.args, prog_name=ctx.command_path)

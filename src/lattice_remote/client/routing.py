@@ -15,11 +15,10 @@ from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.client.agent_client import ask, ask_here, request, stay_connected
-from lattice_remote.client.callers_files import CallersFiles
-from lattice_remote.client.freshness import ensure_current
+from lattice_remote.client.agent_client import ask, ask_here, ensure_current, request, stay_connected
+from lattice_remote.client.attachments import CallersFiles
+from lattice_remote.client.config import UNPUSHED_FILE, is_unpushed, read_remote
 from lattice_remote.client.guard import Guard
-from lattice_remote.client.settings import UNPUSHED_FILE, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = ["hooked"]

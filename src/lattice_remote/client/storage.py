@@ -6,16 +6,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
 
 from lattice_remote.client.agent_client import ask, request
-from lattice_remote.client.settings import detachment, read_remote
-from lattice_remote.errors import ConnectionFailed, as_told
-from lattice_remote.storage.events import plain
+from lattice_remote.client.config import detachment, is_cache, read_remote
+from lattice_remote.errors import ConnectionFailed, Misuse, as_told
+from lattice_remote.storage.events import Conflict, Event, Merged, Snapshot, Written, plain
 from lattice_remote.storage.local import LocalStorage, encoded
-from lattice_remote.storage.values import Conflict, Event, Merged, Snapshot, Written
 
-__all__ = ["Freshness", "RemoteStorage", "RemoteWarning"]
+if TYPE_CHECKING:
+    from lattice_remote.storage.events import StorageBackend
+
+__all__ = ["Freshness", "RemoteStorage", "RemoteWarning", "resolve_backend"]
 
 
 class RemoteWarning(UserWarning):
@@ -196,3 +200,37 @@ class RemoteStorage:
 def _warn(message: str) -> None:
     """Warn where the program has called: past this module and whatever of it is between."""
     warnings.warn(message, RemoteWarning, stacklevel=2, skip_file_prefixes=(os.path.dirname(__file__),))
+
+
+def resolve_backend(start: Path | str | None = None) -> "StorageBackend":
+    """Return the board that a ``lattice`` command in the directory ``start`` would work on.
+
+    Args:
+        start: where to begin to look, there and in the directories above; None for the current directory, or for what
+            ``LATTICE_ROOT`` names.
+
+    Raises:
+        Misuse: there is no project.
+        StorageError: its ``remote.json`` can't be read.
+    """
+    root = _root_at(None if start is None else Path(start).absolute())
+    if root is None:
+        raise Misuse(f"there is no lattice project in {start or Path.cwd()} or above; make one with: lattice init")
+    if is_cache(str(root / LATTICE_DIR)):
+        return RemoteStorage(root)
+    from lattice_remote.storage.local import LocalStorage
+
+    return LocalStorage(root)
+
+
+def _root_at(start: Path | None) -> Path | None:
+    if start is None:
+        try:
+            found = find_root()
+        except LatticeRootError as error:
+            raise Misuse(str(error)) from error
+        return None if found is None else found.absolute()
+    for directory in (start.resolve(), *start.resolve().parents):
+        if (directory / LATTICE_DIR).is_dir():
+            return directory
+    return None

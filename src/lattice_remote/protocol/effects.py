@@ -9,10 +9,10 @@ from lattice_remote.protocol.operations import Operation
 
 __all__ = [
     "NOWHERE",
-    "Answer",
     "ApplyChange",
     "Compare",
     "Content",
+    "DeliverReply",
     "Effect",
     "Position",
     "Remove",
@@ -100,7 +100,7 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class DeliverReply:
     """A request's outcome; every change up to its number is in the files."""
 
     frame: Response
@@ -111,4 +111,4 @@ class Save:
     """Store ``position`` and ``wanted`` durably enough that they are never ahead of the files (I5)."""
 
 
-Effect = ApplyChange | WritePart | Remove | Compare | Send | Answer | Save
+Effect = ApplyChange | WritePart | Remove | Compare | Send | DeliverReply | Save

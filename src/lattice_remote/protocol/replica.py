@@ -18,14 +18,12 @@ import enum
 from collections.abc import Iterable, Iterator, Mapping
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.arriving import Arriving
-from lattice_remote.protocol.comparison import Comparison
 from lattice_remote.protocol.effects import (
     NOWHERE,
-    Answer,
     ApplyChange,
     Compare,
     Content,
+    DeliverReply,
     Effect,
     Position,
     Remove,
@@ -67,6 +65,7 @@ from lattice_remote.protocol.operations import (
     PutFile,
 )
 from lattice_remote.protocol.paths import is_payload
+from lattice_remote.protocol.transfers import Arriving, ManifestComparison
 
 __all__ = ["LARGE_BYTES", "Replica", "State"]
 
@@ -125,7 +124,7 @@ class Replica:
         self._requested: set[str] = set()
         self._arriving = Arriving()
         self._floors: dict[str, int] = {}  # path -> number at which its content was read, while that is ahead of us
-        self._comparison: Comparison | None = None
+        self._comparison: ManifestComparison | None = None
         self._answers: list[Result] = []
 
     @property
@@ -185,7 +184,7 @@ class Replica:
                 self._answers.append(frame)
                 return self._answers_ready()
             case LogPage() | Version() | Uploaded() | Downloaded() | Refused():
-                return [Answer(frame)]
+                return [DeliverReply(frame)]
             case Followed():
                 raise ProtocolError("Followed, which a copy never asks for")
             case Bye():
@@ -433,7 +432,7 @@ class Replica:
             self._comparison.mend |= mend
             return []
         assert self.state is State.FOLLOWING, "there is no server to compare with"
-        self._comparison = Comparison(mend)
+        self._comparison = ManifestComparison(mend)
         self.state = State.COMPARING
         return [Send(Manifest())]
 
@@ -480,7 +479,7 @@ class Replica:
         applied = [self._advance(change) for change in comparison.later]
         return [*removed, *applied, Save(), *self._requests(), *self._answers_ready()]
 
-    def _finish_comparison(self) -> Comparison:
+    def _finish_comparison(self) -> ManifestComparison:
         comparison = self._comparison
         assert comparison is not None, "compared() and verified() answer a Compare effect"
         assert comparison.complete, "compared() and verified() answer a Compare effect"
@@ -498,4 +497,4 @@ class Replica:
         reached = self.position.seq if self._follow else self._answers[-1].seq
         ready = [a for a in self._answers if a.seq <= reached and not any(seq <= a.seq for seq in missing)]
         self._answers = [a for a in self._answers if a not in ready]
-        return [Answer(answer) for answer in ready]
+        return [DeliverReply(answer) for answer in ready]

@@ -16,15 +16,14 @@ import typer
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.logtext import as_lines, as_records, columns
-from lattice_remote.server.admin import commands as admin
-from lattice_remote.server.data.datadir import DataDir, administered
-from lattice_remote.server.data.expiry import duration, expiry, shown
-from lattice_remote.server.data.lastuse import read_last_uses
-from lattice_remote.server.data.loglines import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
-from lattice_remote.server.data.tokens import Token, TokenFile
-from lattice_remote.server.monitoring import command as monitoring
-from lattice_remote.server.project.log import present_epoch, read_log, short_ids
+from lattice_remote.server import status as monitoring
+from lattice_remote.server.auth import read_last_uses
+from lattice_remote.server.datadir import DataDir, administered
+from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
+from lattice_remote.server.maintenance import commands as admin
+from lattice_remote.server.project.audit_log import present_epoch, read_log, short_ids
+from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, shown
+from lattice_remote.text import as_lines, as_records, columns
 
 __all__ = ["app", "main"]
 
@@ -132,8 +131,8 @@ def start(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote --data ./board start --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
-    from lattice_remote.server.app import bind, run
-    from lattice_remote.server.data.settings import Tls
+    from lattice_remote.server.config import Tls
+    from lattice_remote.server.server import bind, run
 
     target = _data(context, data)
     config = target.config()
@@ -231,7 +230,7 @@ def fsck(
 
     Example: lattice-remote fsck --project web --mend
     """
-    from lattice_remote.server.checks import fsck as checking
+    from lattice_remote.server.maintenance import fsck as checking
 
     target = _data(context, data)
     try:

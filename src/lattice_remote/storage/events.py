@@ -7,15 +7,65 @@ What passes is plain JSON that lattice writes and reads back as it was, so that 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from lattice_remote.errors import Rejected
-from lattice_remote.storage.values import Event
 
-__all__ = ["MAX_EVENTS", "MayActAs", "Sessions", "Shaped", "invalid", "plain", "require_actor", "shape", "shaped"]
+__all__ = [
+    "MAX_EVENTS",
+    "Conflict",
+    "Event",
+    "MayActAs",
+    "Merged",
+    "Sessions",
+    "Shaped",
+    "Snapshot",
+    "StorageBackend",
+    "Written",
+    "invalid",
+    "plain",
+    "require_actor",
+    "shape",
+    "shaped",
+]
+
+type Event = Mapping[str, Any]
+"""One event of lattice, as ``lattice.core.events.create_event`` makes it."""
+type Snapshot = dict[str, Any]
+"""A task or resource as its events have made it, as in lattice's JSON files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written[T]:
+    """It is done, and durable. ``content`` is what is there now: a snapshot, or a text."""
+
+    content: T
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A text was merged by line with what others have written since its base; ``content`` is the whole text now."""
+
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Nothing was written: the base has moved. Read again, decide again, write again.
+
+    Attributes:
+        expected: what the write was built on: the id of the last event, or the text; None for nothing yet.
+        found: what is there in its place; None for nothing any more.
+    """
+
+    expected: str | None
+    found: str | None
+
 
 MAX_EVENTS = 100
 """The most events of one write."""
@@ -189,3 +239,74 @@ def require_actor(event: Shaped, may_act_as: MayActAs, sessions: Sessions) -> st
 
 def _is_name(actor: str) -> bool:
     return len(actor) <= _MAX_ACTOR_CHARS and actor.isprintable() and actor == actor.strip()
+
+
+@runtime_checkable
+class StorageBackend(Protocol):
+    """A board. A task is named by its id (``task_...``) or its short id (``LAT-42``), a resource by its name or id.
+
+    Reads are reads of local files. A write is one step: all of it, durable once it returns, or nothing. Calls may come
+    from several threads.
+
+    Raises, in every method:
+        StorageError: a file can't be read or written, or an earlier write was cut off; the message says what mends it.
+        RemoteError: of a remote board, what keeps it from being reached; see ``errors``.
+    """
+
+    @property
+    def root_path(self) -> Path:
+        """The directory that holds ``.lattice``."""
+
+    def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
+        """Return the active tasks, in the order in which they were made; with ``archived`` those instead."""
+
+    def get_task(self, task: str) -> Snapshot | None:
+        """Return a task, archived or not; None when there is none."""
+
+    def get_task_events(self, task: str) -> list[Snapshot]:
+        """Return a task's events in their order; empty when there is no such task."""
+
+    def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
+        """Add events to a task, or with ``task_created`` as the first one make it.
+
+        The events are checked by lattice's own rules, as its commands do. Whoever writes sets ``ts`` of each event, the
+        ``id`` of ``task_created``, and the short id of a new task.
+
+        Args:
+            base: the id of the task's last event (``last_event_id``) when the events were made; None for a new task.
+
+        Raises:
+            Rejected: ``REMOTE_INVALID`` when an event is none that may be added here, ``REMOTE_FORBIDDEN`` when it is
+                in a name that this token may not use. Nothing was written.
+        """
+
+    def list_resources(self) -> list[Snapshot]:
+        """Return the resources, by name."""
+
+    def get_resource(self, resource: str) -> Snapshot | None:
+        """Return a resource; None when there is none."""
+
+    def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
+        """Add events to a resource, or with ``resource_created`` as the first one make it.
+
+        As ``write_task``; whoever writes also sets ``expires_at``, from the resource's own time to live.
+        """
+
+    def read_plan(self, task: str) -> str | None:
+        """Return the text of a task's plan; None when it has none."""
+
+    def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
+        """Replace a task's plan.
+
+        Args:
+            base: the text that it was made from, as it was read; None when there was none.
+
+        Raises:
+            Rejected: ``REMOTE_INVALID`` when there is no such active task, ``REMOTE_TOO_LARGE`` over 1 MiB.
+        """
+
+    def read_notes(self, task: str) -> str | None:
+        """Return the text of a task's notes; None when it has none."""
+
+    def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
+        """Replace a task's notes, as ``write_plan`` does its plan."""

@@ -21,8 +21,19 @@ from lattice.storage.short_ids import allocate_short_id, load_id_index
 from lattice_remote.errors import Misuse, Rejected, StorageError
 from lattice_remote.protocol.paths import is_session_name
 from lattice_remote.storage import resource_rules, task_rules
-from lattice_remote.storage.events import MayActAs, Shaped, invalid, plain, require_actor, shaped
-from lattice_remote.storage.values import Conflict, Event, Merged, Snapshot, Written
+from lattice_remote.storage.events import (
+    Conflict,
+    Event,
+    MayActAs,
+    Merged,
+    Shaped,
+    Snapshot,
+    Written,
+    invalid,
+    plain,
+    require_actor,
+    shaped,
+)
 from lattice_remote.textmerge import merge_text
 
 __all__ = ["LocalStorage", "encoded"]

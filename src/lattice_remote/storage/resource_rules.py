@@ -11,8 +11,7 @@ from lattice.core import resources
 from msgspec import UNSET, Meta, UnsetType
 
 from lattice_remote.protocol.paths import is_resource_name
-from lattice_remote.storage.events import Shaped, invalid, shape
-from lattice_remote.storage.values import Snapshot
+from lattice_remote.storage.events import Shaped, Snapshot, invalid, shape
 
 __all__ = ["Surroundings", "add_to_resource", "require_name"]
 

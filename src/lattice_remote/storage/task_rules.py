@@ -14,8 +14,7 @@ from lattice.core.events import count_review_rework_cycles, validate_custom_even
 from lattice.core.ids import validate_actor
 from msgspec import UNSET, UnsetType
 
-from lattice_remote.storage.events import Shaped, invalid, shape
-from lattice_remote.storage.values import Snapshot
+from lattice_remote.storage.events import Shaped, Snapshot, invalid, shape
 
 __all__ = ["Around", "add_to_task"]
 

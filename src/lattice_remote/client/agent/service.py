@@ -38,28 +38,26 @@ from typing import Any
 import msgspec
 
 from lattice_remote import __version__
-from lattice_remote.client import preferences, servers
-from lattice_remote.client.agent.acknowledging import Acknowledging
-from lattice_remote.client.agent.caretaker import Caretaker
-from lattice_remote.client.agent.fetching import Fetching
-from lattice_remote.client.agent.frames import call_frame, run_frame
-from lattice_remote.client.agent.history import read_log, read_version, task_of
-from lattice_remote.client.agent.live import Live
-from lattice_remote.client.agent.pushing import Pusher
-from lattice_remote.client.agent.rescuing import Rescuer, decoded, described
-from lattice_remote.client.agent.resolving import Resolver
-from lattice_remote.client.agent.sending import Unreadable, opened_files, send_files
-from lattice_remote.client.agent.watching import Watching
+from lattice_remote.client import config, trusted_servers
+from lattice_remote.client.agent.audit_log import read_log, read_version, task_of
+from lattice_remote.client.agent.conflict_resolver import Resolver
+from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
+from lattice_remote.client.agent.file_watcher import Watching
+from lattice_remote.client.agent.payloads import Fetching
+from lattice_remote.client.agent.repair import IntegrityMonitor
+from lattice_remote.client.agent.rescue import Rescuer, decoded, described
+from lattice_remote.client.agent.uploads import Unreadable, call_frame, opened_files, run_frame, send_files
+from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import Cache
-from lattice_remote.client.cache.comparing import Comparison
-from lattice_remote.client.cache.follower import Follower
-from lattice_remote.client.link.link import ALIVE_S, Link
-from lattice_remote.client.link.links import Links
-from lattice_remote.client.runtime import boot_time
-from lattice_remote.client.servers import Server
-from lattice_remote.client.settings import Remote, read_remote
+from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.cache.verify import CacheComparison
+from lattice_remote.client.config import Remote, read_remote
+from lattice_remote.client.connection.connection import ALIVE_S, Connection
+from lattice_remote.client.connection.pool import ConnectionPool
+from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.messages import (
+    Applied,
     Attachment,
     Call,
     Refused,
@@ -71,9 +69,36 @@ from lattice_remote.protocol.messages import (
     Welcome,
 )
 from lattice_remote.protocol.replica import State
-from lattice_remote.protocol.versions import describe_difference
+from lattice_remote.text import describe_difference
 
-__all__ = ["Report", "Service", "answered"]
+__all__ = ["Acknowledging", "ProgressCallback", "Service", "answered"]
+
+_INTERVAL_S = 1.0
+
+
+class Acknowledging:
+    """``run()`` it as long as the cache is followed."""
+
+    def __init__(self, follower: Replicator, link: Connection) -> None:
+        self._follower = follower
+        self._link = link
+        self._told: tuple[Welcome | None, int] = (None, 0)
+
+    async def run(self) -> None:
+        """Tell, whenever the files have got further."""
+        while True:
+            await self._follower.advanced.wait()
+            self._follower.advanced.clear()
+            await self._tell()
+            await asyncio.sleep(_INTERVAL_S)
+
+    async def _tell(self) -> None:
+        reached = (self._link.welcome, self._follower.state.position.seq)
+        if reached[0] is not None and reached != self._told:
+            self._told = reached
+            since = self._follower.advanced_at
+            await self._link.send(Applied(reached[1], None if since is None else time.monotonic() - since))
+
 
 READY_WAIT_S = 2.0
 FIRST_READY_WAIT_S = 5.0
@@ -90,7 +115,7 @@ _COMPARE_ATTEMPTS = 3
 _HELD_LONG_S, _HELD_POLL_S = 1.0, 0.2
 """A cache that another process holds for longer is not waited for by a write: the server has it, the files follow."""
 
-Report = Callable[[dict[str, Any]], None]
+ProgressCallback = Callable[[dict[str, Any]], None]
 """Called with ``what``, ``done`` and ``total`` while something takes its time."""
 
 
@@ -110,19 +135,19 @@ class Service:
         self.cache = Cache(directory, self.remote)
         self.used_at = time.monotonic()
         """When it was last asked for something."""
-        self._follower = Follower(self.cache)
-        self._links = Links(self.remote, self._follower)
+        self._follower = Replicator(self.cache)
+        self._links = ConnectionPool(self.remote, self._follower)
         self._link = self._links.following
-        self._pusher = Pusher(self._follower, self._link, self._reached)
+        self._pusher = EditSender(self._follower, self._link, self._reached)
         self._resolver = Resolver(self._follower, self._pusher)
         self._rescuer = Rescuer(self._follower)
-        self._live: Live | None = None
+        self._live: EditWatcher | None = None
         self._sending: asyncio.Task[None] | None = None
         self._fetching = Fetching(self._follower, self._links)
         self._bringing: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
-        self._caretaker = Caretaker(self._follower, self._link, Watching(), asyncio.Semaphore(1), _ignore)
+        self._caretaker = IntegrityMonitor(self._follower, self._link, Watching(), asyncio.Semaphore(1), _ignore)
         self._looking = asyncio.Lock()
         self._said: list[str] = []  # for the next command
         self._has_looked = False
@@ -140,10 +165,10 @@ class Service:
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
         """From now on send what people edit and put right what else changes in the files, without being asked."""
         self._follower.edits.evidence.begin_watch()
-        self._live = live = Live(self._follower, self._links, self._pusher)
+        self._live = live = EditWatcher(self._follower, self._links, self._pusher)
         self._follower.files.on_edits = live.touched
         self._sending = asyncio.get_running_loop().create_task(live.run())
-        self._caretaker = Caretaker(self._follower, self._link, watching, turn, live.touched)
+        self._caretaker = IntegrityMonitor(self._follower, self._link, watching, turn, live.touched)
         self._care = asyncio.get_running_loop().create_task(self._caretaker.run())
 
     async def close(self) -> None:
@@ -169,7 +194,7 @@ class Service:
         """Whether a request is for this cache and this remote, and not for others that its path led to."""
         return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
 
-    async def handle(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+    async def handle(self, request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
         """Do what a request asks for.
 
         Raises:
@@ -178,7 +203,7 @@ class Service:
         self.used_at = time.monotonic()
         token = request.get("token")
         # ``add`` asks in its own process, of the server that it has named at the start.
-        named = servers.from_environment(request["named"]) if "named" in request else self._link.named
+        named = trusted_servers.from_environment(request["named"]) if "named" in request else self._link.named
         if (refusal := self._links.refusal(named)) is not None:
             return self._without_server(request, refusal)
         self._links.note_use(token)
@@ -196,9 +221,9 @@ class Service:
             case "resolve":
                 return await self._resolver.resolve(request, lambda: self._links.writing(token))
             case "configure":
-                preferences.change(self.cache.directory, request["name"], request["value"])
+                config.change(self.cache.directory, request["name"], request["value"])
                 self._fetching.wake()
-                return preferences.read(self.cache.directory)
+                return config.read(self.cache.directory)
             case "log":
                 return await read_log(
                     self._links.writing(token), request["task"], request["limit"], request.get("text")
@@ -221,7 +246,7 @@ class Service:
         return {**readiness, "current": False, "code": refusal.code, "message": refusal.message}
 
     def _long_work(
-        self, request: dict[str, Any], token: str | None, report: Report
+        self, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> Coroutine[Any, Any, dict[str, Any]] | None:
         """Return what may take its time, and shows how far it is; None for other requests."""
         match request["do"]:
@@ -245,7 +270,7 @@ class Service:
         """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
         if not self._has_looked or not self._is_current() or self._follower.replica.held:
             return None
-        if self._links.refusal(servers.from_environment(request["named"])) is not None:
+        if self._links.refusal(trusted_servers.from_environment(request["named"])) is not None:
             return None
         self.used_at = time.monotonic()
         self._links.note_use(request["token"])
@@ -354,7 +379,7 @@ class Service:
         await self._must_be_current()
         return {"seq": self._follower.state.position.seq}
 
-    async def _fetch(self, paths: list[str] | None, report: Report) -> dict[str, Any]:
+    async def _fetch(self, paths: list[str] | None, report: ProgressCallback) -> dict[str, Any]:
         await self._must_be_current()
         return await self._fetching.fetch(paths, report)
 
@@ -379,7 +404,7 @@ class Service:
                 raise
             raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
 
-    async def _run(self, request: dict[str, Any], token: str | None, report: Report) -> dict[str, Any]:
+    async def _run(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
         """Have a command line run on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(run_frame(request), request, token, report)
         if not isinstance(answer, Reply):
@@ -391,7 +416,7 @@ class Service:
             "notices": notices,
         }
 
-    async def _call(self, request: dict[str, Any], token: str | None, report: Report) -> dict[str, Any]:
+    async def _call(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
         """Have an operation of a surface carried out on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(call_frame(request), request, token, report)
         if not isinstance(answer, Returned):
@@ -406,7 +431,7 @@ class Service:
         return decoded(await self._call(asked, token, lambda _: None))
 
     async def _carry_out(
-        self, frame: Run | Call, request: dict[str, Any], token: str | None, report: Report
+        self, frame: Run | Call, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> tuple[Response, list[str]]:
         """Send large files, edited plans and notes, then the frame; return its answer, and what the user should know.
 
@@ -433,7 +458,7 @@ class Service:
             notices.append(f"done, but the copy here is behind: {self._trouble().message}")
         return answer, [*notices, *self._notices()]
 
-    async def _ask_once(self, frame: Run | Call, link: Link, request: dict[str, Any]) -> Response:
+    async def _ask_once(self, frame: Run | Call, link: Connection, request: dict[str, Any]) -> Response:
         """Send the request and return its answer; ``own_link`` gives it a connection that ends with it."""
         first_sent_at = request.get("first_sent_at")
         self._follower.own_requests.append(frame.id)
@@ -447,7 +472,9 @@ class Service:
         async with self._links.bulk(str(link.token)) as own:
             return await own.ask(frame, first_sent_at=first_sent_at)
 
-    async def _ask_unless_held(self, frame: Run | Call, link: Link, first_sent_at: float | None) -> Response | None:
+    async def _ask_unless_held(
+        self, frame: Run | Call, link: Connection, first_sent_at: float | None
+    ) -> Response | None:
         """Return the answer; None when another process keeps the link from taking it."""
         asking = asyncio.ensure_future(link.ask(frame, first_sent_at=first_sent_at))
         try:
@@ -513,7 +540,7 @@ class Service:
                 raise self._trouble()
         return {**_comparison_fields(comparison), "notices": self._notices()}
 
-    async def _compared(self, *, mend: bool) -> Comparison:
+    async def _compared(self, *, mend: bool) -> CacheComparison:
         for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
             await self._must_be_current(look=False)
             try:
@@ -525,7 +552,9 @@ class Service:
                     raise
         raise AssertionError("the last attempt returns or raises")
 
-    async def _with_progress(self, work: Coroutine[Any, Any, dict[str, Any]], report: Report) -> dict[str, Any]:
+    async def _with_progress(
+        self, work: Coroutine[Any, Any, dict[str, Any]], report: ProgressCallback
+    ) -> dict[str, Any]:
         """Await ``work``, and report meanwhile how many of the files that must be fetched have come."""
         task = asyncio.ensure_future(work)
         shown = False
@@ -674,7 +703,7 @@ def _versions(welcome: Welcome | None) -> dict[str, Any]:
     return {"here": here, "server": there, "differences": differences}
 
 
-def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
+def _comparison_fields(comparison: CacheComparison) -> dict[str, Any]:
     return {
         "seq": comparison.seq,
         "total": comparison.total,

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
-from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.fingerprints import Signature
 from lattice_remote.errors import StorageError, one_line
 from lattice_remote.protocol.paths import is_editable
 
-__all__ = ["Conflict", "Conflicts"]
+__all__ = ["TextConflict", "TextConflicts"]
 
 _MARK = ".md.mine"
 _FOLDERS = ("plans", "notes")
@@ -22,7 +22,7 @@ _MAX_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Conflict:
+class TextConflict:
     """One file whose local text was set aside."""
 
     path: str
@@ -49,7 +49,7 @@ class Conflict:
         )
 
 
-class Conflicts:
+class TextConflicts:
     """The conflicts of one cache. ``set_aside`` and ``end`` must be called under the cache's lock."""
 
     def __init__(self, cache: Cache, edits: Edits) -> None:
@@ -70,7 +70,7 @@ class Conflicts:
         self.look_again()
         return copy
 
-    def end(self, conflict: Conflict) -> None:
+    def end(self, conflict: TextConflict) -> None:
         """Remove what was set aside of a file, but for what somebody has saved there since: that stays a conflict."""
         for copy, found in zip(conflict.copies, conflict.found, strict=True):
             if self._cache.signature(copy) == found:
@@ -87,7 +87,7 @@ class Conflicts:
             self._copies = [path for folder in _FOLDERS for path in self._marked(folder)]
         return list(self._copies)
 
-    def all(self) -> list[Conflict]:
+    def all(self) -> list[TextConflict]:
         """Return every conflict."""
         files: dict[str, list[str]] = {}
         for copy in self.copies():
@@ -117,7 +117,7 @@ class Conflicts:
         """Return what people call the task of a plan or notes."""
         return self.waiting(path).short_id
 
-    def waiting(self, path: str) -> Conflict:
+    def waiting(self, path: str) -> TextConflict:
         """Return an edit that waits for the user's decision: a conflict without a copy, as the file holds the text."""
         return self._conflict(path, [])
 
@@ -127,13 +127,13 @@ class Conflicts:
             return sorted(f"{folder}/{name}" for name in names if _MARK in name)
         return []
 
-    def _conflict(self, path: str, copies: list[str]) -> Conflict:
+    def _conflict(self, path: str, copies: list[str]) -> TextConflict:
         task = path.rpartition("/")[2].removesuffix(".md")
         active = f"tasks/{task}.json"
         is_active = self._cache.size(active) is not None
         short_id = self._short_id(active if is_active else f"archive/{active}")
         found = tuple(map(self._cache.signature, copies))
-        return Conflict(path, tuple(copies), task, short_id or task, is_active, found)
+        return TextConflict(path, tuple(copies), task, short_id or task, is_active, found)
 
     def _short_id(self, snapshot: str) -> str | None:
         with contextlib.suppress(StorageError, OSError, ValueError, AttributeError):

@@ -25,10 +25,9 @@ import time
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from lattice_remote.client.cache.cache import Cache
-from lattice_remote.client.cache.known import Signature
+from lattice_remote.client.cache.cache import Cache, booted_at
+from lattice_remote.client.cache.fingerprints import Signature
 from lattice_remote.client.cache.repository import Blobs
-from lattice_remote.client.cache.state import booted_at
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.operations import digest_of
 

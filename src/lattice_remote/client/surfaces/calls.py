@@ -8,18 +8,20 @@ from typing import Any
 from lattice_remote.client.agent_client import ask, ask_here, request
 from lattice_remote.errors import one_line
 
-__all__ = ["Answer", "call"]
+__all__ = ["SurfaceResponse", "call"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class SurfaceResponse:
     """What an operation returned: ``status`` as in HTTP, ``payload`` a JSON text."""
 
     status: int
     payload: str
 
 
-def call(directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None) -> Answer:
+def call(
+    directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
+) -> SurfaceResponse:
     """Have an operation carried out on the server; return once what it changed is in the files of ``directory``.
 
     ``files`` are as ``CallersFiles`` describes them. What the user should know besides is written to stderr. Safe to
@@ -36,4 +38,4 @@ def call(directory: str, surface: str, name: str, payload: str, files: list[dict
         answer = ask_here(asked)
     for notice in answer["notices"]:
         sys.stderr.write(f"lattice-remote: {one_line(notice)}\n")
-    return Answer(answer["status"], answer["payload"])
+    return SurfaceResponse(answer["status"], answer["payload"])

@@ -24,14 +24,13 @@ from typing import Self
 
 import msgspec
 
-from lattice_remote.server.data.framing import HEAD_BYTES, frame, frames, payload_at
 from lattice_remote.server.journal.request_ids import RequestIds
-from lattice_remote.server.journal.segments import (
+from lattice_remote.server.journal.segment import (
     ChangeIds,
-    Kept,
     Outline,
     Record,
     Segment,
+    StoredSegment,
     decoder,
     outline_decoder,
     read_segment,
@@ -39,7 +38,8 @@ from lattice_remote.server.journal.segments import (
     salvaged,
     segment_paths,
 )
-from lattice_remote.server.tree.manifest import FileState, SyncFailed, sync, sync_directory, sync_files
+from lattice_remote.server.record_format import HEAD_BYTES, frame, frames, payload_at
+from lattice_remote.server.tree.tree import FileState, SyncFailed, sync, sync_directory, sync_files
 
 __all__ = ["Journal", "Retention"]
 
@@ -104,7 +104,7 @@ class Journal:
         self.request_ids = RequestIds(directory, retention.max_age_s)
         self._next_number = 0
         self._former: list[_Former] = []
-        self._segments: list[Kept] = []
+        self._segments: list[StoredSegment] = []
         self._places: dict[bytes, _Place] = {}
         self._retired: list[Outline] = []  # records of former segments that the index may lack
         self._descriptor = -1
@@ -206,7 +206,7 @@ class Journal:
         whole = self._segments[-1].size == self._segments[-1].path.stat().st_size
         return whole and (header.epoch, header.head, header.mark) == (self.epoch, self.head, self.mark)
 
-    def _adopt(self, kept: Kept, items: list[tuple[int, Outline]]) -> None:
+    def _adopt(self, kept: StoredSegment, items: list[tuple[int, Outline]]) -> None:
         self.epoch, self.head, self.mark = kept.header.epoch, kept.header.head, kept.header.mark
         self._next_number = kept.header.number
         self._segments.append(kept)
@@ -228,7 +228,7 @@ class Journal:
             self._set_aside_tail(last)
             os.ftruncate(self._descriptor, last.size)
 
-    def _set_aside_tail(self, last: Kept) -> None:
+    def _set_aside_tail(self, last: StoredSegment) -> None:
         """Keep a copy of what is cut, for somebody who wants to know; where there is no room for it, do without."""
         directory = self.directory.parent / "set-aside"
         with contextlib.suppress(OSError), last.path.open("rb") as file:
@@ -290,7 +290,7 @@ class Journal:
         header = Segment(self.epoch, self._next_number, self.head, self.mark, since)
         path = self.directory / f"{header.number:020d}.log"
         data = bytearray(frame(_encoder.encode(header)))
-        self._segments.append(Kept(path, header, 0, time.time()))
+        self._segments.append(StoredSegment(path, header, 0, time.time()))
         for record in records:
             self._remember(record, len(data))
             data += frame(_encoder.encode(record))
@@ -327,9 +327,9 @@ class Journal:
             self._places = {id_: place for id_, place in self._places.items() if place.segment >= first}
         return [segment.path for segment in expired]
 
-    def _over_retention(self, now: float) -> list[_Former | Kept]:
+    def _over_retention(self, now: float) -> list[_Former | StoredSegment]:
         """Return the oldest segments, former ones first, that are too old or too much."""
-        segments: list[_Former | Kept] = [*self._former, *self._segments]
+        segments: list[_Former | StoredSegment] = [*self._former, *self._segments]
         total = sum(segment.size for segment in segments)
         count = 0
         for segment in segments[:-1]:

@@ -21,16 +21,238 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.journal.contents import Contents, counterpart, derive, is_snapshot, log_of
-from lattice_remote.server.tree.manifest import sync_directory
-from lattice_remote.server.tree.tree import Tree
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    Operation,
+    PutFile,
+    canonical_json,
+    digest_of,
+    merge_patch,
+)
+from lattice_remote.server.journal.journal import Journal
+from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.segment import Record, list_beside, segment_paths
+from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, load_manifest, sync_directory
 
-__all__ = ["Repair", "differing", "is_own_id", "make_id"]
+__all__ = [
+    "Contents",
+    "Repair",
+    "change_of",
+    "counterpart",
+    "derive",
+    "differing",
+    "is_copied",
+    "is_own_id",
+    "is_snapshot",
+    "log_of",
+    "make_id",
+    "mend_copy",
+    "place_of",
+]
+
+Read = Callable[[str], bytes]
+"""Returns the content of a path of the tree, empty when there is none."""
+
+
+@dataclass
+class _Known:
+    """What the journal tells of a file's content: ``data`` from ``offset`` on, where the file at ``base`` ends.
+
+    ``patches`` were applied to it since; ``base`` is None when the journal has all of it.
+    """
+
+    base: str | None
+    offset: int = 0
+    data: bytearray = field(default_factory=bytearray)
+    patches: list[MergeJson] = field(default_factory=list)
+
+
+class Contents:
+    """Feed it records with ``learn``, oldest first; then ask for content.
+
+    Args:
+        paths: the files that will be asked for, None for all. It saves memory: a journal has tens of megabytes.
+    """
+
+    def __init__(self, paths: Iterable[str] | None = None) -> None:
+        self._names = {os.path.basename(path) for path in paths} if paths is not None else None
+        self._known: dict[str, _Known | None] = {}  # None: the file is gone
+        self._digests: dict[str, set[bytes]] = {}
+        self._texts: dict[str, list[bytes]] = {}
+
+    def learn(self, record: Record) -> None:
+        """Take in one record: its change, the states after it, and the contents that it holds whole."""
+        for path, state in record.files.items():
+            self.learn_state(path, state)
+        if record.change is None:
+            for path, data in record.moved.items():  # as it was before something that may have been cut off
+                if self._is_wanted(path):
+                    self._put(path, data)
+            return
+        for operation in change_of(record).ops:
+            if self._is_wanted(operation.path):
+                self._learn(operation, record)
+
+    def learn_state(self, path: str, state: FileState | None) -> None:
+        """Take in that a file had this content at some number."""
+        if state is not None and self._is_wanted(path):
+            self._digests.setdefault(path, set()).add(state.digest)
+
+    def was(self, path: str, data: bytes) -> bool:
+        """Tell whether the file had this content once, or the beginning of one that the journal has whole."""
+        return digest_of(data) in self._digests.get(path, ()) or any(
+            text.startswith(data) for text in self._texts.get(path, ())
+        )
+
+    def is_gone(self, path: str) -> bool:
+        """Whether the last that the journal tells of this file is that it was removed."""
+        return path in self._known and self._known[path] is None
+
+    def _is_wanted(self, path: str) -> bool:
+        return self._names is None or os.path.basename(path) in self._names
+
+    def _put(self, path: str, data: bytes) -> None:
+        self._known[path] = _Known(None, data=bytearray(data))
+        self._texts.setdefault(path, []).append(data)
+
+    def _learn(self, operation: Operation, record: Record) -> None:
+        known, path = self._known, operation.path
+        match operation:
+            case PutFile():
+                self._put(path, operation.data)
+            case AppendBytes():
+                known[path] = _grown(known.get(path) or _Known(path, operation.offset), operation)
+            case MergeJson():
+                (known.get(path) or known.setdefault(path, _Known(path)) or _Known(path)).patches.append(operation)
+            case MoveFile():
+                if operation.to in record.moved:
+                    self._put(operation.to, record.moved[operation.to])
+                else:
+                    known[operation.to] = known.get(path) or _Known(path)
+                known[path] = None
+            case DeleteFile():
+                known[path] = None
+            case AnnounceFile():
+                known[path] = _Known(path)  # the file itself was made durable
+
+    def find(self, path: str, size: int, digest: bytes, read: Read, kept: bytes | None = None) -> bytes | None:
+        """Return the file's content of this size and digest, None where nothing leads there; ``kept`` is tried too."""
+        told = self._known.get(path) or _Known(path)
+        on_disk = read(told.base or path)
+        candidates = [on_disk[:size]]
+        if told.base is None or len(on_disk) >= told.offset:
+            candidates.append((on_disk[: told.offset] if told.base is not None else b"") + told.data)
+        for candidate in candidates:
+            for data in (candidate, _patched(candidate, told.patches)):
+                if digest_of(data) == digest:
+                    return data
+        return kept if kept is not None and digest_of(kept) == digest else None
+
+
+def change_of(record: Record) -> Change:
+    """Return the change that a record holds."""
+    assert record.change is not None, "the caller has looked"
+    frame = decode_server_frame(record.change, max_bytes=len(record.change))
+    assert isinstance(frame, Change), "the journal holds what this package has encoded"
+    return frame
+
+
+def _grown(known: _Known, operation: AppendBytes) -> _Known:
+    if not known.data and known.base is not None:
+        known.offset = operation.offset
+    del known.data[operation.offset - known.offset :]
+    known.data += operation.data
+    return known
+
+
+def _patched(data: bytes, patches: list[MergeJson]) -> bytes:
+    """Apply the patches after the last one whose outcome ``data`` is: the disk may have any version."""
+    if not patches:
+        return data
+    outcomes = [patch.digest for patch in patches]
+    digest = digest_of(data)
+    last = len(outcomes) - outcomes[::-1].index(digest) if digest in outcomes else 0
+    try:
+        value = json.loads(data)
+        for patch in patches[last:]:
+            value = merge_patch(value, json.loads(patch.patch))
+        return canonical_json(value)
+    except (ValueError, RecursionError):
+        return data
+
+
+# --- what lattice derives from its logs ---
+
+
+def counterpart(path: str) -> str:
+    """Return where a file lies once its task is archived, or was before that."""
+    return path.removeprefix("archive/") if path.startswith("archive/") else f"archive/{path}"
+
+
+def is_snapshot(path: str) -> bool:
+    """Tell whether a file is a snapshot of a task or a resource."""
+    folder, name = os.path.split(path)
+    return folder in ("tasks", "archive/tasks") or (folder.startswith("resources/") and name == "resource.json")
+
+
+def log_of(path: str, read: Read) -> str | None:
+    """Return the event log that a snapshot of a task or a resource is derived from; None for any other file."""
+    folder, name = os.path.split(path)
+    if folder in ("tasks", "archive/tasks"):
+        return f"{folder.removesuffix('tasks')}events/{name.removesuffix('.json')}.jsonl"
+    if folder.startswith("resources/") and name == "resource.json":
+        try:
+            return f"events/{json.loads(read(path))['id']}.jsonl"
+        except (ValueError, KeyError, TypeError):
+            return None
+    return None
+
+
+def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
+    """Return a snapshot as lattice derives it from its log; empty where that is not possible.
+
+    Args:
+        path: of the snapshot.
+        read: see ``Read``.
+        logs: of resources, to look in where the snapshot does not say which is its own.
+    """
+    log = log_of(path, read)
+    if log is None and path.startswith("resources/"):
+        name = path.split("/")[1]
+        log = next((log for log in logs if _name_of_resource(read(log)) == name), None)
+    if log is None:
+        return b""
+    from lattice.core.resources import apply_resource_event_to_snapshot, serialize_resource_snapshot
+    from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
+
+    is_task = not path.startswith("resources/")
+    apply = apply_event_to_snapshot if is_task else apply_resource_event_to_snapshot
+    snapshot = None
+    try:
+        for line in read(log).splitlines():
+            snapshot = apply(snapshot, json.loads(line))
+        return (serialize_snapshot if is_task else serialize_resource_snapshot)(snapshot).encode() if snapshot else b""
+    except (ValueError, KeyError, TypeError):
+        return b""
+
+
+def _name_of_resource(log: bytes) -> str | None:
+    try:
+        first = json.loads(log.split(b"\n", 1)[0])
+        return str(first["data"]["name"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
 
 _IDS = "ids.json"
 _LIFECYCLE = "_lifecycle.jsonl"
@@ -80,7 +302,7 @@ def _decode(ulid: str) -> bytes:
 # --- files ---
 
 
-def differing(tree: Tree, doubtful: Collection[str] | None = None) -> list[str]:
+def differing(tree: ProjectTree, doubtful: Collection[str] | None = None) -> list[str]:
     """Return the files that are not as in ``tree.files``, by their content.
 
     With ``doubtful`` paths every other file was made durable since it last changed: it is read only if its signature
@@ -127,7 +349,7 @@ class Repair:
 
     def __init__(
         self,
-        tree: Tree,
+        tree: ProjectTree,
         contents: Contents,
         damaged: Iterable[str],
         kept: Callable[[str], bytes | None] = lambda _: None,
@@ -455,16 +677,16 @@ def _serialized(index: dict[str, Any]) -> bytes:
     return (json.dumps(index, sort_keys=True, indent=2) + "\n").encode()
 
 
-def _digest(tree: Tree, path: str) -> bytes | None:
+def _digest(tree: ProjectTree, path: str) -> bytes | None:
     content = tree.read(path, None)
     return content.state.digest if content is not None else None
 
 
-def _digest_in(tree: Tree, path: str) -> bytes | None:
+def _digest_in(tree: ProjectTree, path: str) -> bytes | None:
     return tree.files[path].digest if path in tree.files else None
 
 
-def _set_aside(tree: Tree, path: str, lost: Path) -> str:
+def _set_aside(tree: ProjectTree, path: str, lost: Path) -> str:
     target = lost / path
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(tree.absolute(path), target)
@@ -481,3 +703,115 @@ def _write(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(scratch, path)
     sync_directory(Path(directory))
+
+
+def place_of(directory: Path) -> list[int]:
+    """Return what names this journal directory, and no copy of it; empty before its undo log was made."""
+    try:
+        return [os.stat(directory).st_ino, os.stat(directory / "undo").st_ino]
+    except FileNotFoundError:
+        return []
+
+
+def is_copied(directory: Path, listed: ManifestFile | None) -> bool:
+    """Tell whether the list of files was written in another place than this."""
+    return listed is not None and bool(listed.place) and listed.place != place_of(directory)
+
+
+def mend_copy(
+    tree: ProjectTree, journal: Journal, listed: ManifestFile, *, kept: Callable[[str], bytes | None]
+) -> list[str]:
+    """Bring the tree to the last change of the journal to which all of it can be brought; return lines for the log.
+
+    Empty when there is nothing to repair. Outside changes in the copy before its first start stay
+    (``Repair``), and so does all of it if files were written there after the server had ended in order. May be done
+    again after a crash.
+
+    Args:
+        tree: of the copy; its ``files`` are of the number that was reached in the end.
+        journal: the copied one, open.
+        listed: the copied list of files.
+        kept: returns what the copied undo log keeps of a path, by its absolute path.
+
+    Raises:
+        OSError: a file can't be read or written.
+    """
+    states = _States(journal, listed, tree)
+    target = journal.head
+    while True:
+        tree.files = states.at(target)
+        damaged = differing(tree)
+        epoch = "" if journal.is_damaged else journal.epoch
+        repair = Repair(tree, states.contents, damaged, lambda path: kept(tree.absolute(path)), epoch=epoch)
+        is_whole = not repair.is_needed or (listed.clean and _is_edited(tree, journal.newest))
+        if is_whole and target == journal.head:
+            return []
+        late = [states.changed_at[path] for path in repair.failed if path in states.changed_at]
+        if not late:
+            break
+        target = min(late) - 1
+    notes = repair.perform(journal.directory / "lost")
+    first = (
+        f"this is a copy of a running server: {len(notes)} files were brought to change {target}, a new epoch begins"
+    )
+    return [first, *notes]
+
+
+def _is_edited(tree: ProjectTree, after: float) -> bool:
+    """Tell whether any file was written after this time, in seconds since the epoch."""
+    return any(status.st_mtime > after for _, status in tree.scan())
+
+
+class _States:
+    """The files at any number that the journal reaches, as far as it and the list tell."""
+
+    def __init__(self, journal: Journal, listed: ManifestFile, tree: ProjectTree) -> None:
+        self.contents = Contents()
+        """What the journal tells up to the number last asked for."""
+        self.changed_at: dict[str, int] = {}
+        """The last change of each file up to there that can be taken back."""
+        self._journal = journal
+        oldest = _oldest_list(journal, listed)
+        self._has_list = oldest is not None
+        self._first = oldest.seq if oldest is not None else journal.oldest - 1
+        # Without a list: what the journal does not name has not changed since it began, so it is as on the disk.
+        self._files = oldest.files if oldest is not None else _on_disk(tree)
+
+    def at(self, seq: int) -> dict[str, FileState]:
+        """Return the files at this number, and learn what leads there."""
+        files = dict(self._files)
+        self.contents, self.changed_at = Contents(), {}
+        for path, state in self._files.items():
+            self.contents.learn_state(path, state)
+        for record in JournalReader(self._journal.directory).records():
+            if record.seq > seq:
+                break
+            self.contents.learn(record)
+            if record.seq > self._first:
+                self._apply(files, record)
+        return files
+
+    def _apply(self, files: dict[str, FileState], record: Record) -> None:
+        for path, state in record.files.items():
+            if state is None:
+                files.pop(path, None)
+            else:
+                files[path] = state
+            if self._has_list:
+                self.changed_at[path] = record.seq
+
+
+def _oldest_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
+    """Return the oldest list of files from which the journal leads on.
+
+    The copied ``manifest`` may be newer than the copied journal, or than the change to go to.
+    """
+    beside = map(load_manifest, map(list_beside, segment_paths(journal.directory)))
+    lists = [found for found in (listed, *beside) if found is not None and found.epoch == journal.epoch]
+    reached = range(journal.oldest - 1, journal.head + 1)
+    return min((found for found in lists if found.seq in reached), key=lambda found: found.seq, default=None)
+
+
+def _on_disk(tree: ProjectTree) -> dict[str, FileState]:
+    read = {path: tree.read(path, None) for path, _ in tree.scan()}
+    return {path: content.state for path, content in read.items() if content is not None}

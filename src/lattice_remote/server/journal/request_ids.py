@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lattice_remote.server.journal.segments import Outline
-from lattice_remote.server.tree.manifest import SyncFailed, sync, sync_directory
+from lattice_remote.server.journal.segment import Outline
+from lattice_remote.server.tree.tree import SyncFailed, sync, sync_directory
 
 __all__ = ["Answered", "RequestIds", "token_digest"]
 

@@ -6,24 +6,71 @@ whoever looks at the head, the files or the manifest and queues what it saw, wit
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable, Hashable
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from lattice_remote.errors import StorageError
+from lattice_remote.protocol.bundle import first_sign_of_use
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.layout import first_sign_of_use
 from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
-from lattice_remote.server.data.ipc import After, Ready
-from lattice_remote.server.journal.journal_reader import JournalReader
-from lattice_remote.server.journal.segments import ChangeIds
-from lattice_remote.server.network.outbox import websocket_frame
-from lattice_remote.server.project.recent import Recent
+from lattice_remote.server.ipc import PathState, Ready
+from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.segment import ChangeIds
+from lattice_remote.server.transport.send_queue import websocket_frame
 
-__all__ = ["Content", "Follower", "History"]
+__all__ = ["CommitTimes", "Content", "History", "Recent", "Subscriber"]
+
+
+class Recent:
+    """A bounded run of consecutive changes, up to the project's head. The newest is always kept."""
+
+    def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._changes: deque[tuple[int, bytes, bytes]] = deque()  # number, mark, frame
+
+    def append(self, seq: int, mark: bytes, frame: bytes) -> None:
+        """Keep change ``seq``, the one after the last."""
+        assert not self._changes or self._changes[-1][0] == seq - 1, "numbers have no gap (I1)"
+        self._changes.append((seq, mark, frame))
+        self._bytes += len(frame)
+        while self._bytes > self._max_bytes and len(self._changes) > 1:
+            self._bytes -= len(self._changes.popleft()[2])
+
+    def clear(self) -> None:
+        """Forget everything: another history begins."""
+        self._changes.clear()
+        self._bytes = 0
+
+    def after(self, seq: int, max_bytes: int) -> list[tuple[int, bytes]]:
+        """Return numbers and frames of the changes after ``seq``, of about ``max_bytes``; empty when not kept."""
+        index = self._index(seq + 1)
+        found: list[tuple[int, bytes]] = []
+        if index is None:
+            return found
+        for number, _, frame in islice(self._changes, index, None):
+            found.append((number, frame))
+            max_bytes -= len(frame)
+            if max_bytes <= 0:
+                break
+        return found
+
+    def mark_at(self, seq: int) -> bytes | None:
+        """Return the mark of change ``seq``, None when it is not kept."""
+        index = self._index(seq)
+        return None if index is None else self._changes[index][1]
+
+    def _index(self, seq: int) -> int | None:
+        if not self._changes or not self._changes[0][0] <= seq <= self._changes[-1][0]:
+            return None
+        return seq - self._changes[0][0]
+
 
 _ENTRIES_PER_FRAME = 1000
 _REPLAY_BYTES = 1024 * 1024
@@ -33,7 +80,7 @@ Content = tuple[int, bytes]
 """A file's size in bytes and its digest."""
 
 
-class Follower(Protocol):
+class Subscriber(Protocol):
     """A connected client, as its project sees it. No call waits or raises."""
 
     @property
@@ -73,7 +120,7 @@ class History:
         self._was_at: dict[Position, bool] = {}  # by position in a former epoch: clients come back together
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
-        self._followers: set[Follower] = set()
+        self._followers: set[Subscriber] = set()
 
     @property
     def used(self) -> str | None:
@@ -87,11 +134,11 @@ class History:
 
     # --- what followers need ---
 
-    def join(self, follower: Follower) -> None:
+    def join(self, follower: Subscriber) -> None:
         """Tell this follower of everything from the next change on."""
         self._followers.add(follower)
 
-    def leave(self, follower: Follower) -> None:
+    def leave(self, follower: Subscriber) -> None:
         """Forget a follower. Idempotent."""
         self._followers.discard(follower)
 
@@ -174,7 +221,7 @@ class History:
 
     # --- what the worker has made durable ---
 
-    def publish(self, seq: int, mark: bytes, change: bytes, after: list[After], *, oldest: int) -> None:
+    def publish(self, seq: int, mark: bytes, change: bytes, after: list[PathState], *, oldest: int) -> None:
         """Tell every follower of a durable change (I2); ``after`` are its files, ``oldest`` 0 when not known."""
         assert seq == self.head + 1, f"{seq} follows {self.head}: a gap (I1)"
         frame = websocket_frame(change)
@@ -239,3 +286,38 @@ class History:
         self.oldest = ready.oldest
         self.files = {file.path: (file.size, file.digest) for file in ready.files if file.digest is not None}
         self._entries = None
+
+
+_MINUTE_S = 60.0
+
+
+class CommitTimes:
+    """The times of the newest changes, at most ``most`` of them."""
+
+    def __init__(self, most: int = 20_000) -> None:
+        self._times: deque[float] = deque(maxlen=most)
+        self._last = 0
+
+    def committed(self, seq: int, now: float) -> None:
+        """Change ``seq`` is durable and told to everybody. Another than the next begins anew."""
+        if seq != self._last + 1:
+            self._times.clear()
+        self._times.append(now)
+        self._last = seq
+
+    def age_of(self, seq: int, now: float) -> float | None:
+        """Return how long ago a change was committed; None when that is not known here."""
+        back = self._last - seq
+        return now - self._times[-1 - back] if 0 <= back < len(self._times) else None
+
+    def per_minute(self, now: float) -> int:
+        """Return how many changes were committed within the last minute; from what is known where that is less."""
+        times = self._times
+        if len(times) == times.maxlen and now - times[0] < _MINUTE_S:
+            return round(len(times) * _MINUTE_S / max(now - times[0], 1.0))
+        count = 0
+        for time in reversed(times):
+            if now - time >= _MINUTE_S:
+                break
+            count += 1
+        return count

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lattice_remote.logtext import printable
-from lattice_remote.server.data.ipc import HookCall
+from lattice_remote.server.ipc import HookCall
+from lattice_remote.text import printable
 
 __all__ = ["HOOK_TIMEOUT_S", "HookRunner", "without_secrets"]
 

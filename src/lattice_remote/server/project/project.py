@@ -25,40 +25,42 @@ import msgspec
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Bye, Refused
-from lattice_remote.server.data.datadir import ProjectPaths
-from lattice_remote.server.data.ipc import (
-    Adopt,
-    Done,
+from lattice_remote.server.config import Config
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.ipc import (
+    AbandonRequest,
     Edit,
-    Execute,
-    Failed,
-    Invoke,
+    ImportProject,
     NewEpoch,
     Ready,
     Reconcile,
-    Settle,
+    RequestDone,
+    RunCall,
+    RunCommand,
     Stop,
     ToServer,
     ToWorker,
+    WorkerFailed,
     asked_by,
 )
-from lattice_remote.server.data.metrics import Metrics, ProjectMetrics
-from lattice_remote.server.data.settings import Config
-from lattice_remote.server.project.accounts import Accounts, Told
-from lattice_remote.server.project.bounds import Bounds
-from lattice_remote.server.project.held import Held, weight_of
-from lattice_remote.server.project.history import Follower, History
+from lattice_remote.server.metrics import Metrics, ProjectMetrics
+from lattice_remote.server.project.audit_log import LogReader
+from lattice_remote.server.project.history import CommitTimes, History, Subscriber
 from lattice_remote.server.project.hooks import HookRunner
-from lattice_remote.server.project.job import Job
-from lattice_remote.server.project.log import LogReader
-from lattice_remote.server.project.outstanding import Outstanding
-from lattice_remote.server.project.pace import Pace
-from lattice_remote.server.project.pushes import Pushes
-from lattice_remote.server.project.reader import Reader
-from lattice_remote.server.project.turns import FairQueue
+from lattice_remote.server.project.imports import Pushes
+from lattice_remote.server.project.queue import (
+    FairQueue,
+    InFlightRequests,
+    QueuedRequest,
+    QueueLimits,
+    ResourceWaitQueue,
+    WorkerWindow,
+    weight_of,
+)
+from lattice_remote.server.project.reader_process import ReaderProcess
+from lattice_remote.server.project.request_log import OutcomeListener, RequestLog
 from lattice_remote.server.project.uploads import Uploads
-from lattice_remote.server.project.waiting import Waiting
-from lattice_remote.server.project.writer import WORKER_COMMAND, Writer
+from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
 
 __all__ = ["Load", "Project", "stopping"]
 
@@ -93,7 +95,7 @@ class Project:
         paths: ProjectPaths,
         *,
         hooks: HookRunner | None,
-        bounds: Bounds | None = None,
+        bounds: QueueLimits | None = None,
         config: Config | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
         metrics: ProjectMetrics | None = None,
@@ -102,9 +104,9 @@ class Project:
         self.paths = paths
         self.metrics = metrics or Metrics().of(slug)
         """What is counted and measured here."""
-        self.accounts = Accounts(slug, self.metrics)
+        self.accounts = RequestLog(slug, self.metrics)
         """What came of each request."""
-        self.pace = Pace()
+        self.pace = CommitTimes()
         """When the newest changes were committed."""
         self.history = History(paths.journal, self._committed)
         """What the followers know, and may ask for."""
@@ -115,22 +117,22 @@ class Project:
         """Content that requests refer to."""
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.accounts.refused_other)
         """Whole projects that are to take this one's place."""
-        self.reader = Reader(slug, paths, self._settled_state, self._durable)
+        self.reader = ReaderProcess(slug, paths, self._settled_state, self._durable)
         """Reads for those who have no copy."""
         self.lattice_version = ""
         """Of the lattice-tracker that runs the commands."""
         self._hooks = hooks
-        self._bounds = bounds or Bounds()
+        self._bounds = bounds or QueueLimits()
         self._worker_command = worker_command
-        self._held = Held(self._bounds)
-        self._queue: FairQueue[Job] = FairQueue()
-        self._outstanding = Outstanding(self._bounds, self._overdue)  # with the worker
-        self._waiting = Waiting(self._retry)
+        self._held = InFlightRequests(self._bounds)
+        self._queue: FairQueue[QueuedRequest] = FairQueue()
+        self._outstanding = WorkerWindow(self._bounds, self._overdue)  # with the worker
+        self._waiting = ResourceWaitQueue(self._retry)
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
         self._refuted = ""  # the epoch for whose end the worker was asked last; see rollback_proved()
-        self._writer: Writer | None = None
+        self._writer: WorkerProcess | None = None
         self._open = asyncio.Event()
         self._idle = asyncio.Event()
         self._writer_ended = asyncio.Event()
@@ -234,7 +236,12 @@ class Project:
 
     # --- requests ---
 
-    def submit(self, message: Execute | Invoke | Edit | Adopt, asker: Follower, told: Told | None = None) -> None:
+    def submit(
+        self,
+        message: RunCommand | RunCall | Edit | ImportProject,
+        asker: Subscriber,
+        told: OutcomeListener | None = None,
+    ) -> None:
         """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
 
         A request that is under way already is joined, not run again (I6). ``told`` is called just before the answer
@@ -254,7 +261,7 @@ class Project:
         if objection is not None:
             self._refuse(asker, message, told, "REMOTE_BUSY", objection)
             return
-        job = Job(message, [asker], weight=weight, told=told)
+        job = QueuedRequest(message, [asker], weight=weight, told=told)
         if message.first_sent_at is not None:  # asked again: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
         self._held.add(message.id, message.token_id, job)
@@ -262,10 +269,10 @@ class Project:
 
     def _join(
         self,
-        job: Job,
-        message: Execute | Invoke | Edit | Adopt,
-        asker: Follower,
-        told: Told | None,
+        job: QueuedRequest,
+        message: RunCommand | RunCall | Edit | ImportProject,
+        asker: Subscriber,
+        told: OutcomeListener | None,
     ) -> None:
         running = job.message
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
@@ -279,16 +286,16 @@ class Project:
 
     def _refuse(
         self,
-        asker: Follower,
-        message: Execute | Invoke | Edit | Adopt,
-        told: Told | None,
+        asker: Subscriber,
+        message: RunCommand | RunCall | Edit | ImportProject,
+        told: OutcomeListener | None,
         code: str,
         why: str,
     ) -> None:
         self.accounts.refused(message, code, told)
         asker.answer(message.id, encode(Refused(message.id, code, why)))
 
-    def forget(self, asker: Follower, request_ids: set[str]) -> None:
+    def forget(self, asker: Subscriber, request_ids: set[str]) -> None:
         """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
         self.pushes.forget(asker)
         for request_id in request_ids:
@@ -299,7 +306,7 @@ class Project:
             if not job.askers and job.resource is not None and self._gives_up(job):
                 self._held.drop(request_id)
 
-    def withdraw(self, asker: Follower, request_id: str, code: str) -> bool:
+    def withdraw(self, asker: Subscriber, request_id: str, code: str) -> bool:
         """Take a request out whose token has ended; return whether it surely has had no effect and never will.
 
         False: the worker has it, or had it, or another connection asks for it too.
@@ -307,12 +314,12 @@ class Project:
         job = self._held.get(request_id)
         if job is None or job.askers != [asker] or job.suspect or not self._gives_up(job):
             return False
-        assert isinstance(job.message, Execute | Invoke | Edit | Adopt), "others are not asked for"
+        assert isinstance(job.message, RunCommand | RunCall | Edit | ImportProject), "others are not asked for"
         self._held.drop(request_id)
         self.accounts.refused(job.message, code, job.told)
         return True
 
-    def _gives_up(self, job: Job) -> bool:
+    def _gives_up(self, job: QueuedRequest) -> bool:
         """Take a waiter out of its line that nobody asks for any more; return False if the worker has it by now."""
         if job in self._outstanding:
             return False
@@ -336,12 +343,12 @@ class Project:
             self._refuted = epoch
             _log.warning("%s: %s: the server was rolled back; a new epoch begins", self.slug, reason)
             self._open.clear()
-            self._enqueue(Job(NewEpoch(reason)))
+            self._enqueue(QueuedRequest(NewEpoch(reason)))
         await self.opened()
 
     # --- the queue ---
 
-    def _enqueue(self, job: Job) -> None:
+    def _enqueue(self, job: QueuedRequest) -> None:
         self._queue.add(job, job.lane)
         self._pump()
 
@@ -353,7 +360,7 @@ class Project:
         while self._queue and self._outstanding.takes(self._queue.next()):
             job = self._queue.pop()
             self._outstanding.add(job)
-            if isinstance(job.message, Execute | Invoke):
+            if isinstance(job.message, RunCommand | RunCall):
                 ahead = self._waiting.ahead_of(job)
                 if ahead != job.message.ahead:
                     job.message = msgspec.structs.replace(job.message, ahead=ahead)
@@ -362,13 +369,13 @@ class Project:
             assert self._writer is not None, "an open project has a worker"
             self._writer.send(*batch)
 
-    def _retry(self, job: Job) -> None:
+    def _retry(self, job: QueuedRequest) -> None:
         """Try again what waited for a resource or a lock."""
-        assert isinstance(job.message, Execute | Invoke), "only commands and calls wait"
+        assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
         is_over = time.monotonic() >= job.wait_until
         if job.lock_until:
             job.message = msgspec.structs.replace(job.message, may_wait=not is_over)
-        elif isinstance(job.message, Execute):
+        elif isinstance(job.message, RunCommand):
             job.message = msgspec.structs.replace(job.message, last_try=is_over, may_wait=True)
         self._enqueue(job)
 
@@ -378,7 +385,7 @@ class Project:
         paths = None if self._rescan else sorted(self._edited)
         self._rescan, self._reconciling = False, True
         self._edited.clear()
-        self._enqueue(Job(Reconcile(paths)))
+        self._enqueue(QueuedRequest(Reconcile(paths)))
 
     # --- what the worker says ---
 
@@ -389,12 +396,12 @@ class Project:
                     self._ready.set_result(message)
                 else:
                     self._epoch_begun(message)
-            case Done():
+            case RequestDone():
                 self._done(message)
-            case Failed():
+            case WorkerFailed():
                 self._fail(f"{message.message}; restart the server", for_good=True)
 
-    def _done(self, done: Done) -> None:
+    def _done(self, done: RequestDone) -> None:
         """Take one outcome: tell the followers, then whoever asked, then the hooks."""
         assert self._outstanding, "the worker answers only what it was sent"
         assert done.id == getattr(self._outstanding.oldest.message, "id", ""), "the worker answers in order"
@@ -411,23 +418,23 @@ class Project:
             self._hooks.submit(done.seq, done.hooks)
         self._pump()
 
-    def _settled(self) -> Job:
+    def _settled(self) -> QueuedRequest:
         job = self._outstanding.settle()
         if not self._outstanding:
             self._idle.set()
         return job
 
-    def _finish(self, job: Job, done: Done) -> None:
+    def _finish(self, job: QueuedRequest, done: RequestDone) -> None:
         """Answer, or let wait, or note that a look at the tree is over."""
         match job.message:
-            case Execute() | Invoke() | Edit() | Adopt() | Settle() as message:
+            case RunCommand() | RunCall() | Edit() | ImportProject() | AbandonRequest() as message:
                 if done.waiting_for is not None:
                     self._wait(job, message.id, done)
                     return
                 self._held.drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
                 self.accounts.settled(job, message, done)
-                if done.change is not None and isinstance(message, Execute | Invoke):
+                if done.change is not None and isinstance(message, RunCommand | RunCall):
                     self._uploads_used(message)
                 for asker in job.askers:
                     asker.answer(message.id, done.reply)
@@ -443,15 +450,15 @@ class Project:
             case NewEpoch() | Stop():
                 raise AssertionError("these are not answered with an outcome")
 
-    def _uploads_used(self, message: Execute | Invoke) -> None:
+    def _uploads_used(self, message: RunCommand | RunCall) -> None:
         """What it referred to is in the tree. Of one that changed nothing, the next try may make use."""
         for file in message.files:
             if file.digest is not None:
                 self.uploads.used(message.token_id, file.digest)
 
-    def _wait(self, job: Job, request_id: str, done: Done) -> None:
+    def _wait(self, job: QueuedRequest, request_id: str, done: RequestDone) -> None:
         if job.askers and not self._stopping:
-            assert isinstance(job.message, Execute | Invoke), "only commands and calls wait"
+            assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
             self._waiting.add(job, done, ahead=job.message.ahead)
         else:
             self._waiting.leave(job)
@@ -486,7 +493,7 @@ class Project:
         """Start a worker, take what it knows, and send it what its predecessor has not answered."""
         self._writer_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
-        self._writer = await Writer.start(
+        self._writer = await WorkerProcess.start(
             self.slug, self.paths, on_message=self._received, on_end=self._ended, command=self._worker_command
         )
         ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
@@ -527,7 +534,7 @@ class Project:
         self._ready, self._working = None, False
         if self._stopping or self._failure is not None:
             return
-        if held and isinstance(held[0].message, Adopt):
+        if held and isinstance(held[0].message, ImportProject):
             _log.info("%s: a project that was brought whole takes its place", self.slug)
         else:
             _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
@@ -539,12 +546,12 @@ class Project:
             if held[0].deaths > 1:
                 self._give_up(held[0], "the command ended the server's worker twice, and was undone")
 
-    def _give_up(self, job: Job, why: str) -> None:
+    def _give_up(self, job: QueuedRequest, why: str) -> None:
         """Have the next worker answer from the journal, or refuse; which of the two only the files can tell (I6)."""
         match job.message:
-            case Execute() | Invoke() | Edit() | Adopt() as message:
-                job.message = Settle(message.id, message.token_id, "REMOTE_FAILED", why)
-            case Settle() | Reconcile():
+            case RunCommand() | RunCall() | Edit() | ImportProject() as message:
+                job.message = AbandonRequest(message.id, message.token_id, "REMOTE_FAILED", why)
+            case AbandonRequest() | Reconcile():
                 pass
             case _:
                 self._fail(
@@ -570,7 +577,7 @@ class Project:
         self._open.set()
         self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
 
-    def _overdue(self, job: Job) -> None:
+    def _overdue(self, job: QueuedRequest) -> None:
         """End a worker that has had this request for too long."""
         if self._writer is None:
             return
@@ -586,8 +593,13 @@ def stopping() -> Rejected:
 
 def _is_another(running: ToWorker, message: ToWorker) -> bool:
     """Tell whether two requests with the same id differ; of one that was given up nothing is known."""
-    if not isinstance(running, Execute | Invoke | Edit | Adopt) or not isinstance(message, type(running)):
-        return not isinstance(running, Settle)
-    if running.fingerprint or message.fingerprint or isinstance(running, Adopt) or isinstance(message, Adopt):
+    if not isinstance(running, RunCommand | RunCall | Edit | ImportProject) or not isinstance(message, type(running)):
+        return not isinstance(running, AbandonRequest)
+    if (
+        running.fingerprint
+        or message.fingerprint
+        or isinstance(running, ImportProject)
+        or isinstance(message, ImportProject)
+    ):
         return running.fingerprint != message.fingerprint
     return asked_by(running) != asked_by(message)

@@ -6,20 +6,255 @@ the disk takes it is told to slow down.
 
 import asyncio
 import contextlib
+import hashlib
 import logging
+import os
+import re
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Refused, Upload, Uploaded
-from lattice_remote.server.data.datadir import ProjectPaths
-from lattice_remote.server.data.settings import Limits
-from lattice_remote.server.project.history import Follower
-from lattice_remote.server.project.staging import Staging
+from lattice_remote.protocol.messages import MIN_PIECE_BYTES, Refused, Upload, Uploaded
+from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.project.history import Subscriber
 
-__all__ = ["Uploads"]
+__all__ = ["EXPIRE_S", "Staging", "Uploads"]
+
+EXPIRE_S = 24 * 3600.0
+"""Content that nobody has added to, or used, for so long is removed."""
+_IDLE_S = 600.0
+"""Content that is not whole, and that nobody has added to for so long, makes room for another of its token."""
+_SYNC_BYTES = 8 * 1024 * 1024
+"""So much is written at most before it is brought to the disk: a command's own fsync must not find more of it."""
+_SETTLED_NS = 1_000_000_000
+_HASH_BYTES = 1024 * 1024
+_NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{64}(\.part)?")
+_NEW_FILE_MODE = 0o644
+"""Also the mode of a file that ``attach`` copies, before the umask."""
+
+
+@dataclass(slots=True)
+class _Content:
+    """One content, on the disk as far as it has come."""
+
+    owner: str
+    size: int
+    """What it will have; what there is of it when nobody has said so since the start."""
+    have: int
+    is_whole: bool
+    used_at: float
+    """When it was last added to, in seconds since the epoch."""
+    is_admitted: bool = False
+    """Whether it was made sure, since the start, that there may be so much."""
+    unsynced: int = 0
+    hasher: "hashlib._Hash | None" = field(default=None, repr=False)
+    """Has seen all that there is; None after a start."""
+
+
+class Staging:
+    """See the module's text."""
+
+    def __init__(self, paths: ProjectPaths, limits: LimitSettings) -> None:
+        self._paths = paths
+        self._limits = limits
+        self._most = {"attachment": limits.attachment_bytes, "project": limits.project_bytes}
+        self._contents: dict[str, _Content] | None = None  # by file name, without .part; None before the first look
+
+    def take(self, frame: Upload, token_id: str) -> int:
+        """Add a piece, if it is the next; return how many bytes are there. With all of them they survive a power cut.
+
+        Raises:
+            Rejected: too large, too much, or not what the digest says; then what there was of it is gone.
+            OSError: the disk is full, or fails; likewise.
+        """
+        name = self._paths.upload(token_id, frame.digest).name
+        content = self._admitted(frame, name)
+        is_question = not frame.data and content.have < content.size
+        if content.is_whole or is_question or frame.offset != content.have:
+            return content.have  # also a piece that has come already, or comes too early
+        try:
+            self._add(frame, name, content)
+        except BaseException:
+            self._remove(name)
+            raise
+        return content.have
+
+    def used(self, token_id: str, digest: bytes) -> None:
+        """A request has taken this content: it need not be kept. Raises OSError."""
+        name = self._paths.upload(token_id, digest).name
+        if name in self._known():
+            self._remove(name)
+
+    def sweep(self) -> None:
+        """Remove what has expired. Raises OSError."""
+        now = time.time()
+        for name, content in list(self._known().items()):
+            if now - content.used_at > EXPIRE_S:
+                self._remove(name)
+
+    # --- what may come ---
+
+    def _admitted(self, frame: Upload, name: str) -> _Content:
+        """Return what a piece belongs to, begun if need be; nothing is written before the first piece.
+
+        Raises:
+            Rejected: it is too large, there is no room, or another size was named for it before.
+        """
+        contents = self._known()
+        content = contents.get(name)
+        if content is None:
+            owner = name.partition("-")[0]
+            content = _Content(owner, 0, 0, is_whole=False, used_at=time.time(), hasher=hashlib.sha256())
+        if (content.is_admitted or content.is_whole) and content.size != frame.size:
+            raise Rejected(f"this content was said to have {content.size} bytes", code="REMOTE_PROTOCOL")
+        if not content.is_admitted and not content.is_whole:
+            self._require_fit(frame)
+            self._make_room(content, name, frame.size)
+            content.size, content.is_admitted = frame.size, True
+            contents[name] = content
+        return content
+
+    def _require_fit(self, frame: Upload) -> None:
+        most = self._most.get(frame.purpose)
+        if most is None:
+            raise Rejected(f"the server knows no uploads for {frame.purpose[:40]!r}", code="REMOTE_UNSUPPORTED")
+        if frame.size > most:
+            raise Rejected(
+                f"{frame.size} bytes are more than this server takes, which is {most} ({frame.purpose}_bytes in its "
+                "config.json)",
+                code="REMOTE_TOO_LARGE",
+            )
+
+    def _make_room(self, content: _Content, name: str, size: int) -> None:
+        """Forget contents of this token that were given up, the oldest first, until there is room for this one."""
+        self.sweep()
+        limits, others = self._limits, {other: one for other, one in self._known().items() if other != name}
+        own = {other: one for other, one in others.items() if one.owner == content.owner}
+        idle = sorted((one.used_at, other) for other, one in own.items() if _is_idle(one))
+        while len(own) >= limits.uploads_per_token or _bytes_of(own) + size > limits.upload_bytes_per_token:
+            if not idle:
+                raise Rejected(
+                    f"{len(own)} uploads of {_bytes_of(own)} bytes with this token are not used yet: end those, or "
+                    "wait a day until they expire",
+                    code="REMOTE_BUSY",
+                )
+            _, oldest = idle.pop(0)
+            self._remove(oldest)
+            del own[oldest], others[oldest]
+        if _bytes_of(others) + size > limits.upload_bytes:
+            raise Rejected("the server holds too many uploads of this project; try again later", code="REMOTE_BUSY")
+
+    # --- on the disk ---
+
+    def _known(self) -> dict[str, _Content]:
+        """Return what is there; the first time, by looking, and removing what is none of ours."""
+        if self._contents is None:
+            self._paths.uploads.mkdir(mode=0o700, exist_ok=True)
+            with self._directory() as directory:
+                self._contents = dict(_found(directory))
+            self.sweep()
+        return self._contents
+
+    @contextlib.contextmanager
+    def _directory(self) -> Iterator[int]:
+        """Open the directory; a link in its place is an error."""
+        descriptor = os.open(self._paths.uploads, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[tuple[int, int]]:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with self._directory() as directory:
+            descriptor = os.open(f"{name}.part", flags, _NEW_FILE_MODE, dir_fd=directory)
+            try:
+                yield directory, descriptor
+            finally:
+                os.close(descriptor)
+
+    def _add(self, frame: Upload, name: str, content: _Content) -> None:
+        end = frame.offset + len(frame.data)
+        if end > frame.size or (end < frame.size and len(frame.data) < MIN_PIECE_BYTES):
+            raise Rejected(f"a piece of {len(frame.data)} bytes does not fit here", code="REMOTE_PROTOCOL")
+        with self._opened(name) as (directory, descriptor):
+            if content.hasher is None:
+                content.hasher = _hasher_of(descriptor, content.have)
+            _write_all(descriptor, frame.data, frame.offset)
+            content.hasher.update(frame.data)
+            content.have, content.used_at = end, time.time()
+            content.unsynced += len(frame.data)
+            if end == frame.size:
+                self._finish(frame, name, content, (directory, descriptor))
+            elif content.unsynced >= _SYNC_BYTES:
+                os.fsync(descriptor)
+                content.unsynced = 0
+
+    def _finish(self, frame: Upload, name: str, content: _Content, opened: tuple[int, int]) -> None:
+        directory, descriptor = opened
+        assert content.hasher is not None, "it has seen every piece"
+        if content.hasher.digest() != frame.digest:
+            raise Rejected("the content that was uploaded is not the one that was named", code="REMOTE_PROTOCOL")
+        # A file that was written a moment ago may be written again under the same time: the worker would have to read
+        # it once more. This one is done, so it may say that it is older.
+        before = time.time_ns() - _SETTLED_NS
+        os.utime(descriptor, ns=(before, before))
+        os.fsync(descriptor)
+        os.rename(f"{name}.part", name, src_dir_fd=directory, dst_dir_fd=directory)
+        os.fsync(directory)
+        content.is_whole, content.hasher = True, None
+
+    def _remove(self, name: str) -> None:
+        self._known().pop(name, None)
+        with self._directory() as directory:
+            for one in (name, f"{name}.part"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(one, dir_fd=directory)
+
+
+def _is_idle(content: _Content) -> bool:
+    return not content.is_whole and time.time() - content.used_at > _IDLE_S
+
+
+def _bytes_of(contents: Mapping[str, _Content]) -> int:
+    return sum(content.size for content in contents.values())
+
+
+def _found(directory: int) -> Iterator[tuple[str, _Content]]:
+    """Yield what an earlier server has left; remove what is no upload."""
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        matched = _NAME.fullmatch(entry.name)
+        if matched is None or not entry.is_file(follow_symlinks=False):
+            with contextlib.suppress(OSError):  # a directory: somebody else's
+                os.unlink(entry.name, dir_fd=directory)
+            continue
+        status = entry.stat(follow_symlinks=False)
+        is_whole = matched[2] is None
+        name = entry.name.removesuffix(".part")
+        yield name, _Content(matched[1], status.st_size, status.st_size, is_whole, status.st_mtime)
+
+
+def _hasher_of(descriptor: int, size: int) -> "hashlib._Hash":
+    """Return a hasher that has seen the first ``size`` bytes of a file. What is missing shows in the end."""
+    hasher, position = hashlib.sha256(), 0
+    while position < size and (piece := os.pread(descriptor, min(_HASH_BYTES, size - position), position)):
+        hasher.update(piece)
+        position += len(piece)
+    return hasher
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
 
 _WAITING_BYTES_PER_TOKEN = 16 * 1024 * 1024
 _WAITING_BYTES = 64 * 1024 * 1024
@@ -32,7 +267,9 @@ _log = logging.getLogger(__name__)
 class Uploads:
     """See the module's text. All methods belong to the event loop's thread; ``close()`` it in the end."""
 
-    def __init__(self, paths: ProjectPaths, limits: Limits, refused: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, paths: ProjectPaths, limits: LimitSettings, refused: Callable[[str], None] = lambda _: None
+    ) -> None:
         """``refused`` is called with the code of each refusal."""
         self._refused = refused
         self._staging = Staging(paths, limits)
@@ -40,7 +277,7 @@ class Uploads:
         self._waiting: Counter[str] = Counter()  # bytes with the thread, by token
         self._closed = False
 
-    def take(self, frame: Upload, token_id: str, asker: Follower) -> None:
+    def take(self, frame: Upload, token_id: str, asker: Subscriber) -> None:
         """Take a piece; ``asker.answer()`` is called when it is on its way to the disk, or refused."""
         weight = len(frame.data) + _FRAME_BYTES
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN

@@ -21,16 +21,99 @@ from dataclasses import dataclass, field
 from typing import NoReturn, Protocol, runtime_checkable
 
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.tree.audit_events import HARMLESS, WATCHED
 
-__all__ = ["Announced", "Capture", "Move", "PreImages", "Touched", "Vetoed"]
+__all__ = ["HARMLESS", "REFUSED", "WATCHED", "AccessDenied", "AccessLog", "Announced", "Capture", "Move", "PreImages"]
+
+WATCHED = frozenset(
+    {
+        "open",  # io.open, os.open
+        "os.rename",  # and os.replace
+        "os.remove",  # and os.unlink
+        "os.mkdir",
+        "os.rmdir",
+        "os.truncate",  # and os.ftruncate
+        "os.link",
+        "os.symlink",
+        "os.listdir",
+        "os.scandir",
+        "os.chmod",
+        "os.chown",
+        "os.utime",
+        "os.getxattr",
+        "os.listxattr",
+        "os.setxattr",
+        "os.removexattr",
+    }
+)
+
+HARMLESS = frozenset(
+    {
+        # Python itself, importing and running what lies in its own directories: reading that is watched.
+        *("import", "compile", "exec", "code.__new__", "function.__new__", "marshal.load", "marshal.loads"),
+        *("marshal.dumps", "sys._getframe", "sys._getframemodulename", "sys.unraisablehook", "sys.excepthook"),
+        *("object.__getattr__", "object.__setattr__", "object.__delattr__", "builtins.id", "array.__new__"),
+        # Announcements of what is then done step by step, each step with its own event.
+        *("shutil.copyfile", "shutil.copymode", "shutil.copystat", "shutil.copytree", "shutil.move", "shutil.rmtree"),
+        *("tempfile.mkstemp", "tempfile.mkdtemp", "os.walk", "os.fwalk", "glob.glob", "glob.glob/2"),
+        *("pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk"),
+        # On descriptors, which were opened under the capture's eyes.
+        *("fcntl.flock", "fcntl.lockf", "fcntl.fcntl", "os.lockf"),
+        # Lattice's locks are waited for.
+        "time.sleep",
+    }
+)
+
+REFUSED = frozenset(
+    {
+        # Processes and threads: these do not come back under the capture's eyes.
+        *("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"),
+        *("os.startfile", "os.startfile/2", "os.kill", "os.killpg", "signal.pthread_kill", "pty.spawn"),
+        *("webbrowser.open", "_thread.start_new_thread", "_thread.start_joinable_thread"),
+        # The network.
+        *("socket.__new__", "socket.bind", "socket.connect", "socket.getaddrinfo", "socket.gethostbyaddr"),
+        *("socket.gethostbyname", "socket.gethostname", "socket.getnameinfo", "socket.getservbyname"),
+        *("socket.getservbyport", "socket.sendmsg", "socket.sendto", "socket.sethostname", "urllib.Request"),
+        *("http.client.connect", "http.client.send", "ftplib.connect", "ftplib.sendcmd", "imaplib.open"),
+        *("imaplib.send", "nntplib.connect", "nntplib.putline", "poplib.connect", "poplib.putline"),
+        *("smtplib.connect", "smtplib.send", "telnetlib.Telnet.open", "telnetlib.Telnet.write"),
+        # Files by ways of their own, and what changes where paths lead.
+        *("sqlite3.connect", "sqlite3.connect/handle", "sqlite3.enable_load_extension", "sqlite3.load_extension"),
+        *("mmap.__new__", "os.chdir", "os.fchdir", "os.chroot", "os.chflags", "os.lchflags", "os.lchmod"),
+        *("os.add_dll_directory", "os.listdrives", "os.listmounts", "os.listvolumes", "shutil.chown"),
+        *("shutil.make_archive", "shutil.unpack_archive", "fcntl.ioctl"),
+        # The process: its environment goes to hooks, its memory and its hooks are the server's.
+        *("os.putenv", "os.unsetenv", "resource.setrlimit", "resource.prlimit", "syslog.openlog", "syslog.closelog"),
+        *("syslog.setlogmask", "syslog.syslog", "sys.addaudithook", "sys.setprofile", "sys.settrace"),
+        *("sys.set_asyncgen_hook_firstiter", "sys.set_asyncgen_hook_finalizer", "sys.set_asyncgen_hooks_firstiter"),
+        *("sys.set_asyncgen_hooks_finalizer", "sys._current_frames", "sys._current_exceptions"),
+        *("sys.monitoring.register_callback", "sys.remote_exec", "gc.get_objects", "gc.get_referrers"),
+        *("gc.get_referents", "setopencodehook", "cpython._PySys_ClearAuditHooks", "cpython.PyInterpreterState_New"),
+        *("cpython.PyInterpreterState_Clear", "cpython.run_command", "cpython.run_file", "cpython.run_module"),
+        *("cpython.run_interactivehook", "cpython.run_startup", "cpython.run_stdin", "ensurepip.bootstrap"),
+        *("pdb.Pdb", "pickle.find_class", "builtins.breakpoint", "builtins.input", "builtins.input/result"),
+        # Foreign code.
+        *("ctypes.dlopen", "ctypes.dlsym", "ctypes.dlsym/handle", "ctypes.call_function", "ctypes.addressof"),
+        *("ctypes.cdata", "ctypes.cdata/buffer", "ctypes.create_string_buffer", "ctypes.create_unicode_buffer"),
+        *("ctypes.get_errno", "ctypes.set_errno", "ctypes.get_last_error", "ctypes.set_last_error"),
+        *(
+            "ctypes.seh_exception",
+            "ctypes.set_exception",
+            "ctypes.string_at",
+            "ctypes.wstring_at",
+            "ctypes.PyObj_FromPtr",
+        ),
+        *("ctypes.memoryview_at",),
+    }
+)
+"""Named so that a reader finds every event; the capture refuses whatever is in neither of the other two."""
+
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _HARMLESS_FILES = frozenset({"/dev/null", "/dev/urandom", "/dev/random"})
 _HARMLESS_TREES = ("/usr/share/zoneinfo/", "/usr/lib/locale/", "/usr/share/locale/")
 
 
-class Vetoed(BaseException):
+class AccessDenied(BaseException):
     """A command tried what it must not. Not an ``Exception``: a command's own error handling lets it pass."""
 
 
@@ -43,7 +126,7 @@ class Move:
 
 
 @dataclass
-class Touched:
+class AccessLog:
     """What one command did to the replicated tree, by relative path.
 
     Attributes:
@@ -106,7 +189,7 @@ class Capture:
         self.before_change: Callable[[], None] | None = None
         """Called before each change of the tree, of which it may make some itself; see ``WriteSet``."""
         self._thread = 0
-        self._touched = Touched()
+        self._touched = AccessLog()
         self._seen: set[str] = set()
         self._moved: dict[str, str] = {}
         self._roots = {self._tree[:-1], self._private[:-1]}
@@ -114,9 +197,9 @@ class Capture:
         sys.addaudithook(self._hook)
 
     @contextmanager
-    def watch(self) -> Iterator[Touched]:
+    def watch(self) -> Iterator[AccessLog]:
         """Watch this thread: what it touches is found in the yielded object, complete when the block ends."""
-        self._touched = Touched()
+        self._touched = AccessLog()
         self._seen.clear()
         self._moved.clear()
         self._real_directories = set(self._roots)
@@ -171,7 +254,7 @@ class Capture:
     def _refuse(self, what: str) -> NoReturn:
         if self._touched.veto is None:
             self._touched.veto = what
-        raise Vetoed(what)
+        raise AccessDenied(what)
 
     # --- where a path leads ---
 

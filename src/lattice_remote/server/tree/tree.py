@@ -5,7 +5,9 @@ compared; ``reconcile`` compares any. The differences become operations in the o
 that a reader of a copy sees event logs before snapshots (I8).
 """
 
+import contextlib
 import hashlib
+import json
 import os
 import stat
 import time
@@ -13,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -25,14 +28,168 @@ from lattice_remote.protocol.operations import (
     MoveFile,
     Operation,
     PutFile,
+    canonical_json,
     digest_of,
+    merge_patch,
 )
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.tree.capture import Move, Touched
-from lattice_remote.server.tree.jsondiff import patch_between
-from lattice_remote.server.tree.manifest import FileState
+from lattice_remote.server.tree.capture import AccessLog, Move
 
-__all__ = ["INLINE_BYTES", "MERGE_FROM_BYTES", "Difference", "Tree", "Vouched"]
+__all__ = [
+    "INLINE_BYTES",
+    "MERGE_FROM_BYTES",
+    "FileState",
+    "ManifestFile",
+    "ProjectTree",
+    "SyncFailed",
+    "TreeDiff",
+    "TrustedDigest",
+    "load_manifest",
+    "patch_between",
+    "save_manifest",
+    "sync",
+    "sync_directory",
+    "sync_files",
+]
+
+
+def patch_between(before: bytes, after: bytes) -> bytes | None:
+    """Return a patch that turns the canonical JSON ``before`` into exactly the bytes ``after``, if it is a short one.
+
+    None when either is not JSON, ``after`` is not in canonical form, or the patch is not under half its size.
+    """
+    try:
+        old, new = json.loads(before), json.loads(after)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            return None
+        patch = _difference(old, new)
+        encoded = json.dumps(patch, separators=(",", ":")).encode()
+        if len(encoded) * 2 >= len(after):
+            return None
+        # A patch can't set null, and Python takes 1 for true: what counts is that the bytes come out.
+        return encoded if canonical_json(merge_patch(old, patch)) == after else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    patch: dict[str, Any] = {key: None for key in old if key not in new}
+    for key, value in new.items():
+        if key in old and isinstance(value, dict) and isinstance(old[key], dict):
+            if inner := _difference(old[key], value):
+                patch[key] = inner
+        elif key not in old or old[key] != value or type(old[key]) is not type(value):
+            patch[key] = value
+    return patch
+
+
+class SyncFailed(OSError):
+    """The disk could not keep what was written to it: nobody knows what is on it now.
+
+    Other errors of the storage come before anything was promised; after this one nothing may be acknowledged.
+    """
+
+
+class FileState(msgspec.Struct, frozen=True, array_like=True):
+    """One file: its size in bytes, SHA-256, and the signature by which a change of it is noticed."""
+
+    size: int
+    digest: bytes
+    mtime_ns: int
+    inode: int
+    settled: bool = True
+    """False when the file was so young that another write could leave the same modification time."""
+
+
+class ManifestFile(msgspec.Struct, frozen=True):
+    """All files at (``epoch``, ``seq``). ``clean`` says that the worker ended in order and nothing ran after it.
+
+    ``place`` names the journal directory that it was written in, see ``copied.py``.
+    """
+
+    epoch: str
+    seq: int
+    mark: bytes
+    boot_id: str
+    clean: bool
+    files: dict[str, FileState]
+    place: list[int] = []
+
+
+_decoder = msgspec.msgpack.Decoder(ManifestFile)
+
+
+def load_manifest(path: Path) -> ManifestFile | None:
+    """Return the manifest, None when there is none or it can't be read."""
+    try:
+        return _decoder.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def save_manifest(path: Path, content: bytes) -> None:
+    """Replace the manifest atomically with encoded ``content``; durable once this returns.
+
+    Raises:
+        OSError: it could not be written; the old one is still there.
+    """
+    scratch = path.with_name(path.name + ".new")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb", closefd=False) as file:
+            file.write(content)
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(scratch, path)
+    sync_directory(path.parent)
+
+
+def sync(descriptor: int) -> None:
+    """Make what was written to an open file durable.
+
+    Raises:
+        SyncFailed: the storage failed.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror) from error
+
+
+def sync_files(paths: Iterable[str]) -> None:
+    """Make the content and the names of these files durable; those that are gone, that they are gone.
+
+    Raises:
+        SyncFailed: the storage failed.
+    """
+    directories = set()
+    for path in paths:
+        directories.add(os.path.dirname(path))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                sync(descriptor)
+            finally:
+                os.close(descriptor)
+    directories |= {os.path.dirname(directory) for directory in directories}  # a directory may be new itself
+    for directory in directories:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            sync_directory(Path(directory))
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable.
+
+    Raises:
+        SyncFailed: the storage failed.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
 
 INLINE_BYTES = 256 * 1024
 """A file, or an addition to one, that is larger is announced, and fetched by each client in pieces."""
@@ -49,7 +206,7 @@ _RACY_NS = 50_000_000
 
 
 @dataclass
-class Difference:
+class TreeDiff:
     """Operations from ``Tree.files`` to the disk, and the states after them (None: gone), by path.
 
     Without operations the states only refresh the signatures of files whose content is as before.
@@ -64,7 +221,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Vouched:
+class TrustedDigest:
     """A file whose content is known without reading it, for as long as nobody writes to it."""
 
     size: int
@@ -84,7 +241,7 @@ class _Content:
     """The digest of the last ``TAIL_BYTES`` before ``grown``."""
 
 
-class Tree:
+class ProjectTree:
     """The files below ``root`` (a ``.lattice`` directory). Not thread-safe. Methods raise OSError as the disk does."""
 
     def __init__(self, root: Path, files: dict[str, FileState]) -> None:
@@ -93,7 +250,7 @@ class Tree:
         self._prefix = f"{root}/"
         self._hashers: OrderedDict[str, tuple[int, hashlib._Hash]] = OrderedDict()
 
-    def accept(self, difference: Difference) -> None:
+    def accept(self, difference: TreeDiff) -> None:
         """The difference has been numbered: these are the files now."""
         for path, state in difference.states.items():
             if state is None:
@@ -111,8 +268,11 @@ class Tree:
     # --- what a command did ---
 
     def after_command(
-        self, touched: Touched, before: Callable[[str], bytes | None], vouched: Mapping[int, Vouched] | None = None
-    ) -> Difference:
+        self,
+        touched: AccessLog,
+        before: Callable[[str], bytes | None],
+        vouched: Mapping[int, TrustedDigest] | None = None,
+    ) -> TreeDiff:
         """Compare what a command touched with what it was.
 
         Args:
@@ -126,16 +286,16 @@ class Tree:
 
     def reconcile(
         self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, limit: int | None = MAX_FOUND
-    ) -> Difference:
+    ) -> TreeDiff:
         """Compare these paths (None: the whole tree) with what they were.
 
         With ``trust_signatures`` a file whose size, modification time and inode are known counts as unchanged. With a
         ``limit`` it ends after so many operations: a project that somebody copied in may have more than fit in a frame.
         While the directory itself is not there, moved away by somebody, nothing is found: no file was deleted.
         """
-        touched = Touched()
+        touched = AccessLog()
         if not os.path.isdir(self._prefix):
-            return Difference()
+            return TreeDiff()
         if paths is None:
             on_disk = dict(self.scan())
             candidates = on_disk.keys() | self.files.keys()
@@ -193,7 +353,7 @@ class Tree:
         path: str,
         old: FileState | None,
         appended: os.stat_result | None = None,
-        vouched: Mapping[int, Vouched] | None = None,
+        vouched: Mapping[int, TrustedDigest] | None = None,
     ) -> _Content | None:
         """Return the file as it is now, None when there is none.
 
@@ -277,11 +437,11 @@ class _Comparison:
 
     def __init__(
         self,
-        tree: Tree,
-        touched: Touched,
+        tree: ProjectTree,
+        touched: AccessLog,
         before: Callable[[str], bytes | None],
         limit: int | None,
-        vouched: Mapping[int, Vouched],
+        vouched: Mapping[int, TrustedDigest],
     ) -> None:
         self._limit = limit
         self._vouched = vouched
@@ -289,7 +449,7 @@ class _Comparison:
         self._touched = touched
         self._before = before
         self._budget = MAX_CHANGE_BYTES
-        self._result = Difference()
+        self._result = TreeDiff()
         self._moves = self._lasting_moves()
 
     def _lasting_moves(self) -> dict[str, str]:
@@ -305,7 +465,7 @@ class _Comparison:
             if source in tree.files and source != target and tree.status(source) is None and tree.status(target)
         }
 
-    def run(self) -> Difference:
+    def run(self) -> TreeDiff:
         target_of = {source: target for target, source in self._moves.items()}
         done: set[str] = set()
         for step in self._touched.steps:

@@ -13,8 +13,8 @@ from typing import Self
 
 import msgspec
 
-from lattice_remote.server.data.framing import frame, frames
-from lattice_remote.server.data.ipc import TreeState
+from lattice_remote.server.ipc import TreeState
+from lattice_remote.server.record_format import frame, frames
 
 __all__ = ["Begin", "UndoLog"]
 

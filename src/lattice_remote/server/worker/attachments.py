@@ -16,7 +16,7 @@ from typing import Self
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Attachment
-from lattice_remote.server.tree.tree import Vouched
+from lattice_remote.server.tree.tree import TrustedDigest
 
 __all__ = ["Attached"]
 
@@ -37,7 +37,7 @@ class Attached:
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv
         self.paths: frozenset[str] = frozenset()
-        self.vouched: dict[int, Vouched] = {}
+        self.vouched: dict[int, TrustedDigest] = {}
         self._given: dict[str, str] = {}
 
     @classmethod
@@ -96,7 +96,7 @@ class Attached:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size != size:
             raise _not_uploaded()
-        self.vouched[status.st_ino] = Vouched(size, status.st_mtime_ns, digest)
+        self.vouched[status.st_ino] = TrustedDigest(size, status.st_mtime_ns, digest)
 
     def restore_names(self, output: bytes, *, is_json: bool) -> bytes:
         """Put the caller's own arguments back where ``output`` names the private paths."""

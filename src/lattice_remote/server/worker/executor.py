@@ -20,12 +20,12 @@ from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.server.data.ipc import HookCall
+from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree.capture import Capture
+from lattice_remote.server.worker.calls.base import CallResponse, CommandOutput
 from lattice_remote.server.worker.patches import LOCK_PREFIX, Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
-from lattice_remote.server.worker.surfaces.surface import Answer, Printed
 
-__all__ = ["Executor", "Outcome", "Waiting"]
+__all__ = ["CommandOutcome", "Executor", "ResourceBusy"]
 
 _log = logging.getLogger(__name__)
 _FAILED = 400
@@ -37,7 +37,7 @@ _MAX_WAIT_S = 7 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
-class Waiting:
+class ResourceBusy:
     """``resource acquire --wait`` would wait here: for the resource, at most ``timeout_s`` in all.
 
     Or any command would, for a lock (``locks/tasks_...``) that another process holds.
@@ -55,7 +55,7 @@ class Waiting:
 
 
 @dataclass
-class Outcome:
+class CommandOutcome:
     """What a command, or an operation of a surface, did besides writing files.
 
     Attributes:
@@ -71,12 +71,12 @@ class Outcome:
     exit_code: int = 0
     stdout: bytes = b""
     stderr: bytes = b""
-    answer: Answer | None = None
+    answer: CallResponse | None = None
     hooks: list[HookCall] = field(default_factory=list)
     failure: str | None = None
     no_room: OSError | None = None
     is_final: bool = True
-    waiting: Waiting | None = None
+    waiting: ResourceBusy | None = None
     timeout: str = ""
 
     @property
@@ -88,7 +88,7 @@ class Outcome:
 
 
 class _WouldWait(BaseException):
-    def __init__(self, waiting: Waiting) -> None:
+    def __init__(self, waiting: ResourceBusy) -> None:
         super().__init__(waiting)
         self.waiting = waiting
 
@@ -160,7 +160,7 @@ class Executor:
         may_wait: bool = False,
         ahead: Collection[str] = (),
         own_copies: Collection[str] = (),
-    ) -> Outcome:
+    ) -> CommandOutcome:
         """Run a command line that the policy has let through; never raises an ``Exception``.
 
         ``ahead`` are resources that it does not take with ``--wait``, and locks that it does not take, because others
@@ -173,7 +173,7 @@ class Executor:
         pipe would have received.
         """
         self._begin(checked, ahead, last_try=last_try, may_wait=may_wait, own_copies=own_copies)
-        outcome = Outcome()
+        outcome = CommandOutcome()
         with _printing() as (stdout, stderr), self._ending(outcome, f"lattice {' '.join(argv[:2])}"):
             try:
                 self.cli.main(args=list(argv), prog_name="lattice")
@@ -187,24 +187,24 @@ class Executor:
 
     def call(
         self,
-        operation: Callable[[], Answer],
+        operation: Callable[[], CallResponse],
         label: str,
         *,
         may_wait: bool = False,
         ahead: Collection[str] = (),
-    ) -> Outcome:
+    ) -> CommandOutcome:
         """Run an operation of a surface, which may run no command but by ``run_step``; never raises an ``Exception``.
 
         ``Vetoed`` passes through. What is printed is nobody's to see. ``may_wait`` and ``ahead`` are as for ``run``.
         """
         self._begin("", ahead, last_try=True, may_wait=may_wait)
-        outcome = Outcome()
+        outcome = CommandOutcome()
         with _printing(), self._ending(outcome, label):
             outcome.answer = operation()
         outcome.hooks = list(self._hooks)
         return outcome
 
-    def run_step(self, argv: Sequence[str], checked: str) -> Printed:
+    def run_step(self, argv: Sequence[str], checked: str) -> CommandOutput:
         """Run a command line as a part of the operation that is running; otherwise as ``run``.
 
         What breaks down is raised: the operation does not go on.
@@ -218,7 +218,7 @@ class Executor:
                     self.cli.main(args=list(argv), prog_name="lattice")
                 except SystemExit as ending:
                     exit_code = _exit_code(ending)
-            return Printed(exit_code, stdout(), stderr())
+            return CommandOutput(exit_code, stdout(), stderr())
         finally:
             self._checked = ""
 
@@ -244,7 +244,7 @@ class Executor:
         self._mover.own_copies = own_copies
 
     @contextmanager
-    def _ending(self, outcome: Outcome, label: str) -> Iterator[None]:
+    def _ending(self, outcome: CommandOutcome, label: str) -> Iterator[None]:
         """Publish what the block has written if it succeeds, and note what ends it otherwise."""
         try:
             yield
@@ -252,7 +252,7 @@ class Executor:
                 self._writes.publish()
         except LockBusy as busy:
             if self._may_wait:
-                outcome.waiting = Waiting(LOCK_PREFIX + busy.key, busy.timeout_s)
+                outcome.waiting = ResourceBusy(LOCK_PREFIX + busy.key, busy.timeout_s)
             else:
                 outcome.timeout = str(busy)
         except Exception as error:  # noqa: BLE001 - a command may fail in any way, the writer goes on
@@ -300,7 +300,7 @@ class Executor:
         """Stand for lattice's own function: the server runs hooks after the commit."""
         self._hooks.append(HookCall(cmd, env, stdin_data))
 
-    def _failed(self, outcome: Outcome, label: str, error: Exception) -> None:
+    def _failed(self, outcome: CommandOutcome, label: str, error: Exception) -> None:
         """Note what ended a command that did not come to its end by itself; the log has it too."""
         outcome.failure, outcome.is_final = self._describe(error), False
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
@@ -351,13 +351,13 @@ def _pause() -> NoReturn:
     raise _WouldWait(_waiting())
 
 
-def _waiting() -> Waiting:
+def _waiting() -> ResourceBusy:
     """Return what the running ``resource acquire`` waits for; call within it."""
     from lattice.cli.helpers import require_root, resolve_resource
 
     values = click.get_current_context().params
     _, name, snapshot = resolve_resource(require_root(), values["name"], False)
-    return Waiting(name, float(min(values["timeout"], _MAX_WAIT_S)), _first_expiry(snapshot or {}))
+    return ResourceBusy(name, float(min(values["timeout"], _MAX_WAIT_S)), _first_expiry(snapshot or {}))
 
 
 def _first_expiry(snapshot: dict[str, Any]) -> float | None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-from lattice_remote.server.worker.actors import Identity, check_actor
 from lattice_remote.server.worker.arguments import Kind, check, is_plain, shown, unsupported
+from lattice_remote.server.worker.identity import Identity, check_actor
 
 __all__ = ["MAX_TEXT_BYTES", "ROUTED", "Command", "check_new_task", "not_of_plugins", "parse"]
 

@@ -13,19 +13,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lattice_remote.server.journal.contents import Contents, derive, is_snapshot, log_of
-from lattice_remote.server.journal.copied import is_copied, mend_copy
 from lattice_remote.server.journal.journal import Journal, Retention
-from lattice_remote.server.journal.journal_reader import JournalReader
-from lattice_remote.server.journal.repair import Repair, differing
-from lattice_remote.server.journal.segments import remove_segments
+from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.repair import (
+    Contents,
+    Repair,
+    derive,
+    differing,
+    is_copied,
+    is_snapshot,
+    log_of,
+    mend_copy,
+)
+from lattice_remote.server.journal.segment import remove_segments
 from lattice_remote.server.tree.capture import Capture
-from lattice_remote.server.tree.manifest import FileState, ManifestFile, load_manifest
-from lattice_remote.server.tree.tree import Difference, Tree
+from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
-from lattice_remote.server.worker.adoption import answer_to, cause_of, finish, first_difference, put_in_place
-from lattice_remote.server.worker.committer import Committer
-from lattice_remote.server.worker.store import BY_SERVER, Store, begin_anew
+from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
+from lattice_remote.server.worker.store import BY_SERVER, Committer, Store, begin_anew
 
 __all__ = ["Opened", "is_in_doubt", "open_store"]
 
@@ -102,14 +107,14 @@ def open_store(
     journal = Journal.open(directory, retention)
     mended: list[str] = []
     if adopted is None and copied and listed is not None and journal is not None:
-        mended = mend_copy(Tree(project / ".lattice", {}), journal, listed, kept=undo.before)
+        mended = mend_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
         undo.clear()  # what it keeps of large files may be another command's by now: it was copied later
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
     if adopted is not None and is_new:
         mended = [f"{adopted.actor} brought a whole project: a new epoch begins"]
     history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
-    tree = Tree(project / ".lattice", history.files)
+    tree = ProjectTree(project / ".lattice", history.files)
     notes = list(history.notes)
     if history.journal is not None and history.is_in_doubt and boot_id:
         notes += _repair_after_power_cut(tree, journal, history, undo)
@@ -213,7 +218,7 @@ def _new_journal(directory: Path, abandoned: Journal | None, retention: Retentio
     return Journal.create(directory, secrets.token_hex(16), retention)
 
 
-def _repair_after_power_cut(tree: Tree, journal: Journal, history: _History, undo: UndoLog) -> list[str]:
+def _repair_after_power_cut(tree: ProjectTree, journal: Journal, history: _History, undo: UndoLog) -> list[str]:
     """Bring back what the machine had not written; return lines for the log."""
     damaged = differing(tree, history.unsynced)
     if not damaged:
@@ -229,13 +234,13 @@ def _repair_after_power_cut(tree: Tree, journal: Journal, history: _History, und
     return repair.perform(journal.directory / "lost")
 
 
-def _describe(found: Difference, head: int) -> str:
+def _describe(found: TreeDiff, head: int) -> str:
     paths = [operation.path for operation in found.operations]
     shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
     return f"{len(paths)} files were not as change {head} left them, see change {head + 1}: {shown}"
 
 
-def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: Tree) -> list[str]:
+def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: ProjectTree) -> list[str]:
     """Restore the pre-images of a command whose commit never reached the journal (I6).
 
     Lines that plain lattice has added to a log since stay (I12), and the snapshot is derived from the log again.
@@ -253,7 +258,7 @@ def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: 
     return []
 
 
-def _derive_again(restored: Iterable[str], of_others: Iterable[str], tree: Tree) -> None:
+def _derive_again(restored: Iterable[str], of_others: Iterable[str], tree: ProjectTree) -> None:
     """Derive the snapshots of the logs to which others have added."""
     from lattice.storage.fs import atomic_write
 

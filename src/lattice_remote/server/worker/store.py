@@ -7,38 +7,197 @@ A transaction runs ``with store.transaction() as transaction:``; it ends with ``
 import contextlib
 import logging
 import os
+import queue
 import secrets
+import shlex
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
+import click
 import msgspec
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned
 from lattice_remote.protocol.operations import MoveFile, PutFile, digest_of, paths_of
-from lattice_remote.server.data.ipc import After, Done, HookCall, Report
-from lattice_remote.server.journal.contents import is_snapshot
-from lattice_remote.server.journal.copied import place_of
+from lattice_remote.server.ipc import HookCall, PathState, RequestDone, ResultStats, ToServer, WorkerFailed
 from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.segments import Record, list_beside, remove_segments
-from lattice_remote.server.tree.capture import Capture, Touched
-from lattice_remote.server.tree.manifest import ManifestFile, save_manifest, sync, sync_files
-from lattice_remote.server.tree.tree import Difference, Tree, Vouched
+from lattice_remote.server.journal.repair import is_snapshot, place_of
+from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
+from lattice_remote.server.logging import masked
+from lattice_remote.server.tree.capture import AccessLog, Capture
+from lattice_remote.server.tree.tree import (
+    ManifestFile,
+    ProjectTree,
+    TreeDiff,
+    TrustedDigest,
+    save_manifest,
+    sync,
+    sync_files,
+)
 from lattice_remote.server.tree.undo import Begin, UndoLog
-from lattice_remote.server.worker.attribution import describe_paths
-from lattice_remote.server.worker.committer import Committer, Job
-from lattice_remote.server.worker.executor import Waiting
+from lattice_remote.server.worker.executor import ResourceBusy
 
-__all__ = ["BY_SERVER", "Cause", "ChangeTooLarge", "Store", "begin_anew"]
+__all__ = [
+    "BY_SERVER",
+    "ChangeOrigin",
+    "ChangeTooLarge",
+    "CommitJob",
+    "Committer",
+    "Store",
+    "begin_anew",
+    "command_words",
+    "describe_call",
+    "describe_command",
+    "describe_edit",
+    "describe_paths",
+]
 
 _log = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
+
+
+@dataclass(frozen=True)
+class CommitJob:
+    """What is to happen: fsync ``descriptor``, then run ``then``, then send ``message``."""
+
+    message: ToServer | None = None
+    descriptor: int | None = None
+    then: Callable[[], None] | None = None
+
+
+class Committer:
+    """Takes jobs in order; a batch of them costs one fsync per journal file.
+
+    When the storage fails it says ``Failed`` and ends the process at once: whatever is not acknowledged by then
+    never will be, and the next start goes by what is really on disk.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._jobs: queue.SimpleQueue[CommitJob | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: CommitJob) -> None:
+        """Add a job; returns at once."""
+        self._jobs.put(job)
+
+    def finish(self) -> None:
+        """Return when every job is done. The committer can't be used afterwards."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Return when every job submitted so far is done."""
+        done = threading.Event()
+        self.submit(CommitJob(then=done.set))
+        done.wait()
+
+    def _run(self) -> None:
+        try:
+            while self._run_batch():
+                pass
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing may be acknowledged any more
+            _log.exception("the journal can't be written")
+            self._send([WorkerFailed(f"the journal can't be written: {error}")])
+            os._exit(1)
+
+    def _run_batch(self) -> bool:
+        """Do all that is waiting; return False when there will be no more."""
+        batch = [self._jobs.get()]
+        while not self._jobs.empty():
+            batch.append(self._jobs.get())
+        jobs = [job for job in batch if job is not None]
+        began = time.perf_counter()
+        descriptors = dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None)
+        for descriptor in descriptors:
+            sync(descriptor)
+        synced_s = time.perf_counter() - began if descriptors else None
+        for job in jobs:
+            if job.then is not None:
+                job.then()
+        messages = [job.message for job in jobs if job.message is not None]
+        self._send(messages if synced_s is None else _telling(messages, synced_s))
+        return len(jobs) == len(batch)
+
+    def _send(self, messages: list[ToServer]) -> None:
+        buffer = bytearray()
+        for message in messages:
+            data = _encoder.encode(message)
+            buffer += len(data).to_bytes(4) + data
+        # The server may be gone; what was committed is on disk, and the main thread is about to notice.
+        with contextlib.suppress(OSError):
+            self._connection.sendall(buffer)
+
+
+def _telling(messages: list[ToServer], synced_s: float) -> list[ToServer]:
+    """Have the first outcome say how long the fsync took."""
+    for number, message in enumerate(messages):
+        if isinstance(message, RequestDone):
+            told = msgspec.structs.replace(message, synced_s=synced_s)
+            return [*messages[:number], told, *messages[number + 1 :]]
+    return messages
+
+
+MAX_CHARS = 200
+_MAX_PATHS = 5
+_LOOKED_AT_CHARS = 8 * MAX_CHARS
+
+
+def describe_command(argv: Sequence[str]) -> str:
+    """Return a command line as it could be typed, cut to ``MAX_CHARS``."""
+    line = ""
+    for argument in argv:
+        line += (" " if line else "") + shlex.quote(argument[:_LOOKED_AT_CHARS])
+        if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte; what is cut off need not be looked at
+            break
+    return _cut(masked(line[:_LOOKED_AT_CHARS]))
+
+
+def command_words(cli: click.Group, argv: Sequence[str]) -> str:
+    """Return the words of the command that a line begins with, as ``resource acquire``: no option and no value."""
+    words: list[str] = []
+    command: click.Command | None = cli
+    for word in argv:
+        command = command.commands.get(word) if isinstance(command, click.Group) else None
+        if command is None:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
+def describe_call(label: str) -> str:
+    """Return what is said of an operation of a surface."""
+    return _cut(masked(label))
+
+
+def describe_edit(path: str) -> str:
+    """Return what is said of a plan or notes that a client has sent."""
+    return f"edit {path}"
+
+
+def describe_paths(paths: Collection[str]) -> str:
+    """Return what is said of files that were found changed: the first of them, and how many there are."""
+    shown = ", ".join(list(paths)[:_MAX_PATHS])
+    more = len(paths) - _MAX_PATHS
+    if more <= 0:
+        return _cut(f"changed {shown}")
+    tail = f", and {more} more"
+    return f"changed {shown}"[: MAX_CHARS - len(tail)] + tail
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= MAX_CHARS else line[: MAX_CHARS - 1] + "…"
+
+
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """A moved file that is larger is not kept in the journal: it would push out too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
@@ -51,7 +210,7 @@ class ChangeTooLarge(Exception):
 
 
 @dataclass(frozen=True)
-class Cause:
+class ChangeOrigin:
     """Why something changes: a request (``id``) of a token, or the server itself.
 
     ``actor`` is who it acts as, ``token_actor`` whose token it is, ``fingerprint`` the request's.
@@ -66,9 +225,9 @@ class Cause:
     fingerprint: bytes = b""
 
 
-def BY_SERVER(cause: str) -> Cause:  # noqa: N802 - reads as the constant it nearly is
+def BY_SERVER(cause: str) -> ChangeOrigin:  # noqa: N802 - reads as the constant it nearly is
     """Return the cause of a change that nobody asked for: ``edit`` or ``recovery``."""
-    return Cause("", "", "server", cause)
+    return ChangeOrigin("", "", "server", cause)
 
 
 class Store:
@@ -81,7 +240,7 @@ class Store:
         self,
         *,
         journal: Journal,
-        tree: Tree,
+        tree: ProjectTree,
         undo: UndoLog,
         capture: Capture,
         committer: Committer,
@@ -108,7 +267,7 @@ class Store:
         self._taken = (command, self._taken[1])
 
     @contextmanager
-    def transaction(self) -> Iterator[Touched]:
+    def transaction(self) -> Iterator[AccessLog]:
         """Watch what the block touches, with pre-images; then call ``difference`` and ``commit``, or ``roll_back``."""
         self._undo.begin(Begin(self.journal.epoch, self.journal.head + 1, self._boot_id))
         with self._capture.watch() as touched:
@@ -118,7 +277,7 @@ class Store:
         """Tell readers that the tree is as at the journal's head, before the first request and in a new epoch."""
         self._undo.clear(self.journal.head)
 
-    def difference(self, touched: Touched, vouched: Mapping[int, Vouched] | None = None) -> Difference:
+    def difference(self, touched: AccessLog, vouched: Mapping[int, TrustedDigest] | None = None) -> TreeDiff:
         """Return what a transaction did to the tree; call before its end. ``vouched`` as for ``after_command``."""
         return self.tree.after_command(touched, self._undo.before, vouched)
 
@@ -133,19 +292,19 @@ class Store:
         if not found.operations:
             self.adopt(found)
 
-    def adopt(self, difference: Difference) -> None:
+    def adopt(self, difference: TreeDiff) -> None:
         """Take the files as they are without a number: what changed is no content that anybody has been told of."""
         self._unsynced.update(difference.states)
         self.tree.accept(difference)
 
     def commit(
         self,
-        difference: Difference,
-        cause: Cause,
+        difference: TreeDiff,
+        cause: ChangeOrigin,
         answer: Callable[[int], Result] | None = None,
         *,
         hooks: Sequence[HookCall] = (),
-        waiting: Waiting | None = None,
+        waiting: ResourceBusy | None = None,
         report: bool = True,
     ) -> None:
         """Number the difference (if it is one), journal it with its answer, and report it once it is durable.
@@ -193,7 +352,7 @@ class Store:
         self._undo.clear(self.journal.head)
         after = self._after(difference) if change is not None else []
         self.adopt(difference)
-        done = Done(
+        done = RequestDone(
             id=cause.id,
             seq=seq,
             mark=mark,
@@ -208,7 +367,7 @@ class Store:
             more=difference.is_partial,
             report=self._report_of(status=_status_of(result)),
         )
-        self._committer.submit(Job(done if report else None, descriptor))
+        self._committer.submit(CommitJob(done if report else None, descriptor))
         self.keep_retention()
 
     def _write_ahead(self, path: str, size: int) -> None:
@@ -227,7 +386,7 @@ class Store:
             sync(journal.append(Record(journal.head, journal.mark, time.time(), moved={relative: data})))
             self._whole.add(relative)
 
-    def _moved(self, difference: Difference) -> dict[str, bytes]:
+    def _moved(self, difference: TreeDiff) -> dict[str, bytes]:
         """Return the content of files that were moved, apart from very large ones."""
         targets = [operation.to for operation in difference.operations if isinstance(operation, MoveFile)]
         states = difference.states
@@ -237,7 +396,7 @@ class Store:
             if (state := states.get(path)) is not None and state.size <= _MAX_MOVED_BYTES
         }
 
-    def _take_back(self, cause: Cause, error: OSError) -> NoReturn:
+    def _take_back(self, cause: ChangeOrigin, error: OSError) -> NoReturn:
         """The journal can't take a commit, for want of space: undo it, and go on with the next.
 
         Raises:
@@ -250,14 +409,14 @@ class Store:
         why = error.strerror or error
         raise Rejected(f"the server can't write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
 
-    def _after(self, difference: Difference) -> list[After]:
+    def _after(self, difference: TreeDiff) -> list[PathState]:
         """Return the files whose content the difference changes; call before it is accepted."""
         files, after = self.tree.files, []
         for path, state in difference.states.items():
             if state is None:
-                after.append(After(path, 0, None))
+                after.append(PathState(path, 0, None))
             elif path not in files or files[path].digest != state.digest:
-                after.append(After(path, state.size, state.digest))
+                after.append(PathState(path, state.size, state.digest))
         return after
 
     def reply_again(self, request_id: str, record: Record) -> None:
@@ -274,13 +433,15 @@ class Store:
         """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
         self._tell(refused.id, encode(refused), self.journal.head, self._report_of(code=refused.code))
 
-    def _tell(self, request_id: str, reply: bytes | None, seq: int, report: Report) -> None:
-        done = Done(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest, report=report)
-        self._committer.submit(Job(done))
+    def _tell(self, request_id: str, reply: bytes | None, seq: int, report: ResultStats) -> None:
+        done = RequestDone(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest, report=report)
+        self._committer.submit(CommitJob(done))
 
-    def _report_of(self, *, code: str = "", status: int = 0, again: bool = False, made: int | None = None) -> Report:
+    def _report_of(
+        self, *, code: str = "", status: int = 0, again: bool = False, made: int | None = None
+    ) -> ResultStats:
         command, since = self._taken
-        return Report(command, code, status, time.perf_counter() - since, again, made)
+        return ResultStats(command, code, status, time.perf_counter() - since, again, made)
 
     # --- the journal's upkeep ---
 
@@ -289,7 +450,7 @@ class Store:
         if self.journal.is_rotation_due(now := time.time()):
             self._rotate()
         elif expired := self.journal.expire(now):
-            self._committer.submit(Job(then=lambda: remove_segments(expired)))
+            self._committer.submit(CommitJob(then=lambda: remove_segments(expired)))
 
     def _rotate(self) -> None:
         """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
@@ -310,7 +471,7 @@ class Store:
             self._list_beside(segment)
             remove_segments(expired)
 
-        self._committer.submit(Job(descriptor=old, then=finish))
+        self._committer.submit(CommitJob(descriptor=old, then=finish))
 
     @property
     def _manifest_path(self) -> Path:
@@ -400,7 +561,7 @@ def _at_beginning(record: Record) -> Record:
     return Record(0, b"", record.time, record.id, record.token_id, reply=reply, fingerprint=record.fingerprint)
 
 
-def _encode_change(seq: int, mark: bytes, cause: Cause, difference: Difference) -> bytes:
+def _encode_change(seq: int, mark: bytes, cause: ChangeOrigin, difference: TreeDiff) -> bytes:
     now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     command = cause.command or describe_paths(
         [path for operation in difference.operations for path in paths_of(operation)]

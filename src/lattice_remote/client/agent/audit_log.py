@@ -1,0 +1,120 @@
+"""``lattice remote log`` and ``history``: who changed what, as the server's journal has it.
+
+The log is no part of the copy, so this asks the server, page by page. Nothing is written anywhere.
+"""
+
+import json
+import os
+import re
+from typing import Any, Literal
+
+import msgspec
+
+from lattice_remote import text as logtext
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.errors import ConnectionFailed, Misuse, ProtocolError, Rejected
+from lattice_remote.protocol.messages import (
+    MAX_LOG_ENTRIES,
+    Log,
+    LogEntry,
+    LogPage,
+    ReadVersion,
+    Refused,
+    Response,
+    Version,
+)
+
+__all__ = ["MAX_ENTRIES", "TextName", "lines", "read_log", "read_version", "records", "task_of"]
+
+MAX_ENTRIES = 10_000
+"""The most that one command shows."""
+_VERSION = re.compile(r"(?:(.{1,64})-)?([0-9]{1,18})")
+
+
+TextName = Literal["plan", "notes"]
+
+
+async def read_log(link: Connection, task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
+    """Return the newest entries, of one task or its plan or notes if it is named, and whether older ones are kept.
+
+    Asks for one entry more than it returns: ``LogPage.before`` alone does not say that another entry exists.
+
+    Raises:
+        Rejected: there is no such task, or the server can't tell its log.
+        ConnectionFailed: the server is out of reach.
+        ProtocolError: its pages don't follow each other.
+    """
+    entries: list[LogEntry] = []
+    before: int | None = None
+    while True:
+        number = min(limit + 1 - len(entries), MAX_LOG_ENTRIES)
+        page = await _ask(link, Log(os.urandom(16).hex(), task, number, before, text or ""))
+        if not isinstance(page, LogPage):
+            raise ConnectionFailed("unexpected response from the server")
+        if before is not None and page.before is not None and page.before >= before:
+            raise ProtocolError("the pages of the server's log don't lead to its beginning")
+        before = page.before
+        entries += page.entries
+        if before is None or len(entries) > limit:
+            epoch = link.welcome.epoch if link.welcome is not None else ""
+            return {"entries": msgspec.to_builtins(entries[:limit]), "epoch": epoch, "more": len(entries) > limit}
+
+
+async def read_version(link: Connection, task: str, text: TextName, version: str) -> Version:
+    """Return a plan or notes as of a change.
+
+    Args:
+        link: a connection to the project.
+        task: an id or short id.
+        text: which of the two.
+        version: the change's number, the newest with it; or ``EPOCH-NUMBER``.
+
+    Raises:
+        Misuse: ``version`` names no change.
+        Rejected: no such version is kept.
+        ConnectionFailed: the server is out of reach.
+    """
+    named = _VERSION.fullmatch(version)
+    if named is None:
+        raise Misuse(f"{version!r} is not a change's number; list them with: lattice remote history {task}")
+    answer = await _ask(link, ReadVersion(os.urandom(16).hex(), task, text, int(named[2]), named[1] or ""))
+    if not isinstance(answer, Version):
+        raise ConnectionFailed("unexpected response from the server")
+    return answer
+
+
+async def _ask(link: Connection, asked: Log | ReadVersion) -> Response:
+    answer = await link.ask(asked)
+    if isinstance(answer, Refused):
+        raise Rejected(answer.message, code=answer.code)
+    return answer
+
+
+def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Return an answer of ``read_log`` as ``--json`` prints it."""
+    records = logtext.as_records(_entries(answer), _short_ids(directory))
+    return {"entries": records, "epoch": answer["epoch"], "more": answer["more"]}
+
+
+def lines(answer: dict[str, Any], directory: str) -> list[str]:
+    """Return an answer of ``read_log`` as lines for a terminal."""
+    return logtext.as_lines(_entries(answer), _short_ids(directory), answer["epoch"])
+
+
+def _entries(answer: dict[str, Any]) -> list[LogEntry]:
+    return msgspec.convert(answer["entries"], list[LogEntry])
+
+
+def task_of(directory: str, name: str) -> str:
+    """Return the id of the task with this id or short id, as the cache has it; ``name`` where it has none."""
+    return next((task for task, short_id in _short_ids(directory).items() if short_id == name.upper()), name)
+
+
+def _short_ids(directory: str) -> dict[str, str]:
+    """Return the copy's short ids by task id; without what can't be read."""
+    try:
+        with open(os.path.join(directory, "ids.json"), encoding="utf-8") as file:
+            known: dict[str, str] = json.load(file)["map"]
+            return {task: short_id for short_id, task in known.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -1,0 +1,140 @@
+"""Ends conflicts and withheld edits as the user decides: the chosen text is sent as an edit of the server's."""
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lattice_remote.client.agent.edit_sync import EditSender
+from lattice_remote.client.cache.conflicts import TextConflict
+from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.errors import Misuse, Rejected
+
+__all__ = ["CHOICES", "Resolver"]
+
+CHOICES = ("mine", "theirs", "edited")
+
+
+class Resolver:
+    """The conflicts of one cache, as a command asks for them."""
+
+    def __init__(self, follower: Replicator, pusher: EditSender) -> None:
+        self._follower = follower
+        self._pusher = pusher
+
+    async def resolve(self, request: dict[str, Any], link: Callable[[], Connection]) -> dict[str, Any]:
+        """Tell of the conflicts that a request names, and end them if it says how.
+
+        Raises:
+            Misuse: there is no such conflict, or it can't be ended like that.
+            RemoteError: the text could not be sent; nothing has changed.
+        """
+        self._follower.conflicts.look_again()
+        found = self._named(request["task"], request["what"])
+        choice = request["choice"]
+        reasons = self._pusher.withheld()
+        resolved: list[dict[str, str]] = []
+        if choice is not None:
+            text = _text_of(request)
+            if text is not None and len(found) > 1:
+                raise Misuse(f"{found[0].short_id} has a conflict in its plan and one in its notes: name one of them")
+            for conflict in found:
+                outcome = await self._end(conflict, choice, text, link)
+                resolved.append({"path": conflict.path, "outcome": outcome})
+        return {"conflicts": [_fields(conflict, reasons) for conflict in found], "resolved": resolved}
+
+    def tell(self) -> list[dict[str, Any]]:
+        """Return what is known of every conflict."""
+        return [_fields(conflict, {}) for conflict in self._follower.conflicts.all()]
+
+    def _named(self, task: str, what: str | None) -> list[TextConflict]:
+        conflicts = self._follower.conflicts
+        found = [*conflicts.all(), *(conflicts.waiting(path) for path in self._pusher.withheld())]
+        if task:
+            found = [each for each in found if each.is_called(task)]
+        found = [each for each in found if what in (None, each.what)]
+        if task and not found:
+            where = "plan or notes" if what is None else what
+            raise Misuse(f"there is no conflict in the {where} of {task}", code="REMOTE_NOT_FOUND")
+        return found
+
+    async def _end(
+        self, conflict: TextConflict, choice: str, text: bytes | None, link: Callable[[], Connection]
+    ) -> str:
+        if choice == "theirs":
+            if not conflict.copies:
+                await self._restore(conflict, None)
+            return await self._drop(conflict, "theirs")
+        if not conflict.is_active:
+            raise Misuse(
+                f"{conflict.short_id} is archived or gone: bring it back first, with lattice unarchive, or keep theirs"
+            )
+        if not conflict.copies and text is not None:
+            await self._restore(conflict, "replaced by the text that resolve was given")
+        await self._send_what_is_in_place(conflict, link())
+        if choice == "mine" and conflict.copies:
+            text = self._only_copy(conflict)
+        if text is not None:
+            await self._put(conflict, text, link())
+        return await self._drop(conflict, choice)
+
+    async def _restore(self, conflict: TextConflict, reason: str | None) -> None:
+        if await self._pusher.restore(conflict.path, reason=reason) is None:
+            raise Rejected(
+                f"the server's text of {conflict.path} cannot be fetched now; nothing was changed: repeat it when the "
+                "server is in reach",
+                code="REMOTE_BUSY",
+            )
+
+    async def _send_what_is_in_place(self, conflict: TextConflict, link: Connection) -> None:
+        """Send what was edited in the file itself since: whatever is kept is kept on top of that."""
+        is_withheld = not conflict.copies
+        pushed = await self._pusher.push(link, [conflict.path], again=True, confirm=is_withheld)
+        for sent in pushed.sent:
+            if sent["outcome"] == "conflict":
+                raise Misuse(f"{conflict.path} was edited here since, and conflicts once more; look again")
+            if sent["outcome"] == "refused":
+                raise Rejected(pushed.notices[0], code="REMOTE_UNSUPPORTED")
+        await self._pusher.until_in_place(conflict.path)
+
+    async def _put(self, conflict: TextConflict, text: bytes, link: Connection) -> None:
+        outcome = await self._pusher.put(link, conflict.path, text)
+        if outcome == "conflict":
+            raise Rejected(
+                f"others have changed the same lines of {conflict.path} meanwhile; nothing was changed: look again, "
+                "then repeat it",
+                code="REMOTE_BUSY",
+            )
+
+    def _only_copy(self, conflict: TextConflict) -> bytes:
+        if len(conflict.copies) > 1:
+            raise Misuse(f"there are several texts of yours: name the one to keep: --edited {conflict.copies[0]}, say")
+        return self._follower.cache.read(conflict.copies[0])
+
+    async def _drop(self, conflict: TextConflict, outcome: str) -> str:
+        async with self._follower.cache.locked():
+            self._follower.conflicts.end(conflict)
+        return outcome
+
+
+def _fields(conflict: TextConflict, reasons: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "task": conflict.task,
+        "short_id": conflict.short_id,
+        "what": conflict.what,
+        "path": conflict.path,
+        "copies": list(conflict.copies),
+        "is_active": conflict.is_active,
+        "reason": None if conflict.copies else reasons.get(conflict.path),
+    }
+
+
+def _text_of(request: dict[str, Any]) -> bytes | None:
+    if request["choice"] not in CHOICES:
+        raise Misuse(f"unknown choice {request['choice']!r}")
+    text = request["text"]
+    try:
+        return None if text is None else base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise Misuse("the text is not base64") from error

@@ -1,0 +1,537 @@
+"""Sends edited plans and notes of one cache, one after the other, and settles what the server makes of them (I4).
+
+Each is judged first (``evidence.py``). What is not an edit is restored; what needs the user's decision is withheld.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from lattice_remote.client.cache.edits import Sent, is_being_written
+from lattice_remote.client.cache.evidence import EDIT, Judgement
+from lattice_remote.client.cache.fingerprints import Signature
+from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.cache.repository import Repository
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.client.connection.pool import ConnectionPool
+from lattice_remote.errors import ConnectionFailed, Rejected, RemoteError, StorageError
+from lattice_remote.protocol.messages import Put, Refused, Stored
+from lattice_remote.protocol.operations import digest_of
+
+__all__ = ["EditSender", "EditWatcher", "SentEdits"]
+
+_LONG_BASE_BYTES = 16 * 1024
+_SEND_WHOLE = ("REMOTE_STALE_BASE", "REMOTE_VERSION")
+SAVING_S = 2.0
+"""So long a file that is being written, or was emptied just now, is waited for: an editor is about to save it."""
+_POLL_S = 0.02
+_MANY_REWRITTEN = 20
+"""When more texts than this lost or changed lines at once, a program is assumed to have done it.
+
+Those that the agent sent by itself within the last seconds count, too.
+"""
+_RECENT_S = 5.0
+_LEAST_FREE_BYTES = 1 << 20
+"""With less free space on its disk, an editor's save may have failed half way."""
+
+
+@dataclass(slots=True)
+class SentEdits:
+    """What came of sending edits: each with its path and outcome, and what the user should know."""
+
+    sent: list[dict[str, str]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server did not take one of them."""
+        return any(sent["outcome"] == "refused" for sent in self.sent)
+
+
+class EditSender:
+    """The edits of one cache on their way.
+
+    Args:
+        follower: the cache's.
+        following: the link that the follower follows on.
+        reached: waits until the files hold every change up to a number; tells whether they do.
+    """
+
+    def __init__(self, follower: Replicator, following: Connection, reached: Callable[[int], Awaitable[bool]]) -> None:
+        self._follower = follower
+        self._following = following
+        self._reached = reached
+        self._turn = asyncio.Lock()
+        self._unanswered = follower.edits.unanswered
+        self._rewritten_at: deque[float] = deque()  # when texts that lost lines were sent unasked (monotonic)
+        self._noted: dict[str, Signature | None] = {}  # saves that were looked at while they could not be sent
+        self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> as it was then, why, by whom
+
+    def refused(self) -> dict[str, str]:
+        """Return the edits that the server does not take as they are: path to the reason."""
+        return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
+
+    async def push(
+        self, link: Connection, paths: Iterable[str] | None = None, *, again: bool = False, confirm: bool = False
+    ) -> SentEdits:
+        """Send the edits of these files, None for all that are edited; restore the files that are no edits.
+
+        One that the server has refused is sent again when it, or the server, has changed, or with ``again``. With
+        ``confirm`` each file that differs from the server's is an edit: the user says so.
+
+        Raises:
+            StorageError: the disk is full.
+            RemoteError: the server is out of reach, or takes nothing from this token; what was not sent is kept.
+        """
+        pushed = SentEdits()
+        async with self._turn:
+            edited: list[str] = []
+            for path in self._follower.edits.scan() if paths is None else paths:
+                if not again and self._is_hopeless(path):
+                    continue
+                await self._until_saved(path)
+                if not self._follower.edits.is_edited(path):
+                    continue
+                self._require_room()
+                if (before := self._unanswered.get(path)) is not None:
+                    await self._settle_unanswered(link, before)
+                    if not self._follower.edits.is_edited(path):
+                        pushed.sent.append({"path": path, "outcome": "unchanged"})
+                        continue
+                edited.append(path)
+            judged = await self._judge(edited, confirm=confirm, is_asked=paths is None or again)
+            await self._restore(judged, pushed)
+            await self._push_judged(link, judged, pushed)
+        return pushed
+
+    async def note_saves(self, paths: Iterable[str]) -> None:
+        """Record for later that these edits, which cannot be sent now, are a person's."""
+        async with self._turn:
+            paths = [path for path in paths if self._noted.get(path) != self._signature(path)]
+            if not paths:
+                return
+            self._require_room()
+            judged = await self._judge([path for path in paths if self._follower.edits.is_edited(path)])
+            await self._record(judged)
+            self._noted |= {path: self._signature(path) for path in paths}
+
+    async def restore_damage(self) -> SentEdits:
+        """Restore the files that differ from the server's and are no edits; send nothing."""
+        pushed = SentEdits()
+        async with self._turn:
+            edits = self._follower.edits
+            paths = [path for path in edits.scan() if edits.unanswered.get(path) is None]
+            for path in paths:
+                await self._until_saved(path)
+            judged = await self._judge(path for path in paths if edits.is_edited(path))
+            await self._restore(judged, pushed)
+        return pushed
+
+    def withheld(self) -> dict[str, str]:
+        """Return the edits that wait for the user's decision: path to the reason."""
+        return self._follower.edits.evidence.withheld()
+
+    def notice(self) -> str | None:
+        """Return the line about withheld edits for every command, None if there are none."""
+        withheld = self.withheld()
+        if not withheld:
+            return None
+        reason = Counter(withheld.values()).most_common(1)[0][0]
+        if len(withheld) == 1:
+            (path,) = withheld
+            task = self._follower.conflicts.name_of(path)
+            return (
+                f"not sent: {path}: {reason}; to send it: lattice remote push --confirm; to go back to the server's "
+                f"text: lattice remote resolve {task} --theirs"
+            )
+        return (
+            f"not sent: {len(withheld)} edits, for example {min(withheld)}: {withheld[min(withheld)]}; see: lattice "
+            "remote status; to send them: lattice remote push --confirm; to go back to the server's texts: lattice "
+            "remote resolve --all --theirs"
+        )
+
+    # --- judging ---
+
+    def _require_room(self) -> None:
+        """Refuse to send edits while the disk is full: a save that failed half way looks like an edit.
+
+        Raises:
+            StorageError: it is. The edited files are then checked for such a save when there is room.
+        """
+        directory = self._follower.cache.directory
+        try:
+            found = os.statvfs(directory)
+        except (OSError, AttributeError):
+            return
+        if found.f_bavail * found.f_frsize < _LEAST_FREE_BYTES:
+            self._follower.edits.evidence.cramped.update(self._follower.edits.scan())
+            raise StorageError(f"the disk of {directory} is full: edits are not sent until there is room again")
+
+    async def _judge(
+        self, paths: Iterable[str], *, confirm: bool = False, is_asked: bool = True
+    ) -> dict[str, tuple[Signature, Judgement]]:
+        """Decide for each edited file what it is, and withhold what must wait; with ``confirm`` each is an edit."""
+        edits = self._follower.edits
+        judged: dict[str, tuple[Signature, Judgement]] = {}
+        repository = Repository(self._follower.cache.directory)
+        paths = list(paths)
+        blobs = {} if confirm else await asyncio.to_thread(repository.blobs, paths)
+        rewritten: list[str] = []
+        for path in paths:
+            if (found := self._signature(path)) is None:
+                continue
+            text = self._follower.cache.read(path)
+            if confirm:
+                judged[path] = found, EDIT
+            elif (reason := edits.evidence.withheld_reason(path, text)) is not None:
+                judged[path] = found, Judgement("withheld", reason)
+            else:
+                judged[path] = found, edits.judge(path, text, found, blobs.get(path))
+                if judged[path][1] == EDIT and not edits.evidence.is_saved(path, text):
+                    rewritten += [path] if _takes_away(edits.base(path), text) else []
+        if len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
+            why = "it was changed at once with many others, as by a formatter"
+            judged |= {path: (judged[path][0], Judgement("withheld", why)) for path in rewritten}
+        elif not is_asked:
+            self._rewritten_at.extend([time.monotonic()] * len(rewritten))
+        await self._withhold(judged)
+        return judged
+
+    def _count_recent(self) -> int:
+        now = time.monotonic()
+        while self._rewritten_at and now - self._rewritten_at[0] > _RECENT_S:
+            self._rewritten_at.popleft()
+        return len(self._rewritten_at)
+
+    async def _withhold(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
+        evidence = self._follower.edits.evidence
+        waiting = [(path, each.reason) for path, (_, each) in judged.items() if each.outcome == "withheld"]
+        if waiting and evidence.withheld().keys() != {path for path, _ in waiting}:
+            await self._follower.withhold(waiting)
+
+    async def _record(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
+        """Record the saves among these files, as they cannot be sent now."""
+        evidence, cache = self._follower.edits.evidence, self._follower.cache
+        saves = []
+        for path, (found, judgement) in judged.items():
+            if judgement == EDIT and self._signature(path) == found:
+                text = cache.read(path)
+                saves += [] if evidence.is_saved(path, text) else [(path, text)]
+        if saves:
+            await self._follower.record(saves)
+
+    async def _restore(self, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits) -> None:
+        """Restore the files that are no edits. What is rescued, every command says; add a notice for the others."""
+        without_text = defaultdict(list)
+        for path, (found, judgement) in judged.items():
+            if judgement.outcome == "restored":
+                done = await self.restore(path, found, reason=f"restored to the server's text: {judgement.reason}")
+                if done is False:
+                    without_text[judgement.reason].append(path)
+        for reason, paths in without_text.items():
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            pushed.notices.append(f"{paths[0]}{more}: restored to the server's text: {reason}")
+
+    async def restore(self, path: str, found: Signature | None = None, *, reason: str | None) -> bool | None:
+        """Put the server's text in place of a file that is not to be sent.
+
+        Returns:
+            Whether a text was rescued, for which a ``reason`` is needed; None if the file cannot be restored now.
+        """
+        found = found or self._signature(path)
+        if found is None:
+            return None
+        done = await self._follower.restore(path, found, reason)
+        if done is None:
+            return None
+        outcome, is_kept = done
+        await self._following.carry_out(outcome)
+        return is_kept
+
+    # --- sending ---
+
+    async def _push_judged(
+        self, link: Connection, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits
+    ) -> None:
+        for path, (found, judgement) in judged.items():
+            if judgement != EDIT or self._signature(path) != found:  # another save is judged by itself
+                continue
+            try:
+                outcome, notice = await self._send(link, path)
+            except RemoteError:
+                await self._record(judged)
+                raise
+            pushed.sent.append({"path": path, "outcome": outcome})
+            if notice:
+                pushed.notices.append(notice)
+
+    async def _send(self, link: Connection, path: str) -> tuple[str, str | None]:
+        found, base = self._signature(path), self._follower.edits.base(path)
+        text = self._follower.cache.read(path)
+        put = Put(id=_new_id(), path=path, base=self._follower.edits.older.base_of(path, text, base), text=text)
+        answer = await self._ask_briefly(link, put, base, is_edit=True)
+        if isinstance(answer, Refused):
+            self._unanswered.forget(path)
+            return self._note_refusal(path, found, answer.message)
+        self._refused.pop(path, None)
+        copy = await self._settle(link, put, answer, base)
+        if copy is not None:
+            return "conflict", None  # said by every command until it is resolved
+        if put.base != base:
+            return answer.outcome, (
+                f"{path} was saved without what others had written meanwhile; that was put back, and what you wrote is "
+                "in it: load it anew in your editor (to remove lines of others, remove them once more)"
+            )
+        return answer.outcome, None
+
+    async def _settle(self, link: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
+        """Go on from the server's answer to an edit; return where the text was put for a conflict."""
+        if link is not self._following:
+            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
+            await self._reached(answer.seq)
+        effects, copy = await self._follower.settle(put, answer.outcome, base)
+        self._unanswered.forget(put.path)
+        await self._following.carry_out(effects)
+        return copy
+
+    async def _settle_unanswered(self, link: Connection, sent: Sent) -> None:
+        """Ask what became of an edit whose answer was lost: what was saved since builds on it, if it was stored."""
+        answer = await self._ask(link, sent.frame, sent.first_sent_at())
+        if isinstance(answer, Stored):
+            await self._settle(link, sent.put, answer, sent.base)
+        else:
+            self._unanswered.forget(sent.put.path)
+
+    async def put(self, link: Connection, path: str, text: bytes) -> str:
+        """Send a text for a plan or notes, made from the server's as it is here; return the outcome.
+
+        The file is the server's again when this returns, unless it is edited.
+
+        Raises:
+            RemoteError: it was not sent, or not taken.
+        """
+        async with self._turn:
+            await self.until_in_place(path)
+            base = self._follower.edits.base(path)
+            put = Put(id=_new_id(), path=path, base=base, text=text)
+            answer = await self._ask_briefly(link, put, base)
+            if isinstance(answer, Refused):
+                raise Rejected(f"{path} was not sent: {answer.message}", code=answer.code)
+            await self._reached(answer.seq)
+        return answer.outcome
+
+    async def until_in_place(self, path: str) -> None:
+        """Wait for a moment until a plan or notes holds the server's text, or an edit of it.
+
+        Raises:
+            Rejected: it does not: after a conflict the file, and its base, may still be what was set aside.
+        """
+        if not await self._following.changed.until(lambda: path not in self._follower.replica.wanted, SAVING_S):
+            raise Rejected(
+                f"the server's text of {path} is not here yet; nothing was changed: if the file is open in an editor, "
+                "close it, then repeat it",
+                code="REMOTE_BUSY",
+            )
+
+    async def _ask_briefly(
+        self, link: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
+    ) -> Stored | Refused:
+        """Ask, with the digest of a long base in its place where the server most likely has that text itself.
+
+        Of an edit it is kept in mind what was sent, until the answer is settled.
+        """
+        frame = self._brief(link, put, current)
+        while True:
+            if is_edit:
+                self._unanswered.remember(Sent(put, frame, current, time.time()))
+            answer = await self._ask(link, frame)
+            if frame is put or not isinstance(answer, Refused) or answer.code not in _SEND_WHOLE:
+                return answer
+            frame = put
+
+    def _brief(self, link: Connection, put: Put, current: bytes | None) -> Put:
+        welcome = link.welcome
+        can = welcome is not None and "put-base" in welcome.capabilities
+        if not can or put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
+            return put
+        return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
+
+    async def _ask(self, link: Connection, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
+        answer = await link.ask(put, first_sent_at=first_sent_at)
+        if not isinstance(answer, Stored | Refused):
+            raise ConnectionFailed("the server answered something else", sent=True)
+        return answer
+
+    # --- files that can't be sent yet, or as they are ---
+
+    async def _until_saved(self, path: str) -> None:
+        """Wait for the end of a save that is going on, for a moment."""
+        deadline = time.monotonic() + SAVING_S
+        while time.monotonic() < deadline and self.is_being_saved(path):  # noqa: ASYNC110 - nobody tells of it
+            await asyncio.sleep(_POLL_S)
+
+    def is_being_saved(self, path: str) -> bool:
+        """Whether a file is about to become something else: open for writing, or emptied a moment ago."""
+        found = self._signature(path)
+        if found is None:
+            return False
+        mtime_ns, size = found[0], found[1]
+        if not size and 0 <= time.time_ns() - mtime_ns < SAVING_S * 1e9:
+            return bool(self._follower.edits.base(path))
+        return is_being_written(self._follower.cache.absolute(path))
+
+    def _is_hopeless(self, path: str) -> bool:
+        refused = self._refused.get(path)
+        return refused is not None and (refused[0], refused[2]) == (self._signature(path), self._following.welcome)
+
+    def _note_refusal(self, path: str, found: Signature | None, why: str) -> tuple[str, str]:
+        self._refused[path] = (found, why, self._following.welcome)
+        return "refused", f"{path} was not sent: {why}"
+
+    def _signature(self, path: str) -> Signature | None:
+        return self._follower.cache.signature(path)
+
+
+def _takes_away(base: bytes | None, text: bytes) -> bool:
+    """Return whether the server's text has a line that this one lacks."""
+    return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
+
+
+def _new_id() -> str:
+    return os.urandom(16).hex()
+
+
+QUIET_S = 0.1
+"""A file is taken for saved when it has been the same for this long."""
+LONGEST_SAVE_S = 30.0
+"""A program that keeps a file open for longer is not waited for: what it has written so far is sent."""
+_QUIET_POLL_S = 0.04
+_RETRY_S = 1.0
+_LOOK_AT_HELD_S = 0.5
+_BURST = 3
+"""When more files than this are edited at once, a program may be at work on more: its end is waited for."""
+_BURST_QUIET_S = 1.0
+_BURST_POLL_S = 0.25
+_log = logging.getLogger(__name__)
+
+
+class _Seen:
+    """A file as it was last looked at."""
+
+    __slots__ = ("at", "began", "signature")
+
+    def __init__(self, signature: Signature | None, now: float) -> None:
+        self.signature = signature
+        self.at = now
+        """Since when it is like this."""
+        self.began = now
+
+
+class EditWatcher:
+    """The edits of one cache that nobody has asked to send yet; they go out while ``run()`` runs."""
+
+    def __init__(self, follower: Replicator, links: ConnectionPool, pusher: EditSender) -> None:
+        self._follower = follower
+        self._links = links
+        self._pusher = pusher
+        self._seen: dict[str, _Seen] = {}
+        self._wake = asyncio.Event()
+        self.notices: list[str] = []
+        """What the next command should say."""
+
+    def touched(self, paths: Iterable[str]) -> None:
+        """These plans and notes may have been edited."""
+        now = time.monotonic()
+        for path in paths:
+            if path not in self._seen:
+                self._seen[path] = _Seen(self._follower.cache.signature(path), now)
+        self._wake.set()
+
+    # --- the task ---
+
+    async def run(self) -> None:
+        """Send edits until cancelled. Trouble with the server is waited out."""
+        while True:
+            try:
+                await self._pause()
+                await self._push_saved()
+                await self._look_at_held()
+            except RemoteError:
+                await asyncio.sleep(_RETRY_S)  # said by the link, and by the next command
+            except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
+                _log.exception("sending the edits of %s failed", self._follower.cache.directory)
+                await asyncio.sleep(_RETRY_S)
+
+    async def _pause(self) -> None:
+        """Wait for something to look at."""
+        if self._seen:
+            await asyncio.sleep(_QUIET_POLL_S)
+            return
+        self._wake.clear()
+        held = bool(self._follower.replica.held)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LOOK_AT_HELD_S if held else None):
+                await self._wake.wait()
+
+    async def _push_saved(self) -> None:
+        saved = [path for path in self._seen if self._is_saved(path)]
+        edited = [path for path in saved if self._is_edit(path)]
+        for path in set(saved).difference(edited):
+            del self._seen[path]
+        if not edited:
+            return
+        if self._is_burst(edited):
+            await asyncio.sleep(_BURST_POLL_S)
+            return
+        if not self._can_send():
+            await self._pusher.note_saves(edited)
+            await self._links.following.changed.until(self._can_send, SAVING_S)
+            return
+        link = self._links.live()
+        assert link is not None, "_can_send() says so, and nothing was awaited since"
+        await self._push(link, edited, {path: self._seen.pop(path) for path in edited})
+
+    def _is_burst(self, edited: list[str]) -> bool:
+        """Return whether a program seems to be at work on many files, and has not come to its end."""
+        now = time.monotonic()
+        quiet_s = now - max(self._seen[path].at for path in edited)
+        lasts_s = now - min(self._seen[path].began for path in edited)
+        return len(edited) > _BURST and quiet_s < _BURST_QUIET_S and lasts_s < LONGEST_SAVE_S
+
+    async def _push(self, link: Connection, edited: list[str], seen: dict[str, _Seen]) -> None:
+        try:
+            pushed = await self._pusher.push(link, edited)
+        except BaseException:
+            self._seen = seen | self._seen
+            raise
+        self.notices += [notice for notice in pushed.notices if notice not in self.notices]
+
+    def _is_edit(self, path: str) -> bool:
+        """Whether there is something to send; what belongs to no task is set aside by the caretaker."""
+        return self._follower.edits.is_edited(path) and not self._follower.files.is_orphan(path)
+
+    def _can_send(self) -> bool:
+        link = self._links.live()
+        return self._follower.is_following and link is not None and not link.is_refused
+
+    def _is_saved(self, path: str) -> bool:
+        """Whether a file has come to rest."""
+        now, seen = time.monotonic(), self._seen[path]
+        found = self._follower.cache.signature(path)
+        if found != seen.signature:
+            seen.signature, seen.at = found, now
+            return False
+        if now - seen.at < QUIET_S:
+            return False
+        return now - seen.began > LONGEST_SAVE_S or not self._pusher.is_being_saved(path)
+
+    async def _look_at_held(self) -> None:
+        """Fetch what waited for an edit that is none any more."""
+        await self._links.following.carry_out(await self._follower.look_at_edits())

@@ -1,0 +1,214 @@
+"""Keeps one cache equal to the server's files without being asked: what others change is noticed and mended (I3, I4).
+
+The system tells which files were touched (``watching.py``); those that are not as one of our own processes left them
+(``known.py``) are fetched anew. What was changed while no agent ran is found after the first connection: by the times
+of the files, where the last process stored them since the machine was started, else by comparing every file with the
+server's manifest.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+
+from lattice_remote.client.agent.file_watcher import Watching
+from lattice_remote.client.cache.cache import LOCKS_FILE
+from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.cache.safe_directory import QUIET_S
+from lattice_remote.client.cache.verify import foreign, read_gently
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.errors import RemoteError
+from lattice_remote.protocol.paths import is_editable, is_replicated
+
+__all__ = ["IntegrityMonitor"]
+
+RESCAN_S = 300.0
+"""Now and then every file's times are looked at, in case the system has not told of something."""
+_MIN_RESCAN_S = 2.0
+"""The same, where the system does not tell at all; at most a twentieth of a processor."""
+_RESCAN_SHARE = 20.0
+_RETRY_S = 5.0
+STRAY_S = 60.0
+"""So long after its last change a file like ``plans/x (copy).md``, which is no task's, is set aside and removed."""
+_BATCH = 256
+_MANY = 1000
+"""When more than so many files look strange at once (a backup may link them all), the manifest tells which ones are."""
+_EDITED_BY_HAND = ("plans/", "notes/")
+_log = logging.getLogger(__name__)
+
+
+class IntegrityMonitor:
+    """Looks after one cache while ``run()`` runs. ``on_edits`` is told of plans and notes that may have been edited."""
+
+    def __init__(
+        self,
+        follower: Replicator,
+        link: Connection,
+        watching: Watching,
+        turn: asyncio.Semaphore,
+        on_edits: Callable[[Iterable[str]], None],
+    ) -> None:
+        self._follower = follower
+        self._cache = follower.cache
+        self._healing = follower.healing
+        self._link = link
+        self._watching = watching
+        self._on_edits = on_edits
+        self._turn = turn  # one cache at a time reads all its files
+        self._wake = asyncio.Event()
+        self.has_looked = False
+        """Whether every file that was changed before is found: none is shown as it is."""
+        self.is_awaited = False
+        """Whether a command waits for that."""
+        self._scan_at = 0.0
+        self._scan_cost_s = 0.0
+        self._vanished_at = -QUIET_S  # when a file was last seen to be gone (monotonic)
+
+    def touched(self, paths: set[str] | None) -> None:
+        """These files may have been changed by other hands; None: any of them."""
+        if paths is None or any(path.startswith(_EDITED_BY_HAND) and not is_replicated(path) for path in paths):
+            self._follower.conflicts.look_again()
+        if paths is None or not self._cache.known.is_complete or any(path.startswith(LOCKS_FILE) for path in paths):
+            self._scan_at = 0.0
+        else:
+            for path in paths:
+                self._touched(path)
+        self._wake.set()
+
+    def _touched(self, path: str) -> None:
+        found = self._cache.signature(path)
+        if self._cache.known.agrees(path, found) and found is not None:
+            return
+        place = self._cache.absolute(path)
+        if found is not None and is_editable(path):
+            self._on_edits([path])
+        if os.path.isdir(place) and not os.path.islink(place):
+            self._scan_at = 0.0  # what was moved in with it is not told file by file
+        elif not os.path.lexists(place):
+            self._missing(path)
+        elif self._follower.files.is_strange(path):
+            self._suspect(path)
+
+    def _missing(self, path: str) -> None:
+        if path in self._cache.known:
+            self._vanished_at = time.monotonic()
+            self._suspect(path)
+        elif "." not in path.rpartition("/")[2] and self._cache.known.is_below(path):
+            self._scan_at = 0.0  # a directory was moved away
+
+    def _suspect(self, path: str) -> None:
+        if not is_replicated(path):
+            return
+        if self.has_looked and (is_editable(path) or self._cache.signature(path) is None):
+            self._healing.suspect_missing([path])
+        else:
+            self._healing.suspect([path], delay_s=self._stray_s(path))
+
+    def _stray_s(self, path: str) -> float:
+        """Return for how long yet a file beside the plans or notes is left alone: an editor may be using it."""
+        if not path.startswith(_EDITED_BY_HAND) or is_editable(path) or path in self._cache.known:
+            return 0.0
+        found = self._cache.signature(path)
+        return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())
+
+    def _vanishing_s(self, path: str) -> float:
+        """Return for how long yet a missing file is not restored: somebody may be removing the whole directory."""
+        if self._cache.signature(path) is not None:
+            return 0.0
+        return max(0.0, self._vanished_at + QUIET_S - time.monotonic())
+
+    # --- the task ---
+
+    async def run(self) -> None:
+        """Look after the cache until cancelled. Trouble with the files or the server is waited out."""
+        self._watching.add(self._cache.directory, self.touched)
+        try:
+            while True:
+                await self._link.changed.until(self._can_work, RESCAN_S)
+                self._wake.clear()
+                pause_s = _RETRY_S
+                if self._can_work():
+                    try:
+                        await self.look()
+                        pause_s = self._pause_s()
+                    except RemoteError:
+                        pass  # said by the link, or by the follower
+                    except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
+                        _log.exception("looking after %s failed", self._cache.directory)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._wake.wait()
+        finally:
+            self._watching.remove(self._cache.directory, self.touched)
+
+    def _can_work(self) -> bool:
+        return self._link.is_open and self._follower.is_following
+
+    def _pause_s(self) -> float:
+        due_s = self._healing.next_due_s()
+        scan_s = max(0.0, self._scan_at - time.monotonic())
+        return scan_s if due_s is None else min(due_s, scan_s)
+
+    async def look(self) -> None:
+        """Find the files that were changed by others, and have them fetched.
+
+        Raises:
+            RemoteError: the server is out of reach, or a file can't be read or written.
+        """
+        if not self._cache.known.is_complete:
+            await self._compare_all()
+            await self._follower.store_known()
+        if time.monotonic() >= self._scan_at:
+            await self._scan()
+        if self._healing.count_due() > _MANY:
+            await self._compare_all()
+        while due := self._healing.take_due(_BATCH):
+            later = {path: wait_s for path in due if (wait_s := max(self._stray_s(path), self._vanishing_s(path))) > 0}
+            for path, wait_s in later.items():
+                self._healing.suspect([path], delay_s=wait_s)
+            await self._link.carry_out(await self._follower.heal(path for path in due if path not in later))
+        if not self.has_looked:
+            self.has_looked = True
+            self._link.changed.notify()
+
+    async def _compare_all(self) -> None:
+        """Compare every file with the server's: nobody has watched them until now, or too many were touched."""
+        async with self._turn:
+            began, is_first = time.monotonic(), not self._cache.known.is_complete
+            earlier = await read_gently(self._cache, lambda: self.is_awaited)
+            if is_first and self._cache.known.is_complete:  # a resync has compared everything meanwhile
+                return
+            outcome, done = await self._follower.compare(mend=True, earlier=earlier)
+            await self._link.carry_out(outcome)
+            comparison = await asyncio.shield(done)
+            self._scan_at = 0.0
+        if not comparison.is_clean:
+            found = len(comparison.differing) + len(comparison.missing) + len(comparison.surplus)
+            _log.info("%s: %d files were not the server's", self._cache.directory, found)
+        _log.info("%s: compared in %.1f s", self._cache.directory, time.monotonic() - began)
+
+    async def _scan(self) -> None:
+        """Look at the times of all files."""
+        async with self._turn:
+            began = time.monotonic()
+            for path in await asyncio.to_thread(foreign, self._cache):
+                if self._follower.files.is_strange(path):
+                    self._suspect(path)
+                elif is_editable(path):
+                    self._on_edits([path])
+            if not self._cache.is_whole():
+                await self._link.carry_out(await self._follower.heal([]))
+        self._scan_cost_s = time.monotonic() - began
+        interval_s = RESCAN_S
+        if self._watching.trouble is not None:
+            interval_s = min(RESCAN_S, max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE))
+        self._scan_at = time.monotonic() + interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, hides nothing
+
+    def how(self) -> str:
+        """Return how changes by other hands are noticed, in words."""
+        if self._watching.trouble is None:
+            return "the system tells of changes"
+        return f"compared every {max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE):.0f} s: {self._watching.trouble}"

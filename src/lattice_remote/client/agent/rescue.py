@@ -1,0 +1,243 @@
+"""Rescued files as a command asks for them: listed, shown, applied on the server, dropped."""
+
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.cache.rescued_files import RescuedEntry, is_event_log
+from lattice_remote.errors import Misuse, Rejected, StorageError, as_told, one_line
+from lattice_remote.protocol.paths import is_editable
+
+__all__ = ["Rescuer", "decoded", "described"]
+
+type Call = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""Has a write of the surface ``storage`` carried out, by name and payload; returns the decoded answer."""
+
+_ATTEMPTS = 5
+"""How often an event is sent again because others have changed its task meanwhile."""
+_MAX_SHOWN_EVENTS = 1_000
+_MADE_OF_EVENTS = ("tasks/", "archive/tasks/", "resources/")
+
+
+class Rescuer:
+    """The rescued files of one cache."""
+
+    def __init__(self, follower: Replicator) -> None:
+        self._follower = follower
+        self._cache = follower.cache
+        self._store = follower.keepsakes.rescued
+
+    async def handle(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        """List entries, or show, apply or drop those that the request names (all of them without ``numbers``).
+
+        Raises:
+            Misuse: there is no such entry.
+            RemoteError: the server can't be asked. What was applied so far stays so, and applying again goes on.
+        """
+        entries = self._named(request["numbers"])
+        answer: dict[str, Any] = {"applied": [], "refused": [], "dropped": []}
+        match request["action"]:
+            case "list":
+                return {**answer, "entries": [described(entry) for entry in entries]}
+            case "show":
+                return {**answer, "entries": [self._shown(entry) for entry in entries]}
+            case "apply":
+                for entry in entries:
+                    await self._apply(entry, call, answer)
+            case "drop":
+                async with self._cache.locked():
+                    for entry in entries:
+                        self._store.drop(entry.number)
+                        answer["dropped"].append(entry.number)
+        return {**answer, "entries": [described(entry) for entry in self._store.entries()]}
+
+    def _named(self, numbers: list[int]) -> list[RescuedEntry]:
+        entries = {entry.number: entry for entry in self._store.entries()}
+        for number in numbers:
+            if number not in entries:
+                raise Misuse(
+                    f"no rescued files {number}; list them with: lattice remote rescued", code="REMOTE_NOT_FOUND"
+                )
+        return [entries[number] for number in dict.fromkeys(numbers or entries)]
+
+    # --- what is in an entry that the server does not have ---
+
+    def _shown(self, entry: RescuedEntry) -> dict[str, Any]:
+        events = [
+            {"path": path, **{key: event.get(key) for key in ("id", "type", "ts", "actor", "data")}}
+            for path, event in self._new_events(entry)
+        ]
+        return {**described(entry), "events": events[:_MAX_SHOWN_EVENTS]}
+
+    def _new_events(self, entry: RescuedEntry) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield the events that the server does not have, each with its file, in the order of each log."""
+        for path in entry.files:
+            if not is_event_log(path) or path.endswith("/_lifecycle.jsonl"):
+                continue
+            known = {event.get("id") for event in self._log(_owner(path))}
+            is_there = bool(known)
+            for event in _events(self._store.read(entry.number, path)):
+                is_creation = event.get("type") in ("task_created", "resource_created")
+                if event.get("id") not in known and not (is_creation and is_there):
+                    yield path, event
+
+    def _log(self, owner: str) -> list[dict[str, Any]]:
+        """Return the events that the server has of a task or resource."""
+        for folder in ("events", "archive/events"):
+            path = f"{folder}/{owner}.jsonl"
+            if self._cache.size(path) is not None:
+                return list(_events(self._cache.read(path)))
+        return []
+
+    # --- applying ---
+
+    async def _apply(self, entry: RescuedEntry, call: Call, answer: dict[str, Any]) -> None:
+        """Send what an entry has and the server lacks; drop the entry if nothing of it was refused."""
+        before = len(answer["refused"])
+
+        def refuse(path: str, why: str) -> None:
+            place = self._store.place(entry.number, path)
+            answer["refused"].append({"entry": entry.number, "path": path, "why": one_line(why), "place": place})
+
+        by_owner: dict[str, list[dict[str, Any]]] = {}
+        for path, event in self._new_events(entry):
+            by_owner.setdefault(path, []).append(event)
+        made: set[str] = set()
+        for path, events in by_owner.items():
+            made |= await self._send_events(path, events, call, answer["applied"], refuse)
+        owners = {_owner(path) for path in entry.files if is_event_log(path)}
+        for path in entry.files:
+            if is_editable(path):
+                await self._send_text(entry, path, call, answer["applied"], refuse, is_new=_owner(path) in made)
+            elif not self._is_derived(entry, path, owners):
+                refuse(path, "only tasks, resources, plans and notes can be applied")
+        if len(answer["refused"]) == before:
+            async with self._cache.locked():
+                self._store.drop(entry.number)
+            answer["dropped"].append(entry.number)
+
+    async def _send_events(
+        self,
+        path: str,
+        events: list[dict[str, Any]],
+        call: Call,
+        applied: list[dict[str, Any]],
+        refuse: Callable[[str, str], None],
+    ) -> set[str]:
+        """Send one by one the events of a task or resource; return its id if it was made by that."""
+        owner, made = _owner(path), set[str]()
+        log = self._log(owner)
+        base = log[-1].get("id") if log else None
+        of = {"resource": self._resource_of(events, owner)} if owner.startswith("res_") else {"task": owner}
+        for event in events:
+            is_creation = event.get("type") == "task_created"
+            if is_creation:  # the server gives the short id: by now the old one may be another task's
+                event = {**event, "data": {k: v for k, v in dict(event["data"]).items() if k != "short_id"}}  # noqa: PLW2901
+            try:
+                content = await self._send_event(of, event, base, call)
+            except Rejected as rejected:
+                refuse(path, f"{event.get('type')} {event.get('id')}: {rejected.message}")
+                if is_creation:
+                    break  # without its task, all others would be refused too
+                continue
+            base = content["last_event_id"]
+            made |= {owner} if is_creation else set()
+            name = content.get("short_id") or content.get("name") or owner
+            applied.append({"path": path, "event": event.get("id"), "type": event.get("type"), "to": name})
+        return made
+
+    async def _send_event(
+        self, of: dict[str, str], event: dict[str, Any], base: str | None, call: Call
+    ) -> dict[str, Any]:
+        name = "write-resource" if "resource" in of else "write-task"
+        for _ in range(_ATTEMPTS):
+            answer = await call(name, {**of, "events": [event], "base": base})
+            if answer["outcome"] != "conflict":
+                content: dict[str, Any] = answer["content"]
+                return content
+            base = answer["found"]
+        raise Rejected("others keep changing it; try again", code="REMOTE_BUSY")
+
+    def _resource_of(self, events: list[dict[str, Any]], owner: str) -> str:
+        """Return the name of a resource: as it was made with, else as the server knows its id."""
+        name = dict(events[0].get("data") or {}).get("name")
+        return str(name) if events[0].get("type") == "resource_created" and name else owner
+
+    async def _send_text(
+        self,
+        entry: RescuedEntry,
+        path: str,
+        call: Call,
+        applied: list[dict[str, Any]],
+        refuse: Callable[[str, str], None],
+        *,
+        is_new: bool,
+    ) -> None:
+        """Send the plan or notes of a task that was made just now; in an older one they might undo others' work."""
+        text = self._store.read(entry.number, path)
+        theirs = self._cache.read(path) if self._cache.size(path) is not None else None
+        if text == theirs:
+            return
+        if not is_new and theirs is not None:
+            refuse(path, "the server has another text by now; compare the two and edit the plan or notes")
+            return
+        kind = "write-plan" if path.startswith("plans/") else "write-notes"
+        try:
+            base = None if theirs is None else theirs.decode()
+            await call(kind, {"task": _owner(path), "text": text.decode(), "base": base})
+        except UnicodeDecodeError:
+            refuse(path, "it is not valid UTF-8")
+        except Rejected as rejected:
+            refuse(path, rejected.message)
+        else:
+            applied.append({"path": path, "event": None, "type": kind.removeprefix("write-"), "to": _owner(path)})
+
+    def _is_derived(self, entry: RescuedEntry, path: str, owners: set[str]) -> bool:
+        """Whether lattice makes a file from events that are in the same entry, or the server has its content."""
+        if is_event_log(path):
+            return True
+        if path == "ids.json" or (path.startswith(_MADE_OF_EVENTS) and self._owner_of_snapshot(entry, path) in owners):
+            return True
+        with_size = self._cache.size(path) == entry.files[path]
+        return with_size and self._cache.read(path) == self._store.read(entry.number, path)
+
+    def _owner_of_snapshot(self, entry: RescuedEntry, path: str) -> str | None:
+        try:
+            found = json.loads(self._store.read(entry.number, path)).get("id")
+        except (ValueError, AttributeError, StorageError):
+            return None
+        return found if isinstance(found, str) else None
+
+
+def described(entry: RescuedEntry) -> dict[str, Any]:
+    """Return what a list of entries says of one."""
+    return {"number": entry.number, "reason": entry.reason, "at": entry.at, "files": dict(entry.files)}
+
+
+def decoded(returned: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a write of the surface ``storage``.
+
+    Raises:
+        Rejected: the server refused the write.
+    """
+    answer: dict[str, Any] = json.loads(returned["payload"])
+    if (error := answer.get("error")) is not None:
+        raise as_told(str(error["message"]), error["code"])
+    return answer
+
+
+def _owner(path: str) -> str:
+    return os.path.basename(path).rpartition(".")[0]
+
+
+def _events(log: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log; lines that are none are skipped."""
+    for line in log.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("data"), dict):
+            yield event

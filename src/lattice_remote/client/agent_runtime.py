@@ -1,0 +1,237 @@
+"""Location of the agent that serves a command: same user, package version and environment. Standard library only.
+
+The environment is all that an agent cannot take from a request: the configuration directory, the namespaces and the
+sandbox it lives in, and the variables that say how to reach a server. A digest of it is the name of the agent's
+files, so that a command finds only an agent that does as the command itself would do (I13). It is computed for every
+command that is routed, in well under a millisecond.
+"""
+
+import hashlib
+import os
+import stat
+import time
+
+from lattice_remote import __version__
+from lattice_remote.client import credentials
+from lattice_remote.errors import StorageError
+
+__all__ = [
+    "DIRECTORY_ENV",
+    "Runtime",
+    "absolute_paths",
+    "boot_time",
+    "check",
+    "check_socket",
+    "configuration",
+    "locate",
+    "namespaces",
+    "others",
+    "prepare",
+    "temporary_directory",
+]
+
+DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
+_LANGUAGE = 5
+"""Counted up when the requests and answers between commands and agents change between releases: an agent of the same
+version that was started before does not understand them, and is left alone until it leaves."""
+_OTHERS_MAY_WRITE = 0o022
+_MAX_SOCKET_PATH_BYTES = 103
+"""The kernel takes 108 bytes on Linux, 104 on macOS, each with a NUL at the end."""
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SOCKS_PROXY", "WSS_PROXY", "WS_PROXY")
+_PATHS = ("SSL_CERT_FILE", "SSL_CERT_DIR", "OPENSSL_CONF", "SSLKEYLOGFILE")
+_PRELOADED = ("LD_PRELOAD", "DYLD_INSERT_LIBRARIES")
+"""A library such as torsocks replaces the network of a process."""
+_VARIABLES = (*_PROXIES, *(name.lower() for name in _PROXIES), *_PATHS, *_PRELOADED)
+_NAMESPACES = ("mnt", "net", "user")
+
+
+class Runtime:
+    """The agent's files: ``directory``, and in it the paths of its ``socket``, ``lock``, ``log`` and ``pid``.
+
+    Attributes:
+        name: of the agent: a digest of its package version and environment.
+    """
+
+    def __init__(self, directory: str, name: str) -> None:
+        self.directory = directory
+        self.name = name
+        path = os.path.join(directory, name)
+        self.socket = path + ".sock"
+        self.lock = path + ".lock"
+        self.log = path + ".log"
+        self.pid = path + ".pid"
+
+
+def boot_time() -> float:
+    """Return seconds on a clock that, unlike the monotonic one of Linux, goes on while the machine sleeps.
+
+    It is the same for all processes of a machine until that is started again.
+    """
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+def locate() -> Runtime:
+    """Return the files of the agent for this process; nothing is created.
+
+    As the version is in the digest, an upgraded package starts its own agent, while the old one leaves by itself.
+
+    Raises:
+        StorageError: there is no directory for them.
+    """
+    name = f"agent-{_digest()}"
+    given, session = os.environ.get(DIRECTORY_ENV), os.environ.get("XDG_RUNTIME_DIR", "")
+    if given:
+        directory = os.path.abspath(given)
+    elif _is_own(session):
+        directory = os.path.join(session, "lattice-remote")
+    else:
+        directory = os.path.join(temporary_directory(), f"lattice-remote-{_user()}")
+    if not _fits(directory, name):
+        short = f"lattice-remote-{_user()}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}"
+        directory = os.path.join(temporary_directory(), short)
+        if not _fits(directory, name):
+            directory = f"/tmp/{short}"  # noqa: S108 - it is checked to be ours alone
+    return Runtime(directory, name)
+
+
+def others(place: Runtime) -> list[Runtime]:
+    """Return the agents of this user that serve other environments or versions, as far as they have a socket."""
+    try:
+        names = sorted(os.listdir(place.directory))
+    except OSError:
+        return []
+    found = [name.removesuffix(".sock") for name in names if name.startswith("agent-") and name.endswith(".sock")]
+    return [Runtime(place.directory, name) for name in found if name != place.name]
+
+
+def temporary_directory() -> str:
+    """Return a directory for temporary files, never the current one, which may be a repository.
+
+    Raises:
+        StorageError: none can be written.
+    """
+    candidates = (os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp")  # noqa: S108 - what is made there is checked
+    for path in candidates:
+        if os.path.isabs(path) and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
+            return path
+    raise StorageError(f"no directory for temporary files can be written; {DIRECTORY_ENV} or TMPDIR can name one")
+
+
+def configuration() -> str:
+    """Identify the configuration directory: by device and inode, by its path while it does not exist."""
+    path = credentials.directory()
+    try:
+        found = os.stat(path)
+    except OSError:
+        return path
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def namespaces(process: str = "self") -> tuple[str, ...]:
+    """Return the namespaces that decide which files and hosts a process reaches; empty where there are none.
+
+    Raises:
+        OSError: of another process they can't be read.
+    """
+    return tuple(os.readlink(f"/proc/{process}/ns/{name}") for name in _NAMESPACES)
+
+
+def absolute_paths() -> dict[str, str]:
+    """Return the variables that an agent needs, with paths that do not depend on the current directory."""
+    return {name: os.path.abspath(os.environ[name]) for name in _PATHS if os.environ.get(name)}
+
+
+def _digest() -> str:
+    """Return a digest of this process's environment. Each part of it is inherited by an agent that it starts."""
+    parts: list[str | None] = [__version__, str(_LANGUAGE), configuration(), _sandbox()]
+    try:
+        parts += namespaces()
+        root = os.stat("/")
+        parts.append(f"{root.st_dev}:{root.st_ino}")  # a chroot is no namespace
+    except OSError:
+        parts.append("no namespaces")
+    paths = absolute_paths()
+    parts += [paths.get(name, os.environ.get(name)) for name in _VARIABLES]
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:10]
+
+
+def _sandbox() -> str:
+    """Return whether privileges and system calls are restricted: a sandbox need not have a namespace."""
+    try:
+        with open("/proc/self/status", "rb", buffering=0) as file:
+            text = file.read(8192)
+    except OSError:
+        return ""
+    return text.partition(b"NoNewPrivs:")[2].partition(b"Speculation")[0].decode("ascii", "replace")
+
+
+def _is_own(session: str) -> bool:
+    """Whether ``XDG_RUNTIME_DIR`` is there and this user's own: ``sudo`` and ``su`` keep that of another user."""
+    try:
+        found = os.stat(session)
+    except OSError:
+        return False
+    is_own = os.path.isabs(session) and stat.S_ISDIR(found.st_mode) and found.st_uid == _user()
+    return is_own and os.access(session, os.W_OK | os.X_OK)
+
+
+def _fits(directory: str, name: str) -> bool:
+    return len(os.fsencode(Runtime(directory, name).socket)) <= _MAX_SOCKET_PATH_BYTES
+
+
+def prepare(runtime: Runtime) -> None:
+    """Make the directory, for this user alone.
+
+    Raises:
+        StorageError: it can't be made, or is somebody else's, or is a link: a socket there is not to be trusted.
+    """
+    try:
+        os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
+        mode = stat.S_IMODE(_check_owner(runtime).st_mode)
+        os.chmod(runtime.directory, 0o700)
+        if mode & _OTHERS_MAY_WRITE:
+            _remove_what_others_left(runtime.directory)
+    except OSError as error:
+        raise StorageError(f"cannot make {runtime.directory} for the agent: {error.strerror}") from error
+
+
+def check(runtime: Runtime) -> None:
+    """Make sure, before anything is said to a socket in it, that the directory is this user's own.
+
+    Raises:
+        StorageError: it is somebody else's, or a link, or others may write to it.
+        OSError: there is none, or it can't be looked at.
+    """
+    if _check_owner(runtime).st_mode & _OTHERS_MAY_WRITE:
+        raise StorageError(f"others may write to {runtime.directory}")
+
+
+def check_socket(runtime: Runtime) -> None:
+    """Make sure that the socket was made by this user.
+
+    Raises:
+        StorageError: it is somebody else's, or no socket.
+        OSError: there is none, or it can't be looked at.
+    """
+    found = os.lstat(runtime.socket)
+    if not stat.S_ISSOCK(found.st_mode) or found.st_uid != _user():
+        raise StorageError(f"{runtime.socket} is not a socket of this user")
+
+
+def _check_owner(runtime: Runtime) -> os.stat_result:
+    found = os.lstat(runtime.directory)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != _user():
+        raise StorageError(f"{runtime.directory} is not a directory of this user; remove it, or set {DIRECTORY_ENV}")
+    return found
+
+
+def _remove_what_others_left(directory: str) -> None:
+    """Others could write here until now: what is not plainly ours must not be opened, written through or talked to."""
+    for entry in os.scandir(directory):
+        if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != _user():
+            os.unlink(entry.path)
+
+
+def _user() -> int:
+    return os.getuid() if hasattr(os, "getuid") else 0

@@ -1,0 +1,177 @@
+"""Files of the caller that a command line names: which argument it is, and how the agent gets at the content.
+
+A small file travels with the request. A large one the agent reads itself, where it lies: it runs as the same user, and
+is told what to find there. What can't be opened a second time, as a pipe, is kept in a temporary file meanwhile.
+Standard library only.
+"""
+
+import base64
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from lattice_remote.client.agent_runtime import temporary_directory
+from lattice_remote.errors import Misuse
+
+if TYPE_CHECKING:
+    import click  # the agent, which opens what is described here, does without
+
+__all__ = ["INLINE_BYTES", "CallersFiles", "identity"]
+
+INLINE_BYTES = 256 * 1024
+"""A file that is larger does not travel with its command: others would have to wait for it on the same line."""
+MAX_SPOOLED_BYTES = 4 * 1024 * 1024 * 1024
+"""What is taken from a pipe at most."""
+_READ_BYTES = 1024 * 1024
+_PARAMETERS: dict[tuple[str, ...], str] = {("attach",): "source", ("comment",): "file_path"}
+"""Which parameter names a file of the caller, whose content travels with the command."""
+_REGULAR_FILE_ONLY = {("attach",)}
+"""Commands for which a pipe or a directory is no file."""
+
+
+class CallersFiles:
+    """The one file that a request may name. Use it as a context; what was kept of a pipe is gone afterwards.
+
+    Attributes:
+        argv: the command line, in which a file is an argument of its own.
+        described: for each file ``index`` in the argv, its ``name``, and its content: ``data`` (base64; None: lattice
+            sees no file), or ``path`` and the ``identity`` of what is there.
+
+    Raises Misuse when a file can't be read.
+    """
+
+    def __init__(self, argv: Sequence[str] = ()) -> None:
+        self.argv = list(argv)
+        self.described: list[dict[str, Any]] = []
+        self._spooled: list[str] = []
+
+    @classmethod
+    def of_command(
+        cls, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
+    ) -> Self:
+        """Return the file that a command line names."""
+        files = cls(argv)
+        parameter = _PARAMETERS.get(path)
+        source = ctx.params.get(parameter) if parameter else None
+        if parameter is not None and isinstance(source, str) and not _is_url(source):
+            files.argv, index = _locate(command, parameter, source, files.argv, depth=len(path))
+            # A name that is no UTF-8 can't travel, and need not.
+            files.argv[index] = os.fsencode(source).decode(errors="replace")
+            files._add(index, source, only_regular=path in _REGULAR_FILE_ONLY)
+        return files
+
+    @classmethod
+    def of_value(cls, source: str | None) -> Self:
+        """Return the regular file that the one argument for a file names; none for a URL, or without the argument."""
+        files = cls()
+        if source is not None and not _is_url(source):
+            files._add(0, source, only_regular=True)
+        return files
+
+    def _add(self, index: int, source: str, *, only_regular: bool) -> None:
+        name = (os.path.basename(source.rstrip(os.sep)) or "file")[:200]
+        try:
+            content = self._content(source, only_regular=only_regular)
+        except BaseException:
+            self.close()
+            raise
+        self.described.append({"index": index, "name": name, **content})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was kept of pipes. Idempotent."""
+        for path in self._spooled:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._spooled.clear()
+
+    def _content(self, source: str, *, only_regular: bool) -> dict[str, Any]:
+        """Return what is in a file, a pipe or ``/dev/stdin`` of the caller, or where it is to be found."""
+        if only_regular and not os.path.isfile(source):
+            return {"data": None}
+        try:
+            with open(source, "rb") as file:
+                data = file.read(INLINE_BYTES + 1)
+                if len(data) <= INLINE_BYTES:
+                    return {"data": base64.b64encode(data).decode("ascii")}
+                status = os.fstat(file.fileno())
+                place = os.path.realpath(source)
+                if not _is_at(place, status):
+                    place, status = self._spool(data, file)
+        except FileNotFoundError:
+            return {"data": None}
+        except OSError as error:
+            raise Misuse(f"cannot read {source}: {error.strerror}", code="REMOTE_STORAGE") from error
+        return {"path": place, "identity": identity(status)}
+
+    def _spool(self, data: bytes, file: Any) -> tuple[str, os.stat_result]:
+        """Keep ``data`` and the rest of a pipe in a file of this user's alone; return where, and what it is."""
+        import tempfile
+
+        handle, place = tempfile.mkstemp(prefix="lattice-", dir=temporary_directory())
+        self._spooled.append(place)
+        size = 0
+        with open(handle, "wb") as copy:
+            while data:
+                size += len(data)
+                if size > MAX_SPOOLED_BYTES:
+                    raise Misuse(f"more than {MAX_SPOOLED_BYTES >> 30} GiB in a pipe", code="REMOTE_TOO_LARGE")
+                copy.write(data)
+                data = file.read(_READ_BYTES)
+            copy.flush()
+            return place, os.fstat(copy.fileno())
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
+def identity(status: os.stat_result) -> list[int]:
+    """Return what tells a file from another, and from itself after it was written."""
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _is_at(place: str, status: os.stat_result) -> bool:
+    """Whether a file can be opened again by this path; what a descriptor stands for often can't."""
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    try:
+        return identity(os.stat(place)) == identity(status)
+    except OSError:
+        return False
+
+
+def _locate(
+    command: "click.Command", parameter: str, value: str, argv: list[str], *, depth: int
+) -> tuple[list[str], int]:
+    """Find the argument that gave ``parameter`` its value: the one whose change changes the parameter.
+
+    ``--file=VALUE`` is taken apart, so that the value is an argument of its own.
+    """
+    for index in range(depth, len(argv)):
+        for parts in _readings(argv[index], value):
+            probe = [*argv[depth:index], *parts[:-1], value + "\x01", *argv[index + 1 :]]
+            if _parse(command, probe).params.get(parameter) != value:
+                return [*argv[:index], *parts, *argv[index + 1 :]], index + len(parts) - 1
+    raise Misuse(f"can't tell which argument is the file {value!r}")
+
+
+def _readings(argument: str, value: str) -> Iterator[list[str]]:
+    if argument == value:
+        yield [argument]
+    if argument.startswith("--") and argument.endswith("=" + value):
+        yield [argument.removesuffix("=" + value), value]
+
+
+def _parse(command: "click.Command", args: list[str]) -> "click.Context":
+    return command.make_context(command.name, args, resilient_parsing=True)

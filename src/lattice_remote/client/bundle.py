@@ -1,0 +1,179 @@
+"""A local project as a pack (``protocol/pack.py``): what of a ``.lattice`` directory goes to the server, and its bytes.
+
+The pack is a copy of the files at one moment, in a temporary file without a name: sent from there, nothing that
+somebody does to the project meanwhile can get half of it onto the server.
+"""
+
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO
+
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.protocol.bundle import END, MAGIC, Layout, head_of
+from lattice_remote.protocol.messages import Entry
+from lattice_remote.protocol.paths import is_replicated
+
+__all__ = ["Pack", "Survey", "survey"]
+
+_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_PIECE_BYTES = 1 << 20
+_BOOKKEEPING = frozenset(
+    {"locks", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", "remote.json", "cache_state.json"}
+    | {".unpushed.json", ".pushing.json", ".fetch", ".fetch.lock", ".away", ".settings.json", ".remote"}
+)
+"""Lattice's locks, and our own files: nobody misses them."""
+
+_Signature = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is in a project's directory, by relative path."""
+
+    files: dict[str, _Signature]
+    """What goes to the server, with what tells whether it was changed since."""
+    left_out: list[str]
+    """What is no part of a project: temporary and backup files, links."""
+    bytes: int
+    has_hooks: bool
+
+    def count(self, directory: str) -> int:
+        """Return how many files are directly in a directory."""
+        return sum(path.rpartition("/")[0] == directory for path in self.files)
+
+
+def survey(directory: str) -> Survey:
+    """Look at a project. Nothing is read but ``config.json``.
+
+    Raises:
+        Misuse: the server would not take it; the message says what to do.
+        StorageError: it can't be read.
+    """
+    files: dict[str, _Signature] = {}
+    left_out: list[str] = []
+    layout = Layout(max_bytes=1 << 62)
+    try:
+        for path, status in _walk(directory, left_out):
+            layout.add(path, status.st_size)
+            files[path] = _signature(status)
+        has_hooks = _has_hooks(directory)
+    except OSError as error:
+        raise StorageError(f"cannot read {error.filename or directory}: {error.strerror}") from error
+    if "config.json" not in files:
+        raise Misuse("there is no config.json here: this is no lattice project")
+    return Survey(files, sorted(left_out), layout.bytes, has_hooks)
+
+
+def _walk(directory: str, left_out: list[str]) -> Iterator[tuple[str, os.stat_result]]:
+    pending, found = [""], list[str]()
+    while pending:
+        folder = pending.pop()
+        for entry in os.scandir(os.path.join(directory, folder)):
+            path = folder + entry.name
+            if entry.is_dir(follow_symlinks=False) and is_replicated(path + "/x.md"):
+                pending.append(path + "/")
+            elif entry.is_file(follow_symlinks=False) and is_replicated(path):
+                found.append(path)
+            elif path not in _BOOKKEEPING:
+                left_out.append(path)
+    for path in sorted(found):
+        yield path, os.lstat(os.path.join(directory, path))
+
+
+def _signature(status: os.stat_result) -> _Signature:
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+
+
+def _has_hooks(directory: str) -> bool:
+    try:
+        with open(os.path.join(directory, "config.json"), "rb") as file:
+            return bool(json.load(file).get("hooks"))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return False  # the server says what is wrong with it
+
+
+@dataclass
+class Pack:
+    """A project's pack. ``close()`` it, or use it in a ``with``.
+
+    Attributes:
+        size, digest: of all of it.
+        entries: its files.
+    """
+
+    file: IO[bytes]
+    size: int = 0
+    digest: bytes = b""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    _offsets: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, directory: str, found: Survey, report: Callable[[int, int], None]) -> "Pack":
+        """Read a project's files; ``report`` is called with how many of how many bytes have been read. In a thread.
+
+        Raises:
+            StorageError: a file can't be read, or is not any more what the survey has seen.
+        """
+        try:
+            # Beside the project: there is room for it, which temporary directories in memory may not have.
+            pack = cls(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - the caller's to close
+        except OSError as error:
+            raise StorageError(f"cannot write to {directory}: {error.strerror or error}") from error
+        try:
+            pack._fill(directory, found, report)
+        except OSError as error:
+            pack.close()
+            raise StorageError(f"cannot read the project: {error.strerror or error}") from error
+        except BaseException:
+            pack.close()
+            raise
+        return pack
+
+    def _fill(self, directory: str, found: Survey, report: Callable[[int, int], None]) -> None:
+        hasher = hashlib.sha256()
+
+        def write(data: bytes) -> None:
+            self.file.write(data)
+            hasher.update(data)
+            self.size += len(data)
+
+        write(MAGIC)
+        done = 0
+        for path in found.files:
+            with open(os.open(os.path.join(directory, path), _READ), "rb") as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode) or _signature(status) != found.files[path]:
+                    raise StorageError(f"{path} is changed while it is read; try again when nobody works here")
+                entry = Entry(path, status.st_size, hashlib.file_digest(file, "sha256").digest())
+                write(head_of(entry))
+                self._offsets[path] = self.size
+                file.seek(0)
+                for piece in iter(lambda: file.read(_PIECE_BYTES), b""):
+                    write(piece)
+            if self.size != self._offsets[path] + entry.size:
+                raise StorageError(f"{path} is changed while it is read; try again when nobody works here")
+            self.entries[path] = entry
+            done += entry.size
+            report(done, found.bytes)
+        write(END)
+        self.file.flush()
+        self.digest = hasher.digest()
+
+    def content(self, path: str) -> bytes:
+        """Return a file's content, as it is in the pack."""
+        return os.pread(self.file.fileno(), self.entries[path].size, self._offsets[path])
+
+    def close(self) -> None:
+        """Give the temporary file back."""
+        self.file.close()
+
+    def __enter__(self) -> "Pack":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

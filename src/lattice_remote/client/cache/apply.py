@@ -1,0 +1,175 @@
+"""What a change does to the files of a cache: nothing that somebody writes there is lost (I4)."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.rescued_files import RescuePolicy, is_event_log, may_be_by_hand
+from lattice_remote.client.cache.verify import RepairSchedule
+from lattice_remote.errors import ProtocolError
+from lattice_remote.protocol.effects import Effect
+from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, apply, paths_of
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.protocol.replica import Replica
+
+__all__ = ["Files"]
+
+_MAX_MISFITS = 5
+"""How often the pieces of one file may not add up before the connection is given up."""
+
+
+class Files:
+    """Performs a replica's effects on the files. The caller holds the cache's lock."""
+
+    def __init__(self, cache: Cache, edits: Edits, keepsakes: RescuePolicy, healing: RepairSchedule) -> None:
+        self._cache = cache
+        self._edits = edits
+        self._keepsakes = keepsakes
+        self._healing = healing
+        self.on_edits: Callable[[Iterable[str]], None] = lambda _: None
+        """Told of plans and notes that are edited, or may be."""
+        self.misfits: Counter[str] = Counter()
+        """By path: how often its pieces did not add up, on this connection."""
+
+    def is_strange(self, path: str) -> bool:
+        """Whether other hands than ours and the server's made the file what it is; edits of plans and notes aside."""
+        found = self._cache.signature(path)
+        if self._cache.known.agrees(path, found):
+            return False
+        return found is None or not is_editable(path) or self.is_orphan(path)
+
+    def is_orphan(self, path: str) -> bool:
+        """Whether a plan or notes belongs to no task of the server's, as far as that is known."""
+        return self._cache.known.is_complete and self._edits.is_orphan(path, self._cache.known)
+
+    def apply(self, operations: Iterable[Operation], replica: Replica) -> list[Effect]:
+        """Do to the files what the server did to its own; what is edited here waits."""
+        drifted: set[str] = set()
+        for operation in operations:
+            text = self._edits.text_after(operation)
+            if text is not None:
+                self._say_of_link(operation.path)
+            if text is not None and self._edits.take(operation.path, text):
+                self.on_edits([operation.path])  # who saves in that moment is not told of: it looks like our own doing
+                continue
+            edited = self._edits.edited_by(operation)
+            if not edited:
+                paths = paths_of(operation)
+                if not isinstance(operation, AppendBytes | MergeJson):  # which fit what is there, or change nothing
+                    self.keep(paths, operation.data if isinstance(operation, PutFile) else None)
+                drifted |= (unfit := apply(operation, self._cache))
+                self.are_the_servers([path for path in paths if path not in unfit])
+                self.on_edits([path for path in paths if is_editable(path)])
+            elif self._edits.absorb(operation):
+                self.on_edits([operation.path])
+            else:
+                drifted |= self._hold(operation, edited, replica)
+        return replica.drifted(drifted) if drifted else []
+
+    def _hold(self, operation: Operation, edited: list[str], replica: Replica) -> set[str]:
+        """Leave edited files alone; return which other file of a move must be fetched."""
+        for path in edited:
+            replica.hold(path)
+        self.on_edits(edited)
+        if isinstance(operation, MoveFile):
+            if operation.path not in edited:
+                self.remove(operation.path, replica)
+            elif operation.to not in edited:
+                return {operation.to}
+        return set()
+
+    def write_part(self, part: Part, replica: Replica) -> list[Effect]:
+        """Write a piece of a file; with its last the file is replaced.
+
+        Raises:
+            ProtocolError: the pieces of this file did not add up, again and again.
+        """
+        if self._is_only_touched(part):
+            self._cache.note(part.path)
+            self.are_the_servers([part.path])
+            return []
+        if is_editable(part.path):
+            return self._write_text(part, replica)
+        self.keep([part.path], part.data if len(part.data) == part.size else None)
+        return self._written(part, replica, self._cache.write_part(part))
+
+    def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
+        """The same for a plan or notes: never in place of what somebody writes, even at the last moment."""
+        placed: bool | None = False
+        self._say_of_link(part.path)
+        if not self._edits.is_in_use(part.path):
+            placed = self._cache.write_part(part, self._edits.take)
+        if placed is False and self._edits.is_in_use(part.path):
+            replica.hold(part.path)
+            placed = None
+        self.on_edits([part.path])
+        return self._written(part, replica, placed, is_text=True)
+
+    def _say_of_link(self, path: str) -> None:
+        """Say of a link in place of a plan or notes that it is about to be replaced: it may lead to any file."""
+        place = self._cache.absolute(path)
+        if os.path.islink(place):
+            notice = f"{path} was a link, and only a plain file is sent: the server's text is back, "
+            self._keepsakes.notices.append(f"{notice}and the file that it led to ({os.readlink(place)}) is as before")
+
+    def _written(self, part: Part, replica: Replica, placed: bool | None, *, is_text: bool = False) -> list[Effect]:
+        if placed is False:
+            self.misfits[part.path] += 1
+            if self.misfits[part.path] >= _MAX_MISFITS:
+                raise ProtocolError(f"the server keeps sending {part.path!r} in pieces that are not the file")
+            return replica.drifted([part.path])
+        if placed:
+            self.misfits.pop(part.path, None)
+            if is_text:  # its base was noted with it: what it holds by now may be the next edit
+                self._note_healing(part.path)
+            else:
+                self.are_the_servers([part.path])
+        return []
+
+    def remove(self, path: str, replica: Replica) -> None:
+        """Remove a file that the server has not, unless somebody is editing it."""
+        if is_editable(path) and self._edits.is_in_use(path):
+            if not self.is_orphan(path):
+                replica.hold(path)
+                self.on_edits([path])
+                return
+            self._keepsakes.keep(path, is_strange=True)
+        self.keep([path])
+        self._cache.delete(path)
+        self.are_the_servers([path])
+
+    def _is_only_touched(self, part: Part) -> bool:
+        """Whether a file that looked strange holds just what the server sends: only its times were changed."""
+        found = self._healing.strange.get(part.path)
+        return found is not None and found[1] == part.digest and found[0] == self._cache.signature(part.path)
+
+    def keep(self, paths: Iterable[str], after: bytes | None = None) -> None:
+        """Rescue what other programs wrote into files that are about to be replaced, by ``after`` if that is known."""
+        known = self._cache.known
+        for path in paths:
+            strange = known.is_complete or path in self._healing.strange
+            strange = strange and known.was_written(path, self._cache.signature(path))
+            if strange and is_editable(path):
+                continue  # an edit, or what is left of one: see ``edits.py``
+            if strange or may_be_by_hand(path) or (after is not None and is_event_log(path)):
+                self._keepsakes.keep(path, is_strange=strange, after=after)
+
+    def are_the_servers(self, paths: Iterable[str]) -> None:
+        """These files hold what the server has, or are gone with it."""
+        for path in paths:
+            if is_editable(path):
+                self._edits.rebase(path)
+            else:
+                self._keepsakes.remember(path)
+            self._note_healing(path)
+
+    def _note_healing(self, path: str) -> None:
+        if (before := self._healing.strange.pop(path, None)) is not None:
+            self._was_fetched(path, was_changed=before[1] != self._cache.digest(path))
+
+    def _was_fetched(self, path: str, *, was_changed: bool) -> None:
+        if self._healing.healed(path) if was_changed else self._healing.fetched(path):
+            self._keepsakes.notices.append(f"another process keeps writing {path}, which only the server may change")

@@ -1,0 +1,155 @@
+"""What each file of a cache was when one of our own processes last wrote it: tells other hands' writes from ours.
+
+Only times, sizes and inodes are kept, never content. A process that writes notes each file here and shares what it
+has noted in ``.written``, a short log beside the files, so that another process of ours which follows the same cache
+doesn't take that for a stranger's doing. The log is written under the cache's lock and may be lost or cut at any time:
+what is then not known is fetched once more, never believed.
+
+``store()`` keeps all of it for the next process, which then need not read every file to find those that were changed
+while none ran. It counts until the machine is restarted: a power cut changes content and leaves times and size.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+
+__all__ = ["STORED", "Fingerprints", "Signature"]
+
+_LOG = ".written"
+STORED = ".remote/known.json"
+_MAX_LOG_BYTES = 256 * 1024
+
+Signature = tuple[int, int, int, int]
+"""A file's modification time in ns, size in bytes, inode, and time of status change in ns.
+
+It changes whenever somebody writes the file, also when they put its modification time back.
+"""
+
+
+class Fingerprints:
+    """The files of one cache as we left them. About 200 bytes of memory a file."""
+
+    def __init__(self, directory: str) -> None:
+        self.is_complete = False
+        """Whether every file was compared with the server's, so that an unknown one is a stranger's."""
+        self._log = os.path.join(directory, _LOG)
+        self._marks: dict[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
+        self._unshared: dict[str, Signature | None] = {}
+        self._read_up_to: tuple[int, int] | None = None  # inode of the log, bytes
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._marks
+
+    def paths(self) -> list[str]:
+        """Return the path of each file that should be there."""
+        return list(self._marks)
+
+    def is_below(self, directory: str) -> bool:
+        """Whether a file should be below this path."""
+        return any(path.startswith(directory + "/") for path in self._marks)
+
+    def agrees(self, path: str, found: Signature | None) -> bool:
+        """Whether a file, ``None`` where there is none, is as one of us left it."""
+        return self._marks.get(path) == (None if found is None else _mark(found))
+
+    def was_written(self, path: str, found: Signature | None) -> bool:
+        """Whether another program changed a file, and not only its mode, owner or links."""
+        mark = self._marks.get(path)
+        return not self.agrees(path, found) and (mark is None or found is None or mark >> 64 != _mark(found) >> 64)
+
+    def note(self, path: str, found: Signature | None) -> None:
+        """We have just made the file this, or have removed it."""
+        self._unshared[path] = found
+        self._remember(path, found)
+
+    def settle(self, files: Iterable[tuple[str, Signature]]) -> None:
+        """These files, and no others, were just found equal to the server's; the rest will be noted as it is mended."""
+        self._marks = {path: _mark(found) for path, found in files}
+        self.is_complete = True
+
+    def _remember(self, path: str, found: Signature | None) -> None:
+        if found is None:
+            self._marks.pop(path, None)
+        else:
+            self._marks[path] = _mark(found)
+
+    # --- for the next process ---
+
+    def stored(self, boot_id: str) -> bytes | None:
+        """Return what ``restore()`` takes, None if not every file is known."""
+        if not self.is_complete or self._read_up_to is None or not boot_id:
+            return None
+        return json.dumps({"boot_id": boot_id, "log": self._read_up_to, "marks": self._marks}).encode()
+
+    def restore(self, data: bytes, boot_id: str) -> None:
+        """Take over what another process knew, if it did so since the machine was started."""
+        try:
+            found = json.loads(data)
+            inode, offset = found["log"]
+            marks = {str(path): int(mark) for path, mark in found["marks"].items()}
+            if not boot_id or found["boot_id"] != boot_id:
+                return
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return
+        self._marks, self._read_up_to, self.is_complete = marks, (int(inode), int(offset)), True
+
+    # --- what our other processes did; under the cache's lock ---
+
+    def learn(self) -> None:
+        """Take over what others have written since we last looked; at first only see how far they are.
+
+        After ``restore()`` that is everything since the process before us stored it.
+        """
+        with contextlib.suppress(OSError), open(self._log, "rb") as log:
+            status = os.fstat(log.fileno())
+            if self._read_up_to is not None:
+                inode, offset = self._read_up_to
+                log.seek(offset if inode == status.st_ino and offset <= status.st_size else 0)
+                for path, found in _entries(log.read()):
+                    if path not in self._unshared:
+                        self._remember(path, found)
+            self._read_up_to = (status.st_ino, status.st_size)
+
+    def share(self) -> None:
+        """Tell others what was noted since we last did."""
+        if not self._unshared:
+            return
+        self.learn()
+        lines = "".join(_line(path, found) for path, found in self._unshared.items()).encode()
+        self._unshared.clear()
+        if len(lines) > _MAX_LOG_BYTES:
+            return
+        with contextlib.suppress(OSError):
+            # Made once: without it the directory is being removed, and nothing may be created there.
+            made = 0 if self._read_up_to is not None else os.O_CREAT
+            flags = os.O_WRONLY | made | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            handle = os.open(self._log, flags, 0o600)
+            try:
+                if os.fstat(handle).st_size > _MAX_LOG_BYTES:
+                    os.ftruncate(handle, 0)
+                os.write(handle, lines)
+                status = os.fstat(handle)
+            finally:
+                os.close(handle)
+            self._read_up_to = (status.st_ino, status.st_size)
+
+
+def _mark(found: Signature) -> int:
+    """Return two hashes as one number: of what a write changes, then of all."""
+    return (hash(found[:3]) << 64) | (hash(found) & (2**64 - 1))
+
+
+def _line(path: str, found: Signature | None) -> str:
+    return f"{path}\t{' '.join(map(str, found or ()))}\n"
+
+
+def _entries(data: bytes) -> Iterator[tuple[str, Signature | None]]:
+    for line in data.decode(errors="replace").splitlines():
+        path, _, numbers = line.partition("\t")
+        with contextlib.suppress(ValueError):
+            match [int(number) for number in numbers.split()]:
+                case []:
+                    yield path, None
+                case [mtime, size, inode, ctime]:
+                    yield path, (mtime, size, inode, ctime)

@@ -1,0 +1,525 @@
+"""Drives a replica against a cache: feeds it frames, performs on the files what it says.
+
+Several processes may follow one cache. Each takes the cache's lock for every batch of frames, looks whether
+another one has gone on meanwhile, and skips what is already in the files. A whole resync is done under the
+lock, so that the others find it done.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+
+from lattice_remote import __version__
+from lattice_remote.client.cache.apply import Files
+from lattice_remote.client.cache.cache import STATE_FILE, Cache, CacheState
+from lattice_remote.client.cache.conflicts import TextConflicts
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.fingerprints import Signature
+from lattice_remote.client.cache.rescued_files import RESTORED, RescuePolicy
+from lattice_remote.client.cache.verify import CacheComparison, Reading, RepairSchedule, compare_files
+from lattice_remote.errors import ConnectionFailed, StorageError
+from lattice_remote.protocol.effects import (
+    ApplyChange,
+    Compare,
+    Content,
+    DeliverReply,
+    Effect,
+    Remove,
+    Save,
+    Send,
+    WritePart,
+)
+from lattice_remote.protocol.messages import ClientFrame, Hello, Put, Response, ServerFrame
+from lattice_remote.protocol.paths import is_payload
+from lattice_remote.protocol.replica import Replica, State
+
+__all__ = ["ReceiveOutcome", "Replicator", "RequestOnlySession"]
+
+_LOOK_AGAIN_S = 1.0
+_MAX_OWN_REQUESTS = 256
+_STORE_AGE_TIMEOUT_S = 1.0
+"""Not worth a longer wait: everything else of this cache waits meanwhile."""
+
+
+@dataclass(slots=True)
+class ReceiveOutcome:
+    """What a batch of frames leads to, after the files: frames to send, and answers to requests."""
+
+    to_send: list[ClientFrame] = field(default_factory=list)
+    answers: list[Response] = field(default_factory=list)
+    applied: bool = False
+    """Whether the files, and what is stored of their state, were written."""
+
+
+class RequestOnlySession:
+    """The conversation of a link that only sends requests: for a further token of a cache that has its follower."""
+
+    def __init__(self) -> None:
+        self.replica = Replica(follow=False)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether requests can be sent."""
+        return self.replica.welcome is not None
+
+    async def hello(self) -> Hello:
+        """Begin a conversation on a new connection."""
+        return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+        """Take frames; only answers come of them."""
+        outcome = ReceiveOutcome()
+        for frame in frames:
+            outcome.answers += [e.frame for e in self.replica.receive(frame) if isinstance(e, DeliverReply)]
+        return outcome
+
+    async def disconnected(self) -> None:
+        """The connection is gone."""
+        self.replica.disconnected()
+
+
+class Replicator:
+    """One cache that follows its project. Driven by one link; ``is_current`` tells what the files are worth."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.edits = Edits(cache)
+        self.conflicts = TextConflicts(cache, self.edits)
+        self.keepsakes = RescuePolicy(cache)
+        self.healing = RepairSchedule()
+        self.files = Files(cache, self.edits, self.keepsakes, self.healing)
+        """What performs on the files what the replica says."""
+        self.replica = Replica()
+        self.state = cache.load_state()
+        """What is stored in the cache, as far as this process knows."""
+        self.current_at = self.state.current_at
+        """When the files were last known to be all that the server has (seconds since 1970)."""
+        self.advanced = asyncio.Event()
+        """Set whenever the files have come to another number."""
+        self.advanced_at: float | None = None
+        """When they did, by the monotonic clock; None when another process saw to it, or before the first time."""
+        self.trouble: StorageError | None = None
+        """Why the files could not be written, until they can be."""
+        self.resyncs = 0
+        """How often the whole tree was compared because the history could not be continued."""
+        self.own_requests: deque[str] = deque(maxlen=_MAX_OWN_REQUESTS)
+        """The ids of the newest requests that went from this cache: their changes are not others'."""
+        self.received = 0
+        """Parts of files that have arrived: shows that a long fill advances."""
+        self._stored: Signature | None = None
+        self._resync_lock = contextlib.AsyncExitStack()
+        self._resyncing = False
+        self._to_fetch = 0
+        self._mutex = asyncio.Lock()
+        self._comparing: asyncio.Future[CacheComparison] | None = None
+        self._earlier: Mapping[str, Reading] | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the files hold everything that the server has told of."""
+        return self.replica.is_current
+
+    @property
+    def is_following(self) -> bool:
+        """Whether changes are being taken, and files can be asked for."""
+        return self.replica.state is State.FOLLOWING
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is at work on the files: slow here, not stalled there."""
+        return self._mutex.locked()
+
+    def progress(self) -> tuple[int, int] | None:
+        """Return how many of how many files have come that must be fetched, None when that is not going on."""
+        missing = len(self.replica.wanted) - len(self.replica.held)
+        if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
+            return None
+        return max(0, self._to_fetch - missing), self._to_fetch
+
+    # --- the conversation, as a link drives it ---
+
+    async def hello(self) -> Hello:
+        """Begin a conversation from what the files hold now."""
+        async with self._mutex, self.cache.locked():
+            self.cache.prepare()
+            self._load()
+        return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
+
+    async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+        """Take frames in order and bring the files there; then return what to send and what was answered.
+
+        Raises:
+            ProtocolError: the server broke the protocol.
+            StorageError: the cache can't be written; the position that is stored stays behind the files.
+            ConnectionFailed: another process took the cache elsewhere; greet again.
+        """
+        async with self._mutex, self.cache.locked():
+            try:
+                outcome = await self._receive(frames)
+            except BaseException as error:
+                self.trouble = error if isinstance(error, StorageError) else None
+                self.replica.disconnected()  # it may be ahead of the files now: nothing may be concluded from it
+                raise
+            finally:
+                self.cache.known.share()
+            self.trouble = None if outcome.applied else self.trouble
+            return outcome
+
+    async def _go_on(self, outcome: ReceiveOutcome) -> None:
+        # Where that is impossible, the next batch finds so too, and ends the connection.
+        with contextlib.suppress(ConnectionFailed):
+            await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
+
+    async def _receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+        outcome = ReceiveOutcome()
+        save = await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
+        for frame in frames:
+            save |= await self._perform(self.replica.receive(frame), outcome)
+        if save:
+            self._save()
+            outcome.applied = True
+        self.heard()
+        await self._keep_others_out_while_resyncing()
+        return outcome
+
+    async def disconnected(self) -> None:
+        """The connection is gone: what was half done is done again from what is stored."""
+        async with self._mutex:
+            self.replica.disconnected()
+            self._fail_comparison()
+            self._resyncing = False
+            self.keepsakes.reason = RESTORED
+            self.files.misfits.clear()
+            self.cache.forget_parts()
+            await self._resync_lock.aclose()
+        with contextlib.suppress(StorageError):
+            await self.store_age()
+
+    async def store_known(self) -> None:
+        """Store what is known of the files, for the next process."""
+        if self.cache.known.is_complete and self.cache.is_there():
+            async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
+                self.cache.store_known()
+
+    def heard(self) -> None:
+        """The server is there: what was current still is."""
+        if self.replica.is_current:
+            self.current_at = time.time()
+
+    async def store_age(self) -> None:
+        """Store when the files were last current, for a process that later finds the server out of reach."""
+        if self._changed_by_others():
+            return  # another process goes on with it; or it is being removed, and must not be written to
+        async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
+            if self._stored is not None and not self._changed_by_others():
+                self._store(replace(self.state, current_at=self.current_at))
+
+    def _fail_comparison(self) -> None:
+        if self._comparing is not None and not self._comparing.done():
+            self._comparing.set_exception(ConnectionFailed("the connection was lost while the files were compared"))
+            self._comparing.exception()  # whoever waits for it sees it; if nobody does, that is no defect
+        self._comparing = None
+
+    # --- edits and comparisons, as the service asks for them ---
+
+    async def settle(self, put: Put, outcome: str, base: bytes | None) -> tuple[ReceiveOutcome, str | None]:
+        """The server has answered an edit: go on from there.
+
+        ``base`` is the text of the server's that the file was based on here when it was sent; what was sent with it
+        may be an older one (``older.py``). Where it is another by now, the edit's change has come already, and maybe
+        others after it.
+
+        Returns:
+            What to send, and for a conflict where the local text was put.
+        """
+        result, copy, path = ReceiveOutcome(), None, put.path
+        async with self._mutex, self.cache.locked():
+            await self._go_on(result)
+            self.edits.evidence.settled(path, put.text)
+            if self.edits.base(path) != base:
+                pass
+            elif outcome != "conflict" and put.base == base:
+                self.edits.sent(path, put.text)
+            elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
+                self.replica.hold(path)
+                self._save()  # that the server's text is wanted must be known before the edit looks sent
+                if put.base != base:
+                    self.edits.older.forget(path)
+                if outcome == "conflict":
+                    copy = self.conflicts.set_aside(path)
+                else:
+                    self.edits.sent(path, put.text)
+            if self.replica.state is State.FOLLOWING and await self._perform(self.replica.release([path]), result):
+                self._save()
+        return result, copy
+
+    async def record(self, saves: list[tuple[str, bytes]]) -> None:
+        """Record texts, by path, as saves of a person that cannot be sent now. Durable on return."""
+        async with self._mutex, self.cache.locked():
+            await asyncio.to_thread(self.edits.evidence.record, saves)
+
+    async def withhold(self, edits: list[tuple[str, str]]) -> None:
+        """Withhold the texts of these files, each with a reason, until the user decides. Durable on return."""
+        async with self._mutex, self.cache.locked():
+            texts = [(path, self.cache.read(path), why) for path, why in edits if self.cache.size(path) is not None]
+            await asyncio.to_thread(self.edits.evidence.withhold, texts)
+
+    async def restore(self, path: str, found: Signature, reason: str | None) -> tuple[ReceiveOutcome, bool] | None:
+        """Have the server's text put in place of a plan or notes that is not to be sent.
+
+        Args:
+            path, found: the file, and its signature when that was decided.
+            reason: under which reason to rescue the local text; None to drop it.
+
+        Returns:
+            What to send, and whether a text was rescued; None if the file is another by now, or cannot be fetched.
+        """
+        result, is_kept = ReceiveOutcome(), False
+        async with self._mutex, self.cache.locked():
+            await self._go_on(result)
+            if self.replica.state is not State.FOLLOWING or self.cache.signature(path) != found:
+                return None
+            text = self.cache.read(path)
+            if reason is not None:
+                is_kept = self.keepsakes.keep_text(path, reason)
+            self.replica.hold(path)
+            self._save()  # that the server's text is wanted must be known before the file looks like its base
+            self.edits.give_up(path, text)
+            self.edits.evidence.settled(path, text)
+            if await self._perform(self.replica.release([path]), result):
+                self._save()
+        return result, is_kept
+
+    async def look_at_edits(self) -> ReceiveOutcome:
+        """Fetch what was held back for an edit that is none any more: undone by hand, or sent by another process."""
+        result = ReceiveOutcome()
+        if self.replica.held:
+            async with self._mutex, self.cache.locked():
+                await self._go_on(result)
+        return result
+
+    async def heal(self, paths: Iterable[str]) -> ReceiveOutcome:
+        """Have the server's content fetched for those of these files that are not as one of us left them (I4)."""
+        result = ReceiveOutcome()
+        async with self._mutex, self.cache.locked():
+            self.cache.prepare()
+            await self._go_on(result)
+            strange = [path for path in paths if self.files.is_strange(path)]
+            new = [path for path in strange if path not in self.replica.wanted] if self.is_following else []
+            self.healing.suspect(set(strange).difference(new), delay_s=_LOOK_AGAIN_S)
+            for path in new:
+                self.healing.strange[path] = self.cache.signature(path), self.cache.digest(path)
+            if new:
+                await self._perform(self.replica.drifted(self._leave_out(new)), result)
+                self._save()
+        return result
+
+    def _leave_out(self, paths: Iterable[str]) -> list[str]:
+        """Leave the contents of artifacts out, which may be large; return the others."""
+        apart = [path for path in paths if self.replica.leaves_out and is_payload(path)]
+        for path in apart:
+            self.replica.leave_out(path)
+            self.cache.note(path)  # looked at once: from here on it is for whoever fetches it
+        return [path for path in paths if path not in apart]
+
+    async def compare(
+        self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
+    ) -> tuple[ReceiveOutcome, "asyncio.Future[CacheComparison]"]:
+        """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended.
+
+        Args:
+            mend: whether to fetch what differs.
+            earlier: files that were read before: those that were not changed since need not be read again.
+
+        Raises:
+            ConnectionFailed: there is no connection any more, as the future also says when it is lost meanwhile.
+        """
+        result = ReceiveOutcome()
+        async with self._mutex:
+            if self.replica.state not in (State.FOLLOWING, State.COMPARING):
+                raise ConnectionFailed("the connection was lost before the files were compared")
+            if self._comparing is None:
+                self._comparing = asyncio.get_running_loop().create_future()
+            self._earlier = earlier
+            await self._perform(self.replica.compare(mend=mend), result)
+            return result, self._comparing
+
+    # --- contents that are left out, as their fetching asks for it ---
+
+    async def learned(self, path: str, content: Content, seq: int) -> None:
+        """The server has said what such a file is at ``seq``, which the copy has reached."""
+        async with self._mutex, self.cache.locked():
+            await self._go_on(ReceiveOutcome())
+            if self.is_following and self.replica.learned(path, content, seq):
+                self._save()
+
+    async def arrived(self, path: str, content: Content, partial: str | None) -> bool:
+        """A content is whole, at ``partial``, or in its place already (None); return whether it was still wanted."""
+        async with self._mutex, self.cache.locked():
+            await self._go_on(ReceiveOutcome())
+            if not self.is_following or self.replica.away.get(path) != content:
+                return False
+            if partial is not None:
+                self.files.keep([path])
+                self.cache.place(partial, path)
+            else:
+                self.cache.note(path)
+            self.replica.here(path)
+            self.files.are_the_servers([path])
+            self._save()
+            self.cache.known.share()
+            return True
+
+    async def vacate(self, path: str, content: Content) -> None:
+        """A content is not fetched: what the file held before is not what the server has."""
+        if self.cache.size(path) is None:
+            return
+        async with self._mutex, self.cache.locked():
+            await self._go_on(ReceiveOutcome())
+            if self.is_following and self.replica.away.get(path) == content:
+                self.files.keep([path])
+                self.cache.delete(path)
+                self.cache.known.share()
+
+    async def bring(self, path: str) -> ReceiveOutcome:
+        """The server knows nothing of such a file: have it settled as every other is."""
+        result = ReceiveOutcome()
+        async with self._mutex, self.cache.locked():
+            await self._go_on(result)
+            if self.is_following and path in self.replica.away:
+                await self._perform(self.replica.drifted([path]), result)
+                self._save()
+        return result
+
+    # --- effects ---
+
+    async def _perform(self, effects: Iterable[Effect], outcome: ReceiveOutcome) -> bool:
+        """Perform effects in order; return whether the state must be stored."""
+        queue = deque(effects)
+        save = False
+        while queue:
+            match queue.popleft():
+                case ApplyChange(change=change, operations=operations):
+                    self.edits.is_own = change.cause in self.own_requests
+                    queue.extend(self.files.apply(operations, self.replica))
+                    self.edits.is_own = False
+                case WritePart(part=part):
+                    self.received += 1
+                    queue.extend(self.files.write_part(part, self.replica))
+                case Remove(paths=paths):
+                    for path in paths:
+                        self.files.remove(path, self.replica)
+                case Compare() as compare:
+                    queue.extend(await self._compare(compare))
+                case Send(frame=frame):
+                    outcome.to_send.append(frame)
+                case DeliverReply(frame=answer):
+                    outcome.answers.append(answer)
+                case Save():
+                    save = True
+        return save
+
+    async def _compare(self, compare: Compare) -> list[Effect]:
+        compared = await compare_files(
+            self.cache,
+            self.edits,
+            compare,
+            self._earlier,
+            may_leave_out=self.replica.may_leave_out,
+            away=self.replica.away.keys(),
+        )
+        self._earlier = None
+        comparison = compared.comparison
+        if self._comparing is not None and not self._comparing.done():
+            self._comparing.set_result(comparison)
+        self._comparing = None
+        if not compare.mend:
+            return self.replica.verified()
+        ours = compared.equal()
+        if self.replica.position.epoch:  # the files should have been equal, save for those that were being fetched
+            for path in (*comparison.differing, *comparison.missing, *comparison.surplus):
+                if path not in self.replica.wanted:
+                    reading = compared.readings.get(path)
+                    self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
+        elif self.replica.welcome is not None and self.replica.welcome.lost:
+            self.keepsakes.keep_lost(comparison.differing, comparison.surplus, compare.entries)
+        if not self.replica.position.epoch:  # what differs is an earlier state, unless another program is known to it
+            others = (*comparison.differing, *comparison.surplus)
+            ours += [path for path in others if self._may_be_ours(path, compared.readings[path])]
+        self.files.on_edits(comparison.edited)
+        self.cache.known.settle((path, compared.readings[path].signature) for path in ours)
+        effects = self.replica.compared(compared.local, edited=comparison.edited)
+        self._to_fetch = len(self.replica.wanted)
+        return effects
+
+    def _may_be_ours(self, path: str, reading: Reading) -> bool:
+        return not self.cache.known.is_complete or self.cache.known.agrees(path, reading.signature)
+
+    # --- state ---
+
+    def _load(self) -> None:
+        self.cache.load_known()
+        self._stored = self.cache.signature(STATE_FILE)
+        self.state = self.cache.load_state()
+        self.current_at = self.state.current_at
+        self.replica = Replica(self.state.position, self.state.wanted, away=self.state.away)
+
+    def _catch_up_with_others(self) -> list[Effect]:
+        """Go on from where another process has brought the files meanwhile."""
+        if self.replica.state is State.IDLE or not self._changed_by_others():
+            return []
+        self.cache.known.learn()
+        found = self.cache.load_state()
+        here = self.replica.position
+        if found.position.epoch != here.epoch or found.position.seq < here.seq:
+            raise ConnectionFailed("another process has begun this cache anew")
+        self._stored = self.cache.signature(STATE_FILE)
+        self.state = found
+        if found.position != here:
+            self.advanced_at = None
+            self.advanced.set()
+        is_same = found.position == here and found.away == self.replica.away
+        if is_same and set(found.wanted) == self.replica.wanted.keys():
+            return []  # only the stored age is new
+        if self.replica.state is State.COMPARING:
+            raise ConnectionFailed("another process has gone on while the files were compared")
+        return self.replica.overtaken(found.position, found.wanted, found.away)
+
+    def _release_settled(self) -> list[Effect]:
+        settled = [path for path in self.replica.held if not self.edits.is_in_use(path)]
+        return self.replica.release(settled) if settled and self.replica.state is State.FOLLOWING else []
+
+    def _changed_by_others(self) -> bool:
+        return self.cache.signature(STATE_FILE) != self._stored
+
+    def _save(self) -> None:
+        self.heard()
+        self._store(
+            CacheState(self.replica.position, tuple(self.replica.wanted), dict(self.replica.away), self.current_at)
+        )
+
+    def _store(self, state: CacheState) -> None:
+        if state.position != self.state.position:
+            self.advanced_at = time.monotonic()
+            self.advanced.set()
+        self.state = state
+        self._stored = self.cache.save_state(state)
+
+    async def _keep_others_out_while_resyncing(self) -> None:
+        """Hold the lock from a resync's start until its last file has come, so that others find it done."""
+        if (
+            self._resyncing
+            and self.replica.state is State.FOLLOWING
+            and len(self.replica.wanted) == len(self.replica.held)
+        ):
+            self._resyncing = False
+            self.keepsakes.reason = RESTORED
+            await self._resync_lock.aclose()
+        elif not self._resyncing and self.replica.state is State.COMPARING and not self.replica.position.epoch:
+            self._resyncing = True
+            self.resyncs += 1
+            await self._resync_lock.enter_async_context(self.cache.locked())

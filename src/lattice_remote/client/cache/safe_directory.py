@@ -1,0 +1,325 @@
+"""Files below one directory, reached step by step and never through a link; each replaced or appended atomically (I8).
+
+Every directory on the way is opened from the one before (``openat``), so that a link, a pipe or a file that somebody
+puts in the way, also between a look and the deed, leads nowhere: a link in place of a file is replaced, one in place
+of a directory is an error (I9). A file with a second name elsewhere is replaced, not written into. Nothing is synced
+unless it is asked for.
+
+What is made here may be read and written by those who may do so with the directory itself, under any umask: of two
+commands of one agent only one would find its own applied.
+
+Nothing is created in a directory that is being removed: ``rm -rf`` reads a directory's names once, and would then find
+it not empty. So directories of the fixed layout are made by ``make`` alone, and a new name is added only if no other
+program has just removed names beside it.
+"""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+
+from lattice_remote.client.config import Quota
+from lattice_remote.errors import StorageError
+
+__all__ = ["QUIET_S", "TEMPORARY", "Directory", "remove_tree"]
+
+TEMPORARY = ".tmp"
+"""Where files are written before they get their name."""
+_BASE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A pipe must not make us wait; for a plain file O_NONBLOCK means nothing."""
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _BASE
+_STALE_TEMPORARY_S = 3600
+_SEVERAL = 2
+"""One file may be removed by a person, and the next change must not wait for that."""
+QUIET_S = 1.0
+"""A directory from which nothing was removed for so long is not being removed."""
+
+
+class Directory:
+    """``root`` is an absolute path. Paths are relative, with ``/``; they were checked before.
+
+    ``StorageError`` where something is in the way or there is no room, else ``OSError``.
+    """
+
+    def __init__(self, root: str, quota: Quota) -> None:
+        self._root = root
+        self._quota = quota
+        self._serials = itertools.count(1)  # also for threads
+        self._layout: set[str] = set()  # the directories that ``make`` has made, and those above them
+        self._names: dict[str, tuple[int, int]] = {}  # by directory: its modification time after our last change, names
+        self.is_shrinking = False
+        """Whether another program was seen removing files; set back by ``forget_names``."""
+        self.is_filled = False
+        """Whether single files come and go, so that each may be looked at twice; set by the caller."""
+
+    # --- reading ---
+
+    def read(self, path: str, offset: int = 0) -> bytes:
+        """Return the content of a plain file from ``offset`` on."""
+        with self._opened(path, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
+            file.seek(offset)
+            return file.read()
+
+    def digest(self, path: str) -> bytes:
+        """Return the SHA-256 of a plain file's content."""
+        with self._opened(path, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    # --- writing ---
+
+    def make(self, path: str) -> None:
+        """Make a directory, and those above it. From now on no other method makes it again."""
+        self._layout.difference_update(set(_and_above(path)))
+        with self._parent(f"{path}/."):
+            pass
+        self._layout.update(_and_above(path))
+
+    def replace(
+        self, path: str, data: bytes, is_wanted: Callable[[], bool] = lambda: True, *, is_synced: bool = False
+    ) -> bool:
+        """Make the file exactly ``data``, with its parent directories, if it is still wanted at the last moment.
+
+        Returns whether it was. With ``is_synced`` the file survives a power cut once this returns.
+        """
+        temporary = self.new_temporary()
+        try:
+            self.extend(temporary, data, is_synced=is_synced)
+            if is_wanted():
+                self.move(temporary, path)
+                if is_synced:
+                    self.sync(path)
+                return True
+        except BaseException:
+            self.discard(temporary)
+            raise
+        self.discard(temporary)
+        return False
+
+    def sync(self, path: str) -> None:
+        """Sync a file to the disk, and every directory on the way to it."""
+        with self._opened(path, os.O_RDONLY) as handle:
+            os.fsync(handle)
+        *parents, _ = path.split("/")
+        for depth in range(len(parents), -1, -1):
+            with self._parent("/".join([*parents[:depth], "."]), make=False) as (handle, _name):
+                os.fsync(handle)
+
+    def append(self, path: str, data: bytes) -> None:
+        """Add ``data`` at the end in one write; creates the file."""
+        self._quota.take(len(data))
+        try:
+            with self._opened(path, os.O_WRONLY | os.O_APPEND) as handle:
+                if os.fstat(handle).st_nlink == 1:
+                    _write_all(handle, data)
+                    return
+        except FileNotFoundError:
+            self.replace(path, data)
+            return
+        self.replace(path, self.read(path) + data)
+
+    def move(self, path: str, to: str) -> None:
+        """Rename, replacing what is at ``to``, also an empty directory that other hands have put there."""
+        with self._parent(path, make=False) as (source, name), self._parent(to) as (target, new_name):
+            is_new = self._is_new(to, target, new_name)
+            first = _first_name(target) if is_new and self.is_filled else None
+            try:
+                os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+            except IsADirectoryError:
+                os.rmdir(new_name, dir_fd=target)
+                os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
+                is_new = False
+            if first is not None and not _has(target, first):  # what removes a directory begins with its first name
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(new_name, dir_fd=target)
+                raise self._shrinking(_parent_of(to))
+            self._changed(to, target, is_new)
+            self._changed(path, source, -1)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, or a link."""
+        with self._parent(path, make=False) as (handle, name):
+            os.unlink(name, dir_fd=handle)
+            self._changed(path, handle, -1)
+
+    # --- directories that are being removed ---
+
+    def _is_new(self, path: str, directory: int, name: str) -> bool:
+        """Whether a name is not in an open directory yet, to which it may be added.
+
+        Raises:
+            StorageError: another program is removing files there.
+        """
+        if _has(directory, name):
+            return False
+        before = self._names.get(parent := _parent_of(path))
+        changed_ns = os.fstat(directory).st_mtime_ns
+        if before is not None and before[0] != changed_ns:
+            count = len(os.listdir(directory))
+            if before[1] - count >= _SEVERAL and abs(time.time() - changed_ns / 1e9) < QUIET_S:
+                raise self._shrinking(parent)
+            self._names[parent] = (changed_ns, count)
+        return True
+
+    def _shrinking(self, parent: str) -> StorageError:
+        self.is_shrinking = True
+        return StorageError(f"files are being removed from {os.path.join(self._root, parent)}")
+
+    def _changed(self, path: str, directory: int, difference: int) -> None:
+        """Note how an open directory is after a change of ours to one of its names."""
+        parent = _parent_of(path)
+        if parent == TEMPORARY:
+            return
+        before = self._names.get(parent)
+        count = len(os.listdir(directory)) if before is None else before[1] + difference
+        self._names[parent] = (os.fstat(directory).st_mtime_ns, count)
+
+    def forget_names(self) -> None:
+        """Take every directory as it is from now on."""
+        self._names.clear()
+        self.is_shrinking = False
+
+    def is_missing_any(self) -> bool:
+        """Whether a directory of the layout is gone."""
+        return any(not os.path.isdir(os.path.join(self._root, each)) for each in self._layout)
+
+    def changed_s_ago(self) -> float:
+        """Return how many seconds ago a name was added to or removed from the root or a directory of the layout."""
+        latest = 0.0
+        for each in ("", *self._layout):
+            with contextlib.suppress(OSError):
+                latest = max(latest, os.stat(os.path.join(self._root, each)).st_mtime)
+        return abs(time.time() - latest)
+
+    # --- temporary files ---
+
+    def new_temporary(self) -> str:
+        """Return the path of a temporary file that does not exist yet."""
+        return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{next(self._serials)}"
+
+    def extend(self, temporary: str, data: bytes, *, is_synced: bool = False) -> None:
+        """Add to a temporary file; the first time, make it."""
+        self._quota.take(len(data))
+        with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
+            _write_all(handle, data)
+            if is_synced:
+                os.fsync(handle)
+
+    def discard(self, temporary: str) -> None:
+        """Remove a temporary file, if it is there and can be."""
+        with contextlib.suppress(OSError, StorageError):
+            self.remove(temporary)
+
+    def remove_stale_temporaries(self) -> None:
+        """Remove what processes that were killed left behind; those of living ones are younger than an hour."""
+        for entry in os.scandir(os.path.join(self._root, TEMPORARY)):
+            with contextlib.suppress(OSError):
+                if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
+                    os.unlink(entry.path)
+
+    # --- the way there ---
+
+    @contextlib.contextmanager
+    def _opened(self, path: str, flags: int, *, make: bool = False) -> Iterator[int]:
+        """Open a plain file; its descriptor is closed afterwards."""
+        mode = self._mode() & 0o666 if make else 0
+        with self._parent(path, make=make) as (directory, name):
+            try:
+                handle = os.open(name, flags | _BASE, mode, dir_fd=directory)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+                    raise self._in_the_way(path, "file") from None
+                raise
+        try:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise self._in_the_way(path, "file")
+            if make and not found.st_size:
+                _permit(handle, found, mode)
+            yield handle
+        finally:
+            os.close(handle)
+
+    @contextlib.contextmanager
+    def _parent(self, path: str, *, make: bool = True) -> Iterator[tuple[int, str]]:
+        """Open the directory that holds ``path``; yield its descriptor, and the last component."""
+        *parents, name = path.split("/")
+        handle = os.open(self._root, _DIRECTORY)
+        try:
+            for depth, component in enumerate(parents, 1):
+                is_fixed = "/".join(parents[:depth]) in self._layout
+                try:
+                    inner = self._enter(handle, component, make=make and not is_fixed)
+                except OSError as error:
+                    if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                        raise self._in_the_way("/".join(parents[:depth]), "directory") from None
+                    raise
+                os.close(handle)
+                handle = inner
+            yield handle, name
+        finally:
+            os.close(handle)
+
+    def _enter(self, handle: int, name: str, *, make: bool) -> int:
+        try:
+            return os.open(name, _DIRECTORY, dir_fd=handle)
+        except FileNotFoundError:
+            if not make:
+                raise
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, self._mode(), dir_fd=handle)
+        inner = os.open(name, _DIRECTORY, dir_fd=handle)
+        _permit(inner, os.fstat(inner), self._mode())
+        return inner
+
+    def _mode(self) -> int:
+        return os.stat(self._root).st_mode & 0o777
+
+    def _in_the_way(self, path: str, wanted: str) -> StorageError:
+        return StorageError(f"{os.path.join(self._root, path)} is in the way: it is no plain {wanted}; remove it")
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory that is ours with all that is in it; links in it are removed, not followed."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _permit(handle: int, found: os.stat_result, mode: int) -> None:
+    """Give what was made just now all permissions of ``mode``, of which a umask may have taken some."""
+    if found.st_mode & 0o777 != mode:
+        with contextlib.suppress(PermissionError):  # another user made it meanwhile
+            os.fchmod(handle, stat.S_IMODE(found.st_mode) & ~0o777 | mode)
+
+
+def _has(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _first_name(directory: int) -> str | None:
+    with os.scandir(directory) as entries:
+        return next((entry.name for entry in entries), None)
+
+
+def _parent_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _and_above(path: str) -> Iterator[str]:
+    """Yield a directory and those above it, below the root."""
+    while path:
+        yield path
+        path = _parent_of(path)
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(handle, view) :]

@@ -1,0 +1,1 @@
+"""The commands of ``lattice remote``, one module a family."""

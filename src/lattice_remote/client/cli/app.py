@@ -1,0 +1,77 @@
+"""``lattice remote ...``: a Typer app over the requests of ``agent/service.py``.
+
+Results go to stdout, everything else to stderr; colours and progress only where there is a terminal.
+"""
+
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated, NoReturn
+
+import typer
+from typer._completion_classes import BashComplete
+from typer.main import get_command
+
+from lattice_remote.client.cli import history, mcp, push, remotes, rescued, resolve, sync, tokens, watch
+from lattice_remote.client.cli.common import Json, fields_of, lattice_directory, print_json, print_result, unpushed
+from lattice_remote.client.config import is_cache, is_unpushed, read_remote
+from lattice_remote.errors import RemoteError
+
+__all__ = ["app", "completions", "main"]
+
+app = typer.Typer(
+    add_completion=False,
+    help="Share this board through a server.",
+    no_args_is_help=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _part in (remotes, tokens, sync, history, push, sync, resolve, rescued, watch, mcp, sync):
+    app.add_typer(_part.app)
+
+
+def main(args: Sequence[str], prog_name: str) -> NoReturn:
+    """Run ``lattice remote`` with these arguments and exit; our errors are one line, or an envelope with ``--json``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a directory's name may be no text: shown as it is
+    try:
+        app(args=list(args), prog_name=prog_name)
+    except RemoteError as error:
+        _fail(error, is_json="--json" in args)
+    raise SystemExit(0)
+
+
+def _fail(error: RemoteError, *, is_json: bool) -> NoReturn:
+    if is_json:
+        print_json({"ok": False, "error": {"code": error.code, "message": error.message}})
+    else:
+        typer.echo(f"Error: {error.message}", err=True)
+    raise SystemExit(1)
+
+
+@app.callback(invoke_without_command=True)
+def remote(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the URL and project too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Share this board through a server. Without a subcommand: list the project's remote."""
+    if context.invoked_subcommand is not None:
+        return
+    directory = lattice_directory()
+    found = read_remote(directory) if directory and is_cache(directory) and not is_unpushed(directory) else None
+    waiting = unpushed()
+    if waiting is not None:
+        found = waiting[1]
+    if as_json:
+        print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
+    elif found is not None:
+        typer.echo(f"{found.name}\t{found.url} {found.project}" if verbose else found.name)
+
+
+def completions(before: Sequence[str], incomplete: str) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each value that could stand in place of ``incomplete``, its kind in Click's words, and its help."""
+    # Which shell's makes no difference: each one only words what all of them find.
+    asked = BashComplete(get_command(app), {}, "lattice remote", "_LATTICE_REMOTE_COMPLETE")
+    for item in asked.get_completions(list(before), incomplete):
+        yield item.value, item.type, item.help

@@ -1,0 +1,446 @@
+"""``lattice remote push``: edited plans and notes, or a whole project that waits for it."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from filelock import FileLock, Timeout
+
+from lattice_remote.client import credentials, trusted_servers
+from lattice_remote.client.agent_client import Progress, ask
+from lattice_remote.client.agent_runtime import boot_time
+from lattice_remote.client.bundle import Pack, Survey, survey
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
+from lattice_remote.client.cache.replicator import RequestOnlySession
+from lattice_remote.client.cache.rescued_files import RescuedFiles
+from lattice_remote.client.cache.verify import read_all
+from lattice_remote.client.cli.common import (
+    Json,
+    count,
+    here,
+    print_result,
+    progress,
+    request,
+    unpushed,
+    warn_of_tracking,
+)
+from lattice_remote.client.config import UNPUSHED_FILE, Remote, check_name, is_unpushed, read_remote, write_remote
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.client.connection.upload import Source, upload
+from lattice_remote.client.trusted_servers import Server
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, one_line
+from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
+from lattice_remote.protocol.paths import is_editable
+
+__all__ = ["Plan", "PushResult", "app", "await_push", "plan_push", "push_project", "stay_local"]
+
+_REACH_S = 10.0
+_ATTEMPT_FILE = ".pushing.json"
+
+
+class _Attempt(msgspec.Struct):
+    """A push that was asked for, and perhaps carried out."""
+
+    id: str
+    digest: bytes
+    size: int
+    asked_at: float
+    """In seconds since the epoch."""
+    entries: dict[str, bytes]
+    """The digest of each file that was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a push would send, and where; ``trouble`` says why the server would not take it, "" that it is empty."""
+
+    remote: Remote
+    found: Survey
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
+class PushResult:
+    """What a push has done. ``kept`` are files that were changed here after they were sent, and rescued."""
+
+    remote: Remote
+    answer: Pushed
+    kept: list[str]
+
+
+# --- before ---
+
+
+async def await_push(directory: str, name: str, server: Server, project: str, token: str | None, *, own: str) -> Remote:
+    """Have a local project, of which ``own`` is a sign, wait to be pushed into an empty project on a server.
+
+    Raises:
+        Misuse: the server's project is not empty; nothing was touched on either side.
+        RemoteError: the server is out of reach, or refuses. Nothing was touched.
+    """
+    remote = Remote(check_name(name), server.url, project)
+    survey(directory)
+    async with _connected(remote, token or credentials.from_environment(), server) as link:
+        _require_empty(link.welcome, own)
+    trusted_servers.record(server)
+    if token is not None:
+        credentials.store(server.url, project, token)
+    write_remote(directory, remote, UNPUSHED_FILE)
+    return remote
+
+
+def stay_local(directory: str) -> None:
+    """The project is not to be pushed after all. Nothing else was ever changed in it.
+
+    Raises:
+        Misuse: it is being pushed.
+    """
+    with _alone(directory):
+        _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
+    _forget(directory, LOCK_FILE)
+
+
+def _forget(directory: str, *names: str) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
+
+
+async def plan_push(directory: str) -> Plan:
+    """Look at what a push would send, and whether the server would take it; nothing is sent or changed.
+
+    Raises:
+        Misuse: the project is none that a server takes.
+        StorageError: it can't be read.
+    """
+    remote = read_remote(directory, UNPUSHED_FILE)
+    found = await asyncio.to_thread(survey, directory)
+    try:
+        async with _connected(remote, credentials.from_environment()) as link:
+            _require_empty(link.welcome)
+    except (ConnectionFailed, Rejected, Misuse) as error:
+        return Plan(remote, found, error.message)
+    return Plan(remote, found, "")
+
+
+def _require_empty(welcome: Welcome | None, own: str = "") -> None:
+    assert welcome is not None, "the connection is open"
+    if "push" not in welcome.capabilities:
+        raise Rejected("the server takes no whole projects: upgrade it", code="REMOTE_VERSION")
+    if welcome.used:
+        raise Misuse(
+            f"project {welcome.project} on the server has {welcome.used}, and this directory a project of its own"
+            f"{f' ({own})' if own else ''}; nothing was touched: push to an empty project, or add the remote "
+            "in another directory"
+        )
+
+
+@contextlib.asynccontextmanager
+async def _connected(remote: Remote, token: str | None, named: Server | None = None) -> AsyncIterator[Connection]:
+    """Yield an open connection that only asks.
+
+    Raises:
+        ConnectionFailed: the server is out of reach.
+        Rejected: it refuses.
+    """
+    token = token or credentials.stored(remote.url, remote.project)
+    if token is None:
+        raise Rejected(
+            f"no token for {remote.url}; log in with: lattice remote login {remote.place}", code="REMOTE_UNAUTHORIZED"
+        )
+    named = named or trusted_servers.from_environment(os.environ.get(trusted_servers.URL_ENV))
+    link = Connection(remote, RequestOnlySession(), token, named=named)
+    link.start()
+    try:
+        await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _REACH_S)
+        if link.welcome is None:
+            raise link.error if link.is_refused and link.error is not None else link.unreachable()
+        yield link
+    finally:
+        await link.close()
+
+
+# --- the push ---
+
+
+async def push_project(directory: str, show: Progress | None) -> PushResult:
+    """Push the project in ``directory``, a ``.lattice`` that waits for it; afterwards it is a copy.
+
+    Interrupted at any moment, nothing has changed here, or all is done; it can be called again, and goes on.
+
+    Raises:
+        Misuse: the server's project is not empty any more, or files are being changed here; nothing has changed.
+        Rejected: the server does not take this project; the message says why, and nothing has changed.
+        ConnectionFailed: out of reach; ``sent`` says that it may have been taken: call again.
+        StorageError: a file can't be read or written.
+    """
+    with _alone(directory):
+        return await _pushed(directory, show or _ignore)
+
+
+@contextlib.contextmanager
+def _alone(directory: str) -> Iterator[None]:
+    """Hold the lock of the copy that this directory becomes: another push, or an agent, would be at work beside us.
+
+    Raises:
+        Misuse: another has it, or has been here.
+        StorageError: it can't be made.
+    """
+    lock = FileLock(os.path.join(directory, LOCK_FILE), thread_local=False, mode=0o600)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise Misuse("another lattice remote push is at work in this directory: wait for it") from None
+    except OSError as error:
+        raise StorageError(f"cannot lock {directory}: {error.strerror}") from error
+    try:
+        if not is_unpushed(directory):
+            raise Misuse("this directory waits to be pushed no more; see: lattice remote status")
+        yield
+    finally:
+        lock.release()
+
+
+async def _pushed(directory: str, report: Progress) -> PushResult:
+    remote = read_remote(directory, UNPUSHED_FILE)
+    async with _connected(remote, credentials.from_environment()) as link:
+        if (earlier := _read_attempt(directory)) is not None:
+            report({"what": "asking for the last attempt", "done": 0, "total": 1})
+            if (answer := await _ask(link, directory, earlier)) is not None:
+                _keep_hooks(directory, remote, answer)
+                return PushResult(remote, answer, _become_copy(directory, remote, earlier.entries, {}))
+        _require_empty(link.welcome)
+        found = await asyncio.to_thread(survey, directory)
+        with await asyncio.to_thread(Pack.of, directory, found, _reporter(report, "reading")) as pack:
+            source = Source(pack.file.fileno(), pack.size, pack.digest)
+            await upload(link, source, purpose="project", on_progress=_reporter(report, "sending"))
+            if (changed := _changed(directory, found)) is not None:
+                raise Misuse(f"{changed} was changed while the project was sent; nothing was done: push again")
+            entries = {path: entry.digest for path, entry in pack.entries.items()}
+            attempt = _Attempt(os.urandom(16).hex(), pack.digest, pack.size, time.time(), entries)
+            _write_attempt(directory, attempt)
+            report({"what": "checking on the server", "done": 0, "total": 1})
+            answer = await _ask(link, directory, attempt)
+            if answer is None:
+                raise ConnectionFailed("the server has forgotten what was sent; push again")
+            _keep_hooks(directory, remote, answer)
+            texts = {path: pack.content(path) for path in pack.entries if is_editable(path)}
+            return PushResult(remote, answer, _become_copy(directory, remote, entries, texts))
+
+
+async def _ask(link: Connection, directory: str, attempt: _Attempt) -> Pushed | None:
+    """Ask for a push; return its answer, None when it surely was never carried out and has to begin anew.
+
+    Raises:
+        Rejected: the server does not take it, or not any more.
+        ConnectionFailed: as for ``Link.ask``.
+    """
+    age_s = max(0.0, time.time() - attempt.asked_at)
+    first_sent_at = boot_time() - age_s if age_s > 1 else None
+    answer = await link.ask(Push(attempt.id, attempt.digest, attempt.size), first_sent_at=first_sent_at)
+    match answer:
+        case Pushed():
+            return answer
+        case Refused(code="REMOTE_NOT_FOUND" | "REMOTE_UNKNOWN_OUTCOME") if not (link.welcome and link.welcome.used):
+            _forget(directory, _ATTEMPT_FILE)
+            return None
+        case Refused(code="REMOTE_BUSY"):
+            raise Rejected(answer.message, code=answer.code)
+        case Refused():
+            _forget(directory, _ATTEMPT_FILE)
+            raise Rejected(answer.message, code=answer.code)
+        case _:
+            raise ConnectionFailed("the server answered something else", sent=True)
+
+
+def _changed(directory: str, found: Survey) -> str | None:
+    """Return a file that is not as it was surveyed."""
+    now = survey(directory).files
+    return next(
+        (path for path in sorted(now.keys() | found.files.keys()) if now.get(path) != found.files.get(path)), None
+    )
+
+
+def _reporter(report: Progress, what: str) -> Any:
+    return lambda done, total: report({"what": f"{what} (KiB)", "done": done >> 10, "total": max(1, total >> 10)})
+
+
+def _ignore(_progress: Mapping[str, Any]) -> None:
+    """Nobody watches."""
+
+
+# --- after ---
+
+
+def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
+    """Rescue a ``config.json`` whose hooks the server has left out: its own is about to come."""
+    if any("hooks" in note for note in answer.notes):
+        cache = Cache(directory, remote)
+        cache.prepare()
+        reason = "the server has it without its hooks; your own is kept"
+        RescuedFiles(cache).add("config.json", cache.read("config.json"), reason)
+
+
+def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
+    """Make the directory a copy of what was pushed; return the files that were changed since, which are rescued.
+
+    ``remote.json`` comes last: before it the directory is an unpushed project, and this may be done again.
+
+    Args:
+        directory: the ``.lattice``.
+        remote: what it becomes a copy of.
+        entries: the digest of each file that was pushed.
+        texts: the plans and notes that were pushed; without one, what is here counts if it is unchanged.
+    """
+    cache = Cache(directory, remote)
+    cache.prepare()
+    kept, rescued = list[str](), RescuedFiles(cache)
+    for path, reading in read_all(cache).items():
+        if is_editable(path):
+            text = texts.get(path)
+            if text is None and reading.digest == entries.get(path):
+                text = cache.read(path)
+            if text is not None:
+                cache.replace(f"{BASE_DIRECTORY}/{path}", text)  # what differs from it is an edit, and will be sent
+        elif reading.digest != entries.get(path):
+            content = cache.read(path)
+            rescued.add(path, content, "changed here while the project was pushed; that version is kept")
+            kept.append(path)
+    write_remote(directory, remote)
+    _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
+    return sorted(kept)
+
+
+# --- what was asked for ---
+
+
+def _read_attempt(directory: str) -> _Attempt | None:
+    try:
+        with open(os.path.join(directory, _ATTEMPT_FILE), "rb") as file:
+            return msgspec.json.decode(file.read(), type=_Attempt)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError) as error:
+        raise StorageError(f"cannot read {_ATTEMPT_FILE}: {error}; lattice remote remove starts anew") from error
+
+
+def _write_attempt(directory: str, attempt: _Attempt) -> None:
+    path = os.path.join(directory, _ATTEMPT_FILE)
+    try:
+        with open(path + ".tmp", "wb") as file:
+            file.write(msgspec.json.encode(attempt))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+app = typer.Typer()
+_COUNTED = {
+    "tasks": "tasks",
+    "archived_tasks": "archive/tasks",
+    "event_logs": "events",
+    "plans": "plans",
+    "notes": "notes",
+    "artifacts": "artifacts/meta",
+    "sessions": "sessions",
+}
+"""What a push names of a project, and the directories in which it lies."""
+
+
+@app.command()
+def push(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be sent; send and change nothing.")
+    ] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Send also the edits that wait for a decision, see lattice remote status.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Send edited plans and notes now; or, after lattice remote add, this directory's whole project.
+
+    Example: lattice remote push --dry-run
+    """
+    if (waiting := unpushed()) is not None:
+        warn_of_tracking(waiting[0])
+        (_plan_project if dry_run else _push_project)(waiting[0], as_json=as_json)
+        return
+    if dry_run:
+        _plan_edits(as_json=as_json)
+        return
+    directory, _ = here()
+    warn_of_tracking(directory)
+    answer = ask({**request("push", directory), "confirm": confirm})
+    if as_json:
+        print_result(answer)
+    else:
+        for sent in answer["sent"]:
+            typer.echo(f"{one_line(sent['path'])}: {sent['outcome']}")
+        for notice in answer["notices"]:
+            typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
+        if not answer["sent"]:
+            typer.echo("Nothing to send.")
+    if any(sent["outcome"] in ("conflict", "refused") for sent in answer["sent"]):
+        raise typer.Exit(1)
+
+
+def _plan_edits(*, as_json: bool) -> None:
+    directory, _ = here()
+    unsent = ask(request("status", directory))["unsent_edits"]
+    if as_json:
+        print_result({"dry_run": True, "unsent_edits": unsent})
+        return
+    for path in unsent or ["Nothing to send."]:
+        typer.echo(one_line(path))
+
+
+def _plan_project(directory: str, *, as_json: bool) -> None:
+    plan = asyncio.run(plan_push(directory))
+    counts = {label: plan.found.count(place) for label, place in _COUNTED.items()}
+    if as_json:
+        data = {"dry_run": True, **counts, "files": len(plan.found.files), "bytes": plan.found.bytes}
+        left = {"left_out": plan.found.left_out, "hooks": plan.found.has_hooks, "trouble": plan.trouble or None}
+        print_result({**data, **left})
+    else:
+        typer.echo(f"Would push to {plan.remote.url}, project {plan.remote.project}:")
+        nouns = {label: label.replace("_", " ").removesuffix("s") for label in counts}
+        parts = [count(number, nouns[label]) for label, number in counts.items() if number]
+        typer.echo(f"  {', '.join([*parts, count(len(plan.found.files), 'file')])}, {plan.found.bytes} bytes")
+        if plan.found.has_hooks:
+            typer.echo("  left out: the hooks of config.json, unless the server's administrator allows them")
+        if plan.found.left_out:
+            typer.echo(f"  left out, no part of a project: {', '.join(map(one_line, plan.found.left_out[:10]))}")
+        typer.echo(
+            f"  {one_line(plan.trouble)}" if plan.trouble else "  the server would take it: its project is empty"
+        )
+    if plan.trouble:
+        raise typer.Exit(1)
+
+
+def _push_project(directory: str, *, as_json: bool) -> None:
+    with progress("pushing") as show:
+        done = asyncio.run(push_project(directory, show))
+    answer = done.answer
+    with contextlib.suppress(RemoteError):
+        ask(request("pull", directory))  # from here on the agent follows; what the server left out or mended, comes
+    if as_json:
+        data = {"tasks": answer.tasks, "archived": answer.archived, "files": answer.files, "seq": answer.seq}
+        print_result({**data, "notes": answer.notes, "kept": done.kept})
+        return
+    typer.echo(
+        f"Pushed {count(answer.tasks, 'task')}, {answer.archived} archived, {count(answer.files, 'file')} to "
+        f"{done.remote.url}, project {done.remote.project}; this directory is a copy of it now, at change {answer.seq}."
+    )
+    for note in answer.notes:
+        typer.echo(f"lattice-remote: {one_line(note)}", err=True)
+    for path in done.kept:
+        notice = f"{one_line(path)} was changed here after it was sent; see: lattice remote rescued"
+        typer.echo(f"lattice-remote: {notice}", err=True)

@@ -1,0 +1,163 @@
+"""A directory that is no copy any more: ``lattice remote remove``, with its files or without."""
+
+import contextlib
+import json
+import os
+import uuid
+from typing import Any
+
+from lattice_remote.client import config as preferences
+from lattice_remote.client.cache.cache import (
+    AWAY_FILE,
+    BASE_DIRECTORY,
+    GITIGNORE,
+    LOCK_FILE,
+    LOCKS_FILE,
+    PARTIAL,
+    PRIVATE_DIRECTORY,
+    STATE_FILE,
+    Cache,
+)
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, RescuedFiles
+from lattice_remote.client.cache.safe_directory import TEMPORARY, remove_tree
+from lattice_remote.client.config import REMOTE_FILE, Remote
+from lattice_remote.errors import Misuse, StorageError
+
+__all__ = ["keep_local", "remove_remote"]
+
+_BOOKKEEPING = (STATE_FILE, AWAY_FILE, preferences.FILE, LOCK_FILE, ".fetch.lock", ".written")
+_DIRECTORIES = (BASE_DIRECTORY, PARTIAL, TEMPORARY, PRIVATE_DIRECTORY)
+
+
+def remove_remote(directory: str, remote: Remote) -> None:
+    """Remove a copy with its bookkeeping, unless something in it exists nowhere else.
+
+    Raises:
+        Misuse: edits that were not sent, or files of somebody's own, would be lost; nothing was touched.
+    """
+    cache = Cache(directory, remote)
+    _require_nothing_unsent(cache)
+    gone = f"{cache.directory}.gone-{uuid.uuid4().hex[:8]}"
+    try:
+        os.rename(cache.directory, gone)
+        try:
+            _require_nothing_unsent(Cache(gone, remote))  # an editor may have saved at the last moment
+        except Misuse:
+            os.rename(gone, cache.directory)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot remove {directory}: {error.strerror}") from error
+    if os.path.islink(directory):
+        with contextlib.suppress(OSError):
+            os.unlink(directory)
+    remove_tree(gone)
+
+
+async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
+    """Make a copy a plain local project again, with all its files as they are; return what else is left in it.
+
+    The end of ``remote.json`` decides. Cut off before it, the directory is a cache without a state, which the next
+    command completes; after it, a local project.
+
+    Args:
+        directory: the ``.lattice``.
+        remote: what it is a copy of.
+        hooks: keep the server's hooks, or leave them out; None: there must be none. Plain lattice would run them here.
+
+    Raises:
+        Misuse: edits that were not sent, or files that have not come yet, or hooks; nothing was changed.
+        StorageError: a file can't be removed.
+    """
+    cache = Cache(directory, remote)
+    async with cache.locked():
+        _require_whole(cache)
+        config = _config_without_hooks(cache, hooks=hooks)
+        try:
+            if config is not None:
+                cache.replace("config.json", config)
+            cache.allow_plain_writes()
+            for name in (STATE_FILE, REMOTE_FILE):  # the state alone would make it a cache
+                os.unlink(os.path.join(directory, name))
+            _remove_bookkeeping(directory, keeps_rescued=bool(RescuedFiles(cache).entries()))
+        except OSError as error:
+            raise StorageError(f"cannot change {directory}: {error.strerror}") from error
+    rescued = [f"{RESCUED_DIRECTORY}/{entry.number}" for entry in RescuedFiles(cache).entries()]
+    return rescued + _own_files(cache)
+
+
+def _remove_bookkeeping(directory: str, *, keeps_rescued: bool) -> None:
+    for name in _BOOKKEEPING:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(directory, name))
+    if _is_ours(os.path.join(directory, ".gitignore")):
+        os.unlink(os.path.join(directory, ".gitignore"))
+    for name in _DIRECTORIES:
+        if name == PRIVATE_DIRECTORY and keeps_rescued:
+            continue
+        if os.path.isdir(os.path.join(directory, name)):
+            remove_tree(os.path.join(directory, name))
+
+
+def _require_whole(cache: Cache) -> None:
+    """Raise ``Misuse`` unless the files are all of the project as the server last told it, and nothing else."""
+    if unsent := Edits(cache).scan():
+        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
+    state = cache.load_state()
+    if not state.is_filled or not state.position.epoch:
+        raise Misuse("the copy was not compared with the server since this machine started: lattice remote pull")
+    if state.away:
+        path = next(iter(state.away))
+        raise Misuse(f"{len(state.away)} large files were not fetched, such as {path}: lattice remote fetch")
+    if state.wanted:
+        raise Misuse(f"{len(state.wanted)} files have not come yet, such as {state.wanted[0]}: lattice remote pull")
+
+
+def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
+    """Return what ``config.json`` becomes, None when it stays as it is."""
+    try:
+        config: dict[str, Any] = json.loads(cache.read("config.json"))
+        if hooks or not config.get("hooks"):
+            return None
+    except (ValueError, AttributeError):
+        return None
+    if hooks is None:
+        raise Misuse(
+            "config.json has hooks, shell commands from the server that lattice would run on this machine from now on: "
+            "look at them, then say --keep-hooks or --no-hooks"
+        )
+    del config["hooks"]
+    return json.dumps(config, sort_keys=True, indent=2).encode() + b"\n"
+
+
+def _is_ours(gitignore: str) -> bool:
+    """Whether we have written this file, in this version or an earlier one."""
+    try:
+        with open(gitignore, "rb") as file:
+            return file.readline() == GITIGNORE.splitlines(keepends=True)[0]
+    except OSError:
+        return False
+
+
+def _require_nothing_unsent(cache: Cache) -> None:
+    if unsent := Edits(cache).scan():
+        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
+    if RescuedFiles(cache).entries():
+        raise Misuse("rescued files are only here: lattice remote rescued; apply or drop them first")
+    if own := _own_files(cache):
+        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
+
+
+def _own_files(cache: Cache) -> list[str]:
+    """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
+    replicated = set(cache.paths())
+    ours = {REMOTE_FILE, LOCKS_FILE, ".gitignore", *_BOOKKEEPING}
+    found: list[str] = []
+    for directory, directories, names in os.walk(cache.directory):
+        if directory == cache.directory:
+            directories[:] = [name for name in directories if name not in (*_DIRECTORIES, LOCKS_FILE)]
+        for name in names:
+            path = os.path.relpath(os.path.join(directory, name), cache.directory)
+            if path.replace(os.sep, "/") not in replicated and path not in ours:
+                found.append(path)
+    return sorted(found)

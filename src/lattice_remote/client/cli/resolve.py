@@ -1,0 +1,148 @@
+"""``lattice remote resolve``: ends conflicts of plans and notes, and edits that wait for a decision."""
+
+import base64
+import difflib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from lattice_remote.client.agent_client import ask
+from lattice_remote.client.cache.cache import BASE_DIRECTORY
+from lattice_remote.client.cli.common import Json, here, print_result, request
+from lattice_remote.errors import Misuse, one_line
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+_MAX_FILE_BYTES = 31 * 1024 * 1024
+_MAX_SHOWN_BYTES = 512 * 1024
+_MAX_SHOWN_LINES = 200
+_MAX_SHOWN_CHARACTERS = 300
+
+Task = Annotated[
+    str, typer.Argument(metavar="[TASK]", help="LAT-42, a task's id, or a path; left out: every conflict.")
+]
+File = Annotated[str, typer.Argument(metavar="[FILE]", help="With --edited: the text to keep; - reads stdin.")]
+Mine = Annotated[bool, typer.Option("--mine", help="Keep my text in place of the server's.")]
+Theirs = Annotated[bool, typer.Option("--theirs", help="Keep the server's text; mine is removed.")]
+Edited = Annotated[
+    bool, typer.Option("--edited", help="Keep FILE, or, without one, the plan or notes as edited in place by now.")
+]
+Plan = Annotated[bool, typer.Option("--plan", help="Only the plan's conflict.")]
+Notes = Annotated[bool, typer.Option("--notes", help="Only the notes' conflict.")]
+
+
+@app.command()
+def resolve(
+    task: Task = "",
+    file: File = "",
+    *,
+    mine: Mine = False,
+    theirs: Theirs = False,
+    edited: Edited = False,
+    plan: Plan = False,
+    notes: Notes = False,
+    every: Annotated[bool, typer.Option("--all", help="With --mine or --theirs: all that are shown.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show a conflict between my text of a plan or notes and the server's, or an edit that waits for me; or end it.
+
+    What is kept is sent as an edit of the server's text as it is now: should others change the same lines
+    meanwhile, nothing happens, and it can be repeated.
+
+    Example: lattice remote resolve LAT-42 --edited merged.md
+    """
+    choice = _choice(mine=mine, theirs=theirs, edited=edited)
+    if file and choice != "edited":
+        raise Misuse("a FILE goes with --edited")
+    if choice is not None and not task and (not every or file):
+        raise Misuse("say which TASK, or --all: without one, this only shows the conflicts")
+    directory, _ = here()
+    fields = {
+        "task": task,
+        "what": None if plan == notes else "plan" if plan else "notes",
+        "choice": choice,
+        "text": base64.b64encode(_read(file)).decode("ascii") if file else None,
+    }
+    answer = ask({**request("resolve", directory), **fields})
+    if as_json:
+        print_result({key: answer[key] for key in ("conflicts", "resolved")})
+        return
+    for line in _ended(answer["resolved"]) if choice else _shown(answer["conflicts"], directory):
+        typer.echo(line)
+
+
+def _choice(**given: bool) -> str | None:
+    chosen = [name for name, is_given in given.items() if is_given]
+    if len(chosen) > 1:
+        raise Misuse(f"--{chosen[0]} and --{chosen[1]} exclude each other")
+    return chosen[0] if chosen else None
+
+
+def _read(file: str) -> bytes:
+    try:
+        if file == "-":
+            text = sys.stdin.buffer.read(_MAX_FILE_BYTES + 1)
+        else:
+            with open(file, "rb") as source:
+                text = source.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise Misuse(f"cannot read {file}: {error.strerror}", code="REMOTE_STORAGE") from error
+    if len(text) > _MAX_FILE_BYTES:
+        raise Misuse(f"{file} is over {_MAX_FILE_BYTES >> 20} MiB", code="REMOTE_TOO_LARGE")
+    return text
+
+
+def _ended(resolved: list[dict[str, Any]]) -> Iterator[str]:
+    kept = {
+        "mine": "your text is the server's now",
+        "theirs": "the server's text stays, yours is gone",
+        "edited": "what you edited is the server's now",
+    }
+    for each in resolved:
+        yield f"{one_line(each['path'])}: {kept[each['outcome']]}"
+
+
+def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
+    if not conflicts:
+        yield "No conflicts."
+    for conflict in conflicts:
+        why = "others changed the same lines" if conflict["is_active"] else "the task is archived or gone"
+        why = f"not sent: {conflict['reason']}" if conflict["reason"] else why
+        yield f"{one_line(conflict['short_id'])}, {conflict['what']}: {one_line(why)}."
+        if not conflict["copies"]:
+            yield f"  your text:         {one_line(conflict['path'])}"
+            yield from _difference(directory, f"{BASE_DIRECTORY}/{conflict['path']}", conflict["path"])
+            continue
+        yield f"  the server's text: {one_line(conflict['path'])}"
+        for copy in conflict["copies"]:
+            yield f"  your text:         {one_line(copy)}"
+            yield from _difference(directory, conflict["path"], copy)
+    if conflicts:
+        name = one_line(conflicts[0]["short_id"])
+        yield f"To end it: lattice remote resolve {name} with --mine, --theirs, or --edited [FILE]"
+
+
+def _difference(directory: str, path: str, copy: str) -> Iterator[str]:
+    """Yield what the local text has and lacks, like ``diff -u``; nothing where that would be too long to read."""
+    texts = [_text(os.path.join(directory, name)) for name in (path, copy)]
+    if sum(map(len, texts)) > _MAX_SHOWN_BYTES:
+        return
+    theirs, mine = (text.decode(errors="replace").splitlines() for text in texts)
+    shown = list(difflib.unified_diff(theirs, mine, "server's", "yours", lineterm="", n=2))
+    for line in shown[:_MAX_SHOWN_LINES]:
+        yield "    " + "".join(c if c.isprintable() else " " for c in line[:_MAX_SHOWN_CHARACTERS])
+    if len(shown) > _MAX_SHOWN_LINES:
+        yield f"    ... and {len(shown) - _MAX_SHOWN_LINES} lines more"
+
+
+def _text(place: str) -> bytes:
+    try:
+        with open(place, "rb") as file:
+            return file.read(_MAX_SHOWN_BYTES + 1)
+    except OSError:
+        return b""

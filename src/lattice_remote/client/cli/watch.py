@@ -1,0 +1,415 @@
+"""``lattice remote watch``: every change as it arrives, shown, printed as JSON, or given to a command."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Protocol
+
+import typer
+
+from lattice_remote.client import credentials, trusted_servers
+from lattice_remote.client.agent_client import ask, stay_connected
+from lattice_remote.client.cli.common import here, request
+from lattice_remote.client.connection.change_stream import (
+    Arrived,
+    ChangeStream,
+    Connected,
+    Ended,
+    EpochStarted,
+    Gone,
+    Lost,
+)
+from lattice_remote.errors import Misuse, RemoteError, one_line
+from lattice_remote.protocol.change_summary import about
+from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import Change
+from lattice_remote.text import printable
+
+__all__ = ["Titles", "app", "as_line", "record_of", "run_for"]
+
+_MAX_TASKS_SHOWN = 3
+_MAX_TITLE_CHARS = 40
+_MAX_TITLES = 10_000
+
+
+class Titles:
+    """Short ids and titles of tasks: from the changes themselves, else from the copy in ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def learn(self, task: str, snapshot: Any) -> None:
+        """Take in what a change says of a task."""
+        if len(self._known) >= _MAX_TITLES:
+            self._known.clear()  # a server may name any number
+        self._known[task] = {"short_id": _text(snapshot.get("short_id")), "title": _text(snapshot.get("title"))}
+
+    def of(self, task: str) -> dict[str, Any]:
+        """Return ``id``, ``short_id`` and ``title``; null where it is not known."""
+        if task not in self._known:
+            self.learn(task, self._read(f"tasks/{task}.json") or self._read(f"archive/tasks/{task}.json"))
+        return {"id": task, **self._known[task]}
+
+    def find(self, name: str) -> str | None:
+        """Return the id of the task with this id or short id, None when the copy has none such."""
+        if name.startswith("task_"):
+            return name
+        known = self._read("ids.json").get("map")
+        return _text(known.get(name.upper())) if isinstance(known, dict) else None
+
+    def _read(self, path: str) -> dict[str, Any]:
+        try:
+            with open(os.path.join(self._directory, path), encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def record_of(epoch: str, change: Change, titles: Titles) -> dict[str, Any]:
+    """Return what ``--json`` prints of a change, and what ``--exec`` gets."""
+    found = about(change)
+    for task, snapshot in found.snapshots.items():
+        titles.learn(task, snapshot)
+    return {
+        "seq": change.seq,
+        "epoch": epoch,
+        "position": str(Position(epoch, change.seq, change.mark)),
+        "time": change.time,
+        "actor": change.actor,
+        "token_actor": change.token_actor or (change.actor if change.token_id else ""),
+        "token_id": change.token_id,
+        "cause": change.cause,
+        "command": change.command,
+        "tasks": [titles.of(task) for task in found.tasks],
+        "events": found.events,
+        "events_complete": found.is_complete,
+        "resources": found.resources,
+        "sessions": found.sessions,
+        "plans": found.plans,
+        "notes": found.notes,
+    }
+
+
+def as_line(record: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    """Return number, time, actor, tasks and what was done, without anything that a terminal would act on."""
+    tasks = [_named(task) for task in record["tasks"][:_MAX_TASKS_SHOWN]]
+    more = len(record["tasks"]) - _MAX_TASKS_SHOWN
+    names = [*record["resources"], *record["sessions"]] if not tasks else []
+    shown = ", ".join([*tasks, *names]) + (f", +{more}" if more > 0 else "")
+    actor, owner = record["actor"], record["token_actor"]
+    who = f"{actor} (token of {owner})" if owner not in ("", actor) else actor
+    by_hand = record["cause"] in ("edit", "recovery")
+    what = f"{record['cause']}: {record['command']}" if by_hand else record["command"]
+    number, time, who, shown, what = map(printable, (str(record["seq"]), _clock(record["time"]), who, shown, what))
+    return number, time, who, shown, what
+
+
+def _named(task: dict[str, Any]) -> str:
+    title = task["title"] or ""
+    short = title if len(title) <= _MAX_TITLE_CHARS else title[: _MAX_TITLE_CHARS - 1] + "…"
+    return f"{task['short_id'] or task['id']} {short}".strip()
+
+
+def _clock(time: str) -> str:
+    try:
+        return f"{datetime.fromisoformat(time).astimezone():%H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return time
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+_LEAVE_S = 2.0
+
+
+def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -> str | None:
+    """Run ``command`` in a shell with ``line`` on its standard input; return what went wrong, None when nothing did.
+
+    It has a process group of its own, so that all of it ends when its time is over, or with Ctrl-C here; the
+    ``KeyboardInterrupt`` then passes through.
+    """
+    environment = {
+        **os.environ,
+        "LATTICE_CHANGE": str(record["seq"]),
+        "LATTICE_EPOCH": record["epoch"],
+        "LATTICE_POSITION": record["position"],
+    }
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        with _ctrl_c_held_back():
+            started.append(
+                subprocess.Popen(  # noqa: S602 - the user's own command, from the user's own command line
+                    command, shell=True, stdin=subprocess.PIPE, env=environment, start_new_session=True
+                )
+            )
+        process = started[0]
+        process.communicate(line.encode(), timeout=timeout_s)
+    except (OSError, ValueError) as error:
+        return f"the command could not start: {error}"
+    except subprocess.TimeoutExpired:
+        _end(started[0], signal.SIGKILL)
+        return f"the command took longer than {timeout_s:g} s and was ended"
+    except BaseException:
+        for process in started:
+            _end(process, signal.SIGTERM)
+        raise
+    if process.returncode < 0:
+        return f"the command was ended by signal {-process.returncode}"
+    return f"the command ended with {process.returncode}" if process.returncode else None
+
+
+def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
+    """End a command with all that it has started; what does not listen is ended all the same."""
+    for each in (sign, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, each)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_LEAVE_S)
+            return
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait until a process that is being started is known: nobody could end it otherwise."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+GONE_EXIT_CODE = 3
+INTERRUPTED_EXIT_CODE = 130
+_NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
+
+app = typer.Typer()
+
+
+@dataclass
+class _Handler:
+    """What is to be done with each change."""
+
+    as_json: bool
+    command: str
+    timeout_s: float
+
+    def __call__(self, record: dict[str, Any], show: "_Show") -> None:
+        line = json.dumps(record, sort_keys=True)
+        if self.as_json:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        elif not self.command:
+            show.change(record)
+        if self.command and (trouble := run_for(self.command, record, line + "\n", self.timeout_s)):
+            show.note(f"change {record['seq']}: {trouble}")
+
+
+class _Show(Protocol):
+    """Where people look."""
+
+    def change(self, record: dict[str, Any]) -> None:
+        """Show a change."""
+
+    def note(self, text: str) -> None:
+        """Say something about the watching itself."""
+
+    def state(self, text: str) -> None:
+        """Say how it stands now."""
+
+
+class _Lines:
+    """Plain lines: changes to stdout, everything else to stderr."""
+
+    def change(self, record: dict[str, Any]) -> None:
+        number, time, who, tasks, what = as_line(record)
+        typer.echo("  ".join(filter(None, (number.rjust(5), time, who, tasks, what))))
+
+    def note(self, text: str) -> None:
+        typer.echo(f"lattice-remote: {one_line(text)}", err=True)
+
+    def state(self, text: str) -> None:
+        """Lines have no place for it."""
+
+
+class _View:
+    """Lines on a terminal, and below them how it stands."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(highlight=False)
+        self._status = self._console.status("connecting", spinner="dots")
+
+    def __enter__(self) -> "_View":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
+
+    def change(self, record: dict[str, Any]) -> None:
+        from rich.text import Text
+
+        number, time, who, tasks, what = as_line(record)
+        parts = [(number.rjust(5), "bold"), (time, "dim"), (who, "cyan"), (tasks, "green"), (what, "")]
+        line = Text("  ").join(Text(text, style) for text, style in parts if text)
+        self._console.print(line, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._console.print(f"lattice-remote: {one_line(text)}", style="yellow", markup=False, soft_wrap=True)
+
+    def state(self, text: str) -> None:
+        from rich.text import Text
+
+        self._status.update(Text(one_line(text), "dim"))
+
+
+@app.command()
+def watch(
+    *,
+    since: Annotated[
+        str,
+        typer.Option("--since", metavar="N", help="Begin after this change, a number or position; else with the next."),
+    ] = "",
+    command: Annotated[
+        str, typer.Option("--exec", metavar="CMD", help="Run this for each change, with its JSON on standard input.")
+    ] = "",
+    exec_timeout: Annotated[
+        float, typer.Option("--exec-timeout", metavar="S", min=0.1, help="How long it may run for one change.")
+    ] = 600.0,
+    task: Annotated[str, typer.Option("--task", metavar="ID", help="Only what touches this task.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many changes; 0: never.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each change.")] = False,
+) -> None:
+    """Show changes as they arrive. Comes back after a lost connection, with none left out and none twice.
+
+    Ends with Ctrl-C (exit code 130), after --count changes (0), or where changes that were asked for are not kept any
+    more (3). Says on stderr where to go on.
+
+    Example: lattice remote watch --task LAT-42
+
+    Example: lattice remote watch --since 120 --exec 'jq -r .command >> changes.txt'
+    """
+    directory, found = here()
+    begin = _parse_since(since)
+    with contextlib.suppress(RemoteError):
+        ask(request("ready", directory))  # from here on the agent keeps the copy current, for the titles
+    titles = Titles(directory)
+    only = _task_id(titles, task)
+    token = credentials.from_environment() or credentials.stored(found.url, found.project)
+    named = trusted_servers.from_environment(os.environ.get(trusted_servers.URL_ENV, "").strip() or None)
+    stream = ChangeStream(found, token, named=named, since=begin)
+    handler = _Handler(as_json, command, exec_timeout)
+    with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show, stay_connected():
+        code = _Watch(stream, titles, handler, show).run(only, count)
+    raise typer.Exit(code)
+
+
+class _Watch:
+    """One run of the command."""
+
+    def __init__(self, stream: ChangeStream, titles: Titles, handler: _Handler, show: _Show) -> None:
+        self._stream, self._titles, self._handler, self._show = stream, titles, handler, show
+        self._position: Position | None = None  # of the last change that was handled
+
+    def run(self, only: str | None, count: int) -> int:
+        """Take changes until the end; return the exit code."""
+        self._stream.start()
+        try:
+            return self._take(only, count)
+        except KeyboardInterrupt:
+            return INTERRUPTED_EXIT_CODE
+        except RemoteError as error:
+            self._fail(error)
+            return GONE_EXIT_CODE if isinstance(error, Gone) else 1
+        finally:
+            self._stream.close()
+            if (last := self._position) is not None:
+                self._show.note(f"watched up to change {last.seq}: go on with --since {last}")
+
+    def _fail(self, error: RemoteError) -> None:
+        """Say why it ends: with ``--json`` as one more line, in lattice's envelope."""
+        if self._handler.as_json:
+            envelope = {"ok": False, "error": {"code": error.code, "message": error.message}}
+            typer.echo(json.dumps(envelope, sort_keys=True))
+        else:
+            typer.echo(f"Error: {error.message}", err=True)
+
+    def _take(self, only: str | None, count: int) -> int:
+        handled = 0
+        while True:
+            item = self._stream.take()
+            match item:
+                case Arrived(epoch, change):
+                    record = record_of(epoch, change, self._titles)
+                    if only is None or any(task["id"] == only for task in record["tasks"]):
+                        self._handler(record, self._show)
+                        handled += 1
+                    self._position = Position(epoch, change.seq, change.mark)
+                    self._show.state(f"change {change.seq}")
+                    if count and handled >= count:
+                        return 0
+                case Connected(position, head):
+                    self._connected(position, head)
+                case EpochStarted(epoch):
+                    why = "the server was restored or has lost its journal, and changes after that may be missing here"
+                    self._show.note(f"a new epoch begins on the server ({epoch}), with new numbers: {why}")
+                    self._position = None
+                case Lost(error):
+                    self._show.note(f"{error.message}; trying again")
+                    at = f", at change {self._position.seq}" if self._position is not None else ""
+                    self._show.state(f"not connected{at}")
+                case Ended(error):
+                    raise error
+
+    def _connected(self, position: Position, head: int) -> None:
+        seq, last = position.seq, self._position
+        if last is None or last.epoch != position.epoch:
+            self._position = position
+            self._show.note(f"watching after change {seq}" + (f", the last is {head}" if head > seq else ""))
+        else:
+            self._show.note(f"connected again after change {seq}")
+        self._show.state(f"change {head}")
+
+
+@contextlib.contextmanager
+def _showing(*, is_view: bool) -> Iterator[_Show]:
+    if not is_view:
+        yield _Lines()
+        return
+    with _View() as view:
+        yield view
+
+
+def _parse_since(text: str) -> Position | int | None:
+    if not text:
+        return None
+    if _NUMBER.fullmatch(text):
+        return int(text)
+    position = Position.parse(text)
+    if position is None:
+        raise Misuse(f"--since takes the number of a change, or a position as 'watch' prints it, not {text[:60]!r}")
+    return position
+
+
+def _task_id(titles: Titles, name: str) -> str | None:
+    if not name:
+        return None
+    task = titles.find(name)
+    if task is None:
+        raise Misuse(f"there is no task {name[:60]!r} in this project; see: lattice list", code="REMOTE_NOT_FOUND")
+    return task

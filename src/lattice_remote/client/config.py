@@ -1,0 +1,312 @@
+"""Which server and project a directory belongs to: ``.lattice/remote.json``. Standard library only."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lattice_remote.errors import Misuse, StorageError
+
+__all__ = [
+    "CHOICES",
+    "FILE",
+    "MIB",
+    "REMOTE_FILE",
+    "STATE_FILE",
+    "UNPUSHED_FILE",
+    "Quota",
+    "Remote",
+    "change",
+    "check_command",
+    "check_name",
+    "detachment",
+    "identify",
+    "is_cache",
+    "is_unpushed",
+    "lost_remote",
+    "parse_url",
+    "read",
+    "read_remote",
+    "write_remote",
+]
+
+REMOTE_FILE = "remote.json"
+STATE_FILE = "cache_state.json"
+"""Makes a directory a cache, also where git or the user has removed ``remote.json``."""
+UNPUSHED_FILE = ".unpushed.json"
+"""In its place while a local project waits to be pushed there: to everybody else the directory is a local project."""
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?",
+    re.IGNORECASE,
+)
+_SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_COMMAND = re.compile(r"[\w-]{1,50}(?: [\w-]{1,50}){0,3}")
+_MAX_COMMANDS = 256
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A project on a server, as ``remote.json`` names it. It may be committed; it never holds a token."""
+
+    name: str
+    """What the user calls it, ``origin`` by habit."""
+    url: str
+    """The server: scheme, host and port, without a slash at the end."""
+    project: str
+    """The project's slug on that server."""
+    commands: tuple[str, ...] = ()
+    """Commands of lattice's plugins that run on the server, which has the plugins too: ``deploy note``, say."""
+
+    @property
+    def place(self) -> str:
+        """Server and project as one URL, which ``parse_url`` takes apart."""
+        return f"{self.url}/{self.project}"
+
+    @property
+    def websocket_url(self) -> str:
+        """Where the WebSocket is."""
+        return f"ws{self.url.removeprefix('http')}/projects/{self.project}/ws"
+
+
+def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
+    """Return a server's URL in its one form, and the slug: given apart, or as the URL's only path component.
+
+    Raises:
+        Misuse: not an http or https URL, a malformed slug, or two different slugs.
+    """
+    match = _URL.fullmatch(text.strip())
+    if match is None and "@" in text:  # what stands there may be a password: it is not repeated
+        raise Misuse("a server's URL holds no user and no password; a token is kept with: lattice remote login URL")
+    if match is None:
+        raise Misuse(f"not a server's URL: {text!r}; it looks like http://host:8443 or https://host/project")
+    port = match["port"]
+    if port is not None and not 0 < int(port) < 65536:
+        raise Misuse(f"port {port} in {text!r} is out of range")
+    url = f"{match['scheme'].lower()}://{match['host'].lower()}" + (f":{int(port)}" if port else "")
+    slug = (match["path"] or "").strip("/").removeprefix("projects/") or None
+    if slug and project and slug != project:
+        raise Misuse(f"the URL names project {slug!r}, but --project says {project!r}")
+    slug = slug or project
+    if slug is not None and not _SLUG.fullmatch(slug):
+        raise Misuse(f"not a project's slug: {slug!r}; lower-case letters, digits and dashes, at most 63")
+    return url, slug
+
+
+def is_unpushed(directory: str) -> bool:
+    """Whether a project waits to be pushed to its remote."""
+    return os.path.isfile(os.path.join(directory, UNPUSHED_FILE)) and not os.path.exists(
+        os.path.join(directory, REMOTE_FILE)
+    )
+
+
+def is_cache(directory: str) -> bool:
+    """Whether a ``.lattice`` directory is a cache: it has a remote, or had one that was not removed by our commands."""
+    return any(os.path.isfile(os.path.join(directory, name)) for name in (REMOTE_FILE, STATE_FILE))
+
+
+def detachment(directory: str) -> str | None:
+    """Return what is wrong with a cache whose ``remote.json`` is gone, and what to do; None for any other directory."""
+    if os.path.exists(os.path.join(directory, REMOTE_FILE)) or not is_cache(directory) or is_unpushed(directory):
+        return None
+    lost = lost_remote(directory)
+    of = "a project on a server" if lost is None else f"project {lost.project} on {lost.url}"
+    where = "URL --project SLUG" if lost is None else f"{lost.url} --project {lost.project}"
+    return (
+        f"this directory is a copy of {of}, but its remote.json is gone (git may have removed it): nothing can be "
+        f"written; bring the file back, or run: lattice remote add origin {where}"
+    )
+
+
+def lost_remote(directory: str) -> Remote | None:
+    """Return what a cache without a ``remote.json`` is a copy of, as its state says; None if that is not known."""
+    try:
+        with open(os.path.join(directory, STATE_FILE), "rb") as file:
+            found = json.load(file)
+        url, slug = parse_url(found["url"], found["project"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, Misuse):
+        return None
+    return None if slug is None else Remote(name="origin", url=url, project=slug)
+
+
+def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
+    """Return what the ``remote.json`` in a ``.lattice`` directory says, or the file that is there in its place.
+
+    Raises:
+        Misuse: there is none; ``REMOTE_GUARD`` if the directory is a cache all the same.
+        StorageError: it can't be read, or is not what we wrote.
+    """
+    path = os.path.join(directory, name)
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(65536))
+        called, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
+        commands = tuple(check_command(command) for command in list(found.get("commands", []))[:_MAX_COMMANDS])
+    except FileNotFoundError:
+        if name == REMOTE_FILE and (why := detachment(directory)) is not None:
+            raise Misuse(why, code="REMOTE_GUARD") from None
+        raise Misuse("this project has no remote; add one with: lattice remote add origin URL --project SLUG") from None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError, AttributeError, Misuse) as error:
+        raise StorageError(f"{path} is not valid; it needs name, url and project ({error})") from error
+    if slug is None:
+        raise StorageError(f"{path} names no project")
+    return Remote(name=called, url=url, project=slug, commands=commands)
+
+
+def identify(directory: str) -> list[int | str]:
+    """Return the identity of the cache at a path: device and inode of the directory, server and project.
+
+    Raises:
+        Misuse: it has no remote.
+        StorageError: it can't be read.
+    """
+    remote = read_remote(directory)
+    try:
+        found = os.stat(directory)
+    except OSError as error:
+        raise StorageError(f"cannot read {directory}: {error.strerror}") from error
+    return [found.st_dev, found.st_ino, remote.url, remote.project]
+
+
+def check_name(name: object) -> str:
+    """Return a remote's name if it is one.
+
+    Raises:
+        Misuse: it is not.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise Misuse(f"not a remote's name: {name!r}; letters, digits, dots and dashes, at most 63")
+    return name
+
+
+def check_command(command: object) -> str:
+    """Return a command's words if they may be some, each but one space from the next.
+
+    Raises:
+        Misuse: they may not.
+    """
+    if not isinstance(command, str) or not _COMMAND.fullmatch(command):
+        raise Misuse(f"not a command of lattice: {command!r}; its words without options, as in: deploy note")
+    return command
+
+
+def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> None:
+    """Write ``remote.json``, or the file in its place, atomically.
+
+    Raises:
+        StorageError: it can't be written.
+    """
+    fields: dict[str, object] = {"name": remote.name, "project": remote.project, "url": remote.url}
+    if remote.commands:
+        fields["commands"] = remote.commands
+    text = json.dumps(fields, indent=2, sort_keys=True)
+    path = os.path.join(directory, name)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+FILE = ".settings.json"
+CHOICES = {"payloads": ("background", "on-demand")}
+"""Every setting with its values, the first of which is the default."""
+_MAX_BYTES = 64 * 1024
+
+
+def read(directory: str) -> dict[str, str]:
+    """Return every setting; what the file does not say, or says wrongly, has its default."""
+    found: object = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        handle = os.open(os.path.join(directory, FILE), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        with open(handle, "rb") as file:
+            found = json.loads(file.read(_MAX_BYTES))
+    given = found if isinstance(found, dict) else {}
+    return {name: given[name] if given.get(name) in values else values[0] for name, values in CHOICES.items()}
+
+
+def change(directory: str, name: str, value: str) -> None:
+    """Set one setting, atomically.
+
+    Raises:
+        Misuse: there is no such setting, or it can't have this value.
+        StorageError: it can't be written.
+    """
+    if name not in CHOICES:
+        raise Misuse(f"there is no setting {name!r}; there is {', '.join(CHOICES)}")
+    if value not in CHOICES[name]:
+        raise Misuse(f"{name} is one of {', '.join(CHOICES[name])}; not {value!r}")
+    settings = {**read(directory), name: value}
+    temporary = os.path.join(directory, f"{FILE}.{os.getpid()}")
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
+            json.dump(settings, file, indent=2, sort_keys=True)
+            file.write("\n")
+        os.replace(temporary, os.path.join(directory, FILE))
+    except OSError as error:
+        raise StorageError(f"cannot write {os.path.join(directory, FILE)}: {error.strerror}") from error
+
+
+MIB = 1024 * 1024
+_STEP_BYTES = 64 * MIB
+"""How much may be written without a look at what there is; the bound is kept up to so much."""
+
+
+class Quota:
+    """Ask ``take`` before each write. Looking at the whole directory is left to when enough was written to matter."""
+
+    def __init__(self, root: str, limit: Callable[[], int], whose: str) -> None:
+        self._root = root
+        self._limit = limit
+        self._whose = whose
+        self._unseen = 0  # bytes written since the last look
+
+    def require(self, size: int) -> None:
+        """Make sure that ``size`` bytes in all are within the bound.
+
+        Raises:
+            StorageError: they are not; the message says how to allow more.
+        """
+        if size > (limit := self._limit()):
+            raise StorageError(
+                f"this copy would take more than the {limit // MIB} MiB that you let {self._whose} use; allow more "
+                f"with: lattice remote trust {self._whose} --max-cache MIB"
+            )
+
+    def require_room(self, size: int) -> None:
+        """Make sure that ``size`` bytes more are within the bound; looks at every file. Raises StorageError."""
+        self.require(_bytes_below(self._root) + size)
+
+    def take(self, size: int) -> None:
+        """Make sure that ``size`` bytes more are within the bound, give or take a step.
+
+        Raises:
+            StorageError: they are not.
+        """
+        self._unseen += size
+        if self._unseen > min(_STEP_BYTES, self._limit()):
+            self.require(_bytes_below(self._root) + size)
+            self._unseen = 0
+
+
+def _bytes_below(root: str) -> int:
+    total = 0
+    pending = [root]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        except OSError:
+            continue  # removed meanwhile
+    return total

@@ -1,0 +1,1 @@
+"""WebSocket connections of a client: dialling, requests, reconnects, uploads."""

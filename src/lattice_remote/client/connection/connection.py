@@ -1,0 +1,646 @@
+"""One WebSocket to a project that comes back after every cut, and the requests that travel on it.
+
+A request that was cut off is sent again under its own id after the link is back (I6). The link never stops
+silently: even after a refusal (a wrong token, say) it looks again now and then, and at once when a command asks or
+the token changes. ``connecting.py`` opens the socket, ``pacing.py`` says when.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+import msgspec
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+
+from lattice_remote.client.agent_runtime import boot_time
+from lattice_remote.client.cache.replicator import ReceiveOutcome
+from lattice_remote.client.config import Remote
+from lattice_remote.client.connection.dial import (
+    MAX_RESETS,
+    MIN_UPTIME_S,
+    REFUSALS,
+    RESET_WINDOW_S,
+    Backoff,
+    RetryLater,
+    error_of,
+    open_socket,
+)
+from lattice_remote.client.trusted_servers import Server
+from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
+from lattice_remote.protocol.messages import (
+    Bye,
+    Call,
+    ClientFrame,
+    Hello,
+    Log,
+    Put,
+    Refused,
+    Request,
+    Response,
+    Run,
+    ServerFrame,
+    Welcome,
+    Write,
+    needed_capability,
+)
+
+__all__ = ["Condition", "Connection", "Item", "ReceiveQueue", "Session", "refusal_of"]
+
+MAX_FRAMES = 128
+MAX_BYTES = 64 * 1024 * 1024
+
+Item = ServerFrame | RemoteError
+"""A frame, or what ended the connection after the frames before it."""
+
+
+class ReceiveQueue:
+    """One reader puts, one taker takes; a put waits while the inbox is full."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._bytes = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader has to wait: we are slow, not the server."""
+        return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
+
+    async def put(self, item: Item, size: int = 0) -> None:
+        """Add an item of ``size`` bytes on the wire, once there is room."""
+        while self.is_full:
+            await self._next_change()
+        self._items.append(item)
+        self._bytes += size
+        self._changed.set()
+
+    async def take(self) -> list[Item]:
+        """Return everything that is there, at least one item."""
+        while not self._items:
+            await self._next_change()
+        items = list(self._items)
+        self._items.clear()
+        self._bytes = 0
+        self._changed.set()
+        return items
+
+    async def _next_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+
+_CAN_NOT = {
+    "downloads": "sends no parts of files: upgrade the server",
+    "put-text": "takes no edited plans and notes: upgrade the server",
+    "put-base": "takes no base by its digest: upgrade the server",
+    "log": "can't tell who changed what: upgrade the server",
+    "uploads": "takes no large files: upgrade the server",
+    "push": "takes no whole projects: upgrade the server",
+    "call:dashboard": "takes no requests of the dashboard: upgrade the server",
+    "call:mcp": "can't run MCP tools: install lattice-remote[mcp] on the server",
+}
+
+
+def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:
+    """Return the refusal of a request that this server can't answer, None when it can (SPEC V3 and 2.4)."""
+    return _not_offered(frame, welcome) or _too_large(frame, welcome)
+
+
+def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
+    needed = needed_capability(frame)
+    if needed is None or needed in welcome.capabilities:
+        return None
+    server = one_line(f"the server (lattice-remote {welcome.server_version})")
+    return Refused(frame.id, "REMOTE_VERSION", f"{server} {_CAN_NOT[needed]}")
+
+
+def _too_large(frame: Request, welcome: Welcome) -> Refused | None:
+    limits = welcome.limits
+    if isinstance(frame, Put) and len(frame.text) > limits.max_text_bytes:
+        takes = f"it has {len(frame.text)} bytes, the server takes at most {limits.max_text_bytes}"
+        return Refused(frame.id, "REMOTE_TOO_LARGE", takes)
+    size, limit = len(encode(frame)), min(limits.max_frame_bytes, MAX_FRAME_BYTES)
+    largest = _largest_file(frame)
+    if largest <= limits.max_file_bytes and size <= limit:
+        return None
+    return Refused(
+        frame.id,
+        "REMOTE_TOO_LARGE",
+        f"this takes {size} bytes, {largest} of them one file; the server takes at most {limit}, and "
+        f"{limits.max_file_bytes} of a file",
+    )
+
+
+def _largest_file(frame: Request) -> int:
+    match frame:
+        case Run() | Call():
+            return max((len(file.data or b"") for file in frame.files), default=0)
+        case Put():
+            return len(frame.text)
+        case _:
+            return 0
+
+
+FIRST_FRAME_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 0.5
+PING_INTERVAL_S = 10.0
+PING_TIMEOUT_S = 10.0
+ALIVE_S = PING_INTERVAL_S + PING_TIMEOUT_S + 2.0
+"""A link from which nothing was heard for longer is not called connected."""
+MIN_ATTEMPT_GAP_S = 0.1
+UNSENT_PATIENCE_S = 3.0
+SENT_PATIENCE_S = 10.0
+"""How long a request waits for a link that is down: before it was sent, and after."""
+ASKED_DELAY_S = 0.5
+"""The longest delay between attempts while a request waits for one."""
+MAX_SENDS = 8
+"""How often a request is sent on connections that do not last: one that always ends them must not go on for ever."""
+MAX_FRAGMENTS = 1024
+"""In how many pieces a message may come: empty ones cost the sender nothing, and would never end."""
+_VIOLATIONS = {1002, 1007, 1009}
+"""Close codes with which the library ends a connection on which the other side broke WebSocket's own rules."""
+_log = logging.getLogger(__name__)
+
+
+class Session(Protocol):
+    """What a link talks for: a ``Follower`` or a ``Writer``."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the connection has got where it was to get."""
+
+    async def hello(self) -> Hello:
+        """Return the first frame on a new connection."""
+
+    async def receive(self, frames: list[ServerFrame]) -> ReceiveOutcome:
+        """Take frames; an exception ends the connection."""
+
+    async def disconnected(self) -> None:
+        """The connection is gone."""
+
+
+class Condition:
+    """Wakes everybody who waits for something to have changed."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Future[None] | None = None
+
+    def notify(self) -> None:
+        """Something has changed."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+        self._waiting = None
+
+    async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until ``predicate`` holds; return whether it does by the end of ``timeout_s``."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not predicate():
+                    if self._waiting is None:
+                        self._waiting = asyncio.get_running_loop().create_future()
+                    await asyncio.shield(self._waiting)
+        except TimeoutError:
+            return predicate()
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A request that waits for its answer."""
+
+    frame: Request
+    answer: "asyncio.Future[Response]"
+    asked_at: float = field(default_factory=time.monotonic)
+    sends: int = 0
+    """How often it was sent, since a connection last lasted."""
+    first_sent_at: float | None = None
+    """When it was first sent (``boot_time()``), perhaps by an agent before this one."""
+
+    @property
+    def is_write(self) -> bool:
+        """Whether it is asked so that something changes."""
+        return isinstance(self.frame, Write)
+
+    @property
+    def patience_s(self) -> float:
+        """How long it waits for a link that is down: longer once it is under way."""
+        is_under_way = self.first_sent_at is not None and not isinstance(self.frame, Log)
+        return SENT_PATIENCE_S if is_under_way else UNSENT_PATIENCE_S
+
+    @property
+    def sent(self) -> bool:
+        """Whether it may have taken effect."""
+        return self.is_write and self.first_sent_at is not None
+
+    def to_send(self) -> Request:
+        """Return the frame to send now: one that is sent again says how old it is (SPEC section 3.4)."""
+        self.sends += 1
+        if self.first_sent_at is None:
+            self.first_sent_at = boot_time()
+        elif isinstance(self.frame, Write):
+            return msgspec.structs.replace(self.frame, age_s=max(0.0, boot_time() - self.first_sent_at))
+        return self.frame
+
+
+@dataclass(slots=True)
+class Connection:
+    """See the module's text. ``start()`` it once; ``close()`` it in the end."""
+
+    remote: Remote
+    conversation: Session
+    token: str | None = field(repr=False)
+    named: Server | None = None
+    """A server that the user has named beside those on record, in the environment say."""
+    on_heard: Callable[[], None] = lambda: None
+    changed: Condition = field(default_factory=Condition)
+    """Notified whenever anything below changes."""
+    welcome: Welcome | None = None
+    """What the server said of itself; None while there is no open conversation."""
+    error: RemoteError | None = None
+    """Why the last attempt or connection failed; None once one has succeeded."""
+    failed_attempts: int = 0
+    """Attempts and connections that have ended, ever: tells a waiter that one has failed since it asked."""
+    heard_at: float | None = None
+    """When the last frame or pong came (``boot_time()``)."""
+    _socket: ClientConnection | None = None
+    _task: "asyncio.Task[None] | None" = None
+    _pending: dict[str, _Pending] = field(default_factory=dict)
+    _kicked: asyncio.Event = field(default_factory=asyncio.Event)
+    _probe: asyncio.Event = field(default_factory=asyncio.Event)
+    _down_since: float = field(default_factory=time.monotonic)
+    _pace: Backoff = field(default_factory=Backoff)
+    _was_current: bool = False
+    _offered: str = ""  # the epoch of the last Hello
+    _epoch: str = ""  # of the last Welcome
+    _verdict: RemoteError | None = None
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Begin to connect, and keep at it."""
+        self._task = asyncio.get_running_loop().create_task(self._live())
+
+    async def close(self) -> None:
+        """End the connection; requests that wait fail."""
+        if self._socket is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                    await self._socket.close()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})  # awaiting the task itself, one could not tell our own cancellation
+        for pending in self._pending.values():
+            pending.answer.cancel()
+
+    def kick(self) -> None:
+        """A command wants the link: don't sit out the delay; if it has been silent for a while, probe it."""
+        self._kicked.set()
+        if self.silence_s() > PING_INTERVAL_S + 2:
+            self._probe.set()
+
+    def use_token(self, token: str | None) -> None:
+        """Connect with another token from now on."""
+        if token != self.token:
+            self.token = token
+            self.error = None
+            self.abort()
+            self.try_again()
+
+    def try_again(self) -> None:
+        """What a refusal was about may have changed: don't sit out the delay."""
+        self._pace.lift()
+        self._kicked.set()
+
+    def abort(self, why: RemoteError | None = None) -> None:
+        """Cut the connection; a new one is made. ``why`` is then its error, and it has not lasted."""
+        self._verdict = why
+        if self._socket is not None:
+            self._socket.transport.abort()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the conversation is under way, and the server was heard within what the keepalive allows."""
+        return self.welcome is not None and self.silence_s() <= ALIVE_S
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a request waits for its answer."""
+        return bool(self._pending)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the server said no: trying again changes nothing until something else does."""
+        return self.error is not None and self.error.code in REFUSALS
+
+    @property
+    def is_barred(self) -> bool:
+        """Whether no attempt may be made for a while, because the server asked for that or made it necessary."""
+        return self._pace.barred_s(time.monotonic()) > 0
+
+    def silence_s(self) -> float:
+        """Return the seconds since the last frame or pong; infinite before the first."""
+        return float("inf") if self.heard_at is None else boot_time() - self.heard_at
+
+    # --- requests ---
+
+    async def ask(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
+        """Send a request and return its answer, whatever cuts come in between.
+
+        ``first_sent_at`` is when (``boot_time()``) it may have been sent by somebody else, under the same id.
+
+        Raises:
+            Rejected: the server refuses this token, project or version.
+            ConnectionFailed: out of reach for too long; ``sent`` tells whether it may have taken effect.
+        """
+        pending = _Pending(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
+        self._pending[frame.id] = pending
+        failed_before = self.failed_attempts
+        self.kick()
+        try:
+            await self._send_pending(pending)
+            while not await self._answered(pending, failed_before):
+                pass
+            return pending.answer.result()
+        finally:
+            del self._pending[frame.id]
+
+    async def _answered(self, pending: _Pending, failed_before: int) -> bool:
+        """Wait a while for the answer; give up when the link has been down for too long."""
+        self._give_up(pending, failed_before)
+        await asyncio.wait([pending.answer], timeout=0.1)
+        return pending.answer.done()
+
+    def _give_up(self, pending: _Pending, failed_before: int) -> None:
+        if self.welcome is not None or pending.answer.done():
+            return
+        if self.is_refused and self.failed_attempts > failed_before and self.error is not None:
+            if pending.sent:
+                message = f"{self.error.message}; the command may have taken effect: look before you repeat it"
+                raise Rejected(message, code=self.error.code)
+            raise self.error
+        if self._pace.barred_s(time.monotonic()) > UNSENT_PATIENCE_S:
+            raise self.unreachable(sent=pending.sent)
+        if isinstance(self.error, StorageError) and self.failed_attempts > failed_before:
+            effect = "the command may have taken effect" if pending.sent else "nothing was sent"
+            raise StorageError(f"{self.error.message}; {effect}")
+        since = max(self._down_since, pending.asked_at)
+        if time.monotonic() - since > pending.patience_s or pending.sends >= MAX_SENDS:
+            raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
+
+    def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
+        """Return the error that says why there is no connection."""
+        why = f" ({self.error.message if self.error is not None else 'no answer yet'})"
+        if sent:
+            return ConnectionFailed(
+                f"lost the connection to server {self.remote.url}{why}; the command may have taken effect: look before "
+                "you repeat it",
+                sent=True,
+            )
+        return ConnectionFailed(
+            f"cannot reach server {self.remote.url}{why}" + ("; nothing was written" if is_write else "")
+        )
+
+    async def _send_pending(self, pending: _Pending) -> None:
+        if self.welcome is None or pending.answer.done():
+            return
+        if not pending.sent and (refused := refusal_of(pending.frame, self.welcome)) is not None:
+            pending.answer.set_result(refused)
+        else:
+            await self.send(pending.to_send())
+
+    async def send(self, *frames: ClientFrame) -> None:
+        """Send frames if there is a connection; one that fails here is noticed where frames are received."""
+        with contextlib.suppress(ConnectionClosed):
+            for frame in frames:
+                if self._socket is not None:
+                    await self._socket.send(encode(frame))
+
+    async def carry_out(self, outcome: ReceiveOutcome) -> None:
+        """Send what a batch led to, and hand answers to those who wait for them."""
+        for answer in outcome.answers:
+            pending = self._pending.get(answer.id)
+            if pending is not None and not pending.answer.done():
+                pending.answer.set_result(answer)
+        await self.send(*outcome.to_send)
+        self.changed.notify()
+
+    # --- connections ---
+
+    async def _live(self) -> None:
+        while True:
+            self._kicked.clear()
+            began = time.monotonic()
+            self._was_current = False
+            try:
+                await self._converse()
+            except RemoteError as error:
+                self.error = error
+            except ConnectionClosed as closed:
+                self.error = _closing(closed)
+            except Exception as error:  # noqa: BLE001
+                # A defect of ours must not end the link silently: it is logged, shown, and tried again.
+                _log.exception("the link to %s failed", self.remote.url)
+                self.error = RemoteError(f"internal error: {error!r}")
+            finally:
+                await self._hang_up()
+            self.failed_attempts += 1
+            delay_s = self._ended(time.monotonic(), lasted=self._has_lasted(began))
+            self.changed.notify()
+            await self._sit_out(delay_s)
+
+    def _has_lasted(self, began: float) -> bool:
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None:
+            self.error = verdict
+        return verdict is None and self._was_current and time.monotonic() - began > MIN_UPTIME_S
+
+    def _ended(self, now: float, *, lasted: bool) -> float:
+        """Note how a connection went; return how long to wait before the next."""
+        if lasted:
+            for pending in self._pending.values():
+                pending.sends = min(pending.sends, 1)
+        error = self.error
+        delay_s = self._pace.ended(
+            now,
+            lasted=lasted,
+            is_refused=self.is_refused,
+            retry_after_s=error.retry_after_s if isinstance(error, RetryLater) else None,
+            binds=error is not None and error.code != "REMOTE_SHUTDOWN",
+        )
+        if self.is_barred:
+            self.error = self._explain_bar(now)
+        return delay_s
+
+    def _explain_bar(self, now: float) -> RemoteError:
+        seconds, resets = self._pace.barred_s(now), self._pace.resets(now)
+        if resets >= MAX_RESETS:
+            return ConnectionFailed(
+                f"it made this copy begin anew {resets} times within {RESET_WINDOW_S / 60:.0f} minutes, and is asked "
+                f"again in {seconds:.0f} s; its administrator should look at its log"
+            )
+        why, code = (self.error.message, self.error.code) if self.error is not None else ("", None)
+        return ConnectionFailed(f"{why}; it is asked again in {seconds:.0f} s", code=code)
+
+    async def _hang_up(self) -> None:
+        if self.welcome is not None:
+            self._down_since = time.monotonic()
+        self.welcome = None
+        if self._socket is not None:
+            self._socket.transport.abort()
+            self._socket = None
+        await self.conversation.disconnected()
+
+    async def _sit_out(self, delay_s: float) -> None:
+        """Wait before the next attempt, unless a command asks meanwhile and nothing bars the way.
+
+        A request that was cut off gives up after some seconds: while one waits, the delay does not grow beyond its use.
+        """
+        least_s = max(MIN_ATTEMPT_GAP_S, self._pace.barred_s(time.monotonic()))
+        if self._pending and not self.is_refused:
+            delay_s = min(delay_s, least_s + ASKED_DELAY_S)
+        await asyncio.sleep(least_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_s - least_s):
+                await self._kicked.wait()
+
+    async def _converse(self) -> None:
+        """Connect, greet, and talk until the connection ends, which is always an exception."""
+        self._socket = await open_socket(self.remote, self.token, self.named)
+        inbox = ReceiveQueue()
+        hello = await self.conversation.hello()
+        self._offered = hello.epoch
+        await self._socket.send(encode(hello))
+        jobs: list[Awaitable[None]] = [
+            self._read(self._socket, inbox),
+            self._talk(inbox),
+            self._keep_alive(self._socket, inbox),
+        ]
+        tasks = [asyncio.ensure_future(job) for job in jobs]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, Exception)]
+        # A reason that was given, by the server or by the files, says more than the closing that came with it.
+        raise min(errors, key=lambda error: isinstance(error, ConnectionClosed) or type(error) is ConnectionFailed)
+
+    async def _read(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
+        """Decode what comes; apart from taking it, so that a slow disk does not look like a silent server.
+
+        What ends the connection goes through the inbox too: the frames before it, a goodbye say, come first.
+        """
+        try:
+            while True:
+                data = await _message(socket)
+                self._hear()
+                await inbox.put(decode_server_frame(data), len(data))
+        except ConnectionClosed as closed:
+            await inbox.put(_closing(closed))
+        except ProtocolError as violation:
+            await inbox.put(violation)
+
+    async def _talk(self, inbox: ReceiveQueue) -> None:
+        try:
+            async with asyncio.timeout(FIRST_FRAME_TIMEOUT_S):
+                items = await inbox.take()
+        except TimeoutError as error:
+            raise ConnectionFailed("it accepts the connection but says nothing") from error
+        while True:
+            await self._take(items)
+            items = await inbox.take()
+
+    async def _take(self, items: list[Item]) -> None:
+        """Hand on the frames that come before a goodbye or a failure, then end with that."""
+        frames = cast(
+            "list[ServerFrame]", list(itertools.takewhile(lambda item: not isinstance(item, Bye | RemoteError), items))
+        )
+        greeting = frames[0] if frames and self.welcome is None else None
+        if isinstance(greeting, Welcome):
+            self._note_reset(greeting)
+        if frames:
+            taken = [frame for frame in frames if not self._is_unasked(frame)]
+            await self.carry_out(await self.conversation.receive(taken))
+            self._was_current = self._was_current or self.conversation.is_current
+        if isinstance(greeting, Welcome):
+            await self._welcomed(greeting)
+        if len(frames) < len(items):
+            end = items[len(frames)]
+            if isinstance(end, Bye):
+                raise error_of(end.code, end.reason, self.remote, end.retry_after_s)
+            raise cast("RemoteError", end)
+
+    def _is_unasked(self, frame: ServerFrame) -> bool:
+        """Whether this answers a request that nobody waits for; kept for their number, such would fill the memory.
+
+        Before the Welcome it is a violation, which the conversation will say.
+        """
+        return isinstance(frame, Response) and frame.id not in self._pending and self.welcome is not None
+
+    def _note_reset(self, welcome: Welcome) -> None:
+        """Count how often the server makes this copy begin anew; a first fill that was cut off is none of it."""
+        if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
+            self._pace.was_reset(time.monotonic())
+        self._epoch = welcome.epoch
+
+    async def _welcomed(self, welcome: Welcome) -> None:
+        self.welcome = welcome
+        self.error = None
+        self.changed.notify()
+        for pending in list(self._pending.values()):
+            await self._send_pending(pending)
+
+    def _hear(self) -> None:
+        self.heard_at = boot_time()
+        self.on_heard()
+
+    async def _keep_alive(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
+        """Ping a silent server; give up one that does not answer. A full inbox is our own slowness, not its."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PING_INTERVAL_S):
+                    await self._probe.wait()
+            self._probe.clear()
+            if inbox.is_full:
+                continue
+            try:
+                async with asyncio.timeout(PING_TIMEOUT_S):
+                    await (await socket.ping())
+            except TimeoutError as error:
+                raise ConnectionFailed(f"no answer to a ping within {PING_TIMEOUT_S:.0f} s") from error
+            self._hear()
+            self.changed.notify()
+
+
+def _closing(closed: ConnectionClosed) -> RemoteError:
+    """Return the error for a connection that has ended: by a violation that was noticed here, or by the other side."""
+    if closed.sent is not None and closed.rcvd is None and closed.sent.code in _VIOLATIONS:
+        return ProtocolError(f"the server broke the protocol: {closed.sent.reason}")
+    reason = f": {closed.rcvd.reason}" if closed.rcvd is not None and closed.rcvd.reason else ""
+    return ConnectionFailed(f"the connection was closed{reason}")
+
+
+async def _message(socket: ClientConnection) -> bytes:
+    """Return the next message.
+
+    Raises:
+        ProtocolError: it is text, or comes in too many pieces.
+        ConnectionClosed: there is none any more.
+    """
+    pieces: list[bytes] = []
+    async for piece in socket.recv_streaming():
+        if isinstance(piece, str):
+            raise ProtocolError("a text message; frames are binary")
+        pieces.append(piece)
+        if len(pieces) > MAX_FRAGMENTS:
+            raise ProtocolError(f"a message in more than {MAX_FRAGMENTS} pieces")
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

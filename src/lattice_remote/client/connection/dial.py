@@ -1,0 +1,379 @@
+"""Opening a WebSocket to a project: TLS, where a token may go, and what a failure means for the user.
+
+A token leaves this machine only here. Redirects are not followed: whoever answers at the named URL gets it, nobody
+else.
+"""
+
+import asyncio
+import functools
+import json
+import os
+import random
+import re
+import ssl
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from urllib.request import getproxies, proxy_bypass
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI, ProxyError
+from websockets.proxy import get_proxy, parse_proxy
+from websockets.typing import Subprotocol
+from websockets.uri import parse_uri
+
+from lattice_remote.client.config import Remote
+from lattice_remote.client.credentials import check_token
+from lattice_remote.client.trusted_servers import Server, admit, is_loopback
+from lattice_remote.errors import CODES, ConnectionFailed, Misuse, ProtocolError, Rejected, RemoteError, one_line
+from lattice_remote.protocol.codec import MAX_FRAME_BYTES
+from lattice_remote.protocol.messages import SUBPROTOCOL
+
+__all__ = [
+    "MAX_BAR_S",
+    "MAX_DELAY_S",
+    "MAX_RESETS",
+    "MIN_UPTIME_S",
+    "REFUSALS",
+    "RESET_WINDOW_S",
+    "Backoff",
+    "RetryLater",
+    "error_of",
+    "open_socket",
+]
+
+OPEN_TIMEOUT_S = 10.0
+_PROBE_TIMEOUT_S = 2.0
+_MAX_QUEUED_FRAMES = 4
+"""How many received frames, each up to the protocol's limit, may wait in the library beside our own inbox."""
+REFUSALS = {
+    "REMOTE_UNAUTHORIZED",
+    "REMOTE_UNTRUSTED",
+    "REMOTE_FORBIDDEN",
+    "REMOTE_NOT_FOUND",
+    "REMOTE_VERSION",
+}
+"""Codes after which trying again changes nothing until something else does."""
+_COME_BACK = {429, 503}
+_NOBODY_BEHIND = {502, 504}
+"""What a proxy answers that does not reach the server behind it."""
+_UNKNOWN_AUTHORITY = {18, 19, 20, 21}
+_NOT_NOW = {9: "is not valid yet", 10: "has expired"}
+_WRONG_HOST = {62, 64}
+"""OpenSSL's X509_V_ERR_... numbers."""
+
+
+class RetryLater(ConnectionFailed):
+    """The server can't take the connection now, and says in how many seconds to come back."""
+
+    def __init__(self, message: str, retry_after_s: float, *, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
+
+
+class _Dial(connect):
+    """The library's own, which would follow redirects."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Follow none."""
+        return exc
+
+
+class _Strict(ClientConnection):
+    """The library's own, which would go on to read from a peer that has broken the rules until that one hangs up."""
+
+    def data_received(self, data: bytes) -> None:
+        """Hang up at once when what came made no sense; the reason stays."""
+        super().data_received(data)
+        if self.protocol.handshake_exc is not None or self.protocol.parser_exc is not None:
+            self.transport.abort()
+
+
+async def open_socket(remote: Remote, token: str | None, named: Server | None) -> ClientConnection:
+    """Connect and upgrade. ``named`` is a server that the user has named beside those on record.
+
+    Raises:
+        Rejected: no token, or it may not be sent there, or the server refuses it; or its certificate is refused.
+        RetryLater: the server asks to be left alone for a while.
+        ConnectionFailed: it, or the proxy to it, is out of reach, or is no lattice-remote server.
+        StorageError: the user's tokens or servers can't be read.
+    """
+    if token is None:
+        raise Rejected(
+            f"no token for {remote.url}; log in with: lattice remote login {remote.place}", code="REMOTE_UNAUTHORIZED"
+        )
+    check_token(token)
+    server = admit(remote.url, named)
+    is_tls = remote.url.startswith("https:")
+    proxy, via = _proxy(remote)
+    try:
+        return await _Dial(
+            remote.websocket_url,
+            create_connection=_Strict,
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            additional_headers={"Authorization": f"Bearer {token}"},
+            ssl=_tls(server.ca_file) if is_tls else None,
+            proxy=proxy,
+            compression=None,
+            max_size=MAX_FRAME_BYTES,
+            max_queue=_MAX_QUEUED_FRAMES,
+            open_timeout=OPEN_TIMEOUT_S,
+            ping_interval=None,
+            close_timeout=1,
+        )
+    except InvalidStatus as refusal:
+        raise _refused(refusal, remote) from refusal
+    except TimeoutError as error:
+        raise ConnectionFailed("it does not answer") from error
+    except ssl.SSLCertVerificationError as error:
+        raise _unverified(error, remote) from error
+    except ssl.SSLError as error:
+        raise _no_tls(error.reason) from error
+    except (InvalidProxy, ProxyError) as error:
+        raise ConnectionFailed(f"{via}refused, or no proxy is there") from error
+    except ImportError as error:  # only a proxy needs anything that is loaded here
+        raise ConnectionFailed(f"{via}SOCKS needs the package python-socks, which is not installed") from error
+    except OSError as error:
+        if is_tls and isinstance(error, ConnectionError) and not error.errno:  # asyncio's own, from the handshake
+            raise _no_tls("it hangs up") from error
+        raise ConnectionFailed(via + _describe(error)) from error
+    except (InvalidHandshake, InvalidURI, EOFError, ValueError) as error:
+        if is_tls or proxy or not await _speaks_tls(remote):
+            raise ConnectionFailed("what answers there is not a lattice-remote server") from error
+        raise ConnectionFailed(
+            f"it speaks TLS there: its URL is https{remote.url.removeprefix('http')}; a remote that exists is changed "
+            "with: lattice remote set-url"
+        ) from error
+
+
+# --- proxies ---
+
+
+def _proxy(remote: Remote) -> tuple[str | None, str]:
+    """Return the proxy that the environment names for a server, and its place in words, without a password.
+
+    ``ALL_PROXY`` counts where no more specific variable does. A server on this machine is reached directly: a proxy
+    would carry the token off it.
+
+    Raises:
+        ConnectionFailed: the variable holds no proxy.
+    """
+    if is_loopback(remote.url):
+        return None, ""
+    target = parse_uri(remote.websocket_url)
+    found = get_proxy(target)
+    if found is None and not proxy_bypass(f"{target.host}:{target.port}"):
+        found = getproxies().get("all")
+    if not found:
+        return None, ""
+    scheme, _, address = found.rpartition("://")
+    scheme = {"": "http", "socks": "socks5h"}.get(scheme.lower(), scheme.lower())
+    try:
+        parsed = parse_proxy(f"{scheme}://{address}")
+    except (InvalidProxy, ValueError) as error:
+        raise ConnectionFailed(
+            "a proxy variable of the environment holds no http, https or socks5h URL; see HTTPS_PROXY, HTTP_PROXY and "
+            "ALL_PROXY, or name the server's host in NO_PROXY"
+        ) from error
+    return f"{scheme}://{address}", f"proxy {parsed.scheme}://{parsed.host}:{parsed.port}: "
+
+
+# --- TLS ---
+
+
+def _tls(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return _context(ca_file, None if ca_file is None else os.stat(ca_file).st_mtime_ns)
+    except (OSError, ssl.SSLError) as error:
+        why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
+        raise Misuse(f"cannot use the authorities in {ca_file}: {why}", code="REMOTE_UNTRUSTED") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _context(ca_file: str | None, _changed_ns: int | None) -> ssl.SSLContext:
+    """Return a context that verifies certificate and host name; the system's authorities take 20 ms to load."""
+    return ssl.create_default_context(cafile=ca_file)
+
+
+def _unverified(error: ssl.SSLCertVerificationError, remote: Remote) -> Rejected:
+    number, url = error.verify_code, remote.url
+    if number in _NOT_NOW:
+        what = f"the certificate of {url} {_NOT_NOW[number]}; its administrator must renew it, or this clock is wrong"
+    elif number in _WRONG_HOST:
+        what = f"the certificate that {url} shows is for another host; use the name for which it was made"
+    elif number in _UNKNOWN_AUTHORITY:
+        what = (
+            f"no authority known here vouches for {url}; if it has a private one, name its certificate: "
+            f"lattice remote trust {url} --ca-file FILE"
+        )
+    else:
+        what = f"the certificate of {url} is not valid: {error.verify_message}"
+    return Rejected(what, code="REMOTE_UNTRUSTED")
+
+
+def _no_tls(reason: str | None) -> ConnectionFailed:
+    why = f" ({reason.lower().replace('_', ' ')})" if reason else ""
+    return ConnectionFailed(f"no TLS there{why}; if it speaks plain HTTP, the URL begins with http://")
+
+
+async def _speaks_tls(remote: Remote) -> bool:
+    """Find out whether a port on which plain HTTP failed speaks TLS; nothing is said to it but a handshake."""
+    host, _, port = remote.url.removeprefix("http://").rpartition(":")
+    if not port.isdecimal():
+        return False
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=_tls(None))
+    except ssl.SSLCertVerificationError:
+        return True
+    except (OSError, TimeoutError, Misuse):
+        return False
+    writer.transport.abort()
+    return True
+
+
+# --- what an answer means ---
+
+
+def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
+    """Return the error for an HTTP answer in place of the upgrade."""
+    response = refusal.response
+    retry_after_s = _seconds(response.headers.get("Retry-After"))
+    said = _own_words(bytes(response.body or b""))
+    if said is None:
+        return _foreign(response.status_code, response.headers.get("Location"), remote, retry_after_s)
+    code, message = said
+    return error_of(code, f"{remote.url}: {message}", remote, retry_after_s)
+
+
+def _own_words(body: bytes) -> tuple[str, str] | None:
+    """Return code and message of a refusal in our server's form (SPEC section 2.2), None for any other body."""
+    try:
+        answer = json.loads(body)
+        ok, code, message = answer["ok"], answer["error"]["code"], answer["error"]["message"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return (code, str(message)) if ok is False and isinstance(code, str) and code.startswith("REMOTE_") else None
+
+
+def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: float | None) -> ConnectionFailed:
+    """Return the error for the answer of another program than our server, which says nothing about token or project."""
+    if 300 <= status < 400:
+        to = one_line(location or "elsewhere")[:200]
+        return ConnectionFailed(
+            f"it redirects to {to}, and a token is not sent after a redirect; if that is your server: "
+            f"lattice remote set-url {remote.name} URL"
+        )
+    if status in _NOBODY_BEHIND:
+        return ConnectionFailed(f"a proxy answers in its place, HTTP {status}: it is stopped, or starts just now")
+    message = f"a proxy or another program answers in its place, HTTP {status}; check its URL and the way there"
+    if status in _COME_BACK and retry_after_s is not None:
+        return RetryLater(message, retry_after_s)
+    return ConnectionFailed(message)
+
+
+def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
+    """Return the error for what a server gave as its reason, in a goodbye or in place of the upgrade."""
+    if code == "REMOTE_UNAUTHORIZED":
+        message += f"; log in with: lattice remote login {remote.place}"
+    if code in REFUSALS:
+        return Rejected(message, code=code)
+    if retry_after_s is not None:
+        return RetryLater(message, retry_after_s, code=code if code in CODES else None)
+    if code == "REMOTE_PROTOCOL":
+        return ProtocolError(message)
+    return ConnectionFailed(message, code=code if code in CODES else None)
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Return what a Retry-After header says; its other form, a date, is nobody's who speaks this protocol."""
+    return float(retry_after) if retry_after is not None and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
+
+
+def _describe(error: OSError) -> str:
+    """Return why a connection failed, in the system's own words: ``connection refused``."""
+    numbers = [error.errno] if error.errno else [int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))]
+    reason = os.strerror(numbers[0]) if numbers and numbers[0] > 0 else error.strerror or str(error)
+    return one_line(reason[:1].lower() + reason[1:])
+
+
+FIRST_DELAY_S, MAX_DELAY_S = 0.2, 15.0
+REFUSED_DELAY_S, MAX_REFUSED_DELAY_S = 30.0, 300.0
+MIN_UPTIME_S = 5.0
+"""A connection must have lasted this long, and got the copy up to date, for the delay to start again from the least."""
+MAX_BAR_S = 300.0
+"""The longest that a server can keep its clients away by asking."""
+MAX_RESETS, RESET_WINDOW_S, RESET_BAR_S = 10, 600.0, 30.0
+"""So many new beginnings within the window, and the next one is put off; longer with each further one."""
+
+
+@dataclass(slots=True)
+class Backoff:
+    """One link's patience. All times are seconds on one monotonic clock that the caller reads."""
+
+    uniform: Callable[[float, float], float] = random.uniform
+    streak: int = 0
+    """How many connections or attempts in a row have not lasted."""
+    _resets: deque[float] = field(default_factory=deque)
+    _is_reset: bool = False
+    _barred_until: float = float("-inf")
+
+    def was_reset(self, now: float) -> None:
+        """The server has made this copy begin anew."""
+        self._resets.append(now)
+        self._is_reset = True
+
+    def resets(self, now: float) -> int:
+        """Return how many new beginnings there were within the window."""
+        while self._resets and self._resets[0] < now - RESET_WINDOW_S:
+            self._resets.popleft()
+        return len(self._resets)
+
+    def ended(
+        self,
+        now: float,
+        *,
+        lasted: bool,
+        is_refused: bool = False,
+        retry_after_s: float | None = None,
+        binds: bool = True,
+    ) -> float:
+        """A connection, or the attempt to make one, has ended: return how long to wait before the next.
+
+        Args:
+            lasted: whether it was worth having; then the next delays are short again.
+            is_refused: whether trying again changes nothing until something else does.
+            retry_after_s: when the server asks to come back, None when it does not.
+            binds: whether that is a wish to be left alone, and not only a guess when it will be back.
+        """
+        self.streak = 0 if lasted else self.streak + 1
+        excess = self.resets(now) - MAX_RESETS
+        if self._is_reset and excess >= 0:
+            self._bar(now, RESET_BAR_S * 2 ** min(excess, 10))
+        self._is_reset = False
+        if retry_after_s is not None and binds:
+            self._bar(now, retry_after_s)
+        return max(self._delay(is_refused, retry_after_s), self.barred_s(now) + self._jitter())
+
+    def barred_s(self, now: float) -> float:
+        """Return for how long no attempt may be made, whoever wants one; 0 when one may."""
+        return max(0.0, self._barred_until - now)
+
+    def lift(self) -> None:
+        """What was in the way has changed: try again as if for the first time."""
+        self.streak = 0
+
+    def _delay(self, is_refused: bool, retry_after_s: float | None) -> float:
+        # The exponent is bounded too: after a thousand failures the power alone would be past any float.
+        doubled = 2 ** min(self.streak, 10)
+        if is_refused:
+            return self.uniform(REFUSED_DELAY_S / 2, min(MAX_REFUSED_DELAY_S, REFUSED_DELAY_S / 2 * doubled))
+        if retry_after_s is not None:
+            return min(retry_after_s, MAX_BAR_S) + self._jitter()
+        return self.uniform(0, min(MAX_DELAY_S, FIRST_DELAY_S * doubled))
+
+    def _bar(self, now: float, seconds: float) -> None:
+        self._barred_until = max(self._barred_until, now + min(seconds, MAX_BAR_S))
+
+    def _jitter(self) -> float:
+        return self.uniform(0, FIRST_DELAY_S)

@@ -1,0 +1,158 @@
+"""Brings a file to the server in pieces, and goes on where it was cut off.
+
+The server keeps what has come for a day, under the content's digest: after a lost connection, another agent or another
+command goes on from there. Use a link of its own (``Links.bulk``), so that no command waits behind the pieces.
+"""
+
+import asyncio
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from lattice_remote.errors import ConnectionFailed, Rejected, StorageError
+from lattice_remote.protocol.messages import Refused, Request, Response, Upload, Uploaded
+
+__all__ = ["Source", "UploadConnection", "upload"]
+
+_PIECE_BYTES = 256 * 1024
+_WINDOW = 8
+"""Pieces on their way at once: enough to fill a line, little enough for others on it to be served soon."""
+_READ_BYTES = 1024 * 1024
+_MAX_SETBACKS = 10
+"""A server that forgets what it was sent must not keep us at it for ever; one that was restarted does so once."""
+_BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
+
+
+class UploadConnection(Protocol):
+    """What carries requests: a ``Link``."""
+
+    async def ask(self, frame: Request) -> Response:
+        """Send a request and return its answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An open file that is to be uploaded, as it is now. Whoever opened it closes it."""
+
+    descriptor: int
+    size: int
+    digest: bytes
+
+    @classmethod
+    async def of(cls, descriptor: int) -> "Source":
+        """Read a plain file from its beginning, in a thread, to learn its digest. Raises OSError."""
+        return await asyncio.to_thread(cls._read, descriptor)
+
+    @classmethod
+    def _read(cls, descriptor: int) -> "Source":
+        hasher, size = hashlib.sha256(), 0
+        while piece := os.pread(descriptor, _READ_BYTES, size):
+            hasher.update(piece)
+            size += len(piece)
+        return cls(descriptor, size, hasher.digest())
+
+
+async def upload(
+    link: UploadConnection,
+    source: Source,
+    *,
+    purpose: str = "attachment",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Have the server hold all of ``source``; what it has already is not sent again.
+
+    Cancelled, or cut off for too long, it can be called again, also by another process, and goes on.
+
+    Args:
+        link: whose token may then refer to it by digest and size, within a day.
+        source: what to send.
+        purpose: what for, see ``messages.Upload``.
+        on_progress: called with how many of how many bytes are there.
+
+    Raises:
+        Rejected: it is too large, the server has no room for it, or is of a version that takes no uploads.
+        ConnectionFailed: the server is out of reach.
+        StorageError: the file can't be read, or changes while it is read.
+    """
+    for attempts_left in (1, 0):
+        sender = _Sender(link, source, purpose, on_progress or (lambda _have, _size: None))
+        try:
+            await sender.run()
+        except Rejected as rejected:
+            if rejected.code != "REMOTE_PROTOCOL":
+                raise
+            if not attempts_left:  # what was there before may have been of another file; this time all was ours
+                raise StorageError("the file that is to be sent changes while it is read; try again") from rejected
+        else:
+            return
+        finally:
+            await sender.stop()
+
+
+class _Sender:
+    """One upload under way: a few pieces ahead of what the server has said to hold."""
+
+    def __init__(
+        self, link: UploadConnection, source: Source, purpose: str, report: Callable[[int, int], None]
+    ) -> None:
+        self._link = link
+        self._source = source
+        self._purpose = purpose
+        self._report = report
+        self._under_way: deque[tuple[int, asyncio.Task[int]]] = deque()  # where each piece ends
+
+    async def run(self) -> None:
+        size = self._source.size
+        have = sent = await self._ask(0, b"")
+        self._report(have, size)
+        setbacks = 0
+        while have < size:
+            while sent < size and len(self._under_way) < _WINDOW:
+                piece = await self._piece(sent)
+                sent += len(piece)
+                self._under_way.append((sent, asyncio.create_task(self._ask(sent - len(piece), piece))))
+            end, work = self._under_way.popleft()
+            have = await work
+            self._report(have, size)
+            if not end <= have <= sent:  # the server has lost some of it, or has more of it by now: go on from there
+                setbacks += have < end
+                if setbacks > _MAX_SETBACKS:
+                    raise ConnectionFailed("the server keeps losing what is sent; try again later")
+                await self.stop()
+                sent = have
+
+    async def stop(self) -> None:
+        """Take back the pieces that nobody waits for any more."""
+        for _, work in self._under_way:
+            work.cancel()
+        await asyncio.gather(*(work for _, work in self._under_way), return_exceptions=True)
+        self._under_way.clear()
+
+    async def _piece(self, offset: int) -> bytes:
+        try:
+            piece = await asyncio.to_thread(os.pread, self._source.descriptor, _PIECE_BYTES, offset)
+        except OSError as error:
+            raise StorageError(f"cannot read the file that is to be sent: {error.strerror}") from error
+        if len(piece) != min(_PIECE_BYTES, self._source.size - offset):
+            raise StorageError("the file that is to be sent was cut short while it was read; try again")
+        return piece
+
+    async def _ask(self, offset: int, data: bytes) -> int:
+        """Send a piece, or a question; return how many bytes are there."""
+        source = self._source
+        for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
+            frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)
+            answer = await self._link.ask(frame)
+            match answer:
+                case Uploaded(have=have) if have <= source.size:
+                    return have
+                case Refused(code="REMOTE_BUSY") if attempts_left:
+                    await asyncio.sleep(_BUSY_DELAY_S)
+                case Refused():
+                    raise Rejected(answer.message, code=answer.code)
+                case _:
+                    raise ConnectionFailed("the server answered something else")
+        raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,181 @@
+"""Which servers this user has named on this machine, and so where a token may go. Standard library only.
+
+``remote.json`` comes with a clone and may be anybody's: it says where a project is, never whom to trust. A token is
+sent only to a server that the user has named himself: by ``lattice remote add``, ``login``, ``trust`` or ``set-url``,
+which is kept in ``servers.json`` beside the tokens, or by ``LATTICE_REMOTE_URL``. Over plain HTTP it goes to this
+machine only, unless the user said ``--insecure`` of this server. A certificate is always verified, by the system's
+authorities or by those of the server's ``ca_file``.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lattice_remote.client import credentials
+from lattice_remote.client import credentials as private_files
+from lattice_remote.client.config import MIB, parse_url
+from lattice_remote.errors import Misuse, Rejected, StorageError
+
+__all__ = [
+    "URL_ENV",
+    "Server",
+    "admit",
+    "cache_limit",
+    "forget",
+    "from_environment",
+    "is_loopback",
+    "name",
+    "record",
+    "servers_path",
+]
+
+URL_ENV = "LATTICE_REMOTE_URL"
+"""Names the server of this user for commands that find a fresh clone, in a container say."""
+DEFAULT_CACHE_MIB = 4096
+_WHAT = "servers"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that the user has named."""
+
+    url: str
+    """In the form of ``parse_url``."""
+    insecure: bool = False
+    """Whether a token may go to it over plain HTTP from one machine to another."""
+    ca_file: str | None = None
+    """Absolute path of the authorities (PEM) that vouch for it, in place of the system's; None: the system's."""
+    max_cache_mib: int | None = None
+    """How large it may make a copy here; None: ``DEFAULT_CACHE_MIB``."""
+
+
+def servers_path() -> str:
+    """Return where the servers of this user are kept."""
+    return private_files.path_of("servers.json")
+
+
+def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_cache_mib: int | None = None) -> Server:
+    """Return a server as the user names it now; it is kept only by ``record``.
+
+    Raises:
+        Misuse: there is no such file of authorities, or it makes no sense with this URL.
+    """
+    if ca_file is not None and not url.startswith("https:"):
+        raise Misuse(f"--ca-file is for https; {url} is not verified by anybody")
+    if ca_file is not None and not os.path.isfile(ca_file):
+        raise Misuse(f"there is no file {ca_file}")
+    return Server(url, insecure, None if ca_file is None else os.path.abspath(ca_file), max_cache_mib)
+
+
+def record(server: Server) -> None:
+    """Keep a server; what it does not say stays as it was recorded before.
+
+    Raises:
+        StorageError: ``servers.json`` can't be read or written, and ``LATTICE_REMOTE_URL`` does not name that server.
+    """
+
+    def with_it(found: dict[str, Any]) -> dict[str, Any]:
+        merged = _merged(_of(found, server.url), server)
+        fields = asdict(merged)
+        return {**found, fields.pop("url"): fields}
+
+    try:
+        private_files.change(servers_path(), _WHAT, with_it)
+    except StorageError:
+        if from_environment(os.environ.get(URL_ENV)) != server:
+            raise
+
+
+def forget(url: str) -> None:
+    """Forget that the user ever named this server."""
+    private_files.change(
+        servers_path(),
+        _WHAT,
+        lambda found: {u: kept for u, kept in found.items() if u != url} if url in found else None,
+    )
+
+
+def admit(url: str, named: Server | None = None) -> Server:
+    """Return how to speak to the server at ``url`` if a token may be sent there. ``named`` is not recorded yet.
+
+    Raises:
+        Rejected: it may not, ``REMOTE_UNTRUSTED``; the message says what the user can do.
+        StorageError: the user's files can't be read.
+    """
+    known = _of(private_files.read(servers_path(), _WHAT), url)
+    if named is not None and named.url == url:
+        known = _merged(known, named)
+    if known is None and credentials.is_known(url):
+        known = Server(url)
+    if known is None:
+        raise Rejected(
+            f"no token was sent to {url}: this directory names that server, you have not; if it is yours: "
+            f"lattice remote login {url}, or for LATTICE_TOKEN: lattice remote trust {url}",
+            code="REMOTE_UNTRUSTED",
+        )
+    if url.startswith("http:") and not known.insecure and not is_loopback(url):
+        raise Rejected(
+            f"no token was sent to {url}: over plain HTTP everybody on the way can read it; use https, or if that "
+            f"network is yours alone: lattice remote trust {url} --insecure",
+            code="REMOTE_UNTRUSTED",
+        )
+    return known
+
+
+def from_environment(given: str | None) -> Server | None:
+    """Return the server that the value of ``LATTICE_REMOTE_URL`` names, None when unset or empty.
+
+    Raises:
+        Misuse: it is no server's URL.
+    """
+    if not given or not given.strip():
+        return None
+    try:
+        return Server(parse_url(given)[0])
+    except Misuse as error:
+        raise Misuse(f"{URL_ENV}: {error.message}") from error
+
+
+def cache_limit(url: str) -> int:
+    """Return how many bytes a server may make one copy take here.
+
+    Raises:
+        StorageError: ``servers.json`` can't be read.
+    """
+    known = _of(private_files.read(servers_path(), _WHAT), url)
+    mib = known.max_cache_mib if known is not None and known.max_cache_mib is not None else DEFAULT_CACHE_MIB
+    return mib * MIB
+
+
+def is_loopback(url: str) -> bool:
+    """Whether what is said to this URL stays on this machine; only what is certain counts."""
+    from ipaddress import ip_address
+
+    host = url.partition("://")[2]
+    host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _of(found: dict[str, Any], url: str) -> Server | None:
+    kept = found.get(url)
+    if kept is None:
+        return None
+    fields = kept if isinstance(kept, dict) else {"insecure": None}
+    insecure, ca_file, mib = fields.get("insecure", False), fields.get("ca_file"), fields.get("max_cache_mib")
+    if not isinstance(insecure, bool) or not isinstance(ca_file, str | None) or not isinstance(mib, int | None):
+        raise StorageError(f"{servers_path()} is not valid; mend it, or remove it and name your servers again")
+    return Server(url, insecure, ca_file, mib)
+
+
+def _merged(before: Server | None, server: Server) -> Server:
+    if before is None:
+        return server
+    return Server(
+        server.url,
+        server.insecure or before.insecure,
+        server.ca_file or before.ca_file,
+        before.max_cache_mib if server.max_cache_mib is None else server.max_cache_mib,
+    )

@@ -1,0 +1,223 @@
+"""A whole project as one sequence of bytes, for a push (SPEC 3.6).
+
+A *pack* is the magic line, then each file: its head (length in 4 bytes, big endian, and a msgpack map of ``path``,
+``size`` and ``digest``), then its content; then a length of 0. Paths ascend by code point, so that a project has one
+pack, and none comes twice. There is nothing else in it: no links, no modes, no times, no owners.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from lattice_remote.errors import HostilePath, Misuse, ProtocolError
+from lattice_remote.protocol.messages import Entry
+from lattice_remote.protocol.paths import check_path
+
+__all__ = [
+    "END",
+    "MAGIC",
+    "MAX_PROJECT_FILES",
+    "MAX_TEXT_FILE_BYTES",
+    "Layout",
+    "Unpacker",
+    "first_sign_of_use",
+    "head_of",
+]
+
+MAGIC = b"lattice-pack 1\n"
+END = bytes(4)
+_MAX_HEAD_BYTES = 1024
+"""A path of 512 bytes, a size and a digest take less."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Entry)
+
+
+def head_of(entry: Entry) -> bytes:
+    """Return what goes before a file's content."""
+    encoded = _encoder.encode(entry)
+    return len(encoded).to_bytes(4) + encoded
+
+
+class Unpacker:
+    """Takes a pack piece by piece, however it is cut, and gives out what is in it.
+
+    Everything but the paths' meaning is checked: order, sizes, digests, the end.
+    """
+
+    def __init__(self) -> None:
+        self.is_complete = False
+        """Whether the end has come."""
+        self._received = bytearray()
+        self._started = False
+        self._last = ""
+        self._entry: Entry | None = None
+        self._left = 0
+        self._hasher = hashlib.sha256()
+
+    def receive(self, data: bytes) -> Iterator[Entry | bytes]:
+        """Yield an ``Entry`` where a file begins, then its content in pieces, none of them empty.
+
+        All must be consumed before the next call.
+
+        Raises:
+            ProtocolError: this is no pack.
+        """
+        self._received += data
+        if not self._started:
+            if not MAGIC.startswith(self._received[: len(MAGIC)]):
+                raise ProtocolError("not a pack of a project")
+            if len(self._received) < len(MAGIC):
+                return
+            del self._received[: len(MAGIC)]
+            self._started = True
+        while True:
+            if self._entry is not None:
+                if self._left and not self._received:
+                    return
+                if piece := bytes(self._received[: self._left]):
+                    del self._received[: len(piece)]
+                    self._left -= len(piece)
+                    self._hasher.update(piece)
+                    yield piece
+                if self._left:
+                    return
+                self._end_file(self._entry)
+            elif (entry := self._next_head()) is not None:
+                yield entry
+            else:
+                return
+
+    def _next_head(self) -> Entry | None:
+        """Return the head that has come; None while it has not come whole, and at the end."""
+        if self.is_complete:
+            if self._received:
+                raise ProtocolError("something follows the end of the pack")
+            return None
+        if len(self._received) < 4:
+            return None
+        length = int.from_bytes(self._received[:4])
+        if not length:
+            self.is_complete = True
+            del self._received[:4]
+            return self._next_head()
+        if length > _MAX_HEAD_BYTES:
+            raise ProtocolError(f"a head of {length} bytes in the pack")
+        if len(self._received) < 4 + length:
+            return None
+        entry = self._decoded(bytes(self._received[4 : 4 + length]))
+        del self._received[: 4 + length]
+        self._entry, self._left, self._hasher, self._last = entry, entry.size, hashlib.sha256(), entry.path
+        return entry
+
+    def _decoded(self, head: bytes) -> Entry:
+        try:
+            entry = _decoder.decode(head)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ProtocolError(f"a malformed head in the pack: {error}") from error
+        if _encoder.encode(entry) != head:
+            raise ProtocolError(f"the head of {entry.path!r} in the pack has another form than it must have")
+        if self._last >= entry.path:
+            raise ProtocolError(f"{entry.path!r} is not in its place in the pack")
+        return entry
+
+    def _end_file(self, entry: Entry) -> None:
+        if self._hasher.digest() != entry.digest:
+            raise ProtocolError(f"{entry.path!r} has another digest than its head in the pack says")
+        self._entry = None
+
+
+MAX_PROJECT_FILES = 200_000
+MAX_TEXT_FILE_BYTES = 64 * 1024 * 1024
+"""What lattice reads as a whole; payloads of artifacts may be larger."""
+
+_ID = "[0-9A-HJKMNP-TV-Z]{26}"
+_NAMES = {
+    "tasks": rf"task_{_ID}\.json",
+    "events": rf"_lifecycle\.jsonl|(?:task|res)_{_ID}\.jsonl",
+    "archive/tasks": rf"task_{_ID}\.json",
+    "archive/events": rf"task_{_ID}\.jsonl",
+    "archive/plans": r".+\.md",
+    "archive/notes": r".+\.md",
+    "artifacts/meta": rf"art_{_ID}\.json",
+    "artifacts/payload": rf"art_{_ID}[^/]*",
+}
+"""What a file in each of these directories must be called."""
+_IN_ORDER = {directory: re.compile(names) for directory, names in _NAMES.items()}
+_OF_AN_EMPTY_PROJECT = frozenset({"config.json", "context.md", "ids.json"})
+_LIFECYCLE = "events/_lifecycle.jsonl"
+_PAYLOADS = "artifacts/payload/"
+
+
+class Layout:
+    """The files of one project, added one by one; what does not fit is refused with its reason."""
+
+    def __init__(self, *, max_bytes: int) -> None:
+        self.files = 0
+        self.bytes = 0
+        self.max_bytes = max_bytes
+        self._spellings: dict[str, str] = {}  # folded file or directory -> as it was first spelt
+        self._files: set[str] = set()
+        self._directories: set[str] = set()
+
+    def add(self, path: str, size: int) -> None:
+        """Take one file of ``size`` bytes.
+
+        Raises:
+            Misuse: the project can't have it; the message is for the person whose project it is.
+        """
+        try:
+            check_path(path)
+        except HostilePath as error:
+            raise Misuse(f"{error.message}; move it away") from error
+        directory, _, name = path.rpartition("/")
+        expected = _IN_ORDER.get(directory)
+        if expected is not None and expected.fullmatch(name) is None:
+            raise Misuse(f"{path} has no name that lattice gives to files in {directory}/: move it away")
+        if size > MAX_TEXT_FILE_BYTES and not path.startswith(_PAYLOADS):
+            raise Misuse(f"{path} has {size} bytes; what is no artifact may have {MAX_TEXT_FILE_BYTES >> 20} MiB")
+        self._add_place(path)
+        self.files += 1
+        self.bytes += size
+        if self.files > MAX_PROJECT_FILES:
+            raise Misuse(f"a project may have {MAX_PROJECT_FILES} files")
+        if self.bytes > self.max_bytes:
+            raise Misuse(f"the project has more than the {self.max_bytes >> 20} MiB that the server takes")
+
+    def _add_place(self, path: str) -> None:
+        """Note a file and its directories; each place has one spelling, and is one of the two."""
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            directory = "/".join(parts[:depth])
+            if directory in self._directories:
+                continue
+            self._spell(directory)
+            self._directories.add(directory)
+        self._spell(path)
+        self._files.add(path)
+
+    def _spell(self, place: str) -> None:
+        folded = unicodedata.normalize("NFC", place.casefold())
+        if (other := self._spellings.setdefault(folded, place)) != place:
+            raise Misuse(f"{place!r} and {other!r} are one name to some file systems: rename one")
+        if place in self._files or place in self._directories:
+            raise Misuse(f"{place!r} comes twice")
+
+
+def first_sign_of_use(files: Iterable[tuple[str, int]]) -> str | None:
+    """Return what an empty project does not have, in words; None when it is empty.
+
+    A project is empty when nothing was ever done in it: it has its settings, its context, its table of short ids and
+    the empty log of its beginning, as ``lattice init`` leaves them, and no other file.
+
+    Args:
+        files: path and size in bytes of each replicated file.
+    """
+    used = sorted(path for path, size in files if path not in _OF_AN_EMPTY_PROJECT and (path != _LIFECYCLE or size))
+    tasks = sum(path.startswith(("tasks/", "archive/tasks/")) for path in used)
+    if tasks:
+        return f"{tasks} task{'s' * (tasks != 1)}"
+    return used[0] if used else None

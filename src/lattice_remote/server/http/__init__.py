@@ -1,0 +1,1 @@
+"""HTTP: REST, events, the dashboard, sign-in pages."""

@@ -1,0 +1,214 @@
+"""What is known of each HTTP request: counted, timed, and one line in the log, with the number of the change it made.
+
+A line has who asked, the path without its query, and the status; nothing of headers and bodies. A part of the path
+that is no plain name is left out of it: anybody can ask for anything. Of those who show no token only so many have a
+line; all are counted.
+"""
+
+import contextlib
+import logging
+import re
+import time
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lattice_remote.server.auth import Login
+from lattice_remote.server.project.request_log import RequestOutcome
+from lattice_remote.server.registry import ProjectRegistry
+from lattice_remote.server.transport.admission import ConnectionQuota, TokenBucket
+from lattice_remote.server.transport.websocket import PlainHttp
+
+__all__ = ["AccessLogEntry", "record_of", "with_records"]
+
+_METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+_NOWHERE = "(none)"
+"""In place of a route that does not exist."""
+_PROBES = {"/healthz", "/readyz", "/metrics"}
+"""Asked every few seconds by programs: worth a line only when something is wrong, or with ``--log-level debug``."""
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
+_STRANGERS_PER_S, _STRANGERS_BURST = 2, 50
+"""Lines for requests of nobody known; ten addresses could ask a thousand times a second."""
+_LEFT = 499
+"""As which status a request counts whose client has left before an answer, as with nginx."""
+
+_log = logging.getLogger("lattice_remote.requests")
+
+
+class AccessLogEntry:
+    """One request: filled in by whoever learns something of it."""
+
+    def __init__(self, scope: Scope, patterns: "_Patterns") -> None:
+        self._scope, self._patterns = scope, patterns
+        self._visit: ConnectionQuota = scope["state"]["visit"]
+        self.method = scope["method"] if scope["method"] in _METHODS else "other"
+        self.since = time.time()
+        """When it came, in seconds since 1970."""
+        self.login: Login | None = None
+        """Who asks, once that is known."""
+        self.project = ""
+        """The project that they may use; "" before that is known."""
+        self.status = _LEFT
+        self.is_stream = False
+        self.sent_bytes = 0
+        self._account: RequestOutcome | None = None
+        self._began = time.monotonic()
+
+    @property
+    def address(self) -> str:
+        """Where it comes from; behind a proxy that is known once its head was read."""
+        return self._visit.address
+
+    @property
+    def route(self) -> str:
+        """The path's pattern, as ``/projects/{slug}/tasks``; known once it has come to its handler."""
+        return self._patterns.of(self._scope)
+
+    @property
+    def path(self) -> str:
+        """The path, as far as it is plain names."""
+        return self._patterns.path_of(self._scope)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self._began
+
+    def count_streamed(self) -> None:
+        """Count what was sent past the application, see ``PlainHttp.stream``."""
+        http: PlainHttp = self._scope["state"]["http"]
+        self.sent_bytes += http.take_streamed()
+
+    def take(self, account: RequestOutcome) -> None:
+        """Take what came of a write that it has asked for. Of several, all but the last have a line of their own."""
+        if self._account is not None:
+            self._account.log()
+        self._account = account
+
+    def log(self, left_out: int = 0) -> None:
+        """Write its line; ``left_out`` are requests before it that have none."""
+        token, account = self.login.token if self.login else None, self._account
+        fields = {
+            "method": self.method,
+            "path": self.path,
+            "route": self.route,
+            "status": self.status,
+            "ms": round(self.seconds * 1000, 1),
+            "bytes": self.sent_bytes,
+            "address": self.address,
+            "project": self.project or None,
+            "actor": token.actor if token else None,
+            "token": token.id if token else None,
+        }
+        who, number = f"{token.actor} ({token.id}) at " if token else "", ""
+        if account is not None:
+            fields |= {"command": account.command, "outcome": account.outcome, "code": account.code or None}
+            fields |= {"actor": account.actor, "seq": account.seq}
+            number = f", change {account.seq}" if account.seq is not None else ""
+        if left_out:
+            fields["left_out"] = left_out
+            number += f" (and {left_out} without a token before it)"
+        is_quiet = self.route in _PROBES and self.status < 400
+        text = "%s %s: %d%s, %g ms, %s%s"
+        values = (self.method, self.path, self.status, number, fields["ms"], who, self.address)
+        _log.log(logging.DEBUG if is_quiet else logging.INFO, text, *values, extra={"fields": fields})
+
+
+def record_of(request: Request) -> AccessLogEntry:
+    """Return what is known of a request."""
+    record: AccessLogEntry = request.state.record
+    return record
+
+
+def with_records(app: ASGIApp, hub: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
+    """Return the app such that each of its requests is counted and logged. ``routes`` are all that it has."""
+    patterns, strangers = _Patterns(routes), _Strangers()
+
+    async def recording(scope: Scope, receive: Receive, send: Send) -> None:
+        record = scope["state"]["record"] = AccessLogEntry(scope, patterns)
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                record.is_stream = _is_stream(message)
+            elif message["type"] == "http.response.body":
+                record.sent_bytes += len(message.get("body", b""))
+            await send(message)
+
+        with _counted(hub, record, strangers):
+            await app(scope, receive, sending)
+
+    return recording
+
+
+@contextlib.contextmanager
+def _counted(hub: ProjectRegistry, record: AccessLogEntry, strangers: "_Strangers") -> Iterator[None]:
+    hub.ongoing.add(record)
+    try:
+        yield
+    finally:
+        hub.ongoing.discard(record)
+        record.count_streamed()
+        metrics = hub.metrics
+        route = record.route
+        metrics.http_requests.labels(record.method, route, record.status).inc()
+        metrics.http_sent_bytes.labels(route).inc(record.sent_bytes)
+        if not record.is_stream:
+            metrics.http_seconds.labels(route).observe(record.seconds)
+        if record.login is not None or strangers.may_have_one():
+            record.log(strangers.take_left_out())
+
+
+def _is_stream(start: MutableMapping[str, Any]) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in start["headers"]
+    )
+
+
+class _Strangers:
+    """How many lines there may be of requests of nobody known."""
+
+    def __init__(self) -> None:
+        self._lines = TokenBucket(_STRANGERS_BURST, time.monotonic())
+        self._left_out = 0
+
+    def may_have_one(self) -> bool:
+        """Tell whether one more request may have a line; else it is counted."""
+        wait_s = self._lines.take(time.monotonic(), rate=_STRANGERS_PER_S, burst=_STRANGERS_BURST)
+        self._left_out += bool(wait_s)
+        return not wait_s
+
+    def take_left_out(self) -> int:
+        """Return how many were left out since this was last called."""
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
+class _Patterns:
+    """Which route a request was for: labels are patterns, of which there are few, never paths."""
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._routes: dict[Any, list[Route | Mount]] = {}
+        for route in routes:
+            if isinstance(route, Route | Mount):
+                self._routes.setdefault(route.endpoint if isinstance(route, Route) else route.app, []).append(route)
+
+    def of(self, scope: Scope) -> str:
+        candidates = self._routes.get(scope.get("endpoint"), [])
+        if len(candidates) > 1:  # one handler of several paths
+            candidates = [route for route in candidates if route.path_regex.match(scope["path"])]
+        return candidates[0].path if candidates else _NOWHERE
+
+    def path_of(self, scope: Scope) -> str:
+        """Return the path for the log: the pattern, with those of its parts that are plain names."""
+        values = scope.get("path_params", {})
+
+        def shown(part: re.Match[str]) -> str:
+            value = values.get(part[1])
+            return value if isinstance(value, str) and _PLAIN.fullmatch(value) else "..."
+
+        return _PARAMETER.sub(shown, self.of(scope))

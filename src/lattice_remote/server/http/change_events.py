@@ -1,0 +1,206 @@
+"""What a change tells those who listen: its events, always the same ones in the same order. No I/O.
+
+    task_event      {"task": ID, "event": {...}}                   a line that was added to the task's log
+    resource_event  {"resource": ID, "name": NAME, "event": {...}}      the same of a resource
+    task_snapshot   {"task": ID, "archived": false, "gone": false, "snapshot": {...}}    the task as it is afterwards
+    text            {"task": ID, "text": "plan"}                   its plan, or its "notes", was written or removed
+    files           {"paths": [...], "more": 0}                    whatever else was changed: settings, sessions, ...
+
+The id of an event is the position behind it: ``EPOCH-SEQ-MARK`` of a change's last one, ``EPOCH-SEQ-MARK.1``,
+``EPOCH-SEQ-MARK.2`` and so on of those before. So a stream that is cut in the middle of a change goes on behind the
+last event that arrived.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import msgspec
+
+from lattice_remote.protocol.change_summary import is_log, snapshot_of, tasks_in, texts_of
+from lattice_remote.protocol.effects import Position as EventPosition
+from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MergeJson,
+    MoveFile,
+    Operation,
+    PutFile,
+    paths_of,
+)
+
+__all__ = ["ChangeEvent", "EventId", "Wanted", "block", "blocks", "events_of"]
+
+_MAX_PATHS = 100
+_NOT_BY_COMMAND = ("edit", "recovery")
+_FOLLOWS_FROM_OTHERS = frozenset({"ids.json", "events/_lifecycle.jsonl"})
+"""What lattice keeps besides: told only when nothing else is."""
+_NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
+_EVENTS = re.compile(r"\.([0-9]{1,9})\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class EventId:
+    """The position behind an event: all of the change at ``position``, or its first ``events`` events."""
+
+    position: EventPosition
+    events: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "EventId | None":
+        """Return what an event's id says, or a bare number, which is of any epoch; None when it is neither."""
+        if _NUMBER.fullmatch(text):
+            return cls(EventPosition("", int(text), b""))
+        partly = _EVENTS.search(text)
+        position = EventPosition.parse(text[: partly.start()] if partly else text)
+        if position is None or (partly and position.seq == 0):
+            return None
+        return cls(position, int(partly[1]) if partly else None)
+
+    def __str__(self) -> str:
+        return str(self.position) + ("" if self.events is None else f".{self.events}")
+
+    @property
+    def whole(self) -> int:
+        """The number of the last change that was sent to its end."""
+        return self.position.seq if self.events is None else self.position.seq - 1
+
+
+class Wanted(NamedTuple):
+    """A file whose content is what is told, if it has this digest."""
+
+    path: str
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class ChangeEvent:
+    """One event. With ``wanted`` its ``snapshot`` is that file, which the change does not hold as a whole."""
+
+    kind: str
+    data: Mapping[str, Any]
+    wanted: Wanted | None = None
+
+
+def events_of(change: Change) -> list[ChangeEvent]:
+    """Return what a change tells. Never raises: what is no JSON, or not as lattice writes it, is among ``files``."""
+    told: set[str] = set()
+    events = [*_log_events(change, told), *_snapshots(change, told), *_texts(change, told)]
+    paths = dict.fromkeys(path for operation in change.ops for path in paths_of(operation))
+    others = [path for path in paths if path not in told]
+    if rest := [path for path in others if path not in _FOLLOWS_FROM_OTHERS] or ([] if events else others):
+        events.append(ChangeEvent("files", {"paths": rest[:_MAX_PATHS], "more": max(0, len(rest) - _MAX_PATHS)}))
+    return events
+
+
+def _log_events(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
+    """Yield what is added to the logs, in order; of a log that was replaced as a whole nobody knows what is new."""
+    resources = {path.split("/")[1]: path for path in _paths(change) if re.fullmatch(r"resources/[^/]+/[^/]+", path)}
+    name = next(iter(resources)) if len(resources) == 1 else None
+    for operation in change.ops:
+        is_new = isinstance(operation, PutFile) and change.cause not in _NOT_BY_COMMAND
+        if not is_log(operation.path) or not (is_new or isinstance(operation, AppendBytes)):
+            continue
+        assert isinstance(operation, PutFile | AppendBytes), "one of the two"
+        lines = [_compact(line) for line in operation.data.splitlines()]
+        if None in lines:
+            continue  # written by hand, and badly
+        told.add(operation.path)
+        owner = operation.path.rpartition("/")[2].removesuffix(".jsonl")
+        for line in lines:
+            if owner.startswith("task_"):
+                yield ChangeEvent("task_event", {"task": owner, "event": line})
+            else:
+                told.update(resources.values())
+                yield ChangeEvent("resource_event", {"resource": owner, "name": name, "event": line})
+
+
+def _snapshots(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
+    """Yield what has become of tasks: one event of each, of its state after the change."""
+    places: dict[str, tuple[str, bytes | Wanted | None]] = {}  # by task: where it is, and what it is; None: gone
+    for operation in change.ops:
+        _follow(operation, places)
+    for task, (path, content) in places.items():
+        snapshot = _compact(content) if isinstance(content, bytes) else None
+        if isinstance(content, bytes) and snapshot is None:
+            continue
+        told.update(other for other in _paths(change) if snapshot_of(other) == task)
+        told.update(_moved_with(task, change))
+        is_archived = path.startswith("archive/")
+        data = {"task": task, "archived": is_archived, "gone": content is None, "snapshot": snapshot}
+        yield ChangeEvent("task_snapshot", data, content if isinstance(content, Wanted) else None)
+
+
+def _follow(operation: Operation, places: dict[str, tuple[str, bytes | Wanted | None]]) -> None:
+    path = operation.path
+    task, known = snapshot_of(path), places.get(snapshot_of(path) or "")
+    match operation:
+        case PutFile() if task:
+            places[task] = (path, operation.data)
+        case MergeJson() | AnnounceFile() if task:
+            places[task] = (path, Wanted(path, operation.digest))
+        case DeleteFile() if task and (known is None or known[0] == path):
+            places[task] = (path, None)
+        case MoveFile():
+            if task and (known is None or known[0] == path):
+                places[task] = (path, None)
+            if target := snapshot_of(operation.to):
+                is_known = target == task and known is not None and known[0] == path and known[1] is not None
+                content = known[1] if is_known and known else Wanted(operation.to, operation.digest)
+                places[target] = (operation.to, _moved(content, operation.to))
+        case _:
+            pass
+
+
+def _moved(content: bytes | Wanted | None, to: str) -> bytes | Wanted | None:
+    return Wanted(to, content.digest) if isinstance(content, Wanted) else content
+
+
+def _moved_with(task: str, change: Change) -> Iterator[str]:
+    """Yield the files that only went with their task, to the archive or back."""
+    for operation in change.ops:
+        if isinstance(operation, MoveFile) and tasks_in(paths_of(operation)) == [task]:
+            yield from paths_of(operation)
+
+
+def _texts(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
+    for path, kind, task in texts_of(change):
+        told.add(path)
+        yield ChangeEvent("text", {"task": task, "text": "plan" if kind == "plans" else "notes"})
+
+
+def _paths(change: Change) -> list[str]:
+    return [path for operation in change.ops for path in paths_of(operation)]
+
+
+def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Mapping[Wanted, bytes]) -> list[bytes]:
+    """Return the events of the change at ``position`` as they are sent; what is wanted and not in ``contents`` is null.
+
+    Then the file is another by now, and a later change brings that.
+    """
+    sent = []
+    for number, event in enumerate(events, 1):
+        data = event.data
+        if event.wanted is not None:
+            data = {**data, "snapshot": _compact(contents.get(event.wanted, b""))}
+        behind = EventId(position, None if number == len(events) else number)
+        sent.append(block(event.kind, behind, data))
+    return sent or [f"id: {position}\n\n".encode()]
+
+
+def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
+    """Return one event as it is sent. JSON has no line end in it, so that it is one line of data."""
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (kind.encode(), str(behind).encode(), msgspec.json.encode(data))
+
+
+def _compact(data: bytes) -> msgspec.Raw | None:
+    """Return a JSON object on one line, otherwise as it is written; None when it is none."""
+    try:
+        data.decode()
+        msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return msgspec.Raw(msgspec.json.format(data, indent=-1))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None

@@ -1,0 +1,385 @@
+"""The page as the installed lattice brings it, with a script of ours; and what it asks, answered by lattice's handlers.
+
+Reads go to the project's reader, writes to its worker. Nothing of the page is here, so that a later version comes along
+as it is: its own files and requests are passed on by the forms of their paths, whatever they are called.
+"""
+
+import asyncio
+import re
+from collections.abc import Hashable
+from functools import lru_cache
+from hashlib import sha256
+from http import HTTPStatus
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from lattice_remote import livepage
+from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.protocol.messages import Bye
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.http.auth import RequestContext, guest
+from lattice_remote.server.http.csp import policy_for
+from lattice_remote.server.http.middleware import body_of
+from lattice_remote.server.http.responses import TurnedAway, ok
+from lattice_remote.server.http.sse import EventStream, chunk
+from lattice_remote.server.http.text_versions import MAX_VERSIONS, list_versions, version_text
+from lattice_remote.server.http.writes import call, edit, once_of
+from lattice_remote.server.ipc import ReadPage, ReadResult
+from lattice_remote.server.project.audit_log import TextKind
+from lattice_remote.server.project.file_reader import text_at_head
+from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.websocket import PlainHttp
+
+__all__ = ["data_routes", "read", "read_version", "routes", "stream", "versions", "write"]
+
+_KEEP_ALIVE_S = 10.0
+"""After so long without a change the last one is told again: a page hears when its connection is dead."""
+_SOON_S = 0.02
+"""Changes that follow each other within this are told as one."""
+_MAX_PENDING_BYTES = 64 * 1024
+
+
+class _Listener:
+    """An open page, as a follower of its project; it is over when ``over`` is set."""
+
+    def __init__(self, http: PlainHttp, visitor: RequestContext, *, is_chunked: bool) -> None:
+        token = visitor.login.token
+        self.lane: Hashable = self
+        self.over = asyncio.Event()
+        self._http, self._is_chunked = http, is_chunked
+        self._project, self._history = visitor.project, visitor.project.history
+        name = f"{visitor.project.slug}: dashboard of {token.actor} ({token.id})"
+        self._outbox = http.stream(name, self.over.set, max_bytes=_MAX_PENDING_BYTES)
+        self._is_due = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self) -> None:
+        """Tell where the board is, and of every change, until this is over."""
+        self._history.join(self)
+        self._tell()
+        if self._project.failure is not None or self._project.stopping:  # since it was let in
+            self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
+        try:
+            await self.over.wait()
+        finally:
+            self._history.leave(self)
+            self._cancel()
+
+    def _tell(self) -> None:
+        self._is_due = False
+        data = livepage.event(str(self._history.position))
+        self._outbox.push(chunk(data) if self._is_chunked else data)
+        self._tell_in(_KEEP_ALIVE_S)
+
+    def _tell_in(self, delay_s: float) -> None:
+        self._cancel()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._tell)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    # --- as a follower ---
+
+    def change_committed(self, seq: int, frame: bytes) -> None:  # noqa: ARG002 - the head says it all
+        """Tell it, with what else comes at once."""
+        if not self._is_due and not self.over.is_set():
+            self._is_due = True
+            self._tell_in(_SOON_S)
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """It asks for nothing."""
+
+    def end(self, bye: Bye) -> None:  # noqa: ARG002 - the page finds out when it comes back
+        """End the answer. Idempotent, never waits."""
+        if not self.over.is_set():
+            self._http.end_stream()
+            self.over.set()
+
+
+async def stream(request: Request) -> EventStream:
+    """Tell of every change until the page leaves, its token ends or the server stops."""
+    visitor = await guest(request)
+    return EventStream(visitor, lambda http, is_chunked: _Listener(http, visitor, is_chunked=is_chunked))
+
+
+_PARTS = ("config", "tasks", "stats")
+
+
+class _Envelope(msgspec.Struct, frozen=True):
+    data: msgspec.Raw
+
+
+async def _data(request: Request) -> Response:
+    """Answer with the board, and with the position up to which it is, for ``events/stream?since=``.
+
+    ``exact`` says that it is what the project was at that position. Without it, while writes follow one on the other,
+    it may hold some of what came next, which the events then tell again.
+    """
+    visitor = await guest(request)
+    project = visitor.project
+    history = project.history
+    before = history.position
+    pages = [ReadPage(f"/api/{part}") for part in _PARTS]
+    found, is_exact = await project.reader.read_together(pages, visitor.share)
+    at = history.position if is_exact else before
+    board = {part: _data_of(each) for part, each in zip(_PARTS, found, strict=True)}
+    where = {"epoch": at.epoch, "head": at.seq, "position": str(at), "exact": is_exact}
+    return ok({"project": project.slug, **where, **board})
+
+
+def _data_of(found: ReadResult) -> msgspec.Raw:
+    if found.status != 200:
+        raise StorageError("the server can't read this project's board; see its log")
+    return msgspec.json.decode(found.body, type=_Envelope).data
+
+
+data_routes = [Route("/projects/{slug}/dashboard/data", _data, methods=["GET"])]
+
+
+_OTHER_BYTES = 64 * 1024
+_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
+
+
+class _Text(msgspec.Struct, frozen=True):
+    """A plan or notes as they are on the server.
+
+    Attributes:
+        text: None when there are none.
+        editable: whether they can be edited: not in the archive, not where the file is no text in UTF-8.
+        reason: why not.
+    """
+
+    text: str | None
+    editable: bool = True
+    reason: str = ""
+
+
+class _Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``text``, made from ``base``, which is None where there was no file."""
+
+    text: str
+    base: str | None
+
+
+class _Saved(msgspec.Struct, frozen=True):
+    """What came of an edit, as ``textmerge`` has it, and the text that is on the server now."""
+
+    outcome: str
+    now: _Text
+
+
+async def read(request: Request) -> Response:
+    """Answer with the text as it is."""
+    visitor = await guest(request)
+    return ok(await _text(visitor, _path_of_text(request)))
+
+
+async def write(request: Request) -> Response:
+    """Merge an edit into the text; a conflict changes nothing, and is answered with what is there."""
+    visitor, path = await guest(request), _path_of_text(request)
+    most = visitor.hub.config.limits.text_bytes
+    body = await body_of(request, 4 * most + _OTHER_BYTES)  # every byte of both may come with a backslash
+    try:
+        asked = msgspec.json.decode(body, type=_Edit)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Rejected(f"the request's body: {error}", code="REMOTE_PROTOCOL") from error
+    text, base = asked.text.encode(), None if asked.base is None else asked.base.encode()
+    if max(len(text), len(base or b"")) > most:
+        raise Rejected(f"{path} is longer than {most} bytes", code="REMOTE_TOO_LARGE")
+    stored = await edit(visitor, path, text, base=base, once=once_of(request, visitor, body))
+    return ok(_Saved(stored.outcome, await _text(visitor, path)))
+
+
+async def versions(request: Request) -> Response:
+    """Answer with the newest changes of the text."""
+    visitor, kind = await guest(request), _KINDS[_path_of_text(request).partition("/")[0]]
+    found, _ = await list_versions(visitor.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
+    return ok(found)
+
+
+async def read_version(request: Request) -> Response:
+    """Answer with the text as of a change."""
+    visitor, kind = await guest(request), _KINDS[_path_of_text(request).partition("/")[0]]
+    async with visitor.share.making():
+        found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
+        visitor.share.hold(found.data)
+    try:
+        return ok(_Text(found.data.decode()))
+    except UnicodeDecodeError:
+        return ok(_Text(found.data.decode(errors="replace"), editable=False, reason="it is no text in UTF-8"))
+
+
+def _path_of_text(request: Request) -> str:
+    path = f"{request.path_params['kind']}/{request.path_params['task_id']}.md"
+    if not is_editable(path):
+        raise Rejected(f"{path!r} is not a plan or notes of a task", code="REMOTE_NOT_FOUND")
+    return path
+
+
+async def _text(visitor: RequestContext, path: str) -> _Text:
+    """Return what the file holds, from the archive if the task is there.
+
+    Raises:
+        Rejected: there is no such task.
+    """
+    files = visitor.project.history.files
+    task = f"tasks/{Path(path).stem}.json"
+    if task not in files and f"archive/{task}" not in files:
+        raise Rejected(f"there is no task {Path(path).stem}", code="REMOTE_NOT_FOUND")
+    archived = task not in files
+    data = await text_at_head(visitor.project, f"archive/{path}" if archived else path, visitor.share)
+    try:
+        text = None if data is None else data.decode()
+    except UnicodeDecodeError:
+        return _Text(data.decode(errors="replace") if data else "", editable=False, reason="it is no text in UTF-8")
+    return _Text(text, not archived, "the task is in the archive" if archived else "")
+
+
+_MAX_BODY = 1024 * 1024
+"""Lattice's own bound on what its page may send."""
+_STATIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+"""Files of lattice's package have such names; with these no path leads out of their directory."""
+_OWN_SCRIPT = re.compile(rb"""<script\b[^>]*\ssrc="(/static/[\w./-]+)\"""")
+_BASE = "/projects/{slug}/dashboard"
+
+
+async def _with_slash(request: Request) -> Response:
+    """All that the page names is relative to it: a proxy may serve it below a path that nobody here knows."""
+    return RedirectResponse(f"{quote(request.url.path.rpartition('/')[2])}/", HTTPStatus.PERMANENT_REDIRECT)
+
+
+class _Made(NamedTuple):
+    """Lattice's page with what is added on the way."""
+
+    page: bytes
+    scripts: tuple[bytes, ...]
+    """Its own, as they are installed."""
+    policy: str
+    """The policy under which it works."""
+    quiet: bool
+    """Whether it has no handlers any more, so that its scripts must make none either."""
+
+
+async def _page(request: Request) -> Response:
+    made = await _dashboard(await guest(request))
+    return _file(request, made.page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
+
+
+async def _dashboard(visitor: RequestContext) -> _Made:
+    page = await _read_file(visitor, "/")
+    scripts = [await _read_file(visitor, path.decode()) for path in _OWN_SCRIPT.findall(page.body)]
+    # Some 80 ms for a new version of the page: not on the loop, which has every client's changes to send (I10).
+    return await asyncio.to_thread(_made_live, page.body, tuple(script.body for script in scripts))
+
+
+@lru_cache(maxsize=2)
+def _made_live(page: bytes, scripts: tuple[bytes, ...]) -> _Made:
+    page = livepage.with_script(livepage.with_relative_paths(page))
+    quiet = livepage.with_listeners(page, scripts)
+    if quiet is None:
+        return _Made(page, scripts, policy_for(page), quiet=False)
+    return _Made(quiet, scripts, policy_for(quiet, has_handlers=False), quiet=True)
+
+
+async def _static(request: Request) -> Response:
+    visitor = await guest(request)
+    name = request.path_params["name"]
+    if not _STATIC.fullmatch(name):
+        raise Rejected(f"{name!r} is no file of the dashboard", code="REMOTE_NOT_FOUND")
+    found = await _read_file(visitor, f"/static/{name}")
+    if name.endswith(".js") and found.body in (made := await _dashboard(visitor)).scripts and made.quiet:
+        return _file(request, livepage.without_handlers(found.body), found.content_type)
+    return _file(request, found.body, found.content_type)
+
+
+async def _read_file(visitor: RequestContext, path: str) -> ReadResult:
+    """Return a file of lattice's package, as its dashboard answers with it.
+
+    Raises:
+        Rejected: there is none.
+    """
+    found = await visitor.project.reader.read(ReadPage(path), visitor.share)
+    if found.status != HTTPStatus.OK:
+        raise Rejected(f"there is no {path} in this version of the dashboard", code="REMOTE_NOT_FOUND")
+    return found
+
+
+async def _script(request: Request) -> Response:
+    await guest(request)
+    return _file(request, livepage.script(hosted=True), "text/javascript; charset=utf-8")
+
+
+async def _style(request: Request) -> Response:
+    await guest(request)
+    return _file(request, livepage.style(), "text/css; charset=utf-8")
+
+
+async def _read(request: Request) -> Response:
+    visitor = await guest(request)
+    query = f"?{request.url.query}" if request.url.query else ""
+    found = await visitor.project.reader.read(ReadPage(_path(request) + query), visitor.share)
+    if not found.body:  # the handler broke down, or tried what no reader may
+        raise Rejected(found.message or "the dashboard failed at this; the log says more", code="REMOTE_FAILED")
+    if found.etag:
+        return _tagged(request, found.body, found.etag, found.content_type)
+    return Response(found.body, found.status, media_type=found.content_type)
+
+
+async def _write(request: Request) -> Response:
+    """Carry out a request of the page in the guest's name; it is numbered and journalled like a command."""
+    visitor = await guest(request)
+    try:
+        body = await body_of(request, _MAX_BODY)
+    except TurnedAway as error:
+        raise _in_lattices_words(error) from error
+    done = await call(visitor, "dashboard", _path(request), body, once=once_of(request, visitor, body))
+    return Response(done.payload, done.status, media_type="application/json")
+
+
+def _in_lattices_words(error: TurnedAway) -> TurnedAway:
+    """Return what lattice's own handler says of a body that is too large; anything else as it is."""
+    if error.refusal.status is not HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return error
+    why = f"Request body exceeds {_MAX_BODY} bytes"
+    return TurnedAway(Refusal(error.refusal.status, "PAYLOAD_TOO_LARGE", why))
+
+
+def _path(request: Request) -> str:
+    return "/api/" + quote(request.path_params["path"])
+
+
+def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
+    """Answer with a file that a browser may keep, and asks for each time: another version is there at once."""
+    return _tagged(request, body, f'"{sha256(body).hexdigest()[:32]}"', content_type, headers)
+
+
+def _tagged(
+    request: Request, body: bytes, tag: str, content_type: str, headers: dict[str, str] | None = None
+) -> Response:
+    kept = {"ETag": tag, "Cache-Control": "private, no-cache", **(headers or {})}
+    if tag in request.headers.get("If-None-Match", ""):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=kept)
+    return Response(body, headers=kept, media_type=content_type)
+
+
+routes = [
+    Route(_BASE, _with_slash, methods=["GET"]),
+    Route(f"{_BASE}/", _page, methods=["GET"]),
+    Route(f"{_BASE}/static/{{name:path}}", _static, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.SCRIPT}", _script, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.STYLE}", _style, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.EVENTS}", stream, methods=["GET"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", read, methods=["GET"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", write, methods=["POST"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}/versions", versions, methods=["GET"]),
+    Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}/versions/{{change:str}}", read_version, methods=["GET"]),
+    Route(f"{_BASE}/api/{{path:path}}", _read, methods=["GET"]),
+    Route(f"{_BASE}/api/{{path:path}}", _write, methods=["POST"]),
+]

@@ -1,0 +1,207 @@
+"""What every answer over HTTP tells browsers: to guess nothing, to show it in no frame, to let no other site have it.
+
+A page of ours sets a ``Content-Security-Policy`` of its own; whatever else is answered may do nothing at all.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from http import HTTPStatus
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lattice_remote.server.http.responses import TurnedAway
+from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
+
+__all__ = [
+    "OUR_PAGES",
+    "body_of",
+    "ending_where_unread",
+    "refused_body",
+    "sent_in_pieces",
+    "while_there",
+    "with_headers",
+]
+
+OUR_PAGES = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
+"""The policy of the pages that we have written: everything is a file of this server."""
+
+_ALWAYS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Referrer-Policy": "same-origin",  # with no-referrer a form would not say its Origin
+}
+_UNLESS_SAID = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
+    "Cache-Control": "no-store",
+}
+_HSTS = "max-age=15552000"
+_LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+
+
+def with_headers(app: ASGIApp) -> ASGIApp:
+    """Return the app such that each of its answers has these headers; a handler may set those of ``_UNLESS_SAID``."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message["headers"])
+                headers.update(_ALWAYS)
+                for name, value in _UNLESS_SAID.items():
+                    headers.setdefault(name, value)
+                if _is_our_tls(scope):
+                    headers["Strict-Transport-Security"] = _HSTS
+            await send(message)
+
+        await app(scope, receive, sending)
+
+    return wrapped
+
+
+def _is_our_tls(scope: Scope) -> bool:
+    """Whether TLS is ours to promise: that of a proxy is the proxy's. A developer's own machine has many servers."""
+    host = Headers(scope=scope).get("Host", "")
+    return scope["scheme"] == "https" and host.rpartition(":")[0] not in _LOCAL_NAMES and host not in _LOCAL_NAMES
+
+
+_BODY_S = 30.0
+"""How long a client has for the whole of a body."""
+_LINGER_S = 1.0
+"""How long what is left of a body that nobody wants is thrown away before its connection is closed."""
+_WITH_BODY = {"POST", "PUT", "PATCH"}
+
+
+def refused_body(method: str, headers: Headers) -> Refusal | None:
+    """Refuse a body that comes with a method which has none; what it hides is never read."""
+    has_body = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
+    if not has_body or method in _WITH_BODY:
+        return None
+    return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request has no body here")
+
+
+async def body_of(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
+    """Return a request's body of at most so many bytes, all of which must come within so many seconds.
+
+    Raises:
+        TurnedAway: it is longer, or does not come in time, or the client has left.
+    """
+    length = request.headers.get("Content-Length", "0")
+    if length.isdecimal() and int(length) > most:
+        raise _too_large(most)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(within_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise _too_large(most)
+    except TimeoutError:
+        why = f"the request's body did not come within {within_s:g} s"
+        raise TurnedAway(Refusal(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why)) from None
+    except ClientDisconnect:
+        raise TurnedAway(Refusal(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left")) from None
+    return bytes(body)
+
+
+def _too_large(most: int) -> TurnedAway:
+    why = f"the request's body is longer than {most} bytes"
+    return TurnedAway(Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", why))
+
+
+def ending_where_unread(app: ASGIApp) -> ASGIApp:
+    """Return the app such that a connection ends with an answer that comes before all of the body was read.
+
+    It is closed only when the rest has come, or after a moment: what arrives at a socket that is closed makes the
+    system forget the answer that was sent, and a proxy then answers 502 in its place.
+    """
+
+    async def ending(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        unread = scope["method"] in _WITH_BODY and (
+            "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
+        )
+
+        async def receiving() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def sending(message: Message) -> None:
+            if unread and message["type"] == "http.response.start":
+                MutableHeaders(raw=message["headers"])["Connection"] = "close"
+            if unread and message["type"] == "http.response.body" and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await throw_away()
+                message = {"type": "http.response.body"}
+            await send(message)
+
+        async def throw_away() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LINGER_S):
+                    while unread:
+                        await receiving()
+
+        await app(scope, receiving, sending)
+
+    return ending
+
+
+def sent_in_pieces(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
+    """Return the app such that its large bodies are counted until they are sent, and sent in pieces.
+
+    ``scope["state"]["share"]`` is the request's ``ResponseShare``.
+    """
+
+    async def pacing(scope: Scope, receive: Receive, send: Send) -> None:
+        share = scope["state"]["share"] = ResponseShare(budget)
+
+        async def sending(message: Message) -> None:
+            body = message.get("body", b"")
+            if message["type"] == "http.response.body" and len(body) > COUNTED_BYTES:
+                share.hold(body)
+                last = (len(body) - 1) // COUNTED_BYTES * COUNTED_BYTES
+                for start in range(0, last, COUNTED_BYTES):
+                    piece = body[start : start + COUNTED_BYTES]
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                message = {**message, "body": body[last:]}
+            await send(message)
+
+        try:
+            await app(scope, receive, sending)
+        finally:
+            share.close()
+
+    return pacing
+
+
+async def while_there[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do work, unless the client leaves before it is done: then it is cancelled. Read the request's body before.
+
+    Raises:
+        TurnedAway: the client has left.
+    """
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return await doing
+    finally:
+        doing.cancel()
+        leaving.cancel()
+        await asyncio.wait({doing, leaving})
+    raise TurnedAway(Refusal(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left"))
+
+
+async def _leaving(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

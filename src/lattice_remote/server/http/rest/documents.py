@@ -1,0 +1,246 @@
+"""``/projects/:slug/plans/:id`` and ``/projects/:slug/notes/:id``: a task's plan and notes, as texts.
+
+Whoever replaces a text says which one he has seen, by its ETag: nothing newer is overwritten unseen.
+"""
+
+import re
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET
+from starlette.responses import Response
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.messages import Stored
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.http.responses import TurnedAway
+from lattice_remote.server.http.rest.commands import answer, at_change, found
+from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, header_of
+from lattice_remote.server.http.text_versions import MAX_VERSIONS, TextChange, list_versions, version_text
+from lattice_remote.server.http.writes import edit
+from lattice_remote.server.project.audit_log import TextKind
+from lattice_remote.server.project.file_reader import text_at_head
+from lattice_remote.server.transport.refusal import Refusal
+
+__all__ = ["Text", "endpoints"]
+
+_ETAG = re.compile(r'(W/)?"([^"]*)"')
+_OF_NO_TEXT = bytes(32)
+"""Names a text that is not there."""
+_TRIES = 5
+_KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
+
+
+class Text(msgspec.Struct):
+    """What became of a text; ``etag`` is its ETag from now on."""
+
+    task: str
+    etag: str
+    outcome: Literal["stored", "unchanged"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a task's text is, ``path``, and where it is written, ``active``, as long as the task is not archived."""
+
+    task: str
+    kind: str
+    is_archived: bool
+
+    @property
+    def active(self) -> str:
+        return f"{self.kind}/{self.task}.md"
+
+    @property
+    def path(self) -> str:
+        return f"archive/{self.active}" if self.is_archived else self.active
+
+
+async def read_plan(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return a task's plan, archived or not; 304 when ``If-None-Match`` names it."""
+    return await _get(asked, "plans")
+
+
+async def read_notes(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return a task's notes, archived or not; 304 when ``If-None-Match`` names them."""
+    return await _get(asked, "notes")
+
+
+async def write_plan(asked: EndpointRequest[Nothing, bytes]) -> Response:
+    """Replace a task's plan, or with ``If-None-Match: *`` make it; 412 when it is another than ``If-Match`` names."""
+    return await _put(asked, "plans")
+
+
+async def write_notes(asked: EndpointRequest[Nothing, bytes]) -> Response:
+    """Replace a task's notes, or with ``If-None-Match: *`` make them; 412 when they are others than ``If-Match`` names.
+
+    Notes are there when somebody has written them; a task has a plan from its beginning.
+    """
+    return await _put(asked, "notes")
+
+
+async def list_plan_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+    """List the changes of a task's plan, newest first, as far back as the journal reaches."""
+    return await _versions(asked, "plans")
+
+
+async def list_notes_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+    """List the changes of a task's notes, newest first, as far back as the journal reaches."""
+    return await _versions(asked, "notes")
+
+
+async def read_plan_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return a task's plan as of a change of it: ``EPOCH-NUMBER``, or a number."""
+    return await _version(asked, "plans")
+
+
+async def read_notes_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return a task's notes as of a change of them: ``EPOCH-NUMBER``, or a number."""
+    return await _version(asked, "notes")
+
+
+async def _versions(asked: EndpointRequest[PageQuery, Nothing], kind: str) -> Response:
+    place = await _place(asked, kind)
+    if isinstance(place, Response):
+        return place
+    page = asked.query
+    limit = MAX_VERSIONS if page.limit is UNSET else page.limit
+    if page.cursor is not UNSET and not re.fullmatch("[0-9]{1,18}", page.cursor):
+        raise Rejected("the cursor is none of this list: start again without it", code="REMOTE_INVALID")
+    before = None if page.cursor is UNSET else int(page.cursor)
+    found, following = await list_versions(asked.guest.project, place.task, _KINDS[kind], limit=limit, before=before)
+    envelope = {"ok": True, "data": found} | ({} if following is None else {"next": str(following)})
+    return Response(msgspec.json.encode(envelope), media_type="application/json")
+
+
+async def _version(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
+    place = await _place(asked, kind)
+    if isinstance(place, Response):
+        return place
+    async with asked.guest.share.making():
+        found = await version_text(asked.guest.project, place.task, _KINDS[kind], asked.path["change"])
+        asked.guest.share.hold(found.data)
+    headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
+    return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
+
+
+async def _get(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
+    place = await _place(asked, kind)
+    if isinstance(place, Response):
+        return place
+    text = await text_at_head(asked.guest.project, place.path, asked.guest.share)
+    if text is None:
+        raise Rejected(f"task {place.task} has no {'plan' if kind == 'plans' else kind}", code="REMOTE_NOT_FOUND")
+    etag = _etag(text)
+    headers = {"ETag": etag, "Cache-Control": "no-cache"}
+    named = header_of(asked.request, "If-None-Match")
+    if named == "*" or etag in {f'"{tag}"' for _, tag in _ETAG.findall(named)}:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    return Response(text, headers=headers, media_type="text/markdown; charset=utf-8")
+
+
+async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
+    media_type = asked.request.headers.get("Content-Type", "text/markdown").partition(";")[0].strip().lower()
+    if not media_type.startswith("text/"):
+        why = "send the text with Content-Type: text/markdown"
+        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+    place = await _place(asked, kind)
+    if isinstance(place, Response):
+        return place
+    done = await _store(asked, place)
+    etag = _etag(asked.body)
+    content = msgspec.json.encode(
+        {"ok": True, "data": Text(place.task, etag, "unchanged" if done.outcome == "unchanged" else "stored")}
+    )
+    return await at_change(asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json"))
+
+
+async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Stored:
+    """Put the text in the place of the one that the request names; return what came of it."""
+    wanted = header_of(asked.request, "If-Match")
+    if not wanted:
+        if header_of(asked.request, "If-None-Match") != "*":
+            why = 'say what this replaces: If-Match: "..." with the ETag of the text that you have read, or * for any'
+            raise TurnedAway(Refusal(HTTPStatus.PRECONDITION_REQUIRED, "REMOTE_INVALID", f"{why}; or If-None-Match: *"))
+        return await _edit(asked, place, b"")
+    for _ in range(_TRIES):
+        _, current = asked.guest.project.history.files.get(place.active, (0, b""))
+        try:
+            return await _edit(asked, place, _base(wanted, current))
+        except Rejected as rejected:
+            if rejected.code != "REMOTE_STALE_BASE":
+                raise
+            if place.is_archived:
+                raise _archived(place) from rejected
+            if not current:
+                why = f"task {place.task} has no such text yet: make it with If-None-Match: *"
+                raise Rejected(why, code=rejected.code) from rejected
+            # With a star, another text that came in between is to be replaced as well.
+            if wanted != "*":
+                raise
+    raise Rejected(f"{place.active} is changing all the time; try again", code="REMOTE_BUSY")
+
+
+async def _edit(asked: EndpointRequest[Nothing, bytes], place: _Place, base_digest: bytes) -> Stored:
+    stored = await edit(asked.guest, place.active, asked.body, base_digest=base_digest, once=asked.once)
+    if stored.outcome == "conflict" and not base_digest and not place.is_archived:
+        why = f"{place.active} is there already: read it, and name its ETag in If-Match"
+        raise Rejected(why, code="REMOTE_STALE_BASE")
+    if stored.outcome == "conflict":
+        raise _archived(place)
+    return stored
+
+
+def _base(wanted: str, current: bytes) -> bytes:
+    """Return the digest of the text that is to be replaced, of those that If-Match names.
+
+    Whether the file has it is for the worker to say: it may know this request already, and what came of it.
+
+    Raises:
+        Rejected: 412: it names none that could be there.
+    """
+    if wanted == "*":
+        return current or _OF_NO_TEXT
+    named = [tag for weak, tag in _ETAG.findall(wanted) if not weak and re.fullmatch("[0-9a-f]{64}", tag)]
+    if not named:
+        why = "If-Match names no ETag of this server: send the one that came with the text, with its quotes"
+        raise Rejected(why, code="REMOTE_STALE_BASE")
+    return bytes.fromhex(current.hex() if current.hex() in named else named[0])
+
+
+async def _place(asked: EndpointRequest[Any, Any], kind: str) -> _Place | Response:
+    """Return where a task's text is, or how lattice says that there is no such task."""
+    printed = await found(asked, "show", "--compact", "--", asked.path["id"])
+    if printed.status:
+        return answer(printed.body)
+    data = msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
+    task, is_archived = data["id"], bool(data.get("archived"))
+    return _Place(task, kind, is_archived)
+
+
+def _etag(text: bytes) -> str:
+    return f'"{digest_of(text).hex()}"'
+
+
+def _archived(place: _Place) -> TurnedAway:
+    why = f"task {place.task} is archived: unarchive it first"
+    return TurnedAway(Refusal(HTTPStatus.CONFLICT, "REMOTE_INVALID", why))
+
+
+_CHOICES = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.PRECONDITION_REQUIRED)
+_CACHED = {"If-None-Match": "ETags of texts that need not be sent again"}
+_REPLACED = {"If-Match": "the ETag of the text that this one replaces, or * for any", "If-None-Match": "* to make it"}
+endpoints = [
+    Endpoint("GET", "/projects/{slug}/plans/{id}", read_plan, bytes, others=[HTTPStatus.NOT_MODIFIED], headers=_CACHED),
+    Endpoint("PUT", "/projects/{slug}/plans/{id}", write_plan, Text, others=_CHOICES, headers=_REPLACED),
+    Endpoint(
+        "GET", "/projects/{slug}/notes/{id}", read_notes, bytes, others=[HTTPStatus.NOT_MODIFIED], headers=_CACHED
+    ),
+    Endpoint("PUT", "/projects/{slug}/notes/{id}", write_notes, Text, others=_CHOICES, headers=_REPLACED),
+    Endpoint("GET", "/projects/{slug}/plans/{id}/versions", list_plan_versions, list[TextChange]),
+    Endpoint("GET", "/projects/{slug}/plans/{id}/versions/{change}", read_plan_version, bytes),
+    Endpoint("GET", "/projects/{slug}/notes/{id}/versions", list_notes_versions, list[TextChange]),
+    Endpoint("GET", "/projects/{slug}/notes/{id}/versions/{change}", read_notes_version, bytes),
+]

@@ -1,0 +1,250 @@
+"""One endpoint as a value, from which it is routed and described: what it takes and answers, and who carries it out."""
+
+import base64
+import json
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from http import HTTPStatus
+from inspect import getdoc
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType, structs
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.http.auth import RequestContext, guest
+from lattice_remote.server.http.middleware import body_of
+from lattice_remote.server.http.responses import TurnedAway
+from lattice_remote.server.http.writes import IdempotencyKey, once_of
+from lattice_remote.server.ipc import ReadResult
+from lattice_remote.server.transport.refusal import Refusal
+
+__all__ = [
+    "Endpoint",
+    "EndpointRequest",
+    "Json",
+    "Nothing",
+    "PageQuery",
+    "Query",
+    "asked_of",
+    "header_of",
+    "page_of",
+    "routes_of",
+]
+
+MAX_JSON_BYTES = 1024 * 1024
+
+
+class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What may stand behind the ``?`` of a path; each at most once."""
+
+
+class Json(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A body of JSON."""
+
+
+class Nothing(Query, frozen=True):
+    """No query, or no body."""
+
+
+@dataclass(frozen=True)
+class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
+    """A request of somebody who may use the project.
+
+    Attributes:
+        guest: who, and which project.
+        path: the parts of the path that are in braces in the endpoint's.
+        query, body: as the endpoint's handler declares them.
+        once: under which id a write runs, and which request that is.
+        request: for its headers.
+    """
+
+    guest: RequestContext
+    path: dict[str, str]
+    query: Q
+    body: B
+    once: IdempotencyKey
+    request: Request
+
+
+def header_of(request: Request, name: str) -> str:
+    """Return a header that is a list, of which each part may come in a line of its own; "" when there is none."""
+    return ", ".join(request.headers.getlist(name)).strip()
+
+
+async def asked_of(request: Request, query: type[Any], body: type[Any]) -> EndpointRequest[Any, Any]:
+    """Return a request, checked.
+
+    Raises:
+        TurnedAway: nobody who may, or a body that is too long or of another media type.
+        Rejected: 400, 404 or 422: not what the endpoint takes.
+    """
+    visitor = await guest(request)
+    if not all(part.isprintable() for part in request.path_params.values()):
+        raise Rejected("there is nothing of a name with such characters", code="REMOTE_NOT_FOUND")
+    found = _query(request, query)
+    content = b""
+    if body is not Nothing:
+        most = visitor.hub.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
+        _refuse_encoded(request)
+        content = await body_of(request, most)
+    parsed = content if body is bytes else _json(request, content, body)
+    return EndpointRequest(
+        visitor, dict(request.path_params), found, parsed, once_of(request, visitor, content), request
+    )
+
+
+def _refuse_encoded(request: Request) -> None:
+    if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
+        why = "send the body as it is, without Content-Encoding"
+        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+
+
+def _query(request: Request, kind: type[Query]) -> Query:
+    given = request.query_params.multi_items()
+    for name, times in Counter(name for name, _ in given).items():
+        if times > 1:
+            raise Rejected(f"{name!r} is given {times} times in the query", code="REMOTE_INVALID")
+    try:
+        return msgspec.convert(dict(given), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the query: {error}", code="REMOTE_INVALID") from None
+
+
+def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
+    """Return what is in a body; an empty one is an empty object."""
+    media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if content and media_type != "application/json":
+        why = "send the body with Content-Type: application/json"
+        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+    try:
+        found = msgspec.json.decode(content or b"{}", type=kind)
+        json.loads(content or b"{}", object_pairs_hook=_named_once)  # it is no deeper than its type
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the request's body: {error}", code="REMOTE_INVALID") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Rejected(f"the request's body is no JSON: {error}", code="REMOTE_PROTOCOL") from None
+    return found
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> None:
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1:
+            raise Rejected(f"the request's body: {name[:60]!r} is given {times} times", code="REMOTE_INVALID")
+
+
+EndpointHandler = Callable[[EndpointRequest[Any, Any]], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A method on a path.
+
+    Attributes:
+        method: as ``POST``.
+        path: with what varies in braces.
+        handler: carries it out. Its query and its body are what its one argument is annotated with, and the
+            first line of its docstring is the summary.
+        data: of what type the ``data`` is that it answers with; ``bytes`` for a text instead of an envelope.
+        success: the status when it was carried out.
+        others: further statuses, beside those that every endpoint may answer with.
+        headers: of the request, beside the common ones: name and meaning.
+    """
+
+    method: str
+    path: str
+    handler: EndpointHandler
+    data: Any
+    success: HTTPStatus = HTTPStatus.OK
+    others: Sequence[HTTPStatus] = ()
+    headers: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def takes(self) -> tuple[type[Any], type[Any]]:
+        """The types of its query and of its body."""
+        query, body = get_args(get_type_hints(self.handler)["asked"])
+        return query, body
+
+    @property
+    def name(self) -> str:
+        """Of the operation, unique among all endpoints."""
+        return self.handler.__name__.strip("_")
+
+    @property
+    def text(self) -> str:
+        """What it does, for people."""
+        return getdoc(self.handler) or ""
+
+
+def routes_of(endpoints: Sequence[Endpoint]) -> list[Route]:
+    """Return one route for each path, in the order in which the paths are first named."""
+    by_path: dict[str, dict[str, Endpoint]] = defaultdict(dict)
+    for endpoint in endpoints:
+        by_path[endpoint.path][endpoint.method] = endpoint
+    return [Route(path, _serving(methods), methods=list(methods)) for path, methods in by_path.items()]
+
+
+def _serving(methods: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+    async def serve(request: Request) -> Response:
+        endpoint = methods["GET" if request.method == "HEAD" else request.method]
+        return await endpoint.handler(await asked_of(request, *endpoint.takes))
+
+    return serve
+
+
+MAX_LIMIT = 1000
+
+
+class PageQuery(Query, frozen=True, kw_only=True):
+    """Which part of a list. Without ``limit`` it is all of it; ``cursor`` is the ``next`` of the part before."""
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] | UnsetType = UNSET
+    cursor: Annotated[str, Meta(min_length=1, max_length=400, pattern="^[A-Za-z0-9_=-]+$")] | UnsetType = UNSET
+
+
+def page_of(found: ReadResult, page: PageQuery, *, by_id: bool) -> ReadResult:
+    """Return what was found with a part of its list; an error is returned as it is. Takes no longer for a long list.
+
+    Args:
+        found: a list, with its items.
+        page: which part.
+        by_id: the list is in the order of its ids, and things may disappear from it.
+
+    Raises:
+        Rejected: the cursor is none of this list.
+    """
+    items = found.items
+    if items is None or (page.limit is UNSET and page.cursor is UNSET):
+        return found
+    first = 0 if page.cursor is UNSET else _place_after(_decoded(page.cursor), items.ids, by_id=by_id)
+    count = len(items.ids)
+    end = count if page.limit is UNSET else min(first + page.limit, count)
+    part = found.body[items.ends[first - 1] + 1 if first else items.start : items.ends[end - 1]] if first < end else b""
+    following = b',"next":"%s"' % _encoded(items.ids[end - 1]) if end < count else b""
+    return structs.replace(found, body=b"".join((found.body[: items.start], part, b"]", following, b"}")))
+
+
+def _place_after(last: str, ids: list[str], *, by_id: bool) -> int:
+    if by_id:
+        return bisect_right(ids, last)
+    try:
+        return ids.index(last) + 1
+    except ValueError:
+        raise Rejected("the cursor is none of this list: begin anew without it", code="REMOTE_INVALID") from None
+
+
+def _encoded(id_: str) -> bytes:
+    return base64.urlsafe_b64encode(id_.encode())
+
+
+def _decoded(cursor: str) -> str:
+    try:
+        return base64.urlsafe_b64decode(cursor).decode()
+    except ValueError:
+        raise Rejected("the cursor is none of this server: begin anew without it", code="REMOTE_INVALID") from None

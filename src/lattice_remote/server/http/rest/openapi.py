@@ -1,0 +1,274 @@
+"""The endpoints as an OpenAPI 3.1 description, made from the same values that they are routed by."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import lattice_remote
+from lattice_remote.server.http.pages import Listed
+from lattice_remote.server.http.rest import documents, resources, tasks
+from lattice_remote.server.http.rest import tasks as activity
+from lattice_remote.server.http.rest.endpoint import Endpoint, Nothing, routes_of
+from lattice_remote.server.http.writes import KEY_HEADER, MAX_KEY_CHARS
+
+__all__ = ["DOCUMENTED_ROUTES", "ENDPOINTS", "DocumentedRoute", "description", "routes"]
+
+
+class ProjectDescription(msgspec.Struct):
+    """What a token may do in a project, and where the project stands."""
+
+    project: str
+    actor: str
+    act_as: list[str]
+    epoch: str
+    head: int
+    server_version: str
+    lattice_version: str
+
+
+class Health(msgspec.Struct):
+    """That the server answers."""
+
+    status: str
+    version: str
+    projects: int
+
+
+class Readiness(msgspec.Struct):
+    """Whether every project can be used, and what keeps those that can't."""
+
+    status: str
+    projects: int
+    reasons: list[str]
+
+
+class Listing(msgspec.Struct):
+    """The projects of a token."""
+
+    ok: bool
+    data: list[Listed]
+
+
+@dataclass(frozen=True)
+class DocumentedRoute:
+    """A GET of a path.
+
+    Attributes:
+        path, name, text: as of an ``Endpoint``.
+        data: of what type the whole answer is; None where the media type says all.
+        media_type: of the answer.
+        is_open: nobody need show a token.
+        others: further statuses which answer the same.
+        headers, query: what it takes: name and meaning.
+    """
+
+    path: str
+    name: str
+    text: str
+    data: Any = None
+    media_type: str = "application/json"
+    is_open: bool = False
+    others: Sequence[HTTPStatus] = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str] = field(default_factory=dict)
+
+
+_SINCE = "the id of the last event that was seen, as epoch-number"
+
+DOCUMENTED_ROUTES = (
+    DocumentedRoute("/healthz", "health", "Say that the server answers.", Health, is_open=True),
+    DocumentedRoute(
+        "/readyz",
+        "readiness",
+        "Say whether every project can be used.",
+        Readiness,
+        is_open=True,
+        others=[HTTPStatus.SERVICE_UNAVAILABLE],
+    ),
+    DocumentedRoute("/metrics", "metrics", "Return the server's figures, for Prometheus.", media_type="text/plain"),
+    DocumentedRoute("/projects", "list_projects", "List the token's projects, with counts and last activity.", Listing),
+    DocumentedRoute(
+        "/projects/{slug}",
+        "show_project",
+        "Say what the token may do, and where the project stands.",
+        ProjectDescription,
+    ),
+    DocumentedRoute(
+        "/projects/{slug}/dashboard/data", "board", "Return the whole board, and from which change on to listen."
+    ),
+    DocumentedRoute(
+        "/projects/{slug}/events/stream",
+        "stream_events",
+        "Tell every change as it happens.",
+        media_type="text/event-stream",
+        headers={"Last-Event-ID": _SINCE},
+        query={"since": _SINCE},
+    ),
+)
+
+
+_ABOUT = (
+    "Tasks of a project, in the envelopes of `lattice --json`. Every write is one numbered change, in the name of the "
+    "token's actor or of another that it may act as."
+)
+_MAY_FAIL = (
+    *(HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND),
+    *(HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.CONFLICT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE),
+    *(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, HTTPStatus.UNPROCESSABLE_ENTITY, HTTPStatus.TOO_MANY_REQUESTS),
+    *(HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE),
+)
+_WITHOUT_BODY = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+_WORD = {"type": "string"}
+_REF = "#/components/schemas/{name}"
+_TEXT = {"text/markdown": {"schema": {"type": "string"}}}
+
+
+class Problem(msgspec.Struct):
+    """Why a request was not carried out: lattice's own code and words, or a code that begins with ``REMOTE_``."""
+
+    code: str
+    message: str
+
+
+class ErrorEnvelope(msgspec.Struct):
+    """The envelope of every answer of status 400 or more."""
+
+    ok: bool
+    error: Problem
+
+
+def description(endpoints: Sequence[Endpoint], elsewhere: Sequence[DocumentedRoute]) -> bytes:
+    """Return the description, JSON, of the endpoints and of what is served elsewhere."""
+    schemas, components = _schemas(endpoints, elsewhere)
+    paths: dict[str, dict[str, Any]] = {}
+    for endpoint in endpoints:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schemas)
+    for other in elsewhere:
+        paths.setdefault(other.path, {})["get"] = _other(other, schemas)
+    whole = {
+        "openapi": "3.1.0",
+        "info": {"title": "lattice-remote", "version": lattice_remote.__version__, "description": _ABOUT},
+        "security": [{"token": []}],
+        "paths": paths,
+        "components": {
+            "schemas": components,
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+    return msgspec.json.encode(whole)
+
+
+def _schemas(
+    endpoints: Sequence[Endpoint], elsewhere: Sequence[DocumentedRoute]
+) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
+    """Return the schema of each type that is taken or answered with, by its name, and what they refer to."""
+    kinds = [kind for endpoint in endpoints for kind in (*endpoint.takes, endpoint.data) if kind is not bytes]
+    kinds += [ErrorEnvelope, *(other.data for other in elsewhere if other.data is not None)]
+    found, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    return {str(kind): schema for kind, schema in zip(kinds, found, strict=True)}, components
+
+
+def _operation(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    summary, _, text = endpoint.text.partition("\n\n")
+    operation = {
+        "operationId": endpoint.name,
+        "summary": " ".join(summary.split()),
+        "tags": [endpoint.path.split("/")[3]],
+        "parameters": list(_parameters(endpoint)),
+        "responses": dict(_responses(endpoint, schemas)),
+    }
+    if text:
+        operation["description"] = " ".join(text.split())
+    body = endpoint.takes[1]
+    if body is bytes:
+        operation["requestBody"] = {"required": True, "content": _TEXT}
+    elif body is not Nothing:
+        is_required = any(field.required for field in msgspec.structs.fields(body))
+        operation["requestBody"] = {
+            "required": is_required,
+            "content": {"application/json": {"schema": schemas[str(body)]}},
+        }
+    return operation
+
+
+def _other(other: DocumentedRoute, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    schema = {} if other.data is None else {"schema": schemas[str(other.data)]}
+    answer = {"content": {other.media_type: schema}}
+    refused = {"application/json": {"schema": schemas[str(ErrorEnvelope)]}}
+    named = [("query", *one) for one in other.query.items()] + [("header", *one) for one in other.headers.items()]
+    return {
+        "operationId": other.name,
+        "summary": other.text,
+        "tags": ["server" if "{slug}" not in other.path else "project"],
+        "security": [{}] if other.is_open else [{"token": []}],
+        "parameters": [
+            *_in_path(other.path),
+            *({"name": name, "in": place, "description": text, "schema": _WORD} for place, name, text in named),
+        ],
+        "responses": {
+            **{str(status.value): {"description": status.phrase, "content": refused} for status in _MAY_FAIL},
+            **{
+                str(status.value): {"description": status.phrase, **answer} for status in (HTTPStatus.OK, *other.others)
+            },
+        },
+    }
+
+
+def _in_path(path: str) -> Iterator[dict[str, Any]]:
+    for name in re.findall(r"{(\w+)}", path):
+        yield {"name": name, "in": "path", "required": True, "schema": {**_WORD, "minLength": 1}}
+
+
+def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    yield from _in_path(endpoint.path)
+    for option in msgspec.structs.fields(endpoint.takes[0]):
+        schema = msgspec.json.schema(option.type)
+        yield {"name": option.encode_name, "in": "query", "required": option.required, "schema": schema}
+    for header, meaning in endpoint.headers.items():
+        yield {"name": header, "in": "header", "description": meaning, "schema": _WORD}
+    if endpoint.method != "GET":
+        meaning = "The same request with the same key is carried out once, and answered each time as the first time."
+        schema = {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"}
+        yield {"name": KEY_HEADER, "in": "header", "description": meaning, "schema": schema}
+
+
+def _responses(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    yield str(endpoint.success.value), {"description": endpoint.success.phrase, "content": _content(endpoint, schemas)}
+    refused = {"application/json": {"schema": schemas[str(ErrorEnvelope)]}}
+    for status in sorted({*endpoint.others, *_MAY_FAIL}):
+        said: dict[str, Any] = {"description": status.phrase}
+        yield str(status.value), said if status in _WITHOUT_BODY else {**said, "content": refused}
+
+
+def _content(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    if endpoint.data is bytes:
+        return _TEXT
+    properties = {"ok": {"const": True}, "data": schemas[str(endpoint.data)]}
+    if "cursor" in {field.name for field in msgspec.structs.fields(endpoint.takes[0])}:
+        properties["next"] = {"type": "string"}
+    envelope = {"type": "object", "properties": properties, "required": ["ok", "data"]}
+    return {"application/json": {"schema": envelope}}
+
+
+ENDPOINTS = (*tasks.endpoints, *activity.activity_endpoints, *resources.endpoints, *documents.endpoints)
+
+
+async def _openapi(_: Request) -> Response:
+    """Describe the endpoints to whoever asks: it says nothing of this server's projects."""
+    return Response(_description(), media_type="application/json")
+
+
+@cache
+def _description() -> bytes:
+    return description(ENDPOINTS, DOCUMENTED_ROUTES)
+
+
+routes = [*routes_of(ENDPOINTS), Route("/openapi.json", _openapi)]

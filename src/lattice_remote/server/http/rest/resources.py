@@ -1,0 +1,131 @@
+"""``/projects/:slug/resources``: locks that actors take and give back, as with ``lattice resource``.
+
+A resource has a name, by which it is created and acquired, and from then on an id.
+"""
+
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+from starlette.responses import Response
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.http.middleware import while_there
+from lattice_remote.server.http.rest.commands import Provenance, found, options, read, shown, write
+from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing
+from lattice_remote.server.http.rest.shapes import Resource, Resources
+from lattice_remote.server.ipc import ReadResult
+
+__all__ = ["endpoints"]
+
+_ALL = "/projects/{slug}/resources"
+_NAMED = f"{_ALL}/{{name}}"
+_WITH_ID = f"{_NAMED}/{{id}}"
+MAX_WAIT_S = 300
+
+
+class NewResource(Provenance, frozen=True, kw_only=True):
+    """A resource that is to be made, as with ``lattice resource create``. What is left out, lattice chooses."""
+
+    description: str | None = None
+    max_holders: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    ttl_seconds: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+    id: Annotated[str, Meta(pattern="^res_[0-9A-HJKMNP-TV-Z]{26}$")] | None = None
+
+
+class Acquisition(Provenance, frozen=True, kw_only=True):
+    """How a resource is acquired: for which task, whoever holds it (``force``), or once it is free (``wait``)."""
+
+    task: str | None = None
+    force: bool = False
+    wait: bool = False
+    timeout: Annotated[int, Meta(ge=0, le=MAX_WAIT_S, description="how many seconds to wait")] = 60
+
+
+class Holding(Provenance, frozen=True, kw_only=True):
+    """Whether the actor is to hold it. Who holds it already, and is to, holds it for its whole time again."""
+
+    held: bool
+    task: str | None = None
+    force: bool = False
+
+
+async def list_resources(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """List the resources and who holds them."""
+    return await read(asked, "resource list")
+
+
+async def show_resource(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return a resource and who holds it."""
+    return await read(asked, "resource status", "--", asked.path["name"])
+
+
+async def create_resource(asked: EndpointRequest[Nothing, NewResource]) -> Response:
+    """Make a resource of this name."""
+    new = asked.body
+    settings = {"description": new.description, "max_holders": new.max_holders, "ttl": new.ttl_seconds, "id": new.id}
+    given = options(new, asked, **settings)
+    return await write(asked, "resource create", *given, "--", asked.path["name"], success=HTTPStatus.CREATED)
+
+
+async def acquire_resource(asked: EndpointRequest[Nothing, Acquisition]) -> Response:
+    """Take a resource, or hold it for its whole time again; one that only the project's settings name is made.
+
+    Status 409 when others hold it, or still hold it when ``timeout`` is over. Who ends the connection waits no more.
+    """
+    how = asked.body
+    wait = {"wait": True, "timeout": how.timeout} if how.wait else {}
+    given = options(how, asked, task=how.task, force=how.force, **wait)
+    return await while_there(asked.request, write(asked, "resource acquire", *given, "--", asked.path["name"]))
+
+
+async def release_resource(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+    """Give a resource back."""
+    return await write(asked, "resource release", *options(asked.body, asked), "--", asked.path["name"])
+
+
+async def extend_resource(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+    """Hold a resource for its whole time again, as ``lattice resource heartbeat``."""
+    return await write(asked, "resource heartbeat", *options(asked.body, asked), "--", asked.path["name"])
+
+
+async def show_resource_with_id(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return the resource that has this name and this id."""
+    return shown(await _with_id(asked))
+
+
+async def hold_resource(asked: EndpointRequest[Nothing, Holding]) -> Response:
+    """Take the resource that has this name and this id, or give it back."""
+    await _with_id(asked)
+    how = asked.body
+    if how.held:
+        given = options(how, asked, task=how.task, force=how.force)
+        return await write(asked, "resource acquire", *given, "--", asked.path["id"])
+    return await write(asked, "resource release", *options(how, asked), "--", asked.path["id"])
+
+
+async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:
+    """Return what lattice prints of a resource; the name of an id never changes.
+
+    Raises:
+        Rejected: it has another id, or is none.
+    """
+    name, id_ = asked.path["name"], asked.path["id"]
+    printed = await found(asked, "resource status", "--", name)
+    resource = {} if printed.status else msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
+    if (resource.get("name"), resource.get("id")) != (name, id_):
+        raise Rejected(f"no resource {name!r} has the id {id_!r}", code="REMOTE_NOT_FOUND")
+    return printed
+
+
+endpoints = [
+    Endpoint("GET", _ALL, list_resources, Resources),
+    Endpoint("GET", _NAMED, show_resource, Resource),
+    Endpoint("POST", _NAMED, create_resource, Resource, HTTPStatus.CREATED),
+    Endpoint("POST", f"{_NAMED}/acquire", acquire_resource, Resource),
+    Endpoint("POST", f"{_NAMED}/release", release_resource, Resource),
+    Endpoint("POST", f"{_NAMED}/heartbeat", extend_resource, Resource),
+    Endpoint("GET", _WITH_ID, show_resource_with_id, Resource),
+    Endpoint("PATCH", _WITH_ID, hold_resource, Resource),
+]

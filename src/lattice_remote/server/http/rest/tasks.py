@@ -1,0 +1,267 @@
+"""``/projects/:slug/tasks``, ``/projects/:slug/tasks/:id`` and ``/projects/:slug/next``: a project's tasks."""
+
+from http import HTTPStatus
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+from starlette.responses import Response
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.http.rest.commands import Provenance, as_one, found, options, read, shown, write
+from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Json, Nothing, PageQuery, page_of
+from lattice_remote.server.http.rest.shapes import Comment, Event, NextTask, Task, TaskInFull
+
+__all__ = ["TASK", "activity_endpoints", "endpoints"]
+
+_TASKS = "/projects/{slug}/tasks"
+TASK = f"{_TASKS}/{{id}}"
+
+_Text = Annotated[str, Meta(min_length=1)]
+_Item = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates items in lattice")]
+_CustomField = Annotated[str, Meta(pattern=r"^[^=]+$")]
+
+
+class Filters(PageQuery, frozen=True, kw_only=True):
+    """Which tasks: those for which all of this holds, as of ``lattice list``."""
+
+    status: str | UnsetType = UNSET
+    assigned: str | UnsetType = UNSET
+    tag: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    priority: str | UnsetType = UNSET
+    include_archived: bool = False
+    compact: bool = False
+
+
+class NewTask(Provenance, frozen=True, kw_only=True):
+    """A task that is to be made, as with ``lattice create``. What is left out, lattice chooses."""
+
+    title: _Text
+    description: str | None = None
+    type: str | None = None
+    priority: str | None = None
+    urgency: str | None = None
+    complexity: str | None = None
+    status: str | None = None
+    tags: list[_Item] | None = None
+    assigned_to: str | None = None
+    id: Annotated[str, Meta(pattern="^task_[0-9A-HJKMNP-TV-Z]{26}$")] | None = None
+
+
+class TaskChanges(Provenance, frozen=True, kw_only=True):
+    """What is to be changed of a task: all of it, or nothing.
+
+    Fields are changed as by ``lattice update``, then ``assigned_to`` as by ``lattice assign`` (null: to nobody), then
+    ``status`` as by ``lattice status``. ``force`` lets the status be one that the workflow or a policy does not allow,
+    and needs a ``reason``.
+    """
+
+    title: _Text | UnsetType = UNSET
+    description: str | UnsetType = UNSET
+    priority: str | UnsetType = UNSET
+    urgency: str | UnsetType = UNSET
+    complexity: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    tags: list[_Item] | UnsetType = UNSET
+    custom_fields: dict[_CustomField, str] | UnsetType = UNSET
+    assigned_to: str | UnsetType | None = UNSET
+    status: str | UnsetType = UNSET
+    force: bool = False
+
+
+class Claim(Json, frozen=True, kw_only=True):
+    """Who claims; see ``Provenance``."""
+
+    actor: str | None = None
+    name: str | None = None
+
+
+class ClaimNext(Claim, frozen=True, kw_only=True):
+    """Who claims, and of which tasks: those in one of these statuses, by default ``backlog`` and ``planned``."""
+
+    status: list[_Item] | None = None
+
+
+class Completion(Provenance, frozen=True, kw_only=True):
+    """The review that completes a task."""
+
+    review: _Text
+
+
+# --- all of them ---
+
+
+async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
+    """List tasks in the order in which they were made, filtered as ``lattice list`` does."""
+    query = asked.query
+    texts = {"status": query.status, "assigned": query.assigned, "tag": query.tag, "type": query.type}
+    texts["priority"] = query.priority
+    given = [f"--{name}={value}" for name, value in texts.items() if value is not UNSET]
+    flags = {"--include-archived": query.include_archived, "--compact": query.compact}
+    given += [name for name, is_set in flags.items() if is_set]
+    return shown(page_of(await found(asked, "list", *given, list_at=("data",)), query, by_id=True))
+
+
+async def create_task(asked: EndpointRequest[Nothing, NewTask]) -> Response:
+    """Make a task."""
+    new = asked.body
+    tags = None if new.tags is None else ",".join(new.tags)
+    fields = {"description": new.description, "type": new.type, "priority": new.priority, "urgency": new.urgency}
+    fields |= {"complexity": new.complexity, "status": new.status, "tags": tags, "assigned_to": new.assigned_to}
+    given = options(new, asked, id=new.id, **fields)
+    return await write(asked, "create", *given, "--", new.title, success=HTTPStatus.CREATED)
+
+
+async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Response:
+    """Claim the next task, as ``lattice next --claim``: the one that you are at already, or the most important ready.
+
+    Status 204 when there is none.
+    """
+    statuses = None if asked.body.status is None else ",".join(asked.body.status)
+    response = await write(asked, "next", *_claimant(asked, asked.body), *_given("--status", statuses))
+    is_none = response.status_code == HTTPStatus.OK and _data_of(bytes(response.body)) == msgspec.Raw(b"null")
+    if not is_none:
+        return response
+    return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Lattice-Change": response.headers["Lattice-Change"]})
+
+
+# --- one of them ---
+
+
+async def show_task(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    """Return a task with its events and its relationships, archived or not."""
+    return await read(asked, "show", "--", asked.path["id"])
+
+
+async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
+    """Change status, assignment and fields of a task together: all of it as one change, or nothing."""
+    lines = list(_lines(asked, asked.body))
+    if not lines:
+        raise Rejected("there is nothing to change in the request's body", code="REMOTE_INVALID")
+    # Where all was already as it is to be, lattice prints no task: so it is asked for.
+    done, response = await as_one(asked, "together", {"lines": lines, "task": asked.path["id"]})
+    if response.status_code != HTTPStatus.OK:
+        return response
+    return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[-1])
+
+
+def _lines(asked: EndpointRequest[Any, Any], changes: TaskChanges) -> list[list[str]]:
+    """Return the command lines that make these changes."""
+    common, task = ["--json", *options(changes, asked)], asked.path["id"]
+    lines = []
+    if pairs := list(_pairs(changes)):
+        lines.append(["update", *common, "--", task, *pairs])
+    if changes.assigned_to is not UNSET:
+        lines.append(["assign", *common, "--", task, "none" if changes.assigned_to is None else changes.assigned_to])
+    if changes.status is not UNSET:
+        lines.append(["status", *common, *(["--force"] if changes.force else []), "--", task, changes.status])
+    return lines
+
+
+def _pairs(changes: TaskChanges) -> list[str]:
+    names = ("title", "description", "priority", "urgency", "complexity", "type")
+    values = {name: getattr(changes, name) for name in names}
+    if changes.tags is not UNSET:
+        values["tags"] = ",".join(changes.tags)
+    if changes.custom_fields is not UNSET:
+        values |= {f"custom_fields.{name}": value for name, value in changes.custom_fields.items()}
+    return [f"{name}={value}" for name, value in values.items() if value is not UNSET]
+
+
+async def claim_task(asked: EndpointRequest[Nothing, Claim]) -> Response:
+    """Claim this task: assign it and begin it, as ``lattice next --claim`` does with the one that it picks."""
+    line = ["next", "--json", *_claimant(asked, asked.body)]
+    done, response = await as_one(asked, "claim", {"task": asked.path["id"], "line": line})
+    if response.status_code != HTTPStatus.OK:
+        return response
+    return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[0])
+
+
+async def complete_task(asked: EndpointRequest[Nothing, Completion]) -> Response:
+    """Complete a task with a review, as ``lattice complete``."""
+    return await write(asked, "complete", *options(asked.body, asked, review=asked.body.review), "--", asked.path["id"])
+
+
+async def archive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+    """Archive a task."""
+    return await write(asked, "archive", *options(asked.body, asked), "--", _one(asked.path["id"]))
+
+
+async def unarchive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
+    """Bring a task back from the archive."""
+    return await write(asked, "unarchive", *options(asked.body, asked), "--", _one(asked.path["id"]))
+
+
+def _one(task: str) -> str:
+    """Return an id that lattice takes for one: in these commands a comma separates several."""
+    if "," in task or not task.strip():
+        raise Rejected(f"Invalid task ID format: {task[:60]!r}.", code="REMOTE_INVALID")
+    return task
+
+
+def _claimant(asked: EndpointRequest[Any, Any], claim: Claim) -> list[str]:
+    actor = asked.guest.login.token.actor if claim.actor is None and claim.name is None else claim.actor
+    return ["--claim", *_given("--name", claim.name), *_given("--actor", actor)]
+
+
+def _given(option: str, value: str | None) -> list[str]:
+    return [] if value is None else [f"{option}={value}"]
+
+
+def _data_of(envelope: bytes) -> msgspec.Raw:
+    return msgspec.json.decode(envelope, type=dict[str, msgspec.Raw])["data"]
+
+
+def _with_data(response: Response, data: object) -> Response:
+    """Return an answer with other data, and the same headers of ours."""
+    content = msgspec.json.encode({"ok": True, "data": data})
+    headers = {"Lattice-Change": response.headers["Lattice-Change"]}
+    return Response(content, response.status_code, headers, media_type="application/json")
+
+
+endpoints = [
+    Endpoint("GET", _TASKS, list_tasks, list[Task]),
+    Endpoint("POST", _TASKS, create_task, Task, HTTPStatus.CREATED),
+    Endpoint("POST", "/projects/{slug}/next", claim_next_task, NextTask, others=[HTTPStatus.NO_CONTENT]),
+    Endpoint("GET", TASK, show_task, TaskInFull),
+    Endpoint("PATCH", TASK, change_task, Task),
+    Endpoint("POST", f"{TASK}/claim", claim_task, NextTask),
+    Endpoint("POST", f"{TASK}/complete", complete_task, Task),
+    Endpoint("POST", f"{TASK}/archive", archive_task, Event),
+    Endpoint("POST", f"{TASK}/unarchive", unarchive_task, Event),
+]
+
+
+class NewComment(Provenance, frozen=True, kw_only=True):
+    """A comment, or with ``reply_to`` a reply. ``role`` is what a completion policy asks for, as ``review``."""
+
+    body: Annotated[str, Meta(min_length=1)]
+    reply_to: str | None = None
+    role: str | None = None
+
+
+async def list_comments(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+    """List the comments on a task, oldest first, each with its replies; a page counts comments, not replies."""
+    comments = await found(asked, "comments", "--", asked.path["id"], list_at=("data",))
+    return shown(page_of(comments, asked.query, by_id=False))
+
+
+async def add_comment(asked: EndpointRequest[Nothing, NewComment]) -> Response:
+    """Comment on a task; the answer is the task."""
+    new = asked.body
+    given = options(new, asked, reply_to=new.reply_to, role=new.role)
+    return await write(asked, "comment", *given, "--", asked.path["id"], new.body, success=HTTPStatus.CREATED)
+
+
+async def list_events(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
+    """List a task's events, oldest first."""
+    events = await found(asked, "show", "--", asked.path["id"], list_at=("data", "events"))
+    return shown(page_of(events, asked.query, by_id=False))
+
+
+activity_endpoints = [
+    Endpoint("GET", f"{TASK}/comments", list_comments, list[Comment]),
+    Endpoint("POST", f"{TASK}/comments", add_comment, Task, HTTPStatus.CREATED),
+    Endpoint("GET", f"{TASK}/events", list_events, list[Event]),
+]

@@ -1,0 +1,362 @@
+"""What a project's server side and its worker process say to each other, over a socket pair.
+
+Each message is a length (4 bytes, big endian) and one msgpack map. The worker answers requests in order. What
+it reports as ``Done`` is on disk: its journal record has been fsynced (I2).
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import msgspec
+
+from lattice_remote.protocol.messages import Attachment
+
+__all__ = [
+    "AbandonRequest",
+    "Edit",
+    "HookCall",
+    "ImportProject",
+    "ListIndex",
+    "NewEpoch",
+    "PathState",
+    "Read",
+    "ReadCommand",
+    "ReadPage",
+    "ReadResult",
+    "Ready",
+    "Reconcile",
+    "RequestDone",
+    "ResultStats",
+    "RunCall",
+    "RunCommand",
+    "Stop",
+    "ToServer",
+    "ToWorker",
+    "WorkerFailed",
+    "asked_by",
+]
+
+
+class _Message(msgspec.Struct, frozen=True, tag_field="type"):
+    pass
+
+
+# --- to the worker ---
+
+
+class RunCommand(_Message, frozen=True, tag="execute"):
+    """Run this command line for the holder of this token, once for this id (I6).
+
+    ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and says in
+    ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
+    ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``. It also has
+    the locks (``locks/tasks_...``) for which others wait. With ``may_wait``, a lock that another process holds makes
+    the request wait as a resource does; without, it is refused.
+    ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
+    ``fingerprint`` is a digest of what was asked, where the surface makes one; else the fields (``asked_by``) count.
+    Another request with the same id is refused.
+    """
+
+    id: str
+    argv: list[str]
+    files: list[Attachment]
+    token_id: str
+    actor: str
+    act_as: list[str]
+    last_try: bool = False
+    first_sent_at: float | None = None
+    ahead: list[str] = []
+    may_wait: bool = True
+    fingerprint: bytes = b""
+
+
+class RunCall(_Message, frozen=True, tag="invoke"):
+    """Carry out an operation of a surface for the holder of this token, once for this id (I6); see ``Call``.
+
+    ``ahead``, ``may_wait`` and ``fingerprint`` are as for ``Execute``.
+    """
+
+    id: str
+    surface: str
+    name: str
+    payload: bytes
+    files: list[Attachment]
+    token_id: str
+    actor: str
+    act_as: list[str]
+    first_sent_at: float | None = None
+    ahead: list[str] = []
+    may_wait: bool = True
+    fingerprint: bytes = b""
+
+
+class Edit(_Message, frozen=True, tag="edit"):
+    """Store a plan or notes, merged by line when it was made from another base than the file's content.
+
+    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest.
+    ``fingerprint`` is as for ``Execute``.
+    """
+
+    id: str
+    path: str
+    base: bytes | None
+    text: bytes
+    token_id: str
+    actor: str
+    first_sent_at: float | None = None
+    base_digest: bytes = b""
+    fingerprint: bytes = b""
+
+
+class ImportProject(_Message, frozen=True, tag="adopt"):
+    """Put a checked project in the place of this one, if this one is empty, and leave; the next worker goes on with it.
+
+    ``candidate`` is its directory, relative to the project's; "" when there is none any more: then this is answered as
+    it was, or refused. ``fingerprint`` is a digest of what was pushed. The other fields are for the answer.
+    """
+
+    id: str
+    token_id: str
+    actor: str
+    candidate: str = ""
+    tasks: int = 0
+    archived: int = 0
+    files: int = 0
+    notes: list[str] = []
+    first_sent_at: float | None = None
+    fingerprint: bytes = b""
+
+
+class Reconcile(_Message, frozen=True, tag="reconcile"):
+    """Somebody may have changed these files (None: any file): number what differs from the manifest (I12)."""
+
+    paths: list[str] | None
+
+
+class NewEpoch(_Message, frozen=True, tag="new-epoch"):
+    """A client has proved a rollback: begin a new epoch (I7)."""
+
+    reason: str
+
+
+class AbandonRequest(_Message, frozen=True, tag="settle"):
+    """Give up on a request that has ended its worker: answer as for ``Execute`` if the journal holds its reply.
+
+    Else answer ``Done`` with a ``Refused`` frame of this code and message; nothing is run, nothing is
+    journalled. The request's partial effects were undone when the worker started (I6).
+    """
+
+    id: str
+    token_id: str
+    code: str
+    message: str
+
+
+class Stop(_Message, frozen=True, tag="stop"):
+    """Finish, write the manifest, leave."""
+
+
+def asked_by(request: RunCommand | RunCall | Edit) -> tuple[object, ...]:
+    """Return the fields that make a request: with the same id, two with other fields are not the same (I6)."""
+    match request:
+        case RunCommand():
+            return ("execute", request.argv, request.files)
+        case RunCall():
+            return ("invoke", request.surface, request.name, request.payload, request.files)
+        case Edit():
+            return ("edit", request.path, request.base, request.base_digest, request.text)
+
+
+ToWorker = RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | AbandonRequest | Stop
+
+
+# --- from the worker ---
+
+
+class PathState(msgspec.Struct, frozen=True):
+    """A file after a change: its size in bytes and digest; ``digest`` is None when it is gone."""
+
+    path: str
+    size: int
+    digest: bytes | None
+
+
+class HookCall(msgspec.Struct, frozen=True):
+    """A hook of ``config.json`` that lattice wanted to run: a shell command, its environment and standard input."""
+
+    command: str
+    env: dict[str, str]
+    stdin: str
+
+
+class ResultStats(msgspec.Struct, frozen=True):
+    """What came of a request, for the log and the figures. It has nothing of what the caller typed.
+
+    Attributes:
+        command: its words, as ``resource acquire``, or the name of an operation; "" where that was not known.
+        code: of a refusal; "" when it was carried out.
+        status: the exit code of a command, or what an operation came to, as in HTTP.
+        seconds: how long the worker had it, but for the wait until it was durable.
+        again: it had been carried out before, and was answered once more.
+        made: the number of the change that it made then; None when it made none.
+    """
+
+    command: str = ""
+    code: str = ""
+    status: int = 0
+    seconds: float = 0.0
+    again: bool = False
+    made: int | None = None
+
+
+class Ready(_Message, frozen=True, tag="ready"):
+    """The worker has opened the project. Sent first, and again after ``NewEpoch``.
+
+    ``notes`` are lines for the log: what was repaired, what was found changed.
+    """
+
+    epoch: str
+    head: int
+    mark: bytes
+    oldest: int
+    lattice_version: str
+    files: list[PathState]
+    notes: list[str] = []
+
+
+class RequestDone(_Message, frozen=True, tag="done"):
+    """One request is finished and durable; ``change`` and ``reply`` are encoded frames, ready to be sent.
+
+    ``id`` is empty for a reconciliation. ``waiting_for`` names the resource whose next change, or whose expiry
+    at ``retry_at`` (seconds since the epoch), is worth another try, or a lock (``locks/tasks_...``) that another
+    process holds; nothing was answered then.
+    """
+
+    id: str
+    seq: int
+    mark: bytes = b""
+    change: bytes | None = None
+    reply: bytes | None = None
+    after: list[PathState] = []
+    hooks: list[HookCall] = []
+    waiting_for: str | None = None
+    wait_timeout_s: float = 0.0
+    retry_at: float | None = None
+    oldest: int = 0
+    more: bool = False
+    """A reconciliation has not come to its end: ask for it again."""
+    report: ResultStats = ResultStats()
+    synced_s: float | None = None
+    """How long the fsync of the journal took, told once for all that became durable with it."""
+
+
+class WorkerFailed(_Message, frozen=True, tag="failed"):
+    """The project can't go on (its journal can't be written, its tree can't be read); the worker leaves."""
+
+    message: str
+
+
+ToServer = Ready | RequestDone | WorkerFailed
+
+
+# --- beside the messages ---
+
+
+class TreeState(NamedTuple):
+    """How the files in the tree stand to the committed changes, in ``journal/tree-state``.
+
+    The worker writes it before a transaction changes its first file, and once it is committed or rolled back. The
+    server compares it before and after a read (I2). It is not fsynced: after a power cut nobody reads the old one.
+
+    Attributes:
+        is_open: a transaction has changed files, and is neither committed nor rolled back.
+        ended: how many transactions have changed files, and were committed or rolled back.
+        rolled_back: how many of these were rolled back.
+        seq: the newest change whose files lie in the tree. It may not be durable yet.
+    """
+
+    is_open: bool = False
+    ended: int = 0
+    rolled_back: int = 0
+    seq: int = 0
+
+    @classmethod
+    def read(cls, journal: Path) -> Self:
+        """Return the state of the project with this journal; before the first transaction, that of an empty one."""
+        try:
+            descriptor = os.open(journal / _TREE_STATE, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return cls()
+        try:
+            data = os.pread(descriptor, _tree_state.size, 0)
+        finally:
+            os.close(descriptor)
+        return cls(*_tree_state.unpack(data)) if len(data) == _tree_state.size else cls()
+
+    @staticmethod
+    def open(journal: Path) -> int:
+        """Return a descriptor for ``write``."""
+        return os.open(journal / _TREE_STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+    def write(self, descriptor: int) -> None:
+        """Let readers know, with one system call."""
+        os.pwrite(descriptor, _tree_state.pack(*self), 0)
+
+
+_TREE_STATE = "tree-state"
+_tree_state = struct.Struct("<?QQQ")
+
+
+class ReadCommand(msgspec.Struct, frozen=True, tag_field="type", tag="command"):
+    """Run this command line, which only reads; ``path`` are the command's words, as ``resource list``.
+
+    Where ``list_at`` says at what names the envelope has a list, that list is answered with as its data, and its items.
+    """
+
+    path: str
+    argv: tuple[str, ...]
+    list_at: tuple[str, ...] = ()
+
+
+class ReadPage(msgspec.Struct, frozen=True, tag_field="type", tag="page"):
+    """Have the dashboard's own handlers answer a GET of this path."""
+
+    path: str
+
+
+Read = ReadCommand | ReadPage
+
+
+class ListIndex(msgspec.Struct, frozen=True):
+    """The items of a list, each between commas in a body that ends with them and ``]}``.
+
+    Attributes:
+        start: where the first one begins.
+        ids: of each; "" for one that has none.
+        ends: where each ends.
+    """
+
+    start: int
+    ids: list[str]
+    ends: list[int]
+
+
+class ReadResult(msgspec.Struct, frozen=True):
+    """What came of it.
+
+    Attributes:
+        status: a command's exit code; of a page, as in HTTP.
+        body: what the command printed to its standard output, or the page's body.
+        content_type, etag: of a page; "" for none.
+        message: what the command printed to its standard error.
+        items: of the list that was asked for; None when it could not be read.
+    """
+
+    status: int
+    body: bytes
+    content_type: str = ""
+    etag: str = ""
+    message: str = ""
+    items: ListIndex | None = None

@@ -1,0 +1,236 @@
+"""A segment of the journal: what is in its file, and how much of that can be read.
+
+A segment is named by the number of its first record, ``%020d.log``, and made of frames (``framing.py``): the first one
+is a ``Segment``, which says where the history stood, the others are ``Record``s.
+"""
+
+import contextlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.server.record_format import HEAD_BYTES, frames, payload_at
+from lattice_remote.server.tree.tree import FileState, sync, sync_directory
+
+__all__ = [
+    "ChangeIds",
+    "Outline",
+    "Record",
+    "Segment",
+    "StoredSegment",
+    "decoder",
+    "header_of",
+    "list_beside",
+    "outline_decoder",
+    "read_segment",
+    "readable_records",
+    "remove_segments",
+    "salvaged",
+    "segment_paths",
+]
+
+
+class ChangeIds:
+    """Marks of one journal's changes, made with a key that lies beside the segments and in every copy of them (I7).
+
+    A mark is 8 random bytes, and 8 bytes of an HMAC of these, the epoch and the number. So a mark that this project
+    has not given to a change is recognised, and a genuine one of which the journal knows nothing proves a rollback.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Take the journal's directory; the key is read when it is needed."""
+        self._path = directory / "key"
+        self._key: bytes | None = None
+
+    def make(self, epoch: str, seq: int) -> bytes:
+        """Return a mark for change ``seq``. Only for the writer, which makes the key if there is none yet.
+
+        Raises:
+            OSError: the key can't be read or written.
+        """
+        if self._key is None:
+            self._key = self._read() or self._create()
+        random = secrets.token_bytes(8)
+        return random + _code(self._key, epoch, seq, random)
+
+    def is_genuine(self, epoch: str, seq: int, mark: bytes) -> bool:
+        """Tell whether this mark was made for change ``seq``, by this project or another copy of it. Blocking.
+
+        Raises:
+            OSError: the key can't be read.
+        """
+        key = self._read()
+        return key is not None and hmac.compare_digest(_code(key, epoch, seq, mark[:8]), mark[8:])
+
+    def _read(self) -> bytes | None:
+        try:
+            return self._path.read_bytes() or None
+        except FileNotFoundError:
+            return None
+
+    def _create(self) -> bytes:
+        key, scratch = secrets.token_bytes(32), self._path.with_suffix(".new")
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            os.write(descriptor, key)
+            sync(descriptor)
+        finally:
+            os.close(descriptor)
+        scratch.replace(self._path)
+        sync_directory(self._path.parent)
+        return key
+
+
+def _code(key: bytes, epoch: str, seq: int, random: bytes) -> bytes:
+    return hmac.digest(key, f"{epoch}-{seq}-{random.hex()}".encode(), "sha256")[:8]
+
+
+class Segment(msgspec.Struct, frozen=True, tag="segment"):
+    """The first record of a segment: the history's name, and its head when the segment began.
+
+    ``since`` is when that was, in seconds since the epoch: whatever was answered later is in this segment or after it.
+    """
+
+    epoch: str
+    number: int
+    head: int
+    mark: bytes
+    since: float = 0.0
+
+
+class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
+    """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
+
+    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
+    ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
+    file may have caught them in neither place (``copied.py``). Without a change it has the content of a file before a
+    command destroys it. ``fingerprint`` is a digest of what was asked.
+    """
+
+    seq: int
+    mark: bytes
+    time: float
+    id: str = ""
+    token_id: str = ""
+    change: bytes | None = None
+    reply: bytes | None = None
+    files: dict[str, FileState | None] = {}
+    moved: dict[str, bytes] = {}
+    fingerprint: bytes = b""
+
+
+class Outline(msgspec.Struct, frozen=True, tag="record"):
+    """A ``Record`` without its bytes, for reading through much of it."""
+
+    seq: int
+    mark: bytes
+    time: float
+    id: str = ""
+    token_id: str = ""
+    files: dict[str, FileState | None] = {}
+    fingerprint: bytes = b""
+
+
+decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
+"""Takes the payload of any frame in a segment."""
+outline_decoder: msgspec.msgpack.Decoder[Segment | Outline] = msgspec.msgpack.Decoder(Segment | Outline)
+"""The same, without the bytes of changes and replies."""
+_RECORD_TAG = b"\xa4type\xa6record"
+_TAG_OFFSET = HEAD_BYTES + 1
+"""Where a record's tag begins: after its head and the byte that counts its fields."""
+_SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
+
+
+@dataclass
+class StoredSegment:
+    """A segment on disk: its header, and how many bytes of it are whole records."""
+
+    path: Path
+    header: Segment
+    size: int
+    newest: float
+
+
+def segment_paths(directory: Path) -> list[Path]:
+    """Return the paths of all segments, oldest first."""
+    return sorted(path for path in directory.glob("*.log") if _SEGMENT_NAME.fullmatch(path.name))
+
+
+def list_beside(segment: Path) -> Path:
+    """Return where the list of files at a segment's beginning is, by which a copy is made whole (``copied.py``)."""
+    return segment.with_suffix(".files")
+
+
+def remove_segments(paths: Iterable[Path]) -> None:
+    """Remove segments with the lists of files beside them; those that are gone are no error."""
+    for path in paths:
+        path.unlink(missing_ok=True)
+        list_beside(path).unlink(missing_ok=True)
+
+
+def read_segment(path: Path) -> tuple[StoredSegment, list[tuple[int, Outline]]] | None:
+    """Return a segment with the offset and outline of each whole record; None when even its header is damaged."""
+    header: Segment | None = None
+    items: list[tuple[int, Outline]] = []
+    size, newest = 0, path.stat().st_mtime
+    for offset, payload in frames(path.read_bytes()):
+        try:
+            item = outline_decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            break
+        if isinstance(item, Segment) != (header is None):
+            break
+        if isinstance(item, Segment):
+            header = item
+        else:
+            items.append((offset, item))
+            newest = item.time
+        size = offset + HEAD_BYTES + len(payload)
+    return (StoredSegment(path, header, size, newest), items) if header is not None else None
+
+
+def salvaged(data: bytes) -> Iterator[Outline]:
+    """Yield the whole records that are somewhere in ``data``, which does not begin with one: a torn end has none."""
+    at = data.find(_RECORD_TAG)
+    while at >= 0:
+        if (payload := payload_at(data, at - _TAG_OFFSET)) is not None:
+            with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
+                item = outline_decoder.decode(payload)
+                assert isinstance(item, Outline), "it has a record's tag"
+                yield item
+        at = data.find(_RECORD_TAG, at + 1)
+
+
+def readable_records(path: Path) -> list[Outline]:
+    """Return the outlines of all records of a segment that can be read, those behind a damage too.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    found = read_segment(path)
+    if found is None:
+        return list(salvaged(path.read_bytes()))
+    kept, items = found
+    return [*(record for _, record in items), *salvaged(path.read_bytes()[kept.size :])]
+
+
+def header_of(path: Path) -> Segment | None:
+    """Return a segment's header, None when it is gone or damaged.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+            payload = payload_at(head + file.read(int.from_bytes(head[:4], "big")), 0)
+    except FileNotFoundError:
+        return None
+    item = decoder.decode(payload) if payload is not None else None
+    return item if isinstance(item, Segment) else None

@@ -1,0 +1,111 @@
+"""How an administrator's command gets a project to itself, whether a server runs or not.
+
+The command locks ``projects/<slug>/.closing`` and writes there what its clients are to be told. A running server sees
+that within a quarter of a second, says goodbye to them, and ends the project's worker; the command waits for the
+worker's own lock. The kernel gives both back when the command is gone, however it went: nothing stays closed.
+"""
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lattice_remote.errors import Misuse, StorageError
+
+__all__ = ["LockedElsewhere", "closed_because", "closing", "lock"]
+
+
+class LockedElsewhere(Exception):
+    """Another process holds the lock; ``holder`` is what it wrote there, usually its process id."""
+
+    def __init__(self, path: Path, holder: str) -> None:
+        super().__init__(f"{path} is locked by process {holder or 'unknown'}")
+        self.holder = holder
+
+
+def lock(path: Path) -> int:
+    """Lock ``path``, write this process's id into it, and return the descriptor that holds the lock.
+
+    The lock lives until every process that inherited the descriptor has closed it or died, however it died. A
+    child that is to keep it gets it through ``pass_fds``. The file is never removed: that would let two
+    processes lock two files of one name.
+
+    Raises:
+        LockedElsewhere: somebody else holds it.
+        OSError: the file cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise LockedElsewhere(path, holder) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+_MARK = ".closing"
+_TIMEOUT_S = 60.0
+"""A worker finishes the command that it is at; it has at most its time limit for that."""
+_RETRY_S = 0.05
+
+
+@contextlib.contextmanager
+def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
+    """Have the project in this directory to oneself; it may be moved within.
+
+    Yields what lets go of the worker's lock before the end, so that a worker can be started here.
+
+    Args:
+        project: the project's directory.
+        why: one line for its clients.
+
+    Raises:
+        Misuse: another command has it.
+        StorageError: its worker does not end.
+    """
+    try:
+        mark = lock(project / _MARK)
+    except LockedElsewhere as error:
+        raise Misuse(f"another command is at work on project {project.name}; wait until it is done") from error
+    try:
+        os.ftruncate(mark, 0)
+        os.pwrite(mark, why.encode(), 0)
+        with contextlib.ExitStack() as writer:
+            writer.callback(os.close, _writer_lock(project))
+            yield writer.close
+    finally:
+        os.close(mark)
+
+
+def _writer_lock(project: Path) -> int:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while True:
+        try:
+            return lock(project / ".writer.lock")
+        except LockedElsewhere as error:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"the worker (pid {error.holder}) of project {project.name} does not end; nothing was changed"
+                ) from error
+            time.sleep(_RETRY_S)
+
+
+def closed_because(project: Path) -> str | None:
+    """Return what clients of this project are to be told while a command has it; None when none has."""
+    try:
+        mark = os.open(project / _MARK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(mark, 1000, 0).decode(errors="replace") or "its administrator is at work on it"
+    else:
+        return None
+    finally:
+        os.close(mark)

@@ -1,0 +1,195 @@
+"""What a server logs, on stderr: one line for each event, whatever is in it, for people or as JSON.
+
+Much of what is logged was said by a client. Control characters are escaped and long lines cut, so that nobody writes
+a line of his own into the log, or an escape sequence to the terminal that shows it; and what would give access is
+struck out, whoever wrote it there. A log that nobody takes (a stopped terminal, a full pipe) holds nobody up: lines
+are left out then, and counted.
+
+Fields of an event travel in ``extra={"fields": {...}}``. As JSON they are members of the line, beside ``ts``,
+``level``, ``logger`` and ``msg``; for people the message says them.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import select
+import stat
+import sys
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TextIO
+
+import msgspec
+
+from lattice_remote.text import printable
+
+__all__ = ["FORMAT_VARIABLE", "LEVEL_VARIABLE", "is_harmless", "log_to_stderr", "masked"]
+
+_SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)")
+
+
+def is_harmless(text: str) -> bool:
+    """Tell whether nothing in a text could be one, as in nearly every line of a log."""
+    return "ltr_" not in text and "://" not in text
+
+
+def masked(text: str) -> str:
+    """Return the text without them."""
+    if is_harmless(text):
+        return text
+    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", text)
+
+
+FORMAT_VARIABLE = "LATTICE_REMOTE_LOG_FORMAT"
+LEVEL_VARIABLE = "LATTICE_REMOTE_LOG_LEVEL"
+"""How to log: a server's workers and readers inherit both from it, as they do stderr."""
+
+_MAX_CHARACTERS = 1000
+_MAX_TRACE_CHARACTERS = 16_000
+_PIECE_BYTES = 4096
+"""What a pipe takes at once when it takes anything."""
+_MOST_A_SECOND = 1000
+"""Lines; more are left out: a client that is refused a thousand times a second is not to fill the disk."""
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line, and below it a traceback, of which every line begins with a bar."""
+        trace = self.formatException(record.exc_info) if record.exc_info else ""
+        record.message = record.getMessage()
+        if self.usesTime():
+            record.asctime = self.formatTime(record)
+        lines = [_short(self.formatMessage(record)), *(f"    | {_short(line)}" for line in trace.splitlines())]
+        return "\n".join(lines)
+
+
+class _Json(logging.Formatter):
+    """One line of plain ASCII for each record, its traceback included."""
+
+    def __init__(self, context: Mapping[str, str]) -> None:
+        super().__init__()
+        self._context = context
+
+    def format(self, record: logging.LogRecord) -> str:
+        time_ = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields: Mapping[str, object] = getattr(record, "fields", {})
+        head: dict[str, object] = {
+            "ts": time_.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        line = {**head, **fields, **self._context, **head}  # what the line says of itself comes first, and counts
+        text = _as_json(line)
+        if record.exc_info is None and len(text) <= _MAX_CHARACTERS and is_harmless(text):
+            return text  # there is nothing to strike out or to cut
+        for name, value in line.items():
+            line[name] = _cut(value, _MAX_CHARACTERS) if isinstance(value, str) else value
+        if record.exc_info:
+            line["error"] = _cut(self.formatException(record.exc_info), _MAX_TRACE_CHARACTERS)
+        return _as_json(line)
+
+
+class _Unhurried(logging.StreamHandler[TextIO]):
+    """Writes what can be written at once, and counts the rest."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._descriptor = -1
+        self._piece_bytes = sys.maxsize
+        self._poll = select.poll()
+        with contextlib.suppress(OSError):  # what is no file takes everything
+            self._poll.register(stream.fileno(), select.POLLOUT)
+            self._descriptor = stream.fileno()
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                self._piece_bytes = _PIECE_BYTES
+        self._second, self._lines, self._left_out = 0, 0, 0
+        self._is_torn = False  # a line was begun that has no end
+
+    def emit(self, record: logging.LogRecord) -> None:
+        second = int(time.monotonic())
+        if second != self._second:
+            self._second, self._lines = second, 0
+        self._lines += 1
+        if self._lines > _MOST_A_SECOND and record.levelno <= logging.INFO:
+            self._left_out += 1
+            return
+        if self._left_out:
+            text = "%d lines were left out here: too many at once, or nobody took them"
+            if self._tell(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._left_out,), None)):
+                self._left_out = 0
+        self._left_out += not self._tell(record)
+
+    def _tell(self, record: logging.LogRecord) -> bool:
+        """Write a line; return whether all of it was taken."""
+        if self._descriptor < 0:
+            super().emit(record)
+            return True
+        if not self._poll.poll(0):
+            return False
+        try:
+            self._write(f"{self.format(record)}\n".encode(self.stream.encoding, "backslashreplace"))
+        except OSError:  # a full disk, a pipe that was closed
+            return False
+        except Exception:  # noqa: BLE001 - what can't be told ends nothing
+            self.handleError(record)
+        return not self._is_torn
+
+    def _write(self, line: bytes) -> None:
+        """Write a line past Python's buffers, which would keep what the disk does not take; as much as is taken."""
+        rest = memoryview(b"\n" + line if self._is_torn else line)
+        while True:
+            rest = rest[os.write(self._descriptor, rest[: self._piece_bytes]) :]
+            self._is_torn = bool(rest)
+            if not rest or not self._poll.poll(0):
+                return
+
+
+def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> None:
+    """Log as the environment says. Libraries' news of single connections is left out.
+
+    Args:
+        pattern: what a line for people is like.
+        context: further members of each line of JSON.
+    """
+    handler = _Unhurried(sys.stderr)
+    is_json = os.environ.get(FORMAT_VARIABLE) == "json"
+    handler.setFormatter(_Json(context or {}) if is_json else _Text(pattern))
+    level = os.environ.get(LEVEL_VARIABLE, "").upper()
+    logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
+    # What no line says need not be found out for each: thread, process, task, file and line.
+    for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):
+        setattr(logging, name, None)  # "Optimization" in the how-to of logging names them
+    sys.excepthook = _log_the_end
+    for name in ("asyncio", "websockets", "watchfiles", "uvicorn", "multipart"):  # their details are nobody's business
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+    for name in ("websockets.server", "watchfiles.main"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a warning is whatever somebody sends to the port
+
+
+def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Log what ends this process: it is an event like any other."""
+    logging.getLogger(__name__).critical("ended by an error", exc_info=(kind, error, trace))
+
+
+def _as_json(line: Mapping[str, object]) -> str:
+    """Return an object in plain ASCII, nearly always as msgspec writes it, which takes a tenth of the time."""
+    with contextlib.suppress(UnicodeEncodeError):  # half a character
+        text = msgspec.json.encode(line).decode()
+        if text.isascii() and "\x7f" not in text:
+            return text
+    return json.dumps(line).replace("\x7f", "\\u007f")
+
+
+def _cut(text: str, most: int) -> str:
+    return masked(text if len(text) <= most else text[:most] + "...")
+
+
+def _short(text: str) -> str:
+    return printable(_cut(text, _MAX_CHARACTERS))

@@ -1,0 +1,1 @@
+"""Administrative commands: export, import, rename, archive, fsck."""

@@ -1,0 +1,324 @@
+"""``lattice-remote fsck``: checks a data directory, and mends what can be mended without losing anything.
+
+Mending is what the next start would do, done now and told: a command that was cut off is undone, what somebody changed
+becomes a change. Besides, what the disk has damaged is brought back from the journal, and what is in the way is moved
+to ``set-aside/``; nothing is deleted.
+"""
+
+import asyncio
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.config import JournalSettings
+from lattice_remote.server.datadir import DataDir, ProjectPaths
+from lattice_remote.server.ipc import Ready, Stop, ToServer
+from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.repair import Contents, Repair
+from lattice_remote.server.locks import LockedElsewhere, lock
+from lattice_remote.server.maintenance.fsck_project import Finding, ProjectCheck, check_project
+from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
+from lattice_remote.server.tokens import METRICS_ACTOR, Token, TokenFile, check_actor
+from lattice_remote.server.tree.tree import ProjectTree
+from lattice_remote.text import printable
+
+__all__ = [
+    "CHMOD_600",
+    "TAKE_AWAY",
+    "FsckReport",
+    "as_json",
+    "as_lines",
+    "check_server",
+    "chosen",
+    "fsck",
+    "recover",
+    "server_leftovers",
+]
+
+CHMOD_600 = "make it readable for its owner alone"
+TAKE_AWAY = "take that permission away"
+_SCRATCH = re.compile(r"\.[a-z-]+\.json\.[0-9a-f]{16}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def check_server(data: DataDir) -> Iterator[Finding]:
+    """Yield what is wrong outside the projects."""
+    try:
+        data.config()
+    except Misuse as error:
+        yield Finding("", "config.json", error.message)
+    yield from _tokens(data)
+    for path in server_leftovers(data):
+        where = str(path.relative_to(data.path))
+        yield Finding("", where, "left behind by a command that ended too early", "set aside")
+    for path in data.writable_by_everybody():
+        if path != data.tokens:  # of which more is asked above
+            where = "." if path == data.path else path.name
+            yield Finding("", where, "everybody on this machine may write to it", TAKE_AWAY)
+
+
+def server_leftovers(data: DataDir) -> list[Path]:
+    """Return what an unfinished ``project create``, or an unfinished write, has left."""
+    scratch = [path for path in data.path.glob(".*") if _SCRATCH.fullmatch(path.name)]
+    return sorted([*scratch, *(data.path / "projects").glob(".new-*")])
+
+
+def _tokens(data: DataDir) -> Iterator[Finding]:
+    if not data.tokens.exists():
+        yield Finding("", "tokens.json", "it is missing: nobody can come in; see: lattice-remote token create")
+        return
+    if data.tokens.stat().st_mode & 0o077:
+        yield Finding("", "tokens.json", "others may read or write it", CHMOD_600)
+    try:
+        tokens = TokenFile(data.tokens).read()
+    except StorageError as error:
+        yield Finding("", "tokens.json", f"it can't be read: {error.message}")
+        return
+    for kind, values in (("id", [t.id for t in tokens]), ("digest", [t.sha256 for t in tokens])):
+        for value, count in Counter(values).items():
+            if count > 1:
+                shown = value if kind == "id" else value[:8] + "..."
+                yield Finding("", "tokens.json", f"{count} tokens have the {kind} {shown}")
+    for token in tokens:
+        for wrong in _wrong_with(token, data):
+            yield Finding("", "tokens.json", f"token {token.id} {wrong}")
+
+
+def _wrong_with(token: Token, data: DataDir) -> Iterator[str]:
+    if not _SHA256.fullmatch(token.sha256):
+        yield "has no digest: nobody can use it; revoke it"
+    if token.metrics:  # METRICS_ACTOR is no actor of lattice, so that the token can't write
+        if (token.actor, token.act_as, token.projects) != (METRICS_ACTOR, [], []):
+            yield "is malformed: a token for metrics has no actor and no projects; revoke it and make another"
+        return
+    try:
+        check_actor(token.actor, token.act_as)
+    except Misuse as error:
+        yield f"is malformed: {error.message}"
+    for slug in token.projects:
+        if not data.has_project(slug) and not data.is_archived(slug):
+            yield f"is for project {slug!r}, which does not exist"
+
+
+_TIMEOUT_S = 600.0
+
+
+async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> list[str]:
+    """Start a worker, which recovers the project as always, and end it; return its notes.
+
+    Raises:
+        StorageError: it can't open the project.
+    """
+    first: asyncio.Future[ToServer] = asyncio.get_running_loop().create_future()
+
+    def heard(message: ToServer) -> None:
+        if not first.done():
+            first.set_result(message)
+
+    def ended() -> None:
+        if not first.done():
+            first.set_exception(StorageError(f"the worker for project {slug} does not start"))
+
+    command = (*WORKER_COMMAND, "--journal", msgspec.json.encode(settings).decode())
+    writer = await WorkerProcess.start(slug, paths, on_message=heard, on_end=ended, command=command)
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            message = await first
+        if not isinstance(message, Ready):
+            raise StorageError(f"project {slug}: {getattr(message, 'message', message)}")
+        writer.send(Stop())
+        await writer.wait(_TIMEOUT_S)
+    except TimeoutError:
+        raise StorageError(f"the worker for project {slug} takes too long") from None
+    finally:
+        writer.kill()
+        await writer.wait(5.0)
+    return message.notes
+
+
+_LOOKS = 4
+_LOOK_AGAIN_S = 0.7
+
+
+@dataclass
+class FsckReport:
+    """What was found. ``notes`` are what recovery said while it mended, one line each."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    projects: int = 0
+    running: bool = False
+    """A server works on the directory: it was only read, and only what stayed wrong for a while is told."""
+
+    @property
+    def left(self) -> int:
+        """How many findings are not mended."""
+        return sum(not found.mended for found in self.findings)
+
+
+def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
+    """Return the projects to check: the named ones, else all.
+
+    Raises:
+        Misuse: this is no data directory, or has no such project.
+    """
+    if not (data.path / "config.json").exists() and not (data.path / "projects").is_dir():
+        raise Misuse(f"{data.path} is not a data directory; name it with --data DIR")
+    for slug in slugs or ():
+        if not data.has_project(slug):
+            raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+    return list(slugs) if slugs else data.slugs()
+
+
+def as_lines(report: FsckReport) -> list[str]:
+    """Return a report as lines for a terminal, the last one a summary."""
+    lines = [printable(found.line()) for found in report.findings] + [printable(note) for note in report.notes]
+    mended = len(report.findings) - report.left
+    counts = _counted(len(report.findings), "finding") + (f", {mended} mended, {report.left} left" if mended else "")
+    live = " A server is running: what it mends by itself is left out." if report.running else ""
+    summary = f"Checked {_counted(report.projects, 'project')}: {counts if report.findings else 'all is well'}.{live}"
+    return [*lines, summary]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def as_json(report: FsckReport) -> str:
+    """Return a report for ``--json``."""
+    return msgspec.json.encode({**asdict(report), "findings": report.findings, "left": report.left}).decode()
+
+
+def fsck(data: DataDir, slugs: Sequence[str], *, mend: bool) -> FsckReport:
+    """Check the server and these projects; mend if asked to.
+
+    Raises:
+        Misuse: mending was asked for while a server, or a worker of one, is at work.
+        StorageError: something can't be read or written at all.
+    """
+    report = FsckReport(projects=len(slugs))
+    held = _lock(data, report)
+    try:
+        if mend and report.running:
+            raise Misuse("a server runs on this directory; stop it first, or leave out --mend")
+        report.findings += _server(data, mend=mend)
+        for slug in slugs:
+            paths = data.project(slug)
+            report.findings += _mended(slug, paths, data, report) if mend else _found(slug, paths, report)
+    except OSError as error:
+        raise StorageError(f"{error.filename or data.path}: {error.strerror or error}") from error
+    finally:
+        if held is not None:
+            os.close(held)
+    return report
+
+
+def _lock(data: DataDir, report: FsckReport) -> int | None:
+    """Keep a server from starting while this looks; where one runs, say so."""
+    try:
+        return lock(data.path / ".lock")
+    except LockedElsewhere:
+        report.running = True
+    except PermissionError:
+        pass  # somebody who may only read may still look
+    return None
+
+
+# --- looking ---
+
+
+def _found(slug: str, paths: ProjectPaths, report: FsckReport) -> list[Finding]:
+    """Return what is wrong; beside a running server, what is still wrong after several looks."""
+    findings = check_project(slug, paths, at_rest=not report.running).findings
+    for _ in range(_LOOKS - 1 if report.running else 0):
+        if not findings:
+            break
+        time.sleep(_LOOK_AGAIN_S)
+        again = set(check_project(slug, paths, at_rest=False).findings)
+        findings = [found for found in findings if found in again]
+    return findings
+
+
+# --- mending ---
+
+
+def _server(data: DataDir, *, mend: bool) -> list[Finding]:
+    before = list(check_server(data))
+    if not mend or not before:
+        return before
+    _set_aside(data.path, server_leftovers(data))
+    _fix_modes(data.path, before)
+    return _compared(before, list(check_server(data)))
+
+
+def _mended(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport) -> list[Finding]:
+    before = check_project(slug, paths, at_rest=True)
+    if not any(found.mend for found in before.findings):
+        return before.findings
+    try:
+        os.close(lock(paths.writer_lock))
+    except LockedElsewhere as error:
+        raise Misuse(f"a worker (pid {error.holder}) is still at work on {slug}; try again later") from error
+    assert before.journal is not None, "check_project has read it"
+    report.notes += [f"{slug}: {note}" for note in _restore(paths, before)]  # while all of the journal is there
+    _set_aside(paths.root, [*before.leftovers, *before.journal.unreachable])
+    _fix_modes(paths.root, before.findings)
+    settings = _journal_settings(data)
+    report.notes += [f"{slug}: {note}" for note in asyncio.run(recover(slug, paths, settings))]
+    return _compared(before.findings, check_project(slug, paths, at_rest=True).findings)
+
+
+def _compared(before: Iterable[Finding], after: list[Finding]) -> list[Finding]:
+    """Return what was wrong, with what is mended marked so, and what is new."""
+    left = {(found.where, found.what) for found in after}
+    told = [
+        found if (found.where, found.what) in left else msgspec.structs.replace(found, mended=True) for found in before
+    ]
+    known = {(found.where, found.what) for found in told}
+    return told + [found for found in after if (found.where, found.what) not in known]
+
+
+def _set_aside(root: Path, paths: Iterable[Path]) -> None:
+    """Move files out of the way, under their own names."""
+    place = root / "set-aside" / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}"
+    for path in dict.fromkeys(paths):
+        target = place / path.relative_to(root)
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.rename(path, target)
+
+
+def _fix_modes(root: Path, findings: Iterable[Finding]) -> None:
+    for found in findings:
+        path = root / found.where
+        if found.mend == CHMOD_600:
+            path.chmod(0o600)
+        elif found.mend == TAKE_AWAY:
+            path.chmod(path.stat().st_mode & 0o7775)
+
+
+def _restore(paths: ProjectPaths, check: ProjectCheck) -> list[str]:
+    """Bring back what the disk has damaged, as far as the journal has it; keep what is there now aside."""
+    if not check.damaged:
+        return []
+    contents = Contents(check.damaged)
+    for record in JournalReader(paths.journal).records():
+        contents.learn(record)
+    repair = Repair(ProjectTree(paths.lattice, check.files), contents, check.damaged, has_edits=False)
+    restorable = [path for path in check.damaged if path not in repair.failed]
+    _set_aside(paths.root, [paths.lattice / path for path in restorable])
+    return repair.perform(paths.journal / "lost")
+
+
+def _journal_settings(data: DataDir) -> JournalSettings:
+    try:
+        return data.config().journal
+    except Misuse:
+        return JournalSettings()  # a finding of its own

@@ -1,0 +1,369 @@
+"""Who changed what: the journal, read from its end (the answer to ``Log``, and ``lattice-remote log``).
+
+Nothing but the journal and ``ids.json`` is read, and nothing is locked: it works whether the server runs or not.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from lattice_remote.errors import Misuse, Rejected, RemoteError
+from lattice_remote.protocol.change_summary import tasks_in
+from lattice_remote.protocol.messages import (
+    MAX_LOG_TASKS,
+    MAX_VERSION_BYTES,
+    Log,
+    LogEntry,
+    LogPage,
+    ReadVersion,
+    Refused,
+    Version,
+)
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.journal.repair import Contents
+from lattice_remote.server.journal.segment import Record, Segment, decoder, header_of, segment_paths
+from lattice_remote.server.record_format import frames
+from lattice_remote.server.tree.tree import FileState
+
+__all__ = [
+    "AuditLogPage",
+    "LogReader",
+    "TextKind",
+    "TextVersion",
+    "find_task",
+    "paths_of_text",
+    "present_epoch",
+    "read_log",
+    "read_page",
+    "read_version",
+    "short_ids",
+]
+
+TextKind = Literal["plan", "notes"]
+_NOT_FOUND = "REMOTE_NOT_FOUND"
+
+
+@dataclass(frozen=True)
+class TextVersion:
+    """A text as of one change."""
+
+    epoch: str
+    seq: int
+    data: bytes
+
+
+def paths_of_text(task: str, kind: TextKind) -> tuple[str, str]:
+    """Return where a text is: among the active tasks, and in the archive."""
+    path = f"{'plans' if kind == 'plan' else kind}/{task}.md"
+    return path, f"archive/{path}"
+
+
+def read_version(
+    project: ProjectPaths, task: str, kind: TextKind, change: tuple[str, int], *, head: tuple[str, int]
+) -> TextVersion:
+    """Return a text as of one change.
+
+    The content follows from the journal's operations and, where the first of these only appended, from the file on
+    disk. The record's digest decides.
+
+    Args:
+        project: the project's directories.
+        task: a task's id.
+        kind: the text.
+        change: epoch and number of a change that wrote it, in any epoch that is kept; an empty epoch stands for the
+            newest with such a change.
+        head: epoch and number of the last durable change; nothing after it is returned (I2).
+
+    Raises:
+        Rejected: REMOTE_NOT_FOUND, no such change of this text is kept, or not enough to restore the content;
+            REMOTE_TOO_LARGE, over ``MAX_VERSION_BYTES``.
+        OSError: a segment can't be read.
+    """
+    (epoch, seq), paths = change, paths_of_text(task, kind)
+    contents = Contents(paths)
+    found: tuple[str, FileState] | None = None  # its epoch, and the state of the file
+    data: bytes | None = None
+
+    def on_disk(_path: str) -> bytes:
+        for path in paths:
+            try:
+                with (project.lattice / path).open("rb") as file:
+                    return file.read(MAX_VERSION_BYTES + 1)
+            except FileNotFoundError:
+                continue
+        return b""
+
+    for its_epoch, record in _records(project.journal, paths, head):
+        contents.learn(record)
+        if record.seq != seq or epoch not in ("", its_epoch):
+            continue
+        for path in paths:
+            state = record.files.get(path)
+            if state is not None:
+                found = (its_epoch, state)
+                data = _content(contents, path, state, on_disk)
+    if found is None:
+        raise Rejected(f"no change {seq} of this text is kept", code=_NOT_FOUND)
+    if found[1].size > MAX_VERSION_BYTES:
+        raise Rejected(f"the text of change {seq} has {found[1].size} bytes, too many to send", code="REMOTE_TOO_LARGE")
+    if data is None:
+        raise Rejected(f"the text of change {seq} is not kept: the journal begins after it", code=_NOT_FOUND)
+    return TextVersion(found[0], seq, data)
+
+
+def _content(contents: Contents, path: str, state: FileState, on_disk: Callable[[str], bytes]) -> bytes | None:
+    return None if state.size > MAX_VERSION_BYTES else contents.find(path, state.size, state.digest, on_disk)
+
+
+def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> Iterator[tuple[str, Record]]:
+    """Yield the records that name one of ``paths``, oldest first, each with its epoch."""
+    for segment in segment_paths(journal):
+        try:
+            data = segment.read_bytes()
+        except FileNotFoundError:
+            continue  # expired meanwhile
+        if not any(path.encode() in data for path in paths):
+            continue
+        epoch = ""
+        for _, payload in frames(data):
+            try:
+                item = decoder.decode(payload)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                break
+            if isinstance(item, Segment):
+                epoch = item.epoch
+            elif epoch == head[0] and item.seq > head[1]:
+                continue
+            elif any(path.encode() in payload for path in paths):
+                yield epoch, item
+
+
+MAX_SCAN_BYTES = 16 * 1024 * 1024
+"""About how much of the journal is read for one page."""
+
+_TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
+
+
+class _Record(msgspec.Struct, frozen=True, tag="record"):
+    """What the log needs of a ``journal.Record``."""
+
+    seq: int
+    change: bytes | None = None
+    files: dict[str, FileState | None] = {}
+
+
+class _Operation(msgspec.Struct, frozen=True):
+    path: str
+    to: str = ""
+
+
+class _Change(msgspec.Struct, frozen=True, tag="change", tag_field="type"):
+    """A ``Change`` without the content of its operations, which is most of it."""
+
+    seq: int
+    mark: bytes
+    time: str
+    actor: str
+    token_id: str
+    cause: str
+    command: str
+    ops: list[_Operation]
+    token_actor: str = ""
+
+
+class _Ids(msgspec.Struct):
+    map: dict[str, str] = {}
+
+
+_decoder: msgspec.msgpack.Decoder[Segment | _Record] = msgspec.msgpack.Decoder(Segment | _Record)
+_change_decoder = msgspec.msgpack.Decoder(_Change)
+_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
+
+
+@dataclass
+class AuditLogPage:
+    """Entries, newest first, and where to go on: before this record, None at the beginning of what is kept."""
+
+    entries: list[LogEntry] = field(default_factory=list)
+    before: int | None = None
+
+
+class LogReader:
+    """Answers ``Log`` and ``ReadVersion`` for one project, one at a time, in a thread, off the event loop."""
+
+    def __init__(self, paths: ProjectPaths) -> None:
+        self._paths = paths
+        self._turn = asyncio.Lock()
+
+    async def answer(self, asked: Log | ReadVersion, *, epoch: str, head: int) -> LogPage | Version | Refused:
+        """Return a page of the changes up to ``head``, which are durable (I2), or a text as of one of them."""
+        async with self._turn:
+            try:
+                return await asyncio.to_thread(self._answer, asked, (epoch, head))
+            except RemoteError as error:
+                return Refused(asked.id, error.code, error.message)
+            except OSError as error:
+                return Refused(asked.id, "REMOTE_STORAGE", f"the server cannot read its journal: {error.strerror}")
+
+    def _answer(self, asked: Log | ReadVersion, head: tuple[str, int]) -> LogPage | Version:
+        task = find_task(self._paths.lattice, asked.task) if asked.task else ""
+        if task is None or (asked.text and not task):
+            raise Misuse(f"there is no task {asked.task!r} in this project", code="REMOTE_NOT_FOUND")
+        if isinstance(asked, Log):
+            page = read_page(
+                *(self._paths.journal, task, asked.text or None), limit=asked.limit, before=asked.before, head=head
+            )
+            return LogPage(asked.id, page.entries, page.before)
+        found = read_version(self._paths, task, asked.text, (asked.epoch, asked.seq), head=head)
+        return Version(asked.id, found.epoch, found.seq, found.data)
+
+
+def present_epoch(paths: ProjectPaths) -> str:
+    """Return the name of the project's epoch, empty without a journal that can be read. Blocking.
+
+    Raises:
+        OSError: the journal can't be read.
+    """
+    headers = map(header_of, reversed(segment_paths(paths.journal)))
+    return next((header.epoch for header in headers if header is not None), "")
+
+
+def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
+    """Return the newest changes, of one task if it is named, and whether there are more. Blocking.
+
+    Raises:
+        Misuse: there is no such task.
+        OSError: the journal can't be read.
+    """
+    task_id = find_task(paths.lattice, task) if task else ""
+    if task_id is None:
+        raise Misuse(f"there is no task {task!r} in this project")
+    entries: list[LogEntry] = []
+    before: int | None = None
+    while True:
+        page = read_page(paths.journal, task=task_id, limit=limit + 1 - len(entries), before=before)
+        entries += page.entries
+        before = page.before
+        if before is None or len(entries) > limit:
+            return entries[:limit], len(entries) > limit
+
+
+def read_page(
+    journal: Path,
+    task: str = "",
+    text: TextKind | None = None,
+    *,
+    limit: int = 20,
+    before: int | None = None,
+    head: tuple[str, int] | None = None,
+) -> AuditLogPage:
+    """Return the newest ``limit`` changes before a record, or fewer when that means reading too much. Blocking.
+
+    Args:
+        journal: the project's journal directory.
+        task: a task's id: only what touched it; "" for everything.
+        text: only what wrote this text of the task.
+        limit: how many entries at most.
+        before: ``Page.before`` of the page before this one, None for the newest.
+        head: epoch and number of the last change to tell of; None for all that are there.
+
+    Raises:
+        OSError: a segment can't be read.
+    """
+    page = AuditLogPage()
+    scanned = 0
+    for path in reversed(segment_paths(journal)):
+        number = int(path.stem)
+        if before is not None and number >= before:
+            continue
+        if scanned >= MAX_SCAN_BYTES:
+            page.before = before
+            break
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            break  # expired meanwhile, and so has everything before it
+        for position, entry in reversed(list(_entries(data, task, text, before, head))):
+            page.entries.append(entry)
+            if len(page.entries) == limit:
+                page.before = position
+                return page
+        scanned, before = scanned + len(data), number
+    return page
+
+
+def find_task(lattice: Path, name: str) -> str | None:
+    """Return the id of a task, archived ones too, that is named by its id or its short id; None when there is none.
+
+    Raises:
+        OSError: ``ids.json`` can't be read.
+    """
+    return name if _TASK_ID.fullmatch(name) else _ids(lattice).get(name.upper())
+
+
+def short_ids(lattice: Path) -> dict[str, str]:
+    """Return the tasks' short ids by their ids.
+
+    Raises:
+        OSError: ``ids.json`` can't be read.
+    """
+    return {task: short_id for short_id, task in _ids(lattice).items()}
+
+
+def _ids(lattice: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode((lattice / "ids.json").read_bytes(), type=_Ids).map
+    except (FileNotFoundError, *_MALFORMED):
+        return {}
+
+
+def _entries(
+    data: bytes, task: str, text: TextKind | None, before: int | None, head: tuple[str, int] | None
+) -> Iterator[tuple[int, LogEntry]]:
+    """Yield the changes of one segment with the numbers of their records, oldest first; as far as it is whole."""
+    epoch, position = "", -1
+    paths = set(paths_of_text(task, text)) if text else set[str]()
+    for _, payload in frames(data):
+        try:
+            item = _decoder.decode(payload)
+        except _MALFORMED:
+            return
+        if isinstance(item, Segment):
+            epoch, position = item.epoch, item.number - 1
+            continue
+        position += 1
+        if before is not None and position >= before:
+            return
+        if item.change is None or (head is not None and epoch == head[0] and item.seq > head[1]):
+            continue
+        told = _change_decoder.decode(item.change)
+        tasks = tasks_in(path for operation in told.ops for path in (operation.path, operation.to))
+        # A text that goes to the archive, or comes back, is not written: its operation is a move.
+        written = [operation.path for operation in told.ops if operation.path in paths and not operation.to]
+        if text and written:
+            state = item.files.get(written[-1])
+            size = None if state is None else state.size
+            yield position, msgspec.structs.replace(_entry(epoch, told, tasks), text_bytes=size)
+        elif not text and (not task or task in tasks):
+            yield position, _entry(epoch, told, tasks)
+
+
+def _entry(epoch: str, told: _Change, tasks: list[str]) -> LogEntry:
+    return LogEntry(
+        seq=told.seq,
+        epoch=epoch,
+        time=told.time,
+        actor=told.actor,
+        token_id=told.token_id,
+        token_actor=told.token_actor,
+        cause=told.cause,
+        command=told.command,
+        tasks=tasks[:MAX_LOG_TASKS],
+        more_tasks=max(0, len(tasks) - MAX_LOG_TASKS),
+        mark=told.mark,
+    )

@@ -1,0 +1,221 @@
+"""Takes whole projects that clients push: the uploaded pack is checked apart, then the worker puts it in place.
+
+    asked --> checking --refused--> answered
+                       --passed---> with the worker --> answered
+
+Nothing here decides whether a project is empty, or whether a request was carried out before: the worker does (I1, I6).
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lattice_remote.errors import RemoteError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Bye, Push, Refused
+from lattice_remote.server.config import Config
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.ipc import ImportProject
+from lattice_remote.server.project.bundle_check import ImportReport, quarantine
+from lattice_remote.server.project.history import Subscriber
+from lattice_remote.server.project.uploads import Uploads
+from lattice_remote.server.tokens import Token
+
+__all__ = ["Pushes"]
+
+_MAX_UNDER_WAY = 8
+_log = logging.getLogger(__name__)
+
+Submit = Callable[[ImportProject, Subscriber], None]
+
+
+@dataclass(slots=True)
+class _Push:
+    """One that is being checked, or with the worker."""
+
+    frame: Push
+    token: Token
+    askers: list[Subscriber] = field(default_factory=list)
+    """Who waits for the check."""
+    task: "asyncio.Task[None] | None" = None
+    request: ImportProject | None = None
+    """What the worker was asked, once the check has passed: whoever asks again joins that."""
+
+
+class Pushes:
+    """See the module's text. All methods belong to the event loop's thread; ``close()`` it in the end.
+
+    Args:
+        paths: of the project.
+        config: the server's settings.
+        uploads: has the packs.
+        submit: gives a request to the project's worker.
+    """
+
+    def __init__(
+        self,
+        paths: ProjectPaths,
+        config: Config,
+        uploads: Uploads,
+        submit: Submit,
+        refused: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """``refused`` is called with the code of each refusal that is not the worker's."""
+        self._refused = refused
+        self._paths = paths
+        self._config = config
+        self._uploads = uploads
+        self._submit = submit
+        self._under_way: dict[str, _Push] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._is_clean = False  # what an earlier server left was removed
+
+    def take(self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, asker: Subscriber) -> None:
+        """Take a push; ``asker.answer()`` is called when it is done.
+
+        Args:
+            frame: what is asked for.
+            token: whose it is.
+            first_sent_at: see ``ipc.Execute``.
+            used: what shows that something was done in the project, None when it is empty as far as is known.
+            asker: who asks.
+        """
+        push = self._under_way.get(frame.id)
+        if push is not None and push.token.id != token.id:
+            self._refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+        elif push is not None and push.frame.digest != frame.digest:
+            why = "another project is being pushed with this request id: take a new one"
+            self._refuse(asker, frame.id, "REMOTE_INVALID", why)
+        elif push is not None and push.request is not None:
+            self._submit(push.request, asker)
+        elif push is not None:
+            push.askers.append(asker)
+        elif used is not None or not self._has_pack(frame, token):
+            # It may have been carried out before: that, or why not, is the worker's to say.
+            asked = ImportProject(
+                frame.id, token.id, token.actor, first_sent_at=first_sent_at, fingerprint=_fingerprint(frame)
+            )
+            self._submit(asked, asker)
+        elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
+            self._refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
+        else:
+            push = self._under_way[frame.id] = _Push(frame, token, [asker])
+            push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
+
+    def forget(self, asker: Subscriber) -> None:
+        """The connection of ``asker`` is gone. What it pushed goes on: it will ask again."""
+        for push in self._under_way.values():
+            if asker in push.askers:
+                push.askers.remove(asker)
+
+    async def close(self) -> None:
+        """Stop checking."""
+        tasks = [push.task for push in self._under_way.values() if push.task is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def _has_pack(self, frame: Push, token: Token) -> bool:
+        try:
+            return os.stat(self._paths.upload(token.id, frame.digest), follow_symlinks=False).st_size == frame.size
+        except OSError:
+            return False
+
+    async def _check(self, push: _Push, first_sent_at: float | None) -> None:
+        frame, token, place = push.frame, push.token, self._paths.incoming / push.frame.id
+        code, why = "REMOTE_UNSUPPORTED", ""
+        try:
+            report = await self._checked(frame, token, place)
+            if report.refused:  # and would be again: the next try brings another pack
+                self._uploads.used(token.id, frame.digest)
+                why = f"the server does not take this project: {report.refused}"
+        except RemoteError as error:
+            code, why = error.code, error.message
+        except OSError as error:
+            code, why = "REMOTE_STORAGE", f"the server can't store the project: {error.strerror}"
+        except Exception:  # noqa: BLE001 - whoever pushed must get an answer
+            _log.exception("%s: a push could not be checked", self._paths.root.name)
+            code, why = (
+                "REMOTE_FAILED",
+                "the server could not check the project; its administrator should look at its log",
+            )
+        if why:
+            self._refuse_all(push, code, why)
+            return
+        push.request = ImportProject(
+            frame.id,
+            token.id,
+            token.actor,
+            f"{self._paths.incoming.name}/{frame.id}",
+            report.tasks,
+            report.archived,
+            report.files,
+            report.notes(),
+            first_sent_at,
+            _fingerprint(frame),
+        )
+        for asker in (_Cleaner(lambda: self._settled(push, place)), *push.askers):
+            self._submit(push.request, asker)
+
+    def _refuse_all(self, push: _Push, code: str, why: str) -> None:
+        del self._under_way[push.frame.id]
+        _log.info("%s: a push of %s was refused: %s", self._paths.root.name, push.token.actor, why)
+        for asker in push.askers:
+            self._refuse(asker, push.frame.id, code, why)
+
+    def _refuse(self, asker: Subscriber, request_id: str, code: str, message: str) -> None:
+        self._refused(code)
+        asker.answer(request_id, encode(Refused(request_id, code, message[:4096])))
+
+    def _settled(self, push: _Push, place: Path) -> None:
+        """The worker has answered: the candidate that did not get its place goes, or the pack of one that did."""
+        self._under_way.pop(push.frame.id, None)
+        if place.exists():
+            asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(place, ignore_errors=True))
+        else:
+            self._uploads.used(push.token.id, push.frame.digest)
+
+    async def _checked(self, frame: Push, token: Token, place: Path) -> ImportReport:
+        async with self._one_at_a_time:
+            if not self._is_clean:
+                await asyncio.to_thread(shutil.rmtree, self._paths.incoming, ignore_errors=True)
+                self._is_clean = True
+            return await quarantine(
+                place,
+                ["--pack", self._paths.upload(token.id, frame.digest)],
+                max_bytes=self._config.limits.project_bytes,
+                keep_hooks=self._config.pushed_hooks,
+                hooks_of=self._paths.lattice / "config.json",
+            )
+
+
+def _fingerprint(frame: Push) -> bytes:
+    return frame.digest[:16]
+
+
+class _Cleaner:
+    """Asks like a client, and says when there is an answer: clients may be gone by then."""
+
+    def __init__(self, settled: Callable[[], None]) -> None:
+        self._settled = settled
+
+    @property
+    def lane(self) -> Hashable:
+        """Its own."""
+        return self
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """What was asked for is done, or refused."""
+        del request_id, reply
+        self._settled()
+
+    def change_committed(self, seq: int, frame: bytes) -> None:
+        """Nothing is followed here."""
+
+    def end(self, bye: Bye) -> None:
+        """Nothing is connected here."""

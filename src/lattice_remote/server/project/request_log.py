@@ -1,0 +1,136 @@
+"""What came of a request that was to write: counted, and one line in the log, with the number of its change.
+
+Of what the caller typed the line has the command's words and nothing else.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lattice_remote.server.ipc import AbandonRequest, Edit, ImportProject, RequestDone, ResultStats, RunCall, RunCommand
+from lattice_remote.server.metrics import ProjectMetrics
+from lattice_remote.server.project.queue import QueuedRequest
+
+__all__ = ["OutcomeListener", "RequestLog", "RequestOutcome"]
+
+_FAILED = 400
+"""From this status on an operation did not succeed."""
+_KINDS = {RunCommand: "command", RunCall: "call", Edit: "edit", ImportProject: "push", AbandonRequest: "command"}
+
+_log = logging.getLogger("lattice_remote.requests")
+
+WorkerRequest = RunCommand | RunCall | Edit | ImportProject | AbandonRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutcome:
+    """What came of one request.
+
+    Attributes:
+        command: its words, as ``resource acquire``; "" where that is not known.
+        outcome: ``done``, ``failed`` (lattice said no), ``again`` (it was done before) or ``refused``.
+        code: of a refusal, else "".
+        status: the exit code, or of an operation its status.
+        seq: the number of its change, None when it made none.
+        ms: from its arrival to its answer.
+    """
+
+    project: str
+    actor: str
+    token_id: str
+    command: str
+    outcome: str
+    code: str
+    status: int
+    seq: int | None
+    ms: float
+
+    def log(self) -> None:
+        """Write its line."""
+        if not _log.isEnabledFor(logging.INFO):
+            return
+        fields = {
+            "project": self.project,
+            "actor": self.actor,
+            "token": self.token_id,
+            "command": self.command,
+            "outcome": self.outcome,
+            "code": self.code or None,
+            "status": self.status,
+            "seq": self.seq,
+            "ms": self.ms,
+        }
+        who = f"{self.actor} ({self.token_id})" if self.token_id else self.actor
+        what = self.command or "a request"
+        came = self.code or (f"status {self.status}" if self.status else self.outcome)
+        number = f", change {self.seq}" if self.seq is not None else ""
+        text = "%s: %s: %s: %s%s, %g ms"
+        _log.info(text, self.project, who, what, came, number, self.ms, extra={"fields": fields})
+
+
+OutcomeListener = Callable[[RequestOutcome], None]
+"""Takes the account of a request and writes the line itself, as whoever serves an HTTP request does."""
+
+
+class RequestLog:
+    """Keeps the accounts of one project."""
+
+    def __init__(self, project: str, metrics: ProjectMetrics) -> None:
+        self._project = project
+        self._metrics = metrics
+
+    def settled(self, job: QueuedRequest, message: WorkerRequest, done: RequestDone) -> None:
+        """A request that the worker had is answered."""
+        report = done.report
+        is_first = not (report.again or report.code)
+        if is_first:
+            self._metrics.executor_seconds.observe(report.seconds)
+        if is_first and job.resource is None:  # what waited for a resource says nothing of the server
+            self._metrics.request_seconds.observe(time.monotonic() - job.arrived_at)
+        self._add(
+            message,
+            report,
+            done.seq if done.change is not None else report.made,
+            job.arrived_at,
+            job.told if job.askers else None,
+        )
+
+    def refused(self, message: WorkerRequest, code: str, told: OutcomeListener | None = None) -> None:
+        """A request is refused before the worker had it."""
+        self._add(message, ResultStats(code=code), None, time.monotonic(), told)
+
+    def found(self, seq: int) -> None:
+        """Nobody asked for a change: files were changed by other hands."""
+        fields = {"project": self._project, "actor": "server", "command": "", "outcome": "found", "seq": seq}
+        _log.info("%s: files were changed by other hands, change %d", self._project, seq, extra={"fields": fields})
+
+    def refused_other(self, code: str) -> None:
+        """What was refused is no write, or was never taken for one."""
+        self._metrics.refused(code)
+
+    def _add(
+        self, message: WorkerRequest, report: ResultStats, seq: int | None, since: float, told: OutcomeListener | None
+    ) -> None:
+        outcome = _outcome_of(message, report)
+        self._metrics.settled(_KINDS[type(message)], outcome)
+        if report.code:
+            self._metrics.refused(report.code)
+        actor = "" if isinstance(message, AbandonRequest) else message.actor
+        ms = round((time.monotonic() - since) * 1000, 1)
+        account = RequestOutcome(
+            *(self._project, actor, message.token_id, report.command, outcome, report.code, report.status, seq, ms)
+        )
+        if told is None:
+            account.log()
+        else:
+            told(account)
+
+
+def _outcome_of(message: WorkerRequest, report: ResultStats) -> str:
+    if report.code:
+        return "refused"
+    if report.again:
+        return "again"
+    failed = report.status >= _FAILED if isinstance(message, RunCall) else report.status != 0
+    return "failed" if failed else "done"

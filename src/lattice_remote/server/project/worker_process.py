@@ -1,0 +1,147 @@
+"""The worker process of a project, seen from the server: starting it, talking to it, noticing its end.
+
+Knows nothing of what the messages mean. The process holds the project's writer lock for as long as it lives, by
+an inherited descriptor, so that not even a server that was killed leaves a second writer behind (I1).
+"""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import msgspec
+
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.ipc import ToServer, ToWorker
+from lattice_remote.server.locks import LockedElsewhere, lock
+
+__all__ = ["WORKER_COMMAND", "WorkerProcess"]
+
+WORKER_COMMAND: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.main")
+"""What is run: nothing of the current directory or the locale gets into it; tests put a worker of their own here."""
+
+_LOCK_TIMEOUT_S = 40.0
+"""How long to wait for the end of a worker whose server was killed: one command's time limit, and a little."""
+
+_LOCK_RETRY_S = 0.05
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+class WorkerProcess(asyncio.Protocol):
+    """One worker process. Made by ``start()``; ``on_end`` is called exactly once, after the last ``on_message``."""
+
+    def __init__(self, on_message: Callable[[ToServer], None], on_end: Callable[[], None]) -> None:
+        self._on_message = on_message
+        self._on_end = on_end
+        self._received = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        slug: str,
+        paths: ProjectPaths,
+        *,
+        on_message: Callable[[ToServer], None],
+        on_end: Callable[[], None],
+        command: Sequence[str] = WORKER_COMMAND,
+    ) -> "WorkerProcess":
+        """Start the process; it reports ``Ready`` through ``on_message`` when it has opened the project.
+
+        Raises:
+            LockedElsewhere: the worker of an earlier server is still at work after 40 s.
+            OSError: the process can't be started.
+        """
+        writer = cls(on_message, on_end)
+        writer_lock = await _writer_lock(paths)
+        ours, theirs = socket.socketpair()
+        try:
+            ours.setblocking(False)
+            writer._process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once per project
+                [*command, "--fd", str(theirs.fileno()), "--project-dir", str(paths.root), "--slug", slug],
+                pass_fds=(theirs.fileno(), writer_lock),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C in the server's terminal is the server's to handle
+            )
+            await asyncio.get_running_loop().create_unix_connection(lambda: writer, sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(writer_lock)
+        return writer
+
+    @property
+    def pid(self) -> int:
+        """The process id of the worker."""
+        assert self._process is not None, "start() sets it before anybody gets the writer"
+        return self._process.pid
+
+    def send(self, *messages: ToWorker) -> None:
+        """Send messages in order, in one write. After the process has ended they are lost; ``on_end`` tells."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        buffer = bytearray()
+        for message in messages:
+            data = _encoder.encode(message)
+            buffer += len(data).to_bytes(4) + data
+        self._transport.write(buffer)
+
+    def kill(self) -> None:
+        """End the process at once; ``on_end`` follows. What it was doing is undone at the next start."""
+        assert self._process is not None, "start() sets it before anybody gets the writer"
+        self._process.kill()
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Wait for the process to have ended and ``on_end`` to have been called; return whether so. Reaps it."""
+        assert self._process is not None, "start() sets it before anybody gets the writer"
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._process.poll() is None or self._transport is not None:
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
+    # --- asyncio.Protocol ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
+
+    def data_received(self, data: bytes) -> None:
+        received = self._received
+        received += data
+        start = 0
+        while len(received) - start >= 4:
+            end = start + 4 + int.from_bytes(received[start : start + 4])
+            if len(received) < end:
+                break
+            self._on_message(_decoder.decode(memoryview(received)[start + 4 : end].tobytes()))
+            start = end
+        del received[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        # The socket is closed by the end of the process, or by a worker that is beyond use: make sure of it.
+        self._transport = None
+        self.kill()
+        self._on_end()
+
+
+async def _writer_lock(paths: ProjectPaths) -> int:
+    """Take the project's writer lock, waiting for the end of a worker that is still at its last command."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            return lock(paths.writer_lock)
+        except LockedElsewhere:
+            if loop.time() >= deadline:
+                raise
+            await asyncio.sleep(_LOCK_RETRY_S)

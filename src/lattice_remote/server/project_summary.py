@@ -1,0 +1,161 @@
+"""Projects at a glance, for lists of them: how many tasks stand where, and who did something last.
+
+Read from the files alone, so that nothing is started for a project that nobody uses at the moment. Tasks are read again
+only when their files have changed.
+"""
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import msgspec
+
+from lattice_remote.protocol.messages import LogEntry
+from lattice_remote.server.datadir import DataDir, ProjectPaths
+from lattice_remote.server.ipc import TreeState
+from lattice_remote.server.journal.segment import segment_paths
+from lattice_remote.server.project.audit_log import read_page
+
+__all__ = ["Overview", "Overviews"]
+
+_FRESH_S = 0.5
+"""An overview may be as old as this: many who ask at once are told the same."""
+_MAX_LOOKS, _LOOK_AGAIN_S = 100, 0.005
+"""A write takes some ms. After half a second the project may have no worker that ends one."""
+_UNREADABLE = "unknown"
+_Signature = tuple[int, int, int]
+
+
+class Overview(msgspec.Struct, frozen=True):
+    """One project at a glance.
+
+    Attributes:
+        name, code: its own, of its ``config.json``; None when it has none.
+        tasks, archived: how many there are of each.
+        statuses: how many of ``tasks`` are in each status.
+        last: the last change that its journal keeps; None when it keeps none.
+    """
+
+    slug: str
+    name: str | None
+    code: str | None
+    tasks: int
+    archived: int
+    statuses: dict[str, int]
+    last: LogEntry | None
+
+
+class _Task(msgspec.Struct):
+    status: str = _UNREADABLE
+
+
+_task_decoder = msgspec.json.Decoder(_Task)
+
+
+class Overviews:
+    """Overviews of the projects of a data directory. Belongs to the event loop's thread."""
+
+    def __init__(self, data: DataDir) -> None:
+        self._data = data
+        self._known: dict[str, _Known] = {}
+
+    async def of(self, slug: str) -> Overview:
+        """Return the overview of a project that exists, at most ``_FRESH_S`` old.
+
+        Raises:
+            OSError: its files can't be read.
+        """
+        known = self._known.setdefault(slug, _Known(self._data, slug))
+        async with known.turn:
+            if known.overview is None or time.monotonic() - known.taken_at >= _FRESH_S:
+                known.overview = await asyncio.to_thread(known.take)
+                known.taken_at = time.monotonic()
+            return known.overview
+
+
+class _Known:
+    """What was read of one project."""
+
+    def __init__(self, data: DataDir, slug: str) -> None:
+        self.turn = asyncio.Lock()
+        self.overview: Overview | None = None
+        self.taken_at = 0.0
+        self._data, self._slug = data, slug
+        self._statuses: dict[str, tuple[_Signature, str]] = {}  # by the task's file name
+        self._last: tuple[tuple[str, _Signature] | None, LogEntry | None] = (None, None)
+
+    def take(self) -> Overview:
+        """Look at the files. Blocking."""
+        summary = self._data.summary(self._slug)
+        paths = self._data.project(self._slug)
+        self._statuses = self._committed_statuses(paths)
+        statuses = Counter(status for _, status in self._statuses.values())
+        return Overview(
+            self._slug,
+            summary.name,
+            summary.code,
+            sum(statuses.values()),
+            summary.archived,
+            dict(statuses.most_common()),
+            self._last_change(paths),
+        )
+
+    def _committed_statuses(self, paths: ProjectPaths) -> dict[str, tuple[_Signature, str]]:
+        """Read the statuses; again if a write that they may show was rolled back, or may still be (I2)."""
+        for _ in range(_MAX_LOOKS):
+            before = TreeState.read(paths.journal)
+            statuses = dict(self._read_statuses(paths))
+            after = TreeState.read(paths.journal)
+            if not after.is_open and after.rolled_back == before.rolled_back:
+                break
+            time.sleep(_LOOK_AGAIN_S)
+        return statuses
+
+    def _read_statuses(self, paths: ProjectPaths) -> Iterator[tuple[str, tuple[_Signature, str]]]:
+        try:
+            entries = [entry for entry in os.scandir(paths.lattice / "tasks") if _is_task(entry.name)]
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            try:
+                status = entry.stat(follow_symlinks=False)
+                signature = _signature_of(status)
+                before = self._statuses.get(entry.name)
+                yield entry.name, before if before and before[0] == signature else (signature, _status_of(entry.path))
+            except FileNotFoundError:
+                continue  # archived in just this moment
+
+    def _last_change(self, paths: ProjectPaths) -> LogEntry | None:
+        newest = max(segment_paths(paths.journal), default=None)
+        if newest is None:
+            return None
+        try:
+            state = (newest.name, _signature_of(newest.stat()))
+        except FileNotFoundError:  # expired meanwhile: another is the newest, and the next look sees it
+            return self._last[1]
+        if self._last[0] != state:
+            entries = read_page(paths.journal, limit=1).entries
+            self._last = state, entries[0] if entries else None
+        return self._last[1]
+
+
+def _signature_of(status: os.stat_result) -> _Signature:
+    """Return what is another when a file was written, or another file has taken its place."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _is_task(name: str) -> bool:
+    return name.endswith(".json") and not name.startswith(".")
+
+
+def _status_of(path: str) -> str:
+    """Return the status that a task's file says; ``unknown`` when it says none, or is no plain file."""
+    try:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            return _task_decoder.decode(file.read()).status
+    except FileNotFoundError:
+        raise
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _UNREADABLE  # one odd file is not to hide all projects

@@ -1,0 +1,425 @@
+"""Everything that a running server holds: its tokens, its projects, its clients, and what goes on in the background."""
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from typing import Literal, Protocol
+
+import msgspec
+
+from lattice_remote.errors import RemoteError
+from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
+from lattice_remote.server.auth import SAVE_EVERY_S, LastUse, Login, Logins, signing_key
+from lattice_remote.server.config import Config
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.locks import closed_because
+from lattice_remote.server.maintenance.transfer import finish_renames
+from lattice_remote.server.metrics import Metrics
+from lattice_remote.server.project.connection import ClientConnection
+from lattice_remote.server.project.hooks import HookRunner
+from lattice_remote.server.project.project import Project
+from lattice_remote.server.project.queue import QueueLimits
+from lattice_remote.server.project.watch import watch_tree
+from lattice_remote.server.project.worker_process import WORKER_COMMAND
+from lattice_remote.server.project_summary import Overviews
+from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
+from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.response_budget import ResponseBudget
+from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
+
+__all__ = ["STOP_S", "ProjectRegistry", "State", "bearer"]
+
+State = Literal["ready", "starting", "closed", "failed"]
+"""Whether a project can be used. ``closed``: an administrator's command has it for a moment."""
+
+TOKEN_CHECK_S = 0.25
+"""How often to look at the tokens: the connections of one that was revoked, rotated or expired end within a second."""
+RESCAN_S = 300.0
+"""How often to look at all files of a project, for edits that the system did not report."""
+STOP_S = 1.5
+"""How long a stop may take, with all that waits in it. The process then needs some 0.2 s to end: under 2 s in all."""
+_DRAIN_S = 0.7
+_WORKER_STOP_S = 0.3
+_TASKS_STOP_S = 0.2
+
+_STOPPING = Refusal(
+    HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", "the server is stopping; try again", retry_after_s=1
+)
+_SOCKET_PATH = re.compile(r"/projects/([^/?#]+)/ws(?:\?.*)?")
+
+_log = logging.getLogger(__name__)
+
+
+class Ongoing(Protocol):
+    """An HTTP request that is being answered, as far as is known of it. ``since`` is in seconds since 1970."""
+
+    login: Login | None
+    project: str
+    since: float
+    is_stream: bool
+
+    @property
+    def route(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+
+class ProjectRegistry:
+    """See the module's text. Made inside a running loop; ``start()``, then ``stop()`` once."""
+
+    def __init__(
+        self,
+        data: DataDir,
+        *,
+        config: Config | None = None,
+        bounds: QueueLimits | None = None,
+        worker_command: Sequence[str] = WORKER_COMMAND,
+    ) -> None:
+        """Raises Misuse when ``config``, by default that of the directory, is not what it must be."""
+        self.data = data
+        self.stopping = False
+        """Set while the server stops: nobody is let in any more."""
+        self.config = config or data.config()
+        self.door = AdmissionControl(self.config.limits, self.config.trusted_proxies)
+        """Counts who comes in."""
+        self.responses = ResponseBudget(self.config.limits)
+        """Bounds what answers over HTTP hold in memory."""
+        self.overviews = Overviews(data)
+        """The projects at a glance."""
+        self.metrics = Metrics()
+        """What is counted and measured here."""
+        limits = self.config.limits
+        self._bounds = bounds or QueueLimits(command_s=limits.command_seconds, per_token=limits.requests_per_token)
+        settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
+        given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
+        self._worker_command = (*worker_command, *given)
+        self._logins = Logins(data.tokens)
+        self._last_use = LastUse(data.tokens_used)
+        self.signing_key = b""
+        """What the cookies of browsers are signed with; known once it was started."""
+        self.address = ""
+        """Where the server listens, once it does."""
+        self._tokens_error = ""  # what was logged last, so that it is logged once
+        self._projects: dict[str, Project] = {}
+        self._watching: dict[str, asyncio.Event] = {}  # set to end the watching of a project's files
+        self._releasing: set[str] = set()
+        self._peers: set[ClientConnection] = set()
+        self.ongoing: set[Ongoing] = set()
+        """The HTTP requests that are being answered."""
+        self._staying: dict[Callable[[Bye], None], Login] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._alone = asyncio.Event()
+
+    def start(self) -> None:
+        """Read the tokens and begin the work in the background. Projects start when they are first asked for.
+
+        Raises:
+            StorageError: ``tokens.json`` or the signing key cannot be read.
+        """
+        self.signing_key = signing_key(self.data.signing_key)
+        if moved := finish_renames(self.data):
+            _log.info("%d tokens were for projects that were renamed; they are for their new names now", moved)
+        self._logins.refresh()
+        for path in self.data.writable_by_everybody():
+            _log.warning("everybody on this machine may change %s; run: chmod o-w %s", path, path)
+        self._keep("tokens", self._watch_tokens())
+        self._keep("uses", self._note_uses())
+        self._keep("rescan", self._rescan())
+        self._keep("closing", self._watch_closing())
+
+    async def stop(self) -> None:
+        """Finish what runs, tell the clients when to come back, end the workers; takes 1.2 s at most.
+
+        A worker that is not done by then is ended: its request is undone when the project is next opened.
+        """
+        self.stopping = True
+        projects = self._projects.values()
+        await asyncio.gather(*(project.drain(_DRAIN_S) for project in projects))
+        for end in tuple(self._staying):
+            end(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
+        for watching_ends in self._watching.values():
+            watching_ends.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(project.stop(_WORKER_STOP_S) for project in projects))
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_TASKS_STOP_S)
+        await self._last_use.save(self._logins.ids())
+
+    @property
+    def projects(self) -> Mapping[str, Project]:
+        """The projects that somebody has asked for, by their names."""
+        return self._projects
+
+    @property
+    def peers(self) -> Collection[ClientConnection]:
+        """The clients that are connected over WebSockets."""
+        return self._peers
+
+    # --- clients ---
+
+    async def wait_until_alone(self, timeout_s: float) -> None:
+        """Wait until every client is gone, or the time is over."""
+        if self._peers:
+            self._alone.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._alone.wait(), timeout_s)
+
+    def check(self, connection: Handoff, request: Request) -> Response | None:
+        """Decide on a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
+        refusal = self._check(connection, request)
+        if refusal is None:
+            return None
+        self.metrics.connections_refused.labels(refusal.code).inc()
+        return http_answer(refusal)
+
+    def _check(self, connection: Handoff, request: Request) -> Refusal | None:
+        matched = _SOCKET_PATH.fullmatch(request.path)
+        if matched is None:
+            return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
+        headers, visit = request.headers, connection.visit
+        authorization = headers.get_all("Authorization")
+        turned_away = visit.enter(headers.get_all("X-Forwarded-For"), self.shown(authorization))
+        admitted = turned_away or self.admit(visit, authorization, matched[1])
+        if isinstance(admitted, Refusal):
+            return admitted
+        if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
+            why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
+            return Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why)
+        if (refusal := visit.admit(admitted[0].token.id)) is not None:
+            return refusal
+        connection.who = admitted
+        return None
+
+    def admit(self, visit: ConnectionQuota, authorization: Sequence[str], slug: str) -> tuple[Login, Project] | Refusal:
+        """Decide on any request for a project, whatever way it comes; ``slug`` may be any string (I9).
+
+        Args:
+            visit: the connection on which it comes.
+            authorization: the values of all Authorization headers.
+            slug: the project that is asked for.
+        """
+        login = self.identify(visit, bearer(authorization))
+        if isinstance(login, Refusal):
+            return login
+        project = self.enter(login, slug)
+        return project if isinstance(project, Refusal) else (login, project)
+
+    def shown(self, authorization: Sequence[str]) -> str:
+        """Return the id of the token that a request shows and that is valid, "" for none; nothing is counted."""
+        login = self._logins.find(bearer(authorization))
+        return "" if login is None or self._logins.objection(login) is not None else login.token.id
+
+    def shown_before(self, token_id: str, sha256: str) -> str:
+        """Return the id of a token that was shown before, if it is still valid, "" otherwise; nothing is counted."""
+        login = self._logins.recall(token_id, sha256)
+        return "" if login is None or self._logins.objection(login) is not None else token_id
+
+    def identify(self, visit: ConnectionQuota, token_text: str) -> Login | Refusal:
+        """Return whose text this is; "" is nobody's (I9)."""
+        if self.stopping:
+            return _STOPPING
+        self._refresh_logins()  # so that a token works as soon as it is made
+        login = self._logins.find(token_text)
+        if login is None:
+            why = "no token, or one that is not known here"
+            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+        found = self._still(login)
+        return (visit.failed() or found) if isinstance(found, Refusal) else found
+
+    def identify_again(self, token_id: str, sha256: str) -> Login | Refusal:
+        """Return the login of somebody who has shown a token before, of which this was the digest, if it is valid.
+
+        That somebody has is known, so it is no failed login when it is valid no more.
+        """
+        if self.stopping:
+            return _STOPPING
+        self._refresh_logins()
+        login = self._logins.recall(token_id, sha256)
+        if login is None:
+            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", f"token {token_id} was revoked")
+        return self._still(login)
+
+    def _still(self, login: Login) -> Login | Refusal:
+        if (refusal := self._ended(login)) is not None:
+            return refusal
+        self._last_use.used([login.token.id])
+        return login
+
+    def ended(self, login: Login) -> Refusal | None:
+        """Return why somebody may do no more who was let in, None when he still may: a request may take its time."""
+        self._refresh_logins()
+        return self._ended(login)
+
+    def _ended(self, login: Login) -> Refusal | None:
+        objection = self._logins.objection(login)
+        if objection is None:
+            return None
+        return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+
+    def enter(self, login: Login, slug: str) -> Project | Refusal:
+        """Return a project that somebody may use who was identified before; ``slug`` may be any string (I9)."""
+        if (refusal := self._refused_project(login, slug)) is not None:
+            return refusal
+        project = self.project(slug)
+        if project.failure is not None:
+            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
+        return project
+
+    def _refused_project(self, login: Login, slug: str) -> Refusal | None:
+        """Refuse a project that the token is not for, or that is not to be had; which others there are is not told."""
+        missing = HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND"
+        if slug not in login.token.projects:
+            now = self.data.renamed().get(slug)
+            if now in login.token.projects:
+                why = f"project {slug!r} is called {now!r} now: lattice remote set-url origin URL --project {now}"
+                return Refusal(*missing, why)
+            why = f"this token is for {', '.join(login.token.projects) or 'metrics'}, not for {slug!r}"
+            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
+        if not self.data.has_project(slug):
+            if self.data.is_archived(slug):
+                return Refusal(*missing, f"project {slug!r} is archived; ask its administrator")
+            return Refusal(*missing, f"there is no project {slug!r} on this server")
+        closed = closed_because(self.data.project(slug).root)
+        if closed is not None or slug in self._releasing:
+            why = closed or "the project is being closed; come back in a moment"
+            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
+        return None
+
+    @contextlib.contextmanager
+    def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
+        """Within this, ``end`` is called, at once or later, when the client may not stay any longer."""
+        self._staying[end] = login
+        try:
+            if (objection := self._logins.objection(login)) is not None:  # it may have arisen since it was admitted
+                end(objection)
+            yield
+        finally:
+            del self._staying[end]
+
+    def state_of(self, slug: str) -> State:
+        """Tell how it stands with a project that exists; nothing is started for it.
+
+        ``ready`` is also what nobody has asked for yet: it starts with the first who does.
+        """
+        if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
+            return "closed"
+        project = self._projects.get(slug)
+        if project is None or (project.is_working and project.failure is None):
+            return "ready"
+        return "starting" if project.failure is None else "failed"
+
+    async def serve(self, connection: Handoff) -> None:
+        """Serve one client, that ``check()`` has let in, to its end."""
+        login, project = connection.who
+        peer = ClientConnection(connection, login.token, project)
+        self._peers.add(peer)
+        try:
+            with self.staying(login, peer.end):
+                await peer.run()
+        finally:
+            self._peers.discard(peer)
+            if not self._peers:
+                self._alone.set()
+
+    def project(self, slug: str) -> Project:
+        """Return a project that exists on disk, started if it was not yet."""
+        project = self._projects.get(slug)
+        if project is None:
+            paths = self.data.project(slug)
+            hooks = HookRunner(slug, paths.root) if self.config.hooks else None
+            project = Project(
+                slug,
+                paths,
+                hooks=hooks,
+                bounds=self._bounds,
+                config=self.config,
+                worker_command=self._worker_command,
+                metrics=self.metrics.of(slug),
+            )
+            self._projects[slug] = project
+            project.start()
+            self._watching[slug] = asyncio.Event()
+            self._keep(f"watch {slug}", watch_tree(paths.lattice, project.files_touched, self._watching[slug]))
+        return project
+
+    # --- in the background ---
+
+    async def _watch_tokens(self) -> None:
+        while True:
+            await asyncio.sleep(TOKEN_CHECK_S)
+            self._refresh_logins()
+
+    async def _watch_closing(self) -> None:
+        """Let go of projects that an administrator's command asks for, see ``data/closing.py``."""
+        while True:
+            await asyncio.sleep(TOKEN_CHECK_S)
+            for slug, project in tuple(self._projects.items()):
+                if (why := closed_because(project.paths.root)) is not None and slug not in self._releasing:
+                    self._releasing.add(slug)
+                    self._keep(f"release {slug}", self._release(slug, project, why))
+
+    async def _release(self, slug: str, project: Project, why: str) -> None:
+        """Send a project's clients away and end its worker."""
+        _log.info("%s: closed: %s", slug, why)
+        try:
+            await project.drain(_DRAIN_S)
+            bye = Bye("REMOTE_BUSY", why, 1.0)
+            for peer in tuple(self._peers):
+                if peer.project is project:
+                    peer.end(bye)
+            project.history.dismiss(bye)  # and whoever came over HTTP
+            self._watching.pop(slug).set()
+            await project.stop(_WORKER_STOP_S)
+        finally:
+            del self._projects[slug]
+            self._releasing.discard(slug)
+
+    async def _note_uses(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_EVERY_S)
+            self._last_use.used({login.token.id for login in self._staying.values()})
+            await self._last_use.save(self._logins.ids())
+
+    def _refresh_logins(self) -> None:
+        """Look at the tokens, and send away whose token is no more what it was."""
+        try:
+            changed = self._logins.refresh()
+        except RemoteError as error:
+            if error.message != self._tokens_error:
+                _log.error("the tokens stay as they were: %s", error.message)
+            self._tokens_error = error.message
+            changed = True  # what was read before goes on to expire
+        else:
+            self._tokens_error = ""
+        for end, login in tuple(self._staying.items()) if changed else ():
+            if (objection := self._logins.objection(login)) is not None:
+                end(objection)
+
+    async def _rescan(self) -> None:
+        while True:
+            await asyncio.sleep(RESCAN_S)
+            for project in tuple(self._projects.values()):
+                project.files_touched(None)
+                project.uploads.sweep()
+
+    def _keep(self, name: str, work: Coroutine[None, None, None]) -> None:
+        """Run work in the background, keep a reference to it, and log its failure."""
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget_task)
+
+    def _forget_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("background work %r ended", task.get_name(), exc_info=error)
+
+
+def bearer(values: Sequence[str]) -> str:
+    """Return the token's text, "" when there is none or more than one."""
+    scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    return text.strip() if scheme.lower() == "bearer" else ""

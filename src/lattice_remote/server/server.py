@@ -1,0 +1,278 @@
+"""The server process: one port, TLS if wanted, HTTP by Starlette on uvicorn, WebSockets by the hand-off, its end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+import msgspec
+import uvicorn
+from starlette.types import ASGIApp
+
+from lattice_remote.errors import Misuse
+from lattice_remote.server import status as statussocket
+from lattice_remote.server.config import Config
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.http.app import http_app, metrics_app
+from lattice_remote.server.registry import STOP_S, ProjectRegistry
+from lattice_remote.server.status import Gauges, status_of
+from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota, is_loopback
+from lattice_remote.server.transport.listener import Acceptor, ServiceManager
+from lattice_remote.server.transport.tls import Certificate
+from lattice_remote.server.transport.websocket import PlainHttp, handoff_class, websocket_server
+
+__all__ = ["bind", "make_server", "run"]
+
+_USER_TIMEOUT_MS = 20_000
+"""How long the kernel keeps sending to a peer that acknowledges nothing."""
+_BACKLOG = 2048
+_OPEN_FILES = 65_536
+_GOODBYE_S = 0.3
+_CERTIFICATE_CHECK_S = 5.0
+"""How often to look whether the certificate was renewed; SIGHUP does it at once."""
+
+_log = logging.getLogger(__name__)
+
+
+def bind(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> socket.socket:
+    """Return a listening socket; port 0 picks a free one. The options are those that its message names.
+
+    Raises:
+        Misuse: the address is taken, not ours, or can't be resolved.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name could look like this
+        why = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise Misuse(f"cannot listen on {host}:{port}: {why}; choose another {host_option}") from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise Misuse(f"cannot listen on {host}:{port}: {error.strerror}; choose another {port_option}") from error
+    return listener
+
+
+def run(data: DataDir, config: Config, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
+
+    Raises:
+        Misuse: a setting, an address to listen on, the certificate or its key is not what it must be.
+        StorageError: ``tokens.json`` cannot be read.
+    """
+    manager = ServiceManager.from_environment()
+    certificate = _certificate(config, data.path)
+    _warn_of_plain_text(config, listener)
+    _allow_many_connections()
+    figures = _bind_figures(config.metrics_listen) if config.metrics_listen else None
+    sockets = _Sockets(listener, figures, statussocket.listen(data.path))
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(data, config, certificate, manager, sockets))
+
+
+def _bind_figures(address: str) -> socket.socket:
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and int(port) < 1 << 16):
+        raise Misuse(f"cannot serve metrics on {address!r}: name a host and a port, such as 127.0.0.1:9464")
+    host, option = host.removeprefix("[").removesuffix("]"), "--metrics-listen"
+    return bind(host, int(port), host_option=option, port_option=option)
+
+
+def _certificate(config: Config, root: Path) -> Certificate | None:
+    """Return the certificate that the settings name, by paths relative to the data directory; None when they don't."""
+    tls = config.tls
+    if not tls.cert and not tls.key:
+        return None
+    if not tls.cert or not tls.key:
+        raise Misuse("TLS needs a certificate and its key: name both, with --tls-cert and --tls-key or in config.json")
+    return Certificate(root / tls.cert, root / tls.key)
+
+
+def _warn_of_plain_text(config: Config, listener: socket.socket) -> None:
+    host = listener.getsockname()[0]
+    if not config.tls.cert and not config.trusted_proxies and not is_loopback(host):
+        _log.warning(
+            "listening on %s without TLS: tokens and the whole board cross the network in the clear. Use --tls-cert "
+            "and --tls-key, or put a proxy in front that speaks TLS and name it with --behind-proxy",
+            host,
+        )
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit on open files, which often stands at 1,024, as far as is allowed and useful."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # the system has another, lower bound
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+@dataclass(frozen=True)
+class _Sockets:
+    """What a server listens on: for everybody, for who wants its figures, for who asks on this machine how it is."""
+
+    board: socket.socket
+    figures: socket.socket | None
+    status: socket.socket | None
+
+
+async def _serve(
+    data: DataDir, config: Config, certificate: Certificate | None, manager: ServiceManager, sockets: _Sockets
+) -> None:
+    hub, started = ProjectRegistry(data, config=config), datetime.now(UTC)
+    hub.start()
+
+    async def document() -> bytes:
+        return msgspec.json.encode(await status_of(hub, started))
+
+    status = sockets.status
+    telling = None if status is None else asyncio.create_task(statussocket.tell(status, document), name="status")
+    await make_server(hub, certificate, manager, sockets.figures).serve(sockets=[sockets.board])
+    if telling is not None:
+        telling.cancel()
+        statussocket.remove(data.path)
+
+
+def make_server(
+    hub: ProjectRegistry,
+    certificate: Certificate | None = None,
+    manager: ServiceManager | None = None,
+    figures: socket.socket | None = None,
+) -> uvicorn.Server:
+    """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end.
+
+    ``figures`` is a second listening socket, for the metrics alone.
+    """
+    sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
+    gauges = Gauges(hub)
+    config = _http_config(http_app(hub, gauges), handoff_class(sockets))
+    metrics = None if figures is None else (figures, _http_config(metrics_app(gauges), "none"))
+    return _Server(config, hub, certificate, manager or ServiceManager(), metrics)
+
+
+def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["none"]) -> uvicorn.Config:
+    config = uvicorn.Config(
+        app,
+        http=PlainHttp,
+        ws=websockets,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # it would believe any program on this machine; see web/origin.py
+        backlog=_BACKLOG,
+    )
+    config.load()
+    return config
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with our words at its start, our way of accepting, and our order at its end."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        hub: ProjectRegistry,
+        certificate: Certificate | None,
+        manager: ServiceManager,
+        metrics: tuple[socket.socket, uvicorn.Config] | None,
+    ) -> None:
+        super().__init__(config)
+        self._metrics = metrics
+        self._hub = hub
+        self._certificate = certificate
+        self._manager = manager
+        self._upkeep: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept, past the door; uvicorn's own startup would not ask it."""
+        assert sockets, "run() passes the one it listens on"
+        [listener] = sockets
+        context = None if self._certificate is None else self._certificate.context
+        acceptors = [Acceptor(listener, self._hub.door, partial(self._make_protocol, self.config), context)]
+        if self._metrics is not None:  # who is turned away at one door is not for the other's flood
+            figures, config = self._metrics
+            door = AdmissionControl(self._hub.config.limits)
+            acceptors.append(Acceptor(figures, door, partial(self._make_protocol, config), None))
+        self.servers = [cast("asyncio.Server", acceptor) for acceptor in acceptors]
+        for acceptor in acceptors:
+            acceptor.start()
+        self.started = True
+        if self._certificate is not None:
+            self._upkeep = asyncio.create_task(self._watch_certificate(self._certificate), name="certificate")
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        scheme = "http" if context is None else "https"
+        self._hub.address = f"{scheme}://{shown}:{port}"
+        if self._metrics is not None:
+            _log.info("metrics for everybody who can reach %s:%d", *self._metrics[0].getsockname()[:2])
+        print(f"Listening on {self._hub.address}", flush=True)  # noqa: T201 - the one line of its output
+        self._manager.serving()
+
+    def _make_protocol(self, config: uvicorn.Config, visit: ConnectionQuota) -> asyncio.Protocol:
+        return PlainHttp(config, self.server_state, self.lifespan.state, visit=visit)
+
+    async def _watch_certificate(self, certificate: Certificate) -> None:
+        while True:
+            await asyncio.sleep(_CERTIFICATE_CHECK_S)
+            certificate.refresh()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left, within ``STOP_S``.
+
+        A client that takes nothing costs no more than the rest of that time.
+        """
+        _log.info("stopping")
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + STOP_S
+        self._manager.stopping()
+        if self._upkeep is not None:
+            self._upkeep.cancel()
+        for server in self.servers:
+            server.close()
+        await self._hub.stop()
+        await self._hub.wait_until_alone(min(_GOODBYE_S, max(0.0, ends_at - loop.time())))
+        # uvicorn waits for this long, though it declares an int, and 0.1 s before.
+        self.config.timeout_graceful_shutdown = max(0.1, ends_at - 0.1 - loop.time())  # type: ignore[assignment]
+        await super().shutdown(sockets)
+        _log.info("stopped after %.2f s", loop.time() - ends_at + STOP_S)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop in order at the first SIGTERM or SIGINT, at once at the second. uvicorn's own would raise it again."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop_asked)
+        loop.add_signal_handler(signal.SIGHUP, self._refresh_asked)
+        yield
+
+    def _refresh_asked(self) -> None:
+        if self._certificate is not None:
+            self._certificate.refresh()
+
+    def _stop_asked(self) -> None:
+        if self.should_exit:
+            os._exit(1)  # the workers end by themselves when their socket closes; all that was answered is durable
+        self.should_exit = True

@@ -1,0 +1,538 @@
+"""What a server says of itself: its projects, where each stands, and how far each of its clients is.
+
+``lattice-remote status --json`` prints these fields; names are only added.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections import Counter as Tally
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import typer
+from prometheus_client import Metric
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+import lattice_remote
+from lattice_remote.errors import StorageError
+from lattice_remote.server.datadir import DataDir, default_location
+from lattice_remote.server.journal.segment import header_of, read_segment, segment_paths
+from lattice_remote.server.maintenance.commands import DataOption, JsonOption
+from lattice_remote.server.project.connection import ClientConnection
+from lattice_remote.server.project.project import Project
+from lattice_remote.server.registry import ProjectRegistry
+from lattice_remote.text import columns, printable
+
+__all__ = [
+    "NOT_RUNNING",
+    "ClientStatus",
+    "Gauges",
+    "ProjectStatus",
+    "ServerStatus",
+    "app",
+    "as_lines",
+    "ask",
+    "journal_bytes",
+    "listen",
+    "remove",
+    "status_of",
+    "stopped_status",
+    "tell",
+]
+
+
+class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody who is connected: a client with a copy, one that only writes, or a stream over HTTP.
+
+    Attributes:
+        kind: ``copy``, ``writer`` or ``stream``.
+        actor, token: whose token it is, and its id.
+        since: when it came.
+        applied: the last change that its copy holds, as it says; null for the others.
+        behind: how many changes it has still to apply; null for the others.
+        waiting_bytes: what it was sent and has not taken yet.
+        client_version, lattice_version: what it runs, as it says.
+    """
+
+    kind: str
+    actor: str
+    token: str
+    address: str
+    since: datetime
+    applied: int | None = None
+    behind: int | None = None
+    waiting_bytes: int = 0
+    client_version: str = ""
+    lattice_version: str = ""
+
+
+class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One project.
+
+    Attributes:
+        state: ``ready``, ``starting``, ``closed`` (an administrator's command has it), ``failed``; ``idle`` when nobody
+            has asked for it since the server's start; ``stopped`` when no server runs.
+        why: of a project that has failed.
+        head: the number of its last change; null when it never had a journal.
+        oldest: the first change that its journal keeps.
+        writes_per_minute: changes within the last minute.
+        queued, with_worker, waiting: requests in its queue, with its worker, and waiting for a resource.
+        reads_waiting: reads over HTTP that wait for the one before them.
+    """
+
+    slug: str
+    state: str
+    why: str = ""
+    epoch: str = ""
+    head: int | None = None
+    oldest: int | None = None
+    journal_bytes: int = 0
+    writes_per_minute: int = 0
+    queued: int = 0
+    with_worker: int = 0
+    waiting: int = 0
+    reads_waiting: int = 0
+    worker_pid: int | None = None
+    lattice_version: str = ""
+    clients: list[ClientStatus] = []
+
+
+class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A server; without one ``running`` is false, and the projects are told of from their files."""
+
+    running: bool
+    data: str
+    projects: list[ProjectStatus]
+    version: str = lattice_remote.__version__
+    pid: int | None = None
+    address: str = ""
+    started: datetime | None = None
+
+
+async def status_of(hub: ProjectRegistry, started: datetime) -> ServerStatus:
+    """Return how a running server is at this moment."""
+    slugs = await asyncio.to_thread(hub.data.slugs)
+    on_disk = await asyncio.to_thread(lambda: {slug: _from_files(hub.data, slug, "idle") for slug in slugs})
+    streams = _streams(hub)
+    projects = []
+    for slug, files in on_disk.items():
+        running = hub.projects.get(slug)
+        if running is None:
+            projects.append(files)
+            continue
+        clients = [_of_peer(peer) for peer in hub.peers if peer.project is running] + streams.get(slug, [])
+        projects.append(_of_project(running, hub.state_of(slug), files, clients))
+    return ServerStatus(
+        running=True,
+        data=str(hub.data.path.absolute()),
+        projects=projects,
+        pid=os.getpid(),
+        address=hub.address,
+        started=started,
+    )
+
+
+def stopped_status(data: DataDir) -> ServerStatus:
+    """Return what the files say while no server runs."""
+    projects = [_from_files(data, slug, "stopped") for slug in data.slugs()]
+    return ServerStatus(running=False, data=str(data.path.absolute()), projects=projects)
+
+
+def journal_bytes(journal: Path) -> int:
+    """Return how much a journal takes on the disk, the lists of files in it included."""
+    total = 0
+    try:
+        for entry in os.scandir(journal):
+            total += _size_of(entry)
+    except FileNotFoundError:  # nothing was ever done here
+        return 0
+    return total
+
+
+def _size_of(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
+    except FileNotFoundError:  # expired meanwhile
+        return 0
+
+
+def _of_project(project: Project, state: str, files: ProjectStatus, clients: list[ClientStatus]) -> ProjectStatus:
+    """Return how a project is; until its worker has opened it, its files say where it stands."""
+    history, load = project.history, project.load
+    is_known = bool(history.epoch)
+    return msgspec.structs.replace(
+        files,
+        state=state,
+        why=project.failure.message if project.failure is not None else "",
+        epoch=history.epoch or files.epoch,
+        head=history.head if is_known else files.head,
+        oldest=history.oldest if is_known else files.oldest,
+        writes_per_minute=project.pace.per_minute(time.monotonic()),
+        queued=load.queued,
+        with_worker=load.with_worker,
+        waiting=load.waiting,
+        reads_waiting=load.reads_waiting,
+        worker_pid=load.worker_pid,
+        lattice_version=project.lattice_version,
+        clients=sorted(clients, key=lambda client: client.since),
+    )
+
+
+def _of_peer(peer: ClientConnection) -> ClientStatus:
+    standing = peer.standing
+    return ClientStatus(
+        kind="writer" if standing.applied is None else "copy",
+        actor=peer.token.actor,
+        token=peer.token.id,
+        address=peer.address,
+        since=standing.since,
+        applied=standing.applied,
+        behind=peer.behind,
+        waiting_bytes=peer.waiting_bytes,
+        client_version=standing.client_version,
+        lattice_version=standing.lattice_version,
+    )
+
+
+def _streams(hub: ProjectRegistry) -> dict[str, list[ClientStatus]]:
+    found: dict[str, list[ClientStatus]] = {}
+    for request in hub.ongoing:
+        if request.is_stream and request.login is not None:
+            token, since = request.login.token, datetime.fromtimestamp(request.since, UTC)
+            stream = ClientStatus(
+                kind="stream", actor=token.actor, token=token.id, address=request.address, since=since
+            )
+            found.setdefault(request.project, []).append(stream)
+    return found
+
+
+def _from_files(data: DataDir, slug: str, state: str) -> ProjectStatus:
+    journal = data.project(slug).journal
+    epoch, oldest, head = _journal_on_disk(journal)
+    return ProjectStatus(
+        slug=slug, state=state, epoch=epoch, head=head, oldest=oldest, journal_bytes=journal_bytes(journal)
+    )
+
+
+def _journal_on_disk(journal: Path) -> tuple[str, int | None, int | None]:
+    """Return epoch, first and last change of a journal that nobody may be writing; what can't be read is not known."""
+    try:
+        paths = segment_paths(journal)
+        newest = read_segment(paths[-1]) if paths else None
+        if newest is None:
+            return "", None, None
+        kept, items = newest
+        first = kept.header
+        for path in reversed(paths[:-1]):
+            header = header_of(path)
+            if header is None or header.epoch != first.epoch:
+                break
+            first = header
+    except OSError:
+        return "", None, None
+    return first.epoch, first.head + 1, items[-1][1].seq if items else kept.header.head
+
+
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+_SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
+
+
+def as_lines(status: ServerStatus) -> list[str]:
+    """Return the lines; times are told as spans up to now."""
+    now = datetime.now(UTC)
+    if status.running:
+        assert status.started is not None, "a running server knows its beginning"
+        head = f"lattice-remote {status.version}, pid {status.pid}, for {_span(now - status.started)}, {status.address}"
+    else:
+        head = f"No server runs on {status.data}."
+    lines = [printable(head)]
+    if not status.projects:
+        return [*lines, "No projects; create one with: lattice-remote project create SLUG --code CODE"]
+    lines += ["", *columns([_PROJECT_HEAD, *map(_project_row, status.projects)])]
+    lines += [printable(f"{project.slug}: {project.why}") for project in status.projects if project.why]
+    clients = [_client_row(p.slug, client, now) for p in status.projects for client in p.clients]
+    if clients:
+        lines += ["", *columns([_CLIENT_HEAD, *clients])]
+    return lines
+
+
+_PROJECT_HEAD = ("PROJECT", "STATE", "CHANGE", "A MINUTE", "JOURNAL", "QUEUED", "CLIENTS", "BEHIND")
+_CLIENT_HEAD = ("PROJECT", "CLIENT", "TOKEN", "ADDRESS", "FOR", "BEHIND", "RUNS")
+
+
+def _project_row(project: ProjectStatus) -> tuple[str, ...]:
+    behind = [client.behind for client in project.clients if client.behind is not None]
+    waiting = f"+{project.waiting}" if project.waiting else ""
+    return (
+        project.slug,
+        project.state,
+        "-" if project.head is None else str(project.head),
+        str(project.writes_per_minute),
+        _size(project.journal_bytes),
+        f"{project.queued + project.with_worker}{waiting}",
+        str(len(project.clients)),
+        str(max(behind)) if behind else "-",
+    )
+
+
+def _client_row(slug: str, client: ClientStatus, now: datetime) -> tuple[str, ...]:
+    behind = "-" if client.behind is None else str(client.behind)
+    if client.waiting_bytes:
+        behind += f" ({_size(client.waiting_bytes)})"
+    runs = client.client_version if client.kind != "stream" else "(stream)"
+    cells = (slug, client.actor, client.token, client.address, _span(now - client.since), behind, runs or "-")
+    return tuple(map(printable, cells))
+
+
+def _size(number: int) -> str:
+    for unit, name in _UNITS:
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number} B"
+
+
+def _span(time: timedelta) -> str:
+    """Return a span in its largest unit."""
+    seconds = max(0, int(time.total_seconds()))
+    for unit, name in _SPANS:
+        if seconds >= unit:
+            return f"{seconds // unit} {name}"
+    return f"{seconds} s"
+
+
+_NAME = "status.sock"
+_MAX_PATH_BYTES = 100
+"""A socket's path may have 103 bytes on some systems."""
+_TIMEOUT_S = 5.0
+_PAUSE_S = 1.0
+"""Before the next look at who asks, when the system lets nobody in."""
+_MAX_BYTES = 64 * 1024 * 1024
+_END = b"}"
+"""With what a document ends that is whole: it is one object."""
+
+_log = logging.getLogger(__name__)
+
+
+def listen(directory: Path) -> socket.socket | None:
+    """Return the listening socket of a data directory whose lock the caller holds; None where there can be none.
+
+    Call it while nothing else runs in this process: a long path makes it change the current directory for a moment.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    umask = os.umask(0o177)
+    try:
+        with _address(directory) as address:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(address)
+            listener.bind(address)
+        listener.listen(16)
+    except OSError as error:  # some file systems have no sockets; the board is served all the same
+        listener.close()
+        _log.warning("lattice-remote status will know nothing of this server: %s: %s", directory / _NAME, error)
+        return None
+    finally:
+        os.umask(umask)
+    listener.setblocking(False)
+    return listener
+
+
+async def tell(listener: socket.socket, document: Callable[[], Awaitable[bytes]]) -> None:
+    """Answer whoever connects, one after the other, until this is cancelled."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            connection, _ = await loop.sock_accept(listener)
+        except OSError:  # no more files can be opened, for now
+            await asyncio.sleep(_PAUSE_S)
+            continue
+        with connection:
+            connection.setblocking(False)
+            try:
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await loop.sock_sendall(connection, await document())
+            except OSError:  # it has left, or does not read
+                continue
+            except Exception:  # noqa: BLE001 - who asks next may be luckier
+                _log.exception("the status could not be told")
+
+
+def remove(directory: Path) -> None:
+    """Take the socket away; whoever asks from now on is told that no server runs."""
+    with contextlib.suppress(OSError):
+        (directory / _NAME).unlink()
+
+
+def ask(directory: Path) -> bytes | None:
+    """Return what the server of a data directory says; None when none runs.
+
+    One that ends just now is asked once more, which tells whether it has ended.
+
+    Raises:
+        StorageError: one is there and does not answer, or may not be asked.
+    """
+    answer = _answer_of(directory)
+    if answer is not None and not answer.endswith(_END):
+        answer = _answer_of(directory)
+        if answer is not None and not answer.endswith(_END):
+            raise StorageError(f"the server on {directory} could not answer; look at its log")
+    return answer
+
+
+def _answer_of(directory: Path) -> bytes | None:
+    """Return what it says, perhaps not to its end; None when nobody is there."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(directory) as address:
+            connection.settimeout(_TIMEOUT_S)
+            connection.connect(address)
+            return _all_of(connection)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return None
+    except ConnectionResetError:
+        return b""
+    except TimeoutError:
+        raise StorageError(f"the server on {directory} does not answer; look at its log") from None
+    except OSError as error:
+        raise StorageError(f"cannot ask the server through {directory / _NAME}: {error.strerror}") from error
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    received = bytearray()
+    while piece := connection.recv(1 << 16):
+        received += piece
+        if len(received) > _MAX_BYTES:
+            raise StorageError("the server's answer has no end; look at its log")
+    return bytes(received)
+
+
+@contextlib.contextmanager
+def _address(directory: Path) -> Iterator[str]:
+    """Within this, what it yields leads to the socket, however long the directory's path is."""
+    path = str(directory.absolute() / _NAME)
+    if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
+        yield path
+    else:
+        with contextlib.chdir(directory):
+            yield _NAME
+
+
+app = typer.Typer()
+
+NOT_RUNNING = 3
+"""The exit code when no server runs, as with ``systemctl status``."""
+
+
+@app.command()
+def status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """Show how the server is: its projects, and who is connected and how far behind.
+
+    Asks the server that runs on the data directory, as the same user, and exits with 0.
+    Where none runs it exits with 3, and the files tell of the projects.
+
+    Example: lattice-remote --data ./board status --json
+    """
+    target = DataDir(data or context.find_root().obj or default_location())
+    target.config()
+    told = ask(target.path)
+    found = stopped_status(target) if told is None else _decoded(told)
+    if as_json:
+        typer.echo(msgspec.json.encode(found).decode())
+    else:
+        typer.echo("\n".join(as_lines(found)))
+    raise typer.Exit(0 if found.running else NOT_RUNNING)
+
+
+def _decoded(told: bytes) -> ServerStatus:
+    """Raises StorageError: the server has broken off, or is of a version that tells less."""
+    try:
+        return msgspec.json.decode(told, type=ServerStatus)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise StorageError("the server did not say how it is; its log says why, unless it is older than this") from None
+
+
+class Gauges(Collector):
+    """The figures of a hub, counted and looked up. Make one for each hub; ``scraped()`` is what Prometheus gets."""
+
+    def __init__(self, hub: ProjectRegistry) -> None:
+        self._hub = hub
+        self._journals: dict[str, int] = {}
+        hub.metrics.registry.register(self)
+
+    async def scraped(self, accept: str) -> tuple[bytes, str]:
+        """Return all figures, and their content type, which is one that the caller accepts."""
+        journals = {slug: project.paths.journal for slug, project in self._hub.projects.items()}
+        self._journals = await asyncio.to_thread(lambda: {slug: journal_bytes(at) for slug, at in journals.items()})
+        for peer in self._hub.peers:
+            peer.count_sent()
+        encode, content_type = choose_encoder(accept)
+        return encode(self._hub.metrics.registry), content_type
+
+    def describe(self) -> list[Metric]:
+        """Nothing is looked up before somebody asks."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield what is so at this moment. Belongs to the event loop's thread."""
+        info = GaugeMetricFamily("lattice_remote_info", "The version of this server; always 1.", labels=["version"])
+        info.add_metric([lattice_remote.__version__], 1)
+        yield info
+        yield from self._of_projects()
+        yield from self._of_clients()
+        ongoing = Tally(request.route for request in self._hub.ongoing)
+        yield _gauge("http_in_progress", "HTTP requests being answered, streams included.", ongoing, "route")
+
+    def _of_projects(self) -> Iterator[Metric]:
+        projects = self._hub.projects
+        up = {slug: int(self._hub.state_of(slug) == "ready") for slug in projects}
+        yield _gauge("project_up", "Whether a project that was asked for can be used.", up)
+        yield _gauge("head", "The number of the last change.", {s: p.history.head for s, p in projects.items()})
+        yield _gauge("journal_bytes", "What the journal takes on the disk.", self._journals)
+        queue = GaugeMetricFamily(
+            "lattice_remote_queue_requests", "Writes that wait for their answer, by where.", labels=["project", "where"]
+        )
+        for slug, project in projects.items():
+            load = project.load
+            queue.add_metric([slug, "queued"], load.queued)
+            queue.add_metric([slug, "worker"], load.with_worker)
+            queue.add_metric([slug, "resource"], load.waiting)
+            queue.add_metric([slug, "read"], load.reads_waiting)
+        yield queue
+        held = {slug: project.load.held_bytes for slug, project in projects.items()}
+        yield _gauge("queue_bytes", "What these writes weigh.", held)
+
+    def _of_clients(self) -> Iterator[Metric]:
+        slugs = self._hub.projects
+        clients = GaugeMetricFamily(
+            "lattice_remote_clients", "Connected clients, by what they are.", labels=["project", "kind"]
+        )
+        counted: Tally[tuple[str, str]] = Tally()
+        behind, outboxes, fullest = Tally[str](), Tally[str](), dict.fromkeys(slugs, 0)
+        for peer in self._hub.peers:
+            slug, pending = peer.project.slug, peer.waiting_bytes
+            counted[slug, "copy" if peer.standing.applied is not None else "writer"] += 1
+            behind[slug] = max(behind[slug], peer.behind or 0)
+            outboxes[slug] += pending
+            fullest[slug] = max(fullest.get(slug, 0), pending)
+        for request in self._hub.ongoing:
+            counted[request.project, "stream"] += request.is_stream and request.login is not None
+        for slug in slugs:
+            for kind in ("copy", "writer", "stream"):
+                clients.add_metric([slug, kind], counted[slug, kind])
+        yield clients
+        yield _gauge("most_behind", "How many changes the client furthest behind lacks.", {s: behind[s] for s in slugs})
+        yield _gauge("outbox_bytes", "Sent to clients, and not taken yet.", {s: outboxes[s] for s in slugs})
+        yield _gauge("outbox_max_bytes", "The same of the client with the most.", fullest)
+
+
+def _gauge(name: str, text: str, values: dict[str, int] | Tally[str], label: str = "project") -> GaugeMetricFamily:
+    family = GaugeMetricFamily(f"lattice_remote_{name}", text, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family

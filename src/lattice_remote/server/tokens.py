@@ -1,0 +1,289 @@
+"""``tokens.json``: tokens, each for some projects and one actor, kept only as digests.
+
+The file is replaced atomically, mode 0600, under a lock, so that the command line can change it while a server
+runs. What a running server makes of it is in ``logins.py``.
+"""
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import filelock
+import msgspec
+from msgspec import Meta
+
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.server.datadir import write_atomically
+
+__all__ = ["METRICS_ACTOR", "Token", "TokenFile", "check_actor", "digest_of_text", "duration", "expiry", "shown"]
+
+_ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
+_PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
+_LOCK_TIMEOUT_S = 10
+METRICS_ACTOR = "service:metrics"
+"""Whose a token for metrics is: nobody's who writes."""
+
+Moment = Annotated[datetime, Meta(tz=True)]
+
+
+class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One token, without its text. A misspelt field, such as one that should end it, is an error."""
+
+    id: str
+    sha256: str
+    projects: list[str]
+    actor: str
+    act_as: list[str] = []
+    """Patterns of further actors, in which ``*`` stands for anything."""
+    created: str = ""
+    expires: Moment | None = None
+    """From when it is not valid any more; None: never."""
+    old_sha256: str = ""
+    """Of the text that it had before it was rotated."""
+    old_until: Moment | None = None
+    """From when that text is not valid any more."""
+    metrics: bool = False
+    """Whether it is for ``/metrics``, and for nothing else."""
+
+
+class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file. Without its one name, or with another, it is damaged, which does not mean: no tokens."""
+
+    tokens: list[Token]
+
+
+class TokenFile:
+    """``tokens.json`` as the command line changes it: each call reads, changes and replaces it under a lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> list[Token]:
+        """Return all tokens, in the order in which they were made.
+
+        Raises:
+            StorageError: the file cannot be read, or is not what it must be.
+        """
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_Tokens).tokens
+        except FileNotFoundError:
+            return []
+        except (OSError, msgspec.DecodeError) as error:
+            raise StorageError(f"{self._path}: {error}") from error
+
+    def create(
+        self, *, projects: list[str], actor: str, act_as: list[str], expires: datetime | None = None
+    ) -> tuple[Token, str]:
+        """Make a token; return it and its text, which is kept nowhere and can't be shown again.
+
+        Raises:
+            Misuse: the actor or a pattern is malformed, or no project is named.
+            StorageError: the file cannot be written.
+        """
+        check_actor(actor, act_as)
+        if not projects:
+            raise Misuse("a token is for at least one project; name it with --project")
+        return self._add(sorted(set(projects)), actor, act_as, expires)
+
+    def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
+        """Make a token that is for the server's figures alone; otherwise as ``create``.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        return self._add([], METRICS_ACTOR, [], expires, metrics=True)
+
+    def _add(
+        self, projects: list[str], actor: str, act_as: list[str], expires: datetime | None, *, metrics: bool = False
+    ) -> tuple[Token, str]:
+        text = _new_text()
+        token = Token(
+            id="tok_" + secrets.token_hex(6),
+            sha256=digest_of_text(text),
+            projects=projects,
+            actor=actor,
+            act_as=act_as,
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            expires=expires,
+            metrics=metrics,
+        )
+        self._change(lambda tokens: [*tokens, token])
+        return token, text
+
+    def rotate(self, id_or_text: str, *, grace: timedelta = timedelta()) -> tuple[Token, str]:
+        """Give a token a new text and return both; all else of it stays. The old text is valid for ``grace`` more.
+
+        A text that was itself still in its grace stops at once.
+
+        Raises:
+            Misuse: there is no such token, or it has expired, or the grace leads past the year 9999.
+            StorageError: the file cannot be written.
+        """
+        text, now = _new_text(), datetime.now(UTC)
+        try:
+            until = now + grace
+        except OverflowError as error:
+            raise Misuse("this grace is too long; name a shorter one") from error
+
+        def renewed(token: Token) -> Token:
+            if token.expires is not None and token.expires <= now:
+                raise Misuse(f"token {token.id} has expired; make another with: lattice-remote token create")
+            return msgspec.structs.replace(token, sha256=digest_of_text(text), old_sha256=token.sha256, old_until=until)
+
+        changed: list[Token] = []
+
+        def edit(tokens: list[Token]) -> list[Token]:
+            old = _find(tokens, id_or_text)
+            changed.append(renewed(old))
+            return [changed[0] if token is old else token for token in tokens]
+
+        self._change(edit)
+        return changed[0], text
+
+    def revoke(self, id_or_text: str) -> Token:
+        """Forget a token, named by its id or by its own text, and return it.
+
+        Raises:
+            Misuse: there is no such token.
+            StorageError: the file cannot be written.
+        """
+        gone: list[Token] = []
+
+        def without(tokens: list[Token]) -> list[Token]:
+            gone.append(_find(tokens, id_or_text))
+            return [token for token in tokens if token is not gone[0]]
+
+        self._change(without)
+        return gone[0]
+
+    def rename_projects(self, renamed: Mapping[str, str]) -> int:
+        """Give projects the names they have now in every token; return how many tokens that changes.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        if not any(slug in renamed for token in self.read() for slug in token.projects):
+            return 0
+        changed: list[Token] = []
+
+        def edit(tokens: list[Token]) -> list[Token]:
+            after = [_for_projects(token, {renamed.get(slug, slug) for slug in token.projects}) for token in tokens]
+            changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
+            return after
+
+        self._change(edit)
+        return len(changed)
+
+    def forget_project(self, slug: str) -> int:
+        """Take a project out of every token, and revoke those that are for nothing else; return how many these were.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
+        changed: list[Token] = []
+
+        def edit(tokens: list[Token]) -> list[Token]:
+            after = [_for_projects(token, set(token.projects) - {slug}) for token in tokens]
+            changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
+            return [token for token in after if token.projects or token.metrics]
+
+        self._change(edit)
+        return len(changed)
+
+    def _change(self, edit: Callable[[list[Token]], list[Token]]) -> None:
+        try:
+            with filelock.FileLock(self._path.with_name(".tokens.lock"), timeout=_LOCK_TIMEOUT_S):
+                tokens = edit(self.read())
+                data = msgspec.json.format(msgspec.json.encode(_Tokens(tokens))) + b"\n"
+                write_atomically(self._path, data, mode=0o600)
+        except filelock.Timeout as error:
+            raise StorageError(f"{self._path} is locked by another command; try again") from error
+        except OSError as error:
+            raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+
+
+def _for_projects(token: Token, projects: set[str]) -> Token:
+    return token if projects == set(token.projects) else msgspec.structs.replace(token, projects=sorted(projects))
+
+
+def digest_of_text(text: str) -> str:
+    """Return what is kept of a token's text. It is 256 random bits, so a plain digest can't be turned back."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def _new_text() -> str:
+    return "ltr_" + secrets.token_urlsafe(32)
+
+
+def _find(tokens: list[Token], id_or_text: str) -> Token:
+    digest = digest_of_text(id_or_text)
+    for token in tokens:
+        if token.id == id_or_text or hmac.compare_digest(token.sha256, digest):
+            return token
+    raise Misuse("there is no such token; see: lattice-remote token list")
+
+
+def check_actor(actor: str, act_as: list[str]) -> None:
+    """Do nothing if a token may have this actor and these patterns.
+
+    Raises:
+        Misuse: one of them is malformed.
+    """
+    from lattice.core.ids import validate_actor
+
+    if _ACTOR.fullmatch(actor) is None or not validate_actor(actor):
+        raise Misuse(f"bad actor {actor!r}: expected prefix:name, for example human:ana or agent:claude")
+    for pattern in act_as:
+        if _PATTERN.fullmatch(pattern) is None:
+            raise Misuse(f"bad --act-as {pattern!r}: expected an actor, or a pattern such as 'agent:*'")
+
+
+_DURATION = re.compile(r"([1-9][0-9]{0,5})([mhdw])")
+_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d))?", re.ASCII)
+
+
+def duration(text: str) -> timedelta:
+    """Return the time that ``30m``, ``12h``, ``90d`` or ``52w`` means.
+
+    Raises:
+        Misuse: it is nothing like that, or 0.
+    """
+    matched = _DURATION.fullmatch(text)
+    if matched is None:
+        raise Misuse(f"bad time {text!r}: expected a number and m, h, d or w, for example 90d")
+    return timedelta(**{_UNITS[matched[2]]: int(matched[1])})
+
+
+def expiry(text: str, now: datetime) -> datetime | None:
+    """Return the moment that ``text`` names, None for ``never``. A date alone is its beginning in UTC.
+
+    Raises:
+        Misuse: it is neither a duration nor a date nor ``never``, or has passed, or is past the year 9999.
+    """
+    if text == "never":
+        return None
+    try:
+        moment = now + duration(text) if _DATE.fullmatch(text) is None else _date(text)
+    except (ValueError, OverflowError) as error:
+        raise Misuse(f"bad date {text!r}: {error}") from error
+    except Misuse as error:
+        raise Misuse(f"bad --expires {text!r}: expected for example 90d, 2030-12-31, or never") from error
+    if moment <= now:
+        raise Misuse(f"{text} has passed already; name a later time")
+    return moment
+
+
+def shown(moment: datetime | None, otherwise: str) -> str:
+    """Return a moment in UTC for people, to the second; ``otherwise`` when there is none."""
+    return otherwise if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _date(text: str) -> datetime:
+    moment = datetime.fromisoformat(text.upper().replace(" ", "T"))
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

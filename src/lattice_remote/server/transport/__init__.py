@@ -1,0 +1,1 @@
+"""Sockets: the listener, admission control, WebSockets and send queues."""

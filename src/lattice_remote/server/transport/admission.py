@@ -1,0 +1,473 @@
+"""Who may come in, and how much of the server he may take before and after he has shown a token.
+
+A connection is a ``Visit`` from the moment in which it is accepted, before any TLS, until it is closed. What is held
+for strangers is bounded, whoever and however many they are. Connections that have shown no token are counted by
+address and all together; when those are too many, the address with the most makes room for the next
+(``strangers.py``), so a flood keeps nobody out who shows his token at once. What else is known of an address is
+forgotten when more than ``MAX_ADDRESSES`` are known.
+
+A request that shows a valid token is counted for the token, and any other for its address: a flood without a token
+slows down no request with one from the same address, agents that share an address don't stand in each other's way, and
+a token is no faster from many addresses.
+
+Nothing here waits or does I/O.
+"""
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from http import HTTPStatus
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from math import ceil
+
+from lattice_remote.errors import Misuse
+from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
+from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.transport.refusal import Refusal
+
+__all__ = [
+    "MAX_ADDRESSES",
+    "AdmissionControl",
+    "ConnectionQuota",
+    "Proxies",
+    "TokenBucket",
+    "UnauthenticatedConnections",
+    "counted_as",
+    "is_loopback",
+]
+
+
+class UnauthenticatedConnections[T: Hashable]:
+    """All of them; each is at one address."""
+
+    def __init__(self) -> None:
+        self._address_of: dict[T, str] = {}
+        self._at: dict[str, dict[T, None]] = {}  # by address, the oldest first
+        self._with: list[dict[str, None]] = []  # [n]: addresses that have n; the last is not empty
+
+    def __len__(self) -> int:
+        return len(self._address_of)
+
+    def at(self, address: str) -> int:
+        """Return how many there are at an address."""
+        return len(self._at.get(address, ()))
+
+    def oldest_at(self, address: str) -> T:
+        """Return the one that has been at an address for longest; there is at least one."""
+        return next(iter(self._at[address]))
+
+    def put(self, stranger: T, address: str) -> None:
+        """Add one, or note that it belongs to this address."""
+        self.remove(stranger)
+        self._address_of[stranger] = address
+        self._at.setdefault(address, {})[stranger] = None
+        self._recount(address, self.at(address) - 1)
+
+    def remove(self, stranger: T) -> None:
+        """Forget one, if it is known."""
+        address = self._address_of.pop(stranger, None)
+        if address is not None:
+            del self._at[address][stranger]
+            self._recount(address, self.at(address) + 1)
+            if not self._at[address]:
+                del self._at[address]
+
+    def next_to_go(self) -> T:
+        """Return the one that makes room; there is at least one."""
+        return next(iter(self._at[next(iter(self._with[-1]))]))
+
+    def _recount(self, address: str, before: int) -> None:
+        """Note that an address has one more or one less than ``before``."""
+        count = self.at(address)
+        if before:
+            del self._with[before][address]
+        if count:
+            self._with += [{} for _ in range(len(self._with), count + 1)]
+            self._with[count][address] = None
+        while self._with and not self._with[-1]:
+            self._with.pop()
+
+
+class TokenBucket:
+    """``burst`` at once, and ``rate`` a second in the long run."""
+
+    __slots__ = ("_at", "_left")
+
+    def __init__(self, burst: float, now: float) -> None:
+        self._left = burst
+        self._at = now
+
+    def take(self, now: float, *, rate: float, burst: float) -> float:
+        """Take one and return 0.0; or, when there is none, in how many seconds there will be."""
+        self._left = min(burst, self._left + (now - self._at) * rate)
+        self._at = now
+        if self._left < 1.0:
+            return (1.0 - self._left) / rate
+        self._left -= 1.0
+        return 0.0
+
+
+def counted_as(host: str) -> str:
+    """Return the name under which an address is counted: an IPv6 address stands for its /64, one customer's own."""
+    address = _parsed(host)
+    if isinstance(address, IPv6Address):
+        return str(ip_network((address, 64), strict=False))
+    return str(address or host)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches an address on which a server listens."""
+    address = _parsed(host)
+    return address is not None and address.is_loopback
+
+
+class Proxies:
+    """Addresses and networks of proxies whose X-Forwarded-For is believed."""
+
+    def __init__(self, trusted: Sequence[str]) -> None:
+        """Raises Misuse when one is neither an address nor a network."""
+        try:
+            self._networks = [ip_network(text, strict=False) for text in trusted]
+        except ValueError as error:
+            raise Misuse(f"bad address of a trusted proxy: {error}; name it like 10.0.0.7 or 10.0.0.0/8") from error
+
+    def __contains__(self, host: str) -> bool:
+        address = _parsed(host) if self._networks else None
+        return address is not None and any(address in network for network in self._networks)
+
+    def origin(self, host: str, forwarded_for: Sequence[str]) -> str:
+        """Return where a request comes from that the proxy ``host`` passed on: the last hop that is no trusted proxy.
+
+        Hops to the left of it are what a stranger wrote. Without one that can be read it is the proxy itself.
+        """
+        at = host
+        for hop in reversed(",".join(forwarded_for).split(",")):
+            address = _parsed(_without_port(hop.strip()))
+            if address is None:
+                break
+            at = str(address)
+            if at not in self:
+                break
+        return at
+
+
+def _parsed(host: str) -> IPv4Address | IPv6Address | None:
+    try:
+        address = ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def _without_port(hop: str) -> str:
+    """Return the address of ``1.2.3.4``, ``1.2.3.4:5``, ``::1``, ``[::1]`` or ``[::1]:5``."""
+    if hop.startswith("["):
+        return hop[1:].partition("]")[0]
+    return hop.partition(":")[0] if hop.count(":") == 1 else hop
+
+
+MAX_ADDRESSES = 10_000
+"""How many addresses are remembered that have no connection."""
+_BURST_S = 10
+"""How many seconds' worth of new connections may come at once."""
+_TOKEN_BURST_S = 4
+"""How many seconds' worth of requests with one token may come at once."""
+_PATIENCE_S = 1.0
+"""A connection that has shown no token after this time makes room for the next of its address. A token comes with the
+first packet; a shorter time would cut TLS handshakes when hundreds of agents come back together."""
+_LOG_EVERY_S = 10.0
+
+_log = logging.getLogger(__name__)
+
+
+class _Address:
+    """What is known of one address."""
+
+    __slots__ = ("admitted", "arrivals", "connections", "failures", "name")
+
+    def __init__(self, name: str, limits: LimitSettings, now: float) -> None:
+        self.name = name
+        self.connections = 0
+        self.admitted = 0  # those of them that have shown a valid token
+        self.arrivals = TokenBucket(limits.new_connections_per_second * _BURST_S, now)
+        self.failures = TokenBucket(limits.failed_logins_per_minute, now)
+
+
+class ConnectionQuota:
+    """One connection, as the door counts it. Whoever owns the connection calls ``leave()`` when it is closed."""
+
+    def __init__(self, door: "AdmissionControl", host: str) -> None:
+        self.cut: Callable[[], None] = lambda: None
+        """Ends the connection at once; set by its owner."""
+        self._door = door
+        self._host = host
+        self.since = door.now()
+        """When it was accepted, by the door's clock, in seconds."""
+        self._home: _Address | None = None  # whose it is; behind a proxy that is known when a request has come
+        self._refusal: Refusal | None = None
+        self._requests = 0
+        self._token_id = ""
+        self._held = 0
+        self._gone = False
+
+    @property
+    def limits(self) -> LimitSettings:
+        """What it may take."""
+        return self._door.limits
+
+    @property
+    def address(self) -> str:
+        """Where it comes from."""
+        return self._host if self._home is None else self._home.name
+
+    @property
+    def from_proxy(self) -> bool:
+        """Whether a trusted proxy has made the connection, whose headers about its client are believed."""
+        return self._host in self._door.proxies
+
+    def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> Refusal | None:
+        """Take note of a request's head; return why it is turned away, if it is.
+
+        Args:
+            forwarded_for: the values of all X-Forwarded-For headers, which count when a trusted proxy sent them.
+            token_id: of the valid token that this very request shows, "" for none. What an earlier request on the
+                connection has shown counts for nothing: a proxy has many people's requests on one.
+        """
+        proxies = self._door.proxies
+        if self._host in proxies and not self._gone:
+            name = counted_as(proxies.origin(self._host, forwarded_for))
+            if self._home is None or self._home.name != name:
+                self._leave_home()
+                self.come_from(self._door.known(name), is_new=not token_id)
+                self._requests = 0
+        self._requests += 1
+        if token_id:  # whatever else comes from its address
+            return self._door.too_fast_with(token_id, self.address)
+        if (
+            self._refusal is None and self._requests > 1 and self._home is not None
+        ):  # the first came with its connection
+            self._refusal = self._door.too_fast(self._home)
+        return self._refusal
+
+    def come_from(self, home: _Address, *, is_new: bool = True) -> None:
+        """Count it for an address, as new or as one more that is open; ``enter()`` says if it is too much."""
+        self._home = home
+        home.connections += 1
+        home.admitted += bool(self._token_id)
+        if not self._token_id:
+            self._door.stranger(self, home.name)
+        self._refusal = self._door.one_more_from(home, is_new=is_new)
+
+    def log(self, reason: str) -> None:
+        """Log what it did, now and then."""
+        self._door.log(reason, self.address)
+
+    def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
+        """Log, now and then, that it was cut because it does not take what it is sent."""
+        self._door.log("cut: it does not take what it is sent", self.address)
+
+    def failed(self) -> Refusal | None:
+        """Take note of a request without a valid token; return what to say instead when there were too many."""
+        return self._door.login_failed(self._door.known(self.address))
+
+    def admit(self, token_id: str) -> Refusal | None:
+        """Count it for its token from now on, and with the strangers no more; or return why not.
+
+        A connection may show another token with each request, as that of a proxy does; it is counted for the last.
+        """
+        if token_id == self._token_id:
+            return None
+        if self._gone:  # cut, or ended by the client, while its request was looked at: nobody would take it off again
+            return _too_many("this connection is closed", 1)
+        if self._home is not None and not self._token_id and (refusal := self._door.one_more_admitted(self._home)):
+            return refusal
+        refusal = self._door.one_more_with(token_id, self.address)
+        if refusal is None:
+            self._door.no_stranger(self)
+            if self._token_id:
+                self._door.one_less_with(self._token_id)
+            elif self._home is not None:
+                self._home.admitted += 1
+            self._token_id = token_id
+        return refusal
+
+    def holds(self, size: int) -> bool:
+        """Note how many bytes of an unfinished message are kept for it; return whether its token may have so many.
+
+        Small messages always may, whatever else is sent with the same token.
+        """
+        if self._token_id and not self._gone:
+            self._door.holds_more(self._token_id, size - self._held)
+            self._held = size
+        return size <= FIRST_FRAME_BYTES or not self._door.holds_too_much(self._token_id)
+
+    def leave(self) -> None:
+        """The connection is closed. Idempotent."""
+        if not self._gone:
+            self.holds(0)
+            self._gone = True
+            self._leave_home()
+            self._door.no_stranger(self)
+            if self._token_id:
+                self._door.one_less_with(self._token_id)
+
+    def _leave_home(self) -> None:
+        if self._home is not None:
+            self._home.connections -= 1
+            self._home.admitted -= bool(self._token_id)
+            self._home = None
+
+
+class AdmissionControl:
+    """All visits together. Belongs to the event loop's thread."""
+
+    def __init__(
+        self, limits: LimitSettings, trusted_proxies: Sequence[str] = (), *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Raises Misuse when a trusted proxy is no address."""
+        self.limits = limits
+        self.proxies = Proxies(trusted_proxies)
+        self._clock = clock
+        self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the one that was seen last is the last
+        self._strangers: UnauthenticatedConnections[ConnectionQuota] = UnauthenticatedConnections()
+        self._by_token: Counter[str] = Counter()
+        self._held_by_token: Counter[str] = Counter()
+        self._requests_of: dict[str, TokenBucket] = {}  # by token: there are no more than were ever made
+        self._logged: dict[str, tuple[float, int]] = {}  # by reason: when, and how often it was not since
+
+    def arrive(self, host: str) -> ConnectionQuota | None:
+        """Count a new connection; return None when there is no room for one more stranger from there."""
+        visit = ConnectionQuota(self, host)
+        if host in self.proxies:
+            self.stranger(visit, host)
+        else:
+            home = self.known(counted_as(host))
+            if self._strangers.at(home.name) >= self.limits.waiting_connections_per_address:
+                oldest = self._strangers.oldest_at(home.name)
+                if visit.since - oldest.since < _PATIENCE_S:
+                    self.log("too many connections without a token", home.name)
+                    return None
+                self._cut(oldest)
+            visit.come_from(home)
+        if len(self._strangers) > self.limits.waiting_connections:
+            self._cut(self._strangers.next_to_go())
+        return visit
+
+    def _cut(self, leaving: ConnectionQuota) -> None:
+        self.log("cut, to make room for connections without a token", leaving.address)
+        leaving.leave()
+        leaving.cut()
+
+    def now(self) -> float:
+        """Return the time, in seconds, by a clock that is never set."""
+        return self._clock()
+
+    def log(self, reason: str, address: str) -> None:
+        """Log that somebody was turned away, now and then for each reason. ``reason`` has no text of the client's."""
+        now = self._clock()
+        at, silent = self._logged.get(reason, (float("-inf"), 0))
+        if now - at < _LOG_EVERY_S:
+            self._logged[reason] = at, silent + 1
+        else:
+            _log.warning("%s: %s%s", address, reason, f" (and {silent} more since the last time)" if silent else "")
+            self._logged[reason] = now, 0
+
+    # --- for its visits ---
+
+    def known(self, name: str) -> _Address:
+        """Return what is known of an address, and forget those of which nothing was heard for longest."""
+        known = self._addresses.get(name)
+        if known is None:
+            known = self._addresses[name] = _Address(name, self.limits, self._clock())
+            if len(self._addresses) > MAX_ADDRESSES:
+                self._forget_one()
+        self._addresses.move_to_end(name)
+        return known
+
+    def _forget_one(self) -> None:
+        """Forget the oldest address that has no connection. With connections they are as few as open files allow."""
+        for _ in range(100):
+            name, oldest = self._addresses.popitem(last=False)
+            if not oldest.connections:
+                return
+            self._addresses[name] = oldest
+
+    def one_more_from(self, home: _Address, *, is_new: bool) -> Refusal | None:
+        """Return why one more connection from an address, already counted, is too much."""
+        if is_new and (refusal := self.too_fast(home)) is not None:
+            return refusal
+        if self._strangers.at(home.name) > self.limits.waiting_connections_per_address:
+            self.log("too many connections without a token", home.name)
+            return _too_many("too many connections without a token from your address", 1)
+        return None
+
+    def one_more_admitted(self, home: _Address) -> Refusal | None:
+        """Return why an address may not have one more connection that has shown a token; others don't count here."""
+        most = self.limits.connections_per_address
+        if home.admitted < most:
+            return None
+        self.log("too many connections", home.name)
+        return _too_many(f"your address has {most} connections already", 10)
+
+    def too_fast(self, home: _Address) -> Refusal | None:
+        """Count a new connection, or a further request on one; return why it is too much."""
+        rate = self.limits.new_connections_per_second
+        wait_s = home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S)
+        if not wait_s:
+            return None
+        self.log("too many new connections or requests", home.name)
+        return _too_many("too many new connections or requests from your address", wait_s)
+
+    def too_fast_with(self, token_id: str, address: str) -> Refusal | None:
+        """Count a request that shows a valid token; return why it is too much."""
+        rate, now = self.limits.messages_per_second, self._clock()
+        requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
+        wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)
+        if not wait_s:
+            return None
+        self.log(f"too many requests with {token_id}", address)
+        return _too_many(f"too many requests with token {token_id}", wait_s)
+
+    def login_failed(self, home: _Address) -> Refusal | None:
+        """Count a failed login, and return a refusal when it is one too many."""
+        per_minute = self.limits.failed_logins_per_minute
+        wait_s = home.failures.take(self._clock(), rate=per_minute / 60, burst=per_minute)
+        self.log("no valid token", home.name)
+        return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
+
+    def one_more_with(self, token_id: str, address: str) -> Refusal | None:
+        """Count a connection for its token, or return why it is too much."""
+        most = self.limits.connections_per_token
+        if self._by_token[token_id] >= most:
+            self.log(f"too many connections with {token_id}", address)
+            return _too_many(f"token {token_id} has {most} connections already", 10)
+        self._by_token[token_id] += 1
+        return None
+
+    def one_less_with(self, token_id: str) -> None:
+        """Count a connection less for its token."""
+        self._by_token[token_id] -= 1
+        if not self._by_token[token_id]:
+            del self._by_token[token_id], self._held_by_token[token_id]
+
+    def holds_more(self, token_id: str, size: int) -> None:
+        """Count what is kept of the unfinished messages of a token."""
+        self._held_by_token[token_id] += size
+
+    def holds_too_much(self, token_id: str) -> bool:
+        """Tell whether that is more than it may be."""
+        return self._held_by_token[token_id] > self.limits.unfinished_bytes_per_token
+
+    def stranger(self, visit: ConnectionQuota, address: str) -> None:
+        """It has shown no token, and belongs to this address."""
+        self._strangers.put(visit, address)
+
+    def no_stranger(self, visit: ConnectionQuota) -> None:
+        """It has shown its token, or is gone."""
+        self._strangers.remove(visit)
+
+
+def _too_many(why: str, wait_s: float) -> Refusal:
+    return Refusal(HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", f"{why}; come back later", max(1, ceil(wait_s)))

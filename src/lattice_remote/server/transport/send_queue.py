@@ -1,0 +1,198 @@
+"""What one client has still to be sent: a bounded queue of shared frames, written once per loop tick (I10).
+
+A frame is queued as the bytes that go on the wire, so one change for a thousand clients is one object. Nobody
+waits for a client: one that has too much outstanding, or takes nothing for too long, is cut, and catches up
+when it is back.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import sys
+import termios
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+__all__ = ["MAX_PENDING_BYTES", "STALL_DEADLINE_S", "SendQueue", "payload_of", "websocket_frame"]
+
+MAX_PENDING_BYTES = 16 * 1024 * 1024
+"""More than this outstanding, and the client is cut. One frame may always be queued, however large."""
+STALL_DEADLINE_S = 10.0
+"""Taking no byte for this long, and the client is cut."""
+_WRITE_BYTES = 256 * 1024
+_JOINED_BYTES = 16 * 1024
+"""Frames of up to this are written together. A larger one goes as it is: joined, each client would have its copy."""
+_CHECK_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+def websocket_frame(payload: bytes) -> bytes:
+    """Return a whole binary WebSocket message from a server (RFC 6455 section 5.2): final, unmasked, one frame."""
+    size = len(payload)
+    if size < 126:
+        return b"\x82" + bytes((size,)) + payload
+    if size < 1 << 16:
+        return b"\x82\x7e" + size.to_bytes(2) + payload
+    return b"\x82\x7f" + size.to_bytes(8) + payload
+
+
+def payload_of(frame: bytes) -> bytes:
+    """Return the payload of what ``websocket_frame`` has made."""
+    return frame[{126: 4, 127: 10}.get(frame[1], 2) :]
+
+
+class SendQueue:
+    """The queue in front of one transport. The owner passes on ``pause()``, ``resume()`` and ``close()``."""
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        name: str,
+        *,
+        max_bytes: int = MAX_PENDING_BYTES,
+        stall_deadline_s: float = STALL_DEADLINE_S,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        """Bound the queue and the time in which the client takes nothing; ``log`` is called with why it is cut."""
+        self._log = log or partial(_log.warning, "%s %s: cut", name)
+        self._transport = transport
+        self._max_bytes = max_bytes
+        self._deadline_s = stall_deadline_s
+        self._loop = asyncio.get_running_loop()
+        self._frames: deque[bytes] = deque()
+        self._bytes = 0  # in _frames; what the transport holds comes on top
+        self._written = 0  # bytes since somebody asked
+        self._paused = False
+        self._flush_due = False
+        self._closed = False
+        self._left = 0  # bytes with the transport when it last took some
+        self._taken_at = 0.0  # and when that was
+        self._check: asyncio.TimerHandle | None = None
+        self._room: list[asyncio.Future[None]] = []
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes that the client's kernel has not taken yet."""
+        return self._bytes + (0 if self._closed else self._transport.get_write_buffer_size())
+
+    def take_written(self) -> int:
+        """Return how many bytes were given to the transport since this was last called."""
+        written, self._written = self._written, 0
+        return written
+
+    def push(self, frame: bytes) -> None:
+        """Queue one frame, to be written at the end of this loop tick. After the connection's end: nothing."""
+        if self._closed:
+            return
+        if self.pending_bytes >= self._max_bytes:
+            self._cut(f"has not taken {self.pending_bytes} bytes")
+            return
+        self._frames.append(frame)
+        self._bytes += len(frame)
+        if not self._flush_due and not self._paused:
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    async def room(self) -> None:
+        """Wait until everything queued is with the transport and it wants more; at once after the end."""
+        if self._closed or not (self._frames or self._paused):
+            return
+        waiter = self._loop.create_future()
+        self._room.append(waiter)
+        await waiter
+
+    def pause(self) -> None:
+        """The transport's buffer is full."""
+        self._paused = True
+        self._left = self._untaken()
+        self._taken_at = self._loop.time()
+        if self._check is None:
+            self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
+
+    def resume(self) -> None:
+        """The transport's buffer has drained."""
+        self._paused = False
+        self._flush()
+
+    def finish(self) -> None:
+        """Hand everything to the transport, whatever it holds; the owner then says goodbye and closes."""
+        while self._frames:
+            self._transport.write(self._next_write())
+        self.close()
+
+    def close(self) -> None:
+        """The connection is over: drop what is left. Idempotent."""
+        self._closed = True
+        self._frames.clear()
+        self._bytes = 0
+        if self._check is not None:
+            self._check.cancel()
+            self._check = None
+        self._wake()
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        while self._frames and not self._paused and self._transport.get_write_buffer_size() < _WRITE_BYTES:
+            self._transport.write(self._next_write())
+        if self._paused:
+            return
+        if not self._frames:
+            self._wake()
+        elif not self._flush_due:
+            # uvloop writes, and pauses us if need be, at the end of the tick: go on after that.
+            self._flush_due = True
+            self._loop.call_soon(self._flush)
+
+    def _next_write(self) -> bytes:
+        """Take small frames of up to ``_WRITE_BYTES`` together, or one large one."""
+        first = self._frames.popleft()
+        size = len(first)
+        batch = [first]
+        while size < _WRITE_BYTES and self._frames and len(batch[-1]) <= _JOINED_BYTES >= len(self._frames[0]):
+            batch.append(self._frames.popleft())
+            size += len(batch[-1])
+        self._bytes -= size
+        self._written += size
+        return first if len(batch) == 1 else b"".join(batch)
+
+    def _wake(self) -> None:
+        for waiter in self._room:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._room.clear()
+
+    def _check_progress(self) -> None:
+        """Cut a client that takes nothing. Its keepalive does not: a ping waits behind what is queued."""
+        self._check = None
+        if not self._paused or self._closed:
+            return
+        left = self._untaken()
+        now = self._loop.time()
+        if left < self._left:
+            self._taken_at = now
+        self._left = left
+        if now - self._taken_at >= self._deadline_s:
+            self._cut(f"has taken nothing for {self._deadline_s:g} s")
+        else:
+            self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
+
+    def _untaken(self) -> int:
+        """Return how many bytes the client has not acknowledged, of those that the transport was given.
+
+        Those with the kernel count: it takes no more from here until a good part of its own queue is sent, which
+        takes a slow client longer than the deadline.
+        """
+        left = self._transport.get_write_buffer_size()
+        descriptor = self._transport.get_extra_info("socket")
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no socket, or it is closed
+            queued = fcntl.ioctl(descriptor.fileno(), termios.TIOCOUTQ, bytes(4))
+            left += int.from_bytes(queued, sys.byteorder)
+        return left
+
+    def _cut(self, why: str) -> None:
+        self._log(why)
+        self.close()
+        self._transport.abort()

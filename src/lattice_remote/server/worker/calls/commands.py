@@ -1,0 +1,146 @@
+"""Several of lattice's commands as one write, and the claiming of a task that is named.
+
+``together``, of ``{"lines": [[...], ...], "task": ...}``, runs these command lines in order: all of them, or none.
+``claim``, of ``{"task": ..., "line": [...]}``, runs a line of ``next --claim``, which picks the task that is named.
+
+The answer is ``{"ok": true, "data": [...]}`` with what each line printed as its data, and last, where ``together`` has
+a ``task``, its snapshot after all of them; or status 422, and the whole of what the line printed that lattice refused.
+Each line is checked as if it came alone, before the first one runs.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
+from lattice_remote.server.worker.calls.base import CallRequest, CallResponse, CommandOutput, Operation, json_object
+from lattice_remote.server.worker.policy import Command, parse
+
+__all__ = ["load", "prepare"]
+
+_REFUSED = 422
+_Line = Annotated[list[str], Meta(min_length=1, max_length=1000)]
+
+
+class _Together(msgspec.Struct, forbid_unknown_fields=True):
+    lines: Annotated[list[_Line], Meta(min_length=1, max_length=16)]
+    task: str = ""
+
+
+class _Claim(msgspec.Struct, forbid_unknown_fields=True):
+    task: str
+    line: _Line
+
+
+def load() -> None:
+    """Nothing more is needed than what runs commands."""
+
+
+def prepare(asked: CallRequest) -> Operation:
+    """Check every line; see ``Surface``."""
+    if asked.name == "together":
+        return _together(asked, _payload(asked, _Together))
+    if asked.name == "claim":
+        return _claim(asked, _payload(asked, _Claim))
+    raise unsupported(f"the server does not know an operation {shown(asked.name)} of commands")
+
+
+def _payload[T: msgspec.Struct](asked: CallRequest, kind: type[T]) -> T:
+    try:
+        return msgspec.convert(json_object(asked.payload), kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the payload of {asked.name}: {error}", code="REMOTE_PROTOCOL") from None
+
+
+def _together(asked: CallRequest, together: _Together) -> Operation:
+    task = together.task
+    if task:
+        check(Kind.ID, "task", task)
+    return _operation(asked, together.lines, partial(_snapshot, asked, task) if task else None)
+
+
+def _snapshot(asked: CallRequest, task: str) -> msgspec.Raw:
+    """Return the snapshot of a task that a command has just found."""
+    from lattice.cli.helpers import read_snapshot, resolve_task_id
+
+    snapshot = read_snapshot(asked.lattice_dir, resolve_task_id(asked.lattice_dir, task, True))
+    return msgspec.Raw(json.dumps(snapshot).encode())
+
+
+def _operation(
+    asked: CallRequest, lines: Sequence[Sequence[str]], last: Callable[[], msgspec.Raw] | None = None
+) -> Operation:
+    commands = [_parsed(asked, line) for line in lines]
+    steps = [partial(asked.run_line, line, command.path) for line, command in zip(lines, commands, strict=True)]
+    label = "commands: " + ", ".join(command.path for command in commands)
+    actor = next((command.actor for command in commands if command.actor), asked.identity.actor)
+    return Operation(label, actor, partial(_run, steps, last))
+
+
+def _parsed(asked: CallRequest, line: Sequence[str]) -> Command:
+    from lattice.cli.main import cli
+
+    command = parse(cli, line, asked.identity, files=(), lattice_dir=asked.lattice_dir)
+    if not command.path or not command.is_json:
+        raise unsupported("each line must be a whole command, with --json")
+    return command
+
+
+def _run(steps: Sequence[Callable[[], CommandOutput]], last: Callable[[], msgspec.Raw] | None) -> CallResponse:
+    data: list[msgspec.Raw] = []
+    for step in steps:
+        printed = step()
+        if printed.exit_code:
+            return CallResponse(_REFUSED, printed.stdout or _as_envelope(printed))
+        data.append(msgspec.json.decode(printed.stdout, type=dict[str, msgspec.Raw])["data"])
+    if last is not None:
+        data.append(last())
+    return CallResponse(200, msgspec.json.encode({"ok": True, "data": data}))
+
+
+def _as_envelope(printed: CommandOutput) -> bytes:
+    """Return what Click has refused, which it says in no JSON."""
+    message = printed.stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("Error: ")
+    return json.dumps({"ok": False, "error": {"code": "VALIDATION_ERROR", "message": message}}).encode()
+
+
+# --- claiming a task that is named ---
+
+
+def _claim(asked: CallRequest, claim: _Claim) -> Operation:
+    check(Kind.ID, "task", claim.task)
+    command = _parsed(asked, claim.line)
+    if command.path != "next" or not command.values.get("claim"):
+        raise unsupported("a task is claimed by a line of 'lattice next --claim'")
+    operation = _operation(asked, [claim.line])
+
+    def run() -> CallResponse:
+        with _choosing(claim.task):
+            return operation.run()
+
+    return Operation(operation.label, operation.actor, run)
+
+
+@contextmanager
+def _choosing(task: str) -> Iterator[None]:
+    """Within this, ``next`` picks this task: everything that holds for claiming holds for it, in lattice's own code."""
+    from lattice.cli import query_cmds
+    from lattice.cli.helpers import read_snapshot_or_exit, require_root, resolve_task_id
+
+    def choose(snapshots: object, **_: object) -> dict[str, Any]:
+        del snapshots
+        lattice_dir = require_root(is_json=True)
+        return dict(read_snapshot_or_exit(lattice_dir, resolve_task_id(lattice_dir, task, True), True))
+
+    lattices = vars(query_cmds)["select_next"]
+    setattr(query_cmds, "select_next", choose)  # noqa: B010 - an imported name
+    try:
+        yield
+    finally:
+        setattr(query_cmds, "select_next", lattices)  # noqa: B010 - likewise

@@ -1,0 +1,150 @@
+"""The tools of lattice's MCP server that may write, called in this process.
+
+``name`` is the tool's, ``payload`` its arguments, validated by the tool's own schema. The answer is ``{"result": ...}``
+with what the tool returns, or status 400 and lattice's error envelope with what it raises.
+"""
+
+import json
+from collections.abc import Coroutine, Mapping
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
+from lattice_remote.server.worker.attachments import Attached
+from lattice_remote.server.worker.calls.base import CallRequest, CallResponse, Operation, check_fields, json_object
+from lattice_remote.server.worker.policy import check_new_task
+
+__all__ = ["load", "prepare"]
+
+
+def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
+    """Return the arguments of a tool that writes; values of any type are validated by its schema."""
+    return {**dict.fromkeys(values, Kind.JSON), "actor": Kind.ACTOR, **others}
+
+
+_ID_ONLY = {"task_id": Kind.ID}
+_COMMENT = {"comment_id": Kind.ID, **_ID_ONLY}
+_LINK = {"source_id": Kind.ID, "target_id": Kind.ID}
+
+_TOOLS: Mapping[str, Mapping[str, Kind]] = {
+    "lattice_create": _takes(
+        *("title", "task_type", "priority", "status", "description", "tags", "assigned_to"), task_id=Kind.NEW_ID
+    ),
+    "lattice_update": _takes("fields", **_ID_ONLY),
+    "lattice_status": _takes("new_status", "force", "reason", **_ID_ONLY),
+    "lattice_assign": _takes("assignee", **_ID_ONLY),
+    "lattice_comment": _takes("text", "role", parent_id=Kind.ID, **_ID_ONLY),
+    "lattice_comment_edit": _takes("new_text", **_COMMENT),
+    "lattice_comment_delete": _takes(**_COMMENT),
+    "lattice_react": _takes("emoji", **_COMMENT),
+    "lattice_unreact": _takes("emoji", **_COMMENT),
+    "lattice_link": _takes("relationship_type", "note", **_LINK),
+    "lattice_unlink": _takes("relationship_type", **_LINK),
+    "lattice_attach": _takes("title", "art_type", "summary", source=Kind.FILE, **_ID_ONLY),
+    "lattice_archive": _takes(**_ID_ONLY),
+    "lattice_unarchive": _takes(**_ID_ONLY),
+    "lattice_branch_link": _takes("branch", "repo", **_ID_ONLY),
+    "lattice_branch_unlink": _takes("branch", "repo", **_ID_ONLY),
+    "lattice_event": _takes("event_type", "data", **_ID_ONLY),
+    "lattice_doctor": {"fix": Kind.JSON},
+}
+"""The tools that a client may call here, each with all its arguments. ``lattice_root`` is none of them: the root is
+this project. A tool that only reads runs on the client's copy."""
+
+
+def load() -> None:
+    """Import lattice's MCP server, with all its tools; takes about a second."""
+    import_module("lattice.mcp.server")
+
+
+def prepare(asked: CallRequest) -> Operation:
+    """Check a tool call; see ``Surface``."""
+    from lattice.core.ids import validate_actor
+
+    takes = _TOOLS.get(asked.name)
+    if takes is None:
+        raise unsupported(f"the server does not know an MCP tool {shown(asked.name)} that writes")
+    arguments = _arguments(asked.name, asked.payload)
+    for name, value in arguments.items():
+        if name not in takes:
+            raise unsupported(f"the server does not know this argument of {asked.name}: {shown(name)}")
+        if isinstance(value, str) and takes[name] is not Kind.JSON:
+            check(takes[name], name, value)
+    check_fields(arguments.get("fields"))
+    actor = asked.identity.actor
+    if isinstance(arguments.get("actor"), str):  # anything else is refused by the tool's schema
+        actor = arguments["actor"]
+        if validate_actor(actor):  # else the tool refuses it
+            asked.identity.require(actor)
+    if asked.name == "lattice_create":
+        check_new_task(arguments.get("task_id"), asked.lattice_dir)
+    attached = _attach(asked, arguments) if "source" in takes else None
+    run = partial(_call, asked.name, arguments, asked.lattice_dir)
+    return Operation(f"mcp: {asked.name}", actor, run, attached)
+
+
+def _arguments(name: str, payload: bytes) -> dict[str, Any]:
+    """Return the arguments of a call as the tool will get them; those that are null are left out.
+
+    Where a tool takes no text, its library reads a text as JSON: what is checked must be what it reads there.
+
+    Raises:
+        Rejected: they hold what not every program can read.
+    """
+    given = json_object(payload)
+    try:
+        read = _tool(name).fn_metadata.pre_parse_json(given)
+        sound = json_object(json.dumps(read).encode())
+    except (ValueError, RecursionError) as error:
+        raise unsupported(f"an argument of {name} holds JSON that not every program can read") from error
+    return {key: value for key, value in sound.items() if value is not None}
+
+
+def _attach(asked: CallRequest, arguments: dict[str, Any]) -> Attached:
+    """Put the caller's file where the tool can read it, and that path into the arguments."""
+    source = arguments.get("source")
+    if not isinstance(source, str):
+        return asked.attach([])  # the tool's schema refuses it
+    attached = asked.attach([source])
+    if not attached.paths and not source.startswith(("http://", "https://")):
+        raise unsupported(f"the file {shown(source)} did not travel with the call")
+    arguments["source"] = attached.argv[0]
+    return attached
+
+
+def _call(name: str, arguments: dict[str, Any], lattice_dir: Path) -> CallResponse:
+    from mcp.server.fastmcp.exceptions import ToolError
+
+    try:
+        result = _finish(_tool(name).run(arguments))
+    except ToolError as error:
+        message = str(error.__cause__ or error).replace(str(lattice_dir), ".lattice")
+        return CallResponse(400, canonical_json({"ok": False, "error": {"code": "TOOL_ERROR", "message": message}}))
+    return CallResponse(200, json.dumps({"result": result}).encode())
+
+
+def _tool(name: str) -> Any:
+    """Return a tool of lattice's MCP server.
+
+    Raises:
+        Rejected: the lattice that is installed here has none of this name.
+    """
+    from lattice.mcp.server import mcp
+
+    tool = mcp._tool_manager.get_tool(name)
+    if tool is None:
+        raise unsupported(f"the server's lattice has no MCP tool {name}")
+    return tool
+
+
+def _finish(work: Coroutine[Any, Any, Any]) -> Any:
+    """Return the result of a coroutine that waits for nothing, as lattice's tools do, without an event loop."""
+    try:
+        work.send(None)
+    except StopIteration as done:
+        return done.value
+    work.close()
+    raise RuntimeError("the tool waits for something, which none may do here")

@@ -1,0 +1,125 @@
+"""The writes of programs (``RemoteStorage``): in the project's own files, as a ``LocalStorage`` would do them.
+
+``name`` is one of ``_WRITES``, ``payload`` what that takes. The answer is status 200 with ``{"outcome": "written" or
+"merged", "content": ...}``, 409 with ``{"outcome": "conflict", "found": ...}``, or 422 with lattice's error envelope
+for what may not be written.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.operations import canonical_json
+from lattice_remote.server.worker.arguments import shown, unsupported
+from lattice_remote.server.worker.calls.base import CallRequest, CallResponse, Operation, json_object
+from lattice_remote.server.worker.identity import Identity
+from lattice_remote.storage.events import Conflict, Merged, Written, plain
+from lattice_remote.storage.local import LocalStorage
+
+__all__ = ["load", "prepare"]
+
+_Outcome = Written[Any] | Merged | Conflict
+
+
+class _Asked(msgspec.Struct, forbid_unknown_fields=True):
+    base: str | None
+
+
+class _Events(_Asked):
+    events: list[dict[str, Any]]
+
+
+class _OfTask(_Events):
+    task: str
+
+
+class _OfResource(_Events):
+    resource: str
+
+
+class _Text(_Asked):
+    task: str
+    text: str
+
+
+def load() -> None:
+    """Nothing more is needed than what runs commands."""
+
+
+def prepare(asked: CallRequest) -> Operation:
+    """Check who writes, and the form of what is to be written; see ``Surface``.
+
+    What it says is checked when it is written: that depends on what is there.
+    """
+    takes = _WRITES.get(asked.name)
+    if takes is None:
+        raise unsupported(f"the server does not know a write {shown(asked.name)} of programs")
+    kind, write = takes
+    try:
+        given = msgspec.convert(json_object(asked.payload), kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise Rejected(f"the payload of {asked.name}: {error}", code="REMOTE_PROTOCOL") from None
+    board = LocalStorage(asked.lattice_dir.parent, may_act_as=partial(_require, asked.identity))
+    actor = asked.identity.actor
+    if isinstance(given, _Events):
+        actor = _actor(board, given.events, asked.identity)
+    return Operation(f"storage: {asked.name}", actor, partial(_answer, board, partial(write, given), asked.lattice_dir))
+
+
+def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
+    """Do nothing if a write of this token may be in this name, or in that of this session."""
+    identity.require(actor, ignore_case=session is not None)
+    if session is not None:
+        identity.require_session(session["name"], session["session"], to_end=False)
+
+
+def _actor(board: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
+    """Return in whose name events are written: that of the first; each was checked.
+
+    Raises:
+        Rejected: one is in a name that the token may not use, or is no event.
+    """
+    actors = [board.require_actor(event) for event in plain(events)]
+    return actors[0] if actors else identity.actor
+
+
+def _answer(board: LocalStorage, write: Callable[[LocalStorage], _Outcome], lattice_dir: Path) -> CallResponse:
+    try:
+        outcome = write(board)
+    except Rejected as rejected:
+        message = rejected.message.replace(str(lattice_dir), ".lattice")
+        return CallResponse(422, canonical_json({"ok": False, "error": {"code": rejected.code, "message": message}}))
+    if isinstance(outcome, Conflict):
+        return CallResponse(409, json.dumps({"outcome": "conflict", "found": outcome.found}).encode())
+    word = "merged" if isinstance(outcome, Merged) else "written"
+    return CallResponse(200, json.dumps({"outcome": word, "content": outcome.content}).encode())
+
+
+def _write_task(given: _OfTask, board: LocalStorage) -> _Outcome:
+    return board.write_task(given.task, given.events, given.base)
+
+
+def _write_resource(given: _OfResource, board: LocalStorage) -> _Outcome:
+    return board.write_resource(given.resource, given.events, given.base)
+
+
+def _write_plan(given: _Text, board: LocalStorage) -> _Outcome:
+    return board.write_plan(given.task, given.text, given.base)
+
+
+def _write_notes(given: _Text, board: LocalStorage) -> _Outcome:
+    return board.write_notes(given.task, given.text, given.base)
+
+
+_WRITES: Mapping[str, tuple[type[Any], Callable[[Any, LocalStorage], _Outcome]]] = {
+    "write-task": (_OfTask, _write_task),
+    "write-resource": (_OfResource, _write_resource),
+    "write-plan": (_Text, _write_plan),
+    "write-notes": (_Text, _write_notes),
+}
+"""What may be written, what each takes, and how it is done."""

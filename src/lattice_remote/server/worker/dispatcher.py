@@ -1,0 +1,466 @@
+"""One project's requests, carried out in order, each of them once (I1, I6)."""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.messages import Attachment, Refused, Reply, Result, Returned, Stored
+from lattice_remote.protocol.operations import canonical_json, digest_of
+from lattice_remote.protocol.paths import is_editable
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.ipc import (
+    AbandonRequest,
+    Edit,
+    ImportProject,
+    NewEpoch,
+    PathState,
+    Ready,
+    Reconcile,
+    RunCall,
+    RunCommand,
+    Stop,
+    ToWorker,
+    asked_by,
+)
+from lattice_remote.server.journal.request_ids import token_digest
+from lattice_remote.server.journal.segment import Record
+from lattice_remote.server.tree.capture import AccessDenied
+from lattice_remote.server.tree.tree import TreeDiff
+from lattice_remote.server.worker.attachments import Attached
+from lattice_remote.server.worker.calls.base import CallRequest, Operation
+from lattice_remote.server.worker.calls.registry import surface_named
+from lattice_remote.server.worker.executor import CommandOutcome, Executor
+from lattice_remote.server.worker.identity import Identity, SessionOwners
+from lattice_remote.server.worker.policy import Command, parse
+from lattice_remote.server.worker.project_import import decide, is_adopting, require_empty
+from lattice_remote.server.worker.store import (
+    BY_SERVER,
+    ChangeOrigin,
+    CommitJob,
+    Committer,
+    Store,
+    command_words,
+    describe_call,
+    describe_command,
+    describe_edit,
+)
+from lattice_remote.server.worker.transaction import Transaction, TransactionRunner, cannot_store
+from lattice_remote.textmerge import merge_text
+
+__all__ = ["Editor", "Worker"]
+
+
+class Editor:
+    """Stores edited texts of one project; ``lattice_dir`` is its ``.lattice``."""
+
+    def __init__(self, store: Store, lattice_dir: Path) -> None:
+        self._store = store
+        self._lattice_dir = lattice_dir
+
+    def edit(self, request: Edit) -> None:
+        """Merge an edit into the file and commit it with its answer, which may be that there is a conflict.
+
+        Raises:
+            Rejected: it is no text that can be stored, or the disk can't take it; nothing was changed.
+            OSError: the storage failed.
+        """
+        if not is_editable(request.path):
+            raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
+        if not _is_utf8(request.text):  # lattice reads it in status and next, which would break down for everybody
+            raise Rejected(f"{request.path} is no UTF-8 text: save it as UTF-8 to send it", code="REMOTE_UNSUPPORTED")
+        path = self._store.tree.absolute(request.path)
+        if self._store.tree.status(request.path) is None and os.path.lexists(path):
+            raise Rejected(f"{request.path} is not a plain file on the server", code="REMOTE_UNSUPPORTED")
+        current = self._current(path)
+        base = current if request.base_digest else request.base
+        if request.base_digest and (base is None or digest_of(base) != request.base_digest):
+            raise Rejected(f"{request.path} is another text by now than the one named", code="REMOTE_STALE_BASE")
+        outcome, text = merge_text(base, request.text, current)
+        if outcome in ("stored", "merged") and not self._is_active(request.path):
+            outcome = "conflict"  # archived meanwhile, or no such task: the text stays with the client
+        difference = TreeDiff()
+        if outcome in ("stored", "merged"):
+            assert text is not None, "there is a text whenever something is to be stored"
+            difference = self._replace(request.path, text)
+        else:
+            difference = self._store.tree.reconcile([request.path])
+        command = describe_edit(request.path)
+        who = request.actor
+        cause = ChangeOrigin(request.id, request.token_id, who, request.id, command, who, request.fingerprint)
+        self._store.commit(difference, cause, lambda seq: Stored(request.id, seq, outcome))
+
+    def _current(self, path: str) -> bytes | None:
+        try:
+            return Path(path).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise cannot_store("the text", error) from error
+
+    def _replace(self, path: str, text: bytes) -> TreeDiff:
+        """Put ``text`` in place of a plan or notes, or leave everything as it was.
+
+        Raises:
+            Rejected: that is not possible: the disk is full, or somebody put something else there.
+        """
+        failure: OSError | AccessDenied | None = None
+        with self._store.transaction() as touched:
+            try:
+                _replace(self._store.tree.absolute(path), text)
+            except (OSError, AccessDenied) as error:
+                failure = error
+        if failure is not None:
+            self._store.roll_back()
+            raise cannot_store(path, failure) from failure
+        return self._store.difference(touched)
+
+    def _is_active(self, path: str) -> bool:
+        return (self._lattice_dir / "tasks" / f"{Path(path).stem}.json").is_file()
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _replace(path: str, text: bytes) -> None:
+    """Replace a plan or notes atomically; the journal makes it durable."""
+    scratch = os.path.join(os.path.dirname(path), f".tmp.edit.{os.path.basename(path)}")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(scratch).write_bytes(text)
+    os.replace(scratch, path)
+
+
+_Request = RunCommand | RunCall | Edit | ImportProject | AbandonRequest
+_MAX_ACTOR_CHARS = 256
+_MAX_MESSAGE_CHARS = 4096
+_MAX_OUTPUT_BYTES = 8 * 1024 * 1024
+
+
+class Worker:
+    """Carries out what the server asks for.
+
+    Args:
+        project: the project's directory, a real path.
+        scratch: a private directory, a real path; emptied after each command.
+        store, executor, committer: see there.
+        plugin_commands: what the administrator allows of the plugins that are installed beside this lattice.
+    """
+
+    def __init__(
+        self,
+        project: Path,
+        scratch: Path,
+        store: Store,
+        executor: Executor,
+        committer: Committer,
+        *,
+        plugin_commands: Collection[str] = (),
+    ) -> None:
+        self._plugin_commands = plugin_commands
+        self._paths = ProjectPaths(project)
+        self._lattice_dir = self._paths.lattice
+        self._scratch = scratch
+        self._store = store
+        self._executor = executor
+        self._committer = committer
+        self._owners = SessionOwners(project)
+        self._runner = TransactionRunner(store, scratch)
+        self._editor = Editor(store, self._lattice_dir)
+
+    def ready(self, notes: list[str]) -> None:
+        """Report that the project is open, after everything that was committed so far."""
+        self._store.show_head()
+        journal, files = self._store.journal, self._store.tree.files
+        message = Ready(
+            epoch=journal.epoch,
+            head=journal.head,
+            mark=journal.mark,
+            oldest=journal.oldest,
+            lattice_version=version("lattice-tracker"),
+            files=[PathState(path, state.size, state.digest) for path, state in files.items()],
+            notes=notes,
+        )
+        self._committer.submit(CommitJob(message))
+
+    def handle(self, message: ToWorker) -> bool:
+        """Carry out one request; return False when it was the last.
+
+        Raises:
+            OSError: the storage failed; the process must end.
+        """
+        self._store.taken_up(self._name_of(message))
+        match message:
+            case RunCommand():
+                self._once(message, self._execute)
+            case RunCall():
+                self._once(message, self._invoke)
+            case Edit():
+                self._once(message, self._editor.edit)
+            case ImportProject():
+                self._once(message, self._adopt)
+                return not is_adopting(self._paths.root)
+            case AbandonRequest():
+                self._once(message, _refuse_settled)
+            case Reconcile():
+                self._store.keep_retention()
+                found = self._store.tree.reconcile(message.paths)
+                self._store.commit(found, BY_SERVER("edit"))
+            case NewEpoch():
+                self._committer.wait()
+                self._store.new_epoch()
+                self.ready([f"a new epoch begins: {message.reason}"])
+            case Stop():
+                return False
+        return True
+
+    def _name_of(self, message: ToWorker) -> str:
+        """Return what the log calls a request before it is looked at: nothing that the caller is free to choose."""
+        match message:
+            case RunCommand():
+                return command_words(self._executor.cli, message.argv)
+            case Edit():
+                return "edit"
+            case ImportProject():
+                return "push"
+        return ""
+
+    def _once[R: _Request](self, request: R, carry_out: Callable[[R], None]) -> None:
+        """Carry out a request unless it was before: then its answer is given again (I6)."""
+        known = self._store.journal.find(request.id)
+        request = _with_fingerprint(request)
+        try:
+            if known is None:
+                self._require_new(request)
+                carry_out(request)
+            else:
+                self._answer_again(request, known)
+        except Rejected as rejected:
+            message = rejected.message[:_MAX_MESSAGE_CHARS]
+            self._store.refuse(Refused(request.id, rejected.code, message))
+        finally:
+            self._executor.release_locks()
+
+    def _require_new(self, request: _Request) -> None:
+        """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
+
+        Raises:
+            Rejected: it was carried out, and the answer is gone; or that is not known any more; or it is another
+                request than the one with this id.
+        """
+        answered = self._store.journal.request_ids.find(request.id)
+        if answered is not None:
+            _require_same(request, answered.fingerprint, is_own=answered.token == token_digest(request.token_id))
+        first = request.first_sent_at if not isinstance(request, AbandonRequest) else None
+        if answered is not None or (first is not None and first < self._store.journal.since):
+            raise Rejected(
+                "this request was sent before, and the server does not keep its answer any more; it may have taken "
+                "effect: look before you repeat it",
+                code="REMOTE_UNKNOWN_OUTCOME",
+            )
+
+    def _answer_again(self, request: _Request, known: Record) -> None:
+        _require_same(request, known.fingerprint, is_own=known.token_id == request.token_id)
+        self._store.reply_again(request.id, known)
+
+    # --- a whole project ---
+
+    def _adopt(self, request: ImportProject) -> None:
+        """Decide on a project that takes this one's place; the next worker puts it there, and answers."""
+        # What is on the disk counts, also what somebody has put there and nobody has told of yet.
+        require_empty(self._lattice_dir, {path: status.st_size for path, status in self._store.tree.scan()})
+        if not request.candidate:
+            raise Rejected("what was to be pushed is not on the server any more; push again", code="REMOTE_NOT_FOUND")
+        self._committer.wait()
+        try:
+            decide(self._paths.root, request)
+        except OSError as error:
+            raise cannot_store("the project", error) from error
+
+    # --- a command line ---
+
+    def _execute(self, request: RunCommand) -> None:
+        try:
+            attached = self._attach(request, request.argv)
+            identity = self._identity(request)
+            command = parse(
+                self._executor.cli,
+                attached.argv,
+                identity,
+                files=attached.paths,
+                lattice_dir=self._lattice_dir,
+                plugin_commands=self._plugin_commands,
+            )
+            self._runner.carry_out(self._command(request, command, attached))
+        finally:
+            if request.files:
+                self._runner.empty_scratch()
+
+    def _identity(self, request: RunCommand | RunCall) -> Identity:
+        return Identity(request.actor, request.act_as, request.token_id, self._owners)
+
+    def _attach(self, request: RunCommand | RunCall, values: Sequence[str]) -> Attached:
+        """Put the request's files in place of the ``values`` that name them."""
+        is_argv = isinstance(request, RunCommand)
+        uploaded = partial(self._paths.upload, request.token_id)
+        try:
+            return Attached.write(values, request.files, self._scratch, uploaded, is_argv=is_argv)
+        except OSError as error:
+            raise cannot_store("the attached files", error) from error
+
+    def _command(self, request: RunCommand, command: Command, attached: Attached) -> Transaction:
+        return Transaction(
+            name=f"'lattice {command.path}'",
+            cause=_cause(request, command.actor or request.actor, describe_command(request.argv)),
+            run=lambda: self._executor.run(
+                attached.argv,
+                command.path,
+                last_try=request.last_try,
+                may_wait=request.may_wait,
+                ahead=request.ahead,
+                own_copies=attached.paths,
+            ),
+            answer=lambda outcome, seq: _reply(request.id, seq, outcome, command, attached),
+            vouched=attached.vouched,
+            note=lambda difference: self._note(request, command, difference),
+        )
+
+    def _note(self, request: RunCommand, command: Command, difference: TreeDiff) -> None:
+        if command.path == "session start":
+            self._owners.note(difference.operations, request.token_id, request.actor)
+
+    # --- an operation of another surface ---
+
+    def _invoke(self, request: RunCall) -> None:
+        try:
+            operation = self._prepare(request)
+            self._runner.carry_out(self._operation(request, operation))
+        finally:
+            if request.files:
+                self._runner.empty_scratch()
+
+    def _prepare(self, request: RunCall) -> Operation:
+        surface = surface_named(request.surface)
+        identity = self._identity(request)
+        attach = partial(self._attach, request)
+        run_line = self._executor.run_step
+        operation = surface.prepare(
+            CallRequest(request.name, request.payload, identity, self._lattice_dir, attach, run_line)
+        )
+        self._store.called(operation.label)
+        if request.files and operation.attached is None:
+            raise Rejected("a file came with an operation that takes none", code="REMOTE_UNSUPPORTED")
+        return operation
+
+    def _operation(self, request: RunCall, operation: Operation) -> Transaction:
+        attached = operation.attached or Attached([])
+        return Transaction(
+            name=f"'{operation.label}'",
+            cause=_cause(request, operation.actor, describe_call(operation.label)),
+            run=lambda: self._call(request, operation),
+            answer=lambda outcome, seq: _returned(request.id, seq, outcome, attached),
+        )
+
+    def _call(self, request: RunCall, operation: Operation) -> CommandOutcome:
+        called = partial(self._executor.call, may_wait=request.may_wait, ahead=request.ahead)
+        return _bounded(called(operation.run, operation.label))
+
+
+def _with_fingerprint[R: _Request](request: R) -> R:
+    """Return the request with a digest of what is asked, where the surface has made none."""
+    if isinstance(request, AbandonRequest | ImportProject) or request.fingerprint:
+        return request
+    contents = [_plain(value) for value in asked_by(request)]
+    return msgspec.structs.replace(request, fingerprint=digest_of(msgspec.msgpack.encode(contents))[:16])
+
+
+def _plain(value: object) -> object:
+    """Return a field of a request for its digest; of an attached file, its content's digest."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Attachment):
+        digest = digest_of(value.data) if value.data is not None else value.digest
+        return [value.index, value.name, digest]
+    return value
+
+
+def _require_same(request: _Request, fingerprint: bytes, *, is_own: bool) -> None:
+    """Do nothing if a request is the one that was carried out with its id.
+
+    Raises:
+        Rejected: it is another one.
+    """
+    if not is_own:
+        raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
+    known = fingerprint.strip(b"\0")  # none in records of an earlier version
+    if known and not isinstance(request, AbandonRequest) and request.fingerprint != fingerprint:
+        raise Rejected("another request was made with this id or key: take a new one", code="REMOTE_INVALID")
+
+
+def _cause(request: RunCommand | RunCall, actor: str, description: str) -> ChangeOrigin:
+    actor = actor[:_MAX_ACTOR_CHARS]
+    id_, fingerprint = request.id, request.fingerprint
+    return ChangeOrigin(id_, request.token_id, actor, id_, description, request.actor, fingerprint)
+
+
+def _refuse_settled(request: AbandonRequest) -> None:
+    """The journal does not know it: what its predecessor did of it was undone, and nothing more is tried."""
+    raise Rejected(request.message, code=request.code)
+
+
+# --- answers ---
+
+
+def _reply(id_: str, seq: int, outcome: CommandOutcome, command: Command, attached: Attached) -> Result:
+    if outcome.failure is not None:
+        outcome = _broken(outcome.failure, is_json=command.is_json)
+    stdout, stderr = _cut(
+        attached.restore_names(outcome.stdout, is_json=command.is_json),
+        attached.restore_names(outcome.stderr, is_json=False),
+    )
+    return Reply(id_, seq, outcome.exit_code, stdout, stderr)
+
+
+def _bounded(outcome: CommandOutcome) -> CommandOutcome:
+    """Let an operation fail whose answer no frame could carry: JSON can't be cut short."""
+    if outcome.answer is not None and len(outcome.answer.payload) > _MAX_OUTPUT_BYTES:
+        outcome.answer, outcome.failure, outcome.is_final = None, "its answer is over 8 MiB", False
+    return outcome
+
+
+def _returned(id_: str, seq: int, outcome: CommandOutcome, attached: Attached) -> Result:
+    answer = outcome.answer
+    if answer is None:
+        return Returned(id_, seq, 500, _envelope(f"{_BROKE_DOWN}: {outcome.failure}"))
+    return Returned(id_, seq, answer.status, attached.restore_names(answer.payload, is_json=True))
+
+
+_BROKE_DOWN = "the command broke down on the server and was undone"
+
+
+def _broken(failure: str, *, is_json: bool) -> CommandOutcome:
+    """Return what a command that broke down prints, in lattice's own forms."""
+    message = f"{_BROKE_DOWN}: {failure}"
+    if is_json:
+        return CommandOutcome(1, _envelope(message))
+    return CommandOutcome(1, stderr=f"Error: {message}\n".encode("utf-8", "backslashreplace"))
+
+
+def _envelope(message: str) -> bytes:
+    return canonical_json({"error": {"code": "REMOTE_FAILED", "message": message}, "ok": False}) + b"\n"
+
+
+def _cut(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
+    """Return what was printed, shortened to what a frame can carry, and saying so."""
+    if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
+        return stdout, stderr
+    note = b"lattice-remote: the command was carried out; its output is over 8 MiB and was cut\n"
+    return stdout[:_MAX_OUTPUT_BYTES], stderr[:_MAX_OUTPUT_BYTES] + note

@@ -1,0 +1,145 @@
+"""The process that owns one project: requests in over a socket pair, outcomes out, one at a time (I1).
+
+    python -m lattice_remote.server.worker.main --fd 5 --project-dir DATA/projects/web --slug web
+
+It leaves when told to (``Stop``), when the server is gone (end of file), or when the storage fails: for good
+(``Failed``) where it could not keep what was written, else for the next worker to try again.
+"""
+
+import argparse
+import gc
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.server.config import JournalSettings
+from lattice_remote.server.ipc import ToWorker, WorkerFailed
+from lattice_remote.server.journal.journal import Retention
+from lattice_remote.server.journal.repair import make_id
+from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
+from lattice_remote.server.tree.tree import SyncFailed
+from lattice_remote.server.worker.dispatcher import Worker
+from lattice_remote.server.worker.executor import Executor
+from lattice_remote.server.worker.policy import not_of_plugins
+from lattice_remote.server.worker.recovery import open_store
+from lattice_remote.server.worker.store import CommitJob, Committer
+
+__all__ = ["code_directories", "main", "prepare_scratch"]
+
+
+def code_directories(project: Path) -> list[str]:
+    """Return where Python and its packages lie; the directory it was started in is none of them.
+
+    Nor is one around the project: an environment may have been made where the data lies, and the tokens with it.
+    """
+    started_in = os.getcwd()
+    standard = sysconfig.get_paths()
+    paths = {*(standard[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")), *filter(None, sys.path)}
+    return sorted(path for path in paths if path != started_in and not project.is_relative_to(path))
+
+
+def prepare_scratch(project: Path) -> Path:
+    """Make the private directory, empty, and live in it."""
+    scratch = project / "tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(mode=0o700)
+    tempfile.tempdir = str(scratch)
+    os.chdir(scratch)
+    return scratch
+
+
+_NOT_A_PLUGINS = 'config.json allows "{}", which is no command of a plugin that is installed here'
+_log = logging.getLogger(__name__)
+_decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+
+
+def _messages(connection: socket.socket) -> Iterator[ToWorker]:
+    """Yield what the server asks, until it is gone."""
+    buffer = bytearray()
+    while True:
+        try:
+            received = connection.recv(1 << 20)
+        except ConnectionError:
+            return
+        if not received:
+            return
+        buffer += received
+        while len(buffer) >= 4 and len(buffer) - 4 >= (length := int.from_bytes(buffer[:4])):
+            message = _decoder.decode(bytes(buffer[4 : 4 + length]))
+            del buffer[: 4 + length]
+            yield message
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the worker until it is told to stop; return the exit code."""
+    parser = argparse.ArgumentParser(prog="lattice-remote-worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--project-dir", type=Path, required=True)
+    parser.add_argument("--slug", required=True)
+    parser.add_argument("--journal", default="{}", help="settings, as in config.json")
+    parser.add_argument("--plugin-commands", default="[]", help="likewise")
+    options = parser.parse_args(arguments)
+    # The server tells when to leave; a signal to the whole process group must not cut a command off.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.dont_write_bytecode = True
+    log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s", {"process": "worker", "project": options.slug})
+    for name in (FORMAT_VARIABLE, LEVEL_VARIABLE):
+        os.environ.pop(name, None)  # a hook's environment is made from this process's, and is lattice's
+    connection = socket.socket(fileno=options.fd)
+    committer = Committer(connection)
+    try:
+        plugin_commands = msgspec.json.decode(options.plugin_commands, type=list[str])
+        retention = _retention(options.journal)
+        return _serve(options.project_dir.resolve(), connection, committer, retention, plugin_commands)
+    except SyncFailed as error:
+        _log.exception("the disk could not keep what was written")
+        committer.submit(CommitJob(WorkerFailed(f"the server's disk could not keep what was written: {error}")))
+    except OSError:
+        # A full disk, say. The next worker undoes what was under way, and goes on as soon as that is possible.
+        _log.exception("the worker can't go on")
+    committer.finish()
+    return 1
+
+
+def _retention(settings: str) -> Retention:
+    journal = msgspec.json.decode(settings, type=JournalSettings)
+    return Retention(journal.max_bytes, journal.max_age_days * 24 * 3600.0, journal.segment_bytes)
+
+
+def _serve(
+    project: Path,
+    connection: socket.socket,
+    committer: Committer,
+    retention: Retention,
+    plugin_commands: list[str],
+) -> int:
+    code = code_directories(project)
+    scratch = prepare_scratch(project)
+    opened = open_store(project, scratch, committer, code=code, retention=retention)
+    store = opened.store
+    executor = Executor(
+        project, lazy=opened.can_repair, capture=opened.capture, make_id=lambda: make_id(store.journal.epoch)
+    )
+    worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
+    worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
+    gc.collect()
+    gc.freeze()  # what was loaded so far stays: no collection need look at it again
+    for message in _messages(connection):
+        if not worker.handle(message):
+            break
+    store.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""A checked project put in the place of an empty one, so that a crash at any moment leaves the one or the other.
+
+A candidate, which is whole and on the disk, becomes the project's by one rename, to ``adopting/``: before it nothing
+has happened, after it every start of a worker goes on until it is done. The worker that renames it leaves at once, and
+the next one finishes: what a crash needs is what always happens.
+
+    adopting/cause       who brought it, and the answer to give
+    adopting/.lattice    the project, until it is in its place
+    adopting/replaced    the empty project, once it has made room
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.bundle import first_sign_of_use
+from lattice_remote.protocol.messages import Pushed
+from lattice_remote.protocol.operations import AnnounceFile
+from lattice_remote.server.ipc import ImportProject
+from lattice_remote.server.tree.tree import ProjectTree, TreeDiff, sync, sync_directory
+from lattice_remote.server.worker.store import ChangeOrigin
+
+__all__ = [
+    "answer_to",
+    "cause_of",
+    "decide",
+    "finish",
+    "first_difference",
+    "is_adopting",
+    "put_in_place",
+    "require_empty",
+]
+
+_SETTINGS = "config.json"
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(ImportProject)
+
+
+def require_empty(lattice: Path, sizes: Mapping[str, int]) -> None:
+    """Do nothing if nothing was ever done in this project, as the sizes of its files and its short ids say.
+
+    Raises:
+        Rejected: something was.
+    """
+    used = first_sign_of_use(sizes.items())
+    if used is None and _has_ids(lattice / "ids.json"):
+        used = "short ids that were given out"
+    if used is not None:
+        raise Rejected(
+            f"the project on the server has {used}; only an empty project takes a whole one, and nothing was changed",
+            code="REMOTE_UNSUPPORTED",
+        )
+
+
+def _has_ids(index: Path) -> bool:
+    try:
+        return bool(msgspec.json.decode(index.read_bytes(), type=_Ids).map)
+    except FileNotFoundError:
+        return False
+    except msgspec.DecodeError:
+        return True
+
+
+class _Ids(msgspec.Struct):
+    map: dict[str, str] = {}
+
+
+def decide(project: Path, request: ImportProject) -> None:
+    """Make the request's candidate the project's; once this returns it will be in place, whatever happens.
+
+    The project's writer must be this process. It must leave then.
+
+    Raises:
+        OSError: nothing has happened.
+    """
+    candidate = project / request.candidate
+    descriptor = os.open(candidate / "cause", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, _encoder.encode(request))
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_directory(candidate)
+    os.rename(candidate, project / "adopting")
+    sync_directory(project)
+
+
+def is_adopting(project: Path) -> bool:
+    """Whether a project waits to be put in place."""
+    return (project / "adopting").is_dir()
+
+
+def put_in_place(project: Path) -> ImportProject | None:
+    """Give a project that waits its place, at the start of a worker; return who brought it, None when none does.
+
+    May be done again after a crash. The caller begins a new epoch for it, then calls ``finish``.
+
+    Raises:
+        OSError: it can't be done now; the next start tries again.
+    """
+    if not is_adopting(project):
+        return None
+    waiting, here = project / "adopting", project / ".lattice"
+    request = _decoder.decode((waiting / "cause").read_bytes())
+    if (waiting / ".lattice").is_dir():
+        if here.is_dir():
+            os.rename(here, waiting / "replaced")
+        os.rename(waiting / ".lattice", here)
+        sync_directory(waiting)
+        sync_directory(project)
+    return request
+
+
+def cause_of(request: ImportProject) -> ChangeOrigin:
+    """Return who brought a project, for the log."""
+    what = f"{request.tasks} tasks, {request.archived} archived, {request.files} files"
+    command = f"remote push: {what}" if request.token_id else f"lattice-remote import: {what}"
+    return ChangeOrigin(
+        request.id, request.token_id, request.actor, request.id, command, request.actor, request.fingerprint
+    )
+
+
+def answer_to(request: ImportProject, seq: int) -> Pushed:
+    """Return what whoever brought it is told."""
+    return Pushed(request.id, seq, request.tasks, request.archived, request.files, request.notes)
+
+
+def first_difference(tree: ProjectTree) -> TreeDiff:
+    """Return the first change of the new epoch: it tells who brought the project, and changes nothing."""
+    content = tree.read(_SETTINGS, None)
+    assert content is not None, "no project is taken in without its settings"
+    operation = AnnounceFile(_SETTINGS, content.state.size, content.state.digest)
+    return TreeDiff([operation], [_SETTINGS], {_SETTINGS: content.state})
+
+
+def finish(project: Path) -> None:
+    """The project is in its place, and the journal says so: what it replaced goes."""
+    shutil.rmtree(project / "adopting")
+    sync_directory(project)

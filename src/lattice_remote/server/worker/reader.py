@@ -1,0 +1,163 @@
+"""The process that reads one project for whoever speaks HTTP: so that no read holds up a write, or the network.
+
+    python -m lattice_remote.server.worker.reader --fd 5 --project-dir DATA/projects/web --slug web
+
+It changes nothing and holds no lock, so it may be ended at any moment. It leaves when the server is gone (end of file).
+"""
+
+import argparse
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadResult
+from lattice_remote.server.logging import log_to_stderr
+from lattice_remote.server.tree.capture import AccessDenied, Capture
+from lattice_remote.server.worker.calls.dashboard import handler_class
+from lattice_remote.server.worker.executor import Executor
+from lattice_remote.server.worker.main import code_directories
+
+__all__ = ["NoWrites", "Reads", "laid_out", "main"]
+
+
+class _Identified(msgspec.Struct, frozen=True):
+    id: str = ""
+
+
+def laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
+    """Return an envelope whose data, which come last, are the list that was at ``place``, and where its items are.
+
+    Args:
+        envelope: as a command prints it that has succeeded.
+        place: the names that lead to the list, as ``("data", "events")``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return _laid_out(envelope, place)
+    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"there is no list at {'.'.join(place)} in what was printed") from error
+
+
+def _laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
+    whole = msgspec.json.decode(envelope, type=dict[str, msgspec.Raw])
+    listed = whole.pop("data")
+    for name in place[1:]:
+        listed = msgspec.json.decode(listed, type=dict[str, msgspec.Raw])[name]
+    items = msgspec.json.decode(listed, type=list[msgspec.Raw])
+    ids = [item.id for item in msgspec.json.decode(listed, type=list[_Identified])]
+    head = msgspec.json.encode(whole)[:-1] + b',"data":['
+    ends = [end - 1 for end in accumulate((len(bytes(item)) + 1 for item in items), initial=len(head))][1:]
+    return b"".join((head, b",".join(items), b"]}")), ListIndex(len(head), ids, ends)
+
+
+class NoWrites:
+    """Refuses every change before it is made; see ``tree.capture.PreImages``."""
+
+    def keep_for_append(self, path: str) -> NoReturn:  # noqa: ARG002 - the protocol's signature
+        raise AccessDenied("write a file")
+
+    keep_for_rewrite = keep_for_replace = keep_for_move = keep_directory = keep_for_append
+
+
+class Reads:
+    """Answers reads in the project whose ``.lattice`` is ``lattice_dir``, a real path."""
+
+    def __init__(self, executor: Executor, capture: Capture, lattice_dir: Path) -> None:
+        self._executor = executor
+        self._capture = capture
+        self._lattice_dir = lattice_dir
+
+    def answer(self, asked: Read) -> ReadResult:
+        """Read; never raises an ``Exception``. What broke down, or tried what it must not, has status 500."""
+        try:
+            with self._capture.watch():
+                return self._command(asked) if isinstance(asked, ReadCommand) else self._page(asked.path)
+        except AccessDenied as veto:
+            return ReadResult(500, b"", message=f"it tried to {veto}, which the server does not allow")
+
+    def _command(self, asked: ReadCommand) -> ReadResult:
+        outcome = self._executor.run(asked.argv, asked.path, last_try=True)
+        if outcome.failure is not None:
+            return ReadResult(500, b"", message=outcome.failure)
+        message = outcome.stderr.decode(errors="replace")
+        if asked.list_at and not outcome.exit_code:
+            try:
+                body, items = laid_out(outcome.stdout, asked.list_at)
+            except ValueError as error:
+                return ReadResult(500, b"", message=str(error))
+            return ReadResult(0, body, message=message, items=items)
+        return ReadResult(outcome.exit_code, outcome.stdout, message=message)
+
+    def _page(self, path: str) -> ReadResult:
+        request = handler_class(self._lattice_dir)(path, b"")
+        outcome = self._executor.call(request.get, "dashboard: GET")
+        if outcome.failure is not None:
+            return ReadResult(500, b"", message=outcome.failure)
+        return ReadResult(
+            request.status, request.wfile.getvalue(), content_type=request.content_type, etag=request.etag
+        )
+
+
+_decoder: msgspec.msgpack.Decoder[Read] = msgspec.msgpack.Decoder(Read)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Read until the server is gone; return the exit code."""
+    parser = argparse.ArgumentParser(prog="lattice-remote-reader")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--project-dir", type=Path, required=True)
+    parser.add_argument("--slug", required=True)
+    options = parser.parse_args(arguments)
+    # The server ends this process; a signal to the whole process group must not.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.dont_write_bytecode = True
+    log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s", {"process": "reader", "project": options.slug})
+    connection = socket.socket(fileno=options.fd)
+    reads = _prepare(options.project_dir.resolve())
+    for asked in _messages(connection):
+        found = msgspec.msgpack.encode(reads.answer(asked))
+        try:
+            connection.sendall(len(found).to_bytes(4) + found)
+        except ConnectionError:
+            break
+    return 0
+
+
+def _prepare(project: Path) -> Reads:
+    code = code_directories(project)
+    os.chdir("/")
+    os.environ["PATH"] = ""  # lattice finds no git: that of the server knows nothing of its users' branches
+    executor = Executor(project, lazy=False)
+    import lattice.dashboard.git_reader
+    import lattice.dashboard.server  # now: while it is watched nothing new is loaded
+
+    # A project on a server is in no repository of its users; whatever lies around the data directory is not theirs.
+    lattice.dashboard.git_reader.git_available = lambda: True  # as where the board is looked at; no program is started
+    lattice.dashboard.git_reader.find_git_root = lambda *_: None
+    lattice_dir = project / ".lattice"
+    capture = Capture(str(lattice_dir), str(lattice_dir), NoWrites(), [*code, str(lattice.dashboard.server.STATIC_DIR)])
+    gc.collect()
+    gc.freeze()  # what was loaded so far stays: no collection need look at it again
+    return Reads(executor, capture, lattice_dir)
+
+
+def _messages(connection: socket.socket) -> Iterator[Read]:
+    """Yield what the server asks, until it is gone."""
+    with connection.makefile("rb") as incoming:
+        while len(length := incoming.read(4)) == 4:
+            yield _decoder.decode(incoming.read(int.from_bytes(length)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

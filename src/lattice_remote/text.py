@@ -1,0 +1,113 @@
+"""The log as people and programs read it: ``lattice remote log`` and ``lattice-remote log`` print the same.
+
+What others wrote is shown, not obeyed: characters that a terminal acts on, or that turn a line's direction, are
+written as escapes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import LogEntry
+
+__all__ = ["as_lines", "as_records", "columns", "describe_difference", "local_time", "printable"]
+
+_MAX_TASKS_SHOWN = 3
+
+
+def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the entries for ``--json``: every field, times as RFC 3339, each task with its short id (or null).
+
+    ``token_actor`` is always whose token it was, also when that is the actor.
+    """
+    records = []
+    for entry in entries:
+        record = msgspec.to_builtins(entry)
+        record["position"] = str(Position(entry.epoch, entry.seq, entry.mark))
+        del record["mark"]
+        record["token_actor"] = entry.token_actor or (entry.actor if entry.token_id else "")
+        record["tasks"] = [{"id": task, "short_id": short_ids.get(task)} for task in entry.tasks]
+        records.append(record)
+    return records
+
+
+def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
+    """Return a table for a terminal: number, local time, actor, token, tasks, command. Empty without entries.
+
+    A line stands where an epoch begins, above the entries of the one before. ``epoch`` is the present one if it is
+    known: it may have no entry yet.
+    """
+    if not entries:
+        return []
+    rows = [("CHANGE", "TIME", "ACTOR", "TOKEN", "TASKS", "COMMAND")]
+    rows += [_row(entry, short_ids) for entry in entries]
+    head, *lines = columns(rows)
+    shown = [head]
+    newer = epoch or entries[0].epoch
+    for entry, line in zip(entries, lines, strict=True):
+        if entry.epoch != newer:
+            shown.append(f"--- epoch {printable(newer)} begins: the history was restored or replaced ---")
+        shown.append(line)
+        newer = entry.epoch
+    return shown
+
+
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of equally many cells as lines, each column as wide as it needs to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, str, str, str]:
+    actor = f"{entry.actor} (token of {entry.token_actor})" if entry.token_actor else entry.actor
+    tasks = [short_ids.get(task, task) for task in entry.tasks]
+    more = len(tasks) + entry.more_tasks - _MAX_TASKS_SHOWN
+    shown = ",".join(tasks[:_MAX_TASKS_SHOWN]) + (f",+{more}" if more > 0 else "")
+    what = f"{entry.cause}: {entry.command}" if entry.cause in ("edit", "recovery") else entry.command
+    cells = (str(entry.seq), local_time(entry.time), actor, entry.token_id or "-", shown or "-", what)
+    number, time, who, token, touched, command = map(printable, cells)
+    return number, time, who, token, touched, command
+
+
+def local_time(time: str) -> str:
+    """Return a time in the reader's own zone, to the second; as it is if it is none."""
+    try:
+        return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OverflowError, OSError):
+        return time
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with everything that is not plainly a character, or a space, as an escape: ``\\x1b``."""
+    return re.sub(r"[^ -~]", lambda found: _escaped(found[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
+def describe_difference(here: str, there: str, *, here_is: str, there_is: str) -> str | None:
+    """Return what to do about two versions of one program; None when they are the same.
+
+    Args:
+        here: one version, as ``0.2.1``.
+        there: the other.
+        here_is: what has the one, as ``this machine``.
+        there_is: what has the other.
+    """
+    if here == there:
+        return None
+    ours, theirs = _numbers(here), _numbers(there)
+    if ours == theirs:
+        return f"{here} and {there} differ"
+    return f"{here if ours < theirs else there} is older: upgrade {here_is if ours < theirs else there_is}"
+
+
+def _numbers(version: str) -> list[int]:
+    """Return the leading numbers, of bounded size: the text may come from a peer."""
+    found = re.match(r"\d{1,9}(?:\.\d{1,9}){0,7}", version)
+    return [int(number) for number in found[0].split(".")] if found else []

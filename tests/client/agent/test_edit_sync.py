@@ -1,0 +1,323 @@
+"""What editors do to a file when they save it: the text arrives whole, what they keep beside it stays here (I4, I9)."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, TASK, ask, rescued, until
+from fake_server import TOKEN, FakeServer
+from test_cache_repair import looked_after
+
+from lattice_remote.client import credentials
+from lattice_remote.client.agent import repair
+from lattice_remote.client.agent.service import Service
+from lattice_remote.protocol.messages import Put
+
+OLD = b"# Plan\n\n" + b"- a step\n" * 400
+NEW = OLD + b"- another step\n"
+PAUSE_S = 0.12
+"""Longer than a file must be at rest to be taken for saved."""
+
+Steps = Callable[[Path], Iterator[None]]
+"""Saves NEW in a file as an editor does; each ``yield`` is a moment in which we may look."""
+
+
+def vim_in_place(plan: Path) -> Iterator[None]:
+    """backupcopy=yes: a swap file, a probe, a backup; then the file itself is truncated and written."""
+    swap, probe, backup = (plan.with_name(name) for name in (f".{plan.name}.swp", "4913", f"{plan.name}~"))
+    swap.write_bytes(b"b0VIM 9.0")
+    yield
+    probe.write_bytes(b"")
+    probe.unlink()
+    backup.write_bytes(plan.read_bytes())
+    with plan.open("wb") as file:
+        for start in range(0, len(NEW), 1500):
+            file.write(NEW[start : start + 1500])
+            file.flush()
+            yield
+    backup.unlink()
+    swap.unlink()
+
+
+def vim_by_rename(plan: Path) -> Iterator[None]:
+    """backupcopy=no: the old file becomes the backup, a new one gets its name; the backup stays."""
+    plan.rename(plan.with_name(f"{plan.name}~"))
+    yield
+    with plan.open("xb") as file:
+        file.write(NEW[:1000])
+        file.flush()
+        yield
+        file.write(NEW[1000:])
+
+
+def emacs(plan: Path) -> Iterator[None]:
+    """A lock that is a dangling link, an auto-save file, a backup by rename, a write in place."""
+    lock, auto = plan.with_name(f".#{plan.name}"), plan.with_name(f"#{plan.name}#")
+    lock.symlink_to("ana@host.123:456")
+    auto.write_bytes(NEW[:-8])
+    yield
+    plan.rename(plan.with_name(f"{plan.name}~"))
+    plan.write_bytes(NEW)
+    yield
+    auto.unlink()
+    lock.unlink()
+
+
+def nano(plan: Path) -> Iterator[None]:
+    """A lock file, a truncation and a write in place, a backup of a lost session."""
+    plan.with_name(f".{plan.name}.swp").write_bytes(b"b0nano")
+    plan.with_name(f"{plan.name}.save").write_bytes(NEW[:-8])
+    with plan.open("r+b") as file:
+        file.truncate(0)
+        yield
+        file.write(NEW)
+
+
+def vs_code(plan: Path) -> Iterator[None]:
+    """Truncated first, then written, by two opens."""
+    plan.write_bytes(b"")
+    yield
+    plan.write_bytes(NEW)
+
+
+def jetbrains(plan: Path) -> Iterator[None]:
+    """A new file beside, the old one out of the way, then the new one in its place."""
+    fresh, old = plan.with_name(f"{plan.name}___jb_tmp___"), plan.with_name(f"{plan.name}___jb_old___")
+    fresh.write_bytes(NEW)
+    yield
+    plan.rename(old)
+    yield
+    fresh.rename(plan)
+    old.unlink()
+
+
+def atomic_rename(plan: Path) -> Iterator[None]:
+    """As agents, formatters and sed -i do: written under another name, synced, renamed over it."""
+    for name in (f"{plan.name}.tmp123", "sedXy12Zq"):
+        scratch = plan.with_name(name)
+        scratch.write_bytes(NEW[:500])
+        yield
+        scratch.write_bytes(NEW)
+        yield
+    plan.with_name("sedXy12Zq").rename(plan)
+
+
+def removed_and_written(plan: Path) -> Iterator[None]:
+    plan.unlink()
+    yield
+    plan.write_bytes(NEW)
+
+
+def slow_pipe(plan: Path) -> Iterator[None]:
+    """A program that prints a line now and then."""
+    with plan.open("wb") as file:
+        for line in NEW.splitlines(keepends=True)[::40]:
+            file.write(line)
+            file.flush()
+            yield
+        file.seek(0)
+        file.write(NEW)
+
+
+def desktop(plan: Path) -> Iterator[None]:
+    """What desktops and synchronisers leave beside it."""
+    for name in (".DS_Store", f".~lock.{plan.name}#", f"{plan.stem} (copy).md", f"~syncthing~{plan.name}.tmp"):
+        plan.with_name(name).write_bytes(b"not for anybody else\n")
+        yield
+    plan.write_bytes(NEW)
+
+
+EDITORS: list[Steps] = [
+    vim_in_place, vim_by_rename, emacs, nano, vs_code, jetbrains, atomic_rename, removed_and_written, slow_pipe,
+    desktop,
+]  # fmt: skip
+
+
+@pytest.fixture
+async def live(server: FakeServer, directory: Path) -> AsyncIterator[Service]:
+    server.files |= {PLAN: OLD, f"tasks/{TASK}.json": json.dumps({"short_id": "LAT-1"}).encode()}
+    async with looked_after(directory) as service:
+        yield service
+
+
+def beside(directory: Path) -> set[str]:
+    """Return what stands in the plans' directory and is no plan."""
+    return set(os.listdir(directory / "plans")) - {Path(PLAN).name}
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=lambda editor: editor.__name__)
+async def test_a_save_is_sent_once_and_whole_and_nothing_beside_it(
+    server: FakeServer, live: Service, directory: Path, editor: Steps
+) -> None:
+    files = set(server.files)
+    seen: set[str] = set()
+    for _ in editor(directory / PLAN):
+        seen |= beside(directory)
+        await asyncio.sleep(PAUSE_S)
+        assert seen & beside(directory) == beside(directory), "nothing is removed under an editor's hands"
+    left = beside(directory)
+    await until(lambda: server.files[PLAN] == NEW)
+    assert [frame.text for frame in server.frames if isinstance(frame, Put)] == [NEW]
+    assert set(server.files) == files
+    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    assert (directory / PLAN).read_bytes() == NEW and beside(directory) == left
+    assert (await ask(live, "status"))["unsent_edits"] == []
+
+
+async def test_a_copy_that_is_no_plan_is_set_aside_when_it_has_long_been_left(
+    server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = directory / f"plans/{TASK} (copy).md"
+    copy.write_bytes(b"# A copy\n")
+    monkeypatch.setattr(repair, "STRAY_S", 0.5)
+    live._caretaker.touched(None)  # type: ignore[union-attr]
+    await until(lambda: not copy.exists())
+    assert rescued(directory) == {f"plans/{copy.name}": [b"# A copy\n"]}
+    assert any(copy.name in notice for notice in (await ask(live, "ready"))["notices"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("how", ["at rest", "a change comes"])
+async def test_a_link_in_place_of_a_plan_is_not_followed_and_said(
+    server: FakeServer, live: Service, directory: Path, tmp_path: Path, how: str
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"not for the board\n")
+    (directory / PLAN).unlink()
+    (directory / PLAN).symlink_to(secret)
+    text = OLD if how == "at rest" else NEW
+    if how != "at rest":
+        server.put(PLAN, text)
+    await until(lambda: not (directory / PLAN).is_symlink() and (directory / PLAN).exists())
+    assert (directory / PLAN).read_bytes() == text == server.files[PLAN]
+    assert secret.read_bytes() == b"not for the board\n"
+    notices = (await ask(live, "ready"))["notices"]
+    assert any("was a link" in notice and str(secret) in notice for notice in notices)  # type: ignore[attr-defined]
+
+
+async def test_a_plan_renamed_by_hand_is_restored_and_the_other_kept(
+    server: FakeServer, live: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repair, "STRAY_S", 0.5)
+    (directory / PLAN).write_bytes(NEW)
+    (directory / PLAN).rename(directory / "plans/parser.md")
+    await until(lambda: (directory / PLAN).exists() and not (directory / "plans/parser.md").exists())
+    assert (directory / PLAN).read_bytes() == OLD
+    assert rescued(directory) == {"plans/parser.md": [NEW]}
+
+
+async def test_a_text_is_not_put_under_the_hands_of_who_writes_it(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    """What is written after a rename over the file would go into a file without a name."""
+    with (directory / PLAN).open("ab") as file:
+        server.put(PLAN, OLD.replace(b"# Plan", b"# Ours"))
+        await until(lambda: live._follower.replica.position.seq == server.seq)
+        assert (directory / PLAN).read_bytes() == OLD
+        server.put_outcome = "merged"
+        file.write(b"- written meanwhile\n")
+    await until(lambda: server.files[PLAN] == OLD + b"- written meanwhile\ntheirs\n")
+    await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN])
+
+
+async def test_a_server_text_that_waited_for_a_writer_comes_when_it_is_done(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    with (directory / PLAN).open("ab"):
+        server.put(PLAN, NEW)
+        await until(lambda: live._follower.replica.position.seq == server.seq)
+        assert (directory / PLAN).read_bytes() == OLD
+    await until(lambda: (directory / PLAN).read_bytes() == NEW)
+    assert not [frame for frame in server.frames if isinstance(frame, Put)]
+
+
+async def test_an_edit_that_is_refused_is_said_once_and_holds_nothing_up(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    from websockets.asyncio.server import ServerConnection
+
+    from lattice_remote.protocol.codec import encode
+    from lattice_remote.protocol.messages import ClientFrame, Refused
+
+    async def no_latin(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Put) and b"\xe9" in frame.text:
+            await connection.send(encode(Refused(frame.id, "REMOTE_UNSUPPORTED", "it is no UTF-8 text")))
+            return True
+        return False
+
+    server.misbehave = no_latin  # type: ignore[assignment]
+    notes = f"notes/{TASK}.md"
+    (directory / PLAN).write_bytes(b"caf\xe9\n")
+    await until(lambda: live._pusher.refused() != {})
+    (directory / notes).write_bytes(b"and these\n")
+    await until(lambda: server.files.get(notes) == b"and these\n")
+    for _ in range(3):
+        await ask(live, "run", id=os.urandom(16).hex(), argv=["x"], files=[])
+    puts = [frame.text for frame in server.frames if isinstance(frame, Put)]
+    assert puts == [b"caf\xe9\n", b"and these\n"], "it is not sent again as it is"
+    status = await ask(live, "status")
+    assert status["unsent_edits"] == [PLAN] and status["refused_edits"] == {PLAN: "it is no UTF-8 text"}
+    assert (directory / PLAN).read_bytes() == b"caf\xe9\n"
+    assert (await ask(live, "push"))["sent"] == [{"path": PLAN, "outcome": "refused"}]
+    (directory / PLAN).write_bytes("café\n".encode())
+    await until(lambda: server.files[PLAN] == "café\n".encode())
+    assert (await ask(live, "status"))["refused_edits"] == {}
+
+
+@pytest.mark.parametrize("then", [OLD, NEW + b"- and more\n"], ids=["taken back", "gone on with"])
+async def test_what_is_saved_after_an_edit_whose_answer_was_lost_builds_on_it(
+    server: FakeServer, live: Service, directory: Path, then: bytes
+) -> None:
+    """Also what is just the text before it: the server has the edit by then, and its text must not be put in place."""
+    server.cut_before_reply = 1
+    server.status = None
+
+    async def stay_away(_: object, frame: object) -> bool:
+        if isinstance(frame, Put):
+            server.status = HTTPStatus.SERVICE_UNAVAILABLE
+        return False
+
+    server.misbehave = stay_away  # type: ignore[assignment]
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: server.files[PLAN] == NEW and not live._link.is_open)
+    (directory / PLAN).write_bytes(then)
+    server.misbehave = server.status = None
+    await until(lambda: server.files[PLAN] == then)
+    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    assert (directory / PLAN).read_bytes() == then
+
+
+async def test_a_text_that_is_taken_back_while_it_is_on_its_way_is_sent_again(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    arrived, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_: object, frame: object) -> bool:
+        if isinstance(frame, Put):
+            arrived.set()
+            await may_go_on.wait()
+        return False
+
+    server.misbehave = wait  # type: ignore[assignment]
+    (directory / PLAN).write_bytes(NEW)
+    await arrived.wait()
+    (directory / PLAN).write_bytes(OLD)
+    live._follower.edits.scan()
+    may_go_on.set()
+    await until(lambda: server.files[PLAN] == NEW)
+    await until(lambda: server.files[PLAN] == OLD)
+    await until(lambda: live._is_current() and not live._follower.edits.scan())
+    assert (directory / PLAN).read_bytes() == OLD
+
+
+async def test_the_kept_token_is_one_name_also_where_a_command_brings_it(
+    server: FakeServer, live: Service, directory: Path
+) -> None:
+    credentials.store(server.url, "web", TOKEN)
+    await ask(live, "ready", TOKEN)
+    await ask(live, "ready", None)
+    (directory / PLAN).write_bytes(NEW)
+    await until(lambda: server.files[PLAN] == NEW)

@@ -1,0 +1,333 @@
+"""Large contents of artifacts: fetched apart, or not at all, and every answer about them true."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+from client_kit import ask, make_cache, run, tree, until
+from fake_server import TOKEN, FakeServer
+from websockets.asyncio.server import ServerConnection
+
+from lattice_remote.client import config
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.attachments import identity
+from lattice_remote.errors import Misuse, RemoteError
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import ClientFrame, Download, Fetch, Refused, Run, Upload
+from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, PutFile, digest_of
+
+BIG = "artifacts/payload/big.bin"
+CONTENT = os.urandom(1_000_000)
+
+
+def announce(server: FakeServer, content: bytes = CONTENT, path: str = BIG) -> None:
+    server.files[path] = content
+    server.change(AnnounceFile(path, len(content), digest_of(content)))
+
+
+def downloads(server: FakeServer) -> list[Download]:
+    return [frame for frame in server.frames if isinstance(frame, Download)]
+
+
+def on_demand(service: Service) -> None:
+    config.change(service.cache.directory, "payloads", "on-demand")
+
+
+async def current(service: Service, server: FakeServer) -> None:
+    await until(lambda: service._is_current() and service._follower.replica.position.seq == server.seq)
+
+
+async def hold(connection: ServerConnection, frame: ClientFrame) -> bool:
+    """A server that answers no download."""
+    return isinstance(frame, Download)
+
+
+async def test_it_comes_by_itself_and_nobody_waits(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    server.misbehave = hold  # type: ignore[assignment]
+    announce(server)
+    answer = await run(service, "put", "tasks/x.json", "x")
+    assert answer["exit_code"] == 0 and (directory / "tasks/x.json").exists()
+    assert (await ask(service, "ready"))["current"]
+    await until(lambda: bool(downloads(server)))
+    status = (await ask(service, "status"))["payloads"]
+    assert status == {
+        "mode": "background",
+        "away": 1,
+        "away_bytes": len(CONTENT),
+        "fetching": {"path": BIG, "done": 0, "total": len(CONTENT)},
+        "trouble": None,
+    }
+    server.misbehave = None
+    server.cut()
+    await until(lambda: tree(directory) == server.files, 10)
+
+
+async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, service: Service, directory: Path) -> None:
+    on_demand(service)
+    announce(server)
+    await ask(service, "ready")
+    await current(service, server)
+    for do in ("verify", "sync"):
+        answer = await ask(service, do)
+        assert answer["away"] == (BIG,) and not (answer["differing"] or answer["missing"])
+    assert not downloads(server)
+    assert (await ask(service, "fetch", paths=["artifacts/payload/other"]))["fetched"] == []
+    assert await ask(service, "fetch", paths=[BIG]) == {"fetched": [BIG], "bytes": len(CONTENT)}
+    assert tree(directory) == server.files
+    assert (await ask(service, "verify"))["away"] == ()
+
+
+async def test_the_setting_counts_at_once(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "configure", name="payloads", value="on-demand")
+    announce(server)
+    await ask(service, "ready")
+    await current(service, server)
+    assert not (directory / BIG).exists()
+    assert await ask(service, "configure", name="payloads", value="background") == {"payloads": "background"}
+    await until((directory / BIG).exists)
+    for name, value in (("colour", "blue"), ("payloads", "never")):
+        with pytest.raises(Misuse):
+            await ask(service, "configure", name=name, value=value)
+
+
+async def test_another_start_goes_on_from_what_is_here(server: FakeServer, directory: Path) -> None:
+    first = Service(str(directory))
+    first.start(TOKEN)
+    await ask(first, "ready")
+    asked = 0
+
+    async def hold_after_two(connection: ServerConnection, frame: ClientFrame) -> bool:
+        nonlocal asked
+        asked += isinstance(frame, Download)
+        return isinstance(frame, Download) and asked > 2
+
+    server.misbehave = hold_after_two  # type: ignore[assignment]
+    announce(server)
+    partial = directory / ".fetch" / digest_of(CONTENT).hex()
+    await until(lambda: partial.exists() and partial.stat().st_size == 512 * 1024)
+    await first.close()
+    server.misbehave = None
+    server.frames.clear()
+    second = Service(str(directory))
+    second.start(TOKEN)
+    await until(lambda: (directory / BIG).exists() and tree(directory) == server.files)
+    assert min(frame.offset for frame in downloads(server)) == 512 * 1024
+    assert not list(partial.parent.iterdir())
+    await second.close()
+
+
+async def test_what_becomes_another_while_it_comes_is_not_put_in_place(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    await ask(service, "ready")
+    server.misbehave = hold  # type: ignore[assignment]
+    announce(server)
+    await until(lambda: bool(downloads(server)))
+    server.misbehave = None
+    newer = os.urandom(700_000)
+    announce(server, newer)
+    server.cut()
+    await until((directory / BIG).exists, 10)
+    assert (directory / BIG).read_bytes() == newer
+    server.change(DeleteFile(BIG))
+    await until(lambda: not (directory / BIG).exists())
+    await until(lambda: not list((directory / ".fetch").iterdir()))
+
+
+async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_place(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    announce(server)
+    await ask(service, "ready")
+    await until((directory / BIG).exists)
+    await ask(service, "configure", name="payloads", value="on-demand")
+    announce(server, os.urandom(700_000))
+    await until(lambda: not (directory / BIG).exists())
+    assert (await ask(service, "verify"))["away"] == (BIG,)
+
+
+async def test_what_is_there_already_is_not_fetched(server: FakeServer, service: Service, directory: Path) -> None:
+    await ask(service, "ready")
+    (directory / BIG).write_bytes(CONTENT)
+    announce(server)
+    await current(service, server)
+    await until(lambda: not service._follower.replica.away)
+    assert not downloads(server)
+    assert (await ask(service, "verify"))["away"] == ()
+
+
+async def test_another_process_that_fetches_is_noticed(server: FakeServer, service: Service, directory: Path) -> None:
+    on_demand(service)
+    announce(server)
+    await ask(service, "ready")
+    await current(service, server)
+    other = Service(str(directory))
+    other.start(TOKEN)
+    await ask(other, "fetch", paths=[BIG])
+    await other.close()
+    server.change(PutFile("tasks/x.json", b"x"))
+    await current(service, server)
+    assert (await ask(service, "status"))["payloads"]["away"] == 0  # type: ignore[index]
+    assert tree(directory) == server.files
+
+
+async def test_one_that_can_not_be_had_holds_up_no_other(server: FakeServer, service: Service, directory: Path) -> None:
+    """And is tried again when it is asked for, or has become another."""
+    await ask(service, "ready")
+    first, second = "artifacts/payload/first", "artifacts/payload/second"
+
+    async def lose_first(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Download) and frame.path == first:
+            await connection.send(encode(Refused(frame.id, "REMOTE_STORAGE", "the disk is bad")))
+        return isinstance(frame, Download) and frame.path == first
+
+    server.misbehave = lose_first  # type: ignore[assignment]
+    announce(server, path=first)
+    announce(server, path=second)
+    await until((directory / second).exists)
+    assert (await ask(service, "status"))["payloads"]["trouble"] == "the disk is bad"  # type: ignore[index]
+    with pytest.raises(RemoteError, match="the disk is bad"):
+        await ask(service, "fetch", paths=None)
+    tries = len([frame for frame in downloads(server) if frame.path == first])
+    assert 2 <= tries <= 2 * 8, "not again and again"
+    server.misbehave = None
+    announce(server, CONTENT[1:], path=first)
+    await until(lambda: tree(directory) == server.files)
+    assert (await ask(service, "status"))["payloads"]["trouble"] is None  # type: ignore[index]
+
+
+async def test_a_server_that_is_gone_is_said_and_what_has_come_stays(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    on_demand(service)
+    announce(server)
+    await ask(service, "ready")
+    await current(service, server)
+    server.misbehave = hold  # type: ignore[assignment]
+    fetching = asyncio.create_task(ask(service, "fetch", paths=None))
+    await until(lambda: bool(downloads(server)))
+    await server.stop()
+    with pytest.raises(RemoteError, match="cannot reach"):
+        await fetching
+    server.misbehave = None
+    await server.start()
+    await until(lambda: service._link.is_open, 20)
+    await ask(service, "fetch", paths=None)
+    assert tree(directory) == server.files
+
+
+@pytest.mark.parametrize("spoil", ["", "[]", '{"../x": null}', '{"artifacts/payload/a": 5}', "gone"])
+async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
+    server: FakeServer, directory: Path, spoil: str
+) -> None:
+    """I5: a copy that doesn't know what it lacks knows nothing."""
+    first = Service(str(directory))
+    on_demand(first)
+    first.start(TOKEN)
+    announce(server)
+    await ask(first, "ready")
+    await current(first, server)
+    await first.close()
+    away = directory / ".away"
+    if spoil == "gone":
+        away.unlink()
+    else:
+        away.write_text(spoil)
+    second = Service(str(directory))
+    second.start(TOKEN)
+    await ask(second, "ready")
+    assert second._follower.replica.away == {BIG: (len(CONTENT), digest_of(CONTENT))}
+    assert second._follower.resyncs == 1
+    await second.close()
+
+
+# --- older servers ---
+
+
+async def test_a_server_that_sends_no_pieces_sends_it_as_everything_else(
+    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
+    server.capabilities.remove("downloads")
+    directory = make_cache(tmp_path / "old", server.url)
+    service = Service(str(directory))
+    on_demand(service)
+    service.start(TOKEN)
+    announce(server, CONTENT[:300_000])
+    answer = await ask(service, "ready")
+    assert answer["current"] and tree(directory) == server.files
+    assert not downloads(server) and any(isinstance(frame, Fetch) for frame in server.frames)
+    await service.close()
+
+
+async def test_a_server_that_was_downgraded_sends_what_was_left_out(
+    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
+    for capabilities in (list(server.capabilities), [name for name in server.capabilities if name != "downloads"]):
+        server.capabilities = capabilities
+        service = Service(str(directory))
+        on_demand(service)
+        service.start(TOKEN)
+        if not server.changes:
+            announce(server, CONTENT[:300_000])
+        await ask(service, "ready")
+        await current(service, server)
+        await service.close()
+    assert tree(directory) == server.files
+
+
+def named(path: Path) -> list[dict[str, object]]:
+    return [{"index": 1, "name": path.name, "path": str(path), "identity": identity(path.stat())}]
+
+
+async def attach(service: Service, path: Path) -> dict[str, object]:
+    request = {"do": "run", "token": TOKEN, "id": os.urandom(16).hex(), "argv": ["attach", str(path)]}
+    async with asyncio.timeout(10):
+        return await service.handle({**request, "files": named(path)}, lambda _: None)
+
+
+@pytest.mark.parametrize("takes_uploads", [True, False])
+async def test_a_large_file_goes_before_its_command_or_within_it(
+    server: FakeServer, service: Service, tmp_path: Path, takes_uploads: bool
+) -> None:
+    if not takes_uploads:
+        server.capabilities.remove("uploads")
+    path = tmp_path / "large.bin"
+    path.write_bytes(CONTENT)
+    await ask(service, "ready")
+    assert (await attach(service, path))["exit_code"] == 0
+    [sent] = [frame for frame in server.frames if isinstance(frame, Run)]
+    [file] = sent.files
+    if takes_uploads:
+        assert (file.data, file.digest, file.size) == (None, digest_of(CONTENT), len(CONTENT))
+        assert server.uploads == {digest_of(CONTENT): CONTENT}
+    else:
+        assert (file.data, file.digest) == (CONTENT, None)
+        assert not [frame for frame in server.frames if isinstance(frame, Upload)]
+
+
+async def test_more_than_an_older_server_takes_is_refused_with_advice(
+    server: FakeServer, service: Service, tmp_path: Path
+) -> None:
+    server.capabilities.remove("uploads")
+    path = tmp_path / "larger.bin"
+    with path.open("wb") as file:
+        file.truncate(25 << 20)
+    await ask(service, "ready")
+    with pytest.raises(RemoteError, match="takes no large files: upgrade the server"):
+        await attach(service, path)
+    assert not [frame for frame in server.frames if isinstance(frame, Run)]
+
+
+async def test_a_file_that_is_another_by_now_is_not_sent(server: FakeServer, service: Service, tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(CONTENT)
+    described = named(path)
+    path.write_bytes(CONTENT[:-1])
+    await ask(service, "ready")
+    request = {"do": "run", "token": TOKEN, "id": os.urandom(16).hex(), "argv": ["attach", str(path)]}
+    assert await service.handle({**request, "files": described}, lambda _: None) == {"unreadable": True}
+    assert not [frame for frame in server.frames if isinstance(frame, Run | Upload)]

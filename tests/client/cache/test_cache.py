@@ -1,0 +1,257 @@
+"""The directory: atomic, never through a link, and what is stored of its state."""
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, make_cache
+
+from lattice_remote.client.cache import cache as state
+from lattice_remote.client.cache import safe_directory as directory_module
+from lattice_remote.client.cache.cache import Cache, CacheState, decode_state, encode_away, encode_state
+from lattice_remote.client.cache.conflicts import TextConflicts
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cache.verify import read_all
+from lattice_remote.client.config import Remote, read_remote
+from lattice_remote.errors import StorageError
+from lattice_remote.protocol.effects import NOWHERE, Position
+from lattice_remote.protocol.messages import Part
+from lattice_remote.protocol.operations import AppendBytes, DeleteFile, PutFile, digest_of
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    directory = make_cache(tmp_path / "with space ü", "http://127.0.0.1:1")
+    made = Cache(str(directory), read_remote(str(directory)))
+    made.prepare()
+    return made
+
+
+def test_a_file_is_replaced_appended_moved_and_deleted(cache: Cache) -> None:
+    cache.replace("resources/gpu/resource.json", b"one")
+    cache.append("resources/gpu/resource.json", b"two")
+    assert cache.size("resources/gpu/resource.json") == 6
+    assert cache.read("resources/gpu/resource.json", 3) == b"two"
+    cache.move("resources/gpu/resource.json", "archive/new/r.json")
+    assert cache.size("resources/gpu/resource.json") is None
+    cache.delete("archive/new/r.json")
+    cache.delete("archive/new/r.json")
+    assert list(cache.paths()) == []
+    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+
+
+def test_replacing_changes_no_file_that_a_reader_has_open(cache: Cache) -> None:
+    cache.replace("config.json", b"old")
+    with open(os.path.join(cache.directory, "config.json"), "rb") as reader:
+        cache.replace("config.json", b"new content")
+        assert reader.read() == b"old"
+
+
+@pytest.mark.parametrize("method", ["replace", "append"])
+def test_a_linked_directory_is_an_error(cache: Cache, tmp_path: Path, method: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    Path(cache.directory, "linked").symlink_to(victim)
+    with pytest.raises(StorageError, match="in the way"):
+        getattr(cache, method)("linked/x", b"evil")
+    with pytest.raises(StorageError, match="in the way"):
+        cache.delete("linked/x")
+    assert list(victim.iterdir()) == []
+
+
+def test_a_linked_file_is_replaced_never_written_through(cache: Cache, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    Path(cache.directory, "config.json").symlink_to(victim)
+    assert cache.size("config.json") is None
+    cache.append("config.json", b"ours")
+    assert victim.read_bytes() == b"precious" and cache.read("config.json") == b"ours"
+    Path(cache.directory, "ids.json").symlink_to(victim)
+    cache.replace("ids.json", b"ours")
+    assert victim.read_bytes() == b"precious" and cache.read("ids.json") == b"ours"
+    Path(cache.directory, "tasks/x.json").mkdir(parents=True)
+    cache.delete("tasks/x.json")
+    cache.append("tasks/x.json", b"ours")
+    assert cache.read("tasks/x.json") == b"ours"
+
+
+def test_a_linked_temporary_directory_is_an_error(cache: Cache, tmp_path: Path) -> None:
+    os.rmdir(os.path.join(cache.directory, ".tmp"))
+    Path(cache.directory, ".tmp").symlink_to(tmp_path)
+    with pytest.raises(StorageError, match="in the way"):
+        cache.replace("config.json", b"x")
+
+
+def part(data: bytes, offset: int, piece: bytes, digest: bytes | None = None) -> Part:
+    return Part("tasks/x.json", 1, len(data), digest or digest_of(data), offset, piece)
+
+
+def test_pieces_become_a_file_at_once(cache: Cache) -> None:
+    data = b"0123456789"
+    assert cache.write_part(part(data, 0, data[:4])) is None
+    assert cache.size("tasks/x.json") is None
+    assert cache.write_part(part(data, 4, data[4:])) is True
+    assert cache.read("tasks/x.json") == data
+
+
+def test_pieces_that_do_not_fit_are_refused(cache: Cache) -> None:
+    data = b"0123456789"
+    assert cache.write_part(part(data, 4, data[4:])) is False
+    assert cache.write_part(part(data, 0, data[:4])) is None
+    assert cache.write_part(part(data, 5, data[5:])) is False
+    assert cache.write_part(part(data, 0, data[:4])) is None
+    assert cache.write_part(part(data, 4, b"xxxxxx")) is False
+    assert cache.write_part(part(data, 0, data, digest=b"0" * 32)) is False
+    assert cache.size("tasks/x.json") is None
+    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+
+
+def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
+    data = b"0123456789"
+    cache.write_part(part(data, 0, data[:4]))
+    assert cache.write_part(part(data, 0, data[:2])) is None
+    assert cache.write_part(part(data, 2, data[2:])) is True
+    assert cache.read("tasks/x.json") == data
+
+
+def test_the_manifest_lists_what_is_shared(cache: Cache) -> None:
+    for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks", ".base/plans/x.md", "notes/a.md.mine"):
+        cache.replace(path, b"x")
+    found = {path: (reading.size, reading.digest) for path, reading in read_all(cache).items()}
+    assert found == {path: (1, digest_of(b"x")) for path in ("config.json", "tasks/a.json")}
+
+
+async def test_a_lock_that_another_process_holds_is_waited_for(cache: Cache) -> None:
+    other = Cache(cache.directory, cache.remote)
+    async with other.locked():
+        with pytest.raises(StorageError, match="another process"):
+            async with cache.locked(timeout_s=0.05):
+                pass
+        waiting = asyncio.ensure_future(_lock(cache))
+    await waiting
+
+
+async def _lock(cache: Cache) -> None:
+    async with cache.locked(), cache.locked():
+        assert cache.is_there()
+
+
+async def test_a_directory_made_anew_is_another_one(cache: Cache) -> None:
+    os.rename(cache.directory, cache.directory + ".gone")
+    os.mkdir(cache.directory)
+    with pytest.raises(StorageError, match="removed or replaced"):
+        await _lock(cache)
+
+
+# --- state ---
+
+REMOTE = Remote("origin", "http://h", "web")
+
+
+async def test_a_copy_that_became_a_local_project_at_the_last_moment_is_left_alone(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever had the lock has removed remote.json: nothing of the server's may be put there any more (I4)."""
+    acquire = cache._lock.acquire
+
+    def late(**options: float) -> object:
+        os.unlink(cache.absolute("remote.json"))
+        return acquire(**options)
+
+    monkeypatch.setattr(cache._lock, "acquire", late)
+    with pytest.raises(StorageError, match="was removed"):
+        async with cache.locked():
+            raise AssertionError("it was taken for a copy")
+    assert not cache._lock.is_locked
+
+
+def test_state_is_read_as_it_was_stored() -> None:
+    stored = CacheState(
+        Position("e", 7, b"m" * 16),
+        ("plans/a.md",),
+        {"artifacts/payload/a": (9, b"d" * 32), "artifacts/payload/b": None},
+        12.5,
+    )
+    assert decode_state(encode_state(stored, REMOTE), encode_away(stored.away), REMOTE) == stored
+
+
+def test_state_of_another_project_says_nothing() -> None:
+    data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE)
+    assert decode_state(data, b"", Remote("origin", "http://h", "other")) == CacheState()
+
+
+def test_state_from_before_a_reboot_is_only_an_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE)
+    monkeypatch.setattr(state, "_boot_id", "another")
+    assert decode_state(data, b"", REMOTE) == CacheState(NOWHERE, (), {}, 1.0)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"url": 1}', b"\xff"])
+def test_damaged_state_says_nothing(data: bytes) -> None:
+    assert decode_state(data, b"", REMOTE) == CacheState()
+
+
+def test_a_hostile_path_in_the_state_says_nothing() -> None:
+    data = encode_state(CacheState(Position("e", 7, b""), ("../x",), {}, 1.0), REMOTE)
+    assert decode_state(data, b"", REMOTE) == CacheState()
+
+
+# --- edits ---
+
+
+def test_a_file_equal_to_its_base_is_no_edit(cache: Cache) -> None:
+    edits = Edits(cache)
+    cache.replace(PLAN, b"server")
+    assert edits.scan() == [PLAN]
+    edits.rebase(PLAN)
+    assert edits.scan() == [] and edits.base(PLAN) == b"server"
+    cache.replace(PLAN, b"mine")
+    assert edits.scan() == [PLAN]
+    edits.sent(PLAN, b"mine")
+    assert edits.scan() == []
+    cache.delete(PLAN)
+    edits.rebase(PLAN)
+    assert edits.base(PLAN) is None
+
+
+def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:
+    edits = Edits(cache)
+    cache.replace(PLAN, b"server\n")
+    edits.rebase(PLAN)
+    cache.replace(PLAN, b"server\nmine\n")
+    assert not edits.absorb(PutFile(PLAN, b"other"))
+    assert not edits.absorb(DeleteFile(PLAN))
+    assert edits.absorb(AppendBytes(PLAN, 7, digest_of(b"server\n"), b"mine\n"))
+    assert edits.scan() == []
+
+
+def test_a_conflict_is_kept_once(cache: Cache) -> None:
+    conflicts = TextConflicts(cache, Edits(cache))
+    cache.replace(PLAN, b"mine")
+    assert conflicts.set_aside(PLAN) == PLAN + ".mine"
+    assert conflicts.set_aside(PLAN) == PLAN + ".mine"
+    cache.replace(PLAN, b"mine again")
+    assert conflicts.set_aside(PLAN) == PLAN + ".mine2"
+    assert conflicts.copies() == [PLAN + ".mine", PLAN + ".mine2"]
+
+
+def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(handle: int, data: bytes) -> None:
+        os.write(handle, data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(directory_module, "_write_all", no_room)
+    with pytest.raises(StorageError, match="No space left"):
+        cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab"))
+    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+
+
+def test_pieces_without_an_end_are_forgotten(cache: Cache) -> None:
+    assert cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab")) is None
+    assert len(os.listdir(os.path.join(cache.directory, ".tmp"))) == 1
+    cache.forget_parts()
+    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []

@@ -1,0 +1,552 @@
+"""Evidence of a person's save: what a crash, a power cut, git or a full disk did to a plan is never sent (I4)."""
+
+import asyncio
+import json
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, TASK, ask, run, until
+from fake_server import FakeServer
+from test_cache_repair import looked_after
+
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.cache import cache as state
+from lattice_remote.client.cache import evidence
+from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.repository import Repository
+from lattice_remote.client.cache.safe_directory import Directory
+from lattice_remote.client.config import read_remote
+from lattice_remote.protocol.messages import Put
+from lattice_remote.protocol.operations import digest_of
+
+NOTES = f"notes/{TASK}.md"
+SNAPSHOT = f"tasks/{TASK}.json"
+FIRST = b"# Plan\n\n- write the parser\n- test the parser\n"
+THEIRS = FIRST + b"".join(
+    b"\n%d. A paragraph of Ben's, of some length, on what is to be done next.\n" % n for n in range(9)
+)
+MINE = THEIRS + b"\n- and mine\n"
+
+
+@pytest.fixture(autouse=True)
+def person(home: Path) -> None:
+    (home / ".gitconfig").write_text(
+        "[user]\n\tname = Ana\n\temail = ana@example.org\n[init]\n\tdefaultBranch = main\n"
+    )
+
+
+@pytest.fixture
+def board(server: FakeServer, directory: Path) -> FakeServer:
+    server.files |= {PLAN: FIRST, SNAPSHOT: json.dumps({"short_id": "LAT-1"}).encode()}
+    return server
+
+
+def git(place: Path, *arguments: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    done = subprocess.run(["git", *arguments], cwd=place, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def commit(place: Path, message: str) -> None:
+    git(place, "add", "-f", ".lattice/plans", *([".lattice/notes"] if (place / ".lattice" / NOTES).exists() else []))
+    git(place, "commit", "-q", "--allow-empty", "-m", message)
+
+
+@pytest.fixture
+async def tracked(board: FakeServer, directory: Path) -> AsyncIterator[Service]:
+    """A cache that a repository tracks at FIRST; Ben has written his paragraphs since."""
+    async with looked_after(directory) as service:
+        git(directory.parent, "init", "-q")
+        commit(directory.parent, "tracks the plans")
+        board.put(PLAN, THEIRS)
+        await until(lambda: (directory / PLAN).read_bytes() == THEIRS)
+        yield service
+
+
+def puts(server: FakeServer) -> list[bytes]:
+    return [frame.text for frame in server.frames if isinstance(frame, Put)]
+
+
+def rescued(service: Service, path: str = PLAN) -> list[bytes]:
+    store = service._follower.keepsakes.rescued
+    return [store.read(entry.number, path) for entry in store.entries() if path in entry.files]
+
+
+async def is_restored(service: Service, directory: Path, text: bytes = THEIRS, *, reason: str) -> None:
+    await until(lambda: (directory / PLAN).exists() and (directory / PLAN).read_bytes() == text)
+    await until(lambda: service._is_current() and not service._follower.edits.scan())
+    notices: list[str] = []
+
+    async def said() -> bool:
+        notices.extend((await ask(service, "ready"))["notices"])  # type: ignore[arg-type]
+        return any("restored to the server's text" in notice and reason in notice for notice in notices)
+
+    deadline = time.monotonic() + 10
+    while not await said():
+        assert time.monotonic() < deadline, notices
+        await asyncio.sleep(0.01)
+
+
+def checkout(place: Path) -> None:
+    git(place, "checkout", "--", ".")
+
+
+def stash(place: Path) -> None:
+    git(place, "stash", "-q")
+
+
+def reset(place: Path) -> None:
+    git(place, "reset", "-q", "--hard")
+
+
+@pytest.mark.parametrize("act", [checkout, stash, reset], ids=lambda act: act.__name__)
+async def test_what_git_puts_back_is_no_edit_however_often(
+    board: FakeServer, tracked: Service, directory: Path, act: Callable[[Path], None]
+) -> None:
+    for _ in range(3):
+        act(directory.parent)
+        await is_restored(tracked, directory, reason="git put a text of its own there")
+    assert puts(board) == [] and board.files[PLAN] == THEIRS
+    assert rescued(tracked) == [FIRST]
+
+
+async def test_a_colleagues_text_that_a_merge_brings_is_no_edit(
+    board: FakeServer, tracked: Service, directory: Path
+) -> None:
+    place, theirs = directory.parent, directory.parent.parent / "colleague"
+    commit(place, "Ben's paragraphs")
+    git(place, "worktree", "add", "-q", "-b", "colleague", str(theirs))
+    (theirs / ".lattice" / PLAN).write_bytes(b"# By a colleague, in git only\n")
+    commit(theirs, "a colleague's")
+    git(place, "merge", "-q", "colleague")
+    await is_restored(tracked, directory, reason="git put a text of its own there")
+    assert puts(board) == []
+
+
+async def test_an_edit_in_a_tracked_plan_is_sent_and_stays_one_when_it_is_committed(
+    board: FakeServer, tracked: Service, directory: Path
+) -> None:
+    (directory / PLAN).write_bytes(MINE)
+    await until(lambda: board.files[PLAN] == MINE)
+    commit(directory.parent, "with mine")
+    await board.stop()
+    offline = MINE + b"- on a train\n"
+    (directory / PLAN).write_bytes(offline)
+    await until(lambda: tracked._follower.edits.evidence.is_saved(PLAN, offline))
+    commit(directory.parent, "on a train")
+    git(directory.parent, "checkout", "-q", "HEAD~1", "--", ".")
+    git(directory.parent, "checkout", "-q", "HEAD", "--", ".")
+    await board.start()
+    await until(lambda: board.files[PLAN] == offline)
+
+
+async def test_without_an_agent_git_is_noticed_as_well(board: FakeServer, tracked: Service, directory: Path) -> None:
+    await tracked.close()
+    checkout(directory.parent)
+    once = Service(str(directory))
+    once.start("ltr_ana")
+    try:
+        answer = await ask(once, "ready")
+        assert (directory / PLAN).read_bytes() == THEIRS, "before the first read"
+        assert answer["current"] and "git put a text" in answer["notices"][0]  # type: ignore[index]
+        assert rescued(once) == [FIRST]
+    finally:
+        await once.close()
+
+
+def test_a_repository_is_read_in_every_form(tmp_path: Path) -> None:
+    """An index with a CR LF text turned into LF, a worktree, a submodule, SHA-256, a merge that waits."""
+    text, place = b"# Plan\r\n- one\r\n", tmp_path / "main"
+    for place, options in ((tmp_path / "main", ()), (tmp_path / "long", ("--object-format=sha256",))):
+        (place / ".lattice/plans").mkdir(parents=True)
+        git(place, "init", "-q", *options)
+        git(place, "config", "core.autocrlf", "input")
+        (place / ".lattice" / PLAN).write_bytes(text)
+        commit(place, "one")
+        (blobs,) = Repository(str(place / ".lattice")).blobs([PLAN, NOTES]).values()
+        assert blobs.have(text) and not blobs.have(text + b"x") and not blobs.is_unmerged
+    place = tmp_path / "main"
+    git(place, "worktree", "add", "-q", "-b", "work", str(tmp_path / "work"))
+    assert Repository(str(tmp_path / "work/.lattice")).blobs([PLAN])[PLAN].have(text)
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    git(outer, "init", "-q")
+    git(outer, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(place), "inner")
+    assert Repository(str(outer / "inner/.lattice")).tracked() == [PLAN]
+    (tmp_path / "work/.lattice" / PLAN).write_bytes(b"# Work\n")
+    commit(tmp_path / "work", "work")
+    (place / ".lattice" / PLAN).write_bytes(b"# Main\n")
+    commit(place, "main")
+    with pytest.raises(subprocess.CalledProcessError):
+        git(place, "merge", "-q", "work")
+    found = Repository(str(place / ".lattice")).blobs([PLAN])[PLAN]
+    assert found.is_unmerged and found.have(b"# Work\n") and found.have(b"# Main\n")
+    assert not found.have((place / ".lattice" / PLAN).read_bytes()), "with the marks of the conflict"
+    assert Repository(str(tmp_path)).tracked() == [] and Repository(str(place / ".lattice")).blobs([]) == {}
+
+
+def test_a_hostile_repository_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, ran = tmp_path / "hostile", tmp_path / "ran"
+    (place / ".lattice/plans").mkdir(parents=True)
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho $0 $* >>{ran}\nexit 1\n")
+    program.chmod(0o755)
+    git(place, "init", "-q")
+    (place / ".lattice" / PLAN).write_bytes(b"# Plan\n")
+    (place / ".gitattributes").write_text("* filter=evil diff=evil\n")
+    commit(place, "one")
+    names = ("core.fsmonitor", "core.sshCommand", "core.pager", "filter.evil.clean", "filter.evil.process",
+             "diff.evil.textconv", "core.askPass", "core.gitProxy", "credential.helper", "core.editor")  # fmt: skip
+    for name in names:
+        git(place, "config", name, str(program))
+    hooks = place / ".git/hooks"
+    for hook in ("post-index-change", "post-checkout", "pre-commit", "fsmonitor-watchman", "reference-transaction"):
+        shutil.copy(program, hooks / hook)
+    for name, value in (
+        ("core.repositoryFormatVersion", "1"),
+        ("extensions.partialClone", "origin"),
+        ("remote.origin.promisor", "true"),
+        ("remote.origin.url", "ssh://example.invalid/x"),
+        ("protocol.allow", "always"),
+        ("protocol.ssh.allow", "always"),
+    ):
+        git(place, "config", name, value)
+    monkeypatch.setenv("GIT_EXTERNAL_DIFF", str(program))
+    monkeypatch.setenv("GIT_SSH_COMMAND", str(program))
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    before = {str(path): path.stat().st_mtime_ns for path in (place / ".git").rglob("*")}
+    repository = Repository(str(place / ".lattice"))
+    assert repository.blobs([PLAN])[PLAN].have(b"# Plan\n")
+    for objects in (place / ".git/objects").glob("??"):
+        shutil.rmtree(objects)  # now git would fetch what it lacks
+    assert repository.tracked() == [PLAN] and repository.blobs([PLAN])[PLAN].have(b"# Plan\n")
+    assert not ran.exists(), ran.read_text()
+    assert all(Path(path).stat().st_mtime_ns == at for path, at in before.items() if "objects" not in path)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(program, tmp_path / "bin/git")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "bin")
+    assert repository.tracked() == [] and not ran.exists()
+
+
+# --- crashes ---
+
+NO_EDITS = {
+    "empty": b"",
+    "nuls": bytes(len(THEIRS)),
+    "a lost block": THEIRS[:200] + bytes(128) + THEIRS[328:],
+    "cut short": THEIRS[: len(THEIRS) // 2],
+}
+
+
+def damage(place: Path, content: bytes) -> None:
+    """Alter a file as a power cut does, which keeps its times."""
+    found = place.stat()
+    place.write_bytes(content)
+    os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def after_reboot(monkeypatch: pytest.MonkeyPatch) -> None:
+    booted = time.time()
+    monkeypatch.setattr(state, "_boot_id", f"boot-{booted}")
+    monkeypatch.setattr(evidence, "booted_at", lambda: booted)
+
+
+async def leave_without_an_end(service: Service) -> None:
+    """End a service as a kill does: its watch stays behind, unlocked."""
+    watch = service._follower.edits.evidence
+    assert watch._watch_handle is not None
+    os.close(watch._watch_handle)
+    watch._watch_handle = None
+    await service.close()
+
+
+@pytest.mark.parametrize("what", NO_EDITS)
+@pytest.mark.parametrize("crash", ["reboot", "killed"])
+async def test_what_a_crash_leaves_is_restored_and_said(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch, what: str, crash: str
+) -> None:
+    board.files[PLAN] = THEIRS
+    async with looked_after(directory) as service:
+        await leave_without_an_end(service)
+    damage(directory / PLAN, NO_EDITS[what])
+    if crash == "reboot":
+        after_reboot(monkeypatch)
+    async with looked_after(directory) as service:
+        assert (directory / PLAN).read_bytes() == THEIRS, "before the first read"
+        assert board.files[PLAN] == THEIRS and puts(board) == []
+        assert rescued(service) == ([NO_EDITS[what]] if NO_EDITS[what].strip(b"\0") else [])
+
+
+async def test_a_text_from_before_the_reboot_that_nobody_saw_waits(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a person's, or as of any earlier moment; a save after the reboot is an edit."""
+    async with looked_after(directory):
+        pass
+    damage(directory / PLAN, b"# Of an earlier moment\n")
+    after_reboot(monkeypatch)
+    async with looked_after(directory) as service:
+        answer = await run(service, "x")
+        assert "before this machine was started" in answer["notices"][0]  # type: ignore[index]
+        assert board.files[PLAN] == FIRST and puts(board) == []
+        (directory / PLAN).write_bytes(MINE)
+        await until(lambda: board.files[PLAN] == MINE)
+        assert (await ask(service, "ready"))["notices"] == []
+
+
+async def test_an_edit_made_offline_survives_a_reboot(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with looked_after(directory) as service:
+        await board.stop()
+        (directory / PLAN).write_bytes(MINE)
+        await until(lambda: service._follower.edits.evidence.is_saved(PLAN, MINE))
+    after_reboot(monkeypatch)
+    await board.start()
+    async with looked_after(directory):
+        await until(lambda: board.files[PLAN] == MINE)
+
+
+async def test_a_damaged_base_makes_no_edit(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with looked_after(directory):
+        pass
+    (directory / ".base" / PLAN).write_bytes(b"")
+    after_reboot(monkeypatch)
+    async with looked_after(directory) as service:
+        await until(lambda: service._follower.edits.base(PLAN) == FIRST)
+        assert puts(board) == [] and (await ask(service, "status"))["unsent_edits"] == []
+
+
+class Disk:
+    """A file-level model of a disk: the contents that each file may have after a power cut."""
+
+    def __init__(self, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.top = top
+        self.earlier: dict[str, list[bytes]] = {}
+        self.synced: dict[str, bytes] = {}
+        move, append, sync = Directory.move, Directory.append, os.fsync
+
+        def moved(directory: Directory, path: str, to: str) -> None:
+            move(directory, path, to)
+            self._note(to)
+
+        def appended(directory: Directory, path: str, data: bytes) -> None:
+            append(directory, path, data)
+            self._note(path)
+
+        def synced(handle: int) -> None:
+            sync(handle)
+            place = Path(os.readlink(f"/proc/self/fd/{handle}"))
+            if place.is_file():
+                self.synced[place.relative_to(self.top).as_posix()] = place.read_bytes()
+
+        monkeypatch.setattr(Directory, "move", moved)
+        monkeypatch.setattr(Directory, "append", appended)
+        monkeypatch.setattr(os, "fsync", synced)
+
+    def _note(self, path: str) -> None:
+        if not path.startswith(".tmp"):
+            self.earlier.setdefault(path, []).append((self.top / path).read_bytes())
+
+    def cut(self, rng: random.Random) -> dict[str, str]:
+        """Cut the power: a file that is not as it was synced is as of any earlier moment, empty, NULs or missing."""
+        fates: dict[str, str] = {}
+        for place in sorted(self.top.rglob("*")):
+            path = place.relative_to(self.top).as_posix()
+            if not place.is_file() or path in ("remote.json", ".cache.lock") or rng.random() < 0.3:
+                continue
+            content, found = place.read_bytes(), place.stat()
+            if self.synced.get(path) == content:
+                continue
+            fates[path] = fate = rng.choice(["earlier", "empty", "nuls", "cut", "missing"])
+            if fate == "missing":
+                place.unlink()
+                continue
+            torn = {"empty": b"", "nuls": bytes(len(content)), "cut": content[: len(content) // 2]}
+            place.write_bytes(torn.get(fate, rng.choice(self.earlier.get(path) or [b""])))
+            os.utime(place, ns=(found.st_atime_ns, found.st_mtime_ns))
+        return fates
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_power_cut_sends_nothing_and_loses_no_save_that_was_recorded(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever each file is afterwards that was not synced: the board is the same, and becomes the cache's again."""
+    rng, disk = random.Random(seed), Disk(directory, monkeypatch)
+    others = [f"plans/task_{n:026d}.md" for n in range(6)]
+    board.files |= dict.fromkeys(others, FIRST)
+    board.files |= {path.replace("plans/", "tasks/").replace(".md", ".json"): b"{}\n" for path in others}
+    async with looked_after(directory) as service:
+        for n in range(12):
+            board.put(rng.choice(others), THEIRS + b"- change %d\n" % n)
+        await until(lambda: service._follower.state.position.seq == board.seq and service._is_current())
+        await board.stop()
+        (directory / PLAN).write_bytes(MINE)
+        digest = digest_of(MINE)[:16].hex().encode()
+        await until(lambda: digest in disk.synced.get(".remote/edits.json", b""))
+    fates = disk.cut(rng)
+    before = dict(board.files)
+    after_reboot(monkeypatch)
+    await board.start()
+    async with looked_after(directory) as service:
+        await until(lambda: board.files[PLAN] == MINE or bool(service._follower.conflicts.copies()))
+        await until(service._is_current)
+        mine = [service.cache.read(path) for path in service._follower.conflicts.copies()]
+        assert board.files[PLAN] == MINE or MINE in mine, fates
+        assert {**board.files, PLAN: b""} == {**before, PLAN: b""}, fates
+        withheld = service._pusher.withheld()
+        for path in set(board.files) - withheld.keys() - {PLAN}:
+            await until(lambda path=path: (directory / path).is_file())  # type: ignore[misc]
+            assert (directory / path).read_bytes() == board.files[path], (path, fates)
+
+
+# --- many at once, emptied, a full disk ---
+
+
+@pytest.fixture
+async def plans(board: FakeServer, directory: Path) -> AsyncIterator[tuple[Service, list[str]]]:
+    paths = [f"plans/task_{n:026d}.md" for n in range(92)]
+    board.files |= {path: THEIRS + path.encode() + b"\n" for path in paths}
+    board.files |= {path.replace("plans/", "tasks/").replace(".md", ".json"): b"{}\n" for path in paths}
+    async with looked_after(directory) as service:
+        yield service, paths
+
+
+@pytest.mark.parametrize("decision", ["confirm", "theirs"])
+async def test_a_formatter_that_rewrites_many_plans_waits_for_a_decision(
+    board: FakeServer, plans: tuple[Service, list[str]], directory: Path, decision: str
+) -> None:
+    service, paths = plans
+    before = dict(board.files)
+    for path in paths:
+        (directory / path).write_bytes((directory / path).read_bytes().replace(b"- ", b"* "))
+    await until(lambda: len(service._pusher.withheld()) == len(paths))
+    (notice,) = (await run(service, "x"))["notices"]  # type: ignore[misc]
+    assert "92 edits" in notice and "as by a formatter" in notice and "resolve --all --theirs" in notice
+    assert board.files == before and len((await ask(service, "status"))["withheld_edits"]) == 92  # type: ignore[arg-type]
+    if decision == "confirm":
+        answer = await ask(service, "push", confirm=True)
+        assert {sent["outcome"] for sent in answer["sent"]} == {"stored"}  # type: ignore[index, attr-defined]
+        assert all(b"* write" in board.files[path] for path in paths)
+    else:
+        await ask(service, "resolve", task="", what=None, choice="theirs", text=None)
+        await until(lambda: all((directory / path).read_bytes() == before[path] for path in paths))
+        assert board.files == before
+    assert (await ask(service, "ready"))["notices"] == []
+
+
+async def test_a_slow_formatter_is_noticed_after_a_few_plans(
+    board: FakeServer, plans: tuple[Service, list[str]], directory: Path
+) -> None:
+    service, paths = plans
+    for n, path in enumerate(paths):
+        (directory / path).write_bytes((directory / path).read_bytes().replace(b"- ", b"* "))
+        await until(lambda n=n: len(puts(board)) + len(service._pusher.withheld()) > n)  # type: ignore[misc]
+        if len(service._pusher.withheld()) > 2:
+            break
+    assert len(puts(board)) <= 20
+
+
+async def test_many_plans_that_only_grow_are_sent(
+    board: FakeServer, plans: tuple[Service, list[str]], directory: Path
+) -> None:
+    _service, paths = plans
+    for path in paths[:30]:
+        with (directory / path).open("ab") as file:
+            file.write(b"- one more\n")
+    await until(lambda: all(board.files[path].endswith(b"- one more\n") for path in paths[:30]))
+
+
+async def test_a_long_text_that_is_emptied_waits_a_short_one_is_sent(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lattice_remote.client.agent.edit_sync.SAVING_S", 0.2)
+    board.files |= {PLAN: THEIRS, NOTES: b"# Notes\n"}
+    async with looked_after(directory) as service:
+        for path in (PLAN, NOTES):
+            (directory / path).write_bytes(b"")
+        await until(lambda: board.files[NOTES] == b"")
+        await until(lambda: service._pusher.withheld() == {PLAN: "it empties a long text"})
+        assert board.files[PLAN] == THEIRS
+        await ask(service, "push", confirm=True)
+        assert board.files[PLAN] == b""
+
+
+async def test_nothing_is_sent_from_a_full_disk_and_what_it_cut_short_is_restored(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.files |= {PLAN: THEIRS, NOTES: b"# Notes\n"}
+    async with looked_after(directory) as service:
+        room = os.statvfs(directory)
+        full = os.statvfs_result((*room[:4], 1, *room[5:]))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "statvfs", lambda _: full)
+            (directory / PLAN).write_bytes(THEIRS[:300])
+            (directory / NOTES).write_bytes(b"# Notes\n\nwhole\n")
+            await until(lambda: {PLAN, NOTES} <= service._follower.edits.evidence.cramped)
+            assert puts(board) == []
+        await until(lambda: board.files[NOTES] == b"# Notes\n\nwhole\n")
+        await is_restored(service, directory, reason="a full disk")
+        assert puts(board) == [b"# Notes\n\nwhole\n"]
+
+
+# --- the first read ---
+
+
+@pytest.mark.parametrize("ended", ["properly", "killed"])
+@pytest.mark.parametrize("agent", [True, False])
+async def test_the_first_read_shows_what_was_changed_while_nothing_ran_as_it_is(
+    board: FakeServer, directory: Path, ended: str, agent: bool
+) -> None:
+    board.files |= {f"tasks/task_{n}.json": b'{"n": %d}\n' % n for n in range(50)}
+    for n in range(3):
+        async with looked_after(directory) as service:
+            if ended == "killed":
+                await leave_without_an_end(service)
+        (directory / f"tasks/task_{n}.json").write_bytes(b'{"n": -1}\n')
+        (directory / f"tasks/task_{n + 10}.json").unlink()
+        (directory / f"tasks/task_{n}_more.json").write_bytes(b"{}\n")
+        (directory / PLAN).unlink()
+        service = Service(str(directory))
+        service.start("ltr_ana")
+        if agent:
+            from lattice_remote.client.agent.file_watcher import Watching
+
+            watching = Watching()
+            service.look_after(watching, asyncio.Semaphore(1))
+        try:
+            answer = await ask(service, "ready")
+            assert answer["current"]
+            found = {path: (directory / path).read_bytes() for path in board.files if (directory / path).is_file()}
+            assert found == board.files and not (directory / f"tasks/task_{n}_more.json").exists()
+        finally:
+            await service.close()
+
+
+def test_what_is_stored_of_the_files_counts_until_the_machine_is_restarted(directory: Path) -> None:
+    cache = Cache(str(directory), read_remote(str(directory)))
+    cache.prepare()
+    cache.replace("tasks/x.json", b"{}\n")
+    cache.load_known()
+    cache.known.settle([])
+    cache.note("tasks/x.json")
+    cache.store_known()
+    again = Cache(str(directory), cache.remote)
+    again.load_known()
+    assert again.known.is_complete and again.known.agrees("tasks/x.json", again.signature("tasks/x.json"))
+    data = (directory / ".remote/known.json").read_bytes()
+    for damaged in (b"", b"[]", b"{}", data[:-20], data.replace(state.boot_id().encode(), b"another")):
+        (directory / ".remote/known.json").write_bytes(damaged)
+        again = Cache(str(directory), cache.remote)
+        again.load_known()
+        assert not again.known.is_complete

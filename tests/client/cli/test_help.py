@@ -1,0 +1,89 @@
+"""Every command of both programs says what it is for, with an example; and shells complete them."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from lattice_remote.client.cli.app import app as client_app
+from lattice_remote.server.cli import app as server_app
+from sandbox import BIN
+
+
+def commands(command: object, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield every command of an app with its words; not its groups."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield words, command
+        return
+    for name, child in children.items():
+        yield from commands(child, (*words, name))
+
+
+ALL = [
+    *commands(get_command(client_app), ("lattice", "remote")),
+    *commands(get_command(server_app), ("lattice-remote",)),
+]
+
+
+@pytest.mark.parametrize(("words", "command"), ALL, ids=[" ".join(words) for words, _ in ALL])
+def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], command: object) -> None:
+    help_ = " ".join(str(command.help).split())  # type: ignore[attr-defined]
+    example = help_.partition("Example: ")[2]
+    program, rest = ("lattice remote", words[2:]) if words[0] == "lattice" else (words[0], words[1:])
+    assert program in example and " ".join(rest) in example, f"no 'Example: {' '.join(words)}' in: {help_}"
+    undescribed = [p.name for p in command.params if getattr(p, "opts", [""])[0].startswith("-") and not p.help]  # type: ignore[attr-defined]
+    assert not undescribed, f"options without a help text: {undescribed}"
+
+
+def complete(shell: str, words: str, env: dict[str, str]) -> list[str]:
+    """Return what Click's own script for a shell is told for ``lattice WORDS``, where the last word is incomplete."""
+    typed = f"lattice {words}"
+    number = typed.count(" ")
+    place = typed.rpartition(" ")[2] if shell == "fish" else str(number)
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": place, "_LATTICE_COMPLETE": f"{shell}_complete"}
+    done = subprocess.run([BIN / "lattice"], env={**env, **asked}, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return {"HOME": str(tmp_path), "PATH": path, "LANG": "C.UTF-8"}
+
+
+def test_bash_completes_commands_and_options_below_lattice_remote(environment: dict[str, str], tmp_path: Path) -> None:
+    ask = (
+        "COMPREPLY=(); COMP_WORDS=({0}); COMP_CWORD=$((${{#COMP_WORDS[@]}}-1)); "
+        '_lattice_completion lattice; echo "${{COMPREPLY[@]}}"'
+    )
+    lines = [f"lattice remote {rest}" for rest in ("wa", "watch --si", "agent st", "nothing x", '""')]
+    script = 'eval "$(_LATTICE_COMPLETE=bash_source lattice)"\n' + "\n".join(ask.format(line) for line in lines)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    *some, all_ = done.stdout.splitlines()
+    assert some == ["watch", "--since", "status stop", ""]
+    assert {"add", "status", "watch", "agent"} <= set(all_.split()) and not done.stderr
+
+
+def test_zsh_and_fish_are_told_kind_value_and_help(environment: dict[str, str]) -> None:
+    assert complete("zsh", "remote wa", environment) == ["plain", "watch", "Show changes as they arrive."]
+    assert complete("fish", "remote wa", environment) == ["plain,watch\tShow changes as they arrive."]
+
+
+def test_the_server_program_completes_itself(environment: dict[str, str]) -> None:
+    def ask(*argv: str, **more: str) -> str:
+        env = {**environment, **more}
+        return subprocess.run(
+            [BIN / "lattice-remote", *argv], env=env, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "complete -o default -F _lattice_remote_completion lattice-remote" in ask("--show-completion", "bash")
+    told = ask(COMP_WORDS="lattice-remote project cr", COMP_CWORD="2", _LATTICE_REMOTE_COMPLETE="complete_bash")
+    assert told.split() == ["create"]
+    assert "--install-completion" in ask("--help")

@@ -1,0 +1,118 @@
+"""What a push makes of a directory: what was changed here meanwhile is an edit, or is kept, never lost (I4)."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+from client_kit import PLAN, TASK, rescued
+from filelock import FileLock
+
+from lattice_remote.client.bundle import Pack, survey
+from lattice_remote.client.cache.cache import LOCK_FILE, Cache
+from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.cli import push
+from lattice_remote.client.config import UNPUSHED_FILE, Remote, is_unpushed, read_remote, write_remote
+from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.protocol.bundle import Unpacker
+from lattice_remote.protocol.messages import Entry
+
+REMOTE = Remote("origin", "http://127.0.0.1:1", "web")
+FILES = {
+    "config.json": b'{"hooks": {"post_event": "true"}}\n',
+    "context.md": b"# ours\n",
+    f"tasks/{TASK}.json": b"{}\n",
+    PLAN: b"# Plan\n",
+    PLAN.replace("plans", "notes"): b"# Notes\n",
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "work" / ".lattice"
+    for path, data in FILES.items():
+        (made / path).parent.mkdir(parents=True, exist_ok=True)
+        (made / path).write_bytes(data)
+    write_remote(str(made), REMOTE, UNPUSHED_FILE)
+    return made
+
+
+def digests() -> dict[str, bytes]:
+    return {path: hashlib.sha256(data).digest() for path, data in FILES.items()}
+
+
+def test_a_pack_is_of_one_moment_and_always_the_same(directory: Path) -> None:
+    found = survey(str(directory))
+    assert found.has_hooks and not found.left_out and set(found.files) == set(FILES)
+    with (
+        Pack.of(str(directory), found, lambda _done, _total: None) as one,
+        Pack.of(str(directory), found, lambda _done, _total: None) as other,
+    ):
+        assert (one.size, one.digest) == (other.size, other.digest)
+        data = os.pread(one.file.fileno(), one.size, 0)
+        assert hashlib.sha256(data).digest() == one.digest and len(data) == one.size
+        items = list(Unpacker().receive(data))
+        assert [item.path for item in items if isinstance(item, Entry)] == sorted(FILES)
+        (directory / PLAN).write_bytes(b"later")
+        assert one.content(PLAN) == FILES[PLAN]
+    with pytest.raises(StorageError, match="changed while it is read"):
+        Pack.of(str(directory), found, lambda _done, _total: None)
+    assert push._changed(str(directory), found) == PLAN
+
+
+def test_what_no_server_takes_is_said_before_anything_is_sent(directory: Path) -> None:
+    (directory / "tasks" / "old.json").write_text("{}")
+    with pytest.raises(Misuse, match=r"tasks/old\.json has no name"):
+        survey(str(directory))
+    (directory / "tasks" / "old.json").unlink()
+    (directory / "notes" / "away").symlink_to("/etc")
+    (directory / "plans" / "x.md.swp").write_text("")
+    assert survey(str(directory)).left_out == ["notes/away", "plans/x.md.swp"]
+    (directory / "config.json").unlink()
+    with pytest.raises(Misuse, match="no lattice project"):
+        survey(str(directory))
+
+
+@pytest.mark.parametrize("knows_texts", [True, False])
+def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool) -> None:
+    (directory / PLAN).write_bytes(b"# Plan, edited since\n")
+    (directory / f"tasks/{TASK}.json").write_bytes(b'{"changed": 1}\n')
+    (directory / "new.txt").write_bytes(b"new")
+    texts = {path: data for path, data in FILES.items() if path.startswith(("plans/", "notes/"))}
+    kept = push._become_copy(str(directory), REMOTE, digests(), texts if knows_texts else {})
+    assert kept == ["new.txt", f"tasks/{TASK}.json"]
+    assert rescued(directory) == {"new.txt": [b"new"], f"tasks/{TASK}.json": [b'{"changed": 1}\n']}
+    assert read_remote(str(directory)) == REMOTE and not is_unpushed(str(directory))
+    assert not list(directory.glob(".unpushed*")) and not list(directory.glob(".pushing*"))
+    edits = Edits(Cache(str(directory), REMOTE))
+    assert edits.scan() == [PLAN]
+    assert edits.base(PLAN) == (FILES[PLAN] if knows_texts else None)
+
+
+def test_it_can_be_done_again(directory: Path) -> None:
+    (directory / "context.md").write_bytes(b"# since\n")
+    first = push._become_copy(str(directory), REMOTE, digests(), {})
+    assert push._become_copy(str(directory), REMOTE, digests(), {}) == first == ["context.md"]
+    assert rescued(directory) == {"context.md": [b"# since\n"]}
+
+
+def test_nothing_but_our_file_tells_that_a_project_waits(directory: Path) -> None:
+    assert is_unpushed(str(directory)) and read_remote(str(directory), UNPUSHED_FILE) == REMOTE
+    assert json.loads((directory / UNPUSHED_FILE).read_text())["project"] == "web"
+    push.stay_local(str(directory))
+    assert not is_unpushed(str(directory)) and set(survey(str(directory)).files) == set(FILES)
+
+
+async def test_one_push_at_a_time_in_a_directory(directory: Path) -> None:
+    """The other's attempt, and the copy that comes of it, are not to be disturbed."""
+    with FileLock(directory / LOCK_FILE):
+        with pytest.raises(Misuse, match="wait for it"):
+            await push.push_project(str(directory), None)
+        with pytest.raises(Misuse, match="wait for it"):
+            push.stay_local(str(directory))
+    assert is_unpushed(str(directory))
+    push.stay_local(str(directory))
+    assert not (directory / LOCK_FILE).exists()
+    with pytest.raises(Misuse, match="no more"):
+        await push.push_project(str(directory), None)

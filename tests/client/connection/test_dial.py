@@ -1,0 +1,406 @@
+"""TLS, redirects, proxies, and refusals before the upgrade: real sockets, one clear line each, no token astray."""
+
+import asyncio
+import contextlib
+import datetime
+import os
+import ssl
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from pathlib import Path
+
+import pytest
+import trustme
+from client_kit import ask, make_clone, run, tree, until
+from fake_server import TOKEN, FakeServer
+
+from lattice_remote.client import credentials, trusted_servers
+from lattice_remote.client.agent.service import Service
+from lattice_remote.errors import ConnectionFailed, RemoteError
+
+DAY = datetime.timedelta(days=1)
+
+
+class Site:
+    """A server with a certificate of a private authority, and what the user knows of it."""
+
+    def __init__(self, place: Path) -> None:
+        self.authority = trustme.CA()
+        self.ca_file = str(place / "authority.pem")
+        self.authority.cert_pem.write_to_path(self.ca_file)
+        self.server = FakeServer()
+        self.place = place
+
+    async def start(self, host: str = "localhost", age: datetime.timedelta = -DAY) -> None:
+        """Listen with a certificate for ``host`` that expires in ``-age``."""
+        now = datetime.datetime.now(datetime.UTC)
+        certificate = self.authority.issue_cert(host, not_before=now - 30 * DAY, not_after=now - age)
+        self.server.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(self.server.tls)
+        await self.server.start()
+
+    def service(self, *, ca_file: bool = True, url: str = "") -> Service:
+        url = url or self.server.url
+        trusted_servers.record(
+            trusted_servers.name(url, ca_file=self.ca_file if ca_file and url.startswith("https") else None)
+        )
+        made = Service(str(make_clone(self.place / "clone", url)))
+        made.start(TOKEN)
+        return made
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[Site]:
+    made = Site(tmp_path)
+    yield made
+    await made.server.stop()
+
+
+async def fails(service: Service, *expected: str) -> RemoteError:
+    """Insist that the link fails, with all of ``expected`` in one printable line; close it."""
+    try:
+        await until(lambda: service._link.error is not None)
+        error = service._link.error
+        assert error is not None
+        for words in expected:
+            assert words in error.message, error.message
+        assert error.message.isprintable() and TOKEN not in error.message
+        with pytest.raises(RemoteError) as failed:
+            await run(service, "put", "tasks/x.json", "x")
+        assert expected[0] in failed.value.message
+        return error
+    finally:
+        await service.close()
+
+
+def empty(place: str) -> None:
+    Path(place).write_text("no certificate")
+
+
+# --- TLS ---
+
+
+async def test_a_private_authority_that_the_user_named_is_enough(site: Site) -> None:
+    await site.start()
+    service = site.service()
+    await run(service, "put", "tasks/x.json", "x")
+    assert tree(site.place / "clone/.lattice") == site.server.files
+    await service.close()
+
+
+async def test_an_unknown_authority_gets_no_token(site: Site) -> None:
+    await site.start()
+    error = await fails(site.service(ca_file=False), "no authority known here vouches", "--ca-file")
+    assert error.code == "REMOTE_UNTRUSTED" and site.server.requests == []
+
+
+async def test_another_private_authority_does_not_help(site: Site) -> None:
+    await site.start()
+    trustme.CA().cert_pem.write_to_path(site.ca_file)
+    await fails(site.service(), "no authority known here vouches")
+    assert site.server.requests == []
+
+
+async def test_a_certificate_for_another_host_is_refused(site: Site) -> None:
+    await site.start("elsewhere.example")
+    error = await fails(site.service(), "for another host", "use the name")
+    assert error.code == "REMOTE_UNTRUSTED" and site.server.requests == []
+
+
+async def test_an_expired_certificate_is_refused(site: Site) -> None:
+    await site.start(age=DAY)
+    await fails(site.service(), "has expired", "renew")
+    assert site.server.requests == []
+
+
+async def test_authorities_that_are_none_are_named(site: Site) -> None:
+    await site.start()
+    empty(site.ca_file)
+    await fails(site.service(), "cannot use the authorities in", site.ca_file)
+    assert site.server.requests == []
+
+
+async def test_a_mended_authority_is_used_without_another_command(site: Site) -> None:
+    await site.start()
+    service = site.service(ca_file=False)
+    await until(lambda: service._link.error is not None)
+    trusted_servers.record(trusted_servers.name(site.server.url, ca_file=site.ca_file))
+    await until(lambda: service._link.is_open)
+    await service.close()
+
+
+async def test_plain_http_on_a_port_that_speaks_tls_says_so(site: Site) -> None:
+    await site.start()
+    await fails(
+        site.service(url=f"http://127.0.0.1:{site.server.port}"),
+        "it speaks TLS there",
+        "its URL is https://",
+        "set-url",
+    )
+    assert site.server.requests == []
+
+
+async def test_tls_on_a_port_that_speaks_plain_http_says_so(server: FakeServer, site: Site) -> None:
+    service = site.service(url=f"https://127.0.0.1:{server.port}")
+    await fails(service, "no TLS there", "begins with http://")
+    assert server.requests == []
+
+
+# --- where a token goes ---
+
+
+async def test_a_clone_does_not_send_the_token_of_the_environment_to_whom_it_names(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    service = Service(str(make_clone(tmp_path / "clone", server.url)))
+    service.start(TOKEN)
+    error = await fails(service, f"no token was sent to {server.url}", "lattice remote trust")
+    assert error.code == "REMOTE_UNTRUSTED" and server.requests == []
+
+
+async def test_a_clone_that_the_environment_names_works_at_once(server: FakeServer, tmp_path: Path) -> None:
+    service = Service(str(make_clone(tmp_path / "clone", server.url)))
+    service.start(TOKEN)
+    with pytest.raises(RemoteError, match="no token was sent"):
+        await run(service, "put", "tasks/x.json", "x", named="https://elsewhere.example")
+    await run(service, "put", "tasks/x.json", "x", named=server.url + "/web")
+    await service.close()
+
+
+async def test_a_further_token_goes_nowhere_else_either(server: FakeServer, tmp_path: Path) -> None:
+    server.tokens["ltr_bob"] = "human:bob"
+    service = Service(str(make_clone(tmp_path / "clone", server.url)))
+    service.start(None)
+    with pytest.raises(RemoteError, match="no token was sent"):
+        await run(service, "put", "tasks/x.json", "x", token="ltr_bob")
+    await service.close()
+    assert server.requests == []
+
+
+async def test_naming_a_server_takes_effect_without_another_command(server: FakeServer, tmp_path: Path) -> None:
+    service = Service(str(make_clone(tmp_path / "clone", server.url)))
+    service.start(TOKEN)
+    await until(lambda: service._link.is_refused)
+    trusted_servers.record(trusted_servers.name(server.url))
+    await until(lambda: service._link.is_open)
+    await service.close()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_a_redirect_is_not_followed(server: FakeServer, service: Service, site: Site, status: int) -> None:
+    await site.server.start()
+    server.status = HTTPStatus(status)
+    server.error_headers = {"Location": f"{site.server.url}/projects/web/ws"}
+    server.cut()
+    await fails(service, "it redirects to", "set-url")
+    assert site.server.requests == []
+
+
+async def test_a_proxy_of_the_environment_does_not_carry_it_off_this_machine(
+    server: FakeServer, site: Site, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await site.server.start()
+    for name in ("http_proxy", "https_proxy", "all_proxy", "ws_proxy", "wss_proxy"):
+        monkeypatch.setenv(name, site.server.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    service = Service(str(directory))
+    service.start(TOKEN)
+    assert (await ask(service, "ready"))["current"]
+    assert site.server.requests == []
+    await service.close()
+
+
+class Proxy:
+    """A proxy that speaks SOCKS 5 and HTTP CONNECT, and leads to one server whatever host is asked for."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.asked: list[str] = []
+        """The hosts, with how they were asked for."""
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve one connection to its end."""
+        self.writers.append(writer)
+        if (first := await reader.readexactly(1)) == b"\x05":
+            await reader.readexactly((await reader.readexactly(1))[0])
+            writer.write(b"\x05\x00")
+            await reader.readexactly(4)
+            host = await reader.readexactly((await reader.readexactly(1))[0])
+            await reader.readexactly(2)
+            self.asked.append(f"socks {host.decode()}")
+            writer.write(b"\x05\x00\x00\x01" + bytes(6))
+        else:
+            head = first + await reader.readuntil(b"\r\n\r\n")
+            self.asked.append(f"connect {head.split()[1].decode()}")
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(pump(reader, there_writer))
+                group.create_task(pump(there_reader, writer))
+        finally:
+            writer.close()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+@pytest.fixture
+async def proxy(server: FakeServer) -> AsyncIterator[tuple[Proxy, int]]:
+    made = Proxy(int(server.url.rpartition(":")[2]))
+    async with await asyncio.start_server(made.serve, "127.0.0.1") as listening:
+        yield made, listening.sockets[0].getsockname()[1]
+        for writer in made.writers:
+            writer.transport.abort()
+
+
+BOARD = "http://board.invalid:8443"
+
+
+@pytest.fixture
+def behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache whose server no name service knows."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    trusted_servers.record(trusted_servers.name(BOARD, insecure=True))
+    return make_clone(tmp_path / "behind", BOARD)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "asked"),
+    [
+        ("ALL_PROXY", "socks5h://127.0.0.1:{port}", "socks board.invalid"),
+        ("all_proxy", "socks://127.0.0.1:{port}", "socks board.invalid"),
+        ("ALL_PROXY", "http://127.0.0.1:{port}", "connect board.invalid:8443"),
+        ("HTTP_PROXY", "127.0.0.1:{port}", "connect board.invalid:8443"),
+        ("http_proxy", "socks5h://127.0.0.1:{port}", "socks board.invalid"),
+        ("SOCKS_PROXY", "socks5h://127.0.0.1:{port}", "socks board.invalid"),
+    ],
+)
+async def test_a_proxy_that_the_environment_names_is_used(
+    proxy: tuple[Proxy, int], behind: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, asked: str
+) -> None:
+    monkeypatch.setenv(variable, value.format(port=proxy[1]))
+    service = Service(str(behind))
+    service.start(TOKEN)
+    assert (await ask(service, "ready"))["current"]
+    await service.close()
+    assert set(proxy[0].asked) == {asked}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("socks5h://127.0.0.1:1", "proxy socks5h://127.0.0.1:1: connection refused"),
+        ("http://u:secret@127.0.0.1:1", "proxy http://127.0.0.1:1: connection refused"),
+        ("socks5://127.0.0.1:{silent}", "proxy socks5://127.0.0.1:{silent}: "),
+        ("http://127.0.0.1:{silent}", "proxy http://127.0.0.1:{silent}: "),
+        ("gopher://127.0.0.1:1", "a proxy variable of the environment"),
+        ("http://127.0.0.1:secret", "a proxy variable of the environment"),
+    ],
+)
+async def test_a_proxy_that_can_not_be_used_is_named(
+    site: Site, behind: Path, monkeypatch: pytest.MonkeyPatch, value: str, says: str
+) -> None:
+    async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(hang_up, "127.0.0.1") as silent:
+        port = silent.sockets[0].getsockname()[1]
+        monkeypatch.setenv("ALL_PROXY", value.format(silent=port))
+        service = Service(str(behind))
+        service.start(TOKEN)
+        error = await fails(service, says.format(silent=port))
+    assert "secret" not in error.message
+
+
+async def test_a_proxy_without_its_library_is_said(behind: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect_socks_proxy(*_args: object, **_options: object) -> None:
+        raise ImportError("connecting through a SOCKS proxy requires python-socks")
+
+    monkeypatch.setattr("websockets.asyncio.client.connect_socks_proxy", connect_socks_proxy)
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1")
+    service = Service(str(behind))
+    service.start(TOKEN)
+    await fails(service, "python-socks", "not installed")
+
+
+async def test_a_host_of_no_proxy_is_asked_directly(
+    proxy: tuple[Proxy, int], behind: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", f"socks5h://127.0.0.1:{proxy[1]}")
+    monkeypatch.setenv("NO_PROXY", "board.invalid")
+    service = Service(str(behind))
+    service.start(TOKEN)
+    await fails(service, "not known")
+    assert proxy[0].asked == []
+
+
+# --- asked to wait ---
+
+
+@pytest.mark.parametrize("status", [429, 503])
+async def test_retry_after_is_honoured_whoever_asks(server: FakeServer, service: Service, status: int) -> None:
+    await ask(service, "ready")
+    server.status, server.error_headers = HTTPStatus(status), {"Retry-After": "120"}
+    server.cut()
+    await until(lambda: service._link.is_barred)
+    asked = len(server.requests)
+    for _ in range(3):
+        with pytest.raises(ConnectionFailed, match=r"asked again in 1[12][0-9] s") as error:
+            await run(service, "put", "tasks/x.json", "x")
+        assert error.value.code == "REMOTE_UNREACHABLE"
+        answer = await ask(service, "ready")
+        assert not answer["current"] and "asked again in" in str(answer["message"])
+    assert "asked again in" in str((await ask(service, "status"))["error"])
+    assert len(server.requests) == asked
+
+
+async def test_a_short_wait_is_sat_out_by_the_command(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    server.status, server.error_headers = HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "1"}
+    server.cut()
+    await until(lambda: service._link.is_barred)
+    server.status = None
+    assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0
+
+
+# --- a token that is refused in the middle of a session ---
+
+
+async def test_a_new_token_in_the_file_is_used_without_a_command(server: FakeServer, directory: Path) -> None:
+    credentials.store(server.url, "web", TOKEN)
+    service = Service(str(directory))
+    service.start(None)
+    await ask(service, "ready", None)
+    server.tokens = {"ltr_new": "human:ana"}
+    server.cut()
+    await until(lambda: service._link.is_refused)
+    answer = await ask(service, "ready", None)
+    assert not answer["current"] and answer["filled"] and "lattice remote login" in str(answer["message"])
+    asked = len(server.requests)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await asyncio.Event().wait()
+    assert len(server.requests) == asked  # no hot loop
+    credentials.store(server.url, "web", "ltr_new")
+    await until(lambda: service._link.is_open, 3.0)
+    await service.close()
+
+
+async def test_logging_out_ends_the_connection(server: FakeServer, directory: Path) -> None:
+    credentials.store(server.url, "web", TOKEN)
+    service = Service(str(directory))
+    service.start(None)
+    await ask(service, "ready", None)
+    credentials.forget(server.url)
+    await until(lambda: service._link.error is not None and "no token" in service._link.error.message)
+    assert not server.connections
+    await service.close()

@@ -1,0 +1,190 @@
+"""remote.json, the grammar of URLs, tokens, and where the agent's socket is."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lattice_remote.client import agent_runtime, credentials
+from lattice_remote.client.config import Remote, check_name, parse_url, read_remote, write_remote
+from lattice_remote.errors import Misuse, StorageError
+
+
+@pytest.mark.parametrize(
+    ("text", "project", "expected"),
+    [
+        ("http://127.0.0.1:8443", None, ("http://127.0.0.1:8443", None)),
+        ("http://127.0.0.1:8443/", "web", ("http://127.0.0.1:8443", "web")),
+        ("HTTPS://Host.Example/web", None, ("https://host.example", "web")),
+        ("https://host/projects/web/", "web", ("https://host", "web")),
+        ("http://[::1]:80/a-b", None, ("http://[::1]:80", "a-b")),
+        (" http://host:08443 ", None, ("http://host:8443", None)),
+    ],
+)
+def test_urls_have_one_form(text: str, project: str | None, expected: tuple[str, str | None]) -> None:
+    assert parse_url(text, project) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "project"),
+    [
+        ("host:8443", None),
+        ("ftp://host", None),
+        ("http://", None),
+        ("http://host:0", None),
+        ("http://host:65536", None),
+        ("http://user:secret@host", None),
+        ("http://host/a/b", None),
+        ("http://host/Web", None),
+        ("http://host/web", "other"),
+        ("http://host", "../x"),
+        ("http://host/web?x=1", None),
+        ("http://host", "a" * 64),
+    ],
+)
+def test_anything_else_is_no_url(text: str, project: str | None) -> None:
+    with pytest.raises(Misuse):
+        parse_url(text, project)
+
+
+def test_a_remote_is_read_as_it_was_written(tmp_path: Path) -> None:
+    remote = Remote("origin", "https://host:1", "web")
+    write_remote(str(tmp_path), remote)
+    assert read_remote(str(tmp_path)) == remote
+    assert remote.websocket_url == "wss://host:1/projects/web/ws"
+    assert {path.name for path in tmp_path.iterdir()} == {"remote.json", "home"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"name": 1, "url": "http://h", "project": "p"}', "\0", '{"url": 7}'])
+def test_a_malformed_remote_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "remote.json").write_text(text)
+    with pytest.raises(StorageError, match=r"remote\.json is not valid"):
+        read_remote(str(tmp_path))
+
+
+def test_no_remote_says_how_to_add_one(tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match="lattice remote add origin"):
+        read_remote(str(tmp_path))
+    with pytest.raises(Misuse):
+        check_name("a b")
+
+
+# --- tokens ---
+
+
+def test_tokens_are_for_this_user_alone(home: Path) -> None:
+    credentials.store("http://h", "web", "one")
+    credentials.store("http://h", "*", "any")
+    path = Path(credentials.tokens_path())
+    assert path == home / "config/lattice/tokens.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert {p.name for p in path.parent.iterdir()} == {"tokens.json", ".tokens.json.lock"}
+    assert credentials.stored("http://h", "web") == "one"
+    assert credentials.stored("http://h", "other") == "any"
+    assert credentials.stored("http://elsewhere", "web") is None
+
+
+def test_forgetting_a_project_forgets_what_serves_it(home: Path) -> None:
+    credentials.store("http://h", "web", "one")
+    credentials.store("http://h", "app", "two")
+    assert credentials.forget("http://h", "web") == 1
+    assert credentials.stored("http://h", "app") == "two"
+    assert credentials.forget("http://h") == 1
+    assert json.loads(Path(credentials.tokens_path()).read_text()) == {"tokens": {}}
+
+
+@pytest.mark.parametrize("token", ["", "two words", "new\nline", "ümlaut", "x" * 513])
+def test_what_cannot_travel_is_no_token(token: str) -> None:
+    with pytest.raises(Misuse) as error:
+        credentials.store("http://h", "web", token)
+    assert not token or token not in error.value.message
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"tokens": 1}', '{"tokens": {"http://h": "ltr_x"}}', "[" * 100_000, "\xff"]
+)
+def test_a_damaged_file_of_tokens_is_not_overwritten(home: Path, text: str) -> None:
+    path = tokens_file(text)
+    with pytest.raises(StorageError, match="not valid") as error:
+        credentials.store("http://h", "web", "one")
+    assert path.read_text() == text and "ltr_x" not in error.value.message
+
+
+def tokens_file(text: str = '{"tokens": {"http://h": {"web": "ltr_x"}}}') -> Path:
+    path = Path(credentials.tokens_path())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o602, 0o604])
+def test_tokens_that_others_can_reach_are_refused(home: Path, mode: int) -> None:
+    tokens_file().chmod(mode)
+    with pytest.raises(StorageError, match="chmod 600"):
+        credentials.stored("http://h", "web")
+
+
+def test_tokens_of_somebody_else_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.chown(tokens_file(), 12345, -1) if os.geteuid() == 0 else monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(StorageError, match="belongs to another user"):
+        credentials.stored("http://h", "web")
+
+
+def test_a_link_or_a_pipe_in_place_of_the_tokens_is_refused(home: Path) -> None:
+    path = tokens_file()
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+    for act in (lambda: credentials.stored("http://h", "web"), lambda: credentials.store("http://h", "web", "one")):
+        with pytest.raises(StorageError, match="is a link"):
+            act()
+    path.unlink()
+    os.mkfifo(path, 0o600)
+    with pytest.raises(StorageError, match="not a plain file"):
+        credentials.stored("http://h", "web")
+
+
+def test_writers_of_tokens_do_not_undo_each_other(home: Path) -> None:
+    program = (
+        "import sys; from lattice_remote.client import credentials\n"
+        "for n in range(10): credentials.store('http://h', f's{sys.argv[1]}-{n}', 'x')"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(n)]) for n in range(4)]
+    assert [writer.wait(60) for writer in writers] == [0] * 4
+    kept = json.loads(Path(credentials.tokens_path()).read_text())["tokens"]["http://h"]
+    assert sorted(kept) == sorted(f"s{writer}-{n}" for writer in range(4) for n in range(10))
+
+
+def test_the_environment_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert credentials.from_environment() is None
+    monkeypatch.setenv("LATTICE_TOKEN", " ltr_x\n")
+    assert credentials.from_environment() == "ltr_x"
+
+
+# --- the agent's place ---
+
+
+def test_the_place_is_for_this_user_alone(home: Path) -> None:
+    place = agent_runtime.locate()
+    assert place.directory == str(home / "run")
+    os.mkdir(place.directory)
+    os.chmod(place.directory, 0o755)  # noqa: S103
+    agent_runtime.prepare(place)
+    assert stat.S_IMODE(os.stat(place.directory).st_mode) == 0o700
+
+
+def test_a_place_that_is_a_link_is_refused(home: Path) -> None:
+    (home / "elsewhere").mkdir()
+    (home / "run").symlink_to(home / "elsewhere")
+    with pytest.raises(StorageError, match="not a directory of this user"):
+        agent_runtime.prepare(agent_runtime.locate())
+
+
+def test_a_long_path_is_replaced_by_a_short_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", "/" + "x" * 150)
+    place = agent_runtime.locate()
+    assert len(place.socket) < 108 and place.socket == agent_runtime.locate().socket

@@ -1,0 +1,99 @@
+"""Where a token may go: only to a server that this user has named on this machine, and not in plain sight."""
+
+import json
+import stat
+from pathlib import Path
+
+import pytest
+
+from lattice_remote.client import credentials, trusted_servers
+from lattice_remote.client.trusted_servers import Server
+from lattice_remote.errors import Misuse, Rejected, StorageError
+
+HTTPS = "https://board.example"
+
+
+def test_a_server_that_nobody_named_gets_no_token() -> None:
+    with pytest.raises(Rejected, match=r"you have not.*lattice remote trust https://board\.example") as error:
+        trusted_servers.admit(HTTPS)
+    assert error.value.code == "REMOTE_UNTRUSTED"
+
+
+def test_a_server_is_named_by_a_record_a_token_or_the_environment() -> None:
+    assert trusted_servers.admit(HTTPS, trusted_servers.from_environment(" https://Board.example/web ")) == Server(
+        HTTPS
+    )
+    with pytest.raises(Rejected):
+        trusted_servers.admit(HTTPS, trusted_servers.from_environment("https://other.example"))
+    credentials.store(HTTPS, "web", "ltr_x")
+    assert trusted_servers.admit(HTTPS) == Server(HTTPS)
+    credentials.forget(HTTPS)
+    trusted_servers.record(Server(HTTPS))
+    assert trusted_servers.admit(HTTPS) == Server(HTTPS)
+    trusted_servers.forget(HTTPS)
+    with pytest.raises(Rejected):
+        trusted_servers.admit(HTTPS)
+
+
+@pytest.mark.parametrize("named", ["", "   ", None])
+def test_an_empty_variable_names_nobody(named: str | None) -> None:
+    assert trusted_servers.from_environment(named) is None
+
+
+def test_a_variable_that_is_no_url_is_named() -> None:
+    with pytest.raises(Misuse, match="LATTICE_REMOTE_URL: not a server's URL"):
+        trusted_servers.from_environment("board.example")
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("http://127.0.0.1:8443", True),
+        ("http://127.9.9.9", True),
+        ("http://localhost:80", True),
+        ("http://[::1]:8443", True),
+        ("http://127.0.0.1.evil.example", False),
+        ("http://localhost.evil.example", False),
+        ("http://127.1", False),
+        ("http://2130706433", False),
+        ("http://0.0.0.0:8443", False),
+        ("http://[::ffff:8.8.8.8]", False),
+        ("http://10.0.0.7:8443", False),
+        ("http://board.example", False),
+    ],
+)
+def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(url: str, loopback: bool) -> None:
+    trusted_servers.record(Server(url))
+    assert trusted_servers.is_loopback(url) is loopback
+    if loopback:
+        trusted_servers.admit(url)
+        return
+    with pytest.raises(Rejected, match="plain HTTP") as error:
+        trusted_servers.admit(url)
+    assert f"lattice remote trust {url} --insecure" in error.value.message
+    trusted_servers.record(Server(url, insecure=True))
+    assert trusted_servers.admit(url).insecure
+
+
+def test_what_is_not_said_again_stays(tmp_path: Path) -> None:
+    authority = tmp_path / "ca.pem"
+    authority.write_text("x")
+    trusted_servers.record(trusted_servers.name(HTTPS, ca_file=str(authority)))
+    trusted_servers.record(trusted_servers.name(HTTPS, insecure=True))
+    assert trusted_servers.admit(HTTPS) == Server(HTTPS, insecure=True, ca_file=str(authority))
+    assert stat.S_IMODE(Path(trusted_servers.servers_path()).stat().st_mode) == 0o600
+
+
+def test_authorities_must_make_sense(tmp_path: Path) -> None:
+    with pytest.raises(Misuse, match="there is no file"):
+        trusted_servers.name(HTTPS, ca_file=str(tmp_path / "nothing.pem"))
+    with pytest.raises(Misuse, match="for https"):
+        trusted_servers.name("http://board.example", ca_file=__file__)
+
+
+@pytest.mark.parametrize("kept", ["yes", {"insecure": "yes"}, {"insecure": 1}, {"ca_file": 7}])
+def test_a_damaged_record_admits_nobody(kept: object) -> None:
+    trusted_servers.record(Server(HTTPS))
+    Path(trusted_servers.servers_path()).write_text(json.dumps({"servers": {HTTPS: kept}}))
+    with pytest.raises(StorageError, match="not valid"):
+        trusted_servers.admit(HTTPS)

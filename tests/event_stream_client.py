@@ -1,0 +1,104 @@
+"""Somebody who listens to ``events/stream`` while everything breaks, and must be told what the journal holds, once."""
+
+import http.client
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Self
+
+from lattice_remote.protocol.change_summary import about
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Change
+from lattice_remote.server.journal.reader import JournalReader
+from sandbox import Server, wait_for
+from sse import Event, Listening, assembled
+
+__all__ = ["EventsWatcher"]
+
+_PATIENCE_S = 60.0
+_SILENCE_S = 15.0
+"""Longer than a server is silent: on a connection that is half open nothing comes any more."""
+_AGAIN_S = 0.1
+
+
+class EventsWatcher:
+    """Listens in a thread through ``port``, coming back as browsers do; ``with`` it."""
+
+    def __init__(self, server: Server, port: int, token: str, *, position: Callable[[], tuple[str, int]]) -> None:
+        self._server, self._port, self._token, self._position = server, port, token, position
+        self._runs: list[list[Event]] = [[]]  # each begins with a reset, but for the first
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._last: str | None = None
+        self._listening: Listening | None = None
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._over.set()
+            if self._listening is not None:
+                self._listening.hang_up()
+        self._thread.join(_SILENCE_S + 10)
+        assert not self._thread.is_alive(), "the listener has left"
+
+    def check(self) -> int:
+        """Insist on every change up to where the others are, whole, once and in order; return how many events came."""
+        epoch, seq = self._position()
+        here = f"{epoch}-{seq}-"
+        wait_for(lambda: seq == 0 or f"{self._last}-".startswith(here), f"the listener to be at {here}", _PATIENCE_S)
+        with self._lock:
+            runs = [list(run) for run in self._runs]
+        for run in runs:
+            begin = run[0] if run and run[0].kind == "reset" else None
+            changes = assembled(run[1:] if begin else run)
+            if begin:
+                changes.insert(0, (begin.data["epoch"], begin.data["seq"]))
+            for (one, before), (other, number) in itertools.pairwise(changes):
+                assert (other, number) == (one, before + 1), f"after {one}-{before} came {other}-{number}"
+        self._compare_with_journal(runs[-1], epoch)
+        return sum(map(len, runs))
+
+    def _compare_with_journal(self, run: list[Event], epoch: str) -> None:
+        """What was told since the last reset is what the journal says of these changes."""
+        told: dict[int, list[str]] = {}
+        for event in run:
+            if event.kind in ("task_event", "resource_event"):
+                assert event.id.startswith(f"{epoch}-"), f"{event.id} is not of epoch {epoch}"
+                number = int(event.id.split("-")[1])
+                told.setdefault(number, []).append(event.data["event"]["id"])
+        first = run[0].data["seq"] if run and run[0].kind == "reset" else 0
+        expected: dict[int, list[str]] = {}
+        for record in JournalReader(self._server.data / "projects" / "board" / "journal").records():
+            if record.change is not None and record.seq > first:
+                change = decode_server_frame(record.change)
+                assert isinstance(change, Change)
+                if events := [event["id"] for event in about(change).events]:
+                    expected[record.seq] = events
+        assert told == expected
+
+    def _watch(self) -> None:
+        while not self._over.wait(_AGAIN_S):
+            try:
+                with Listening(self._port, self._token, "board", **self._where(), timeout_s=_SILENCE_S) as listening:
+                    with self._lock:
+                        self._listening = listening
+                        if self._over.is_set():
+                            return
+                    for event in listening if listening.status == 200 else ():
+                        self._take(event)
+            except (OSError, http.client.HTTPException):
+                continue
+
+    def _where(self) -> dict[str, str]:
+        return {"since": "0"} if self._last is None else {"last": self._last}
+
+    def _take(self, event: Event) -> None:
+        with self._lock:
+            if event.kind == "reset":
+                self._runs.append([])
+            self._runs[-1].append(event)
+            self._last = event.id

@@ -1,0 +1,180 @@
+"""What a replica leaves out: large contents of artifacts, whatever happens to them before they are here."""
+
+import os
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from in_memory_server import append_to
+
+from lattice_remote.protocol.effects import ApplyChange, Compare, Effect, Position, Remove, Send
+from lattice_remote.protocol.messages import CAPABILITIES, Change, Entries, Entry, Fetch, Limits, Manifest, Welcome
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    DeleteFile,
+    MemoryTree,
+    MoveFile,
+    Operation,
+    PutFile,
+    apply,
+    digest_of,
+)
+from lattice_remote.protocol.replica import LARGE_BYTES, Replica
+
+BIG, OTHER = "artifacts/payload/a.bin", "artifacts/payload/b.bin"
+CONTENT = os.urandom(LARGE_BYTES + 1)
+ENTRY = (len(CONTENT), digest_of(CONTENT))
+ANNOUNCED = AnnounceFile(BIG, *ENTRY)
+
+
+def connected(replica: Replica, *, without: str = "", head: int | None = None) -> Replica:
+    replica.hello(client_version="t", lattice_version="t")
+    capabilities = [name for name in CAPABILITIES if name != without]
+    seq, epoch = replica.position.seq, replica.position.epoch
+    replica.receive(
+        Welcome(1, "", "", "p", "a", epoch, seq if head is None else head, 1, False, Limits(1, 1), [], capabilities)
+    )
+    return replica
+
+
+@pytest.fixture
+def replica() -> Replica:
+    return connected(Replica(Position("e", 1, b"m"), away={}))
+
+
+def change(replica: Replica, *operations: Operation) -> list[Effect]:
+    seq = replica.position.seq + 1
+    return replica.receive(Change(seq, b"m", "", "a", "t", "edit", "", list(operations)))
+
+
+def applied(effects: Iterable[Effect]) -> list[Operation]:
+    return [operation for effect in effects if isinstance(effect, ApplyChange) for operation in effect.operations]
+
+
+def fetched(effects: Iterable[Effect]) -> list[str]:
+    frames = [effect.frame for effect in effects if isinstance(effect, Send)]
+    return [path for frame in frames if isinstance(frame, Fetch) for path in frame.paths]
+
+
+def test_a_large_content_is_not_waited_for(replica: Replica) -> None:
+    effects = change(replica, ANNOUNCED, PutFile("tasks/x.json", b"x"))
+    assert replica.away == {BIG: ENTRY} and not replica.wanted and replica.is_current
+    assert applied(effects) == [PutFile("tasks/x.json", b"x")] and not fetched(effects)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [AnnounceFile("events/x.jsonl", *ENTRY), AnnounceFile(BIG, LARGE_BYTES, ENTRY[1]), AnnounceFile(BIG, 0, bytes(32))],
+    ids=["a log", "a small content", "an operation of which it is not told"],
+)
+def test_anything_else_is_applied_as_ever(replica: Replica, operation: AnnounceFile) -> None:
+    change(replica, ANNOUNCED)
+    effects = change(replica, operation)
+    assert applied(effects) == [operation]
+    assert operation.path not in replica.away
+
+
+@pytest.mark.parametrize("operation", [PutFile(BIG, b"x"), DeleteFile(BIG), MoveFile("ids.json", BIG, bytes(32))])
+def test_what_is_written_over_is_left_out_no_more(replica: Replica, operation: Operation) -> None:
+    change(replica, ANNOUNCED)
+    assert applied(change(replica, operation)) == [operation]
+    assert not replica.away
+
+
+def test_what_is_moved_is_left_out_where_it_went(replica: Replica) -> None:
+    change(replica, ANNOUNCED)
+    assert applied(change(replica, MoveFile(BIG, OTHER, ENTRY[1]))) == [DeleteFile(BIG)]
+    assert replica.away == {OTHER: ENTRY}
+
+
+def test_what_grows_is_wanted_as_a_whole(replica: Replica) -> None:
+    change(replica, ANNOUNCED)
+    effects = change(replica, append_to(BIG, CONTENT, b"more"))
+    assert not replica.away and fetched(effects) == [BIG] and not applied(effects)
+
+
+def test_announced_anew_it_is_the_newer_one(replica: Replica) -> None:
+    change(replica, ANNOUNCED)
+    before = replica.away_version
+    change(replica, AnnounceFile(BIG, LARGE_BYTES + 2, bytes(32)))
+    assert replica.away == {BIG: (LARGE_BYTES + 2, bytes(32))} and replica.away_version > before
+
+
+def test_a_server_without_downloads_has_it_fetched_as_everything_else() -> None:
+    replica = connected(Replica(Position("e", 1, b"m"), away={OTHER: ENTRY}), without="downloads")
+    assert list(replica.wanted) == [OTHER] and not replica.away
+    assert applied(change(replica, ANNOUNCED)) == [ANNOUNCED]
+
+
+def test_a_replica_that_leaves_nothing_out_does_as_before() -> None:
+    replica = connected(Replica(Position("e", 1, b"m")))
+    assert applied(change(replica, ANNOUNCED)) == [ANNOUNCED]
+
+
+def test_compared_as_a_whole_only_what_differs_is_left_out(replica: Replica) -> None:
+    entries = {BIG: ENTRY, OTHER: ENTRY, "artifacts/payload/small": (9, bytes(32)), "events/x.jsonl": ENTRY}
+    [sent] = replica.compare(mend=True)
+    assert sent == Send(Manifest())
+    [compare] = replica.receive(Entries(1, b"m", [Entry(path, *entry) for path, entry in entries.items()], True))
+    assert isinstance(compare, Compare)
+    effects = replica.compared({OTHER: ENTRY, "artifacts/payload/surplus": ENTRY})
+    assert replica.away == {BIG: ENTRY}
+    assert sorted(fetched(effects)) == ["artifacts/payload/small", "events/x.jsonl"]
+    assert [effect.paths for effect in effects if isinstance(effect, Remove)] == [("artifacts/payload/surplus",)]
+
+
+def test_what_the_server_says_of_unknown_content_counts_once_the_copy_is_there(replica: Replica) -> None:
+    replica.leave_out(BIG)
+    assert not replica.learned(BIG, ENTRY, 2) and replica.away == {BIG: None}
+    change(replica, PutFile("ids.json", b"{}"))
+    assert replica.learned(BIG, ENTRY, 2) and replica.away == {BIG: ENTRY}
+    assert not replica.learned(BIG, (1, bytes(32)), 2), "only a change makes it another"
+    replica.here(BIG)
+    assert not replica.learned(BIG, ENTRY, 2) and not replica.away
+
+
+PATHS = st.sampled_from([BIG, OTHER, "artifacts/payload/c"])
+CONTENTS = st.sampled_from([b"small", b"x" * (LARGE_BYTES + 1), b"y" * (LARGE_BYTES + 1)])
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), PATHS, CONTENTS),
+        st.tuples(st.just("delete"), PATHS, st.just(b"")),
+        st.tuples(st.just("move"), PATHS, st.sampled_from([path.encode() for path in (BIG, OTHER)])),
+        st.tuples(st.just("fetch"), PATHS, st.just(b"")),
+        st.tuples(st.just("restart"), PATHS, st.just(b"")),
+    ),
+    max_size=30,
+)
+
+
+@settings(max_examples=300)
+@given(STEPS)
+def test_what_is_not_left_out_is_the_servers_at_every_number(steps: list[tuple[str, str, bytes]]) -> None:
+    """I3, I5: and what is left out is said rightly to be what the server has."""
+    truth: dict[str, bytes] = {}
+    tree = MemoryTree({})
+    replica = connected(Replica(Position("e", 0, b""), away={}))
+    for what, path, argument in steps:
+        operations: list[Operation] = []
+        if what == "write":
+            truth[path] = argument
+            large = len(argument) > LARGE_BYTES
+            operations = [AnnounceFile(path, len(argument), digest_of(argument)) if large else PutFile(path, argument)]
+        elif what == "delete" and truth.pop(path, None) is not None:
+            operations = [DeleteFile(path)]
+        elif what == "move" and path in truth and argument.decode() != path:
+            truth[argument.decode()] = truth.pop(path)
+            operations = [MoveFile(path, argument.decode(), digest_of(truth[argument.decode()]))]
+        elif what == "fetch" and path in replica.away:
+            assert replica.away[path] == (len(truth[path]), digest_of(truth[path]))
+            tree.files[path] = truth[path]
+            replica.here(path)
+        elif what == "restart":
+            replica = connected(Replica(replica.position, replica.wanted, away=replica.away))
+        if operations:
+            for operation in applied(change(replica, *operations)):
+                assert not apply(operation, tree), "nothing has drifted"
+        here = {name: data for name, data in tree.files.items() if name not in replica.away}
+        assert here == {name: data for name, data in truth.items() if name not in replica.away}
+        assert not replica.wanted and replica.away.keys() <= truth.keys()

@@ -1,0 +1,55 @@
+"""Lists in parts: laid out where lattice prints them, cut where they are asked for, whatever is in them."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import UNSET
+
+from lattice_remote.server.http.rest.endpoint import PageQuery, page_of
+from lattice_remote.server.ipc import ReadResult
+from lattice_remote.server.worker.reader import laid_out
+
+VALUES = st.recursive(
+    st.none() | st.text(max_size=5), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
+ITEMS = st.lists(st.tuples(st.text('abé"\\,]}', min_size=1, max_size=3), VALUES), unique_by=lambda item: item[0])
+
+
+def found(items: list[dict[str, Any]], place: tuple[str, ...] = ("data",), **other: object) -> ReadResult:
+    """Return a list as the reader process does that has seen lattice print it."""
+    data = items if place == ("data",) else {"x": 1, place[1]: items}
+    body, places = laid_out(json.dumps({"ok": True, "data": data, **other}, indent=2).encode(), place)
+    return ReadResult(0, body, items=places)
+
+
+@given(ITEMS, st.integers(1, 4), st.booleans(), st.booleans())
+def test_the_parts_of_a_list_are_the_list(given: list[tuple[str, Any]], limit: int, by_id: bool, deep: bool) -> None:
+    items = [{"id": id_, "of": value} for id_, value in sorted(given)]
+    whole = found(items, ("data", "events") if deep else ("data",), warnings=["w"])
+    assert json.loads(whole.body) == {"ok": True, "warnings": ["w"], "data": items}
+    seen, page = [], PageQuery(limit=limit)
+    while True:
+        part = json.loads(page_of(whole, page, by_id=by_id).body)
+        assert (part["ok"], part["warnings"], len(part["data"]) <= limit) == (True, ["w"], True)
+        seen += part["data"]
+        if "next" not in part:
+            break
+        page = PageQuery(limit=limit, cursor=part["next"])
+    assert seen == items
+    after_all = PageQuery(cursor=page.cursor) if page.cursor is not UNSET else PageQuery(limit=1000)
+    assert json.loads(page_of(whole, after_all, by_id=by_id).body)["data"] == items[-len(part["data"]) :]
+
+
+def test_where_nothing_is_left_a_part_is_empty() -> None:
+    whole = found([{"id": "a"}])
+    part = page_of(whole, PageQuery(cursor="eg==", limit=3), by_id=True)  # z
+    assert json.loads(part.body) == {"ok": True, "data": []}
+
+
+@pytest.mark.parametrize("printed", [b"", b"{", b"[]", b'{"ok": true}', b'{"data": {}}', b'{"data": [7]}', b"\xff"])
+def test_what_is_no_list_is_said_to_be_none(printed: bytes) -> None:
+    with pytest.raises(ValueError, match="no list at data"):
+        laid_out(printed, ("data",))

@@ -1,0 +1,253 @@
+"""The cookie of a browser that is signed in: what it is worth, what ends it, and that no other site can use it."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from http.cookies import SimpleCookie
+from pathlib import Path
+
+import pytest
+import requests
+from itsdangerous import SignatureExpired
+from server_process import Process
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message
+from test_server import make_data
+
+from http_from_address import session_from
+from lattice_remote.errors import StorageError
+from lattice_remote.server.auth import Login, signing_key
+from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.http.auth import Cookies, Shown
+from lattice_remote.server.http.middleware import with_headers
+from lattice_remote.server.tokens import Token, TokenFile, digest_of_text
+from lattice_remote.server.transport.admission import AdmissionControl
+
+KEY = b"k" * 32
+TOKEN = Token(id="tok_1", sha256="d", projects=["web"], actor="human:ana")
+
+
+def request_with(cookies: str = "", *, scheme: str = "http", host: str = "192.0.2.1", **headers: str) -> Request:
+    """Return a request that has come from ``host``; 10.0.0.1 is a trusted proxy."""
+    visit = AdmissionControl(LimitSettings(), ["10.0.0.1"]).arrive(host)
+    raw = [(b"host", b"board.example"), (b"cookie", cookies.encode())]
+    raw += [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": raw, "scheme": scheme}
+    return Request({**scope, "server": ("board.example", 80), "state": {"visit": visit}})
+
+
+def given(cookies: Cookies, login: Login, request: Request) -> SimpleCookie:
+    """Return the cookie that a browser is given."""
+    response = Response()
+    cookies.give(request, response, login)
+    return SimpleCookie(response.headers["Set-Cookie"])
+
+
+# --- by itself ---
+
+
+def test_it_holds_no_token_and_no_script_reads_it() -> None:
+    text = "ltr_secret"
+    [(name, cookie)] = given(Cookies(KEY, 30), Login(TOKEN, digest_of_text(text)), request_with()).items()
+    assert text not in cookie.value
+    assert (cookie["httponly"], cookie["samesite"], cookie["path"], cookie["domain"]) == (True, "strict", "/", "")
+    assert cookie["max-age"] == str(30 * 86_400)
+    assert Cookies(KEY, 30).read(request_with(f"{name}={cookie.value}")) == Shown("tok_1", digest_of_text(text))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "proto", "secure"),
+    [
+        ("http", "192.0.2.1", "", False),
+        ("https", "192.0.2.1", "", True),
+        ("http", "10.0.0.1", "https", True),  # the trusted proxy
+        ("http", "10.0.0.1", "http", False),
+        ("http", "192.0.2.1", "https", False),  # anybody
+    ],
+)
+def test_with_tls_it_belongs_to_this_host_alone(scheme: str, host: str, proto: str, secure: bool) -> None:
+    cookies, way = Cookies(KEY, 30), {"scheme": scheme, "host": host, "X_Forwarded_Proto": proto}
+    [(name, morsel)] = given(cookies, Login(TOKEN, "d"), request_with(**way)).items()
+    assert (name.startswith("__Host-"), bool(morsel["secure"])) == (secure, secure)
+    assert cookies.read(request_with(f"{name}={morsel.value}", **way)) is not None
+    planted = request_with(f"{name.removeprefix('__Host-')}={morsel.value}", scheme="https")
+    assert cookies.read(planted) is None  # by somebody on the way, without TLS
+
+
+def test_two_servers_of_a_host_do_not_sign_each_other_out() -> None:
+    names = {name for key in (KEY, b"o" * 32) for name in given(Cookies(key, 30), Login(TOKEN, "d"), request_with())}
+    assert len(names) == 2
+
+
+def test_it_ends_with_its_age() -> None:
+    cookies = Cookies(KEY, 30)
+    [(name, morsel)] = given(cookies, Login(TOKEN, "d"), request_with()).items()
+    request = request_with(f"{name}={morsel.value}")
+    assert cookies.read(request) is not None
+    with pytest.raises(SignatureExpired):
+        Cookies(KEY, -1 / 86_400).read(request)
+
+
+def test_the_key_is_made_once_for_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "signing-key"
+    key = signing_key(path)
+    assert len(key) == 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert signing_key(path) == key
+    path.chmod(0o644)  # somebody else may know it
+    assert signing_key(path) != key
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.write_bytes(b"short")
+    assert len(signing_key(path)) == 32
+    with pytest.raises(StorageError, match="cannot write"):
+        signing_key(tmp_path / "nowhere" / "signing-key")
+
+
+# --- with a server ---
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    started = Process(make_data(tmp_path_factory.mktemp("cookie") / "data"))
+    yield started
+    assert started.end() == 0
+
+
+class Browser:
+    """A token, and the cookie that the server would give for it."""
+
+    def __init__(self, server: Process, session: requests.Session) -> None:
+        self.server, self.session = server, session
+        self.tokens = TokenFile(server.data.tokens)
+        self.token, text = self.tokens.create(projects=["web"], actor="human:ana", act_as=[])
+        cookies = Cookies(server.data.signing_key.read_bytes(), 30)
+        [(self.name, morsel)] = given(cookies, Login(self.token, digest_of_text(text)), request_with()).items()
+        self.value = morsel.value
+
+    def ask(self, method: str = "GET", *, cookie: str | None = None, **headers: str) -> requests.Response:
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        sent["Cookie"] = f"{self.name}={self.value if cookie is None else cookie}"
+        url, body = f"http://127.0.0.1:{self.server.port}/projects/web", None
+        if method == "POST":
+            url, body = f"{url}/tasks", {"title": "Written in a browser"}
+        return self.session.request(method, url, headers=sent, timeout=10, json=body)
+
+
+@pytest.fixture
+def browser(server: Process) -> Iterator[Browser]:
+    with requests.Session() as session:
+        yield Browser(server, session)
+
+
+def test_it_stands_for_its_token(browser: Browser) -> None:
+    described = browser.ask()
+    assert described.status_code == 200, described.text
+    assert described.json()["actor"] == "human:ana"
+
+
+def test_a_token_that_is_shown_counts_for_more(browser: Browser) -> None:
+    _, other = browser.tokens.create(projects=["web"], actor="human:ben", act_as=[])
+    assert browser.ask(Authorization=f"Bearer {other}").json()["actor"] == "human:ben"
+    assert browser.ask(Authorization="Bearer wrong").status_code == 401
+    assert browser.ask(Authorization="Basic cHJveHk6cGFzc3dvcmQ=").json()["actor"] == "human:ana"  # a proxy's own
+
+
+def test_it_ends_with_its_token(browser: Browser) -> None:
+    browser.tokens.rotate(browser.token.id, grace=timedelta(hours=1))
+    assert browser.ask().status_code == 200
+    browser.tokens.rotate(browser.token.id)
+    assert "rotated" in browser.ask().json()["error"]["message"]
+    browser.tokens.revoke(browser.token.id)
+    ended = browser.ask()
+    assert (ended.status_code, ended.json()["error"]["code"]) == (401, "REMOTE_UNAUTHORIZED")
+    assert "revoked" in ended.json()["error"]["message"]
+
+
+def test_a_page_that_goes_on_asking_is_no_guessing_but_a_forged_cookie_is(server: Process, browser: Browser) -> None:
+    browser.session = session_from("127.0.0.7")  # what is counted here is not to be counted against the other tests
+    with browser.session:
+        honest, good = Browser(server, browser.session), browser.value
+        browser.tokens.revoke(browser.token.id)
+        assert {browser.ask().status_code for _ in range(40)} == {401}
+        forged = [browser.ask(cookie=text).status_code for text in [f"{good}x", "a.b.c", "x" * 5000, "."] * 10]
+        assert forged[0] == 401
+        assert forged[-1] == 429
+        assert honest.ask().status_code == 200  # and nobody honest is locked out
+
+
+FETCH = {"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}
+LINK = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
+FRAME = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}
+SCRIPT = {"Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Dest": "script"}
+
+
+@pytest.mark.parametrize(
+    ("method", "said", "welcome"),
+    [
+        ("GET", {**FETCH, "Sec_Fetch_Site": "same-origin"}, True),
+        ("GET", {**LINK, "Sec_Fetch_Site": "none"}, True),  # typed, or a bookmark
+        ("GET", {**LINK, "Sec_Fetch_Site": "same-site"}, True),
+        ("GET", {**LINK, "Sec_Fetch_Site": "cross-site"}, True),
+        ("GET", {}, True),  # a browser that says nothing
+        ("GET", {**FETCH, "Sec_Fetch_Site": "same-site"}, False),  # another port, another subdomain
+        ("GET", {**FETCH, "Sec_Fetch_Site": "cross-site"}, False),
+        ("GET", {**FRAME, "Sec_Fetch_Site": "same-site"}, False),
+        ("GET", {**SCRIPT, "Sec_Fetch_Site": "cross-site"}, False),
+        ("GET", {"Origin": "http://evil.example"}, False),
+        ("POST", {**FETCH, "Sec_Fetch_Site": "same-origin"}, True),
+        ("POST", {"Origin": "HERE"}, True),
+        ("POST", {**FETCH, "Sec_Fetch_Site": "same-site", "Origin": "HERE"}, False),
+        ("POST", {**FETCH, "Sec_Fetch_Site": "cross-site"}, False),
+        ("POST", {**LINK, "Sec_Fetch_Site": "cross-site"}, False),  # a form
+        ("POST", {**LINK, "Sec_Fetch_Site": "none"}, False),
+        ("POST", {**FETCH, "Sec_Fetch_Site": "anything"}, False),
+        ("POST", {}, False),
+        ("POST", {"Origin": "null"}, False),
+        ("POST", {"Origin": "http://evil.example"}, False),
+        ("POST", {"Origin": "HERE0"}, False),  # another port
+        ("POST", {"Origin": "ftp://[bad"}, False),
+    ],
+)
+def test_only_our_own_pages_use_it(browser: Browser, method: str, said: dict[str, str], welcome: bool) -> None:
+    here = f"http://127.0.0.1:{browser.server.port}"
+    answer = browser.ask(method, **{name: value.replace("HERE", here) for name, value in said.items()})
+    if welcome:
+        assert answer.status_code in (200, 201), answer.text
+    else:
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "REMOTE_FORBIDDEN")
+
+
+def test_every_answer_tells_browsers_to_guess_nothing_and_to_show_it_in_no_frame(browser: Browser) -> None:
+    base = f"http://127.0.0.1:{browser.server.port}"
+    for answer in (browser.ask(), browser.ask(cookie="bad"), requests.get(f"{base}/nothing", timeout=10)):
+        assert answer.headers["X-Content-Type-Options"] == "nosniff"
+        assert answer.headers["X-Frame-Options"] == "DENY"
+        assert answer.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert "Strict-Transport-Security" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("scheme", "host", "promised"),
+    [
+        ("https", "board.example", True),
+        ("https", "board.example:8443", True),
+        ("https", "localhost:8443", False),  # many servers share that name
+        ("http", "board.example", False),  # TLS, if any, is a proxy's
+    ],
+)
+async def test_tls_is_promised_where_it_is_ours(scheme: str, host: str, promised: bool) -> None:
+    said: list[Message] = []
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "scheme": scheme, "method": "GET", "headers": [(b"host", host.encode())]}
+    await with_headers(Response("x", headers={"Cache-Control": "private"}))(scope, receive, send)
+    headers = dict(said[0]["headers"])
+    assert (b"strict-transport-security" in headers) == promised
+    assert headers[b"cache-control"] == b"private"  # what a handler has said stays

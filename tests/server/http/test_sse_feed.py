@@ -1,0 +1,202 @@
+"""Streams inside a server of the test's own: silence, the slow, other histories, what is not kept any more."""
+
+import asyncio
+import contextlib
+import re
+import resource
+import secrets
+import socket
+import weakref
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from harness import Running, hello, make_data, serving, until
+from websockets.asyncio.client import ClientConnection
+
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import Change, Reply, Run, Welcome
+from lattice_remote.server.http import sse
+from sse import Event, Listening
+
+TASK = f"task_{'0' * 26}"
+PATH = f"tasks/{TASK}.json"
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    data, token = make_data(tmp_path / "data")
+    async with serving(data, token) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def listening(running: Running, **options: str) -> AsyncIterator[Listening]:
+    """Listen from a thread: the server is in this one."""
+    opened = await asyncio.to_thread(lambda: Listening(running.port, running.token, **options))  # type: ignore[arg-type]
+    try:
+        yield opened
+    finally:
+        await asyncio.to_thread(opened.close)
+
+
+async def take(opened: Listening, count: int) -> list[Event]:
+    return await asyncio.to_thread(opened.take, count)
+
+
+@contextlib.asynccontextmanager
+async def writing(running: Running, *, follow: bool = False) -> AsyncIterator[ClientConnection]:
+    async with running.connected() as client:
+        await client.send(hello(follow=follow))
+        assert isinstance(decode_server_frame(await client.recv()), Welcome)  # type: ignore[arg-type]
+        yield client
+
+
+async def put(client: ClientConnection, text: str, path: str = PATH) -> None:
+    await client.send(encode(Run(secrets.token_hex(16), ["put", path, text])))
+    while not isinstance(frame := decode_server_frame(await client.recv()), Reply):  # type: ignore[arg-type]
+        assert isinstance(frame, Change)
+
+
+async def test_silence_is_broken_by_comments(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    async with listening(running) as opened, writing(running) as client:
+        await asyncio.sleep(0.3)
+        await put(client, "{}")
+        await take(opened, 1)
+        assert len(opened.comments) >= 2
+
+
+async def position_of(running: Running, seq: int) -> str:
+    history = running.hub.project("web").history
+    mark = await history.mark_at(seq)
+    assert mark is not None
+    return str(Position(history.epoch, seq, mark))
+
+
+async def test_another_history_ends_the_stream_and_begins_with_a_reset(running: Running) -> None:
+    async with writing(running) as client:
+        await put(client, "{}")
+    async with listening(running, since="0") as opened:
+        [first] = await take(opened, 1)
+        project = running.hub.project("web")
+        await project.rollback_proved(project.history.epoch, "a test says so")
+        assert await asyncio.to_thread(list, opened) == []
+    assert not first.id.startswith(project.history.epoch)
+    async with listening(running, last=first.id) as opened, writing(running) as client:
+        [reset] = await take(opened, 1)
+        assert (reset.kind, reset.data["reason"], reset.data["epoch"]) == ("reset", "epoch", project.history.epoch)
+        await put(client, '{"n": 2}')
+        assert (await take(opened, 1))[0].data["snapshot"] == {"n": 2}
+
+
+async def test_what_is_not_kept_any_more_is_reset(running: Running) -> None:
+    async with writing(running) as client:
+        for n in range(4):
+            await put(client, f'{{"n": {n}}}')
+    history = running.hub.project("web").history
+    history.oldest = 3
+    async with listening(running, since=await position_of(running, 1)) as opened:
+        [reset] = await take(opened, 1)
+        assert (reset.kind, reset.data["reason"], reset.data["seq"]) == ("reset", "expired", 4)
+    async with listening(running, since=await position_of(running, 2)) as opened:
+        assert [event.data["snapshot"]["n"] for event in await take(opened, 2)] == [2, 3]
+
+
+async def test_many_that_come_back_together_have_their_events_made_once(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with writing(running) as client:
+        for n in range(20):
+            await put(client, f'{{"n": {n}}}')
+    made: list[int] = []
+    original = sse.events_of
+    monkeypatch.setattr(sse, "events_of", lambda change: made.append(change.seq) or original(change))
+    async with contextlib.AsyncExitStack() as stack:
+        opened = [await stack.enter_async_context(listening(running, since="0")) for _ in range(10)]
+        for one in opened:
+            assert [event.data["snapshot"]["n"] for event in await take(one, 20)] == list(range(20))
+    assert made == list(range(1, 21))
+
+
+async def test_who_takes_nothing_is_cut_and_delays_nobody(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """I10: bounded in bytes. The other listeners and clients are told at once meanwhile."""
+    monkeypatch.setattr(sse, "_MAX_PENDING_BYTES", 1_000_000)
+    loop, large = asyncio.get_running_loop(), '{"x": "' + "x" * 200_000 + '"}'
+    async with listening(running) as opened, writing(running, follow=True) as client:
+        lazy = await stalled(running)
+        await until(lambda: len(streams_of(running)) == 2)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        slowest = 0.0
+        for n in range(60):
+            began = loop.time()
+            await put(client, large)
+            [event] = await take(opened, 1)
+            slowest = max(slowest, loop.time() - began)
+            assert event.id == await position_of(running, n + 1)
+        await until(lambda: len(streams_of(running)) == 1)
+        assert slowest < 5
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 * 1024  # KiB
+        lazy.close()
+
+
+async def test_who_takes_nothing_is_cut_after_its_time(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "_MAX_PENDING_BYTES", 1 << 30)
+    lazy = await stalled(running)
+    await until(lambda: streams_of(running))
+    [one] = streams_of(running)
+    one._outbox._deadline_s = 0.3
+    async with writing(running) as client:
+        for _ in range(40):  # more than any system keeps for a connection
+            await put(client, '{"x": "' + "x" * 250_000 + '"}')
+    await until(lambda: not streams_of(running))
+    lazy.close()
+
+
+class Batch(list[tuple[int, bytes]]):
+    """One of which can be told whether anybody holds it."""
+
+
+async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with writing(running) as client:
+        for _ in range(24):
+            await put(client, '{"x": "' + "x" * 250_000 + '"}')
+    history, read = running.hub.project("web").history, list[weakref.ref[Batch]]()
+    original = history.changes_after
+
+    async def reading(seq: int) -> Batch:
+        batch = Batch(await original(seq))
+        read.append(weakref.ref(batch))
+        return batch
+
+    monkeypatch.setattr(history, "changes_after", reading)
+    lazy = await stalled(running, "?since=0")
+    await until(lambda: read and not any(batch() for batch in read))
+    assert len(streams_of(running)) == 1, "it was not cut yet"
+    lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    said = bytearray()
+    last = await position_of(running, 24)
+    while f"id: {last}\n".encode() not in said[-500_000:]:
+        said += await asyncio.get_running_loop().sock_recv(lazy, 1 << 20)
+    told = re.findall(rb"^id: \w+-(\d+)(?:-\w+)?$", said, re.MULTILINE)
+    assert [int(seq) for seq in told] == list(range(25)), "the first says where it begins"
+    lazy.close()
+
+
+def streams_of(running: Running) -> list[sse._Stream]:
+    return [end.__self__ for end in running.hub._staying if isinstance(getattr(end, "__self__", None), sse._Stream)]
+
+
+async def stalled(running: Running, query: str = "") -> socket.socket:
+    """Open a stream of which nothing is read, on a connection of which the system keeps little."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(raw, ("127.0.0.1", running.port))
+    lines = [f"GET /projects/web/events/stream{query} HTTP/1.1", "Host: x", f"Authorization: Bearer {running.token}"]
+    await loop.sock_sendall(raw, "\r\n".join([*lines, "", ""]).encode())
+    return raw

@@ -1,0 +1,156 @@
+"""A power cut: the files may be of any moment, the journal is what was promised (I2)."""
+
+import random
+import socket
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from random_commands import command_lines
+from worker_process import ANA, WorkerProcess, make_project, tree_of
+
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Change
+from lattice_remote.protocol.operations import AppendBytes, MergeJson, MoveFile, Operation, PutFile, digest_of
+from lattice_remote.server.journal.repair import Contents, Repair, differing
+from lattice_remote.server.journal.segment import Record
+from lattice_remote.server.tree.tree import INLINE_BYTES, MERGE_FROM_BYTES, FileState, ProjectTree
+from lattice_remote.server.worker import recovery
+from lattice_remote.server.worker.recovery import Opened, open_store
+from lattice_remote.server.worker.store import Committer
+
+
+def open_after_power_cut(project: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
+    monkeypatch.setattr(recovery, "_boot_id", lambda _: "another boot")
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        opened = open_store(project, project / "tmp", committer := Committer(theirs), code=[])
+        committer.finish()
+        opened.store.journal.close()
+        return opened
+
+
+def damage(rng: random.Random, path: Path, versions: list[bytes | None]) -> None:
+    """Leave the file as a power cut may: of another moment, not there, or empty."""
+    content = rng.choice(versions)
+    if path.suffix == ".jsonl" and content:
+        durable = versions[0] or b""
+        content = content[: rng.randint(len(durable), len(content))]
+    elif content is not None and len(content) < MERGE_FROM_BYTES:
+        content = rng.choice([content, content, b""])
+    if content is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_after_a_power_cut_the_files_are_those_of_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    rng = random.Random(seed)
+    project = make_project(tmp_path / "web")
+    lattice = project / ".lattice"
+    states = [tree_of(lattice)]
+    with WorkerProcess(project) as worker:
+        for argv, files in command_lines(rng, 40, lattice):
+            worker.run(*argv, files=files)
+            states.append(tree_of(lattice))
+        promised, head = states[-1], worker.reconcile().seq
+        journal = next((project / "journal").glob("*.log"))
+        size = journal.stat().st_size
+        for line in ("create lost", "comment LAT-1 lost", "archive LAT-1", "create lost"):
+            worker.run(*line.split(), *ANA)
+            states.append(tree_of(lattice))
+        worker.kill()
+    with journal.open("r+b") as file:
+        file.truncate(size + 5)
+    versions: dict[str, list[bytes | None]] = defaultdict(list)
+    for path in {path for state in states for path in state}:
+        versions[path] = [state.get(path) for state in states]
+    for path, known in versions.items():
+        if len(set(known)) > 1 and len(promised.get(path, b"")) < INLINE_BYTES and rng.random() < 0.8:
+            damage(rng, lattice / path, known)
+    opened = open_after_power_cut(project, monkeypatch)
+    assert tree_of(lattice) == promised, opened.notes
+    assert opened.store.journal.head == head
+    with WorkerProcess(project) as worker:
+        assert "No issues found" in worker.ok("doctor")
+
+
+def test_what_was_edited_since_the_machine_is_back_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    plan = next((project / ".lattice/plans").iterdir())
+    plan.write_text("# By hand\n")
+    opened = open_after_power_cut(project, monkeypatch)
+    assert plan.read_text() == "# By hand\n"
+    assert opened.store.journal.head == 2
+    assert "files were not as change 1 left them" in opened.notes[0]
+
+
+def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    monkeypatch.setitem(ProjectTree.reconcile.__kwdefaults__, "limit", 2)
+    for number in range(5):
+        (project / f".lattice/notes/{number}.md").write_text("by hand\n")
+    opened = open_after_power_cut(project, monkeypatch)
+    assert opened.store.journal.head == 4
+    assert sum("were not as change" in note for note in opened.notes) == 3
+
+
+def test_files_that_nobody_knows_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        worker.kill()
+    (project / ".lattice/tasks/task_lost.json").write_text("{}\n")
+    opened = open_after_power_cut(project, monkeypatch)
+    assert opened.store.journal.head == 1
+    assert (project / "journal/lost/tasks/task_lost.json").read_text() == "{}\n"
+
+
+def records(*operations: Operation) -> list[Record]:
+    changes = [Change(seq, b"", "", "", "", "", "", [operation]) for seq, operation in enumerate(operations, 1)]
+    return [Record(change.seq, b"", 0.0, change=encode(change)) for change in changes]
+
+
+def check_repair(root: Path, wanted: dict[str, bytes], *operations: Operation) -> list[str]:
+    files = {path: FileState(len(data), digest_of(data), 0, 0) for path, data in wanted.items()}
+    tree, contents = ProjectTree(root, files), Contents()
+    for record in records(*operations):
+        contents.learn(record)
+    return Repair(tree, contents, differing(tree)).perform(root.parent / "lost")
+
+
+def test_an_append_is_repeated_on_what_was_durable_even_if_the_rename_was_lost(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"old\nnew")
+    operations = AppendBytes("a", 4, digest_of(b"old\n"), b"new\n"), MoveFile("a", "b", digest_of(b"old\nnew\n"))
+    check_repair(tmp_path, {"b": b"old\nnew\n"}, *operations)
+    assert (tmp_path / "b").read_bytes() == b"old\nnew\n"
+    assert not (tmp_path / "a").exists()
+
+
+def test_patches_are_applied_to_whichever_version_is_there(tmp_path: Path) -> None:
+    texts = [b'{\n  "n": %d\n}\n' % number for number in range(4)]
+    operations = [MergeJson("ids.json", b'{"n": %d}' % n, digest_of(texts[n])) for n in (1, 2, 3)]
+    for version in texts:
+        (tmp_path / "ids.json").write_bytes(version)
+        check_repair(tmp_path, {"ids.json": texts[3]}, *operations)
+        assert (tmp_path / "ids.json").read_bytes() == texts[3]
+
+
+def test_what_can_not_be_brought_back_is_left_and_told(tmp_path: Path) -> None:
+    (tmp_path / "sessions").mkdir()
+    (tmp_path / "sessions/a.json").write_bytes(b"")
+    notes = check_repair(tmp_path, {"sessions/a.json": b"gone"}, PutFile("other", b""))
+    assert notes == ["sessions/a.json: could not be brought back"]
+    assert (tmp_path / "sessions/a.json").read_bytes() == b""

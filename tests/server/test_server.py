@@ -1,0 +1,196 @@
+"""The server as a process: its one line, its lock, its signals, its end; with lattice itself behind it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import Copy, tree_of
+from server_process import COMMAND, Process, children_of
+
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import Reply, Run
+from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.registry import STOP_S
+from lattice_remote.server.tokens import TokenFile
+
+
+def make_data(path: Path) -> DataDir:
+    made = DataDir(path)
+    made.create()
+    made.create_project("web", code="WEB", name=None, actor=None)
+    return made
+
+
+def make_token(data: DataDir) -> str:
+    return TokenFile(data.tokens).create(projects=["web"], actor="human:ana", act_as=["agent:*"])[1]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataDir:
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A server that all tests share which do not end it."""
+    started = Process(make_data(tmp_path_factory.mktemp("app") / "data"))
+    yield started
+    assert started.end() == 0
+
+
+def test_plain_http_answers_in_json(process: Process) -> None:
+    status, body = process.get("/healthz")
+    assert (status, body["status"], body["projects"]) == (200, "ok", 1)
+    for path, method, expected in (
+        ("/nothing", "GET", 404),
+        ("/healthz", "POST", 405),
+        ("/projects/web/ws", "GET", 426),
+    ):
+        status, body = process.get(path, method)
+        assert status == expected
+        assert set(body["error"]) == {"code", "message"}  # type: ignore[call-overload]
+
+
+def test_it_may_hold_many_connections(process: Process) -> None:
+    limits = Path(f"/proc/{process.process.pid}/limits").read_text()
+    soft, hard = next(line.split()[3:5] for line in limits.splitlines() if line.startswith("Max open files"))
+    assert int(soft) == min(int(hard), 65_536) if hard != "unlimited" else int(soft) >= 65_536
+
+
+def test_a_second_server_on_the_same_directory_is_refused(process: Process) -> None:
+    second = subprocess.run(
+        [*COMMAND, "start", "--data", process.data.path, "--port", "0"], capture_output=True, text=True, check=False
+    )
+    assert second.returncode == 1
+    assert second.stdout == ""
+    assert f"pid {process.process.pid}" in second.stderr
+    assert len(second.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-listen"])
+def test_a_port_in_use_is_one_line(process: Process, tmp_path: Path, option: str) -> None:
+    other = DataDir(tmp_path / "other")
+    other.create()
+    where = f"127.0.0.1:{process.port}"
+    taken = ["--port", str(process.port)] if option == "--port" else ["--port", "0", option, where]
+    second = subprocess.run(
+        [*COMMAND, "start", "--data", other.path, *taken],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 1
+    assert len(second.stderr.splitlines()) == 1
+    assert f"cannot listen on {where}: Address already in use; choose another {option}" in second.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_stops_in_order_with_a_client_connected(data: DataDir, number: int) -> None:
+    process = Process(data)
+    async with process.connected(make_token(data)) as client:
+        copy = Copy()
+        await copy.greet(client)
+        assert isinstance(await copy.run("create", "a task", "--actor", "human:ana"), Reply)
+        before = time.monotonic()
+        assert await asyncio.to_thread(process.end, number) == 0
+        assert time.monotonic() - before < 2
+
+
+async def test_it_stops_in_time_beside_stalled_readers_and_a_worker_that_does_not_answer(data: DataDir) -> None:
+    token = make_token(data)
+    process = Process(data)
+    async with process.connected(token) as client, contextlib.AsyncExitStack() as opened:
+        copy = Copy()
+        await copy.greet(client)
+        for n in range(20):
+            await copy.run("create", f"task {n}", "--description", "y" * 250_000, "--actor", "human:ana")
+        readers = [stalled_reader(process.port, token, "/projects/web/tasks") for _ in range(20)]
+        for reader in readers:
+            opened.enter_context(reader)
+        assert await asyncio.to_thread(readers[0].recv, 12) == b"HTTP/1.1 200"
+        [worker] = children_of(process, b".worker.process\0")
+        os.kill(worker, signal.SIGSTOP)
+        await client.send(encode(Run("1" * 32, ["create", "never answered", "--actor", "human:ana"], [])))
+        assert await asyncio.to_thread(process.end) == 0
+    [took_s] = re.findall(r"stopped after ([0-9.]+) s", (data.path.parent / "log").read_text())
+    assert float(took_s) < STOP_S + 0.3, "the process itself ends in the rest of 2 s"
+
+
+def stalled_reader(port: int, token: str, path: str) -> socket.socket:
+    """Return a connection on which something is asked and nothing is read."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    reader.connect(("127.0.0.1", port))
+    reader.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+    return reader
+
+
+async def test_a_killed_server_is_succeeded_by_another_with_nothing_lost(data: DataDir) -> None:
+    first, token = Process(data), make_token(data)
+    copy = Copy()
+    async with first.connected(token) as client:
+        await copy.greet(client)
+        await copy.sync()
+        reply = await copy.run("create", "a task", "--actor", "human:ana")
+        assert isinstance(reply, Reply)
+        assert reply.exit_code == 0, reply.stderr
+        for i in range(20):
+            await copy.run("comment", "WEB-1", f"no {i}", "--actor", "agent:claude")
+        assert first.end(signal.SIGKILL) == -signal.SIGKILL
+    copy.replica.disconnected()
+    second = Process(data)
+    try:
+        async with second.connected(token) as client:
+            await copy.greet(client)
+            await copy.sync()
+            assert (await copy.run("comment", "WEB-1", "last", "--actor", "human:ana")).seq >= 22  # type: ignore[union-attr]
+            assert "ids.json" in copy.tree
+            assert copy.tree == tree_of(data.project("web").lattice)
+    finally:
+        assert second.end() == 0
+
+
+async def test_a_worker_killed_under_load_answers_everything_once(process: Process) -> None:
+    async with process.connected(make_token(process.data)) as client:
+        copy = Copy()
+        await copy.greet(client)
+        await copy.sync()
+        await copy.run("create", "a task", "--actor", "human:ana")
+
+        answered = asyncio.Event()
+
+        async def kill() -> None:
+            for _ in range(2):
+                answered.clear()
+                await answered.wait()  # the next request is on its way by then
+                for pid in _children(process.process.pid):
+                    os.kill(pid, signal.SIGKILL)
+
+        killing = asyncio.create_task(kill())
+        sent = 0
+        while not killing.done() or sent < 40:
+            reply = await copy.run("comment", "WEB-1", f"comment {sent}", "--actor", "human:ana")
+            assert isinstance(reply, Reply)
+            assert reply.exit_code == 0
+            sent += 1
+            if sent % 10 == 0:
+                answered.set()
+        await copy.sync()
+        tree = process.data.project("web").lattice
+        assert copy.tree == tree_of(tree)
+        [events] = (tree / "events").glob("task_*.jsonl")
+        bodies = [json.loads(line)["data"].get("body") for line in events.read_text().splitlines()][1:]
+        assert bodies == [f"comment {i}" for i in range(sent)]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

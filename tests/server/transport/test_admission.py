@@ -1,0 +1,312 @@
+"""Who is let in, and what the door remembers: counted on a clock of the test's own."""
+
+import logging
+from http import HTTPStatus
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.transport.admission import MAX_ADDRESSES, AdmissionControl, ConnectionQuota
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def arrived(door: AdmissionControl, host: str = "192.0.2.1") -> ConnectionQuota:
+    visit = door.arrive(host)
+    assert visit is not None
+    return visit
+
+
+def refusal(visit: ConnectionQuota, *forwarded: str) -> tuple[int, int | None] | None:
+    """Return status and patience of a refusal at the head of a request."""
+    refused = visit.enter(forwarded)
+    return None if refused is None else (refused.status.value, refused.retry_after_s)
+
+
+def test_new_connections_from_one_address_have_a_rate() -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(new_connections_per_second=2), clock=clock)
+    for _ in range(20):
+        visit = arrived(door)
+        assert refusal(visit) is None
+        visit.leave()
+    assert refusal(arrived(door)) == (429, 1)
+    assert refusal(arrived(door, "192.0.2.2")) is None
+    clock.now += 0.5
+    assert refusal(arrived(door)) is None
+    assert refusal(arrived(door)) == (429, 1)
+    clock.now += 3600
+    assert [refusal(arrived(door)) for _ in range(21)] == [None] * 20 + [(429, 1)]
+
+
+def test_after_a_restart_500_clients_of_one_address_and_token_come_back_at_once() -> None:
+    door = AdmissionControl(LimitSettings(), clock=Clock())
+    visits = [arrived(door) for _ in range(500)]  # none has ended its TLS handshake
+    assert {refusal(visit) for visit in visits} == {None}
+    assert {visit.admit("tok_a") for visit in visits} == {None}
+
+
+def test_requests_on_one_connection_have_that_rate_too() -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(new_connections_per_second=1), clock=clock)
+    visit = arrived(door)
+    assert [refusal(visit) for _ in range(10)] == [None] * 10
+    assert refusal(visit) == (429, 1)
+    clock.now += 1
+    assert refusal(visit) == (429, 1)  # its connection ends with that
+    assert refusal(arrived(door)) is None
+
+
+def test_requests_with_a_token_are_counted_for_the_token_wherever_they_come_from() -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(new_connections_per_second=1, messages_per_second=5), clock=clock)
+    ours, theirs, far = arrived(door), arrived(door), arrived(door, "192.0.2.2")
+    assert [ours.enter([], "tok_a") for _ in range(15)] + [far.enter([], "tok_a") for _ in range(5)] == [None] * 20
+    for visit in (ours, far):
+        refused = visit.enter([], "tok_a")
+        assert refused is not None and refused.status is HTTPStatus.TOO_MANY_REQUESTS
+        assert "tok_a" in refused.message
+    assert theirs.enter([], "tok_b") is None, "whoever shares the address goes on"
+    clock.now += 0.2
+    assert (ours.enter([], "tok_a"), ours.enter([], "tok_a") is None) == (None, False)
+    # On its connection too, what shows no token is a stranger's.
+    assert [refusal(theirs) for _ in range(8)] == [None] * 8
+    assert refusal(theirs) == (429, 1)
+
+
+def test_behind_a_proxy_nobody_asks_at_the_cost_of_who_asked_before_him_on_the_same_connection() -> None:
+    door = AdmissionControl(
+        LimitSettings(new_connections_per_second=1, messages_per_second=20), ["10.0.0.1"], clock=Clock()
+    )
+    shared = arrived(door, "10.0.0.1")
+    for number in range(80):  # every one from another place than the last: no address of the team is a new connection
+        assert shared.enter([f"192.0.2.{1 + number % 2}"], "tok_a") is None
+    assert refusal(shared, "192.0.2.1") is None
+    assert shared.admit("tok_a") is None
+    assert [refusal(shared, "198.51.100.1") for _ in range(10)] == [None] * 10
+    assert refusal(shared, "198.51.100.1") == (429, 1)
+
+
+def admitted(visit: ConnectionQuota, *forwarded: str) -> tuple[int, int | None] | None:
+    """Return status and patience of a refusal of a request that shows a valid token."""
+    refused = visit.enter(forwarded, "tok_a") or visit.admit("tok_a")
+    return None if refused is None else (refused.status.value, refused.retry_after_s)
+
+
+def test_open_connections_with_a_token_from_one_address_are_bounded() -> None:
+    door = AdmissionControl(LimitSettings(connections_per_address=3))
+    strangers = [arrived(door, "2001:db8::9") for _ in range(5)]
+    assert [refusal(visit) for visit in strangers] == [None] * 5, "these have a bound of their own"
+    visits = [arrived(door, host) for host in ("2001:db8::1", "2001:db8::2", "2001:db8::3")]
+    assert [admitted(visit) for visit in visits] == [None] * 3
+    late = arrived(door, "2001:db8::4")
+    assert admitted(late) == (429, 10)
+    late.leave()
+    visits[0].leave()
+    assert admitted(arrived(door, "2001:db8::5")) is None
+    assert admitted(arrived(door, "2001:db8:0:1::1")) is None
+
+
+def test_a_flood_from_an_address_refuses_no_token_from_there() -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(new_connections_per_second=2), clock=clock)
+    flood = [arrived(door) for _ in range(200)]
+    assert refusal(flood[-1]) == (429, 1)
+    visit = arrived(door)
+    assert admitted(visit) is None
+    assert admitted(visit) is None, "nor the next on its connection"
+    assert refusal(flood[-1]) == (429, 1)
+
+
+def test_a_stranger_gives_its_place_to_the_next_of_its_address_after_a_second() -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(waiting_connections_per_address=2), clock=clock)
+    cut: list[str] = []
+    oldest, other = arrived(door), arrived(door)
+    oldest.cut, other.cut = (lambda: cut.append("oldest")), (lambda: cut.append("other"))
+    clock.now += 0.9
+    assert door.arrive("192.0.2.1") is None
+    clock.now += 0.2
+    assert admitted(arrived(door)) is None
+    assert cut == ["oldest"]
+    arrived(door, "192.0.2.2")
+    arrived(door)
+    assert cut == ["oldest"], "there was room"
+    arrived(door)
+    assert cut == ["oldest", "other"]
+
+
+def test_an_address_has_room_for_few_strangers() -> None:
+    door = AdmissionControl(LimitSettings(waiting_connections_per_address=2))
+    first, _ = arrived(door), arrived(door)
+    assert door.arrive("192.0.2.1") is None
+    assert first.admit("tok_a") is None
+    arrived(door)
+    assert door.arrive("192.0.2.1") is None
+    assert door.arrive("192.0.2.2") is not None
+
+
+def test_of_too_many_strangers_the_one_that_waits_longest_goes() -> None:
+    door = AdmissionControl(LimitSettings(waiting_connections=3))
+    cut: list[int] = []
+    visits = [arrived(door, f"192.0.2.{number}") for number in range(3)]
+    for number, visit in enumerate(visits):
+        visit.cut = lambda number=number: cut.append(number)  # type: ignore[misc]
+    assert visits[0].admit("tok_a") is None
+    arrived(door, "192.0.2.9")
+    assert cut == []
+    arrived(door, "192.0.2.10")
+    assert cut == [1]
+    visits[1].leave()
+    arrived(door, "192.0.2.11")
+    assert cut == [1, 2]
+
+
+def test_who_comes_again_and_again_pushes_out_himself_alone() -> None:
+    """A few addresses that open connections all the time, while others are in their TLS handshakes."""
+    door = AdmissionControl(LimitSettings(waiting_connections=64))
+    cut: list[str] = []
+
+    def came(host: str) -> ConnectionQuota:
+        visit = arrived(door, host)
+        visit.cut = lambda: cut.append(host)
+        return visit
+
+    honest = [came(f"192.0.2.{number}") for number in range(20)]
+    team = [came("192.0.2.99") for _ in range(8)]
+    for number in range(2_000):
+        came(f"198.51.100.{number % 3}")
+    assert set(cut) == {f"198.51.100.{number}" for number in range(3)}
+    assert len(cut) == 2_000 - (64 - 28)
+    assert {visit.admit("tok_a") for visit in honest + team} == {None}
+
+
+def test_a_token_has_so_many_connections() -> None:
+    door = AdmissionControl(LimitSettings(connections_per_token=2))
+    visits = [arrived(door) for _ in range(3)]
+    assert [visit.admit("tok_a") is None for visit in visits] == [True, True, False]
+    assert visits[2].admit("tok_b") is None
+    visits[0].leave()
+    visits[0].leave()
+    refused = [arrived(door).admit("tok_a") for _ in range(2)]
+    assert refused[0] is None
+    assert refused[1] is not None
+    assert (refused[1].status, refused[1].code) == (HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY")
+
+
+def test_failed_logins_are_answered_more_slowly_after_many() -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(failed_logins_per_minute=6), clock=clock)
+    visit = arrived(door)
+    assert [visit.failed() for _ in range(6)] == [None] * 6
+    refused = visit.failed()
+    assert refused is not None
+    assert (refused.status.value, refused.retry_after_s) == (429, 10)
+    assert b"Retry-After: 10\r\n" in refused.raw
+    assert arrived(door, "192.0.2.2").failed() is None
+    clock.now += 10
+    assert visit.failed() is None
+    assert visit.failed() is not None
+
+
+def test_behind_a_trusted_proxy_each_client_has_its_own_account() -> None:
+    door = AdmissionControl(LimitSettings(connections_per_address=1, waiting_connections_per_address=1), ["10.0.0.0/8"])
+    one, two, three = (arrived(door, "10.0.0.1") for _ in range(3))
+    assert refusal(one, "192.0.2.1") is None
+    assert refusal(two, "192.0.2.1") == (429, 1)
+    assert refusal(two, "192.0.2.2") is None
+    assert refusal(three, "192.0.2.2") == (429, 1)
+    assert refusal(arrived(door, "10.0.0.1"), "192.0.2.2, 10.9.9.9") == (429, 1)
+    assert admitted(two, "192.0.2.2") is None
+    assert admitted(three, "192.0.2.2") == (429, 10)
+    two.leave()
+    assert admitted(three, "192.0.2.2") is None
+    three.leave()
+
+
+def test_from_anybody_else_that_header_counts_for_nothing() -> None:
+    door = AdmissionControl(LimitSettings(connections_per_address=1), ["10.0.0.0/8"])
+    assert admitted(arrived(door), "198.51.100.1") is None
+    assert admitted(arrived(door), "198.51.100.2") == (429, 10)
+
+
+def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 500
+    assert most < MAX_ADDRESSES
+    monkeypatch.setattr("lattice_remote.server.transport.admission.MAX_ADDRESSES", most)
+    door = AdmissionControl(LimitSettings())
+    kept = arrived(door, "192.0.2.1")
+    kept.admit("tok_a")
+    for number in range(most + 500):
+        arrived(door, f"2001:db8:{number >> 8:x}:{number & 255:x}::1").leave()
+    assert len(door._addresses) <= most + 1
+    assert "192.0.2.1" in door._addresses
+    assert len(door._strangers) == 0
+
+
+def test_the_log_of_a_flood_is_bounded_and_counts(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    door = AdmissionControl(LimitSettings(failed_logins_per_minute=1), clock=clock)
+    with caplog.at_level(logging.WARNING):
+        visit = arrived(door)
+        for _ in range(1000):
+            visit.failed()
+        clock.now += 10
+        visit.failed()
+    assert [record.getMessage() for record in caplog.records] == [
+        "192.0.2.1: no valid token",
+        "192.0.2.1: no valid token (and 999 more since the last time)",
+    ]
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["arrive", "enter", "admit", "holds", "failed", "leave"]),
+        st.integers(0, 9),
+        st.sampled_from(["192.0.2.1", "192.0.2.2", "10.0.0.1", "2001:db8::1", "2001:db8::2"]),
+    ),
+    max_size=60,
+)
+
+
+@given(EVENTS)
+def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(events: list[tuple[str, int, str]]) -> None:
+    limits = LimitSettings(connections_per_token=2, connections_per_address=3, waiting_connections=3)
+    door = AdmissionControl(limits, ["10.0.0.0/8"], clock=Clock())
+    visits: list[ConnectionQuota] = []
+    for kind, number, host in events:
+        if kind == "arrive":
+            visit = door.arrive(host)
+            visits += [visit] if visit is not None else []
+        elif visits:
+            visit = visits[number % len(visits)]
+            match kind:
+                case "enter":
+                    visit.enter([host], f"tok_{number % 2}" if number % 3 else "")
+                case "admit" if not visit._token_id:
+                    visit.admit(f"tok_{number % 2}")
+                case "holds":
+                    visit.holds(number)
+                case "failed":
+                    visit.failed()
+                case "leave":
+                    visit.leave()
+        assert len(door._strangers) <= 3
+        assert all(count <= 2 for count in door._by_token.values())
+        homes = {name: known for name, known in door._addresses.items() if name not in door.proxies}
+        assert all(known.connections >= door._strangers.at(name) for name, known in homes.items())
+    for visit in visits:
+        visit.leave()
+    assert len(door._strangers) == 0
+    assert not door._strangers._at and not door._strangers._with
+    assert not door._by_token
+    assert not door._held_by_token
+    assert all(a.connections == 0 for a in door._addresses.values())

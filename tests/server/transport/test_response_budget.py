@@ -1,0 +1,105 @@
+"""What answers over HTTP may hold in memory: counted by token, once for one body, and waited for."""
+
+import asyncio
+
+import pytest
+from harness import until
+
+from lattice_remote.errors import Rejected
+from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.transport import response_budget
+from lattice_remote.server.transport.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
+
+BODY = bytes(COUNTED_BYTES + 1)
+
+
+def made(**limits: int) -> ResponseBudget:
+    return ResponseBudget(LimitSettings(**limits))
+
+
+def share(budget: ResponseBudget, asks: str = "tok_a") -> ResponseShare:
+    made = ResponseShare(budget)
+    made.token_id = asks
+    return made
+
+
+def body() -> bytes:
+    """Return a body that is the same as no other object."""
+    return bytes(bytearray(BODY))
+
+
+def test_one_body_of_many_responses_is_counted_once_until_the_last_is_over() -> None:
+    budget = made()
+    shares = [share(budget, token) for token in ("tok_a", "tok_a", "tok_b")]
+    for each in shares:
+        each.hold(BODY)
+        each.hold(BODY)
+    assert (budget.total_bytes, budget.of("tok_a"), budget.of("tok_b")) == (len(BODY),) * 3
+    shares[0].close()
+    shares[0].close()
+    assert budget.of("tok_a") == len(BODY)
+    shares[1].close()
+    assert (budget.total_bytes, budget.of("tok_a"), budget.of("tok_b")) == (len(BODY), 0, len(BODY))
+    shares[2].close()
+    assert budget.total_bytes == 0
+
+
+def test_small_bodies_and_those_of_nobody_known_are_not_counted() -> None:
+    budget = made()
+    share(budget).hold(bytes(COUNTED_BYTES))
+    share(budget, "").hold(BODY)
+    assert budget.total_bytes == 0
+
+
+def test_a_token_has_room_up_to_its_bound_and_always_for_its_first_answer() -> None:
+    budget = made(answer_bytes_per_token=2 * len(BODY), answer_bytes=3 * len(BODY))
+    first, second, other, late = share(budget), share(budget), share(budget, "tok_b"), share(budget)
+    first.hold(body())
+    assert second.has_room
+    second.hold(body())
+    assert not late.has_room
+    assert first.has_room, "an answer of several parts goes on"
+    assert other.has_room
+    other.hold(body())
+    assert not share(budget, "tok_b").has_room, "all together have their bound"
+    assert share(budget, "tok_c").has_room, "but who has nothing may have one"
+    assert late.may_hold(bytes(COUNTED_BYTES))
+    assert not late.may_hold(body())
+    second.hold(BODY)
+    assert late.may_hold(BODY), "it is in memory already, for this token"
+
+
+async def test_who_waits_for_room_goes_on_when_an_answer_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = made(answer_bytes_per_token=1)
+    holding, waiting = share(budget), share(budget)
+    holding.hold(body())
+    room = asyncio.create_task(waiting.room())
+    await until(lambda: bool(budget._waiting["tok_a"]))
+    await share(budget, "tok_b").room()
+    holding.close()
+    await room
+    holding.hold(body())
+    monkeypatch.setattr(response_budget, "_WAIT_S", 0.01)
+    with pytest.raises(Rejected, match="were not taken") as caught:
+        await waiting.room()
+    assert caught.value.code == "REMOTE_BUSY"
+    assert not budget._waiting["tok_a"]
+
+
+async def test_a_token_makes_one_answer_of_unknown_size_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = made(answer_bytes_per_token=1)
+    one, two = share(budget), share(budget)
+    async with one.making():
+        async with share(budget, "tok_b").making():
+            pass
+        monkeypatch.setattr(response_budget, "_WAIT_S", 0.01)
+        with pytest.raises(Rejected):
+            async with two.making():
+                pass
+        one.hold(body())
+    with pytest.raises(Rejected):
+        async with two.making():
+            pass
+    one.close()
+    async with two.making():
+        pass

@@ -1,0 +1,122 @@
+"""The queue in front of one client: order, sharing, bounds, and when the client is cut."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+
+import pytest
+from harness import until
+from websockets.frames import Frame, Opcode
+
+from lattice_remote.server.transport.send_queue import SendQueue, websocket_frame
+
+
+class Pipe(asyncio.Protocol):
+    """A transport with an outbox on one end, a socket that reads only when told on the other."""
+
+    outbox: SendQueue
+    lost = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
+        self.outbox.close()
+
+    def pause_writing(self) -> None:
+        self.outbox.pause()
+
+    def resume_writing(self) -> None:
+        self.outbox.resume()
+
+
+@pytest.fixture
+async def pipe() -> AsyncIterator[tuple[Pipe, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+    _, pipe = await asyncio.get_running_loop().create_connection(Pipe, sock=ours)
+    pipe.outbox = SendQueue(pipe.transport, "test", max_bytes=1_000_000, stall_deadline_s=0.3)
+    yield pipe, theirs
+    pipe.transport.abort()
+    await until(lambda: pipe.lost)
+    theirs.close()
+
+
+async def received(theirs: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        data += await asyncio.get_running_loop().sock_recv(theirs, 65536)
+    return data
+
+
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536, 200_000])
+def test_a_frame_is_what_the_library_would_write(size: int) -> None:
+    payload = b"x" * size
+    assert websocket_frame(payload) == Frame(Opcode.BINARY, payload).serialize(mask=False)
+
+
+async def test_frames_arrive_in_order_and_a_tick_is_one_write(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, theirs = pipe
+    for i in range(100):
+        end.outbox.push(b"%03d" % i)
+    await asyncio.sleep(0)
+    assert await asyncio.get_running_loop().sock_recv(theirs, 65536) == b"".join(b"%03d" % i for i in range(100))
+
+
+async def test_a_slow_reader_gets_everything(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, theirs = pipe
+    frames = [bytes([i]) * 20_000 for i in range(40)]
+    for frame in frames:
+        end.outbox.push(frame)
+    assert await received(theirs, 800_000) == b"".join(frames)
+    assert (end.outbox.take_written(), end.outbox.take_written()) == (800_000, 0)
+    await end.outbox.room()
+    assert end.outbox.pending_bytes == 0
+
+
+async def test_one_frame_may_be_larger_than_the_bound(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, theirs = pipe
+    end.outbox.push(b"x" * 3_000_000)
+    assert len(await received(theirs, 3_000_000)) == 3_000_000
+    assert not end.lost
+
+
+async def test_over_the_bound_the_client_is_cut(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, _ = pipe
+    for _ in range(12):
+        end.outbox.push(b"x" * 100_000)
+    assert end.outbox.pending_bytes == 0
+    await until(lambda: end.lost)
+
+
+async def test_a_client_that_takes_nothing_is_cut_by_its_deadline(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, _ = pipe
+    end.outbox.push(b"x" * 500_000)
+    waiting = asyncio.create_task(end.outbox.room())
+    await until(lambda: end.lost, 2.0)
+    await asyncio.wait_for(waiting, 1.0)
+
+
+async def test_a_client_that_takes_a_little_now_and_then_is_kept(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, theirs = pipe
+    end.outbox.push(b"x" * 300_000)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while loop.time() - began < 0.8:  # longer than the deadline
+        await asyncio.sleep(0.05)
+        await loop.sock_recv(theirs, 4096)
+    assert not end.lost
+
+
+async def test_finishing_hands_over_all_and_takes_no_more(pipe: tuple[Pipe, socket.socket]) -> None:
+    end, theirs = pipe
+    for _ in range(5):
+        end.outbox.push(b"x" * 100_000)
+    end.outbox.finish()
+    end.outbox.push(b"late")
+    assert len(await received(theirs, 500_000)) == 500_000
+    assert end.outbox.pending_bytes == 0

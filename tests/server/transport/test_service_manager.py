@@ -1,0 +1,58 @@
+"""What a service manager is told: that the server serves, once it does, and that it stops."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import make_data
+from server_process import Process
+
+from lattice_remote.server.transport.listener import ServiceManager
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "notify"))
+        listening.settimeout(20)
+        yield listening
+
+
+def test_it_is_told_of_the_beginning_and_the_end(
+    manager: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    process = Process(make_data(tmp_path / "data")[0])
+    try:
+        assert manager.recv(100) == b"READY=1"
+        assert process.get("/healthz")[0] == 200
+    finally:
+        assert process.end() == 0
+    assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_workers_and_hooks_do_not_inherit_it(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
+    ServiceManager.from_environment().serving()
+    assert manager.recv(100) == b"READY=1"
+    assert "NOTIFY_SOCKET" not in os.environ
+
+
+def test_a_name_without_a_file_is_one_too() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0lattice-remote-{os.getpid()}")
+        manager.settimeout(20)
+        ServiceManager(f"@lattice-remote-{os.getpid()}").stopping()
+        assert manager.recv(100) == b"STOPPING=1"
+
+
+def test_one_that_is_gone_is_logged_and_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ServiceManager(str(tmp_path / "gone")).serving()
+    assert "cannot tell" in caplog.text and "READY=1: No such file" in caplog.text
+
+
+def test_without_one_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    ServiceManager().serving()
+    assert caplog.text == ""

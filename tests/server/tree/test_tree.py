@@ -1,0 +1,288 @@
+"""What changed in a tree, as operations which lead there on any copy."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worker_process import Copy, tree_of
+
+from lattice_remote.protocol.operations import (
+    AnnounceFile,
+    AppendBytes,
+    DeleteFile,
+    MemoryTree,
+    MergeJson,
+    MoveFile,
+    PutFile,
+    canonical_json,
+)
+from lattice_remote.server.tree.capture import AccessLog, Move
+from lattice_remote.server.tree.tree import INLINE_BYTES, ProjectTree, TreeDiff, patch_between
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> ProjectTree:
+    root = tmp_path / ".lattice"
+    for name, content in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    tree = ProjectTree(root, {})
+    tree.accept(tree.reconcile())
+    return tree
+
+
+FILES = {
+    "config.json": b"{}\n",
+    "events/a.jsonl": b"1\n2\n",
+    "events/_lifecycle.jsonl": b"",
+    "tasks/a.json": b'{"a": 1}\n',
+    "plans/a.md": b"# A\n",
+}
+
+
+def touched(*steps: str | Move, tree: ProjectTree | None = None, appended: str = "") -> AccessLog:
+    made = AccessLog(list(steps))
+    if tree is not None:
+        made.appended[appended] = tree.status(appended)
+    return made
+
+
+def compare(tree: ProjectTree, what: AccessLog, before: dict[str, bytes] | None = None) -> TreeDiff:
+    known = {tree.absolute(path): content for path, content in (before or {}).items()}
+    return tree.after_command(what, known.get)
+
+
+def check_leads_there(tree: ProjectTree, difference: TreeDiff, old: dict[str, bytes]) -> None:
+    copy = Copy(tree.root, dict(old))
+    from lattice_remote.protocol.messages import Change
+
+    copy.follow(Change(1, b"", "", "", "", "", "", difference.operations))
+    assert copy.files == tree_of(tree.root)
+    tree.accept(difference)
+    assert {path: state.size for path, state in tree.files.items()} == {p: len(c) for p, c in copy.files.items()}
+
+
+def test_operations_come_in_the_order_of_writing(tree: ProjectTree) -> None:
+    what = touched("events/a.jsonl", "tasks/a.json", "plans/b.md", tree=tree, appended="events/a.jsonl")
+    with (tree.root / "events/a.jsonl").open("ab") as file:
+        file.write(b"3\n")
+    (tree.root / "tasks/a.json").unlink()
+    (tree.root / "plans/b.md").write_bytes(b"# B\n")
+    difference = compare(tree, what)
+    append, delete, put = difference.operations
+    assert isinstance(append, AppendBytes)
+    assert (append.offset, append.data) == (4, b"3\n")
+    assert (delete, put) == (DeleteFile("tasks/a.json"), PutFile("plans/b.md", b"# B\n"))
+    check_leads_there(tree, difference, FILES)
+
+
+def test_growth_is_an_append_however_it_was_written(tree: ProjectTree) -> None:
+    (tree.root / "plans/a.md").write_bytes(b"# A\nmore\n")
+    difference = compare(tree, touched("plans/a.md"))
+    assert isinstance(difference.operations[0], AppendBytes)
+    check_leads_there(tree, difference, FILES)
+
+
+def test_a_log_that_grows_is_read_only_where_it_grew(tree: ProjectTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "events/_lifecycle.jsonl"
+    copy = Copy(tree.root, dict(FILES))
+    for number in range(20):
+        what = touched(path, tree=tree, appended=path)
+        with (tree.root / path).open("ab") as file:
+            file.write(b"%d " % number * 1000)
+        if number == 2:
+            monkeypatch.setattr(ProjectTree, "_read_whole", None)
+        difference = compare(tree, what)
+        tree.accept(difference)
+        for operation in difference.operations:
+            assert isinstance(operation, AppendBytes)
+            MemoryTree(copy.files).append(path, operation.data)
+    assert copy.files[path] == (tree.root / path).read_bytes()
+
+
+def test_a_log_that_somebody_changed_before_it_grew_is_replaced(tree: ProjectTree) -> None:
+    path = tree.root / "events/a.jsonl"
+    path.write_bytes(b"9\n9\n")
+    os.utime(path, ns=(1, 1))
+    what = touched("events/a.jsonl", tree=tree, appended="events/a.jsonl")
+    with path.open("ab") as file:
+        file.write(b"3\n")
+    difference = compare(tree, what)
+    assert difference.operations == [PutFile("events/a.jsonl", b"9\n9\n3\n")]
+
+
+def test_a_rename_is_a_move_after_what_was_written_before_it(tree: ProjectTree) -> None:
+    what = touched(
+        "events/a.jsonl", Move("events/a.jsonl", "archive/events/a.jsonl"), tree=tree, appended="events/a.jsonl"
+    )
+    (tree.root / "archive/events").mkdir(parents=True)
+    with (tree.root / "events/a.jsonl").open("ab") as file:
+        file.write(b"3\n")
+    (tree.root / "events/a.jsonl").rename(tree.root / "archive/events/a.jsonl")
+    difference = compare(tree, what)
+    assert [type(operation) for operation in difference.operations] == [AppendBytes, MoveFile]
+    check_leads_there(tree, difference, FILES)
+
+
+def test_what_was_written_after_a_rename_follows_it(tree: ProjectTree) -> None:
+    (tree.root / "plans/a.md").rename(tree.root / "plans/b.md")
+    (tree.root / "plans/b.md").write_bytes(b"other")
+    difference = compare(tree, touched(Move("plans/a.md", "plans/b.md"), "plans/b.md"))
+    assert [type(operation) for operation in difference.operations] == [MoveFile, PutFile]
+    check_leads_there(tree, difference, FILES)
+
+
+def test_renames_that_did_not_last_are_compared_as_files(tree: ProjectTree) -> None:
+    a, b, c = (tree.root / "plans" / name for name in ("a.md", "b.md", "c.md"))
+    a.rename(b)
+    b.rename(c)
+    a.write_bytes(b"again")
+    difference = compare(
+        tree, touched(Move("plans/a.md", "plans/b.md"), Move("plans/b.md", "plans/c.md"), "plans/a.md")
+    )
+    check_leads_there(tree, difference, FILES)
+
+
+def test_two_renames_are_one_move(tree: ProjectTree) -> None:
+    a, b, c = (tree.root / "plans" / name for name in ("a.md", "b.md", "c.md"))
+    a.rename(b)
+    b.rename(c)
+    difference = compare(tree, touched(Move("plans/a.md", "plans/b.md"), Move("plans/b.md", "plans/c.md")))
+    assert [type(operation) for operation in difference.operations] == [MoveFile]
+    check_leads_there(tree, difference, FILES)
+
+
+def test_a_large_json_file_with_a_small_change_is_patched(tree: ProjectTree) -> None:
+    before = canonical_json({"map": {f"LAT-{n}": f"task_{n}" for n in range(500)}, "next": 1})
+    after = canonical_json({"map": {f"LAT-{n}": f"task_{n}" for n in range(1, 501)}, "next": 2})
+    (tree.root / "ids.json").write_bytes(before)
+    tree.accept(tree.reconcile())
+    (tree.root / "ids.json").write_bytes(after)
+    difference = compare(tree, touched("ids.json"), {"ids.json": before})
+    assert isinstance(difference.operations[0], MergeJson)
+    assert len(difference.operations[0].patch) < 100
+    check_leads_there(tree, difference, {**FILES, "ids.json": before})
+
+
+def test_a_large_file_is_announced_and_so_is_what_is_too_much_for_one_change(tree: ProjectTree) -> None:
+    (tree.root / "artifacts").mkdir()
+    names = [f"artifacts/{number:02}" for number in range(20)]
+    for name in names:
+        (tree.root / name).write_bytes(os.urandom(INLINE_BYTES - 1))
+    (tree.root / "artifacts/large").write_bytes(os.urandom(INLINE_BYTES + 1))
+    difference = compare(tree, touched("artifacts/large", *names))
+    kinds = [type(operation) for operation in difference.operations]
+    assert kinds[0] is AnnounceFile
+    assert kinds.count(PutFile) == 16
+    check_leads_there(tree, difference, FILES)
+
+
+def test_a_file_larger_than_memory_allows_is_announced_with_its_digest(tree: ProjectTree) -> None:
+    with (tree.root / "huge").open("wb") as file:
+        file.truncate(9 * 1024 * 1024)
+    difference = tree.reconcile()
+    assert isinstance(difference.operations[0], AnnounceFile)
+    check_leads_there(tree, difference, FILES)
+
+
+def test_files_written_with_the_same_content_are_no_change(tree: ProjectTree) -> None:
+    (tree.root / "tasks/a.json").unlink()
+    (tree.root / "tasks/a.json").write_bytes(FILES["tasks/a.json"])
+    difference = tree.reconcile()
+    assert difference.operations == []
+    tree.accept(difference)
+
+
+def test_reconciling_finds_what_others_did_event_logs_first(tree: ProjectTree) -> None:
+    (tree.root / "config.json").write_bytes(b'{"x": 1}\n')
+    (tree.root / "events/b.jsonl").write_bytes(b"1\n")
+    (tree.root / "plans/a.md").unlink()
+    (tree.root / "locks").mkdir()
+    (tree.root / "locks/x.lock").write_bytes(b"")
+    (tree.root / "plans/a.md~").write_bytes(b"an editor's")
+    (tree.root / "tasks/.tmp.x").write_bytes(b"")
+    assert tree.reconcile(["plans/a.md", "../x", "nope"]).operations == [DeleteFile("plans/a.md")]
+    difference = tree.reconcile()
+    assert [operation.path for operation in difference.operations] == ["events/b.jsonl", "config.json", "plans/a.md"]
+    check_leads_there(tree, difference, FILES)
+    assert tree.reconcile().operations == []
+
+
+def test_a_young_file_is_looked_at_again(tree: ProjectTree) -> None:
+    path = tree.root / "plans/a.md"
+    status = path.stat()
+    path.write_bytes(b"# B\n")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as within one tick of the file system's clock
+    assert tree.reconcile().operations == [PutFile("plans/a.md", b"# B\n")]
+
+
+def test_symbolic_links_and_special_files_are_no_part_of_the_tree(tree: ProjectTree, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/x.json").write_bytes(b"secret")
+    (tree.root / "notes").symlink_to(tmp_path / "secret")
+    (tree.root / "tasks/x.json").symlink_to(tmp_path / "secret/x.json")
+    os.mkfifo(tree.root / "tasks/fifo.json")
+    assert tree.reconcile().operations == []
+    assert tree.reconcile(["notes/x.json", "tasks/x.json", "tasks/fifo.json"]).operations == []
+    (tree.root / "plans/a.md").unlink()
+    (tree.root / "plans/a.md").symlink_to(tmp_path / "secret/x.json")
+    assert tree.reconcile().operations == [DeleteFile("plans/a.md")]
+
+
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 2) | st.sampled_from(["", "a", "é"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abcd"), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(st.sampled_from("abcdefgh"), _json), st.dictionaries(st.sampled_from("abcdefgh"), _json))
+def test_a_patch_produces_exactly_the_bytes(before: dict[str, object], after: dict[str, object]) -> None:
+    import json
+
+    from lattice_remote.protocol.operations import merge_patch
+
+    patch = patch_between(canonical_json(before), canonical_json(after))
+    if patch is not None:
+        assert canonical_json(merge_patch(before, json.loads(patch))) == canonical_json(after)
+
+
+@pytest.mark.parametrize("before", [b"not json", b"[]\n", b'{"a":1}', b"\xff"])
+def test_no_patch_where_there_is_no_object(before: bytes) -> None:
+    assert patch_between(before, b'{"b":1}') is None
+
+
+def test_no_patch_where_json_is_nested_too_deep_to_compare() -> None:
+    before = b'{"a":' * 1200 + b"1" + b"}" * 1200
+    assert patch_between(before, before.replace(b"1", b"2")) is None
+
+
+def test_a_file_that_the_server_may_not_read_counts_as_none(tree: ProjectTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = open
+
+    def guarded(path: str, *args: str) -> object:
+        if path.endswith("a.md"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args)
+
+    (tree.root / "plans/a.md").write_bytes(b"# Secret\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", guarded)
+        difference = tree.reconcile()
+    assert difference.operations == [DeleteFile("plans/a.md")]
+    tree.accept(difference)
+    assert tree.reconcile().operations == [PutFile("plans/a.md", b"# Secret\n")]
+
+
+def test_a_log_that_somebody_cuts_while_it_is_read_is_not_an_empty_append(
+    tree: ProjectTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = touched("events/a.jsonl", tree=tree, appended="events/a.jsonl")
+    with (tree.root / "events/a.jsonl").open("ab") as file:
+        file.write(b"3\n")
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, size, offset: pread(fd, size, offset)[: max(0, 3 - offset)])
+    assert not any(isinstance(operation, AppendBytes) for operation in compare(tree, what).operations)

@@ -1,0 +1,166 @@
+"""A project that takes the place of an empty one: cut off at any step, it is the one or the other (I2, I6)."""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from worker_process import WorkerProcess, answer_of, execute, make_project, tree_of
+
+from lattice_remote.protocol.codec import decode_server_frame
+from lattice_remote.protocol.messages import Pushed, Refused
+from lattice_remote.server.datadir import ProjectPaths
+from lattice_remote.server.ipc import ImportProject, RequestDone
+from lattice_remote.server.maintenance.fsck_project import check_project
+from lattice_remote.server.worker import project_import
+from sample_projects import sample_project
+
+ID = "0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sample_project(tmp_path_factory.mktemp("own"))
+
+
+def candidate(project: Path, own: Path) -> ImportProject:
+    """Put a checked project beside the one that it is to replace; return the request."""
+    place = project / "incoming" / ID
+    shutil.copytree(own, place / ".lattice")
+    return ImportProject(ID, "tok_1", "human:ana", f"incoming/{ID}", 2, 1, len(tree_of(own)), ["a note"])
+
+
+def asked_again(worker: WorkerProcess) -> Pushed | Refused:
+    worker.send(ImportProject(ID, "tok_1", "human:ana"))
+    frame = decode_server_frame(worker.done().reply or b"")
+    assert isinstance(frame, Pushed | Refused)
+    return frame
+
+
+def left(worker: WorkerProcess) -> bool:
+    """Tell whether the worker has gone, without another word."""
+    try:
+        return not isinstance(worker.receive(), RequestDone)
+    except EOFError:
+        return True
+
+
+def test_the_worker_decides_and_leaves_and_the_next_one_goes_on(tmp_path: Path, own: Path) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        before = worker.ready.epoch
+        worker.send(candidate(project, own))
+        assert left(worker)
+    assert tree_of(project / ".lattice") != tree_of(own), "not yet"
+    with WorkerProcess(project) as worker:
+        assert tree_of(project / ".lattice") == tree_of(own)
+        assert worker.ready.epoch != before and worker.ready.head == 1
+        assert asked_again(worker) == Pushed(ID, 1, 2, 1, len(tree_of(own)), ["a note"])
+        worker.ok("comment", "OWN-1", "goes on", "--actor", "human:ana")
+    assert not (project / "adopting").exists() and not os.listdir(project / "incoming")
+    with WorkerProcess(project) as worker:
+        assert asked_again(worker).id == ID, "it is answered for as long as the journal is kept"
+    assert not check_project("web", ProjectPaths(project), at_rest=True).findings
+
+
+class Cut(BaseException):
+    """The machine stops here."""
+
+
+def cutting(monkeypatch: pytest.MonkeyPatch, steps: int) -> Callable[[], None]:
+    """Let so many changes of the disk happen, and no more; return what takes that back."""
+    left = [steps]
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object, **options: object) -> object:
+            if not left[0]:
+                raise Cut
+            left[0] -= 1
+            return function(*arguments, **options)
+
+        return call
+
+    for module, name in (
+        (os, "rename"),
+        (os, "write"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (project_import, "sync_directory"),
+    ):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
+    return monkeypatch.undo
+
+
+@pytest.mark.parametrize("steps", range(9))
+def test_cut_off_at_any_step_it_is_the_one_or_the_other(
+    tmp_path: Path, own: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.stop()
+    empty, request = tree_of(project / ".lattice"), candidate(project, own)
+    undo = cutting(monkeypatch, steps)
+    try:
+        project_import.decide(project, request)
+        project_import.put_in_place(project)
+    except Cut:
+        pass
+    finally:
+        undo()
+    with WorkerProcess(project) as worker:
+        answer = asked_again(worker)
+        if isinstance(answer, Pushed):
+            assert tree_of(project / ".lattice") == tree_of(own)
+        else:
+            assert tree_of(project / ".lattice") == empty and answer.code == "REMOTE_NOT_FOUND"
+            assert steps < 4, "it was decided"
+    assert not (project / "adopting").exists()
+
+
+def test_cut_off_after_it_was_journalled_it_is_not_done_twice(tmp_path: Path, own: Path) -> None:
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        worker.send(candidate(project, own))
+        assert left(worker)
+    shutil.copytree(project / "adopting", tmp_path / "adopting")
+    with WorkerProcess(project) as worker:
+        epoch = worker.ready.epoch
+        worker.ok("comment", "OWN-1", "since then", "--actor", "human:ana")
+        worker.kill()
+    shutil.rmtree(tmp_path / "adopting" / ".lattice")
+    shutil.copytree(tmp_path / "adopting", project / "adopting")  # as if it had not been removed yet
+    with WorkerProcess(project) as worker:
+        assert worker.ready.epoch == epoch and worker.ready.head == 2
+        logs = [path.read_text() for path in (project / ".lattice/events").glob("task_*.jsonl")]
+        assert sum("since then" in log for log in logs) == 1
+    assert not (project / "adopting").exists()
+
+
+def test_the_first_command_in_an_empty_project_wins_over_a_push(tmp_path: Path, own: Path) -> None:
+    """I1."""
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        request = candidate(project, own)
+        worker.send(execute("create", "first", "--actor", "human:ana"))
+        worker.send(request)
+        worker.done()
+        refused = answer_of(worker.done())
+        assert isinstance(refused, Refused) and "has 1 task" in refused.message
+        worker.ok("create", "second", "--actor", "human:ana")
+
+
+def test_what_others_put_into_an_empty_project_counts(tmp_path: Path, own: Path) -> None:
+    """I12."""
+    project = make_project(tmp_path / "web")
+    with WorkerProcess(project) as worker:
+        (project / ".lattice/notes/README.md").write_text("mine")
+        worker.send(candidate(project, own))
+        refused = answer_of(worker.done())
+        assert isinstance(refused, Refused) and "notes/README.md" in refused.message
+        (project / ".lattice/notes/README.md").unlink()
+        (project / ".lattice/ids.json").write_text('{"map": {"LAT-1": "task_x"}}')
+        worker.send(ImportProject(secrets.token_hex(16), "tok_1", "human:ana", f"incoming/{ID}"))
+        refused = answer_of(worker.done())
+        assert isinstance(refused, Refused) and "short ids" in refused.message

@@ -1,0 +1,58 @@
+"""Whose a session is, on disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lattice_remote.errors import Rejected
+from lattice_remote.protocol.operations import DeleteFile, PutFile
+from lattice_remote.server.worker.identity import OWNERS_FILE, Owner, SessionOwners
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / ".lattice" / "sessions").mkdir(parents=True)
+    return tmp_path
+
+
+def begin(project: Path, name: str, own_id: str) -> list[PutFile]:
+    data = json.dumps({"name": name, "session": own_id}).encode()
+    (project / ".lattice/sessions" / f"{name}.json").write_bytes(data)
+    return [PutFile(f"sessions/{name}.json", data), PutFile("sessions/index.json", b"{}")]
+
+
+def test_it_is_known_after_a_restart_by_the_sessions_own_id(project: Path) -> None:
+    SessionOwners(project).note(begin(project, "A-1", "sess_1"), "tok_1", "human:ana")
+    assert SessionOwners(project).of("A-1", "sess_1") == Owner("sess_1", "tok_1", "human:ana")
+    assert SessionOwners(project).of("A-1", "sess_2") is None, "another session of the same name, after a rollback"
+    assert SessionOwners(project).of("B-1", "sess_1") is None and SessionOwners().of("A-1", "sess_1") is None
+
+
+def test_what_is_ended_is_forgotten_with_the_next_that_starts(project: Path) -> None:
+    owners = SessionOwners(project)
+    owners.note(begin(project, "A-1", "sess_1"), "tok_1", "human:ana")
+    (project / ".lattice/sessions/A-1.json").unlink()
+    owners.note([DeleteFile("sessions/A-1.json"), *begin(project, "B-1", "sess_2")], "tok_2", "human:ben")
+    assert set(json.loads((project / OWNERS_FILE).read_text())) == {"B-1"}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"A-1": {"session": 3}}', b"\xff", b"null"])
+def test_a_damaged_file_is_said_and_gives_nobody_anything(project: Path, content: bytes) -> None:
+    (project / OWNERS_FILE).write_bytes(content)
+    with pytest.raises(Rejected, match="can't read whose sessions") as refused:
+        SessionOwners(project).of("A-1", "sess_1")
+    assert refused.value.code == "REMOTE_STORAGE"
+
+
+def test_a_full_disk_leaves_what_was_known(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = SessionOwners(project)
+    owners.note(begin(project, "A-1", "sess_1"), "tok_1", "human:ana")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lattice_remote.server.worker.identity.write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        owners.note(begin(project, "B-1", "sess_2"), "tok_2", "human:ben")
+    assert owners.of("B-1", "sess_2") is None and owners.of("A-1", "sess_1") is not None

@@ -1,0 +1,213 @@
+"""A transaction is all or nothing, at whichever step of it the process is killed (I1, I6)."""
+
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from worker_process import tree_of
+
+from lattice_remote.protocol.messages import Reply
+from lattice_remote.server.journal.journal import Retention
+from lattice_remote.server.worker import store as store_module
+from lattice_remote.server.worker.recovery import Opened, open_store
+from lattice_remote.server.worker.store import ChangeOrigin, ChangeTooLarge, CommitJob
+
+REQUEST = "7" * 32
+CAUSE = ChangeOrigin(REQUEST, "tok", "human:ana", REQUEST)
+TINY_SEGMENTS = Retention(segment_bytes=1)
+FILES = {
+    "events/log.jsonl": b"line\n",
+    "tasks/small.json": b"small\n",
+    "tasks/large.json": os.urandom(50_000),
+    "tasks/moved.json": os.urandom(50_000),
+    "plans/rewritten.md": b"# Plan\n",
+    "notes/removed.md": b"# Notes\n",
+}
+
+
+Hook = Callable[[str, tuple[object, ...]], None]
+
+
+class Killed(BaseException):
+    """The process does not live to do this."""
+
+
+class Killer:
+    """Ends this thread's life before its n-th step that changes something on disk; every later one fails as well."""
+
+    def __init__(self) -> None:
+        self._left: int | None = None
+        self._thread = threading.get_ident()
+        self._write = os.write
+        self._watcher: Hook = lambda event, args: None
+        sys.addaudithook(self._hook)
+
+    def watch_also(self, hook: Hook) -> None:
+        """Stand for ``sys.addaudithook``: hooks of stores that are gone would only cost time."""
+        self._watcher = hook
+
+    @contextmanager
+    def killing(self, step: int | None) -> Iterator[None]:
+        self._left = step
+        try:
+            yield
+        finally:
+            self._left = None
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if self._is_over():
+            self._write(descriptor, data[: len(data) // 2])  # torn
+            raise Killed
+        return self._write(descriptor, data)
+
+    def _is_over(self) -> bool:
+        if self._left is None or threading.get_ident() != self._thread:
+            return False
+        self._left -= 1
+        return self._left < 0
+
+    def _hook(self, event: str, args: tuple[object, ...]) -> None:
+        if self._left is not None and self._changes_something(event, args) and self._is_over():
+            raise Killed
+        self._watcher(event, args)
+
+    def _changes_something(self, event: str, args: tuple[object, ...]) -> bool:
+        changes = event in ("os.rename", "os.remove", "os.truncate", "os.link", "os.mkdir", "os.rmdir")
+        if event == "open":
+            flags = args[2]
+            assert isinstance(flags, int)
+            changes = bool(flags & (os.O_WRONLY | os.O_RDWR))
+        return changes
+
+
+@pytest.fixture
+def killer(monkeypatch: pytest.MonkeyPatch) -> Killer:
+    made = Killer()
+    monkeypatch.setattr(sys, "addaudithook", made.watch_also)
+    monkeypatch.setattr(os, "write", made.write)
+    for sync in ("fsync", "fdatasync"):  # the death of a process loses nothing that was written
+        monkeypatch.setattr(os, sync, lambda _: None)
+    return made
+
+
+class AtOnce:
+    """Stands for the committer: what it is given is done before it returns."""
+
+    def submit(self, job: CommitJob) -> None:
+        if job.then is not None:
+            job.then()
+
+    def wait(self) -> None:
+        """Everything is done already."""
+
+
+def open_here(project: Path) -> Opened:
+    return open_store(project, project / "tmp", AtOnce(), code=[], retention=TINY_SEGMENTS)  # type: ignore[arg-type]
+
+
+def replace(path: Path, data: bytes) -> None:
+    scratch = path.with_name(f".tmp.{path.name}")
+    write(scratch, data, os.O_CREAT | os.O_TRUNC)
+    scratch.replace(path)
+
+
+def write(path: Path, data: bytes, flags: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | flags)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+
+
+def deed(lattice: Path) -> None:
+    """Do everything that commands do to files."""
+    write(lattice / "events/log.jsonl", b"more\n", os.O_APPEND | os.O_CREAT)
+    write(lattice / "events/new.jsonl", b"first\n", os.O_APPEND | os.O_CREAT)
+    replace(lattice / "tasks/small.json", b"other\n")
+    replace(lattice / "tasks/large.json", b"other " * 10_000)
+    replace(lattice / "tasks/large.json", b"again " * 10_000)
+    (lattice / "archive").mkdir()
+    (lattice / "tasks/moved.json").rename(lattice / "archive/moved.json")
+    write(lattice / "archive/moved.json", b"more\n", os.O_APPEND | os.O_CREAT)
+    write(lattice / "plans/rewritten.md", b"# Another\n", os.O_TRUNC)
+    (lattice / "notes/removed.md").unlink()
+
+
+def run(project: Path) -> None:
+    """Open the project, carry out the request unless it was, and leave without a word."""
+    store = open_here(project).store
+    if store.journal.find(REQUEST) is not None:
+        return
+    with store.transaction() as touched:
+        deed(project / ".lattice")
+    store.commit(store.difference(touched), CAUSE, lambda seq: Reply(REQUEST, seq, 0, b"", b""))
+
+
+@pytest.fixture
+def projects(tmp_path: Path) -> tuple[Path, Path]:
+    """A project before the request, and one after it."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    for name, content in FILES.items():
+        (before / ".lattice" / name).parent.mkdir(parents=True, exist_ok=True)
+        (before / ".lattice" / name).write_bytes(content)
+    (before / "tmp").mkdir()
+    open_here(before)
+    shutil.copytree(before, after)
+    run(after)
+    return before, after
+
+
+def test_killed_at_every_step_a_request_has_run_once_or_not_at_all(
+    killer: Killer, projects: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = (tree_of(project / ".lattice") for project in projects)
+    step, outcomes = 0, []
+    while True:
+        project = tmp_path / "killed"
+        shutil.copytree(projects[0], project)
+        try:
+            with killer.killing(step):
+                run(project)
+        except Killed:
+            pass
+        else:
+            break
+        try:
+            with killer.killing(step % 7):  # and again, soon after its return
+                open_here(project)
+        except Killed:
+            pass
+        opened = open_here(project)
+        has_run = opened.store.journal.find(REQUEST) is not None
+        outcomes.append(has_run)
+        assert opened.store.journal.head == has_run, f"numbers have no gap (I1), step {step}"
+        assert tree_of(project / ".lattice") == (new if has_run else old), f"step {step}"
+        assert not any("were not as change" in note for note in opened.notes), opened.notes
+        run(project)
+        assert tree_of(project / ".lattice") == new, f"step {step}"
+        assert open_here(project).store.journal.head == 1
+        shutil.rmtree(project)
+        step += 1
+    assert outcomes.count(False) > 40
+    assert outcomes.count(True) > 3
+
+
+def test_a_change_that_no_frame_can_carry_is_not_made(
+    projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = projects[0]
+    before = tree_of(project / ".lattice")
+    opened = open_here(project)
+    monkeypatch.setattr(store_module, "_MAX_ENCODED_BYTES", 100)
+    with opened.store.transaction() as touched:
+        deed(project / ".lattice")
+    with pytest.raises(ChangeTooLarge):
+        opened.store.commit(opened.store.difference(touched), CAUSE)
+    opened.store.roll_back()
+    assert tree_of(project / ".lattice") == before
+    assert opened.store.journal.head == 0
