@@ -185,7 +185,7 @@ class Server:
             return []
         with contextlib.suppress(OSError):
             children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-            return [int(pid) for pid in children if b".worker.process\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            return [int(pid) for pid in children if b".worker.main\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
         return []
 
     def _end(self, sign: signal.Signals) -> int:

@@ -117,7 +117,7 @@ async def test_it_stops_in_time_beside_stalled_readers_and_a_worker_that_does_no
         for reader in readers:
             opened.enter_context(reader)
         assert await asyncio.to_thread(readers[0].recv, 12) == b"HTTP/1.1 200"
-        [worker] = children_of(process, b".worker.process\0")
+        [worker] = children_of(process, b".worker.main\0")
         os.kill(worker, signal.SIGSTOP)
         await client.send(encode(Run("1" * 32, ["create", "never answered", "--actor", "human:ana"], [])))
         assert await asyncio.to_thread(process.end) == 0

@@ -181,7 +181,7 @@ def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["non
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # it would believe any program on this machine; see web/origin.py
+        proxy_headers=False,  # it would believe any program on this machine; see http/auth.py
         backlog=_BACKLOG,
     )
     config.load()

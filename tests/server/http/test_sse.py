@@ -239,7 +239,7 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
             events = listening.take(2)  # of three
         create(session, url, "two")
         assert session.get(f"{url}/tasks", timeout=30).ok
-        [reader] = children_of(first, b"reader_process")
+        [reader] = children_of(first, b"worker.reader")
         assert first.end(signal.SIGKILL) == -signal.SIGKILL
         wait_for(lambda: is_gone(reader), "its reader to leave", 10)
         second = Process(data)

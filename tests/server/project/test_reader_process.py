@@ -457,12 +457,12 @@ def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: P
         looks = [pool.submit(write_and_look, n) for n in range(16)]
         killed = 0
         while not all(look.done() for look in looks):
-            for pid in children_of(server, b"reader_process")[: 1 if killed < 2 else 0]:
+            for pid in children_of(server, b"worker.reader")[: 1 if killed < 2 else 0]:
                 os.kill(pid, signal.SIGKILL)
                 killed += 1
             time.sleep(0.1)
         assert sum(look.result() for look in looks) <= 4 * killed
-    [pid] = children_of(server, b"reader_process")
+    [pid] = children_of(server, b"worker.reader")
     os.kill(pid, signal.SIGSTOP)
     with ThreadPoolExecutor(1) as pool:
         board = url.replace("/tasks", "/dashboard/data")

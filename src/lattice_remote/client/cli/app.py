@@ -26,8 +26,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _part in (remotes, tokens, sync, history, push, sync, resolve, rescued, watch, mcp, sync):
+for _part in (remotes, tokens, sync, history, push, resolve, rescued, watch, mcp):
     app.add_typer(_part.app)
+app.add_typer(sync.agent_app)
 
 
 def main(args: Sequence[str], prog_name: str) -> NoReturn:
