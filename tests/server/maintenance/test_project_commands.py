@@ -211,7 +211,7 @@ def test_fsck_finishes_what_was_cut_off(data: DataDir, own: Path) -> None:
 
 
 def test_a_project_archived_before_it_was_in_its_place_comes_back(data: DataDir) -> None:
-    """As a crash between the two renames of an adoption leaves it (decision 0056)."""
+    """As a crash between the two renames of an adoption leaves it (decision 0012)."""
     root = data.project("web").root
     (root / "adopting").mkdir()
     os.rename(root / ".lattice", root / "adopting" / ".lattice")

@@ -1,11 +1,11 @@
 """The Content-Security-Policy of lattice's own dashboard page: as strict as that page allows, whatever its version.
 
 The page is one file with its script and its style inside, six libraries from a public server, ``style`` and ``on...``
-attributes all over, and a background picture of the user's choice. So this can't be forbidden (decision 0083):
+attributes all over, and a background picture of the user's choice. So this can't be forbidden (decision 0033):
 
 - scripts of its own: each is named by its digest. No other inline script runs, and no ``javascript:`` link.
 - the libraries: each is named by its address.
-- inline styles, pictures from any server, and ``on...`` attributes where these were not replaced (decision 0084).
+- inline styles, pictures from any server, and ``on...`` attributes where these were not replaced (decision 0033).
 
 No I/O: the caller has the page, with what was added to it.
 """

@@ -1,7 +1,7 @@
 """``lattice-remote export``: a project becomes a plain directory, as it was at one moment, while its server works.
 
 It is what a backup does: the tree is copied, then the journal, which holds all that any file of the copy has a part of;
-then a worker opens the copy and brings it to one number (decision 0041).
+then a worker opens the copy and brings it to one number (decision 0011).
 """
 
 import asyncio

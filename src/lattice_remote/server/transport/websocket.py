@@ -1,7 +1,7 @@
 """uvicorn's upgraded sockets, handed to the websockets package: everything that leans on their insides.
 
 uvicorn alone can't abort a transport, websockets alone can't share the port with plain HTTP (measured in
-docs/decisions/0010). What is relied on beyond their documentation, checked by tests/server/test_websocket.py:
+docs/decisions/0014). What is relied on beyond their documentation, checked by tests/server/test_websocket.py:
 
 - uvicorn's ``H11Protocol`` sets ``cycle`` for each request whose head is complete, and calls
   ``on_response_complete()`` after each response.
