@@ -175,11 +175,11 @@ async def test_requests_of_a_connection_and_of_a_token(tmp_path: Path) -> None:
             frames = [decode_server_frame(await client.recv()) for _ in range(4)]
             refusals.append([frame.message for frame in frames if isinstance(frame, Refused)])
             assert sum(isinstance(frame, Reply) for frame in frames) == 4 - len(refusals[-1])
-        assert refusals[0] == ["3 requests are under way on this connection"]
+        assert refusals[0] == ["3 requests are in flight on this connection"]
         assert refusals[1]
         assert set(refusals[1]) <= {
-            "3 requests are under way on this connection",
-            "4 requests of this token are under way",
+            "3 requests are in flight on this connection",
+            "4 requests of this token are in flight",
         }
         copy = Copy(follow=False)
         async with running.connected() as client:

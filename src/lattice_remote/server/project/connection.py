@@ -1,13 +1,12 @@
-"""One connected client: its greeting, what it missed, and then changes, answers and files, in that order's keeping.
+"""One client connection to a project: greeting, catch-up, then live changes, replies and files.
 
-Two things run for a client. What it sends is read at once, whatever it is owed. What it is owed goes out in its
-own time: first the changes that it missed, then, for good, every new change in the very moment in which it is
-committed, and files in pieces between them as the outbox has room.
+The reader handles frames as they arrive. The sender first sends the missed changes. From then on each change is queued
+in the loop tick of its commit, with pieces of files between changes as the send queue has room.
 
     greeting --Hello--> catching up --its last change is the head--> live
 
-Answers are held until it is live, so that each comes after its change. A manifest and each part of a file are
-queued in the tick in which they are right, so the number they carry is that of the last change queued before.
+Replies wait until the connection is live, so each follows its change. A manifest entry or the first part of a file is
+queued in the tick in which it is correct, so its sequence number is that of the last change queued before it.
 """
 
 import asyncio
@@ -87,9 +86,9 @@ __all__ = [
 
 
 async def is_on_record(project: Project, position: Position) -> bool | None:
-    """Tell whether a position is of the present history; None where its change is not kept any more.
+    """Return whether a position belongs to the current history; None if its change is no longer kept.
 
-    A genuine one that is not begins a new epoch: the server was rolled back since the client has seen it.
+    A genuine position outside the history proves a rollback and starts a new epoch (I7).
     """
     history = project.history
     if position.epoch != history.epoch:
@@ -104,7 +103,7 @@ async def is_on_record(project: Project, position: Position) -> bool | None:
 
 
 async def can_continue(project: Project, position: Position) -> bool:
-    """Tell whether changes can bring a cache up to date that is at this position."""
+    """Return whether replaying changes can bring a cache at this position up to date."""
     if not await is_on_record(project, position):
         return False
     history = project.history
@@ -112,9 +111,9 @@ async def can_continue(project: Project, position: Position) -> bool:
 
 
 async def followed(project: Project, follow: Follow) -> Followed:
-    """Answer a ``Follow``; from the last look at the history to the return nothing waits.
+    """Answer a ``Follow``. Does not yield between its last look at the history and its return.
 
-    One without a mark is a person's guess: it gets the changes after that number, of whichever history is present.
+    Without a change id the position is a user's guess: it gets the changes after that number in the current history.
     """
     history = project.history
     epoch, mark, is_known = history.epoch, follow.mark, True
@@ -137,33 +136,33 @@ async def followed(project: Project, follow: Follow) -> Followed:
 
 
 class ReplicationStatus:
-    """One connection. ``greeted()`` comes first; before it nothing is known."""
+    """Replication state of one connection. Empty before ``greeted()``."""
 
     def __init__(self, pace: CommitTimes, metrics: ProjectMetrics) -> None:
         self.since = datetime.now(UTC)
-        """When it was connected."""
+        """Time of the connection."""
         self.client_version = ""
-        """What it runs, as it says; "" before its greeting."""
+        """As the client reports it; "" before its greeting."""
         self.lattice_version = ""
         self.applied: int | None = None
-        """The last change that its files hold, as far as is known; None: it keeps no copy on this connection."""
+        """Last change that the cache has applied, as far as known; None if this connection serves no cache."""
         self._pace = pace
         self._metrics = metrics
-        self._measured_from = 0  # changes up to here were committed before it was there
+        self._measured_from = 0  # the head at the greeting: earlier changes are not measured
 
     def greeted(self, hello: Hello, *, start: int, head: int) -> None:
-        """It was welcomed, and is sent the changes after ``start``."""
+        """Record the greeting of a client that gets the changes after ``start``."""
         self.client_version, self.lattice_version = hello.client_version[:40], hello.lattice_version[:40]
         self._measured_from = head
         if hello.follow:
             self.applied = start
 
     def follows_from(self, seq: int) -> None:
-        """It follows from now on, and holds this change."""
+        """Record that the client subscribes from change ``seq`` on."""
         self.applied = seq
 
     def acknowledged(self, frame: Applied, *, sent: int) -> None:
-        """Take what it says; ``sent`` is the last change that was sent to it."""
+        """Record an acknowledgement; one beyond ``sent``, the last change sent, is ignored."""
         if self.applied is None or not self.applied < frame.seq <= sent:
             return
         self.applied = frame.seq
@@ -173,45 +172,44 @@ class ReplicationStatus:
 
 
 _UNKNOWN = bytes(32)
-"""A digest that no file has: whatever the client holds, it is to be fetched."""
+"""Digest that no file has, so the client always fetches the file."""
 _OPERATIONS = frozenset({"append", "merge", "move"})
 _decoder = msgspec.msgpack.Decoder(Change)
 
 
 def offered_capabilities() -> list[str]:
-    """Return what this server can do with what is installed beside it."""
+    """Return the capabilities of this server, given the installed packages."""
     return [name for name in CAPABILITIES if not name.startswith("call:") or is_offered(name.removeprefix("call:"))]
 
 
 def common_capabilities(hello: Hello) -> frozenset[str]:
-    """Return what both sides understand.
+    """Return the capabilities that both sides have.
 
     Raises:
-        ProtocolError: it is too little for a client that follows; the message says which side to upgrade.
+        ProtocolError: a subscriber lacks a required capability; the message names the side to upgrade.
     """
     common = frozenset(hello.capabilities) & frozenset(CAPABILITIES)
     if hello.follow and "announce" not in common:
         raise ProtocolError(
-            f"the client (lattice-remote {hello.client_version[:40]}) can't fetch announced files: upgrade the client",
+            f"the client (lattice-remote {hello.client_version[:40]}) cannot fetch announced files: upgrade the client",
             code="REMOTE_VERSION",
         )
     return common
 
 
 class ChangeEncoder:
-    """How changes are told to clients that understand the same operations.
+    """Encoder of changes for all clients with the same set of operations.
 
-    A new change is told to all of them in one loop tick, so keeping the last is enough to translate it once, however
-    many they are (I10).
+    All of them get a new change in one loop tick, so caching the last frame encodes each change once (I10).
     """
 
     def __init__(self, capabilities: frozenset[str]) -> None:
         self._capabilities = capabilities
         self._is_whole = capabilities >= _OPERATIONS
-        self._last: tuple[bytes, bytes] = (b"", b"")  # a frame, and how it was told
+        self._last: tuple[bytes, bytes] = (b"", b"")  # a frame and its encoding
 
     def told(self, frame: bytes) -> bytes:
-        """Return a change's WebSocket frame as these clients understand it: the shared one, if they do."""
+        """Return a change's WebSocket frame for these clients; the shared frame if they have every operation."""
         if self._is_whole:
             return frame
         if self._last[0] is not frame:
@@ -239,7 +237,7 @@ class ChangeEncoder:
 
 
 def dialect(capabilities: frozenset[str]) -> ChangeEncoder:
-    """Return the one that all clients with these capabilities share. There are as many as sets of operations: eight."""
+    """Return the encoder shared by all clients with these capabilities; there are at most eight."""
     return _dialect(capabilities & _OPERATIONS)
 
 
@@ -249,21 +247,21 @@ def _dialect(operations: frozenset[str]) -> ChangeEncoder:
 
 
 async def download(asked: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
-    """Return the piece that is asked for, as of the head. Reads in a thread."""
+    """Return the requested piece of a file as of the head. Reads in a thread."""
     content = history.files.get(asked.path)
     if content is None:
         return Refused(asked.id, "REMOTE_NOT_FOUND", f"there is no file {asked.path!r} in this project")
     size, digest = content
     if asked.digest not in (None, digest):
-        return Refused(asked.id, "REMOTE_NOT_FOUND", f"{asked.path!r} has another content by now")
+        return Refused(asked.id, "REMOTE_NOT_FOUND", f"{asked.path!r} has changed since")
     if asked.offset > size:
         return Refused(asked.id, "REMOTE_PROTOCOL", f"{asked.path!r} has {size} bytes")
     seq, wanted = history.head, min(asked.limit, size - asked.offset)
     try:
         data = await asyncio.to_thread(_read, paths.lattice / asked.path, asked.offset, wanted)
     except OSError as error:
-        return Refused(asked.id, "REMOTE_STORAGE", f"the server can't read {asked.path!r}: {error.strerror}")
-    if len(data) != wanted:  # somebody is changing it; the change that tells of it is on its way
+        return Refused(asked.id, "REMOTE_STORAGE", f"the server cannot read {asked.path!r}: {error.strerror}")
+    if len(data) != wanted:  # a write is in progress; its change follows
         return Refused(asked.id, "REMOTE_BUSY", f"{asked.path!r} is changing; try again")
     return Downloaded(asked.id, seq, size, digest, data)
 
@@ -279,7 +277,7 @@ def _read(path: Path, offset: int, size: int) -> bytes:
 HELLO_TIMEOUT_S = 10.0
 _MAX_FETCHES = 65_536
 _OTHER_FIELDS_BYTES = 64 * 1024
-"""What a frame may have beside a file."""
+"""Room in a frame beside the content of a file."""
 
 _CLOSE_CODES = {
     "REMOTE_SHUTDOWN": 1001,
@@ -290,47 +288,44 @@ _CLOSE_CODES = {
     "REMOTE_TOO_LARGE": 1009,
     "REMOTE_BUSY": 1012,
 }
-"""RFC 6455 section 7.4 for each goodbye; 1011 (internal error) for any other."""
+"""Close code (RFC 6455 section 7.4) of each ``Bye``; 1011 (internal error) for any other."""
 
 _log = logging.getLogger(__name__)
 
 
 class ClientConnection:
-    """One client's connection to one project. ``run()`` it; everything else is called by its project and by itself."""
+    """Connection of one client to one project; serve it with ``run()``."""
 
     def __init__(self, connection: Handoff, token: Token, project: Project) -> None:
         self.token = token
         self.project = project
         self.standing = ReplicationStatus(project.pace, project.metrics)
-        """How far it is."""
         self._connection = connection
         self._outbox = connection.outbox
         self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
-        self._capabilities: frozenset[str] = frozenset()  # what both sides understand
+        self._capabilities: frozenset[str] = frozenset()  # common to both sides
         self._dialect = dialect(frozenset(CAPABILITIES))
         self._follows = True
         self._live = False
-        self._sent = 0  # the last change that was queued for it
-        self._held_answers: list[bytes] = []  # until it is live
+        self._sent = 0  # the last change queued
+        self._held_answers: list[bytes] = []  # replies that wait until the connection is live
         self._held_bytes = 0
         self._in_flight: dict[str, Request] = {}
-        self._wanted: dict[str, None] = {}  # files to send, in the order in which they were asked for
+        self._wanted: dict[str, None] = {}  # files to send, in order of request
         self._wants_manifest = False
-        self._asked: deque[Log | ReadVersion | Download] = (
-            deque()
-        )  # what is read for it when it has taken what it is owed before
-        self._follow: Follow | None = None  # asked for, and not answered yet
+        self._asked: deque[Log | ReadVersion | Download] = deque()  # read at the client's pace
+        self._follow: Follow | None = None  # not yet answered
         self._work = asyncio.Event()
         self._ended = False
 
     @property
     def lane(self) -> Hashable:
-        """Its own: a connection's requests keep their order."""
+        """This connection: its requests keep their order."""
         return self
 
     async def run(self) -> None:
-        """Serve the client until its connection is closed, from either side. Raises nothing."""
+        """Serve the client until either side closes the connection. Raises nothing."""
         try:
             await self._welcome(await self._greeting())
             async with asyncio.TaskGroup() as group:
@@ -341,7 +336,7 @@ class ClientConnection:
             pass
         except* RemoteError as group:
             self._end_because(group)
-        except* Exception as group:  # noqa: BLE001 - one client's trouble must not be the server's
+        except* Exception as group:  # noqa: BLE001 - one connection's failure must not stop the server
             _log.exception("%s: unexpected failure", self._name)
             self._end_because(group)
         finally:
@@ -352,26 +347,26 @@ class ClientConnection:
 
     @property
     def address(self) -> str:
-        """Where it comes from, as far as the door knows."""
+        """The client's address, as admission control determined it."""
         return self._connection.visit.address
 
     @property
     def behind(self) -> int | None:
-        """How many changes its copy lacks, as far as it has said; None when it keeps none on this connection."""
+        """Number of changes the cache lacks, as far as acknowledged; None if this connection serves no cache."""
         applied = self.standing.applied
         return None if applied is None else max(0, self.project.history.head - applied)
 
     @property
     def waiting_bytes(self) -> int:
-        """What it was sent and has not taken yet."""
+        """Bytes queued and not yet written."""
         return self._outbox.pending_bytes
 
     def count_sent(self) -> None:
-        """Count what was sent since this was last called."""
+        """Add the bytes sent since the last call to the metrics."""
         self.project.metrics.sent_bytes.inc(self._outbox.take_written())
 
     def end(self, bye: Bye) -> None:
-        """Say goodbye and close; what is queued goes first. Idempotent, never waits."""
+        """Queue a ``Bye`` behind all queued frames, then close. Idempotent; never waits."""
         if self._ended:
             return
         self._ended = True
@@ -383,7 +378,7 @@ class ClientConnection:
         self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
 
     def _withdraw_requests(self, bye: Bye) -> None:
-        """Refuse the requests that have had no effect yet: nobody may ask for them again, so they are not run."""
+        """Refuse the requests that had no effect yet: the token cannot send them again, so they must not run."""
         for request_id in tuple(self._in_flight):
             if self.project.withdraw(self, request_id, bye.code):
                 del self._in_flight[request_id]
@@ -396,7 +391,7 @@ class ClientConnection:
         if isinstance(error, RemoteError):
             self.end(Bye(error.code, error.message[:4096], None if isinstance(error, ProtocolError) else 1.0))
         else:
-            self.end(Bye("REMOTE_FAILED", "the server failed at this; see its log", 1.0))
+            self.end(Bye("REMOTE_FAILED", "internal error; see the server's log", 1.0))
 
     # --- greeting ---
 
@@ -404,7 +399,7 @@ class ClientConnection:
         """Return the client's first frame.
 
         Raises:
-            ProtocolError: it is something else, or does not come in time, or shares no version with this side.
+            ProtocolError: no ``Hello`` within ``HELLO_TIMEOUT_S``, or no common version.
         """
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
@@ -422,7 +417,7 @@ class ClientConnection:
         return hello
 
     async def _welcome(self, hello: Hello) -> None:
-        """Answer the greeting. From the last look at the project to the queued frame nothing waits."""
+        """Answer the greeting. Does not yield between its last look at the project and the queued frame."""
         project = self.project
         self._capabilities = common_capabilities(hello)
         self._dialect = dialect(self._capabilities)
@@ -430,8 +425,8 @@ class ClientConnection:
         position = Position(hello.epoch, hello.seq, hello.mark)
         continues = hello.follow and await can_continue(project, position)
         is_lost = hello.follow and not continues and await project.history.lacks(position)
-        continues = continues and hello.epoch == project.history.epoch  # it may have begun anew meanwhile
-        if project.failure is not None:  # meanwhile; it told its followers, of whom this is not yet one
+        continues = continues and hello.epoch == project.history.epoch  # the epoch may have changed while reading
+        if project.failure is not None:  # failed before this connection joined the subscribers
             raise project.failure
         self._follows = hello.follow
         self._sent = hello.seq if continues else project.history.head
@@ -462,7 +457,7 @@ class ClientConnection:
         if self._sent == project.history.head:
             self._go_live()
 
-    # --- what the client sends ---
+    # --- received frames ---
 
     async def _read(self) -> None:
         async for message in self._connection:
@@ -494,11 +489,11 @@ class ClientConnection:
     def _fetch(self, frame: Fetch) -> None:
         self._wanted.update(dict.fromkeys(frame.paths))
         if len(self._wanted) > _MAX_FETCHES:
-            raise ProtocolError(f"more than {_MAX_FETCHES} files asked for at once")
+            raise ProtocolError(f"more than {_MAX_FETCHES} files requested at once")
         self._work.set()
 
     def _take_request(self, frame: Request) -> None:
-        """Take what is to be answered: refuse it, or have it carried out."""
+        """Refuse a request, or start it."""
         needed = needed_capability(frame)
         if needed is not None and needed not in self._capabilities:
             self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {needed!r}: upgrade the client")
@@ -506,7 +501,7 @@ class ClientConnection:
             most = self._limits.attachment_bytes
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
         elif isinstance(frame, Put) and not is_editable(frame.path):
-            self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not a file that people edit in place")
+            self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"{frame.path!r} is not an editable file")
         elif isinstance(frame, Put) and max(len(frame.text), len(frame.base or b"")) > self._limits.text_bytes:
             most = self._limits.text_bytes
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"{frame.path} is longer than {most} bytes")
@@ -538,18 +533,18 @@ class ClientConnection:
                 self._work.set()
 
     def _is_taken(self, frame: Request) -> bool:
-        """Note a request that is to be answered; return whether it is: one at a time of an id, and not too many.
+        """Register a request; return False for a duplicate or above the limit per connection.
 
         Raises:
-            ProtocolError: it is another request than the one that is under way with this id.
+            ProtocolError: a different request with this id is in flight.
         """
         if (known := self._in_flight.get(frame.id)) is not None:
             if _without_age(known) != _without_age(frame):
-                raise ProtocolError(f"request {frame.id} is under way on this connection, and is another one")
-            return False  # asked twice on one connection: one answer
+                raise ProtocolError(f"a different request with id {frame.id} is in flight on this connection")
+            return False  # a duplicate on one connection gets one reply
         most = self._limits.requests_per_connection
         if len(self._in_flight) >= most:
-            self._refuse(frame.id, "REMOTE_BUSY", f"{most} requests are under way on this connection")
+            self._refuse(frame.id, "REMOTE_BUSY", f"{most} requests are in flight on this connection")
             return False
         self._in_flight[frame.id] = frame
         return True
@@ -558,23 +553,23 @@ class ClientConnection:
         self.project.accounts.refused_other(code)
         self.answer(request_id, encode(Refused(request_id, code, message)))
 
-    # --- what the client is owed ---
+    # --- sent frames ---
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """Queue a change, if the client has all before it."""
+        """Queue a change if the connection is live and subscribed."""
         if self._live and self._follows:
             assert seq == self._sent + 1, "a live client was sent every change up to the head"
             self._sent = seq
             self._outbox.push(self._dialect.told(frame))
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """Queue an answer; one that comes while the client catches up waits for the changes before it."""
+        """Queue a reply; during catch-up it waits for the changes before it."""
         self._in_flight.pop(request_id, None)
         frame = websocket_frame(reply)
         if self._live:
             self._outbox.push(frame)
         elif self._held_bytes + len(frame) > MAX_PENDING_BYTES:
-            self.end(Bye("REMOTE_BUSY", "too many answers wait for the changes before them; read those first", 1.0))
+            self.end(Bye("REMOTE_BUSY", "too many replies are waiting for earlier changes; read those first", 1.0))
         else:
             self._held_answers.append(frame)
             self._held_bytes += len(frame)
@@ -589,7 +584,7 @@ class ClientConnection:
         self._held_answers.clear()
 
     async def _send_owed(self) -> None:
-        """Send what it missed, then manifests and files as it asks for them."""
+        """Send missed changes, then manifests, files and log pages as requested."""
         await self._catch_up()
         files = FileSender(self.project, self._outbox, self._push)
         while True:
@@ -612,7 +607,7 @@ class ClientConnection:
                 await self._work.wait()
 
     async def _begin_to_follow(self, asked: Follow) -> None:
-        """Answer, and in the same tick begin with the changes after the number that was asked for."""
+        """Answer, and in the same tick subscribe from the requested number on."""
         answer = await followed(self.project, asked)
         self._push(answer)
         self._follow = None
@@ -629,11 +624,11 @@ class ClientConnection:
         return await download(asked, history, self.project.paths)
 
     async def _catch_up(self) -> None:
-        """Send the changes after ``_sent`` at the client's pace, and go live in the tick in which there are no more."""
+        """Send the changes after ``_sent`` at the client's pace; go live in the tick of the last."""
         while not self._live:
             batch = await self.project.history.changes_after(self._sent)
             if not batch:
-                raise StorageError(f"change {self._sent + 1} is not kept any more; come back to resync")
+                raise StorageError(f"change {self._sent + 1} is no longer kept; reconnect to resync")
             for seq, frame in batch:
                 assert seq == self._sent + 1, "numbers have no gap (I1)"
                 self._sent = seq
@@ -644,7 +639,7 @@ class ClientConnection:
 
 
 def _programs(hello: Hello, lattice_version: str) -> str:
-    """Return what a client runs, for the log, and which side to upgrade where that is not what this server runs."""
+    """Return the client's versions for the log, with the side to upgrade if they differ from the server's."""
     parts = []
     for name, theirs, ours in (
         ("lattice-remote", hello.client_version, lattice_remote.__version__),
@@ -656,7 +651,7 @@ def _programs(hello: Hello, lattice_version: str) -> str:
 
 
 def _first_sent_at(frame: Write) -> float | None:
-    """Return when a request that is sent again was first sent, by this machine's clock; None for a new one."""
+    """Return when a repeated request was first sent, by this machine's clock; None for a new one."""
     return time.time() - frame.age_s if frame.age_s else None
 
 
@@ -666,5 +661,5 @@ def _without_age(frame: Request) -> Request:
 
 def _decode(message: str | bytes) -> ClientFrame:
     if isinstance(message, str):
-        raise ProtocolError("frames are binary messages, this one is text")
+        raise ProtocolError("received a text message; frames are binary")
     return decode_client_frame(message)

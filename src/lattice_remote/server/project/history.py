@@ -1,7 +1,7 @@
-"""A project's history as its followers see it: the head, the tree at the head, and the changes up to it.
+"""Durable history of a project: head, files at the head, recent changes and the subscribers.
 
-Everything here is durable (I2). A change is told to all followers in the moment in which it becomes the head, so
-whoever looks at the head, the files or the manifest and queues what it saw, without waiting between, is right.
+Everything here is durable (I2). Each change reaches all subscribers in the tick in which it becomes the head. Code that
+reads the head, the files or the manifest and queues the result without yielding is therefore consistent.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ __all__ = ["CommitTimes", "Content", "History", "Recent", "Subscriber"]
 
 
 class Recent:
-    """A bounded run of consecutive changes, up to the project's head. The newest is always kept."""
+    """Bounded run of consecutive changes up to the head. Always keeps the newest."""
 
     def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
@@ -36,7 +36,7 @@ class Recent:
         self._changes: deque[tuple[int, bytes, bytes]] = deque()  # number, mark, frame
 
     def append(self, seq: int, mark: bytes, frame: bytes) -> None:
-        """Keep change ``seq``, the one after the last."""
+        """Append change ``seq``, the successor of the last."""
         assert not self._changes or self._changes[-1][0] == seq - 1, "numbers have no gap (I1)"
         self._changes.append((seq, mark, frame))
         self._bytes += len(frame)
@@ -44,12 +44,12 @@ class Recent:
             self._bytes -= len(self._changes.popleft()[2])
 
     def clear(self) -> None:
-        """Forget everything: another history begins."""
+        """Forget all changes: another history starts."""
         self._changes.clear()
         self._bytes = 0
 
     def after(self, seq: int, max_bytes: int) -> list[tuple[int, bytes]]:
-        """Return numbers and frames of the changes after ``seq``, of about ``max_bytes``; empty when not kept."""
+        """Return numbers and frames of about ``max_bytes`` of changes after ``seq``; empty when not kept."""
         index = self._index(seq + 1)
         found: list[tuple[int, bytes]] = []
         if index is None:
@@ -62,7 +62,7 @@ class Recent:
         return found
 
     def mark_at(self, seq: int) -> bytes | None:
-        """Return the mark of change ``seq``, None when it is not kept."""
+        """Return the change id of ``seq``; None when not kept."""
         index = self._index(seq)
         return None if index is None else self._changes[index][1]
 
@@ -81,72 +81,72 @@ Content = tuple[int, bytes]
 
 
 class Subscriber(Protocol):
-    """A connected client, as its project sees it. No call waits or raises."""
+    """Recipient of changes and replies. No method waits or raises."""
 
     @property
     def lane(self) -> Hashable:
-        """Requests of one lane keep their order, and lanes take turns; a connection's own, or one for several."""
+        """Requests of one lane keep their order, and lanes take turns. Several subscribers may share one."""
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """Change ``seq`` is durable; ``frame`` is ready for the wire and shared."""
+        """Handle durable change ``seq``; ``frame`` is the shared WebSocket frame."""
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """A request is answered with this encoded frame."""
+        """Handle the encoded reply to a request."""
 
     def end(self, bye: Bye) -> None:
-        """Say goodbye and close."""
+        """Send a ``Bye`` and close."""
 
 
 class History:
-    """See the module's text. All methods belong to the event loop's thread."""
+    """Head, files and recent changes of a project. Belongs to the event loop's thread."""
 
     def __init__(self, journal: Path, committed: Callable[[int], None] = lambda _: None) -> None:
-        """``committed`` is called with the number of each change, as the followers are."""
+        """Create an empty history; ``committed`` is called with the sequence number of each change."""
         self.epoch = ""
-        """Its name; "" before the worker was ready for the first time."""
+        """"" before the worker is first ready."""
         self.head = 0
-        """The number of the last change that followers were told of."""
+        """Sequence number of the last published change."""
         self.mark = b""
-        """The mark of the state at ``head``."""
+        """Change id of ``head``."""
         self.oldest = 0
-        """The first change that can still be replayed."""
+        """First change that can be replayed."""
         self.files: dict[str, Content] = {}
-        """The tree at ``head``."""
+        """Files at ``head``."""
         self._journal = JournalReader(journal)
         self._change_ids = ChangeIds(journal)
         self._committed = committed
-        self._reading = asyncio.Lock()  # one at a time: each takes a segment's memory while it lasts
+        self._reading = asyncio.Lock()  # one read at a time: each holds a segment in memory
         self._recent = Recent()
-        self._was_at: dict[Position, bool] = {}  # by position in a former epoch: clients come back together
+        self._was_at: dict[Position, bool] = {}  # by position in a former epoch: clients reconnect together
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
         self._followers: set[Subscriber] = set()
 
     @property
     def used(self) -> str | None:
-        """What shows that something was done in the project, in words; None when it is empty, as its files say."""
+        """A description of the project's first sign of use; None if its files show that it is empty."""
         return first_sign_of_use((path, size) for path, (size, _) in self.files.items())
 
     @property
     def position(self) -> Position:
-        """The head, with the mark of its change."""
+        """The head with its change id."""
         return Position(self.epoch, self.head, self.mark)
 
-    # --- what followers need ---
+    # --- subscribers ---
 
     def join(self, follower: Subscriber) -> None:
-        """Tell this follower of everything from the next change on."""
+        """Send this subscriber everything from the next change on."""
         self._followers.add(follower)
 
     def leave(self, follower: Subscriber) -> None:
-        """Forget a follower. Idempotent."""
+        """Remove a subscriber. Idempotent."""
         self._followers.discard(follower)
 
     async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
-        """Return numbers and frames of changes after ``seq``, in order: a batch, empty when they are not kept.
+        """Return a batch of numbers and frames of the changes after ``seq``, in order; empty when not kept.
 
         Raises:
-            OSError: the journal can't be read.
+            OSError: the journal cannot be read.
         """
         batch = self._recent.after(seq, _REPLAY_BYTES)
         if batch or seq >= self.head:
@@ -156,10 +156,10 @@ class History:
             return [(number, websocket_frame(change)) for number, change in kept or ()]
 
     async def mark_at(self, seq: int) -> bytes | None:
-        """Return the mark of the state at ``seq``, None when it is not known any more.
+        """Return the change id of ``seq``; None when no longer known.
 
         Raises:
-            OSError: the journal can't be read.
+            OSError: the journal cannot be read.
         """
         if seq in (0, self.head):
             return self.mark if seq else b""
@@ -167,18 +167,18 @@ class History:
         return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
 
     async def is_genuine(self, position: Position) -> bool:
-        """Tell whether the project, or another copy of it, has made this position's mark.
+        """Return whether this project, or another copy of its data, made this position's change id.
 
         Raises:
-            OSError: the journal's key can't be read.
+            OSError: the journal's key cannot be read.
         """
         return await asyncio.to_thread(self._change_ids.is_genuine, position.epoch, position.seq, position.mark)
 
     async def lacks(self, position: Position) -> bool:
-        """Tell whether the project has no record of a position, so that changes up to it may be lost here.
+        """Return whether the project has no record of a position, so that changes up to it may be lost here.
 
         Raises:
-            OSError: the journal can't be read.
+            OSError: the journal cannot be read.
         """
         if not position.epoch:
             return False
@@ -192,7 +192,7 @@ class History:
         return not known
 
     def entries(self) -> list[bytes]:
-        """Return the manifest at ``head`` as frames, shared by all who ask before the next change."""
+        """Return the manifest at ``head`` as frames, cached until the next change."""
         if self._entries is None or self._entries[0] != self.head:
             self._entries = (self.head, self._make_entries())
         return self._entries[1]
@@ -203,10 +203,10 @@ class History:
         return [websocket_frame(encode(Entries(self.head, self.mark, piece, piece is pieces[-1]))) for piece in pieces]
 
     def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
-        """Call ``call()`` in the very moment in which a change has made the file this content.
+        """Call ``call()`` in the tick in which a change gives the file this content.
 
-        That is after followers were told of the change and before they are told of the next. Returns what takes
-        the wish back.
+        The call comes after subscribers got that change and before they get the next. Returns a function that cancels
+        it.
         """
         calls = self._expected.setdefault((path, content), [])
         calls.append(call)
@@ -219,10 +219,10 @@ class History:
 
         return forget
 
-    # --- what the worker has made durable ---
+    # --- outcomes of the worker ---
 
     def publish(self, seq: int, mark: bytes, change: bytes, after: list[PathState], *, oldest: int) -> None:
-        """Tell every follower of a durable change (I2); ``after`` are its files, ``oldest`` 0 when not known."""
+        """Send a durable change to every subscriber (I2); ``after`` are its files, ``oldest`` is 0 when unknown."""
         assert seq == self.head + 1, f"{seq} follows {self.head}: a gap (I1)"
         frame = websocket_frame(change)
         self.head, self.mark = seq, mark
@@ -242,34 +242,34 @@ class History:
                     call()
 
     async def resume(self, ready: Ready) -> None:
-        """Go on with a new worker: tell the followers what they missed, or that another history begins.
+        """Continue with a new worker: publish missed changes, or switch to its history.
 
         Raises:
-            StorageError: what they missed is not in the journal.
-            OSError: the journal can't be read.
+            StorageError: the journal lacks a missed change.
+            OSError: the journal cannot be read.
         """
         if self.epoch == ready.epoch and self.head <= ready.head:
             await self._publish_missed(ready)
             self._take(ready)
         else:
-            self.begin(ready, "the project's history begins anew; come back at once")
+            self.begin(ready, "the project has started a new history; reconnect at once")
 
     def begin(self, ready: Ready, reason: str) -> None:
-        """Begin another history, and send everybody away; when they are back they resync (I7)."""
+        """Start another history and disconnect all subscribers, which resync when they reconnect (I7)."""
         self._recent.clear()
         self._expected.clear()
         self.dismiss(Bye("REMOTE_BUSY", reason, 0.0))
         self._take(ready)
 
     def dismiss(self, bye: Bye) -> None:
-        """Say goodbye to every follower."""
+        """Send every subscriber a ``Bye``."""
         for follower in tuple(self._followers):
             follower.end(bye)
 
     async def _publish_missed(self, ready: Ready) -> None:
-        """Tell the followers what the last worker made durable and had no time to report.
+        """Publish the changes that the last worker made durable but did not report.
 
-        The files after it are in ``ready``: the caller takes them in the same tick.
+        ``ready`` holds the files after them; the caller must adopt those in the same tick.
         """
         missed: list[tuple[int, bytes]] = []
         while self.head + len(missed) < ready.head:
@@ -292,26 +292,26 @@ _MINUTE_S = 60.0
 
 
 class CommitTimes:
-    """The times of the newest changes, at most ``most`` of them."""
+    """Commit times of the newest changes, at most ``most``."""
 
     def __init__(self, most: int = 20_000) -> None:
         self._times: deque[float] = deque(maxlen=most)
         self._last = 0
 
     def committed(self, seq: int, now: float) -> None:
-        """Change ``seq`` is durable and told to everybody. Another than the next begins anew."""
+        """Record a published change. A gap in the numbers resets the record."""
         if seq != self._last + 1:
             self._times.clear()
         self._times.append(now)
         self._last = seq
 
     def age_of(self, seq: int, now: float) -> float | None:
-        """Return how long ago a change was committed; None when that is not known here."""
+        """Return the seconds since a change was committed; None when unknown."""
         back = self._last - seq
         return now - self._times[-1 - back] if 0 <= back < len(self._times) else None
 
     def per_minute(self, now: float) -> int:
-        """Return how many changes were committed within the last minute; from what is known where that is less."""
+        """Return the number of changes in the last minute, extrapolated if fewer are recorded."""
         times = self._times
         if len(times) == times.maxlen and now - times[0] < _MINUTE_S:
             return round(len(times) * _MINUTE_S / max(now - times[0], 1.0))

@@ -1,16 +1,15 @@
-"""One project, seen from the network: its queue and its worker.
+"""A project on the server: its request queue, its worker process and its subscribers.
 
-Requests go to the worker in turns, one of each connection (over HTTP: of each token), a window at a time so that one
-fsync covers many. What comes back is numbered and durable (I1, I2): a change goes to every follower, and after it the
-answer to whoever asked, both within the same loop tick, so no answer overtakes a change (SPEC: Reply).
+Requests reach the worker in turns, one per connection (over HTTP: per token), with a bounded window in flight so that
+one fsync covers many. Each outcome is numbered and durable (I1, I2). A change goes to every subscriber, then the reply
+to its requesters, in the same loop tick, so no reply overtakes its change (SPEC: Reply).
 
     starting --Ready--> open --the worker ends--> starting ...
-    starting --it can't, again and again (a full disk)--> closed --Ready--> open
-    any --Failed (what was written could not be made durable)--> closed until the server is restarted
+    starting --repeated failures (a full disk)--> closed --Ready--> open
+    any --Failed (a write could not be made durable)--> closed until the server is restarted
 
-A worker that dies takes nothing with it: its requests are sent to the next one in the same order, which answers
-those that its predecessor finished from the journal and runs the others (I6). Nothing here reads the clock of the
-tree or writes into it.
+After a worker's death its requests go to the next worker in the same order. That worker answers finished requests from
+the journal and runs the others (I6). Nothing here writes to the tree.
 """
 
 import asyncio
@@ -65,9 +64,9 @@ from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerP
 __all__ = ["Load", "Project", "stopping"]
 
 _MAX_START_FAILURES = 5
-"""After so many in a row those who wait are told; it is tried again all the same, now and then."""
+"""Failed starts in a row until the project is reported as failed; restarts continue."""
 _RESTART_DELAYS_S = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0)
-"""Before a worker is replaced: at once, then ever later while they last no longer than ``_STEADY_S``."""
+"""Delays before worker restarts, in order; reset once a worker has run for ``_STEADY_S``."""
 _STEADY_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -75,19 +74,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a project has to do: requests in its queue, with its worker, and that wait for a resource; reads."""
+    """Current load of a project: requests queued, with the worker, or waiting for a resource; waiting reads."""
 
     queued: int
     with_worker: int
     waiting: int
     held_bytes: int
-    """What these requests weigh, reads apart."""
+    """Weight of these requests, without reads."""
     reads_waiting: int
     worker_pid: int | None
 
 
 class Project:
-    """See the module's text. All methods belong to the event loop's thread."""
+    """Queue, worker, history and subscribers of one project. Belongs to the event loop's thread."""
 
     def __init__(
         self,
@@ -103,24 +102,19 @@ class Project:
         self.slug = slug
         self.paths = paths
         self.metrics = metrics or Metrics().of(slug)
-        """What is counted and measured here."""
         self.accounts = RequestLog(slug, self.metrics)
-        """What came of each request."""
         self.pace = CommitTimes()
-        """When the newest changes were committed."""
         self.history = History(paths.journal, self._committed)
-        """What the followers know, and may ask for."""
         self.log = LogReader(paths)
-        """Answers who changed what."""
         config = config or Config()
         self.uploads = Uploads(paths, config.limits, self.accounts.refused_other)
         """Content that requests refer to."""
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.accounts.refused_other)
-        """Whole projects that are to take this one's place."""
+        """Whole projects pushed to replace this one."""
         self.reader = ReaderProcess(slug, paths, self._settled_state, self._durable)
-        """Reads for those who have no copy."""
+        """Reads for clients without a cache."""
         self.lattice_version = ""
-        """Of the lattice-tracker that runs the commands."""
+        """The worker's lattice-tracker version."""
         self._hooks = hooks
         self._bounds = bounds or QueueLimits()
         self._worker_command = worker_command
@@ -131,13 +125,13 @@ class Project:
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
-        self._refuted = ""  # the epoch for whose end the worker was asked last; see rollback_proved()
+        self._refuted = ""  # the last epoch that the worker was asked to end; see rollback_proved()
         self._writer: WorkerProcess | None = None
         self._open = asyncio.Event()
         self._idle = asyncio.Event()
         self._writer_ended = asyncio.Event()
-        self._ready: asyncio.Future[Ready] | None = None  # what the worker says first
-        self._working = False  # the worker has opened the project, and everything before its head is published
+        self._ready: asyncio.Future[Ready] | None = None  # the worker's first message
+        self._working = False  # the worker is ready, and every change up to its head is published
         self._stopping = False
         self._failure: StorageError | None = None
         self._failed_for_good = False
@@ -146,15 +140,15 @@ class Project:
     # --- life ---
 
     def start(self) -> None:
-        """Begin to keep a worker running; ``opened()`` tells when it is ready."""
+        """Start keeping a worker running; ``opened()`` waits until it is ready."""
         self._keeper = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
 
     async def opened(self) -> None:
         """Wait until the project can be used.
 
         Raises:
-            StorageError: it can't be, for now or until the server is restarted.
-            Rejected: the server stops, or closes this project, before it can.
+            StorageError: it failed, for now or until the server is restarted.
+            Rejected: the server is stopping or closes this project.
         """
         await self._open.wait()
         if self._failure is not None:
@@ -164,7 +158,7 @@ class Project:
 
     @property
     def load(self) -> Load:
-        """How much there is to do at this moment."""
+        """Current load."""
         return Load(
             queued=len(self._queue),
             with_worker=len(self._outstanding),
@@ -176,23 +170,23 @@ class Project:
 
     @property
     def stopping(self) -> bool:
-        """Whether it takes no more requests; whoever asks is not answered."""
+        """Whether new requests are ignored; they get no reply."""
         return self._stopping
 
     @property
     def is_working(self) -> bool:
-        """Whether a worker carries out requests now; if not, one is on its way, unless the project has failed."""
+        """Whether a worker runs requests; otherwise one is starting, unless the project has failed."""
         return self._working
 
     @property
     def failure(self) -> StorageError | None:
-        """Why the project can't be used; None when it can."""
+        """Why the project cannot be used; None when it can."""
         return self._failure
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests and wait for those that the worker holds."""
+        """Accept no more requests and wait for those with the worker, at most ``timeout_s``."""
         self._stopping = True
-        self._open.set()  # whoever waits for it waits in vain
+        self._open.set()  # opened() then raises
         self._waiting.clear()
         if self._outstanding:
             self._idle.clear()
@@ -200,7 +194,7 @@ class Project:
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
 
     async def stop(self, timeout_s: float) -> None:
-        """End the worker: in order, or by force after ``timeout_s``. Call ``drain()`` before."""
+        """Stop the worker, by force after ``timeout_s``. Call ``drain()`` first."""
         self._stopping = True
         if self._keeper is not None:
             self._keeper.cancel()
@@ -222,16 +216,16 @@ class Project:
         self.metrics.changes.inc()
 
     def _settled_state(self) -> object | None:
-        """Return what names the tree at the head while nothing else lies on the disk, None while something may.
+        """Return a name of the tree's state at the head; None while a request is with the worker.
 
-        A command that was undone has left the head where it was, and whoever read meanwhile has seen what never came to
-        be: so the name is another after each.
+        An undone command leaves the head unchanged, although readers may have seen its files. The name therefore
+        includes the number of attempts.
         """
         settled = self._working and not self._outstanding
         return (self.history.epoch, self.history.head, self._outstanding.attempts) if settled else None
 
     def _durable(self) -> tuple[str, int]:
-        """Return the epoch, and the number of its newest durable change."""
+        """Return the epoch and the sequence number of its newest durable change."""
         return self.history.epoch, self.history.head
 
     # --- requests ---
@@ -242,27 +236,27 @@ class Project:
         asker: Subscriber,
         told: OutcomeListener | None = None,
     ) -> None:
-        """Take a request; ``asker.answer()`` is called once when it is done, perhaps before this returns.
+        """Queue a request. Calls ``asker.answer()`` exactly once, possibly before returning.
 
-        A request that is under way already is joined, not run again (I6). ``told`` is called just before the answer
-        and writes the line in the log; without it, that is done here.
+        A duplicate id joins the running request (I6). ``told`` is called just before the reply and writes the log line;
+        without it the line is written here.
         """
         if self._stopping or self._failure is not None:
-            return  # the goodbye on this connection says more
+            return  # the Bye on this connection gives the reason
         job = self._held.get(message.id)
         if job is not None:
             self._join(job, message, asker, told)
             return
         weight = weight_of(message)
         objection = self._held.objection(message.token_id, weight)
-        # Whoever has nothing queued is let in: others' impatience is not to be his trouble.
+        # A requester with nothing queued is always admitted: others must not lock it out.
         if len(self._queue) >= self._bounds.queued and self._queue.has(asker.lane):
             objection = "the server has too much to do for this project; try again"
         if objection is not None:
             self._refuse(asker, message, told, "REMOTE_BUSY", objection)
             return
         job = QueuedRequest(message, [asker], weight=weight, told=told)
-        if message.first_sent_at is not None:  # asked again: it has waited since then
+        if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
         self._held.add(message.id, message.token_id, job)
         self._enqueue(job)
@@ -279,7 +273,7 @@ class Project:
         if running.token_id != message.token_id:
             self._refuse(asker, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif _is_another(running, message):
-            why = "another request is under way with this id or key: take a new one"
+            why = "a different request with this id or key is in flight: use a new one"
             self._refuse(asker, message, told, "REMOTE_INVALID", why)
         elif asker not in job.askers:
             job.askers.append(asker)
@@ -296,7 +290,7 @@ class Project:
         asker.answer(message.id, encode(Refused(message.id, code, why)))
 
     def forget(self, asker: Subscriber, request_ids: set[str]) -> None:
-        """The connection of ``asker`` is gone. Its requests go on, but nobody waits for a resource for it."""
+        """Remove a closed connection. Its requests continue, except those that only wait for a resource."""
         self.pushes.forget(asker)
         for request_id in request_ids:
             job = self._held.get(request_id)
@@ -307,9 +301,9 @@ class Project:
                 self._held.drop(request_id)
 
     def withdraw(self, asker: Subscriber, request_id: str, code: str) -> bool:
-        """Take a request out whose token has ended; return whether it surely has had no effect and never will.
+        """Withdraw a request of a revoked token; return True if it had no effect and never will.
 
-        False: the worker has it, or had it, or another connection asks for it too.
+        False: the worker has or had it, or another connection also requests it.
         """
         job = self._held.get(request_id)
         if job is None or job.askers != [asker] or job.suspect or not self._gives_up(job):
@@ -320,7 +314,7 @@ class Project:
         return True
 
     def _gives_up(self, job: QueuedRequest) -> bool:
-        """Take a waiter out of its line that nobody asks for any more; return False if the worker has it by now."""
+        """Remove a request without requesters from its queue; return False if the worker has it."""
         if job in self._outstanding:
             return False
         if not self._waiting.leave(job):
@@ -328,7 +322,7 @@ class Project:
         return True
 
     def files_touched(self, paths: set[str] | None) -> None:
-        """Somebody may have changed these files (None: any); have the worker look at them (I12)."""
+        """Have the worker check files that another program may have changed (I12); None for the whole tree."""
         if paths is None:
             self._rescan = True
         else:
@@ -336,12 +330,12 @@ class Project:
         self._reconcile()
 
     async def rollback_proved(self, epoch: str, reason: str) -> None:
-        """Begin a new epoch, and wait for it: a client has seen a genuine change that ``epoch`` does not hold (I7)."""
+        """Start a new epoch and wait for it: a client has a genuine change that ``epoch`` lacks (I7)."""
         if epoch != self.history.epoch:
             return  # another proof came first
         if self._refuted != epoch:
             self._refuted = epoch
-            _log.warning("%s: %s: the server was rolled back; a new epoch begins", self.slug, reason)
+            _log.warning("%s: %s: the server was rolled back; starting a new epoch", self.slug, reason)
             self._open.clear()
             self._enqueue(QueuedRequest(NewEpoch(reason)))
         await self.opened()
@@ -353,7 +347,7 @@ class Project:
         self._pump()
 
     def _pump(self) -> None:
-        """Send the worker as much as it may hold."""
+        """Send the worker as much as its window allows."""
         if not self._working or self._stopping:
             return
         batch: list[ToWorker] = []
@@ -370,7 +364,7 @@ class Project:
             self._writer.send(*batch)
 
     def _retry(self, job: QueuedRequest) -> None:
-        """Try again what waited for a resource or a lock."""
+        """Retry a request that waited for a resource or a lock."""
         assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
         is_over = time.monotonic() >= job.wait_until
         if job.lock_until:
@@ -387,7 +381,7 @@ class Project:
         self._edited.clear()
         self._enqueue(QueuedRequest(Reconcile(paths)))
 
-    # --- what the worker says ---
+    # --- messages from the worker ---
 
     def _received(self, message: ToServer) -> None:
         match message:
@@ -402,7 +396,7 @@ class Project:
                 self._fail(f"{message.message}; restart the server", for_good=True)
 
     def _done(self, done: RequestDone) -> None:
-        """Take one outcome: tell the followers, then whoever asked, then the hooks."""
+        """Handle one outcome: publish its change, then reply, then run its hooks."""
         assert self._outstanding, "the worker answers only what it was sent"
         assert done.id == getattr(self._outstanding.oldest.message, "id", ""), "the worker answers in order"
         job = self._settled()
@@ -425,7 +419,7 @@ class Project:
         return job
 
     def _finish(self, job: QueuedRequest, done: RequestDone) -> None:
-        """Answer, or let wait, or note that a look at the tree is over."""
+        """Reply, keep waiting, or finish a check of the tree."""
         match job.message:
             case RunCommand() | RunCall() | Edit() | ImportProject() | AbandonRequest() as message:
                 if done.waiting_for is not None:
@@ -451,7 +445,7 @@ class Project:
                 raise AssertionError("these are not answered with an outcome")
 
     def _uploads_used(self, message: RunCommand | RunCall) -> None:
-        """What it referred to is in the tree. Of one that changed nothing, the next try may make use."""
+        """Release the uploads of a request whose change is committed; without a change a retry may need them."""
         for file in message.files:
             if file.digest is not None:
                 self.uploads.used(message.token_id, file.digest)
@@ -464,7 +458,7 @@ class Project:
             self._waiting.leave(job)
             self._held.drop(request_id)
 
-    # --- beginnings and ends of the worker ---
+    # --- starts and ends of the worker ---
 
     async def _keep_worker(self) -> None:
         """Keep a worker running until the project fails for good or stops."""
@@ -475,7 +469,7 @@ class Project:
                 await self._start_worker()
                 failures = 0
                 await self._writer_ended.wait()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the project ends up running or failed
+            except Exception as error:  # noqa: BLE001 - on any error the project ends up running or failed
                 failures += 1
                 _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
                 if failures == _MAX_START_FAILURES:
@@ -490,7 +484,7 @@ class Project:
             await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
 
     async def _start_worker(self) -> None:
-        """Start a worker, take what it knows, and send it what its predecessor has not answered."""
+        """Start a worker, adopt its state, and send it the unanswered requests of its predecessor."""
         self._writer_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
         self._writer = await WorkerProcess.start(
@@ -509,19 +503,19 @@ class Project:
         self._open.set()
         self._reconcile()
         self._pump()
-        self._waiting.wake_each_first()  # what the last worker did may have freed their resources
+        self._waiting.wake_each_first()  # the last worker's changes may have freed their resources
 
     def _epoch_begun(self, ready: Ready) -> None:
-        """The worker has begun a new epoch, as it was asked to."""
+        """Adopt the new epoch that the worker was asked to start."""
         asked = self._outstanding and isinstance(self._outstanding.oldest.message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
-        self.history.begin(ready, "the server's files were rolled back; come back at once")
+        self.history.begin(ready, "the server's files were rolled back; reconnect at once")
         self._open.set()
         self._pump()
 
     def _ended(self) -> None:
-        """The worker is gone. What it held is sent again, first, and in the same order."""
+        """Queue the requests of an ended worker again, first and in the same order."""
         had = self._outstanding.clear()
         held = [job for job in had if not isinstance(job.message, Reconcile)]
         if len(held) < len(had):
@@ -530,12 +524,12 @@ class Project:
         self._writer_ended.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(StorageError("it ended before it was ready"))
-            self._ready.exception()  # nobody may be waiting any more, when the server stops
+            self._ready.exception()  # marks it as retrieved: at a stop no caller waits
         self._ready, self._working = None, False
         if self._stopping or self._failure is not None:
             return
         if held and isinstance(held[0].message, ImportProject):
-            _log.info("%s: a project that was brought whole takes its place", self.slug)
+            _log.info("%s: the worker restarts to put a pushed project in place", self.slug)
         else:
             _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
         for job in reversed(held):
@@ -544,10 +538,10 @@ class Project:
         if len(held) == 1:
             held[0].deaths += 1
             if held[0].deaths > 1:
-                self._give_up(held[0], "the command ended the server's worker twice, and was undone")
+                self._give_up(held[0], "the command crashed the server's worker twice and was undone")
 
     def _give_up(self, job: QueuedRequest, why: str) -> None:
-        """Have the next worker answer from the journal, or refuse; which of the two only the files can tell (I6)."""
+        """Have the next worker reply from the journal or refuse; only the files decide which (I6)."""
         match job.message:
             case RunCommand() | RunCall() | Edit() | ImportProject() as message:
                 job.message = AbandonRequest(message.id, message.token_id, "REMOTE_FAILED", why)
@@ -555,14 +549,14 @@ class Project:
                 pass
             case _:
                 self._fail(
-                    f"the server's worker for project {self.slug} dies of its own upkeep; see the server's log",
+                    f"the server's worker for project {self.slug} fails in its upkeep; see the server's log",
                     for_good=True,
                 )
 
     def _fail(self, message: str, *, for_good: bool = False) -> None:
-        """Nothing is acknowledged, for now or until the server is restarted.
+        """Close the project, for now or until the server is restarted.
 
-        Whether what was under way took effect is not known: nobody is answered.
+        In-flight requests get no reply, since their outcome is unknown.
         """
         self._failed_for_good |= for_good
         if self._failure is not None:
@@ -578,21 +572,21 @@ class Project:
         self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
 
     def _overdue(self, job: QueuedRequest) -> None:
-        """End a worker that has had this request for too long."""
+        """Kill a worker that exceeded the time limit of this request."""
         if self._writer is None:
             return
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
-        self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s, and was undone")
+        self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s and was undone")
         self._writer.kill()
 
 
 def stopping() -> Rejected:
-    """Return what is said to whoever asks something of a project that takes no more requests."""
-    return Rejected("the server is stopping, or closes this project; try again", code="REMOTE_SHUTDOWN")
+    """Return the refusal of requests to a project that is stopping."""
+    return Rejected("the server is stopping or closing this project; try again", code="REMOTE_SHUTDOWN")
 
 
 def _is_another(running: ToWorker, message: ToWorker) -> bool:
-    """Tell whether two requests with the same id differ; of one that was given up nothing is known."""
+    """Return whether two requests with one id differ; an abandoned request matches any."""
     if not isinstance(running, RunCommand | RunCall | Edit | ImportProject) or not isinstance(message, type(running)):
         return not isinstance(running, AbandonRequest)
     if (

@@ -1,13 +1,13 @@
-"""Requests that wait for a resource: who is woken when, so that ``acquire --wait`` holds no writer.
+"""Request queues of a project: fair turns, requests in flight, the worker's window and waits for resources.
 
-Those that wait for one resource stand in line, by when they were first asked: a client that was cut off and asks
-again has its place. A waiter tries again when a change touches its resource and it is the first, when a holder's claim
-expires, and a last time when its own time is over. From its first try to its answer nobody behind it takes the
-resource, not even one that is with the worker while it is woken: each request says for which resources others stand
-before it (``Execute.ahead``). Whoever does not wait is not in line, and takes what is free, as with lattice itself.
+``acquire --wait`` does not occupy the worker. The waiters of a resource are ordered by the time of their first request,
+so a client that reconnects keeps its place. The first waiter is retried when a change touches its resource, when a
+holder's claim expires, and once more at its own timeout. From its first try to its reply no later waiter takes the
+resource, even one that is already with the worker: each request lists the resources with earlier waiters
+(``RunCommand.ahead``). Requests without ``--wait`` do not queue and take a free resource, as in plain lattice.
 
-A lock of lattice's that another process holds is waited for in the same way, by any request that needs it, for as long
-as lattice waits. No event tells of its release: the first in line tries again, ever more slowly.
+A lattice lock held by another process is awaited the same way, for as long as lattice waits. No event reports its
+release, so the first waiter polls with growing delays.
 """
 
 import asyncio
@@ -44,32 +44,32 @@ __all__ = [
 
 
 class FairQueue[T]:
-    """A queue of lanes, such as one for each connection or token. ``None`` is the lane of the server's own items."""
+    """Queue that takes lanes in turn, such as one per connection or token; ``None`` is the server's own."""
 
     def __init__(self) -> None:
         self._first: deque[T] = deque()
-        self._lanes: dict[Hashable, deque[T]] = {}  # whose turn it is comes first
+        self._lanes: dict[Hashable, deque[T]] = {}  # the next lane first
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
     def has(self, lane: Hashable) -> bool:
-        """Tell whether an item of this lane waits here."""
+        """Return whether the lane has a queued item."""
         return lane in self._lanes
 
     def add(self, item: T, lane: Hashable) -> None:
-        """Add an item behind the others of its lane."""
+        """Append an item to its lane."""
         self._lanes.setdefault(lane, deque()).append(item)
         self._length += 1
 
     def add_first(self, item: T) -> None:
-        """Add an item before all others: it was taken before."""
+        """Insert an item before all others, to run again."""
         self._first.appendleft(item)
         self._length += 1
 
     def next(self) -> T:
-        """Return the item that ``pop`` would take; there must be one."""
+        """Return the item that ``pop`` would return. The queue must not be empty."""
         return self._first[0] if self._first else next(iter(self._lanes.values()))[0]
 
     def pop(self) -> T:
@@ -101,7 +101,7 @@ class FairQueue[T]:
 
 
 class FairLock:
-    """A lock that lanes take in turn. Belongs to the event loop's thread."""
+    """Lock acquired by lanes in turn. Belongs to the event loop's thread."""
 
     def __init__(self) -> None:
         self._is_taken = False
@@ -109,7 +109,7 @@ class FairLock:
 
     @asynccontextmanager
     async def turn(self, lane: Hashable) -> AsyncIterator[None]:
-        """Hold the lock, once it is this lane's turn."""
+        """Hold the lock within the context."""
         await self._acquire(lane)
         try:
             yield
@@ -127,12 +127,12 @@ class FairLock:
         except asyncio.CancelledError:
             if waiter.cancelled():
                 self._waiting.remove(waiter)
-            else:  # its turn came in the same tick
+            else:  # acquired in the tick of the cancellation
                 self._release()
             raise
 
     def _release(self) -> None:
-        """Give the lock to the next lane; a waiter that was cancelled in this tick is not the next."""
+        """Pass the lock to the next lane, skipping waiters that were cancelled in this tick."""
         while self._waiting:
             waiter = self._waiting.pop()
             if not waiter.done():
@@ -143,55 +143,55 @@ class FairLock:
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """One request on its way through the queue, the worker, and perhaps the waiting for a resource."""
+    """Request on its way through the queue, the worker, and possibly a wait for a resource."""
 
     message: ToWorker
     askers: list[Subscriber] = field(default_factory=list)
-    """Who wants the answer; the same request may be asked again on a new connection."""
+    """Recipients of the reply; a request may be repeated on a new connection."""
     submitted_at: float = field(default_factory=time.monotonic)
-    """When it was first asked for, by the monotonic clock: perhaps of a server before this one."""
+    """Monotonic time of the first submission, possibly to an earlier server process."""
     arrived_at: float = field(default_factory=time.monotonic)
-    """When it came here."""
+    """Monotonic time of arrival in this process."""
     told: Callable[[Any], None] | None = None
-    """Is told what came of it, and writes the line in the log; see ``accounts.py``."""
+    """Called with the outcome; writes the log line (see ``request_log``)."""
     weight: int = 0
-    """Bytes of its arguments and of the files that it carries."""
+    """Bytes of its arguments and attached files."""
     suspect: bool = False
-    """Was with a worker that died; is sent alone until it is known which request was to blame."""
+    """Was with a worker that died; runs alone until the culprit is known."""
     deaths: int = 0
-    """Workers that certainly died of it."""
+    """Number of workers that certainly died of it."""
     resource: str | None = None
-    """What it waited for last."""
+    """The last resource it waited for."""
     lock_tries: int = 0
-    """How often it has found a lock held by another process."""
+    """Number of attempts at a lock held by another process."""
     lock_until: float = 0.0
-    """When it waits for no lock any more, by the monotonic clock; 0 before its first wait for one."""
+    """Monotonic deadline of its lock waits; 0 before the first."""
     wait_until: float = 0.0
-    """When that waiting is over, by the monotonic clock."""
+    """Monotonic deadline of the current wait."""
 
     @property
     def lane(self) -> Hashable:
-        """That of the request which was first; None for the server's own."""
+        """The lane of its first requester; None for the server's own."""
         return self.askers[0].lane if self.askers else None
 
 
 _LOCKS = "locks/"
-"""Starts the name of a lock; no resource has a slash in its name."""
+"""Prefix of lock names; no resource name has a slash."""
 _MIN_RETRY_S = 0.1
 _LOCK_RETRY_S, _MAX_LOCK_RETRY_S = 0.02, 0.25
-"""Plain lattice holds a lock for some 10 ms."""
+"""Plain lattice holds a lock for about 10 ms."""
 
 
 class ResourceWaitQueue:
-    """The waiters of one project. ``retry`` is called with a job when it is to be tried again."""
+    """Waiters of one project, by resource. Calls ``retry`` with the request to try again."""
 
     def __init__(self, retry: Callable[[QueuedRequest], None]) -> None:
         self._retry = retry
-        self._lines: dict[str, dict[QueuedRequest, asyncio.TimerHandle | None]] = {}  # None: it is being tried again
+        self._lines: dict[str, dict[QueuedRequest, asyncio.TimerHandle | None]] = {}  # None: being tried
 
     def add(self, job: QueuedRequest, done: RequestDone, *, ahead: list[str]) -> None:
-        """Let a job wait for the resource that ``done.waiting_for`` names; it was tried behind those of ``ahead``."""
-        assert done.waiting_for is not None, "only such an outcome makes a waiter"
+        """Wait for ``done.waiting_for``; ``ahead`` are the resources that had earlier waiters at the last try."""
+        assert done.waiting_for is not None, "only waiting outcomes are added"
         if job.resource != done.waiting_for:
             self.leave(job)
         job.resource = done.waiting_for
@@ -199,12 +199,12 @@ class ResourceWaitQueue:
         delay = self._lock_delay(job, done, line) if done.waiting_for.startswith(_LOCKS) else _delay(job, done)
         line[job] = asyncio.get_running_loop().call_later(max(delay, 0.0), self._wake, job)
         if job.resource in ahead and job.resource not in self.ahead_of(job):
-            self._wake(job)  # who stood before it has left meanwhile, perhaps without taking it
+            self._wake(job)  # the earlier waiter has left, perhaps without the resource
 
     def _lock_delay(
         self, job: QueuedRequest, done: RequestDone, line: dict[QueuedRequest, asyncio.TimerHandle | None]
     ) -> float:
-        """Return when a job tries again to get a lock, in seconds: before its time is over only the first in line."""
+        """Return the seconds until the next lock attempt. Only the first waiter retries before its deadline."""
         job.lock_until = job.lock_until or time.monotonic() + done.wait_timeout_s
         job.wait_until = job.lock_until
         delay = job.wait_until - time.monotonic()
@@ -214,7 +214,7 @@ class ResourceWaitQueue:
         return min(delay, _LOCK_RETRY_S * 1.5**job.lock_tries, _MAX_LOCK_RETRY_S)
 
     def ahead_of(self, job: QueuedRequest) -> list[str]:
-        """Return the resources for which somebody has waited for longer than this job."""
+        """Return the resources that another request has waited for longer."""
         return [
             resource
             for resource, line in self._lines.items()
@@ -225,7 +225,7 @@ class ResourceWaitQueue:
         return sum(map(len, self._lines.values()))
 
     def touched(self, done: RequestDone) -> None:
-        """Wake the first waiter of each resource whose files a change has touched."""
+        """Wake the first waiter of each resource whose files changed."""
         if not self._lines:
             return
         names = {after.path.split("/")[1] for after in done.after if after.path.startswith("resources/")}
@@ -233,24 +233,24 @@ class ResourceWaitQueue:
             self.wake_first(name)
 
     def wake_first(self, resource: str) -> None:
-        """Let the waiter that came first try again, if there is one that is not at it already."""
+        """Retry the first waiter of a resource, unless it is being tried."""
         if line := self._lines.get(resource):
             self._wake(min(line, key=lambda job: job.submitted_at))
 
     def wake_each_first(self) -> None:
-        """Let the first waiter of every resource try again."""
+        """Retry the first waiter of every resource."""
         for resource in tuple(self._lines):
             self.wake_first(resource)
 
     def leave(self, job: QueuedRequest) -> bool:
-        """A waiter has its answer, or is gone: let the next one try. Return whether it was waiting, not being tried."""
+        """Remove a waiter and wake the next; return whether it was waiting rather than being tried."""
         line = self._lines.get(job.resource or "", {})
         if job not in line:
             return False
         timer = line.pop(job)
         if timer is not None:
             timer.cancel()
-        if line:  # in the next tick: of those who leave together none is tried for the one before it
+        if line:  # in the next tick, so that waiters that leave together are not tried
             asyncio.get_running_loop().call_soon(self.wake_first, job.resource or "")
         else:
             del self._lines[job.resource or ""]
@@ -273,7 +273,7 @@ class ResourceWaitQueue:
 
 
 def _delay(job: QueuedRequest, done: RequestDone) -> float:
-    """Return when a job tries again to get a resource if nothing happens to that before, in seconds."""
+    """Return the delay until a resource is tried again without an event, in seconds."""
     job.lock_until, job.lock_tries = 0.0, 0
     job.wait_until = job.submitted_at + done.wait_timeout_s
     delay = job.wait_until - time.monotonic()
@@ -284,29 +284,30 @@ def _delay(job: QueuedRequest, done: RequestDone) -> float:
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """Bounds of a project's queue and its worker."""
+    """Limits of a project's queue and worker."""
 
     command_s: float = 30.0
-    """A command that takes longer is ended and undone."""
+    """Time limit of a command; the worker is then killed and the command undone."""
     upkeep_s: float = 600.0
-    """How long opening the project, or reading all of its tree, may take; a look at some files is a command's."""
+    """Time limit for opening the project or reading its whole tree; checks of single files have ``command_s``."""
     window: int = 16
-    """Requests that the worker may hold at once: enough for it to work on while others are fsynced; more would only
-    make the next connection's wait longer."""
+    """Requests with the worker at once: enough to work on while others are fsynced. More would only delay the next
+    connection.
+    """
     queued: int = 1024
-    """Requests that may wait; more are refused as busy, of connections that have one waiting already."""
+    """Queue length above which requests of connections with a queued request are refused as busy."""
     per_token: int = 512
-    """Requests of one token that may be queued, with the worker, or waiting for a resource."""
+    """Requests of one token that are queued, with the worker, or waiting for a resource."""
     held_bytes: int = 256 * 1024 * 1024
-    """What all requests may weigh together that are queued, with the worker, or waiting for a resource."""
+    """Total weight of requests that are queued, with the worker, or waiting for a resource."""
     held_bytes_per_token: int = 128 * 1024 * 1024
-    """The same for those of one token: the rest is for others, who would be told that the server is busy."""
+    """The same for one token; the rest is reserved for other tokens."""
     window_bytes: int = 32 * 1024 * 1024
-    """The worker gets no more requests while those that it holds weigh this much."""
+    """Weight of the worker's requests above which it gets no more."""
 
 
 class InFlightRequests:
-    """Jobs by request id, with what they weigh together and for each token."""
+    """Requests in flight by id, with their count and weight per token."""
 
     def __init__(self, bounds: QueueLimits) -> None:
         self._bounds = bounds
@@ -314,32 +315,31 @@ class InFlightRequests:
         self._count: Counter[str] = Counter()  # by token
         self._weight: Counter[str] = Counter()  # by token
         self.bytes = 0
-        """What all of them weigh."""
+        """Total weight."""
 
     def get(self, request_id: str) -> QueuedRequest | None:
-        """Return the job of a request, None when it is not under way."""
+        """Return the request with this id; None if it is not in flight."""
         return self._jobs.get(request_id)
 
     def objection(self, token_id: str, weight: int) -> str | None:
-        """Return why a token may not have one more request of this weight under way, None when it may."""
+        """Return why the token may not submit another request of this weight; None if it may."""
         bounds = self._bounds
         if self.bytes + weight > bounds.held_bytes:
             return "the server has too much to do for this project; try again"
         if self._count[token_id] >= bounds.per_token:
-            return f"{bounds.per_token} requests of this token are under way"
+            return f"{bounds.per_token} requests of this token are in flight"
         if self._weight[token_id] + weight > bounds.held_bytes_per_token:
-            return f"requests of {bounds.held_bytes_per_token >> 20} MiB of this token are under way; try again"
+            return f"requests of {bounds.held_bytes_per_token >> 20} MiB of this token are in flight; try again"
         return None
 
     def add(self, request_id: str, token_id: str, job: QueuedRequest) -> None:
-        """Take a job on."""
         self._jobs[request_id] = job
         self._count[token_id] += 1
         self._weight[token_id] += job.weight
         self.bytes += job.weight
 
     def drop(self, request_id: str) -> None:
-        """A request is answered, or nobody asks for it any more. Idempotent."""
+        """Remove an answered or withdrawn request. Idempotent."""
         if (job := self._jobs.pop(request_id, None)) is None:
             return
         assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
@@ -356,7 +356,7 @@ class InFlightRequests:
 
 
 def weight_of(message: RunCommand | RunCall | Edit | ImportProject) -> int:
-    """Return what a request weighs: the bytes of its arguments, and of the files that it carries."""
+    """Return the weight of a request: bytes of its arguments and attached files."""
     if isinstance(message, ImportProject):
         return 0
     if isinstance(message, Edit):
@@ -366,11 +366,11 @@ def weight_of(message: RunCommand | RunCall | Edit | ImportProject) -> int:
 
 
 class WorkerWindow:
-    """Belongs to the event loop's thread; ``close()`` it.
+    """Requests with the worker, oldest first. Belongs to the event loop's thread; ``close()`` it.
 
     Args:
-        bounds: how many it may have, and how long each may take.
-        overdue: is called with the oldest when the worker has had it for too long.
+        bounds: limits of count, weight and time.
+        overdue: called with the oldest request when it exceeds its time limit.
     """
 
     def __init__(self, bounds: QueueLimits, overdue: Callable[[QueuedRequest], None]) -> None:
@@ -379,8 +379,8 @@ class WorkerWindow:
         self._jobs: deque[QueuedRequest] = deque()
         self._weight = 0
         self.attempts = 0
-        """How many a worker was ever sent that may write, also where nothing came of it."""
-        self._oldest_since = 0.0  # since when the first of them has been the first
+        """Number of requests ever sent that may write, including those without effect."""
+        self._oldest_since = 0.0  # when the oldest became the oldest
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
@@ -391,26 +391,26 @@ class WorkerWindow:
 
     @property
     def oldest(self) -> QueuedRequest:
-        """The one that is answered next. There must be one."""
+        """The next request to be answered. The window must not be empty."""
         return self._jobs[0]
 
     def takes(self, job: QueuedRequest) -> bool:
-        """Tell whether the worker may have this one too."""
+        """Return whether the window has room for a request."""
         first = self._jobs[0] if self._jobs else job
         most = 1 if first.suspect else self._bounds.window
         return len(self._jobs) < most and self._weight < self._bounds.window_bytes
 
     def add(self, job: QueuedRequest) -> None:
-        """The worker is sent this one."""
+        """Record a request as sent to the worker."""
         if not self._jobs:
             self._oldest_since = time.monotonic()
         self._jobs.append(job)
         self._weight += job.weight
-        self.attempts += not isinstance(job.message, Reconcile)  # which only looks
+        self.attempts += not isinstance(job.message, Reconcile)  # a check writes nothing
         self._watch()
 
     def settle(self) -> QueuedRequest:
-        """The worker has answered the oldest, which is nobody's suspect any more; return it."""
+        """Remove and return the oldest request, which is answered and no longer suspect."""
         job = self._jobs.popleft()
         self._weight -= job.weight
         job.suspect, job.deaths = False, 0
@@ -418,14 +418,14 @@ class WorkerWindow:
         return job
 
     def clear(self) -> list[QueuedRequest]:
-        """The worker is gone; return what it had."""
+        """Remove and return all requests of a worker that is gone."""
         jobs = list(self._jobs)
         self._jobs.clear()
         self._weight = 0
         return jobs
 
     def close(self) -> None:
-        """Look after it no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
