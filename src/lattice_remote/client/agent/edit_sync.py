@@ -1,6 +1,6 @@
-"""Sends edited plans and notes of one cache, one after the other, and settles what the server makes of them (I4).
+"""Sending of edited plans and notes of one cache, and settling of the server's answers (I4).
 
-Each is judged first (``evidence.py``). What is not an edit is restored; what needs the user's decision is withheld.
+Each difference is judged first (``evidence``): damage is restored, and doubtful edits are withheld for the user.
 """
 
 import asyncio
@@ -30,38 +30,38 @@ __all__ = ["EditSender", "EditWatcher", "SentEdits"]
 _LONG_BASE_BYTES = 16 * 1024
 _SEND_WHOLE = ("REMOTE_STALE_BASE", "REMOTE_VERSION")
 SAVING_S = 2.0
-"""So long a file that is being written, or was emptied just now, is waited for: an editor is about to save it."""
+"""Longest wait for a file that is being written or was just emptied: an editor is about to save it."""
 _POLL_S = 0.02
 _MANY_REWRITTEN = 20
-"""When more texts than this lost or changed lines at once, a program is assumed to have done it.
+"""If more texts than this lose or change lines at once, a program is assumed to have done it.
 
-Those that the agent sent by itself within the last seconds count, too.
+Texts that the agent sent by itself within the last seconds count too.
 """
 _RECENT_S = 5.0
 _LEAST_FREE_BYTES = 1 << 20
-"""With less free space on its disk, an editor's save may have failed half way."""
+"""With less free space on its disk, an editor's save may be truncated."""
 
 
 @dataclass(slots=True)
 class SentEdits:
-    """What came of sending edits: each with its path and outcome, and what the user should know."""
+    """Result of sending edits: path and outcome of each, and notices."""
 
     sent: list[dict[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     @property
     def refused(self) -> bool:
-        """Whether the server did not take one of them."""
+        """Return whether the server refused any of them."""
         return any(sent["outcome"] == "refused" for sent in self.sent)
 
 
 class EditSender:
-    """The edits of one cache on their way.
+    """Sender of one cache's edits, one at a time.
 
     Args:
-        follower: the cache's.
-        following: the link that the follower follows on.
-        reached: waits until the files hold every change up to a number; tells whether they do.
+        follower: the cache's replicator.
+        following: the connection that the replicator follows on.
+        reached: waits until the files hold every change up to a number; returns whether they do.
     """
 
     def __init__(self, follower: Replicator, following: Connection, reached: Callable[[int], Awaitable[bool]]) -> None:
@@ -70,25 +70,25 @@ class EditSender:
         self._reached = reached
         self._turn = asyncio.Lock()
         self._unanswered = follower.edits.unanswered
-        self._rewritten_at: deque[float] = deque()  # when texts that lost lines were sent unasked (monotonic)
-        self._noted: dict[str, Signature | None] = {}  # saves that were looked at while they could not be sent
-        self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> as it was then, why, by whom
+        self._rewritten_at: deque[float] = deque()  # times (monotonic) of texts that lost lines and were sent unasked
+        self._noted: dict[str, Signature | None] = {}  # saves recorded while they could not be sent
+        self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> signature, reason, server
 
     def refused(self) -> dict[str, str]:
-        """Return the edits that the server does not take as they are: path to the reason."""
+        """Return the refused edits: path to reason."""
         return {path: why for path, (found, why, _) in self._refused.items() if self._signature(path) == found}
 
     async def push(
         self, link: Connection, paths: Iterable[str] | None = None, *, again: bool = False, confirm: bool = False
     ) -> SentEdits:
-        """Send the edits of these files, None for all that are edited; restore the files that are no edits.
+        """Send the edits of these files (None: all edited ones); restore files that are not edits.
 
-        One that the server has refused is sent again when it, or the server, has changed, or with ``again``. With
-        ``confirm`` each file that differs from the server's is an edit: the user says so.
+        A refused edit is sent again once it or the server has changed, or with ``again``. With ``confirm`` every
+        difference counts as an edit.
 
         Raises:
             StorageError: the disk is full.
-            RemoteError: the server is out of reach, or takes nothing from this token; what was not sent is kept.
+            RemoteError: the server is unreachable or refuses this token; unsent edits are kept.
         """
         pushed = SentEdits()
         async with self._turn:
@@ -112,7 +112,7 @@ class EditSender:
         return pushed
 
     async def note_saves(self, paths: Iterable[str]) -> None:
-        """Record for later that these edits, which cannot be sent now, are a person's."""
+        """Record that these edits, which cannot be sent now, are a person's saves."""
         async with self._turn:
             paths = [path for path in paths if self._noted.get(path) != self._signature(path)]
             if not paths:
@@ -123,7 +123,7 @@ class EditSender:
             self._noted |= {path: self._signature(path) for path in paths}
 
     async def restore_damage(self) -> SentEdits:
-        """Restore the files that differ from the server's and are no edits; send nothing."""
+        """Restore the files that differ without being edits; send nothing."""
         pushed = SentEdits()
         async with self._turn:
             edits = self._follower.edits
@@ -135,11 +135,11 @@ class EditSender:
         return pushed
 
     def withheld(self) -> dict[str, str]:
-        """Return the edits that wait for the user's decision: path to the reason."""
+        """Return the edits that wait for the user's decision: path to reason."""
         return self._follower.edits.evidence.withheld()
 
     def notice(self) -> str | None:
-        """Return the line about withheld edits for every command, None if there are none."""
+        """Return the notice about withheld edits for every command, None if there are none."""
         withheld = self.withheld()
         if not withheld:
             return None
@@ -160,10 +160,10 @@ class EditSender:
     # --- judging ---
 
     def _require_room(self) -> None:
-        """Refuse to send edits while the disk is full: a save that failed half way looks like an edit.
+        """Refuse to send edits while the disk is full: a truncated save looks like an edit.
 
         Raises:
-            StorageError: it is. The edited files are then checked for such a save when there is room.
+            StorageError: the disk is full. The edited files are checked for truncated saves once there is room.
         """
         directory = self._follower.cache.directory
         try:
@@ -177,7 +177,7 @@ class EditSender:
     async def _judge(
         self, paths: Iterable[str], *, confirm: bool = False, is_asked: bool = True
     ) -> dict[str, tuple[Signature, Judgement]]:
-        """Decide for each edited file what it is, and withhold what must wait; with ``confirm`` each is an edit."""
+        """Classify each edited file and withhold doubtful ones; with ``confirm`` each is an edit."""
         edits = self._follower.edits
         judged: dict[str, tuple[Signature, Judgement]] = {}
         repository = Repository(self._follower.cache.directory)
@@ -217,7 +217,7 @@ class EditSender:
             await self._follower.withhold(waiting)
 
     async def _record(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
-        """Record the saves among these files, as they cannot be sent now."""
+        """Record the saves among these files, which cannot be sent now."""
         evidence, cache = self._follower.edits.evidence, self._follower.cache
         saves = []
         for path, (found, judgement) in judged.items():
@@ -228,7 +228,7 @@ class EditSender:
             await self._follower.record(saves)
 
     async def _restore(self, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits) -> None:
-        """Restore the files that are no edits. What is rescued, every command says; add a notice for the others."""
+        """Restore the files that are not edits; add a notice for each that was not rescued."""
         without_text = defaultdict(list)
         for path, (found, judgement) in judged.items():
             if judgement.outcome == "restored":
@@ -240,10 +240,10 @@ class EditSender:
             pushed.notices.append(f"{paths[0]}{more}: restored to the server's text: {reason}")
 
     async def restore(self, path: str, found: Signature | None = None, *, reason: str | None) -> bool | None:
-        """Put the server's text in place of a file that is not to be sent.
+        """Replace a file that is not to be sent with the server's text.
 
         Returns:
-            Whether a text was rescued, for which a ``reason`` is needed; None if the file cannot be restored now.
+            Whether a text was rescued, which needs a ``reason``; None if the file cannot be restored now.
         """
         found = found or self._signature(path)
         if found is None:
@@ -261,7 +261,7 @@ class EditSender:
         self, link: Connection, judged: dict[str, tuple[Signature, Judgement]], pushed: SentEdits
     ) -> None:
         for path, (found, judgement) in judged.items():
-            if judgement != EDIT or self._signature(path) != found:  # another save is judged by itself
+            if judgement != EDIT or self._signature(path) != found:  # a newer save is judged on its own
                 continue
             try:
                 outcome, notice = await self._send(link, path)
@@ -283,7 +283,7 @@ class EditSender:
         self._refused.pop(path, None)
         copy = await self._settle(link, put, answer, base)
         if copy is not None:
-            return "conflict", None  # said by every command until it is resolved
+            return "conflict", None  # every command says so until it is resolved
         if put.base != base:
             return answer.outcome, (
                 f"{path} was saved without what others had written meanwhile; that was put back, and what you wrote is "
@@ -292,9 +292,10 @@ class EditSender:
         return answer.outcome, None
 
     async def _settle(self, link: Connection, put: Put, answer: Stored, base: bytes | None) -> str | None:
-        """Go on from the server's answer to an edit; return where the text was put for a conflict."""
+        """Process the server's answer to an edit; return where a conflict put the text."""
         if link is not self._following:
-            # Its own change must find the file still edited: an older one, which it was merged with, may come first.
+            # The file must still be edited when its own change arrives: an older change, merged with it, may come
+            # first.
             await self._reached(answer.seq)
         effects, copy = await self._follower.settle(put, answer.outcome, base)
         self._unanswered.forget(put.path)
@@ -302,7 +303,7 @@ class EditSender:
         return copy
 
     async def _settle_unanswered(self, link: Connection, sent: Sent) -> None:
-        """Ask what became of an edit whose answer was lost: what was saved since builds on it, if it was stored."""
+        """Ask for the outcome of an edit whose answer was lost: later saves build on it if it was stored."""
         answer = await self._ask(link, sent.frame, sent.first_sent_at())
         if isinstance(answer, Stored):
             await self._settle(link, sent.put, answer, sent.base)
@@ -310,12 +311,12 @@ class EditSender:
             self._unanswered.forget(sent.put.path)
 
     async def put(self, link: Connection, path: str, text: bytes) -> str:
-        """Send a text for a plan or notes, made from the server's as it is here; return the outcome.
+        """Send a text for a plan or notes, based on the server's as it is here; return the outcome.
 
-        The file is the server's again when this returns, unless it is edited.
+        On return the file is the server's again, unless it is edited.
 
         Raises:
-            RemoteError: it was not sent, or not taken.
+            RemoteError: it was not sent, or was refused.
         """
         async with self._turn:
             await self.until_in_place(path)
@@ -328,10 +329,10 @@ class EditSender:
         return answer.outcome
 
     async def until_in_place(self, path: str) -> None:
-        """Wait for a moment until a plan or notes holds the server's text, or an edit of it.
+        """Wait briefly until a plan or notes holds the server's text, or an edit of it.
 
         Raises:
-            Rejected: it does not: after a conflict the file, and its base, may still be what was set aside.
+            Rejected: it does not: after a conflict, file and base may still be the version set aside.
         """
         if not await self._following.changed.until(lambda: path not in self._follower.replica.wanted, SAVING_S):
             raise Rejected(
@@ -343,9 +344,9 @@ class EditSender:
     async def _ask_briefly(
         self, link: Connection, put: Put, current: bytes | None, *, is_edit: bool = False
     ) -> Stored | Refused:
-        """Ask, with the digest of a long base in its place where the server most likely has that text itself.
+        """Send the request with the digest of a long base if the server most likely has that text.
 
-        Of an edit it is kept in mind what was sent, until the answer is settled.
+        A sent edit is recorded until its answer is settled.
         """
         frame = self._brief(link, put, current)
         while True:
@@ -372,13 +373,13 @@ class EditSender:
     # --- files that can't be sent yet, or as they are ---
 
     async def _until_saved(self, path: str) -> None:
-        """Wait for the end of a save that is going on, for a moment."""
+        """Wait briefly for a save in progress to end."""
         deadline = time.monotonic() + SAVING_S
         while time.monotonic() < deadline and self.is_being_saved(path):  # noqa: ASYNC110 - nobody tells of it
             await asyncio.sleep(_POLL_S)
 
     def is_being_saved(self, path: str) -> bool:
-        """Whether a file is about to become something else: open for writing, or emptied a moment ago."""
+        """Return whether a file is about to change: open for writing, or just emptied."""
         found = self._signature(path)
         if found is None:
             return False
@@ -400,7 +401,7 @@ class EditSender:
 
 
 def _takes_away(base: bytes | None, text: bytes) -> bool:
-    """Return whether the server's text has a line that this one lacks."""
+    """Return whether the text lacks a line of the base."""
     return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
 
 
@@ -409,33 +410,33 @@ def _new_id() -> str:
 
 
 QUIET_S = 0.1
-"""A file is taken for saved when it has been the same for this long."""
+"""A file unchanged for this long counts as saved."""
 LONGEST_SAVE_S = 30.0
-"""A program that keeps a file open for longer is not waited for: what it has written so far is sent."""
+"""A file kept open for longer is sent as it is."""
 _QUIET_POLL_S = 0.04
 _RETRY_S = 1.0
 _LOOK_AT_HELD_S = 0.5
 _BURST = 3
-"""When more files than this are edited at once, a program may be at work on more: its end is waited for."""
+"""If more files than this are edited at once, a program may still be at work: wait for it to finish."""
 _BURST_QUIET_S = 1.0
 _BURST_POLL_S = 0.25
 _log = logging.getLogger(__name__)
 
 
 class _Seen:
-    """A file as it was last looked at."""
+    """A file as last seen."""
 
     __slots__ = ("at", "began", "signature")
 
     def __init__(self, signature: Signature | None, now: float) -> None:
         self.signature = signature
         self.at = now
-        """Since when it is like this."""
+        """Time since which it is unchanged."""
         self.began = now
 
 
 class EditWatcher:
-    """The edits of one cache that nobody has asked to send yet; they go out while ``run()`` runs."""
+    """Unrequested edits of one cache, sent while ``run()`` runs."""
 
     def __init__(self, follower: Replicator, links: ConnectionPool, pusher: EditSender) -> None:
         self._follower = follower
@@ -444,10 +445,10 @@ class EditWatcher:
         self._seen: dict[str, _Seen] = {}
         self._wake = asyncio.Event()
         self.notices: list[str] = []
-        """What the next command should say."""
+        """Notices for the next command."""
 
     def touched(self, paths: Iterable[str]) -> None:
-        """These plans and notes may have been edited."""
+        """Check these plans and notes for edits."""
         now = time.monotonic()
         for path in paths:
             if path not in self._seen:
@@ -457,20 +458,20 @@ class EditWatcher:
     # --- the task ---
 
     async def run(self) -> None:
-        """Send edits until cancelled. Trouble with the server is waited out."""
+        """Send edits until cancelled. Server errors are waited out."""
         while True:
             try:
                 await self._pause()
                 await self._push_saved()
                 await self._look_at_held()
             except RemoteError:
-                await asyncio.sleep(_RETRY_S)  # said by the link, and by the next command
+                await asyncio.sleep(_RETRY_S)  # the connection and the next command report it
             except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
                 _log.exception("sending the edits of %s failed", self._follower.cache.directory)
                 await asyncio.sleep(_RETRY_S)
 
     async def _pause(self) -> None:
-        """Wait for something to look at."""
+        """Wait for a file to check."""
         if self._seen:
             await asyncio.sleep(_QUIET_POLL_S)
             return
@@ -499,7 +500,7 @@ class EditWatcher:
         await self._push(link, edited, {path: self._seen.pop(path) for path in edited})
 
     def _is_burst(self, edited: list[str]) -> bool:
-        """Return whether a program seems to be at work on many files, and has not come to its end."""
+        """Return whether a program seems to be changing many files and has not finished."""
         now = time.monotonic()
         quiet_s = now - max(self._seen[path].at for path in edited)
         lasts_s = now - min(self._seen[path].began for path in edited)
@@ -514,7 +515,7 @@ class EditWatcher:
         self.notices += [notice for notice in pushed.notices if notice not in self.notices]
 
     def _is_edit(self, path: str) -> bool:
-        """Whether there is something to send; what belongs to no task is set aside by the caretaker."""
+        """Return whether there is an edit to send; files of no task are left to the integrity monitor."""
         return self._follower.edits.is_edited(path) and not self._follower.files.is_orphan(path)
 
     def _can_send(self) -> bool:
@@ -522,7 +523,7 @@ class EditWatcher:
         return self._follower.is_following and link is not None and not link.is_refused
 
     def _is_saved(self, path: str) -> bool:
-        """Whether a file has come to rest."""
+        """Return whether a file has stopped changing."""
         now, seen = time.monotonic(), self._seen[path]
         found = self._follower.cache.signature(path)
         if found != seen.signature:
@@ -533,5 +534,5 @@ class EditWatcher:
         return now - seen.began > LONGEST_SAVE_S or not self._pusher.is_being_saved(path)
 
     async def _look_at_held(self) -> None:
-        """Fetch what waited for an edit that is none any more."""
+        """Fetch files whose pending edit no longer exists."""
         await self._links.following.carry_out(await self._follower.look_at_edits())

@@ -1,11 +1,10 @@
-"""The background process: one per user, package version and environment, for all caches of that user there.
+"""Agent process: one per user, package version and environment, serving all of that user's caches there.
 
-It listens on a Unix socket in a directory of the user's own (see ``runtime.py``) for requests, one JSON object a
-line (see ``service.py``), and while it works on one it sends ``{"progress": ...}`` lines, the first at once, then
-one every two seconds. Two requests are its own: ``agent-status`` and ``agent-stop``. It refuses a request of another
-environment, or for another cache than the one at that path. It leaves when it was not used for a while, when its
-environment is gone, and when the package that it was started from is replaced: the next command starts one of the new
-version. Start it with ``python -m lattice_remote.client.agent.main``; commands do so by themselves.
+It listens on a Unix socket in a private directory (see ``agent_runtime``) for requests, one JSON object a line (see
+``service``). During a request it sends ``{"progress": ...}`` lines, the first at once, then one every two seconds. It
+handles ``agent-status`` and ``agent-stop`` itself. It refuses requests from another environment, or for another cache
+than the one at that path. It exits when it is idle, when its environment is gone, and when its package is replaced: the
+next command starts the new version. Commands start it with ``python -m lattice_remote.client.agent.main``.
 """
 
 import asyncio
@@ -35,20 +34,20 @@ MAX_REQUEST_BYTES = 64 * 1024 * 1024
 _HEARTBEAT_S = 2.0
 _SWEEP_INTERVAL_S = 1.0
 _UNUSED_S = 30.0
-"""An agent that nobody has ever asked lost a race to one that has already ended: it leaves sooner."""
+"""An agent that never had a request lost a race to one that has already ended: it exits sooner."""
 _ALONE_S = 60.0
-"""An agent whose namespaces hold no other process of this user, which a sandbox has left behind, leaves sooner."""
+"""An agent alone in its namespaces, left behind by a sandbox, exits sooner."""
 _TAKE_OVER_S, _TAKE_OVER_POLL_S = 8.0, 0.05
 _LEFT_OVER_S = 3600.0
-"""The files of an agent that ended are kept for so long: its log may say why."""
+"""The files of a dead agent are kept for this long: its log may say why."""
 _UMASK = 0o022
-"""Not that of the command which happens to start the agent. The modes of files in a cache are for ``directory.py``."""
+"""Fixed, not inherited from the command that starts the agent. ``safe_directory`` sets the modes in a cache."""
 _MAX_LOG_BYTES, _KEPT_LOG_BYTES = 1024 * 1024, 64 * 1024
 _log = logging.getLogger(__name__)
 
 
 class Agent:
-    """Serves requests from ``run()`` until it is stopped, idle, or its socket is taken away."""
+    """Server of requests from ``run()`` until it is stopped, idle, or its socket is removed."""
 
     def __init__(self, place: agent_runtime.Runtime, idle_s: float) -> None:
         self._place = place
@@ -67,7 +66,7 @@ class Agent:
         self._turn = asyncio.Semaphore(1)
 
     async def run(self) -> None:
-        """Serve. The caller holds the agent's lock, so that a socket that is already there is a dead one's."""
+        """Serve. The caller holds the agent's lock, so an existing socket is stale."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._place.socket)
         server = await asyncio.start_unix_server(self._connected, self._place.socket, limit=MAX_REQUEST_BYTES)
@@ -84,12 +83,12 @@ class Agent:
                 _trim(self._place.log)
         finally:
             if self._owns_socket(identity):
-                os.unlink(self._place.socket)  # first: whoever comes now starts a new agent
+                os.unlink(self._place.socket)  # first: later commands start a new agent
             server.close()
             await self._leave()
 
     async def _leave(self) -> None:
-        """Let what runs come to its end for a moment, then close everything."""
+        """Let running requests finish for a moment, then close everything."""
         if self._connections:
             await asyncio.wait(self._connections, timeout=1.0)
         for task in list(self._connections):
@@ -110,7 +109,7 @@ class Agent:
         return not self._stopping.is_set() and not self._is_idle()
 
     def _is_at_home(self) -> bool:
-        """Whether the environment is still that of the agent's name: of all its parts only this one can change."""
+        """Return whether the environment still matches the agent's name; only the namespaces can change."""
         return agent_runtime.configuration() == self._configuration
 
     def _is_idle(self) -> bool:
@@ -132,7 +131,7 @@ class Agent:
             return False
 
     def _sweep(self) -> None:
-        """Drop caches whose directory is gone or has another remote now, and those that nobody has used for long."""
+        """Close caches whose directory is gone, whose remote has changed, or that are long unused."""
         for directory, service in list(self._services.items()):
             unused = not self._connections and time.monotonic() - service.used_at > self._idle_s
             if service.is_stale() or unused:
@@ -151,7 +150,7 @@ class Agent:
         self._connections.add(task)
         self._was_used = True
         try:
-            # A client that leaves, or is interrupted, is none of our trouble.
+            # A client that disconnects or is interrupted is no error here.
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 while line := await reader.readline():
                     await self._serve(line, reader, writer)
@@ -163,7 +162,7 @@ class Agent:
             writer.close()
 
     async def _serve(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request; give it up when the command that asked goes away."""
+        """Answer one request; cancel it if its command disconnects."""
 
         def report(progress: dict[str, Any] | None) -> None:
             writer.write(json.dumps({"progress": progress}).encode() + b"\n")
@@ -171,7 +170,7 @@ class Agent:
         if (ready := self._ready_now(line)) is not None:
             writer.write(json.dumps(ready).encode() + b"\n")
             return
-        report(None)  # it is heard: whoever asks knows that there is life here
+        report(None)  # at once, as a sign of life
         work = asyncio.ensure_future(answered(self._handle(line, report)))
         gone = asyncio.ensure_future(reader.read(1))
         try:
@@ -188,7 +187,7 @@ class Agent:
             await asyncio.gather(work, gone, return_exceptions=True)
 
     def _ready_now(self, line: bytes) -> dict[str, Any] | None:
-        """Answer a read of a cache that is current at once, without a task of its own."""
+        """Answer a read of a current cache at once, without a task."""
         if not line.startswith(b'{"do": "ready"'):
             return None
         try:
@@ -202,7 +201,7 @@ class Agent:
         return None if answer is None else {"ok": True, **answer}
 
     def _is_mine(self, request: dict[str, Any]) -> bool:
-        """Whether a request comes from this agent's environment; its command then does the steps itself if not."""
+        """Return whether a request comes from this agent's environment; if not, its command runs the steps itself."""
         return bool(request["agent"] == self._place.name) and self._is_at_home()
 
     async def _handle(self, line: bytes, report: Any) -> dict[str, Any]:
@@ -220,7 +219,7 @@ class Agent:
         except RemoteError:
             raise
         except Exception as error:
-            # A defect of ours, or of who asks: it must be answered, or the command would take the agent for dead.
+            # A defect must be answered too, or the command would take the agent for dead.
             _log.exception("a request failed")
             raise RemoteError(f"the agent could not handle this request ({error!r}); see {self._place.log}") from error
 
@@ -251,7 +250,7 @@ class Agent:
 
 
 def _package_signature() -> tuple[int, int] | None:
-    """Return what changes when this package is upgraded; None when it is gone."""
+    """Return a signature that changes with an upgrade of this package; None if it is gone."""
     try:
         found = os.stat(str(lattice_remote.__file__))
     except OSError:
@@ -260,7 +259,7 @@ def _package_signature() -> tuple[int, int] | None:
 
 
 def _is_alone() -> bool:
-    """Whether no process of this user but agents is in the namespaces of this one, as far as can be seen."""
+    """Return whether no other process of this user, except agents, is seen in these namespaces."""
     try:
         own = agent_runtime.namespaces()
         processes = [name for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
@@ -279,7 +278,7 @@ def _is_agent(process: str) -> bool:
 
 
 def _remove_left_overs(place: agent_runtime.Runtime) -> None:
-    """Remove the files of other environments' agents that ended long ago, by a crash or otherwise."""
+    """Remove the files of other environments' agents that ended long ago."""
     with contextlib.suppress(OSError):
         names = {name.rpartition(".")[0] for name in os.listdir(place.directory) if name.startswith("agent-")}
         for name in names - {place.name}:
@@ -297,7 +296,7 @@ def _remove_if_old(other: agent_runtime.Runtime) -> None:
 
 
 def _trim(log: str) -> None:
-    """Keep only the end of a log that has become long. Whoever writes to it appends."""
+    """Truncate a long log to its end. Writers append."""
     with contextlib.suppress(OSError):
         if os.path.getsize(log) > _MAX_LOG_BYTES:
             with open(log, "rb+") as file:
@@ -309,9 +308,9 @@ def _trim(log: str) -> None:
 
 
 def _take_over(lock: FileLock, place: agent_runtime.Runtime) -> bool:
-    """Take the agent's lock; return whether it is ours now, or belongs to an agent that serves.
+    """Take the agent's lock; return False if it belongs to an agent that serves.
 
-    One that is leaving has no socket any more, but may hold the lock for a moment yet.
+    One that is exiting has no socket any longer, but may hold the lock for a moment.
     """
     deadline = time.monotonic() + _TAKE_OVER_S
     while True:
@@ -325,13 +324,13 @@ def _take_over(lock: FileLock, place: agent_runtime.Runtime) -> bool:
 
 
 def main() -> int:
-    """Run the agent unless one runs already. Returns the exit code."""
+    """Run the agent unless one runs already; return the exit code."""
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     os.umask(_UMASK)
     lock = FileLock(place.lock, mode=0o600)
     if not _take_over(lock, place):
-        return 0  # somebody else has started one at the same time
+        return 0  # another one was started at the same time
     with open(place.pid, "w", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
     _remove_left_overs(place)

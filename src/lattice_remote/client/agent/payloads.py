@@ -1,8 +1,8 @@
-"""Fetches the large contents of artifacts that a copy has left out, in its own time: nobody waits for them.
+"""Background download of artifacts' large contents that a cache has deferred.
 
-On a connection of their own, one after the other, each in pieces that stay on the disk (``.lattice/.fetch``): after a
-cut, another start or another process it goes on from there. A content gets its place once it has its digest.
-What is fetched unasked is a setting (``preferences.py``); what is asked for comes first.
+Contents are fetched one at a time on a separate connection. Their pieces stay on disk (``.lattice/.fetch``), so a
+download resumes after a cut, a restart or in another process. A content is put in place once its digest matches.
+Requested contents come first; whether others are fetched is a setting (see ``config``).
 """
 
 import asyncio
@@ -31,33 +31,33 @@ __all__ = ["DownloadConnection", "Fetching", "ask_what_it_is", "pieces"]
 
 _PIECE_BYTES = 256 * 1024
 _WINDOW = 8
-"""Pieces asked for at once: enough to fill a line, little enough for others on it to be served soon."""
+"""Pieces requested at once: enough to fill a line, few enough to leave room for others."""
 
 
 class DownloadConnection(Protocol):
-    """What carries requests: a ``Link``."""
+    """A connection that carries requests."""
 
     async def ask(self, frame: Request) -> Response:
         """Send a request and return its answer."""
 
 
 async def ask_what_it_is(link: DownloadConnection, path: str) -> tuple[Content, int]:
-    """Return what a file is on the server, and at which number.
+    """Return a file's content on the server, and the sequence number of that.
 
     Raises:
-        Rejected: REMOTE_NOT_FOUND when there is none.
-        ConnectionFailed: the server is out of reach.
+        Rejected: REMOTE_NOT_FOUND if there is no such file.
+        ConnectionFailed: the server is unreachable.
     """
     answer = await _ask(link, Download(os.urandom(16).hex(), path, limit=1))
     return (answer.size, answer.digest), answer.seq
 
 
 async def pieces(link: DownloadConnection, path: str, content: Content, offset: int) -> AsyncGenerator[bytes]:
-    """Yield a content from ``offset`` to its end, in order. That it has its digest is for the caller to check.
+    """Yield a content from ``offset`` to its end, in order. The caller checks the digest.
 
     Raises:
-        Rejected: REMOTE_NOT_FOUND when the file has another content by now.
-        ConnectionFailed: the server is out of reach; go on later from what has come.
+        Rejected: REMOTE_NOT_FOUND if the file has another content now.
+        ConnectionFailed: the server is unreachable; resume later.
     """
     size, digest = content
     under_way: deque[asyncio.Task[Downloaded]] = deque()
@@ -91,16 +91,15 @@ async def _ask(link: DownloadConnection, frame: Download) -> Downloaded:
 
 
 _RETRY_S = 5.0
-"""After the server was out of reach."""
+"""Delay after the server was unreachable."""
 _PUT_OFF_S = 60.0
-"""One that can't be had now (a full disk, a quota, a content that is not what was announced) is left alone for so long;
-the others go on."""
+"""A content that failed (full disk, quota, wrong digest) is retried after this long; others go on."""
 _PATIENCE_S = 5.0
-"""Who waits for a content waits no longer for a server that is gone."""
+"""Longest wait of a request for an unreachable server."""
 _LOOK_S = 60.0
 _POLL_S = 0.1
 _OWN_TURN_S = 2.0
-"""A command that attaches waits no longer for another process that fetches."""
+"""Longest wait of an attaching command for another process that fetches."""
 _LOCK = ".fetch.lock"
 _MIB = 1024 * 1024
 _MAX_MISFITS = 3
@@ -108,16 +107,16 @@ _log = logging.getLogger(__name__)
 
 
 class _PutOff(NamedTuple):
-    """One that could not be had."""
+    """A content whose download failed."""
 
     until: float
     why: RemoteError
     content: Content | None
-    """What it was then: another one is tried at once."""
+    """Its content then; another one is tried at once."""
 
 
 class Fetching:
-    """The contents of one cache that are left out; they come while ``run()`` runs."""
+    """Downloads of one cache's deferred contents, while ``run()`` runs."""
 
     def __init__(self, follower: Replicator, links: ConnectionPool) -> None:
         self._follower = follower
@@ -125,24 +124,26 @@ class Fetching:
         self._links = links
         self._link = links.following
         self._lock = FileLock(self._cache.absolute(_LOCK), thread_local=False, mode=0o600)
-        self._asked: Counter[str] = Counter()  # by how many
-        self._own: set[bytes] = set()  # digests that are being attached here: they need no fetching
-        self._wishes = 0  # how often somebody has asked for something
-        self._seen: tuple[int, str, int] | None = None  # for which everything was done that is to be done
-        self._looked_at: dict[str, Content | None] = {}  # which local files were compared, and with what
+        self._asked: Counter[str] = Counter()  # path -> number of requesters
+        self._own: set[bytes] = set()  # digests being attached here: they need no download
+        self._wishes = 0  # number of requests so far
+        self._seen: tuple[int, str, int] | None = None  # state for which all work was done
+        self._looked_at: dict[
+            str, Content | None
+        ] = {}  # local files already compared, and the content they were compared with
         self._misfits: Counter[bytes] = Counter()
         self._put_off: dict[str, _PutOff] = {}
         self._not_before = 0.0
         self._current: tuple[str, int, int] | None = None
-        self._failure: RemoteError | None = None  # of the connection, when it last ended so
+        self._failure: RemoteError | None = None  # the connection's last error
 
     @property
     def mode(self) -> str:
-        """What is fetched unasked: ``background`` (everything) or ``on-demand`` (nothing)."""
+        """Return the setting: ``background`` (fetch everything) or ``on-demand`` (nothing unasked)."""
         return config.read(self._cache.directory)["payloads"]
 
     def status(self) -> dict[str, Any]:
-        """Return what is left out, and what is being fetched."""
+        """Return the deferred contents and the running download."""
         known = [content[0] for content in self._follower.replica.away.values() if content is not None]
         fetching = None
         if self._current is not None:
@@ -157,22 +158,22 @@ class Fetching:
 
     @property
     def trouble(self) -> RemoteError | None:
-        """Why something that is to be fetched does not come; None when nothing is in its way."""
+        """Return the reason why a content to be fetched does not arrive; None if there is none."""
         reasons = [why for path in self._put_off if (why := self._why_put_off(path)) is not None]
         return next(iter(reasons), self._failure)
 
     def _why_put_off(self, path: str) -> RemoteError | None:
-        """Return why a content is left alone; None when it is not, or when it is another by now."""
+        """Return the reason why a content was put off; None if it was not, or has changed since."""
         put_off, away = self._put_off.get(path), self._follower.replica.away
         return put_off.why if put_off is not None and path in away and away[path] == put_off.content else None
 
     # --- what is asked for ---
 
     async def fetch(self, paths: Iterable[str] | None, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Fetch these contents, None for all that are left out; return which have come.
+        """Fetch these contents (None: all deferred ones); return those that arrived.
 
         Raises:
-            RemoteError: one can't be fetched; what has come of it stays.
+            RemoteError: one cannot be fetched; its pieces are kept.
         """
         away = self._follower.replica.away
         wanted = [path for path in (list(away) if paths is None else paths) if path in away]
@@ -207,13 +208,13 @@ class Fetching:
             await asyncio.sleep(_POLL_S)
 
     def wake(self) -> None:
-        """Something may be to be done: a setting was changed, or somebody asks."""
+        """Check for work: a setting was changed or a content requested."""
         self._wishes += 1
         self._link.changed.notify()
 
     @contextlib.contextmanager
     def attaching(self, digests: Iterable[bytes]) -> Iterator[None]:
-        """Within this, these contents are not fetched: they are here, and are put in place by ``take_own``."""
+        """Suspend the download of these contents: ``take_own`` copies them from local files."""
         own = set(digests) - self._own
         self._own |= own
         try:
@@ -223,7 +224,7 @@ class Fetching:
             self.wake()
 
     async def take_own(self, sources: Iterable[Source]) -> None:
-        """What was attached here need not come from the server. What doesn't work is fetched."""
+        """Put attached files in place from their local sources. If that fails, they are downloaded."""
         for source in sources:
             content = (source.size, source.digest)
             for path in [path for path, away in self._follower.replica.away.items() if away == content]:
@@ -234,7 +235,7 @@ class Fetching:
                             await self._follower.arrived(path, content, partial)
 
     def _copied(self, source: Source, partial: str) -> bool:
-        """Copy a file of the caller's; return whether it still had the content that was sent."""
+        """Copy a caller's file; return whether it still had the content that was sent."""
         self._cache.quota.require_room(source.size)
         self._cache.discard(partial)
         hasher, offset = hashlib.sha256(), 0
@@ -250,7 +251,7 @@ class Fetching:
     # --- the task ---
 
     async def run(self) -> None:
-        """Fetch until cancelled. Trouble with the server or the disk is waited out."""
+        """Fetch until cancelled. Errors of the server or the disk are waited out."""
         while True:
             if not await self._link.changed.until(self._has_work, self._pause_s()):
                 continue
@@ -283,7 +284,7 @@ class Fetching:
         return replica.away_version, self.mode if replica.away else "", self._wishes
 
     async def _work(self) -> None:
-        """Fetch everything that is to be fetched now."""
+        """Fetch everything due now."""
         state, now = self._state(), time.monotonic()
         self._put_off = {path: put_off for path, put_off in self._put_off.items() if put_off.until > now}
         if self._next() is not None and self._link.token is not None:
@@ -299,7 +300,7 @@ class Fetching:
             self._seen = state
 
     async def _settle_or_put_off(self, link: Connection, path: str) -> None:
-        """Do what is to be done for one; what is in the way of this one holds up no other."""
+        """Fetch one content; a failure delays only this one."""
         content = self._follower.replica.away[path]
         try:
             await self._settle(link, path, content)
@@ -311,7 +312,7 @@ class Fetching:
             self._current = None
 
     def _next(self) -> str | None:
-        """Return what is to be looked at or fetched: first what was asked for."""
+        """Return the next path to check or fetch, requested ones first."""
         if not self._follower.is_following:
             return None  # nothing could be put in place
         away, is_unasked = self._follower.replica.away, self.mode == "background"
@@ -327,7 +328,7 @@ class Fetching:
         return None
 
     async def _settle(self, link: Connection, path: str, content: Content | None) -> None:
-        """Find out what a file is, whether it is here after all, and else, if it is wanted, fetch it."""
+        """Look up a file's content, check whether it is already here, else fetch it if it is due."""
         if content is None:
             await self._learn(link, path)
             return
@@ -351,10 +352,10 @@ class Fetching:
         replica = self._follower.replica
         if not await self._link.changed.until(lambda: replica.position.seq >= seq, _RETRY_S):
             raise StorageError(f"the copy does not get to change {seq}, of which the server sends {path}")
-        await self._follower.learned(path, content, seq)  # unless a change has said more, or it is wanted no longer
+        await self._follower.learned(path, content, seq)  # unless a newer change replaced it, or it is no longer needed
 
     async def _is_here(self, path: str, content: Content) -> bool:
-        """Whether the file has this content already: it was put there before a crash, say, or by other hands."""
+        """Return whether the file has this content already, for example from before a crash."""
         before = self._cache.signature(path)
         if before is None or before[1] != content[0]:
             return False
@@ -376,12 +377,12 @@ class Fetching:
                 try:
                     await asyncio.to_thread(self._cache.add, partial, piece)
                 except StorageError:
-                    self._cache.discard(partial)  # a full disk would stay full of this
+                    self._cache.discard(partial)  # else a full disk would stay full
                     raise
                 have += len(piece)
                 self._current = (path, have, size)
                 if self._follower.replica.away.get(path) != content:
-                    return  # a change has made it another; what has come is forgotten
+                    return  # a change replaced the content; its pieces are dropped
         await self._place(path, content, partial)
 
     async def _place(self, path: str, content: Content, partial: str) -> None:
@@ -400,10 +401,10 @@ class Fetching:
 
 @contextlib.asynccontextmanager
 async def _taken(lock: FileLock, timeout_s: float | None) -> AsyncIterator[None]:
-    """Hold the lock of those who fetch for one cache: two processes must not write into one file.
+    """Hold the download lock of one cache: two processes must not write into one file.
 
     Raises:
-        TimeoutError: another has it for longer.
+        TimeoutError: another process holds it for longer.
     """
     async with asyncio.timeout(timeout_s):
         while True:

@@ -1,25 +1,25 @@
-"""What can be asked of one cache: the same steps in the agent and in a command that does without it.
+"""Request handling for one cache, in the agent or inside a command that runs without it.
 
-A request is a JSON object: ``do``, ``directory`` and ``cache`` (the path of the cache, and its ``settings.identify``),
-``token`` and ``named`` (``LATTICE_TOKEN`` and ``LATTICE_REMOTE_URL`` of the command, or null), ``agent`` (the name of
-the agent that the command looks for, see ``runtime.py``), and
+A request is a JSON object: ``do``; ``directory`` and ``cache`` (path and identity of the cache, see
+``config.identify``); ``token`` and ``named`` (the command's ``LATTICE_TOKEN`` and ``LATTICE_REMOTE_URL``, or null);
+``agent`` (the agent's name, see ``agent_runtime``); and
 
     ready    is the cache current? waits briefly   -> current, filled, seq, age_s, code, message, notices
     run      id, argv, files, own_link             -> exit_code, stdout, stderr (base64), notices; or unreadable
     call     id, surface, name, payload, files     -> status, payload, seq, notices (payloads are JSON texts); likewise
     push     send edited plans and notes, confirm: the withheld ones too -> sent, notices
-    resolve  task ("": all), what ("plan", "notes", null), choice ("mine", "theirs", "edited", null: only tell),
+    resolve  task ("": all), what ("plan", "notes", null), choice ("mine", "theirs", "edited", null: only list),
              text (base64, null)                   -> conflicts, resolved
     rescued  action ("list", "show", "apply", "drop"), numbers ([]: all)  -> entries, applied, refused, dropped
     pull     bring the cache up to date            -> seq
-    sync     compare all files and mend            -> seq, total, differing, missing, surplus, edited, notices
+    sync     compare all files and repair          -> seq, total, differing, missing, surplus, edited, notices
     verify   compare all files                     -> the same
-    fetch    paths of contents left out, or null    -> fetched, bytes
-    configure  name, value                         -> every setting of this copy
+    fetch    paths of deferred contents, or null   -> fetched, bytes
+    configure  name, value                         -> every setting of this cache
     log      task ("": all), limit; text ("plan", "notes")  -> entries, more
     version  task, text, version                   -> text (base64), seq, epoch
     restore  task, text, version                   -> outcome, path, notices
-    status   what is known, with its evidence      -> see ``Service._status``
+    status   the state of the cache, with its evidence -> see ``Service._status``
 
 An answer has ``ok``; a failure has ``code`` and ``message``.
 """
@@ -77,7 +77,7 @@ _INTERVAL_S = 1.0
 
 
 class Acknowledging:
-    """``run()`` it as long as the cache is followed."""
+    """Acknowledgement of applied changes to the server. ``run()`` it while the cache is followed."""
 
     def __init__(self, follower: Replicator, link: Connection) -> None:
         self._follower = follower
@@ -85,7 +85,7 @@ class Acknowledging:
         self._told: tuple[Welcome | None, int] = (None, 0)
 
     async def run(self) -> None:
-        """Tell, whenever the files have got further."""
+        """Report each advance, at most once a second."""
         while True:
             await self._follower.advanced.wait()
             self._follower.advanced.clear()
@@ -102,25 +102,25 @@ class Acknowledging:
 
 READY_WAIT_S = 2.0
 FIRST_READY_WAIT_S = 5.0
-"""A read waits so long for a server that answers but has not yet sent everything."""
+"""Longest wait of a read for a server that answers but has not sent every change yet."""
 NEVER_FILLED_WAIT_S = 20.0
-"""There is nothing to show meanwhile: the first attempt may take as long as attempts take."""
+"""Longest wait of a read while the cache is empty: as long as one connection attempt."""
 REACH_WAIT_S = 10.0
 STALLED_S = 30.0
-"""Behind, and not advancing for this long: the connection is given up for a new one."""
+"""A connection that is behind and does not advance for this long is replaced."""
 _WATCH_INTERVAL_S = 5.0
 _STORE_AGE_INTERVAL_S = 60.0
 _PROGRESS_INTERVAL_S = 0.2
 _COMPARE_ATTEMPTS = 3
 _HELD_LONG_S, _HELD_POLL_S = 1.0, 0.2
-"""A cache that another process holds for longer is not waited for by a write: the server has it, the files follow."""
+"""A write does not wait longer for a cache that another process locks: the server has it, the files follow."""
 
 ProgressCallback = Callable[[dict[str, Any]], None]
-"""Called with ``what``, ``done`` and ``total`` while something takes its time."""
+"""Called with ``what``, ``done`` and ``total`` while a request takes long."""
 
 
 async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-    """Return a request's answer; an error of ours becomes one, on one line."""
+    """Return a request's answer; turn a ``RemoteError`` into one."""
     try:
         return {"ok": True, **await work}
     except RemoteError as error:
@@ -128,13 +128,13 @@ async def answered(work: Awaitable[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Service:
-    """One cache at work. ``start()`` it in a running loop, ``close()`` it in the end."""
+    """One followed cache. ``start()`` it in a running loop and ``close()`` it at the end."""
 
     def __init__(self, directory: str) -> None:
         self.remote: Remote = read_remote(directory)
         self.cache = Cache(directory, self.remote)
         self.used_at = time.monotonic()
-        """When it was last asked for something."""
+        """Time of the last request (monotonic)."""
         self._follower = Replicator(self.cache)
         self._links = ConnectionPool(self.remote, self._follower)
         self._link = self._links.following
@@ -149,13 +149,14 @@ class Service:
         self._watcher: asyncio.Task[None] | None = None
         self._caretaker = IntegrityMonitor(self._follower, self._link, Watching(), asyncio.Semaphore(1), _ignore)
         self._looking = asyncio.Lock()
-        self._said: list[str] = []  # for the next command
+        self._said: list[str] = []  # notices for the next command
         self._has_looked = False
         self._care: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Begin to follow the project, with the user's stored token before one that a command brought."""
+        """Start to follow the project. The user's stored token takes precedence over ``token`` unless
+        ``prefer_given``."""
         self._links.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
         telling = Acknowledging(self._follower, self._link)
@@ -163,7 +164,7 @@ class Service:
         self._bringing = asyncio.get_running_loop().create_task(self._fetching.run())
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
-        """From now on send what people edit and put right what else changes in the files, without being asked."""
+        """Start to send edits and repair other modifications without a request."""
         self._follower.edits.evidence.begin_watch()
         self._live = live = EditWatcher(self._follower, self._links, self._pusher)
         self._follower.files.on_edits = live.touched
@@ -172,7 +173,7 @@ class Service:
         self._care = asyncio.get_running_loop().create_task(self._caretaker.run())
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections and store the fingerprints."""
         for task in (self._watcher, self._telling, self._bringing, self._care, self._sending):
             if task is not None:
                 task.cancel()
@@ -184,25 +185,25 @@ class Service:
             self._follower.edits.evidence.end_watch()
 
     def is_stale(self) -> bool:
-        """Whether the directory is gone, or names another remote than when it was opened."""
+        """Return whether the directory is gone, or its remote has changed since it was opened."""
         try:
             return not self.cache.is_there() or read_remote(self.cache.directory) != self.remote
         except RemoteError:
             return True
 
     def is_meant_by(self, request: dict[str, Any]) -> bool:
-        """Whether a request is for this cache and this remote, and not for others that its path led to."""
+        """Return whether a request means this cache and remote, not others now at the same path."""
         return bool([*self.cache.identity, self.remote.url, self.remote.project] == request["cache"])
 
     async def handle(self, request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
-        """Do what a request asks for.
+        """Run a request and return its answer.
 
         Raises:
-            RemoteError: it can't be done; the message says what to do next.
+            RemoteError: it failed; the message says what to do next.
         """
         self.used_at = time.monotonic()
         token = request.get("token")
-        # ``add`` asks in its own process, of the server that it has named at the start.
+        # ``add`` runs without the agent and passes the server at start.
         named = trusted_servers.from_environment(request["named"]) if "named" in request else self._link.named
         if (refusal := self._links.refusal(named)) is not None:
             return self._without_server(request, refusal)
@@ -239,7 +240,7 @@ class Service:
         raise Misuse(f"unknown request {request['do']!r}: the agent is of another version")
 
     def _without_server(self, request: dict[str, Any], refusal: RemoteError) -> dict[str, Any]:
-        """Answer a command that has not named the server which an earlier one has: by what is here, or not at all."""
+        """Answer a command whose server differs from the one in use: ``ready`` from local files, else raise."""
         if request["do"] != "ready":
             raise refusal
         readiness = self._readiness()
@@ -248,7 +249,7 @@ class Service:
     def _long_work(
         self, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> Coroutine[Any, Any, dict[str, Any]] | None:
-        """Return what may take its time, and shows how far it is; None for other requests."""
+        """Return the work of a request that reports progress; None for other requests."""
         match request["do"]:
             case "ready":
                 return self._ready()
@@ -267,7 +268,7 @@ class Service:
         return None
 
     def ready_now(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the answer to ``ready`` if it needs no waiting: nearly every read asks this, and nothing else."""
+        """Return the answer to ``ready`` if it needs no waiting, as for nearly every read."""
         if not self._has_looked or not self._is_current() or self._follower.replica.held:
             return None
         if self._links.refusal(trusted_servers.from_environment(request["named"])) is not None:
@@ -279,9 +280,9 @@ class Service:
     # --- reading ---
 
     async def _ready(self, *, look: bool = True) -> dict[str, Any]:
-        """Wait until the files are current, the server is known to be out of reach, or it takes too long.
+        """Wait until the files are current, the server is known to be unreachable, or a time limit passes.
 
-        With ``look`` the files that were changed while nothing watched them are found and restored first.
+        With ``look``, files that changed while unwatched are first found and restored.
         """
         failed_before = self._link.failed_attempts
         wait_s, self._is_new = (FIRST_READY_WAIT_S if self._is_new else READY_WAIT_S), False
@@ -297,7 +298,7 @@ class Service:
         return self._readiness()
 
     async def _look(self, wait_s: float) -> None:
-        """Have the files that were changed while nothing watched them found and restored, for at most ``wait_s``."""
+        """Find and restore files that changed while unwatched, for at most ``wait_s``."""
         deadline = time.monotonic() + wait_s
         self._caretaker.is_awaited = True
         try:
@@ -311,7 +312,7 @@ class Service:
                     self._has_looked = True
             await self._until(self._is_current, max(0.0, deadline - time.monotonic()))
         except (TimeoutError, RemoteError):
-            return  # said by the answer: the files are not known to be current
+            return  # the answer says that the files may not be current
         finally:
             self._caretaker.is_awaited = False
 
@@ -328,7 +329,7 @@ class Service:
         }
 
     def _notices(self) -> list[str]:
-        """Return the lines for the next command: each once, but lasting states until they end."""
+        """Return the notices for the next command: each once, lasting conditions until they end."""
         notices, self._follower.keepsakes.notices, self._said = self._follower.keepsakes.notices + self._said, [], []
         if self._live is not None:
             notices += self._live.notices
@@ -338,7 +339,7 @@ class Service:
         return [*notices, *(notice for notice in lasting if notice is not None)]
 
     async def _fill(self, failed_before: int) -> None:
-        """The first fill may take long: wait for as long as it advances."""
+        """Wait for the first fill for as long as it advances."""
         while not self._is_current() and not self._has_failed(failed_before):
             before = self._advance()
             if not await self._until(lambda: self._is_current() or self._advance() != before, STALLED_S):  # noqa: B023
@@ -358,7 +359,7 @@ class Service:
         return await self._link.changed.until(predicate, timeout_s)
 
     def _trouble(self) -> RemoteError:
-        """Return why the files are not current."""
+        """Return the reason why the files are not current."""
         error = self._follower.trouble or self._link.error
         if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
             return error
@@ -405,7 +406,7 @@ class Service:
             raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
 
     async def _run(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
-        """Have a command line run on the server; return once its change is in the files."""
+        """Run a command line on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(run_frame(request), request, token, report)
         if not isinstance(answer, Reply):
             raise ConnectionFailed("the server answered something else", sent=True)
@@ -417,7 +418,7 @@ class Service:
         }
 
     async def _call(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
-        """Have an operation of a surface carried out on the server; return once its change is in the files."""
+        """Run a surface's operation on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(call_frame(request), request, token, report)
         if not isinstance(answer, Returned):
             raise ConnectionFailed("the server answered something else", sent=True)
@@ -425,7 +426,7 @@ class Service:
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
     async def _write_as_a_program(self, token: str | None, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Have the server carry out a write of the surface ``storage``; return its answer. Raises RemoteError."""
+        """Run a write of the surface ``storage`` on the server and return its answer. Raises RemoteError."""
         payload = json.dumps(values, ensure_ascii=False)
         asked = {"id": os.urandom(16).hex(), "surface": "storage", "name": name, "payload": payload, "files": []}
         return decoded(await self._call(asked, token, lambda _: None))
@@ -433,16 +434,16 @@ class Service:
     async def _carry_out(
         self, frame: Run | Call, request: dict[str, Any], token: str | None, report: ProgressCallback
     ) -> tuple[Response, list[str]]:
-        """Send large files, edited plans and notes, then the frame; return its answer, and what the user should know.
+        """Send large files, edited plans and notes, then the frame; return its answer and notices.
 
         Raises:
-            Unreadable: a file of the caller can't be opened from here; nothing was sent.
+            Unreadable: the agent cannot open one of the caller's files; nothing was sent.
         """
         link = self._links.writing(token)
         notices: list[str] = []
 
         async def ask(files: list[Attachment]) -> Response:
-            if not self._is_held_long():  # else they wait for the next command, as no answer to them could be settled
+            if not self._is_held_long():  # else edits wait for the next command: their answers could not be settled
                 notices.extend((await self._pusher.push(link)).notices)
             attaching.enter_context(self._fetching.attaching(file.digest for file in files if file.digest))
             return await self._ask_once(msgspec.structs.replace(frame, files=files), link, request)
@@ -459,23 +460,23 @@ class Service:
         return answer, [*notices, *self._notices()]
 
     async def _ask_once(self, frame: Run | Call, link: Connection, request: dict[str, Any]) -> Response:
-        """Send the request and return its answer; ``own_link`` gives it a connection that ends with it."""
+        """Send the request and return its answer; ``own_link`` gives it a connection of its own."""
         first_sent_at = request.get("first_sent_at")
         self._follower.own_requests.append(frame.id)
         if not request.get("own_link"):
             answer = await self._ask_unless_held(frame, link, first_sent_at)
             if answer is not None:
                 return answer
-            # The link that follows waits for the files, and its answers wait with it. The id runs once (I6).
+            # The following connection waits for the files, and its answers wait with it. The id runs once (I6).
             first_sent_at = first_sent_at or boot_time()
-        # Its wait must end with the command that waits: the server forgets a waiter whose connection is gone.
+        # The wait must end with the command: the server drops a waiter whose connection is gone.
         async with self._links.bulk(str(link.token)) as own:
             return await own.ask(frame, first_sent_at=first_sent_at)
 
     async def _ask_unless_held(
         self, frame: Run | Call, link: Connection, first_sent_at: float | None
     ) -> Response | None:
-        """Return the answer; None when another process keeps the link from taking it."""
+        """Return the answer; None if another process locks the cache and so blocks the following connection."""
         asking = asyncio.ensure_future(link.ask(frame, first_sent_at=first_sent_at))
         try:
             while not (await asyncio.wait([asking], timeout=_HELD_POLL_S))[0]:
@@ -506,9 +507,9 @@ class Service:
         return await read_version(self._links.writing(token), request["task"], request["text"], str(request["version"]))
 
     async def _restore(self, request: dict[str, Any], token: str | None) -> dict[str, Any]:
-        """Make an earlier version of a plan or notes the newest one: an edit of the server's text as it is here.
+        """Make an earlier version of a plan or notes the newest one, as an edit of the server's current text.
 
-        An edit that waits in the file is sent first, so that it stays in the history.
+        A pending edit of the file is sent first, so that it stays in the history.
         """
         version = await self._version(request, token)
         await self._must_be_current()
@@ -532,7 +533,7 @@ class Service:
     # --- comparing ---
 
     async def _compare(self, *, mend: bool) -> dict[str, Any]:
-        """Compare every file with the server's; with ``mend`` return once what differs has been fetched."""
+        """Compare every file with the server's; with ``repair``, return once the differing files are fetched."""
         comparison = await self._compared(mend=mend)
         if mend and not comparison.is_clean:
             await self._fill(self._link.failed_attempts)
@@ -555,7 +556,7 @@ class Service:
     async def _with_progress(
         self, work: Coroutine[Any, Any, dict[str, Any]], report: ProgressCallback
     ) -> dict[str, Any]:
-        """Await ``work``, and report meanwhile how many of the files that must be fetched have come."""
+        """Await ``work`` and report how many missing files have arrived."""
         task = asyncio.ensure_future(work)
         shown = False
         try:
@@ -572,7 +573,7 @@ class Service:
     # --- looking after it ---
 
     async def _watch(self) -> None:
-        """Give up a connection that is behind and does not advance; keep what is stored of it fresh."""
+        """Replace a connection that is behind and stalled; keep the stored age fresh."""
         advance, advanced_at, stored_at = self._advance(), time.monotonic(), time.monotonic()
         while True:
             await asyncio.sleep(_WATCH_INTERVAL_S)
@@ -600,7 +601,7 @@ class Service:
             await self._links.drop_idle()
 
     def summary(self) -> dict[str, Any]:
-        """Return the little that the agent's own status says of each cache."""
+        """Return this cache's entry in the agent's status."""
         return {
             "url": self.remote.url,
             "project": self.remote.project,
@@ -610,7 +611,7 @@ class Service:
         }
 
     def _healed(self) -> dict[str, Any]:
-        """Return what other hands did to the files, and how such things are noticed."""
+        """Return the repaired local changes and the way they are detected."""
         healing = self._follower.healing
         return {
             "count": healing.count,
@@ -621,7 +622,7 @@ class Service:
         }
 
     def _edits_wait_for(self) -> str | None:
-        """Return what must happen before edits are sent, in words; None where that is done without being asked."""
+        """Return the condition that edits wait for; None if they are sent automatically."""
         if self._live is None:
             return "the next command, as no agent runs"
         if self._links.has_several_names():
@@ -632,7 +633,7 @@ class Service:
         return None if link.is_open and self._follower.is_following else "the server"
 
     async def _status(self, token: str | None) -> dict[str, Any]:
-        """Return what is known, each with its evidence; never more than what was heard lately allows to say."""
+        """Return the status, each statement with its evidence. Nothing is claimed beyond what was heard recently."""
         failed_before = self._link.failed_attempts
         if not self._link.is_open:
             self._link.kick()
@@ -672,7 +673,7 @@ class Service:
         }
 
     async def _welcomed(self, token: str | None) -> tuple[Welcome | None, RemoteError | None]:
-        """Return the server's answer to the caller's token, which may be another than the one that follows."""
+        """Return the server's welcome to the caller's token, which may differ from the following connection's."""
         try:
             link = self._links.writing(token)
         except RemoteError as error:
@@ -686,11 +687,11 @@ class Service:
 
 
 def _ignore(_paths: Iterable[str]) -> None:
-    """Edits are sent with the next command: no agent runs."""
+    """Ignore edits: without an agent the next command sends them."""
 
 
 def _versions(welcome: Welcome | None) -> dict[str, Any]:
-    """Return what runs here and there, and under ``differences`` what to do where that is not the same."""
+    """Return the versions of both sides, and under ``differences`` the advice where they differ."""
     here = {"lattice-remote": __version__, "lattice-tracker": version("lattice-tracker")}
     if welcome is None:
         return {"here": here, "server": None, "differences": None}

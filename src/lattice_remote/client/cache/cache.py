@@ -1,8 +1,7 @@
 """A project's ``.lattice`` directory as a replicated tree: plain files, replaced or appended atomically (I8).
 
-How a file is reached, never through a link, is for ``directory.py``. No file is synced to the disk one by one: after
-a power cut the cache is compared with the server as a whole (see ``state.py``). Saves that wait to be sent are the
-exception (see ``evidence.py``).
+``safe_directory`` opens files without following links. Files are not fsynced one by one: after a power cut the whole
+cache is compared with the server (see ``decode_state``). Unsent saves are the exception (see ``evidence``).
 """
 
 import asyncio
@@ -51,25 +50,25 @@ AWAY_FILE = ".away"
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
-    """What the last process that changed the cache knew of it."""
+    """Stored state of a cache."""
 
     position: Position = NOWHERE
     """Every change up to here is in the files, except in the ``wanted`` ones."""
     wanted: tuple[str, ...] = ()
-    """Paths whose content is still to come from the server."""
+    """Paths whose content must still be fetched."""
     away: Mapping[str, Content | None] = field(default_factory=dict)
-    """Contents of artifacts that are left out, see ``Replica.away``."""
+    """Deferred contents of artifacts, see ``Replica.away``."""
     current_at: float | None = None
-    """When the files were last known to be all that the server had (seconds since 1970); None: never yet."""
+    """Last time (seconds since 1970) at which the files had every change of the server; None: never."""
 
     @property
     def is_filled(self) -> bool:
-        """Whether the files were ever complete, so that there is something to show."""
+        """Return whether the files were ever complete."""
         return self.current_at is not None
 
 
 def encode_state(state: CacheState, remote: Remote) -> bytes:
-    """Return the file's content."""
+    """Return the content of the state file."""
     fields = {
         "epoch": state.position.epoch,
         "seq": state.position.seq,
@@ -85,7 +84,7 @@ def encode_state(state: CacheState, remote: Remote) -> bytes:
 
 
 def encode_away(away: Mapping[str, Content | None]) -> bytes:
-    """Return the content of the file that is written before the state, whenever it has changed."""
+    """Return the content of the file of deferred contents. It is written before the state."""
     entries = {path: content and [content[0], content[1].hex()] for path, content in sorted(away.items())}
     return (json.dumps(entries, indent=0) + "\n").encode()
 
@@ -99,10 +98,10 @@ def _decode_away(data: bytes) -> dict[str, Content | None]:
 
 
 def decode_state(data: bytes, away: bytes, remote: Remote) -> CacheState:
-    """Return what the two files say, as far as it can be relied on.
+    """Return the stored state as far as it is reliable.
 
-    Of another project it says nothing. After a reboot the files, which are not synced to the disk one by one,
-    may hold less than the number says: the position is then nowhere, and they are compared as a whole.
+    State of another project is ignored. After a reboot unsynced files may lag behind the number: the position is then
+    ``NOWHERE``, and all files are compared.
     """
     try:
         found = json.loads(data)
@@ -124,7 +123,7 @@ def _checked(paths: Iterable[object]) -> Iterable[str]:
 
 
 def boot_id() -> str:
-    """Return what tells this start of the machine from others; empty where the system doesn't say."""
+    """Return the kernel's boot id; empty if there is none."""
     global _boot_id  # noqa: PLW0603 - constant once read
     if _boot_id is None:
         try:
@@ -136,7 +135,7 @@ def boot_id() -> str:
 
 
 def booted_at() -> float:
-    """Return when this machine was started (seconds since 1970); 0 where the system does not identify its starts."""
+    """Return the machine's boot time (seconds since 1970); 0 if there is no boot id."""
     return time.time() - boot_time() if boot_id() else 0.0
 
 
@@ -146,9 +145,9 @@ _boot_id: str | None = None
 BASE_DIRECTORY = ".base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
 PARTIAL = ".fetch"
-"""Holds, for each large content that is being fetched, what has come of it, by its digest."""
+"""Holds the parts of large contents that are being fetched, named by digest."""
 PRIVATE_DIRECTORY = ".remote"
-"""Holds what else only this client knows."""
+"""Holds the client's other private files."""
 LOCK_FILE = ".cache.lock"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
 LOCKS_FILE = "locks"
@@ -168,9 +167,9 @@ _LOCK_POLL_S = 0.01
 
 
 class Cache:
-    """One ``.lattice`` directory. The methods of ``operations.Tree`` must be called under ``locked()``.
+    """One ``.lattice`` directory. Call the methods of ``operations.Tree`` under ``locked()``.
 
-    Raises ``StorageError`` where the file system refuses; what was applied before stays whole.
+    Raises ``StorageError`` if the file system refuses; earlier operations stay complete.
     """
 
     def __init__(self, directory: str, remote: Remote) -> None:
@@ -179,21 +178,21 @@ class Cache:
         self.identity = self._stat_directory()
         """Device and inode of the directory."""
         self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
-        """How large the server may make it."""
+        """Size limit of the cache."""
         self._files = Directory(self.directory, self.quota)
-        self._away = b""  # what the file of left out contents holds
+        self._away = b""  # content of the file of deferred contents
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
-        self._present: set[str] = set()  # the files of ours at the top that were there
+        self._present: set[str] = set()  # our own top-level files that were seen
         self.held_since: float | None = None
-        """Since when (monotonic) this process waits for the lock that another one has; None: it does not wait."""
+        """Time (monotonic) since which this process waits for another's lock; None: it does not wait."""
         self.known = Fingerprints(self.directory)
-        """The files as our own processes left them."""
+        """Signatures of the files as our own processes left them."""
         self._lock = _Lock(os.path.join(self.directory, LOCK_FILE))
 
     # --- the directory ---
 
     def prepare(self) -> None:
-        """Make what lattice expects of a directory, and what keeps git from storing the cache."""
+        """Create the layout that lattice expects, and the ``.gitignore`` that keeps the cache out of git."""
         with explained(self.directory):
             for directory in _LAYOUT:
                 self._files.make(directory)
@@ -203,25 +202,25 @@ class Cache:
             self._block_plain_writes()
 
     def _block_plain_writes(self) -> None:
-        """Put a file where lattice makes its locks: without our plugin every write then fails at its first step (I4).
+        """Put a file in the place of lattice's lock directory, so that writes without the plugin fail at once (I4).
 
-        A project that waits to be pushed is none of ours yet.
+        Skipped in a project that still waits to be pushed.
         """
         if self._blocks_plain_writes() or not os.path.lexists(os.path.join(self.directory, REMOTE_FILE)):
             return
         place = self.absolute(LOCKS_FILE)
-        with contextlib.suppress(OSError):  # other files in there: what plain lattice writes is rescued
+        with contextlib.suppress(OSError):  # other files inside: what plain lattice writes is rescued
             if os.path.isdir(place) and not os.path.islink(place):
                 for name in os.listdir(place):
                     if name.endswith(".lock"):
                         self._files.remove(f"{LOCKS_FILE}/{name}")
-            self._files.replace(LOCKS_FILE, LOCKS_TEXT)  # also in place of an empty directory
+            self._files.replace(LOCKS_FILE, LOCKS_TEXT)  # also replaces an empty directory
 
     def _blocks_plain_writes(self) -> bool:
         return self.signature(LOCKS_FILE) is not None
 
     def allow_plain_writes(self) -> None:
-        """Give lattice its directory of locks back: this is going to be a local project."""
+        """Restore lattice's lock directory before this becomes a local project."""
         with explained(LOCKS_FILE):
             if self._blocks_plain_writes():
                 self._files.remove(LOCKS_FILE)
@@ -229,16 +228,16 @@ class Cache:
 
     @property
     def is_held_by_others(self) -> bool:
-        """Whether another process has the lock that this one waits for."""
+        """Return whether another process holds the lock that this one waits for."""
         return self.held_since is not None
 
     def is_whole(self) -> bool:
-        """Whether the directories that lattice expects are there, and what keeps plain lattice from writing."""
+        """Return whether the layout and the block on plain writes are complete."""
         directories = all(os.path.isdir(os.path.join(self.directory, directory)) for directory in _DIRECTORIES)
         return directories and self._blocks_plain_writes()
 
     def is_there(self) -> bool:
-        """Whether the directory is still the one that was opened, not removed, being removed, or made anew."""
+        """Return whether this is still the opened directory, not removed or recreated."""
         try:
             here = self._stat_directory() == self.identity
             return here and os.path.lexists(os.path.join(self.directory, REMOTE_FILE))
@@ -247,10 +246,10 @@ class Cache:
 
     @contextlib.asynccontextmanager
     async def locked(self, timeout_s: float = 60.0) -> AsyncIterator[None]:
-        """Hold the cache against other processes; may be nested within one task.
+        """Lock the cache against other processes; may be nested within one task.
 
         Raises:
-            StorageError: the directory is gone, can't be written, or another process holds on to it.
+            StorageError: the directory is gone or not writable, or another process keeps the lock.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -267,22 +266,22 @@ class Cache:
         self._present.add(LOCK_FILE)
         self.held_since = None
         try:
-            self._check_there()  # whoever had the lock may have made it a local project
+            self._check_there()  # the previous holder may have made it a local project
             yield
         finally:
             self._lock.release()
 
     async def _until_quiet(self, deadline: float) -> None:
-        """Wait while another program seems to remove the whole directory: what is created meanwhile is in its way."""
+        """Wait while another program seems to remove the whole directory, as new files would obstruct it."""
         while self._is_vanishing() and self._files.changed_s_ago() < QUIET_S and time.monotonic() < deadline:
             await asyncio.sleep(_LOCK_POLL_S)
             self._check_there()
-        if self._is_vanishing():  # by intention, and in the past
+        if self._is_vanishing():  # removed on purpose, some time ago
             self._files.forget_names()
             self._present.clear()
 
     def _is_vanishing(self) -> bool:
-        """Whether something that was there is gone: files, a directory of the layout, or what we always have."""
+        """Return whether a known file, layout directory or private file has disappeared."""
         if self._files.is_shrinking or self._files.is_missing_any():
             return True
         return any(not os.path.lexists(self.absolute(name)) for name in self._present)
@@ -301,7 +300,7 @@ class Cache:
     # --- state ---
 
     def load_state(self) -> CacheState:
-        """Return which point of the history the files hold."""
+        """Return the stored state, empty if there is none."""
         try:
             away = b""
             with contextlib.suppress(FileNotFoundError):
@@ -314,9 +313,9 @@ class Cache:
             raise StorageError(f"cannot read the cache's state: {error.strerror}") from error
 
     def save_state(self, state: CacheState) -> Signature | None:
-        """Store which point of the history the files hold; call after the files hold it (I5).
+        """Store the state, after the files are in place (I5).
 
-        What is left out comes first: between the two it says too much, at worst, and that shows when it is fetched.
+        Deferred contents are stored first: after a crash between the two, extra entries show when they are fetched.
         """
         with explained(STATE_FILE):
             if (away := encode_away(state.away)) != self._away:
@@ -331,19 +330,19 @@ class Cache:
         return self.signature(STATE_FILE)
 
     def load_known(self) -> None:
-        """Take over what the last process knew of the files, and what others have written since."""
+        """Load the stored fingerprints and those that other processes shared since."""
         if not self.known.is_complete and self.size(STORED) is not None:
             self.known.restore(self.read(STORED), boot_id())
         self.known.learn()
 
     def store_known(self) -> None:
-        """Keep what is known of the files for the next process."""
+        """Store the fingerprints for the next process."""
         self.known.share()
         if (data := self.known.stored(boot_id())) is not None:
             self.replace(STORED, data)
 
     def signature(self, path: str) -> Signature | None:
-        """Return what tells whether a file was written since, None when there is no plain file."""
+        """Return a stat signature that changes with every write; None if there is no plain file."""
         try:
             found = os.lstat(os.path.join(self.directory, path))
         except OSError:
@@ -353,13 +352,13 @@ class Cache:
         return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
     def absolute(self, path: str) -> str:
-        """Return the place on disk of a path of the tree."""
+        """Return the absolute path of a tree path."""
         return os.path.join(self.directory, path)
 
     # --- the tree (operations.Tree) ---
 
     def size(self, path: str) -> int | None:
-        """Return the file's size in bytes; None when there is no file, or something that is not a plain one."""
+        """Return the file's size in bytes; None if there is no plain file."""
         found = self.signature(path)
         return None if found is None else found[1]
 
@@ -369,30 +368,30 @@ class Cache:
             return self._files.read(path, offset)
 
     def digest(self, path: str) -> bytes | None:
-        """Return the SHA-256 of the content; None when there is no plain file."""
+        """Return the SHA-256 of the content; None if there is no plain file."""
         with explained(path), contextlib.suppress(FileNotFoundError):
             return None if self.signature(path) is None else self._files.digest(path)
         return None
 
     def store(self, path: str, data: bytes) -> None:
-        """Make a file of ours exactly ``data``, so that it survives a power cut once this returns."""
+        """Write a private file atomically. Durable on return."""
         with explained(path):
             self._files.replace(path, data, is_synced=True)
 
     def replace(self, path: str, data: bytes) -> None:
-        """Make the file exactly ``data``, atomically, with its parent directories."""
+        """Write a file atomically, with its parent directories."""
         with explained(path):
             self._files.replace(path, data)
             self.note(path)
 
     def sync(self, paths: Iterable[str]) -> None:
-        """Sync these files to the disk."""
+        """Fsync these files."""
         for path in paths:
             with explained(path):
                 self._files.sync(path)
 
     def replace_if(self, path: str, data: bytes, found: Signature | None) -> bool:
-        """Like ``replace``, but only if the file is still as ``found``, which is looked at as late as can be."""
+        """Replace the file only if its signature is still ``found``, checked as late as possible."""
         with explained(path):
             done = self._files.replace(path, data, lambda: self.signature(path) == found)
             if done:
@@ -400,7 +399,7 @@ class Cache:
             return done
 
     def append(self, path: str, data: bytes) -> None:
-        """Add ``data`` at the end in one write; creates the file, also in place of a link."""
+        """Append ``data`` in one write; create the file, also if there is a link."""
         found = self.signature(path)
         if found is None:
             self.replace(path, data)
@@ -408,39 +407,39 @@ class Cache:
         is_ours = not self.known.is_complete or self.known.agrees(path, found)
         with explained(path):
             self._files.append(path, data)
-            if is_ours:  # what other hands did to the rest of it must still be noticed
+            if is_ours:  # a modification of the rest must still be noticed
                 self.note(path)
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing what is at ``to``."""
+        """Rename, replacing ``to``."""
         with explained(path):
             self._files.move(path, to)
             self.note(path)
             self.note(to)
 
     def delete(self, path: str) -> None:
-        """Remove the file or link; nothing happens when there is none, or a directory."""
+        """Remove the file or link; do nothing if there is none, or a directory."""
         with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
             self._files.remove(path)
         self.note(path)
 
     def note(self, path: str) -> None:
-        """The file is as one of us wants it: what differs later was done by other hands."""
+        """Record the file's signature: later differences are other programs' modifications."""
         if not path.startswith("."):
             self.known.note(path, self.signature(path))
 
     # --- files that come in pieces ---
 
     def write_part(self, part: Part, place: Callable[[str, bytes], bool] | None = None) -> bool | None:
-        """Write a piece of a file beside it; the last one puts the file in place.
+        """Write a part of a file to a temporary file; the last part puts it in place.
 
         Args:
-            part: the piece.
-            place: puts the whole content in place, and returns whether it did; None for a plain rename.
+            part: the part.
+            place: puts the whole content in place and returns whether it did; None for a plain rename.
 
         Returns:
-            True once the file is in place, None while pieces are missing, False when the pieces don't fit
-            together or don't add up to the digest, or ``place`` did not: the file must be fetched again.
+            True once the file is in place, None while parts are missing, False if the parts do not fit together, the
+            digest differs or ``place`` failed: the file must be fetched again.
         """
         if part.offset == 0 and len(part.data) == part.size:
             return self._put_whole(part, place)
@@ -458,7 +457,7 @@ class Cache:
                 if placed is None:
                     self._parts[part.path] = (temporary, written + len(part.data))
                 elif not placed:
-                    self._files.discard(temporary)  # on a full disk most of all: it would stay full of this
+                    self._files.discard(temporary)  # especially on a full disk, which it would keep full
             return placed
 
     def _add_part(self, part: Part, temporary: str, place: Callable[[str, bytes], bool] | None) -> bool | None:
@@ -476,7 +475,7 @@ class Cache:
         return True
 
     def forget_parts(self) -> None:
-        """Remove what has come of files whose other pieces won't come any more."""
+        """Remove temporary files whose remaining parts will not come."""
         for temporary, _ in self._parts.values():
             self._files.discard(temporary)
         self._parts.clear()
@@ -492,26 +491,26 @@ class Cache:
     # --- contents that are fetched apart ---
 
     def partial(self, digest: bytes) -> str:
-        """Return where the pieces of a content are gathered; they stay when the process ends."""
+        """Return the file that collects a content's parts; it survives the process."""
         return f"{PARTIAL}/{digest.hex()}"
 
     def add(self, partial: str, data: bytes) -> None:
-        """Add a piece at the end of what has been gathered."""
+        """Append a part to the collected ones."""
         with explained(partial):
             self._files.extend(partial, data)
 
     def place(self, partial: str, path: str) -> None:
-        """What has been gathered is this file."""
+        """Put a collected content in place at ``path``."""
         with explained(path):
             self._files.move(partial, path)
             self.note(path)
 
     def discard(self, partial: str) -> None:
-        """Forget what has been gathered."""
+        """Remove the collected parts."""
         self._files.discard(partial)
 
     def discard_partials(self, keep: Iterable[bytes]) -> None:
-        """Forget what has been gathered of all contents but these."""
+        """Remove the collected parts of all contents but these."""
         kept = {digest.hex() for digest in keep}
         with contextlib.suppress(OSError):
             for name in os.listdir(self.absolute(PARTIAL)):
@@ -521,7 +520,7 @@ class Cache:
     # --- the whole tree ---
 
     def paths(self) -> Iterator[str]:
-        """Yield the path of each replicated plain file, relative to the directory."""
+        """Yield the relative path of each replicated plain file."""
         for directory, directories, names in os.walk(self.directory):
             directories[:] = [name for name in directories if not name.startswith(".")]
             prefix = os.path.relpath(directory, self.directory).replace(os.sep, "/") + "/"
@@ -532,7 +531,7 @@ class Cache:
 
 
 class _Lock:
-    """An advisory lock on a file, for one process at a time; nested use within one is counted."""
+    """Advisory file lock between processes; nested use within one process is counted."""
 
     def __init__(self, place: str) -> None:
         self._place = place
@@ -544,7 +543,7 @@ class _Lock:
         return self._handle is not None
 
     def acquire(self) -> bool:
-        """Take the lock and return True, or return False if another process holds it. Makes no directory."""
+        """Take the lock; return False if another process holds it. Creates no directory."""
         if self._handle is None:
             flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
             handle = os.open(self._place, flags, 0o600)
@@ -556,7 +555,7 @@ class _Lock:
         return True
 
     def release(self) -> None:
-        """Leave the lock, once for each ``acquire``."""
+        """Release the lock, once for each ``acquire``."""
         self._depth -= 1
         if self._depth == 0 and self._handle is not None:
             os.close(self._handle)
@@ -564,7 +563,7 @@ class _Lock:
 
 
 def _is_locked(handle: int) -> bool:
-    """Lock an open file; return whether that was possible, and the file was not removed meanwhile."""
+    """Lock an open file; return False if it is locked, or was removed since."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -574,7 +573,7 @@ def _is_locked(handle: int) -> bool:
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turn an error of the file system into ours, naming the file."""
+    """Turn an ``OSError`` into a ``StorageError`` that names the file."""
     try:
         yield
     except OSError as error:

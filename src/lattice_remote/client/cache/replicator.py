@@ -1,8 +1,7 @@
-"""Drives a replica against a cache: feeds it frames, performs on the files what it says.
+"""Application of a project's changes to a cache: runs the replica and performs its effects on the files.
 
-Several processes may follow one cache. Each takes the cache's lock for every batch of frames, looks whether
-another one has gone on meanwhile, and skips what is already in the files. A whole resync is done under the
-lock, so that the others find it done.
+Several processes may follow one cache. Each locks it for every batch of frames, takes over progress that others made,
+and skips what is already in the files. A resync runs entirely under the lock, so that the others find it done.
 """
 
 import asyncio
@@ -42,48 +41,48 @@ __all__ = ["ReceiveOutcome", "Replicator", "RequestOnlySession"]
 _LOOK_AGAIN_S = 1.0
 _MAX_OWN_REQUESTS = 256
 _STORE_AGE_TIMEOUT_S = 1.0
-"""Not worth a longer wait: everything else of this cache waits meanwhile."""
+"""Longest wait for the lock; the cache's other work waits too."""
 
 
 @dataclass(slots=True)
 class ReceiveOutcome:
-    """What a batch of frames leads to, after the files: frames to send, and answers to requests."""
+    """Result of a batch of frames: frames to send and answers to requests."""
 
     to_send: list[ClientFrame] = field(default_factory=list)
     answers: list[Response] = field(default_factory=list)
     applied: bool = False
-    """Whether the files, and what is stored of their state, were written."""
+    """Whether files and state were written."""
 
 
 class RequestOnlySession:
-    """The conversation of a link that only sends requests: for a further token of a cache that has its follower."""
+    """Session that only sends requests, for a further token of a cache that is already followed."""
 
     def __init__(self) -> None:
         self.replica = Replica(follow=False)
 
     @property
     def is_current(self) -> bool:
-        """Whether requests can be sent."""
+        """Return whether requests can be sent."""
         return self.replica.welcome is not None
 
     async def hello(self) -> Hello:
-        """Begin a conversation on a new connection."""
+        """Begin a session on a new connection."""
         return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
 
     async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
-        """Take frames; only answers come of them."""
+        """Process frames; only answers result."""
         outcome = ReceiveOutcome()
         for frame in frames:
             outcome.answers += [e.frame for e in self.replica.receive(frame) if isinstance(e, DeliverReply)]
         return outcome
 
     async def disconnected(self) -> None:
-        """The connection is gone."""
+        """End the session."""
         self.replica.disconnected()
 
 
 class Replicator:
-    """One cache that follows its project. Driven by one link; ``is_current`` tells what the files are worth."""
+    """Follower of one cache, driven by one connection."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -92,24 +91,24 @@ class Replicator:
         self.keepsakes = RescuePolicy(cache)
         self.healing = RepairSchedule()
         self.files = Files(cache, self.edits, self.keepsakes, self.healing)
-        """What performs on the files what the replica says."""
+        """Performs the replica's operations on the files."""
         self.replica = Replica()
         self.state = cache.load_state()
-        """What is stored in the cache, as far as this process knows."""
+        """The stored state, as far as this process knows."""
         self.current_at = self.state.current_at
-        """When the files were last known to be all that the server has (seconds since 1970)."""
+        """Last time at which the files were known to be current (seconds since 1970)."""
         self.advanced = asyncio.Event()
-        """Set whenever the files have come to another number."""
+        """Set whenever the files reach another sequence number."""
         self.advanced_at: float | None = None
-        """When they did, by the monotonic clock; None when another process saw to it, or before the first time."""
+        """Monotonic time of that; None if another process did it, or before the first time."""
         self.trouble: StorageError | None = None
-        """Why the files could not be written, until they can be."""
+        """Reason why the files cannot be written, while it lasts."""
         self.resyncs = 0
-        """How often the whole tree was compared because the history could not be continued."""
+        """Number of resyncs."""
         self.own_requests: deque[str] = deque(maxlen=_MAX_OWN_REQUESTS)
-        """The ids of the newest requests that went from this cache: their changes are not others'."""
+        """Ids of this cache's newest requests, to recognize its own changes."""
         self.received = 0
-        """Parts of files that have arrived: shows that a long fill advances."""
+        """Parts of files received: shows that a long fill advances."""
         self._stored: Signature | None = None
         self._resync_lock = contextlib.AsyncExitStack()
         self._resyncing = False
@@ -120,21 +119,21 @@ class Replicator:
 
     @property
     def is_current(self) -> bool:
-        """Whether the files hold everything that the server has told of."""
+        """Return whether the files hold every announced change."""
         return self.replica.is_current
 
     @property
     def is_following(self) -> bool:
-        """Whether changes are being taken, and files can be asked for."""
+        """Return whether changes are applied and files can be requested."""
         return self.replica.state is State.FOLLOWING
 
     @property
     def is_busy(self) -> bool:
-        """Whether it is at work on the files: slow here, not stalled there."""
+        """Return whether it is busy with the files: slow here, not stalled at the server."""
         return self._mutex.locked()
 
     def progress(self) -> tuple[int, int] | None:
-        """Return how many of how many files have come that must be fetched, None when that is not going on."""
+        """Return fetched and total files of a fill; None if there is none."""
         missing = len(self.replica.wanted) - len(self.replica.held)
         if self.replica.state is not State.FOLLOWING or not missing or not self._to_fetch:
             return None
@@ -143,26 +142,26 @@ class Replicator:
     # --- the conversation, as a link drives it ---
 
     async def hello(self) -> Hello:
-        """Begin a conversation from what the files hold now."""
+        """Begin a session from the position of the files."""
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
             self._load()
         return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
 
     async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
-        """Take frames in order and bring the files there; then return what to send and what was answered.
+        """Apply frames in order; return the frames to send and the answers.
 
         Raises:
-            ProtocolError: the server broke the protocol.
-            StorageError: the cache can't be written; the position that is stored stays behind the files.
-            ConnectionFailed: another process took the cache elsewhere; greet again.
+            ProtocolError: the server violated the protocol.
+            StorageError: the cache cannot be written; the stored position stays behind the files.
+            ConnectionFailed: another process has moved the cache on; greet again.
         """
         async with self._mutex, self.cache.locked():
             try:
                 outcome = await self._receive(frames)
             except BaseException as error:
                 self.trouble = error if isinstance(error, StorageError) else None
-                self.replica.disconnected()  # it may be ahead of the files now: nothing may be concluded from it
+                self.replica.disconnected()  # its state may be ahead of the files now
                 raise
             finally:
                 self.cache.known.share()
@@ -170,7 +169,7 @@ class Replicator:
             return outcome
 
     async def _go_on(self, outcome: ReceiveOutcome) -> None:
-        # Where that is impossible, the next batch finds so too, and ends the connection.
+        # If this fails, the next batch fails too and ends the connection.
         with contextlib.suppress(ConnectionFailed):
             await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
 
@@ -187,7 +186,7 @@ class Replicator:
         return outcome
 
     async def disconnected(self) -> None:
-        """The connection is gone: what was half done is done again from what is stored."""
+        """End the session; unfinished work restarts from the stored state."""
         async with self._mutex:
             self.replica.disconnected()
             self._fail_comparison()
@@ -200,20 +199,20 @@ class Replicator:
             await self.store_age()
 
     async def store_known(self) -> None:
-        """Store what is known of the files, for the next process."""
+        """Store the fingerprints for the next process."""
         if self.cache.known.is_complete and self.cache.is_there():
             async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
                 self.cache.store_known()
 
     def heard(self) -> None:
-        """The server is there: what was current still is."""
+        """Note that the server is reachable: current files are still current."""
         if self.replica.is_current:
             self.current_at = time.time()
 
     async def store_age(self) -> None:
-        """Store when the files were last current, for a process that later finds the server out of reach."""
+        """Store when the files were last current, for a process that later finds the server unreachable."""
         if self._changed_by_others():
-            return  # another process goes on with it; or it is being removed, and must not be written to
+            return  # another process is using it, or it is being removed and must not be written to
         async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
             if self._stored is not None and not self._changed_by_others():
                 self._store(replace(self.state, current_at=self.current_at))
@@ -221,20 +220,19 @@ class Replicator:
     def _fail_comparison(self) -> None:
         if self._comparing is not None and not self._comparing.done():
             self._comparing.set_exception(ConnectionFailed("the connection was lost while the files were compared"))
-            self._comparing.exception()  # whoever waits for it sees it; if nobody does, that is no defect
+            self._comparing.exception()  # marks the error as retrieved, in case no task awaits it
         self._comparing = None
 
     # --- edits and comparisons, as the service asks for them ---
 
     async def settle(self, put: Put, outcome: str, base: bytes | None) -> tuple[ReceiveOutcome, str | None]:
-        """The server has answered an edit: go on from there.
+        """Settle an edit that the server has answered.
 
-        ``base`` is the text of the server's that the file was based on here when it was sent; what was sent with it
-        may be an older one (``older.py``). Where it is another by now, the edit's change has come already, and maybe
-        others after it.
+        ``base`` is the server's text that the file was based on when the edit was sent; the base that was sent may be
+        older (see ``stale_edits``). If the base has changed since, the edit's own change has already arrived.
 
         Returns:
-            What to send, and for a conflict where the local text was put.
+            What to send, and for a conflict the place of the local text.
         """
         result, copy, path = ReceiveOutcome(), None, put.path
         async with self._mutex, self.cache.locked():
@@ -246,7 +244,7 @@ class Replicator:
                 self.edits.sent(path, put.text)
             elif self.replica.state is State.FOLLOWING and self.cache.size(path) is not None:
                 self.replica.hold(path)
-                self._save()  # that the server's text is wanted must be known before the edit looks sent
+                self._save()  # store that the server's text is missing before the edit looks sent
                 if put.base != base:
                     self.edits.older.forget(path)
                 if outcome == "conflict":
@@ -258,25 +256,25 @@ class Replicator:
         return result, copy
 
     async def record(self, saves: list[tuple[str, bytes]]) -> None:
-        """Record texts, by path, as saves of a person that cannot be sent now. Durable on return."""
+        """Record texts, by path, as a person's saves that cannot be sent now. Durable on return."""
         async with self._mutex, self.cache.locked():
             await asyncio.to_thread(self.edits.evidence.record, saves)
 
     async def withhold(self, edits: list[tuple[str, str]]) -> None:
-        """Withhold the texts of these files, each with a reason, until the user decides. Durable on return."""
+        """Withhold these files' texts, each with a reason, until the user decides. Durable on return."""
         async with self._mutex, self.cache.locked():
             texts = [(path, self.cache.read(path), why) for path, why in edits if self.cache.size(path) is not None]
             await asyncio.to_thread(self.edits.evidence.withhold, texts)
 
     async def restore(self, path: str, found: Signature, reason: str | None) -> tuple[ReceiveOutcome, bool] | None:
-        """Have the server's text put in place of a plan or notes that is not to be sent.
+        """Replace a plan or notes that is not to be sent with the server's text.
 
         Args:
-            path, found: the file, and its signature when that was decided.
-            reason: under which reason to rescue the local text; None to drop it.
+            path, found: the file and its signature at the time of the decision.
+            reason: reason to rescue the local text under; None to drop it.
 
         Returns:
-            What to send, and whether a text was rescued; None if the file is another by now, or cannot be fetched.
+            What to send, and whether a text was rescued; None if the file has changed since or cannot be fetched.
         """
         result, is_kept = ReceiveOutcome(), False
         async with self._mutex, self.cache.locked():
@@ -287,7 +285,7 @@ class Replicator:
             if reason is not None:
                 is_kept = self.keepsakes.keep_text(path, reason)
             self.replica.hold(path)
-            self._save()  # that the server's text is wanted must be known before the file looks like its base
+            self._save()  # store that the server's text is missing before the file looks like its base
             self.edits.give_up(path, text)
             self.edits.evidence.settled(path, text)
             if await self._perform(self.replica.release([path]), result):
@@ -295,7 +293,7 @@ class Replicator:
         return result, is_kept
 
     async def look_at_edits(self) -> ReceiveOutcome:
-        """Fetch what was held back for an edit that is none any more: undone by hand, or sent by another process."""
+        """Fetch files whose pending edit is gone: undone by the user, or sent by another process."""
         result = ReceiveOutcome()
         if self.replica.held:
             async with self._mutex, self.cache.locked():
@@ -303,7 +301,7 @@ class Replicator:
         return result
 
     async def heal(self, paths: Iterable[str]) -> ReceiveOutcome:
-        """Have the server's content fetched for those of these files that are not as one of us left them (I4)."""
+        """Fetch the server's content of those files that another program modified (I4)."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             self.cache.prepare()
@@ -319,24 +317,24 @@ class Replicator:
         return result
 
     def _leave_out(self, paths: Iterable[str]) -> list[str]:
-        """Leave the contents of artifacts out, which may be large; return the others."""
+        """Defer the contents of artifacts, which may be large; return the other paths."""
         apart = [path for path in paths if self.replica.leaves_out and is_payload(path)]
         for path in apart:
             self.replica.leave_out(path)
-            self.cache.note(path)  # looked at once: from here on it is for whoever fetches it
+            self.cache.note(path)  # recorded once: from here on its fetching takes care of it
         return [path for path in paths if path not in apart]
 
     async def compare(
         self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
     ) -> tuple[ReceiveOutcome, "asyncio.Future[CacheComparison]"]:
-        """Ask for the manifest; the future tells how the files differ, and with ``mend`` what is being mended.
+        """Request the manifest; the future returns the differences, and with ``mend`` the repaired ones.
 
         Args:
             mend: whether to fetch what differs.
-            earlier: files that were read before: those that were not changed since need not be read again.
+            earlier: previous readings; unchanged files are not read again.
 
         Raises:
-            ConnectionFailed: there is no connection any more, as the future also says when it is lost meanwhile.
+            ConnectionFailed: the connection is lost; the future raises it too.
         """
         result = ReceiveOutcome()
         async with self._mutex:
@@ -351,14 +349,15 @@ class Replicator:
     # --- contents that are left out, as their fetching asks for it ---
 
     async def learned(self, path: str, content: Content, seq: int) -> None:
-        """The server has said what such a file is at ``seq``, which the copy has reached."""
+        """Record the server's content of a deferred file at ``seq``, which the cache has reached."""
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
             if self.is_following and self.replica.learned(path, content, seq):
                 self._save()
 
     async def arrived(self, path: str, content: Content, partial: str | None) -> bool:
-        """A content is whole, at ``partial``, or in its place already (None); return whether it was still wanted."""
+        """Put a complete content in place from ``partial`` (None: already there); return whether it was still
+        missing."""
         async with self._mutex, self.cache.locked():
             await self._go_on(ReceiveOutcome())
             if not self.is_following or self.replica.away.get(path) != content:
@@ -375,7 +374,7 @@ class Replicator:
             return True
 
     async def vacate(self, path: str, content: Content) -> None:
-        """A content is not fetched: what the file held before is not what the server has."""
+        """Remove the old content of a file whose new content is not fetched."""
         if self.cache.size(path) is None:
             return
         async with self._mutex, self.cache.locked():
@@ -386,7 +385,7 @@ class Replicator:
                 self.cache.known.share()
 
     async def bring(self, path: str) -> ReceiveOutcome:
-        """The server knows nothing of such a file: have it settled as every other is."""
+        """Resolve a deferred file that the server does not know, like any other differing file."""
         result = ReceiveOutcome()
         async with self._mutex, self.cache.locked():
             await self._go_on(result)
@@ -440,14 +439,16 @@ class Replicator:
         if not compare.mend:
             return self.replica.verified()
         ours = compared.equal()
-        if self.replica.position.epoch:  # the files should have been equal, save for those that were being fetched
+        if self.replica.position.epoch:  # the files should have been equal, except those being fetched
             for path in (*comparison.differing, *comparison.missing, *comparison.surplus):
                 if path not in self.replica.wanted:
                     reading = compared.readings.get(path)
                     self.healing.strange[path] = (reading.signature, reading.digest) if reading else (None, None)
         elif self.replica.welcome is not None and self.replica.welcome.lost:
             self.keepsakes.keep_lost(comparison.differing, comparison.surplus, compare.entries)
-        if not self.replica.position.epoch:  # what differs is an earlier state, unless another program is known to it
+        if (
+            not self.replica.position.epoch
+        ):  # a difference is an earlier state, unless another program is known to have made it
             others = (*comparison.differing, *comparison.surplus)
             ours += [path for path in others if self._may_be_ours(path, compared.readings[path])]
         self.files.on_edits(comparison.edited)
@@ -469,7 +470,7 @@ class Replicator:
         self.replica = Replica(self.state.position, self.state.wanted, away=self.state.away)
 
     def _catch_up_with_others(self) -> list[Effect]:
-        """Go on from where another process has brought the files meanwhile."""
+        """Continue from the position that another process has reached."""
         if self.replica.state is State.IDLE or not self._changed_by_others():
             return []
         self.cache.known.learn()
@@ -510,7 +511,7 @@ class Replicator:
         self._stored = self.cache.save_state(state)
 
     async def _keep_others_out_while_resyncing(self) -> None:
-        """Hold the lock from a resync's start until its last file has come, so that others find it done."""
+        """Hold the lock from a resync's start until its last file has arrived, so that others find it done."""
         if (
             self._resyncing
             and self.replica.state is State.FOLLOWING

@@ -1,16 +1,14 @@
-"""Files below one directory, reached step by step and never through a link; each replaced or appended atomically (I8).
+"""Files below one directory, opened step by step without following links; each replaced or appended atomically (I8).
 
-Every directory on the way is opened from the one before (``openat``), so that a link, a pipe or a file that somebody
-puts in the way, also between a look and the deed, leads nowhere: a link in place of a file is replaced, one in place
-of a directory is an error (I9). A file with a second name elsewhere is replaced, not written into. Nothing is synced
-unless it is asked for.
+Every directory on the path is opened relative to the previous one (``openat``), so that a link, pipe or file put in the
+way at any moment leads nowhere. A link instead of a file is replaced; one instead of a directory is an error (I9). A
+file with several hard links is replaced, not written into. Nothing is fsynced unless requested.
 
-What is made here may be read and written by those who may do so with the directory itself, under any umask: of two
-commands of one agent only one would find its own applied.
+New files get the directory's own permissions under any umask, so that every user of the directory can use them.
 
-Nothing is created in a directory that is being removed: ``rm -rf`` reads a directory's names once, and would then find
-it not empty. So directories of the fixed layout are made by ``make`` alone, and a new name is added only if no other
-program has just removed names beside it.
+Nothing is created in a directory that is being removed: ``rm -rf`` reads the names once and would then find it not
+empty. So only ``make`` creates directories of the fixed layout, and a new name is added only if no other program has
+just removed names beside it.
 """
 
 import contextlib
@@ -29,33 +27,35 @@ from lattice_remote.errors import StorageError
 __all__ = ["QUIET_S", "TEMPORARY", "Directory", "remove_tree"]
 
 TEMPORARY = ".tmp"
-"""Where files are written before they get their name."""
+"""Holds files until they get their name."""
 _BASE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-"""A pipe must not make us wait; for a plain file O_NONBLOCK means nothing."""
+"""A pipe must not block; O_NONBLOCK has no effect on a plain file."""
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _BASE
 _STALE_TEMPORARY_S = 3600
 _SEVERAL = 2
-"""One file may be removed by a person, and the next change must not wait for that."""
+"""A person may remove one file, and the next change must not wait for that."""
 QUIET_S = 1.0
-"""A directory from which nothing was removed for so long is not being removed."""
+"""A directory without a removal for this long is not being removed."""
 
 
 class Directory:
-    """``root`` is an absolute path. Paths are relative, with ``/``; they were checked before.
+    """Directory tree below the absolute path ``root``. Paths are relative, with ``/``, and already checked.
 
-    ``StorageError`` where something is in the way or there is no room, else ``OSError``.
+    Raises ``StorageError`` if something is in the way or the quota is exceeded, else ``OSError``.
     """
 
     def __init__(self, root: str, quota: Quota) -> None:
         self._root = root
         self._quota = quota
-        self._serials = itertools.count(1)  # also for threads
-        self._layout: set[str] = set()  # the directories that ``make`` has made, and those above them
-        self._names: dict[str, tuple[int, int]] = {}  # by directory: its modification time after our last change, names
+        self._serials = itertools.count(1)  # shared by threads
+        self._layout: set[str] = set()  # directories created by ``make``, and their parents
+        self._names: dict[
+            str, tuple[int, int]
+        ] = {}  # directory -> its modification time after our last change, number of names
         self.is_shrinking = False
-        """Whether another program was seen removing files; set back by ``forget_names``."""
+        """Whether another program was seen removing files; reset by ``forget_names``."""
         self.is_filled = False
-        """Whether single files come and go, so that each may be looked at twice; set by the caller."""
+        """Whether single files come and go, so that each may be checked twice; set by the caller."""
 
     # --- reading ---
 
@@ -73,7 +73,7 @@ class Directory:
     # --- writing ---
 
     def make(self, path: str) -> None:
-        """Make a directory, and those above it. From now on no other method makes it again."""
+        """Create a directory and its parents. No other method creates it again."""
         self._layout.difference_update(set(_and_above(path)))
         with self._parent(f"{path}/."):
             pass
@@ -82,9 +82,9 @@ class Directory:
     def replace(
         self, path: str, data: bytes, is_wanted: Callable[[], bool] = lambda: True, *, is_synced: bool = False
     ) -> bool:
-        """Make the file exactly ``data``, with its parent directories, if it is still wanted at the last moment.
+        """Write a file atomically, with its parent directories, if ``is_wanted`` still holds at the last moment.
 
-        Returns whether it was. With ``is_synced`` the file survives a power cut once this returns.
+        Returns whether it did. With ``is_synced``, durable on return.
         """
         temporary = self.new_temporary()
         try:
@@ -101,7 +101,7 @@ class Directory:
         return False
 
     def sync(self, path: str) -> None:
-        """Sync a file to the disk, and every directory on the way to it."""
+        """Fsync a file and every directory on its path."""
         with self._opened(path, os.O_RDONLY) as handle:
             os.fsync(handle)
         *parents, _ = path.split("/")
@@ -110,7 +110,7 @@ class Directory:
                 os.fsync(handle)
 
     def append(self, path: str, data: bytes) -> None:
-        """Add ``data`` at the end in one write; creates the file."""
+        """Append ``data`` in one write; create a missing file."""
         self._quota.take(len(data))
         try:
             with self._opened(path, os.O_WRONLY | os.O_APPEND) as handle:
@@ -123,7 +123,7 @@ class Directory:
         self.replace(path, self.read(path) + data)
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing what is at ``to``, also an empty directory that other hands have put there."""
+        """Rename, replacing ``to``, even if it is an empty directory."""
         with self._parent(path, make=False) as (source, name), self._parent(to) as (target, new_name):
             is_new = self._is_new(to, target, new_name)
             first = _first_name(target) if is_new and self.is_filled else None
@@ -133,7 +133,7 @@ class Directory:
                 os.rmdir(new_name, dir_fd=target)
                 os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
                 is_new = False
-            if first is not None and not _has(target, first):  # what removes a directory begins with its first name
+            if first is not None and not _has(target, first):  # removal of a directory begins with its first name
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(new_name, dir_fd=target)
                 raise self._shrinking(_parent_of(to))
@@ -141,7 +141,7 @@ class Directory:
             self._changed(path, source, -1)
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a link."""
+        """Remove a file or link."""
         with self._parent(path, make=False) as (handle, name):
             os.unlink(name, dir_fd=handle)
             self._changed(path, handle, -1)
@@ -149,7 +149,7 @@ class Directory:
     # --- directories that are being removed ---
 
     def _is_new(self, path: str, directory: int, name: str) -> bool:
-        """Whether a name is not in an open directory yet, to which it may be added.
+        """Return whether a name is new in an open directory and may be added.
 
         Raises:
             StorageError: another program is removing files there.
@@ -170,7 +170,7 @@ class Directory:
         return StorageError(f"files are being removed from {os.path.join(self._root, parent)}")
 
     def _changed(self, path: str, directory: int, difference: int) -> None:
-        """Note how an open directory is after a change of ours to one of its names."""
+        """Record the state of an open directory after our own change to one of its names."""
         parent = _parent_of(path)
         if parent == TEMPORARY:
             return
@@ -179,16 +179,16 @@ class Directory:
         self._names[parent] = (os.fstat(directory).st_mtime_ns, count)
 
     def forget_names(self) -> None:
-        """Take every directory as it is from now on."""
+        """Accept every directory as it is now."""
         self._names.clear()
         self.is_shrinking = False
 
     def is_missing_any(self) -> bool:
-        """Whether a directory of the layout is gone."""
+        """Return whether a directory of the layout is gone."""
         return any(not os.path.isdir(os.path.join(self._root, each)) for each in self._layout)
 
     def changed_s_ago(self) -> float:
-        """Return how many seconds ago a name was added to or removed from the root or a directory of the layout."""
+        """Return the seconds since a name was added to or removed from the root or the layout."""
         latest = 0.0
         for each in ("", *self._layout):
             with contextlib.suppress(OSError):
@@ -198,11 +198,11 @@ class Directory:
     # --- temporary files ---
 
     def new_temporary(self) -> str:
-        """Return the path of a temporary file that does not exist yet."""
+        """Return the path of a new temporary file."""
         return f"{TEMPORARY}/{os.getpid()}-{id(self):x}-{next(self._serials)}"
 
     def extend(self, temporary: str, data: bytes, *, is_synced: bool = False) -> None:
-        """Add to a temporary file; the first time, make it."""
+        """Append to a temporary file, creating it first."""
         self._quota.take(len(data))
         with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
             _write_all(handle, data)
@@ -210,12 +210,12 @@ class Directory:
                 os.fsync(handle)
 
     def discard(self, temporary: str) -> None:
-        """Remove a temporary file, if it is there and can be."""
+        """Remove a temporary file, ignoring failure."""
         with contextlib.suppress(OSError, StorageError):
             self.remove(temporary)
 
     def remove_stale_temporaries(self) -> None:
-        """Remove what processes that were killed left behind; those of living ones are younger than an hour."""
+        """Remove temporary files of killed processes; those of living ones are younger than an hour."""
         for entry in os.scandir(os.path.join(self._root, TEMPORARY)):
             with contextlib.suppress(OSError):
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
@@ -225,7 +225,7 @@ class Directory:
 
     @contextlib.contextmanager
     def _opened(self, path: str, flags: int, *, make: bool = False) -> Iterator[int]:
-        """Open a plain file; its descriptor is closed afterwards."""
+        """Open a plain file and close it afterwards."""
         mode = self._mode() & 0o666 if make else 0
         with self._parent(path, make=make) as (directory, name):
             try:
@@ -246,7 +246,7 @@ class Directory:
 
     @contextlib.contextmanager
     def _parent(self, path: str, *, make: bool = True) -> Iterator[tuple[int, str]]:
-        """Open the directory that holds ``path``; yield its descriptor, and the last component."""
+        """Open the parent directory; yield its descriptor and the last component."""
         *parents, name = path.split("/")
         handle = os.open(self._root, _DIRECTORY)
         try:
@@ -284,14 +284,14 @@ class Directory:
 
 
 def remove_tree(directory: str) -> None:
-    """Remove a directory that is ours with all that is in it; links in it are removed, not followed."""
+    """Remove one of our directories with its content; links are removed, not followed."""
     shutil.rmtree(directory, ignore_errors=True)
 
 
 def _permit(handle: int, found: os.stat_result, mode: int) -> None:
-    """Give what was made just now all permissions of ``mode``, of which a umask may have taken some."""
+    """Add the permissions of ``mode`` that a umask removed from a new file."""
     if found.st_mode & 0o777 != mode:
-        with contextlib.suppress(PermissionError):  # another user made it meanwhile
+        with contextlib.suppress(PermissionError):  # another user created it first
             os.fchmod(handle, stat.S_IMODE(found.st_mode) & ~0o777 | mode)
 
 
@@ -313,7 +313,7 @@ def _parent_of(path: str) -> str:
 
 
 def _and_above(path: str) -> Iterator[str]:
-    """Yield a directory and those above it, below the root."""
+    """Yield a directory and its parents below the root."""
     while path:
         yield path
         path = _parent_of(path)

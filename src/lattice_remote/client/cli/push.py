@@ -1,4 +1,4 @@
-"""``lattice remote push``: edited plans and notes, or a whole project that waits for it."""
+"""``lattice remote push``: sending of edited plans and notes, or of a whole project after ``add``."""
 
 import asyncio
 import contextlib
@@ -45,20 +45,20 @@ _ATTEMPT_FILE = ".pushing.json"
 
 
 class _Attempt(msgspec.Struct):
-    """A push that was asked for, and perhaps carried out."""
+    """A requested push, perhaps already done."""
 
     id: str
     digest: bytes
     size: int
     asked_at: float
-    """In seconds since the epoch."""
+    """Seconds since 1970."""
     entries: dict[str, bytes]
-    """The digest of each file that was sent."""
+    """Digest of each sent file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a push would send, and where; ``trouble`` says why the server would not take it, "" that it is empty."""
+    """Preview of a push. ``trouble`` is the reason why the server would refuse; "" means that it is empty."""
 
     remote: Remote
     found: Survey
@@ -67,7 +67,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class PushResult:
-    """What a push has done. ``kept`` are files that were changed here after they were sent, and rescued."""
+    """Result of a push. ``kept`` are files that changed after they were sent, and were rescued."""
 
     remote: Remote
     answer: Pushed
@@ -78,11 +78,11 @@ class PushResult:
 
 
 async def await_push(directory: str, name: str, server: Server, project: str, token: str | None, *, own: str) -> Remote:
-    """Have a local project, of which ``own`` is a sign, wait to be pushed into an empty project on a server.
+    """Prepare a local project, of which ``own`` is evidence, for a push into an empty project on a server.
 
     Raises:
-        Misuse: the server's project is not empty; nothing was touched on either side.
-        RemoteError: the server is out of reach, or refuses. Nothing was touched.
+        Misuse: the server's project is not empty; nothing was changed on either side.
+        RemoteError: the server is unreachable or refuses. Nothing was changed.
     """
     remote = Remote(check_name(name), server.url, project)
     survey(directory)
@@ -96,10 +96,10 @@ async def await_push(directory: str, name: str, server: Server, project: str, to
 
 
 def stay_local(directory: str) -> None:
-    """The project is not to be pushed after all. Nothing else was ever changed in it.
+    """Cancel a prepared push; the project was not otherwise changed.
 
     Raises:
-        Misuse: it is being pushed.
+        Misuse: the push is running.
     """
     with _alone(directory):
         _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
@@ -113,11 +113,11 @@ def _forget(directory: str, *names: str) -> None:
 
 
 async def plan_push(directory: str) -> Plan:
-    """Look at what a push would send, and whether the server would take it; nothing is sent or changed.
+    """Preview a push without sending or changing anything.
 
     Raises:
-        Misuse: the project is none that a server takes.
-        StorageError: it can't be read.
+        Misuse: no server accepts this project.
+        StorageError: it cannot be read.
     """
     remote = read_remote(directory, UNPUSHED_FILE)
     found = await asyncio.to_thread(survey, directory)
@@ -143,11 +143,11 @@ def _require_empty(welcome: Welcome | None, own: str = "") -> None:
 
 @contextlib.asynccontextmanager
 async def _connected(remote: Remote, token: str | None, named: Server | None = None) -> AsyncIterator[Connection]:
-    """Yield an open connection that only asks.
+    """Yield an open connection for requests only.
 
     Raises:
-        ConnectionFailed: the server is out of reach.
-        Rejected: it refuses.
+        ConnectionFailed: the server is unreachable.
+        Rejected: the server refuses.
     """
     token = token or credentials.stored(remote.url, remote.project)
     if token is None:
@@ -170,15 +170,15 @@ async def _connected(remote: Remote, token: str | None, named: Server | None = N
 
 
 async def push_project(directory: str, show: Progress | None) -> PushResult:
-    """Push the project in ``directory``, a ``.lattice`` that waits for it; afterwards it is a copy.
+    """Push the prepared project in ``directory``, a ``.lattice``; afterwards it is a cache.
 
-    Interrupted at any moment, nothing has changed here, or all is done; it can be called again, and goes on.
+    Atomic: after an interruption either nothing has changed here or everything is done. Calling it again resumes.
 
     Raises:
-        Misuse: the server's project is not empty any more, or files are being changed here; nothing has changed.
-        Rejected: the server does not take this project; the message says why, and nothing has changed.
-        ConnectionFailed: out of reach; ``sent`` says that it may have been taken: call again.
-        StorageError: a file can't be read or written.
+        Misuse: the server's project is no longer empty, or files are being changed here; nothing has changed.
+        Rejected: the server refuses this project; nothing has changed.
+        ConnectionFailed: unreachable; ``sent`` says that it may have taken effect: call again.
+        StorageError: a file cannot be read or written.
     """
     with _alone(directory):
         return await _pushed(directory, show or _ignore)
@@ -186,11 +186,11 @@ async def push_project(directory: str, show: Progress | None) -> PushResult:
 
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
-    """Hold the lock of the copy that this directory becomes: another push, or an agent, would be at work beside us.
+    """Hold the lock of the future cache, against another push or an agent.
 
     Raises:
-        Misuse: another has it, or has been here.
-        StorageError: it can't be made.
+        Misuse: another process has it, or has pushed already.
+        StorageError: it cannot be created.
     """
     lock = FileLock(os.path.join(directory, LOCK_FILE), thread_local=False, mode=0o600)
     try:
@@ -235,11 +235,11 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
 
 
 async def _ask(link: Connection, directory: str, attempt: _Attempt) -> Pushed | None:
-    """Ask for a push; return its answer, None when it surely was never carried out and has to begin anew.
+    """Request a push; return its answer, None if it certainly was not carried out and must restart.
 
     Raises:
-        Rejected: the server does not take it, or not any more.
-        ConnectionFailed: as for ``Link.ask``.
+        Rejected: the server refuses it, or no longer accepts it.
+        ConnectionFailed: as for ``Connection.ask``.
     """
     age_s = max(0.0, time.time() - attempt.asked_at)
     first_sent_at = boot_time() - age_s if age_s > 1 else None
@@ -260,7 +260,7 @@ async def _ask(link: Connection, directory: str, attempt: _Attempt) -> Pushed | 
 
 
 def _changed(directory: str, found: Survey) -> str | None:
-    """Return a file that is not as it was surveyed."""
+    """Return a file that has changed since the survey."""
     now = survey(directory).files
     return next(
         (path for path in sorted(now.keys() | found.files.keys()) if now.get(path) != found.files.get(path)), None
@@ -272,14 +272,14 @@ def _reporter(report: Progress, what: str) -> Any:
 
 
 def _ignore(_progress: Mapping[str, Any]) -> None:
-    """Nobody watches."""
+    """Ignore progress."""
 
 
 # --- after ---
 
 
 def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
-    """Rescue a ``config.json`` whose hooks the server has left out: its own is about to come."""
+    """Rescue a ``config.json`` whose hooks the server omitted, before the server's replaces it."""
     if any("hooks" in note for note in answer.notes):
         cache = Cache(directory, remote)
         cache.prepare()
@@ -288,15 +288,15 @@ def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
 
 
 def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
-    """Make the directory a copy of what was pushed; return the files that were changed since, which are rescued.
+    """Turn the directory into a cache of the pushed project; return the files that changed since, which are rescued.
 
-    ``remote.json`` comes last: before it the directory is an unpushed project, and this may be done again.
+    ``remote.json`` is written last: until then the directory is an unpushed project and this can be repeated.
 
     Args:
         directory: the ``.lattice``.
-        remote: what it becomes a copy of.
-        entries: the digest of each file that was pushed.
-        texts: the plans and notes that were pushed; without one, what is here counts if it is unchanged.
+        remote: the remote of the new cache.
+        entries: the digest of each pushed file.
+        texts: the pushed plans and notes; a missing one is taken from disk if unchanged.
     """
     cache = Cache(directory, remote)
     cache.prepare()
@@ -307,7 +307,9 @@ def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], t
             if text is None and reading.digest == entries.get(path):
                 text = cache.read(path)
             if text is not None:
-                cache.replace(f"{BASE_DIRECTORY}/{path}", text)  # what differs from it is an edit, and will be sent
+                cache.replace(
+                    f"{BASE_DIRECTORY}/{path}", text
+                )  # a file that differs from it is an edit, and will be sent
         elif reading.digest != entries.get(path):
             content = cache.read(path)
             rescued.add(path, content, "changed here while the project was pushed; that version is kept")
@@ -352,7 +354,7 @@ _COUNTED = {
     "artifacts": "artifacts/meta",
     "sessions": "sessions",
 }
-"""What a push names of a project, and the directories in which it lies."""
+"""Counts in the output and the directories that they cover."""
 
 
 @app.command()
@@ -365,7 +367,7 @@ def push(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Send edited plans and notes now; or, after lattice remote add, this directory's whole project.
+    """Send edited plans and notes, or, after lattice remote add, the whole project.
 
     Example: lattice remote push --dry-run
     """
@@ -430,7 +432,9 @@ def _push_project(directory: str, *, as_json: bool) -> None:
         done = asyncio.run(push_project(directory, show))
     answer = done.answer
     with contextlib.suppress(RemoteError):
-        ask(request("pull", directory))  # from here on the agent follows; what the server left out or mended, comes
+        ask(
+            request("pull", directory)
+        )  # the agent follows from here on and fetches what the server omitted or repaired
     if as_json:
         data = {"tasks": answer.tasks, "archived": answer.archived, "files": answer.files, "seq": answer.seq}
         print_result({**data, "notes": answer.notes, "kept": done.kept})

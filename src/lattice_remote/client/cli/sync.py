@@ -1,4 +1,4 @@
-"""``lattice remote status``, ``pull``, ``sync``, ``verify``, ``log``: the copy and the server's tree."""
+"""``lattice remote fetch``, ``config``, ``agent``, ``status``, ``pull``, ``sync``, ``verify`` and ``log``."""
 
 import contextlib
 import json
@@ -34,9 +34,9 @@ def fetch(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Fetch large contents of artifacts that are not here, all of them or those that are named, and wait for them.
+    """Fetch large contents of artifacts that are not here, all or the named ones, and wait for them.
 
-    Cut off or interrupted, the next fetch goes on from there.
+    An interrupted fetch is resumed by the next.
 
     Example: lattice remote fetch LAT-42
     """
@@ -60,9 +60,9 @@ def config(
     value: Annotated[str, typer.Argument(help="background or on-demand.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List how this copy is kept, show one setting, or change it. Kept beside the copy, in no repository.
+    """List the settings of this cache, show one, or change it. Stored beside the cache, outside any repository.
 
-    payloads: background fetches large contents of artifacts as soon as they are announced, on-demand only when asked.
+    payloads: background fetches large contents of artifacts as soon as they are announced, on-demand only on request.
 
     Example: lattice remote config payloads on-demand
     """
@@ -81,7 +81,7 @@ def config(
 
 
 def _paths_of(directory: str, name: str) -> Iterator[str]:
-    """Yield the contents of artifacts that a name stands for, here or not.
+    """Yield the contents of artifacts that a name stands for, present or not.
 
     Raises:
         Misuse: it stands for none.
@@ -112,7 +112,7 @@ def _of_artifact(directory: str, artifact: str) -> Iterator[str]:
 
 
 def _artifacts_of_task(directory: str, name: str) -> list[str] | None:
-    """Return a task's artifacts; None when there is no such task."""
+    """Return a task's artifacts; None if there is no such task."""
     known = _read(directory, "ids.json").get("map")
     task = known.get(name.upper(), name) if isinstance(known, dict) else name
     if not isinstance(task, str) or not re.fullmatch(r"task_[0-9A-Z]{26}", task):
@@ -142,7 +142,7 @@ All = Annotated[bool, typer.Option("--all", help="Also agents of this user in ot
 
 @agent_app.command(name="status")
 def agent_status(*, every: All = False, as_json: Json = False) -> None:
-    """Say whether the agent runs, and which caches it looks after.
+    """Show whether the agent runs, and its caches.
 
     An agent serves the commands with one configuration directory, network, set of mounts, proxy and CA settings.
 
@@ -166,7 +166,7 @@ def agent_status(*, every: All = False, as_json: Json = False) -> None:
 
 @agent_app.command(name="stop")
 def agent_stop(*, every: All = False) -> None:
-    """End the agent; the next command starts a new one.
+    """Stop the agent; the next command starts a new one.
 
     Example: lattice remote agent stop --all
     """
@@ -215,7 +215,7 @@ def _others() -> list[dict[str, Any]]:
 
 
 def _ask_others(do: str) -> list[dict[str, Any]]:
-    """Return the answers of this user's other agents in the same directory; of a silent one, that it is."""
+    """Return the answers of this user's other agents in the same directory; a silent one is marked so."""
     answers: list[dict[str, Any]] = []
     places = []
     with contextlib.suppress(StorageError):
@@ -232,7 +232,7 @@ def _ask_others(do: str) -> list[dict[str, Any]]:
 
 @app.command()
 def status(as_json: Json = False) -> None:
-    """Say whether the copy is connected and current, and how that is known.
+    """Show whether the cache is connected and current, and the evidence for it.
 
     Example: lattice remote status --json
     """
@@ -271,7 +271,7 @@ def status(as_json: Json = False) -> None:
 
 @app.command()
 def pull(as_json: Json = False) -> None:
-    """Bring the copy up to date now.
+    """Bring the cache up to date now.
 
     Example: lattice remote pull
     """
@@ -286,7 +286,7 @@ def pull(as_json: Json = False) -> None:
 
 @app.command()
 def sync(as_json: Json = False) -> None:
-    """Compare every file with the server's and mend what differs.
+    """Compare every file with the server's and repair differences.
 
     Example: lattice remote sync
     """
@@ -313,14 +313,14 @@ def sync(as_json: Json = False) -> None:
 
 
 def _tell_away(answer: dict[str, Any]) -> None:
-    """Name the contents of artifacts that are left out: they are no difference."""
+    """List the deferred contents of artifacts, which are not differences."""
     for path in answer["away"]:
         typer.echo(f"not here yet, see lattice remote fetch: {one_line(path)}")
 
 
 @app.command()
 def verify(as_json: Json = False) -> None:
-    """Compare every file with the server's; change nothing. Exits with 1 when anything differs.
+    """Compare every file with the server's; change nothing. Exits with 1 if any differs.
 
     Example: lattice remote verify --json
     """
@@ -353,7 +353,7 @@ def log(
     number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="How many changes.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """Show who changed what, when, and through which token; newest first.
+    """List the changes with author, time and token, newest first.
 
     Example: lattice remote log --task LAT-42 -n 5
     """

@@ -1,4 +1,4 @@
-"""``lattice remote watch``: every change as it arrives, shown, printed as JSON, or given to a command."""
+"""``lattice remote watch``: changes as they arrive, displayed, printed as JSON, or passed to a command."""
 
 import contextlib
 import json
@@ -40,26 +40,26 @@ _MAX_TITLES = 10_000
 
 
 class Titles:
-    """Short ids and titles of tasks: from the changes themselves, else from the copy in ``directory``."""
+    """Short ids and titles of tasks, from the changes and from the cache in ``directory``."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
         self._known: dict[str, dict[str, Any]] = {}
 
     def learn(self, task: str, snapshot: Any) -> None:
-        """Take in what a change says of a task."""
+        """Record a task's snapshot from a change."""
         if len(self._known) >= _MAX_TITLES:
             self._known.clear()  # a server may name any number
         self._known[task] = {"short_id": _text(snapshot.get("short_id")), "title": _text(snapshot.get("title"))}
 
     def of(self, task: str) -> dict[str, Any]:
-        """Return ``id``, ``short_id`` and ``title``; null where it is not known."""
+        """Return ``id``, ``short_id`` and ``title``; null where unknown."""
         if task not in self._known:
             self.learn(task, self._read(f"tasks/{task}.json") or self._read(f"archive/tasks/{task}.json"))
         return {"id": task, **self._known[task]}
 
     def find(self, name: str) -> str | None:
-        """Return the id of the task with this id or short id, None when the copy has none such."""
+        """Return the id of the task with this id or short id, None if the cache has none."""
         if name.startswith("task_"):
             return name
         known = self._read("ids.json").get("map")
@@ -75,7 +75,7 @@ class Titles:
 
 
 def record_of(epoch: str, change: Change, titles: Titles) -> dict[str, Any]:
-    """Return what ``--json`` prints of a change, and what ``--exec`` gets."""
+    """Return a change as printed by ``--json`` and passed to ``--exec``."""
     found = about(change)
     for task, snapshot in found.snapshots.items():
         titles.learn(task, snapshot)
@@ -100,7 +100,7 @@ def record_of(epoch: str, change: Change, titles: Titles) -> dict[str, Any]:
 
 
 def as_line(record: dict[str, Any]) -> tuple[str, str, str, str, str]:
-    """Return number, time, actor, tasks and what was done, without anything that a terminal would act on."""
+    """Return number, time, actor, tasks and description, without terminal control characters."""
     tasks = [_named(task) for task in record["tasks"][:_MAX_TASKS_SHOWN]]
     more = len(record["tasks"]) - _MAX_TASKS_SHOWN
     names = [*record["resources"], *record["sessions"]] if not tasks else []
@@ -134,10 +134,10 @@ _LEAVE_S = 2.0
 
 
 def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -> str | None:
-    """Run ``command`` in a shell with ``line`` on its standard input; return what went wrong, None when nothing did.
+    """Run ``command`` in a shell with ``line`` on stdin; return an error message, None on success.
 
-    It has a process group of its own, so that all of it ends when its time is over, or with Ctrl-C here; the
-    ``KeyboardInterrupt`` then passes through.
+    It runs in its own process group, which is ended after ``timeout_s`` or on Ctrl-C; ``KeyboardInterrupt`` then passes
+    through.
     """
     environment = {
         **os.environ,
@@ -170,7 +170,7 @@ def run_for(command: str, record: dict[str, Any], line: str, timeout_s: float) -
 
 
 def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
-    """End a command with all that it has started; what does not listen is ended all the same."""
+    """End a command and its descendants; kill those that ignore the signal."""
     for each in (sign, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, each)
@@ -181,7 +181,7 @@ def _end(process: "subprocess.Popen[bytes]", sign: signal.Signals) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait until a process that is being started is known: nobody could end it otherwise."""
+    """Delay Ctrl-C until a starting process is known, so that it can be ended."""
     pressed: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
@@ -201,7 +201,7 @@ app = typer.Typer()
 
 @dataclass
 class _Handler:
-    """What is to be done with each change."""
+    """Handling of each change."""
 
     as_json: bool
     command: str
@@ -219,20 +219,20 @@ class _Handler:
 
 
 class _Show(Protocol):
-    """Where people look."""
+    """Output for people."""
 
     def change(self, record: dict[str, Any]) -> None:
         """Show a change."""
 
     def note(self, text: str) -> None:
-        """Say something about the watching itself."""
+        """Show a remark about the watching itself."""
 
     def state(self, text: str) -> None:
-        """Say how it stands now."""
+        """Show the connection state."""
 
 
 class _Lines:
-    """Plain lines: changes to stdout, everything else to stderr."""
+    """Plain lines: changes on stdout, the rest on stderr."""
 
     def change(self, record: dict[str, Any]) -> None:
         number, time, who, tasks, what = as_line(record)
@@ -242,11 +242,11 @@ class _Lines:
         typer.echo(f"lattice-remote: {one_line(text)}", err=True)
 
     def state(self, text: str) -> None:
-        """Lines have no place for it."""
+        """Ignore the state: plain lines have no place for it."""
 
 
 class _View:
-    """Lines on a terminal, and below them how it stands."""
+    """Lines on a terminal with a status line below."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -295,10 +295,10 @@ def watch(
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many changes; 0: never.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each change.")] = False,
 ) -> None:
-    """Show changes as they arrive. Comes back after a lost connection, with none left out and none twice.
+    """Show changes as they arrive. Reconnects after a lost connection; none is skipped or repeated.
 
-    Ends with Ctrl-C (exit code 130), after --count changes (0), or where changes that were asked for are not kept any
-    more (3). Says on stderr where to go on.
+    Ends with Ctrl-C (exit code 130), after --count changes (0), or when requested changes are no longer kept (3).
+    Prints on stderr how to resume.
 
     Example: lattice remote watch --task LAT-42
 
@@ -307,7 +307,7 @@ def watch(
     directory, found = here()
     begin = _parse_since(since)
     with contextlib.suppress(RemoteError):
-        ask(request("ready", directory))  # from here on the agent keeps the copy current, for the titles
+        ask(request("ready", directory))  # from here on the agent keeps the cache current, for the titles
     titles = Titles(directory)
     only = _task_id(titles, task)
     token = credentials.from_environment() or credentials.stored(found.url, found.project)
@@ -324,10 +324,10 @@ class _Watch:
 
     def __init__(self, stream: ChangeStream, titles: Titles, handler: _Handler, show: _Show) -> None:
         self._stream, self._titles, self._handler, self._show = stream, titles, handler, show
-        self._position: Position | None = None  # of the last change that was handled
+        self._position: Position | None = None  # of the last handled change
 
     def run(self, only: str | None, count: int) -> int:
-        """Take changes until the end; return the exit code."""
+        """Handle changes until the end; return the exit code."""
         self._stream.start()
         try:
             return self._take(only, count)
@@ -342,7 +342,7 @@ class _Watch:
                 self._show.note(f"watched up to change {last.seq}: go on with --since {last}")
 
     def _fail(self, error: RemoteError) -> None:
-        """Say why it ends: with ``--json`` as one more line, in lattice's envelope."""
+        """Report the final error; with ``--json`` as one more line, in lattice's envelope."""
         if self._handler.as_json:
             envelope = {"ok": False, "error": {"code": error.code, "message": error.message}}
             typer.echo(json.dumps(envelope, sort_keys=True))

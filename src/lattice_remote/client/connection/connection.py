@@ -1,8 +1,8 @@
-"""One WebSocket to a project that comes back after every cut, and the requests that travel on it.
+"""Reconnecting WebSocket to one project, and the requests sent on it.
 
-A request that was cut off is sent again under its own id after the link is back (I6). The link never stops
-silently: even after a refusal (a wrong token, say) it looks again now and then, and at once when a command asks or
-the token changes. ``connecting.py`` opens the socket, ``pacing.py`` says when.
+A request that was cut off is sent again under its own id after a reconnect (I6). After a refusal, such as a wrong
+token, the connection still retries: now and then, and at once when a command asks or the token changes. ``dial`` opens
+the socket, ``backoff`` sets the delays.
 """
 
 import asyncio
@@ -58,11 +58,11 @@ MAX_FRAMES = 128
 MAX_BYTES = 64 * 1024 * 1024
 
 Item = ServerFrame | RemoteError
-"""A frame, or what ended the connection after the frames before it."""
+"""A frame, or the error that ended the connection after the frames before it."""
 
 
 class ReceiveQueue:
-    """One reader puts, one taker takes; a put waits while the inbox is full."""
+    """Bounded queue between the socket's reader and the session; one producer, one consumer."""
 
     def __init__(self) -> None:
         self._items: deque[Item] = deque()
@@ -71,7 +71,7 @@ class ReceiveQueue:
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader has to wait: we are slow, not the server."""
+        """Return whether the reader must wait because the session is slow."""
         return len(self._items) >= MAX_FRAMES or self._bytes >= MAX_BYTES
 
     async def put(self, item: Item, size: int = 0) -> None:
@@ -83,7 +83,7 @@ class ReceiveQueue:
         self._changed.set()
 
     async def take(self) -> list[Item]:
-        """Return everything that is there, at least one item."""
+        """Wait for at least one item and return all."""
         while not self._items:
             await self._next_change()
         items = list(self._items)
@@ -110,7 +110,7 @@ _CAN_NOT = {
 
 
 def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:
-    """Return the refusal of a request that this server can't answer, None when it can (SPEC V3 and 2.4)."""
+    """Return the refusal of a request that this server does not support, else None (SPEC V3 and 2.4)."""
     return _not_offered(frame, welcome) or _too_large(frame, welcome)
 
 
@@ -154,53 +154,53 @@ CLOSE_TIMEOUT_S = 0.5
 PING_INTERVAL_S = 10.0
 PING_TIMEOUT_S = 10.0
 ALIVE_S = PING_INTERVAL_S + PING_TIMEOUT_S + 2.0
-"""A link from which nothing was heard for longer is not called connected."""
+"""A connection that was silent for longer does not count as connected."""
 MIN_ATTEMPT_GAP_S = 0.1
 UNSENT_PATIENCE_S = 3.0
 SENT_PATIENCE_S = 10.0
-"""How long a request waits for a link that is down: before it was sent, and after."""
+"""Longest time that a request waits for a lost connection: after it was sent, and before."""
 ASKED_DELAY_S = 0.5
-"""The longest delay between attempts while a request waits for one."""
+"""Longest delay between attempts while a request waits."""
 MAX_SENDS = 8
-"""How often a request is sent on connections that do not last: one that always ends them must not go on for ever."""
+"""Most sends of a request over connections that do not last, so that a server which always ends them is not asked for
+ever."""
 MAX_FRAGMENTS = 1024
-"""In how many pieces a message may come: empty ones cost the sender nothing, and would never end."""
+"""Most fragments of a message: empty ones cost the sender nothing."""
 _VIOLATIONS = {1002, 1007, 1009}
-"""Close codes with which the library ends a connection on which the other side broke WebSocket's own rules."""
+"""Close codes with which the library reports a violation of WebSocket by the peer."""
 _log = logging.getLogger(__name__)
 
 
 class Session(Protocol):
-    """What a link talks for: a ``Follower`` or a ``Writer``."""
+    """Protocol session on a connection: a ``Replicator`` or a ``RequestOnlySession``."""
 
     @property
     def is_current(self) -> bool:
-        """Whether the connection has got where it was to get."""
+        """Return whether the session has caught up."""
 
     async def hello(self) -> Hello:
-        """Return the first frame on a new connection."""
+        """Return the first frame of a new connection."""
 
     async def receive(self, frames: list[ServerFrame]) -> ReceiveOutcome:
-        """Take frames; an exception ends the connection."""
+        """Process frames; an exception ends the connection."""
 
     async def disconnected(self) -> None:
-        """The connection is gone."""
+        """Reset after the connection has ended."""
 
 
 class Condition:
-    """Wakes everybody who waits for something to have changed."""
+    """Condition variable that wakes every waiter."""
 
     def __init__(self) -> None:
         self._waiting: asyncio.Future[None] | None = None
 
     def notify(self) -> None:
-        """Something has changed."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.set_result(None)
         self._waiting = None
 
     async def until(self, predicate: Callable[[], bool], timeout_s: float) -> bool:
-        """Wait until ``predicate`` holds; return whether it does by the end of ``timeout_s``."""
+        """Wait until ``predicate`` holds; return False if it does not within ``timeout_s``."""
         try:
             async with asyncio.timeout(timeout_s):
                 while not predicate():
@@ -214,34 +214,33 @@ class Condition:
 
 @dataclass(slots=True, eq=False)
 class _Pending:
-    """A request that waits for its answer."""
+    """Request without an answer yet."""
 
     frame: Request
     answer: "asyncio.Future[Response]"
     asked_at: float = field(default_factory=time.monotonic)
     sends: int = 0
-    """How often it was sent, since a connection last lasted."""
+    """Sends since a connection last lasted."""
     first_sent_at: float | None = None
-    """When it was first sent (``boot_time()``), perhaps by an agent before this one."""
+    """Time of the first send (``boot_time()``), perhaps by an earlier agent."""
 
     @property
     def is_write(self) -> bool:
-        """Whether it is asked so that something changes."""
         return isinstance(self.frame, Write)
 
     @property
     def patience_s(self) -> float:
-        """How long it waits for a link that is down: longer once it is under way."""
+        """Return how long it waits for a lost connection: longer once it was sent."""
         is_under_way = self.first_sent_at is not None and not isinstance(self.frame, Log)
         return SENT_PATIENCE_S if is_under_way else UNSENT_PATIENCE_S
 
     @property
     def sent(self) -> bool:
-        """Whether it may have taken effect."""
+        """Return whether it may have taken effect."""
         return self.is_write and self.first_sent_at is not None
 
     def to_send(self) -> Request:
-        """Return the frame to send now: one that is sent again says how old it is (SPEC section 3.4)."""
+        """Return the frame to send now; a resent one carries its age (SPEC section 3.4)."""
         self.sends += 1
         if self.first_sent_at is None:
             self.first_sent_at = boot_time()
@@ -252,24 +251,24 @@ class _Pending:
 
 @dataclass(slots=True)
 class Connection:
-    """See the module's text. ``start()`` it once; ``close()`` it in the end."""
+    """Reconnecting connection to one project. ``start()`` it once and ``close()`` it at the end."""
 
     remote: Remote
     conversation: Session
     token: str | None = field(repr=False)
     named: Server | None = None
-    """A server that the user has named beside those on record, in the environment say."""
+    """A server from the environment, in addition to the stored ones."""
     on_heard: Callable[[], None] = lambda: None
     changed: Condition = field(default_factory=Condition)
     """Notified whenever anything below changes."""
     welcome: Welcome | None = None
-    """What the server said of itself; None while there is no open conversation."""
+    """The server's greeting; None while disconnected."""
     error: RemoteError | None = None
-    """Why the last attempt or connection failed; None once one has succeeded."""
+    """Error of the last attempt or connection; None after a success."""
     failed_attempts: int = 0
-    """Attempts and connections that have ended, ever: tells a waiter that one has failed since it asked."""
+    """Attempts and connections that ever ended: a waiter compares it to see that one has failed since."""
     heard_at: float | None = None
-    """When the last frame or pong came (``boot_time()``)."""
+    """Time of the last frame or pong (``boot_time()``)."""
     _socket: ClientConnection | None = None
     _task: "asyncio.Task[None] | None" = None
     _pending: dict[str, _Pending] = field(default_factory=dict)
@@ -285,29 +284,29 @@ class Connection:
     # --- life ---
 
     def start(self) -> None:
-        """Begin to connect, and keep at it."""
+        """Start to connect, again after every failure."""
         self._task = asyncio.get_running_loop().create_task(self._live())
 
     async def close(self) -> None:
-        """End the connection; requests that wait fail."""
+        """Close the connection; pending requests fail."""
         if self._socket is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLOSE_TIMEOUT_S):
                     await self._socket.close()
         if self._task is not None:
             self._task.cancel()
-            await asyncio.wait({self._task})  # awaiting the task itself, one could not tell our own cancellation
+            await asyncio.wait({self._task})  # awaiting the task itself would hide our own cancellation
         for pending in self._pending.values():
             pending.answer.cancel()
 
     def kick(self) -> None:
-        """A command wants the link: don't sit out the delay; if it has been silent for a while, probe it."""
+        """Skip the reconnect delay for a command; probe a silent connection."""
         self._kicked.set()
         if self.silence_s() > PING_INTERVAL_S + 2:
             self._probe.set()
 
     def use_token(self, token: str | None) -> None:
-        """Connect with another token from now on."""
+        """Reconnect with another token."""
         if token != self.token:
             self.token = token
             self.error = None
@@ -315,34 +314,33 @@ class Connection:
             self.try_again()
 
     def try_again(self) -> None:
-        """What a refusal was about may have changed: don't sit out the delay."""
+        """Skip the delay because the reason of a refusal may be gone."""
         self._pace.lift()
         self._kicked.set()
 
     def abort(self, why: RemoteError | None = None) -> None:
-        """Cut the connection; a new one is made. ``why`` is then its error, and it has not lasted."""
+        """Abort the connection with error ``why`` and count it as failed; a new one follows."""
         self._verdict = why
         if self._socket is not None:
             self._socket.transport.abort()
 
     @property
     def is_open(self) -> bool:
-        """Whether the conversation is under way, and the server was heard within what the keepalive allows."""
+        """Return whether the session is open and the server was heard within the keepalive's limit."""
         return self.welcome is not None and self.silence_s() <= ALIVE_S
 
     @property
     def is_waiting(self) -> bool:
-        """Whether a request waits for its answer."""
         return bool(self._pending)
 
     @property
     def is_refused(self) -> bool:
-        """Whether the server said no: trying again changes nothing until something else does."""
+        """Return whether the server refused: retries are pointless until something changes."""
         return self.error is not None and self.error.code in REFUSALS
 
     @property
     def is_barred(self) -> bool:
-        """Whether no attempt may be made for a while, because the server asked for that or made it necessary."""
+        """Return whether no attempt may be made yet, at the server's request or because of its failures."""
         return self._pace.barred_s(time.monotonic()) > 0
 
     def silence_s(self) -> float:
@@ -352,13 +350,13 @@ class Connection:
     # --- requests ---
 
     async def ask(self, frame: Request, *, first_sent_at: float | None = None) -> Response:
-        """Send a request and return its answer, whatever cuts come in between.
+        """Send a request and return its answer, across reconnects.
 
-        ``first_sent_at`` is when (``boot_time()``) it may have been sent by somebody else, under the same id.
+        ``first_sent_at`` is when (``boot_time()``) an earlier sender may have sent it under the same id.
 
         Raises:
             Rejected: the server refuses this token, project or version.
-            ConnectionFailed: out of reach for too long; ``sent`` tells whether it may have taken effect.
+            ConnectionFailed: unreachable for too long; ``sent`` says whether it may have taken effect.
         """
         pending = _Pending(frame, asyncio.get_running_loop().create_future(), first_sent_at=first_sent_at)
         self._pending[frame.id] = pending
@@ -373,7 +371,7 @@ class Connection:
             del self._pending[frame.id]
 
     async def _answered(self, pending: _Pending, failed_before: int) -> bool:
-        """Wait a while for the answer; give up when the link has been down for too long."""
+        """Wait 0.1 s for the answer; raise if the connection has been lost for too long."""
         self._give_up(pending, failed_before)
         await asyncio.wait([pending.answer], timeout=0.1)
         return pending.answer.done()
@@ -396,7 +394,7 @@ class Connection:
             raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
 
     def unreachable(self, *, sent: bool = False, is_write: bool = True) -> ConnectionFailed:
-        """Return the error that says why there is no connection."""
+        """Return the error for a missing connection."""
         why = f" ({self.error.message if self.error is not None else 'no answer yet'})"
         if sent:
             return ConnectionFailed(
@@ -417,14 +415,14 @@ class Connection:
             await self.send(pending.to_send())
 
     async def send(self, *frames: ClientFrame) -> None:
-        """Send frames if there is a connection; one that fails here is noticed where frames are received."""
+        """Send frames if connected; the receiving side notices a failure."""
         with contextlib.suppress(ConnectionClosed):
             for frame in frames:
                 if self._socket is not None:
                     await self._socket.send(encode(frame))
 
     async def carry_out(self, outcome: ReceiveOutcome) -> None:
-        """Send what a batch led to, and hand answers to those who wait for them."""
+        """Send a batch's frames and hand answers to their requesters."""
         for answer in outcome.answers:
             pending = self._pending.get(answer.id)
             if pending is not None and not pending.answer.done():
@@ -446,7 +444,7 @@ class Connection:
             except ConnectionClosed as closed:
                 self.error = _closing(closed)
             except Exception as error:  # noqa: BLE001
-                # A defect of ours must not end the link silently: it is logged, shown, and tried again.
+                # A defect must not end the connection silently: log it, show it, try again.
                 _log.exception("the link to %s failed", self.remote.url)
                 self.error = RemoteError(f"internal error: {error!r}")
             finally:
@@ -463,7 +461,7 @@ class Connection:
         return verdict is None and self._was_current and time.monotonic() - began > MIN_UPTIME_S
 
     def _ended(self, now: float, *, lasted: bool) -> float:
-        """Note how a connection went; return how long to wait before the next."""
+        """Record a connection's end; return the delay before the next, in seconds."""
         if lasted:
             for pending in self._pending.values():
                 pending.sends = min(pending.sends, 1)
@@ -499,9 +497,9 @@ class Connection:
         await self.conversation.disconnected()
 
     async def _sit_out(self, delay_s: float) -> None:
-        """Wait before the next attempt, unless a command asks meanwhile and nothing bars the way.
+        """Wait before the next attempt, unless a command asks and no bar applies.
 
-        A request that was cut off gives up after some seconds: while one waits, the delay does not grow beyond its use.
+        While a request waits, the delay stays below its patience.
         """
         least_s = max(MIN_ATTEMPT_GAP_S, self._pace.barred_s(time.monotonic()))
         if self._pending and not self.is_refused:
@@ -512,7 +510,7 @@ class Connection:
                 await self._kicked.wait()
 
     async def _converse(self) -> None:
-        """Connect, greet, and talk until the connection ends, which is always an exception."""
+        """Connect, greet and run the session until it ends, always with an exception."""
         self._socket = await open_socket(self.remote, self.token, self.named)
         inbox = ReceiveQueue()
         hello = await self.conversation.hello()
@@ -531,13 +529,13 @@ class Connection:
                 task.cancel()
             results = await asyncio.gather(*tasks, return_exceptions=True)
         errors = [result for result in results if isinstance(result, Exception)]
-        # A reason that was given, by the server or by the files, says more than the closing that came with it.
+        # An explicit reason, from the server or the files, says more than the close that came with it.
         raise min(errors, key=lambda error: isinstance(error, ConnectionClosed) or type(error) is ConnectionFailed)
 
     async def _read(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
-        """Decode what comes; apart from taking it, so that a slow disk does not look like a silent server.
+        """Decode frames, separately from processing, so that a slow disk does not look like a silent server.
 
-        What ends the connection goes through the inbox too: the frames before it, a goodbye say, come first.
+        The connection's end goes through the queue too: the frames before it, such as a goodbye, come first.
         """
         try:
             while True:
@@ -560,7 +558,7 @@ class Connection:
             items = await inbox.take()
 
     async def _take(self, items: list[Item]) -> None:
-        """Hand on the frames that come before a goodbye or a failure, then end with that."""
+        """Process the frames before a goodbye or failure, then raise that."""
         frames = cast(
             "list[ServerFrame]", list(itertools.takewhile(lambda item: not isinstance(item, Bye | RemoteError), items))
         )
@@ -580,14 +578,14 @@ class Connection:
             raise cast("RemoteError", end)
 
     def _is_unasked(self, frame: ServerFrame) -> bool:
-        """Whether this answers a request that nobody waits for; kept for their number, such would fill the memory.
+        """Return whether this answers no pending request; such answers are dropped, as many would fill the memory.
 
-        Before the Welcome it is a violation, which the conversation will say.
+        Before the Welcome it is a violation, which the session reports.
         """
         return isinstance(frame, Response) and frame.id not in self._pending and self.welcome is not None
 
     def _note_reset(self, welcome: Welcome) -> None:
-        """Count how often the server makes this copy begin anew; a first fill that was cut off is none of it."""
+        """Count the server's resets of this cache; resuming an interrupted first fill is not one."""
         if welcome.resync and (self._offered or self._epoch not in ("", welcome.epoch)):
             self._pace.was_reset(time.monotonic())
         self._epoch = welcome.epoch
@@ -604,7 +602,7 @@ class Connection:
         self.on_heard()
 
     async def _keep_alive(self, socket: ClientConnection, inbox: ReceiveQueue) -> None:
-        """Ping a silent server; give up one that does not answer. A full inbox is our own slowness, not its."""
+        """Ping a silent server and give up if it does not answer. A full queue is local slowness and not counted."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(PING_INTERVAL_S):
@@ -622,7 +620,7 @@ class Connection:
 
 
 def _closing(closed: ConnectionClosed) -> RemoteError:
-    """Return the error for a connection that has ended: by a violation that was noticed here, or by the other side."""
+    """Return the error for a closed connection: a violation noticed here, or the peer's close."""
     if closed.sent is not None and closed.rcvd is None and closed.sent.code in _VIOLATIONS:
         return ProtocolError(f"the server broke the protocol: {closed.sent.reason}")
     reason = f": {closed.rcvd.reason}" if closed.rcvd is not None and closed.rcvd.reason else ""
@@ -633,8 +631,8 @@ async def _message(socket: ClientConnection) -> bytes:
     """Return the next message.
 
     Raises:
-        ProtocolError: it is text, or comes in too many pieces.
-        ConnectionClosed: there is none any more.
+        ProtocolError: it is text, or has too many fragments.
+        ConnectionClosed: the connection has ended.
     """
     pieces: list[bytes] = []
     async for piece in socket.recv_streaming():

@@ -1,7 +1,6 @@
-"""Opening a WebSocket to a project: TLS, where a token may go, and what a failure means for the user.
+"""Opening of WebSockets to a project, reconnect delays, and error messages for failed connections.
 
-A token leaves this machine only here. Redirects are not followed: whoever answers at the named URL gets it, nobody
-else.
+A token leaves this machine only here, and only for the configured URL: redirects are not followed.
 """
 
 import asyncio
@@ -45,7 +44,7 @@ __all__ = [
 OPEN_TIMEOUT_S = 10.0
 _PROBE_TIMEOUT_S = 2.0
 _MAX_QUEUED_FRAMES = 4
-"""How many received frames, each up to the protocol's limit, may wait in the library beside our own inbox."""
+"""Received frames, each up to the protocol's limit, that may wait in the library besides our own queue."""
 REFUSALS = {
     "REMOTE_UNAUTHORIZED",
     "REMOTE_UNTRUSTED",
@@ -53,10 +52,10 @@ REFUSALS = {
     "REMOTE_NOT_FOUND",
     "REMOTE_VERSION",
 }
-"""Codes after which trying again changes nothing until something else does."""
+"""Codes after which a retry is pointless until something changes."""
 _COME_BACK = {429, 503}
 _NOBODY_BEHIND = {502, 504}
-"""What a proxy answers that does not reach the server behind it."""
+"""Statuses of a proxy that cannot reach the server."""
 _UNKNOWN_AUTHORITY = {18, 19, 20, 21}
 _NOT_NOW = {9: "is not valid yet", 10: "has expired"}
 _WRONG_HOST = {62, 64}
@@ -64,7 +63,7 @@ _WRONG_HOST = {62, 64}
 
 
 class RetryLater(ConnectionFailed):
-    """The server can't take the connection now, and says in how many seconds to come back."""
+    """Temporary refusal with a delay in seconds."""
 
     def __init__(self, message: str, retry_after_s: float, *, code: str | None = None) -> None:
         super().__init__(message, code=code)
@@ -72,7 +71,7 @@ class RetryLater(ConnectionFailed):
 
 
 class _Dial(connect):
-    """The library's own, which would follow redirects."""
+    """The library's connect, without redirects."""
 
     def process_redirect(self, exc: Exception) -> Exception | str:
         """Follow none."""
@@ -80,23 +79,23 @@ class _Dial(connect):
 
 
 class _Strict(ClientConnection):
-    """The library's own, which would go on to read from a peer that has broken the rules until that one hangs up."""
+    """The library's connection, which would keep reading from a peer after a violation."""
 
     def data_received(self, data: bytes) -> None:
-        """Hang up at once when what came made no sense; the reason stays."""
+        """Abort at once after invalid data; the reason is kept."""
         super().data_received(data)
         if self.protocol.handshake_exc is not None or self.protocol.parser_exc is not None:
             self.transport.abort()
 
 
 async def open_socket(remote: Remote, token: str | None, named: Server | None) -> ClientConnection:
-    """Connect and upgrade. ``named`` is a server that the user has named beside those on record.
+    """Connect and upgrade. ``named`` is a server from the environment, in addition to the stored ones.
 
     Raises:
-        Rejected: no token, or it may not be sent there, or the server refuses it; or its certificate is refused.
-        RetryLater: the server asks to be left alone for a while.
-        ConnectionFailed: it, or the proxy to it, is out of reach, or is no lattice-remote server.
-        StorageError: the user's tokens or servers can't be read.
+        Rejected: the token is missing, must not be sent there or is refused; or the certificate is refused.
+        RetryLater: the server asks to retry later.
+        ConnectionFailed: the server or its proxy is unreachable, or is not a lattice-remote server.
+        StorageError: the user's tokens or servers cannot be read.
     """
     if token is None:
         raise Rejected(
@@ -131,7 +130,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
         raise _no_tls(error.reason) from error
     except (InvalidProxy, ProxyError) as error:
         raise ConnectionFailed(f"{via}refused, or no proxy is there") from error
-    except ImportError as error:  # only a proxy needs anything that is loaded here
+    except ImportError as error:  # only a proxy needs a lazy import here
         raise ConnectionFailed(f"{via}SOCKS needs the package python-socks, which is not installed") from error
     except OSError as error:
         if is_tls and isinstance(error, ConnectionError) and not error.errno:  # asyncio's own, from the handshake
@@ -150,13 +149,13 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
 
 
 def _proxy(remote: Remote) -> tuple[str | None, str]:
-    """Return the proxy that the environment names for a server, and its place in words, without a password.
+    """Return the environment's proxy for a server, and its address without password for messages.
 
-    ``ALL_PROXY`` counts where no more specific variable does. A server on this machine is reached directly: a proxy
+    ``ALL_PROXY`` applies where no more specific variable is set. A server on this machine is reached directly: a proxy
     would carry the token off it.
 
     Raises:
-        ConnectionFailed: the variable holds no proxy.
+        ConnectionFailed: the variable holds no valid proxy.
     """
     if is_loopback(remote.url):
         return None, ""
@@ -191,7 +190,8 @@ def _tls(ca_file: str | None) -> ssl.SSLContext:
 
 @functools.lru_cache(maxsize=8)
 def _context(ca_file: str | None, _changed_ns: int | None) -> ssl.SSLContext:
-    """Return a context that verifies certificate and host name; the system's authorities take 20 ms to load."""
+    """Return a context that verifies certificate and host name. Cached, as loading the system's authorities takes 20
+    ms."""
     return ssl.create_default_context(cafile=ca_file)
 
 
@@ -217,7 +217,7 @@ def _no_tls(reason: str | None) -> ConnectionFailed:
 
 
 async def _speaks_tls(remote: Remote) -> bool:
-    """Find out whether a port on which plain HTTP failed speaks TLS; nothing is said to it but a handshake."""
+    """Return whether a port on which plain HTTP failed speaks TLS; only a handshake is sent."""
     host, _, port = remote.url.removeprefix("http://").rpartition(":")
     if not port.isdecimal():
         return False
@@ -236,7 +236,7 @@ async def _speaks_tls(remote: Remote) -> bool:
 
 
 def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
-    """Return the error for an HTTP answer in place of the upgrade."""
+    """Return the error for an HTTP response that refuses the upgrade."""
     response = refusal.response
     retry_after_s = _seconds(response.headers.get("Retry-After"))
     said = _own_words(bytes(response.body or b""))
@@ -257,7 +257,7 @@ def _own_words(body: bytes) -> tuple[str, str] | None:
 
 
 def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: float | None) -> ConnectionFailed:
-    """Return the error for the answer of another program than our server, which says nothing about token or project."""
+    """Return the error for a response of another program, which says nothing about token or project."""
     if 300 <= status < 400:
         to = one_line(location or "elsewhere")[:200]
         return ConnectionFailed(
@@ -273,7 +273,7 @@ def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: f
 
 
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:
-    """Return the error for what a server gave as its reason, in a goodbye or in place of the upgrade."""
+    """Return the error for a reason from the server, in a goodbye or an HTTP response."""
     if code == "REMOTE_UNAUTHORIZED":
         message += f"; log in with: lattice remote login {remote.place}"
     if code in REFUSALS:
@@ -286,12 +286,12 @@ def error_of(code: str, message: str, remote: Remote, retry_after_s: float | Non
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Return what a Retry-After header says; its other form, a date, is nobody's who speaks this protocol."""
+    """Return the seconds of a Retry-After header; dates are ignored, as no peer of this protocol sends them."""
     return float(retry_after) if retry_after is not None and re.fullmatch(r"[0-9]{1,9}", retry_after) else None
 
 
 def _describe(error: OSError) -> str:
-    """Return why a connection failed, in the system's own words: ``connection refused``."""
+    """Return the system's reason for a failed connection, for example ``connection refused``."""
     numbers = [error.errno] if error.errno else [int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))]
     reason = os.strerror(numbers[0]) if numbers and numbers[0] > 0 else error.strerror or str(error)
     return one_line(reason[:1].lower() + reason[1:])
@@ -300,31 +300,31 @@ def _describe(error: OSError) -> str:
 FIRST_DELAY_S, MAX_DELAY_S = 0.2, 15.0
 REFUSED_DELAY_S, MAX_REFUSED_DELAY_S = 30.0, 300.0
 MIN_UPTIME_S = 5.0
-"""A connection must have lasted this long, and got the copy up to date, for the delay to start again from the least."""
+"""The delay is reset after a connection that lasted this long and brought the cache up to date."""
 MAX_BAR_S = 300.0
-"""The longest that a server can keep its clients away by asking."""
+"""Longest delay that a server can impose."""
 MAX_RESETS, RESET_WINDOW_S, RESET_BAR_S = 10, 600.0, 30.0
-"""So many new beginnings within the window, and the next one is put off; longer with each further one."""
+"""After this many resets within the window the next attempt is delayed, longer with each further one."""
 
 
 @dataclass(slots=True)
 class Backoff:
-    """One link's patience. All times are seconds on one monotonic clock that the caller reads."""
+    """Reconnect delays of one connection. All times are monotonic seconds, passed by the caller."""
 
     uniform: Callable[[float, float], float] = random.uniform
     streak: int = 0
-    """How many connections or attempts in a row have not lasted."""
+    """Consecutive connections or attempts that did not last."""
     _resets: deque[float] = field(default_factory=deque)
     _is_reset: bool = False
     _barred_until: float = float("-inf")
 
     def was_reset(self, now: float) -> None:
-        """The server has made this copy begin anew."""
+        """Record a reset of this cache by the server."""
         self._resets.append(now)
         self._is_reset = True
 
     def resets(self, now: float) -> int:
-        """Return how many new beginnings there were within the window."""
+        """Return the number of resets within the window."""
         while self._resets and self._resets[0] < now - RESET_WINDOW_S:
             self._resets.popleft()
         return len(self._resets)
@@ -338,13 +338,13 @@ class Backoff:
         retry_after_s: float | None = None,
         binds: bool = True,
     ) -> float:
-        """A connection, or the attempt to make one, has ended: return how long to wait before the next.
+        """Record the end of a connection or attempt; return the delay before the next, in seconds.
 
         Args:
-            lasted: whether it was worth having; then the next delays are short again.
-            is_refused: whether trying again changes nothing until something else does.
-            retry_after_s: when the server asks to come back, None when it does not.
-            binds: whether that is a wish to be left alone, and not only a guess when it will be back.
+            lasted: whether it was useful; the next delays are then short again.
+            is_refused: whether a retry is pointless until something changes.
+            retry_after_s: the delay the server asks for, None if it does not.
+            binds: whether that is a demand, not only an estimate of its return.
         """
         self.streak = 0 if lasted else self.streak + 1
         excess = self.resets(now) - MAX_RESETS
@@ -356,15 +356,15 @@ class Backoff:
         return max(self._delay(is_refused, retry_after_s), self.barred_s(now) + self._jitter())
 
     def barred_s(self, now: float) -> float:
-        """Return for how long no attempt may be made, whoever wants one; 0 when one may."""
+        """Return for how many seconds no attempt may be made; 0 if one may."""
         return max(0.0, self._barred_until - now)
 
     def lift(self) -> None:
-        """What was in the way has changed: try again as if for the first time."""
+        """Reset the delays after the obstacle has changed."""
         self.streak = 0
 
     def _delay(self, is_refused: bool, retry_after_s: float | None) -> float:
-        # The exponent is bounded too: after a thousand failures the power alone would be past any float.
+        # Bounded: after a thousand failures the power would overflow a float.
         doubled = 2 ** min(self.streak, 10)
         if is_refused:
             return self.uniform(REFUSED_DELAY_S / 2, min(MAX_REFUSED_DELAY_S, REFUSED_DELAY_S / 2 * doubled))

@@ -1,11 +1,11 @@
-"""``lattice dashboard`` in a remote project: lattice's own server and page, whose writes go to the project's server.
+"""``lattice dashboard`` in a remote project: lattice's own server and page, whose writes run on the project's server.
 
-The requests that read are answered by lattice's handlers from the cache. A POST is sent on as it is and carried out by
-the same handlers on the server; its answer returns once the change is in the cache. Only what starts a program on this
-machine, an editor, happens here.
+Lattice's handlers answer reads from the cache. A POST is forwarded and run by the same handlers on the server; its
+answer returns once the change is in the cache. Only requests that start a program, such as an editor, run on this
+machine.
 
-Any web page that this machine's browser shows can send requests to this machine. They act in the user's name on a
-board that others share, so what such a page could send is refused.
+Any web page in this machine's browser can send requests to this machine. They would act in the user's name on a shared
+project, so requests that a foreign page could send are refused.
 """
 
 import json
@@ -36,14 +36,14 @@ __all__ = ["CacheWatcher", "State", "remote_dashboard"]
 _LOOK_S = 0.1
 _ASK_S = 2.0
 _ASK_WITHOUT_AGENT_S = 5.0
-"""Without an agent asking means to connect, and to bring the cache up to date: nobody else does."""
+"""Interval of status requests without an agent: each connects and updates the cache."""
 
 State = tuple[str, str]
-"""A text that differs after each change, and why the cache may be behind, "" when it is not."""
+"""A text that differs after each change, and the reason why the cache may be behind ("" if current)."""
 
 
 class CacheWatcher:
-    """Of one cache. ``with pulse: pulse.wait(...)``, in any number of threads."""
+    """Watcher of one cache. ``with watcher: watcher.wait(...)``, in any number of threads."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -51,8 +51,8 @@ class CacheWatcher:
         self._changed = threading.Condition()
         self._waiting = 0
         self._state: State = ("", "")
-        self._seen: tuple[int, int] | None = None  # the state file's signature when it was last read
-        self._told = ""  # what it said
+        self._seen: tuple[int, int] | None = None  # the state file's signature at the last read
+        self._told = ""  # its content then
         self._started = False
         self._closed = False
 
@@ -72,19 +72,19 @@ class CacheWatcher:
             self._waiting -= 1
 
     def close(self) -> None:
-        """Wake everybody who waits; they are told None from now on."""
+        """Wake every waiter; from now on they get None."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def wait(self, known: State | None, timeout_s: float) -> State | None:
-        """Return the state once it differs from ``known``, or after the time; None when the pulse was closed."""
+        """Return the state once it differs from ``known``, or after the timeout; None once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._state != known, timeout_s)
             return None if self._closed else self._state
 
     def _goes_on(self, delay_s: float) -> bool:
-        """Return True after the delay, as soon as somebody waits; False once the pulse was closed."""
+        """Return True after the delay once a thread waits; False once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed, delay_s)
             self._changed.wait_for(lambda: self._closed or self._waiting)
@@ -99,7 +99,7 @@ class CacheWatcher:
                     self._changed.notify_all()
 
     def _version(self) -> str:
-        """Return what the state file says of the files; it is also rewritten, now and then, without a change."""
+        """Return the position in the state file, which is also rewritten without a change."""
         try:
             status = os.stat(self._file)
             signature = (status.st_ino, status.st_mtime_ns)
@@ -122,7 +122,7 @@ class CacheWatcher:
                     self._changed.notify_all()
 
     def _trouble(self) -> str:
-        """Return why the cache may be behind. Asking keeps an agent running, and starts one where the last has left."""
+        """Return why the cache may be behind. Asking keeps an agent running, or starts one."""
         try:
             answer = ask(request("status" if agent_enabled() else "pull", self._directory))
         except RemoteError as failure:
@@ -137,12 +137,12 @@ class CacheWatcher:
 
 
 _HERE = re.compile(r"/api/tasks/[^/]+/open-(?:notes|plans)")
-"""What starts an editor on a file of the cache; saved, that is an edit like any other."""
+"""Starts an editor on a file of the cache; the save is an ordinary edit."""
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 _MAX_STREAMS = 64
 _KEEP_ALIVE_S = 10.0
 _PATIENCE_S = 60.0
-"""A request that stalls for longer is given up."""
+"""A request that stalls for longer is aborted."""
 _STATUSES = {
     "REMOTE_FORBIDDEN": 403,
     "REMOTE_UNAUTHORIZED": 403,
@@ -157,12 +157,12 @@ _STATUSES = {
     "REMOTE_STORAGE": 503,
     "REMOTE_UNKNOWN_OUTCOME": 504,
 }
-"""As which HTTP status an error of ours is answered; 502 for any other."""
+"""HTTP status by error code; 502 for any other."""
 
 
 @contextmanager
 def remote_dashboard(directory: str) -> Iterator[None]:
-    """Within this, ``lattice dashboard`` serves the cache at ``directory``."""
+    """Make ``lattice dashboard`` serve the cache at ``directory`` within this context."""
 
     def create_server(lattice_dir: Path, host: str, port: int, *, readonly: bool = False) -> HTTPServer:
         return _Server((host, port), _handler(lattice_dir, readonly=readonly), directory)
@@ -176,7 +176,7 @@ def remote_dashboard(directory: str) -> Iterator[None]:
 
 
 class _Server(socketserver.ThreadingMixIn, HTTPServer):
-    """Lattice's own answers one request after the other; one that waits for the server must not hold up the others."""
+    """Threaded variant of lattice's server: a request that waits for the remote server must not block others."""
 
     daemon_threads = True
 
@@ -184,21 +184,21 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
         self.directory = directory
         self.pulse = CacheWatcher(directory)
         self.streams = 0
-        super().__init__(address, handler)  # last: it ends the server where the port is taken
+        super().__init__(address, handler)  # last: it closes the server if the port is taken
 
     def server_close(self) -> None:
-        """End the streams too: pages come back to the server that takes this one's place."""
+        """End the streams too: pages reconnect to the next server on this port."""
         self.pulse.close()
         super().server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of a browser that has left."""
+        """Ignore a disconnected browser."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
 def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
-    """Return lattice's handler for this project, with the few things added that a remote project needs."""
+    """Return lattice's handler for this project with the additions for a remote."""
     base: Any = lattices._make_handler_class(lattice_dir, readonly=readonly)
 
     class Handler(base):  # type: ignore[misc] # made at run time
@@ -225,7 +225,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             if self._readonly:
                 super().do_POST()
             elif _HERE.fullmatch(path):
-                with letting_write("plans"):  # a plan that is missing is made from lattice's template
+                with letting_write("plans"):  # a missing plan is created from lattice's template
                     super().do_POST()
             else:
                 self._forward(path)
@@ -233,7 +233,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
         # --- who asks ---
 
         def _is_from_here(self) -> bool:
-            """Refuse what was sent to another name than this machine's, as by a page whose name leads here by now."""
+            """Refuse requests for another host name, as sent by a page after DNS rebinding."""
             bound, port = self.server.server_address[:2]
             if bound not in _LOOPBACK or _host(self.headers.get("Host", "")) in _LOOPBACK:
                 return True
@@ -241,7 +241,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             return False
 
         def _is_from_our_page(self) -> bool:
-            """Refuse what a page of somebody else can have a browser send: only ours may say that it sends JSON."""
+            """Refuse cross-site requests: only our own page can send JSON."""
             origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "same-origin")
             kind = self.headers.get_content_type()
             is_ours = origin in (None, f"http://{self.headers.get('Host')}") and site in ("same-origin", "none")
@@ -257,12 +257,12 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
         # --- writes ---
 
         def _forward(self, path: str) -> None:
-            """Send a POST on to the project's server."""
+            """Forward a POST to the project's server."""
             length = self.headers.get("Content-Length", "0")
             if not length.isdecimal():
-                self.headers.replace_header("Content-Length", "")  # a negative one would be waited for
+                self.headers.replace_header("Content-Length", "")  # a negative length would block the read
             if not length.isdecimal() or int(length) > lattices.MAX_REQUEST_BODY_BYTES:
-                self._read_request_body()  # which says what is wrong with it
+                self._read_request_body()  # which reports the error
                 return
             body = self.rfile.read(int(length)).decode(errors="surrogateescape")
             try:
@@ -289,7 +289,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             self.wfile.write(data)
 
         def _stream(self) -> None:
-            """Tell of every change until the page or the dashboard is gone."""
+            """Send every change until the page or the dashboard is closed."""
             if self.server.streams >= _MAX_STREAMS:
                 self._send_json(503, lattices._err("BUSY", "too many pages are open"))
                 return
@@ -311,7 +311,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
                     known = state
 
         def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's own word
-            """Say nothing of the reads that every open page repeats."""
+            """Log nothing for the reads that every open page repeats."""
             if self.command != "GET":
                 super().log_message(format, *args)
 
@@ -319,7 +319,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
 
 
 def _host(header: str) -> str | None:
-    """Return the name in a Host header; None when there is none."""
+    """Return the name in a Host header; None if there is none."""
     try:
         return urlsplit(f"//{header}").hostname
     except ValueError:
