@@ -4,16 +4,17 @@ Inputs are fixed, so that the files change only when the protocol does.
 """
 
 import base64
+import inspect
 import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
+from lattice_remote.errors import CODES
 from lattice_remote.protocol import messages as m
 from lattice_remote.protocol import operations as o
 from lattice_remote.protocol.operations import MemoryTree
-from lattice_remote.protocol.schema import schema
 
 ROOT = Path(__file__).parent.parent / "protocol"
 ID = "00112233445566778899aabbccddeeff"
@@ -283,6 +284,27 @@ def _frame_vector(name: str, frame: m.ClientFrame | m.ServerFrame) -> dict[str, 
         "from": "client" if isinstance(frame, get_args(m.ClientFrame)) else "server",
         "frame": msgspec.to_builtins(frame),
         "msgpack": msgspec.msgpack.encode(frame).hex(),
+    }
+
+
+def schema() -> dict[str, Any]:
+    """Return the schema of a frame: one of those that a client sends, or one of those that a server sends."""
+    client, server = get_args(m.ClientFrame), get_args(m.ServerFrame)
+    frames, definitions = msgspec.json.schema_components((*client, *server), ref_template="#/$defs/{name}")
+    for definition in definitions.values():
+        # Python 3.13 takes the indentation out of docstrings, 3.12 leaves it in.
+        definition["description"] = inspect.cleandoc(definition["description"])
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": m.SUBPROTOCOL,
+        "description": "One frame. Unknown fields are ignored. Strings with contentEncoding base64 are binary.",
+        "oneOf": [{"$ref": "#/$defs/ClientFrame"}, {"$ref": "#/$defs/ServerFrame"}],
+        "$defs": {
+            "ClientFrame": {"oneOf": list(frames[: len(client)])},
+            "ServerFrame": {"oneOf": list(frames[len(client) :])},
+            "Code": {"description": "A code of Refused or Bye.", "enum": list(CODES)},
+            **definitions,
+        },
     }
 
 

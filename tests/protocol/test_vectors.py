@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,6 @@ import pytest
 from lattice_remote.errors import CODES, ProtocolError
 from lattice_remote.protocol import codec, messages, operations
 from lattice_remote.protocol.operations import MemoryTree
-from lattice_remote.protocol.schema import schema
 
 PUBLISHED = Path(__file__).parents[2] / "protocol"
 
@@ -83,8 +83,9 @@ def test_every_frame_and_operation_has_a_vector() -> None:
     assert {vector["operation"]["op"] for vector in OPERATIONS} == tags(operations.Operation)
 
 
-def test_schema_is_the_codes_own() -> None:
-    assert load("schema.json") == schema()
+def test_published_files_are_generated_from_the_code() -> None:
+    script = runpy.run_path(str(PUBLISHED.parent / "scripts" / "protocol_files.py"))
+    assert {path: path.read_bytes() for path in script["files"]()} == script["files"]()
 
 
 def test_specification_has_every_frame_field_operation_and_code() -> None:

@@ -15,10 +15,9 @@ it asks every five seconds. No I/O here but reading the scripts.
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
-
-from lattice_remote.livepage.handlers import with_listeners, without_handlers
 
 __all__ = [
     "EVENTS",
@@ -85,3 +84,74 @@ def event(version: str, trouble: str = "") -> bytes:
 
 def _read(name: str) -> bytes:
     return files(__package__).joinpath(name).read_bytes()
+
+
+# Lattice's ``on…`` attributes become listeners, so that a Content-Security-Policy can forbid inline handlers. The page
+# builds markup from users' texts; should it fail to escape one, the usual attack is an attribute such as ``onerror``.
+# The attributes are renamed to ``data-on-…``, which browsers ignore; ``listeners.js`` runs only calls of functions
+# that the page itself names in such attributes, and four fixed statements. If a later version of the page has a handler
+# of another form, all attributes stay and the policy must allow them.
+
+_ATTRIBUTE = re.compile(r"""(?<=[\s'"])on([a-z]+)=(\\?)"((?:[^"\\]|\\(?!"))*)\2\"""")
+"""In markup, or in a text from which a script makes markup."""
+_LEFT = re.compile(r"""(?<=[\s'"])on[a-z]+=\\?["']""")
+"""One that is written in another way."""
+_SPLICE = re.compile(r"' \+ .+? \+ '")
+"""Where a script puts something into such a text."""
+_STATEMENT = re.compile(
+    r"""\s*(?:location\.hash\s*=\s*'[^'\\]*'|location\.reload\(\)|this\.parentNode\.remove\(\)"""
+    r"""|(?:window\.)?([A-Za-z_$][\w$]*)\((?:\s*(?:'[^'\\]*'|event)\s*,?)*\))\s*(?:;|$)"""
+)
+"""As in listeners.js."""
+_HEAD_TAG = re.compile(r"<head\b[^>]*>", re.IGNORECASE)
+
+
+def with_listeners(page: bytes, scripts: Iterable[bytes] = ()) -> bytes | None:
+    """Return the page with other names for its handlers, and with what ``listeners.js`` may do for them.
+
+    ``scripts`` are its own script files, of which ``without_handlers`` is to be served. None when a handler in any of
+    this is not understood, or the page has no head.
+    """
+    try:
+        texts = [page.decode(), *(script.decode() for script in scripts)]
+    except UnicodeDecodeError:
+        return None
+    events, calls = set(), set()
+    for text in texts:
+        if _LEFT.search(_renamed(text)):
+            return None
+        for event, _, handler in _ATTRIBUTE.findall(text):
+            named = _calls(_SPLICE.sub("x", handler).replace("\\'", "'"))
+            if named is None:
+                return None
+            events.add(event)
+            calls |= named
+    allowed = f'<meta name="remote-handlers" data-events="{_joined(events)}" data-calls="{_joined(calls)}">'
+    made, found = _HEAD_TAG.subn(lambda head: f"{head[0]}\n{allowed}", texts[0], count=1)
+    return _renamed(made).encode() if found else None
+
+
+def without_handlers(script: bytes) -> bytes:
+    """Return a script of such a page with other names for the handlers that it makes."""
+    return _renamed(script.decode()).encode()
+
+
+def _renamed(text: str) -> str:
+    return _ATTRIBUTE.sub(r'data-on-\1=\2"\3\2"', text)
+
+
+def _calls(handler: str) -> set[str] | None:
+    """Return the functions that a handler calls; None when it does anything that is not understood."""
+    calls, at = set(), 0
+    while at < len(handler):
+        statement = _STATEMENT.match(handler, at)
+        if statement is None or statement.end() == at:
+            return None
+        if statement[1]:
+            calls.add(statement[1])
+        at = statement.end()
+    return calls
+
+
+def _joined(names: set[str]) -> str:
+    return " ".join(sorted(names))

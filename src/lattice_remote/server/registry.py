@@ -26,7 +26,7 @@ from lattice_remote.server.project.watch import watch_tree
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseBudget
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
 
@@ -45,9 +45,6 @@ _DRAIN_S = 0.7
 _WORKER_STOP_S = 0.3
 _TASKS_STOP_S = 0.2
 
-_STOPPING = Refusal(
-    HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", "the server is stopping; try again", retry_after_s=1
-)
 _SOCKET_PATH = re.compile(r"/projects/([^/?#]+)/ws(?:\?.*)?")
 
 _log = logging.getLogger(__name__)
@@ -177,25 +174,27 @@ class ProjectRegistry:
         self.metrics.connections_refused.labels(refusal.code).inc()
         return http_answer(refusal)
 
-    def _check(self, connection: Handoff, request: Request) -> Refusal | None:
+    def _check(self, connection: Handoff, request: Request) -> ApiError | None:
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
-            return Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
+            return ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
         headers, visit = request.headers, connection.visit
         authorization = headers.get_all("Authorization")
         turned_away = visit.enter(headers.get_all("X-Forwarded-For"), self.shown(authorization))
         admitted = turned_away or self.admit(visit, authorization, matched[1])
-        if isinstance(admitted, Refusal):
+        if isinstance(admitted, ApiError):
             return admitted
         if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
             why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
-            return Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why)
+            return ApiError(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why)
         if (refusal := visit.admit(admitted[0].token.id)) is not None:
             return refusal
         connection.who = admitted
         return None
 
-    def admit(self, visit: ConnectionQuota, authorization: Sequence[str], slug: str) -> tuple[Login, Project] | Refusal:
+    def admit(
+        self, visit: ConnectionQuota, authorization: Sequence[str], slug: str
+    ) -> tuple[Login, Project] | ApiError:
         """Decide on any request for a project, whatever way it comes; ``slug`` may be any string (I9).
 
         Args:
@@ -204,10 +203,10 @@ class ProjectRegistry:
             slug: the project that is asked for.
         """
         login = self.identify(visit, bearer(authorization))
-        if isinstance(login, Refusal):
+        if isinstance(login, ApiError):
             return login
         project = self.enter(login, slug)
-        return project if isinstance(project, Refusal) else (login, project)
+        return project if isinstance(project, ApiError) else (login, project)
 
     def shown(self, authorization: Sequence[str]) -> str:
         """Return the id of the token that a request shows and that is valid, "" for none; nothing is counted."""
@@ -219,75 +218,75 @@ class ProjectRegistry:
         login = self._logins.recall(token_id, sha256)
         return "" if login is None or self._logins.objection(login) is not None else token_id
 
-    def identify(self, visit: ConnectionQuota, token_text: str) -> Login | Refusal:
+    def identify(self, visit: ConnectionQuota, token_text: str) -> Login | ApiError:
         """Return whose text this is; "" is nobody's (I9)."""
         if self.stopping:
-            return _STOPPING
+            return _stopping()
         self._refresh_logins()  # so that a token works as soon as it is made
         login = self._logins.find(token_text)
         if login is None:
             why = "no token, or one that is not known here"
-            return visit.failed() or Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+            return visit.failed() or ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
         found = self._still(login)
-        return (visit.failed() or found) if isinstance(found, Refusal) else found
+        return (visit.failed() or found) if isinstance(found, ApiError) else found
 
-    def identify_again(self, token_id: str, sha256: str) -> Login | Refusal:
+    def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
         """Return the login of somebody who has shown a token before, of which this was the digest, if it is valid.
 
         That somebody has is known, so it is no failed login when it is valid no more.
         """
         if self.stopping:
-            return _STOPPING
+            return _stopping()
         self._refresh_logins()
         login = self._logins.recall(token_id, sha256)
         if login is None:
-            return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", f"token {token_id} was revoked")
+            return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", f"token {token_id} was revoked")
         return self._still(login)
 
-    def _still(self, login: Login) -> Login | Refusal:
+    def _still(self, login: Login) -> Login | ApiError:
         if (refusal := self._ended(login)) is not None:
             return refusal
         self._last_use.used([login.token.id])
         return login
 
-    def ended(self, login: Login) -> Refusal | None:
+    def ended(self, login: Login) -> ApiError | None:
         """Return why somebody may do no more who was let in, None when he still may: a request may take its time."""
         self._refresh_logins()
         return self._ended(login)
 
-    def _ended(self, login: Login) -> Refusal | None:
+    def _ended(self, login: Login) -> ApiError | None:
         objection = self._logins.objection(login)
         if objection is None:
             return None
-        return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+        return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
 
-    def enter(self, login: Login, slug: str) -> Project | Refusal:
+    def enter(self, login: Login, slug: str) -> Project | ApiError:
         """Return a project that somebody may use who was identified before; ``slug`` may be any string (I9)."""
         if (refusal := self._refused_project(login, slug)) is not None:
             return refusal
         project = self.project(slug)
         if project.failure is not None:
-            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_STORAGE", project.failure.message)
         return project
 
-    def _refused_project(self, login: Login, slug: str) -> Refusal | None:
+    def _refused_project(self, login: Login, slug: str) -> ApiError | None:
         """Refuse a project that the token is not for, or that is not to be had; which others there are is not told."""
         missing = HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND"
         if slug not in login.token.projects:
             now = self.data.renamed().get(slug)
             if now in login.token.projects:
                 why = f"project {slug!r} is called {now!r} now: lattice remote set-url origin URL --project {now}"
-                return Refusal(*missing, why)
+                return ApiError(*missing, why)
             why = f"this token is for {', '.join(login.token.projects) or 'metrics'}, not for {slug!r}"
-            return Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
+            return ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
         if not self.data.has_project(slug):
             if self.data.is_archived(slug):
-                return Refusal(*missing, f"project {slug!r} is archived; ask its administrator")
-            return Refusal(*missing, f"there is no project {slug!r} on this server")
+                return ApiError(*missing, f"project {slug!r} is archived; ask its administrator")
+            return ApiError(*missing, f"there is no project {slug!r} on this server")
         closed = closed_because(self.data.project(slug).root)
         if closed is not None or slug in self._releasing:
             why = closed or "the project is being closed; come back in a moment"
-            return Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
+            return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
         return None
 
     @contextlib.contextmanager
@@ -423,3 +422,8 @@ def bearer(values: Sequence[str]) -> str:
     """Return the token's text, "" when there is none or more than one."""
     scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return text.strip() if scheme.lower() == "bearer" else ""
+
+
+def _stopping() -> ApiError:
+    why = "the server is stopping; try again"
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", why, retry_after_s=1)

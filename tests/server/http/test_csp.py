@@ -5,7 +5,7 @@ import hashlib
 import re
 from importlib.resources import files
 
-from lattice_remote.server.http.csp import policy_for
+from lattice_remote.server.http.dashboard import policy_for
 
 
 def directives(page: bytes) -> dict[str, list[str]]:

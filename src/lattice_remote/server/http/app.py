@@ -18,20 +18,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import lattice_remote
 from lattice_remote.errors import RemoteError
-from lattice_remote.server.http import dashboard as board
-from lattice_remote.server.http import dashboard as board_data
-from lattice_remote.server.http import pages, sse
+from lattice_remote.server.http import dashboard, pages, sse
 from lattice_remote.server.http.access_log import record_of, with_records
 from lattice_remote.server.http.auth import Cookies, guest, hub_of, identified
 from lattice_remote.server.http.middleware import ending_where_unread, refused_body, sent_in_pieces, with_headers
-from lattice_remote.server.http.pages import say
-from lattice_remote.server.http.responses import TurnedAway, failed
+from lattice_remote.server.http.pages import error_response
 from lattice_remote.server.http.rest import openapi
 from lattice_remote.server.http.sse import Feeds
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.status import Gauges
 from lattice_remote.server.transport.admission import ConnectionQuota
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["health_routes", "http_app", "metrics_app", "metrics_routes"]
 
@@ -68,7 +65,7 @@ health_routes = [Route("/healthz", _healthz, methods=["GET"]), Route("/readyz", 
 async def _guarded(request: Request) -> Response:
     if not identified(request).token.metrics:
         why = "this token is not for metrics; make one with: lattice-remote token create --metrics"
-        raise TurnedAway(Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why))
+        raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
     return await _scraped(request)
 
 
@@ -103,10 +100,10 @@ def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
         Route("/projects/{slug}", _describe),
         *openapi.routes,
         *sse.routes,
-        *board_data.data_routes,
-        *board.routes,
+        *dashboard.data_routes,
+        *dashboard.routes,
     ]
-    handlers = {404: _nothing_here, 405: _nothing_here, TurnedAway: _turn_away, RemoteError: _fail, Exception: _break}
+    handlers = {404: _nothing_here, 405: _nothing_here, ApiError: _refuse, RemoteError: _refuse, Exception: _break}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub
     app.state.gauges = gauges
@@ -124,7 +121,7 @@ def _past_the_door(app: ASGIApp, hub: ProjectRegistry, cookies: Cookies) -> ASGI
         headers = Headers(scope=scope)
         token_id = hub.shown(headers.getlist("Authorization")) or _shown_by_cookie(hub, cookies, scope)
         refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refused_body(scope["method"], headers)
-        await (app if refusal is None else say(Request(scope), refusal))(scope, receive, send)
+        await (app if refusal is None else error_response(Request(scope), refusal))(scope, receive, send)
 
     return guarded
 
@@ -144,31 +141,25 @@ def _shown_by_cookie(hub: ProjectRegistry, cookies: Cookies, scope: Scope) -> st
 async def _nothing_here(request: Request, error: Exception) -> Response:
     if request.url.path.endswith("/ws"):
         why = "this is a WebSocket endpoint: upgrade the request"
-        return say(request, Refusal(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
+        return error_response(request, ApiError(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
     status = HTTPStatus(getattr(error, "status_code", 500))
     headers = getattr(error, "headers", None) or {}
     code, why = "REMOTE_NOT_FOUND", "there is nothing here"
     if status is not HTTPStatus.NOT_FOUND:
         code, why = "REMOTE_PROTOCOL", f"this path takes {headers.get('Allow', 'other methods')} only"
-    response = say(request, Refusal(status, code, f"{request.method} {request.url.path}: {why}"))
+    response = error_response(request, ApiError(status, code, f"{request.method} {request.url.path}: {why}"))
     response.headers.update(headers)
     return response
 
 
-async def _turn_away(request: Request, error: TurnedAway) -> Response:
-    return say(request, error.refusal)
-
-
-async def _fail(request: Request, error: RemoteError) -> Response:
-    response = say(request, failed(error))
-    del response.headers["Connection"]  # who was let in may go on asking
-    return response
+async def _refuse(request: Request, error: ApiError | RemoteError) -> Response:
+    return error_response(request, error if isinstance(error, ApiError) else ApiError.from_remote_error(error))
 
 
 async def _break(request: Request, error: Exception) -> Response:
     _log.error("%s %s broke down", record_of(request).method, record_of(request).route, exc_info=error)
     why = "the server failed at this; its log says more"
-    return say(request, Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
+    return error_response(request, ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
 
 
 # --- what is not worth a file ---

@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from lattice_remote.server.auth import Login
 from lattice_remote.server.http.access_log import record_of
-from lattice_remote.server.http.responses import TurnedAway, wants_page
+from lattice_remote.server.http.responses import wants_page
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.request_log import OutcomeListener
 from lattice_remote.server.registry import ProjectRegistry, bearer
 from lattice_remote.server.transport.admission import ConnectionQuota
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseShare
 
 __all__ = [
@@ -141,11 +141,8 @@ class Cookies:
         return f"__Host-{self._name}" if is_https(request) else self._name
 
 
-def _unauthorized(why: str) -> Refusal:
-    return Refusal(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
-
-
-_NOBODY = _unauthorized("sign in first")
+def _unauthorized(why: str) -> ApiError:
+    return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
 
 
 @dataclass(frozen=True)
@@ -179,22 +176,22 @@ def identified(request: Request) -> Login:
     A cookie counts only for what a page of ours asks.
 
     Raises:
-        TurnedAway: nobody known, or with too many connections, or with a cookie from another site's page.
+        ApiError: nobody known, or with too many connections, or with a cookie from another site's page.
     """
     visit: ConnectionQuota = request.state.visit
     authorization = request.headers.getlist("Authorization")
     login = None if _has_token(authorization) else signed_in(request)
     if login is None and wants_page(request) and not authorization:
-        login = _NOBODY  # people who look in are no guessers: they are shown where to sign in
+        login = _unauthorized("sign in first")  # people who look in are no guessers: they are shown where to sign in
     if login is None:
         login = hub_of(request).identify(visit, bearer(authorization))
-    if isinstance(login, Refusal):
-        raise TurnedAway(login)
+    if isinstance(login, ApiError):
+        raise login
     record_of(request).login = login
     share: ResponseShare = request.state.share
     share.token_id = login.token.id
     if (refusal := visit.admit(login.token.id)) is not None:
-        raise TurnedAway(refusal)
+        raise refusal
     return login
 
 
@@ -203,13 +200,13 @@ def _has_token(authorization: list[str]) -> bool:
     return any(value.lower().startswith("bearer") for value in authorization)
 
 
-def signed_in(request: Request) -> Login | Refusal | None:
+def signed_in(request: Request) -> Login | ApiError | None:
     """Return who has signed in with this browser, or why that has ended; None when it brings no cookie.
 
     A cookie of ours that is good no more is no failed login: pages that are still open go on asking.
 
     Raises:
-        TurnedAway: a page of another site has made the request.
+        ApiError: a page of another site has made the request.
     """
     try:
         shown = cookies_of(request).read(request)
@@ -228,17 +225,17 @@ def refuse_foreign(request: Request) -> None:
     """Do nothing if a request comes from a page of ours.
 
     Raises:
-        TurnedAway: it was made by a page of another site.
+        ApiError: it was made by a page of another site.
     """
     if why := foreign(request):
-        raise TurnedAway(Refusal(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why))
+        raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
 
 
 async def guest(request: Request) -> RequestContext:
     """Return who asks, and the project that the path names, once it is open.
 
     Raises:
-        TurnedAway: nobody who may.
+        ApiError: nobody who may.
         Rejected: the token has more answers outstanding than it may.
         StorageError: the project can't be used.
     """
@@ -253,7 +250,7 @@ async def guest(request: Request) -> RequestContext:
 
 def _entered(request: Request, slug: str, project: Project | None) -> Project:
     found = hub_of(request).enter(identified(request), slug)
-    if isinstance(found, Refusal):
-        raise TurnedAway(found)
+    if isinstance(found, ApiError):
+        raise found
     record_of(request).project = found.slug
     return found if project is None else project

@@ -5,10 +5,12 @@ as it is: its own files and requests are passed on by the forms of their paths, 
 """
 
 import asyncio
+import base64
+import hashlib
 import re
 from collections.abc import Hashable
 from functools import lru_cache
-from hashlib import sha256
+from html.parser import HTMLParser
 from http import HTTPStatus
 from pathlib import Path
 from typing import NamedTuple
@@ -24,19 +26,18 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.messages import Bye
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.http.auth import RequestContext, guest
-from lattice_remote.server.http.csp import policy_for
 from lattice_remote.server.http.middleware import body_of
-from lattice_remote.server.http.responses import TurnedAway, ok
+from lattice_remote.server.http.responses import ok
 from lattice_remote.server.http.sse import EventStream, chunk
 from lattice_remote.server.http.text_versions import MAX_VERSIONS, list_versions, version_text
 from lattice_remote.server.http.writes import call, edit, once_of
 from lattice_remote.server.ipc import ReadPage, ReadResult
 from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.websocket import PlainHttp
 
-__all__ = ["data_routes", "read", "read_version", "routes", "stream", "versions", "write"]
+__all__ = ["data_routes", "policy_for", "read", "read_version", "routes", "stream", "versions", "write"]
 
 _KEEP_ALIVE_S = 10.0
 """After so long without a change the last one is told again: a page hears when its connection is dead."""
@@ -178,12 +179,12 @@ class _Saved(msgspec.Struct, frozen=True):
 async def read(request: Request) -> Response:
     """Answer with the text as it is."""
     visitor = await guest(request)
-    return ok(await _text(visitor, _path_of_text(request)))
+    return ok(await _text(visitor, _text_path(request)))
 
 
 async def write(request: Request) -> Response:
     """Merge an edit into the text; a conflict changes nothing, and is answered with what is there."""
-    visitor, path = await guest(request), _path_of_text(request)
+    visitor, path = await guest(request), _text_path(request)
     most = visitor.hub.config.limits.text_bytes
     body = await body_of(request, 4 * most + _OTHER_BYTES)  # every byte of both may come with a backslash
     try:
@@ -199,14 +200,14 @@ async def write(request: Request) -> Response:
 
 async def versions(request: Request) -> Response:
     """Answer with the newest changes of the text."""
-    visitor, kind = await guest(request), _KINDS[_path_of_text(request).partition("/")[0]]
+    visitor, kind = await guest(request), _KINDS[_text_path(request).partition("/")[0]]
     found, _ = await list_versions(visitor.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
     return ok(found)
 
 
 async def read_version(request: Request) -> Response:
     """Answer with the text as of a change."""
-    visitor, kind = await guest(request), _KINDS[_path_of_text(request).partition("/")[0]]
+    visitor, kind = await guest(request), _KINDS[_text_path(request).partition("/")[0]]
     async with visitor.share.making():
         found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
         visitor.share.hold(found.data)
@@ -216,7 +217,7 @@ async def read_version(request: Request) -> Response:
         return ok(_Text(found.data.decode(errors="replace"), editable=False, reason="it is no text in UTF-8"))
 
 
-def _path_of_text(request: Request) -> str:
+def _text_path(request: Request) -> str:
     path = f"{request.path_params['kind']}/{request.path_params['task_id']}.md"
     if not is_editable(path):
         raise Rejected(f"{path!r} is not a plan or notes of a task", code="REMOTE_NOT_FOUND")
@@ -337,18 +338,13 @@ async def _write(request: Request) -> Response:
     visitor = await guest(request)
     try:
         body = await body_of(request, _MAX_BODY)
-    except TurnedAway as error:
-        raise _in_lattices_words(error) from error
+    except ApiError as error:
+        if error.status is not HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise
+        why = f"Request body exceeds {_MAX_BODY} bytes"  # as lattice's own handler words it
+        raise ApiError(error.status, "PAYLOAD_TOO_LARGE", why) from error
     done = await call(visitor, "dashboard", _path(request), body, once=once_of(request, visitor, body))
     return Response(done.payload, done.status, media_type="application/json")
-
-
-def _in_lattices_words(error: TurnedAway) -> TurnedAway:
-    """Return what lattice's own handler says of a body that is too large; anything else as it is."""
-    if error.refusal.status is not HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-        return error
-    why = f"Request body exceeds {_MAX_BODY} bytes"
-    return TurnedAway(Refusal(error.refusal.status, "PAYLOAD_TOO_LARGE", why))
 
 
 def _path(request: Request) -> str:
@@ -357,7 +353,7 @@ def _path(request: Request) -> str:
 
 def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
     """Answer with a file that a browser may keep, and asks for each time: another version is there at once."""
-    return _tagged(request, body, f'"{sha256(body).hexdigest()[:32]}"', content_type, headers)
+    return _tagged(request, body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', content_type, headers)
 
 
 def _tagged(
@@ -383,3 +379,61 @@ routes = [
     Route(f"{_BASE}/api/{{path:path}}", _read, methods=["GET"]),
     Route(f"{_BASE}/api/{{path:path}}", _write, methods=["POST"]),
 ]
+
+
+# Lattice's page is one file with inline scripts and styles, six libraries from a public server, ``style`` and ``on...``
+# attributes, and a background picture of the user's choice. Allowed are therefore (decision 0033):
+# - the page's inline scripts, each by its digest; no other inline script and no ``javascript:`` link
+# - the libraries, each by its address
+# - inline styles, pictures from any server, and ``on...`` attributes that were not replaced (decision 0033)
+
+
+def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
+    """Return the policy under which a page works, and nothing that it does not bring itself runs.
+
+    ``has_handlers``: whether it needs its ``on…`` attributes, which can't be told from those of somebody else.
+    """
+    scripts = _Scripts()
+    scripts.feed(page.decode(errors="replace").replace("\r\n", "\n"))
+    scripts.close()
+    sources = " ".join(["'self'", *dict.fromkeys(scripts.sources)])
+    directives = {
+        "default-src": "'none'",
+        "script-src": sources,
+        "script-src-attr": "'unsafe-inline'" if has_handlers else "'none'",
+        "style-src": "'self' 'unsafe-inline'",
+        "img-src": "'self' data: https:",
+        "connect-src": "'self'",
+        "form-action": "'self'",
+        "frame-ancestors": "'none'",
+        "base-uri": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in directives.items())
+
+
+class _Scripts(HTMLParser):
+    """Collects what names the scripts of a page: digests of those inside, addresses of those elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=False)
+        self.sources: list[str] = []
+        self._text: list[str] | None = None  # of the script that is being read
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag != "script":
+            return
+        address = dict(attrs).get("src")
+        if address is None:
+            self._text = []
+        elif address.startswith("https://") and not set(address) & set(" \t\n;,'"):
+            self.sources.append(address)
+
+    def handle_data(self, data: str) -> None:
+        if self._text is not None:
+            self._text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script" and self._text is not None:
+            digest = hashlib.sha256("".join(self._text).encode()).digest()
+            self.sources.append(f"'sha256-{base64.b64encode(digest).decode()}'")
+            self._text = None

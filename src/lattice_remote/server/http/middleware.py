@@ -13,8 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lattice_remote.server.http.responses import TurnedAway
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
 
 __all__ = [
@@ -80,19 +79,19 @@ _LINGER_S = 1.0
 _WITH_BODY = {"POST", "PUT", "PATCH"}
 
 
-def refused_body(method: str, headers: Headers) -> Refusal | None:
+def refused_body(method: str, headers: Headers) -> ApiError | None:
     """Refuse a body that comes with a method which has none; what it hides is never read."""
     has_body = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
     if not has_body or method in _WITH_BODY:
         return None
-    return Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request has no body here")
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request has no body here")
 
 
 async def body_of(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
     """Return a request's body of at most so many bytes, all of which must come within so many seconds.
 
     Raises:
-        TurnedAway: it is longer, or does not come in time, or the client has left.
+        ApiError: it is longer, or does not come in time, or the client has left.
     """
     length = request.headers.get("Content-Length", "0")
     if length.isdecimal() and int(length) > most:
@@ -106,15 +105,15 @@ async def body_of(request: Request, most: int, *, within_s: float = _BODY_S) -> 
                     raise _too_large(most)
     except TimeoutError:
         why = f"the request's body did not come within {within_s:g} s"
-        raise TurnedAway(Refusal(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why)) from None
+        raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why) from None
     except ClientDisconnect:
-        raise TurnedAway(Refusal(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left")) from None
+        raise ApiError(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left") from None
     return bytes(body)
 
 
-def _too_large(most: int) -> TurnedAway:
+def _too_large(most: int) -> ApiError:
     why = f"the request's body is longer than {most} bytes"
-    return TurnedAway(Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", why))
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", why)
 
 
 def ending_where_unread(app: ASGIApp) -> ASGIApp:
@@ -188,7 +187,7 @@ async def while_there[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Do work, unless the client leaves before it is done: then it is cancelled. Read the request's body before.
 
     Raises:
-        TurnedAway: the client has left.
+        ApiError: the client has left.
     """
     doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
     try:
@@ -199,7 +198,7 @@ async def while_there[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
         doing.cancel()
         leaving.cancel()
         await asyncio.wait({doing, leaving})
-    raise TurnedAway(Refusal(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left"))
+    raise ApiError(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left")
 
 
 async def _leaving(request: Request) -> None:

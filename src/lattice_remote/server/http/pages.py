@@ -24,10 +24,10 @@ from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.auth import Login
 from lattice_remote.server.http.auth import cookies_of, hub_of, identified, is_from_elsewhere, refuse_foreign, signed_in
 from lattice_remote.server.http.middleware import OUR_PAGES, body_of
-from lattice_remote.server.http.responses import TurnedAway, ok, refused, wants_page
+from lattice_remote.server.http.responses import ok, wants_page
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.transport.admission import ConnectionQuota
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = [
     "LastChange",
@@ -37,12 +37,12 @@ __all__ = [
     "asset_routes",
     "come_again",
     "did",
+    "error_response",
     "listed",
     "local_path",
     "page",
     "project_list_routes",
     "routes",
-    "say",
     "sign_in_path",
     "sign_in_routes",
     "slices",
@@ -65,7 +65,7 @@ def _content(name: str) -> bytes:
 async def _serve(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in _TYPES or request.url.path != asset(name):
-        raise TurnedAway(Refusal(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing here"))
+        raise ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing here")
     headers = {"Cache-Control": "public, max-age=31536000, immutable"}
     return Response(_content(name), headers=headers, media_type=_TYPES[name])
 
@@ -128,16 +128,16 @@ def page(
     return Response(html, status, given, media_type="text/html")
 
 
-def say(request: Request, refusal: Refusal) -> Response:
-    """Answer a request that is turned away."""
+def error_response(request: Request, error: ApiError) -> Response:
+    """Return a page or the sign-in form to a browser, JSON to a program."""
     if not wants_page(request):
-        return refused(refusal)
-    if refusal.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
+        return Response(error.body, error.status, error.headers)
+    if error.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
         if is_from_elsewhere(request):
             return come_again(local_path(wanted_path(request)))
         return RedirectResponse(sign_in_path(request), HTTPStatus.SEE_OTHER)
-    headers = {name: value for name, value in refusal.headers.items() if name != "Content-Type"}
-    return page("refused", refusal.status, headers, refusal=refusal, phrase=refusal.status.phrase)
+    headers = {name: value for name, value in error.headers.items() if name != "Content-Type"}
+    return page("refused", error.status, headers, error=error, phrase=error.status.phrase)
 
 
 def come_again(path: str) -> Response:
@@ -174,21 +174,21 @@ async def _sign_in(request: Request) -> Response:
     form = await _form(request)
     following, token = local_path(form.get("next", "/")), form.get("token", "").strip()
     login = _admitted(request, token)
-    if isinstance(login, Refusal):
+    if isinstance(login, ApiError):
         return _again(login, following)
     answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
     cookies_of(request).give(request, answer, login)
     return answer
 
 
-def _admitted(request: Request, token: str) -> Login | Refusal:
+def _admitted(request: Request, token: str) -> Login | ApiError:
     """Return whose token this is, if it may come in; a wrong one is counted."""
     visit: ConnectionQuota = request.state.visit
     login = hub_of(request).identify(visit, token)
-    return login if isinstance(login, Refusal) else visit.admit(login.token.id) or login
+    return login if isinstance(login, ApiError) else visit.admit(login.token.id) or login
 
 
-def _again(refusal: Refusal, following: str) -> Response:
+def _again(refusal: ApiError, following: str) -> Response:
     """Show the form once more, with what was wrong."""
     unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message.startswith("no token")
     error = _NOT_KNOWN if unknown else f"{refusal.message[:1].upper()}{refusal.message[1:]}."
@@ -200,7 +200,7 @@ async def _form(request: Request) -> dict[str, str]:
     """Return the fields of the form that was sent, each once.
 
     Raises:
-        TurnedAway: it is none, or larger than ours, or with other fields.
+        ApiError: it is none, or larger than ours, or with other fields.
     """
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
@@ -215,8 +215,8 @@ async def _form(request: Request) -> dict[str, str]:
     return {name: value for name, [value] in fields.items()}
 
 
-def _not_ours(status: HTTPStatus) -> TurnedAway:
-    return TurnedAway(Refusal(status, "REMOTE_PROTOCOL", "this is not what the sign-in page sends"))
+def _not_ours(status: HTTPStatus) -> ApiError:
+    return ApiError(status, "REMOTE_PROTOCOL", "this is not what the sign-in page sends")
 
 
 async def _sign_out(request: Request) -> Response:

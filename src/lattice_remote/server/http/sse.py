@@ -20,11 +20,10 @@ from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Change, Follow, Followed
 from lattice_remote.server.http.auth import RequestContext, guest
 from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of
-from lattice_remote.server.http.responses import TurnedAway
 from lattice_remote.server.project.connection import followed
 from lattice_remote.server.project.file_reader import PIECE_BYTES, Snapshot
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.send_queue import payload_of
 from lattice_remote.server.transport.websocket import PlainHttp
 from lattice_remote.text import printable
@@ -430,7 +429,7 @@ def _asked_position(request: Request) -> EventId | None:
     What is no position is one that this server does not know: a browser would not ask again after an error.
 
     Raises:
-        TurnedAway: ``?since=`` is none.
+        ApiError: ``?since=`` is none.
     """
     nowhere = EventId(Position("-", 0, b""))  # of an epoch that never was
     if last := request.headers.getlist("Last-Event-ID"):
@@ -441,7 +440,7 @@ def _asked_position(request: Request) -> EventId | None:
     position = EventId.parse(since[0]) if len(since) == 1 else None
     if position is None:
         why = "?since= takes the id of an event, or the number of a change, once"
-        raise TurnedAway(Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, "REMOTE_INVALID", why))
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "REMOTE_INVALID", why)
     return position
 
 

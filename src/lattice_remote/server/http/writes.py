@@ -13,7 +13,6 @@ from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Returned, ServerFrame, Stored
 from lattice_remote.server.http.auth import RequestContext
-from lattice_remote.server.http.responses import TurnedAway
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.project.project import stopping
 
@@ -77,7 +76,7 @@ async def run(
     Whoever gives up waiting (is cancelled) takes nothing back, except that no resource is waited for any more.
 
     Raises:
-        TurnedAway: the token has ended since it was shown.
+        ApiError: the token has ended since it was shown.
         RemoteError: it was refused, or whether it was carried out is not known.
     """
     token, once = guest.login.token, once or once_only()
@@ -126,7 +125,7 @@ async def _ask(guest: RequestContext, message: RunCommand | RunCall | Edit) -> S
     if project.stopping:
         raise stopping()
     if (refusal := guest.hub.ended(guest.login)) is not None:  # its body may have taken its time
-        raise TurnedAway(refusal)
+        raise refusal
     project.history.join(asker)
     try:
         with guest.hub.staying(guest.login, asker.end):

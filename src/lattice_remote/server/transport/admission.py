@@ -24,7 +24,7 @@ from math import ceil
 from lattice_remote.errors import Misuse
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.server.config import LimitSettings
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = [
     "MAX_ADDRESSES",
@@ -206,7 +206,7 @@ class ConnectionQuota:
         self.since = door.now()
         """When it was accepted, by the door's clock, in seconds."""
         self._home: _Address | None = None  # whose it is; behind a proxy that is known when a request has come
-        self._refusal: Refusal | None = None
+        self._refusal: ApiError | None = None
         self._requests = 0
         self._token_id = ""
         self._held = 0
@@ -227,7 +227,7 @@ class ConnectionQuota:
         """Whether a trusted proxy has made the connection, whose headers about its client are believed."""
         return self._host in self._door.proxies
 
-    def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> Refusal | None:
+    def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> ApiError | None:
         """Take note of a request's head; return why it is turned away, if it is.
 
         Args:
@@ -268,11 +268,11 @@ class ConnectionQuota:
         """Log, now and then, that it was cut because it does not take what it is sent."""
         self._door.log("cut: it does not take what it is sent", self.address)
 
-    def failed(self) -> Refusal | None:
+    def failed(self) -> ApiError | None:
         """Take note of a request without a valid token; return what to say instead when there were too many."""
         return self._door.login_failed(self._door.known(self.address))
 
-    def admit(self, token_id: str) -> Refusal | None:
+    def admit(self, token_id: str) -> ApiError | None:
         """Count it for its token from now on, and with the strangers no more; or return why not.
 
         A connection may show another token with each request, as that of a proxy does; it is counted for the last.
@@ -394,7 +394,7 @@ class AdmissionControl:
                 return
             self._addresses[name] = oldest
 
-    def one_more_from(self, home: _Address, *, is_new: bool) -> Refusal | None:
+    def one_more_from(self, home: _Address, *, is_new: bool) -> ApiError | None:
         """Return why one more connection from an address, already counted, is too much."""
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
@@ -403,7 +403,7 @@ class AdmissionControl:
             return _too_many("too many connections without a token from your address", 1)
         return None
 
-    def one_more_admitted(self, home: _Address) -> Refusal | None:
+    def one_more_admitted(self, home: _Address) -> ApiError | None:
         """Return why an address may not have one more connection that has shown a token; others don't count here."""
         most = self.limits.connections_per_address
         if home.admitted < most:
@@ -411,7 +411,7 @@ class AdmissionControl:
         self.log("too many connections", home.name)
         return _too_many(f"your address has {most} connections already", 10)
 
-    def too_fast(self, home: _Address) -> Refusal | None:
+    def too_fast(self, home: _Address) -> ApiError | None:
         """Count a new connection, or a further request on one; return why it is too much."""
         rate = self.limits.new_connections_per_second
         wait_s = home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S)
@@ -420,7 +420,7 @@ class AdmissionControl:
         self.log("too many new connections or requests", home.name)
         return _too_many("too many new connections or requests from your address", wait_s)
 
-    def too_fast_with(self, token_id: str, address: str) -> Refusal | None:
+    def too_fast_with(self, token_id: str, address: str) -> ApiError | None:
         """Count a request that shows a valid token; return why it is too much."""
         rate, now = self.limits.messages_per_second, self._clock()
         requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
@@ -430,14 +430,14 @@ class AdmissionControl:
         self.log(f"too many requests with {token_id}", address)
         return _too_many(f"too many requests with token {token_id}", wait_s)
 
-    def login_failed(self, home: _Address) -> Refusal | None:
+    def login_failed(self, home: _Address) -> ApiError | None:
         """Count a failed login, and return a refusal when it is one too many."""
         per_minute = self.limits.failed_logins_per_minute
         wait_s = home.failures.take(self._clock(), rate=per_minute / 60, burst=per_minute)
         self.log("no valid token", home.name)
         return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
 
-    def one_more_with(self, token_id: str, address: str) -> Refusal | None:
+    def one_more_with(self, token_id: str, address: str) -> ApiError | None:
         """Count a connection for its token, or return why it is too much."""
         most = self.limits.connections_per_token
         if self._by_token[token_id] >= most:
@@ -469,5 +469,5 @@ class AdmissionControl:
         self._strangers.remove(visit)
 
 
-def _too_many(why: str, wait_s: float) -> Refusal:
-    return Refusal(HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", f"{why}; come back later", max(1, ceil(wait_s)))
+def _too_many(why: str, wait_s: float) -> ApiError:
+    return ApiError(HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", f"{why}; come back later", max(1, ceil(wait_s)))

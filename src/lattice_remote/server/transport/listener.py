@@ -14,7 +14,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["TLS_TIMEOUT_S", "Acceptor", "ServiceManager"]
 
@@ -25,7 +25,7 @@ _RETRY_S = 0.2
 _UNSENT_BYTES = 128 * 1024
 """What the kernel takes of one connection beyond what it can send: a client that takes nothing gets no more."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
-_NO_ROOM = Refusal(
+_NO_ROOM = ApiError(
     HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", "too many connections without a token from your address; wait", 1
 )
 

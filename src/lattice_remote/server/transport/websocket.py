@@ -40,7 +40,7 @@ from websockets.typing import Subprotocol
 from lattice_remote.protocol.codec import FIRST_FRAME_BYTES
 from lattice_remote.protocol.messages import SUBPROTOCOL
 from lattice_remote.server.transport.admission import ConnectionQuota, TokenBucket
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendQueue
 
 __all__ = [
@@ -323,7 +323,7 @@ def handoff_class(server: Server) -> type[asyncio.Protocol]:
     return cast("type[asyncio.Protocol]", BoundHandoff)
 
 
-def http_answer(refusal: Refusal) -> Response:
+def http_answer(refusal: ApiError) -> Response:
     """Return the answer for ``check`` to refuse an upgrade with."""
     headers = Headers(refusal.headers)
     headers["Content-Length"] = str(len(refusal.body))

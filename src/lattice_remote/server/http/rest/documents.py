@@ -15,14 +15,13 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Stored
 from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.http.responses import TurnedAway
 from lattice_remote.server.http.rest.commands import answer, at_change, found
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, header_of
 from lattice_remote.server.http.text_versions import MAX_VERSIONS, TextChange, list_versions, version_text
 from lattice_remote.server.http.writes import edit
 from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["Text", "endpoints"]
 
@@ -145,7 +144,7 @@ async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
     media_type = asked.request.headers.get("Content-Type", "text/markdown").partition(";")[0].strip().lower()
     if not media_type.startswith("text/"):
         why = "send the text with Content-Type: text/markdown"
-        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
@@ -163,7 +162,7 @@ async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Store
     if not wanted:
         if header_of(asked.request, "If-None-Match") != "*":
             why = 'say what this replaces: If-Match: "..." with the ETag of the text that you have read, or * for any'
-            raise TurnedAway(Refusal(HTTPStatus.PRECONDITION_REQUIRED, "REMOTE_INVALID", f"{why}; or If-None-Match: *"))
+            raise ApiError(HTTPStatus.PRECONDITION_REQUIRED, "REMOTE_INVALID", f"{why}; or If-None-Match: *")
         return await _edit(asked, place, b"")
     for _ in range(_TRIES):
         _, current = asked.guest.project.history.files.get(place.active, (0, b""))
@@ -224,9 +223,9 @@ def _etag(text: bytes) -> str:
     return f'"{digest_of(text).hex()}"'
 
 
-def _archived(place: _Place) -> TurnedAway:
+def _archived(place: _Place) -> ApiError:
     why = f"task {place.task} is archived: unarchive it first"
-    return TurnedAway(Refusal(HTTPStatus.CONFLICT, "REMOTE_INVALID", why))
+    return ApiError(HTTPStatus.CONFLICT, "REMOTE_INVALID", why)
 
 
 _CHOICES = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.PRECONDITION_REQUIRED)

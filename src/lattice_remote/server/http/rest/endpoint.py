@@ -20,10 +20,9 @@ from starlette.routing import Route
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.auth import RequestContext, guest
 from lattice_remote.server.http.middleware import body_of
-from lattice_remote.server.http.responses import TurnedAway
 from lattice_remote.server.http.writes import IdempotencyKey, once_of
 from lattice_remote.server.ipc import ReadResult
-from lattice_remote.server.transport.refusal import Refusal
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = [
     "Endpoint",
@@ -82,7 +81,7 @@ async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Endpo
     """Return a request, checked.
 
     Raises:
-        TurnedAway: nobody who may, or a body that is too long or of another media type.
+        ApiError: nobody who may, or a body that is too long or of another media type.
         Rejected: 400, 404 or 422: not what the endpoint takes.
     """
     visitor = await guest(request)
@@ -103,7 +102,7 @@ async def asked_of(request: Request, query: type[Any], body: type[Any]) -> Endpo
 def _refuse_encoded(request: Request) -> None:
     if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
         why = "send the body as it is, without Content-Encoding"
-        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
 
 
 def _query(request: Request, kind: type[Query]) -> Query:
@@ -122,7 +121,7 @@ def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content and media_type != "application/json":
         why = "send the body with Content-Type: application/json"
-        raise TurnedAway(Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why))
+        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
     try:
         found = msgspec.json.decode(content or b"{}", type=kind)
         json.loads(content or b"{}", object_pairs_hook=_named_once)  # it is no deeper than its type

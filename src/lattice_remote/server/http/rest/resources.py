@@ -14,7 +14,6 @@ from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import while_there
 from lattice_remote.server.http.rest.commands import Provenance, found, options, read, shown, write
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing
-from lattice_remote.server.http.rest.shapes import Resource, Resources
 from lattice_remote.server.ipc import ReadResult
 
 __all__ = ["endpoints"]
@@ -23,6 +22,35 @@ _ALL = "/projects/{slug}/resources"
 _NAMED = f"{_ALL}/{{name}}"
 _WITH_ID = f"{_NAMED}/{{id}}"
 MAX_WAIT_S = 300
+
+_Actor = str | dict[str, Any]
+"""An actor, or a session as a map. The types below describe what lattice prints, which may have more fields."""
+
+
+class Holder(msgspec.Struct, kw_only=True):
+    """Who holds a resource, and until when."""
+
+    actor: _Actor
+    acquired_at: str | None = None
+    expires_at: str | None = None
+    task_id: str | None = None
+
+
+class Resource(msgspec.Struct, kw_only=True):
+    """A resource. One that only ``config.json`` names has no id until it is acquired for the first time."""
+
+    name: str
+    id: str | None = None
+    description: str | None = None
+    max_holders: int | None = None
+    ttl_seconds: int | None = None
+    holders: list[Holder] = []
+
+
+class Resources(msgspec.Struct):
+    """All resources, by name."""
+
+    resources: list[Resource]
 
 
 class NewResource(Provenance, frozen=True, kw_only=True):

@@ -10,7 +10,6 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.rest.commands import Provenance, as_one, found, options, read, shown, write
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Json, Nothing, PageQuery, page_of
-from lattice_remote.server.http.rest.shapes import Comment, Event, NextTask, Task, TaskInFull
 
 __all__ = ["TASK", "activity_endpoints", "endpoints"]
 
@@ -20,6 +19,76 @@ TASK = f"{_TASKS}/{{id}}"
 _Text = Annotated[str, Meta(min_length=1)]
 _Item = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates items in lattice")]
 _CustomField = Annotated[str, Meta(pattern=r"^[^=]+$")]
+
+_Actor = str | dict[str, Any]
+"""An actor, or a session as a map. The types below describe what lattice prints, which may have more fields."""
+
+
+class Task(msgspec.Struct, kw_only=True):
+    """A task's snapshot. With ``compact`` it has counts in place of its lists."""
+
+    id: str
+    short_id: str | None = None
+    title: str | None = None
+    status: str | None = None
+    priority: str | None = None
+    urgency: str | None = None
+    complexity: str | None = None
+    type: str | None = None
+    description: str | None = None
+    tags: list[str] | None = None
+    assigned_to: _Actor | None = None
+    created_by: _Actor | None = None
+    created_at: str | None = None
+    updated_at: str | None = None
+    done_at: str | None = None
+    last_event_id: str | None = None
+    comment_count: int | None = None
+    custom_fields: dict[str, Any] | None = None
+    archived: bool | None = None
+
+
+class NextTask(Task):
+    """A task that was claimed, with its plan unless nobody has written one."""
+
+    plan_content: str | None = None
+
+
+class Event(msgspec.Struct, kw_only=True):
+    """One event of a task's log."""
+
+    id: str
+    type: str
+    task_id: str
+    ts: str
+    actor: _Actor
+    data: dict[str, Any] | None = None
+
+
+class TaskInFull(Task):
+    """A task with its log, its relationships, and what its status may become."""
+
+    events: list[Event] | None = None
+    valid_transitions: list[str] | None = None
+    relationships_enriched: list[dict[str, Any]] | None = None
+    relationships_in: list[dict[str, Any]] | None = None
+    plan_path: str | None = None
+    notes_path: str | None = None
+
+
+class Comment(msgspec.Struct, kw_only=True):
+    """A comment, with the replies to it."""
+
+    id: str
+    body: str
+    author: _Actor
+    created_at: str
+    role: str | None = None
+    edited: bool = False
+    deleted: bool = False
+    parent_id: str | None = None
+    reactions: dict[str, list[Any]] | None = None
+    replies: list[dict[str, Any]] | None = None
 
 
 class Filters(PageQuery, frozen=True, kw_only=True):
