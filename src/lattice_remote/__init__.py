@@ -1,21 +1,20 @@
-"""lattice-remote: the hosted remote for Lattice.
+"""lattice-remote: hosted remote for Lattice.
 
-Run the command where the data is; ship back what it changed.
+Each command runs where the data is; its changes are sent to every client.
 
-    errors      everything that can go wrong, by whose fault it is
-    protocol    frames, operations and what a replica does with them; pure, shared by both sides
-    server      one writer per project runs each command in order, journals what it changed, tells every client
-    client      the plugin inside ``lattice``, the background agent, and the cache of plain files
-    storage     the same for programs: a board, local or remote, as one Python interface
-    livepage    lattice's dashboard page, refreshed as soon as the board changes
-    textmerge   a text that several have edited, merged by line
+    errors      error tree, by cause
+    protocol    frames, operations and the client's state machine; pure, shared by both sides
+    server      runs the commands of each project in order, journals their changes, sends them to every client
+    client      plugin inside ``lattice``, background agent, cache of plain files
+    storage     Python interface for programs to a local or remote project
+    livepage    live updates of lattice's dashboard page
+    textmerge   three-way line merge of texts
 
-The protocol imports neither side, neither side imports the other. Start reading at
-``protocol/messages.py`` (what is said), then ``server/project/project.py`` and ``client/agent/process.py`` (who
-says it).
+The protocol imports neither side; neither side imports the other. Start with ``protocol/messages.py``, then
+``server/project/project.py`` and ``client/agent/main.py``.
 """
 
-TYPE_CHECKING = False  # as typing has it, which every lattice command would have to import
+TYPE_CHECKING = False  # typing's own would have to be imported by every lattice command
 if TYPE_CHECKING:
     from lattice_remote.client.storage import Freshness, RemoteStorage, RemoteWarning, resolve_backend
     from lattice_remote.errors import RemoteError
@@ -37,7 +36,7 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
-"""Written here, and read from here by the build: looking it up in the installed metadata costs each command 1 ms."""
+"""The build reads it from here. A look-up in the installed metadata costs each command 1 ms."""
 
 _HOMES = {
     "Conflict": "storage.events",
@@ -51,7 +50,7 @@ _HOMES = {
     "Written": "storage.events",
     "resolve_backend": "client.storage",
 }
-"""Where each name is; loaded when it is first asked for, since every ``lattice`` command imports this package."""
+"""Module of each public name, imported on first use because every ``lattice`` command imports this package."""
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,6 @@
-"""The log as people and programs read it: ``lattice remote log`` and ``lattice-remote log`` print the same.
+"""Text output: ``lattice remote log`` and ``lattice-remote log``, tables, and version advice.
 
-What others wrote is shown, not obeyed: characters that a terminal acts on, or that turn a line's direction, are
-written as escapes.
+Untrusted text is escaped: control characters and characters that change the direction of a line.
 """
 
 import re
@@ -20,9 +19,9 @@ _MAX_TASKS_SHOWN = 3
 
 
 def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the entries for ``--json``: every field, times as RFC 3339, each task with its short id (or null).
+    """Return the entries for ``--json``: all fields, times as RFC 3339, tasks with short ids (or null).
 
-    ``token_actor`` is always whose token it was, also when that is the actor.
+    ``token_actor`` is always the token's actor, even if it equals ``actor``.
     """
     records = []
     for entry in entries:
@@ -38,8 +37,7 @@ def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> lis
 def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
     """Return a table for a terminal: number, local time, actor, token, tasks, command. Empty without entries.
 
-    A line stands where an epoch begins, above the entries of the one before. ``epoch`` is the present one if it is
-    known: it may have no entry yet.
+    A heading separates epochs. ``epoch`` is the current one if known, as it may have no entry yet.
     """
     if not entries:
         return []
@@ -57,7 +55,7 @@ def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: s
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return rows of equally many cells as lines, each column as wide as it needs to be."""
+    """Return rows with equally many cells as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -74,7 +72,7 @@ def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, 
 
 
 def local_time(time: str) -> str:
-    """Return a time in the reader's own zone, to the second; as it is if it is none."""
+    """Return a time in the local zone, to the second; return other text unchanged."""
     try:
         return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M:%S}"
     except (ValueError, OverflowError, OSError):
@@ -82,7 +80,7 @@ def local_time(time: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with everything that is not plainly a character, or a space, as an escape: ``\\x1b``."""
+    """Return ``text`` with every character escaped (``\\x1b``) that is not printable or a space."""
     return re.sub(r"[^ -~]", lambda found: _escaped(found[0]), text)
 
 
@@ -91,13 +89,13 @@ def _escaped(character: str) -> str:
 
 
 def describe_difference(here: str, there: str, *, here_is: str, there_is: str) -> str | None:
-    """Return what to do about two versions of one program; None when they are the same.
+    """Return advice on two different versions of one program; None if they are equal.
 
     Args:
-        here: one version, as ``0.2.1``.
+        here: one version, for example ``0.2.1``.
         there: the other.
-        here_is: what has the one, as ``this machine``.
-        there_is: what has the other.
+        here_is: the place of ``here``, for example ``this machine``.
+        there_is: the place of ``there``.
     """
     if here == there:
         return None
@@ -108,6 +106,6 @@ def describe_difference(here: str, there: str, *, here_is: str, there_is: str) -
 
 
 def _numbers(version: str) -> list[int]:
-    """Return the leading numbers, of bounded size: the text may come from a peer."""
+    """Return the leading numbers of a version, bounded in size since a peer may have sent it."""
     found = re.match(r"\d{1,9}(?:\.\d{1,9}){0,7}", version)
     return [int(number) for number in found[0].split(".")] if found else []

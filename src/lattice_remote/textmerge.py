@@ -1,8 +1,8 @@
-"""Edited plans and notes, merged by line against the text they were made from.
+"""Three-way line merge of edited plans and notes.
 
-Bytes throughout: nothing is assumed of the encoding. Two lines are equal when they differ only in how they end, so
-that an editor which writes CR LF everywhere is not taken for having changed every line; how a line ends, and a byte
-order mark, are merged apart. What stands in a line is never altered.
+Works on bytes, without an assumed encoding. Lines are equal when they differ only in their ends, so an editor that
+writes CR LF does not change every line. Line ends and a byte order mark are merged separately; the content of a line is
+never altered.
 """
 
 from bisect import bisect_left
@@ -17,28 +17,28 @@ from merge3 import Merge3
 __all__ = ["MergeResult", "merge_text"]
 
 _MAX_WORK = 1_000_000
-"""What a merge may take, in steps of about a microsecond: on repetitive lines the time grows with the square."""
+"""Bound on a merge in steps of about a microsecond: on repetitive lines the time grows with the square."""
 _BOM = b"\xef\xbb\xbf"
 
 MergeOutcome = Literal["stored", "merged", "unchanged", "conflict"]
 
 
 class MergeResult(NamedTuple):
-    """``text`` is what the file has to hold afterwards; on ``unchanged`` and ``conflict`` what it held before."""
+    """``text`` is the file's new content; on ``unchanged`` and ``conflict`` it is the present one."""
 
     outcome: MergeOutcome
     text: bytes | None
 
 
 class _TooMuch(Exception):
-    """The texts differ in so many places that it would take too long to tell in which."""
+    """Texts with too many differences to compare in bounded time."""
 
 
 def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeResult:
-    """Merge an edit of ``base`` that reads ``mine`` into the file, which now reads ``theirs``.
+    """Merge ``mine``, an edit of ``base``, into the file's present text ``theirs``.
 
-    None for ``base`` or ``theirs``: there was, or is, no file. A file that was removed meanwhile is a conflict, and so
-    are two texts that were begun independently and differ, or that differ too much to be merged in about a second.
+    None means no file, for ``base`` or ``theirs``. Conflicts: a file that was removed, two different texts without a
+    base, and texts that differ too much to merge in about a second.
     """
     if mine in (theirs, base):
         return MergeResult("unchanged", theirs)
@@ -56,7 +56,7 @@ def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeRe
 
 
 class _Text:
-    """A text's lines, with how each ends apart, and whether it begins with a byte order mark."""
+    """A text's lines, the end of each, and whether a byte order mark precedes them."""
 
     def __init__(self, text: bytes) -> None:
         self.bom = _BOM if text.startswith(_BOM) else b""
@@ -69,7 +69,7 @@ def _merge(base: _Text, mine: _Text, theirs: _Text) -> bytes | None:
     """Return the merged text, None for a conflict.
 
     Raises:
-        _TooMuch: see there.
+        _TooMuch: the comparison exceeds its bound.
     """
     merge = _Merge3(base.lines, mine.lines, theirs.lines, sequence_matcher=_Matcher)
     lines: list[bytes] = []
@@ -93,13 +93,13 @@ def _merge(base: _Text, mine: _Text, theirs: _Text) -> bytes | None:
             ends += side.ends[start:end]
     style = _style(base, mine, theirs)
     usual = style or next((end for end in (*theirs.ends[:1], *mine.ends[:1]) if end), b"\n")
-    ends[:-1] = [style or end or usual for end in ends[:-1]]  # what was the last line may not be any more
+    ends[:-1] = [style or end or usual for end in ends[:-1]]  # the former last line may have moved up
     ends[-1:] = [style if style and end else end for end in ends[-1:]]
     return _pick(base.bom, mine.bom, theirs.bom) + b"".join(chain.from_iterable(zip(lines, ends, strict=True)))
 
 
 class _Merge3(Merge3[bytes]):
-    """merge3's, which finds out once what is common."""
+    """A ``Merge3`` that computes the common regions once."""
 
     _regions: list[tuple[int, int, int, int, int, int]] | None = None
 
@@ -110,7 +110,7 @@ class _Merge3(Merge3[bytes]):
 
 
 def _style(*texts: _Text) -> bytes | None:
-    """Return how all lines are to end where each of base, mine and theirs has one way of its own; else None."""
+    """Return the line end for all lines if base, mine and theirs each use a single one; else None."""
     ways = [set(filter(None, text.ends)) for text in texts]
     if any(len(way) != 1 for way in ways):
         return None
@@ -119,18 +119,18 @@ def _style(*texts: _Text) -> bytes | None:
 
 
 def _pick(base: bytes, mine: bytes, theirs: bytes) -> bytes:
-    """Return theirs unless only mine was changed."""
+    """Return ``mine`` if only it was changed, else ``theirs``."""
     return mine if theirs == base else theirs
 
 
 Block = tuple[int, int, int]
-"""A common run of lines: its place in one text, in the other, and its length."""
+"""A common run of lines: its start in each text, and its length."""
 
 
 class _Matcher:
-    """Finds the lines that two texts have in common, within bounds: what merge3 asks a matcher for.
+    """Bounded sequence matcher for merge3.
 
-    Lines that occur once in both are found first, and what stands around them; difflib does what is left between.
+    Matches lines that occur once in both texts first, then their neighbours; difflib compares the rest.
     """
 
     def __init__(self, _junk: None, a: Sequence[bytes], b: Sequence[bytes], autojunk: bool = True) -> None:  # noqa: ARG002 - difflib's
@@ -138,10 +138,10 @@ class _Matcher:
         self._work = _Work(_MAX_WORK)
 
     def get_matching_blocks(self) -> list[Block]:
-        """Return the common runs in order; the last one is empty.
+        """Return the common runs in order; the last is empty.
 
         Raises:
-            _TooMuch: see there.
+            _TooMuch: the comparison exceeds its bound.
         """
         a, b = self._a, self._b
         found: list[Block] = []
@@ -152,7 +152,7 @@ class _Matcher:
         return [*_joined(found), (len(a), len(b), 0)]
 
     def _between(self, alo: int, ahi: int, blo: int, bhi: int) -> Iterator[Block]:
-        """Yield what two ranges have in common: their beginnings, their ends, and what difflib finds between."""
+        """Yield the matches of two ranges: common prefix, common suffix, and difflib's matches in between."""
         a, b = self._a, self._b
         head = 0
         while alo + head < ahi and blo + head < bhi and a[alo + head] == b[blo + head]:
@@ -194,7 +194,7 @@ def _once(lines: Sequence[bytes]) -> dict[bytes, int]:
 
 
 def _joined(blocks: Iterable[Block]) -> list[Block]:
-    """Return the blocks that are not empty, those that follow each other in both texts as one."""
+    """Return the non-empty blocks, with adjacent ones combined."""
     joined: list[Block] = []
     for i, j, size in blocks:
         if joined and (joined[-1][0] + joined[-1][2], joined[-1][1] + joined[-1][2]) == (i, j):
@@ -205,24 +205,24 @@ def _joined(blocks: Iterable[Block]) -> list[Block]:
 
 
 class _Work:
-    """What one comparison may still take."""
+    """Remaining work of one comparison."""
 
     def __init__(self, steps: int) -> None:
         self._left = steps
 
     def spend(self, steps: int) -> None:
-        """Raise ``_TooMuch`` when that is more than is left."""
+        """Subtract ``steps``; raise ``_TooMuch`` if that exceeds the rest."""
         self._left -= steps
         if self._left < 0:
             raise _TooMuch
 
 
 class _Bounded(SequenceMatcher[bytes]):
-    """difflib's, which gives up when it would take too long."""
+    """A ``SequenceMatcher`` with bounded work."""
 
     def __init__(self, a: Sequence[bytes], b: Sequence[bytes], work: _Work) -> None:
         often = Counter(b)
-        # As difflib does, lines that are everywhere, blank ones say, are matched only beside others.
+        # Like difflib, match lines that are very frequent, such as blank ones, only beside others.
         popular = len(b) if len(b) < 200 else len(b) // 100 + 1
         work.spend(sum(often[line] for line in a if often[line] <= popular))
         self._work, self._whole = work, len(a)
@@ -231,6 +231,6 @@ class _Bounded(SequenceMatcher[bytes]):
     def find_longest_match(  # type: ignore[no-untyped-def]
         self, alo=0, ahi=None, blo=0, bhi=None
     ):
-        """As difflib's; what it takes is counted."""
+        """Return difflib's result and count the work."""
         self._work.spend((self._whole if ahi is None else ahi) - alo)
         return super().find_longest_match(alo, ahi, blo, bhi)

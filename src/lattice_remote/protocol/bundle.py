@@ -1,8 +1,8 @@
-"""A whole project as one sequence of bytes, for a push (SPEC 3.6).
+"""Whole project as one byte stream, the pack of a push (SPEC 3.6).
 
-A *pack* is the magic line, then each file: its head (length in 4 bytes, big endian, and a msgpack map of ``path``,
-``size`` and ``digest``), then its content; then a length of 0. Paths ascend by code point, so that a project has one
-pack, and none comes twice. There is nothing else in it: no links, no modes, no times, no owners.
+A *pack* is the magic line, then each file: its head (4 bytes of length, big endian, and a msgpack map of ``path``,
+``size`` and ``digest``) and its content; then a length of 0. Paths are unique and ascend by code point, so a project
+has exactly one pack. It has no links, modes, times or owners.
 """
 
 import hashlib
@@ -30,27 +30,27 @@ __all__ = [
 MAGIC = b"lattice-pack 1\n"
 END = bytes(4)
 _MAX_HEAD_BYTES = 1024
-"""A path of 512 bytes, a size and a digest take less."""
+"""Maximum length of a head: a path of 512 bytes, a size and a digest are shorter."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Entry)
 
 
 def head_of(entry: Entry) -> bytes:
-    """Return what goes before a file's content."""
+    """Return a file's head."""
     encoded = _encoder.encode(entry)
     return len(encoded).to_bytes(4) + encoded
 
 
 class Unpacker:
-    """Takes a pack piece by piece, however it is cut, and gives out what is in it.
+    """Incremental decoder of a pack, for pieces of any length.
 
-    Everything but the paths' meaning is checked: order, sizes, digests, the end.
+    Checks order, sizes, digests and the end, but not the paths' meaning.
     """
 
     def __init__(self) -> None:
         self.is_complete = False
-        """Whether the end has come."""
+        """Whether the end has arrived."""
         self._received = bytearray()
         self._started = False
         self._last = ""
@@ -59,12 +59,12 @@ class Unpacker:
         self._hasher = hashlib.sha256()
 
     def receive(self, data: bytes) -> Iterator[Entry | bytes]:
-        """Yield an ``Entry`` where a file begins, then its content in pieces, none of them empty.
+        """Yield an ``Entry`` where a file begins, then its content in non-empty pieces.
 
-        All must be consumed before the next call.
+        Consume all before the next call.
 
         Raises:
-            ProtocolError: this is no pack.
+            ProtocolError: the data is no pack.
         """
         self._received += data
         if not self._started:
@@ -92,10 +92,10 @@ class Unpacker:
                 return
 
     def _next_head(self) -> Entry | None:
-        """Return the head that has come; None while it has not come whole, and at the end."""
+        """Return the next head; None if it is incomplete, and at the end."""
         if self.is_complete:
             if self._received:
-                raise ProtocolError("something follows the end of the pack")
+                raise ProtocolError("the pack has data after its end")
             return None
         if len(self._received) < 4:
             return None
@@ -119,20 +119,20 @@ class Unpacker:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"a malformed head in the pack: {error}") from error
         if _encoder.encode(entry) != head:
-            raise ProtocolError(f"the head of {entry.path!r} in the pack has another form than it must have")
+            raise ProtocolError(f"the head of {entry.path!r} in the pack is not canonical")
         if self._last >= entry.path:
-            raise ProtocolError(f"{entry.path!r} is not in its place in the pack")
+            raise ProtocolError(f"{entry.path!r} is out of order in the pack")
         return entry
 
     def _end_file(self, entry: Entry) -> None:
         if self._hasher.digest() != entry.digest:
-            raise ProtocolError(f"{entry.path!r} has another digest than its head in the pack says")
+            raise ProtocolError(f"the content of {entry.path!r} in the pack does not match its digest")
         self._entry = None
 
 
 MAX_PROJECT_FILES = 200_000
 MAX_TEXT_FILE_BYTES = 64 * 1024 * 1024
-"""What lattice reads as a whole; payloads of artifacts may be larger."""
+"""Maximum size of a file that lattice reads whole; payloads of artifacts may be larger."""
 
 _ID = "[0-9A-HJKMNP-TV-Z]{26}"
 _NAMES = {
@@ -145,7 +145,7 @@ _NAMES = {
     "artifacts/meta": rf"art_{_ID}\.json",
     "artifacts/payload": rf"art_{_ID}[^/]*",
 }
-"""What a file in each of these directories must be called."""
+"""Name pattern of the files in each directory."""
 _IN_ORDER = {directory: re.compile(names) for directory, names in _NAMES.items()}
 _OF_AN_EMPTY_PROJECT = frozenset({"config.json", "context.md", "ids.json"})
 _LIFECYCLE = "events/_lifecycle.jsonl"
@@ -153,21 +153,21 @@ _PAYLOADS = "artifacts/payload/"
 
 
 class Layout:
-    """The files of one project, added one by one; what does not fit is refused with its reason."""
+    """Validated files of one project."""
 
     def __init__(self, *, max_bytes: int) -> None:
         self.files = 0
         self.bytes = 0
         self.max_bytes = max_bytes
-        self._spellings: dict[str, str] = {}  # folded file or directory -> as it was first spelt
+        self._spellings: dict[str, str] = {}  # folded file or directory -> its first spelling
         self._files: set[str] = set()
         self._directories: set[str] = set()
 
     def add(self, path: str, size: int) -> None:
-        """Take one file of ``size`` bytes.
+        """Add a file of ``size`` bytes.
 
         Raises:
-            Misuse: the project can't have it; the message is for the person whose project it is.
+            Misuse: a project cannot have this file; the message is for the project's owner.
         """
         try:
             check_path(path)
@@ -176,19 +176,21 @@ class Layout:
         directory, _, name = path.rpartition("/")
         expected = _IN_ORDER.get(directory)
         if expected is not None and expected.fullmatch(name) is None:
-            raise Misuse(f"{path} has no name that lattice gives to files in {directory}/: move it away")
+            raise Misuse(f"{path} is not a file name of lattice in {directory}/: move it away")
         if size > MAX_TEXT_FILE_BYTES and not path.startswith(_PAYLOADS):
-            raise Misuse(f"{path} has {size} bytes; what is no artifact may have {MAX_TEXT_FILE_BYTES >> 20} MiB")
+            raise Misuse(
+                f"{path} has {size} bytes; files other than artifacts can have {MAX_TEXT_FILE_BYTES >> 20} MiB"
+            )
         self._add_place(path)
         self.files += 1
         self.bytes += size
         if self.files > MAX_PROJECT_FILES:
-            raise Misuse(f"a project may have {MAX_PROJECT_FILES} files")
+            raise Misuse(f"a project can have at most {MAX_PROJECT_FILES} files")
         if self.bytes > self.max_bytes:
-            raise Misuse(f"the project has more than the {self.max_bytes >> 20} MiB that the server takes")
+            raise Misuse(f"the project exceeds the server's limit of {self.max_bytes >> 20} MiB")
 
     def _add_place(self, path: str) -> None:
-        """Note a file and its directories; each place has one spelling, and is one of the two."""
+        """Record a file and its directories. A place has one spelling, and is either a file or a directory."""
         parts = path.split("/")
         for depth in range(1, len(parts)):
             directory = "/".join(parts[:depth])
@@ -202,16 +204,15 @@ class Layout:
     def _spell(self, place: str) -> None:
         folded = unicodedata.normalize("NFC", place.casefold())
         if (other := self._spellings.setdefault(folded, place)) != place:
-            raise Misuse(f"{place!r} and {other!r} are one name to some file systems: rename one")
+            raise Misuse(f"some file systems do not distinguish {place!r} and {other!r}: rename one")
         if place in self._files or place in self._directories:
-            raise Misuse(f"{place!r} comes twice")
+            raise Misuse(f"{place!r} occurs twice")
 
 
 def first_sign_of_use(files: Iterable[tuple[str, int]]) -> str | None:
-    """Return what an empty project does not have, in words; None when it is empty.
+    """Return a description of the first content that an empty project does not have; None if the project is empty.
 
-    A project is empty when nothing was ever done in it: it has its settings, its context, its table of short ids and
-    the empty log of its beginning, as ``lattice init`` leaves them, and no other file.
+    An empty project has only the files of ``lattice init``: settings, context, table of short ids and empty log.
 
     Args:
         files: path and size in bytes of each replicated file.

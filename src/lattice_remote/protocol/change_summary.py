@@ -1,4 +1,4 @@
-"""What a change is about, from its operations alone: which tasks it touches, and what it adds to their logs."""
+"""Summary of a change, from its operations: the tasks it touches and the events it adds."""
 
 import json
 import re
@@ -23,24 +23,24 @@ _NOT_BY_COMMAND = ("edit", "recovery")
 
 @dataclass
 class About:
-    """What one change is about."""
+    """Summary of one change."""
 
     tasks: list[str] = field(default_factory=list)
-    """Ids of the tasks of which it touches a snapshot, log, plan or notes; sorted."""
+    """Ids of the tasks whose snapshot, log, plan or notes it touches; sorted."""
     events: list[dict[str, Any]] = field(default_factory=list)
-    """What it adds to the event logs of tasks and resources, in order, as the logs have it."""
+    """Events it adds to the logs of tasks and resources, in order."""
     is_complete: bool = True
-    """Whether ``events`` are all: they are not when a log was replaced as a whole, by hand say."""
+    """Whether ``events`` is complete. False if a log was replaced, for example by an editor."""
     resources: list[str] = field(default_factory=list)
-    """Names of the resources that it creates or changes; sorted."""
+    """Names of the resources it creates or changes; sorted."""
     sessions: list[str] = field(default_factory=list)
-    """Names of the sessions that it starts, touches or ends; sorted."""
+    """Names of the sessions it starts, updates or ends; sorted."""
     plans: list[str] = field(default_factory=list)
-    """Ids of the tasks whose plan it writes or removes; sorted. A plan that goes to the archive is not written."""
+    """Ids of the tasks whose plan it writes or removes, except by archiving; sorted."""
     notes: list[str] = field(default_factory=list)
-    """The same of their notes."""
+    """Ids of the tasks whose notes it writes or removes, except by archiving; sorted."""
     snapshots: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Snapshots of tasks that came whole with it, by id."""
+    """Whole snapshots of tasks in the change, by id."""
 
 
 def tasks_in(paths: Iterable[str]) -> list[str]:
@@ -49,27 +49,27 @@ def tasks_in(paths: Iterable[str]) -> list[str]:
 
 
 def is_log(path: str) -> bool:
-    """Tell whether this is the event log of a task or of a resource."""
+    """Return whether a path is the event log of a task or resource."""
     return _LOG.fullmatch(path) is not None
 
 
 def snapshot_of(path: str) -> str | None:
-    """Return the id of the task whose snapshot this file is, archived or not; None when it is no snapshot."""
+    """Return the id of the task whose snapshot this path is, archived or not; None for other paths."""
     match = _SNAPSHOT.fullmatch(path)
     return match[1] if match else None
 
 
 def texts_of(change: Change) -> list[tuple[str, str, str]]:
-    """Return path, ``plans`` or ``notes``, and task of each text that a change writes or removes, in its order.
+    """Return path, ``plans`` or ``notes``, and task of each text that a change writes or removes, in order.
 
-    A text that goes to the archive with its task is not written.
+    A text that moves to the archive with its task does not count.
     """
     paths = dict.fromkeys(_written(change))
     return [(path, match[1], match[2]) for path in paths if (match := _TEXT.fullmatch(path))]
 
 
 def about(change: Change) -> About:
-    """Return what a change is about. Never raises: what is no JSON, or not as lattice writes it, is left out."""
+    """Return the summary of a change. Skip malformed content; never raise."""
     paths = [path for operation in change.ops for path in paths_of(operation)]
     found = About(tasks=tasks_in(paths))
     found.resources = sorted({match[1] for path in paths if (match := _RESOURCE.fullmatch(path))})
@@ -106,7 +106,7 @@ def _snapshots(change: Change) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 
 def _events(data: bytes, *, whole: bool = False) -> list[dict[str, Any]]:
-    """Return the JSON objects in ``data``: one a line, or all of it as one."""
+    """Return the JSON objects in ``data``: one per line, or all of it as one."""
     objects = []
     for line in [data] if whole else data.splitlines():
         try:

@@ -1,6 +1,6 @@
-"""Frames to bytes and back, bounded (SPEC section 2).
+"""Bounded encoding and decoding of frames (SPEC section 2).
 
-Decoding never raises anything but ``ProtocolError``, whatever the bytes.
+For any input, decoding raises only ``ProtocolError``.
 """
 
 import msgspec
@@ -13,9 +13,9 @@ from lattice_remote.protocol.paths import check_path
 __all__ = ["FIRST_FRAME_BYTES", "MAX_FRAME_BYTES", "decode_client_frame", "decode_server_frame", "encode"]
 
 FIRST_FRAME_BYTES = 64 * 1024
-"""The most that a server reads of a peer which has not said Hello."""
+"""Maximum size of a client's first frame."""
 MAX_FRAME_BYTES = 32 * 1024 * 1024
-"""The most that either side reads as one message."""
+"""Maximum size of any frame."""
 
 _encoder = msgspec.msgpack.Encoder()
 _client_decoder: msgspec.msgpack.Decoder[ClientFrame] = msgspec.msgpack.Decoder(ClientFrame)
@@ -24,12 +24,12 @@ _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode(frame: ClientFrame | ServerFrame) -> bytes:
-    """Return a frame's bytes: one msgpack map."""
+    """Return a frame as bytes: one msgpack map."""
     return _encoder.encode(frame)
 
 
 def decode_client_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> ClientFrame:
-    """Return the frame that a client sent.
+    """Return a client's frame.
 
     Raises:
         ProtocolError: over ``max_bytes``, not msgpack, an unknown kind, a wrong type, out of bounds, or a
@@ -52,10 +52,10 @@ def decode_client_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Cli
 
 
 def decode_server_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> ServerFrame:
-    """Return the frame that a server sent.
+    """Return a server's frame.
 
     Raises:
-        ProtocolError: as for ``decode_client_frame``.
+        ProtocolError: the same cases as ``decode_client_frame``.
     """
     _check_size(data, max_bytes)
     try:

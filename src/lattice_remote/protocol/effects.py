@@ -1,4 +1,4 @@
-"""What a replica asks of the shell around it, and the points in a history of which both speak (SPEC section 5)."""
+"""Effects that a replica returns to its shell, and positions in a history (SPEC section 5)."""
 
 import re
 from collections.abc import Mapping
@@ -30,9 +30,9 @@ _POSITION = re.compile(r"([0-9A-Za-z]{1,64})-([0-9]{1,18})(?:-([0-9a-f]{2,64}))?
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A point in a project's history. The empty epoch is "nowhere": the copy must be compared as a whole.
+    """A point in a project's history. With an empty epoch there is none: the whole cache must be compared.
 
-    As text it is ``EPOCH-SEQ-MARK``, and ``EPOCH-0`` at the beginning of an epoch.
+    Its text is ``EPOCH-SEQ-MARK``, or ``EPOCH-0`` at the beginning of an epoch.
     """
 
     epoch: str
@@ -41,7 +41,7 @@ class Position:
 
     @classmethod
     def parse(cls, text: str) -> "Position | None":
-        """Return the position that a text names, None when it names none: a number without its mark is none."""
+        """Return the position that a text names; None if it names none or a change's id is missing."""
         match = _POSITION.fullmatch(text)
         if match is None or (match[3] is None) != (int(match[2]) == 0) or len(match[3] or "") % 2:
             return None
@@ -56,10 +56,10 @@ NOWHERE = Position("", 0, b"")
 
 @dataclass(frozen=True, slots=True)
 class ApplyChange:
-    """Apply ``operations`` in order; report paths that did not match with ``drifted()``.
+    """Apply ``operations`` in order; report mismatching paths with ``drifted()``.
 
-    An operation on a file that somebody edits here is not applied: ``hold()`` its path, and for a move also
-    report its target with ``drifted()``.
+    Do not apply an operation on a file with a local edit: call ``hold()`` with its path, and for a move also
+    ``drifted()`` with its target.
     """
 
     change: Change
@@ -68,9 +68,9 @@ class ApplyChange:
 
 @dataclass(frozen=True, slots=True)
 class WritePart:
-    """Write this piece of a file; one at offset 0 begins it anew.
+    """Write this piece of a file; one at offset 0 starts the file.
 
-    On the last piece, check size and digest and replace the file; when they differ, report ``drifted()``.
+    On the last piece, check size and digest and replace the file; on a mismatch call ``drifted()``.
     """
 
     part: Part
@@ -78,14 +78,14 @@ class WritePart:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """Remove these files; the server has none there."""
+    """Remove these files, which the server does not have."""
 
     paths: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Compare the files with the server's at ``seq`` and call ``compared()`` (to mend) or ``verified()``."""
+    """Compare the files with the server's at ``seq``; call ``compared()`` to repair, or ``verified()``."""
 
     seq: int
     entries: Mapping[str, Content]
@@ -101,14 +101,14 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class DeliverReply:
-    """A request's outcome; every change up to its number is in the files."""
+    """A reply whose changes are in the files."""
 
     frame: Response
 
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Store ``position`` and ``wanted`` durably enough that they are never ahead of the files (I5)."""
+    """Store ``position`` and ``wanted`` durably, never ahead of the files (I5)."""
 
 
 Effect = ApplyChange | WritePart | Remove | Compare | Send | DeliverReply | Save

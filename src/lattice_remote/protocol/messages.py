@@ -1,8 +1,8 @@
-"""The frames of ``lattice.v1``: what a client and a server say to each other (SPEC section 3).
+"""Frames of ``lattice.v1`` (SPEC section 3).
 
-Every frame is one binary WebSocket message: a msgpack map with its kind under ``type``. A field that a
-receiver does not know is ignored, a field with a default may be missing; an unknown kind is a violation.
-Sequence numbers count a project's changes from 1 within an epoch; 0 means "none yet" (I1).
+Every frame is one binary WebSocket message: a msgpack map with its kind under ``type``. Receivers ignore unknown
+fields; a field with a default may be missing; an unknown kind is a protocol violation. Sequence numbers count a
+project's changes from 1 within an epoch; 0 means no change yet (I1).
 """
 
 from collections.abc import Mapping
@@ -74,34 +74,34 @@ CAPABILITIES = (
     *("uploads", "downloads", "push", "follow", "versions"),
     *("call:dashboard", "call:mcp", "call:storage"),
 )
-"""What this version can do beyond whole files; a peer uses only what the other side named.
+"""Capabilities of this version beyond whole files. A peer uses only those that the other side named.
 
-A server does not name ``call:SURFACE`` when what that needs is not installed beside it.
+A server omits ``call:SURFACE`` when the surface's dependencies are not installed.
 """
 
 MAX_ARGV = 1024
 MAX_FETCH_PATHS = 1024
 MAX_LOG_ENTRIES = 200
-"""The most entries that one ``LogPage`` holds."""
+"""Maximum number of entries in a ``LogPage``."""
 MAX_LOG_TASKS = 100
-"""The most tasks that one ``LogEntry`` names."""
+"""Maximum number of tasks in a ``LogEntry``."""
 MAX_PAYLOAD_BYTES = 4 * 1024 * 1024
-"""The longest payload of a ``Call``."""
+"""Maximum length of the payload of a ``Call``."""
 MAX_PIECE_BYTES = 1024 * 1024
-"""The most of a file that travels in one frame: nothing small waits long behind it."""
+"""Maximum piece of a file in one frame, so that small frames are not delayed."""
 MAX_VERSION_BYTES = 16 * 1024 * 1024
-"""The longest text that one ``Version`` brings."""
+"""Maximum length of the text in a ``Version``."""
 MIN_PIECE_BYTES = 4096
-"""The least that a piece of an upload brings, unless it is the last."""
+"""Minimum piece of an upload, except for the last."""
 
 Epoch = Annotated[str, Meta(max_length=64)]
-"""Names one unbroken history of a project; random, opaque (I7)."""
+"""Random, opaque name of one unbroken history of a project (I7)."""
 Seq = Annotated[int, Meta(ge=0)]
-"""The number of a change within its epoch."""
+"""Sequence number of a change within its epoch."""
 Mark = Annotated[bytes, Meta(max_length=32)]
-"""Names one change: two histories that differ have different marks at the same number. Only the server makes them."""
+"""Change id, made by the server. Histories that differ have different ids at the same sequence number."""
 RequestId = Annotated[str, Meta(pattern="^[0-9a-f]{32}$", max_length=32)]
-"""128 random bits in hexadecimal, made by the client, the same when it asks again (I6)."""
+"""128 random bits in hexadecimal, made by the client. A retry repeats the id (I6)."""
 _Short = Annotated[str, Meta(max_length=256)]
 _Line = Annotated[str, Meta(max_length=4096)]
 _Path = Annotated[str, Meta(min_length=1, max_length=512)]
@@ -114,11 +114,10 @@ class _Frame(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class Attachment(msgspec.Struct, frozen=True):
-    """A file of the caller, for the argument at ``index`` of the argv.
+    """A file of the caller for the argument at ``index`` of the argv, counted from 0.
 
-    Its content is ``data``, or what was uploaded before with this ``digest`` and ``size`` (capability ``uploads``).
-    With neither there is no such file.
-    In a ``Call`` ``index`` counts the files that its operation takes.
+    The content is ``data``, or an upload with this ``digest`` and ``size`` (capability ``uploads``). With neither, the
+    caller has no such file. In a ``Call``, ``index`` counts the files that its operation takes.
     """
 
     index: Annotated[int, Meta(ge=0, lt=MAX_ARGV)]
@@ -129,7 +128,7 @@ class Attachment(msgspec.Struct, frozen=True):
 
 
 class Hello(_Frame, frozen=True, tag="hello"):
-    """The client's first frame: what it speaks, and where its copy stands. ``follow`` is False to write only."""
+    """The client's first frame: its versions and the position of its cache. ``follow`` is False for writes only."""
 
     versions: Annotated[list[int], Meta(min_length=1, max_length=16)]
     client_version: _Short
@@ -142,9 +141,9 @@ class Hello(_Frame, frozen=True, tag="hello"):
 
 
 class Run(_Frame, frozen=True, tag="run"):
-    """Run ``lattice`` with this argv (the program's name left out), once for this id (I6).
+    """Run ``lattice`` with this argv, without the program's name, once for this id (I6).
 
-    ``age_s`` is 0 unless it may have been sent before: then how many seconds ago that was first done.
+    ``age_s`` is the number of seconds since the request was first sent, 0 for the first attempt.
     """
 
     id: RequestId
@@ -154,10 +153,10 @@ class Run(_Frame, frozen=True, tag="run"):
 
 
 class Put(_Frame, frozen=True, tag="put"):
-    """A plan or notes as edited here: ``text``, made from ``base`` (None: there was no file).
+    """Store a plan or notes: ``text``, edited from ``base`` (None: there was no file). Capability ``put-text``.
 
-    ``age_s`` as in ``Run``. Capability ``put-text``. With ``base_digest``, which takes the capability ``put-base``,
-    ``base`` is None and stands for the server's own text if that has this digest; else it is refused.
+    With ``base_digest`` (capability ``put-base``), ``base`` is None and the base is the server's text. The request is
+    refused if that text has another digest. ``age_s`` is the same as in ``Run``.
     """
 
     id: RequestId
@@ -169,11 +168,11 @@ class Put(_Frame, frozen=True, tag="put"):
 
 
 class Call(_Frame, frozen=True, tag="call"):
-    """Carry out an operation of one of lattice's surfaces, once for this id (I6).
+    """Carry out an operation of one of lattice's surfaces, once for this id (I6). Capability ``call:SURFACE``.
 
     ``surface`` is ``dashboard`` (``name`` is the path of a POST), ``mcp`` (the name of a tool) or ``storage`` (a write
-    of a program); ``payload`` is JSON: the request's body, the tool's arguments, what is to be written. ``age_s`` as in
-    ``Run``. Capability ``call:SURFACE``.
+    of a program). ``payload`` is JSON: the request's body, the tool's arguments or the data to write. ``age_s`` is the
+    same as in ``Run``.
     """
 
     id: RequestId
@@ -185,10 +184,10 @@ class Call(_Frame, frozen=True, tag="call"):
 
 
 class Upload(_Frame, frozen=True, tag="upload"):
-    """A piece of content that requests can refer to by its ``digest``; empty at offset 0, a question what is there.
+    """A piece of content to which requests refer by ``digest``. Empty at offset 0, it asks how much is there.
 
-    ``purpose`` says what it is for, which bounds its size: ``attachment``, a file of a command, or ``project``,
-    a pack for ``Push``. Capability ``uploads``.
+    ``purpose`` bounds the size: ``attachment`` for a command's file, ``project`` for the pack of a ``Push``. Capability
+    ``uploads``.
     """
 
     id: RequestId
@@ -200,9 +199,9 @@ class Upload(_Frame, frozen=True, tag="upload"):
 
 
 class Push(_Frame, frozen=True, tag="push"):
-    """Take the project that was uploaded as a pack (``pack.py``) with this digest and size, in place of an empty one.
+    """Replace an empty project with the uploaded pack of this digest and size, once for this id (I6).
 
-    Once for this id (I6). ``age_s`` as in ``Run``. Capability ``push``.
+    ``age_s`` is the same as in ``Run``. Capability ``push``.
     """
 
     id: RequestId
@@ -212,9 +211,9 @@ class Push(_Frame, frozen=True, tag="push"):
 
 
 class Download(_Frame, frozen=True, tag="download"):
-    """Send a piece of a file: at most ``limit`` bytes from ``offset`` on, if its content has this digest.
+    """Request at most ``limit`` bytes of a file from ``offset``, if its content has this digest.
 
-    Without a digest, of whatever the file holds. Capability ``downloads``.
+    Without a digest, any content is sent. Capability ``downloads``.
     """
 
     id: RequestId
@@ -225,21 +224,21 @@ class Download(_Frame, frozen=True, tag="download"):
 
 
 class Fetch(_Frame, frozen=True, tag="fetch"):
-    """Send the content of these files."""
+    """Request the content of these files."""
 
     paths: Annotated[list[_Path], Meta(min_length=1, max_length=MAX_FETCH_PATHS)]
 
 
 class Manifest(_Frame, frozen=True, tag="manifest"):
-    """Send the list of all files."""
+    """Request the list of all files."""
 
 
 class Log(_Frame, frozen=True, tag="log"):
-    """Tell who changed what, newest first: at most ``limit`` changes, those of one task if it is named.
+    """Request at most ``limit`` changes, newest first. Capability ``log``.
 
-    ``task`` is a task's id or short id, "" for all. ``before`` goes on where a ``LogPage.before`` says, None
-    begins with the newest. Capability ``log``. ``text`` selects the changes of the task's plan or notes: each
-    entry then names a version of that text. Capability ``versions``.
+    ``task`` is a task's id or short id, "" for all tasks. ``before`` is the previous ``LogPage.before``, None for the
+    first page. ``text`` selects the changes of the task's plan or notes, the versions of that text (capability
+    ``versions``).
     """
 
     id: RequestId
@@ -250,9 +249,9 @@ class Log(_Frame, frozen=True, tag="log"):
 
 
 class ReadVersion(_Frame, frozen=True, tag="read-version"):
-    """Ask for a task's plan or notes as of the change (``epoch``, ``seq``), which must be one of that text.
+    """Request a task's plan or notes as of the change (``epoch``, ``seq``), which must have changed that text.
 
-    An empty ``epoch`` is the newest with such a change. Capability ``versions``.
+    An empty ``epoch`` selects the newest epoch with such a change. Capability ``versions``.
     """
 
     id: RequestId
@@ -263,10 +262,10 @@ class ReadVersion(_Frame, frozen=True, tag="read-version"):
 
 
 class Follow(_Frame, frozen=True, tag="follow"):
-    """Send the changes after ``seq`` (None: after the head) to a connection that has no copy and only looks on.
+    """Subscribe a connection without a cache to the changes after ``seq`` (None: the head). Capability ``follow``.
 
-    Once, on a connection whose Hello did not follow. ``mark`` is that of the change at ``seq``, empty when it is not
-    known: then nothing can prove that the server was rolled back. Capability ``follow``.
+    Allowed once, on a connection whose Hello did not follow. ``mark`` is the id of the change at ``seq``, empty if
+    unknown; then a rollback of the server is not detected.
     """
 
     epoch: Epoch = ""
@@ -275,9 +274,9 @@ class Follow(_Frame, frozen=True, tag="follow"):
 
 
 class Applied(_Frame, frozen=True, tag="applied"):
-    """The client's files hold every change up to ``seq``. Informs only.
+    """Report that the client's files hold every change up to ``seq``. Informational.
 
-    ``held_s`` is for how long they have held the last of these, in seconds; None when that is not known.
+    ``held_s`` is the number of seconds since the last of them was applied; None if unknown.
     """
 
     seq: Seq
@@ -285,19 +284,19 @@ class Applied(_Frame, frozen=True, tag="applied"):
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the server takes, in bytes."""
+    """The server's limits in bytes."""
 
     max_frame_bytes: _Size
     max_file_bytes: _Size
     max_text_bytes: _Size = 1024 * 1024
-    """Of a plan or notes."""
+    """Maximum length of a plan or notes."""
 
 
 class Welcome(_Frame, frozen=True, tag="welcome"):
     """The server's first frame.
 
-    With ``resync`` the client's copy can't be continued: it asks for the manifest. Otherwise the changes
-    after its number follow. ``oldest`` is the first change that can still be replayed.
+    With ``resync`` the client's cache cannot be continued and the client requests the manifest. Otherwise the changes
+    after its position follow. ``oldest`` is the first change that can still be replayed.
     """
 
     version: int
@@ -313,17 +312,16 @@ class Welcome(_Frame, frozen=True, tag="welcome"):
     act_as: list[_Short] = []
     capabilities: list[_Short] = []
     lost: bool = False
-    """The server has no record of the copy's position: it lacks changes that the copy may have."""
+    """The server has no record of the cache's position: it lacks changes that the cache may have."""
     used: _Short = ""
-    """What shows that something was done in the project, such as ``3 tasks``; "" when it is empty, or not said."""
+    """The content that shows that the project is in use, for example ``3 tasks``; "" if it is empty or unknown."""
 
 
 class Change(_Frame, frozen=True, tag="change"):
-    """One change: what was written, by whom, when, and because of what.
+    """One change: its operations in order, author, time and cause.
 
-    ``cause`` is the id of the request, or ``edit`` (somebody changed the server's files), or ``recovery``.
-    ``actor`` is who the command acted as; ``token_actor`` is whose token it was, "" when that is the same.
-    ``time`` is UTC, RFC 3339 with milliseconds. The operations are applied in order.
+    ``cause`` is a request id, ``edit`` (the server's files were edited) or ``recovery``. ``actor`` is the actor of the
+    command; ``token_actor`` is the token's, "" if it is the same. ``time`` is UTC, RFC 3339 with milliseconds.
     """
 
     seq: Annotated[int, Meta(ge=1)]
@@ -338,10 +336,10 @@ class Change(_Frame, frozen=True, tag="change"):
 
 
 class Followed(_Frame, frozen=True, tag="followed"):
-    """The answer to ``Follow``: with ``following`` every change after ``seq`` comes, in order, with no gap.
+    """The reply to ``Follow``. With ``following``, every change after ``seq`` follows in order, without a gap.
 
-    Else none does: those after ``seq`` are not kept any more (``expired``; ``oldest`` is the first that is), there is
-    no change ``seq`` yet (``ahead``), or the epoch is another (``epoch``).
+    Otherwise none does. ``expired``: those after ``seq`` are no longer kept, ``oldest`` is the first that is;
+    ``ahead``: there is no change ``seq`` yet; ``epoch``: the epoch is another.
     """
 
     seq: Seq
@@ -350,11 +348,11 @@ class Followed(_Frame, frozen=True, tag="followed"):
     head: Seq
     oldest: Seq
     mark: Mark = b""
-    """Of the change at ``seq`` when the changes after it follow."""
+    """Id of the change at ``seq``, when the changes after it follow."""
 
 
 class Reply(_Frame, frozen=True, tag="reply"):
-    """A command's outcome. Every change up to ``seq`` has travelled before it on this connection."""
+    """A command's result. Every change up to ``seq`` was sent before it on this connection."""
 
     id: RequestId
     seq: Seq
@@ -364,9 +362,9 @@ class Reply(_Frame, frozen=True, tag="reply"):
 
 
 class Returned(_Frame, frozen=True, tag="returned"):
-    """The outcome of a ``Call``: ``status`` as in HTTP, ``payload`` JSON. What did not succeed changed nothing.
+    """The result of a ``Call``: ``status`` as in HTTP, ``payload`` JSON. A failed call changed nothing.
 
-    Every change up to ``seq`` has travelled before it on this connection.
+    Every change up to ``seq`` was sent before it on this connection.
     """
 
     id: RequestId
@@ -376,7 +374,7 @@ class Returned(_Frame, frozen=True, tag="returned"):
 
 
 class Stored(_Frame, frozen=True, tag="stored"):
-    """The outcome of a ``Put``; on ``conflict`` the server's text is unchanged, and so is every file."""
+    """The result of a ``Put``. A ``conflict`` changes no file on the server."""
 
     id: RequestId
     seq: Seq
@@ -384,9 +382,9 @@ class Stored(_Frame, frozen=True, tag="stored"):
 
 
 class Uploaded(_Frame, frozen=True, tag="uploaded"):
-    """The answer to ``Upload``: so many bytes of the content are there, without a gap.
+    """The reply to ``Upload``: the number of bytes that have arrived without a gap.
 
-    With all of them it has its digest, and can be referred to.
+    When all have arrived, the digest is verified and requests can refer to the content.
     """
 
     id: RequestId
@@ -394,7 +392,7 @@ class Uploaded(_Frame, frozen=True, tag="uploaded"):
 
 
 class Pushed(_Frame, frozen=True, tag="pushed"):
-    """The outcome of a ``Push``: the project is that of the pack now, in a new epoch. ``notes`` are for its user."""
+    """The result of a ``Push``: the project has the pack's content, in a new epoch. ``notes`` are for the user."""
 
     id: RequestId
     seq: Seq
@@ -405,7 +403,7 @@ class Pushed(_Frame, frozen=True, tag="pushed"):
 
 
 class Downloaded(_Frame, frozen=True, tag="downloaded"):
-    """The answer to ``Download``: what the file is at ``seq``, and the piece of it that was asked for."""
+    """The reply to ``Download``: size and digest of the file at ``seq``, and the piece requested."""
 
     id: RequestId
     seq: Seq
@@ -423,7 +421,7 @@ class Entry(msgspec.Struct, frozen=True):
 
 
 class Entries(_Frame, frozen=True, tag="entries"):
-    """A piece of the manifest as it is at ``seq``; ``last`` ends it."""
+    """A piece of the manifest at ``seq``; ``last`` ends it."""
 
     seq: Seq
     mark: Mark
@@ -432,7 +430,7 @@ class Entries(_Frame, frozen=True, tag="entries"):
 
 
 class Part(_Frame, frozen=True, tag="part"):
-    """A piece of a file as it was at ``seq``; the piece that reaches ``size`` ends it. ``gone``: no such file."""
+    """A piece of a file at ``seq``; the piece that reaches ``size`` ends it. ``gone``: there is no such file."""
 
     path: _Path
     seq: Seq
@@ -444,10 +442,10 @@ class Part(_Frame, frozen=True, tag="part"):
 
 
 class LogEntry(msgspec.Struct, frozen=True):
-    """One change as the log tells it: the fields of ``Change`` without operations, and the tasks that they touch.
+    """One change in the log: the fields of ``Change`` without operations, and the tasks it touches.
 
-    ``tasks`` are ids, sorted, the first ``MAX_LOG_TASKS``; ``more_tasks`` counts the others. ``epoch`` tells
-    apart two changes of one number.
+    ``tasks`` are ids, sorted, at most ``MAX_LOG_TASKS``; ``more_tasks`` counts the others. ``epoch`` distinguishes
+    changes with the same sequence number.
     """
 
     seq: Seq
@@ -461,14 +459,14 @@ class LogEntry(msgspec.Struct, frozen=True):
     tasks: Annotated[list[_Short], Meta(max_length=MAX_LOG_TASKS)]
     more_tasks: _Size = 0
     text_bytes: _Size | None = None
-    """In the answer to a ``Log`` with ``text``: the length of that text after the change; None: removed or moved."""
+    """With ``Log.text``: the length of the text after the change; None: removed or moved."""
     mark: Mark = b""
 
 
 class LogPage(_Frame, frozen=True, tag="log-page"):
-    """The answer to ``Log``: entries, newest first, perhaps none though there are more.
+    """The reply to ``Log``: entries, newest first. A page may be empty although more follow.
 
-    ``before`` is what to ask for next; None when the log that is kept has been read to its beginning.
+    ``before`` requests the next page; None at the beginning of the log.
     """
 
     id: RequestId
@@ -477,7 +475,7 @@ class LogPage(_Frame, frozen=True, tag="log-page"):
 
 
 class Version(_Frame, frozen=True, tag="version"):
-    """The answer to ``ReadVersion``: the whole text, at most ``MAX_VERSION_BYTES``."""
+    """The reply to ``ReadVersion``: the whole text, at most ``MAX_VERSION_BYTES``."""
 
     id: RequestId
     epoch: Epoch
@@ -486,7 +484,7 @@ class Version(_Frame, frozen=True, tag="version"):
 
 
 class Refused(_Frame, frozen=True, tag="refused"):
-    """A request was not carried out; it had no effect, except with ``REMOTE_UNKNOWN_OUTCOME``: nobody knows."""
+    """A request was refused without effect, except with ``REMOTE_UNKNOWN_OUTCOME``: its effect is unknown."""
 
     id: RequestId
     code: _Short
@@ -494,7 +492,7 @@ class Refused(_Frame, frozen=True, tag="refused"):
 
 
 class Bye(_Frame, frozen=True, tag="bye"):
-    """The server's last frame: why it closes, and in how many seconds to come back (None: don't)."""
+    """The server's last frame: the reason, and the seconds until the client may reconnect (None: never)."""
 
     code: _Short
     reason: _Line
@@ -510,15 +508,15 @@ CAPABILITY_OF: Mapping[type, str] = {
     Follow: "follow",
     ReadVersion: "versions",
 }
-"""What both sides must have named before a frame of this kind is sent, and answered; see ``needed_capability``."""
+"""Capability that both sides must have named before a frame of this kind is sent; see ``needed_capability``."""
 Write = Run | Put | Push | Call
-"""A request that may change something, once for its id (I6)."""
+"""A request that may change the project, once for its id (I6)."""
 Request = Write | Log | ReadVersion | Upload | Download
-"""What a server answers, by its id."""
+"""A request that the server answers by id."""
 Response = Reply | Stored | Pushed | Returned | LogPage | Version | Uploaded | Downloaded | Refused
-"""What answers a ``Request``."""
+"""A reply to a ``Request``."""
 Result = Reply | Stored | Pushed | Returned
-"""What answers a request that was carried out; it is journalled, and has the number up to which it is true."""
+"""A reply to a request that ran. It is journalled, with the sequence number up to which it is true."""
 ClientFrame = (
     Hello | Run | Put | Push | Call | Fetch | Manifest | Log | ReadVersion | Upload | Download | Follow | Applied
 )
@@ -526,7 +524,7 @@ ServerFrame = Welcome | Change | Followed | Entries | Part | Response | Bye
 
 
 def needed_capability(frame: Request) -> str | None:
-    """Return what both sides must have named before this frame is sent, and answered; None when that is nothing."""
+    """Return the capability that both sides must have named before this frame is sent; None if none is needed."""
     if isinstance(frame, Call):
         return f"call:{frame.surface}"
     if isinstance(frame, Put) and frame.base_digest:

@@ -1,7 +1,7 @@
-"""What a change does to files: six operations, and how a tree applies them (SPEC section 4).
+"""File operations of a change, and their application to a tree (SPEC section 4).
 
-Every operation says what the file must be before or after, so that applying is idempotent and drift is
-noticed: a path on which the operation can't be applied is returned, and its content is then fetched whole.
+Every operation states the file's content before or after it. Applying is therefore idempotent and detects drift:
+``apply`` returns a path on which the operation does not fit, and the client fetches its whole content.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 TAIL_BYTES = 4096
-"""How many bytes before the end of a file vouch for it when something is appended."""
+"""Number of bytes before the end of a file that an append verifies."""
 
 Digest = Annotated[bytes, Meta(min_length=32, max_length=32)]
 """SHA-256, 32 bytes."""
@@ -45,13 +45,13 @@ class _Operation(msgspec.Struct, frozen=True, tag_field="op"):
 
 
 class PutFile(_Operation, frozen=True, tag="put"):
-    """The whole file, replaced atomically. Afterwards it is exactly ``data``."""
+    """Replace the whole file with ``data``, atomically."""
 
     data: bytes
 
 
 class AppendBytes(_Operation, frozen=True, tag="append"):
-    """``data`` at ``offset``, the file's size before. ``tail`` is the digest of its last ``TAIL_BYTES`` before."""
+    """Append ``data`` at ``offset``, the file's size before. ``tail`` is the digest of ``TAIL_BYTES`` before it."""
 
     offset: _Size
     tail: Digest
@@ -59,25 +59,25 @@ class AppendBytes(_Operation, frozen=True, tag="append"):
 
 
 class MergeJson(_Operation, frozen=True, tag="merge"):
-    """An RFC 7396 patch (JSON) on a canonical JSON file; ``digest`` is that of the canonical result."""
+    """Apply an RFC 7396 patch to a canonical JSON file; ``digest`` is that of the canonical result."""
 
     patch: bytes
     digest: Digest
 
 
 class MoveFile(_Operation, frozen=True, tag="move"):
-    """The file at ``path``, whose content has ``digest``, becomes ``to``."""
+    """Rename the file at ``path``, whose content has ``digest``, to ``to``."""
 
     to: _Path
     digest: Digest
 
 
 class DeleteFile(_Operation, frozen=True, tag="delete"):
-    """Afterwards there is no file at ``path``."""
+    """Delete the file at ``path``."""
 
 
 class AnnounceFile(_Operation, frozen=True, tag="announce"):
-    """A large file's size and digest; each client fetches its content in pieces."""
+    """Size and digest of a large file, whose content each client fetches in pieces."""
 
     size: _Size
     digest: Digest
@@ -87,25 +87,25 @@ Operation = PutFile | AppendBytes | MergeJson | MoveFile | DeleteFile | Announce
 
 
 class Tree(Protocol):
-    """A replicated tree: plain files on disk, or a dictionary in a test. Paths were checked before."""
+    """A replicated tree: files on disk, or a dictionary in a test. Callers check paths first."""
 
     def size(self, path: str) -> int | None:
-        """Return the file's size in bytes, None when there is no file."""
+        """Return the file's size in bytes, None if there is no file."""
 
     def read(self, path: str, offset: int = 0) -> bytes:
         """Return the content from ``offset`` on."""
 
     def replace(self, path: str, data: bytes) -> None:
-        """Make the file exactly ``data``, atomically, with its parent directories (I8)."""
+        """Replace the file with ``data`` atomically; create its parent directories (I8)."""
 
     def append(self, path: str, data: bytes) -> None:
-        """Add ``data`` at the end in one write; creates the file."""
+        """Append ``data`` in one write; create the file if it is missing."""
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing what is at ``to``."""
+        """Rename the file, replacing one at ``to``."""
 
     def delete(self, path: str) -> None:
-        """Remove the file; nothing happens when there is none."""
+        """Delete the file, if it exists."""
 
 
 def digest_of(data: bytes) -> bytes:
@@ -114,12 +114,12 @@ def digest_of(data: bytes) -> bytes:
 
 
 def canonical_json(value: object) -> bytes:
-    """Return the one form in which Lattice writes JSON files: sorted keys, two spaces, ASCII, a final newline."""
+    """Return JSON as Lattice writes it: sorted keys, two spaces, ASCII, a final newline."""
     return (json.dumps(value, sort_keys=True, indent=2) + "\n").encode()
 
 
 def merge_patch(target: object, patch: object) -> object:
-    """Apply an RFC 7396 merge patch and return the result; the arguments are left alone."""
+    """Return ``target`` with an RFC 7396 merge patch applied; the arguments stay unchanged."""
     if not isinstance(patch, dict):
         return patch
     result: dict[str, Any] = dict(cast("dict[str, Any]", target)) if isinstance(target, dict) else {}
@@ -137,10 +137,9 @@ def paths_of(operation: Operation) -> tuple[str, ...]:
 
 
 def apply(operation: Operation, tree: Tree) -> frozenset[str]:
-    """Apply one operation; return the paths whose content must be fetched because they were not as expected.
+    """Apply one operation; return the paths that drifted and must be fetched.
 
-    Idempotent: applying it again to its own result changes nothing. Errors of the tree itself (a full disk)
-    come through; the operation can then be applied again.
+    Idempotent. Errors of the tree (for example a full disk) propagate; the operation can then be applied again.
     """
     match operation:
         case PutFile():
@@ -204,18 +203,18 @@ def _move(operation: MoveFile, tree: Tree) -> frozenset[str]:
 
 
 def weight_of(operation: Operation) -> int:
-    """Return about how many bytes an operation takes in memory: 200 for its paths and itself, and its content."""
+    """Return the approximate memory of an operation in bytes: its content, and 200 for paths and overhead."""
     return 200 + len(getattr(operation, "data", b"")) + len(getattr(operation, "patch", b""))
 
 
 class MemoryTree:
-    """The ``operations.Tree`` of a dictionary, path to content; the dictionary itself is changed."""
+    """An ``operations.Tree`` over a dictionary from path to content, which it changes."""
 
     def __init__(self, files: dict[str, bytes] | None = None) -> None:
         self.files: dict[str, bytes] = {} if files is None else files
 
     def size(self, path: str) -> int | None:
-        """Return the content's length in bytes, None where there is no file."""
+        """Return the content's length in bytes, None if there is no file."""
         return len(self.files[path]) if path in self.files else None
 
     def read(self, path: str, offset: int = 0) -> bytes:
@@ -223,17 +222,17 @@ class MemoryTree:
         return self.files[path][offset:]
 
     def replace(self, path: str, data: bytes) -> None:
-        """Make the content ``data``."""
+        """Set the content."""
         self.files[path] = data
 
     def append(self, path: str, data: bytes) -> None:
-        """Add ``data`` at the end."""
+        """Append ``data``."""
         self.files[path] = self.files.get(path, b"") + data
 
     def move(self, path: str, to: str) -> None:
-        """Rename, replacing what is at ``to``."""
+        """Rename the file, replacing one at ``to``."""
         self.files[to] = self.files.pop(path)
 
     def delete(self, path: str) -> None:
-        """Remove; nothing happens where there is no file."""
+        """Delete the file, if it exists."""
         self.files.pop(path, None)

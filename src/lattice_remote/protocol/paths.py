@@ -1,8 +1,8 @@
-"""Which paths belong to the replicated tree, and which of them people edit in place (I9).
+"""Paths of the replicated tree, and of the texts that users edit in place (I9).
 
-A path is relative to ``.lattice/``, with ``/`` between its components. What is left out everywhere: anything
-whose component starts with a dot (temporary files, our own ``.base/``), ``locks/``, and the three files that
-make a directory a cache. Editors' backups are left out in ``plans/`` and ``notes/``.
+A path is relative to ``.lattice/``, with ``/`` between components. Never replicated: components that start with a dot
+(temporary files, ``.base/``), ``locks/``, the three files that make a directory a cache, and editors' backups in
+``plans/`` and ``notes/``.
 """
 
 import re
@@ -38,21 +38,22 @@ DIRECTORIES = (
     "sessions/archive",
     "tasks",
 )
-"""What ``lattice init`` makes below ``.lattice``: these are there also when nothing is in them."""
+"""Directories that ``lattice init`` creates below ``.lattice``; they exist even when empty."""
 
 MAX_PATH_BYTES = 512
 MAX_DEPTH = 8
 _MAX_COMPONENT_BYTES = 255
 
 _MAX_RESOURCE_BYTES = 240
-"""Of a resource's name: that of its lock is ``resources_NAME.lock``."""
+"""Maximum length of a resource's name: its lock is ``resources_NAME.lock``."""
 _MAX_SESSION_BYTES = 218
-"""Of a session's name: that of its file in the archive is ``NAME_ID.json``."""
+"""Maximum length of a session's name: its file in the archive is ``NAME_ID.json``."""
 
 _LOCAL_TOP_LEVEL = frozenset({"remote.json", "cache_state.json", "locks"})
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\:\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-"""Separators of other systems, control characters, and those that nobody sees: some file systems ignore them, so that
-``rem\u200bote.json`` is ``remote.json`` there, and some terminals obey them."""
+"""Separators of other systems, control and invisible characters. Some file systems ignore the invisible ones, so that a
+path with one becomes ``remote.json``; some terminals obey control characters.
+"""
 _EDITABLE = re.compile(r"(?:plans|notes)/task_[0-9A-HJKMNP-TV-Za-hjkmnp-tv-z]{26}\.md")
 _EDITED_BY_HAND = ("plans/", "notes/")
 
@@ -61,8 +62,8 @@ def parse_path(path: str) -> tuple[str, ...]:
     """Return the components of a well-formed path.
 
     Raises:
-        HostilePath: empty, absolute, with ``..`` or any component that starts with a dot, with a backslash,
-            colon, control or invisible character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
+        HostilePath: empty, absolute, with ``..`` or a component that starts with a dot, with a backslash, colon,
+            control or invisible character, over ``MAX_PATH_BYTES`` or ``MAX_DEPTH``, or not encodable as UTF-8.
     """
     try:
         size = len(path.encode())
@@ -82,7 +83,7 @@ def parse_path(path: str) -> tuple[str, ...]:
 
 
 def is_component(name: str, max_bytes: int = _MAX_COMPONENT_BYTES) -> bool:
-    """Tell whether a name can be that of a file or directory in the replicated tree; never raises."""
+    """Return whether a file or directory of the replicated tree can have this name; never raise."""
     try:
         return parse_path(name) == (name,) and len(name.encode()) <= max_bytes
     except HostilePath:
@@ -90,29 +91,29 @@ def is_component(name: str, max_bytes: int = _MAX_COMPONENT_BYTES) -> bool:
 
 
 def is_resource_name(name: str) -> bool:
-    """Tell whether a resource of this name can be shared: lattice makes a directory of that name."""
+    """Return whether a resource of this name can be shared: lattice makes a directory with the name."""
     return is_component(name, _MAX_RESOURCE_BYTES)
 
 
 def is_session_name(name: str) -> bool:
-    """Tell whether a session of this name can be shared: lattice makes a file of that name, beside its index."""
+    """Return whether a session of this name can be shared: lattice makes a file with the name, beside its index."""
     return name.casefold() != "index" and is_component(name, _MAX_SESSION_BYTES)
 
 
 def is_replicated(path: str) -> bool:
-    """Tell whether a path is part of the tree that server and caches share; never raises."""
+    """Return whether a path belongs to the tree that server and caches share; never raise."""
     try:
         components = parse_path(path)
     except HostilePath:
         return False
-    if components[0].casefold() in _LOCAL_TOP_LEVEL:  # some file systems don't tell Locks/ from locks/
+    if components[0].casefold() in _LOCAL_TOP_LEVEL:  # some file systems don't distinguish Locks/ and locks/
         return False
-    # What an editor leaves beside a plan (x.md~, #x.md#, x.md.swp, x.md.mine) is its own.
+    # Files that an editor creates beside a plan (x.md~, #x.md#, x.md.swp, x.md.mine) are local.
     return not path.startswith(_EDITED_BY_HAND) or path.endswith(".md")
 
 
 def check_path(path: str) -> str:
-    """Return a path from a peer unchanged if it lies in the replicated tree.
+    """Return a peer's path unchanged if it lies in the replicated tree.
 
     Raises:
         HostilePath: it does not (I9).
@@ -124,10 +125,10 @@ def check_path(path: str) -> str:
 
 
 def is_editable(path: str) -> bool:
-    """Tell whether people edit this file in place: the plan or the notes of a task."""
+    """Return whether users edit this file in place: a task's plan or notes."""
     return _EDITABLE.fullmatch(path) is not None
 
 
 def is_payload(path: str) -> bool:
-    """Tell whether this file is the content of an artifact, which no lattice command needs in order to work."""
+    """Return whether this file is an artifact's content, which no lattice command needs."""
     return path.startswith("artifacts/payload/")

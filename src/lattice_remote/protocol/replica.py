@@ -1,17 +1,16 @@
-"""What a client does with each frame: the state of one copy of a project, without I/O (SPEC section 5).
+"""Client state machine: one cache of a project, without I/O (SPEC section 5).
 
-The shell around it feeds ``receive()`` and performs the effects it returns, in order, before it feeds the next
-frame. Files are the shell's; the replica decides which operations reach them, which files must be fetched
-whole, and at which number of the history the copy stands:
+The shell feeds ``receive()`` and performs the returned effects in order before it feeds the next frame. The shell owns
+the files; the replica decides which operations to apply, which files to fetch, and the cache's position:
 
-    idle --hello()--> greeting --Welcome--> following <--> comparing (a manifest is being read)
+    idle --hello()--> greeting --Welcome--> following <--> comparing (reading a manifest)
 
-Its promise: when ``position`` is (epoch, n) and ``wanted`` is empty, the files equal the server's tree at
-(epoch, n) (I3); a path in ``wanted`` is one of which that can't be said yet, so the number is never ahead of
-the files (I5). Any interleaving of cuts, repeats, restarts and epochs gets there.
+When ``position`` is (epoch, n) and ``wanted`` is empty, the files equal the server's tree at (epoch, n) (I3). A path in
+``wanted`` is not guaranteed yet, so the position is never ahead of the files (I5). This holds for every interleaving of
+cuts, repeats, restarts and epochs.
 
-Large contents of artifacts may be left out: they are in ``away``, with what they are, and nobody waits for them. The
-shell gets them by their digest (``Download``), now or never, and says when one is ``here()``.
+Large contents of artifacts may be deferred: they are in ``away`` with size and digest, and replies do not wait for
+them. The shell downloads them by digest (``Download``) at any time and reports each with ``here()``.
 """
 
 import enum
@@ -70,13 +69,13 @@ from lattice_remote.protocol.transfers import Arriving, ManifestComparison
 __all__ = ["LARGE_BYTES", "Replica", "State"]
 
 FETCH_BATCH = 256
-"""How many files are asked for at once."""
+"""Number of files per ``Fetch``."""
 LARGE_BYTES = 256 * 1024
-"""An artifact's content of more than this may be left out; a smaller one comes with everything else."""
+"""Size in bytes above which an artifact's content may be deferred."""
 
 
 class State(enum.Enum):
-    """Where the conversation stands."""
+    """State of the connection."""
 
     IDLE = "idle"
     GREETING = "greeting"
@@ -85,7 +84,7 @@ class State(enum.Enum):
 
 
 class Replica:
-    """One copy of a project. Not thread-safe; see the module's text for how a shell drives it."""
+    """One cache of a project. Not thread-safe."""
 
     def __init__(
         self,
@@ -97,45 +96,47 @@ class Replica:
         away: Mapping[str, Content | None] | None = None,
     ) -> None:
         self.position = position
-        """Where the copy stands: every change up to here is in the files, except in ``wanted`` ones."""
+        """Position of the cache: the files hold every change up to here, except for those in ``wanted``."""
         self.wanted: dict[str, int] = dict.fromkeys(wanted, position.seq)
-        """Paths of which ``position`` can't be said yet, with the least number at which they must be read.
+        """Paths that ``position`` does not cover yet, with the least sequence number at which they must be read.
 
-        A file that was read at a later number than ``position`` stays here until the changes up to there came:
-        should the server lose them (I7), it is fetched again.
+        A file that was read ahead of ``position`` stays until the changes up to there arrive: if the server loses them
+        (I7), the file is fetched again.
         """
         self.away: dict[str, Content | None] = dict(away or {})
-        """Contents of artifacts that are left out, and what they are at ``position``; None: only the server knows.
+        """Deferred contents of artifacts, with size and digest at ``position``; None: known to the server only.
 
-        The file may hold nothing, or what it held before.
+        The file may be empty, or hold its earlier content.
         """
         self.away_version = 0
-        """Grows whenever ``away`` changes."""
+        """Incremented whenever ``away`` changes."""
         self._may_leave_out = away is not None
         self.held: set[str] = set()
-        """Those of ``wanted`` that somebody is editing here: not fetched until ``release()``."""
+        """Paths in ``wanted`` with a local edit: not fetched until ``release()``."""
         self.welcome: Welcome | None = None
-        """What the server said of itself on this connection; None before."""
+        """The server's Welcome on this connection; None before."""
         self.state = State.IDLE
         self.head = position.seq
-        """The highest number that the server has named on this connection."""
+        """Highest sequence number that the server named on this connection."""
         self._follow = follow
         self._capabilities = list(capabilities)
         self._requested: set[str] = set()
         self._arriving = Arriving()
-        self._floors: dict[str, int] = {}  # path -> number at which its content was read, while that is ahead of us
+        self._floors: dict[
+            str, int
+        ] = {}  # path -> sequence number at which its content was read, while that is ahead of the position
         self._comparison: ManifestComparison | None = None
         self._answers: list[Result] = []
 
     @property
     def is_current(self) -> bool:
-        """Whether the files hold everything that the server has told of, as far as nobody edits them."""
+        """Whether the files hold every known change, apart from local edits."""
         return self.state is State.FOLLOWING and self.position.seq >= self.head and len(self.wanted) == len(self.held)
 
-    # --- the connection ---
+    # --- connection ---
 
     def hello(self, *, client_version: str, lattice_version: str) -> Hello:
-        """Start a conversation on a new connection and return its first frame."""
+        """Start a session on a new connection; return its first frame."""
         self.state = State.GREETING
         self.welcome = None
         self._forget_requests()
@@ -153,16 +154,16 @@ class Replica:
         )
 
     def disconnected(self) -> None:
-        """The connection is gone; requests without an answer are the shell's to ask again."""
+        """Reset the session. The shell resends unanswered requests."""
         self.state = State.IDLE
         self.welcome = None
 
     def receive(self, frame: ServerFrame) -> list[Effect]:
-        """Take one frame and return what to do, in order.
+        """Process one frame; return the effects in order.
 
         Raises:
-            ProtocolError: the server broke the protocol (a gap in the numbers, a frame out of turn); the
-                connection must be closed. Nothing of the frame was taken.
+            ProtocolError: the server violated the protocol (a gap in the numbers, a frame out of turn). The frame had
+                no effect; close the connection.
         """
         greeting = isinstance(frame, Welcome) and self.state is State.GREETING
         talking = not isinstance(frame, Welcome) and self.state in (State.FOLLOWING, State.COMPARING)
@@ -198,16 +199,16 @@ class Replica:
                 code="REMOTE_VERSION",
             )
         if self._follow and not frame.resync and frame.epoch != self.position.epoch:
-            raise ProtocolError("the server continues an epoch that this copy is not in")
+            raise ProtocolError("the server continues an epoch other than the cache's")
         if self._follow and not frame.resync and frame.head < self.position.seq:
-            raise ProtocolError(f"the server continues at {frame.head}, this copy is already at {self.position.seq}")
+            raise ProtocolError(f"the server's head {frame.head} is behind the cache's position {self.position.seq}")
         self.welcome = frame
         self.head = frame.head
         self.state = State.FOLLOWING
         self._floors.clear()
-        # Their old numbers may lie in a future that the server has lost; what it reads now is good enough.
+        # Their old numbers may be in a future that the server has lost; the content read now is sufficient.
         self.wanted = dict.fromkeys(self.wanted, self.position.seq)
-        if not self.leaves_out:  # a server that was downgraded: they come as everything else does
+        if not self.leaves_out:  # a downgraded server: they are fetched like other files
             for path in list(self.away):
                 self._want(path, self.position.seq)
         if not self._follow or not frame.resync:
@@ -222,7 +223,7 @@ class Replica:
 
     def _changed(self, change: Change) -> Iterator[Effect]:
         if not self._follow:
-            raise ProtocolError(f"change {change.seq} on a connection that only writes")
+            raise ProtocolError(f"change {change.seq} on a connection that did not subscribe")
         if self._comparison is not None and (self._comparison.seq >= 0 or not self.position.epoch):
             self._comparison.keep(change)
             return
@@ -236,7 +237,7 @@ class Replica:
         yield from self._answers_ready()
 
     def _advance(self, change: Change) -> ApplyChange:
-        """Go on by one change; no ``Save`` may come before what is returned, since ``position`` is past it already."""
+        """Advance by one change. ``position`` already includes it, so no ``Save`` may precede the returned effects."""
         operations = tuple(op for given in change.ops for op in self._reduce(given, change))
         self.position = Position(self.position.epoch, change.seq, change.mark)
         for path in [path for path, floor in self._floors.items() if floor <= change.seq]:
@@ -244,9 +245,9 @@ class Replica:
         return ApplyChange(change, operations)
 
     def _reduce(self, operation: Operation, change: Change) -> Iterator[Operation]:
-        """Yield what of an operation still has to reach the files now, given what was or will be fetched."""
+        """Yield the parts of an operation to apply now, given the files already fetched or requested."""
         path, seq = operation.path, change.seq
-        if path in self._floors:  # read at this number or later: the operation is in it
+        if path in self._floors:  # read at this number or later, so its content includes the operation
             if isinstance(operation, MoveFile) and operation.to not in self._floors:
                 self._want(operation.to, seq)
             return
@@ -288,7 +289,7 @@ class Replica:
             yield operation
 
     def _arrived(self, path: str) -> list[Effect]:
-        """All pieces of a file are here: return what was kept for it."""
+        """Return the operations kept for a file that has arrived completely."""
         later = self._arriving.forget(path)
         self._unwant(path)
         return [ApplyChange(change, (operation,)) for change, operation in later]
@@ -298,38 +299,38 @@ class Replica:
         self._arriving.clear()
 
     def drifted(self, paths: Iterable[str]) -> list[Effect]:
-        """These files were not what an operation or a digest expected: have them fetched whole."""
+        """Fetch files whole that did not match an operation or a digest."""
         for path in paths:
             self._want(path, self.position.seq)
         return self._requests()
 
-    # --- what is left out ---
+    # --- deferred contents ---
 
     @property
     def leaves_out(self) -> bool:
-        """Whether large contents of artifacts are left out of what is fetched; known while connected."""
+        """Whether large contents of artifacts are deferred; known while connected."""
         return self._may_leave_out and self.welcome is not None and "downloads" in self.welcome.capabilities
 
     def may_leave_out(self, path: str, size: int) -> bool:
-        """Whether a file of this size, that is not here, is left out."""
+        """Whether a missing file of this size is deferred."""
         return self.leaves_out and size > LARGE_BYTES and is_payload(path)
 
     def leave_out(self, path: str) -> None:
-        """Others have changed this content of an artifact: leave it out, until the server has said what it is."""
-        assert self.leaves_out, "nobody would fetch it"
+        """Defer an artifact's content that another program changed, until the server has sent size and digest."""
+        assert self.leaves_out, "its content would never be fetched"
         self._leave_out(path, None)
 
     def learned(self, path: str, content: Content, seq: int) -> bool:
-        """A file that is left out is this at ``seq``; return whether that says what it is at ``position``.
+        """Record a deferred file's size and digest at ``seq``; return whether they hold at ``position``.
 
-        It does not while ``position`` is behind: the changes in between are still to come.
+        They do not while ``position`` is behind ``seq``: the changes in between have yet to arrive.
         """
         if path in self.away and self.away[path] is None and self.position.seq >= seq:
             self._leave_out(path, content)
         return self.away.get(path) == content
 
     def here(self, path: str) -> None:
-        """The file holds what ``away`` says: it is left out no more."""
+        """Record that the file holds the content named in ``away``."""
         del self.away[path]
         self.away_version += 1
 
@@ -339,24 +340,24 @@ class Replica:
         self.away_version += 1
 
     def hold(self, path: str) -> None:
-        """Somebody edits this file here: what the server has for it waits until ``release()``.
+        """Suspend updates of a file with a local edit until ``release()``.
 
-        That must come once the edit was sent, given up or undone, by whichever process.
+        Call ``release()`` once any process has sent, discarded or undone the edit.
         """
         self._want(path, self.position.seq)
         self.held.add(path)
 
     def release(self, paths: Iterable[str]) -> list[Effect]:
-        """The edits on these files are settled: fetch what is still wanted of them."""
+        """Fetch the wanted files among ``paths``, whose edits are settled."""
         self.held.difference_update(paths)
         return [*self._requests(), *self._answers_ready()]
 
     def overtaken(
         self, position: Position, wanted: Iterable[str], away: Mapping[str, Content | None] | None = None
     ) -> list[Effect]:
-        """Another process has brought the same files to ``position``: go on from there. Not while comparing.
+        """Continue from ``position``, to which another process advanced the same files. Not while comparing.
 
-        What was on its way is asked for anew: only the other process knows what the files hold now.
+        Outstanding fetches are sent again: only the other process knows the files' content.
         """
         assert self._comparison is None, "the manifest is compared with the files of one number; greet again"
         self.position = position
@@ -394,7 +395,7 @@ class Replica:
     # --- whole files ---
 
     def _requests(self) -> list[Effect]:
-        """Ask for more of the wanted files once most of the last batch has come."""
+        """Fetch more of the wanted files once most of the last batch has arrived."""
         if self.state is not State.FOLLOWING or self._comparison is not None or len(self._requested) > FETCH_BATCH // 2:
             return []
         paths: list[str] = []
@@ -410,9 +411,9 @@ class Replica:
         if part.offset + len(part.data) > part.size:
             raise ProtocolError(f"part of {part.path!r} reaches beyond its size")
         if not part.data and part.offset < part.size and not part.gone:
-            raise ProtocolError(f"part of {part.path!r} brings nothing")
+            raise ProtocolError(f"part of {part.path!r} is empty")
         if part.path not in self._requested or part.seq < self.wanted.get(part.path, part.seq + 1):
-            return []  # it answers an older request: an operation, an edit or a newer request came since
+            return []  # it answers an older request; an operation, edit or newer request has superseded it
         self.head = max(self.head, part.seq)
         if part.offset == 0:
             self._arriving.begin(part.path, part.seq)
@@ -424,10 +425,10 @@ class Replica:
             effects += [Save(), *self._requests(), *self._answers_ready()]
         return effects
 
-    # --- comparing with the server's manifest ---
+    # --- comparison with the server's manifest ---
 
     def compare(self, *, mend: bool) -> list[Effect]:
-        """Ask for the manifest; a ``Compare`` effect follows. Call while following or comparing."""
+        """Request the manifest; a ``Compare`` effect follows. Call while following or comparing."""
         if self._comparison is not None:
             self._comparison.mend |= mend
             return []
@@ -439,7 +440,7 @@ class Replica:
     def _listed(self, frame: Entries) -> list[Effect]:
         comparison = self._comparison
         if comparison is None or comparison.complete or comparison.seq not in (-1, frame.seq):
-            raise ProtocolError("a manifest that was not asked for")
+            raise ProtocolError("unexpected manifest")
         if self.position.epoch and frame.seq != self.position.seq:
             raise ProtocolError(f"the manifest is of {frame.seq}, but changes came up to {self.position.seq}")
         if comparison.seq < 0:
@@ -450,17 +451,17 @@ class Replica:
         return [Compare(frame.seq, comparison.entries, comparison.mend)]
 
     def verified(self) -> list[Effect]:
-        """The comparison is over and nothing is to be mended: go on."""
+        """End a comparison that needs no repair."""
         comparison = self._finish_comparison()
         applied = [self._advance(change) for change in comparison.later]
         return [*applied, *([Save()] if applied else []), *self._requests(), *self._answers_ready()]
 
     def compared(self, local: Mapping[str, tuple[int, bytes]], *, edited: Iterable[str] = ()) -> list[Effect]:
-        """Mend: fetch what differs from the manifest and remove what it does not list.
+        """Repair the cache: fetch files that differ from the manifest, remove files that it does not list.
 
         Args:
-            local: size in bytes and digest of each file of the copy, ``edited`` ones by their content before.
-            edited: paths with unsent edits; these are left alone, and held where the server has another text, or none.
+            local: size in bytes and digest of each file of the cache; for ``edited`` files those before the edit.
+            edited: paths with unsent edits. They stay unchanged, held if the server's text differs or is missing.
         """
         comparison = self._finish_comparison()
         assert self.welcome is not None, "a manifest only comes after a Welcome"
@@ -487,10 +488,10 @@ class Replica:
         self.state = State.FOLLOWING
         return comparison
 
-    # --- answers ---
+    # --- replies ---
 
     def _answers_ready(self) -> list[Effect]:
-        """Hand on the answers whose changes are in the files; the others wait."""
+        """Return the replies whose changes are in the files; keep the others."""
         if not self._answers or self._comparison is not None:
             return []
         missing = [seq for path, seq in self.wanted.items() if path not in self.held] if self._follow else []
