@@ -43,7 +43,7 @@ LINES: list[tuple[list[str], str]] = [
     (["rebuild", "../../../other/.lattice/config"], ""),
     (["resource", "create", OUT, *ANA], WRITE),
     (["resource", "create", f"{AWAY}/resources/x", *ANA], "tried to use a path that goes up again"),
-    (["resource", "create", "{root}/desk/x", *ANA], READ),
+    (["resource", "create", "{root}/desk/x", *ANA], WRITE),
     (["session", "start", "--agent-type", "../../../../../desk/x", "--model", "m", "--framework", "f"], ""),
     (["init", "--path", "{root}/desk", "--actor", "human:ana", "--project-code", "X"], WRITE),
     (["setup-claude", "--path", "{root}/desk"], WRITE),

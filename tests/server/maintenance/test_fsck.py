@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 from typer.testing import CliRunner
 from worker_process import ANA, WorkerProcess, make_project
@@ -14,6 +16,7 @@ from worker_process import ANA, WorkerProcess, make_project
 from lattice_remote.errors import Misuse
 from lattice_remote.server.cli import app
 from lattice_remote.server.datadir import DataDir
+from lattice_remote.server.journal.repair import place_of
 from lattice_remote.server.journal.segment import segment_paths
 from lattice_remote.server.locks import lock
 from lattice_remote.server.maintenance import fsck_project
@@ -22,7 +25,7 @@ from lattice_remote.server.maintenance.fsck_project import Finding
 from lattice_remote.server.project.audit_log import read_page
 from lattice_remote.server.record_format import frames
 from lattice_remote.server.tokens import TokenFile
-from lattice_remote.server.tree.tree import load_manifest
+from lattice_remote.server.tree.tree import load_manifest, save_manifest
 from lattice_remote.server.tree.undo import Begin, UndoLog
 
 SMALL = '{"segment_bytes": 4096, "max_bytes": 1000000}'
@@ -56,11 +59,14 @@ def make_tokens_of_every_kind(tokens: TokenFile) -> None:
 
 @pytest.fixture
 def data(original: Path, tmp_path: Path) -> DataDir:
-    """A copy with the same inodes' ages: nothing in it looks edited."""
-    import shutil
-
+    """A copy that passes for the original: no edits, and no new epoch."""
     copy = tmp_path / "data"
     shutil.copytree(original, copy, symlinks=True)
+    journal = copy / "projects/web/journal"
+    listed = load_manifest(journal / "manifest")
+    assert listed is not None
+    moved = msgspec.structs.replace(listed, place=place_of(journal))
+    save_manifest(journal / "manifest", msgspec.msgpack.encode(moved))
     with WorkerProcess(copy / "projects/web", settings=SMALL) as worker:
         worker.stop()
     return DataDir(copy)
@@ -210,7 +216,7 @@ def contents(data: DataDir) -> set[bytes]:
     """Return the content of every file, and of every record of the journal."""
     found = set()
     for path in data.path.rglob("*"):
-        if path.is_file() and path.name not in (".lock", ".writer.lock"):
+        if path.is_file() and path.name not in (".lock", ".writer.lock", "tree-state"):
             whole = path.read_bytes()
             is_segment = path.parent.name == "journal" and path.suffix == ".log"
             found.update(payload for _, payload in frames(whole)) if is_segment else found.add(whole)
@@ -260,6 +266,17 @@ def test_what_is_damaged_comes_back_from_a_part_of_the_journal_that_is_set_aside
     rot(plan, 3)
     assert check(data, mend=True).left == 0
     assert plan.read_bytes() == before
+
+
+def test_a_damaged_segment_of_a_former_epoch_is_set_aside(data: DataDir) -> None:
+    no_manifest(data)
+    assert check(data, mend=True).left == 0
+    rotten_segment(data)
+    report = check(data)
+    assert [finding.where for finding in report.findings] == [f"journal/{segment_paths(web(data) / 'journal')[1].name}"]
+    report = check(data, mend=True)
+    assert report.left == 0, report.findings
+    assert check(data).findings == []
 
 
 def test_the_log_of_what_can_be_read_stays_after_mending(data: DataDir) -> None:

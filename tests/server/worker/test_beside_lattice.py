@@ -34,7 +34,7 @@ with multi_lock(Path(sys.argv[1]), sys.argv[2:]):
 _LATE = """
 import os, sys
 from lattice.storage import operations
-from lattice_remote.server.worker import process
+from lattice_remote.server.worker import main
 reached = os.open(os.environ["REACHED"], os.O_WRONLY | os.O_CREAT)
 lock = operations.multi_lock
 def lock_late(*arguments):
@@ -43,11 +43,11 @@ def lock_late(*arguments):
         pass
     return lock(*arguments)
 operations.multi_lock = lock_late
-sys.exit(process.main())
+sys.exit(main.main())
 """
 _NEVER_COMMITTED = """
 import os, sys
-from lattice_remote.server.worker import process, store
+from lattice_remote.server.worker import main, store
 reached = os.open(os.environ["REACHED"], os.O_WRONLY | os.O_CREAT)
 commit = store.Store.commit
 def never_commit(self, difference, cause, *arguments, **options):
@@ -57,7 +57,7 @@ def never_commit(self, difference, cause, *arguments, **options):
             pass
     return commit(self, difference, cause, *arguments, **options)
 store.Store.commit = never_commit
-sys.exit(process.main())
+sys.exit(main.main())
 """
 
 

@@ -105,8 +105,6 @@ class JournalCheck:
 
     def _start(self, header: Segment) -> None:
         """A history begins here, as far as it can be read."""
-        if header.epoch != self.epoch:
-            self.unreachable.clear()  # of a former epoch: nobody asks for those, the log shows what it can
         self.epoch, self.head, self.mark, self._number = header.epoch, header.head, header.mark, header.number
         self.oldest = header.head + 1
         self.states.clear()

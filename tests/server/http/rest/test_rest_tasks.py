@@ -424,8 +424,13 @@ def test_what_else_is_wrong_has_its_status(rest: Rest) -> None:
         ("GET", "/tasks/%0a", {}, 404, "REMOTE_NOT_FOUND"),
         ("POST", "/tasks/WEB-1%0a/archive", {}, 404, "REMOTE_NOT_FOUND"),
         ("GET", "/plans/%00", {}, 404, "REMOTE_NOT_FOUND"),
-        ("POST", "/tasks/a,b/archive", {}, 422, "REMOTE_INVALID"),
-        ("POST", "/tasks/%20/archive", {}, 422, "REMOTE_INVALID"),
+        ("POST", "/tasks/a,b/archive", {}, 422, "INVALID_ID"),
+        ("POST", "/tasks/%20/archive", {}, 422, "INVALID_ID"),
+        ("POST", "/tasks", {"json": {"title": "x", "id": "not_valid"}}, 422, "INVALID_ID"),
+        ("POST", "/tasks", {"json": {"title": "x", "id": "../../etc/passwd"}}, 422, "INVALID_ID"),
+        ("POST", "/tasks", {"json": {"title": "x", "id": f"res_{'0' * 26}"}}, 422, "INVALID_ID"),
+        ("POST", "/tasks", {"json": {"title": "x", "id": f"task_{'0' * 26}\n"}}, 422, "REMOTE_UNSUPPORTED"),
+        ("POST", "/resources/gpu", {"json": {"id": "not_valid"}}, 422, "INVALID_ID"),
         ("GET", "/tasks/WEB-1/nothing", {}, 404, "REMOTE_NOT_FOUND"),
     ):
         assert rest.refused(method, path, **options) == (status, code), (method, path)

@@ -59,7 +59,8 @@ class NewResource(Provenance, frozen=True, kw_only=True):
     description: str | None = None
     max_holders: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     ttl_seconds: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
-    id: Annotated[str, Meta(pattern="^res_[0-9A-HJKMNP-TV-Z]{26}$")] | None = None
+    id: Annotated[str, Meta(extra_json_schema={"pattern": "^res_[0-9A-HJKMNP-TV-Z]{26}$"})] | None = None
+    """Checked by lattice, whose refusal is answered."""
 
 
 class Acquisition(Provenance, frozen=True, kw_only=True):

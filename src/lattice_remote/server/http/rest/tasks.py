@@ -10,6 +10,7 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.rest.commands import Provenance, as_one, found, options, read, shown, write
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Json, Nothing, PageQuery, page_of
+from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["TASK", "activity_endpoints", "endpoints"]
 
@@ -115,7 +116,8 @@ class NewTask(Provenance, frozen=True, kw_only=True):
     status: str | None = None
     tags: list[_Item] | None = None
     assigned_to: str | None = None
-    id: Annotated[str, Meta(pattern="^task_[0-9A-HJKMNP-TV-Z]{26}$")] | None = None
+    id: Annotated[str, Meta(extra_json_schema={"pattern": "^task_[0-9A-HJKMNP-TV-Z]{26}$"})] | None = None
+    """Checked by lattice, whose refusal is answered."""
 
 
 class TaskChanges(Provenance, frozen=True, kw_only=True):
@@ -265,7 +267,8 @@ async def unarchive_task(asked: EndpointRequest[Nothing, Provenance]) -> Respons
 def _one(task: str) -> str:
     """Return an id that lattice takes for one: in these commands a comma separates several."""
     if "," in task or not task.strip():
-        raise Rejected(f"Invalid task ID format: {task[:60]!r}.", code="REMOTE_INVALID")
+        why = f"Invalid task ID format: {task[:60]!r}."
+        raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "INVALID_ID", why)
     return task
 
 
