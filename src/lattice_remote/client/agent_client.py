@@ -1,7 +1,7 @@
-"""The fast path from a command to the agent: one JSON line there, one back. Standard library only.
+"""Command side of the agent's socket: one JSON line each way. Standard library only.
 
-``ask`` starts the agent of this environment when there is none, and does without one where there can be none, or
-where the agent refuses a request as not its own.
+``ask`` starts the agent of this environment if needed. It runs the steps in this process if no agent is possible, or if
+the agent refuses a request from another environment.
 """
 
 import json
@@ -37,33 +37,33 @@ __all__ = [
 AGENT_ENV = "LATTICE_REMOTE_AGENT"
 START_TIMEOUT_S = 10.0
 FIRST_WORD_TIMEOUT_S = 2.0
-"""An agent that lives says so as soon as it has a request."""
+"""A live agent acknowledges a request within this time."""
 SILENCE_TIMEOUT_S = 10.0
-"""While it works it says so every two seconds."""
+"""It reports progress every two seconds."""
 _ATTEMPTS = 3
 
 Progress = Callable[[dict[str, Any]], None]
-"""Called with ``{"what": ..., "done": n, "total": n}`` while something takes its time."""
+"""Called with ``{"what": ..., "done": n, "total": n}`` while a request takes long."""
 
 
 _said: set[str] = set()
-"""What was said on stderr: once in a process is enough, a program may ask thousands of times."""
+"""Messages already printed on stderr: a program may ask thousands of times."""
 _starting = threading.Lock()
-"""A program may ask from dozens of threads, as an MCP server does: one of them starts the agent, the others wait."""
+"""Held while starting the agent: a program may ask from dozens of threads."""
 
 
 class _AgentLost(Exception):
-    """The agent left, or was killed, before it answered."""
+    """The agent exited or was killed before it answered."""
 
 
 class _AgentSilent(Exception):
-    """There is an agent, but it does not answer: stopped, or hanging."""
+    """The agent exists but does not respond: stopped, or hanging."""
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    """Return a request for the cache at ``directory``, with this process's token and server of the environment.
+    """Return a request for the cache at ``directory``, with this process's token and server.
 
-    It names the cache that is there now, so that no other one is read or written, whatever becomes of the path.
+    It names the cache's identity, so that a later change of the path cannot redirect it.
 
     Raises:
         RemoteError: there is no cache.
@@ -74,13 +74,13 @@ def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
 
 
 def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Return the answer to one request of ``service.py``.
+    """Return the answer to one request of ``service``.
 
-    A request that was cut off by an agent's end is asked again of a new agent: a command carries its id, so
-    that it runs once (I6).
+    A request that was cut off by the agent's end is sent to a new agent: a command carries its id, so that it runs once
+    (I6).
 
     Raises:
-        RemoteError: what the answer says went wrong.
+        RemoteError: the error in the answer.
     """
     if not agent_enabled():
         return ask_here(request, on_progress)
@@ -91,41 +91,41 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             stream = _connect(place) or _connect_anew()
         except (StorageError, OSError) as error:
             _say_that_there_is_none(error)
-            return ask_here(request, on_progress)  # no place for a socket: do the same steps here
+            return ask_here(request, on_progress)  # no place for a socket
         try:
             answer = _exchange(stream, {**request, "agent": place.name}, on_progress)
             return ask_here(request, on_progress) if answer.get("not_mine") else raise_error(answer)
         except _AgentLost:
-            request.setdefault("first_sent_at", began)  # it may have been sent on: the server wants to know since when
+            request.setdefault("first_sent_at", began)  # the earlier agent may have sent it
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
             _say_once(f"{_silent(place)}; this command does without it")
-            return ask_here(request, on_progress)  # also under its id, should the agent come to itself
+            return ask_here(request, on_progress)  # under the same id, in case the agent recovers
         finally:
             stream.close()
     raise ConnectionFailed("the background agent ends whenever it is asked; see its log: lattice remote agent status")
 
 
 def agent_enabled() -> bool:
-    """Whether commands use the agent: there are Unix sockets, and ``LATTICE_REMOTE_AGENT`` is not ``off``."""
+    """Return whether commands use the agent: there are Unix sockets, and ``LATTICE_REMOTE_AGENT`` is not ``off``."""
     return hasattr(socket, "AF_UNIX") and os.environ.get(AGENT_ENV, "").lower() not in {"off", "no", "0", "false"}
 
 
 def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``ask``, but None when the agent of this environment is not running.
+    """Like ``ask``, but return None if the agent of this environment is not running.
 
     Raises:
-        ConnectionFailed: it does not answer.
+        ConnectionFailed: it does not respond.
     """
     place = _place()
     return None if place is None else ask_agent(place, request)
 
 
 def ask_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what one agent answers; None when it is not running.
+    """Return one agent's answer; None if it is not running.
 
     Raises:
-        ConnectionFailed: it does not answer.
+        ConnectionFailed: it does not respond.
     """
     stream = _connect(place)
     if stream is None:
@@ -141,14 +141,14 @@ def ask_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str
 
 
 def stay_connected() -> AbstractContextManager[object]:
-    """While the returned context is open, the agent stays, and keeps the caches current."""
+    """Keep the agent running, and the caches current, while the returned context is open."""
     place = _place()
     stream = None if place is None else _connect(place)
     return nullcontext() if stream is None else closing(stream)
 
 
 def _place() -> agent_runtime.Runtime | None:
-    """Return the files of this environment's agent; None where there can be no agent."""
+    """Return the files of this environment's agent; None if no agent is possible."""
     try:
         return agent_runtime.locate() if agent_enabled() else None
     except StorageError:
@@ -156,10 +156,10 @@ def _place() -> agent_runtime.Runtime | None:
 
 
 def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer that is not an error.
+    """Return an answer unless it is an error.
 
     Raises:
-        RemoteError: it is one; with its code and message.
+        RemoteError: the error, with its code and message.
     """
     if answer.get("ok"):
         return answer
@@ -167,10 +167,10 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask_here(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Like ``ask``, without an agent: the same steps in this process. Raises RemoteError."""
+    """Like ``ask``, but run the steps in this process. Raises RemoteError."""
     from lattice_remote.client.agent.inline import ask_directly
 
-    with letting_write(""):  # a command that serves, under its guard, may ask at any time
+    with letting_write(""):  # a serving command may ask while under its guard
         return raise_error(ask_directly(request, on_progress))
 
 
@@ -194,9 +194,9 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
 
 
 def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
-    """Return a connection to the agent; None when there is none, or what is there is not this user's.
+    """Return a connection to the agent; None if there is none, or it is not this user's.
 
-    A socket in somebody else's directory must not be told any token.
+    A socket in another user's directory must not receive a token.
     """
     stream = socket.socket(socket.AF_UNIX)
     try:
@@ -228,7 +228,7 @@ def _silent(place: agent_runtime.Runtime) -> str:
 
 
 def _agent_pid(place: agent_runtime.Runtime) -> str:
-    """Return the agent's process id, or where it would be found."""
+    """Return the agent's process id, or the name of the file with it."""
     try:
         with open(place.pid, encoding="ascii") as file:
             return str(int(file.read()))
@@ -237,13 +237,13 @@ def _agent_pid(place: agent_runtime.Runtime) -> str:
 
 
 def _connect_anew() -> socket.socket:
-    """Return a connection to the agent that another thread has started meanwhile, else to a new one."""
+    """Return a connection to an agent that another thread has started, else to a new one."""
     with _starting:
         return _connect(agent_runtime.locate()) or _start()
 
 
 def _start() -> socket.socket:
-    """Start an agent and wait for its socket. When two are started at once, one of them leaves again.
+    """Start an agent and wait for its socket. Of two started at once, one exits.
 
     Raises:
         StorageError: it does not start.
@@ -251,7 +251,7 @@ def _start() -> socket.socket:
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
-    os.utime(log)  # an agent that starts at this moment takes no file of this one for a left-over
+    os.utime(log)  # keeps a starting agent from removing it as left over
     try:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "lattice_remote.client.agent.main"],
@@ -266,18 +266,19 @@ def _start() -> socket.socket:
         os.close(log)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        stream = _connect(agent_runtime.locate())  # the configuration directory may have been made meanwhile
+        stream = _connect(agent_runtime.locate())  # the configuration directory may have been created since
         if stream is not None:
-            process.returncode = 0  # it is nobody's child to wait for: keeps Popen from warning
+            process.returncode = 0  # keeps Popen from warning about an unawaited child
             return stream
         if process.poll():
-            break  # it failed; one that found another agent ends with 0
+            break  # it failed; one that found another agent exits with 0
         time.sleep(0.005)
     raise StorageError(f"the background agent did not start; see {place.log}")
 
 
 def _agents_environment(place: agent_runtime.Runtime) -> dict[str, str]:
-    """Return the variables for an agent: this process's, less what each request brings, and no relative paths."""
+    """Return the agent's variables: this process's, without those that each request carries, and with absolute
+    paths."""
     per_request = {"LATTICE_TOKEN", "LATTICE_REMOTE_URL", "LATTICE_ROOT"}
     return {
         **{name: value for name, value in os.environ.items() if name not in per_request},
@@ -288,12 +289,12 @@ def _agents_environment(place: agent_runtime.Runtime) -> dict[str, str]:
 
 
 def ensure_current(directory: str, say: Callable[[str], object], on_progress: Progress | None = None) -> None:
-    """Bring the cache up to date if the server is in reach; else say, in one line, how old it is.
+    """Bring the cache up to date if the server is reachable; else report its age in one line.
 
-    ``say`` gets each line that the user should read, which is none most of the time.
+    ``say`` gets each line for the user.
 
     Raises:
-        RemoteError: the cache was never filled, so there is nothing to show.
+        RemoteError: the cache was never filled.
     """
     if (why := detachment(directory)) is not None:
         say(f"lattice-remote: {one_line(why)}")

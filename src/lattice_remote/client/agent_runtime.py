@@ -1,9 +1,9 @@
 """Location of the agent that serves a command: same user, package version and environment. Standard library only.
 
-The environment is all that an agent cannot take from a request: the configuration directory, the namespaces and the
-sandbox it lives in, and the variables that say how to reach a server. A digest of it is the name of the agent's
-files, so that a command finds only an agent that does as the command itself would do (I13). It is computed for every
-command that is routed, in well under a millisecond.
+The environment is everything that an agent cannot take from a request: the configuration directory, its namespaces and
+sandbox, and the variables that say how to reach a server. A digest of it names the agent's files, so that a command
+finds only an agent that behaves like the command itself (I13). It is computed for every routed command, in well under a
+millisecond.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ __all__ = [
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
 _LANGUAGE = 5
-"""Counted up when the requests and answers between commands and agents change between releases: an agent of the same
-version that was started before does not understand them, and is left alone until it leaves."""
+"""Incremented when requests or answers between commands and agents change: a running agent of the same version would
+not understand them, and is ignored until it exits."""
 _OTHERS_MAY_WRITE = 0o022
 _MAX_SOCKET_PATH_BYTES = 103
 """The kernel takes 108 bytes on Linux, 104 on macOS, each with a NUL at the end."""
@@ -63,9 +63,9 @@ class Runtime:
 
 
 def boot_time() -> float:
-    """Return seconds on a clock that, unlike the monotonic one of Linux, goes on while the machine sleeps.
+    """Return seconds on a clock that continues while the machine sleeps, unlike Linux's monotonic one.
 
-    It is the same for all processes of a machine until that is started again.
+    It is the same for all processes until a reboot.
     """
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
@@ -74,7 +74,7 @@ def boot_time() -> float:
 def locate() -> Runtime:
     """Return the files of the agent for this process; nothing is created.
 
-    As the version is in the digest, an upgraded package starts its own agent, while the old one leaves by itself.
+    The version is part of the digest: an upgraded package starts its own agent, while the old one exits by itself.
 
     Raises:
         StorageError: there is no directory for them.
@@ -96,7 +96,7 @@ def locate() -> Runtime:
 
 
 def others(place: Runtime) -> list[Runtime]:
-    """Return the agents of this user that serve other environments or versions, as far as they have a socket."""
+    """Return this user's agents of other environments or versions that have a socket."""
     try:
         names = sorted(os.listdir(place.directory))
     except OSError:
@@ -109,7 +109,7 @@ def temporary_directory() -> str:
     """Return a directory for temporary files, never the current one, which may be a repository.
 
     Raises:
-        StorageError: none can be written.
+        StorageError: none is writable.
     """
     candidates = (os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp")  # noqa: S108 - what is made there is checked
     for path in candidates:
@@ -129,10 +129,10 @@ def configuration() -> str:
 
 
 def namespaces(process: str = "self") -> tuple[str, ...]:
-    """Return the namespaces that decide which files and hosts a process reaches; empty where there are none.
+    """Return the namespaces that decide which files and hosts a process reaches; empty without namespaces.
 
     Raises:
-        OSError: of another process they can't be read.
+        OSError: those of another process cannot be read.
     """
     return tuple(os.readlink(f"/proc/{process}/ns/{name}") for name in _NAMESPACES)
 
@@ -143,12 +143,12 @@ def absolute_paths() -> dict[str, str]:
 
 
 def _digest() -> str:
-    """Return a digest of this process's environment. Each part of it is inherited by an agent that it starts."""
+    """Return a digest of this process's environment. An agent that it starts inherits each part."""
     parts: list[str | None] = [__version__, str(_LANGUAGE), configuration(), _sandbox()]
     try:
         parts += namespaces()
         root = os.stat("/")
-        parts.append(f"{root.st_dev}:{root.st_ino}")  # a chroot is no namespace
+        parts.append(f"{root.st_dev}:{root.st_ino}")  # a chroot is not a namespace
     except OSError:
         parts.append("no namespaces")
     paths = absolute_paths()
@@ -167,7 +167,7 @@ def _sandbox() -> str:
 
 
 def _is_own(session: str) -> bool:
-    """Whether ``XDG_RUNTIME_DIR`` is there and this user's own: ``sudo`` and ``su`` keep that of another user."""
+    """Return whether ``XDG_RUNTIME_DIR`` exists and is this user's: ``sudo`` and ``su`` keep that of another user."""
     try:
         found = os.stat(session)
     except OSError:
@@ -181,10 +181,10 @@ def _fits(directory: str, name: str) -> bool:
 
 
 def prepare(runtime: Runtime) -> None:
-    """Make the directory, for this user alone.
+    """Create the directory, for this user alone.
 
     Raises:
-        StorageError: it can't be made, or is somebody else's, or is a link: a socket there is not to be trusted.
+        StorageError: it cannot be created, belongs to another user, or is a link: a socket there is not trustworthy.
     """
     try:
         os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
@@ -197,22 +197,22 @@ def prepare(runtime: Runtime) -> None:
 
 
 def check(runtime: Runtime) -> None:
-    """Make sure, before anything is said to a socket in it, that the directory is this user's own.
+    """Require that the directory is this user's own, before any socket in it is used.
 
     Raises:
-        StorageError: it is somebody else's, or a link, or others may write to it.
-        OSError: there is none, or it can't be looked at.
+        StorageError: it belongs to another user, is a link, or is writable by others.
+        OSError: it is missing or unreadable.
     """
     if _check_owner(runtime).st_mode & _OTHERS_MAY_WRITE:
         raise StorageError(f"others may write to {runtime.directory}")
 
 
 def check_socket(runtime: Runtime) -> None:
-    """Make sure that the socket was made by this user.
+    """Require that this user created the socket.
 
     Raises:
-        StorageError: it is somebody else's, or no socket.
-        OSError: there is none, or it can't be looked at.
+        StorageError: it belongs to another user, or is no socket.
+        OSError: it is missing or unreadable.
     """
     found = os.lstat(runtime.socket)
     if not stat.S_ISSOCK(found.st_mode) or found.st_uid != _user():
@@ -227,7 +227,7 @@ def _check_owner(runtime: Runtime) -> os.stat_result:
 
 
 def _remove_what_others_left(directory: str) -> None:
-    """Others could write here until now: what is not plainly ours must not be opened, written through or talked to."""
+    """Remove files that other users could have placed here: they must not be opened, followed or contacted."""
     for entry in os.scandir(directory):
         if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != _user():
             os.unlink(entry.path)

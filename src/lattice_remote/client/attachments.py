@@ -1,8 +1,7 @@
-"""Files of the caller that a command line names: which argument it is, and how the agent gets at the content.
+"""Files of the caller in a command line: the argument with the file, and access to its content for the agent.
 
-A small file travels with the request. A large one the agent reads itself, where it lies: it runs as the same user, and
-is told what to find there. What can't be opened a second time, as a pipe, is kept in a temporary file meanwhile.
-Standard library only.
+A small file travels with the request. The agent reads a large one itself, as the same user, and checks its identity.
+Content that cannot be opened twice, such as a pipe, is spooled to a temporary file. Standard library only.
 """
 
 import base64
@@ -17,30 +16,30 @@ from lattice_remote.client.agent_runtime import temporary_directory
 from lattice_remote.errors import Misuse
 
 if TYPE_CHECKING:
-    import click  # the agent, which opens what is described here, does without
+    import click  # not needed by the agent, which opens the described files
 
 __all__ = ["INLINE_BYTES", "CallersFiles", "identity"]
 
 INLINE_BYTES = 256 * 1024
-"""A file that is larger does not travel with its command: others would have to wait for it on the same line."""
+"""A larger file does not travel within its command: it would delay others on the connection."""
 MAX_SPOOLED_BYTES = 4 * 1024 * 1024 * 1024
-"""What is taken from a pipe at most."""
+"""Most bytes taken from a pipe."""
 _READ_BYTES = 1024 * 1024
 _PARAMETERS: dict[tuple[str, ...], str] = {("attach",): "source", ("comment",): "file_path"}
-"""Which parameter names a file of the caller, whose content travels with the command."""
+"""The parameter with a caller's file, whose content travels with the command."""
 _REGULAR_FILE_ONLY = {("attach",)}
-"""Commands for which a pipe or a directory is no file."""
+"""Commands that accept neither pipes nor directories."""
 
 
 class CallersFiles:
-    """The one file that a request may name. Use it as a context; what was kept of a pipe is gone afterwards.
+    """The one file that a request may name. Use it as a context manager, which removes the spooled pipe.
 
     Attributes:
         argv: the command line, in which a file is an argument of its own.
         described: for each file ``index`` in the argv, its ``name``, and its content: ``data`` (base64; None: lattice
-            sees no file), or ``path`` and the ``identity`` of what is there.
+            sees no file), or ``path`` and ``identity`` of the file.
 
-    Raises Misuse when a file can't be read.
+    Raises Misuse if a file cannot be read.
     """
 
     def __init__(self, argv: Sequence[str] = ()) -> None:
@@ -52,20 +51,20 @@ class CallersFiles:
     def of_command(
         cls, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
     ) -> Self:
-        """Return the file that a command line names."""
+        """Return the file of a command line."""
         files = cls(argv)
         parameter = _PARAMETERS.get(path)
         source = ctx.params.get(parameter) if parameter else None
         if parameter is not None and isinstance(source, str) and not _is_url(source):
             files.argv, index = _locate(command, parameter, source, files.argv, depth=len(path))
-            # A name that is no UTF-8 can't travel, and need not.
+            # A name that is not UTF-8 cannot travel, and need not.
             files.argv[index] = os.fsencode(source).decode(errors="replace")
             files._add(index, source, only_regular=path in _REGULAR_FILE_ONLY)
         return files
 
     @classmethod
     def of_value(cls, source: str | None) -> Self:
-        """Return the regular file that the one argument for a file names; none for a URL, or without the argument."""
+        """Return the regular file of a single file argument; none for a URL, or without the argument."""
         files = cls()
         if source is not None and not _is_url(source):
             files._add(0, source, only_regular=True)
@@ -89,14 +88,14 @@ class CallersFiles:
         self.close()
 
     def close(self) -> None:
-        """Remove what was kept of pipes. Idempotent."""
+        """Remove spooled pipes. Idempotent."""
         for path in self._spooled:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self._spooled.clear()
 
     def _content(self, source: str, *, only_regular: bool) -> dict[str, Any]:
-        """Return what is in a file, a pipe or ``/dev/stdin`` of the caller, or where it is to be found."""
+        """Return the content of the caller's file, pipe or ``/dev/stdin``, or its location."""
         if only_regular and not os.path.isfile(source):
             return {"data": None}
         try:
@@ -115,7 +114,7 @@ class CallersFiles:
         return {"path": place, "identity": identity(status)}
 
     def _spool(self, data: bytes, file: Any) -> tuple[str, os.stat_result]:
-        """Keep ``data`` and the rest of a pipe in a file of this user's alone; return where, and what it is."""
+        """Store ``data`` and the rest of a pipe in a private file; return its path and status."""
         import tempfile
 
         handle, place = tempfile.mkstemp(prefix="lattice-", dir=temporary_directory())
@@ -137,12 +136,12 @@ def _is_url(source: str) -> bool:
 
 
 def identity(status: os.stat_result) -> list[int]:
-    """Return what tells a file from another, and from itself after it was written."""
+    """Return a file's identity, which also changes when it is written."""
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
 def _is_at(place: str, status: os.stat_result) -> bool:
-    """Whether a file can be opened again by this path; what a descriptor stands for often can't."""
+    """Return whether this path opens the same file again, which often fails for descriptors."""
     if not stat.S_ISREG(status.st_mode):
         return False
     try:
@@ -154,9 +153,9 @@ def _is_at(place: str, status: os.stat_result) -> bool:
 def _locate(
     command: "click.Command", parameter: str, value: str, argv: list[str], *, depth: int
 ) -> tuple[list[str], int]:
-    """Find the argument that gave ``parameter`` its value: the one whose change changes the parameter.
+    """Find the argument that gave ``parameter`` its value: changing it changes the parameter.
 
-    ``--file=VALUE`` is taken apart, so that the value is an argument of its own.
+    ``--file=VALUE`` is split, so that the value is an argument of its own.
     """
     for index in range(depth, len(argv)):
         for parts in _readings(argv[index], value):

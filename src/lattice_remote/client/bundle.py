@@ -1,7 +1,7 @@
-"""A local project as a pack (``protocol/pack.py``): what of a ``.lattice`` directory goes to the server, and its bytes.
+"""Bundle of a local project for a push: survey of its ``.lattice`` directory and packing (``protocol.bundle``).
 
-The pack is a copy of the files at one moment, in a temporary file without a name: sent from there, nothing that
-somebody does to the project meanwhile can get half of it onto the server.
+The bundle is a copy of the files at one moment, in an unnamed temporary file: later changes of the project cannot reach
+the server half.
 """
 
 import hashlib
@@ -26,33 +26,33 @@ _BOOKKEEPING = frozenset(
     {"locks", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", "remote.json", "cache_state.json"}
     | {".unpushed.json", ".pushing.json", ".fetch", ".fetch.lock", ".away", ".settings.json", ".remote"}
 )
-"""Lattice's locks, and our own files: nobody misses them."""
+"""Lattice's locks and our own files, which are not part of the project."""
 
 _Signature = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is in a project's directory, by relative path."""
+    """Content of a project's directory, by relative path."""
 
     files: dict[str, _Signature]
-    """What goes to the server, with what tells whether it was changed since."""
+    """Files to send, with their signatures."""
     left_out: list[str]
-    """What is no part of a project: temporary and backup files, links."""
+    """Skipped entries: temporary and backup files, links."""
     bytes: int
     has_hooks: bool
 
     def count(self, directory: str) -> int:
-        """Return how many files are directly in a directory."""
+        """Return the number of files directly in a directory."""
         return sum(path.rpartition("/")[0] == directory for path in self.files)
 
 
 def survey(directory: str) -> Survey:
-    """Look at a project. Nothing is read but ``config.json``.
+    """List a project's files. Reads only ``config.json``.
 
     Raises:
-        Misuse: the server would not take it; the message says what to do.
-        StorageError: it can't be read.
+        Misuse: the server would refuse it; the message names the remedy.
+        StorageError: it cannot be read.
     """
     files: dict[str, _Signature] = {}
     left_out: list[str] = []
@@ -94,15 +94,15 @@ def _has_hooks(directory: str) -> bool:
         with open(os.path.join(directory, "config.json"), "rb") as file:
             return bool(json.load(file).get("hooks"))
     except (FileNotFoundError, ValueError, AttributeError):
-        return False  # the server says what is wrong with it
+        return False  # the server reports the problem
 
 
 @dataclass
 class Pack:
-    """A project's pack. ``close()`` it, or use it in a ``with``.
+    """A project's bundle. ``close()`` it, or use it in a ``with``.
 
     Attributes:
-        size, digest: of all of it.
+        size, digest: of the whole.
         entries: its files.
     """
 
@@ -114,13 +114,13 @@ class Pack:
 
     @classmethod
     def of(cls, directory: str, found: Survey, report: Callable[[int, int], None]) -> "Pack":
-        """Read a project's files; ``report`` is called with how many of how many bytes have been read. In a thread.
+        """Read a project's files; ``report`` is called with bytes read and bytes in total. Call it in a thread.
 
         Raises:
-            StorageError: a file can't be read, or is not any more what the survey has seen.
+            StorageError: a file cannot be read, or has changed since the survey.
         """
         try:
-            # Beside the project: there is room for it, which temporary directories in memory may not have.
+            # Beside the project: temporary directories in memory may lack the room.
             pack = cls(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - the caller's to close
         except OSError as error:
             raise StorageError(f"cannot write to {directory}: {error.strerror or error}") from error
@@ -165,11 +165,11 @@ class Pack:
         self.digest = hasher.digest()
 
     def content(self, path: str) -> bytes:
-        """Return a file's content, as it is in the pack."""
+        """Return a file's content from the bundle."""
         return os.pread(self.file.fileno(), self.entries[path].size, self._offsets[path])
 
     def close(self) -> None:
-        """Give the temporary file back."""
+        """Remove the temporary file."""
         self.file.close()
 
     def __enter__(self) -> "Pack":

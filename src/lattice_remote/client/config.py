@@ -1,4 +1,5 @@
-"""Which server and project a directory belongs to: ``.lattice/remote.json``. Standard library only."""
+"""Configuration of one cache: its remote (``.lattice/remote.json``), its settings and its size limit. Standard library
+only."""
 
 import contextlib
 import json
@@ -34,9 +35,9 @@ __all__ = [
 
 REMOTE_FILE = "remote.json"
 STATE_FILE = "cache_state.json"
-"""Makes a directory a cache, also where git or the user has removed ``remote.json``."""
+"""Marks a directory as a cache, even after git or the user has removed ``remote.json``."""
 UNPUSHED_FILE = ".unpushed.json"
-"""In its place while a local project waits to be pushed there: to everybody else the directory is a local project."""
+"""Replaces ``remote.json`` while a local project waits to be pushed: other programs see a local project."""
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?",
     re.IGNORECASE,
@@ -49,36 +50,35 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A project on a server, as ``remote.json`` names it. It may be committed; it never holds a token."""
+    """Project on a server, as in ``remote.json``. May be committed; never holds a token."""
 
     name: str
-    """What the user calls it, ``origin`` by habit."""
+    """The user's name for it, usually ``origin``."""
     url: str
-    """The server: scheme, host and port, without a slash at the end."""
+    """The server: scheme, host and port, without a trailing slash."""
     project: str
     """The project's slug on that server."""
     commands: tuple[str, ...] = ()
-    """Commands of lattice's plugins that run on the server, which has the plugins too: ``deploy note``, say."""
+    """Plugin commands that run on the server, which has the plugins too, for example ``deploy note``."""
 
     @property
     def place(self) -> str:
-        """Server and project as one URL, which ``parse_url`` takes apart."""
+        """Server and project as one URL, the inverse of ``parse_url``."""
         return f"{self.url}/{self.project}"
 
     @property
     def websocket_url(self) -> str:
-        """Where the WebSocket is."""
         return f"ws{self.url.removeprefix('http')}/projects/{self.project}/ws"
 
 
 def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
-    """Return a server's URL in its one form, and the slug: given apart, or as the URL's only path component.
+    """Return a server's normalized URL, and the slug: passed separately, or the URL's only path component.
 
     Raises:
         Misuse: not an http or https URL, a malformed slug, or two different slugs.
     """
     match = _URL.fullmatch(text.strip())
-    if match is None and "@" in text:  # what stands there may be a password: it is not repeated
+    if match is None and "@" in text:  # this part may be a password: it is not repeated
         raise Misuse("a server's URL holds no user and no password; a token is kept with: lattice remote login URL")
     if match is None:
         raise Misuse(f"not a server's URL: {text!r}; it looks like http://host:8443 or https://host/project")
@@ -96,19 +96,19 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
 
 
 def is_unpushed(directory: str) -> bool:
-    """Whether a project waits to be pushed to its remote."""
+    """Return whether a project waits to be pushed to its remote."""
     return os.path.isfile(os.path.join(directory, UNPUSHED_FILE)) and not os.path.exists(
         os.path.join(directory, REMOTE_FILE)
     )
 
 
 def is_cache(directory: str) -> bool:
-    """Whether a ``.lattice`` directory is a cache: it has a remote, or had one that was not removed by our commands."""
+    """Return whether a ``.lattice`` directory is a cache, with its ``remote.json`` or without."""
     return any(os.path.isfile(os.path.join(directory, name)) for name in (REMOTE_FILE, STATE_FILE))
 
 
 def detachment(directory: str) -> str | None:
-    """Return what is wrong with a cache whose ``remote.json`` is gone, and what to do; None for any other directory."""
+    """Return the problem of a cache without ``remote.json``, and the remedy; None for any other directory."""
     if os.path.exists(os.path.join(directory, REMOTE_FILE)) or not is_cache(directory) or is_unpushed(directory):
         return None
     lost = lost_remote(directory)
@@ -121,7 +121,7 @@ def detachment(directory: str) -> str | None:
 
 
 def lost_remote(directory: str) -> Remote | None:
-    """Return what a cache without a ``remote.json`` is a copy of, as its state says; None if that is not known."""
+    """Return the remote of a cache without ``remote.json`` from its state; None if unknown."""
     try:
         with open(os.path.join(directory, STATE_FILE), "rb") as file:
             found = json.load(file)
@@ -132,11 +132,11 @@ def lost_remote(directory: str) -> Remote | None:
 
 
 def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
-    """Return what the ``remote.json`` in a ``.lattice`` directory says, or the file that is there in its place.
+    """Return the remote in a ``.lattice`` directory's ``remote.json``, or in the file ``name``.
 
     Raises:
         Misuse: there is none; ``REMOTE_GUARD`` if the directory is a cache all the same.
-        StorageError: it can't be read, or is not what we wrote.
+        StorageError: it cannot be read, or is invalid.
     """
     path = os.path.join(directory, name)
     try:
@@ -162,7 +162,7 @@ def identify(directory: str) -> list[int | str]:
 
     Raises:
         Misuse: it has no remote.
-        StorageError: it can't be read.
+        StorageError: it cannot be read.
     """
     remote = read_remote(directory)
     try:
@@ -173,10 +173,10 @@ def identify(directory: str) -> list[int | str]:
 
 
 def check_name(name: object) -> str:
-    """Return a remote's name if it is one.
+    """Return a valid name of a remote.
 
     Raises:
-        Misuse: it is not.
+        Misuse: it is invalid.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise Misuse(f"not a remote's name: {name!r}; letters, digits, dots and dashes, at most 63")
@@ -184,10 +184,10 @@ def check_name(name: object) -> str:
 
 
 def check_command(command: object) -> str:
-    """Return a command's words if they may be some, each but one space from the next.
+    """Return the words of a routable command, separated by single spaces.
 
     Raises:
-        Misuse: they may not.
+        Misuse: they are invalid.
     """
     if not isinstance(command, str) or not _COMMAND.fullmatch(command):
         raise Misuse(f"not a command of lattice: {command!r}; its words without options, as in: deploy note")
@@ -195,10 +195,10 @@ def check_command(command: object) -> str:
 
 
 def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> None:
-    """Write ``remote.json``, or the file in its place, atomically.
+    """Write ``remote.json``, or the file ``name``, atomically.
 
     Raises:
-        StorageError: it can't be written.
+        StorageError: it cannot be written.
     """
     fields: dict[str, object] = {"name": remote.name, "project": remote.project, "url": remote.url}
     if remote.commands:
@@ -216,12 +216,12 @@ def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> Non
 
 FILE = ".settings.json"
 CHOICES = {"payloads": ("background", "on-demand")}
-"""Every setting with its values, the first of which is the default."""
+"""Every setting with its values; the first is the default."""
 _MAX_BYTES = 64 * 1024
 
 
 def read(directory: str) -> dict[str, str]:
-    """Return every setting; what the file does not say, or says wrongly, has its default."""
+    """Return every setting; missing or invalid ones have their default."""
     found: object = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
         handle = os.open(os.path.join(directory, FILE), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
@@ -232,11 +232,11 @@ def read(directory: str) -> dict[str, str]:
 
 
 def change(directory: str, name: str, value: str) -> None:
-    """Set one setting, atomically.
+    """Change one setting, atomically.
 
     Raises:
-        Misuse: there is no such setting, or it can't have this value.
-        StorageError: it can't be written.
+        Misuse: no such setting, or an invalid value.
+        StorageError: it cannot be written.
     """
     if name not in CHOICES:
         raise Misuse(f"there is no setting {name!r}; there is {', '.join(CHOICES)}")
@@ -256,23 +256,24 @@ def change(directory: str, name: str, value: str) -> None:
 
 MIB = 1024 * 1024
 _STEP_BYTES = 64 * MIB
-"""How much may be written without a look at what there is; the bound is kept up to so much."""
+"""Bytes written between two measurements: the limit may be exceeded by this much."""
 
 
 class Quota:
-    """Ask ``take`` before each write. Looking at the whole directory is left to when enough was written to matter."""
+    """Size limit of a cache. Call ``take`` before each write; the directory is measured only once enough was
+    written."""
 
     def __init__(self, root: str, limit: Callable[[], int], whose: str) -> None:
         self._root = root
         self._limit = limit
         self._whose = whose
-        self._unseen = 0  # bytes written since the last look
+        self._unseen = 0  # bytes written since the last measurement
 
     def require(self, size: int) -> None:
-        """Make sure that ``size`` bytes in all are within the bound.
+        """Require that a total of ``size`` bytes is within the limit.
 
         Raises:
-            StorageError: they are not; the message says how to allow more.
+            StorageError: it is not; the message says how to raise the limit.
         """
         if size > (limit := self._limit()):
             raise StorageError(
@@ -281,14 +282,14 @@ class Quota:
             )
 
     def require_room(self, size: int) -> None:
-        """Make sure that ``size`` bytes more are within the bound; looks at every file. Raises StorageError."""
+        """Require room for ``size`` more bytes; measures every file. Raises StorageError."""
         self.require(_bytes_below(self._root) + size)
 
     def take(self, size: int) -> None:
-        """Make sure that ``size`` bytes more are within the bound, give or take a step.
+        """Require room for ``size`` more bytes, to the precision of one step.
 
         Raises:
-            StorageError: they are not.
+            StorageError: there is none.
         """
         self._unseen += size
         if self._unseen > min(_STEP_BYTES, self._limit()):
@@ -308,5 +309,5 @@ def _bytes_below(root: str) -> int:
                     else:
                         total += entry.stat(follow_symlinks=False).st_size
         except OSError:
-            continue  # removed meanwhile
+            continue  # removed since
     return total

@@ -1,7 +1,7 @@
-"""The tokens of this user: ``LATTICE_TOKEN``, or ``tokens.json`` in the user's configuration. Standard library only.
+"""Tokens of this user: ``LATTICE_TOKEN``, or ``tokens.json`` in the user's configuration. Standard library only.
 
-The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600 (``private_files.py``). A token never enters a
-project directory. Where one may be sent is for ``servers.py`` to say.
+The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600. A token never enters a project directory.
+``trusted_servers`` decides where it may be sent.
 """
 
 import json
@@ -42,7 +42,7 @@ Signature = tuple[int, int, int]
 def directory() -> str:
     """Return the absolute path of this user's configuration directory, which need not exist.
 
-    A relative ``XDG_CONFIG_HOME`` counts for nothing, as its specification says: tokens would go into a repository.
+    A relative ``XDG_CONFIG_HOME`` is ignored, as its specification says: tokens would go into a repository.
     """
     base = os.environ.get("XDG_CONFIG_HOME", "")
     if not os.path.isabs(base):
@@ -51,12 +51,12 @@ def directory() -> str:
 
 
 def path_of(name: str) -> str:
-    """Return where this user's file of that name is kept."""
+    """Return the path of this user's file of that name."""
     return os.path.join(directory(), name)
 
 
 def signature(path: str) -> Signature | None:
-    """Return what changes whenever the file does; None when there is none."""
+    """Return a signature that changes with the file; None if there is none."""
     try:
         found = os.lstat(path)
     except OSError:
@@ -65,11 +65,11 @@ def signature(path: str) -> Signature | None:
 
 
 def read(path: str, what: str) -> dict[str, Any]:
-    """Return the object under the key ``what`` of a file, empty when there is no file.
+    """Return the object under the key ``what`` of a file, empty if there is no file.
 
     Raises:
-        StorageError: it can't be read, is no plain file of this user alone, or not what we wrote. Its content is
-            not in the message.
+        StorageError: it cannot be read, is no plain file of this user alone, or is invalid. The message does not
+            contain its content.
     """
     try:
         handle = os.open(path, _FLAGS)
@@ -88,13 +88,12 @@ def read(path: str, what: str) -> dict[str, Any]:
 
 
 def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Replace the object under ``what`` by what ``edit`` makes of it; None leaves the file alone.
+    """Replace the object under ``what`` with the result of ``edit``; None leaves the file alone.
 
-    Atomic, and one at a time: of two commands that change the file at once, neither undoes the other. Once this
-    returns the file holds it; it is on the disk before it gets its name.
+    Atomic and serialized: of two commands that change the file at once, neither undoes the other. Durable on return.
 
     Raises:
-        StorageError: as for ``read``, or it can't be written.
+        StorageError: as for ``read``, or it cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -118,7 +117,7 @@ def _replace(path: str, content: dict[str, Any]) -> None:
     import tempfile
 
     parent, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(dir=parent, prefix=f".{name}.")  # made with mode 0600
+    handle, temporary = tempfile.mkstemp(dir=parent, prefix=f".{name}.")  # created with mode 0600
     try:
         with open(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, sort_keys=True)
@@ -147,25 +146,25 @@ _Tokens = dict[str, dict[str, str]]
 
 
 def tokens_path() -> str:
-    """Return where this user's tokens are kept."""
+    """Return the path of this user's tokens."""
     return path_of("tokens.json")
 
 
 def from_environment() -> str | None:
-    """Return the token of ``LATTICE_TOKEN``, None when unset or empty.
+    """Return the token of ``LATTICE_TOKEN``, None if unset or empty.
 
     Raises:
-        Misuse: it holds something that can't be a token.
+        Misuse: it is not a valid token.
     """
     given = os.environ.get(TOKEN_ENV, "").strip()
     return check_token(given) if given else None
 
 
 def check_token(token: str) -> str:
-    """Return ``token`` if it can travel in a header: printable ASCII without spaces, at most 512 characters.
+    """Return ``token`` if a header can carry it: printable ASCII without spaces, at most 512 characters.
 
     Raises:
-        Misuse: it can't. The token itself is not in the message.
+        Misuse: it cannot. The message does not contain the token.
     """
     if not token or len(token) > 512 or not token.isascii() or not token.isprintable() or " " in token:
         raise Misuse("that is not a token: it must be one word of printable ASCII", code="REMOTE_UNAUTHORIZED")
@@ -173,27 +172,27 @@ def check_token(token: str) -> str:
 
 
 def stored(url: str, project: str) -> str | None:
-    """Return the token kept for a project of a server, else the one for the whole server, else None."""
+    """Return the stored token for a project of a server, else the one for the whole server, else None."""
     of_server = _load().get(url, {})
     return of_server.get(project) or of_server.get(ANY_PROJECT)
 
 
 def projects(url: str) -> list[str]:
-    """Return the projects of a server for which a token of their own is kept; it goes before the server's."""
+    """Return the projects of a server with a stored token of their own, which precedes the server's."""
     return sorted(slug for slug in _load().get(url, {}) if slug != ANY_PROJECT)
 
 
 def is_known(url: str) -> bool:
-    """Whether this user keeps any token for a server."""
+    """Return whether this user has a stored token for a server."""
     return bool(_load().get(url))
 
 
 def store(url: str, project: str, token: str) -> None:
-    """Keep a token. Once this returns it is in the file, which nobody else can read.
+    """Store a token, readable by this user only. Durable on return.
 
     Raises:
-        Misuse: not a token.
-        StorageError: the file can't be read or written.
+        Misuse: it is not a valid token.
+        StorageError: the file cannot be read or written.
     """
     check_token(token)
 
@@ -206,7 +205,7 @@ def store(url: str, project: str, token: str) -> None:
 
 
 def forget(url: str, project: str | None = None) -> int:
-    """Remove the tokens of a server, or those that serve one of its projects; return how many there were."""
+    """Remove the tokens of a server, or those for one of its projects; return their number."""
     gone: list[str] = []
 
     def without(found: dict[str, Any]) -> _Tokens | None:

@@ -1,6 +1,6 @@
-"""Refuses what a command that runs here would write into the cache (I4). Standard library only.
+"""Write guard: refuses writes of local commands into the cache (I4). Standard library only.
 
-An audit hook sees each file before it is opened for writing, renamed or removed, whichever library does it.
+An audit hook sees each file before it is opened for writing, renamed or removed, by any library.
 """
 
 import os
@@ -35,9 +35,9 @@ _let: ContextVar[str | None] = ContextVar("_let", default=None)
 
 @contextmanager
 def letting_write(folder: str) -> Iterator[None]:
-    """Within this, and in what is started there, every guard lets a folder of its cache be written; "" is all of it.
+    """Allow writes to a folder of the cache ("": all) in this context and in tasks started there.
 
-    For what is no doing of the guarded command: the remote's own work, and a plan that is about to be edited.
+    For writes that are not the guarded command's: the remote's own, and a plan that is about to be edited.
     """
     before = _let.set(folder and folder + os.sep)
     try:
@@ -53,10 +53,10 @@ class WriteRefused(RemoteError, PermissionError):
 
 
 class Guard:
-    """Watches one ``.lattice`` directory between ``start()`` and ``stop()``; ``refused`` keeps the first refusal."""
+    """Guard of one ``.lattice`` directory between ``start()`` and ``stop()``; ``refused`` keeps the first refusal."""
 
     def __init__(self, directory: str, *, plugins: str = "") -> None:
-        """``plugins`` are the words of the command that runs, where it is a plugin's."""
+        """Create a guard. ``plugins`` are the words of the running command if it is a plugin's."""
         self._directory = directory
         self._plugins = plugins
         self._inside = tuple({os.path.abspath(directory) + os.sep, os.path.realpath(directory) + os.sep})
@@ -64,12 +64,12 @@ class Guard:
         self.refused: WriteRefused | None = None
 
     def start(self) -> None:
-        """Begin to watch. An audit hook can't be removed, only told to look away."""
+        """Start to refuse writes. An audit hook cannot be removed, only disabled."""
         self._on = True
         sys.addaudithook(self._hook)
 
     def stop(self) -> None:
-        """Look away."""
+        """Stop refusing."""
         self._on = False
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
@@ -85,7 +85,7 @@ class Guard:
 
     def _check(self, path: object) -> None:
         if not isinstance(path, str | bytes):
-            return  # a descriptor: what it names was checked when it was opened
+            return  # a descriptor: its file was checked when it was opened
         name = os.fsdecode(path)
         parent, leaf = os.path.split(os.path.abspath(name))
         for form in (os.path.join(parent, leaf), os.path.join(os.path.realpath(parent), leaf)):

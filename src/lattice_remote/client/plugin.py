@@ -1,7 +1,7 @@
-"""What ``lattice`` loads at every start, in every project: it must cost next to nothing.
+"""Lattice plugin, loaded at every start of ``lattice`` in every project: it must cost next to nothing.
 
-``register`` adds the ``remote`` command and one hook. Only when a command is about to run in a directory that
-is a cache is anything else of this package imported.
+``register`` adds the ``remote`` command and one hook. The rest of this package is imported only when a command is about
+to run in a cache.
 """
 
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["register", "remote_directory"]
 
 SERVER_ENV = "LATTICE_REMOTE_SERVER"
-"""Set in the server's own processes, whose commands must run right where they are."""
+"""Set in the server's own processes, whose commands must run in place."""
 
 
 def register(cli_group: click.Group) -> None:
@@ -39,22 +39,25 @@ def register(cli_group: click.Group) -> None:
 
 
 def remote_directory() -> str | None:
-    """Return the ``.lattice`` directory around us, found as lattice finds it, if it is a cache or waits for a push."""
+    """Return the surrounding ``.lattice`` directory, found as lattice finds it, if it is a cache or waits for a
+    push."""
     try:
         root = find_root()
     except (LatticeRootError, OSError):
-        return None  # lattice itself says what is wrong
+        return None  # lattice itself reports the error
     if root is None:
         return None
-    directory = os.path.abspath(os.path.join(root, LATTICE_DIR))  # LATTICE_ROOT may be relative; the agent is elsewhere
-    # One that waits to be pushed to its remote has another file, so that to everybody else it is a local project.
+    directory = os.path.abspath(
+        os.path.join(root, LATTICE_DIR)
+    )  # LATTICE_ROOT may be relative, and the agent has another directory
+    # A project that waits to be pushed has another file, so that other programs see a local project.
     # ``cache_state.json`` alone is a cache whose remote.json git or the user has removed: no local project (I4).
     files = ("remote.json", ".unpushed.json", "cache_state.json")
     return directory if any(os.path.isfile(os.path.join(directory, name)) for name in files) else None
 
 
 class _RemoteCommand(click.Command):
-    """``lattice remote``: a Typer app, loaded when it is used. Typer's commands are no Click commands of ours."""
+    """``lattice remote``: a Typer app, loaded on use. Its commands are no Click commands of this group."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:  # noqa: ARG002 - Click's signature
         """Return none: ``--help`` and every option belong to Typer."""
@@ -66,7 +69,7 @@ class _RemoteCommand(click.Command):
         return ctx.args
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> "list[CompletionItem]":
-        """Return what could stand here, by the Typer app: Click asks for it with the words before this one."""
+        """Return the Typer app's completions: Click calls this with the words before the incomplete one."""
         from click.shell_completion import CompletionItem
 
         from lattice_remote.client.cli.app import completions
@@ -76,7 +79,7 @@ class _RemoteCommand(click.Command):
         ]
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Hand over to the Typer app, which exits by itself."""
+        """Run the Typer app, which exits by itself."""
         from lattice_remote.client.cli.app import main
 
         main(ctx.args, prog_name=ctx.command_path)

@@ -1,7 +1,7 @@
-"""Where a command of a remote project runs: reads here, on the cache; everything else on the server.
+"""Routing of a remote project's commands: reads run here on the cache, everything else on the server.
 
-Click still parses every command line here, so that usage errors and ``--help`` are Click's own. Standard
-library only, plus what lattice itself has imported.
+Click still parses every command line here, so that usage errors and ``--help`` are Click's own. Standard library only,
+plus modules that lattice has imported.
 """
 
 import atexit
@@ -38,7 +38,7 @@ _READS = {
     ("stats",),
     ("weather",),
 }
-"""Commands that only read the project, save for the exceptions of ``_is_read``."""
+"""Commands that only read the project, with the exceptions in ``_is_read``."""
 _ELSEWHERE = {
     ("demo", "init"),
     ("init",),
@@ -50,11 +50,11 @@ _ELSEWHERE = {
     ("setup-openclaw",),
     ("setup-prompt",),
 }
-"""Commands that don't concern the project's data at all."""
+"""Commands independent of the project's data."""
 
 
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
-    """Return a twin of ``command`` that decides, once parsed, where it runs. ``directory`` is the cache.
+    """Return a copy of ``command`` that is routed after parsing. ``directory`` is the cache.
 
     Args:
         path: the command's names, from the outermost group inward.
@@ -89,7 +89,7 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
             return _run_plugin(command, path, ctx, directory)
         if _is_read(path, ctx):
             if path == ("dashboard",):
-                read_remote(directory)  # a copy without its remote.json could show a page, and save nothing
+                read_remote(directory)  # without remote.json the page could not save
             ensure_current(directory, partial(click.echo, err=True), _progress())
             if path == ("dashboard",):
                 return _serve_dashboard(command, ctx, directory)
@@ -101,18 +101,18 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
 
 
 def _is_plugins(command: click.Command) -> bool:
-    """Whether a command is none of lattice's own: what those do is known, or is for the server to know."""
+    """Return whether the command comes from a plugin: lattice's own are known, or left to the server."""
     return not getattr(command.callback, "__module__", "").startswith("lattice.")
 
 
 def _say_where_init_is(target: str, directory: str) -> None:
-    """A new project within a copy of another one, or in its place, is hardly what is meant: say how it is."""
+    """Warn about ``init`` inside or over a cache, which is hardly intended."""
     root = os.path.realpath(os.path.dirname(directory))
     inside = os.path.commonpath([root, os.path.realpath(target)]) == root
     has_one = os.path.isdir(os.path.join(target, ".lattice"))
     if not inside or (has_one and os.path.realpath(target) != root):
         return
-    with contextlib.suppress(RemoteError):  # of a remote.json that is damaged, whatever uses it tells
+    with contextlib.suppress(RemoteError):  # other commands report a damaged remote.json
         remote = read_remote(directory)
         this = f"a copy of project {remote.project} on {remote.url}"
         if has_one:
@@ -126,17 +126,17 @@ def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:
     if path == ("doctor",):
         return not ctx.params.get("fix")
     if path == ("next",):
-        # With a session's name even a plain look writes: it touches the session's file.
+        # With a session's name even a read writes: it touches the session's file.
         session = ctx.params.get("session_name") or (ctx.obj or {}).get("_session_name")
         return not ctx.params.get("claim") and session is None
     return path in _READS
 
 
 def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> None:
-    """Let only reads pass while the project waits to be pushed: what is written now might not reach the server.
+    """Allow only reads while the project waits to be pushed: later writes might not reach the server.
 
     Raises:
-        Misuse: it is none; the message says both ways on.
+        Misuse: the command writes; the message names both ways on.
     """
     remote = read_remote(directory, UNPUSHED_FILE)
     if not _is_read(path, ctx):
@@ -148,13 +148,13 @@ def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> 
 
 
 def fail(error: RemoteError, *, is_json: bool) -> None:
-    """Say what went wrong, as lattice says it, and exit with 1."""
+    """Print an error in lattice's format and exit with 1."""
     from lattice.cli.helpers import output_error
 
     output_error(error.message, error.code, is_json)
 
 
-# --- here ---
+# --- local execution ---
 
 
 def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str) -> Any:
@@ -165,16 +165,16 @@ def _serve_dashboard(command: click.Command, ctx: click.Context, directory: str)
 
 
 def _run_plugin(command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str) -> Any:
-    """Run a plugin's command here, where it may read: on a copy that is as good as it can be had."""
+    """Run a plugin's command here, which may read, on a cache as current as possible."""
     try:
         ensure_current(directory, partial(click.echo, err=True), _progress())
-    except RemoteError as error:  # it may have nothing to do with the project's files
+    except RemoteError as error:  # it may not need the project's files
         click.echo(f"lattice-remote: {one_line(error.message)}", err=True)
     return _run_here(command, ctx, directory, plugins=" ".join(path))
 
 
 def _run_here(command: click.Command, ctx: click.Context, directory: str, *, plugins: str = "") -> Any:
-    """Run under the guard; a refusal that the command swallowed is still an error in the end."""
+    """Run under the guard; a refusal that the command swallowed still fails it."""
     guard = Guard(directory, plugins=plugins)
     guard.start()
     try:
@@ -186,20 +186,20 @@ def _run_here(command: click.Command, ctx: click.Context, directory: str, *, plu
     return result
 
 
-# --- there ---
+# --- remote execution ---
 
 
 def _run_there(
     command: click.Command, path: tuple[str, ...], ctx: click.Context, directory: str, argv: list[str]
 ) -> None:
     with CallersFiles.of_command(command, path, ctx, argv) as files:
-        # The id is made here, so that the command runs once even if the agent is killed and asked again (I6).
+        # The id is created here, so that the command runs once even if the agent is killed and asked again (I6).
         asked = request("run", directory, id=os.urandom(16).hex(), argv=files.argv, files=files.described)
         asked["own_link"] = _waits(path, ctx)
         answer = ask(asked, _progress())
         if answer.get("unreadable"):  # the agent has other rights, or sees other directories
             answer = ask_here(asked, _progress())
-    # The bytes as the server's lattice wrote them; a reader that has left is Click's to handle.
+    # The bytes as the server's lattice wrote them; Click handles a closed pipe.
     click.echo(base64.b64decode(answer["stdout"]), nl=False)
     click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)
     for notice in answer["notices"]:
@@ -208,10 +208,10 @@ def _run_there(
 
 
 def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
-    """End the command; as a program of its own, at once.
+    """End the command; in a process of its own, at once.
 
-    Taking down the interpreter frees, object by object, what the system frees as a whole: a tenth of a command's
-    time. Where lattice runs inside another program, that program goes on.
+    Interpreter shutdown frees object by object, a tenth of a command's time. If lattice runs inside another program,
+    that program continues.
     """
     own = os.path.basename(sys.argv[0]) == "lattice" and sys.stdout is sys.__stdout__
     if own and sys.stdout is not None and sys.stderr is not None:
@@ -223,12 +223,12 @@ def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
 
 
 def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
-    """Whether this command may wait for others, for so long that somebody interrupts it."""
+    """Return whether this command may wait for others for long, so that the user may interrupt it."""
     return path == ("resource", "acquire") and bool(ctx.params.get("do_wait"))
 
 
 def _progress() -> Any:
-    """Return what shows progress on a terminal, None elsewhere; loaded when there is something to show."""
+    """Return the progress display for a terminal, else None; imported on first use."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
 

@@ -1,4 +1,5 @@
-"""A remote project for programs: reads are reads of the copy, a write is one ``Call`` of the surface ``storage``."""
+"""Storage backend of a remote project: reads come from the cache, a write is one ``Call`` of the surface
+``storage``."""
 
 import json
 import os
@@ -23,18 +24,18 @@ __all__ = ["Freshness", "RemoteStorage", "RemoteWarning", "resolve_backend"]
 
 
 class RemoteWarning(UserWarning):
-    """Something that a command would say on stderr: that what is read is not current, say, and how old it is."""
+    """Warning that a command would print on stderr, for example that the data is not current, and its age."""
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """How current the copy is.
+    """State of the cache.
 
     Attributes:
-        is_current: it holds all that the server has; else ``message`` says why not.
-        seq: the number of the last change that it holds.
-        age_s: for how many seconds it may have been behind; None when that is not known.
-        message: why it is not current; empty when it is.
+        is_current: it holds every change of the server; else ``message`` gives the reason.
+        seq: the sequence number of its last change.
+        age_s: for how many seconds it may have been behind; None if unknown.
+        message: the reason why it is not current; empty if it is.
     """
 
     is_current: bool
@@ -46,25 +47,25 @@ class Freshness:
 class RemoteStorage:
     """A ``StorageBackend`` on a project with a remote. Holds nothing open; threads and processes may share a project.
 
-    Before each read the copy is brought up to date, as for a command. Where the server is out of reach what is here is
-    read, and said with a ``RemoteWarning``; a write then raises ``ConnectionFailed``, and nothing is queued. When a
-    write returns, its change is in the local files.
+    Before each read the cache is brought up to date, as for a command. If the server is unreachable, a read returns the
+    local data with a ``RemoteWarning``; a write raises ``ConnectionFailed``, and nothing is queued. When a write
+    returns, its change is in the local files.
 
-    The background process of this user does the work, or where there is none a loop of its own: from a coroutine, call
-    these methods in a thread (``asyncio.to_thread``).
+    The user's agent does the work, or without one an event loop in this process: from a coroutine, call these methods
+    in a thread (``asyncio.to_thread``).
 
     Args:
         root: the directory that holds ``.lattice``.
 
     Raises:
         Misuse: it has no remote.
-        StorageError: its ``remote.json`` can't be read.
+        StorageError: its ``remote.json`` cannot be read.
     """
 
     def __init__(self, root: Path | str) -> None:
         self._root = Path(root).absolute()
         self._directory = str(self._root / ".lattice")
-        if detachment(self._directory) is None:  # without its remote.json a copy can be read, not written
+        if detachment(self._directory) is None:  # without its remote.json a cache is read-only
             read_remote(self._directory)
 
     @property
@@ -73,7 +74,7 @@ class RemoteStorage:
         return self._root
 
     def freshness(self) -> Freshness:
-        """Bring the copy up to date if the server is in reach, and return how it stands."""
+        """Bring the cache up to date if the server is reachable, and return its state."""
         answer = self._ready()
         message = "" if answer["current"] else answer["message"]
         return Freshness(answer["current"], answer["seq"], 0.0 if answer["current"] else answer["age_s"], message)
@@ -81,19 +82,19 @@ class RemoteStorage:
     # --- tasks ---
 
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
-        """Return the active tasks, in the order in which they were made; with ``archived`` those instead."""
+        """Return the active tasks in the order of their creation; with ``archived`` the archived ones."""
         return self._copy().list_tasks(archived=archived)
 
     def get_task(self, task: str) -> Snapshot | None:
-        """Return a task, archived or not; None when there is none."""
+        """Return a task, archived or not; None if there is none."""
         return self._copy().get_task(task)
 
     def get_task_events(self, task: str) -> list[Snapshot]:
-        """Return a task's events in their order; empty when there is no such task."""
+        """Return a task's events in order; empty if there is no such task."""
         return self._copy().get_task_events(task)
 
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a task, or make it; see ``StorageBackend``."""
+        """Add events to a task, or create it; see ``StorageBackend``."""
         return self._write_events("write-task", {"task": task}, events, base)
 
     # --- resources ---
@@ -103,17 +104,17 @@ class RemoteStorage:
         return self._copy().list_resources()
 
     def get_resource(self, resource: str) -> Snapshot | None:
-        """Return a resource, by name or id; None when there is none."""
+        """Return a resource, by name or id; None if there is none."""
         return self._copy().get_resource(resource)
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a resource, or make it; see ``StorageBackend``."""
+        """Add events to a resource, or create it; see ``StorageBackend``."""
         return self._write_events("write-resource", {"resource": resource}, events, base)
 
     # --- plans and notes ---
 
     def read_plan(self, task: str) -> str | None:
-        """Return the text of a task's plan; None when it has none."""
+        """Return the text of a task's plan; None if it has none."""
         return self._copy().read_plan(task)
 
     def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
@@ -121,20 +122,20 @@ class RemoteStorage:
         return self._write_text("write-plan", task, text, base)
 
     def read_notes(self, task: str) -> str | None:
-        """Return the text of a task's notes; None when it has none."""
+        """Return the text of a task's notes; None if it has none."""
         return self._copy().read_notes(task)
 
     def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
         """Replace a task's notes; see ``StorageBackend``."""
         return self._write_text("write-notes", task, text, base)
 
-    # --- the copy ---
+    # --- the cache ---
 
     def _copy(self) -> LocalStorage:
-        """Return the copy for reading, current if that is possible.
+        """Return the cache for reading, current if possible.
 
         Raises:
-            RemoteError: the copy was never filled, so there is nothing to read.
+            RemoteError: the cache was never filled.
         """
         if (why := detachment(self._directory)) is not None:
             _warn(why)
@@ -172,14 +173,16 @@ class RemoteStorage:
         return Merged(answer["content"]) if answer["outcome"] == "merged" else Written(answer["content"])
 
     def _call(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Have the server write, once whatever happens on the way (I6), and return its answer.
+        """Run a write on the server, at most once (I6), and return its answer.
 
         Raises:
-            Rejected: what the server says may not be written.
-            RemoteError: it could not be asked; whether it was done is in the message where that is not known.
+            Rejected: the server refuses the write.
+            RemoteError: the server is unreachable; the message says whether the write may have taken effect.
         """
         payload = json.dumps(values, ensure_ascii=False)
-        id_ = os.urandom(16).hex()  # made here: an agent that ends half way is asked again, and the server runs it once
+        id_ = os.urandom(
+            16
+        ).hex()  # created here: if the agent ends half way, the next is asked again, and the server runs it once
         returned = ask(
             request("call", self._directory, id=id_, surface="storage", name=name, payload=payload, files=[])
         )
@@ -198,20 +201,19 @@ class RemoteStorage:
 
 
 def _warn(message: str) -> None:
-    """Warn where the program has called: past this module and whatever of it is between."""
+    """Warn at the program's call, outside this module."""
     warnings.warn(message, RemoteWarning, stacklevel=2, skip_file_prefixes=(os.path.dirname(__file__),))
 
 
 def resolve_backend(start: Path | str | None = None) -> "StorageBackend":
-    """Return the board that a ``lattice`` command in the directory ``start`` would work on.
+    """Return the storage of the project that a ``lattice`` command in the directory ``start`` would use.
 
     Args:
-        start: where to begin to look, there and in the directories above; None for the current directory, or for what
-            ``LATTICE_ROOT`` names.
+        start: where to search, including the directories above; None for the current directory or ``LATTICE_ROOT``.
 
     Raises:
         Misuse: there is no project.
-        StorageError: its ``remote.json`` can't be read.
+        StorageError: its ``remote.json`` cannot be read.
     """
     root = _root_at(None if start is None else Path(start).absolute())
     if root is None:

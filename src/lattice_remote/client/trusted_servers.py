@@ -1,10 +1,10 @@
-"""Which servers this user has named on this machine, and so where a token may go. Standard library only.
+"""Servers that this user trusts with a token. Standard library only.
 
-``remote.json`` comes with a clone and may be anybody's: it says where a project is, never whom to trust. A token is
-sent only to a server that the user has named himself: by ``lattice remote add``, ``login``, ``trust`` or ``set-url``,
-which is kept in ``servers.json`` beside the tokens, or by ``LATTICE_REMOTE_URL``. Over plain HTTP it goes to this
-machine only, unless the user said ``--insecure`` of this server. A certificate is always verified, by the system's
-authorities or by those of the server's ``ca_file``.
+``remote.json`` comes with a clone and may be anyone's: it says where a project is, never what to trust. A token is sent
+only to a server that the user has named: with ``lattice remote add``, ``login``, ``trust`` or ``set-url``, stored in
+``servers.json`` beside the tokens, or in ``LATTICE_REMOTE_URL``. Over plain HTTP it stays on this machine, unless the
+user chose ``--insecure`` for this server. A certificate is always verified, with the system's authorities or the
+server's ``ca_file``.
 """
 
 import os
@@ -30,35 +30,35 @@ __all__ = [
 ]
 
 URL_ENV = "LATTICE_REMOTE_URL"
-"""Names the server of this user for commands that find a fresh clone, in a container say."""
+"""Names this user's server for commands that find a fresh clone, for example in a container."""
 DEFAULT_CACHE_MIB = 4096
 _WHAT = "servers"
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that the user has named."""
+    """A trusted server."""
 
     url: str
     """In the form of ``parse_url``."""
     insecure: bool = False
-    """Whether a token may go to it over plain HTTP from one machine to another."""
+    """Whether a token may be sent over plain HTTP to another machine."""
     ca_file: str | None = None
-    """Absolute path of the authorities (PEM) that vouch for it, in place of the system's; None: the system's."""
+    """Absolute path of the certificate authorities (PEM) to use instead of the system's; None: the system's."""
     max_cache_mib: int | None = None
-    """How large it may make a copy here; None: ``DEFAULT_CACHE_MIB``."""
+    """Size limit for a cache of this server; None: ``DEFAULT_CACHE_MIB``."""
 
 
 def servers_path() -> str:
-    """Return where the servers of this user are kept."""
+    """Return the path of this user's trusted servers."""
     return private_files.path_of("servers.json")
 
 
 def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_cache_mib: int | None = None) -> Server:
-    """Return a server as the user names it now; it is kept only by ``record``.
+    """Return a server from the user's options; only ``record`` stores it.
 
     Raises:
-        Misuse: there is no such file of authorities, or it makes no sense with this URL.
+        Misuse: the file of authorities is missing, or contradicts the URL.
     """
     if ca_file is not None and not url.startswith("https:"):
         raise Misuse(f"--ca-file is for https; {url} is not verified by anybody")
@@ -68,10 +68,10 @@ def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_ca
 
 
 def record(server: Server) -> None:
-    """Keep a server; what it does not say stays as it was recorded before.
+    """Store a server; unset fields keep their stored values.
 
     Raises:
-        StorageError: ``servers.json`` can't be read or written, and ``LATTICE_REMOTE_URL`` does not name that server.
+        StorageError: ``servers.json`` cannot be read or written, and ``LATTICE_REMOTE_URL`` does not name that server.
     """
 
     def with_it(found: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def record(server: Server) -> None:
 
 
 def forget(url: str) -> None:
-    """Forget that the user ever named this server."""
+    """Remove a trusted server."""
     private_files.change(
         servers_path(),
         _WHAT,
@@ -96,11 +96,11 @@ def forget(url: str) -> None:
 
 
 def admit(url: str, named: Server | None = None) -> Server:
-    """Return how to speak to the server at ``url`` if a token may be sent there. ``named`` is not recorded yet.
+    """Return the server at ``url`` if a token may be sent there. ``named`` is not recorded yet.
 
     Raises:
-        Rejected: it may not, ``REMOTE_UNTRUSTED``; the message says what the user can do.
-        StorageError: the user's files can't be read.
+        Rejected: it may not, ``REMOTE_UNTRUSTED``; the message names the remedy.
+        StorageError: the user's files cannot be read.
     """
     known = _of(private_files.read(servers_path(), _WHAT), url)
     if named is not None and named.url == url:
@@ -123,10 +123,10 @@ def admit(url: str, named: Server | None = None) -> Server:
 
 
 def from_environment(given: str | None) -> Server | None:
-    """Return the server that the value of ``LATTICE_REMOTE_URL`` names, None when unset or empty.
+    """Return the server of the value of ``LATTICE_REMOTE_URL``, None if unset or empty.
 
     Raises:
-        Misuse: it is no server's URL.
+        Misuse: it is not a server's URL.
     """
     if not given or not given.strip():
         return None
@@ -137,10 +137,10 @@ def from_environment(given: str | None) -> Server | None:
 
 
 def cache_limit(url: str) -> int:
-    """Return how many bytes a server may make one copy take here.
+    """Return the size limit in bytes for one cache of a server.
 
     Raises:
-        StorageError: ``servers.json`` can't be read.
+        StorageError: ``servers.json`` cannot be read.
     """
     known = _of(private_files.read(servers_path(), _WHAT), url)
     mib = known.max_cache_mib if known is not None and known.max_cache_mib is not None else DEFAULT_CACHE_MIB
@@ -148,7 +148,7 @@ def cache_limit(url: str) -> int:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether what is said to this URL stays on this machine; only what is certain counts."""
+    """Return whether traffic to this URL certainly stays on this machine."""
     from ipaddress import ip_address
 
     host = url.partition("://")[2]

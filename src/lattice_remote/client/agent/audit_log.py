@@ -1,6 +1,6 @@
-"""``lattice remote log`` and ``history``: who changed what, as the server's journal has it.
+"""Reading of the server's journal for ``lattice remote log`` and ``history``.
 
-The log is no part of the copy, so this asks the server, page by page. Nothing is written anywhere.
+The log is not part of the cache: it is requested page by page. Nothing is written.
 """
 
 import json
@@ -27,7 +27,7 @@ from lattice_remote.protocol.messages import (
 __all__ = ["MAX_ENTRIES", "TextName", "lines", "read_log", "read_version", "records", "task_of"]
 
 MAX_ENTRIES = 10_000
-"""The most that one command shows."""
+"""Most entries that one command shows."""
 _VERSION = re.compile(r"(?:(.{1,64})-)?([0-9]{1,18})")
 
 
@@ -35,14 +35,14 @@ TextName = Literal["plan", "notes"]
 
 
 async def read_log(link: Connection, task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
-    """Return the newest entries, of one task or its plan or notes if it is named, and whether older ones are kept.
+    """Return the newest entries, optionally of one task or its plan or notes, and whether older ones exist.
 
-    Asks for one entry more than it returns: ``LogPage.before`` alone does not say that another entry exists.
+    Requests one entry more than it returns: ``LogPage.before`` alone does not prove another entry.
 
     Raises:
-        Rejected: there is no such task, or the server can't tell its log.
-        ConnectionFailed: the server is out of reach.
-        ProtocolError: its pages don't follow each other.
+        Rejected: no such task, or the server has no log.
+        ConnectionFailed: the server is unreachable.
+        ProtocolError: its pages are not consecutive.
     """
     entries: list[LogEntry] = []
     before: int | None = None
@@ -66,13 +66,13 @@ async def read_version(link: Connection, task: str, text: TextName, version: str
     Args:
         link: a connection to the project.
         task: an id or short id.
-        text: which of the two.
+        text: plan or notes.
         version: the change's number, the newest with it; or ``EPOCH-NUMBER``.
 
     Raises:
         Misuse: ``version`` names no change.
         Rejected: no such version is kept.
-        ConnectionFailed: the server is out of reach.
+        ConnectionFailed: the server is unreachable.
     """
     named = _VERSION.fullmatch(version)
     if named is None:
@@ -91,7 +91,7 @@ async def _ask(link: Connection, asked: Log | ReadVersion) -> Response:
 
 
 def records(answer: dict[str, Any], directory: str) -> dict[str, Any]:
-    """Return an answer of ``read_log`` as ``--json`` prints it."""
+    """Return an answer of ``read_log`` in the format of ``--json``."""
     records = logtext.as_records(_entries(answer), _short_ids(directory))
     return {"entries": records, "epoch": answer["epoch"], "more": answer["more"]}
 
@@ -106,12 +106,12 @@ def _entries(answer: dict[str, Any]) -> list[LogEntry]:
 
 
 def task_of(directory: str, name: str) -> str:
-    """Return the id of the task with this id or short id, as the cache has it; ``name`` where it has none."""
+    """Return the id of the task with this id or short id in the cache; ``name`` if there is none."""
     return next((task for task, short_id in _short_ids(directory).items() if short_id == name.upper()), name)
 
 
 def _short_ids(directory: str) -> dict[str, str]:
-    """Return the copy's short ids by task id; without what can't be read."""
+    """Return the cache's short ids by task id, without unreadable ones."""
     try:
         with open(os.path.join(directory, "ids.json"), encoding="utf-8") as file:
             known: dict[str, str] = json.load(file)["map"]

@@ -1,4 +1,4 @@
-"""Ends conflicts and withheld edits as the user decides: the chosen text is sent as an edit of the server's."""
+"""Resolution of conflicts and withheld edits: the chosen text is sent as an edit of the server's."""
 
 import base64
 import binascii
@@ -17,17 +17,17 @@ CHOICES = ("mine", "theirs", "edited")
 
 
 class Resolver:
-    """The conflicts of one cache, as a command asks for them."""
+    """The conflicts of one cache, for commands."""
 
     def __init__(self, follower: Replicator, pusher: EditSender) -> None:
         self._follower = follower
         self._pusher = pusher
 
     async def resolve(self, request: dict[str, Any], link: Callable[[], Connection]) -> dict[str, Any]:
-        """Tell of the conflicts that a request names, and end them if it says how.
+        """List the requested conflicts, and resolve them if a choice is given.
 
         Raises:
-            Misuse: there is no such conflict, or it can't be ended like that.
+            Misuse: no such conflict, or an invalid choice for it.
             RemoteError: the text could not be sent; nothing has changed.
         """
         self._follower.conflicts.look_again()
@@ -45,7 +45,7 @@ class Resolver:
         return {"conflicts": [_fields(conflict, reasons) for conflict in found], "resolved": resolved}
 
     def tell(self) -> list[dict[str, Any]]:
-        """Return what is known of every conflict."""
+        """Return a description of every conflict."""
         return [_fields(conflict, {}) for conflict in self._follower.conflicts.all()]
 
     def _named(self, task: str, what: str | None) -> list[TextConflict]:
@@ -88,7 +88,7 @@ class Resolver:
             )
 
     async def _send_what_is_in_place(self, conflict: TextConflict, link: Connection) -> None:
-        """Send what was edited in the file itself since: whatever is kept is kept on top of that."""
+        """Send later edits of the file itself first: the chosen text is applied on top."""
         is_withheld = not conflict.copies
         pushed = await self._pusher.push(link, [conflict.path], again=True, confirm=is_withheld)
         for sent in pushed.sent:

@@ -370,7 +370,7 @@ class EditSender:
             raise ConnectionFailed("the server answered something else", sent=True)
         return answer
 
-    # --- files that can't be sent yet, or as they are ---
+    # --- files that cannot be sent yet ---
 
     async def _until_saved(self, path: str) -> None:
         """Wait briefly for a save in progress to end."""

@@ -1,6 +1,6 @@
-"""Tells which files of an agent's caches were touched, whoever did it: one thread for all caches.
+"""File system notifications for an agent's caches, from one thread for all caches.
 
-Our own writes are told of as well; whoever listens knows them by ``known.py``.
+Our own writes are reported too; listeners recognize them by ``fingerprints``.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ import watchfiles
 __all__ = ["Touched", "Watching"]
 
 _STEP_MS = 50
-"""The library looks this often whether something came: 0.13 % of a processor, however many caches there are."""
+"""The library's polling interval: 0.13 % of a processor, however many caches there are."""
 _DEBOUNCE_MS = 100
 _TICK_MS = 500
 _AGAIN_S = 30.0
-"""So long after it failed the system is asked to tell again."""
+"""Delay before the watch is restarted after a failure."""
 _log = logging.getLogger(__name__)
 
 Touched = Callable[[set[str] | None], None]
@@ -27,33 +27,34 @@ Touched = Callable[[set[str] | None], None]
 
 
 class Watching:
-    """Watches directories from the first ``add()`` to ``close()``. Used in one event loop, which it calls back in."""
+    """Watch on directories, from the first ``add()`` to ``close()``. Used in one event loop, which runs its
+    callbacks."""
 
     def __init__(self) -> None:
         self.trouble: str | None = None
-        """Why the system does not tell of changes; None while it does."""
+        """Reason why the system reports no changes; None while it does."""
         self._listeners: dict[str, Touched] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def add(self, directory: str, touched: Touched) -> None:
-        """Watch a directory. ``touched(None)`` follows once that has begun, for what was done until then."""
+        """Watch a directory. ``touched(None)`` follows once the watch has begun, for earlier changes."""
         self._listeners[directory] = touched
         self._begin_anew()
 
     def remove(self, directory: str, touched: Touched) -> None:
-        """Don't watch it any more, unless somebody else has been added for it meanwhile."""
+        """Stop watching a directory, unless another listener has replaced this one."""
         if self._listeners.get(directory) == touched:
             del self._listeners[directory]
             self._begin_anew()
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         self._listeners.clear()
         self._stop.set()
 
     def _begin_anew(self) -> None:
-        """The library can't be given further directories, so another thread takes over from the last."""
+        """Replace the thread: the library cannot add directories to a running watch."""
         self._stop.set()
         self._stop = threading.Event()
         if self._listeners:
@@ -66,7 +67,7 @@ class Watching:
 
     def _watch(self, directories: list[str], stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
         def tell(function: Callable[..., None], *arguments: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and everything with it
+            with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(function, stop, *arguments)
 
         try:
@@ -90,7 +91,7 @@ class Watching:
         except (OSError, RuntimeError) as error:
             tell(self._failed, str(error))
 
-    # --- back in the loop; from a thread that was replaced meanwhile nothing is taken ---
+    # --- in the loop; a replaced thread is ignored ---
 
     def _begun(self, thread: threading.Event) -> None:
         if thread is self._stop:
@@ -99,7 +100,7 @@ class Watching:
                 touched(None)
 
     def _failed(self, thread: threading.Event, why: str) -> None:
-        """One file with a name that is no text is enough, in any of the directories: whoever listens must look."""
+        """Report that every file may have changed. One undecodable file name in any directory is enough to fail."""
         if thread is self._stop:
             if self.trouble is None:
                 _log.warning("cannot watch the caches (%s); they are compared now and then", why)
@@ -120,14 +121,14 @@ class Watching:
 
 
 def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]]:
-    """Return what was touched in each directory, save for what is nobody's but ours."""
+    """Return the touched paths by directory, without our private ones."""
     found: dict[str, set[str]] = {}
     prefixes = [(directory, directory + os.sep) for directory in directories]
     for name in names:
         for directory, prefix in prefixes:
             if name.startswith(prefix):
                 path = name[len(prefix) :]
-                if not path.startswith("."):  # most of our own work is in .tmp/ and .base/
+                if not path.startswith("."):  # most of our own writes are in .tmp/ and .base/
                     found.setdefault(directory, set()).add(path)
                 break
     return found

@@ -1,4 +1,4 @@
-"""The same steps without an agent: for ``LATTICE_REMOTE_AGENT=off``, and where there are no Unix sockets."""
+"""Execution of requests without an agent: for ``LATTICE_REMOTE_AGENT=off``, and without Unix sockets."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ __all__ = ["ask_directly"]
 
 
 def ask_directly(request: dict[str, Any], on_progress: Callable[[dict[str, Any]], None] | None) -> dict[str, Any]:
-    """Open the cache, do what the request asks for, and close it again. Returns the answer, never raises ours."""
+    """Open the cache, run the request, and close it. Returns the answer, never raises a ``RemoteError``."""
     return asyncio.run(_ask(request, on_progress or _ignore))
 
 
@@ -32,4 +32,4 @@ async def _serve_once(request: dict[str, Any], report: Callable[[dict[str, Any]]
 
 
 def _ignore(_progress: dict[str, Any]) -> None:
-    """Nobody watches."""
+    """Ignore progress."""

@@ -167,7 +167,7 @@ class Fetching:
         put_off, away = self._put_off.get(path), self._follower.replica.away
         return put_off.why if put_off is not None and path in away and away[path] == put_off.content else None
 
-    # --- what is asked for ---
+    # --- requests ---
 
     async def fetch(self, paths: Iterable[str] | None, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Fetch these contents (None: all deferred ones); return those that arrived.

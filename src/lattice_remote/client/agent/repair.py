@@ -1,9 +1,8 @@
-"""Keeps one cache equal to the server's files without being asked: what others change is noticed and mended (I3, I4).
+"""Integrity monitor: detects and repairs files of one cache that other programs modify (I3, I4).
 
-The system tells which files were touched (``watching.py``); those that are not as one of our own processes left them
-(``known.py``) are fetched anew. What was changed while no agent ran is found after the first connection: by the times
-of the files, where the last process stored them since the machine was started, else by comparing every file with the
-server's manifest.
+The system reports touched files (``file_watcher``); those that differ from the fingerprints of our own processes are
+fetched again. Changes made while no agent ran are found after the first connection: by the files' times if the
+fingerprints are from this boot, else by a comparison with the server's manifest.
 """
 
 import asyncio
@@ -26,22 +25,23 @@ from lattice_remote.protocol.paths import is_editable, is_replicated
 __all__ = ["IntegrityMonitor"]
 
 RESCAN_S = 300.0
-"""Now and then every file's times are looked at, in case the system has not told of something."""
+"""Interval of scans of all files' times, in case the system missed an event."""
 _MIN_RESCAN_S = 2.0
-"""The same, where the system does not tell at all; at most a twentieth of a processor."""
+"""The interval if the system reports nothing; scans take at most a twentieth of a processor."""
 _RESCAN_SHARE = 20.0
 _RETRY_S = 5.0
 STRAY_S = 60.0
-"""So long after its last change a file like ``plans/x (copy).md``, which is no task's, is set aside and removed."""
+"""A file such as ``plans/x (copy).md``, which belongs to no task, is rescued and removed this long after its last
+change."""
 _BATCH = 256
 _MANY = 1000
-"""When more than so many files look strange at once (a backup may link them all), the manifest tells which ones are."""
+"""If more files differ at once (a backup may link them all), the manifest is compared instead."""
 _EDITED_BY_HAND = ("plans/", "notes/")
 _log = logging.getLogger(__name__)
 
 
 class IntegrityMonitor:
-    """Looks after one cache while ``run()`` runs. ``on_edits`` is told of plans and notes that may have been edited."""
+    """Monitor of one cache while ``run()`` runs. ``on_edits`` gets plans and notes that may have been edited."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class IntegrityMonitor:
         self._turn = turn  # one cache at a time reads all its files
         self._wake = asyncio.Event()
         self.has_looked = False
-        """Whether every file that was changed before is found: none is shown as it is."""
+        """Whether all earlier changes were found: until then no file is known to be current."""
         self.is_awaited = False
         """Whether a command waits for that."""
         self._scan_at = 0.0
         self._scan_cost_s = 0.0
-        self._vanished_at = -QUIET_S  # when a file was last seen to be gone (monotonic)
+        self._vanished_at = -QUIET_S  # when a file was last found missing (monotonic)
 
     def touched(self, paths: set[str] | None) -> None:
-        """These files may have been changed by other hands; None: any of them."""
+        """Check these files for modifications; None: all."""
         if paths is None or any(path.startswith(_EDITED_BY_HAND) and not is_replicated(path) for path in paths):
             self._follower.conflicts.look_again()
         if paths is None or not self._cache.known.is_complete or any(path.startswith(LOCKS_FILE) for path in paths):
@@ -86,7 +86,7 @@ class IntegrityMonitor:
         if found is not None and is_editable(path):
             self._on_edits([path])
         if os.path.isdir(place) and not os.path.islink(place):
-            self._scan_at = 0.0  # what was moved in with it is not told file by file
+            self._scan_at = 0.0  # the contents of a moved directory are not reported file by file
         elif not os.path.lexists(place):
             self._missing(path)
         elif self._follower.files.is_strange(path):
@@ -108,14 +108,14 @@ class IntegrityMonitor:
             self._healing.suspect([path], delay_s=self._stray_s(path))
 
     def _stray_s(self, path: str) -> float:
-        """Return for how long yet a file beside the plans or notes is left alone: an editor may be using it."""
+        """Return the seconds to wait before a stray file is removed: an editor may be using it."""
         if not path.startswith(_EDITED_BY_HAND) or is_editable(path) or path in self._cache.known:
             return 0.0
         found = self._cache.signature(path)
         return 0.0 if found is None else min(STRAY_S, found[0] / 1e9 + STRAY_S - time.time())
 
     def _vanishing_s(self, path: str) -> float:
-        """Return for how long yet a missing file is not restored: somebody may be removing the whole directory."""
+        """Return the seconds to wait before a missing file is restored: the whole directory may be being removed."""
         if self._cache.signature(path) is not None:
             return 0.0
         return max(0.0, self._vanished_at + QUIET_S - time.monotonic())
@@ -123,7 +123,7 @@ class IntegrityMonitor:
     # --- the task ---
 
     async def run(self) -> None:
-        """Look after the cache until cancelled. Trouble with the files or the server is waited out."""
+        """Run until cancelled. Errors of the files or the server are waited out."""
         self._watching.add(self._cache.directory, self.touched)
         try:
             while True:
@@ -135,7 +135,7 @@ class IntegrityMonitor:
                         await self.look()
                         pause_s = self._pause_s()
                     except RemoteError:
-                        pass  # said by the link, or by the follower
+                        pass  # reported by the connection or the replicator
                     except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
                         _log.exception("looking after %s failed", self._cache.directory)
                 with contextlib.suppress(TimeoutError):
@@ -153,10 +153,10 @@ class IntegrityMonitor:
         return scan_s if due_s is None else min(due_s, scan_s)
 
     async def look(self) -> None:
-        """Find the files that were changed by others, and have them fetched.
+        """Find the files that others changed, and fetch them.
 
         Raises:
-            RemoteError: the server is out of reach, or a file can't be read or written.
+            RemoteError: the server is unreachable, or a file cannot be read or written.
         """
         if not self._cache.known.is_complete:
             await self._compare_all()
@@ -175,11 +175,11 @@ class IntegrityMonitor:
             self._link.changed.notify()
 
     async def _compare_all(self) -> None:
-        """Compare every file with the server's: nobody has watched them until now, or too many were touched."""
+        """Compare every file with the server's manifest: none was watched until now, or too many were touched."""
         async with self._turn:
             began, is_first = time.monotonic(), not self._cache.known.is_complete
             earlier = await read_gently(self._cache, lambda: self.is_awaited)
-            if is_first and self._cache.known.is_complete:  # a resync has compared everything meanwhile
+            if is_first and self._cache.known.is_complete:  # a resync has compared everything since
                 return
             outcome, done = await self._follower.compare(mend=True, earlier=earlier)
             await self._link.carry_out(outcome)
@@ -191,7 +191,7 @@ class IntegrityMonitor:
         _log.info("%s: compared in %.1f s", self._cache.directory, time.monotonic() - began)
 
     async def _scan(self) -> None:
-        """Look at the times of all files."""
+        """Check the times of all files."""
         async with self._turn:
             began = time.monotonic()
             for path in await asyncio.to_thread(foreign, self._cache):
@@ -208,7 +208,7 @@ class IntegrityMonitor:
         self._scan_at = time.monotonic() + interval_s * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load, hides nothing
 
     def how(self) -> str:
-        """Return how changes by other hands are noticed, in words."""
+        """Return the detection method in words."""
         if self._watching.trouble is None:
             return "the system tells of changes"
         return f"compared every {max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE):.0f} s: {self._watching.trouble}"

@@ -1,4 +1,4 @@
-"""Rescued files as a command asks for them: listed, shown, applied on the server, dropped."""
+"""Requests about rescued files: list, show, apply on the server, drop."""
 
 import json
 import os
@@ -13,10 +13,10 @@ from lattice_remote.protocol.paths import is_editable
 __all__ = ["Rescuer", "decoded", "described"]
 
 type Call = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
-"""Has a write of the surface ``storage`` carried out, by name and payload; returns the decoded answer."""
+"""Runs a write of the surface ``storage``, by name and payload; returns the decoded answer."""
 
 _ATTEMPTS = 5
-"""How often an event is sent again because others have changed its task meanwhile."""
+"""Most sends of an event whose task others have changed in between."""
 _MAX_SHOWN_EVENTS = 1_000
 _MADE_OF_EVENTS = ("tasks/", "archive/tasks/", "resources/")
 
@@ -30,11 +30,11 @@ class Rescuer:
         self._store = follower.keepsakes.rescued
 
     async def handle(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
-        """List entries, or show, apply or drop those that the request names (all of them without ``numbers``).
+        """List entries, or show, apply or drop the requested ones (all of them without ``numbers``).
 
         Raises:
-            Misuse: there is no such entry.
-            RemoteError: the server can't be asked. What was applied so far stays so, and applying again goes on.
+            Misuse: no such entry.
+            RemoteError: the server is unreachable. Applied parts stay applied, and applying again continues.
         """
         entries = self._named(request["numbers"])
         answer: dict[str, Any] = {"applied": [], "refused": [], "dropped": []}
@@ -62,7 +62,7 @@ class Rescuer:
                 )
         return [entries[number] for number in dict.fromkeys(numbers or entries)]
 
-    # --- what is in an entry that the server does not have ---
+    # --- contents that the server lacks ---
 
     def _shown(self, entry: RescuedEntry) -> dict[str, Any]:
         events = [
@@ -72,7 +72,7 @@ class Rescuer:
         return {**described(entry), "events": events[:_MAX_SHOWN_EVENTS]}
 
     def _new_events(self, entry: RescuedEntry) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield the events that the server does not have, each with its file, in the order of each log."""
+        """Yield the events that the server lacks, each with its file, in the order of each log."""
         for path in entry.files:
             if not is_event_log(path) or path.endswith("/_lifecycle.jsonl"):
                 continue
@@ -84,7 +84,7 @@ class Rescuer:
                     yield path, event
 
     def _log(self, owner: str) -> list[dict[str, Any]]:
-        """Return the events that the server has of a task or resource."""
+        """Return the server's events of a task or resource."""
         for folder in ("events", "archive/events"):
             path = f"{folder}/{owner}.jsonl"
             if self._cache.size(path) is not None:
@@ -94,7 +94,7 @@ class Rescuer:
     # --- applying ---
 
     async def _apply(self, entry: RescuedEntry, call: Call, answer: dict[str, Any]) -> None:
-        """Send what an entry has and the server lacks; drop the entry if nothing of it was refused."""
+        """Send the parts of an entry that the server lacks; drop the entry unless a part was refused."""
         before = len(answer["refused"])
 
         def refuse(path: str, why: str) -> None:
@@ -126,14 +126,14 @@ class Rescuer:
         applied: list[dict[str, Any]],
         refuse: Callable[[str, str], None],
     ) -> set[str]:
-        """Send one by one the events of a task or resource; return its id if it was made by that."""
+        """Send the events of a task or resource one by one; return its id if it was created by that."""
         owner, made = _owner(path), set[str]()
         log = self._log(owner)
         base = log[-1].get("id") if log else None
         of = {"resource": self._resource_of(events, owner)} if owner.startswith("res_") else {"task": owner}
         for event in events:
             is_creation = event.get("type") == "task_created"
-            if is_creation:  # the server gives the short id: by now the old one may be another task's
+            if is_creation:  # the server assigns the short id: the old one may be another task's by now
                 event = {**event, "data": {k: v for k, v in dict(event["data"]).items() if k != "short_id"}}  # noqa: PLW2901
             try:
                 content = await self._send_event(of, event, base, call)
@@ -161,7 +161,7 @@ class Rescuer:
         raise Rejected("others keep changing it; try again", code="REMOTE_BUSY")
 
     def _resource_of(self, events: list[dict[str, Any]], owner: str) -> str:
-        """Return the name of a resource: as it was made with, else as the server knows its id."""
+        """Return the name of a resource, from its creation or from the server."""
         name = dict(events[0].get("data") or {}).get("name")
         return str(name) if events[0].get("type") == "resource_created" and name else owner
 
@@ -175,7 +175,7 @@ class Rescuer:
         *,
         is_new: bool,
     ) -> None:
-        """Send the plan or notes of a task that was made just now; in an older one they might undo others' work."""
+        """Send the plan or notes of a task just created; in an older task they might undo others' work."""
         text = self._store.read(entry.number, path)
         theirs = self._cache.read(path) if self._cache.size(path) is not None else None
         if text == theirs:
@@ -195,7 +195,7 @@ class Rescuer:
             applied.append({"path": path, "event": None, "type": kind.removeprefix("write-"), "to": _owner(path)})
 
     def _is_derived(self, entry: RescuedEntry, path: str, owners: set[str]) -> bool:
-        """Whether lattice makes a file from events that are in the same entry, or the server has its content."""
+        """Return whether lattice derives a file from events in the same entry, or the server has its content."""
         if is_event_log(path):
             return True
         if path == "ids.json" or (path.startswith(_MADE_OF_EVENTS) and self._owner_of_snapshot(entry, path) in owners):
@@ -212,7 +212,7 @@ class Rescuer:
 
 
 def described(entry: RescuedEntry) -> dict[str, Any]:
-    """Return what a list of entries says of one."""
+    """Return an entry as listed."""
     return {"number": entry.number, "reason": entry.reason, "at": entry.at, "files": dict(entry.files)}
 
 
@@ -233,7 +233,7 @@ def _owner(path: str) -> str:
 
 
 def _events(log: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log; lines that are none are skipped."""
+    """Yield the events of a log, skipping invalid lines."""
     for line in log.splitlines():
         try:
             event = json.loads(line)

@@ -570,7 +570,7 @@ class Service:
         finally:
             task.cancel()
 
-    # --- looking after it ---
+    # --- supervision ---
 
     async def _watch(self) -> None:
         """Replace a connection that is behind and stalled; keep the stored age fresh."""
@@ -633,7 +633,7 @@ class Service:
         return None if link.is_open and self._follower.is_following else "the server"
 
     async def _status(self, token: str | None) -> dict[str, Any]:
-        """Return the status, each statement with its evidence. Nothing is claimed beyond what was heard recently."""
+        """Return the status, each statement with its evidence. Claims nothing beyond recent messages."""
         failed_before = self._link.failed_attempts
         if not self._link.is_open:
             self._link.kick()

@@ -1,7 +1,7 @@
-"""Files of a caller on their way to the server: small ones within the command, large ones before it.
+"""Transfer of a caller's files to the server: small ones within the command, large ones before it.
 
-A large file is read where it lies, once for its digest and once for what the server has not got of it yet. Nothing of
-it is held in memory.
+A large file is read in place, once for its digest and once for the parts that the server lacks. It is never held in
+memory.
 """
 
 import base64
@@ -22,7 +22,7 @@ from lattice_remote.protocol.messages import MAX_ARGV, MAX_PAYLOAD_BYTES, Attach
 __all__ = ["OpenFile", "Unreadable", "call_frame", "opened_files", "run_frame", "send_files"]
 
 _OLD_SERVER_BYTES = 24 * 1024 * 1024
-"""What is sent within a command to a server that takes no uploads."""
+"""Limit for files within a command to a server without uploads."""
 _ATTEMPTS = 3
 _MIB = 1024 * 1024
 
@@ -30,12 +30,12 @@ ProgressCallback = Callable[[dict[str, Any]], None]
 
 
 class Unreadable(Exception):
-    """A file of the caller can't be opened from here, or is another than the caller's."""
+    """A file of the caller cannot be opened here, or is not the same file."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """A file of the caller: its place in the argv, and its content in one of two ways; neither: there is none."""
+    """A caller's file: its place in the argv, and its content as bytes or source; neither: there is none."""
 
     index: int
     name: str
@@ -45,10 +45,10 @@ class OpenFile:
 
 @contextlib.contextmanager
 def opened_files(described: list[dict[str, Any]]) -> Iterator[list[OpenFile]]:
-    """Open what ``CallersFiles`` has described; it is closed afterwards.
+    """Open the files described by ``CallersFiles``, and close them afterwards.
 
     Raises:
-        Unreadable: a file is not what the caller saw there; nothing was sent.
+        Unreadable: a file is not the one that the caller saw; nothing was sent.
     """
     with contextlib.ExitStack() as stack:
         files: list[OpenFile] = []
@@ -81,10 +81,10 @@ async def send_files(
     run: Callable[[list[Attachment]], Awaitable[Response]],
     report: ProgressCallback,
 ) -> tuple[Response, list[Source]]:
-    """Upload what is large, then ``run`` with attachments that refer to it; return the answer, and what was uploaded.
+    """Upload large files, then ``run`` with attachments that refer to them; return the answer and the uploads.
 
-    What was uploaded may be gone when it is needed: another command with the same file has used it. Then it is
-    uploaded again.
+    An upload may be gone when it is needed, because another command with the same file has used it. It is then
+    repeated.
 
     Raises:
         Rejected, ConnectionFailed, StorageError: see ``upload``; nothing was run.
@@ -120,7 +120,7 @@ async def _upload_all(
 
 
 async def _upload(link: Connection, source: Source, name: str, report: ProgressCallback) -> bool:
-    """Upload one file; return False when the server takes none, and the file may travel within the command."""
+    """Upload one file; return False if the server takes none, and the file fits into the command."""
     there = 0
 
     def show(have: int, size: int) -> None:
@@ -147,7 +147,7 @@ def run_frame(request: dict[str, Any]) -> Run:
     """Return the frame for a ``run``.
 
     Raises:
-        Misuse: the command line can't travel.
+        Misuse: the command line cannot be sent.
     """
     argv = request["argv"]
     if not 0 < len(argv) <= MAX_ARGV:
@@ -163,7 +163,7 @@ def call_frame(request: dict[str, Any]) -> Call:
     """Return the frame for a ``call``.
 
     Raises:
-        Misuse: what it is given can't travel.
+        Misuse: the values cannot be sent.
     """
     try:
         request["name"].encode()

@@ -1,4 +1,4 @@
-"""What a change does to the files of a cache: nothing that somebody writes there is lost (I4)."""
+"""Application of changes to the files of a cache, without losing text that a person writes there (I4)."""
 
 import os
 from collections import Counter
@@ -18,7 +18,7 @@ from lattice_remote.protocol.replica import Replica
 __all__ = ["Files"]
 
 _MAX_MISFITS = 5
-"""How often the pieces of one file may not add up before the connection is given up."""
+"""The connection is given up when the parts of one file do not add up this often."""
 
 
 class Files:
@@ -30,35 +30,37 @@ class Files:
         self._keepsakes = keepsakes
         self._healing = healing
         self.on_edits: Callable[[Iterable[str]], None] = lambda _: None
-        """Told of plans and notes that are edited, or may be."""
+        """Called with plans and notes that may be edited."""
         self.misfits: Counter[str] = Counter()
-        """By path: how often its pieces did not add up, on this connection."""
+        """path -> failed assemblies of its parts on this connection."""
 
     def is_strange(self, path: str) -> bool:
-        """Whether other hands than ours and the server's made the file what it is; edits of plans and notes aside."""
+        """Return whether another program changed the file; edits of plans and notes do not count."""
         found = self._cache.signature(path)
         if self._cache.known.agrees(path, found):
             return False
         return found is None or not is_editable(path) or self.is_orphan(path)
 
     def is_orphan(self, path: str) -> bool:
-        """Whether a plan or notes belongs to no task of the server's, as far as that is known."""
+        """Return whether a plan or notes belongs to no task of the server, as far as is known."""
         return self._cache.known.is_complete and self._edits.is_orphan(path, self._cache.known)
 
     def apply(self, operations: Iterable[Operation], replica: Replica) -> list[Effect]:
-        """Do to the files what the server did to its own; what is edited here waits."""
+        """Apply the operations to the files; edited files are held."""
         drifted: set[str] = set()
         for operation in operations:
             text = self._edits.text_after(operation)
             if text is not None:
                 self._say_of_link(operation.path)
             if text is not None and self._edits.take(operation.path, text):
-                self.on_edits([operation.path])  # who saves in that moment is not told of: it looks like our own doing
+                self.on_edits([operation.path])  # a save at this moment is not reported: it looks like our own write
                 continue
             edited = self._edits.edited_by(operation)
             if not edited:
                 paths = paths_of(operation)
-                if not isinstance(operation, AppendBytes | MergeJson):  # which fit what is there, or change nothing
+                if not isinstance(
+                    operation, AppendBytes | MergeJson
+                ):  # which fit the existing content, or change nothing
                     self.keep(paths, operation.data if isinstance(operation, PutFile) else None)
                 drifted |= (unfit := apply(operation, self._cache))
                 self.are_the_servers([path for path in paths if path not in unfit])
@@ -70,7 +72,7 @@ class Files:
         return replica.drifted(drifted) if drifted else []
 
     def _hold(self, operation: Operation, edited: list[str], replica: Replica) -> set[str]:
-        """Leave edited files alone; return which other file of a move must be fetched."""
+        """Hold edited files; return the other file of a move, which must be fetched."""
         for path in edited:
             replica.hold(path)
         self.on_edits(edited)
@@ -82,10 +84,10 @@ class Files:
         return set()
 
     def write_part(self, part: Part, replica: Replica) -> list[Effect]:
-        """Write a piece of a file; with its last the file is replaced.
+        """Write a part of a file; the last one replaces the file.
 
         Raises:
-            ProtocolError: the pieces of this file did not add up, again and again.
+            ProtocolError: the parts of this file repeatedly did not add up.
         """
         if self._is_only_touched(part):
             self._cache.note(part.path)
@@ -97,7 +99,7 @@ class Files:
         return self._written(part, replica, self._cache.write_part(part))
 
     def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
-        """The same for a plan or notes: never in place of what somebody writes, even at the last moment."""
+        """Write a part of a plan or notes; never replace a text being edited, up to the last moment."""
         placed: bool | None = False
         self._say_of_link(part.path)
         if not self._edits.is_in_use(part.path):
@@ -109,7 +111,7 @@ class Files:
         return self._written(part, replica, placed, is_text=True)
 
     def _say_of_link(self, path: str) -> None:
-        """Say of a link in place of a plan or notes that it is about to be replaced: it may lead to any file."""
+        """Add a notice that a link instead of a plan or notes will be replaced: it may lead to any file."""
         place = self._cache.absolute(path)
         if os.path.islink(place):
             notice = f"{path} was a link, and only a plain file is sent: the server's text is back, "
@@ -123,14 +125,14 @@ class Files:
             return replica.drifted([part.path])
         if placed:
             self.misfits.pop(part.path, None)
-            if is_text:  # its base was noted with it: what it holds by now may be the next edit
+            if is_text:  # its base was recorded with it: the current content may be the next edit
                 self._note_healing(part.path)
             else:
                 self.are_the_servers([part.path])
         return []
 
     def remove(self, path: str, replica: Replica) -> None:
-        """Remove a file that the server has not, unless somebody is editing it."""
+        """Remove a file that the server lacks, unless it is being edited."""
         if is_editable(path) and self._edits.is_in_use(path):
             if not self.is_orphan(path):
                 replica.hold(path)
@@ -142,23 +144,23 @@ class Files:
         self.are_the_servers([path])
 
     def _is_only_touched(self, part: Part) -> bool:
-        """Whether a file that looked strange holds just what the server sends: only its times were changed."""
+        """Return whether a suspect file equals the server's, so that only its times were changed."""
         found = self._healing.strange.get(part.path)
         return found is not None and found[1] == part.digest and found[0] == self._cache.signature(part.path)
 
     def keep(self, paths: Iterable[str], after: bytes | None = None) -> None:
-        """Rescue what other programs wrote into files that are about to be replaced, by ``after`` if that is known."""
+        """Rescue foreign content from files that are about to be replaced, by ``after`` if known."""
         known = self._cache.known
         for path in paths:
             strange = known.is_complete or path in self._healing.strange
             strange = strange and known.was_written(path, self._cache.signature(path))
             if strange and is_editable(path):
-                continue  # an edit, or what is left of one: see ``edits.py``
+                continue  # an edit, or the rest of one: see ``edits``
             if strange or may_be_by_hand(path) or (after is not None and is_event_log(path)):
                 self._keepsakes.keep(path, is_strange=strange, after=after)
 
     def are_the_servers(self, paths: Iterable[str]) -> None:
-        """These files hold what the server has, or are gone with it."""
+        """Record that these files are the server's, or removed like there."""
         for path in paths:
             if is_editable(path):
                 self._edits.rebase(path)

@@ -428,7 +428,7 @@ class Cache:
         if not path.startswith("."):
             self.known.note(path, self.signature(path))
 
-    # --- files that come in pieces ---
+    # --- files received in parts ---
 
     def write_part(self, part: Part, place: Callable[[str, bytes], bool] | None = None) -> bool | None:
         """Write a part of a file to a temporary file; the last part puts it in place.
@@ -488,7 +488,7 @@ class Cache:
         self.replace(part.path, part.data)
         return True
 
-    # --- contents that are fetched apart ---
+    # --- background downloads ---
 
     def partial(self, digest: bytes) -> str:
         """Return the file that collects a content's parts; it survives the process."""
@@ -517,7 +517,7 @@ class Cache:
                 if name not in kept:
                     self._files.discard(f"{PARTIAL}/{name}")
 
-    # --- the whole tree ---
+    # --- listing ---
 
     def paths(self) -> Iterator[str]:
         """Yield the relative path of each replicated plain file."""

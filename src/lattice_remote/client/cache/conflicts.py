@@ -1,6 +1,6 @@
-"""Edits that others' changes of the same lines have kept from the server: set aside once, until somebody resolves them.
+"""Conflicting edits of plans and notes, set aside until the user resolves them.
 
-The local text is kept beside its file as ``.md.mine`` (``.md.mine2`` for a second one); the file holds the server's.
+The local text is in ``.md.mine`` beside its file (``.md.mine2`` for a second one); the file holds the server's.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ class TextConflict:
     task: str
     """The task's id."""
     short_id: str
-    """What people call the task; its id where it has no other name."""
+    """The task's short id; its id if it has none."""
     is_active: bool
-    """Whether the task is there, so that its plan and notes can be edited."""
+    """Whether the task is active, so that its plan and notes can be edited."""
     found: tuple[Signature | None, ...]
-    """What each copy was when it was found."""
+    """Signature of each copy when it was found."""
 
     @property
     def what(self) -> str:
@@ -42,7 +42,7 @@ class TextConflict:
         return "plan" if self.path.startswith("plans/") else "notes"
 
     def is_called(self, name: str) -> bool:
-        """Whether somebody means this one by a task's id, short id, or a path."""
+        """Return whether ``name`` is its task's id, short id, or a path of it."""
         path = name.replace(os.sep, "/").removeprefix("./")
         return name.upper() in (self.task.upper(), self.short_id.upper()) or any(
             path == known or path.endswith("/" + known) for known in (self.path, *self.copies)
@@ -50,7 +50,7 @@ class TextConflict:
 
 
 class TextConflicts:
-    """The conflicts of one cache. ``set_aside`` and ``end`` must be called under the cache's lock."""
+    """The conflicts of one cache. Call ``set_aside`` and ``end`` under the cache's lock."""
 
     def __init__(self, cache: Cache, edits: Edits) -> None:
         self._cache = cache
@@ -58,7 +58,7 @@ class TextConflicts:
         self._copies: list[str] | None = None
 
     def set_aside(self, path: str) -> str:
-        """Save an edit that conflicts beside its file, once, and return the copy's path."""
+        """Save a conflicting edit beside its file, once, and return the copy's path."""
         text = self._cache.read(path)
         copy = path + ".mine"
         number = 1
@@ -71,18 +71,18 @@ class TextConflicts:
         return copy
 
     def end(self, conflict: TextConflict) -> None:
-        """Remove what was set aside of a file, but for what somebody has saved there since: that stays a conflict."""
+        """Remove the copies of a conflict; one that was saved again since remains a conflict."""
         for copy, found in zip(conflict.copies, conflict.found, strict=True):
             if self._cache.signature(copy) == found:
                 self._cache.delete(copy)
         self.look_again()
 
     def look_again(self) -> None:
-        """Somebody may have made or removed a copy."""
+        """List the directories again: copies may have been created or removed."""
         self._copies = None
 
     def copies(self) -> list[str]:
-        """Return the copies that nobody has removed yet. Lists the directories once, until ``look_again``."""
+        """Return the existing copies. Lists the directories once, until ``look_again``."""
         if self._copies is None:
             self._copies = [path for folder in _FOLDERS for path in self._marked(folder)]
         return list(self._copies)
@@ -97,7 +97,7 @@ class TextConflicts:
         return [self._conflict(path, copies) for path, copies in files.items()]
 
     def notice(self) -> str | None:
-        """Return what each command should say for as long as there are conflicts, in one line."""
+        """Return the one-line notice for every command while there are conflicts."""
         if not self.copies():
             return None
         found = self.all()
@@ -114,11 +114,11 @@ class TextConflicts:
         return f"{len(found)} conflicts: your texts for {named} were not sent; see: lattice remote resolve"
 
     def name_of(self, path: str) -> str:
-        """Return what people call the task of a plan or notes."""
+        """Return the short id of a plan's or notes' task."""
         return self.waiting(path).short_id
 
     def waiting(self, path: str) -> TextConflict:
-        """Return an edit that waits for the user's decision: a conflict without a copy, as the file holds the text."""
+        """Return a withheld edit as a conflict without a copy: the file itself holds the text."""
         return self._conflict(path, [])
 
     def _marked(self, folder: str) -> list[str]:

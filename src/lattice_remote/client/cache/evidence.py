@@ -1,20 +1,20 @@
 """Evidence that a person saved a plan or notes: a file that a crash, git or a copy tool altered is not an edit (I4).
 
-A file that differs from its base is a candidate. ``judge()`` decides between three outcomes:
+A file that differs from its base is a candidate. ``judge()`` returns one of three outcomes:
 
 - an edit: it is sent;
-- not an edit: it is restored, its text set aside, and the user notified. That is a file filled with NULs; one whose
-  content the git repository that tracks it has in its index or HEAD; one that was emptied or cut short while nothing
-  watched it (before this start of the machine, or before an agent whose predecessor was killed);
-- withheld: neither sent nor restored until the user decides. That is an exact earlier version of a text that others
-  have changed since, an emptied long text, an unfinished merge of git, and any other difference that was saved before
-  this start of the machine and that no process of ours saw.
+- not an edit: it is restored, its text set aside, and the user notified. This applies to a file filled with NULs; to a
+content that the tracking git repository has in its index or HEAD; and to a file emptied or truncated while unwatched
+(before this boot, or before an agent whose predecessor was killed);
+- withheld: neither sent nor restored until the user decides. This applies to an exact earlier version of a text that
+others have changed since, an emptied long text, an unfinished git merge, and any other difference that was saved before
+this boot and that none of our processes saw.
 
-A save that could not be sent at once is recorded by digest, so that it stays an edit after a reboot or a commit.
+A save that cannot be sent at once is recorded by digest, so that it stays an edit after a reboot or a commit.
 
-Order on disk: a cache is not synced, except here. The edited file is synced before its record, the record and its
-directory before ``record()`` returns. So after a power cut a recorded digest that matches proves a whole text. The
-rest of a cache may then be as of any earlier moment, and is compared with the server's manifest.
+Durability: the edited file is fsynced before its record, the record and its directory before ``record()`` returns. So
+after a power cut a recorded digest that matches proves a whole text. The rest of a cache is not fsynced: it may be as
+of any earlier moment, and is compared with the server's manifest.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ _VERSIONS = ".remote/versions"
 _WATCHES = ".remote/watches"
 _DIGEST_BYTES = 16
 _MAX_VERSIONS = 512
-"""So many earlier versions of a text are recognised."""
+"""Most earlier versions of a text that are recognised."""
 _MAX_SAVES = 4
-"""Saves of one file that are recorded at the same time: ``git stash`` and ``pop`` may bring one back."""
+"""Most recorded saves of one file: ``git stash`` and ``pop`` may bring one back."""
 _NULS = bytes(64)
-"""A person's text has no such run; a block that a power cut lost is one."""
+"""A person's text has no such run; a block lost in a power cut is one."""
 _LONG_TEXT_BYTES = 512
 
 
 class Judgement(NamedTuple):
-    """The outcome for one file, and for all but an edit the reason, as a clause about the file."""
+    """Outcome for one file, and its reason, as a clause about the file, unless it is an edit."""
 
     outcome: Literal["edit", "restored", "withheld"]
     reason: str = ""
@@ -57,31 +57,31 @@ EDIT = Judgement("edit")
 
 
 class Evidence:
-    """The evidence about one cache's plans and notes. Methods that write must be called under the cache's lock."""
+    """Evidence about one cache's plans and notes. Call writing methods under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self.watched_since = 0.0
-        """Changes before this moment (seconds since 1970) nobody saw, and the last agent did not end properly."""
+        """Earlier changes (seconds since 1970) were unobserved, because the last agent was killed."""
         self._watch = ""
         self._watch_handle: int | None = None
         self.cramped: set[str] = set()
         """Files that were edited while the disk was full."""
-        self._saves: dict[str, list[str]] = {}  # path -> digests of texts that a person saved and nobody has sent
+        self._saves: dict[str, list[str]] = {}  # path -> digests of a person's unsent texts
         self._withheld: dict[str, tuple[str, str]] = {}  # path -> digest of the text, and the reason
-        self._found: dict[str, tuple[Signature, str]] = {}  # withheld files as they were when last read
+        self._found: dict[str, tuple[Signature, str]] = {}  # withheld files as last read
         self._loaded: Signature | None = None
 
     def judge(
         self, path: str, text: bytes, base: bytes | None, found: Signature, *, is_watched: bool, blobs: Blobs | None
     ) -> Judgement:
-        """Decide what a file that differs from its base is.
+        """Classify a file that differs from its base.
 
         Args:
             path, text, base: the file, its content, and the server's text on which it is based.
             found: the file's signature when the text was read.
-            is_watched: whether this process has seen the file equal to its base before.
-            blobs: the content that git has for it, None if git does not track it.
+            is_watched: whether this process has seen the file equal to its base.
+            blobs: git's content for it, None if git does not track it.
         """
         if self.is_saved(path, text):
             return EDIT
@@ -97,7 +97,7 @@ class Evidence:
     def _damage(
         self, path: str, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_doubtful: bool
     ) -> str | None:
-        """Return the reason why a text is no edit."""
+        """Return the reason why a text is not an edit."""
         if _NULS in text or (text and not text.strip(b"\0")):
             return "it held NUL bytes instead of text, as after a power cut"
         if blobs is not None and blobs.have(text):
@@ -123,9 +123,9 @@ class Evidence:
     # --- watching ---
 
     def begin_watch(self) -> None:
-        """Begin to watch the files, and find out whether another agent that did was killed.
+        """Start to watch the files, and find out whether an earlier agent was killed.
 
-        Each agent keeps a locked file; one that nobody locks was left by a process that did not end properly.
+        Each agent keeps a locked file; an unlocked one was left by a killed process.
         """
         place = self._cache.absolute(_WATCHES)
         with contextlib.suppress(OSError):  # no room, or a read-only mount: the files count as unwatched
@@ -139,14 +139,14 @@ class Evidence:
             self._watch_handle = _locked(self._watch, os.O_RDWR | os.O_CREAT | os.O_EXCL)
 
     def end_watch(self) -> None:
-        """End the watch properly."""
+        """End the watch in order."""
         if self._watch_handle is not None:
             with contextlib.suppress(OSError):
                 os.unlink(self._watch)
             os.close(self._watch_handle)
             self._watch_handle = None
 
-    # --- saves that wait to be sent ---
+    # --- unsent saves ---
 
     def is_saved(self, path: str, text: bytes) -> bool:
         """Return whether this very text was recorded as a person's save."""
@@ -154,7 +154,7 @@ class Evidence:
         return _digest(text) in self._saves.get(path, ())
 
     def record(self, saves: Iterable[tuple[str, bytes]]) -> None:
-        """Record these texts, by path, as saved by a person. Durable on return; the files are synced first."""
+        """Record these texts, by path, as a person's saves. Durable on return; the files are fsynced first."""
         self._load()
         new = [(path, _digest(text)) for path, text in saves]
         self._cache.sync(path for path, _ in new)
@@ -165,7 +165,7 @@ class Evidence:
             self._store()
 
     def settled(self, path: str, text: bytes) -> None:
-        """Forget this save and those before it: the server has it, or the user has dropped it."""
+        """Forget this save and earlier ones: the server has it, or the user dropped it."""
         self._load()
         self.cramped.discard(path)
         digest, saves = _digest(text), self._saves.get(path, [])
@@ -177,10 +177,10 @@ class Evidence:
         if digest in saves or is_withheld:
             self._store()
 
-    # --- texts that wait for the user's decision ---
+    # --- withheld texts ---
 
     def withhold(self, texts: Iterable[tuple[str, bytes, str]]) -> None:
-        """Neither send nor replace these texts, each with its path and reason, until the user decides."""
+        """Withhold these texts, each with its path and reason, until the user decides."""
         self._load()
         before = dict(self._withheld)
         self._withheld |= {path: (_digest(text), reason) for path, text, reason in texts}
@@ -188,7 +188,7 @@ class Evidence:
             self._store()
 
     def withheld(self) -> dict[str, str]:
-        """Return the reason for each withheld file that still holds the withheld text."""
+        """Return the reason for each file that still holds the withheld text."""
         self._load()
         return {path: reason for path, (digest, reason) in self._withheld.items() if self._holds(path, digest)}
 
@@ -213,14 +213,14 @@ class Evidence:
     # --- earlier versions ---
 
     def replaced(self, path: str, text: bytes) -> None:
-        """Others have changed this text of the server's: a file that holds it again is an earlier version."""
+        """Record a text that others have replaced: a file that holds it again is an earlier version."""
         digest = digest_of(text)[:_DIGEST_BYTES]
         before = self._versions(path)
         if digest not in before:
             self._cache.replace(f"{_VERSIONS}/{path}", b"".join([*before, digest][-_MAX_VERSIONS:]))
 
     def forget_versions(self, path: str) -> None:
-        """The file is gone, and its versions with it."""
+        """Forget the versions of a removed file."""
         self._cache.delete(f"{_VERSIONS}/{path}")
 
     def _is_earlier(self, path: str, text: bytes) -> bool:
@@ -234,7 +234,7 @@ class Evidence:
     # --- the file ---
 
     def _load(self) -> None:
-        """Read what another process has stored since."""
+        """Read the records that another process has stored since."""
         found = self._cache.signature(_FILE)
         if found == self._loaded:
             return
@@ -245,7 +245,7 @@ class Evidence:
             saves = {str(path): [str(digest) for digest in digests] for path, digests in data["saves"].items()}
             withheld = {str(path): (str(digest), str(why)) for path, (digest, why) in data["withheld"].items()}
         except (StorageError, ValueError, KeyError, TypeError, AttributeError):
-            return  # damaged: without evidence, a difference from before this start is withheld
+            return  # damaged: without evidence, a difference from before this boot is withheld
         self._saves, self._withheld = saves, withheld
 
     def _store(self) -> None:
@@ -257,7 +257,7 @@ class Evidence:
 
 
 def _locked(place: str, flags: int) -> int | None:
-    """Open and lock a file; return its descriptor, None if another process has it locked or it is gone."""
+    """Open and lock a file; return its descriptor, None if it is locked by another process or missing."""
     try:
         handle = os.open(place, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except FileNotFoundError:

@@ -1,12 +1,12 @@
-"""What each file of a cache was when one of our own processes last wrote it: tells other hands' writes from ours.
+"""Stat signatures of a cache's files as our own processes wrote them: they reveal modifications by other programs.
 
-Only times, sizes and inodes are kept, never content. A process that writes notes each file here and shares what it
-has noted in ``.written``, a short log beside the files, so that another process of ours which follows the same cache
-doesn't take that for a stranger's doing. The log is written under the cache's lock and may be lost or cut at any time:
-what is then not known is fetched once more, never believed.
+Only times, sizes and inodes are kept, never content. A writing process notes each file and shares its notes in
+``.written``, a short log in the cache, so that other processes on the same cache do not take its writes for foreign
+ones. The log is written under the cache's lock and may be lost or truncated at any time: unknown files are then fetched
+again, never trusted.
 
-``store()`` keeps all of it for the next process, which then need not read every file to find those that were changed
-while none ran. It counts until the machine is restarted: a power cut changes content and leaves times and size.
+``stored()`` keeps all of it for the next process, which then need not read every file to find changes. It is valid
+until a reboot: a power cut changes content without times and size.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ _MAX_LOG_BYTES = 256 * 1024
 Signature = tuple[int, int, int, int]
 """A file's modification time in ns, size in bytes, inode, and time of status change in ns.
 
-It changes whenever somebody writes the file, also when they put its modification time back.
+It changes with every write, even if the modification time is set back.
 """
 
 
 class Fingerprints:
-    """The files of one cache as we left them. About 200 bytes of memory a file."""
+    """Fingerprints of one cache. About 200 bytes of memory a file."""
 
     def __init__(self, directory: str) -> None:
         self.is_complete = False
-        """Whether every file was compared with the server's, so that an unknown one is a stranger's."""
+        """Whether every file was compared with the server's, so that an unknown one is foreign."""
         self._log = os.path.join(directory, _LOG)
         self._marks: dict[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
         self._unshared: dict[str, Signature | None] = {}
@@ -42,29 +42,29 @@ class Fingerprints:
         return path in self._marks
 
     def paths(self) -> list[str]:
-        """Return the path of each file that should be there."""
+        """Return the path of each file that should exist."""
         return list(self._marks)
 
     def is_below(self, directory: str) -> bool:
-        """Whether a file should be below this path."""
+        """Return whether a file should exist below this path."""
         return any(path.startswith(directory + "/") for path in self._marks)
 
     def agrees(self, path: str, found: Signature | None) -> bool:
-        """Whether a file, ``None`` where there is none, is as one of us left it."""
+        """Return whether a file (None: missing) is as one of our processes left it."""
         return self._marks.get(path) == (None if found is None else _mark(found))
 
     def was_written(self, path: str, found: Signature | None) -> bool:
-        """Whether another program changed a file, and not only its mode, owner or links."""
+        """Return whether another program changed a file's content, not only its mode, owner or links."""
         mark = self._marks.get(path)
         return not self.agrees(path, found) and (mark is None or found is None or mark >> 64 != _mark(found) >> 64)
 
     def note(self, path: str, found: Signature | None) -> None:
-        """We have just made the file this, or have removed it."""
+        """Record a file just written or removed by this process."""
         self._unshared[path] = found
         self._remember(path, found)
 
     def settle(self, files: Iterable[tuple[str, Signature]]) -> None:
-        """These files, and no others, were just found equal to the server's; the rest will be noted as it is mended."""
+        """Record exactly these files as equal to the server's; the others follow as they are repaired."""
         self._marks = {path: _mark(found) for path, found in files}
         self.is_complete = True
 
@@ -74,16 +74,16 @@ class Fingerprints:
         else:
             self._marks[path] = _mark(found)
 
-    # --- for the next process ---
+    # --- storage ---
 
     def stored(self, boot_id: str) -> bytes | None:
-        """Return what ``restore()`` takes, None if not every file is known."""
+        """Return the input of ``restore()``, None if not every file is known."""
         if not self.is_complete or self._read_up_to is None or not boot_id:
             return None
         return json.dumps({"boot_id": boot_id, "log": self._read_up_to, "marks": self._marks}).encode()
 
     def restore(self, data: bytes, boot_id: str) -> None:
-        """Take over what another process knew, if it did so since the machine was started."""
+        """Load another process's fingerprints, if they are from this boot."""
         try:
             found = json.loads(data)
             inode, offset = found["log"]
@@ -94,12 +94,12 @@ class Fingerprints:
             return
         self._marks, self._read_up_to, self.is_complete = marks, (int(inode), int(offset)), True
 
-    # --- what our other processes did; under the cache's lock ---
+    # --- other processes of ours; under the cache's lock ---
 
     def learn(self) -> None:
-        """Take over what others have written since we last looked; at first only see how far they are.
+        """Load the entries that others have added since; at first only note the log's end.
 
-        After ``restore()`` that is everything since the process before us stored it.
+        After ``restore()``, load everything since that was stored.
         """
         with contextlib.suppress(OSError), open(self._log, "rb") as log:
             status = os.fstat(log.fileno())
@@ -112,7 +112,7 @@ class Fingerprints:
             self._read_up_to = (status.st_ino, status.st_size)
 
     def share(self) -> None:
-        """Tell others what was noted since we last did."""
+        """Append this process's new entries to the log."""
         if not self._unshared:
             return
         self.learn()
@@ -121,7 +121,7 @@ class Fingerprints:
         if len(lines) > _MAX_LOG_BYTES:
             return
         with contextlib.suppress(OSError):
-            # Made once: without it the directory is being removed, and nothing may be created there.
+            # Created once: if it is missing later, the directory is being removed, and nothing may be created there.
             made = 0 if self._read_up_to is not None else os.O_CREAT
             flags = os.O_WRONLY | made | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
             handle = os.open(self._log, flags, 0o600)
@@ -136,7 +136,7 @@ class Fingerprints:
 
 
 def _mark(found: Signature) -> int:
-    """Return two hashes as one number: of what a write changes, then of all."""
+    """Return two hashes in one number: of the fields that a write changes, then of all."""
     return (hash(found[:3]) << 64) | (hash(found) & (2**64 - 1))
 
 

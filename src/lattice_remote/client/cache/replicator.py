@@ -1,6 +1,6 @@
 """Application of a project's changes to a cache: runs the replica and performs its effects on the files.
 
-Several processes may follow one cache. Each locks it for every batch of frames, takes over progress that others made,
+Several processes may follow one cache. Each locks it for every batch of frames, takes over their progress,
 and skips what is already in the files. A resync runs entirely under the lock, so that the others find it done.
 """
 
@@ -139,7 +139,7 @@ class Replicator:
             return None
         return max(0, self._to_fetch - missing), self._to_fetch
 
-    # --- the conversation, as a link drives it ---
+    # --- session ---
 
     async def hello(self) -> Hello:
         """Begin a session from the position of the files."""
@@ -223,7 +223,7 @@ class Replicator:
             self._comparing.exception()  # marks the error as retrieved, in case no task awaits it
         self._comparing = None
 
-    # --- edits and comparisons, as the service asks for them ---
+    # --- edits and comparisons ---
 
     async def settle(self, put: Put, outcome: str, base: bytes | None) -> tuple[ReceiveOutcome, str | None]:
         """Settle an edit that the server has answered.
@@ -327,7 +327,7 @@ class Replicator:
     async def compare(
         self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
     ) -> tuple[ReceiveOutcome, "asyncio.Future[CacheComparison]"]:
-        """Request the manifest; the future returns the differences, and with ``mend`` the repaired ones.
+        """Request the manifest; the future returns the differences, and those repaired with ``mend``.
 
         Args:
             mend: whether to fetch what differs.
@@ -346,7 +346,7 @@ class Replicator:
             await self._perform(self.replica.compare(mend=mend), result)
             return result, self._comparing
 
-    # --- contents that are left out, as their fetching asks for it ---
+    # --- deferred contents ---
 
     async def learned(self, path: str, content: Content, seq: int) -> None:
         """Record the server's content of a deferred file at ``seq``, which the cache has reached."""

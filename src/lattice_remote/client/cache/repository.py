@@ -1,8 +1,8 @@
-"""The git repository around a cache, read only: the plans and notes that it tracks, and the content it has for them.
+"""Read-only access to the git repository around a cache: tracked plans and notes, and git's content for them.
 
 The repository may be hostile, and may be in the middle of a merge or rebase. So git runs without hooks, file system
-monitor, optional locks, network or any ``GIT_*`` variable of the caller, with a deadline, and only for commands that
-neither write nor apply filters. Without git, or where git refuses (``safe.directory``), nothing counts as tracked.
+monitor, optional locks, network or the caller's ``GIT_*`` variables, with a deadline, and only for commands that
+neither write nor apply filters. Without git, or if git refuses (``safe.directory``), nothing counts as tracked.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _OPTIONS = (
     "safe.bareRepository=explicit",
 )
 _ENVIRONMENT = {
-    "GIT_ALLOW_PROTOCOL": "none",  # a partial clone would fetch what it lacks, by any program its config names
+    "GIT_ALLOW_PROTOCOL": "none",  # a partial clone would fetch missing objects, with any program its config names
     "GIT_NO_LAZY_FETCH": "1",
     "GIT_TERMINAL_PROMPT": "0",
     "LC_ALL": "C",
@@ -37,21 +37,21 @@ _ENVIRONMENT = {
 
 @dataclass(slots=True)
 class Blobs:
-    """The content that a repository has for one path: object names in the index (every stage) and in HEAD."""
+    """A repository's content for one path: object names in the index (every stage) and in HEAD."""
 
     names: set[str] = field(default_factory=set)
     is_unmerged: bool = False
     """Whether a merge of this file waits for the user."""
 
     def have(self, text: bytes) -> bool:
-        """Return whether one of them is this text, also when git has turned its CR LF into LF."""
+        """Return whether one of them is this text, also after git's conversion of CR LF to LF."""
         algorithms = {"sha256" if len(name) == 64 else "sha1" for name in self.names}
         forms = {text, text.replace(b"\r\n", b"\n")}
         return any(_object_name(form, algorithm) in self.names for form in forms for algorithm in algorithms)
 
 
 class Repository:
-    """The repository that contains ``directory``, if there is one. The methods block: call them in a thread."""
+    """The repository that contains ``directory``, if any. The methods block: call them in a thread."""
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
@@ -71,7 +71,7 @@ class Repository:
         return [path for _, _, path in self._index(["."])] if self.is_there() else []
 
     def blobs(self, paths: Collection[str]) -> dict[str, Blobs]:
-        """Return the repository's content for those of ``paths``, relative to the directory, that it tracks."""
+        """Return the repository's content for the tracked ones of ``paths``, relative to the directory."""
         found: dict[str, Blobs] = {}
         if not paths or not self.is_there():
             return found

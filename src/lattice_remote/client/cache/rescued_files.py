@@ -1,7 +1,7 @@
-"""Files that were replaced or removed in a cache, kept whole until the user applies or drops them.
+"""Files that were replaced or removed in a cache, kept until the user applies or drops them.
 
-``.lattice/.remote/rescued/<number>/`` is one entry: ``entry.json`` says why and when, ``files/`` holds the contents
-under their own paths. An entry is never overwritten, and no entry is dropped to make room for another.
+``.lattice/.remote/rescued/<number>/`` is one entry: ``entry.json`` holds reason and time, ``files/`` the contents under
+their own paths. An entry is never overwritten, nor dropped to make room.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ RESCUED_DIRECTORY = f"{PRIVATE_DIRECTORY}/rescued"
 MAX_FILES = 5_000
 MAX_BYTES = 256 * 1024 * 1024
 _SAME_ENTRY_S = 5.0
-"""Files that are rescued for the same reason within this time belong to one entry."""
+"""Files rescued for the same reason within this time share an entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +43,26 @@ class RescuedEntry:
     number: int
     reason: str
     at: float
-    """When it was made (seconds since 1970)."""
+    """Time of its creation (seconds since 1970)."""
     files: Mapping[str, int]
     """Size in bytes by path, relative to ``.lattice``."""
 
 
 class RescuedFiles:
-    """The rescued files of one cache. Methods that write must be called under the cache's lock."""
+    """The rescued files of one cache. Call writing methods under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._entries: list[RescuedEntry] = []
-        self._seen_ns = -1  # the directory's modification time when it was listed
-        self._open = (0, "", 0.0)  # number and reason of the last entry, when it was last added to (monotonic)
+        self._seen_ns = -1  # the directory's modification time at the last listing
+        self._open = (0, "", 0.0)  # number, reason and last use (monotonic) of the current entry
         self.refused = 0
-        """How many files were not kept because the store is full."""
+        """Number of files that were not kept because the store is full."""
 
     def rescue(self, contents: Mapping[str, bytes], reason: str) -> int | None:
-        """Keep contents by path as one new entry; durable once this returns.
+        """Keep contents by path as one new entry. Durable on return.
 
-        Returns its number, or None if all of it is kept already or the store is full, which ``notice()`` says.
+        Returns its number; None if everything is kept already or the store is full, which ``notice()`` reports.
         """
         self._open = (0, "", 0.0)
         for path, content in contents.items():
@@ -70,14 +70,14 @@ class RescuedFiles:
         return self._open[0] or None
 
     def add(self, path: str, content: bytes | None, reason: str) -> bool:
-        """Keep one content, with what was rescued for the same reason a moment ago; durable once this returns.
+        """Keep one content in the current or a new entry. Durable on return.
 
         Args:
             path: relative to ``.lattice``.
             content: None to move the file itself, if it is too large to be read.
-            reason: why it is not in its place any longer, in words that follow "N files: ".
+            reason: why it is no longer in its place, in words that follow "N files: ".
 
-        Returns whether it was kept now: not if it was before, or if the store is full.
+        Returns whether it was kept now: False if it was kept before, or the store is full.
         """
         size = self._cache.size(path) if content is None else len(content)
         if size is None or (content is not None and self._has(path, content)):
@@ -96,7 +96,7 @@ class RescuedFiles:
         return True
 
     def _entry_for(self, path: str, reason: str) -> int:
-        """Return the number of the entry that a file goes to; makes it if needed."""
+        """Return the number of the entry for a file, creating it if needed."""
         number, last_reason, at = self._open
         now = time.monotonic()
         found = next((entry for entry in self.entries() if entry.number == number), None)
@@ -115,7 +115,7 @@ class RescuedFiles:
         )
 
     def entries(self) -> list[RescuedEntry]:
-        """Return all entries, oldest first. Lists the directory again only if it was changed."""
+        """Return all entries, oldest first. Lists the directory only after a change."""
         top = self._cache.absolute(RESCUED_DIRECTORY)
         try:
             changed_ns = os.stat(top).st_mtime_ns
@@ -144,7 +144,7 @@ class RescuedFiles:
                     yield os.path.relpath(place, top).replace(os.sep, "/"), os.lstat(place).st_size
 
     def place(self, number: int, path: str) -> str:
-        """Return where a rescued file is, relative to ``.lattice``."""
+        """Return a rescued file's path, relative to ``.lattice``."""
         return f"{_folder(number)}/files/{path}"
 
     def read(self, number: int, path: str) -> bytes:
@@ -152,7 +152,7 @@ class RescuedFiles:
         return self._cache.read(self.place(number, path))
 
     def drop(self, number: int) -> None:
-        """Remove an entry with its files, if it is there. Raises ``StorageError``."""
+        """Remove an entry with its files, if it exists. Raises ``StorageError``."""
         try:
             shutil.rmtree(self._cache.absolute(_folder(number)))
         except FileNotFoundError:
@@ -162,7 +162,7 @@ class RescuedFiles:
         self._seen_ns, self.refused = -1, 0
 
     def notice(self) -> str | None:
-        """Return what each command should say until the user has dealt with the entries, in one line."""
+        """Return the one-line notice for every command while there are entries."""
         entries = self.entries()
         full = f"; the store is full, and {self.refused} later files were not kept" if self.refused else ""
         if not entries:
@@ -182,18 +182,18 @@ def _folder(number: int) -> str:
 LOST = "the server was restored to an earlier state that lacks it; the content is kept"
 RESTORED = "changed here by another program, and restored to the server's version; what it wrote is kept"
 _MAX_READ_BYTES = 32 * 1024 * 1024
-"""What is larger is moved, not copied: the file is missing until the server's comes."""
+"""Larger files are moved, not copied, and missing until the server's version arrives."""
 _BLANK = b" \t\r\n\v\f\0"
 _WRITTEN_BY_PROGRAMS = frozenset({"artifacts", "events", "ids.json", "resources", "sessions", "tasks"})
 
 
 def is_event_log(path: str) -> bool:
-    """Whether this file holds events, which are never changed or removed once they are written."""
+    """Return whether this file holds events, which are append-only."""
     return path.startswith(("events/", "archive/events/"))
 
 
 def may_be_by_hand(path: str) -> bool:
-    """Whether a person may have written this file, though it is neither a plan nor notes of a task."""
+    """Return whether a person may have written this file, though it is no task's plan or notes."""
     top, _, rest = path.partition("/")
     if top == "archive":
         return rest.startswith(("plans/", "notes/"))
@@ -201,18 +201,18 @@ def may_be_by_hand(path: str) -> bool:
 
 
 class RescuePolicy:
-    """Decides which contents of one cache are rescued. Methods must be called under the cache's lock."""
+    """Selection of contents to rescue in one cache. Call methods under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self.rescued = RescuedFiles(cache)
         self.reason = RESTORED
-        """Why files are replaced at present, for what is rescued."""
+        """Current reason for replacing files, used for rescued ones."""
         self.notices: list[str] = []
-        """What the next command should say."""
+        """Notices for the next command."""
 
     def remember(self, path: str) -> None:
-        """The file is the server's now: what differs from it later is somebody's text, also if nobody watched."""
+        """Record the file as the server's: a later difference is a person's text, even if unobserved."""
         if "/" in path or not may_be_by_hand(path):
             return
         if self._cache.size(path) is None:
@@ -221,13 +221,13 @@ class RescuePolicy:
             self._cache.replace(_base_path(path), text)
 
     def keep(self, path: str, *, is_strange: bool, after: bytes | None = None) -> None:
-        """Rescue the file's content if it is not the server's; call before the file is replaced or removed.
+        """Rescue the file's content if it is not the server's; call before replacing or removing the file.
 
         Args:
             path: the file.
-            is_strange: another program is known to have changed it. Otherwise only a text that differs from what was
-                remembered counts, and an event that the server does not have.
-            after: the server's content if it is known.
+            is_strange: another program is known to have changed it. Otherwise only texts that differ from the record
+                and events that the server lacks are rescued.
+            after: the server's content if known.
         """
         size, base = self._cache.size(path), self._base(path)
         if not size or path.endswith("~"):
@@ -243,7 +243,7 @@ class RescuePolicy:
         self.rescued.add(path, content, self.reason)
 
     def keep_text(self, path: str, reason: str) -> bool:
-        """Rescue the text of a plan or notes that is not to be sent; return whether it has any."""
+        """Rescue the text of a plan or notes that is not to be sent; return whether it is not empty."""
         size = self._cache.size(path)
         content = self._cache.read(path) if size is not None and size <= _MAX_READ_BYTES else None
         if size is None or (content is not None and not content.strip(_BLANK)):
@@ -252,13 +252,13 @@ class RescuePolicy:
         return True
 
     def keep_lost(self, differing: Iterable[str], surplus: Iterable[str], entries: Mapping[str, Content]) -> None:
-        """Rescue what the server had when it was last seen, and lacks since it was restored (I7).
+        """Rescue contents that the server had before, and lacks since it was restored (I7).
 
-        Files that lattice makes of events are not worth it where the server has them too. Of an event log only the
-        server's digest is known here: one that was continued in another way is compared when it arrives.
+        Files that lattice derives from events are skipped if the server has the events. Of an event log only the
+        server's digest is known here: a log with another continuation is compared when it arrives.
 
         Args:
-            differing, surplus: files that the server has with another content, and those that it does not have.
+            differing, surplus: files that the server has with another content, and those that it lacks.
             entries: the server's files.
         """
         self.reason = LOST
@@ -286,7 +286,7 @@ class RescuePolicy:
 
 
 def _lacks_nothing(log: bytes, other: bytes) -> bool:
-    """Whether an event log has every event of another one."""
+    """Return whether an event log has every event of another one."""
     return log.startswith(other) or not set(other.splitlines()) - set(log.splitlines())
 
 

@@ -221,7 +221,7 @@ class Directory:
                 if time.time() - entry.stat(follow_symlinks=False).st_mtime > _STALE_TEMPORARY_S:
                     os.unlink(entry.path)
 
-    # --- the way there ---
+    # --- opening ---
 
     @contextlib.contextmanager
     def _opened(self, path: str, flags: int, *, make: bool = False) -> Iterator[int]:

@@ -1,10 +1,10 @@
-"""Which text of the server's a saved file was made from, where an editor had opened it before the last change came.
+"""Detection of edits that an editor based on an older text than the latest.
 
-An editor that does not look at the disk again saves what it opened, edited: taken for an edit of the text that came
-meanwhile, it would undo what others wrote. So the last few texts that others' changes have replaced are kept for a
-while, and a saved text that shows nothing of such a change is an edit of the text before it; the server merges then.
+An editor that does not reread the disk saves the text that it opened, edited. Taken for an edit of a newer text, this
+would undo others' changes. So the last few texts that others' changes have replaced are kept for a while. A saved text
+that shows nothing of such a change is an edit of the text before it, and the server merges.
 
-What is told apart is lines, by their number: where that says nothing the newest text counts.
+Texts are compared by counting lines; if that is inconclusive, the newest text is the base.
 """
 
 import difflib
@@ -18,26 +18,26 @@ from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 __all__ = ["KEPT_S", "StaleEditDetector", "base_of"]
 
 KEPT_S = 900.0
-"""For how long an editor that was open when a change came is reckoned with."""
+"""Period in which an editor may still hold a replaced text."""
 _MAX_TEXTS = 4
-"""How many older texts of one file are kept."""
+"""Most older texts of one file."""
 _MAX_BYTES = 8 * 1024 * 1024
-"""Of larger texts none are kept."""
+"""Larger texts are not kept."""
 _MAX_PAIRS = 2000
 _MAX_COMPARED = 400
-"""Of longer lines the beginnings are compared, in bytes."""
+"""Longest compared beginning of a line, in bytes."""
 _LIKE = 0.6
-"""From this ratio on a line is another one's new wording."""
+"""From this ratio on a line is a rewording of another."""
 
 
 class StaleEditDetector:
-    """The older texts of one cache's plans and notes. Methods that write must be called under the cache's lock."""
+    """The older texts of one cache's plans and notes. Call writing methods under the cache's lock."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
 
     def remember(self, path: str, text: bytes | None) -> None:
-        """A change of others' is about to replace this text of the server's."""
+        """Record a server's text that another client's change is about to replace."""
         if text is None or len(text) > _MAX_BYTES:
             return
         self._cache.replace(f"{_directory(path)}/{time.time_ns():020d}", text)
@@ -45,9 +45,9 @@ class StaleEditDetector:
             self._cache.delete(f"{_directory(path)}/{name}")
 
     def base_of(self, path: str, text: bytes, current: bytes | None) -> bytes | None:
-        """Return the text that a saved one was made from: ``current``, or an older one.
+        """Return the base of a saved text: ``current``, or an older one.
 
-        Text that is exactly an older one is withheld before (``evidence.py``); if the user confirms it, it replaces
+        A text that equals an older one is withheld before (see ``evidence``); if the user confirms it, it replaces
         ``current``.
         """
         if current is None:
@@ -57,7 +57,7 @@ class StaleEditDetector:
         return current if base == text else base
 
     def forget(self, path: str) -> None:
-        """No editor needs to be reckoned with any more."""
+        """Forget the older texts: no editor can hold them any longer."""
         for name in self._names(path, all_ages=True):
             self._cache.delete(f"{_directory(path)}/{name}")
 
@@ -76,24 +76,24 @@ def _directory(path: str) -> str:
 
 
 def base_of(text: bytes, current: bytes, older: Iterable[bytes]) -> bytes:
-    """Return which of the texts ``current`` and ``older`` (newest first) ``text`` was made from.
+    """Return the base of ``text`` among ``current`` and ``older`` (newest first).
 
-    That is the closest of those after which came only what ``text`` shows nothing of.
+    This is the closest one after which only changes came that ``text`` does not show.
     """
     behind = [before for before in older if _shows_nothing_of(text, before, current)]
     return min(behind, key=lambda before: _distance(text, before), default=current)
 
 
 def _distance(one: bytes, other: bytes) -> int:
-    """Return how many lines only one of two texts has."""
+    """Return the number of lines in only one of two texts."""
     a, b = _lines(one), _lines(other)
     return (a - b).total() + (b - a).total()
 
 
 def _shows_nothing_of(text: bytes, before: bytes, after: bytes) -> bool:
-    """Whether a text has none of the lines that a change brought, and most of those that it took away.
+    """Return whether a text has no line that a change added, and most lines that it removed.
 
-    False for one that has little in common with either, or new wordings of what the change brought.
+    False for one that has little in common with either, or rewords added lines.
     """
     has, had, has_now = _lines(text), _lines(before), _lines(after)
     added, removed = has_now - had, had - has_now
@@ -107,9 +107,9 @@ def _shows_nothing_of(text: bytes, before: bytes, after: bytes) -> bool:
 
 
 def _are_reworded(added: Counter[bytes], own: Counter[bytes], removed: Counter[bytes]) -> bool:
-    """Whether half of the added lines are there in a new wording, which is not one of a line that was removed.
+    """Return whether half of the added lines have a rewording that does not reword a removed line.
 
-    With very many lines that is taken to be so.
+    Assumed for very many lines.
     """
     if len(own) * (len(added) + len(removed)) > _MAX_PAIRS:
         return True
@@ -124,5 +124,5 @@ def _likeness(one: bytes, other: bytes) -> float:
 
 
 def _lines(text: bytes) -> Counter[bytes]:
-    """Count a text's lines, whatever they end with; blank ones tell nothing."""
+    """Count a text's lines regardless of line endings, without blank ones."""
     return Counter(line for line in (line.strip() for line in text.splitlines()) if line)

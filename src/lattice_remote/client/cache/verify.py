@@ -1,4 +1,4 @@
-"""Looks at every file of a cache: what it holds, and whether other hands than ours have changed it."""
+"""Comparison of a cache's files with the server's manifest, and the schedule of repairs."""
 
 import asyncio
 import contextlib
@@ -30,11 +30,11 @@ __all__ = [
 _SLICE = 200
 _PAUSE_S = 0.01
 _RACY_NS = 50_000_000
-"""A file this young when it was read may change again under the same times."""
+"""A file this young when it was read may change again without new times."""
 
 
 class Reading(NamedTuple):
-    """A file as it was read at one moment."""
+    """A file as read at one moment."""
 
     size: int
     digest: bytes
@@ -44,14 +44,15 @@ class Reading(NamedTuple):
 
 
 def read_all(cache: Cache, earlier: Mapping[str, Reading] | None = None) -> dict[str, Reading]:
-    """Return what each replicated file holds. Reads everything that is not as in ``earlier``; call it in a thread."""
+    """Return the content digests of all replicated files. Reuses unchanged ``earlier`` readings; call it in a
+    thread."""
     return _read(cache, cache.paths(), earlier or {})
 
 
 async def read_gently(cache: Cache, is_urgent: Callable[[], bool]) -> dict[str, Reading]:
-    """Like ``read_all``, without the cache's lock, and with pauses for other work unless it is urgent.
+    """Like ``read_all``, without the cache's lock, and with pauses for other work unless urgent.
 
-    What is changed after it was read is found by ``read_all`` with this as ``earlier``, at the cost of a look.
+    Files changed since are found by ``read_all`` given this ``earlier``, at the cost of a ``stat`` each.
     """
     found: dict[str, Reading] = {}
     paths = cache.paths()
@@ -62,9 +63,9 @@ async def read_gently(cache: Cache, is_urgent: Callable[[], bool]) -> dict[str, 
 
 
 def foreign(cache: Cache) -> list[str]:
-    """Return the files that are not as one of us left them, by their times only. May be called in a thread.
+    """Return the files that another program changed, judged by their times only. May be called in a thread.
 
-    What is being written at that moment may be among them: look again under the cache's lock.
+    Files being written at that moment may be included: check again under the cache's lock.
     """
     present = set(cache.paths())
     changed = [path for path in present if not cache.known.agrees(path, cache.signature(path))]
@@ -97,7 +98,7 @@ def _digest(place: str) -> tuple[int, bytes]:
 
 @dataclass(frozen=True, slots=True)
 class CacheComparison:
-    """How the files differ from the server's at ``seq``."""
+    """Differences between the files and the server's at ``seq``."""
 
     seq: int
     total: int
@@ -106,25 +107,25 @@ class CacheComparison:
     surplus: tuple[str, ...]
     edited: tuple[str, ...]
     away: tuple[str, ...]
-    """Contents of artifacts that are left out: nobody said that they are here."""
+    """Deferred contents of artifacts, not expected here."""
 
     @property
     def is_clean(self) -> bool:
-        """Whether every file is the server's, unsent edits aside."""
+        """Return whether every file equals the server's, except unsent edits."""
         return not (self.differing or self.missing or self.surplus)
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A comparison, and the files as they were read for it."""
+    """A comparison and the readings that it used."""
 
     comparison: CacheComparison
     local: Mapping[str, tuple[int, bytes]]
-    """Size and digest of each file; of an edited one, of its base."""
+    """Size and digest of each file; for an edited one, of its base."""
     readings: Mapping[str, Reading]
 
     def equal(self) -> list[str]:
-        """Return the files that need no mending: equal to the server's, or edited here."""
+        """Return the files that need no repair: equal to the server's, or edited here."""
         differing = {*self.comparison.differing, *self.comparison.surplus}
         return [path for path in self.readings if path not in differing]
 
@@ -138,17 +139,17 @@ async def compare_files(
     may_leave_out: Callable[[str, int], bool],
     away: Collection[str] = (),
 ) -> Compared:
-    """Read every file, in a thread, and compare. Under the cache's lock, so that nobody changes them meanwhile.
+    """Read every file, in a thread, and compare. Call under the cache's lock.
 
     Args:
-        cache, edits: what is here.
-        compare: what the server has.
-        earlier: files that were read before: those that were not changed since need not be read again.
-        may_leave_out: tells of a path and a size whether the content may be left out.
-        away: the paths of which the content is left out now.
+        cache, edits: the local files.
+        compare: the server's files.
+        earlier: previous readings; unchanged files are not read again.
+        may_leave_out: returns whether the content with this path and size may be deferred.
+        away: paths with a deferred content.
 
     Raises:
-        StorageError: a file can't be read, or what the server has is more than the user lets it put here.
+        StorageError: a file cannot be read, or the server's files exceed the quota.
     """
     entries = compare.entries
     cache.quota.require(sum(size for path, (size, _) in entries.items() if not may_leave_out(path, size)))
@@ -156,7 +157,7 @@ async def compare_files(
     local = {path: (reading.size, reading.digest) for path, reading in readings.items()}
     edited = [path for path in edits.scan() if not edits.is_orphan(path, compare.entries)]
     for path in [path for path in edited if path in local and local[path] == entries.get(path)]:
-        if edits.unanswered.get(path) is None:  # else its answer says what became of it
+        if edits.unanswered.get(path) is None:  # else its answer settles it
             edits.sent(path, cache.read(path))  # the base was behind, or damaged
             edited.remove(path)
     for path in edited:
@@ -179,43 +180,45 @@ async def compare_files(
 
 
 _FREE_HEALS = 3
-"""So often a file is put right at once; then after 1, 2, 4 ... seconds."""
+"""A file is repaired this often at once; further repairs wait 1, 2, 4 ... seconds."""
 _MAX_DELAY_S = 60.0
 _FORGET_S = 600.0
 _MAX_REMEMBERED = 10_000
 _CONFIRM_S = 1.0
-"""A plan that is missing may be on its way to be saved: editors remove a file, then write it anew."""
+"""Delay before a missing plan is restored: editors remove a file, then write it again."""
 
 
 class RepairSchedule:
-    """What is known of other hands' work on one cache. Pure: knows no files."""
+    """Repairs of one cache: due files, backoff and counts. Pure, without file access."""
 
     def __init__(self) -> None:
         self.count = 0
-        """How many files were put right, ever."""
+        """Number of repaired files."""
         self.last_path: str | None = None
         self.last_at: float | None = None
-        """When the last one was put right (seconds since 1970)."""
+        """Time of the last repair (seconds since 1970)."""
         self.strange: dict[str, tuple[Signature | None, bytes | None]] = {}
-        """Files that other hands have changed, being fetched: path to what was found there, None for nothing."""
-        self._history: OrderedDict[str, tuple[int, float]] = OrderedDict()  # path -> heals of late, last (monotonic)
+        """Modified files being fetched: path to signature and digest found there, None for a missing file."""
+        self._history: OrderedDict[str, tuple[int, float]] = (
+            OrderedDict()
+        )  # path -> recent repairs, last one (monotonic)
         self._due: dict[str, float] = {}
 
-    # --- what to look at, and when ---
+    # --- due files ---
 
     def suspect(self, paths: Iterable[str], *, delay_s: float = 0.0) -> None:
-        """Look at these files, at once unless they were put right too often of late."""
+        """Check these files, at once unless they were repaired too often recently."""
         now = time.monotonic()
         for path in paths:
             if path not in self._due:
                 self._due[path] = max(now + delay_s, self._not_before(path, now))
 
     def suspect_missing(self, paths: Iterable[str]) -> None:
-        """Look at these files in a moment: an editor may be about to write them anew."""
+        """Check these files in a moment: an editor may be about to write them again."""
         self.suspect(paths, delay_s=_CONFIRM_S)
 
     def take_due(self, limit: int) -> list[str]:
-        """Return files to look at now, and forget that."""
+        """Return and remove the files to check now."""
         now = time.monotonic()
         due = [path for path, at in self._due.items() if at <= now][:limit]
         for path in due:
@@ -223,24 +226,24 @@ class RepairSchedule:
         return due
 
     def count_due(self) -> int:
-        """Return how many files there are to look at now."""
+        """Return the number of files to check now."""
         now = time.monotonic()
         return sum(at <= now for at in self._due.values())
 
     def next_due_s(self) -> float | None:
-        """Return in how many seconds there is something to look at; None for nothing."""
+        """Return the seconds until a file must be checked; None if there is none."""
         return max(0.0, min(self._due.values()) - time.monotonic()) if self._due else None
 
-    # --- what was done ---
+    # --- results ---
 
     def healed(self, path: str) -> bool:
-        """A file is the server's again; return whether it is one that somebody keeps changing, found just now."""
+        """Record a repaired file; return whether it has just become a contested one."""
         self.count += 1
         self.last_path, self.last_at = path, time.time()
         return self.fetched(path)
 
     def fetched(self, path: str) -> bool:
-        """Like ``healed``, of a file that held what it should, and was fetched for its times alone."""
+        """Like ``healed``, for a file with the right content, fetched only for its times."""
         now = time.monotonic()
         heals = self._recent(path, now) + 1
         self._history[path] = (heals, now)
@@ -250,7 +253,7 @@ class RepairSchedule:
         return heals == _FREE_HEALS + 1
 
     def fought_over(self) -> list[str]:
-        """Return the files that somebody keeps changing."""
+        """Return the files that another program keeps changing."""
         now = time.monotonic()
         return sorted(path for path in self._history if self._recent(path, now) > _FREE_HEALS)
 

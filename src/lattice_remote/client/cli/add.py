@@ -1,7 +1,7 @@
-"""Making a directory a copy of a project: ``lattice remote add`` and ``clone``.
+"""Creation of caches: ``lattice remote add`` and ``clone``.
 
-The copy is filled beside the place where it will be, and renamed at the end: whatever fails, or whoever
-interrupts, nothing is left behind and nothing that was there has been touched.
+The cache is filled beside its final place and renamed at the end: after a failure or interruption nothing is left
+behind and nothing existing has changed.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ _ASKED_BY_INIT = {
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What has arrived in a new copy."""
+    """Contents of a new cache."""
 
     directory: str
     remote: Remote
@@ -69,11 +69,11 @@ async def add_remote(
 ) -> Added:
     """Fill a new ``.lattice`` in the directory ``root``, an absolute path, from a project on a server.
 
-    The server has then been named by this user, and the token is kept if one is given.
+    Trusts the server, and stores the token if one is given.
 
     Raises:
-        Misuse: the directory has tasks of its own, or a remote already, or no project is named.
-        RemoteError: the server is out of reach, or refuses. Nothing is left behind in any case.
+        Misuse: the directory has its own tasks or a remote, or no project is named.
+        RemoteError: the server is unreachable or refuses. Nothing is left behind in any case.
     """
     if project is None:
         raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
@@ -102,10 +102,10 @@ async def add_remote(
 
 
 def _attach_again(target: str, remote: Remote, *, token: str | None, server: Server) -> Added:
-    """Give a cache its ``remote.json`` back; its files and edits are compared with the server when it is next used.
+    """Restore a cache's ``remote.json``; its files and edits are compared with the server at the next use.
 
     Raises:
-        Misuse: it is a copy of another project.
+        Misuse: it is a cache of another project.
     """
     lost = lost_remote(target)
     if lost is not None and (lost.url, lost.project) != (remote.url, remote.project):
@@ -126,10 +126,10 @@ def _attach_again(target: str, remote: Remote, *, token: str | None, server: Ser
 async def clone(
     directory: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
 ) -> Added:
-    """Make a new directory with a copy of a project in it; it must not exist, or be empty.
+    """Create a directory with a cache of a project; it must not exist, or be empty.
 
     Raises:
-        Misuse: it has something in it.
+        Misuse: it is not empty.
         RemoteError: as for ``add_remote``. Nothing is left behind in any case.
     """
     made = _make_directories(directory)
@@ -137,17 +137,17 @@ async def clone(
         return await add_remote(directory, name, server, project=project, token=token, show=show)
     except BaseException:
         for path in reversed(made):
-            with contextlib.suppress(OSError):  # somebody has put something there
+            with contextlib.suppress(OSError):  # another program has put a file there
                 os.rmdir(path)
         raise
 
 
 def _make_directories(directory: str) -> list[str]:
-    """Make an empty directory and those above it; return what was made, the outermost first.
+    """Create an empty directory and its parents; return those created, outermost first.
 
     Raises:
-        Misuse: it is there, and has something in it.
-        StorageError: it can't be made.
+        Misuse: it exists and is not empty.
+        StorageError: it cannot be created.
     """
     made: list[str] = []
     try:
@@ -182,7 +182,7 @@ async def _fill(
 
 
 def _put_in_place(staging: str, target: str) -> None:
-    """Rename; an empty project that was there makes room, and comes back if the rename fails."""
+    """Rename the cache into place; an empty project there is moved away, and restored if that fails."""
     if not os.path.lexists(target):
         os.rename(staging, target)
         return
@@ -197,12 +197,10 @@ def _put_in_place(staging: str, target: str) -> None:
 
 
 def own_project(target: str) -> str | None:
-    """Return what shows that a ``.lattice`` is a project of its own, in words; None when there is none yet.
-
-    One in which nothing was ever done counts as none.
+    """Return the evidence, in words, that a ``.lattice`` is a project in use; None if it is new.
 
     Raises:
-        Misuse: it is no directory, or has a remote already.
+        Misuse: it is not a directory, or has a remote already.
     """
     if not os.path.lexists(target):
         return None
@@ -218,7 +216,7 @@ def own_project(target: str) -> str | None:
 
 
 def _first_sign_of_use(target: str) -> str | None:
-    """Return what a freshly initialised project does not have, in words; None when there is nothing."""
+    """Return something that a freshly initialised project lacks, in words; None if there is nothing."""
     if tasks := _count(target, "tasks", ".json"):
         return f"{tasks} task{'s' * (tasks != 1)}"
     if _is_configured(target):
@@ -248,7 +246,7 @@ def _count(target: str, directory: str, ending: str) -> int:
 
 
 def _is_configured(target: str) -> bool:
-    """Whether somebody has changed more of ``config.json`` than ``lattice init`` asks for."""
+    """Return whether more of ``config.json`` was changed than ``lattice init`` asks for."""
     from lattice.core.config import default_config
 
     try:
@@ -263,7 +261,7 @@ def _is_configured(target: str) -> bool:
 
 
 def _is_described(target: str) -> bool:
-    """Whether ``context.md`` holds more than ``lattice init`` puts there, below the heading that it chooses."""
+    """Return whether ``context.md`` holds more than the text of ``lattice init``, below the heading."""
     from lattice.cli.main import _CONTEXT_MD_TEMPLATE
 
     try:
@@ -276,21 +274,21 @@ def _is_described(target: str) -> bool:
 
 
 def _lists_tasks(path: str) -> bool:
-    """Whether this is an ``ids.json`` that has given out an id."""
+    """Return whether this is an ``ids.json`` that has assigned an id."""
     if os.path.basename(path) != "ids.json":
         return False
     try:
         with open(path, encoding="utf-8") as file:
             return bool(json.load(file).get("map"))
     except (OSError, ValueError, AttributeError):
-        return True  # unreadable: be careful with it
+        return True  # unreadable: assume so
 
 
 async def check_token(server: Server, project: str, token: str) -> str:
-    """Ask the server whether it takes a token; return what it said, or that it is out of reach.
+    """Check a token with the server; return its answer, or that it is unreachable.
 
     Raises:
-        Rejected: the server refuses it, or must not be told it.
+        Rejected: the server refuses it, or must not receive it.
     """
     link = Connection(Remote("origin", server.url, project), RequestOnlySession(), token, named=server)
     link.start()
@@ -306,4 +304,4 @@ async def check_token(server: Server, project: str, token: str) -> str:
 
 
 def _ignore(_progress: dict[str, Any]) -> None:
-    """Nobody watches."""
+    """Ignore progress."""

@@ -1,6 +1,6 @@
 """``lattice remote ...``: a Typer app over the requests of ``agent/service.py``.
 
-Results go to stdout, everything else to stderr; colours and progress only where there is a terminal.
+Results go to stdout, everything else to stderr; colours and progress only on a terminal.
 """
 
 import io
@@ -32,9 +32,9 @@ app.add_typer(sync.agent_app)
 
 
 def main(args: Sequence[str], prog_name: str) -> NoReturn:
-    """Run ``lattice remote`` with these arguments and exit; our errors are one line, or an envelope with ``--json``."""
+    """Run ``lattice remote`` with these arguments and exit; an error is one line, or an envelope with ``--json``."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # a directory's name may be no text: shown as it is
+        sys.stdout.reconfigure(errors="surrogateescape")  # a directory's name may be undecodable: shown as it is
     try:
         app(args=list(args), prog_name=prog_name)
     except RemoteError as error:
@@ -56,7 +56,7 @@ def remote(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the URL and project too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Share this board through a server. Without a subcommand: list the project's remote."""
+    """Share this project through a server. Without a subcommand: list the project's remote."""
     if context.invoked_subcommand is not None:
         return
     directory = lattice_directory()
@@ -71,8 +71,8 @@ def remote(
 
 
 def completions(before: Sequence[str], incomplete: str) -> Iterator[tuple[str, str, str | None]]:
-    """Yield each value that could stand in place of ``incomplete``, its kind in Click's words, and its help."""
-    # Which shell's makes no difference: each one only words what all of them find.
+    """Yield each possible value of ``incomplete``, its kind in Click's terms, and its help."""
+    # Any shell's class does: each formats the same completions.
     asked = BashComplete(get_command(app), {}, "lattice remote", "_LATTICE_REMOTE_COMPLETE")
     for item in asked.get_completions(list(before), incomplete):
         yield item.value, item.type, item.help

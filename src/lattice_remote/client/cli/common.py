@@ -1,4 +1,4 @@
-"""What the commands share: the copy around us, requests to the agent, results as text or JSON, progress."""
+"""Shared parts of the commands: finding the cache, requests to the agent, text and JSON output, progress."""
 
 import contextlib
 import json
@@ -56,7 +56,7 @@ Insecure = Annotated[
 
 
 def warn_of_tracking(directory: str) -> None:
-    """Write a line to stderr if a git repository tracks more of a cache than its address."""
+    """Warn on stderr if a git repository tracks more of a cache than its address."""
     tracked = [path for path in Repository(directory).tracked() if path not in (REMOTE_FILE, ".gitignore")]
     if tracked:
         typer.echo(
@@ -79,10 +79,10 @@ def lattice_directory() -> str | None:
 
 
 def project_directory() -> str:
-    """Return where a new project would be: the current directory, or what ``LATTICE_ROOT`` names.
+    """Return the directory for a new project: the current one, or ``LATTICE_ROOT``.
 
     Raises:
-        Misuse: there is none.
+        Misuse: it does not exist.
     """
     try:
         return os.path.abspath(os.environ.get("LATTICE_ROOT") or os.getcwd())
@@ -95,7 +95,7 @@ def _nowhere() -> Misuse:
 
 
 def here(name: str = "") -> tuple[str, Remote]:
-    """Return the cache around us and its remote, which must be called ``name`` if one is given."""
+    """Return the surrounding cache and its remote, which must be called ``name`` if one is given."""
     directory = lattice_directory()
     if directory is None:
         raise Misuse("there is no lattice project here; add one with: lattice remote add origin URL --project SLUG")
@@ -108,7 +108,7 @@ def here(name: str = "") -> tuple[str, Remote]:
 
 
 def unpushed(name: str = "") -> tuple[str, Remote] | None:
-    """Return the project around us that waits to be pushed, and its remote; None when there is none.
+    """Return the surrounding project that waits to be pushed, and its remote; None if there is none.
 
     Raises:
         Misuse: its remote has another name than ``name``.
@@ -123,7 +123,7 @@ def unpushed(name: str = "") -> tuple[str, Remote] | None:
 
 
 def show_unpushed(found: Remote, *, as_json: bool) -> None:
-    """Say of a project that waits to be pushed what it waits for."""
+    """Show the remote of a project that waits to be pushed."""
     if as_json:
         print_result({"remote": fields_of(found), "pushed": False})
     else:
@@ -131,7 +131,7 @@ def show_unpushed(found: Remote, *, as_json: bool) -> None:
 
 
 def request(do: str, directory: str) -> dict[str, Any]:
-    credentials.from_environment()  # says at once that a token can't be one
+    credentials.from_environment()  # reports an invalid token at once
     return agent_client.request(do, directory)
 
 
@@ -153,7 +153,7 @@ def print_result(data: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Progress | None]:
-    """Show a bar on stderr while something takes its time; None where stderr is no terminal."""
+    """Show a progress bar on stderr; yield None if stderr is no terminal."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
@@ -199,7 +199,7 @@ def copy(answer: dict[str, Any]) -> str:
 
 
 def healed(healed: dict[str, Any]) -> str:
-    """Say what other hands than the server's did to the files, and how that is noticed."""
+    """Describe the repaired local changes, and the way they are detected."""
     text = f"{count(healed['count'], 'file')} since the agent started"
     if healed["last_path"] is not None:
         text += f", last {healed['last_path']} {describe_age(healed['last_age_s'])} ago"
@@ -209,7 +209,7 @@ def healed(healed: dict[str, Any]) -> str:
 
 
 def edits(answer: dict[str, Any]) -> str:
-    """Say how many plans and notes were edited here and not sent yet, which, and what they wait for."""
+    """Describe the unsent edits: number, files and the reason for waiting."""
     refused, waits_for, withheld = answer["refused_edits"], answer["edits_wait_for"], answer["withheld_edits"]
     unsent = answer["unsent_edits"]
     how = "sent as soon as they are saved" if waits_for is None else f"they wait for {waits_for}"
@@ -221,7 +221,7 @@ def edits(answer: dict[str, Any]) -> str:
 
 
 def conflicts(conflicts: list[dict[str, Any]]) -> str:
-    """Say which texts wait for somebody to say what is to be kept."""
+    """Describe the texts with an unresolved conflict."""
     if not conflicts:
         return "none"
     named = ", ".join(f"{each['what']} of {each['short_id']}" for each in conflicts)
@@ -229,7 +229,7 @@ def conflicts(conflicts: list[dict[str, Any]]) -> str:
 
 
 def rescued(entries: list[dict[str, Any]]) -> str:
-    """Say how many files were rescued and wait for the user."""
+    """Describe the rescued files that wait for the user."""
     if not entries:
         return "none"
     files = sum(len(entry["files"]) for entry in entries)
@@ -255,7 +255,7 @@ def versions(found: dict[str, str]) -> str:
 
 
 def payloads(found: dict[str, Any]) -> str:
-    """Say which large contents of artifacts are not here, and what becomes of them."""
+    """Describe the deferred contents of artifacts and their download."""
     how = "fetched in the background" if found["mode"] == "background" else "fetched on demand"
     if not found["away"]:
         return f"all here ({how})"

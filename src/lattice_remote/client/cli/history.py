@@ -37,9 +37,9 @@ def history(
     number: Annotated[int, typer.Option("-n", min=1, max=MAX_ENTRIES, help="How many versions.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List the versions of a task's plan or notes, newest first, or show or restore one of them.
+    """List the versions of a task's plan or notes, newest first, or show or restore one.
 
-    The server keeps versions for as long as its journal reaches back. A number that two epochs share is the newer
+    The server keeps versions for as long as its journal reaches back. A number that two epochs share means the newer
     one; EPOCH-N names the other.
 
     Example: lattice remote history LAT-42 --restore 17

@@ -1,4 +1,4 @@
-"""``lattice remote mcp``: lattice's MCP server, for projects with a remote and without."""
+"""``lattice remote mcp``: lattice's MCP server, for projects with and without a remote."""
 
 import typer
 
@@ -13,8 +13,8 @@ app = typer.Typer(rich_markup_mode=None)
 def mcp() -> None:
     """Serve lattice's MCP tools and resources over stdio, in a project with or without a remote.
 
-    They are those of lattice-mcp; what they write is carried out on the project's server. Name this command in place of
-    lattice-mcp in the settings of your MCP client.
+    They are those of lattice-mcp; their writes run on the project's server. Use this command instead of lattice-mcp in
+    the settings of your MCP client.
 
     Example: claude mcp add lattice -- lattice remote mcp
     """

@@ -74,11 +74,11 @@ class PushResult:
     kept: list[str]
 
 
-# --- before ---
+# --- preparation ---
 
 
 async def await_push(directory: str, name: str, server: Server, project: str, token: str | None, *, own: str) -> Remote:
-    """Prepare a local project, of which ``own`` is evidence, for a push into an empty project on a server.
+    """Prepare a local project (``own`` is the evidence) for a push into an empty project on a server.
 
     Raises:
         Misuse: the server's project is not empty; nothing was changed on either side.
@@ -275,7 +275,7 @@ def _ignore(_progress: Mapping[str, Any]) -> None:
     """Ignore progress."""
 
 
-# --- after ---
+# --- completion ---
 
 
 def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
@@ -319,7 +319,7 @@ def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], t
     return sorted(kept)
 
 
-# --- what was asked for ---
+# --- the stored attempt ---
 
 
 def _read_attempt(directory: str) -> _Attempt | None:

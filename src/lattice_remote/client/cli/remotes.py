@@ -1,4 +1,4 @@
-"""``lattice remote add``, ``clone``, ``show``, ``set-url``, ``remove``: which server this directory is a copy of."""
+"""``lattice remote add``, ``clone``, ``show``, ``set-url``, ``route`` and ``remove``: the remote of this directory."""
 
 import asyncio
 import contextlib
@@ -55,9 +55,9 @@ def add(
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
-    """Make this directory a copy of a project on a server.
+    """Make this directory a cache of a project on a server.
 
-    Where the directory has tasks, and the server's project none, next comes: lattice remote push.
+    If the directory has tasks and the server's project has none, continue with: lattice remote push.
 
     Example: lattice remote add origin https://board.example.org --project web
     """
@@ -86,7 +86,7 @@ def clone(
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
-    """Make a new directory with a copy of a project in it.
+    """Create a new directory with a cache of a project.
 
     Example: lattice remote clone https://board.example.org/web
     """
@@ -101,21 +101,20 @@ def clone(
 def _named_server(
     url: str, project: str | None, *, ca_file: str | None, insecure: bool
 ) -> tuple[trusted_servers.Server, str]:
-    """Return the server and the project that a command line names; a token may go there."""
+    """Return the server and project of a command line; the token may be sent there."""
     server_url, slug = parse_url(url, project)
     if slug is None:
         raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
-    trusted_servers.admit(server_url, server)  # before anything is asked for
+    trusted_servers.admit(server_url, server)  # before any prompt
     return server, slug
 
 
 @contextlib.contextmanager
 def _ended_as_by_ctrl_c() -> Iterator[None]:
-    """While a directory is filled, let a terminal that closes or a ``kill`` leave nothing behind, as Ctrl-C does.
+    """Handle a closing terminal or ``kill`` like Ctrl-C while a directory is filled, so that nothing is left behind.
 
-    What this process was told to ignore (``nohup``) stays ignored. Outside the main thread, where nobody may change
-    what signals do, nothing changes.
+    Ignored signals (``nohup``) stay ignored. Outside the main thread nothing changes.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -130,15 +129,15 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
 
 
 def _act_as_on_ctrl_c(_number: int, frame: FrameType | None) -> None:
-    handler = signal.getsignal(signal.SIGINT)  # while a loop runs, its own, which cancels what it runs
-    if not callable(handler):  # ignored, as for what a script starts in the background
+    handler = signal.getsignal(signal.SIGINT)  # a running loop's own, which cancels its task
+    if not callable(handler):  # ignored, as for a script's background job
         raise KeyboardInterrupt
     handler(signal.SIGINT, frame)
 
 
 @contextlib.contextmanager
 def _given(token: str | None, server: trusted_servers.Server) -> Iterator[str | None]:
-    """Yield the token that a command line gives, asked for if it says so; warn of one that others can see."""
+    """Yield the token of a command line, prompting if requested; warn if others can see it."""
     yield ask_for_token(server.url) if token == "-" else token  # noqa: S105 - no token
     if token not in (None, "-"):
         typer.echo(
@@ -148,7 +147,7 @@ def _given(token: str | None, server: trusted_servers.Server) -> Iterator[str | 
 
 def _say_added(added: adding.Added, what: str, *, as_json: bool) -> None:
     with contextlib.suppress(RemoteError):
-        ask(request("ready", added.directory))  # from here on the agent follows
+        ask(request("ready", added.directory))  # the agent follows from here on
     if as_json:
         print_result({**fields_of(added.remote), "tasks": added.tasks, "files": added.files, "seq": added.seq})
     else:
@@ -171,7 +170,7 @@ def _say_awaiting(remote: Remote, own: str, *, as_json: bool) -> None:
 
 @app.command()
 def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
-    """Show where the remote is and how the copy stands.
+    """Show the remote and the state of the cache.
 
     Example: lattice remote show
     """
@@ -199,7 +198,7 @@ def set_url(
     ca_file: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Change where the remote is, after its server has moved.
+    """Change the remote's URL, after its server has moved.
 
     Example: lattice remote set-url origin https://new.example.org
     """
@@ -210,7 +209,7 @@ def set_url(
     remote = dataclasses.replace(found, url=new_url, project=slug or found.project)
     _take_token_along(found, remote)
     if waiting is not None:
-        push.stay_local(directory)  # what was asked of the other server is over
+        push.stay_local(directory)  # a request to the old server is void
         write_remote(directory, remote, UNPUSHED_FILE)
         typer.echo(f"{found.name} is now {new_url} {remote.project}; next: lattice remote push")
         return
@@ -221,7 +220,7 @@ def set_url(
 
 
 def _take_token_along(old: Remote, new: Remote) -> None:
-    """Use the token of a project that was renamed; on another server it is nobody's business."""
+    """Reuse the token of a renamed project; never on another server."""
     if old.url == new.url and old.project in credentials.projects(old.url):
         token = credentials.stored(old.url, old.project)
         if token is not None and new.project not in credentials.projects(new.url):
@@ -234,10 +233,10 @@ def route(
     local: Annotated[bool, typer.Option("--local", help="Run it here again.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a command of a lattice plugin on the server, which must have the plugin too. Without one: list them.
+    """Run a command of a lattice plugin on the server, which must have the plugin too. Without arguments: list them.
 
-    Kept in .lattice/remote.json, for everybody who has this directory. The server's administrator allows the command
-    under "plugin_commands" in its config.json.
+    Stored in .lattice/remote.json, for all users of this directory. The server's administrator allows the command under
+    "plugin_commands" in its config.json.
 
     Example: lattice remote route deploy note
     """
@@ -267,7 +266,7 @@ def remove(
         typer.Option("--keep-hooks/--no-hooks", help="With --keep-local: keep the server's hooks, or leave them out."),
     ] = None,
 ) -> None:
-    """Take the remote and its copy out of this directory. Refused while something is only here.
+    """Remove the remote and its cache from this directory. Refused while something exists only here.
 
     Example: lattice remote remove origin --keep-local
     """
@@ -285,7 +284,7 @@ def remove(
 
 
 def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
-    """Make it all of the project, as new as the server can be reached, then a local one."""
+    """Complete the project's files, update them if the server is reachable, and make the directory a local project."""
     try:
         number = f"change {ask(request('pull', directory))['seq']}"
     except RemoteError as error:
@@ -302,11 +301,11 @@ def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
 
 
 def _require_nothing_else_of_ours(directory: str) -> None:
-    """Raise ``Misuse`` if the server, where it is in reach, has other texts than are here, or none."""
+    """Raise ``Misuse`` if a reachable server has different texts, or lacks those here."""
     try:
         answer = ask(request("verify", directory))
     except RemoteError:
-        return  # nobody can tell; edited plans and notes are known without it
+        return  # edited plans and notes are known without the server
     if own := [*answer["differing"], *answer["surplus"]]:
         raise Misuse(
             f"not as on the server: {', '.join(own[:5])}; keep a copy of what is yours, then: lattice remote sync"

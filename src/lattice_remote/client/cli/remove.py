@@ -1,4 +1,4 @@
-"""A directory that is no copy any more: ``lattice remote remove``, with its files or without."""
+"""``lattice remote remove``: removal of a cache, or its conversion to a local project."""
 
 import contextlib
 import json
@@ -31,10 +31,10 @@ _DIRECTORIES = (BASE_DIRECTORY, PARTIAL, TEMPORARY, PRIVATE_DIRECTORY)
 
 
 def remove_remote(directory: str, remote: Remote) -> None:
-    """Remove a copy with its bookkeeping, unless something in it exists nowhere else.
+    """Remove a cache with its bookkeeping, unless it has unique content.
 
     Raises:
-        Misuse: edits that were not sent, or files of somebody's own, would be lost; nothing was touched.
+        Misuse: unsent edits or own files of the user would be lost; nothing was touched.
     """
     cache = Cache(directory, remote)
     _require_nothing_unsent(cache)
@@ -55,19 +55,19 @@ def remove_remote(directory: str, remote: Remote) -> None:
 
 
 async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
-    """Make a copy a plain local project again, with all its files as they are; return what else is left in it.
+    """Convert a cache to a local project with all its files; return the names of other files in it.
 
-    The end of ``remote.json`` decides. Cut off before it, the directory is a cache without a state, which the next
-    command completes; after it, a local project.
+    The removal of ``remote.json`` is the commit. After a crash before it, the directory is a cache without a state,
+    which the next command completes; after it, a local project.
 
     Args:
         directory: the ``.lattice``.
-        remote: what it is a copy of.
-        hooks: keep the server's hooks, or leave them out; None: there must be none. Plain lattice would run them here.
+        remote: the cache's remote.
+        hooks: keep or omit the server's hooks; None: there must be none. Plain lattice would run them here.
 
     Raises:
-        Misuse: edits that were not sent, or files that have not come yet, or hooks; nothing was changed.
-        StorageError: a file can't be removed.
+        Misuse: unsent edits, missing files, or hooks; nothing was changed.
+        StorageError: a file cannot be removed.
     """
     cache = Cache(directory, remote)
     async with cache.locked():
@@ -100,7 +100,7 @@ def _remove_bookkeeping(directory: str, *, keeps_rescued: bool) -> None:
 
 
 def _require_whole(cache: Cache) -> None:
-    """Raise ``Misuse`` unless the files are all of the project as the server last told it, and nothing else."""
+    """Raise ``Misuse`` unless the files are complete as of the server's last report, without others."""
     if unsent := Edits(cache).scan():
         raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
     state = cache.load_state()
@@ -114,7 +114,7 @@ def _require_whole(cache: Cache) -> None:
 
 
 def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
-    """Return what ``config.json`` becomes, None when it stays as it is."""
+    """Return the new ``config.json``, None if it is unchanged."""
     try:
         config: dict[str, Any] = json.loads(cache.read("config.json"))
         if hooks or not config.get("hooks"):
@@ -131,7 +131,7 @@ def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
 
 
 def _is_ours(gitignore: str) -> bool:
-    """Whether we have written this file, in this version or an earlier one."""
+    """Return whether this or an earlier version of lattice-remote wrote this file."""
     try:
         with open(gitignore, "rb") as file:
             return file.readline() == GITIGNORE.splitlines(keepends=True)[0]
@@ -149,7 +149,7 @@ def _require_nothing_unsent(cache: Cache) -> None:
 
 
 def _own_files(cache: Cache) -> list[str]:
-    """Return files that are neither the server's nor our bookkeeping: set aside edits, an editor's backups."""
+    """Return files that are neither the server's nor bookkeeping: edits set aside, an editor's backups."""
     replicated = set(cache.paths())
     ours = {REMOTE_FILE, LOCKS_FILE, ".gitignore", *_BOOKKEEPING}
     found: list[str] = []

@@ -1,4 +1,4 @@
-"""``lattice remote rescued``: files that were restored or removed here, and whose contents were kept."""
+"""``lattice remote rescued``: contents of files that were restored or removed here."""
 
 import json
 import time
@@ -39,14 +39,14 @@ def _ask(action: str, numbers: list[int]) -> dict[str, Any]:
 
 @app.callback(invoke_without_command=True)
 def rescued(context: typer.Context, as_json: Json = False) -> None:
-    """Files that were restored or removed here, and whose contents were kept. Without a subcommand: list them."""
+    """Contents of files that were restored or removed here. Without a subcommand: list them."""
     if context.invoked_subcommand is None:
         list_(as_json=as_json)
 
 
 @app.command(name="list")
 def list_(as_json: Json = False) -> None:
-    """List what was rescued.
+    """List the rescued files.
 
     Example: lattice remote rescued list --json
     """
@@ -65,7 +65,7 @@ def list_(as_json: Json = False) -> None:
 
 @app.command()
 def show(numbers: Numbers = None, as_json: Json = False) -> None:
-    """Show the files, where they are, and the events that the server does not have.
+    """Show the files, their location, and the events that the server lacks.
 
     Example: lattice remote rescued show 1
     """
@@ -86,10 +86,10 @@ def show(numbers: Numbers = None, as_json: Json = False) -> None:
 
 @app.command()
 def apply(numbers: Numbers = None, every: All = False, as_json: Json = False) -> None:
-    """Send to the server the events and new plans that it does not have. Exits with 1 when something was refused.
+    """Send the events and new plans that the server lacks. Exits with 1 if any was refused.
 
-    An event gets the server's time, and a new task its next number. What was applied completely is dropped; of the
-    rest it is said what the server refused, and why. Can be repeated.
+    An event gets the server's time, and a new task its next number. Completely applied entries are dropped; for the
+    others the server's reasons are shown. Can be repeated.
 
     Example: lattice remote rescued apply 1
     """
@@ -108,7 +108,7 @@ def apply(numbers: Numbers = None, every: All = False, as_json: Json = False) ->
 
 @app.command()
 def drop(numbers: Numbers = None, every: All = False, as_json: Json = False) -> None:
-    """Remove rescued files for good.
+    """Remove rescued files permanently.
 
     Example: lattice remote rescued drop 1
     """

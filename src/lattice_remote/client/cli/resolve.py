@@ -1,4 +1,4 @@
-"""``lattice remote resolve``: ends conflicts of plans and notes, and edits that wait for a decision."""
+"""``lattice remote resolve``: resolution of conflicts in plans and notes, and of withheld edits."""
 
 import base64
 import difflib
@@ -49,10 +49,10 @@ def resolve(
     every: Annotated[bool, typer.Option("--all", help="With --mine or --theirs: all that are shown.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show a conflict between my text of a plan or notes and the server's, or an edit that waits for me; or end it.
+    """Show or resolve a conflict between your text of a plan or notes and the server's, or a withheld edit.
 
-    What is kept is sent as an edit of the server's text as it is now: should others change the same lines
-    meanwhile, nothing happens, and it can be repeated.
+    The chosen text is sent as an edit of the server's current text. If others change the same lines at that moment,
+    nothing happens, and the command can be repeated.
 
     Example: lattice remote resolve LAT-42 --edited merged.md
     """
@@ -128,7 +128,7 @@ def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
 
 
 def _difference(directory: str, path: str, copy: str) -> Iterator[str]:
-    """Yield what the local text has and lacks, like ``diff -u``; nothing where that would be too long to read."""
+    """Yield the lines of a ``diff -u`` of the local text; nothing if it would be too long to read."""
     texts = [_text(os.path.join(directory, name)) for name in (path, copy)]
     if sum(map(len, texts)) > _MAX_SHOWN_BYTES:
         return

@@ -1,4 +1,4 @@
-"""``lattice remote login``, ``trust``, ``logout``: who we are on a server, and which servers are ours."""
+"""``lattice remote login``, ``trust`` and ``logout``: the user's tokens and trusted servers."""
 
 import asyncio
 import getpass
@@ -25,7 +25,7 @@ def login(
     ca_file: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Keep a token for this user, typed without echo or read from stdin; it replaces the one before.
+    """Store a token for this user, typed without echo or read from stdin; it replaces the previous one.
 
     Example: lattice remote login https://board.example.org < token.txt
     """
@@ -43,7 +43,7 @@ def login(
 
 
 def _going_before(server_url: str, slug: str | None) -> Iterator[str]:
-    """Say which other tokens are used in place of the one that was just kept."""
+    """Yield remarks about other tokens that precede the one just stored."""
     if credentials.from_environment() is not None:
         yield "LATTICE_TOKEN is set here, and goes before any token that is kept"
     for project in credentials.projects(server_url) if slug is None else ():
@@ -61,7 +61,7 @@ def trust(
         typer.Option("--max-cache", metavar="MIB", min=1, help="How large it may make a copy here; 4096 by default."),
     ] = None,
 ) -> None:
-    """Name a server as yours, so that LATTICE_TOKEN is sent there; say how its certificate is verified.
+    """Trust a server with LATTICE_TOKEN, and set how its certificate is verified.
 
     Example: lattice remote trust https://board.example.org --ca-file company.pem
     """
@@ -78,7 +78,7 @@ def trust(
 
 @app.command()
 def logout(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
-    """Forget this user's token; with the last one, that the server was ever named.
+    """Remove this user's token; with the last one, the server is no longer trusted.
 
     Example: lattice remote logout https://board.example.org
     """

@@ -1,9 +1,8 @@
-"""The changes of a project as they arrive, for somebody who takes them in his own time.
+"""Stream of a project's changes for a consumer that may block.
 
-A thread of its own talks to the server: whoever takes changes may block for as long as he likes. What has come and
-was not taken is bounded; where that is reached the connection is closed, and a new one goes on at the same number
-once half of it was taken. So no slow reader holds a server's connection half full (I10), and none misses or sees
-twice a change.
+A separate thread talks to the server. The waiting changes are bounded: at the limit the connection is closed, and a new
+one resumes at the same number once half of them were taken. So a slow consumer holds no server connection half full
+(I10), and misses or repeats no change.
 """
 
 import asyncio
@@ -38,11 +37,11 @@ __all__ = ["Arrived", "ChangeStream", "Connected", "Ended", "EpochStarted", "Gon
 
 MAX_WAITING = 1000
 MAX_WAITING_BYTES = 16 * 1024 * 1024
-"""Of changes that have come and were not taken."""
+"""Limit for changes that were received and not taken."""
 
 
 class Gone(RemoteError):
-    """The changes that were asked for are not kept any more, or never were there. ``oldest`` is the first that is."""
+    """Requested changes are not available. ``oldest`` is the first that is."""
 
     code = "REMOTE_GONE"
 
@@ -57,7 +56,7 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Connected:
-    """The changes after ``position`` follow; ``head`` is the last that there is."""
+    """Connected: the changes after ``position`` follow, up to ``head`` at present."""
 
     position: Position
     head: int
@@ -65,21 +64,21 @@ class Connected:
 
 @dataclass(frozen=True)
 class EpochStarted:
-    """The project's history has begun anew (I7): the changes from its first, in the new numbers, follow."""
+    """A new epoch (I7): its changes follow, from the first, in new numbers."""
 
     epoch: str
 
 
 @dataclass(frozen=True)
 class Lost:
-    """There is no connection, and why; it is tried again."""
+    """Lost connection, with the reason; it is retried."""
 
     error: RemoteError
 
 
 @dataclass(frozen=True)
 class Ended:
-    """Nothing more will come, and why."""
+    """End of the stream, with the reason."""
 
     error: RemoteError
 
@@ -88,11 +87,11 @@ Item = Arrived | Connected | EpochStarted | Lost | Ended
 
 
 class ChangeStream:
-    """``start()`` it, ``take()`` until ``Ended``, ``close()`` it from the same thread.
+    """Stream of changes. ``start()`` it, ``take()`` until ``Ended``, ``close()`` it from the same thread.
 
     Args:
-        remote, token, named: as of a ``Link``.
-        since: the last change that is known already, or only its number, in whichever epoch; None for the head.
+        remote, token, named: as for ``Connection``.
+        since: the last known change, or only its number in any epoch; None for the head.
     """
 
     def __init__(
@@ -102,14 +101,14 @@ class ChangeStream:
         begin = since if isinstance(since, Position) else None
         self._epoch, self._mark = (begin.epoch, begin.mark) if begin else ("", b"")
         self._seq = since.seq if isinstance(since, Position) else since
-        self._former: dict[str, tuple[int, bytes]] = {}  # where it was in the epochs before
-        self._is_resumed = False  # a change, or the place to begin at, was told
+        self._former: dict[str, tuple[int, bytes]] = {}  # positions in earlier epochs
+        self._is_resumed = False  # a change or a start position was delivered
         self._ready = False
         self._is_over = False
         self._items: queue.SimpleQueue[tuple[Item, int]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = self._waiting_bytes = 0
-        self._said: str | None = None  # the trouble that was told last
+        self._said: str | None = None  # the last reported error
         self._runner = asyncio.Runner()
         self._loop = self._runner.get_loop()
         self._main: asyncio.Task[None] | None = None
@@ -119,16 +118,16 @@ class ChangeStream:
         self._thread = threading.Thread(target=self._run, name="changes", daemon=True)
 
     def start(self) -> None:
-        """Begin to connect, and keep at it."""
+        """Start to connect, again after every failure."""
         self._thread.start()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._call(self._stop)
         self._thread.join(5.0)
 
     def take(self, timeout_s: float | None = None) -> Item | None:
-        """Return what comes next, None when nothing has come in time."""
+        """Return the next item, None after the timeout."""
         try:
             item, size = self._items.get(timeout=timeout_s)
         except queue.Empty:
@@ -142,7 +141,7 @@ class ChangeStream:
         return item
 
     def _call(self, what: Callable[[], object]) -> None:
-        with contextlib.suppress(RuntimeError):  # it has ended
+        with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(what)
 
     # --- in the thread ---
@@ -183,20 +182,20 @@ class ChangeStream:
             self._put(Ended(error))
             self._full.set()
 
-    # --- Conversation ---
+    # --- Session ---
 
     @property
     def is_current(self) -> bool:
-        """Whether changes come."""
+        """Return whether changes are being received."""
         return self._ready
 
     async def hello(self) -> Hello:
-        """Begin on a new connection."""
+        """Begin a session on a new connection."""
         lattice_version = version("lattice-tracker")
         return Hello([PROTOCOL_VERSION], __version__, lattice_version, list(CAPABILITIES), follow=False)
 
     async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
-        """Take frames; one that is too much waits for the end of this connection, and comes again on the next."""
+        """Queue changes; at the limit, end the connection and receive the rest on the next."""
         outcome = ReceiveOutcome()
         for frame in frames:
             match frame:
@@ -213,7 +212,7 @@ class ChangeStream:
         return outcome
 
     async def disconnected(self) -> None:
-        """The connection is gone: say why, unless that was said already."""
+        """Report the lost connection, unless already reported."""
         self._ready = False
         link = self._link
         if link is None or link.error is None or self._is_over:
@@ -235,7 +234,7 @@ class ChangeStream:
         return Follow(self._epoch, self._seq, self._mark)
 
     def _begin_epoch(self, welcome: Welcome) -> None:
-        """Go on from the first change of another epoch; one that was left before proves that the server went back."""
+        """Continue with the first change of another epoch; a return to an earlier one proves a restored server."""
         assert self._seq is not None, "it was resumed, so it is somewhere"
         self._former[self._epoch] = (self._seq, self._mark)
         self._epoch = welcome.epoch
@@ -252,7 +251,7 @@ class ChangeStream:
             self._said = None
             self._put(Connected(Position(answer.epoch, answer.seq, answer.mark), answer.head))
         elif self._is_resumed and answer.outcome in ("epoch", "ahead"):
-            # Of a history that begins anew at this moment: the next Welcome says how.
+            # The epoch is changing right now: the next Welcome says how.
             raise ConnectionFailed("the project's history begins anew on the server")
         else:
             self._end(Gone(_why_not(answer)))

@@ -281,7 +281,7 @@ class Connection:
     _epoch: str = ""  # of the last Welcome
     _verdict: RemoteError | None = None
 
-    # --- life ---
+    # --- lifecycle ---
 
     def start(self) -> None:
         """Start to connect, again after every failure."""

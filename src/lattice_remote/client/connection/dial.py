@@ -151,7 +151,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
 def _proxy(remote: Remote) -> tuple[str | None, str]:
     """Return the environment's proxy for a server, and its address without password for messages.
 
-    ``ALL_PROXY`` applies where no more specific variable is set. A server on this machine is reached directly: a proxy
+    ``ALL_PROXY`` applies unless a more specific variable is set. A server on this machine is reached directly: a proxy
     would carry the token off it.
 
     Raises:
@@ -232,7 +232,7 @@ async def _speaks_tls(remote: Remote) -> bool:
     return True
 
 
-# --- what an answer means ---
+# --- refusals ---
 
 
 def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:

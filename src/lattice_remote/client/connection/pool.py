@@ -1,11 +1,11 @@
-"""The connections of one cache: one that follows, and one for each further token with which commands write.
+"""Connections of one cache: one that follows, and one for each further token of a writing command.
 
-A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A change of the file, or another token with
-the next command, replaces one that was refused by itself.
+A token comes from ``tokens.json`` or with a command (``LATTICE_TOKEN``). A refused token is replaced when the file
+changes or a command brings another.
 
-What is sent without a command goes out under the token with which the commands of this cache come. Where they came
-with several of late, the author is not known: it waits for the next command. Agents of several environments may
-follow one cache, so the tokens of late are noted in the cache, by their digests.
+Unrequested edits are sent under the token that this cache's commands use. After recent commands with several tokens the
+author is unknown: such edits wait for the next command. As agents of several environments may follow one cache, the
+digests of recent tokens are stored in the cache.
 """
 
 import asyncio
@@ -28,25 +28,25 @@ from lattice_remote.errors import Rejected, RemoteError
 __all__ = ["ConnectionPool"]
 
 LOOK_INTERVAL_S = 0.5
-"""How often to look whether the user's tokens or servers have changed."""
+"""Interval of checks whether the user's tokens or servers have changed."""
 _WRITER_IDLE_S = 300.0
 _TOKEN_LASTS_S = 600.0
-"""A token with which no command has come for so long, while others came with another, is not in use any more."""
+"""A token unused for this long, while others were used, is no longer recent."""
 _NOTE_INTERVAL_S = 30.0
 _RECENT = (PRIVATE_DIRECTORY, "tokens")
-"""In the cache: an empty file for each token with which a command came, named by its digest, of that time."""
+"""In the cache: an empty file for each recent token, named by its digest; its time is the last use."""
 
 
 class RecentTokens:
-    """The tokens with which the commands of a cache came of late, in all environments."""
+    """Recent tokens of a cache's commands, across all environments."""
 
     def __init__(self, cache: str) -> None:
         self._cache = cache
         self._directory = os.path.join(cache, *_RECENT)
-        self._noted: dict[str, float] = {}  # digest -> when it was noted here
+        self._noted: dict[str, float] = {}  # digest -> time of the last record
 
     def note(self, token: str) -> None:
-        """A command has come with this token. What can't be noted, as in a cache that can only be read, is not."""
+        """Record the use of a token; failures are ignored, as in a read-only cache."""
         digest, now = digest_of_token(token), time.monotonic()
         if now - self._noted.get(digest, -_NOTE_INTERVAL_S) < _NOTE_INTERVAL_S:
             return
@@ -60,13 +60,13 @@ class RecentTokens:
             self._noted[digest] = now
 
     def forget(self, token: str) -> None:
-        """This token was replaced by another of the same user."""
+        """Forget a token that the same user replaced by another."""
         self._noted.pop(digest_of_token(token), None)
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(self._directory, digest_of_token(token)))
 
     def digests(self) -> set[str]:
-        """Return the digests of the tokens in use: each used within ten minutes before the last use of any."""
+        """Return the digests of recent tokens: each used at most ten minutes before the last use of any."""
         uses: dict[str, float] = {}
         with contextlib.suppress(OSError):
             uses = {entry.name: entry.stat(follow_symlinks=False).st_mtime for entry in os.scandir(self._directory)}
@@ -75,25 +75,25 @@ class RecentTokens:
 
 
 def digest_of_token(token: str) -> str:
-    """Return what stands for a token where it must not be: nobody can guess one from it."""
+    """Return a token's digest, which does not reveal the token."""
     return hashlib.sha256(b"lattice-remote token " + token.encode(errors="replace")).hexdigest()[:32]
 
 
 class ConnectionPool:
-    """``start()`` it in a running loop, ``close()`` it in the end."""
+    """Connections of one cache. ``start()`` it in a running loop and ``close()`` it at the end."""
 
     def __init__(self, remote: Remote, follower: Replicator) -> None:
         self._remote = remote
         self.following = Connection(remote, follower, None, on_heard=follower.heard)
-        """The link that keeps the files current."""
+        """The connection that keeps the files current."""
         self._writers: dict[str, tuple[Connection, float]] = {}
         self._recent = RecentTokens(follower.cache.directory)
-        self._given: dict[str, str | None] = {}  # digest -> token that a command brought, None: the stored one
+        self._given: dict[str, str | None] = {}  # digest -> token from a command, None: the stored one
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
-        """Begin to follow, with the user's stored token before one that a command brought."""
+        """Start to follow. The user's stored token takes precedence over ``token`` unless ``prefer_given``."""
         self._last_stored = self.stored_token()
         link = self.following
         link.named = named
@@ -102,7 +102,7 @@ class ConnectionPool:
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -112,11 +112,11 @@ class ConnectionPool:
         await self.following.close()
 
     def stored_token(self) -> str | None:
-        """Return the token that this user keeps for the project."""
+        """Return the user's stored token for the project."""
         return credentials.stored(self._remote.url, self._remote.project)
 
     def choose(self, given: str | None, named: Server | None = None) -> None:
-        """Follow with the user's stored token, or with one that a command brought, whichever the server takes."""
+        """Follow with the user's stored token or with a command's, depending on which the server accepts."""
         link, stored = self.following, self.stored_token()
         if stored != self._last_stored and self._last_stored is not None:
             self._recent.forget(self._last_stored)
@@ -133,7 +133,7 @@ class ConnectionPool:
         self._last_stored = stored
 
     def writing(self, given: str | None) -> Connection:
-        """Return the link that writes with a command's token: the one that follows, or one of its own.
+        """Return the connection that writes with a command's token: the following one, or a separate one.
 
         Raises:
             Rejected: there is no token.
@@ -151,9 +151,9 @@ class ConnectionPool:
         return link
 
     def refusal(self, named: Server | None) -> RemoteError | None:
-        """Return why a command may not speak to this server; None when it may.
+        """Return why a command may not use this server; None if it may.
 
-        A server that only an earlier command named, by ``LATTICE_REMOTE_URL``, is not named by this one.
+        A server named only in an earlier command's ``LATTICE_REMOTE_URL`` is not trusted for this one.
         """
         if self.following.named is None or self.following.named == named:
             return None  # decided where the token is sent
@@ -164,40 +164,40 @@ class ConnectionPool:
         return None
 
     def note_use(self, given: str | None) -> None:
-        """A command has come with this token, None: with the user's stored one."""
+        """Record a command's token, None: the user's stored one."""
         token = given or self._last_stored
         if token is not None:
             self._given[digest_of_token(token)] = None if token == self._last_stored else token
             self._recent.note(token)
 
     def live(self) -> Connection | None:
-        """Return the link for what is sent without a command; None when its author isn't known.
+        """Return the connection for unrequested edits; None if their author is unknown.
 
-        Never a token that no command of this cache came with: the user may have given it for another directory.
+        A token that no command of this cache used is never chosen: it may be meant for another directory.
         """
         recent = self._recent.digests()
         self._given = {digest: given for digest, given in self._given.items() if digest in recent}
         if len(recent) != 1 or not self._given:
-            return None  # of several, or of another environment
+            return None  # several tokens, or another environment's
         try:
             return self.writing(*self._given.values())
         except RemoteError:
-            return None  # there is no token, or the file that holds it can't be read: said to the next command
+            return None  # the token is missing or its file unreadable: the next command reports it
 
     def has_several_names(self) -> bool:
-        """Whether the commands of late came with several tokens, or with one of another environment."""
+        """Return whether recent commands used several tokens, or one of another environment."""
         recent = self._recent.digests()
         return len(recent) > 1 or not recent <= self._given.keys()
 
     def new_writer(self, token: str) -> Connection:
-        """Return a link of its own, started; the caller must close it."""
+        """Return a separate connection, started; the caller must close it."""
         link = Connection(self._remote, RequestOnlySession(), token, named=self.following.named)
         link.start()
         return link
 
     @contextlib.asynccontextmanager
     async def bulk(self, token: str) -> AsyncIterator[Connection]:
-        """Yield a link for what is large: nothing else waits behind it."""
+        """Yield a separate connection for large transfers."""
         link = self.new_writer(token)
         try:
             yield link
@@ -205,14 +205,14 @@ class ConnectionPool:
             await link.close()
 
     async def drop_idle(self) -> None:
-        """Close the links whose token nobody has used for long."""
+        """Close connections whose token is long unused."""
         for token, (link, used_at) in list(self._writers.items()):
             if time.monotonic() - used_at > _WRITER_IDLE_S and not link.is_waiting:
                 del self._writers[token]
                 await link.close()
 
     async def _watch(self) -> None:
-        """Notice that the user has logged in or out, or has named a server: nobody needs to tell."""
+        """Detect logins, logouts and newly trusted servers."""
         seen = _seen()
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
@@ -220,7 +220,7 @@ class ConnectionPool:
             if now == seen:
                 continue
             seen = now
-            with contextlib.suppress(RemoteError):  # a file that can't be read is said to the next command
+            with contextlib.suppress(RemoteError):  # the next command reports an unreadable file
                 self.choose(None)
             for link in (self.following, *(link for link, _ in self._writers.values())):
                 if link.is_refused:

@@ -1,7 +1,7 @@
-"""Brings a file to the server in pieces, and goes on where it was cut off.
+"""Resumable upload of a file in parts.
 
-The server keeps what has come for a day, under the content's digest: after a lost connection, another agent or another
-command goes on from there. Use a link of its own (``Links.bulk``), so that no command waits behind the pieces.
+The server keeps received parts for a day, under the content's digest: after a lost connection, another agent or command
+resumes there. Use a separate connection (``ConnectionPool.bulk``), so that no command waits behind the parts.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ __all__ = ["Source", "UploadConnection", "upload"]
 
 _PIECE_BYTES = 256 * 1024
 _WINDOW = 8
-"""Pieces on their way at once: enough to fill a line, little enough for others on it to be served soon."""
+"""Parts in flight: enough to fill a line, few enough to leave room for others."""
 _READ_BYTES = 1024 * 1024
 _MAX_SETBACKS = 10
-"""A server that forgets what it was sent must not keep us at it for ever; one that was restarted does so once."""
+"""Most losses of received parts before giving up; a restarted server loses them once."""
 _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
 
 
 class UploadConnection(Protocol):
-    """What carries requests: a ``Link``."""
+    """A connection that carries requests."""
 
     async def ask(self, frame: Request) -> Response:
         """Send a request and return its answer."""
@@ -35,7 +35,7 @@ class UploadConnection(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An open file that is to be uploaded, as it is now. Whoever opened it closes it."""
+    """An open file to upload, as of now. Its opener closes it."""
 
     descriptor: int
     size: int
@@ -43,7 +43,7 @@ class Source:
 
     @classmethod
     async def of(cls, descriptor: int) -> "Source":
-        """Read a plain file from its beginning, in a thread, to learn its digest. Raises OSError."""
+        """Read a plain file from its beginning, in a thread, to compute its digest. Raises OSError."""
         return await asyncio.to_thread(cls._read, descriptor)
 
     @classmethod
@@ -62,20 +62,20 @@ async def upload(
     purpose: str = "attachment",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Have the server hold all of ``source``; what it has already is not sent again.
+    """Upload ``source``, without the parts that the server already has.
 
-    Cancelled, or cut off for too long, it can be called again, also by another process, and goes on.
+    After a cancellation or failure another call, also by another process, resumes.
 
     Args:
-        link: whose token may then refer to it by digest and size, within a day.
-        source: what to send.
-        purpose: what for, see ``messages.Upload``.
-        on_progress: called with how many of how many bytes are there.
+        link: whose token may then refer to the upload by digest and size, for a day.
+        source: the file.
+        purpose: see ``messages.Upload``.
+        on_progress: called with bytes uploaded and bytes in total.
 
     Raises:
-        Rejected: it is too large, the server has no room for it, or is of a version that takes no uploads.
-        ConnectionFailed: the server is out of reach.
-        StorageError: the file can't be read, or changes while it is read.
+        Rejected: too large, no room on the server, or a server version without uploads.
+        ConnectionFailed: the server is unreachable.
+        StorageError: the file cannot be read, or changes while it is read.
     """
     for attempts_left in (1, 0):
         sender = _Sender(link, source, purpose, on_progress or (lambda _have, _size: None))
@@ -84,7 +84,7 @@ async def upload(
         except Rejected as rejected:
             if rejected.code != "REMOTE_PROTOCOL":
                 raise
-            if not attempts_left:  # what was there before may have been of another file; this time all was ours
+            if not attempts_left:  # the earlier parts may have been of another file; this time all were ours
                 raise StorageError("the file that is to be sent changes while it is read; try again") from rejected
         else:
             return
@@ -93,7 +93,7 @@ async def upload(
 
 
 class _Sender:
-    """One upload under way: a few pieces ahead of what the server has said to hold."""
+    """One running upload, a few parts ahead of the server's acknowledgement."""
 
     def __init__(
         self, link: UploadConnection, source: Source, purpose: str, report: Callable[[int, int], None]
@@ -102,7 +102,7 @@ class _Sender:
         self._source = source
         self._purpose = purpose
         self._report = report
-        self._under_way: deque[tuple[int, asyncio.Task[int]]] = deque()  # where each piece ends
+        self._under_way: deque[tuple[int, asyncio.Task[int]]] = deque()  # end of each part in flight
 
     async def run(self) -> None:
         size = self._source.size
@@ -117,7 +117,7 @@ class _Sender:
             end, work = self._under_way.popleft()
             have = await work
             self._report(have, size)
-            if not end <= have <= sent:  # the server has lost some of it, or has more of it by now: go on from there
+            if not end <= have <= sent:  # the server lost parts, or has others by now: continue from there
                 setbacks += have < end
                 if setbacks > _MAX_SETBACKS:
                     raise ConnectionFailed("the server keeps losing what is sent; try again later")
@@ -125,7 +125,7 @@ class _Sender:
                 sent = have
 
     async def stop(self) -> None:
-        """Take back the pieces that nobody waits for any more."""
+        """Cancel the parts in flight."""
         for _, work in self._under_way:
             work.cancel()
         await asyncio.gather(*(work for _, work in self._under_way), return_exceptions=True)
@@ -141,7 +141,7 @@ class _Sender:
         return piece
 
     async def _ask(self, offset: int, data: bytes) -> int:
-        """Send a piece, or a question; return how many bytes are there."""
+        """Send a part or a query; return the number of bytes that the server has."""
         source = self._source
         for attempts_left in reversed(range(_BUSY_ATTEMPTS)):
             frame = Upload(os.urandom(16).hex(), source.digest, source.size, offset, data, self._purpose)

@@ -1,4 +1,4 @@
-"""One operation of a surface, asked of the server through the agent (``Call``)."""
+"""One operation of a surface, sent to the server through the agent (``Call``)."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ __all__ = ["SurfaceResponse", "call"]
 
 @dataclass(frozen=True)
 class SurfaceResponse:
-    """What an operation returned: ``status`` as in HTTP, ``payload`` a JSON text."""
+    """Result of an operation: ``status`` as in HTTP, ``payload`` a JSON text."""
 
     status: int
     payload: str
@@ -22,15 +22,14 @@ class SurfaceResponse:
 def call(
     directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
 ) -> SurfaceResponse:
-    """Have an operation carried out on the server; return once what it changed is in the files of ``directory``.
+    """Run an operation on the server; return once its change is in the files of ``directory``.
 
-    ``files`` are as ``CallersFiles`` describes them. What the user should know besides is written to stderr. Safe to
-    be called from several threads.
+    ``files`` are as in ``CallersFiles``. Notices for the user are written to stderr. Thread-safe.
 
     Raises:
-        RemoteError: it was refused, or the server is out of reach; the message says whether it may have taken effect.
+        RemoteError: it was refused, or the server is unreachable; the message says whether it may have taken effect.
     """
-    # The id is made here, so that it is carried out once even if the agent is killed and asked again (I6).
+    # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
     asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
     asked["files"] = files or []
     answer = ask(asked)

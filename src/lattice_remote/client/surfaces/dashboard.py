@@ -230,7 +230,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             else:
                 self._forward(path)
 
-        # --- who asks ---
+        # --- access ---
 
         def _is_from_here(self) -> bool:
             """Refuse requests for another host name, as sent by a page after DNS rebinding."""

@@ -1,10 +1,10 @@
-"""Lattice's own MCP server, with its writes carried out on the projects' servers.
+"""Lattice's own MCP server, with writes run on the projects' servers.
 
-Tools, schemas and resources are lattice's. A tool that reads runs here, on a cache that is up to date, under the guard;
-every other one is called on the server (``worker/surfaces/mcp.py``), and returns once its change is in the cache. Which
-project a call is about is found as lattice finds it, for each call: one that has no remote is worked on as ever.
+Tools, schemas and resources are lattice's. A reading tool runs here, on an updated cache, under the guard; every other
+one is called on the server (``worker/calls/mcp.py``), and returns once its change is in the cache. The project of a
+call is found as lattice finds it; one without a remote is handled by lattice.
 
-stdout carries the protocol alone.
+stdout carries only the protocol.
 """
 
 import json
@@ -31,12 +31,12 @@ from lattice_remote.errors import RemoteError
 __all__ = ["serve"]
 
 _READS = frozenset({"lattice_comments", "lattice_config", "lattice_list", "lattice_show"})
-"""Tools that only read the project. Any other may write: it goes to the server, which refuses what it does not know.
+"""Tools that only read the project. Others may write: they go to the server, which refuses unknown ones.
 
-``lattice_doctor`` looks for ``locks/`` too, which no cache has.
+``lattice_doctor`` also needs ``locks/``, which no cache has.
 """
 _FILES = {"lattice_attach": "source"}
-"""Which argument names a file of the caller, whose content travels with the call."""
+"""The argument with a caller's file, whose content travels with the call."""
 
 Arguments = dict[str, Any]
 
@@ -56,12 +56,12 @@ def serve() -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's signature
-    """End at once: a thread that waits for stdin can't be told to."""
+    """Exit at once: a thread that reads stdin cannot be stopped."""
     os._exit(128 + number)
 
 
 def _warm_up(directory: str) -> None:
-    """Start the agent, and catch up, before somebody waits for it."""
+    """Start the agent and update the cache before the first call."""
     try:
         ensure_current(directory, _say)
     except RemoteError as error:
@@ -74,13 +74,13 @@ def _say(line: str) -> None:
 
 
 class _Caches:
-    """The caches that calls were about so far, each with the guard that watches it from then on."""
+    """The caches of earlier calls, each with its running guard."""
 
     def __init__(self) -> None:
         self._guards: dict[str, Guard] = {}
 
     def prepare(self, directory: str) -> None:
-        """Bring a cache up to date, and let no tool that runs here write into it. Blocking.
+        """Update a cache and guard it against writes by tools that run here. Blocking.
 
         Raises:
             RemoteError: it was never filled.
@@ -92,7 +92,7 @@ class _Caches:
 
 
 async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **arguments: Any) -> Any:
-    """Stand for one of lattice's tools: called with arguments that its schema has let pass."""
+    """Replace one of lattice's tools: called with arguments that match its schema."""
     directory = _cache_of(arguments.get("lattice_root"))
     if directory is None:
         return tool(**arguments)
@@ -110,7 +110,7 @@ async def _read_resource(caches: _Caches, read: Callable[[Any], Any], request: A
 
 
 def _cache_of(lattice_root: str | None) -> str | None:
-    """Return the ``.lattice`` directory that a call is about, if it is a cache; lattice itself says what is wrong."""
+    """Return the ``.lattice`` directory of a call if it is a cache; lattice reports errors."""
     try:
         root = lattice_root or find_root()
     except (LatticeRootError, OSError):
@@ -120,11 +120,11 @@ def _cache_of(lattice_root: str | None) -> str | None:
 
 
 def _call_there(directory: str, name: str, arguments: Arguments) -> Any:
-    """Have a tool called on the server; return what it returned there, or raise what it raised. Blocking."""
+    """Call a tool on the server; return its result, or raise its error. Blocking."""
     sent = {key: value for key, value in arguments.items() if key != "lattice_root" and value is not None}
     with CallersFiles.of_value(sent.get(_FILES.get(name, ""))) as files:
         answer = call(directory, "mcp", name, json.dumps(sent), files.described)
     value = json.loads(answer.payload)
     if answer.status >= 400:
-        raise ValueError(value["error"]["message"])  # which lattice's MCP server puts into its own words
+        raise ValueError(value["error"]["message"])  # which lattice's MCP server formats
     return value["result"]
