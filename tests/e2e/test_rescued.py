@@ -111,6 +111,19 @@ def test_a_new_task_gets_its_events_its_plan_and_the_servers_number(shared_board
     restored(server, ana)
 
 
+def test_an_attached_file_is_kept_with_its_description(shared_board: Board, tmp_path: Path) -> None:
+    server, ana, _ben = shared_board
+    task = new_task(ana, "Attach beside the server")
+    attached = tmp_path / "figures.csv"
+    attached.write_text("1,2,3\n")
+    written = write_into(ana, tmp_path, ("attach", task, str(attached), *MINE))
+    (payload,) = (path for path in written if path.startswith("artifacts/payload/"))
+    restored(server, ana)
+    wait_for(lambda: payload in (path for entry in entries(ana) for path in entry["files"]), "it to be kept")
+    entry = next(entry for entry in entries(ana) if payload in entry["files"])
+    assert (ana.lattice_dir / f".remote/rescued/{entry['number']}/files/{payload}").read_text() == "1,2,3\n"
+
+
 def test_what_the_server_refuses_is_said_and_stays(shared_board: Board, tmp_path: Path) -> None:
     server, ana, _ben = shared_board
     task = new_task(ana, "Refused")

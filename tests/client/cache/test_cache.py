@@ -182,6 +182,11 @@ def test_state_of_another_project_says_nothing() -> None:
     assert decode_state(data, b"", Remote("origin", "http://h", "other")) == CacheState()
 
 
+def test_a_state_of_another_directory_says_nothing_of_the_files() -> None:
+    data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE, inode=1)
+    assert decode_state(data, b"", REMOTE, inode=2) == CacheState(NOWHERE, (), {}, 1.0)
+
+
 def test_state_from_before_a_reboot_is_only_an_age(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode_state(CacheState(Position("e", 7, b""), (), {}, 1.0), REMOTE)
     monkeypatch.setattr(state, "_boot_id", "another")

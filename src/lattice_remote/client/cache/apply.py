@@ -39,7 +39,11 @@ class Files:
         found = self._cache.signature(path)
         if self._cache.known.agrees(path, found):
             return False
-        return found is None or not is_editable(path) or self.is_orphan(path)
+        if found is None or not is_editable(path) or self.is_orphan(path):
+            return True
+        # Where git or a copy tool has brought an earlier text together with its base, it does not look edited.
+        is_rewritten = self._cache.known.is_complete and self._cache.known.was_written(path, found)
+        return is_rewritten and not self._edits.is_in_use(path)
 
     def is_orphan(self, path: str) -> bool:
         """Return whether a plan or notes belongs to no task of the server, as far as is known."""

@@ -67,8 +67,8 @@ class CacheState:
         return self.current_at is not None
 
 
-def encode_state(state: CacheState, remote: Remote) -> bytes:
-    """Return the content of the state file."""
+def encode_state(state: CacheState, remote: Remote, inode: int = 0) -> bytes:
+    """Return the content of the state file; ``inode`` is that of the cache's directory."""
     fields = {
         "epoch": state.position.epoch,
         "seq": state.position.seq,
@@ -77,6 +77,7 @@ def encode_state(state: CacheState, remote: Remote) -> bytes:
         "away": len(state.away),
         "time": state.current_at,
         "boot_id": boot_id(),
+        "inode": inode,
         "url": remote.url,
         "project": remote.project,
     }
@@ -97,11 +98,12 @@ def _decode_away(data: bytes) -> dict[str, Content | None]:
     }
 
 
-def decode_state(data: bytes, away: bytes, remote: Remote) -> CacheState:
+def decode_state(data: bytes, away: bytes, remote: Remote, inode: int = 0) -> CacheState:
     """Return the stored state as far as it is reliable.
 
     State of another project is ignored. After a reboot unsynced files may lag behind the number: the position is then
-    ``NOWHERE``, and all files are compared.
+    ``NOWHERE``, and all files are compared. The same for the state of another directory, which git or a copy tool
+    brought (I5).
     """
     try:
         found = json.loads(data)
@@ -113,7 +115,7 @@ def decode_state(data: bytes, away: bytes, remote: Remote) -> CacheState:
         left_out = _decode_away(away) if found.get("away") else {}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, HostilePath):
         return CacheState()
-    if found["boot_id"] != boot_id():
+    if found["boot_id"] != boot_id() or found.get("inode", inode) != inode:
         return CacheState(NOWHERE, (), {}, current_at)
     return CacheState(position, wanted, left_out, current_at)
 
@@ -306,7 +308,7 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):
                 away = self._files.read(AWAY_FILE)
             self._away = away
-            return decode_state(self._files.read(STATE_FILE), away, self.remote)
+            return decode_state(self._files.read(STATE_FILE), away, self.remote, self.identity[1])
         except FileNotFoundError:
             return CacheState()
         except OSError as error:
@@ -324,7 +326,7 @@ class Cache:
             if STATE_FILE in self._present and not os.path.lexists(self.absolute(STATE_FILE)):
                 self._files.is_shrinking = True
                 raise StorageError(f"{STATE_FILE} was removed from {self.directory}")
-            self._files.replace(STATE_FILE, encode_state(state, self.remote))
+            self._files.replace(STATE_FILE, encode_state(state, self.remote, self.identity[1]))
             self._present.add(STATE_FILE)
             self._files.is_filled = state.is_filled and not state.wanted
         return self.signature(STATE_FILE)

@@ -116,6 +116,8 @@ class Replicator:
         self._mutex = asyncio.Lock()
         self._comparing: asyncio.Future[CacheComparison] | None = None
         self._earlier: Mapping[str, Reading] | None = None
+        self._left_out: dict[str, Signature] = {}
+        """Contents of artifacts that another program wrote and that the fetching deals with, as they were then."""
 
     @property
     def is_current(self) -> bool:
@@ -320,8 +322,14 @@ class Replicator:
         """Defer the contents of artifacts, which may be large; return the other paths."""
         apart = [path for path in paths if self.replica.leaves_out and is_payload(path)]
         for path in apart:
+            found = self.cache.signature(path)
+            if path in self.replica.away and self._left_out.get(path) == found is not None:
+                continue  # its fetching takes care of it
             self.replica.leave_out(path)
-            self.cache.note(path)  # recorded once: from here on its fetching takes care of it
+            if found is None:
+                self.cache.note(path)
+            else:  # stays strange: it is rescued before it is replaced or removed
+                self._left_out[path] = found
         return [path for path in paths if path not in apart]
 
     async def compare(
