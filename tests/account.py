@@ -9,7 +9,7 @@ import json
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from conflicting_edits import Conflict, set_aside_in
 from lattice_remote.server.journal.reader import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
-__all__ = ["Account", "Effect", "effects_in", "events_in", "owner_of", "words_in_texts"]
+__all__ = ["Account", "Effect", "effects_in", "events_in", "owner_of", "words_in", "words_in_texts"]
 
 _SETTLE_S = 60.0
 
@@ -32,6 +32,8 @@ class Effect:
     who: str
     kind: str
     none_if: str | None = None
+    board: str = "board"
+    """The project that was meant."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -63,6 +65,9 @@ class Account:
         """The ids of all events that a rollback has taken."""
         self._meant: dict[tuple[str, str] | str, set[str]] = {}
         """Under whose token each effect, or each word of an edit, was asked for; "" is plain lattice on the server."""
+        self._boards: dict[tuple[str, str], str] = {}
+        self._kept: list[Counter[str]] = []
+        """The words of each text that a client withheld or rescued."""
         self._guests: dict[str, set[str]] = {}
         """Who else works in a client's directory, by its person: whoever comes first sends what is saved there."""
 
@@ -91,6 +96,7 @@ class Account:
             if effect is None:
                 return
             self._mean(effect.key, owner or owner_of(client))
+            self._boards[effect.key] = effect.board
             if done.returncode == 0:
                 if effect.none_if is None or effect.none_if not in done.stdout:
                     self.acknowledged.add(effect.key)
@@ -133,12 +139,20 @@ class Account:
             self.edits.update(words)
             self.conflicts.append(words)
 
+    def may_lose_edits(self, words: Iterable[str]) -> None:
+        """Take in that a fault has overwritten these words in a cache: each that is not on the server may be gone."""
+        on_server = words_in_texts(self._server.lattice_dir())
+        with self._lock:
+            lost = {word for word in words if word in self.edits and not on_server[word]}
+            self.edits -= lost
+            self.lost_edits |= lost
+
     def forget_what_is_not_in(self, lattice_dir: Path, events: set[str]) -> None:
         """The server's files were put back to these: what they don't hold is nobody's promise any more.
 
         ``events`` are the ids that there were before.
         """
-        effects, words = effects_in(lattice_dir), words_in_texts(lattice_dir)
+        effects, words = sum(self._effects().values(), Counter()), words_in_texts(lattice_dir)
         with self._lock:
             gone = {key for key in self.acknowledged if key not in effects}
             self.forgotten += len(gone)
@@ -155,8 +169,12 @@ class Account:
         """Insist on everything that must be true once all are back (I1, I3, I6, I7), and return the figures."""
         assert not self.defects, self.defects
         self._send_edits()
+        self._drop_withheld()
         self._wait_until_equal()
-        self._check_effects(effects_in(self._server.lattice_dir()))
+        self._kept += [copy for client in self._clients for copy in _rescued_in(client)]
+        found = self._effects()
+        self._check_effects(sum(found.values(), Counter()))
+        self._check_boards(found)
         self._check_edits()
         changes = check_numbers(self._server)
         self._check_project()
@@ -189,6 +207,30 @@ class Account:
         for client in self._clients:
             wait_for(lambda: client.run("remote", "push").returncode == 0, f"{client.dir.name} to send edits", 60)  # noqa: B023
 
+    def _drop_withheld(self) -> None:
+        """Keep the words of each text that waits for the user's decision, and decide for the server's."""
+        for client in self._clients:
+            status = client.run("remote", "status", "--json")
+            for path in json.loads(status.stdout)["data"]["withheld_edits"]:
+                text = client.lattice_dir / path
+                # A conflict of the same text ends with it.
+                self._kept += [words_in(copy.read_bytes()) for copy in (text, *text.parent.glob(f"{text.name}.mine*"))]
+                client.ok("remote", "resolve", path, "--theirs")
+
+    def _effects(self) -> dict[str, Counter[tuple[str, str]]]:
+        projects = sorted((self._server.data / "projects").iterdir())
+        return {project.name: effects_in(project / ".lattice") for project in projects}
+
+    def _check_boards(self, found: Mapping[str, Counter[tuple[str, str]]]) -> None:
+        """Insist that each effect is on the board that its command meant (I13)."""
+        wrong = [
+            (key, board)
+            for board, effects in found.items()
+            for key in effects
+            if key in self._boards and self._boards[key] != board
+        ]
+        assert not wrong, f"on another board than meant: {wrong}"
+
     def _wait_until_equal(self) -> None:
         """The caches become equal to the server by themselves (I3)."""
         for client in self._clients:
@@ -213,7 +255,7 @@ class Account:
 
     def _check_edits(self) -> None:
         on_server = words_in_texts(self._server.lattice_dir())
-        aside = sum(self._set_aside(), Counter[str]())
+        aside = sum([*self._set_aside(), *self._kept], Counter[str]())
         lost = sorted(word for word in self.edits if not on_server[word] and not aside[word])
         doubled = sorted(word for word in self.edits | self.lost_edits if on_server[word] > 1)
         assert not lost, f"edits that are neither on the server nor set aside: {lost}"
@@ -227,7 +269,8 @@ class Account:
         which is in place nowhere.
         """
         on_server, copies = words_in_texts(self._server.lattice_dir()), self._set_aside()
-        pairs = [words for words in self.conflicts if not self.lost_edits & set(words)]
+        kept = {word for copy in self._kept for word in copy}
+        pairs = [words for words in self.conflicts if not (self.lost_edits | kept) & set(words)]
         for words in pairs:
             later = {word for word in self.edits | self.lost_edits if not on_server[word]} - set(words)
             places = []
@@ -299,6 +342,17 @@ def events_in(lattice_dir: Path) -> Iterator[dict]:
         if log.name != "_lifecycle.jsonl":
             for line in log.read_text().splitlines():
                 yield json.loads(line)
+
+
+def words_in(text: bytes) -> Counter[str]:
+    """Count the words of a text, whatever a fault made of it."""
+    return Counter(text.decode(errors="replace").split())
+
+
+def _rescued_in(client: Client) -> Iterator[Counter[str]]:
+    """Yield the words of each plan and notes that a client has rescued."""
+    for path in (client.lattice_dir / ".remote" / "rescued").glob("*/files/**/*.md"):
+        yield words_in(path.read_bytes())
 
 
 def words_in_texts(lattice_dir: Path) -> Counter[str]:

@@ -20,10 +20,11 @@ from hook_record import Hooked
 from preloaded_programs import Warm
 from rest_program import call
 from sandbox import Client, Sandbox, Server, wait_for
+from world_faults import OTHER, WorldFaults
 
 __all__ = ["Faults", "Strikes", "inject", "three_people", "write_over"]
 
-_RARE = {"journal damaged", "journal removed", "data rolled back", "network half open"}
+_RARE = {"journal damaged", "journal removed", "data rolled back", "network half open", "server's power cut"}
 """Strike less often: they take much away that was acknowledged, or cost a minute."""
 DORA = "human:dora"
 _INJECT = Path(__file__).resolve().parent / "inject"
@@ -38,6 +39,7 @@ def three_people(sandbox: Sandbox, *, pushed: bool = False) -> Iterator[tuple[Se
     server = sandbox.server()
     inject(server)
     server.project()
+    server.project(OTHER)
     Hooked(server).install()
     server.start()
     with FaultProxy(server.port) as proxy:
@@ -159,6 +161,7 @@ class Faults:
         self._account: Account = mix.account
         self._rng = random.Random(seed + 1)
         self._count = 0
+        self._world = WorldFaults(mix, sandbox, proxy, epochs, seed=seed)
 
     def by_name(self) -> dict[str, Callable[[], object]]:
         """Return all faults by name."""
@@ -186,6 +189,7 @@ class Faults:
             "plain lattice on the server": self.lattice_on_the_server,
             "plain lattice beside refused requests": self.lattice_beside_refused_requests,
             "editor on the server": self.editor_on_the_server,
+            **self._world.by_name(),
         }
 
     # --- processes ---

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Disk", "make_image", "mounted", "touch", "traced_worker"]
+__all__ = ["Disk", "make_image", "mounted", "touch", "trace_fsyncs", "traced_worker"]
 
 _TREE = ".lattice"
 
@@ -37,7 +37,7 @@ def traced_worker(trace: Path, boot: str) -> Sequence[str]:
 # --- in the worker ---
 
 
-def _trace(directory: Path) -> None:
+def trace_fsyncs(directory: Path) -> None:
     """Record what is durable after each fsync of this process."""
     fsync = os.fsync
     recorder = ThreadPoolExecutor(1)  # a command's own thread may open nothing outside its project
@@ -269,5 +269,5 @@ if __name__ == "__main__":
     boot_file = Path(sys.argv[1], "boot")
     boot_file.write_text(sys.argv[2])
     recovery._BOOT_ID = boot_file
-    _trace(Path(sys.argv[1]))
+    trace_fsyncs(Path(sys.argv[1]))
     sys.exit(main.main(sys.argv[3:]))

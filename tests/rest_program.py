@@ -7,11 +7,13 @@ import json
 import secrets
 import subprocess
 import time
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import requests
 
-from sandbox import Client
+from sandbox import Client, wait_for
 
 __all__ = ["NOTHING", "call"]
 
@@ -24,11 +26,20 @@ _AGAIN_S = 0.1
 _UNKNOWN = "the request may have taken effect"
 
 
-def call(client: Client, method: str, path: str, body: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+@cache
+def _remote_of(lattice_dir: Path) -> dict[str, str]:
+    """Return the project of a cache; read once: a fault may take the file away for a moment."""
+    wait_for((lattice_dir / "remote.json").exists, "remote.json")
+    return dict(json.loads((lattice_dir / "remote.json").read_text()))
+
+
+def call(
+    client: Client, method: str, path: str, body: dict[str, Any], *, key: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Ask for a write in a client's project; return what came of it as if it were a command's end."""
-    remote = json.loads((client.lattice_dir / "remote.json").read_text())
+    remote = _remote_of(client.lattice_dir)
     url = f"{remote['url']}/projects/{remote['project']}{path}"
-    headers = {"Authorization": f"Bearer {client.env['LATTICE_TOKEN']}", "Idempotency-Key": secrets.token_hex(8)}
+    headers = {"Authorization": f"Bearer {client.env['LATTICE_TOKEN']}", "Idempotency-Key": key or secrets.token_hex(8)}
     argv = [method, path, json.dumps(body)]
     end, said = time.monotonic() + _PATIENCE_S, ""
     while time.monotonic() < end:

@@ -5,13 +5,17 @@ The directory ``LATTICE_TEST_FAULTS`` holds what is to happen:
 - ``fsync-fails``: while this file is there, every fsync raises EIO, as one does after the disk has lost something;
 - ``worker-dies-PID``, ``server-dies-PID``: the worker with this process id, or its server, is killed after as many more
   file operations as this file has bytes.
+- ``boot``: holds the name of the boot in which the worker seems to run;
+- ``trace``: holds the directory in which the worker records its fsyncs (``power_cut.py``).
 
 File operations are what is opened for writing, renamed, removed or made, and each fsync, once before and once after.
 Nothing here does what a command in the worker may not do: it only looks whether there are such files.
 """
 
 import errno
+import importlib.util
 import os
+import pathlib
 import signal
 import sys
 
@@ -56,3 +60,14 @@ if _directory and "lattice_remote.server.worker.main" in sys.orig_argv:
     os.fsync = _watched(os.fsync)
     os.fdatasync = _watched(os.fdatasync)
     sys.addaudithook(_hook)
+    if os.path.exists(f"{_directory}/boot"):
+        from lattice_remote.server.worker import recovery
+
+        recovery._BOOT_ID = pathlib.Path(_directory, "boot")
+    if os.path.exists(f"{_directory}/trace"):
+        tests = pathlib.Path(__file__).resolve().parent.parent
+        spec = importlib.util.spec_from_file_location("power_cut", tests / "power_cut.py")
+        power_cut = importlib.util.module_from_spec(spec)
+        sys.modules["power_cut"] = power_cut
+        spec.loader.exec_module(power_cut)
+        power_cut.trace_fsyncs(pathlib.Path(pathlib.Path(_directory, "trace").read_text()))
