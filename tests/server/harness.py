@@ -12,6 +12,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.effects import ApplyChange, Compare, DeliverReply, Remove, Send, WritePart
 from lattice_remote.protocol.messages import (
@@ -29,7 +30,7 @@ from lattice_remote.protocol.operations import MemoryTree, apply, digest_of
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.protocol.replica import Replica
 from lattice_remote.server.config import Config
-from lattice_remote.server.datadir import DataDir, write_atomically
+from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.server import bind, make_server
 from lattice_remote.server.tokens import TokenFile

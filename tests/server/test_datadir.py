@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.datadir import DataDir, administered, default_location, write_atomically
+from lattice_remote.files import write_atomically
+from lattice_remote.server.datadir import DataDir, administered, default_location
 from lattice_remote.server.registry import ProjectRegistry
 
 

@@ -19,6 +19,7 @@ from lattice_remote.client import agent_runtime, credentials
 from lattice_remote.client.config import detachment, identify
 from lattice_remote.client.guard import letting_write
 from lattice_remote.errors import ConnectionFailed, RemoteError, StorageError, as_told, one_line
+from lattice_remote.files import SAFE
 
 __all__ = [
     "Progress",
@@ -250,7 +251,7 @@ def _start() -> socket.socket:
     """
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
-    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | SAFE, 0o600)
     os.utime(log)  # keeps a starting agent from removing it as left over
     try:
         process = subprocess.Popen(

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.files import READ, Signature, hash_descriptor, signature_of
 from lattice_remote.protocol.bundle import END, MAGIC, Layout, head_of
 from lattice_remote.protocol.messages import Entry
 from lattice_remote.protocol.paths import is_replicated
 
 __all__ = ["Pack", "Survey", "survey"]
 
-_READ = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _PIECE_BYTES = 1 << 20
 _BOOKKEEPING = frozenset(
     {"locks", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", "remote.json", "cache_state.json"}
@@ -28,14 +28,12 @@ _BOOKKEEPING = frozenset(
 )
 """Lattice's locks and our own files, which are not part of the project."""
 
-_Signature = tuple[int, int, int, int]
-
 
 @dataclass(frozen=True, slots=True)
 class Survey:
     """Content of a project's directory, by relative path."""
 
-    files: dict[str, _Signature]
+    files: dict[str, Signature]
     """Files to send, with their signatures."""
     left_out: list[str]
     """Skipped entries: temporary and backup files, links."""
@@ -54,13 +52,13 @@ def survey(directory: str) -> Survey:
         Misuse: the server would refuse it; the message names the remedy.
         StorageError: it cannot be read.
     """
-    files: dict[str, _Signature] = {}
+    files: dict[str, Signature] = {}
     left_out: list[str] = []
     layout = Layout(max_bytes=1 << 62)
     try:
         for path, status in _walk(directory, left_out):
             layout.add(path, status.st_size)
-            files[path] = _signature(status)
+            files[path] = signature_of(status)
         has_hooks = _has_hooks(directory)
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or directory}: {error.strerror}") from error
@@ -83,10 +81,6 @@ def _walk(directory: str, left_out: list[str]) -> Iterator[tuple[str, os.stat_re
                 left_out.append(path)
     for path in sorted(found):
         yield path, os.lstat(os.path.join(directory, path))
-
-
-def _signature(status: os.stat_result) -> _Signature:
-    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
 def _has_hooks(directory: str) -> bool:
@@ -145,14 +139,13 @@ class Pack:
         write(MAGIC)
         done = 0
         for path in found.files:
-            with open(os.open(os.path.join(directory, path), _READ), "rb") as file:
+            with open(os.open(os.path.join(directory, path), READ), "rb") as file:
                 status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode) or _signature(status) != found.files[path]:
+                if not stat.S_ISREG(status.st_mode) or signature_of(status) != found.files[path]:
                     raise StorageError(f"{path} is changed while it is read; try again when nobody works here")
-                entry = Entry(path, status.st_size, hashlib.file_digest(file, "sha256").digest())
+                entry = Entry(path, status.st_size, hash_descriptor(file.fileno())[1].digest())
                 write(head_of(entry))
                 self._offsets[path] = self.size
-                file.seek(0)
                 for piece in iter(lambda: file.read(_PIECE_BYTES), b""):
                     write(piece)
             if self.size != self._offsets[path] + entry.size:

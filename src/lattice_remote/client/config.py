@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.files import READ, write_atomically
 
 __all__ = [
     "CHOICES",
@@ -203,13 +204,10 @@ def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> Non
     fields: dict[str, object] = {"name": remote.name, "project": remote.project, "url": remote.url}
     if remote.commands:
         fields["commands"] = remote.commands
-    text = json.dumps(fields, indent=2, sort_keys=True)
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     path = os.path.join(directory, name)
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text + "\n")
-        os.replace(temporary, path)
+        write_atomically(path, text.encode(), mode=0o666, temporary=f"{path}.{os.getpid()}.tmp", sync=None)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -224,7 +222,7 @@ def read(directory: str) -> dict[str, str]:
     """Return every setting; missing or invalid ones have their default."""
     found: object = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        handle = os.open(os.path.join(directory, FILE), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        handle = os.open(os.path.join(directory, FILE), READ)
         with open(handle, "rb") as file:
             found = json.loads(file.read(_MAX_BYTES))
     given = found if isinstance(found, dict) else {}
@@ -243,15 +241,11 @@ def change(directory: str, name: str, value: str) -> None:
     if value not in CHOICES[name]:
         raise Misuse(f"{name} is one of {', '.join(CHOICES[name])}; not {value!r}")
     settings = {**read(directory), name: value}
-    temporary = os.path.join(directory, f"{FILE}.{os.getpid()}")
+    path, text = os.path.join(directory, FILE), json.dumps(settings, indent=2, sort_keys=True) + "\n"
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-        with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
-            json.dump(settings, file, indent=2, sort_keys=True)
-            file.write("\n")
-        os.replace(temporary, os.path.join(directory, FILE))
+        write_atomically(path, text.encode(), temporary=f"{path}.{os.getpid()}", sync=None)
     except OSError as error:
-        raise StorageError(f"cannot write {os.path.join(directory, FILE)}: {error.strerror}") from error
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 MIB = 1024 * 1024

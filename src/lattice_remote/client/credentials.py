@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.files import READ, Signature, signature_of, write_atomically
 
 __all__ = [
     "ANY_PROJECT",
     "TOKEN_ENV",
-    "Signature",
     "change",
     "check_token",
     "directory",
@@ -33,10 +33,6 @@ __all__ = [
 
 MAX_BYTES = 1024 * 1024
 _LOCK_TIMEOUT_S = 10.0
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-
-Signature = tuple[int, int, int]
-"""A file's modification time in nanoseconds, size in bytes and inode."""
 
 
 def directory() -> str:
@@ -61,7 +57,7 @@ def signature(path: str) -> Signature | None:
         found = os.lstat(path)
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+    return signature_of(found)
 
 
 def read(path: str, what: str) -> dict[str, Any]:
@@ -72,7 +68,7 @@ def read(path: str, what: str) -> dict[str, Any]:
             contain its content.
     """
     try:
-        handle = os.open(path, _FLAGS)
+        handle = os.open(path, READ)
         with open(handle, "rb") as file:
             _require_private(path, os.fstat(handle))
             found = json.loads(file.read(MAX_BYTES + 1))[what]
@@ -114,20 +110,8 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
 
 
 def _replace(path: str, content: dict[str, Any]) -> None:
-    import tempfile
-
-    parent, name = os.path.split(path)
-    handle, temporary = tempfile.mkstemp(dir=parent, prefix=f".{name}.")  # created with mode 0600
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, sort_keys=True)
-            file.write("\n")
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+    write_atomically(path, text.encode(), mode=0o600, is_parent_synced=False)
 
 
 def _require_private(path: str, found: os.stat_result) -> None:

@@ -17,8 +17,8 @@ import msgspec
 from msgspec import Meta
 
 from lattice_remote.errors import StorageError
+from lattice_remote.files import Signature, signature_of, write_atomically
 from lattice_remote.protocol.messages import Bye
-from lattice_remote.server.datadir import write_atomically
 from lattice_remote.server.tokens import Token, TokenFile, digest_of_text, shown
 
 __all__ = ["SAVE_EVERY_S", "LastUse", "Login", "Logins", "read_last_uses", "signing_key"]
@@ -42,7 +42,7 @@ class Logins:
         self._file = TokenFile(path)
         self._path = path
         self._now = now
-        self._signature: tuple[int, int, int] | None = None
+        self._signature: Signature | None = None
         self._by_id: dict[str, Token] = {}
         self._by_digest: dict[str, Token] = {}
         self._next_end: datetime | None = None  # when the next of them, or of their old texts, ends
@@ -107,12 +107,12 @@ class Logins:
         now = self._now()
         return min((end for end in ends if end is not None and end > now), default=None)
 
-    def _stat(self) -> tuple[int, int, int] | None:
+    def _stat(self) -> Signature | None:
         try:
             status = os.stat(self._path)
         except FileNotFoundError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return signature_of(status)
 
 
 def _in_grace(token: Token, digest: str, now: datetime) -> bool:

@@ -37,10 +37,11 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.files import write_atomically
 from lattice_remote.server.config import Config
 from lattice_remote.server.locks import LockedElsewhere, lock
 
-__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "administered", "default_location", "write_atomically"]
+__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "administered", "default_location"]
 
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
@@ -277,26 +278,6 @@ def default_location() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_data_dir("lattice-remote", appauthor=False))
-
-
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Make the file exactly ``data``; once this returns it survives a power cut. Readers see old or new, never half."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        scratch.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:

@@ -1,21 +1,26 @@
-"""What a project's server side and its worker process say to each other, over a socket pair.
+"""Messages between a project's server side and its child processes, their framing, and the start of a child.
 
-Each message is a length (4 bytes, big endian) and one msgpack map. The worker answers requests in order. What
-it reports as ``Done`` is on disk: its journal record has been fsynced (I2).
+A frame on the socket pair is a length (4 bytes, big endian) and one msgpack map. The worker answers requests in
+order. What it reports as ``RequestDone`` is on disk: its journal record has been fsynced (I2).
 """
 
 import os
+import socket
 import struct
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import msgspec
 
+from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import Attachment
 
 __all__ = [
     "AbandonRequest",
     "Edit",
+    "FrameBuffer",
     "HookCall",
     "ImportProject",
     "ListIndex",
@@ -36,6 +41,9 @@ __all__ = [
     "ToWorker",
     "WorkerFailed",
     "asked_by",
+    "encode_frames",
+    "receive_frames",
+    "start_child",
 ]
 
 
@@ -259,6 +267,97 @@ class WorkerFailed(_Message, frozen=True, tag="failed"):
 
 
 ToServer = Ready | RequestDone | WorkerFailed
+
+
+# --- framing and processes ---
+
+_RECEIVE_BYTES = 1 << 20
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_frames(*messages: object) -> bytearray:
+    """Return the frames of these messages, to be sent in one write."""
+    frames = bytearray()
+    for message in messages:
+        data = _encoder.encode(message)
+        frames += len(data).to_bytes(4) + data
+    return frames
+
+
+class FrameBuffer:
+    """Received bytes that are not yet a whole frame.
+
+    Args:
+        max_bytes: of one frame's content.
+    """
+
+    def __init__(self, max_bytes: int = 2**32) -> None:
+        self._max_bytes = max_bytes
+        self._received = bytearray()
+
+    def receive(self, data: bytes) -> Iterator[bytes]:
+        """Yield the content of each frame that is now whole. Consume all before the next call.
+
+        Raises:
+            StorageError: a frame is larger than ``max_bytes``.
+        """
+        received, start = self._received, 0
+        received += data
+        try:
+            while len(received) - start >= 4:
+                length = int.from_bytes(received[start : start + 4])
+                if length > self._max_bytes:
+                    raise StorageError(f"a message of {length} bytes is too large")
+                end = start + 4 + length
+                if len(received) < end:
+                    break
+                frame, start = bytes(memoryview(received)[start + 4 : end]), end
+                yield frame
+        finally:
+            del received[:start]
+
+
+def receive_frames(connection: socket.socket) -> Iterator[bytes]:
+    """Yield the content of each frame until the peer is gone. Blocking."""
+    buffer = FrameBuffer()
+    while True:
+        try:
+            received = connection.recv(_RECEIVE_BYTES)
+        except ConnectionError:
+            return
+        if not received:
+            return
+        yield from buffer.receive(received)
+
+
+def start_child(
+    command: Sequence[str], project: Path, slug: str, *, inherited: Sequence[int] = ()
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """Start a process for a project; return it and the socket to it.
+
+    Args:
+        command: the program; ``--fd``, ``--project-dir`` and ``--slug`` are appended.
+        project: the project's directory.
+        slug: the project's name, for the log.
+        inherited: descriptors that the process keeps open.
+
+    Raises:
+        OSError: the process can't be started.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        try:
+            process = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno()), "--project-dir", str(project), "--slug", slug],
+                pass_fds=(theirs.fileno(), *inherited),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C in the server's terminal is the server's to handle
+            )
+        except BaseException:
+            ours.close()
+            raise
+    return process, ours
 
 
 # --- beside the messages ---

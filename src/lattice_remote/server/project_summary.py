@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from lattice_remote.files import READ, Signature, signature_of
 from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import TreeState
@@ -25,7 +26,6 @@ _FRESH_S = 0.5
 _MAX_LOOKS, _LOOK_AGAIN_S = 100, 0.005
 """A write takes some ms. After half a second the project may have no worker that ends one."""
 _UNREADABLE = "unknown"
-_Signature = tuple[int, int, int]
 
 
 class Overview(msgspec.Struct, frozen=True):
@@ -83,8 +83,8 @@ class _Known:
         self.overview: Overview | None = None
         self.taken_at = 0.0
         self._data, self._slug = data, slug
-        self._statuses: dict[str, tuple[_Signature, str]] = {}  # by the task's file name
-        self._last: tuple[tuple[str, _Signature] | None, LogEntry | None] = (None, None)
+        self._statuses: dict[str, tuple[Signature, str]] = {}  # by the task's file name
+        self._last: tuple[tuple[str, Signature] | None, LogEntry | None] = (None, None)
 
     def take(self) -> Overview:
         """Look at the files. Blocking."""
@@ -102,7 +102,7 @@ class _Known:
             self._last_change(paths),
         )
 
-    def _committed_statuses(self, paths: ProjectPaths) -> dict[str, tuple[_Signature, str]]:
+    def _committed_statuses(self, paths: ProjectPaths) -> dict[str, tuple[Signature, str]]:
         """Read the statuses; again if a write that they may show was rolled back, or may still be (I2)."""
         for _ in range(_MAX_LOOKS):
             before = TreeState.read(paths.journal)
@@ -113,7 +113,7 @@ class _Known:
             time.sleep(_LOOK_AGAIN_S)
         return statuses
 
-    def _read_statuses(self, paths: ProjectPaths) -> Iterator[tuple[str, tuple[_Signature, str]]]:
+    def _read_statuses(self, paths: ProjectPaths) -> Iterator[tuple[str, tuple[Signature, str]]]:
         try:
             entries = [entry for entry in os.scandir(paths.lattice / "tasks") if _is_task(entry.name)]
         except FileNotFoundError:
@@ -121,7 +121,7 @@ class _Known:
         for entry in entries:
             try:
                 status = entry.stat(follow_symlinks=False)
-                signature = _signature_of(status)
+                signature = signature_of(status)
                 before = self._statuses.get(entry.name)
                 yield entry.name, before if before and before[0] == signature else (signature, _status_of(entry.path))
             except FileNotFoundError:
@@ -132,18 +132,13 @@ class _Known:
         if newest is None:
             return None
         try:
-            state = (newest.name, _signature_of(newest.stat()))
+            state = (newest.name, signature_of(newest.stat()))
         except FileNotFoundError:  # expired meanwhile: another is the newest, and the next look sees it
             return self._last[1]
         if self._last[0] != state:
             entries = read_page(paths.journal, limit=1).entries
             self._last = state, entries[0] if entries else None
         return self._last[1]
-
-
-def _signature_of(status: os.stat_result) -> _Signature:
-    """Return what is another when a file was written, or another file has taken its place."""
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _is_task(name: str) -> bool:
@@ -153,7 +148,7 @@ def _is_task(name: str) -> bool:
 def _status_of(path: str) -> str:
     """Return the status that a task's file says; ``unknown`` when it says none, or is no plain file."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(os.open(path, READ), "rb") as file:
             return _task_decoder.decode(file.read()).status
     except FileNotFoundError:
         raise

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta
 
 from lattice_remote.errors import Misuse, StorageError
-from lattice_remote.server.datadir import write_atomically
+from lattice_remote.files import write_atomically
 
 __all__ = ["METRICS_ACTOR", "Token", "TokenFile", "check_actor", "digest_of_text", "duration", "expiry", "shown"]
 

@@ -249,7 +249,7 @@ def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
         os.write(handle, data[:1])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(directory_module, "_write_all", no_room)
+    monkeypatch.setattr(directory_module, "write_all", no_room)
     with pytest.raises(StorageError, match="No space left"):
         cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab"))
     assert os.listdir(os.path.join(cache.directory, ".tmp")) == []

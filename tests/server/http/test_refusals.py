@@ -15,9 +15,9 @@ from harness import Copy, Running, farewell, hello, make_data, serving
 from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Fetch, Hello, Manifest, Part, Put, Refused, Reply
-from lattice_remote.server.datadir import write_atomically
 from lattice_remote.server.tokens import TokenFile
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -16,12 +16,12 @@ import msgspec
 
 from lattice_remote.client.cache.edits import Sent, is_being_written
 from lattice_remote.client.cache.evidence import EDIT, Judgement
-from lattice_remote.client.cache.fingerprints import Signature
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.errors import ConnectionFailed, Rejected, RemoteError, StorageError
+from lattice_remote.files import Signature
 from lattice_remote.protocol.messages import Put, Refused, Stored
 from lattice_remote.protocol.operations import digest_of
 

@@ -25,6 +25,7 @@ from lattice_remote.client import agent_runtime, credentials, trusted_servers
 from lattice_remote.client.agent.file_watcher import Watching
 from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.errors import RemoteError
+from lattice_remote.files import Signature, signature_of
 
 __all__ = ["Agent", "main"]
 
@@ -249,13 +250,13 @@ class Agent:
         }
 
 
-def _package_signature() -> tuple[int, int] | None:
+def _package_signature() -> Signature | None:
     """Return a signature that changes with an upgrade of this package; None if it is gone."""
     try:
         found = os.stat(str(lattice_remote.__file__))
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_ino
+    return signature_of(found)
 
 
 def _is_alone() -> bool:

@@ -16,11 +16,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lattice_remote.client.agent_runtime import boot_time
-from lattice_remote.client.cache.fingerprints import STORED, Fingerprints, Signature
+from lattice_remote.client.cache.fingerprints import STORED, Fingerprints
 from lattice_remote.client.cache.safe_directory import QUIET_S, TEMPORARY, Directory
 from lattice_remote.client.config import REMOTE_FILE, STATE_FILE, Quota, Remote
 from lattice_remote.client.trusted_servers import cache_limit
 from lattice_remote.errors import HostilePath, StorageError
+from lattice_remote.files import SAFE, Signature, signature_of
 from lattice_remote.protocol.effects import NOWHERE, Content, Position
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import DIRECTORIES, check_path, is_replicated
@@ -351,7 +352,7 @@ class Cache:
             return None
         if not stat.S_ISREG(found.st_mode):
             return None
-        return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+        return signature_of(found)
 
     def absolute(self, path: str) -> str:
         """Return the absolute path of a tree path."""
@@ -547,7 +548,7 @@ class _Lock:
     def acquire(self) -> bool:
         """Take the lock; return False if another process holds it. Creates no directory."""
         if self._handle is None:
-            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+            flags = os.O_RDWR | os.O_CREAT | SAFE
             handle = os.open(self._place, flags, 0o600)
             if not _is_locked(handle):
                 os.close(handle)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
-from lattice_remote.client.cache.fingerprints import Signature
 from lattice_remote.errors import StorageError, one_line
+from lattice_remote.files import Signature
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["TextConflict", "TextConflicts"]

@@ -18,10 +18,10 @@ import msgspec
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.cache.evidence import Evidence, Judgement
-from lattice_remote.client.cache.fingerprints import Signature
 from lattice_remote.client.cache.repository import Blobs
 from lattice_remote.client.cache.stale_edits import StaleEditDetector
 from lattice_remote.errors import StorageError
+from lattice_remote.files import READ, Signature, signature_of
 from lattice_remote.protocol.messages import Put
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, Operation, PutFile, digest_of
 from lattice_remote.protocol.paths import is_editable
@@ -92,15 +92,12 @@ def _place(path: str) -> str:
     return f"{BASE_DIRECTORY}/.sent/{path}"
 
 
-_FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-
-
 def is_being_written(place: str) -> bool:
     """Return whether this file is open for writing; False where unknown. About 20 microseconds."""
     if not hasattr(fcntl, "F_SETLEASE"):
         return False
     try:
-        handle = os.open(place, _FLAGS)
+        handle = os.open(place, READ)
     except OSError:
         return False
     try:
@@ -277,7 +274,7 @@ class Edits:
             found = entry.stat(follow_symlinks=False)
         except OSError:
             return False  # removed just now
-        return settled == (found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns)
+        return settled == signature_of(found)
 
 
 def _base_path(path: str) -> str:

@@ -26,9 +26,9 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from lattice_remote.client.cache.cache import Cache, booted_at
-from lattice_remote.client.cache.fingerprints import Signature
 from lattice_remote.client.cache.repository import Blobs
 from lattice_remote.errors import StorageError
+from lattice_remote.files import SAFE, Signature
 from lattice_remote.protocol.operations import digest_of
 
 __all__ = ["EDIT", "Evidence", "Judgement"]
@@ -259,7 +259,7 @@ class Evidence:
 def _locked(place: str, flags: int) -> int | None:
     """Open and lock a file; return its descriptor, None if it is locked by another process or missing."""
     try:
-        handle = os.open(place, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        handle = os.open(place, flags | SAFE, 0o600)
     except FileNotFoundError:
         return None
     try:

@@ -14,13 +14,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 
+from lattice_remote.files import SAFE, Signature, write_all
+
 __all__ = ["STORED", "Fingerprints", "Signature"]
 
 _LOG = ".written"
 STORED = ".remote/known.json"
 _MAX_LOG_BYTES = 256 * 1024
 
-Signature = tuple[int, int, int, int]
 """A file's modification time in ns, size in bytes, inode, and time of status change in ns.
 
 It changes with every write, even if the modification time is set back.
@@ -123,12 +124,12 @@ class Fingerprints:
         with contextlib.suppress(OSError):
             # Created once: if it is missing later, the directory is being removed, and nothing may be created there.
             made = 0 if self._read_up_to is not None else os.O_CREAT
-            flags = os.O_WRONLY | made | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+            flags = os.O_WRONLY | made | os.O_APPEND | SAFE
             handle = os.open(self._log, flags, 0o600)
             try:
                 if os.fstat(handle).st_size > _MAX_LOG_BYTES:
                     os.ftruncate(handle, 0)
-                os.write(handle, lines)
+                write_all(handle, lines)
                 status = os.fstat(handle)
             finally:
                 os.close(handle)

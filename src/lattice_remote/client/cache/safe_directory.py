@@ -13,7 +13,6 @@ just removed names beside it.
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import os
 import shutil
@@ -23,14 +22,13 @@ from collections.abc import Callable, Iterator
 
 from lattice_remote.client.config import Quota
 from lattice_remote.errors import StorageError
+from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
 
 __all__ = ["QUIET_S", "TEMPORARY", "Directory", "remove_tree"]
 
 TEMPORARY = ".tmp"
 """Holds files until they get their name."""
-_BASE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-"""A pipe must not block; O_NONBLOCK has no effect on a plain file."""
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | _BASE
+_DIRECTORY = READ | getattr(os, "O_DIRECTORY", 0)
 _STALE_TEMPORARY_S = 3600
 _SEVERAL = 2
 """A person may remove one file, and the next change must not wait for that."""
@@ -67,8 +65,8 @@ class Directory:
 
     def digest(self, path: str) -> bytes:
         """Return the SHA-256 of a plain file's content."""
-        with self._opened(path, os.O_RDONLY) as handle, open(handle, "rb", closefd=False) as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        with self._opened(path, os.O_RDONLY) as handle:
+            return hash_descriptor(handle)[1].digest()
 
     # --- writing ---
 
@@ -115,7 +113,7 @@ class Directory:
         try:
             with self._opened(path, os.O_WRONLY | os.O_APPEND) as handle:
                 if os.fstat(handle).st_nlink == 1:
-                    _write_all(handle, data)
+                    write_all(handle, data)
                     return
         except FileNotFoundError:
             self.replace(path, data)
@@ -205,7 +203,7 @@ class Directory:
         """Append to a temporary file, creating it first."""
         self._quota.take(len(data))
         with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
-            _write_all(handle, data)
+            write_all(handle, data)
             if is_synced:
                 os.fsync(handle)
 
@@ -229,7 +227,7 @@ class Directory:
         mode = self._mode() & 0o666 if make else 0
         with self._parent(path, make=make) as (directory, name):
             try:
-                handle = os.open(name, flags | _BASE, mode, dir_fd=directory)
+                handle = os.open(name, flags | SAFE, mode, dir_fd=directory)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                     raise self._in_the_way(path, "file") from None
@@ -317,9 +315,3 @@ def _and_above(path: str) -> Iterator[str]:
     while path:
         yield path
         path = _parent_of(path)
-
-
-def _write_all(handle: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(handle, view) :]

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import os
 import time
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from lattice_remote.client.cache.cache import Cache, explained
 from lattice_remote.client.cache.edits import Edits
-from lattice_remote.client.cache.fingerprints import Signature
+from lattice_remote.files import READ, Signature, hash_descriptor
 from lattice_remote.protocol.effects import Compare
 
 __all__ = [
@@ -90,10 +89,9 @@ def _read(cache: Cache, paths: Iterable[str], earlier: Mapping[str, Reading]) ->
 
 
 def _digest(place: str) -> tuple[int, bytes]:
-    handle = os.open(place, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
-    with open(handle, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-        return file.tell(), digest
+    with open(os.open(place, READ), "rb") as file:
+        size, hasher = hash_descriptor(file.fileno())
+        return size, hasher.digest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, one_line
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
 from lattice_remote.protocol.paths import is_editable
 
@@ -335,11 +336,7 @@ def _read_attempt(directory: str) -> _Attempt | None:
 def _write_attempt(directory: str, attempt: _Attempt) -> None:
     path = os.path.join(directory, _ATTEMPT_FILE)
     try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(msgspec.json.encode(attempt))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        write_atomically(path, msgspec.json.encode(attempt), temporary=path + ".tmp", is_parent_synced=False)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 

@@ -24,6 +24,7 @@ from lattice_remote.client.config import Remote
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import Rejected, RemoteError
+from lattice_remote.files import SAFE
 
 __all__ = ["ConnectionPool"]
 
@@ -55,7 +56,7 @@ class RecentTokens:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(os.path.join(self._cache, *_RECENT[: depth + 1]), 0o700)
             path = os.path.join(self._directory, digest)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | SAFE, 0o600))
             os.utime(path)
             self._noted[digest] = now
 

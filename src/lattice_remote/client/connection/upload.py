@@ -5,7 +5,6 @@ resumes there. Use a separate connection (``ConnectionPool.bulk``), so that no c
 """
 
 import asyncio
-import hashlib
 import os
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lattice_remote.errors import ConnectionFailed, Rejected, StorageError
+from lattice_remote.files import hash_descriptor
 from lattice_remote.protocol.messages import Refused, Request, Response, Upload, Uploaded
 
 __all__ = ["Source", "UploadConnection", "upload"]
@@ -20,7 +20,6 @@ __all__ = ["Source", "UploadConnection", "upload"]
 _PIECE_BYTES = 256 * 1024
 _WINDOW = 8
 """Parts in flight: enough to fill a line, few enough to leave room for others."""
-_READ_BYTES = 1024 * 1024
 _MAX_SETBACKS = 10
 """Most losses of received parts before giving up; a restarted server loses them once."""
 _BUSY_ATTEMPTS, _BUSY_DELAY_S = 20, 0.5
@@ -48,10 +47,7 @@ class Source:
 
     @classmethod
     def _read(cls, descriptor: int) -> "Source":
-        hasher, size = hashlib.sha256(), 0
-        while piece := os.pread(descriptor, _READ_BYTES, size):
-            hasher.update(piece)
-            size += len(piece)
+        size, hasher = hash_descriptor(descriptor)
         return cls(descriptor, size, hasher.digest())
 
 

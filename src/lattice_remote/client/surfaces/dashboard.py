@@ -30,6 +30,7 @@ from lattice_remote.client.agent_client import agent_enabled, ask, request
 from lattice_remote.client.guard import letting_write
 from lattice_remote.client.surfaces.calls import call
 from lattice_remote.errors import RemoteError
+from lattice_remote.files import Signature, signature_of
 
 __all__ = ["CacheWatcher", "State", "remote_dashboard"]
 
@@ -51,7 +52,7 @@ class CacheWatcher:
         self._changed = threading.Condition()
         self._waiting = 0
         self._state: State = ("", "")
-        self._seen: tuple[int, int] | None = None  # the state file's signature at the last read
+        self._seen: Signature | None = None  # the state file's signature at the last read
         self._told = ""  # its content then
         self._started = False
         self._closed = False
@@ -102,7 +103,7 @@ class CacheWatcher:
         """Return the position in the state file, which is also rewritten without a change."""
         try:
             status = os.stat(self._file)
-            signature = (status.st_ino, status.st_mtime_ns)
+            signature = signature_of(status)
             if signature != self._seen:
                 with open(self._file, "rb") as file:
                     state = json.loads(file.read())

@@ -24,6 +24,7 @@ from typing import Self
 
 import msgspec
 
+from lattice_remote.files import write_all
 from lattice_remote.server.journal.request_ids import RequestIds
 from lattice_remote.server.journal.segment import (
     ChangeIds,
@@ -251,7 +252,7 @@ class Journal:
         data = frame(_encoder.encode(record))
         last = self._segments[-1]
         try:
-            _write(self._descriptor, data)
+            write_all(self._descriptor, data)
         except OSError:
             os.ftruncate(self._descriptor, last.size)  # nothing behind a torn record would ever be read
             raise
@@ -297,7 +298,7 @@ class Journal:
             self._next_number += 1
         scratch = path.with_suffix(_SCRATCH)
         self._descriptor = os.open(scratch, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_TRUNC, 0o600)
-        _write(self._descriptor, data)
+        write_all(self._descriptor, data)
         sync(self._descriptor)
         os.rename(scratch, path)
         sync_directory(self.directory)
@@ -416,10 +417,3 @@ class Journal:
         found = decoder.decode(payload)
         assert isinstance(found, Record), "only records are remembered"
         return found
-
-
-def _write(descriptor: int, data: bytes | bytearray) -> None:
-    """Write all of ``data``; where only a part fits, the next try says why."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

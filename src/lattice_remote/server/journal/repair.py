@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import (
@@ -42,7 +43,7 @@ from lattice_remote.protocol.operations import (
 from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.reader import JournalReader
 from lattice_remote.server.journal.segment import Record, list_beside, segment_paths
-from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, load_manifest, sync_directory
+from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, load_manifest, sync
 
 __all__ = [
     "Contents",
@@ -696,13 +697,7 @@ def _set_aside(tree: ProjectTree, path: str, lost: Path) -> str:
 def _write(path: str, data: bytes) -> None:
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)
-    scratch = os.path.join(directory, f".tmp.repair.{name}")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-    sync_directory(Path(directory))
+    write_atomically(path, data, mode=0o666, temporary=os.path.join(directory, f".tmp.repair.{name}"), sync=sync)
 
 
 def place_of(directory: Path) -> list[int]:

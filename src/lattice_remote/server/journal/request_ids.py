@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from lattice_remote.files import write_all, write_atomically
 from lattice_remote.server.journal.segment import Outline
 from lattice_remote.server.tree.tree import SyncFailed, sync, sync_directory
 
@@ -108,9 +109,7 @@ class RequestIds:
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
             end -= end % _ENTRY.size  # half an entry, of a process that was killed
-            while data:
-                written = os.pwrite(descriptor, data, end)
-                data, end = data[written:], end + written
+            write_all(descriptor, data, end)
             sync(descriptor)
         finally:
             os.close(descriptor)
@@ -134,13 +133,8 @@ class RequestIds:
             counts[token] += 1
             if time_ms >= since and counts[token] <= self._per_token:
                 kept.append(_ENTRY.pack(id_, fingerprint, token, time_ms))
-        scratch = self._path.with_suffix(".new")
-        with scratch.open("wb") as file:
-            file.write(b"".join(reversed(kept)))
-            file.flush()
-            sync(file.fileno())
-        scratch.replace(self._path)
-        sync_directory(self._path.parent)
+        data, scratch = b"".join(reversed(kept)), self._path.with_suffix(".new")
+        write_atomically(self._path, data, mode=0o666, temporary=scratch, sync=sync)
         self._load()
 
     def _load(self) -> None:

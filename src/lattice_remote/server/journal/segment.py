@@ -6,7 +6,6 @@ is a ``Segment``, which says where the history stood, the others are ``Record``s
 
 import contextlib
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,9 @@ from pathlib import Path
 
 import msgspec
 
+from lattice_remote.files import write_atomically
 from lattice_remote.server.record_format import HEAD_BYTES, frames, payload_at
-from lattice_remote.server.tree.tree import FileState, sync, sync_directory
+from lattice_remote.server.tree.tree import FileState, sync
 
 __all__ = [
     "ChangeIds",
@@ -75,15 +75,8 @@ class ChangeIds:
             return None
 
     def _create(self) -> bytes:
-        key, scratch = secrets.token_bytes(32), self._path.with_suffix(".new")
-        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.write(descriptor, key)
-            sync(descriptor)
-        finally:
-            os.close(descriptor)
-        scratch.replace(self._path)
-        sync_directory(self._path.parent)
+        key = secrets.token_bytes(32)
+        write_atomically(self._path, key, mode=0o600, temporary=self._path.with_suffix(".new"), sync=sync)
         return key
 
 

@@ -17,7 +17,7 @@ from lattice_remote.protocol.messages import Change, Result
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.journal.segment import Record, Segment, segment_paths
 from lattice_remote.server.record_format import HEAD_BYTES, frames
-from lattice_remote.server.tree.tree import FileState, ProjectTree, load_manifest
+from lattice_remote.server.tree.tree import FileState, ProjectTree, has_signature, load_manifest
 from lattice_remote.server.worker.recovery import is_in_doubt
 
 __all__ = ["Finding", "JournalCheck", "ProjectCheck", "check_journal", "check_project"]
@@ -295,8 +295,7 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
             what = f"change {journal.head} knows of no such file"
             check.findings.append(Finding(slug, f".lattice/{path}", what, check.difference))
         elif content.state.digest != state.digest:
-            same = (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
-            if same and state.settled:
+            if has_signature(state, status) and state.settled:
                 check.damaged.append(path)
                 what, mend = "its content changed though nobody wrote to it: the disk has damaged it", RESTORE
             else:

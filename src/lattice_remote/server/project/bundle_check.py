@@ -24,6 +24,7 @@ from typing import Annotated, Any, BinaryIO
 import msgspec
 
 from lattice_remote.errors import Misuse, ProtocolError, RemoteError, StorageError
+from lattice_remote.files import READ, SAFE
 from lattice_remote.protocol.bundle import MAX_PROJECT_FILES, Layout, Unpacker
 from lattice_remote.protocol.messages import Entry
 from lattice_remote.protocol.paths import DIRECTORIES, is_replicated
@@ -35,7 +36,7 @@ from lattice_remote.text import printable
 
 __all__ = ["Candidate", "ImportReport", "add_directory", "add_pack", "main", "quarantine"]
 
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
 
 
 class Candidate:
@@ -191,7 +192,6 @@ async def _checked(
 
 
 _PIECE_BYTES = 1 << 20
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 _MAX_LEFT_OUT = 1000
 _BOOKKEEPING = frozenset(
     {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", ".remote"}
@@ -254,7 +254,7 @@ def add_directory(candidate: Candidate, directory: Path) -> list[str]:
     """
     left_out: list[str] = []
     for path in _walk(directory, left_out):
-        with open(os.open(directory / path, _READ), "rb") as file:
+        with open(os.open(directory / path, READ), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Misuse(f"{path} is no plain file any more; somebody works in {directory}: try again")
@@ -293,7 +293,7 @@ def _walk(directory: Path, left_out: list[str]) -> Iterator[str]:
 
 _MEMORY_BYTES = 4 << 30
 _CPU_S = 1800
-_READS: Sequence[Sequence[str]] = (
+READS: Sequence[Sequence[str]] = (
     ("list", "--json"),
     ("list",),
     ("next", "--json"),
@@ -422,7 +422,7 @@ def _have_lattice_check(candidate: Candidate, report: ImportReport) -> None:
         raise Misuse(f"lattice rebuild: {_first_line(rebuilt.stderr or rebuilt.stdout)}")
     doctor = _run(executor, capture, ("doctor", "--json"))
     _read_findings(doctor.stdout, report)
-    for argv in _READS:
+    for argv in READS:
         _run(executor, capture, argv)
 
 

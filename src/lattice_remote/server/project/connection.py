@@ -25,6 +25,7 @@ from websockets.exceptions import ConnectionClosed
 
 import lattice_remote
 from lattice_remote.errors import ProtocolError, RemoteError, StorageError
+from lattice_remote.files import READ
 from lattice_remote.protocol.codec import decode_client_frame, encode
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
@@ -267,7 +268,7 @@ async def download(asked: Download, history: History, paths: ProjectPaths) -> Do
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, READ)
     try:
         return os.pread(descriptor, size, offset)
     finally:

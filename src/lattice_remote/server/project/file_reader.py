@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lattice_remote.errors import Rejected, StorageError
+from lattice_remote.files import READ
 from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.project.history import Content
@@ -65,7 +66,7 @@ async def _settled(project: Project, path: str) -> bytes | None:
 def _read(path: Path, size: int) -> bytes | None:
     """Return a plain file's content, or one byte more than ``size`` when it is longer; None when there is none."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, READ)
     except FileNotFoundError:
         return None
     with os.fdopen(descriptor, "rb") as file:
@@ -101,7 +102,7 @@ class Snapshot:
             OSError: it can't be read.
         """
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(path, READ)
         except FileNotFoundError:
             return None
         try:

@@ -10,7 +10,6 @@ where the transaction was rolled back, the read is repeated.
 import asyncio
 import contextlib
 import logging
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -20,7 +19,7 @@ import msgspec
 
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import Read, ReadCommand, ReadResult, TreeState
+from lattice_remote.server.ipc import FrameBuffer, Read, ReadCommand, ReadResult, TreeState, encode_frames, start_child
 from lattice_remote.server.project.queue import FairLock
 from lattice_remote.server.transport.response_budget import ResponseShare
 
@@ -91,6 +90,7 @@ _IDLE_S = 300.0
 """A process that was asked nothing for so long is ended."""
 _MAX_WAITING = 256
 """Reads of one token that may wait."""
+_RECEIVE_BYTES = 1 << 20
 _MAX_FOUND_BYTES = 256 * 1024 * 1024
 
 _TRIES_TO_COMMIT = 10
@@ -100,7 +100,6 @@ _COMMIT_S, _COMMIT_LOOK_S = 10.0, 0.001
 _TRIES_TOGETHER = 4
 _SETTLE_LOOKS, _SETTLE_LOOK_S = 25, 0.002
 
-_encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(ReadResult)
 _log = logging.getLogger(__name__)
 
@@ -261,33 +260,24 @@ class ReaderProcess:
     async def _exchange(self, asked: Read) -> ReadResult:
         self._stay()
         incoming, outgoing = self._stream or await self._start()
-        data = _encoder.encode(asked)
-        outgoing.write(len(data).to_bytes(4) + data)
-        length = int.from_bytes(await incoming.readexactly(4))
-        if length > _MAX_FOUND_BYTES:
-            raise StorageError("what was read is too large")
-        found = _decoder.decode(await incoming.readexactly(length))
-        self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
-        return found
+        outgoing.write(encode_frames(asked))
+        buffer = FrameBuffer(_MAX_FOUND_BYTES)
+        while received := await incoming.read(_RECEIVE_BYTES):
+            for frame in buffer.receive(received):
+                found = _decoder.decode(frame)
+                self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
+                return found
+        raise EOFError
 
     async def _start(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._closed:
             raise StorageError("the server is stopping")
-        ours, theirs = socket.socketpair()
+        self._process, connection = start_child(_COMMAND, self._paths.root, self._slug)
         try:
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, now and then
-                [*_COMMAND, "--fd", str(theirs.fileno()), "--project-dir", str(self._paths.root), "--slug", self._slug],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in the server's terminal is the server's to handle
-            )
-            self._stream = await asyncio.open_connection(sock=ours)
+            self._stream = await asyncio.open_connection(sock=connection)
         except BaseException:
-            ours.close()
+            connection.close()
             raise
-        finally:
-            theirs.close()
         return self._stream
 
     def _stay(self) -> None:

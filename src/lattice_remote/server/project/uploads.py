@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from lattice_remote.errors import Rejected
+from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import MIN_PIECE_BYTES, Refused, Upload, Uploaded
 from lattice_remote.server.config import LimitSettings
@@ -32,7 +33,6 @@ _IDLE_S = 600.0
 _SYNC_BYTES = 8 * 1024 * 1024
 """So much is written at most before it is brought to the disk: a command's own fsync must not find more of it."""
 _SETTLED_NS = 1_000_000_000
-_HASH_BYTES = 1024 * 1024
 _NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{64}(\.part)?")
 _NEW_FILE_MODE = 0o644
 """Also the mode of a file that ``attach`` copies, before the umask."""
@@ -163,7 +163,7 @@ class Staging:
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
         """Open the directory; a link in its place is an error."""
-        descriptor = os.open(self._paths.uploads, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(self._paths.uploads, READ | os.O_DIRECTORY)
         try:
             yield descriptor
         finally:
@@ -171,7 +171,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _opened(self, name: str) -> Iterator[tuple[int, int]]:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | SAFE
         with self._directory() as directory:
             descriptor = os.open(f"{name}.part", flags, _NEW_FILE_MODE, dir_fd=directory)
             try:
@@ -185,8 +185,8 @@ class Staging:
             raise Rejected(f"a piece of {len(frame.data)} bytes does not fit here", code="REMOTE_PROTOCOL")
         with self._opened(name) as (directory, descriptor):
             if content.hasher is None:
-                content.hasher = _hasher_of(descriptor, content.have)
-            _write_all(descriptor, frame.data, frame.offset)
+                _, content.hasher = hash_descriptor(descriptor, content.have)  # what is missing shows in the end
+            write_all(descriptor, frame.data, frame.offset)
             content.hasher.update(frame.data)
             content.have, content.used_at = end, time.time()
             content.unsynced += len(frame.data)
@@ -238,22 +238,6 @@ def _found(directory: int) -> Iterator[tuple[str, _Content]]:
         is_whole = matched[2] is None
         name = entry.name.removesuffix(".part")
         yield name, _Content(matched[1], status.st_size, status.st_size, is_whole, status.st_mtime)
-
-
-def _hasher_of(descriptor: int, size: int) -> "hashlib._Hash":
-    """Return a hasher that has seen the first ``size`` bytes of a file. What is missing shows in the end."""
-    hasher, position = hashlib.sha256(), 0
-    while position < size and (piece := os.pread(descriptor, min(_HASH_BYTES, size - position), position)):
-        hasher.update(piece)
-        position += len(piece)
-    return hasher
-
-
-def _write_all(descriptor: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        view, offset = view[written:], offset + written
 
 
 _WAITING_BYTES_PER_TOKEN = 16 * 1024 * 1024

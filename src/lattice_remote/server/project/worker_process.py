@@ -6,7 +6,6 @@ an inherited descriptor, so that not even a server that was killed leaves a seco
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from typing import cast
 import msgspec
 
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.ipc import ToServer, ToWorker
+from lattice_remote.server.ipc import FrameBuffer, ToServer, ToWorker, encode_frames, start_child
 from lattice_remote.server.locks import LockedElsewhere, lock
 
 __all__ = ["WORKER_COMMAND", "WorkerProcess"]
@@ -28,7 +27,6 @@ _LOCK_TIMEOUT_S = 40.0
 
 _LOCK_RETRY_S = 0.05
 
-_encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
 
@@ -38,7 +36,7 @@ class WorkerProcess(asyncio.Protocol):
     def __init__(self, on_message: Callable[[ToServer], None], on_end: Callable[[], None]) -> None:
         self._on_message = on_message
         self._on_end = on_end
-        self._received = bytearray()
+        self._received = FrameBuffer()
         self._transport: asyncio.Transport | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -60,23 +58,16 @@ class WorkerProcess(asyncio.Protocol):
         """
         writer = cls(on_message, on_end)
         writer_lock = await _writer_lock(paths)
-        ours, theirs = socket.socketpair()
         try:
-            ours.setblocking(False)
-            writer._process = subprocess.Popen(  # noqa: ASYNC220 - a few ms, once per project
-                [*command, "--fd", str(theirs.fileno()), "--project-dir", str(paths.root), "--slug", slug],
-                pass_fds=(theirs.fileno(), writer_lock),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                process_group=0,  # Ctrl-C in the server's terminal is the server's to handle
-            )
-            await asyncio.get_running_loop().create_unix_connection(lambda: writer, sock=ours)
-        except BaseException:
-            ours.close()
-            raise
+            writer._process, connection = start_child(command, paths.root, slug, inherited=[writer_lock])
         finally:
-            theirs.close()
             os.close(writer_lock)
+        try:
+            connection.setblocking(False)
+            await asyncio.get_running_loop().create_unix_connection(lambda: writer, sock=connection)
+        except BaseException:
+            connection.close()
+            raise
         return writer
 
     @property
@@ -89,11 +80,7 @@ class WorkerProcess(asyncio.Protocol):
         """Send messages in order, in one write. After the process has ended they are lost; ``on_end`` tells."""
         if self._transport is None or self._transport.is_closing():
             return
-        buffer = bytearray()
-        for message in messages:
-            data = _encoder.encode(message)
-            buffer += len(data).to_bytes(4) + data
-        self._transport.write(buffer)
+        self._transport.write(encode_frames(*messages))
 
     def kill(self) -> None:
         """End the process at once; ``on_end`` follows. What it was doing is undone at the next start."""
@@ -116,16 +103,8 @@ class WorkerProcess(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)  # uvloop's are no subclass of it
 
     def data_received(self, data: bytes) -> None:
-        received = self._received
-        received += data
-        start = 0
-        while len(received) - start >= 4:
-            end = start + 4 + int.from_bytes(received[start : start + 4])
-            if len(received) < end:
-                break
-            self._on_message(_decoder.decode(memoryview(received)[start + 4 : end].tobytes()))
-            start = end
-        del received[:start]
+        for frame in self._received.receive(data):
+            self._on_message(_decoder.decode(frame))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         # The socket is closed by the end of the process, or by a worker that is beyond use: make sure of it.

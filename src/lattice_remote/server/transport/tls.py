@@ -6,6 +6,7 @@ import ssl
 from pathlib import Path
 
 from lattice_remote.errors import Misuse
+from lattice_remote.files import signature_of
 
 __all__ = ["Certificate"]
 
@@ -71,7 +72,7 @@ class Certificate:
                     status = os.fstat(file.fileno())
             except OSError as error:
                 raise Misuse(f"cannot read {path}: {error.strerror}") from error
-            numbers += (status.st_mtime_ns, status.st_size, status.st_ino)
+            numbers += signature_of(status)
         if status.st_mode & 0o007:
             raise Misuse(f"the key {self._key} is open to everybody on this machine; run: chmod o= {self._key}")
         return tuple(numbers)

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from lattice_remote import files
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AnnounceFile,
@@ -44,6 +45,7 @@ __all__ = [
     "SyncFailed",
     "TreeDiff",
     "TrustedDigest",
+    "has_signature",
     "load_manifest",
     "patch_between",
     "save_manifest",
@@ -133,16 +135,7 @@ def save_manifest(path: Path, content: bytes) -> None:
     Raises:
         OSError: it could not be written; the old one is still there.
     """
-    scratch = path.with_name(path.name + ".new")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(scratch, path)
-    sync_directory(path.parent)
+    files.write_atomically(path, content, mode=0o600, temporary=path.with_name(path.name + ".new"), sync=sync)
 
 
 def sync(descriptor: int) -> None:
@@ -167,7 +160,7 @@ def sync_files(paths: Iterable[str]) -> None:
     for path in paths:
         directories.add(os.path.dirname(path))
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            descriptor = os.open(path, files.READ)
             try:
                 sync(descriptor)
             finally:
@@ -184,11 +177,7 @@ def sync_directory(path: Path) -> None:
     Raises:
         SyncFailed: the storage failed.
     """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        sync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync_directory(path, sync)
 
 
 INLINE_BYTES = 256 * 1024
@@ -331,7 +320,7 @@ class ProjectTree:
     def is_unchanged(self, path: str, status: os.stat_result) -> bool:
         """Tell whether a file has the signature that it is known by."""
         state = self.files.get(path)
-        return state is not None and state.settled and _has_signature(state, status)
+        return state is not None and state.settled and has_signature(state, status)
 
     def status(self, path: str) -> os.stat_result | None:
         """Return the status of a file of the tree; None when there is none, or a symbolic link on the way to it."""
@@ -380,7 +369,7 @@ class ProjectTree:
     def _read(
         self, path: str, old: FileState | None, status: os.stat_result, appended: os.stat_result | None
     ) -> _Content:
-        untouched = old is not None and appended is not None and _has_signature(old, appended)
+        untouched = old is not None and appended is not None and has_signature(old, appended)
         if old is not None and untouched and status.st_ino == old.inode and status.st_size > old.size:
             return self._read_growth(path, old, status)
         return self._read_whole(path, old, status)
@@ -401,14 +390,7 @@ class ProjectTree:
         """Return a hasher which has seen the file's first ``old.size`` bytes."""
         size, hasher = self._hashers.pop(path, (0, None))
         if hasher is None or size != old.size:
-            hasher = hashlib.sha256()
-            position = 0
-            while position < old.size:
-                piece = os.pread(descriptor, min(1 << 20, old.size - position), position)
-                if not piece:
-                    break
-                hasher.update(piece)
-                position += len(piece)
+            _, hasher = files.hash_descriptor(descriptor, old.size)
         return hasher
 
     def _keep_hasher(self, path: str, size: int, hasher: "hashlib._Hash") -> None:
@@ -420,7 +402,8 @@ class ProjectTree:
         self._hashers.pop(path, None)
         with open(self._prefix + path, "rb") as file:
             if status.st_size > _IN_MEMORY_BYTES:
-                return _Content(_state(status, *_hash(file.fileno())), None, None)
+                size, hasher = files.hash_descriptor(file.fileno())
+                return _Content(_state(status, size, hasher.digest()), None, None)
             data = file.read()
         state = _state(status, len(data), digest_of(data))
         if old is None or not 0 < old.size < len(data) or digest_of(data[: old.size]) != old.digest:
@@ -553,21 +536,14 @@ class _Comparison:
         return True
 
 
-def _has_signature(state: FileState, status: os.stat_result) -> bool:
+def has_signature(state: FileState, status: os.stat_result) -> bool:
+    """Return whether a file's status is the recorded one. The status change time is not: taking a link changes it."""
     return (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:
     settled = time.time_ns() - status.st_mtime_ns > _RACY_NS and size == status.st_size
     return FileState(size, digest, status.st_mtime_ns, status.st_ino, settled)
-
-
-def _hash(descriptor: int) -> tuple[int, bytes]:
-    hasher, size = hashlib.sha256(), 0
-    while piece := os.read(descriptor, 1 << 20):
-        hasher.update(piece)
-        size += len(piece)
-    return size, hasher.digest()
 
 
 def _reading_order(path: str) -> tuple[bool, str]:

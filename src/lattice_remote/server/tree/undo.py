@@ -13,6 +13,7 @@ from typing import Self
 
 import msgspec
 
+from lattice_remote.files import write_atomically
 from lattice_remote.server.ipc import TreeState
 from lattice_remote.server.record_format import frame, frames
 
@@ -339,10 +340,8 @@ def _scratch(path: str) -> str:
 
 
 def _replace(path: str, data: bytes, mode: int) -> None:
-    scratch = _scratch(path)
-    with open(scratch, "wb") as file:
-        file.write(data)
-        os.fchmod(file.fileno(), mode)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    def sync(descriptor: int) -> None:
+        os.fchmod(descriptor, mode)  # the umask does not reduce it
+        os.fsync(descriptor)
+
+    write_atomically(path, data, mode=mode, temporary=_scratch(path), sync=sync, is_parent_synced=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import Rejected
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.messages import Attachment, Refused, Reply, Result, Returned, Stored
 from lattice_remote.protocol.operations import canonical_json, digest_of
 from lattice_remote.protocol.paths import is_editable
@@ -135,8 +136,7 @@ def _replace(path: str, text: bytes) -> None:
     """Replace a plan or notes atomically; the journal makes it durable."""
     scratch = os.path.join(os.path.dirname(path), f".tmp.edit.{os.path.basename(path)}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    Path(scratch).write_bytes(text)
-    os.replace(scratch, path)
+    write_atomically(path, text, mode=0o666, temporary=scratch, sync=None)
 
 
 _Request = RunCommand | RunCall | Edit | ImportProject | AbandonRequest

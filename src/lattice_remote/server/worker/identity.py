@@ -14,8 +14,8 @@ import click
 import msgspec
 
 from lattice_remote.errors import Rejected
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.operations import Operation, PutFile
-from lattice_remote.server.datadir import write_atomically
 from lattice_remote.server.worker.arguments import is_plain, unsupported
 
 __all__ = ["OWNERS_FILE", "Identity", "Owner", "SessionOwners", "check_actor"]

@@ -16,13 +16,12 @@ import socket
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from lattice_remote.server.config import JournalSettings
-from lattice_remote.server.ipc import ToWorker, WorkerFailed
+from lattice_remote.server.ipc import ToWorker, WorkerFailed, receive_frames
 from lattice_remote.server.journal.journal import Retention
 from lattice_remote.server.journal.repair import make_id
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
@@ -60,23 +59,6 @@ def prepare_scratch(project: Path) -> Path:
 _NOT_A_PLUGINS = 'config.json allows "{}", which is no command of a plugin that is installed here'
 _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
-
-
-def _messages(connection: socket.socket) -> Iterator[ToWorker]:
-    """Yield what the server asks, until it is gone."""
-    buffer = bytearray()
-    while True:
-        try:
-            received = connection.recv(1 << 20)
-        except ConnectionError:
-            return
-        if not received:
-            return
-        buffer += received
-        while len(buffer) >= 4 and len(buffer) - 4 >= (length := int.from_bytes(buffer[:4])):
-            message = _decoder.decode(bytes(buffer[4 : 4 + length]))
-            del buffer[: 4 + length]
-            yield message
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,7 +116,7 @@ def _serve(
     worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
     gc.collect()
     gc.freeze()  # what was loaded so far stays: no collection need look at it again
-    for message in _messages(connection):
+    for message in map(_decoder.decode, receive_frames(connection)):
         if not worker.handle(message):
             break
     store.close()

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from lattice_remote.files import SAFE, signature_of
+
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
 
 LOCK_PREFIX = "locks/"
@@ -139,7 +141,7 @@ def _try_lock(path: str) -> int | None:
     The same flags and mode as in ``filelock``: a symbolic link is not followed, no lease is waited for, and the umask
     decides whether the user's group may lock too.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = os.O_RDWR | os.O_CREAT | SAFE
     try:
         descriptor = os.open(path, flags, 0o666)
     except BlockingIOError:
@@ -266,7 +268,7 @@ class WriteSet:
         is_replaced = content is not None and os.path.lexists(name)
         opened = self._open(content if is_replaced else file, mode, *arguments, **options)
         if "/tasks/" in name and name not in self._read:
-            self._read[name] = _signature_of(os.fstat(opened.fileno()))
+            self._read[name] = _content_signature(os.fstat(opened.fileno()))
         return opened
 
 
@@ -300,13 +302,13 @@ class _Lines(io.StringIO):
         super().close()
 
 
-def _signature_of(status: os.stat_result) -> _Signature:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def _content_signature(status: os.stat_result) -> _Signature:
+    return signature_of(status)[:3]  # without the status change time, which the undo log's link changes
 
 
 def _signature_at(path: str) -> _Signature | None:
     try:
-        return _signature_of(os.stat(path))
+        return _content_signature(os.stat(path))
     except OSError:
         return None
 

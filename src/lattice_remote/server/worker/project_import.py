@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import Rejected
+from lattice_remote.files import write_all
 from lattice_remote.protocol.bundle import first_sign_of_use
 from lattice_remote.protocol.messages import Pushed
 from lattice_remote.protocol.operations import AnnounceFile
@@ -80,7 +81,7 @@ def decide(project: Path, request: ImportProject) -> None:
     candidate = project / request.candidate
     descriptor = os.open(candidate / "cause", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        os.write(descriptor, _encoder.encode(request))
+        write_all(descriptor, _encoder.encode(request))
         sync(descriptor)
     finally:
         os.close(descriptor)

@@ -11,14 +11,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadResult
+from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadResult, encode_frames, receive_frames
 from lattice_remote.server.logging import log_to_stderr
 from lattice_remote.server.tree.capture import AccessDenied, Capture
 from lattice_remote.server.worker.calls.dashboard import handler_class
@@ -125,10 +125,10 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s", {"process": "reader", "project": options.slug})
     connection = socket.socket(fileno=options.fd)
     reads = _prepare(options.project_dir.resolve())
-    for asked in _messages(connection):
-        found = msgspec.msgpack.encode(reads.answer(asked))
+    for asked in map(_decoder.decode, receive_frames(connection)):
+        found = encode_frames(reads.answer(asked))
         try:
-            connection.sendall(len(found).to_bytes(4) + found)
+            connection.sendall(found)
         except ConnectionError:
             break
     return 0
@@ -150,13 +150,6 @@ def _prepare(project: Path) -> Reads:
     gc.collect()
     gc.freeze()  # what was loaded so far stays: no collection need look at it again
     return Reads(executor, capture, lattice_dir)
-
-
-def _messages(connection: socket.socket) -> Iterator[Read]:
-    """Yield what the server asks, until it is gone."""
-    with connection.makefile("rb") as incoming:
-        while len(length := incoming.read(4)) == 4:
-            yield _decoder.decode(incoming.read(int.from_bytes(length)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,15 @@ from lattice_remote.errors import Rejected
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned
 from lattice_remote.protocol.operations import MoveFile, PutFile, digest_of, paths_of
-from lattice_remote.server.ipc import HookCall, PathState, RequestDone, ResultStats, ToServer, WorkerFailed
+from lattice_remote.server.ipc import (
+    HookCall,
+    PathState,
+    RequestDone,
+    ResultStats,
+    ToServer,
+    WorkerFailed,
+    encode_frames,
+)
 from lattice_remote.server.journal.journal import Journal
 from lattice_remote.server.journal.repair import is_snapshot, place_of
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
@@ -129,13 +137,9 @@ class Committer:
         return len(jobs) == len(batch)
 
     def _send(self, messages: list[ToServer]) -> None:
-        buffer = bytearray()
-        for message in messages:
-            data = _encoder.encode(message)
-            buffer += len(data).to_bytes(4) + data
         # The server may be gone; what was committed is on disk, and the main thread is about to notice.
         with contextlib.suppress(OSError):
-            self._connection.sendall(buffer)
+            self._connection.sendall(encode_frames(*messages))
 
 
 def _telling(messages: list[ToServer], synced_s: float) -> list[ToServer]:

@@ -1,0 +1,123 @@
+"""File primitives shared by client and server: open flags, complete writes, atomic replacement, digests, signatures.
+
+Standard library only, and nothing that a short-lived command does not load anyway.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import hashlib
+
+__all__ = [
+    "READ",
+    "SAFE",
+    "Signature",
+    "hash_descriptor",
+    "signature_of",
+    "sync_directory",
+    "write_all",
+    "write_atomically",
+]
+
+SAFE = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Flags for opening a path that another program may have replaced: a link fails, a pipe does not block."""
+READ = os.O_RDONLY | SAFE
+_PIECE_BYTES = 1 << 20
+
+Signature = tuple[int, int, int, int]
+"""Modification time (ns), size (bytes), inode and status change time (ns) of a file."""
+
+
+def signature_of(status: os.stat_result) -> Signature:
+    """Return the values that change when the file is written or replaced."""
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
+
+
+def write_all(descriptor: int, data: bytes | bytearray, offset: int | None = None) -> None:
+    """Write all of ``data``, at ``offset`` if given, else at the descriptor's position.
+
+    Raises:
+        OSError: a part could not be written.
+    """
+    view = memoryview(data)
+    while view:
+        if offset is None:
+            view = view[os.write(descriptor, view) :]
+        else:
+            written = os.pwrite(descriptor, view, offset)
+            view, offset = view[written:], offset + written
+
+
+def write_atomically(
+    path: "str | os.PathLike[str]",
+    data: bytes,
+    *,
+    mode: int = 0o644,
+    temporary: "str | os.PathLike[str] | None" = None,
+    sync: Callable[[int], None] | None = os.fsync,
+    is_parent_synced: bool = True,
+) -> None:
+    """Replace the file with ``data``. A reader sees the old content or the new, never a part.
+
+    Once this returns, the file survives a power cut. On any error the old file remains.
+
+    Args:
+        path: of the file; its directory exists.
+        data: the new content.
+        mode: of the new file, reduced by the umask.
+        temporary: the path of the temporary file, in the same directory, where recovery knows it by name; a leftover
+            is overwritten. None for a new random name.
+        sync: makes a descriptor durable; None leaves that to the caller.
+        is_parent_synced: also make the name durable.
+    """
+    target = os.fspath(path)
+    directory, name = os.path.split(target)
+    if temporary is None:
+        scratch, exclusive = os.path.join(directory, f".{name}.{os.urandom(8).hex()}"), os.O_EXCL
+    else:
+        scratch, exclusive = os.fspath(temporary), os.O_TRUNC
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | exclusive | SAFE, mode)
+    try:
+        try:
+            write_all(descriptor, data)
+            if sync is not None:
+                sync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(scratch, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
+    if sync is not None and is_parent_synced:
+        sync_directory(directory or ".", sync)
+
+
+def sync_directory(path: "str | os.PathLike[str]", sync: Callable[[int], None] = os.fsync) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hash_descriptor(descriptor: int, size: int | None = None) -> "tuple[int, hashlib._Hash]":
+    """Hash the first ``size`` bytes of an open file, or all of it.
+
+    Returns:
+        The number of bytes read, fewer than ``size`` if the file is shorter, and the SHA-256 object.
+    """
+    import hashlib
+
+    hasher, position = hashlib.sha256(), 0
+    while size is None or position < size:
+        piece = os.pread(descriptor, _PIECE_BYTES if size is None else min(_PIECE_BYTES, size - position), position)
+        if not piece:
+            break
+        hasher.update(piece)
+        position += len(piece)
+    return position, hasher
