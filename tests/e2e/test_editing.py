@@ -265,7 +265,7 @@ def test_a_text_that_is_no_utf8_stays_here_and_holds_nothing_up(shared_board: Bo
     same(notes, "# Notes\n")
     wait_for(lambda: status(ana)["refused_edits"], "the refusal")
     said = [ana.run("comment", short_id, "hello", "--actor", "human:ana").stderr for _ in range(2)]
-    assert "no UTF-8 text: save it as UTF-8" in said[0] and said[1] == ""
+    assert "not UTF-8 text: save it as UTF-8" in said[0] and said[1] == ""
     assert "not taken as it is" in ana.ok("remote", "status")
     assert plan[0].read_bytes() == b"# Caf\xe9\n" != plan[1].read_bytes()
     plan[0].write_text("# Café\n")

@@ -65,7 +65,7 @@ def test_a_plugin_reads_here_is_told_what_to_do_where_it_writes_and_is_routed_wh
         assert "Invalid value" in ana.run("deploy", "note", "LAT-1", "moon", *ANA).stderr
 
         for words, why in (
-            (("deploy", "from", "/etc/hostname"), "'lattice deploy from' takes a file, file"),
+            (("deploy", "from", "/etc/hostname"), "'lattice deploy from' can't run on the server: this plugin command takes a file, file"),
             (("deploy", "escape", "read"), "does not allow"),
             (("deploy", "escape", "run"), "does not allow"),
             (("deploy", "escape", "write"), "does not allow"),
@@ -76,7 +76,7 @@ def test_a_plugin_reads_here_is_told_what_to_do_where_it_writes_and_is_routed_wh
         ana.ok("remote", "route", "deploy", "note", "--local")
         assert "is a plugin's and would write" in ana.run(*note).stderr
         log = server.log.read_text()
-        assert 'allows "no such", which is no command of a plugin' in log and 'allows "list", which is no' in log
+        assert 'allows "no such", which is not a command of an' in log and 'allows "list", which is not' in log
 
 
 def test_a_plugin_that_is_not_allowed_or_not_there_is_a_clear_line(cold: Sandbox) -> None:

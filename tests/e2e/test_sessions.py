@@ -56,7 +56,7 @@ def test_only_the_token_that_started_it_acts_as_it(people: tuple[Server, Client,
     theirs = "Error: session Argus-1 belongs to another token, of human:ana: "
     refused = comment(ben, session)
     assert (refused.returncode, refused.stderr) == (1, theirs + "start your own with: lattice session start\n")
-    advice = "start one with this token, and end that one with: lattice session end Argus-1\n"
+    advice = "start one with this token, and end the other with: lattice session end Argus-1\n"
     assert comment(desktop, session).stderr == theirs + advice
     looked = ben.run("next", "--name", session, "--json")
     assert json.loads(looked.stdout)["error"]["code"] == "REMOTE_FORBIDDEN", "even a look writes into the session"
@@ -106,8 +106,8 @@ def test_without_knowing_whose_it_is_nobody_acts_as_a_session(people: tuple[Serv
     assert owners.stat().st_mode & 0o777 == 0o600
     owners.write_text("{")
     server.start()
-    assert "can't read whose sessions are whose (session_owners.json)" in comment(laptop, session).stderr
-    assert "can't read" in laptop.run(*START, "Other").stderr
+    assert "cannot read the owners of sessions (session_owners.json)" in comment(laptop, session).stderr
+    assert "cannot read" in laptop.run(*START, "Other").stderr
     assert "Other" not in laptop.ok("session", "list"), "what could not be noted was undone"
     server.stop()
     owners.unlink()

@@ -109,7 +109,7 @@ def test_wrong_names_are_refused_in_one_line(two: tuple[Server, Client, Client])
     task, _ = planned(ana, ben)
     for asked, said in (
         (("LAT-999",), "no task"),
-        ((task, "--show", "999999"), "no change 999999 of this text is kept"),
+        ((task, "--show", "999999"), "change 999999 of this text not found in the journal"),
         ((task, "--show", "../1"), "is not a change's number"),
         ((task, "--show", "1", "--restore", "2"), "exclude each other"),
     ):

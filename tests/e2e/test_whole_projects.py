@@ -169,7 +169,7 @@ def test_hooks_stay_out_and_what_was_here_is_kept(sandbox: Sandbox, server: Serv
     add_hooks(ana.lattice_dir)
     ana.add_remote(server, server.token("human:ana", "agent:*"))
     done = ana.run("remote", "push")
-    assert done.returncode == 0 and "its hooks were left out" in done.stderr
+    assert done.returncode == 0 and "its hooks were removed" in done.stderr
     assert "hooks" not in json.loads((ana.lattice_dir / "config.json").read_text())
     (kept,) = ana.lattice_dir.glob(".remote/rescued/*/files/config.json")
     assert "hooks" in json.loads(kept.read_text()), "what was here is kept"

@@ -172,7 +172,7 @@ class Batch:
             case Reply(exit_code=exit_code, stdout=stdout, stderr=stderr):
                 output = (stdout + stderr).decode()
                 outcome = "ran" if exit_code == 0 else "an error of lattice's own"
-                if "broke down on the server" in output:
+                if "failed on the server and was undone" in output:
                     outcome = "broke down, undone: " + output.split("undone: ")[1].split(":")[0]
                 self._figures.outcomes[outcome] += 1
                 self._check_secrecy(output)

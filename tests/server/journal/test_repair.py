@@ -91,7 +91,7 @@ def test_what_was_edited_since_the_machine_is_back_is_left_alone(
     opened = open_after_power_cut(project, monkeypatch)
     assert plan.read_text() == "# By hand\n"
     assert opened.store.journal.head == 2
-    assert "files were not as change 1 left them" in opened.notes[0]
+    assert "files differed from change 1" in opened.notes[0]
 
 
 def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_more_differences_than_fit_become_several_changes(tmp_path: Path, monkey
         (project / f".lattice/notes/{number}.md").write_text("by hand\n")
     opened = open_after_power_cut(project, monkeypatch)
     assert opened.store.journal.head == 4
-    assert sum("were not as change" in note for note in opened.notes) == 3
+    assert sum("differed from change" in note for note in opened.notes) == 3
 
 
 def test_files_that_nobody_knows_are_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

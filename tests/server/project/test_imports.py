@@ -157,7 +157,7 @@ async def test_hooks_are_left_out_unless_an_administrator_allows_them(
     kept["hooks"] = {"post_event": "true"}
     (running.tree / "config.json").write_text(json.dumps(kept, sort_keys=True, indent=2) + "\n")
     pushed = await push(running, pack_of(hooked))
-    assert isinstance(pushed, Pushed) and "hooks were left out" in pushed.notes[0]
+    assert isinstance(pushed, Pushed) and "hooks were removed" in pushed.notes[0]
     assert json.loads((running.tree / "config.json").read_text())["hooks"] == {"post_event": "true"}
     data, token = make_server(tmp_path / "allowing")
     async with serving(data, token, worker=WORKER_COMMAND, config=Config(pushed_hooks=True)) as allowing:
@@ -172,7 +172,7 @@ async def test_a_snapshot_that_disagrees_with_its_events_is_rebuilt_and_said(
     path = next(path for path in own if path.startswith("tasks/"))
     pushed = await push(running, pack_of({**own, path: own[path].replace(b"parser", b"PARSER")}))
     assert isinstance(pushed, Pushed)
-    assert pushed.notes == [f"rebuilt from the event logs, which say otherwise: {path}"]
+    assert pushed.notes == [f"rebuilt from the event logs: {path}"]
     assert tree_of(running.tree) == own
 
 
@@ -227,5 +227,5 @@ async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
 
 async def test_a_pack_that_is_refused_takes_no_more_room(running: Running, own: dict[str, bytes]) -> None:
     refused = await push(running, pack_of({**own, "config.json": b"[]"}))
-    assert isinstance(refused, Refused) and "no JSON object" in refused.message
+    assert isinstance(refused, Refused) and "is not a JSON object" in refused.message
     await until(lambda: not list(running.data.project("web").uploads.iterdir()))

@@ -121,7 +121,7 @@ async def test_killed_in_the_middle_it_says_so_and_the_next_read_has_another(rea
 async def test_stuck_over_its_time_it_is_ended(reader: ReaderProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = await stopped(reader)
     monkeypatch.setattr(reader_module, "_READ_S", 0.3)
-    with pytest.raises(StorageError, match=r"took longer than 0\.3 s"):
+    with pytest.raises(StorageError, match=r"timed out on the server after 0\.3 s"):
         await reader.read(TASKS)
     assert is_gone(pid)
     monkeypatch.undo()

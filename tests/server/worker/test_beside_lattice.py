@@ -300,7 +300,7 @@ def test_what_plain_lattice_writes_after_a_killed_worker_stays(tmp_path: Path, s
         worker.kill()
         assert started.wait(30) == 0
     with WorkerProcess(project) as worker:
-        assert "a command was cut off and has been undone" in worker.ready.notes[0]
+        assert "an interrupted command was undone" in worker.ready.notes[0]
         assert ("plain" in log.read_text(), "by the worker" in log.read_text()) == (True, False)
         assert "No issues found" in worker.ok("doctor")
         assert wrote(worker, "comment", "LAT-1", "by the worker", id=stuck.id)

@@ -101,7 +101,7 @@ def test_a_command_that_breaks_down_is_undone_and_says_so(worker: WorkerProcess)
     binary = [Attachment(3, "x.bin", b"\xff\xfe")]
     reply = worker.reply("comment", "LAT-1", "--file", "x.bin", *ANA, files=binary)
     assert (reply.exit_code, reply.stdout) == (1, b"")
-    assert reply.stderr.startswith(b"Error: the command broke down on the server and was undone: UnicodeDecodeError")
+    assert reply.stderr.startswith(b"Error: the command failed on the server and was undone: UnicodeDecodeError")
     assert reply.stderr.count(b"\n") == 1
     reply = worker.reply("comment", "LAT-1", "--file", "x.bin", *ANA, "--json", files=binary)
     assert reply.stdout.startswith(b'{\n  "error": {\n    "code": "REMOTE_FAILED",\n    "message": "')
@@ -170,7 +170,7 @@ def test_an_attached_file_whose_name_can_not_be_shared_is_refused(worker: Worker
     before = tree_of(worker.project / ".lattice")
     refused = worker.refused("attach", "LAT-1", "a.b:c", *ANA, files=[Attachment(2, "a.b:c", b"x")])
     assert refused.code == "REMOTE_UNSUPPORTED"
-    assert "can't be shared" in refused.message
+    assert "cannot be shared" in refused.message
     assert tree_of(worker.project / ".lattice") == before
     assert not list((worker.project / ".lattice/artifacts/payload").iterdir())
 

@@ -316,8 +316,8 @@ def test_names_that_some_file_systems_cannot_tell_apart_are_refused(tmp_path: Pa
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("{}")
     start = ["session", "start", "--model", "m", "--framework", "f"]
-    assert "only in capitals" in refused(tmp_path, "resource", "create", "GPU", "--actor", "human:ana").message
-    assert "only in capitals" in refused(tmp_path, *start, "--name", "ARGUS").message
+    assert "only in case" in refused(tmp_path, "resource", "create", "GPU", "--actor", "human:ana").message
+    assert "only in case" in refused(tmp_path, *start, "--name", "ARGUS").message
     assert check(tmp_path, *start, "--agent-type", "argus").actor == "agent:Argus"
     assert check(tmp_path, "resource", "create", "gpu", "--actor", "human:ana")
     assert check(tmp_path, *start, "--name", "Argus")

@@ -40,7 +40,7 @@ def test_what_is_ended_is_forgotten_with_the_next_that_starts(project: Path) -> 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"A-1": {"session": 3}}', b"\xff", b"null"])
 def test_a_damaged_file_is_said_and_gives_nobody_anything(project: Path, content: bytes) -> None:
     (project / OWNERS_FILE).write_bytes(content)
-    with pytest.raises(Rejected, match="can't read whose sessions") as refused:
+    with pytest.raises(Rejected, match="cannot read the owners of sessions") as refused:
         SessionOwners(project).of("A-1", "sess_1")
     assert refused.value.code == "REMOTE_STORAGE"
 

@@ -187,7 +187,7 @@ def test_killed_at_every_step_a_request_has_run_once_or_not_at_all(
         outcomes.append(has_run)
         assert opened.store.journal.head == has_run, f"numbers have no gap (I1), step {step}"
         assert tree_of(project / ".lattice") == (new if has_run else old), f"step {step}"
-        assert not any("were not as change" in note for note in opened.notes), opened.notes
+        assert not any("differed from change" in note for note in opened.notes), opened.notes
         run(project)
         assert tree_of(project / ".lattice") == new, f"step {step}"
         assert open_here(project).store.journal.head == 1

@@ -199,7 +199,7 @@ def test_a_restored_copy_of_the_directory_is_another_history(project: Path, tmp_
     os.system(f"cp -r {project} {tmp_path / 'restored'}")  # noqa: S605 - times and inodes are new
     with WorkerProcess(tmp_path / "restored") as worker:
         assert worker.ready.epoch != epoch and worker.ready.head == 0
-        assert worker.ready.notes == ["this is a copy of the project's directory: a new epoch begins"]
+        assert worker.ready.notes == ["this is a copy of the project's directory: started a new epoch"]
         renewed = worker.ready.epoch
         worker.kill()
     with WorkerProcess(tmp_path / "restored") as worker:
@@ -295,7 +295,7 @@ def test_edits_of_tasks_that_are_gone_and_of_other_files_change_nothing(shared: 
         assert isinstance(answer, Refused)
     _, answer = shared.edit(f"notes/{task}.md", None, b"caf\xe9\n")
     assert isinstance(answer, Refused)
-    assert answer.message == f"notes/{task}.md is no UTF-8 text: save it as UTF-8 to send it"
+    assert answer.message == f"notes/{task}.md is not UTF-8 text: save it as UTF-8"
     assert tree_of(shared.project / ".lattice") == before
 
 
@@ -398,7 +398,7 @@ def test_when_lattices_own_files_find_no_room_the_command_is_refused_and_undone(
         before = tree_of(project / ".lattice")
         refused = worker.refused("update", "LAT-1", f"description={'word-' * 5000}", *ANA)
         assert refused.code == "REMOTE_STORAGE"
-        assert refused.message.startswith("the server can't store what 'lattice update' writes: ")
+        assert refused.message.startswith("the server cannot store what 'lattice update' writes: ")
         assert tree_of(project / ".lattice") == before
         worker.ok("comment", "LAT-1", "goes on", *ANA)
 

@@ -1,6 +1,6 @@
-"""Who changed what: the journal, read from its end (the answer to ``Log``, and ``lattice-remote log``).
+"""Audit log of a project: changes and earlier versions of texts, read from the end of the journal.
 
-Nothing but the journal and ``ids.json`` is read, and nothing is locked: it works whether the server runs or not.
+Reads only the journal and ``ids.json``, and takes no lock. It therefore works with and without a running server.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ _NOT_FOUND = "REMOTE_NOT_FOUND"
 
 @dataclass(frozen=True)
 class TextVersion:
-    """A text as of one change."""
+    """Text as of one change."""
 
     epoch: str
     seq: int
@@ -58,7 +58,7 @@ class TextVersion:
 
 
 def paths_of_text(task: str, kind: TextKind) -> tuple[str, str]:
-    """Return where a text is: among the active tasks, and in the archive."""
+    """Return the paths of a text: of an active task, and in the archive."""
     path = f"{'plans' if kind == 'plan' else kind}/{task}.md"
     return path, f"archive/{path}"
 
@@ -68,21 +68,20 @@ def read_version(
 ) -> TextVersion:
     """Return a text as of one change.
 
-    The content follows from the journal's operations and, where the first of these only appended, from the file on
-    disk. The record's digest decides.
+    The content is rebuilt from the journal's operations. If the first of these only appends, the file on disk supplies
+    the beginning. The digest in the record verifies the result.
 
     Args:
         project: the project's directories.
         task: a task's id.
         kind: the text.
-        change: epoch and number of a change that wrote it, in any epoch that is kept; an empty epoch stands for the
-            newest with such a change.
-        head: epoch and number of the last durable change; nothing after it is returned (I2).
+        change: epoch and number of a change that wrote it; an empty epoch selects the newest epoch with such a change.
+        head: epoch and number of the last durable change; later records are ignored (I2).
 
     Raises:
-        Rejected: REMOTE_NOT_FOUND, no such change of this text is kept, or not enough to restore the content;
+        Rejected: REMOTE_NOT_FOUND, the journal has no such change of this text, or too little to rebuild it;
             REMOTE_TOO_LARGE, over ``MAX_VERSION_BYTES``.
-        OSError: a segment can't be read.
+        OSError: a segment cannot be read.
     """
     (epoch, seq), paths = change, paths_of_text(task, kind)
     contents = Contents(paths)
@@ -108,11 +107,11 @@ def read_version(
                 found = (its_epoch, state)
                 data = _content(contents, path, state, on_disk)
     if found is None:
-        raise Rejected(f"no change {seq} of this text is kept", code=_NOT_FOUND)
+        raise Rejected(f"change {seq} of this text not found in the journal", code=_NOT_FOUND)
     if found[1].size > MAX_VERSION_BYTES:
-        raise Rejected(f"the text of change {seq} has {found[1].size} bytes, too many to send", code="REMOTE_TOO_LARGE")
+        raise Rejected(f"the text of change {seq} is too large to send: {found[1].size} bytes", code="REMOTE_TOO_LARGE")
     if data is None:
-        raise Rejected(f"the text of change {seq} is not kept: the journal begins after it", code=_NOT_FOUND)
+        raise Rejected(f"the text of change {seq} cannot be rebuilt: the journal starts after it", code=_NOT_FOUND)
     return TextVersion(found[0], seq, data)
 
 
@@ -126,7 +125,7 @@ def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> It
         try:
             data = segment.read_bytes()
         except FileNotFoundError:
-            continue  # expired meanwhile
+            continue  # just expired
         if not any(path.encode() in data for path in paths):
             continue
         epoch = ""
@@ -144,13 +143,13 @@ def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> It
 
 
 MAX_SCAN_BYTES = 16 * 1024 * 1024
-"""About how much of the journal is read for one page."""
+"""Approximate limit of the journal bytes read for one page."""
 
 _TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
 
 
 class _Record(msgspec.Struct, frozen=True, tag="record"):
-    """What the log needs of a ``journal.Record``."""
+    """Fields of a journal ``Record`` that the log uses."""
 
     seq: int
     change: bytes | None = None
@@ -163,7 +162,7 @@ class _Operation(msgspec.Struct, frozen=True):
 
 
 class _Change(msgspec.Struct, frozen=True, tag="change", tag_field="type"):
-    """A ``Change`` without the content of its operations, which is most of it."""
+    """A ``Change`` without the contents of its operations, which are most of it."""
 
     seq: int
     mark: bytes
@@ -187,21 +186,21 @@ _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
 
 @dataclass
 class AuditLogPage:
-    """Entries, newest first, and where to go on: before this record, None at the beginning of what is kept."""
+    """Entries, newest first. ``before`` is the record to continue before; None at the start of the journal."""
 
     entries: list[LogEntry] = field(default_factory=list)
     before: int | None = None
 
 
 class LogReader:
-    """Answers ``Log`` and ``ReadVersion`` for one project, one at a time, in a thread, off the event loop."""
+    """Reader of ``Log`` and ``ReadVersion`` requests of one project, one at a time, in a thread."""
 
     def __init__(self, paths: ProjectPaths) -> None:
         self._paths = paths
         self._turn = asyncio.Lock()
 
     async def answer(self, asked: Log | ReadVersion, *, epoch: str, head: int) -> LogPage | Version | Refused:
-        """Return a page of the changes up to ``head``, which are durable (I2), or a text as of one of them."""
+        """Return a page of the durable changes up to ``head`` (I2), or a text as of one of them."""
         async with self._turn:
             try:
                 return await asyncio.to_thread(self._answer, asked, (epoch, head))
@@ -224,21 +223,21 @@ class LogReader:
 
 
 def present_epoch(paths: ProjectPaths) -> str:
-    """Return the name of the project's epoch, empty without a journal that can be read. Blocking.
+    """Return the project's epoch; empty without a readable journal. Blocking.
 
     Raises:
-        OSError: the journal can't be read.
+        OSError: the journal cannot be read.
     """
     headers = map(header_of, reversed(segment_paths(paths.journal)))
     return next((header.epoch for header in headers if header is not None), "")
 
 
 def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
-    """Return the newest changes, of one task if it is named, and whether there are more. Blocking.
+    """Return the newest changes, of one task if named, and whether there are more. Blocking.
 
     Raises:
-        Misuse: there is no such task.
-        OSError: the journal can't be read.
+        Misuse: the task does not exist.
+        OSError: the journal cannot be read.
     """
     task_id = find_task(paths.lattice, task) if task else ""
     if task_id is None:
@@ -262,18 +261,18 @@ def read_page(
     before: int | None = None,
     head: tuple[str, int] | None = None,
 ) -> AuditLogPage:
-    """Return the newest ``limit`` changes before a record, or fewer when that means reading too much. Blocking.
+    """Return the newest ``limit`` changes before a record; fewer if that would exceed ``MAX_SCAN_BYTES``. Blocking.
 
     Args:
         journal: the project's journal directory.
-        task: a task's id: only what touched it; "" for everything.
-        text: only what wrote this text of the task.
-        limit: how many entries at most.
-        before: ``Page.before`` of the page before this one, None for the newest.
-        head: epoch and number of the last change to tell of; None for all that are there.
+        task: a task's id: only changes that touched it; "" for all.
+        text: only changes that wrote this text of the task.
+        limit: maximum number of entries.
+        before: ``AuditLogPage.before`` of the previous page; None for the newest.
+        head: epoch and number of the last change to include; None for all.
 
     Raises:
-        OSError: a segment can't be read.
+        OSError: a segment cannot be read.
     """
     page = AuditLogPage()
     scanned = 0
@@ -287,7 +286,7 @@ def read_page(
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            break  # expired meanwhile, and so has everything before it
+            break  # just expired, as have all before it
         for position, entry in reversed(list(_entries(data, task, text, before, head))):
             page.entries.append(entry)
             if len(page.entries) == limit:
@@ -298,10 +297,10 @@ def read_page(
 
 
 def find_task(lattice: Path, name: str) -> str | None:
-    """Return the id of a task, archived ones too, that is named by its id or its short id; None when there is none.
+    """Return the id of an active or archived task, given its id or short id; None if unknown.
 
     Raises:
-        OSError: ``ids.json`` can't be read.
+        OSError: ``ids.json`` cannot be read.
     """
     return name if _TASK_ID.fullmatch(name) else _ids(lattice).get(name.upper())
 
@@ -310,7 +309,7 @@ def short_ids(lattice: Path) -> dict[str, str]:
     """Return the tasks' short ids by their ids.
 
     Raises:
-        OSError: ``ids.json`` can't be read.
+        OSError: ``ids.json`` cannot be read.
     """
     return {task: short_id for short_id, task in _ids(lattice).items()}
 
@@ -325,7 +324,7 @@ def _ids(lattice: Path) -> dict[str, str]:
 def _entries(
     data: bytes, task: str, text: TextKind | None, before: int | None, head: tuple[str, int] | None
 ) -> Iterator[tuple[int, LogEntry]]:
-    """Yield the changes of one segment with the numbers of their records, oldest first; as far as it is whole."""
+    """Yield the changes of one segment with their record numbers, oldest first, up to the first damaged record."""
     epoch, position = "", -1
     paths = set(paths_of_text(task, text)) if text else set[str]()
     for _, payload in frames(data):
@@ -343,7 +342,7 @@ def _entries(
             continue
         told = _change_decoder.decode(item.change)
         tasks = tasks_in(path for operation in told.ops for path in (operation.path, operation.to))
-        # A text that goes to the archive, or comes back, is not written: its operation is a move.
+        # Archiving a text moves it, which does not count as a write.
         written = [operation.path for operation in told.ops if operation.path in paths and not operation.to]
         if text and written:
             state = item.files.get(written[-1])

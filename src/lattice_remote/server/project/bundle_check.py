@@ -1,9 +1,9 @@
-"""The process that puts a candidate together and has lattice itself check it.
+"""Check of a project's bundle or directory: a process builds a candidate and has lattice itself verify it.
 
     python -m lattice_remote.server.project.bundle_check --into PLACE --pack FILE --max-bytes N
 
-What it reads is hostile until shown otherwise, so it is a process of its own: bounded in memory, processor time and
-file size, and lattice runs in it under the same audit hook as in a worker. It prints one JSON ``Report``.
+Its input is untrusted. Memory, processor time and file size of the process are bounded, and lattice runs under the same
+audit hook as in a worker. The process prints one ``ImportReport`` as JSON.
 """
 
 import argparse
@@ -40,10 +40,10 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE
 
 
 class Candidate:
-    """The project in ``place``, a real path to an empty directory.
+    """Project under construction in ``place``, the real path of an empty directory.
 
-    Each file is made anew, under a name that was checked, in directories that were made here: there is no link that
-    could lead elsewhere, and no mode or owner of anybody's choice.
+    Every file is created here, with a checked name, in directories created here. So no link leads outside, and no mode
+    or owner is taken from the input.
     """
 
     def __init__(self, place: Path, layout: Layout) -> None:
@@ -51,16 +51,16 @@ class Candidate:
         self.lattice = place / ".lattice"
         self.layout = layout
         self.digests: dict[str, bytes] = {}
-        """Of each file as it came."""
+        """Digest of each file as received."""
         for directory in DIRECTORIES:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
-        """Add a file with this content.
+        """Create a file with this content.
 
         Raises:
-            Misuse: a project can't have it.
-            OSError: it can't be written.
+            Misuse: a project cannot contain it.
+            OSError: it cannot be written.
         """
         self.layout.add(path, size)
         target = self.lattice / path
@@ -75,11 +75,11 @@ class Candidate:
 
 MAX_NAMED = 20
 _MAX_NOTE_CHARS = 2000
-"""A frame's line has room for 4096."""
+"""Fits a line of a frame, which has at most 4096."""
 
 
 class ImportReport(msgspec.Struct, kw_only=True):
-    """One candidate, checked. ``refused`` is empty when it may be put in place."""
+    """Result of the check. The candidate may be put in place if ``refused`` is empty."""
 
     refused: str = ""
     tasks: int = 0
@@ -87,24 +87,24 @@ class ImportReport(msgspec.Struct, kw_only=True):
     files: int = 0
     bytes: int = 0
     hooks: bool = False
-    """Whether it came with hooks."""
+    """Whether the input had hooks."""
     hooks_kept: bool = False
     left_out: list[str] = []
-    """What lies in the directory and is no part of the project."""
+    """Entries of the directory that do not belong to a project."""
     rebuilt: list[str] = []
-    """Files that were not what the event logs say, and now are."""
+    """Files that differed from the event logs and were rebuilt."""
     warnings: list[str] = []
-    """What lattice's own doctor says of it."""
+    """Warnings of lattice's doctor."""
 
     def notes(self) -> list[str]:
-        """Return what a person should know, one line each."""
+        """Return messages for the user, one line each."""
         lines = []
         if self.hooks and not self.hooks_kept:
-            lines.append("its hooks were left out: an administrator must allow them")
+            lines.append("its hooks were removed: an administrator must allow them")
         if self.rebuilt:
-            lines.append(f"rebuilt from the event logs, which say otherwise: {_named(self.rebuilt)}")
+            lines.append(f"rebuilt from the event logs: {_named(self.rebuilt)}")
         if self.left_out:
-            lines.append(f"left out, no part of a project: {_named(self.left_out)}")
+            lines.append(f"omitted, not part of a project: {_named(self.left_out)}")
         lines += [f"lattice doctor: {warning}" for warning in self.warnings[:MAX_NAMED]]
         return [line[:_MAX_NOTE_CHARS] for line in lines]
 
@@ -128,20 +128,20 @@ async def quarantine(
     keep_hooks: bool = False,
     hooks_of: Path | None = None,
 ) -> ImportReport:
-    """Put a candidate together in ``place``, a directory that is made here, and have it checked.
+    """Build a candidate in ``place``, a directory created here, and check it.
 
-    Once this returns a report with nothing ``refused``, ``place`` holds a whole project, on the disk, and nothing else;
-    the caller puts it in place or removes it. In any other case there is no ``place`` any more.
+    If the returned report has no ``refused``, ``place`` holds a complete project, durable on disk, and nothing else;
+    the caller puts it in place or removes it. Otherwise ``place`` is removed.
 
     Args:
-        place: it must not exist.
+        place: must not exist.
         source: ``--pack FILE`` or ``--from DIRECTORY``.
-        max_bytes: how large the project, and any file of it, may be.
+        max_bytes: maximum size of the project.
         keep_hooks: an administrator allows its hooks.
-        hooks_of: a ``config.json`` whose hooks it gets in place of its own.
+        hooks_of: a ``config.json`` whose hooks replace its own.
 
     Raises:
-        StorageError: the check can't be made.
+        StorageError: the check cannot run.
     """
     place.mkdir(parents=True)  # noqa: ASYNC240 - a directory, at once
     try:
@@ -176,7 +176,7 @@ async def _checked(
         async with asyncio.timeout(_TIMEOUT_S):
             stdout, stderr = await process.communicate()
     except TimeoutError:
-        return ImportReport(refused=f"checking it takes longer than {_TIMEOUT_S / 60:.0f} minutes")
+        return ImportReport(refused=f"the check timed out after {_TIMEOUT_S / 60:.0f} minutes")
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
@@ -186,9 +186,11 @@ async def _checked(
     except msgspec.DecodeError:
         pass
     if process.returncode is not None and process.returncode < 0:
-        return ImportReport(refused=f"checking it takes more than it may (ended by signal {-process.returncode})")
+        return ImportReport(
+            refused=f"the check exceeded its limits of memory or processor time (signal {-process.returncode})"
+        )
     said = " ".join(stderr.decode(errors="replace").split())[-_MAX_SAID:]
-    raise StorageError(f"the project can't be checked: {said or f'exit {process.returncode}'}")
+    raise StorageError(f"cannot check the project: {said or f'exit {process.returncode}'}")
 
 
 _PIECE_BYTES = 1 << 20
@@ -197,15 +199,15 @@ _BOOKKEEPING = frozenset(
     {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", ".remote"}
     | {".fetch", ".fetch.lock", ".away", ".settings.json"}
 )
-"""Lattice's locks, and what makes a directory a cache: nobody misses them."""
+"""Lattice's locks and the client's cache files: omitted without a note."""
 
 
 def add_pack(candidate: Candidate, pack: Path) -> None:
-    """Put a pack's files into a candidate. All of it is read once before the first file is made.
+    """Add a bundle's files to a candidate. Validates the whole bundle before it creates the first file.
 
     Raises:
-        ProtocolError: it is no pack.
-        Misuse: a project can't have one of its files.
+        ProtocolError: the bundle is malformed.
+        Misuse: a project cannot contain one of its files.
     """
     layout = Layout(max_bytes=candidate.layout.max_bytes)
     for item in _items(pack):
@@ -225,11 +227,11 @@ def _items(pack: Path) -> Iterator[Entry | bytes]:
         while piece := file.read(_PIECE_BYTES):
             yield from unpacker.receive(piece)
     if not unpacker.is_complete:
-        raise ProtocolError("the pack is cut short")
+        raise ProtocolError("the bundle is truncated")
 
 
 class _Content:
-    """The pieces of one file; what comes after the last is in ``following``."""
+    """Pieces of one file; ``following`` is the item after them."""
 
     def __init__(self, items: Iterator[Entry | bytes]) -> None:
         self._items = items
@@ -244,36 +246,36 @@ class _Content:
 
 
 def add_directory(candidate: Candidate, directory: Path) -> list[str]:
-    """Put the replicated files below ``directory`` (a ``.lattice``) into a candidate; return what was left out.
+    """Add the replicated files below ``directory`` (a ``.lattice``) to a candidate; return the omitted paths.
 
-    Links and whatever is no plain file are left out, never followed.
+    Omits symbolic links and special files, and never follows them.
 
     Raises:
-        Misuse: a project can't have one of its files, or one was cut short meanwhile.
-        OSError: one can't be read.
+        Misuse: a project cannot contain one of its files, or one was truncated while being read.
+        OSError: a file cannot be read.
     """
     left_out: list[str] = []
     for path in _walk(directory, left_out):
         with open(os.open(directory / path, READ), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise Misuse(f"{path} is no plain file any more; somebody works in {directory}: try again")
+                raise Misuse(f"{path} was replaced while it was read; {directory} is in use: try again")
             candidate.add(path, status.st_size, _first(status.st_size, file, path))
     return sorted(left_out)
 
 
 def _first(size: int, file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield the first ``size`` bytes: a log that is being added to ends with what it had when it was opened."""
+    """Yield the first ``size`` bytes; what is appended to a log after it was opened is ignored."""
     while size:
         piece = file.read(min(size, _PIECE_BYTES))
         if not piece:
-            raise Misuse(f"{path} was cut short while it was read; somebody works there: try again")
+            raise Misuse(f"{path} was truncated while it was read; it is in use: try again")
         size -= len(piece)
         yield piece
 
 
 def _walk(directory: Path, left_out: list[str]) -> Iterator[str]:
-    """Yield the replicated plain files, relative, in order."""
+    """Yield the relative paths of replicated regular files, in order."""
     pending = [""]
     found: list[str] = []
     while pending:
@@ -303,21 +305,21 @@ READS: Sequence[Sequence[str]] = (
     ("resource", "list", "--json"),
     ("session", "list", "--json"),
 )
-"""What must not break down on the project: everybody's first commands."""
+"""Commands that must not fail on the project: the first ones of every user."""
 _MAX_WARNINGS = 50
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do it; the exit code is 0 whenever a report was printed."""
+    """Check a candidate and print the report. The exit code is 0 whenever a report is printed."""
     parser = argparse.ArgumentParser(prog="lattice-remote-intake")
     parser.add_argument("--into", type=Path, required=True, help="an empty directory")
     parser.add_argument("--pack", type=Path)
     parser.add_argument("--from", dest="directory", type=Path)
     parser.add_argument("--max-bytes", type=int, required=True)
     parser.add_argument("--keep-hooks", action="store_true")
-    parser.add_argument("--hooks-of", type=Path, help="a config.json whose hooks it gets in place of its own")
+    parser.add_argument("--hooks-of", type=Path, help="a config.json whose hooks replace its own")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends this one
     sys.dont_write_bytecode = True
     report = ImportReport()
     try:
@@ -325,9 +327,9 @@ def main(arguments: list[str] | None = None) -> int:
     except RemoteError as error:
         report.refused = error.message
     except (RecursionError, MemoryError) as error:
-        report.refused = f"it takes more than a project may: {type(error).__name__}"
+        report.refused = f"checking it exceeds the limits: {type(error).__name__}"
     except OSError as error:
-        report.refused = f"the server can't store it: {error.strerror or error}"
+        report.refused = f"the server cannot store it: {error.strerror or error}"
     sys.stdout.buffer.write(msgspec.json.encode(report))
     return 0
 
@@ -341,7 +343,7 @@ def _take_in(options: argparse.Namespace, report: ImportReport) -> None:
     else:
         report.left_out = add_directory(candidate, options.directory.resolve())
     if "config.json" not in candidate.digests:
-        raise Misuse("there is no config.json: this is no lattice project")
+        raise Misuse("config.json not found: this is not a lattice project")
     _settle_hooks(candidate, report, keep=options.keep_hooks, hooks_of=options.hooks_of)
     _have_lattice_check(candidate, report)
     _require_whole_tasks(candidate.lattice)
@@ -364,9 +366,9 @@ def _bound_this_process(max_bytes: int) -> None:
 
 
 def _settle_hooks(candidate: Candidate, report: ImportReport, *, keep: bool, hooks_of: Path | None) -> None:
-    """Leave out the project's hooks, which are shell commands, unless an administrator allows them.
+    """Remove the project's hooks, which are shell commands, unless an administrator allows them.
 
-    The place's own hooks, which an administrator has put there, stay.
+    Hooks of the project that it replaces are kept.
     """
     path = candidate.lattice / "config.json"
     config = _json_object(path)
@@ -386,9 +388,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
-        raise Misuse(f"{path.name} is no JSON: {error}") from error
+        raise Misuse(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise Misuse(f"{path.name} is no JSON object")
+        raise Misuse(f"{path.name} is not a JSON object")
     return found
 
 
@@ -396,7 +398,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 class _NothingKept:
-    """A candidate that is refused is removed: nothing need be taken back."""
+    """No pre-images: a refused candidate is removed as a whole."""
 
     def keep_for_append(self, path: str) -> None: ...
     def keep_for_rewrite(self, path: str) -> None: ...
@@ -407,10 +409,10 @@ class _NothingKept:
 
 
 def _have_lattice_check(candidate: Candidate, report: ImportReport) -> None:
-    """Run ``rebuild --all``, ``doctor`` and what everybody runs first.
+    """Run ``rebuild --all``, ``doctor`` and the most common reading commands.
 
     Raises:
-        Misuse: lattice finds errors, breaks down, or would touch what is not the project's.
+        Misuse: lattice reports errors, fails, or would touch files outside the project.
     """
     place = candidate.place
     code = code_directories(place)
@@ -432,11 +434,11 @@ def _run(executor: Executor, capture: Capture, argv: Sequence[str]) -> CommandOu
     with capture.watch() as touched, contextlib.suppress(AccessDenied):
         outcome = executor.run(argv, path)
     if touched.veto is not None:
-        raise Misuse(f"lattice {path} would {touched.veto} because of what is in it")
+        raise Misuse(f"lattice {path} would {touched.veto} because of its content")
     if touched.unshared:
-        raise Misuse(f"lattice {path} would write {touched.unshared[0]!r}, a name that can't be shared")
+        raise Misuse(f"lattice {path} would write {touched.unshared[0]!r}, a name that cannot be shared")
     if outcome.failure is not None:
-        raise Misuse(f"lattice {path} breaks down on it: {outcome.failure}")
+        raise Misuse(f"lattice {path} fails on it: {outcome.failure}")
     return outcome
 
 
@@ -445,37 +447,37 @@ def _read_findings(stdout: bytes, report: ImportReport) -> None:
         findings = json.loads(stdout)["data"]["findings"]
         told = [(str(found["level"]), printable(str(found["message"]))[:500]) for found in findings]
     except (ValueError, KeyError, TypeError) as error:
-        raise Misuse(f"lattice doctor does not work on it: {_first_line(stdout)}") from error
+        raise Misuse(f"lattice doctor fails on it: {_first_line(stdout)}") from error
     errors = [message for level, message in told if level == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise Misuse(f"lattice doctor: {errors[0]}{more}; mend it where it is, with: lattice doctor")
+        raise Misuse(f"lattice doctor: {errors[0]}{more}; repair it at its source with: lattice doctor")
     report.warnings = [message for _, message in told[:_MAX_WARNINGS]]
 
 
 def _first_line(output: bytes) -> str:
     lines = printable(output.decode(errors="replace")[:2000].partition("\n")[0])
-    return lines or "it says nothing"
+    return lines or "no output"
 
 
 def _require_whole_tasks(lattice: Path) -> None:
-    """Make sure that each task is one that its own event log has made.
+    """Require that each task was made by its own event log.
 
     Raises:
-        Misuse: one is not.
+        Misuse: a task was not.
     """
     for folder, logs in ((lattice / "tasks", "events"), (lattice / "archive/tasks", "archive/events")):
         for path in sorted(folder.iterdir()):
             log = path.parent.parent / "events" / f"{path.stem}.jsonl"
             where = path.relative_to(lattice)
             if not log.exists():
-                raise Misuse(f"{where} has no event log {logs}/{path.stem}.jsonl: its history is missing")
+                raise Misuse(f"{where} has no event log {logs}/{path.stem}.jsonl")
             if _json_object(path).get("id") != path.stem:
-                raise Misuse(f"the event log of {where} is another task's")
+                raise Misuse(f"the event log of {where} belongs to another task")
 
 
 class _Settings(msgspec.Struct):
-    """What every ``create`` breaks down on when it is of another type."""
+    """Settings whose types every ``create`` relies on."""
 
     project_code: str | None = None
     subproject_code: str | None = None
@@ -485,25 +487,24 @@ class _Settings(msgspec.Struct):
 
 
 class _SessionIndex(msgspec.Struct):
-    """What lattice counts with when a session starts or ends."""
+    """Counters that lattice updates when a session starts or ends."""
 
     active_sessions: dict[str, str] = {}
     serial_counters: dict[str, int] = {}
 
 
 class _Session(msgspec.Struct):
-    """One that goes on. Its own id becomes part of a file's name when it ends: with a path in it, it would end as
-    another file than a session's."""
+    """Active session. Its own id becomes part of a file name when it ends, so it must not contain a path."""
 
     name: str
     session: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 
 
 def _require_objects(lattice: Path) -> None:
-    """Make sure that what lattice's doctor does not look at is what lattice expects.
+    """Check the files that lattice's doctor does not.
 
     Raises:
-        Misuse: something is not.
+        Misuse: one does not have the expected form.
     """
     for path in sorted([*lattice.glob("sessions/**/*.json"), *lattice.glob("resources/*/resource.json")]):
         _json_object(path)
@@ -512,7 +513,7 @@ def _require_objects(lattice: Path) -> None:
         if path.name == "index.json":
             _require_form(path, _SessionIndex)
         elif (name := _require_form(path, _Session).name) != path.stem:
-            raise Misuse(f"sessions/{path.name} says that it is the session {printable(name)[:100]!r}")
+            raise Misuse(f"sessions/{path.name} names another session, {printable(name)[:100]!r}")
 
 
 def _require_form[Form: msgspec.Struct](path: Path, form: type[Form]) -> Form:
@@ -522,7 +523,7 @@ def _require_form[Form: msgspec.Struct](path: Path, form: type[Form]) -> Form:
         raise Misuse(f"{path.name} is not what lattice writes: {error}") from error
 
 
-# --- what came of it ---
+# --- result ---
 
 
 def _count(candidate: Candidate, report: ImportReport) -> None:
@@ -541,7 +542,7 @@ def _count(candidate: Candidate, report: ImportReport) -> None:
 
 
 def _make_durable(place: Path) -> None:
-    """Have the disk keep all of it: what is put in place later must survive a power cut."""
+    """Fsync the whole candidate, which must survive a power cut once it is put in place."""
     for name in os.listdir(place / "tmp"):
         os.unlink(place / "tmp" / name)
     os.chdir(place)

@@ -1,7 +1,7 @@
-"""Sends files of the tree to one client, each as it was at a number that the client can rely on.
+"""Files of the tree for clients, each consistent with a sequence number.
 
-The tree on disk is ahead of the head by the commands that are running. So what was read counts only once the
-manifest at the head says the same: at once, or in the moment in which the change that made it is committed.
+The tree on disk is ahead of the head by the running commands. A read therefore counts only once the manifest at the
+head has the same digest: at once, or in the tick that commits the change.
 """
 
 import asyncio
@@ -25,19 +25,17 @@ __all__ = ["PIECE_BYTES", "FileSender", "Snapshot", "text_at_head"]
 _TEXT_SETTLE_S = 5.0
 _LOOK_AGAIN_S = 0.02
 _MAX_BYTES = 64 * 1024 * 1024
-"""No client may send a text as large as this; somebody at the server may have put it there."""
+"""Larger than any text that clients may send; only a program on the server can create one."""
 
 
 async def text_at_head(project: Project, path: str, share: ResponseShare) -> bytes | None:
-    """Return the content of a plan or notes; None when there is none. Belongs to the event loop's thread.
+    """Return the content of a plan or notes at the head; None if it does not exist. Belongs to the event loop's thread.
 
-    It is counted as a part of the response that has this ``share``.
-
-    The disk is ahead of the head by what is being written: what was read counts once it is what the head says.
+    The content counts as part of the response that ``share`` belongs to.
 
     Raises:
-        Rejected: REMOTE_TOO_LARGE, over 64 MiB; REMOTE_BUSY, the token has too many answers outstanding.
-        StorageError: it can't be read, or was different from the head's for seconds.
+        Rejected: REMOTE_TOO_LARGE, over 64 MiB; REMOTE_BUSY, the token has too many responses outstanding.
+        StorageError: it cannot be read, or differed from the head for ``_TEXT_SETTLE_S``.
     """
     try:
         async with share.making(), asyncio.timeout(_TEXT_SETTLE_S):
@@ -45,26 +43,26 @@ async def text_at_head(project: Project, path: str, share: ResponseShare) -> byt
             share.hold(text or b"")
             return text
     except TimeoutError:
-        raise StorageError(f"{path} is changing all the time; try again") from None
+        raise StorageError(f"{path} keeps changing; try again") from None
     except OSError as error:
-        raise StorageError(f"the server can't read {path}: {error.strerror}") from error
+        raise StorageError(f"the server cannot read {path}: {error.strerror}") from error
 
 
 async def _settled(project: Project, path: str) -> bytes | None:
     while (content := project.history.files.get(path)) is not None:
         if content[0] > _MAX_BYTES:
-            raise Rejected(f"{path} has {content[0]} bytes, too many to be sent at once", code="REMOTE_TOO_LARGE")
+            raise Rejected(f"{path} is too large to send: {content[0]} bytes", code="REMOTE_TOO_LARGE")
         data = await asyncio.to_thread(_read, project.paths.lattice / path, content[0])
         if data is not None and digest_of(data) == content[1]:
             return data
         if project.history.files.get(path) == content:
-            project.files_touched({path})  # perhaps somebody has edited it here
+            project.files_touched({path})  # perhaps edited on the server
             await asyncio.sleep(_LOOK_AGAIN_S)
     return None
 
 
 def _read(path: Path, size: int) -> bytes | None:
-    """Return a plain file's content, or one byte more than ``size`` when it is longer; None when there is none."""
+    """Return a file's content, or ``size`` + 1 bytes of a longer one; None if it does not exist."""
     try:
         descriptor = os.open(path, READ)
     except FileNotFoundError:
@@ -74,32 +72,31 @@ def _read(path: Path, size: int) -> bytes | None:
 
 
 PIECE_BYTES = 1024 * 1024
-"""The most of a file that travels in one frame."""
+"""Maximum bytes of a file in one frame."""
 _MAX_GROWTH_BYTES = 4 * 1024 * 1024
 
 
 class Snapshot:
-    """An open file of which both the first bytes and the whole may be what somebody asks for. Close it."""
+    """Open file, digested as a whole and at its expected size, so that either may be sent. Close it."""
 
     def __init__(
         self, descriptor: int, size: int, digest: bytes, first: "tuple[int, hashlib._Hash]", data: bytes | None
     ) -> None:
         self.size = size
-        """Of the whole file, in bytes."""
+        """In bytes."""
         self.digest = digest
-        """Of the whole file."""
-        self._first = first  # a hasher that has seen as many first bytes
+        self._first = first  # number of leading bytes, and a hasher that has seen them
         self._descriptor: int | None = descriptor
-        self._data = data  # all of it, when it is small
+        self._data = data  # the whole content of a small file
         if data is not None:
-            self.close()  # a thousand clients that are filled at once hold no descriptor for every small file
+            self.close()  # a thousand clients in resync must not hold a descriptor per small file
 
     @classmethod
     def open(cls, path: Path, expected_size: int) -> "Snapshot | None":
-        """Open and digest a file; None when there is none, or no plain one. Blocking: call it from a thread.
+        """Open and digest a file; None if it does not exist. Blocking.
 
         Raises:
-            OSError: it can't be read.
+            OSError: it cannot be read.
         """
         try:
             descriptor = os.open(path, READ)
@@ -113,7 +110,7 @@ class Snapshot:
 
     @classmethod
     def _read(cls, descriptor: int, expected_size: int) -> "Snapshot":
-        """Digest the file in one pass of bounded memory, with its expected first bytes on the way."""
+        """Digest the file in one pass of bounded memory, noting the digest at its expected size."""
         digest = hashlib.sha256()
         first = (0, digest.copy())
         data: bytes | None = b""
@@ -130,12 +127,12 @@ class Snapshot:
             data = None if data is None or size > PIECE_BYTES else data + piece
 
     def digest_at(self, size: int) -> bytes | None:
-        """Return the digest of the first ``size`` bytes, None when it would take long to say, or there are fewer.
+        """Return the digest of the first ``size`` bytes; None if the file is shorter or computing it would take long.
 
-        Takes at most a few ms: the file may have grown since it was opened by what a busy log grows in that time.
+        Takes at most a few ms, enough for the growth of a busy log since ``open``.
 
         Raises:
-            OSError: it can't be read.
+            OSError: the file cannot be read.
         """
         if self._data is not None:
             return hashlib.sha256(self._data[:size]).digest() if size <= len(self._data) else None
@@ -149,10 +146,10 @@ class Snapshot:
         return digest.digest() if len(grown) == size - seen else None
 
     def piece(self, offset: int, size: int) -> bytes:
-        """Return the piece at ``offset`` of content that is ``size`` bytes long.
+        """Return the piece at ``offset`` of content with ``size`` bytes.
 
         Raises:
-            OSError: it can't be read.
+            OSError: the file cannot be read.
         """
         if self._data is not None:
             return self._data[offset : min(size, offset + PIECE_BYTES)]
@@ -168,13 +165,13 @@ class Snapshot:
 
 _BATCH_FILES = 64
 _SETTLE_S = 0.25
-"""How long a change may take from the disk to its commit before the worker is asked to look at the file."""
+"""Time from disk to commit after which the worker is asked to check the file."""
 
 _log = logging.getLogger(__name__)
 
 
 class FileSender:
-    """Answers ``Fetch`` for one client, at the pace of its outbox."""
+    """Sender of requested files to one client, at the pace of its send queue."""
 
     def __init__(self, project: Project, outbox: SendQueue, push: Callable[[Part], None]) -> None:
         self._project = project
@@ -182,7 +179,7 @@ class FileSender:
         self._push = push
 
     def batch(self, paths: dict[str, None]) -> list[str]:
-        """Take off the front of ``paths`` what can be read together: some files, or one large one."""
+        """Remove from the front of ``paths`` the files to read together: several small ones or one large."""
         taken: list[str] = []
         weight = 0
         for path in paths:
@@ -195,7 +192,7 @@ class FileSender:
         return taken
 
     async def send(self, paths: list[str]) -> list[str]:
-        """Send these files; return those that were changing all the while, to be sent again later."""
+        """Send files; return those that kept changing, to be sent again later."""
         files = self._project.history.files
         known = [(path, files[path]) for path in paths if path in files]
         snapshots = await asyncio.to_thread(_open_all, self._project.paths.lattice, known)
@@ -207,13 +204,13 @@ class FileSender:
                 snapshot.close()
 
     async def _send(self, path: str, expected: Content | None, snapshot: Snapshot | None) -> bool:
-        """Send one file; return whether it could be done. From a look at the manifest to the push nothing waits."""
+        """Send one file; return whether it was possible. Does not yield between checking the manifest and pushing."""
         content = self._project.history.files.get(path)
         if content is None:
             self._push(Part(path, self._project.history.head, gone=True))
             return True
         if snapshot is None or snapshot.digest_at(content[0]) != content[1]:
-            # While it was read it changed, and what was read may have had its moment already: look again.
+            # It changed while being read, and the snapshot may already be outdated: retry.
             return content == expected and await self._send_when_committed(path, snapshot)
         seq = self._send_first(path, snapshot, content)
         return await self._send_rest(path, snapshot, content, seq)
@@ -230,13 +227,13 @@ class FileSender:
         for offset in range(PIECE_BYTES, size, PIECE_BYTES):
             piece = await asyncio.to_thread(snapshot.piece, offset, size)
             if len(piece) != min(PIECE_BYTES, size - offset):
-                return False  # somebody is cutting it short
+                return False  # it is being truncated
             self._push(Part(path, seq, size, digest, offset, piece))
             await self._outbox.room()
         return True
 
     async def _send_when_committed(self, path: str, snapshot: Snapshot | None) -> bool:
-        """The disk is ahead of the head: wait for the change that makes what was read the truth, for a while."""
+        """Wait up to ``_SETTLE_S`` for the commit of the change that makes the snapshot current."""
         if snapshot is None:
             self._project.files_touched({path})
             await asyncio.sleep(_SETTLE_S)
@@ -249,7 +246,7 @@ class FileSender:
                 return
             try:
                 sent.set_result(self._send_first(path, snapshot, content))
-            except OSError as error:  # this client's trouble, not that of whoever publishes
+            except OSError as error:  # must not reach the publisher
                 sent.set_exception(error)
 
         forget = self._project.history.expect(path, content, begin)

@@ -1,8 +1,8 @@
-"""Runs the hooks of ``config.json`` that commands asked for: after the commit, in order, one at a time a project.
+"""Runner of the ``config.json`` hooks requested by commands: after the commit, in order, one at a time per project.
 
-As upstream's: a shell command with the event on standard input and a time limit; what it prints is discarded, and
-a failure concerns nobody else. It is logged with the number of the change. Hooks of a change run at most once;
-those not begun when the server stops are lost.
+As upstream, a hook is a shell command with the event on standard input and a time limit; its output is discarded. A
+failure is logged with the number of the change and affects nothing else. Hooks of a change run at most once; those not
+started when the server stops are lost.
 """
 
 import asyncio
@@ -30,10 +30,10 @@ __all__ = ["HOOK_TIMEOUT_S", "HookRunner", "without_secrets"]
 HOOK_TIMEOUT_S = 10.0
 _MAX_WAITING = 10_000
 _MAX_LINE_BYTES = 4096
-"""So much of what a hook writes to stderr is looked at; the rest is read and forgotten."""
+"""Bytes of a hook's stderr that are examined; the rest is discarded."""
 _MAX_SHOWN_CHARS = 200
 _LOOK_S = 0.05
-"""How often is looked whether a hook has ended that has left its stderr to a process in the background."""
+"""Polling interval for the end of a hook that left its stderr to a background process."""
 
 _SECRETS = re.compile(
     r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)"
@@ -45,10 +45,10 @@ _log = logging.getLogger(__name__)
 
 
 class HookRunner:
-    """The hooks of one project, off the write path. ``close()`` it.
+    """Hooks of one project, off the write path; ``close()`` it.
 
-    They run in a thread of their own: what the loop's subprocesses do when a hook ends before it has read its event
-    differs from one event loop to the other, and a hook may take its whole time without holding up anybody.
+    They run in a thread: event loops differ in what happens when a subprocess ends before it has read its input, and a
+    hook may use its whole time limit without delaying others.
     """
 
     def __init__(self, slug: str, cwd: Path, *, timeout_s: float = HOOK_TIMEOUT_S) -> None:
@@ -60,7 +60,7 @@ class HookRunner:
         self._closing = threading.Event()
 
     def submit(self, seq: int, calls: list[HookCall]) -> None:
-        """Queue the hooks of change ``seq`` to run after those before them; returns at once."""
+        """Queue the hooks of change ``seq``; returns at once."""
         for call in calls:
             if len(self._waiting) >= _MAX_WAITING:
                 self._failed(seq, call, f"was dropped: {_MAX_WAITING} are waiting")
@@ -70,7 +70,7 @@ class HookRunner:
             self._task = asyncio.get_running_loop().create_task(self._run_waiting(), name=f"hooks {self._slug}")
 
     async def close(self) -> None:
-        """End the hook that runs, forget the others."""
+        """Kill the running hook and drop the others."""
         self._waiting.clear()
         self._closing.set()
         if self._task is not None:
@@ -84,7 +84,7 @@ class HookRunner:
             self._task = None
 
     def _run(self, seq: int, call: HookCall) -> None:
-        """Run one hook to its end or its time limit; whatever happens, the next one has its turn. Blocking."""
+        """Run one hook to its end or its time limit; log any failure. Blocking."""
         try:
             with _event_file(call.stdin) as stdin, self._started(call, stdin) as process:
                 assert process.stderr is not None, "it was asked for"
@@ -99,7 +99,7 @@ class HookRunner:
 
     @contextlib.contextmanager
     def _started(self, call: HookCall, stdin: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a hook in a process group of its own, so that all of it can be ended; at the end it has ended."""
+        """Start a hook in its own process group, so that all of it can be killed; it has ended on exit."""
         process = subprocess.Popen(  # noqa: S602 - the administrator's own command, as upstream runs it
             call.command,
             shell=True,
@@ -119,7 +119,7 @@ class HookRunner:
                         os.killpg(process.pid, signal.SIGKILL)
 
     def _watch(self, process: "subprocess.Popen[bytes]", stderr: IO[bytes]) -> tuple[int | None, bytes]:
-        """Wait for a hook's end; return its exit code, None when its time is over, and how its stderr begins."""
+        """Wait for a hook's end; return its exit code, None on timeout, and the beginning of its stderr."""
         os.set_blocking(stderr.fileno(), False)
         deadline = time.monotonic() + self._timeout_s
         said = bytearray()
@@ -136,24 +136,24 @@ class HookRunner:
         return process.returncode, bytes(said)
 
     def _failed(self, seq: int, call: HookCall, how: str, said: bytes = b"") -> None:
-        """Log what became of a hook. Neither its command line, which may hold a password, nor anything of its kind."""
+        """Log a failed hook, without its command line, which may contain a password."""
         line = said.decode(errors="replace").strip().splitlines()[:1]
         text = f": {printable(without_secrets(line[0]))[:_MAX_SHOWN_CHARS]}" if line else ""
         event = call.env.get("LATTICE_EVENT_TYPE", "?")
         _log.error("%s: change %d: hook %s of %s %s%s", self._slug, seq, self._name(call), printable(event), how, text)
 
     def _name(self, call: HookCall) -> str:
-        """Return where in ``config.json`` a hook stands, as ``hooks.on.task_created``."""
+        """Return a hook's key in ``config.json``, for example ``hooks.on.task_created``."""
         try:
             config = json.loads((self._cwd / ".lattice" / "config.json").read_text("utf-8"))
             names = [name for name, command in _commands(config["hooks"]) if command == call.command]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             names = []
-        return printable(names[0])[:_MAX_SHOWN_CHARS] if names else "(not in config.json any more)"
+        return printable(names[0])[:_MAX_SHOWN_CHARS] if names else "(no longer in config.json)"
 
 
 def without_secrets(line: str) -> str:
-    """Return a line that a hook has printed without what looks like a token or a password."""
+    """Return a line of a hook's output with tokens and passwords masked."""
 
     def masked(found: re.Match[str]) -> str:
         return f"{found['token'] or found['named'] or found['user'] + ':'}***"
@@ -162,7 +162,7 @@ def without_secrets(line: str) -> str:
 
 
 def _commands(hooks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the places of the hooks in ``config.json``, and what is there."""
+    """Yield key and command of each hook in ``config.json``."""
     yield "hooks.post_event", hooks.get("post_event", "")
     for kind in ("on", "transitions"):
         for key, value in (hooks.get(kind) or {}).items():
@@ -172,7 +172,7 @@ def _commands(hooks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def _event_file(text: str) -> Iterator[IO[bytes]]:
-    """A hook's standard input: a file, so that nobody waits for a hook that does not read it; on Linux on no disk."""
+    """Open a hook's standard input: a file, so that a hook which ignores it blocks no pipe; in memory on Linux."""
     in_memory = getattr(os, "memfd_create", None)
     with os.fdopen(in_memory("event"), "w+b") if in_memory else tempfile.TemporaryFile() as file:
         file.write(text.encode())
@@ -181,7 +181,7 @@ def _event_file(text: str) -> Iterator[IO[bytes]]:
 
 
 def _read_some(stderr: IO[bytes], said: bytearray) -> bool:
-    """Read what there is, keep the beginning; return whether there may be more."""
+    """Read available output and keep its beginning; return whether more may follow."""
     try:
         data = os.read(stderr.fileno(), 65536)
     except BlockingIOError:
@@ -191,17 +191,17 @@ def _read_some(stderr: IO[bytes], said: bytearray) -> bool:
 
 
 async def _in_thread(work: Callable[[int, HookCall], None], seq: int, call: HookCall) -> None:
-    """Run blocking work in a thread of its own: the loop's few are for those who wait for an answer."""
+    """Run blocking work in its own thread: the loop's pool is for work that callers wait for."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
     def run() -> None:
         try:
             work(seq, call)
-        except Exception:  # noqa: BLE001 - whatever it is, the next one has its turn
-            _log.exception("a hook could not be run")
+        except Exception:  # noqa: BLE001 - the next hook must run
+            _log.exception("cannot run a hook")
         finally:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(done.set)
 
     threading.Thread(target=run, name="hook", daemon=True).start()

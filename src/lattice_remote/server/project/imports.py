@@ -1,9 +1,9 @@
-"""Takes whole projects that clients push: the uploaded pack is checked apart, then the worker puts it in place.
+"""Imports of whole projects that clients push: an isolated check of the uploaded bundle, then the worker's replacement.
 
-    asked --> checking --refused--> answered
-                       --passed---> with the worker --> answered
+    requested --> checking --refused--> answered
+                           --passed---> with the worker --> answered
 
-Nothing here decides whether a project is empty, or whether a request was carried out before: the worker does (I1, I6).
+The worker decides whether the project is empty and whether the request was already done (I1, I6).
 """
 
 import asyncio
@@ -35,25 +35,26 @@ Submit = Callable[[ImportProject, Subscriber], None]
 
 @dataclass(slots=True)
 class _Push:
-    """One that is being checked, or with the worker."""
+    """Push being checked or with the worker."""
 
     frame: Push
     token: Token
     askers: list[Subscriber] = field(default_factory=list)
-    """Who waits for the check."""
+    """Recipients of a refusal by the check."""
     task: "asyncio.Task[None] | None" = None
     request: ImportProject | None = None
-    """What the worker was asked, once the check has passed: whoever asks again joins that."""
+    """Request to the worker once the check has passed; repeated pushes join it."""
 
 
 class Pushes:
-    """See the module's text. All methods belong to the event loop's thread; ``close()`` it in the end.
+    """Pushes of one project in progress. Belongs to the event loop's thread; ``close()`` it.
 
     Args:
         paths: of the project.
         config: the server's settings.
-        uploads: has the packs.
-        submit: gives a request to the project's worker.
+        uploads: holds the bundles.
+        submit: queues a request for the worker.
+        refused: called with the code of each refusal not made by the worker.
     """
 
     def __init__(
@@ -64,7 +65,6 @@ class Pushes:
         submit: Submit,
         refused: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """``refused`` is called with the code of each refusal that is not the worker's."""
         self._refused = refused
         self._paths = paths
         self._config = config
@@ -72,48 +72,48 @@ class Pushes:
         self._submit = submit
         self._under_way: dict[str, _Push] = {}
         self._one_at_a_time = asyncio.Lock()
-        self._is_clean = False  # what an earlier server left was removed
+        self._is_clean = False  # leftovers of an earlier server were removed
 
     def take(self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, asker: Subscriber) -> None:
-        """Take a push; ``asker.answer()`` is called when it is done.
+        """Start or join a push. Calls ``asker.answer()`` when it is done.
 
         Args:
-            frame: what is asked for.
-            token: whose it is.
-            first_sent_at: see ``ipc.Execute``.
-            used: what shows that something was done in the project, None when it is empty as far as is known.
-            asker: who asks.
+            frame: the request.
+            token: its token.
+            first_sent_at: see ``ipc.RunCommand``.
+            used: the project's first sign of use; None if it looks empty.
+            asker: the requester.
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
             self._refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif push is not None and push.frame.digest != frame.digest:
-            why = "another project is being pushed with this request id: take a new one"
+            why = "another project is being pushed with this request id: use a new one"
             self._refuse(asker, frame.id, "REMOTE_INVALID", why)
         elif push is not None and push.request is not None:
             self._submit(push.request, asker)
         elif push is not None:
             push.askers.append(asker)
         elif used is not None or not self._has_pack(frame, token):
-            # It may have been carried out before: that, or why not, is the worker's to say.
+            # It may have been done before: the worker decides.
             asked = ImportProject(
                 frame.id, token.id, token.actor, first_sent_at=first_sent_at, fingerprint=_fingerprint(frame)
             )
             self._submit(asked, asker)
         elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
-            self._refuse(asker, frame.id, "REMOTE_BUSY", "other projects are being checked; try again in a while")
+            self._refuse(asker, frame.id, "REMOTE_BUSY", "the server is checking other projects; try again later")
         else:
             push = self._under_way[frame.id] = _Push(frame, token, [asker])
             push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
 
     def forget(self, asker: Subscriber) -> None:
-        """The connection of ``asker`` is gone. What it pushed goes on: it will ask again."""
+        """Remove a closed connection. Its pushes continue, since the client will ask again."""
         for push in self._under_way.values():
             if asker in push.askers:
                 push.askers.remove(asker)
 
     async def close(self) -> None:
-        """Stop checking."""
+        """Cancel the checks."""
         tasks = [push.task for push in self._under_way.values() if push.task is not None]
         for task in tasks:
             task.cancel()
@@ -131,18 +131,18 @@ class Pushes:
         code, why = "REMOTE_UNSUPPORTED", ""
         try:
             report = await self._checked(frame, token, place)
-            if report.refused:  # and would be again: the next try brings another pack
+            if report.refused:  # the same bundle would be refused again
                 self._uploads.used(token.id, frame.digest)
-                why = f"the server does not take this project: {report.refused}"
+                why = f"the server refused this project: {report.refused}"
         except RemoteError as error:
             code, why = error.code, error.message
         except OSError as error:
-            code, why = "REMOTE_STORAGE", f"the server can't store the project: {error.strerror}"
-        except Exception:  # noqa: BLE001 - whoever pushed must get an answer
-            _log.exception("%s: a push could not be checked", self._paths.root.name)
+            code, why = "REMOTE_STORAGE", f"the server cannot store the project: {error.strerror}"
+        except Exception:  # noqa: BLE001 - the client must get a reply
+            _log.exception("%s: cannot check a push", self._paths.root.name)
             code, why = (
                 "REMOTE_FAILED",
-                "the server could not check the project; its administrator should look at its log",
+                "the server failed to check the project; see the server's log",
             )
         if why:
             self._refuse_all(push, code, why)
@@ -173,7 +173,7 @@ class Pushes:
         asker.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
     def _settled(self, push: _Push, place: Path) -> None:
-        """The worker has answered: the candidate that did not get its place goes, or the pack of one that did."""
+        """Clean up after the worker's reply: remove a rejected candidate, or the bundle of an accepted one."""
         self._under_way.pop(push.frame.id, None)
         if place.exists():
             asyncio.get_running_loop().run_in_executor(None, lambda: shutil.rmtree(place, ignore_errors=True))
@@ -199,23 +199,23 @@ def _fingerprint(frame: Push) -> bytes:
 
 
 class _Cleaner:
-    """Asks like a client, and says when there is an answer: clients may be gone by then."""
+    """Internal requester that runs a cleanup after the reply, since clients may be gone by then."""
 
     def __init__(self, settled: Callable[[], None]) -> None:
         self._settled = settled
 
     @property
     def lane(self) -> Hashable:
-        """Its own."""
+        """This object."""
         return self
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """What was asked for is done, or refused."""
+        """Run the cleanup."""
         del request_id, reply
         self._settled()
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """Nothing is followed here."""
+        """Do nothing."""
 
     def end(self, bye: Bye) -> None:
-        """Nothing is connected here."""
+        """Do nothing."""

@@ -1,10 +1,10 @@
-"""The reader process of a project, seen from the server: started when it is needed, ended when it is not, or stuck.
+"""Reader process of a project, seen from the server, with a cache of its results.
 
-Reads are carried out one at a time, tokens in turn. What was read while the worker had nothing to do is the tree at the
-head, and serves everybody who asks for the same before the next change.
+The process starts on demand and ends when idle or stuck. Reads run one at a time, tokens in turn. A result read while
+the worker was idle is the tree at the head and serves equal reads until the next change.
 
-A read that overlaps a transaction counts only if that is committed and durable (I2): until then its answer waits, and
-where the transaction was rolled back, the read is repeated.
+A read that overlaps a transaction counts only once that is committed and durable (I2). The result waits until then;
+after a rollback the read is repeated.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from lattice_remote.server.transport.response_budget import ResponseShare
 __all__ = ["ReadCache", "ReaderProcess"]
 
 _KEPT_S = 5.0
-"""How long an answer may be given again: some say how long ago something was."""
+"""Maximum age of a cached result; some contain relative times."""
 _MAX_BYTES = 32 * 1024 * 1024
 _OVERHEAD_BYTES = 1024
-"""What each takes beside its contents: there may be many that say next to nothing."""
+"""Overhead of a cached result beside its contents."""
 
 _ITEM_BYTES = 160
-"""What is known of each item of a list."""
+"""Weight of one item of a list index."""
 
 
 class ReadCache:
-    """The newest answers of one state of the tree. Belongs to the event loop's thread."""
+    """Newest results of one state of the tree. Belongs to the event loop's thread."""
 
     def __init__(self) -> None:
         self._state: object | None = None
@@ -47,13 +47,13 @@ class ReadCache:
         return len(self._answers)
 
     def get(self, asked: Read, state: object | None) -> ReadResult | None:
-        """Return what was found in this state, None when that is not known; a state of None is none."""
+        """Return the result of a read in this state; None if not cached or ``state`` is None."""
         since, found = self._answers.get(asked, (0.0, None))
         is_fresh = state is not None and state == self._state and _now() - since < _KEPT_S
         return found if is_fresh else None
 
     def keep(self, asked: Read, state: object, found: ReadResult) -> None:
-        """Keep an answer, and drop those of another state, the old ones, and as many as there is no room for."""
+        """Cache a result; evict results of other states, expired ones, and the oldest above the size limit."""
         if state != self._state:
             self._answers.clear()
             self._bytes, self._state = 0, state
@@ -85,18 +85,18 @@ def _weight_of(asked: Read, found: ReadResult) -> int:
 
 _COMMAND = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.reader")
 _READ_S = 20.0
-"""A read that takes longer is given up, and its process ended."""
+"""Time limit of a read; its process is then killed."""
 _IDLE_S = 300.0
-"""A process that was asked nothing for so long is ended."""
+"""Idle time after which the process is ended."""
 _MAX_WAITING = 256
 """Reads of one token that may wait."""
 _RECEIVE_BYTES = 1 << 20
 _MAX_FOUND_BYTES = 256 * 1024 * 1024
 
 _TRIES_TO_COMMIT = 10
-"""A transaction that is rolled back after it has changed files is rare: ten in a row are no accident."""
+"""A rollback after changed files is rare; ten in a row are no coincidence."""
 _COMMIT_S, _COMMIT_LOOK_S = 10.0, 0.001
-"""How long a read waits for a transaction that it overlaps, and how often it looks."""
+"""How long a read waits for an overlapping transaction, and the polling interval."""
 _TRIES_TOGETHER = 4
 _SETTLE_LOOKS, _SETTLE_LOOK_S = 25, 0.002
 
@@ -105,14 +105,15 @@ _log = logging.getLogger(__name__)
 
 
 class ReaderProcess:
-    """See the module's text. ``close()`` it at the end. Belongs to the event loop's thread.
+    """Client of a project's reader process; ``close()`` it. Belongs to the event loop's thread.
 
     Args:
         slug: the project's.
         paths: its files.
-        state: returns what names the state of its tree, and None while that is about to change. Between two moments
-            with the same name nothing has touched the tree.
-        durable: returns the epoch, and the number of its newest durable change.
+        state: returns a name of the tree's state; None while a request is with the worker. While the name is the same,
+            no
+            file changes.
+        durable: returns the epoch and the number of its newest durable change.
     """
 
     def __init__(
@@ -135,16 +136,17 @@ class ReaderProcess:
         self._closed = False
 
     async def read(self, asked: Read, share: ResponseShare | None = None) -> ReadResult:
-        """Return what a read finds; it sees every change that was acknowledged before this is called.
+        """Return the result of a read; it includes every change acknowledged before the call.
 
         Args:
-            share: of whose response it is to be a part: its token's reads wait for their turn, and for room. None for
-                the server's own.
+            share: the response that the result is part of; the read waits for its token's turn and room. None for the
+                server's own reads.
 
         Raises:
-            Rejected: REMOTE_BUSY, too many of the token wait, it has too many answers outstanding, or no state of
-                the files was committed for a long time.
-            StorageError: the process can't be started, or took too long over it.
+            Rejected: REMOTE_BUSY, too many reads of the token wait, it has too many responses outstanding, or the
+                writes kept
+                being undone.
+            StorageError: the process cannot be started or timed out.
         """
         kept = self._kept.get(asked, self._state())
         if kept is not None and (share is None or share.may_hold(kept.body)):
@@ -164,43 +166,43 @@ class ReaderProcess:
             self._waiting[token_id] -= 1
             if not self._waiting[token_id]:
                 del self._waiting[token_id]
-        raise Rejected("what was read was undone again and again; try again", code="REMOTE_BUSY")
+        raise Rejected("the read overlapped writes that were undone, again and again; try again", code="REMOTE_BUSY")
 
     def _tree_state(self) -> TreeState:
         return TreeState.read(self._paths.journal)
 
     async def _is_committed(self, before: TreeState, epoch: str) -> bool:
-        """Wait until all that a read may have seen is durable; return whether nothing of it was rolled back.
+        """Wait until all that a read may have seen is durable; return False after a rollback.
 
         Raises:
-            Rejected: REMOTE_BUSY, that takes too long.
+            Rejected: REMOTE_BUSY, after ``_COMMIT_S``.
         """
         seen = now = self._tree_state()
         try:
             async with asyncio.timeout(_COMMIT_S):
                 while now.is_open and now.ended == seen.ended:
-                    await asyncio.sleep(_COMMIT_LOOK_S)  # another process ends it: no event tells of that
+                    await asyncio.sleep(_COMMIT_LOOK_S)  # another process ends it: there is no event to wait for
                     now = self._tree_state()
                 while now.rolled_back == before.rolled_back and self._is_ahead(epoch, now.seq):  # noqa: ASYNC110 - one fsync
                     await asyncio.sleep(_COMMIT_LOOK_S)
         except TimeoutError:
-            raise Rejected("a write has taken too long to wait for; try again", code="REMOTE_BUSY") from None
+            raise Rejected("timed out waiting for a write; try again", code="REMOTE_BUSY") from None
         return now.rolled_back == before.rolled_back and self._durable()[0] == epoch
 
     def _is_ahead(self, epoch: str, seq: int) -> bool:
-        """Tell whether a change of this epoch is not durable yet."""
+        """Return whether a change of this epoch is not durable yet."""
         current, head = self._durable()
         return current == epoch and head < seq
 
     async def _read_in_turn(
         self, asked: Read, token_id: str, share: ResponseShare | None
     ) -> tuple[ReadResult, TreeState, str]:
-        """Return what a read finds, the state of the tree before it, and the epoch."""
+        """Return the result of a read, the state of the tree before it, and the epoch."""
         while True:
             if share is not None:
                 await share.room()
             async with self._lock.turn(token_id):
-                if share is None or share.has_room:  # another answer to its token may have taken the room meanwhile
+                if share is None or share.has_room:  # another response of its token may have taken the room
                     before, (epoch, _) = self._tree_state(), self._durable()
                     found = self._kept.get(asked, self._state()) or await self._read(asked)
                     return _held(found, share), before, epoch
@@ -208,14 +210,14 @@ class ReaderProcess:
     async def read_together(
         self, asked: Sequence[Read], share: ResponseShare | None = None
     ) -> tuple[list[ReadResult], bool]:
-        """Return what several reads find, and whether all of them found it in the state in which the tree is now.
+        """Return the results of several reads, and whether all of them show the current state of the tree.
 
-        Where writes follow one on the other it may be that of none: then each read has seen what was acknowledged
-        before this was called. Otherwise as ``read``.
+        Under constant writes they may show no common state; each still includes every change acknowledged before the
+        call. Raises as ``read``.
         """
         for _ in range(_TRIES_TOGETHER):
             if share is not None:
-                share.close()  # what the try before has found is not sent
+                share.close()  # the results of the previous try are discarded
             before = await self._settled()
             found = [await self.read(each, share) for each in asked]
             if before is not None and before == self._state():
@@ -223,7 +225,7 @@ class ReaderProcess:
         return found, False
 
     async def _settled(self) -> object | None:
-        """Return the state of the tree; wait a moment for one."""
+        """Return the state of the tree, waiting briefly for one."""
         for _ in range(_SETTLE_LOOKS):
             if (state := self._state()) is not None:
                 return state
@@ -232,11 +234,11 @@ class ReaderProcess:
 
     @property
     def waiting(self) -> int:
-        """How many reads are asked for and not answered, the one that is carried out included."""
+        """Number of reads waiting or running."""
         return self._waiting.total()
 
     def close(self) -> None:
-        """End the process; reads that wait for it fail. Idempotent."""
+        """End the process; waiting reads fail. Idempotent."""
         self._closed = True
         self._end()
 
@@ -246,12 +248,12 @@ class ReaderProcess:
             async with asyncio.timeout(_READ_S):
                 found = await self._exchange(asked)
         except BaseException as error:
-            self._end()  # it may be half way through an answer
+            self._end()  # it may be in the middle of a reply
             if isinstance(error, TimeoutError):
                 _log.error("%s: the reader took longer than %g s over %s", self._slug, _READ_S, type(asked).__name__)
-                raise StorageError(f"reading this took longer than {_READ_S:g} s on the server") from error
+                raise StorageError(f"the read timed out on the server after {_READ_S:g} s") from error
             if isinstance(error, OSError | EOFError | msgspec.DecodeError):
-                raise StorageError("the server's reader of this project ended; try again") from error
+                raise StorageError("the server's reader process of this project ended; try again") from error
             raise
         if before is not None and before == self._state():
             self._kept.keep(asked, before, found)
@@ -281,7 +283,7 @@ class ReaderProcess:
         return self._stream
 
     def _stay(self) -> None:
-        """It is needed: don't end it for being idle."""
+        """Cancel the idle timer."""
         if self._leaving is not None:
             self._leaving.cancel()
 
@@ -298,7 +300,7 @@ class ReaderProcess:
 
 
 def _held(found: ReadResult, share: ResponseShare | None) -> ReadResult:
-    """Count what was found for the response that it is for, and return it."""
+    """Reserve a result's bytes in its response, and return it."""
     if share is not None:
         share.hold(found.body)
     return found

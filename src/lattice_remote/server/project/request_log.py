@@ -1,6 +1,6 @@
-"""What came of a request that was to write: counted, and one line in the log, with the number of its change.
+"""Outcomes of write requests: metrics, and one log line each with the number of the change.
 
-Of what the caller typed the line has the command's words and nothing else.
+Of the caller's input the line contains only the words of the command.
 """
 
 import logging
@@ -15,7 +15,7 @@ from lattice_remote.server.project.queue import QueuedRequest
 __all__ = ["OutcomeListener", "RequestLog", "RequestOutcome"]
 
 _FAILED = 400
-"""From this status on an operation did not succeed."""
+"""Lowest status of a failed operation."""
 _KINDS = {RunCommand: "command", RunCall: "call", Edit: "edit", ImportProject: "push", AbandonRequest: "command"}
 
 _log = logging.getLogger("lattice_remote.requests")
@@ -25,15 +25,15 @@ WorkerRequest = RunCommand | RunCall | Edit | ImportProject | AbandonRequest
 
 @dataclass(frozen=True, slots=True)
 class RequestOutcome:
-    """What came of one request.
+    """Outcome of one request.
 
     Attributes:
-        command: its words, as ``resource acquire``; "" where that is not known.
-        outcome: ``done``, ``failed`` (lattice said no), ``again`` (it was done before) or ``refused``.
-        code: of a refusal, else "".
-        status: the exit code, or of an operation its status.
-        seq: the number of its change, None when it made none.
-        ms: from its arrival to its answer.
+        command: its words, for example ``resource acquire``; "" if unknown.
+        outcome: ``done``, ``failed`` (by lattice), ``again`` (already done) or ``refused``.
+        code: the code of a refusal, else "".
+        status: the exit code, or the status of an operation.
+        seq: the number of its change; None without one.
+        ms: from arrival to reply.
     """
 
     project: str
@@ -47,7 +47,7 @@ class RequestOutcome:
     ms: float
 
     def log(self) -> None:
-        """Write its line."""
+        """Write the log line."""
         if not _log.isEnabledFor(logging.INFO):
             return
         fields = {
@@ -70,23 +70,23 @@ class RequestOutcome:
 
 
 OutcomeListener = Callable[[RequestOutcome], None]
-"""Takes the account of a request and writes the line itself, as whoever serves an HTTP request does."""
+"""Receives an outcome and writes its log line, for example as part of the HTTP access log."""
 
 
 class RequestLog:
-    """Keeps the accounts of one project."""
+    """Recorder of the outcomes of one project."""
 
     def __init__(self, project: str, metrics: ProjectMetrics) -> None:
         self._project = project
         self._metrics = metrics
 
     def settled(self, job: QueuedRequest, message: WorkerRequest, done: RequestDone) -> None:
-        """A request that the worker had is answered."""
+        """Record the outcome of a request that the worker answered."""
         report = done.report
         is_first = not (report.again or report.code)
         if is_first:
             self._metrics.executor_seconds.observe(report.seconds)
-        if is_first and job.resource is None:  # what waited for a resource says nothing of the server
+        if is_first and job.resource is None:  # a wait for a resource would distort the figure
             self._metrics.request_seconds.observe(time.monotonic() - job.arrived_at)
         self._add(
             message,
@@ -97,16 +97,16 @@ class RequestLog:
         )
 
     def refused(self, message: WorkerRequest, code: str, told: OutcomeListener | None = None) -> None:
-        """A request is refused before the worker had it."""
+        """Record a request refused before it reached the worker."""
         self._add(message, ResultStats(code=code), None, time.monotonic(), told)
 
     def found(self, seq: int) -> None:
-        """Nobody asked for a change: files were changed by other hands."""
+        """Record a change that another program made to the files."""
         fields = {"project": self._project, "actor": "server", "command": "", "outcome": "found", "seq": seq}
-        _log.info("%s: files were changed by other hands, change %d", self._project, seq, extra={"fields": fields})
+        _log.info("%s: another program changed files, change %d", self._project, seq, extra={"fields": fields})
 
     def refused_other(self, code: str) -> None:
-        """What was refused is no write, or was never taken for one."""
+        """Count the refusal of a request that is no write."""
         self._metrics.refused(code)
 
     def _add(

@@ -1,7 +1,6 @@
-"""Takes what clients upload to one project: in a thread of its own, so that no disk delays the event loop.
+"""Uploads of one project: staged contents on disk, written in a thread so that no disk access delays the event loop.
 
-Pieces are carried out in the order in which they come. What waits for that thread is bounded; who sends faster than
-the disk takes it is told to slow down.
+Pieces are written in order of arrival. The bytes waiting for the thread are bounded; more are refused as busy.
 """
 
 import asyncio
@@ -27,56 +26,57 @@ from lattice_remote.server.project.history import Subscriber
 __all__ = ["EXPIRE_S", "Staging", "Uploads"]
 
 EXPIRE_S = 24 * 3600.0
-"""Content that nobody has added to, or used, for so long is removed."""
+"""Age, since the last piece or use, at which staged content is removed."""
 _IDLE_S = 600.0
-"""Content that is not whole, and that nobody has added to for so long, makes room for another of its token."""
+"""Age, since the last piece, at which incomplete content makes room for another upload of its token."""
 _SYNC_BYTES = 8 * 1024 * 1024
-"""So much is written at most before it is brought to the disk: a command's own fsync must not find more of it."""
+"""Bytes written between fsyncs, so that a command's own fsync never has to flush more."""
 _SETTLED_NS = 1_000_000_000
 _NAME = re.compile(r"([0-9a-f]{16})-[0-9a-f]{64}(\.part)?")
 _NEW_FILE_MODE = 0o644
-"""Also the mode of a file that ``attach`` copies, before the umask."""
+"""Mode of staged files before the umask; ``attach`` copies it."""
 
 
 @dataclass(slots=True)
 class _Content:
-    """One content, on the disk as far as it has come."""
+    """Staged content of one upload."""
 
     owner: str
     size: int
-    """What it will have; what there is of it when nobody has said so since the start."""
+    """Final size in bytes; after a restart the current size, until the client repeats it."""
     have: int
     is_whole: bool
     used_at: float
-    """When it was last added to, in seconds since the epoch."""
+    """When the last piece was added, in seconds since the epoch."""
     is_admitted: bool = False
-    """Whether it was made sure, since the start, that there may be so much."""
+    """Whether its size was checked against the limits since the start."""
     unsynced: int = 0
     hasher: "hashlib._Hash | None" = field(default=None, repr=False)
-    """Has seen all that there is; None after a start."""
+    """Has seen all bytes so far; None after a restart."""
 
 
 class Staging:
-    """See the module's text."""
+    """Staged contents on disk. Blocking; used by one thread."""
 
     def __init__(self, paths: ProjectPaths, limits: LimitSettings) -> None:
         self._paths = paths
         self._limits = limits
         self._most = {"attachment": limits.attachment_bytes, "project": limits.project_bytes}
-        self._contents: dict[str, _Content] | None = None  # by file name, without .part; None before the first look
+        self._contents: dict[str, _Content] | None = None  # by file name, without .part; None before the first scan
 
     def take(self, frame: Upload, token_id: str) -> int:
-        """Add a piece, if it is the next; return how many bytes are there. With all of them they survive a power cut.
+        """Append a piece if it is the next; return the number of bytes present. A complete content survives a power
+        cut.
 
         Raises:
-            Rejected: too large, too much, or not what the digest says; then what there was of it is gone.
-            OSError: the disk is full, or fails; likewise.
+            Rejected: it is over a limit, or its digest differs; its bytes are removed.
+            OSError: the disk is full or fails; its bytes are removed.
         """
         name = self._paths.upload(token_id, frame.digest).name
         content = self._admitted(frame, name)
         is_question = not frame.data and content.have < content.size
         if content.is_whole or is_question or frame.offset != content.have:
-            return content.have  # also a piece that has come already, or comes too early
+            return content.have  # a query, a repeated piece, or one out of order
         try:
             self._add(frame, name, content)
         except BaseException:
@@ -85,25 +85,25 @@ class Staging:
         return content.have
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """A request has taken this content: it need not be kept. Raises OSError."""
+        """Remove content that a request has consumed. Raises OSError."""
         name = self._paths.upload(token_id, digest).name
         if name in self._known():
             self._remove(name)
 
     def sweep(self) -> None:
-        """Remove what has expired. Raises OSError."""
+        """Remove expired content. Raises OSError."""
         now = time.time()
         for name, content in list(self._known().items()):
             if now - content.used_at > EXPIRE_S:
                 self._remove(name)
 
-    # --- what may come ---
+    # --- admission ---
 
     def _admitted(self, frame: Upload, name: str) -> _Content:
-        """Return what a piece belongs to, begun if need be; nothing is written before the first piece.
+        """Return the content of a piece, registering it if new. Writes nothing.
 
         Raises:
-            Rejected: it is too large, there is no room, or another size was named for it before.
+            Rejected: it is too large, no room is left, or its size differs from the size named before.
         """
         contents = self._known()
         content = contents.get(name)
@@ -111,7 +111,7 @@ class Staging:
             owner = name.partition("-")[0]
             content = _Content(owner, 0, 0, is_whole=False, used_at=time.time(), hasher=hashlib.sha256())
         if (content.is_admitted or content.is_whole) and content.size != frame.size:
-            raise Rejected(f"this content was said to have {content.size} bytes", code="REMOTE_PROTOCOL")
+            raise Rejected(f"this content was announced with {content.size} bytes", code="REMOTE_PROTOCOL")
         if not content.is_admitted and not content.is_whole:
             self._require_fit(frame)
             self._make_room(content, name, frame.size)
@@ -122,7 +122,7 @@ class Staging:
     def _require_fit(self, frame: Upload) -> None:
         most = self._most.get(frame.purpose)
         if most is None:
-            raise Rejected(f"the server knows no uploads for {frame.purpose[:40]!r}", code="REMOTE_UNSUPPORTED")
+            raise Rejected(f"unknown purpose of an upload: {frame.purpose[:40]!r}", code="REMOTE_UNSUPPORTED")
         if frame.size > most:
             raise Rejected(
                 f"{frame.size} bytes are more than this server takes, which is {most} ({frame.purpose}_bytes in its "
@@ -131,7 +131,7 @@ class Staging:
             )
 
     def _make_room(self, content: _Content, name: str, size: int) -> None:
-        """Forget contents of this token that were given up, the oldest first, until there is room for this one."""
+        """Remove idle contents of this token, oldest first, until the new one fits."""
         self.sweep()
         limits, others = self._limits, {other: one for other, one in self._known().items() if other != name}
         own = {other: one for other, one in others.items() if one.owner == content.owner}
@@ -152,7 +152,7 @@ class Staging:
     # --- on the disk ---
 
     def _known(self) -> dict[str, _Content]:
-        """Return what is there; the first time, by looking, and removing what is none of ours."""
+        """Return the staged contents; the first call scans the directory and removes foreign files."""
         if self._contents is None:
             self._paths.uploads.mkdir(mode=0o700, exist_ok=True)
             with self._directory() as directory:
@@ -162,7 +162,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _directory(self) -> Iterator[int]:
-        """Open the directory; a link in its place is an error."""
+        """Open the directory; raise OSError if it is a symbolic link."""
         descriptor = os.open(self._paths.uploads, READ | os.O_DIRECTORY)
         try:
             yield descriptor
@@ -182,10 +182,12 @@ class Staging:
     def _add(self, frame: Upload, name: str, content: _Content) -> None:
         end = frame.offset + len(frame.data)
         if end > frame.size or (end < frame.size and len(frame.data) < MIN_PIECE_BYTES):
-            raise Rejected(f"a piece of {len(frame.data)} bytes does not fit here", code="REMOTE_PROTOCOL")
+            raise Rejected(
+                f"a piece of {len(frame.data)} bytes does not fit at offset {frame.offset}", code="REMOTE_PROTOCOL"
+            )
         with self._opened(name) as (directory, descriptor):
             if content.hasher is None:
-                _, content.hasher = hash_descriptor(descriptor, content.have)  # what is missing shows in the end
+                _, content.hasher = hash_descriptor(descriptor, content.have)  # missing bytes fail the final digest check
             write_all(descriptor, frame.data, frame.offset)
             content.hasher.update(frame.data)
             content.have, content.used_at = end, time.time()
@@ -200,9 +202,9 @@ class Staging:
         directory, descriptor = opened
         assert content.hasher is not None, "it has seen every piece"
         if content.hasher.digest() != frame.digest:
-            raise Rejected("the content that was uploaded is not the one that was named", code="REMOTE_PROTOCOL")
-        # A file that was written a moment ago may be written again under the same time: the worker would have to read
-        # it once more. This one is done, so it may say that it is older.
+            raise Rejected("the uploaded content does not match its digest", code="REMOTE_PROTOCOL")
+        # A recently written file may change again within the same mtime, so the worker would have to read it again.
+        # This one is complete; an older mtime avoids that.
         before = time.time_ns() - _SETTLED_NS
         os.utime(descriptor, ns=(before, before))
         os.fsync(descriptor)
@@ -227,11 +229,11 @@ def _bytes_of(contents: Mapping[str, _Content]) -> int:
 
 
 def _found(directory: int) -> Iterator[tuple[str, _Content]]:
-    """Yield what an earlier server has left; remove what is no upload."""
+    """Yield contents left by an earlier server; remove files that are no uploads."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         matched = _NAME.fullmatch(entry.name)
         if matched is None or not entry.is_file(follow_symlinks=False):
-            with contextlib.suppress(OSError):  # a directory: somebody else's
+            with contextlib.suppress(OSError):  # a foreign directory
                 os.unlink(entry.name, dir_fd=directory)
             continue
         status = entry.stat(follow_symlinks=False)
@@ -243,18 +245,18 @@ def _found(directory: int) -> Iterator[tuple[str, _Content]]:
 _WAITING_BYTES_PER_TOKEN = 16 * 1024 * 1024
 _WAITING_BYTES = 64 * 1024 * 1024
 _FRAME_BYTES = 512
-"""What a piece takes beside its data."""
+"""Overhead of a piece beside its data."""
 
 _log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """See the module's text. All methods belong to the event loop's thread; ``close()`` it in the end."""
+    """Uploads of one project. Belongs to the event loop's thread; ``close()`` it."""
 
     def __init__(
         self, paths: ProjectPaths, limits: LimitSettings, refused: Callable[[str], None] = lambda _: None
     ) -> None:
-        """``refused`` is called with the code of each refusal."""
+        """Create the staging; ``refused`` is called with the code of each refusal."""
         self._refused = refused
         self._staging = Staging(paths, limits)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
@@ -262,11 +264,11 @@ class Uploads:
         self._closed = False
 
     def take(self, frame: Upload, token_id: str, asker: Subscriber) -> None:
-        """Take a piece; ``asker.answer()`` is called when it is on its way to the disk, or refused."""
+        """Queue a piece. Calls ``asker.answer()`` once it is written or refused."""
         weight = len(frame.data) + _FRAME_BYTES
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN
         if self._closed or waits_too_much or self._waiting.total() + weight > _WAITING_BYTES:
-            why = "more is uploaded with this token than the server's disk takes now; try again"
+            why = "the server's disk cannot keep up with the uploads of this token; try again"
             self._refused("REMOTE_BUSY")
             asker.answer(frame.id, encode(Refused(frame.id, "REMOTE_BUSY", why)))
             return
@@ -285,15 +287,15 @@ class Uploads:
         work.add_done_callback(finish)
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """A request has taken this content for good."""
+        """Remove content that a request has consumed."""
         self._do(self._staging.used, token_id, digest)
 
     def sweep(self) -> None:
-        """Remove what has expired; call it now and then."""
+        """Remove expired content; call it regularly."""
         self._do(self._staging.sweep)
 
     def close(self) -> None:
-        """Take no more. What is with the thread is done; what is not whole goes on after the next start."""
+        """Accept no more. Queued pieces are finished; incomplete content continues after the next start."""
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
@@ -307,12 +309,12 @@ class Uploads:
         except Rejected as rejected:
             return Refused(frame.id, rejected.code, rejected.message)
         except OSError as error:
-            _log.warning("an upload could not be written: %s", error)
-            return Refused(frame.id, "REMOTE_STORAGE", f"the server can't write what was sent: {error.strerror}")
+            _log.warning("cannot write an upload: %s", error)
+            return Refused(frame.id, "REMOTE_STORAGE", f"the server cannot write the upload: {error.strerror}")
 
 
 def _quietly(work: object, *arguments: object) -> None:
-    """Do what nobody waits for; a disk that fails says so to the next upload."""
+    """Run work without a caller; a failing disk is reported to the next upload."""
     assert callable(work), "one of the staging's methods"
     with contextlib.suppress(OSError):
         work(*arguments)

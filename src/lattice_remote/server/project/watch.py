@@ -1,7 +1,6 @@
-"""Notices what is done to the projects' files behind the server's back: over SSH, by plain lattice, in an editor (I12).
+"""Watcher for changes that other programs make to a project's files: over SSH, by plain lattice, in an editor (I12).
 
-The worker's own writes are seen here as well. They are passed on all the same, since the worker can tell in
-microseconds, by the files' times and inodes, that nothing is new.
+It reports the worker's own writes too. The worker detects from mtimes and inodes, in microseconds, that nothing is new.
 """
 
 import asyncio
@@ -17,9 +16,9 @@ from lattice_remote.protocol.paths import is_replicated
 
 __all__ = ["watch_tree"]
 
-_DEBOUNCE_MS = 500  # the most that changes are gathered while they keep coming: one look for many
-_STEP_MS = 100  # this long without another, and they are passed on
-_LOOK_MS = 1000  # how often to look whether the directory is still the same one
+_DEBOUNCE_MS = 500  # maximum delay while changes keep coming
+_STEP_MS = 100  # quiet time after which changes are reported
+_LOOK_MS = 1000  # interval of checks for a replaced directory
 
 _log = logging.getLogger(__name__)
 
@@ -27,9 +26,8 @@ _log = logging.getLogger(__name__)
 async def watch_tree(tree: Path, touched: Callable[[set[str] | None], None], stop: asyncio.Event) -> None:
     """Call ``touched`` with paths in ``tree`` that may have changed (None: any of them), until ``stop`` is set.
 
-    A file is reported about 0.1 s after it was changed; within about a second, that the directory itself was
-    replaced by another. Where the system can't watch (no inotify watches left) the log says so, and only the rescan
-    now and then finds such changes.
+    Reports a changed file after about 0.1 s, and a replaced directory within about a second. If the system cannot watch
+    (no inotify watches left), logs it and returns; only the periodic rescan then finds such changes.
     """
     while not stop.is_set():
         found = _identity(tree)
@@ -37,21 +35,21 @@ async def watch_tree(tree: Path, touched: Callable[[set[str] | None], None], sto
             if found is not None:
                 await _watch_one(tree, found, touched, stop)
             else:
-                await asyncio.sleep(_LOOK_MS / 1000)  # it was moved away, perhaps to be replaced
+                await asyncio.sleep(_LOOK_MS / 1000)  # moved away, perhaps to be replaced
         except FileNotFoundError:
             continue
         except (OSError, RuntimeError) as error:
-            _log.error("cannot watch %s (%s); edits there are found by the rescan only", tree, error)
+            _log.error("cannot watch %s (%s); only the periodic rescan finds changes there", tree, error)
             return
         if _identity(tree) not in (found, None):
-            _log.warning("%s is another directory now", tree)
+            _log.warning("%s was replaced by another directory", tree)
             touched(None)
 
 
 async def _watch_one(
     tree: Path, identity: tuple[int, int], touched: Callable[[set[str] | None], None], stop: asyncio.Event
 ) -> None:
-    """Watch the directory that has this name now, for as long as it is that one."""
+    """Watch the directory that now has this name, until another takes its place."""
     start = len(str(tree)) + 1
     watching = watchfiles.awatch(
         tree,
@@ -68,7 +66,7 @@ async def _watch_one(
             names = [name for _, name in changes if is_replicated(name[start:])]
             replicated = {name[start:] for name in names}
             if any(map(os.path.isdir, names)):
-                touched(None)  # what was moved in with a directory is not reported file by file
+                touched(None)  # files moved in with a directory are not reported one by one
             elif replicated:
                 touched(replicated)
             if _identity(tree) != identity:

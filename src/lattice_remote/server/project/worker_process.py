@@ -1,7 +1,7 @@
-"""The worker process of a project, seen from the server: starting it, talking to it, noticing its end.
+"""Worker process of a project, seen from the server: start, messages and end.
 
-Knows nothing of what the messages mean. The process holds the project's writer lock for as long as it lives, by
-an inherited descriptor, so that not even a server that was killed leaves a second writer behind (I1).
+It does not interpret messages. The process inherits the descriptor of the project's writer lock and holds the lock for
+its lifetime, so even a killed server leaves no second writer behind (I1).
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from lattice_remote.server.locks import LockedElsewhere, lock
 __all__ = ["WORKER_COMMAND", "WorkerProcess"]
 
 WORKER_COMMAND: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.main")
-"""What is run: nothing of the current directory or the locale gets into it; tests put a worker of their own here."""
+"""Command line of the worker, independent of the current directory and the locale. Tests substitute their own."""
 
 _LOCK_TIMEOUT_S = 40.0
-"""How long to wait for the end of a worker whose server was killed: one command's time limit, and a little."""
+"""Time to wait for the worker of a killed server to end: a command's time limit plus a margin."""
 
 _LOCK_RETRY_S = 0.05
 
@@ -31,7 +31,7 @@ _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
 
 class WorkerProcess(asyncio.Protocol):
-    """One worker process. Made by ``start()``; ``on_end`` is called exactly once, after the last ``on_message``."""
+    """One worker process, created by ``start()``. Calls ``on_end`` exactly once, after the last ``on_message``."""
 
     def __init__(self, on_message: Callable[[ToServer], None], on_end: Callable[[], None]) -> None:
         self._on_message = on_message
@@ -50,11 +50,11 @@ class WorkerProcess(asyncio.Protocol):
         on_end: Callable[[], None],
         command: Sequence[str] = WORKER_COMMAND,
     ) -> "WorkerProcess":
-        """Start the process; it reports ``Ready`` through ``on_message`` when it has opened the project.
+        """Start the process; it sends ``Ready`` once it has opened the project.
 
         Raises:
-            LockedElsewhere: the worker of an earlier server is still at work after 40 s.
-            OSError: the process can't be started.
+            LockedElsewhere: the worker of an earlier server is still running after 40 s.
+            OSError: the process cannot be started.
         """
         writer = cls(on_message, on_end)
         writer_lock = await _writer_lock(paths)
@@ -72,23 +72,23 @@ class WorkerProcess(asyncio.Protocol):
 
     @property
     def pid(self) -> int:
-        """The process id of the worker."""
+        """The worker's process id."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         return self._process.pid
 
     def send(self, *messages: ToWorker) -> None:
-        """Send messages in order, in one write. After the process has ended they are lost; ``on_end`` tells."""
+        """Send messages in order, in one write. They are lost once the process has ended, which ``on_end`` reports."""
         if self._transport is None or self._transport.is_closing():
             return
         self._transport.write(encode_frames(*messages))
 
     def kill(self) -> None:
-        """End the process at once; ``on_end`` follows. What it was doing is undone at the next start."""
+        """Kill the process; ``on_end`` follows. The next start undoes the running command."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         self._process.kill()
 
     async def wait(self, timeout_s: float) -> bool:
-        """Wait for the process to have ended and ``on_end`` to have been called; return whether so. Reaps it."""
+        """Wait until the process has ended and ``on_end`` was called; return False on timeout. Reaps the process."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         deadline = asyncio.get_running_loop().time() + timeout_s
         while self._process.poll() is None or self._transport is not None:
@@ -107,14 +107,14 @@ class WorkerProcess(asyncio.Protocol):
             self._on_message(_decoder.decode(frame))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        # The socket is closed by the end of the process, or by a worker that is beyond use: make sure of it.
+        # The process has ended, or closed its socket and is useless: make sure that it ends.
         self._transport = None
         self.kill()
         self._on_end()
 
 
 async def _writer_lock(paths: ProjectPaths) -> int:
-    """Take the project's writer lock, waiting for the end of a worker that is still at its last command."""
+    """Take the project's writer lock, waiting for an earlier worker to finish its last command."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LOCK_TIMEOUT_S
     while True:

@@ -1,6 +1,6 @@
-"""What an argument of a client's command line is, and what it may hold (I9).
+"""Kinds of command-line arguments and the checks of their values (I9).
 
-The values are checked as given, before Click converts them: converting a path already looks at the disk.
+Values are checked before Click converts them, because converting a path already accesses the disk.
 """
 
 import json
@@ -19,31 +19,31 @@ _MAX_JSON_DEPTH = 64
 
 
 class Kind(Enum):
-    """What an argument is."""
+    """Kind of an argument."""
 
     TEXT = "text"
-    """Also a flag, or a number: Click converts it without looking at the disk."""
+    """Also a flag or a number; Click converts it without accessing the disk."""
     JSON = "JSON"
-    """Goes into an event log as it is, which everybody must be able to read again."""
+    """Stored in an event log as given, so every reader must be able to parse it."""
     ID = "id"
-    """Lattice refuses a wrong form, but its check ignores case and a final newline, and ids become file names."""
+    """Lattice refuses a malformed id, but ignores case and a final newline, and ids become file names."""
     IDS = "ids"
-    """The same, several between commas."""
+    """Several ids, separated by commas."""
     NEW_ID = "new id"
-    """The id of something that is to be made, in lattice's own spelling: it becomes a file's name."""
+    """The id of a new item, in lattice's own spelling: it becomes a file name."""
     NAME = "name"
-    """Of a resource: becomes a file's or directory's name unchecked."""
+    """Of a resource: becomes a file or directory name unchecked."""
     LOG = "task's log"
-    """Becomes a file's name unchecked; not one of lattice's own logs, which begin with an underscore."""
+    """Becomes a file name unchecked; not one of lattice's own logs, which start with an underscore."""
     SESSION = "session name"
-    """The name of a session's file: not the index in that directory."""
+    """The name of a session's file, not the index in that directory."""
     ACTOR = "actor"
     FILE = "file"
-    """A file of the caller, which must have been attached."""
+    """An attached file of the caller."""
 
 
 _WORDS = re.compile(r"[\w-]*\n?")
-"""Contains all that lattice's own checks of an id let pass: they ignore case as Unicode has it, and a final newline."""
+"""Superset of the ids that lattice accepts, ignoring case as in Unicode, and a final newline."""
 _ID = re.compile(r"[A-Za-z0-9_-]*")
 _NEW_ID = re.compile(r"[a-z]{1,5}_[0-9A-HJKMNP-TV-Z]{26}")
 _PREFIXES = {"task_id": "task", "art_id": "art", "ev_id": "ev", "resource_id": "res"}
@@ -51,20 +51,20 @@ _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def check(kind: Kind, name: str, value: str) -> None:
-    """Do nothing if ``value`` may be given for the parameter called ``name``.
+    """Check ``value`` for the parameter ``name``.
 
     Raises:
-        Rejected: it may not; the message says why in one line.
+        Rejected: it is not allowed; the message gives the reason in one line.
     """
     _CHECKS[kind](name, value)
 
 
 def _check_text(name: str, value: str) -> None:
-    """Any text will do; its size was checked with the whole line."""
+    """Accept any text; the size of the line was checked before."""
 
 
 def _check_json(name: str, value: str) -> None:
-    """Text that is no JSON is left to lattice; what Python reads, but not everybody else, or not always, is refused."""
+    """Refuse JSON that Python reads but other programs may not; malformed JSON is left to lattice."""
     if _depth(value) > _MAX_JSON_DEPTH:
         raise unsupported(f"{name} is nested deeper than {_MAX_JSON_DEPTH}")
     try:
@@ -72,7 +72,7 @@ def _check_json(name: str, value: str) -> None:
     except json.JSONDecodeError:
         return
     except ValueError as error:  # NaN, Infinity, half of a surrogate pair, a number of thousands of digits
-        raise unsupported(f"{name} holds a value that not every program can read") from error
+        raise unsupported(f"{name} contains a value that not every program can read") from error
 
 
 def _depth(value: str) -> int:
@@ -100,7 +100,7 @@ def _check_session(name: str, value: str) -> None:
 
 
 def _check_id(name: str, value: str) -> None:
-    """Refuse what lattice would take for an id and is spelt differently; all that is no id lattice refuses itself."""
+    """Refuse a misspelt id that lattice would accept; other malformed ids are left to lattice."""
     if _WORDS.fullmatch(value) and not _ID.fullmatch(value):
         raise unsupported(f"{shown(value)} can't be used as {name}: ASCII letters, digits, _ and - only")
 
@@ -137,15 +137,15 @@ _CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
 
 
 def is_plain(value: str) -> bool:
-    """Tell whether a text has one spelling only, and shows all that it holds."""
+    """Return whether a text is printable and in NFC."""
     return value.isprintable() and unicodedata.is_normalized("NFC", value)
 
 
 def shown(value: str) -> str:
-    """Return a text from a peer so that it fits into one line of a message."""
+    """Return a text from a peer, quoted and cut to fit one line of a message."""
     return repr(value if len(value) <= 60 else value[:60] + "...")
 
 
 def unsupported(message: str) -> Rejected:
-    """Return the refusal of what can't be used in a remote project."""
+    """Return the refusal (REMOTE_UNSUPPORTED) of an argument not allowed in a remote project."""
     return Rejected(message, code="REMOTE_UNSUPPORTED")

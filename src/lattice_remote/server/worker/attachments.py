@@ -1,8 +1,7 @@
-"""A caller's files, put where the command can read them, and called by their own names in what it prints (I9).
+"""Attached files of a request: private paths for the command, and the caller's own names in its output (I9).
 
-The argument in the command line is replaced by a private path. A file that the caller does not have becomes a path at
-which nothing is, so that the command says so itself. What was uploaded before gets a second name there: nothing is
-copied, and what the server has verified need not be read again.
+The argument is replaced by a private path. If the caller does not have the file, nothing exists at that path, so the
+command reports it missing. Uploaded content is hard-linked: nothing is copied, and the verified digest is reused.
 """
 
 import json
@@ -20,18 +19,18 @@ from lattice_remote.server.tree.tree import TrustedDigest
 
 __all__ = ["Attached"]
 
-# Python's repr and JSON both write the backslash as two. So it can be told from the output how a path was quoted
-# there, and the caller's own argument be quoted alike.
+# Python's repr and JSON both double a backslash. So the output shows how a path was quoted, and the caller's own
+# argument can be quoted alike.
 _DIRECTORY_MARK = "\\"
 
 
 class Attached:
-    """The attachments of one request, on disk.
+    """Attachments of one request, on disk.
 
     Attributes:
-        argv: the command line with the private paths in it.
-        paths: the private paths; nothing else may be read as a caller's file.
-        vouched: what is known of those that were uploaded.
+        argv: the command line with the private paths.
+        paths: the private paths; no other path may be read as a caller's file.
+        vouched: verified digests of uploaded files, by inode.
     """
 
     def __init__(self, argv: list[str]) -> None:
@@ -50,14 +49,13 @@ class Attached:
         *,
         is_argv: bool = True,
     ) -> Self:
-        """Put the files below ``directory``, which the caller empties when the command is done.
+        """Put the files below ``directory``, which the caller empties after the command.
 
-        ``uploaded`` tells where content is that was uploaded, by its digest. Without ``is_argv`` the strings are
-        nothing but files: one that looks like an option is not taken apart.
+        ``uploaded`` returns the path of uploaded content by its digest. Without ``is_argv`` the strings are only file
+        arguments, so one that looks like an option is not split.
 
         Raises:
-            Rejected: an index outside the command line, the same one twice, or a name that is none;
-                REMOTE_NOT_UPLOADED for content that is not there.
+            Rejected: an index is invalid or repeated, or a name is invalid; REMOTE_NOT_UPLOADED for missing content.
             OSError: the disk is full.
         """
         attached = cls(list(argv))
@@ -86,7 +84,7 @@ class Attached:
         return path
 
     def _link(self, content: Path, path: Path, size: int, digest: bytes) -> None:
-        """Give content that was uploaded a second name; where there are no hard links, copy it."""
+        """Hard-link uploaded content; copy it where hard links are impossible."""
         try:
             os.link(content, path, follow_symlinks=False)
         except FileNotFoundError:
@@ -99,7 +97,7 @@ class Attached:
         self.vouched[status.st_ino] = TrustedDigest(size, status.st_mtime_ns, digest)
 
     def restore_names(self, output: bytes, *, is_json: bool) -> bytes:
-        """Put the caller's own arguments back where ``output`` names the private paths."""
+        """Replace the private paths in ``output`` with the caller's own arguments."""
         for path, given in self._given.items():
             if is_json:
                 output = output.replace(_in_json(path), _in_json(given))
@@ -114,7 +112,7 @@ def _not_uploaded() -> Rejected:
 
 
 def _split(argument: str) -> tuple[str, str]:
-    """Split ``--file=PATH`` into what stays and what is replaced."""
+    """Split ``--file=PATH`` into the option and the path."""
     if not argument.startswith("--"):
         return "", argument
     option, equals, given = argument.partition("=")

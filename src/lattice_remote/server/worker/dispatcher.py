@@ -1,4 +1,4 @@
-"""One project's requests, carried out in order, each of them once (I1, I6)."""
+"""Dispatcher of a worker: runs each request exactly once, in order (I1, I6)."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -57,36 +57,36 @@ __all__ = ["Editor", "Worker"]
 
 
 class Editor:
-    """Stores edited texts of one project; ``lattice_dir`` is its ``.lattice``."""
+    """Writer of edited texts of one project; ``lattice_dir`` is its ``.lattice``."""
 
     def __init__(self, store: Store, lattice_dir: Path) -> None:
         self._store = store
         self._lattice_dir = lattice_dir
 
     def edit(self, request: Edit) -> None:
-        """Merge an edit into the file and commit it with its answer, which may be that there is a conflict.
+        """Merge an edit into the file and commit it with its reply, which may report a conflict.
 
         Raises:
-            Rejected: it is no text that can be stored, or the disk can't take it; nothing was changed.
+            Rejected: the text cannot be stored; nothing was changed.
             OSError: the storage failed.
         """
         if not is_editable(request.path):
             raise Rejected(f"{request.path!r} is not a plan or notes of a task", code="REMOTE_UNSUPPORTED")
-        if not _is_utf8(request.text):  # lattice reads it in status and next, which would break down for everybody
-            raise Rejected(f"{request.path} is no UTF-8 text: save it as UTF-8 to send it", code="REMOTE_UNSUPPORTED")
+        if not _is_utf8(request.text):  # otherwise lattice's status and next would fail for all users
+            raise Rejected(f"{request.path} is not UTF-8 text: save it as UTF-8", code="REMOTE_UNSUPPORTED")
         path = self._store.tree.absolute(request.path)
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
             raise Rejected(f"{request.path} is not a plain file on the server", code="REMOTE_UNSUPPORTED")
         current = self._current(path)
         base = current if request.base_digest else request.base
         if request.base_digest and (base is None or digest_of(base) != request.base_digest):
-            raise Rejected(f"{request.path} is another text by now than the one named", code="REMOTE_STALE_BASE")
+            raise Rejected(f"{request.path} has changed since the named version", code="REMOTE_STALE_BASE")
         outcome, text = merge_text(base, request.text, current)
         if outcome in ("stored", "merged") and not self._is_active(request.path):
-            outcome = "conflict"  # archived meanwhile, or no such task: the text stays with the client
+            outcome = "conflict"  # the task was archived or does not exist: the client keeps the text
         difference = TreeDiff()
         if outcome in ("stored", "merged"):
-            assert text is not None, "there is a text whenever something is to be stored"
+            assert text is not None, "these outcomes come with a text"
             difference = self._replace(request.path, text)
         else:
             difference = self._store.tree.reconcile([request.path])
@@ -104,10 +104,10 @@ class Editor:
             raise cannot_store("the text", error) from error
 
     def _replace(self, path: str, text: bytes) -> TreeDiff:
-        """Put ``text`` in place of a plan or notes, or leave everything as it was.
+        """Replace a plan or notes with ``text``, or change nothing.
 
         Raises:
-            Rejected: that is not possible: the disk is full, or somebody put something else there.
+            Rejected: the disk is full, or the path is not a regular file.
         """
         failure: OSError | AccessDenied | None = None
         with self._store.transaction() as touched:
@@ -146,13 +146,13 @@ _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 
 
 class Worker:
-    """Carries out what the server asks for.
+    """Executor of the server's requests.
 
     Args:
         project: the project's directory, a real path.
         scratch: a private directory, a real path; emptied after each command.
-        store, executor, committer: see there.
-        plugin_commands: what the administrator allows of the plugins that are installed beside this lattice.
+        store, executor, committer: the worker's single instances.
+        plugin_commands: commands of installed plugins that the administrator allows.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Worker:
         self._editor = Editor(store, self._lattice_dir)
 
     def ready(self, notes: list[str]) -> None:
-        """Report that the project is open, after everything that was committed so far."""
+        """Report, after all earlier commits, that the project is open."""
         self._store.show_head()
         journal, files = self._store.journal, self._store.tree.files
         message = Ready(
@@ -192,7 +192,7 @@ class Worker:
         self._committer.submit(CommitJob(message))
 
     def handle(self, message: ToWorker) -> bool:
-        """Carry out one request; return False when it was the last.
+        """Run one request; return False if it was the last.
 
         Raises:
             OSError: the storage failed; the process must end.
@@ -217,13 +217,13 @@ class Worker:
             case NewEpoch():
                 self._committer.wait()
                 self._store.new_epoch()
-                self.ready([f"a new epoch begins: {message.reason}"])
+                self.ready([f"started a new epoch: {message.reason}"])
             case Stop():
                 return False
         return True
 
     def _name_of(self, message: ToWorker) -> str:
-        """Return what the log calls a request before it is looked at: nothing that the caller is free to choose."""
+        """Return the log's name of a request before it is checked: nothing the caller can choose freely."""
         match message:
             case RunCommand():
                 return command_words(self._executor.cli, message.argv)
@@ -234,7 +234,7 @@ class Worker:
         return ""
 
     def _once[R: _Request](self, request: R, carry_out: Callable[[R], None]) -> None:
-        """Carry out a request unless it was before: then its answer is given again (I6)."""
+        """Run a request, or repeat the reply of one already done (I6)."""
         known = self._store.journal.find(request.id)
         request = _with_fingerprint(request)
         try:
@@ -250,11 +250,10 @@ class Worker:
             self._executor.release_locks()
 
     def _require_new(self, request: _Request) -> None:
-        """Do nothing if it is sure that this request, which the journal does not know, was never carried out (I6).
+        """Check that a request unknown to the journal was never done (I6).
 
         Raises:
-            Rejected: it was carried out, and the answer is gone; or that is not known any more; or it is another
-                request than the one with this id.
+            Rejected: it was done and its reply is gone, or that is unknown, or the id belongs to a different request.
         """
         answered = self._store.journal.request_ids.find(request.id)
         if answered is not None:
@@ -262,8 +261,8 @@ class Worker:
         first = request.first_sent_at if not isinstance(request, AbandonRequest) else None
         if answered is not None or (first is not None and first < self._store.journal.since):
             raise Rejected(
-                "this request was sent before, and the server does not keep its answer any more; it may have taken "
-                "effect: look before you repeat it",
+                "this request was sent before, and the server no longer has its reply; it may have taken effect: "
+                "look before you repeat it",
                 code="REMOTE_UNKNOWN_OUTCOME",
             )
 
@@ -274,11 +273,11 @@ class Worker:
     # --- a whole project ---
 
     def _adopt(self, request: ImportProject) -> None:
-        """Decide on a project that takes this one's place; the next worker puts it there, and answers."""
-        # What is on the disk counts, also what somebody has put there and nobody has told of yet.
+        """Accept a project that replaces this one; the next worker puts it in place and replies."""
+        # The files on disk decide, including those that are not numbered yet.
         require_empty(self._lattice_dir, {path: status.st_size for path, status in self._store.tree.scan()})
         if not request.candidate:
-            raise Rejected("what was to be pushed is not on the server any more; push again", code="REMOTE_NOT_FOUND")
+            raise Rejected("the pushed project is no longer on the server; push again", code="REMOTE_NOT_FOUND")
         self._committer.wait()
         try:
             decide(self._paths.root, request)
@@ -308,7 +307,7 @@ class Worker:
         return Identity(request.actor, request.act_as, request.token_id, self._owners)
 
     def _attach(self, request: RunCommand | RunCall, values: Sequence[str]) -> Attached:
-        """Put the request's files in place of the ``values`` that name them."""
+        """Replace the ``values`` that name attached files with their private paths."""
         is_argv = isinstance(request, RunCommand)
         uploaded = partial(self._paths.upload, request.token_id)
         try:
@@ -357,7 +356,7 @@ class Worker:
         )
         self._store.called(operation.label)
         if request.files and operation.attached is None:
-            raise Rejected("a file came with an operation that takes none", code="REMOTE_UNSUPPORTED")
+            raise Rejected("a file was attached to an operation that takes none", code="REMOTE_UNSUPPORTED")
         return operation
 
     def _operation(self, request: RunCall, operation: Operation) -> Transaction:
@@ -375,7 +374,7 @@ class Worker:
 
 
 def _with_fingerprint[R: _Request](request: R) -> R:
-    """Return the request with a digest of what is asked, where the surface has made none."""
+    """Return the request with a digest of its content, unless it already has one."""
     if isinstance(request, AbandonRequest | ImportProject) or request.fingerprint:
         return request
     contents = [_plain(value) for value in asked_by(request)]
@@ -383,7 +382,7 @@ def _with_fingerprint[R: _Request](request: R) -> R:
 
 
 def _plain(value: object) -> object:
-    """Return a field of a request for its digest; of an attached file, its content's digest."""
+    """Return a request's field for its digest; an attached file counts by its content's digest."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, Attachment):
@@ -393,16 +392,16 @@ def _plain(value: object) -> object:
 
 
 def _require_same(request: _Request, fingerprint: bytes, *, is_own: bool) -> None:
-    """Do nothing if a request is the one that was carried out with its id.
+    """Check that a request equals the one done with its id.
 
     Raises:
-        Rejected: it is another one.
+        Rejected: it differs.
     """
     if not is_own:
-        raise Rejected("this request was made with another token", code="REMOTE_FORBIDDEN")
+        raise Rejected("this request id belongs to another token", code="REMOTE_FORBIDDEN")
     known = fingerprint.strip(b"\0")  # none in records of an earlier version
     if known and not isinstance(request, AbandonRequest) and request.fingerprint != fingerprint:
-        raise Rejected("another request was made with this id or key: take a new one", code="REMOTE_INVALID")
+        raise Rejected("a different request was made with this id or key: use a new one", code="REMOTE_INVALID")
 
 
 def _cause(request: RunCommand | RunCall, actor: str, description: str) -> ChangeOrigin:
@@ -412,11 +411,11 @@ def _cause(request: RunCommand | RunCall, actor: str, description: str) -> Chang
 
 
 def _refuse_settled(request: AbandonRequest) -> None:
-    """The journal does not know it: what its predecessor did of it was undone, and nothing more is tried."""
+    """Refuse a request that the journal does not know: its effects were undone, and it is not tried again."""
     raise Rejected(request.message, code=request.code)
 
 
-# --- answers ---
+# --- replies ---
 
 
 def _reply(id_: str, seq: int, outcome: CommandOutcome, command: Command, attached: Attached) -> Result:
@@ -430,9 +429,9 @@ def _reply(id_: str, seq: int, outcome: CommandOutcome, command: Command, attach
 
 
 def _bounded(outcome: CommandOutcome) -> CommandOutcome:
-    """Let an operation fail whose answer no frame could carry: JSON can't be cut short."""
+    """Fail an operation whose reply exceeds a frame: JSON cannot be truncated."""
     if outcome.answer is not None and len(outcome.answer.payload) > _MAX_OUTPUT_BYTES:
-        outcome.answer, outcome.failure, outcome.is_final = None, "its answer is over 8 MiB", False
+        outcome.answer, outcome.failure, outcome.is_final = None, "its reply is over 8 MiB", False
     return outcome
 
 
@@ -443,11 +442,11 @@ def _returned(id_: str, seq: int, outcome: CommandOutcome, attached: Attached) -
     return Returned(id_, seq, answer.status, attached.restore_names(answer.payload, is_json=True))
 
 
-_BROKE_DOWN = "the command broke down on the server and was undone"
+_BROKE_DOWN = "the command failed on the server and was undone"
 
 
 def _broken(failure: str, *, is_json: bool) -> CommandOutcome:
-    """Return what a command that broke down prints, in lattice's own forms."""
+    """Return the output of a command that crashed, in lattice's own format."""
     message = f"{_BROKE_DOWN}: {failure}"
     if is_json:
         return CommandOutcome(1, _envelope(message))
@@ -459,8 +458,8 @@ def _envelope(message: str) -> bytes:
 
 
 def _cut(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
-    """Return what was printed, shortened to what a frame can carry, and saying so."""
+    """Return the output, truncated to fit a frame, with a note if so."""
     if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
         return stdout, stderr
-    note = b"lattice-remote: the command was carried out; its output is over 8 MiB and was cut\n"
+    note = b"lattice-remote: the command was run; its output is over 8 MiB and was truncated\n"
     return stdout[:_MAX_OUTPUT_BYTES], stderr[:_MAX_OUTPUT_BYTES] + note

@@ -1,8 +1,6 @@
-"""One command line, run by lattice itself in this process, with what it prints and the exit code it would have.
+"""Executor of lattice's commands and calls inside the worker, with their output and exit code.
 
-Or one operation of another surface, in the same circumstances.
-
-The process must have been prepared with ``prepare()``; one command runs at a time, in the main thread.
+Commands run one at a time, in the main thread.
 """
 
 import errno
@@ -29,19 +27,19 @@ __all__ = ["CommandOutcome", "Executor", "ResourceBusy"]
 
 _log = logging.getLogger(__name__)
 _FAILED = 400
-"""From this status on an operation did not succeed."""
+"""Lowest status of a failed operation."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-"""What the system says when the disk takes nothing: it is full, or over a quota or a limit, or it fails."""
+"""Errors of a disk that is full, over a quota or limit, or failing."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
-"""The longest that ``resource acquire --wait`` waits, whatever it was told."""
+"""Maximum wait of ``resource acquire --wait``, whatever timeout it names."""
 
 
 @dataclass(frozen=True)
 class ResourceBusy:
-    """``resource acquire --wait`` would wait here: for the resource, at most ``timeout_s`` in all.
+    """Request to wait: ``resource acquire --wait`` for a resource, or any command for a lock (``locks/tasks_...``).
 
-    Or any command would, for a lock (``locks/tasks_...``) that another process holds.
-    ``retry_at`` is when its first holder's time is over, in seconds since the epoch; None when not known.
+    ``timeout_s`` is the total wait. ``retry_at`` is when the first holder's claim expires, in seconds since the epoch;
+    None if unknown.
     """
 
     resource: str
@@ -50,22 +48,22 @@ class ResourceBusy:
 
     @property
     def is_lock(self) -> bool:
-        """Whether it waits for a lock: nothing that it did stays."""
+        """Whether it waits for a lock, so its writes are undone."""
         return self.resource.startswith(LOCK_PREFIX)
 
 
 @dataclass
 class CommandOutcome:
-    """What a command, or an operation of a surface, did besides writing files.
+    """Result of a command or operation, besides the files it wrote.
 
     Attributes:
-        answer: of an operation that did not break down.
-        failure: one line when the command broke down, so that all it did must be undone; None otherwise.
-        no_room: the failure is that the disk did not take what it wrote.
-        is_final: it came to its own end, and would come to the same again. A breakdown says nothing of the next try:
-            it is undone, and answered without being remembered.
-        waiting: it would wait; nothing was printed.
-        timeout: the words of lattice for a lock that another process held for all of the time.
+        answer: of an operation that did not crash.
+        failure: one line if the command crashed, so that it must be undone; None otherwise.
+        no_room: the error, if it crashed because the disk is full.
+        is_final: whether it ended regularly and would end the same again. A crash is undone, and its reply is not
+            remembered, so a retry runs it again.
+        waiting: it must wait; nothing was printed.
+        timeout: lattice's message for a lock held by another process for the whole timeout.
     """
 
     exit_code: int = 0
@@ -81,7 +79,7 @@ class CommandOutcome:
 
     @property
     def is_undone(self) -> bool:
-        """Tell whether all that was written must be undone."""
+        """Whether its writes must be undone."""
         failed = self.answer is not None and self.answer.status >= _FAILED
         waits = self.waiting is not None and self.waiting.is_lock
         return not self.is_final or failed or waits or bool(self.timeout)
@@ -94,17 +92,18 @@ class _WouldWait(BaseException):
 
 
 class Executor:
-    """Runs commands in the project at ``root`` (the directory that holds ``.lattice``).
+    """Runner of commands in the project at ``root``, the directory that contains ``.lattice``.
 
-    Making one changes the process: lattice is loaded with ``LATTICE_ROOT`` set, its hooks are collected instead of
-    run, and its waiting is taken out. So there is one per process.
+    Creating one changes the process: it loads lattice with ``LATTICE_ROOT`` set, collects hooks instead of running
+    them, and removes lattice's waiting. Create one per process.
 
     Args:
         root: a real path.
-        lazy: leave out lattice's fsyncs; a power cut is then repaired from the journal.
-        capture: watches the commands, where they write to a project that others read: what they write to existing
-            files is not there before they have succeeded.
-        make_id: makes the ULIDs, by which the repair distinguishes what commands wrote.
+        lazy: omit lattice's fsyncs; the journal repairs files after a power cut.
+        capture: watches commands that write to a shared project. Their writes to existing files are published only
+            after
+            they succeed.
+        make_id: makes the ULIDs, by which the repair identifies the writes of commands.
     """
 
     def __init__(
@@ -112,7 +111,9 @@ class Executor:
     ) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
-        os.environ.pop("_LATTICE_COMPLETE", None)  # Click would complete the line for a shell in place of running it
+        os.environ.pop(
+            "_LATTICE_COMPLETE", None
+        )  # otherwise Click completes the line for a shell instead of running it
         import mimetypes
 
         from lattice.cli import artifact_cmds, resource_cmds
@@ -161,16 +162,19 @@ class Executor:
         ahead: Collection[str] = (),
         own_copies: Collection[str] = (),
     ) -> CommandOutcome:
-        """Run a command line that the policy has let through; never raises an ``Exception``.
+        """Run a command line that the policy accepted; never raises an ``Exception``.
 
-        ``ahead`` are resources that it does not take with ``--wait``, and locks that it does not take, because others
-        have waited for longer. Unless it ``may_wait``, a lock that another process holds ends it with the words of
-        lattice. The locks that it takes stay until ``release_locks``.
-        ``own_copies`` are files that the command may take instead of copying them.
+        ``AccessDenied`` passes through. The output is as through a pipe. Locks stay held until ``release_locks``.
 
-        ``checked`` is the command that the policy saw in it, as ``resource acquire``: no other is run, and none at all
-        when it is empty, for a line that only prints. ``Vetoed`` passes through. What the command printed is what a
-        pipe would have received.
+        Args:
+            argv: without the program's name.
+            checked: the command's words that the policy saw, for example ``resource acquire``; no other command runs.
+                Empty
+                for a line that only prints.
+            last_try: do not wait for a resource.
+            may_wait: wait for a lock held by another process instead of failing with lattice's message.
+            ahead: resources and locks that earlier requests wait for; not taken.
+            own_copies: files that the command may move instead of copying.
         """
         self._begin(checked, ahead, last_try=last_try, may_wait=may_wait, own_copies=own_copies)
         outcome = CommandOutcome()
@@ -193,9 +197,10 @@ class Executor:
         may_wait: bool = False,
         ahead: Collection[str] = (),
     ) -> CommandOutcome:
-        """Run an operation of a surface, which may run no command but by ``run_step``; never raises an ``Exception``.
+        """Run an operation of a surface; never raises an ``Exception``.
 
-        ``Vetoed`` passes through. What is printed is nobody's to see. ``may_wait`` and ``ahead`` are as for ``run``.
+        It may run commands only through ``run_step``. ``AccessDenied`` passes through. Output is discarded.
+        ``may_wait`` and ``ahead`` are as for ``run``.
         """
         self._begin("", ahead, last_try=True, may_wait=may_wait)
         outcome = CommandOutcome()
@@ -205,9 +210,9 @@ class Executor:
         return outcome
 
     def run_step(self, argv: Sequence[str], checked: str) -> CommandOutput:
-        """Run a command line as a part of the operation that is running; otherwise as ``run``.
+        """Run a command line as part of the running operation, otherwise as ``run``.
 
-        What breaks down is raised: the operation does not go on.
+        A crash is raised and ends the operation.
         """
         self._checked = checked
         self._clock.restart(is_over=True)
@@ -223,7 +228,7 @@ class Executor:
             self._checked = ""
 
     def release_locks(self) -> None:
-        """Release the locks of the last command; it is committed or rolled back."""
+        """Release the locks of the last command, after its commit or rollback."""
         self._locks.release_all()
 
     def _begin(
@@ -245,7 +250,7 @@ class Executor:
 
     @contextmanager
     def _ending(self, outcome: CommandOutcome, label: str) -> Iterator[None]:
-        """Publish what the block has written if it succeeds, and note what ends it otherwise."""
+        """Publish the block's writes if it succeeds; otherwise record how it ended."""
         try:
             yield
             if not outcome.is_undone:
@@ -255,7 +260,7 @@ class Executor:
                 outcome.waiting = ResourceBusy(LOCK_PREFIX + busy.key, busy.timeout_s)
             else:
                 outcome.timeout = str(busy)
-        except Exception as error:  # noqa: BLE001 - a command may fail in any way, the writer goes on
+        except Exception as error:  # noqa: BLE001 - a command may fail in any way, the worker continues
             self._failed(outcome, label, error)
         finally:
             self._writes.forget()
@@ -263,12 +268,11 @@ class Executor:
     def _take_lock(self, path: Path, timeout_s: float) -> None:
         """Take a lock for the transaction.
 
-        Lattice reads a task's snapshot, decides, and then takes the lock. When another process has replaced the
-        snapshot in between, the command starts again, so that it does not write over what plain lattice has said is
-        done.
+        Lattice reads a task's snapshot before it takes the lock. If another process has replaced the snapshot in
+        between, the command restarts, so that it does not overwrite a finished write of plain lattice.
 
         Raises:
-            LockBusy: another process holds it, or has just written.
+            LockBusy: another process holds it or has just written.
         """
         self._locks.acquire(path, timeout_s)
         kind, _, task_id = path.stem.partition("_")
@@ -277,7 +281,7 @@ class Executor:
             raise LockBusy(path.stem, timeout_s)
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
-        """Have every command below ``group`` make sure that it is the one that was checked."""
+        """Make every command below ``group`` verify that it is the checked one."""
         for word, command in group.commands.items():
             path = [*words, word]
             if isinstance(command, click.Group):
@@ -291,23 +295,23 @@ class Executor:
         return invoke(context)
 
     def _is_available(self, snapshot: dict[str, Any], now: str) -> bool:
-        """Stand for lattice's own function: who waits does not take what others have waited for longer."""
+        """Replace lattice's function: a waiting command leaves resources to earlier waiters."""
         values = click.get_current_context().params
         stands_behind = values.get("do_wait") and not values.get("force") and snapshot.get("name") in self._ahead
         return not stands_behind and bool(self._has_room(snapshot, now))
 
     def _collect_hook(self, cmd: str, env: dict[str, str], stdin_data: str) -> None:
-        """Stand for lattice's own function: the server runs hooks after the commit."""
+        """Replace lattice's function: the server runs hooks after the commit."""
         self._hooks.append(HookCall(cmd, env, stdin_data))
 
     def _failed(self, outcome: CommandOutcome, label: str, error: Exception) -> None:
-        """Note what ended a command that did not come to its end by itself; the log has it too."""
+        """Record and log the error of a crashed command."""
         outcome.failure, outcome.is_final = self._describe(error), False
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             outcome.no_room = error
-            _log.error("%s: the disk does not take what it writes: %s", label, error.strerror)
+            _log.error("%s: cannot write to the disk: %s", label, error.strerror)
         else:
-            _log.error("%s broke down", label, exc_info=error)
+            _log.error("%s failed", label, exc_info=error)
 
     def _describe(self, error: Exception) -> str:
         """Return one line on an error, without the server's directories."""
@@ -316,12 +320,12 @@ class Executor:
 
 
 def _leave_it(path: Path) -> None:
-    """Replace lattice's fsync of a directory: omit it."""
+    """Replace lattice's fsync of a directory."""
 
 
 @contextmanager
 def _printing() -> Iterator[tuple[Callable[[], bytes], Callable[[], bytes]]]:
-    """Collect what is printed, encoded as it is for a pipe."""
+    """Collect the output, encoded as for a pipe."""
     before = sys.stdout, sys.stderr
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
@@ -340,7 +344,7 @@ def _collected(stream: io.TextIOWrapper) -> bytes:
 
 
 def _exit_code(ending: SystemExit) -> int:
-    """Return the exit code of a process that ends like this."""
+    """Return the exit code of a process that ends with this exception."""
     if ending.code is None or isinstance(ending.code, int):
         return ending.code or 0
     sys.stderr.write(f"{ending.code}\n")
@@ -352,7 +356,7 @@ def _pause() -> NoReturn:
 
 
 def _waiting() -> ResourceBusy:
-    """Return what the running ``resource acquire`` waits for; call within it."""
+    """Return the resource that the running ``resource acquire`` waits for; call it within the command."""
     from lattice.cli.helpers import require_root, resolve_resource
 
     values = click.get_current_context().params

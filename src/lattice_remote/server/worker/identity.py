@@ -1,4 +1,4 @@
-"""Who a command says it is, and whether its token may say so (I9)."""
+"""Identity of a request's caller: the actors and sessions that its token may use (I9)."""
 
 import json
 import os
@@ -24,13 +24,13 @@ OWNERS_FILE = "session_owners.json"
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """Whose a session is."""
+    """Token that started a session."""
 
     session: str
-    """The session's own id, which no other ever has."""
+    """The session's own unique id."""
     token_id: str
     actor: str
-    """The token's."""
+    """The token's actor."""
 
 
 class _Session(msgspec.Struct):
@@ -38,7 +38,7 @@ class _Session(msgspec.Struct):
 
 
 class SessionOwners:
-    """The owners of one project's sessions. With no path: of none."""
+    """Owners of one project's sessions; empty without a path."""
 
     def __init__(self, project: Path | None = None) -> None:
         self._path = project / OWNERS_FILE if project is not None else None
@@ -46,22 +46,20 @@ class SessionOwners:
         self._known: dict[str, Owner] | None = None
 
     def of(self, name: str, session: str) -> Owner | None:
-        """Return whose the session ``name`` is, whose own id is ``session``; None when it is nobody's.
-
-        Nobody's is one that was not started through this server: with plain lattice, or before it came here.
+        """Return the owner of session ``name`` with the id ``session``; None if it was not started through this server.
 
         Raises:
-            Rejected: what is known of owners can't be read.
+            Rejected: the owners cannot be read.
         """
         owner = self._read().get(name)
         return owner if owner is not None and owner.session == session else None
 
     def note(self, operations: Iterable[Operation], token_id: str, actor: str) -> None:
-        """Note whose the sessions are that these operations start; durable once this returns.
+        """Record the owner of the sessions that these operations start; durable once this returns.
 
         Raises:
-            Rejected: what is known of owners can't be read.
-            OSError: it can't be written; nothing has changed.
+            Rejected: the owners cannot be read.
+            OSError: they cannot be written; nothing has changed.
         """
         assert self._path is not None and self._sessions is not None, "only a project has sessions that start"
         started = {Path(each.path).stem: each.data for each in operations if _is_session(each)}  # type: ignore[union-attr]
@@ -74,7 +72,7 @@ class SessionOwners:
         self._known = known
 
     def _read(self) -> dict[str, Owner]:
-        """Return what is known, read once: nobody else writes it."""
+        """Return the owners, read once: this process is their only writer."""
         if self._known is None:
             self._known = _load(self._path) if self._path is not None else {}
         return self._known
@@ -87,8 +85,8 @@ def _load(path: Path) -> dict[str, Owner]:
         return {}
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Rejected(
-            f"the server can't read whose sessions are whose ({OWNERS_FILE}); its administrator can mend it, or remove "
-            "it, which makes every session nobody's",
+            f"cannot read the owners of sessions ({OWNERS_FILE}); its administrator can repair it, or remove "
+            "it, which leaves every session without an owner",
             code="REMOTE_STORAGE",
         ) from error
 
@@ -100,39 +98,39 @@ def _is_session(operation: Operation) -> bool:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who asks: the token's actor, and the patterns (``*`` stands for anything) of others it may act as."""
+    """Identity of a requester: its token's actor, and patterns (``*`` matches anything) of other allowed actors."""
 
     actor: str
     act_as: Sequence[str] = ()
     token_id: str = ""
     owners: SessionOwners = field(default_factory=SessionOwners)
-    """Of the project's sessions."""
+    """Owners of the project's sessions."""
 
     def may_act_as(self, actor: str, *, ignore_case: bool = False) -> bool:
-        """Tell whether a command of this token may say that it is ``actor``."""
-        # lower() and not IGNORECASE, for which more letters are the same than people think.
+        """Return whether this token may act as ``actor``."""
+        # Not IGNORECASE, which equates more letters than lower().
         fold = str.lower if ignore_case else str
         patterns = [re.escape(fold(self.actor)), *(_as_regex(fold(pattern)) for pattern in self.act_as)]
         return any(re.fullmatch(pattern, fold(actor), re.DOTALL) for pattern in patterns)
 
     def require(self, actor: str, *, ignore_case: bool = False) -> None:
-        """Do nothing if a command of this token may say that it is ``actor``.
+        """Check that this token may act as ``actor``.
 
         Raises:
-            Rejected: it may not; the message names what is allowed.
+            Rejected: it may not; the message names the allowed actors.
         """
         if not self.may_act_as(actor, ignore_case=ignore_case):
             allowed = ", ".join((self.actor, *self.act_as))
             raise Rejected(f"token may act as {allowed}; not as {actor}", code="REMOTE_FORBIDDEN")
 
     def require_session(self, name: str, session: str, *, to_end: bool) -> None:
-        """Do nothing if a command of this token may act as this session, or end it.
+        """Check that this token may act as a session, or end it.
 
-        A session belongs to the token that started it. To end one a token of the same actor will do: a person whose
-        other machine, or whose former token, has left one behind.
+        A session belongs to the token that started it. Any token of the same actor may end it, for example one left
+        behind by another machine or a former token.
 
         Raises:
-            Rejected: it is another token's.
+            Rejected: it belongs to another token.
         """
         owner = self.owners.of(name, session)
         if owner is None or owner.token_id == self.token_id or (to_end and owner.actor == self.actor):
@@ -140,17 +138,17 @@ class Identity:
         if to_end:
             advice = f"a token of {owner.actor} can end it"
         elif owner.actor == self.actor:
-            advice = f"start one with this token, and end that one with: lattice session end {name}"
+            advice = f"start one with this token, and end the other with: lattice session end {name}"
         else:
             advice = "start your own with: lattice session start"
         raise Rejected(f"session {name} belongs to another token, of {owner.actor}: {advice}", code="REMOTE_FORBIDDEN")
 
 
 def _as_regex(pattern: str) -> str:
-    """Return a pattern of actors as a regular expression, which never goes back to a star that it has passed.
+    """Return a pattern of actors as a regular expression that never backtracks past a star.
 
-    Taking the first place at which a piece fits loses nothing, because the next star takes what is skipped.
-    Without the atomic groups a few stars would keep the worker busy for hours.
+    Taking the first match of each piece is sufficient, because the next star matches the rest. Without the atomic
+    groups a few stars could occupy the worker for hours.
     """
     first, *pieces = (re.escape(piece) for piece in pattern.split("*"))
     if not pieces:
@@ -167,10 +165,10 @@ def check_actor(
     *,
     is_lattices: bool,
 ) -> str | None:
-    """Return who the command says it is, checked; every way in which lattice takes an actor is one of these.
+    """Return the actor that the command names, checked. Covers every way in which lattice takes an actor.
 
-    A session, its own name for ``session end``, the session that starts, ``--actor``, and where that is left out the
-    actor that a command takes instead. A name that lattice refuses is left to lattice, if the command ``is_lattices``.
+    These are: a session, the session to end, a new session, ``--actor``, and the default actor of a command. A
+    malformed name is left to lattice if the command ``is_lattices``.
     """
     from lattice.core.actors import validate_base_name
     from lattice.core.ids import validate_actor
@@ -187,7 +185,7 @@ def check_actor(
         if validate_base_name(actor.partition(":")[2]) is None:
             identity.require(actor, ignore_case=True)
     given = values.get("actor", _default_actor(cli, path))
-    # Lattice checks the form of every actor but that of the one command which has a default.
+    # Lattice checks the form of every actor, except of the one command with a default.
     if given is not None and (validate_actor(given) or not is_lattices or path == "backfill-ids"):
         identity.require(given)
     return actor or given
@@ -195,7 +193,7 @@ def check_actor(
 
 @cache
 def _default_actor(cli: click.Group, path: str) -> str | None:
-    """Return the actor that a command takes when it is not told one, as ``backfill-ids`` does."""
+    """Return a command's default actor, for example of ``backfill-ids``."""
     command: click.Command = cli
     for word in path.split():
         assert isinstance(command, click.Group), "the words were found in it"
@@ -205,16 +203,16 @@ def _default_actor(cli: click.Group, path: str) -> str | None:
 
 
 def _actor_of_session(lattice_dir: Path, session: str) -> tuple[str | None, str]:
-    """Return the actor that a session stands for, and its own id; None when there is none: lattice will say so.
+    """Return a session's actor and own id; None if it does not exist, which lattice reports.
 
-    Lattice believes whatever the file says, so a file that says something else than its name is refused.
+    Lattice trusts the file, so a file that contradicts its name is refused.
     """
     from lattice.core.actors import ActorIdentity
 
     path = lattice_dir / "sessions" / f"{session}.json"
     try:
         if not stat.S_ISDIR(path.parent.lstat().st_mode) or not stat.S_ISREG(path.lstat().st_mode):
-            raise unsupported(f"the session {session} is no plain file on the server")
+            raise unsupported(f"the session {session} is not a regular file on the server")
         identity = ActorIdentity.from_dict(json.loads(path.read_text("utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None, ""
@@ -222,15 +220,15 @@ def _actor_of_session(lattice_dir: Path, session: str) -> tuple[str | None, str]
         raise unsupported(f"the session {session} can't be read: it names no actor") from error
     actor = str(identity.to_legacy_actor())
     if identity.name != session or f"{identity.base_name}-{identity.serial}" != session or not is_plain(actor):
-        raise unsupported(f"the session {session} can't be used: its file is that of another")
+        raise unsupported(f"the session {session} can't be used: its file belongs to another session")
     return actor, str(identity.session)
 
 
 def _actor_to_be(values: Mapping[str, Any]) -> str:
-    """Return the actor of a session that is about to start."""
+    """Return the actor of a session about to start."""
     prefix = "human" if values.get("model") == "human" else "agent"
     name = values.get("base_name")
     if name is None:
-        # Without either lattice picks a name of its own: only a token that may use every name can take it.
+        # Without either, lattice picks a name, so the token must be allowed every name.
         name = values.get("agent_type", "*").capitalize()
     return f"{prefix}:{name}"

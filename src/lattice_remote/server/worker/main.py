@@ -1,9 +1,9 @@
-"""The process that owns one project: requests in over a socket pair, outcomes out, one at a time (I1).
+"""Worker process of one project: requests in and outcomes out over a socket pair, one at a time (I1).
 
     python -m lattice_remote.server.worker.main --fd 5 --project-dir DATA/projects/web --slug web
 
-It leaves when told to (``Stop``), when the server is gone (end of file), or when the storage fails: for good
-(``Failed``) where it could not keep what was written, else for the next worker to try again.
+It exits on ``Stop``, when the server is gone (end of file), or when the storage fails: for good (``WorkerFailed``) if
+it could not keep a write, otherwise so that the next worker tries again.
 """
 
 import argparse
@@ -36,9 +36,9 @@ __all__ = ["code_directories", "main", "prepare_scratch"]
 
 
 def code_directories(project: Path) -> list[str]:
-    """Return where Python and its packages lie; the directory it was started in is none of them.
+    """Return the directories of Python and its packages, without the start directory.
 
-    Nor is one around the project: an environment may have been made where the data lies, and the tokens with it.
+    Directories inside the project are excluded: an environment there lies beside the data and the tokens.
     """
     started_in = os.getcwd()
     standard = sysconfig.get_paths()
@@ -47,7 +47,7 @@ def code_directories(project: Path) -> list[str]:
 
 
 def prepare_scratch(project: Path) -> Path:
-    """Make the private directory, empty, and live in it."""
+    """Create the private directory, empty, and change into it."""
     scratch = project / "tmp"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(mode=0o700)
@@ -56,13 +56,13 @@ def prepare_scratch(project: Path) -> Path:
     return scratch
 
 
-_NOT_A_PLUGINS = 'config.json allows "{}", which is no command of a plugin that is installed here'
+_NOT_A_PLUGINS = 'config.json allows "{}", which is not a command of an installed plugin'
 _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the worker until it is told to stop; return the exit code."""
+    """Run the worker until it must stop; return the exit code."""
     parser = argparse.ArgumentParser(prog="lattice-remote-worker")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--project-dir", type=Path, required=True)
@@ -70,13 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--journal", default="{}", help="settings, as in config.json")
     parser.add_argument("--plugin-commands", default="[]", help="likewise")
     options = parser.parse_args(arguments)
-    # The server tells when to leave; a signal to the whole process group must not cut a command off.
+    # The server ends this process; a signal to the whole process group must not interrupt a command.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.dont_write_bytecode = True
     log_to_stderr(f"worker {options.slug}: %(levelname)s %(message)s", {"process": "worker", "project": options.slug})
     for name in (FORMAT_VARIABLE, LEVEL_VARIABLE):
-        os.environ.pop(name, None)  # a hook's environment is made from this process's, and is lattice's
+        os.environ.pop(name, None)  # hooks inherit this process's environment
     connection = socket.socket(fileno=options.fd)
     committer = Committer(connection)
     try:
@@ -84,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         retention = _retention(options.journal)
         return _serve(options.project_dir.resolve(), connection, committer, retention, plugin_commands)
     except SyncFailed as error:
-        _log.exception("the disk could not keep what was written")
-        committer.submit(CommitJob(WorkerFailed(f"the server's disk could not keep what was written: {error}")))
+        _log.exception("the disk could not keep a write")
+        committer.submit(CommitJob(WorkerFailed(f"the server's disk could not keep a write: {error}")))
     except OSError:
-        # A full disk, say. The next worker undoes what was under way, and goes on as soon as that is possible.
-        _log.exception("the worker can't go on")
+        # For example a full disk. The next worker undoes the running command and continues when possible.
+        _log.exception("the worker cannot continue")
     committer.finish()
     return 1
 
@@ -115,7 +115,7 @@ def _serve(
     worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
     worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
     gc.collect()
-    gc.freeze()  # what was loaded so far stays: no collection need look at it again
+    gc.freeze()  # exempt the loaded modules from collection
     for message in map(_decoder.decode, receive_frames(connection)):
         if not worker.handle(message):
             break

@@ -1,7 +1,7 @@
-"""Patches applied to lattice inside the worker: its clock, its copies, its locks and its writes.
+"""Patches applied to lattice inside the worker: clock, file copies, locks and writes.
 
-``Executor`` installs them. Each does what the original does, apart from what its text says;
-``tests/server/test_patches.py`` compares each with the original.
+``Executor`` installs them. Each behaves like the original apart from the documented difference;
+``tests/server/worker/test_patches.py`` compares them.
 """
 
 import errno
@@ -20,16 +20,18 @@ from lattice_remote.files import SAFE, signature_of
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
 
 LOCK_PREFIX = "locks/"
-"""Starts the name of a lock where a resource may be named too, as ``locks/tasks_...``: no resource has a slash."""
+"""Prefix of a lock's name where resources are named too, for example ``locks/tasks_...``. No resource name has a slash.
+
+"""
 
 _Signature = tuple[int, int, int]
 
 
 class Clock:
-    """Replaces ``time`` in lattice's resource commands: nothing sleeps while it occupies the writer.
+    """Replacement of ``time`` in lattice's resource commands, so that the worker never sleeps.
 
     Args:
-        pause: is called in place of a sleep; does not return.
+        pause: called instead of a sleep; does not return.
     """
 
     def __init__(self, pause: Callable[[], NoReturn]) -> None:
@@ -38,7 +40,7 @@ class Clock:
         self._asked = 0
 
     def restart(self, *, is_over: bool) -> None:
-        """Begin a command; with ``is_over`` its time is up as soon as it has tried once."""
+        """Start a command; with ``is_over`` its timeout expires after the first attempt."""
         self.is_over, self._asked = is_over, 0
 
     def monotonic(self) -> float:
@@ -54,14 +56,14 @@ class Clock:
 
 
 class Mover:
-    """Replaces ``shutil`` in lattice's ``attach``: the file that came with the command is moved, not copied again."""
+    """Replacement of ``shutil`` in lattice's ``attach``: an attached file is moved instead of copied again."""
 
     def __init__(self) -> None:
         self.own_copies: Collection[str] = ()
 
     def copy2(self, source: str, target: str) -> str:
         if source in self.own_copies:
-            with suppress(OSError):  # for example another file system: then it is copied
+            with suppress(OSError):  # another file system, for example: copy
                 os.replace(source, target)
                 return target
         return shutil.copy2(source, target)
@@ -74,7 +76,7 @@ class Mover:
 
 
 class LockBusy(BaseException):
-    """Another process holds a lock. Not an ``Exception``: a command's own error handling lets it pass."""
+    """Another process holds a lock. No ``Exception``, so it passes a command's own error handling."""
 
     def __init__(self, key: str, timeout_s: float) -> None:
         super().__init__(f"Could not acquire lock '{key}' within {timeout_s:g}s")
@@ -83,10 +85,10 @@ class LockBusy(BaseException):
 
 
 class LockTable:
-    """Lattice's locks that the running transaction holds: from the first use of each to ``release_all``.
+    """Lattice's locks held by the running transaction, from first use to ``release_all``.
 
-    Plain ``lattice`` beside the server waits for them, so it never works on files that may still be rolled back. A
-    lock that another process holds is not waited for: the writer belongs to others meanwhile.
+    Plain ``lattice`` waits for them, so it never reads files that may still be rolled back. A lock held by another
+    process is not awaited here, since the worker serves other requests.
     """
 
     def __init__(self) -> None:
@@ -94,15 +96,15 @@ class LockTable:
         self._behind: Collection[str] = ()
 
     def begin(self, behind: Collection[str] = ()) -> None:
-        """Begin a command that does not take the locks named in ``behind``: other requests have waited longer."""
+        """Start a command that must not take the locks in ``behind``: earlier requests wait for them."""
         self._behind = behind
 
     def acquire(self, path: Path, timeout_s: float) -> None:
-        """Take a lock, unless the transaction has it already.
+        """Take a lock, unless already held.
 
         Raises:
-            LockBusy: another process holds it, or another request has waited longer for it.
-            OSError: as ``filelock`` raises it.
+            LockBusy: another process holds it, or an earlier request waits for it.
+            OSError: as raised by ``filelock``.
         """
         name = str(path)
         if name in self._held:
@@ -113,13 +115,13 @@ class LockTable:
         self._held[name] = descriptor
 
     def release_all(self) -> None:
-        """Release what the transaction holds, once it is committed or rolled back."""
+        """Release all locks, after commit or rollback."""
         while self._held:
             os.close(self._held.popitem()[1])
 
 
 class Lock:
-    """Replaces ``FileLock``: the same flock on the same file, at a tenth of the cost.
+    """Replacement of ``FileLock``: the same flock on the same file, at a tenth of the cost.
 
     Args:
         take: takes the lock of a file for the transaction.
@@ -132,14 +134,14 @@ class Lock:
         self._take(self._path, self._timeout_s)
 
     def release(self) -> None:
-        """Leave it to the end of the transaction."""
+        """Do nothing: the lock is held until the end of the transaction."""
 
 
 def _try_lock(path: str) -> int | None:
-    """Return a descriptor that has the lock; None when another process has it.
+    """Return a descriptor holding the lock; None if another process holds it.
 
-    The same flags and mode as in ``filelock``: a symbolic link is not followed, no lease is waited for, and the umask
-    decides whether the user's group may lock too.
+    Flags and mode as in ``filelock``: symbolic links are not followed, leases are not awaited, and the umask decides
+    whether the user's group may lock.
     """
     flags = os.O_RDWR | os.O_CREAT | SAFE
     try:
@@ -154,7 +156,7 @@ def _try_lock(path: str) -> int | None:
         descriptor = os.open(path, flags, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = os.fstat(descriptor).st_nlink > 0  # a lock on a removed file excludes nobody
+        is_there = os.fstat(descriptor).st_nlink > 0  # a lock on a removed file excludes no other process
     except OSError as error:
         os.close(descriptor)
         if error.errno in {errno.EACCES, errno.EAGAIN}:
@@ -170,18 +172,18 @@ def _try_lock(path: str) -> int | None:
 
 
 class WriteSet:
-    """What the running command writes to existing files, until it has succeeded.
+    """Pending writes of the running command to existing files, published when it succeeds.
 
-    ``atomic_write`` to a file that exists, and ``jsonl_append`` to a log that exists, wait here. The command reads its
-    own writes; no other process sees them. ``publish`` carries them out in order. So plain ``lattice``, which reads a
-    snapshot before it takes the lock, never builds on a command that lattice refuses after all.
+    Only ``atomic_write`` to an existing file and ``jsonl_append`` to an existing log are deferred. The command reads
+    its own writes; other processes do not see them. Plain ``lattice`` reads a snapshot before it takes the lock, so it
+    never builds on a command that is refused later.
 
-    Anything else that a command writes (a new file, a plan, a rename) publishes first what waits, so that lattice's
-    order stays: the event log before the snapshot (I8).
+    Any other write (a new file, a plan, a rename) first publishes the pending ones, which keeps lattice's order: the
+    event log before the snapshot (I8).
 
     Args:
-        sync_directory: makes a rename durable; None where lattice's fsyncs are omitted.
-        announce: takes the path of a file and what will be appended to it, or the inode of the file that replaces it.
+        sync_directory: makes a rename durable; None if lattice's fsyncs are omitted.
+        announce: takes a file's path and either the bytes to append or the inode of its replacement.
     """
 
     def __init__(
@@ -196,15 +198,15 @@ class WriteSet:
         self._read: dict[str, _Signature] = {}
 
     def forget(self) -> None:
-        """Drop what waits, and what was read."""
+        """Drop pending writes and recorded reads."""
         self._waiting.clear()
         self._read.clear()
 
     def publish(self) -> None:
-        """Carry out what waits.
+        """Perform the pending writes in order.
 
         Raises:
-            OSError: the disk did not take it; the transaction must be rolled back.
+            OSError: the disk failed; the transaction must be rolled back.
         """
         waiting, self._waiting = self._waiting, {}
         for target, content in waiting.items():
@@ -222,7 +224,7 @@ class WriteSet:
                 self._sync_directory(Path(target).parent)
 
     def has_changed(self, path: str) -> bool:
-        """Tell whether another process has replaced a snapshot since the command read it."""
+        """Return whether another process has replaced a snapshot since the command read it."""
         read = self._read.get(path)
         return read is not None and path not in self._waiting and read != _signature_at(path)
 
@@ -250,7 +252,7 @@ class WriteSet:
         return _Lines(self, name)
 
     def append(self, path: str, text: str) -> None:
-        """Add text at the end of a log, once it is published."""
+        """Defer appending text to a log."""
         lines = self._waiting.setdefault(path, [])
         assert isinstance(lines, list), "open_log() adds to a file that waits itself"
         lines.append(text)
@@ -280,13 +282,13 @@ def _reader(  # noqa: PLR0917 - in the order of open()
     errors: str | None = None,
     newline: str | None = None,
 ) -> IO[Any]:
-    """Return bytes as the open file that holds them."""
+    """Return bytes as an open file."""
     raw = io.BytesIO(data)
     return raw if mode == "rb" else io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline)
 
 
 class _Lines(io.StringIO):
-    """A log that is open for appending."""
+    """Log opened for appending."""
 
     def __init__(self, writes: WriteSet, path: str) -> None:
         super().__init__()
@@ -314,11 +316,11 @@ def _signature_at(path: str) -> _Signature | None:
 
 
 class Disk:
-    """Replaces ``os`` in lattice's file functions.
+    """Replacement of ``os`` in lattice's file functions.
 
     Args:
-        writes: takes what replaces a file; None where it is replaced at once.
-        lazy: omit the fsyncs, which the journal makes needless.
+        writes: takes replacements of files; None to replace at once.
+        lazy: omit fsyncs, which the journal makes unnecessary.
     """
 
     def __init__(self, writes: WriteSet | None, *, lazy: bool) -> None:
@@ -327,7 +329,7 @@ class Disk:
             self.replace = writes.replace
 
     def fsync(self, descriptor: int) -> None:
-        if descriptor >= 0 and not self._lazy:  # publish() makes lines durable that wait
+        if descriptor >= 0 and not self._lazy:  # publish() fsyncs pending lines
             os.fsync(descriptor)
 
     def __getattr__(self, name: str) -> Any:

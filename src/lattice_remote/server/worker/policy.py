@@ -1,6 +1,6 @@
-"""What a client's command line may do: one table, checked before lattice sees the command (I9).
+"""Policy of commands: one table of the commands and parameters that a client may run, checked before lattice runs (I9).
 
-Lattice's own Click objects take the command line apart, so what is checked is what will run.
+Lattice's own Click objects parse the command line, so the checked values are the ones that run.
 """
 
 import os
@@ -74,20 +74,21 @@ ROUTED: Mapping[str, Mapping[str, Kind]] = {
     "doctor": _takes("fix"),
     "rebuild": _takes("rebuild_all", task_id=Kind.LOG),
 }
-"""The commands that a client may run here, each with all its parameters (by their names in lattice's Click commands).
+"""The commands that a client may run here, with all their parameters, by their names in lattice's Click commands.
 
-What is not in it is refused: a command or an option of a lattice that is newer than this table may do anything.
+Everything else is refused, since a command or option of a newer lattice may do anything.
 """
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that may run.
+    """Command line that may run.
 
     Attributes:
-        path: the command's words, as ``resource acquire``; empty when the line only prints help or an error of usage.
-        values: parameters as given, by name: a text, True for a flag, or a tuple.
-        actor: who the command says it is, None when it does not say.
+        path: the command's words, for example ``resource acquire``; empty if the line only prints help or a usage
+            error.
+        values: given parameters by name: a text, True for a flag, or a tuple.
+        actor: the actor that the command names; None if it names none.
     """
 
     path: str
@@ -96,7 +97,7 @@ class Command:
 
     @property
     def is_json(self) -> bool:
-        """Tell whether the command prints JSON."""
+        """Whether the command prints JSON."""
         return bool(self.values.get("output_json"))
 
 
@@ -109,19 +110,19 @@ def parse(
     lattice_dir: Path,
     plugin_commands: Collection[str] = (),
 ) -> Command:
-    """Take a command line apart and check all of it; nothing is run, nothing but a session's file is read.
+    """Parse and check a command line. Runs nothing and reads only the file of a session.
 
     Args:
         cli: lattice's top-level command.
         argv: without the program's name.
-        identity: who asks.
-        files: the private paths at which the caller's files were put.
+        identity: the requester.
+        files: the private paths of attached files.
         lattice_dir: the project's ``.lattice``.
-        plugin_commands: what the administrator allows of the server's own plugins.
+        plugin_commands: commands of the server's plugins that the administrator allows.
 
     Raises:
-        Rejected: REMOTE_UNSUPPORTED for a command or an argument that can't be used in a remote project,
-            REMOTE_FORBIDDEN for an actor that this token may not use.
+        Rejected: REMOTE_UNSUPPORTED for a command or argument not allowed in a remote project, REMOTE_FORBIDDEN for an
+            actor that this token may not use.
     """
     for argument in argv:
         if "\0" in argument or len(argument.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
@@ -129,7 +130,7 @@ def parse(
     try:
         path, values = _take_apart(cli, list(argv), files)
     except click.UsageError:
-        # Click stops here too when it runs the line, with its own words; the executor sees to it that no command runs.
+        # Click stops at the same error when it runs the line; the executor ensures that no command runs.
         return Command("", {})
     if path is None:
         return Command("", {})
@@ -149,17 +150,17 @@ def parse(
 
 
 def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
-    """Return the command's words and its raw parameters; None for a line that only prints help or a version.
+    """Return the command's words and raw parameters; None for a line that only prints help or a version.
 
     Raises:
-        click.UsageError: as Click itself would.
+        click.UsageError: as Click raises it.
     """
     command: click.Command = cli
     words: list[str] = []
     while True:
         context, parser = _parser_of(command)
         parsed, rest, _ = parser.parse_args(list(argv))
-        # What was not given is missing here, or stands as a marker of Click's own.
+        # A parameter that was not given is absent, or is one of Click's markers.
         values = {name: v for name, v in parsed.items() if isinstance(v, str | bool | int | float | tuple | list)}
         help_option = command.get_help_option(context)
         if help_option is not None and values.get(help_option.name or ""):
@@ -187,7 +188,7 @@ def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tu
 
 
 def not_of_plugins(cli: click.Group, paths: Iterable[str]) -> list[str]:
-    """Return those that are no commands of plugins: lattice's own, or not there."""
+    """Return the paths that are not commands of installed plugins."""
     return [path for path in paths if not _is_plugins(cli, path)]
 
 
@@ -200,26 +201,26 @@ def _why_not(cli: click.Group, path: str) -> str:
     if not _is_plugins(cli, path):
         return f"'lattice {path}' can't run on the server"
     return (
-        f"'lattice {path}' can't run on the server: it is a plugin's, which its administrator has to allow, with "
+        f"'lattice {path}' can't run on the server: the administrator must allow this plugin command, with "
         f'"plugin_commands": ["{path}"] in config.json'
     )
 
 
 @cache
 def _kinds_of_plugins(cli: click.Group, path: str) -> Mapping[str, Kind]:
-    """Return what the parameters of a plugin's command are: texts, and the two with which lattice names who acts.
+    """Return the parameters of a plugin's command: texts, and the two by which lattice names the actor.
 
     Raises:
-        Rejected: one of them is a file, which would be the server's.
+        Rejected: a parameter is a file, which would be the server's.
     """
     known = {"actor": Kind.ACTOR, "session_name": Kind.SESSION}
     kinds: dict[str, Kind] = {}
     command = _command_at(cli, path)
-    assert command is not None, "it was found to be a plugin's"
+    assert command is not None, "the caller found this command"
     for parameter in command.params:
         if any(isinstance(part, click.Path | click.File) for part in _parts(parameter.type)):
             raise unsupported(
-                f"'lattice {path}' takes a file, {parameter.name}: such a plugin's can't run on the server"
+                f"'lattice {path}' can't run on the server: this plugin command takes a file, {parameter.name}"
             )
         kinds[parameter.name or ""] = known.get(parameter.name or "", Kind.TEXT)
     return kinds
@@ -238,29 +239,29 @@ def _command_at(cli: click.Group, path: str) -> click.Command | None:
 
 @cache
 def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
-    """Return Click's parser for one command; making it takes longer than parsing. Its errors are nobody's to see."""
+    """Return Click's parser of a command; creating it takes longer than parsing."""
     context = click.Context(command, info_name=command.name, **command.context_settings)
     return context, command.make_parser(context)
 
 
 def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
-    """Let files be given only where a file is taken, and only those that came with the command.
+    """Check that files are given only for file parameters, and only attached ones.
 
-    First of all checks: the others name what they refuse, and nobody is told where the server puts files.
+    This check comes first: later messages quote the values they refuse, and must not reveal the server's paths.
     """
     given = {value for name in values if kinds.get(name) is Kind.FILE for value in _as_tuple(values[name])}
     if not given.issuperset(files):
         raise unsupported(_MISPLACED)
     for value in given.difference(files):
         if not _is_url(path, value):
-            raise unsupported(f"the file {shown(value)} did not travel with the command")
+            raise unsupported(f"the file {shown(value)} was not attached to the command")
 
 
-# --- what is to be made ---
+# --- new names ---
 
 
 def _check_new(path: str, values: Mapping[str, Any], lattice_dir: Path) -> None:
-    """Refuse to make what would stand in the place of something else, here or on a client's disk."""
+    """Refuse new names that would collide with existing ones, here or on a client's disk."""
     if path == "create":
         check_new_task(values.get("task_id"), lattice_dir)
     if path == "resource create":
@@ -280,26 +281,26 @@ def _check_new_session(base_name: str, lattice_dir: Path) -> None:
 
 
 def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
-    """Do nothing if a task may be made with this id, None for one that lattice makes up.
+    """Check the id of a new task; None if lattice generates it.
 
     Raises:
-        Rejected: it is that of an archived task.
+        Rejected: an archived task has this id.
     """
     if task_id and os.path.lexists(lattice_dir / f"archive/tasks/{task_id}.json"):
         raise unsupported(f"{task_id} is the id of an archived task: unarchive it, or make one without an id")
 
 
 def _check_plain(name: str | None) -> None:
-    """Refuse a new name that looks like another, or that some file systems store as another."""
+    """Refuse a new name that looks like another, or that some file systems store differently."""
     if name and not is_plain(name):
-        raise unsupported(f"{shown(name)} can't be a name: it holds characters that are not printed, or are not in NFC")
+        raise unsupported(f"{shown(name)} can't be a name: it contains unprintable characters or is not in NFC")
 
 
 def _check_spelling(name: str | None, others: Iterable[str]) -> None:
-    """Refuse a name that some file systems can't tell from one that is there."""
+    """Refuse a name that case-insensitive file systems cannot distinguish from an existing one."""
     for other in others:
         if name and name != other and name.casefold() == other.casefold():
-            raise unsupported(f"{shown(name)} differs from {other!r} only in capitals: choose another name")
+            raise unsupported(f"{shown(name)} differs from {other!r} only in case: choose another name")
 
 
 def _names_in(directory: Path) -> list[str]:

@@ -1,12 +1,12 @@
-"""A checked project put in the place of an empty one, so that a crash at any moment leaves the one or the other.
+"""Crash-safe replacement of an empty project by a checked candidate.
 
-A candidate, which is whole and on the disk, becomes the project's by one rename, to ``adopting/``: before it nothing
-has happened, after it every start of a worker goes on until it is done. The worker that renames it leaves at once, and
-the next one finishes: what a crash needs is what always happens.
+A single rename to ``adopting/`` decides. Before it nothing has happened; after it every start of a worker continues
+until the replacement is done. The worker that renames exits at once and the next one finishes, so a crash takes the
+same path as the normal case.
 
-    adopting/cause       who brought it, and the answer to give
-    adopting/.lattice    the project, until it is in its place
-    adopting/replaced    the empty project, once it has made room
+    adopting/cause       the request, with the reply to send
+    adopting/.lattice    the new project, until it is in place
+    adopting/replaced    the empty project, once moved away
 """
 
 import os
@@ -42,10 +42,10 @@ _decoder = msgspec.msgpack.Decoder(ImportProject)
 
 
 def require_empty(lattice: Path, sizes: Mapping[str, int]) -> None:
-    """Do nothing if nothing was ever done in this project, as the sizes of its files and its short ids say.
+    """Check that the project was never used, according to the sizes of its files and its short ids.
 
     Raises:
-        Rejected: something was.
+        Rejected: it was used.
     """
     used = first_sign_of_use(sizes.items())
     if used is None and _has_ids(lattice / "ids.json"):
@@ -71,9 +71,9 @@ class _Ids(msgspec.Struct):
 
 
 def decide(project: Path, request: ImportProject) -> None:
-    """Make the request's candidate the project's; once this returns it will be in place, whatever happens.
+    """Commit to the request's candidate, which will be put in place even after a crash.
 
-    The project's writer must be this process. It must leave then.
+    The calling process must be the project's writer, and must exit afterwards.
 
     Raises:
         OSError: nothing has happened.
@@ -91,17 +91,17 @@ def decide(project: Path, request: ImportProject) -> None:
 
 
 def is_adopting(project: Path) -> bool:
-    """Whether a project waits to be put in place."""
+    """Return whether a candidate waits to be put in place."""
     return (project / "adopting").is_dir()
 
 
 def put_in_place(project: Path) -> ImportProject | None:
-    """Give a project that waits its place, at the start of a worker; return who brought it, None when none does.
+    """Put a waiting candidate in place, at the start of a worker; return its request, None if no candidate waits.
 
-    May be done again after a crash. The caller begins a new epoch for it, then calls ``finish``.
+    Idempotent after a crash. The caller starts a new epoch, then calls ``finish``.
 
     Raises:
-        OSError: it can't be done now; the next start tries again.
+        OSError: it is not possible now; the next start tries again.
     """
     if not is_adopting(project):
         return None
@@ -117,7 +117,7 @@ def put_in_place(project: Path) -> ImportProject | None:
 
 
 def cause_of(request: ImportProject) -> ChangeOrigin:
-    """Return who brought a project, for the log."""
+    """Return the origin of the first change of an imported project."""
     what = f"{request.tasks} tasks, {request.archived} archived, {request.files} files"
     command = f"remote push: {what}" if request.token_id else f"lattice-remote import: {what}"
     return ChangeOrigin(
@@ -126,12 +126,12 @@ def cause_of(request: ImportProject) -> ChangeOrigin:
 
 
 def answer_to(request: ImportProject, seq: int) -> Pushed:
-    """Return what whoever brought it is told."""
+    """Return the reply to the request."""
     return Pushed(request.id, seq, request.tasks, request.archived, request.files, request.notes)
 
 
 def first_difference(tree: ProjectTree) -> TreeDiff:
-    """Return the first change of the new epoch: it tells who brought the project, and changes nothing."""
+    """Return the first change of the new epoch: it records the import and changes nothing."""
     content = tree.read(_SETTINGS, None)
     assert content is not None, "no project is taken in without its settings"
     operation = AnnounceFile(_SETTINGS, content.state.size, content.state.digest)
@@ -139,6 +139,6 @@ def first_difference(tree: ProjectTree) -> TreeDiff:
 
 
 def finish(project: Path) -> None:
-    """The project is in its place, and the journal says so: what it replaced goes."""
+    """Remove the replaced project, once the journal records the new one."""
     shutil.rmtree(project / "adopting")
     sync_directory(project)

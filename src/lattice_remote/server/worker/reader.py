@@ -1,8 +1,8 @@
-"""The process that reads one project for whoever speaks HTTP: so that no read holds up a write, or the network.
+"""Reader process of a project: reads for HTTP, so that they delay neither writes nor the network.
 
     python -m lattice_remote.server.worker.reader --fd 5 --project-dir DATA/projects/web --slug web
 
-It changes nothing and holds no lock, so it may be ended at any moment. It leaves when the server is gone (end of file).
+It changes nothing and holds no lock, so it may be killed at any moment. It exits when the server is gone (end of file).
 """
 
 import argparse
@@ -33,14 +33,14 @@ class _Identified(msgspec.Struct, frozen=True):
 
 
 def laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
-    """Return an envelope whose data, which come last, are the list that was at ``place``, and where its items are.
+    """Return an envelope whose data is the list at ``place``, put last, and the index of its items.
 
     Args:
-        envelope: as a command prints it that has succeeded.
-        place: the names that lead to the list, as ``("data", "events")``.
+        envelope: as printed by a successful command.
+        place: the keys that lead to the list, for example ``("data", "events")``.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no list.
     """
     try:
         return _laid_out(envelope, place)
@@ -61,7 +61,7 @@ def _laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
 
 
 class NoWrites:
-    """Refuses every change before it is made; see ``tree.capture.PreImages``."""
+    """Pre-image recorder that refuses every change before it is made; see ``tree.capture.PreImages``."""
 
     def keep_for_append(self, path: str) -> NoReturn:  # noqa: ARG002 - the protocol's signature
         raise AccessDenied("write a file")
@@ -70,7 +70,7 @@ class NoWrites:
 
 
 class Reads:
-    """Answers reads in the project whose ``.lattice`` is ``lattice_dir``, a real path."""
+    """Reader of the project whose ``.lattice`` is ``lattice_dir``, a real path."""
 
     def __init__(self, executor: Executor, capture: Capture, lattice_dir: Path) -> None:
         self._executor = executor
@@ -78,12 +78,12 @@ class Reads:
         self._lattice_dir = lattice_dir
 
     def answer(self, asked: Read) -> ReadResult:
-        """Read; never raises an ``Exception``. What broke down, or tried what it must not, has status 500."""
+        """Return the result of a read; never raises an ``Exception``. A crash or a forbidden access has status 500."""
         try:
             with self._capture.watch():
                 return self._command(asked) if isinstance(asked, ReadCommand) else self._page(asked.path)
         except AccessDenied as veto:
-            return ReadResult(500, b"", message=f"it tried to {veto}, which the server does not allow")
+            return ReadResult(500, b"", message=f"the command tried to {veto}, which the server does not allow")
 
     def _command(self, asked: ReadCommand) -> ReadResult:
         outcome = self._executor.run(asked.argv, asked.path, last_try=True)
@@ -112,7 +112,7 @@ _decoder: msgspec.msgpack.Decoder[Read] = msgspec.msgpack.Decoder(Read)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Read until the server is gone; return the exit code."""
+    """Answer reads until the server is gone; return the exit code."""
     parser = argparse.ArgumentParser(prog="lattice-remote-reader")
     parser.add_argument("--fd", type=int, required=True)
     parser.add_argument("--project-dir", type=Path, required=True)
@@ -137,18 +137,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _prepare(project: Path) -> Reads:
     code = code_directories(project)
     os.chdir("/")
-    os.environ["PATH"] = ""  # lattice finds no git: that of the server knows nothing of its users' branches
+    os.environ["PATH"] = ""  # lattice must not find git: the server has none of its users' branches
     executor = Executor(project, lazy=False)
     import lattice.dashboard.git_reader
-    import lattice.dashboard.server  # now: while it is watched nothing new is loaded
+    import lattice.dashboard.server  # before the audit hook, which permits no imports
 
-    # A project on a server is in no repository of its users; whatever lies around the data directory is not theirs.
-    lattice.dashboard.git_reader.git_available = lambda: True  # as where the board is looked at; no program is started
+    # A project on a server is in none of its users' repositories, even if the data directory is in a repository.
+    lattice.dashboard.git_reader.git_available = lambda: True  # as on a client's machine; starts no program
     lattice.dashboard.git_reader.find_git_root = lambda *_: None
     lattice_dir = project / ".lattice"
     capture = Capture(str(lattice_dir), str(lattice_dir), NoWrites(), [*code, str(lattice.dashboard.server.STATIC_DIR)])
     gc.collect()
-    gc.freeze()  # what was loaded so far stays: no collection need look at it again
+    gc.freeze()  # exempt the loaded modules from collection
     return Reads(executor, capture, lattice_dir)
 
 

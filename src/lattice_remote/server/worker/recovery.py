@@ -1,7 +1,7 @@
-"""What happened while nobody looked: a killed process, a power cut, somebody's edit, a restored backup (I6, I7, I12).
+"""Recovery at the start of a worker: after a kill, a power cut, outside edits or a restored backup (I6, I7, I12).
 
-At the start of a worker the tree is compared with what the journal says it was. A command that was cut off is undone,
-everything else that differs becomes a numbered change.
+The tree is compared with the journal. An interrupted command is undone; every other difference becomes a numbered
+change.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass
 class Opened:
-    """A project ready for work.
+    """A project that is ready for requests.
 
     Attributes:
-        store, capture: see there.
-        notes: what had to be done, one line each.
-        can_repair: a power cut will be noticed and repaired from the journal: lattice's own fsyncs may be left out.
+        store, capture: the project's single instances.
+        notes: actions taken, one line each.
+        can_repair: power cuts are detected and repaired from the journal, so lattice's own fsyncs may be omitted.
     """
 
     store: Store
@@ -55,17 +55,18 @@ class Opened:
 
 @dataclass
 class _History:
-    """What the journal and the list of files say.
+    """State according to the journal and the manifest.
 
     Attributes:
-        journal: None when it can't be read, or does not fit the list.
-        abandoned: the journal that does not fit the list.
-        files: those at the journal's head.
-        unsynced: paths that were changed since the list was written.
-        listed: the files as the list has them: what the disk has of others is at least that new.
-        is_in_doubt: the machine may have stopped since the last worker wrote, which did not end in order: a file that
-            is not as the journal says may be a lost write.
-        notes: what was found amiss.
+        journal: None if it cannot be read or does not match the manifest.
+        abandoned: the journal that does not match the manifest.
+        files: the files at the journal's head.
+        unsynced: paths changed since the manifest was written.
+        listed: the manifest's files; other versions on disk are at least that new.
+        is_in_doubt: the machine may have stopped before the last worker shut down cleanly, so a file that differs from
+            the
+            journal may be a lost write.
+        notes: problems found.
     """
 
     journal: Journal | None
@@ -80,19 +81,19 @@ class _History:
 def open_store(
     project: Path, scratch: Path, committer: Committer, *, code: Iterable[str], retention: Retention | None = None
 ) -> Opened:
-    """Open the project in ``project``, which holds ``.lattice/`` and gets ``journal/``.
+    """Open the project in ``project``, which contains ``.lattice/`` and gets ``journal/``.
 
-    One that was brought whole and waits in ``adopting/`` is given its place first, see ``adoption.py``.
+    A project waiting in ``adopting/`` is put in place first, see ``project_import``.
 
     Args:
         project: a real path.
         scratch: the worker's private directory, a real path.
-        committer: takes what is found as the first commit.
-        code: where Python and its packages lie: what commands may read besides the project.
+        committer: commits the differences found.
+        code: directories of Python and its packages, which commands may read besides the project.
         retention: how much history is kept.
 
     Raises:
-        OSError: a file can't be read or written.
+        OSError: a file cannot be read or written.
     """
     adopted = put_in_place(project)
     directory = project / "journal"
@@ -100,7 +101,7 @@ def open_store(
     boot_id = _boot_id(project)
     listed = load_manifest(directory / "manifest")
     if not (project / ".lattice").is_dir():
-        raise FileNotFoundError(f"{project} has no .lattice")  # moved away: that does not mean that all is deleted
+        raise FileNotFoundError(f"{project} has no .lattice")  # moved away, which must not count as deleting all files
     was_cache = _make_locks(project / ".lattice" / "locks")
     copied = is_copied(directory, listed)
     undo = UndoLog.open(directory)
@@ -108,10 +109,10 @@ def open_store(
     mended: list[str] = []
     if adopted is None and copied and listed is not None and journal is not None:
         mended = mend_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
-        undo.clear()  # what it keeps of large files may be another command's by now: it was copied later
+        undo.clear()  # copied later than the files, so its pre-images may belong to a later command
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
     if adopted is not None and is_new:
-        mended = [f"{adopted.actor} brought a whole project: a new epoch begins"]
+        mended = [f"{adopted.actor} pushed a whole project: started a new epoch"]
     history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
     tree = ProjectTree(project / ".lattice", history.files)
@@ -140,11 +141,11 @@ def open_store(
     committer.wait()
     if journal.is_damaged:
         store.new_epoch()
-        notes.append("the journal was damaged after changes that were acknowledged: a new epoch begins")
+        notes.append("the journal was damaged after acknowledged changes: started a new epoch")
     elif copied and history.journal is not None:
-        # Whole, but a copy: the original may have gone on after it was taken, and its numbers are given again here.
+        # An intact copy: the original may have continued, so its later numbers would be used twice.
         store.new_epoch()
-        notes.append("this is a copy of the project's directory: a new epoch begins")
+        notes.append("this is a copy of the project's directory: started a new epoch")
     else:
         store.save_manifest(clean=False)
     if adopted is not None:
@@ -154,9 +155,9 @@ def open_store(
 
 
 def _make_locks(place: Path) -> bool:
-    """Make lattice's directory of locks; return whether a file had to be removed for that.
+    """Create lattice's directory of locks; return whether it replaced a file.
 
-    A cache has a file there, so that plain lattice can't write into it; ``rsync`` may have brought it here.
+    A cache has a file there, so that plain lattice cannot write into it; ``rsync`` may have copied it.
     """
     is_file = place.is_file() or place.is_symlink()
     if is_file:
@@ -166,7 +167,7 @@ def _make_locks(place: Path) -> bool:
 
 
 def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:
-    """Commit what is not as the journal says, in as many changes as it takes; return a line for each, for the log."""
+    """Commit all differences from the journal, in as many changes as needed; return a log line for each."""
     notes: list[str] = []
     while True:
         found = store.tree.reconcile(trust_signatures=trust_signatures)
@@ -180,17 +181,15 @@ def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:
 
 
 def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id: str) -> _History:
-    """Return what was; without a journal when the history can't be continued (I7)."""
+    """Return the recorded history; without a journal if it cannot be continued (I7)."""
     if journal is None and listed is None:
         return _History(None)
     notes = list(journal.notes) if journal is not None else []
     if journal is None or listed is None or listed.epoch != journal.epoch:
-        return _History(
-            None, journal, notes=[*notes, "journal and list of files don't belong together: a new epoch begins"]
-        )
+        return _History(None, journal, notes=[*notes, "the journal does not match the manifest: started a new epoch"])
     if not journal.oldest - 1 <= listed.seq <= journal.head:
-        ends = f"the journal has {journal.oldest} to {journal.head}, the list of files is of {listed.seq}"
-        return _History(None, journal, notes=[*notes, f"{ends}: a new epoch begins"])
+        ends = f"the journal has {journal.oldest} to {journal.head}, the manifest is of {listed.seq}"
+        return _History(None, journal, notes=[*notes, f"{ends}: started a new epoch"])
     files = dict(listed.files)
     unsynced: set[str] = set()
     for states in journal.states_after(listed.seq):
@@ -204,7 +203,7 @@ def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id:
 
 
 def is_in_doubt(listed: ManifestFile, project: Path) -> bool:
-    """Tell whether the machine may have stopped while a worker was at work: files may have lost writes since."""
+    """Return whether the machine may have stopped while a worker was running, so that files may have lost writes."""
     return _may_have_lost_writes(listed, _boot_id(project))
 
 
@@ -219,7 +218,7 @@ def _new_journal(directory: Path, abandoned: Journal | None, retention: Retentio
 
 
 def _repair_after_power_cut(tree: ProjectTree, journal: Journal, history: _History, undo: UndoLog) -> list[str]:
-    """Bring back what the machine had not written; return lines for the log."""
+    """Restore lost writes from the journal; return log lines."""
     damaged = differing(tree, history.unsynced)
     if not damaged:
         return []
@@ -228,7 +227,7 @@ def _repair_after_power_cut(tree: ProjectTree, journal: Journal, history: _Histo
         contents.learn_state(path, state)
     for record in JournalReader(journal.directory).records():
         contents.learn(record)
-    epoch = "" if journal.is_damaged else journal.epoch  # then acknowledged commands are among those it lacks
+    epoch = "" if journal.is_damaged else journal.epoch  # a damaged journal lacks acknowledged commands
     repair = Repair(tree, contents, damaged, lambda path: undo.before(tree.absolute(path)), epoch=epoch)
     tree.distrust([*repair.edits, *repair.failed])
     return repair.perform(journal.directory / "lost")
@@ -237,13 +236,13 @@ def _repair_after_power_cut(tree: ProjectTree, journal: Journal, history: _Histo
 def _describe(found: TreeDiff, head: int) -> str:
     paths = [operation.path for operation in found.operations]
     shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-    return f"{len(paths)} files were not as change {head} left them, see change {head + 1}: {shown}"
+    return f"{len(paths)} files differed from change {head}, see change {head + 1}: {shown}"
 
 
 def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: ProjectTree) -> list[str]:
     """Restore the pre-images of a command whose commit never reached the journal (I6).
 
-    Lines that plain lattice has added to a log since stay (I12), and the snapshot is derived from the log again.
+    Lines that plain lattice has since appended to a log stay (I12), and the snapshot is derived from the log again.
     """
     pending = undo.pending
     if pending is None:
@@ -253,13 +252,13 @@ def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: 
             restored = undo.restore()
             _derive_again(restored, undo.of_others, tree)
             count = len(restored)
-        return [f"a command was cut off and has been undone ({count} files)"]
+        return [f"an interrupted command was undone ({count} files)"]
     undo.clear()
     return []
 
 
 def _derive_again(restored: Iterable[str], of_others: Iterable[str], tree: ProjectTree) -> None:
-    """Derive the snapshots of the logs to which others have added."""
+    """Derive the snapshots of the logs that other programs appended to."""
     from lattice.storage.fs import atomic_write
 
     def read(path: str) -> bytes:
@@ -276,9 +275,9 @@ def _derive_again(restored: Iterable[str], of_others: Iterable[str], tree: Proje
 
 @contextlib.contextmanager
 def _locked(paths: Iterable[str]) -> Iterator[None]:
-    """Hold lattice's locks on these files: plain lattice may be writing them since the last worker died.
+    """Hold lattice's locks on these files, which plain lattice may be writing since the last worker died.
 
-    A lock that another process does not release in 10 s is done without: the project has to open.
+    After 10 s it continues without a lock, because the project must open.
     """
     from lattice.storage.locks import LockTimeout, multi_lock
 
@@ -294,7 +293,7 @@ def _locked(paths: Iterable[str]) -> Iterator[None]:
 
 
 def _lock_of(path: Path) -> str | None:
-    """Return the name of the lock under which lattice writes a file; None for a file that it writes without one."""
+    """Return the name of lattice's lock for a file; None if it has none."""
     if path.name == "ids.json":
         return "ids_json"
     match path.parent.name:
@@ -306,9 +305,9 @@ def _lock_of(path: Path) -> str | None:
 
 
 def _boot_id(project: Path) -> str:
-    """Return what names this run of the machine, with the device: a snapshot of it may be mounted in the same run.
+    """Return an id of the machine's current boot and the device, since a snapshot may be mounted in the same boot.
 
-    Empty where that is not known: nothing is trusted across a crash.
+    Empty if unknown: nothing is trusted across a crash.
     """
     if sys.platform != "linux":
         return ""

@@ -1,7 +1,7 @@
-"""A project's tree, undo log and journal as one thing that commits: the only writer (I1, I2, I5, I6).
+"""Durable store of a project: commits of tree, undo log and journal (I1, I2, I5, I6), with group commit.
 
-A transaction runs ``with store.transaction() as transaction:``; it ends with ``store.commit(...)`` or
-``store.roll_back()``. Whatever happens before the commit's record is in the journal, it is as if nothing had been done.
+A transaction runs ``with store.transaction() as transaction:`` and ends with ``store.commit(...)`` or
+``store.roll_back()``. Until the commit's record is in the journal, a crash undoes the transaction.
 """
 
 import contextlib
@@ -74,7 +74,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 @dataclass(frozen=True)
 class CommitJob:
-    """What is to happen: fsync ``descriptor``, then run ``then``, then send ``message``."""
+    """Fsync ``descriptor``, then call ``then``, then send ``message``."""
 
     message: ToServer | None = None
     descriptor: int | None = None
@@ -82,10 +82,10 @@ class CommitJob:
 
 
 class Committer:
-    """Takes jobs in order; a batch of them costs one fsync per journal file.
+    """Thread that commits jobs in order; a batch costs one fsync per journal file.
 
-    When the storage fails it says ``Failed`` and ends the process at once: whatever is not acknowledged by then
-    never will be, and the next start goes by what is really on disk.
+    When the storage fails it sends ``WorkerFailed`` and ends the process at once. Later jobs are never acknowledged,
+    and the next start relies only on the disk.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -95,16 +95,16 @@ class Committer:
         self._thread.start()
 
     def submit(self, job: CommitJob) -> None:
-        """Add a job; returns at once."""
+        """Queue a job; returns at once."""
         self._jobs.put(job)
 
     def finish(self) -> None:
-        """Return when every job is done. The committer can't be used afterwards."""
+        """Finish all jobs and end the thread. The committer cannot be used afterwards."""
         self._jobs.put(None)
         self._thread.join()
 
     def wait(self) -> None:
-        """Return when every job submitted so far is done."""
+        """Wait until every job submitted so far is done."""
         done = threading.Event()
         self.submit(CommitJob(then=done.set))
         done.wait()
@@ -113,13 +113,13 @@ class Committer:
         try:
             while self._run_batch():
                 pass
-        except Exception as error:  # noqa: BLE001 - whatever it is, nothing may be acknowledged any more
-            _log.exception("the journal can't be written")
-            self._send([WorkerFailed(f"the journal can't be written: {error}")])
+        except Exception as error:  # noqa: BLE001 - after any error nothing may be acknowledged
+            _log.exception("cannot write the journal")
+            self._send([WorkerFailed(f"cannot write the journal: {error}")])
             os._exit(1)
 
     def _run_batch(self) -> bool:
-        """Do all that is waiting; return False when there will be no more."""
+        """Do all queued jobs; return False after the last."""
         batch = [self._jobs.get()]
         while not self._jobs.empty():
             batch.append(self._jobs.get())
@@ -137,13 +137,13 @@ class Committer:
         return len(jobs) == len(batch)
 
     def _send(self, messages: list[ToServer]) -> None:
-        # The server may be gone; what was committed is on disk, and the main thread is about to notice.
+        # The server may be gone: the commits are durable, and the main thread is about to notice.
         with contextlib.suppress(OSError):
             self._connection.sendall(encode_frames(*messages))
 
 
 def _telling(messages: list[ToServer], synced_s: float) -> list[ToServer]:
-    """Have the first outcome say how long the fsync took."""
+    """Set the duration of the fsync in the first outcome."""
     for number, message in enumerate(messages):
         if isinstance(message, RequestDone):
             told = msgspec.structs.replace(message, synced_s=synced_s)
@@ -157,17 +157,17 @@ _LOOKED_AT_CHARS = 8 * MAX_CHARS
 
 
 def describe_command(argv: Sequence[str]) -> str:
-    """Return a command line as it could be typed, cut to ``MAX_CHARS``."""
+    """Return a command line as typed, secrets masked, cut to ``MAX_CHARS``."""
     line = ""
     for argument in argv:
         line += (" " if line else "") + shlex.quote(argument[:_LOOKED_AT_CHARS])
-        if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte; what is cut off need not be looked at
+        if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte
             break
     return _cut(masked(line[:_LOOKED_AT_CHARS]))
 
 
 def command_words(cli: click.Group, argv: Sequence[str]) -> str:
-    """Return the words of the command that a line begins with, as ``resource acquire``: no option and no value."""
+    """Return the command's words of a line, for example ``resource acquire``, without options and values."""
     words: list[str] = []
     command: click.Command | None = cli
     for word in argv:
@@ -179,17 +179,17 @@ def command_words(cli: click.Group, argv: Sequence[str]) -> str:
 
 
 def describe_call(label: str) -> str:
-    """Return what is said of an operation of a surface."""
+    """Return the log's description of a call."""
     return _cut(masked(label))
 
 
 def describe_edit(path: str) -> str:
-    """Return what is said of a plan or notes that a client has sent."""
+    """Return the log's description of an edited plan or notes."""
     return f"edit {path}"
 
 
 def describe_paths(paths: Collection[str]) -> str:
-    """Return what is said of files that were found changed: the first of them, and how many there are."""
+    """Return the log's description of files found changed: the first few, and the number of others."""
     shown = ", ".join(list(paths)[:_MAX_PATHS])
     more = len(paths) - _MAX_PATHS
     if more <= 0:
@@ -203,21 +203,21 @@ def _cut(line: str) -> str:
 
 
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
-"""A moved file that is larger is not kept in the journal: it would push out too much history."""
+"""Contents of larger moved files are not journalled: they would displace too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _ASKED_AGAIN_S = 600.0
-"""For how long an answer is kept when its history ends: a client that lost its connection gives up much sooner."""
+"""How long replies survive the end of their history; clients that lost their connection give up much sooner."""
 
 
 class ChangeTooLarge(Exception):
-    """A command has changed so many files that no frame can carry it."""
+    """The change would exceed the maximum frame size."""
 
 
 @dataclass(frozen=True)
 class ChangeOrigin:
-    """Why something changes: a request (``id``) of a token, or the server itself.
+    """Origin of a change: a request (``id``) of a token, or the server itself.
 
-    ``actor`` is who it acts as, ``token_actor`` whose token it is, ``fingerprint`` the request's.
+    ``actor`` acts, with the token of ``token_actor``; ``fingerprint`` is the request's.
     """
 
     id: str
@@ -230,14 +230,15 @@ class ChangeOrigin:
 
 
 def BY_SERVER(cause: str) -> ChangeOrigin:  # noqa: N802 - reads as the constant it nearly is
-    """Return the cause of a change that nobody asked for: ``edit`` or ``recovery``."""
+    """Return the origin of a change without a request: cause ``edit`` or ``recovery``."""
     return ChangeOrigin("", "", "server", cause)
 
 
 class Store:
-    """Everything durable of one project; see ``recovery.open_store``. Raises OSError when the storage fails.
+    """Durable state of one project, opened by ``recovery.open_store``.
 
-    After such an error the store must not be used any more: the process ends, and the next start recovers.
+    Raises OSError when the storage fails. The store must not be used afterwards: the process ends, and the next start
+    recovers.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ class Store:
         self.tree = tree
         self._undo = undo
         self._undo.before_overwrite = self._write_ahead
-        self._whole: set[str] = set()  # files of which the newest segment has a whole content
+        self._whole: set[str] = set()  # files whose whole content is in the newest segment
         self._unsynced = set(unsynced)
         self._capture = capture
         self._committer = committer
@@ -263,32 +264,32 @@ class Store:
         self._taken = ("", time.perf_counter())
 
     def taken_up(self, command: str) -> None:
-        """A request is begun, which the log calls ``command``; what is reported next is what came of it."""
+        """Begin a request, called ``command`` in the log; the next report is its outcome."""
         self._taken = (command, time.perf_counter())
 
     def called(self, command: str) -> None:
-        """What was taken up has a better name, now that it is known."""
+        """Set a better name for the current request."""
         self._taken = (command, self._taken[1])
 
     @contextmanager
     def transaction(self) -> Iterator[AccessLog]:
-        """Watch what the block touches, with pre-images; then call ``difference`` and ``commit``, or ``roll_back``."""
+        """Record accesses and pre-images in the block. Then call ``difference`` and ``commit``, or ``roll_back``."""
         self._undo.begin(Begin(self.journal.epoch, self.journal.head + 1, self._boot_id))
         with self._capture.watch() as touched:
             yield touched
 
     def show_head(self) -> None:
-        """Tell readers that the tree is as at the journal's head, before the first request and in a new epoch."""
+        """Publish to readers that the tree is at the journal's head; before the first request and in a new epoch."""
         self._undo.clear(self.journal.head)
 
     def difference(self, touched: AccessLog, vouched: Mapping[int, TrustedDigest] | None = None) -> TreeDiff:
-        """Return what a transaction did to the tree; call before its end. ``vouched`` as for ``after_command``."""
+        """Return a transaction's changes to the tree, before its end. ``vouched`` as for ``after_command``."""
         return self.tree.after_command(touched, self._undo.before, vouched)
 
     def roll_back(self) -> None:
-        """Undo the transaction: every file is as before.
+        """Undo the transaction, restoring every file.
 
-        What others had changed in them is left for the next look at the tree: a request has one outcome.
+        Changes by other programs are left for the next check of the tree, since a request has one outcome.
         """
         restored = self._undo.restore()
         prefix = self.tree.absolute("")
@@ -297,7 +298,7 @@ class Store:
             self.adopt(found)
 
     def adopt(self, difference: TreeDiff) -> None:
-        """Take the files as they are without a number: what changed is no content that anybody has been told of."""
+        """Accept the files without a number: no announced content has changed."""
         self._unsynced.update(difference.states)
         self.tree.accept(difference)
 
@@ -311,24 +312,23 @@ class Store:
         waiting: ResourceBusy | None = None,
         report: bool = True,
     ) -> None:
-        """Number the difference (if it is one), journal it with its answer, and report it once it is durable.
+        """Number the difference (unless empty), journal it with its reply, and report it once durable.
 
-        A killed process has done either all of it or nothing; a power cut may take it back as long as it has not
-        been reported.
+        A killed process leaves all or nothing of it. A power cut may undo it until it has been reported.
 
         Args:
-            difference: what to number; without operations only the answer is journalled.
-            cause: whose doing it is. Its id can be asked again if there is an answer.
-            answer: makes the reply from the number up to which it is true.
-            hooks: what lattice wanted to run after the commit.
-            waiting: there is no answer yet.
-            report: send ``Done``; without, the change is found in the journal.
+            difference: the changes; without operations only the reply is journalled.
+            cause: the origin. Its id can be repeated if there is a reply.
+            answer: makes the reply, given the sequence number that it is valid from.
+            hooks: hooks to run after the commit.
+            waiting: the request waits instead of getting a reply.
+            report: send ``RequestDone``; otherwise the change is only journalled.
 
         Raises:
-            ChangeTooLarge: no client could take it; nothing was done, and the transaction must be rolled back.
-            Rejected: the journal can't take it (the disk is full); a request was undone.
-            OSError: likewise, of what nobody asked for.
-            SyncFailed: the disk could not keep a content that the record only refers to.
+            ChangeTooLarge: no frame can carry the change; nothing was done, and the transaction must be rolled back.
+            Rejected: the journal cannot be written (the disk is full); the request was undone.
+            OSError: the same, without a request.
+            SyncFailed: the disk could not keep a content that the record refers to.
         """
         seq, mark, change = self.journal.head, self.journal.mark, None
         if difference.operations:
@@ -346,7 +346,7 @@ class Store:
             moved = self._moved(difference)
             asked = cause.fingerprint if id_ else b""
             record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, asked)
-            # The kernel may write the record before any fsync, so what it only refers to is on the disk before it.
+            # The kernel may write the record before any fsync, so contents it refers to are fsynced first.
             sync_files(map(self.tree.absolute, difference.volatile))
             try:
                 descriptor = self.journal.append(record)
@@ -375,10 +375,10 @@ class Store:
         self.keep_retention()
 
     def _write_ahead(self, path: str, size: int) -> None:
-        """Make a content durable in the journal before a command destroys it, if it is nowhere else.
+        """Journal the only durable copy of a content before a command overwrites it.
 
-        Lattice's own fsyncs are left out: after a power cut the file may be empty, though the command was never
-        acknowledged. It costs an fsync for each such file in each segment. Snapshots follow from their logs.
+        Lattice's own fsyncs are omitted, so a power cut could leave the file empty although the command was never
+        acknowledged. Costs one fsync per such file and segment. Snapshots can be derived from their logs.
         """
         relative = path.removeprefix(self.tree.absolute(""))
         state = self.tree.files.get(relative)
@@ -391,7 +391,7 @@ class Store:
             self._whole.add(relative)
 
     def _moved(self, difference: TreeDiff) -> dict[str, bytes]:
-        """Return the content of files that were moved, apart from very large ones."""
+        """Return the contents of moved files, except very large ones."""
         targets = [operation.to for operation in difference.operations if isinstance(operation, MoveFile)]
         states = difference.states
         return {
@@ -401,20 +401,20 @@ class Store:
         }
 
     def _take_back(self, cause: ChangeOrigin, error: OSError) -> NoReturn:
-        """The journal can't take a commit, for want of space: undo it, and go on with the next.
+        """Undo a transaction that the journal has no space for.
 
         Raises:
-            Rejected: it was a request's.
-            OSError: it was nobody's: what is to be numbered stays in the files, for the next start to find.
+            Rejected: it belongs to a request.
+            OSError: it does not: the files stay, and the next start numbers them.
         """
         if not cause.id:
             raise error
         self.roll_back()
         why = error.strerror or error
-        raise Rejected(f"the server can't write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
+        raise Rejected(f"the server cannot write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
 
     def _after(self, difference: TreeDiff) -> list[PathState]:
-        """Return the files whose content the difference changes; call before it is accepted."""
+        """Return the files whose content the difference changes; call it before ``adopt``."""
         files, after = self.tree.files, []
         for path, state in difference.states.items():
             if state is None:
@@ -424,17 +424,17 @@ class Store:
         return after
 
     def reply_again(self, request_id: str, record: Record) -> None:
-        """Report once more what was answered to a request."""
+        """Send the journalled reply of a request again."""
         made = record.seq if record.change is not None else None
         self._tell(request_id, record.reply, record.seq, self._report_of(again=True, made=made))
 
     def answer_once(self, answer: Callable[[int], Result]) -> None:
-        """Report, in its turn, how a request ended that was undone. Nothing is journalled: the next try may succeed."""
+        """Send, in order, the reply to a request that was undone. It is not journalled, since a retry may succeed."""
         result = answer(self.journal.head)
         self._tell(result.id, encode(result), self.journal.head, self._report_of(status=_status_of(result)))
 
     def refuse(self, refused: Refused) -> None:
-        """Report, in its turn, that a request was not carried out. Nothing is journalled: it had no effect."""
+        """Send, in order, the refusal of a request. It is not journalled, since it had no effect."""
         self._tell(refused.id, encode(refused), self.journal.head, self._report_of(code=refused.code))
 
     def _tell(self, request_id: str, reply: bytes | None, seq: int, report: ResultStats) -> None:
@@ -450,14 +450,14 @@ class Store:
     # --- the journal's upkeep ---
 
     def keep_retention(self) -> None:
-        """Begin a new segment of the journal if it is time, and drop what is over the retention."""
+        """Start a new journal segment if due, and remove expired segments."""
         if self.journal.is_rotation_due(now := time.time()):
             self._rotate()
         elif expired := self.journal.expire(now):
             self._committer.submit(CommitJob(then=lambda: remove_segments(expired)))
 
     def _rotate(self) -> None:
-        """Begin a new segment, list the files, drop what is over the retention: in an order that a crash may cut."""
+        """Start a new segment, write the manifest, remove expired segments, in a crash-safe order."""
         old = self.journal.rotate()
         self._whole.clear()
         content, segment = self.manifest(clean=False), self.journal.segment
@@ -469,8 +469,8 @@ class Store:
             sync_files(unsynced)
             try:
                 save_manifest(self._manifest_path, content)
-            except OSError as error:  # a full disk: the older list and the older segments do as well
-                _log.warning("the list of files could not be written: %s", error)
+            except OSError as error:  # a full disk: the older manifest and segments are sufficient
+                _log.warning("cannot write the manifest: %s", error)
                 return
             self._list_beside(segment)
             remove_segments(expired)
@@ -482,7 +482,7 @@ class Store:
         return self.journal.directory / "manifest"
 
     def manifest(self, *, clean: bool) -> bytes:
-        """Return the list of all files at the head, encoded."""
+        """Return the encoded manifest at the head."""
         journal = self.journal
         return _encoder.encode(
             ManifestFile(
@@ -502,29 +502,29 @@ class Store:
         return paths
 
     def save_manifest(self, *, clean: bool) -> None:
-        """Make the files durable, then write the list of them; every commit must be (``Committer.wait``)."""
+        """Fsync the files, then write the manifest. Every commit must be durable (``Committer.wait``)."""
         sync_files(self._take_unsynced())
         save_manifest(self._manifest_path, self.manifest(clean=clean))
         if self.journal.is_segment_new:
             self._list_beside(self.journal.segment)
 
     def _list_beside(self, segment: Path) -> None:
-        """Keep the list that was just written, which is of the segment's beginning, for as long as the segment.
+        """Link the manifest just written, which describes the segment's beginning, beside the segment.
 
-        A copy may have a newer list than its journal reaches. Without hard links it has to do without.
+        A copied directory may have a newer manifest than its journal reaches. Without hard links this is skipped.
         """
         with contextlib.suppress(OSError):
             os.link(self._manifest_path, list_beside(segment))
 
     def new_epoch(self) -> None:
-        """Begin a new history on the files as they are (I7); every commit must have been reported."""
-        sync_files(self._take_unsynced())  # the journal that could repair them goes
+        """Start a new history with the current files (I7); every commit must have been reported."""
+        sync_files(self._take_unsynced())  # the journal that could repair them is removed
         self.journal = begin_anew(self.journal)
         self._whole.clear()
         self.save_manifest(clean=False)
 
     def close(self) -> None:
-        """End in order: the next start trusts the list of files."""
+        """Shut down cleanly, so that the next start trusts the manifest."""
         self._committer.finish()
         self.save_manifest(clean=True)
         self.journal.close()
@@ -540,12 +540,12 @@ def _status_of(result: Result | None) -> int:
 
 
 def begin_anew(journal: Journal) -> Journal:
-    """Close a journal and begin a new history in its place, which still knows the answers on their way (I6).
+    """Close a journal and start a new history that still knows recent replies (I6).
 
-    Of a damaged one it knows those that can be read, and that there were others.
+    From a damaged journal it keeps the readable replies, and that there were others.
 
     Raises:
-        OSError: the old one can't be read, or the new one written.
+        OSError: the old journal cannot be read, or the new one written.
     """
     since = max(journal.since, time.time() - _ASKED_AGAIN_S)
     answered = [_at_beginning(record) for record in journal.answered_since(since)]
@@ -557,7 +557,7 @@ def begin_anew(journal: Journal) -> Journal:
 
 
 def _at_beginning(record: Record) -> Record:
-    """Return a record for a new history: its files, at number 0, hold what was done."""
+    """Return a record for a new history: its files at number 0 contain the effects."""
     assert record.reply is not None, "a record with an id has an answer"
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
     assert isinstance(answer, Result), "nothing else is journalled"

@@ -1,7 +1,4 @@
-"""A command line, or an operation of another surface, in a transaction: what it did is one change, or nothing (I2, I6).
-
-It is not known here which of the two it is: both are work that touches files, and is answered.
-"""
+"""Transactions: a command line or a call, committed as one change or undone (I2, I6)."""
 
 import contextlib
 import os
@@ -22,15 +19,15 @@ __all__ = ["Transaction", "TransactionRunner", "cannot_store"]
 
 @dataclass(frozen=True)
 class Transaction:
-    """What is to be done, once it is checked.
+    """Checked work, ready to run.
 
     Attributes:
-        name: what it is called in messages, as ``'lattice create'``.
-        cause: why, and in whose name.
-        run: does it; called once.
-        answer: makes the answer, of what came out and the number up to which it is true.
-        vouched: what is known of files that were uploaded for it.
-        note: called with what has changed before that is committed: for what must be known once it is durable.
+        name: for messages, for example ``'lattice create'``.
+        cause: the origin of the change.
+        run: does the work; called once.
+        answer: makes the reply from the outcome and the sequence number that it is valid from.
+        vouched: verified digests of files uploaded for it.
+        note: called with the changes before their commit, for state that must be durable with them.
     """
 
     name: str
@@ -42,23 +39,23 @@ class Transaction:
 
 
 class TransactionRunner:
-    """Carries out work on one project; ``scratch`` is a private directory, emptied after each."""
+    """Runner of transactions in one project; ``scratch`` is a private directory, emptied after each."""
 
     def __init__(self, store: Store, scratch: Path) -> None:
         self._store = store
         self._scratch = scratch
 
     def carry_out(self, work: Transaction) -> None:
-        """Do it and commit it with its answer; what failed, or did what it must not, is undone.
+        """Run a transaction and commit it with its reply; undo it on failure or a forbidden access.
 
-        What did not come to its own end is answered, and not remembered: asked again, it is tried again (I6).
+        The reply to a crash is sent but not remembered, so a repeated request runs again (I6).
 
         Raises:
-            Rejected: it did what the server does not allow, or more than one change can carry.
+            Rejected: it did what the server does not allow, or changed more than one change can carry.
             OSError: the storage failed.
         """
         outcome = CommandOutcome()
-        # What was vetoed is noted in what was touched.
+        # The access log records a veto.
         with self._store.transaction() as touched, contextlib.suppress(AccessDenied):
             outcome = work.run()
         if touched.private:
@@ -82,7 +79,7 @@ class TransactionRunner:
             work.note(difference)
         except OSError as error:
             self._store.roll_back()
-            raise cannot_store("what belongs to this change", error) from error
+            raise cannot_store("the owner of a session", error) from error
         except Rejected:
             self._store.roll_back()
             raise
@@ -94,12 +91,12 @@ class TransactionRunner:
         except ChangeTooLarge:
             self._store.roll_back()
             raise Rejected(
-                f"{work.name} changes more files than one change can carry: do it in parts; nothing was changed",
+                f"{work.name} changes more files than fit into one change: do it in parts; nothing was changed",
                 code="REMOTE_TOO_LARGE",
             ) from None
 
     def empty_scratch(self) -> None:
-        """Remove what a command has left in the private directory."""
+        """Remove all files of the private directory."""
         for entry in os.scandir(self._scratch):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
@@ -108,17 +105,17 @@ class TransactionRunner:
 
 
 def cannot_store(what: str, error: BaseException) -> Rejected:
-    """Return the refusal of what the disk, or what is on it, does not let the server store."""
+    """Return the refusal of something that cannot be written to the disk."""
     reason = error.strerror if isinstance(error, OSError) else error
-    return Rejected(f"the server can't store {what}: {reason}; nothing was changed", code="REMOTE_STORAGE")
+    return Rejected(f"the server cannot store {what}: {reason}; nothing was changed", code="REMOTE_STORAGE")
 
 
 def _refuse_vetoed(touched: AccessLog, name: str) -> None:
-    """Refuse work that was undone because of what it touched."""
+    """Raise Rejected if the work touched something forbidden."""
     if touched.veto is not None:
         why = f"tried to {touched.veto}, which the server does not allow"
     elif touched.unshared:
-        why = f"would write {touched.unshared[0]!r}, a name that can't be shared"
+        why = f"would write {touched.unshared[0]!r}, a name that cannot be shared"
     else:
         return
     raise Rejected(f"{name} {why}; nothing was changed", code="REMOTE_UNSUPPORTED")

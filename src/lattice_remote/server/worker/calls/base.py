@@ -1,4 +1,4 @@
-"""What every surface is made of: what is asked, what it comes to once it is checked, and what it answers."""
+"""Common types of the call surfaces: request, checked operation and response."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -14,22 +14,22 @@ from lattice_remote.server.worker.identity import Identity
 __all__ = ["CallRequest", "CallResponse", "CommandOutput", "Operation", "Surface", "check_fields", "json_object"]
 
 _TEXTS = frozenset({"assigned_to", "description", "priority", "title", "type", "urgency"})
-"""Fields of a task that every reader of a board takes to be texts, or missing."""
+"""Fields of a task that readers expect to be texts or missing."""
 
 
 @dataclass(frozen=True)
 class CallRequest:
-    """One call, as a client sent it: nothing of it is checked.
+    """Unchecked call of a client.
 
     Attributes:
         name: of the operation.
-        payload: what it is given; JSON, or not.
-        identity: who asks.
+        payload: its input; possibly not JSON.
+        identity: the requester.
         lattice_dir: the project's ``.lattice``.
-        attach: puts the caller's files where the operation can read them, in place of the values that name them there.
-            An operation that takes none does not call it. Raises Rejected.
-        run_line: runs a command line which the policy has let through, and only this command of it (its words), as a
-            step of the operation. Call it only while that runs.
+        attach: puts the caller's files on disk and replaces the values that name them. Not called by operations without
+            files. Raises Rejected.
+        run_line: runs a command line accepted by the policy, and only its checked command, as a step of the running
+            operation.
     """
 
     name: str
@@ -42,7 +42,7 @@ class CallRequest:
 
 @dataclass(frozen=True)
 class CommandOutput:
-    """What a command printed, and the exit code that it would have."""
+    """Output and exit code of a command."""
 
     exit_code: int
     stdout: bytes
@@ -51,7 +51,7 @@ class CommandOutput:
 
 @dataclass(frozen=True)
 class CallResponse:
-    """What an operation returned: ``status`` as in HTTP, ``payload`` JSON. From 400 on its writes are undone."""
+    """Result of an operation: ``status`` as in HTTP, ``payload`` JSON. From 400 on its writes are undone."""
 
     status: int
     payload: bytes
@@ -59,13 +59,13 @@ class CallResponse:
 
 @dataclass(frozen=True)
 class Operation:
-    """A call that was checked and may run.
+    """Checked call that may run.
 
     Attributes:
-        label: what it is, in a few words for the log, as ``mcp: lattice_create``; no value of the caller's.
-        actor: in whose name it acts.
+        label: for the log, for example ``mcp: lattice_create``; contains no value of the caller's.
+        actor: the actor of its change.
         run: does it; called once, inside a transaction. An exception undoes it.
-        attached: where the caller's files were put; None for an operation that takes none.
+        attached: the caller's files; None for an operation without files.
     """
 
     label: str
@@ -75,13 +75,13 @@ class Operation:
 
 
 class Surface(Protocol):
-    """A module of this folder."""
+    """Interface of the modules of this package."""
 
     def load(self) -> None:
-        """Import what the surface needs, outside of any transaction. Idempotent; the first time may take a second."""
+        """Import the surface's dependencies, outside any transaction. Idempotent; the first call may take a second."""
 
     def prepare(self, asked: CallRequest) -> Operation:
-        """Check all of a call; nothing is run.
+        """Check a call completely; run nothing.
 
         Raises:
             Rejected: it may not run here.
@@ -89,10 +89,10 @@ class Surface(Protocol):
 
 
 def check_fields(fields: object) -> None:
-    """Do nothing if a task may be given these fields, of those that lattice stores as they are; the rest it checks.
+    """Check the types of a task's fields that lattice stores unchecked.
 
     Raises:
-        Rejected: one is of a type that would break down whoever reads the board.
+        Rejected: a type would break readers of the project.
     """
     for name, value in fields.items() if isinstance(fields, dict) else ():
         if name in _TEXTS and value is not None and not isinstance(value, str):
@@ -102,10 +102,10 @@ def check_fields(fields: object) -> None:
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
-    """Return the JSON object in a payload, which every JSON reader would read alike.
+    """Return the JSON object of a payload that every JSON parser reads alike.
 
     Raises:
-        Rejected: it is something else, nested too deep, or holds what not every program can read.
+        Rejected: it is not an object, is nested too deep, or contains values that not every program can read.
     """
     try:
         text = payload.decode()

@@ -1,11 +1,11 @@
-"""Several of lattice's commands as one write, and the claiming of a task that is named.
+"""Commands surface: several of lattice's commands as one write, and claiming a named task.
 
-``together``, of ``{"lines": [[...], ...], "task": ...}``, runs these command lines in order: all of them, or none.
-``claim``, of ``{"task": ..., "line": [...]}``, runs a line of ``next --claim``, which picks the task that is named.
+``together`` with ``{"lines": [[...], ...], "task": ...}`` runs the command lines in order: all or none. ``claim`` with
+``{"task": ..., "line": [...]}`` runs a line of ``next --claim`` that picks the named task.
 
-The answer is ``{"ok": true, "data": [...]}`` with what each line printed as its data, and last, where ``together`` has
-a ``task``, its snapshot after all of them; or status 422, and the whole of what the line printed that lattice refused.
-Each line is checked as if it came alone, before the first one runs.
+The response is ``{"ok": true, "data": [...]}`` with the data printed by each line. With a ``task``, ``together``
+appends its final snapshot. If lattice refuses a line, the response is status 422 with the whole output of that line.
+Every line is checked as if sent alone, before the first one runs.
 """
 
 import json
@@ -39,7 +39,7 @@ class _Claim(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def load() -> None:
-    """Nothing more is needed than what runs commands."""
+    """Do nothing: the modules that run commands suffice."""
 
 
 def prepare(asked: CallRequest) -> Operation:
@@ -105,12 +105,12 @@ def _run(steps: Sequence[Callable[[], CommandOutput]], last: Callable[[], msgspe
 
 
 def _as_envelope(printed: CommandOutput) -> bytes:
-    """Return what Click has refused, which it says in no JSON."""
+    """Return Click's usage error as JSON."""
     message = printed.stderr.decode(errors="replace").strip().rpartition("\n")[2].removeprefix("Error: ")
     return json.dumps({"ok": False, "error": {"code": "VALIDATION_ERROR", "message": message}}).encode()
 
 
-# --- claiming a task that is named ---
+# --- claiming a named task ---
 
 
 def _claim(asked: CallRequest, claim: _Claim) -> Operation:
@@ -129,7 +129,7 @@ def _claim(asked: CallRequest, claim: _Claim) -> Operation:
 
 @contextmanager
 def _choosing(task: str) -> Iterator[None]:
-    """Within this, ``next`` picks this task: everything that holds for claiming holds for it, in lattice's own code."""
+    """Make ``next`` pick this task within the context; lattice's own code still applies every rule of claiming."""
     from lattice.cli import query_cmds
     from lattice.cli.helpers import read_snapshot_or_exit, require_root, resolve_task_id
 

@@ -1,7 +1,7 @@
-"""The dashboard's POSTs, carried out by the request handlers of lattice's own dashboard, without a socket.
+"""Dashboard surface: POST requests served by the handlers of lattice's own dashboard, without a socket.
 
-``name`` is the request's path, ``payload`` its body; the answer is the handler's status and body. Where the request was
-received does not matter: a page of a client's machine and one that the server itself shows are served alike.
+``name`` is the request's path, ``payload`` its body; the response is the handler's status and body. Pages served by a
+client's machine and by the server itself use it alike.
 """
 
 import io
@@ -23,9 +23,9 @@ __all__ = ["handler_class", "load", "prepare"]
 
 @cache
 def handler_class(lattice_dir: Path) -> Any:
-    """Return lattice's request handler for this project: made with a path and a body, it answers one request.
+    """Return lattice's request handler for this project: an instance, made from a path and a body, serves one request.
 
-    ``get()`` and ``post()`` return the answer; its ``content_type`` and ``etag`` are there afterwards.
+    ``get()`` and ``post()`` return the response and set ``content_type`` and ``etag``.
     """
     from lattice.dashboard.server import _make_handler_class
 
@@ -65,11 +65,11 @@ _REFUSED, _UNSUPPORTED = 400, 422
 _SETTINGS = "/api/config/dashboard"
 _UNKNOWN = "the server does not know this value of POST {}: {}"
 _NOBODY = "dashboard:web"
-"""Whom the page names because it does not know who looks at it. Here that is known: the token's actor."""
+"""Actor that the page sends because it does not know its user; replaced by the token's actor."""
 
 
 def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
-    """Return what a body may hold. Values of any type go into an event or ``config.json``, as the handlers check."""
+    """Return the fields that a body may have. The handlers check the types of these values."""
     return {**dict.fromkeys(values, Kind.JSON), **others}
 
 
@@ -90,10 +90,10 @@ _ROUTES: Mapping[str, Mapping[str, Kind]] = {
     "/api/tasks/…/react": _takes("emoji", comment_id=Kind.ID, actor=Kind.ACTOR),
     "/api/tasks/…/unreact": _takes("emoji", comment_id=Kind.ID, actor=Kind.ACTOR),
 }
-"""The requests that may write, and all that their bodies may hold; ``…`` stands for a task's id."""
+"""Requests that may write, with all fields of their bodies; ``…`` stands for a task's id."""
 _OF_A_TASK = re.compile(r"/api/tasks/.+/(?P<what>[^/]+)")
 _PATH = re.compile(r"/[!-~]*")
-"""With such characters, the handlers' own check of a task's id lets nothing pass that is none."""
+"""Characters for which the handlers' own check of task ids is strict."""
 
 
 def load() -> None:
@@ -104,7 +104,7 @@ def load() -> None:
 def prepare(asked: CallRequest) -> Operation:
     """Check a POST; see ``Surface``.
 
-    A path that is not in the table gets the dashboard's own "not found"; if the dashboard knows it, it is refused.
+    A path outside the table gets the dashboard's own "not found", and is refused if the dashboard knows it.
     """
     if not _PATH.fullmatch(asked.name):
         raise unsupported(f"{shown(asked.name)} is not a path of the dashboard")
@@ -124,14 +124,14 @@ def prepare(asked: CallRequest) -> Operation:
 
 
 def _route(path: str) -> str:
-    """Return the path as it stands in the table, with ``…`` for a task's id."""
+    """Return the path's key in the table, with ``…`` for a task's id."""
     path = path.partition("?")[0].rstrip("/")
     found = _OF_A_TASK.fullmatch(path)
     return path if found is None else f"/api/tasks/…/{found['what']}"
 
 
 def _is_left_to_the_handler(body: bytes) -> bool:
-    """Tell whether a body is so large, or so little JSON, that the handler refuses it in its own words."""
+    """Return whether a body is too large, or not JSON, so that the handler refuses it itself."""
     from lattice.dashboard.server import MAX_REQUEST_BODY_BYTES
 
     if len(body) > MAX_REQUEST_BODY_BYTES:
@@ -146,10 +146,10 @@ def _is_left_to_the_handler(body: bytes) -> bool:
 
 
 def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identity: Identity) -> str:
-    """Check what a body holds, put in the actor where it names none, and return that.
+    """Check the fields of a body, set a missing actor, and return the actor.
 
     Raises:
-        Rejected: a value that the table does not list or its kind does not allow, or an actor of somebody else.
+        Rejected: a field is not in the table, a value is not allowed, or the token may not use the actor.
     """
     from lattice.core.ids import validate_actor
 
@@ -157,7 +157,7 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
         if name in takes:
             if isinstance(value, str) and takes[name] is not Kind.JSON:
                 check(takes[name], name, value)
-        elif route != _SETTINGS:  # whose handler refuses names that it does not know
+        elif route != _SETTINGS:  # that handler refuses unknown names itself
             raise unsupported(_UNKNOWN.format(route, shown(name)))
     if "actor" not in takes:
         return identity.actor
@@ -171,7 +171,7 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
 
 
 def _objection(route: str, values: dict[str, Any], takes: Mapping[str, Kind]) -> str:
-    """Return what the server has against values that the handler may have refused before; "" for nothing."""
+    """Return why the server refuses values that the handler might accept; "" if it does not."""
     unknown = sorted(values.keys() - takes.keys())
     if unknown:
         return _UNKNOWN.format(route, shown(unknown[0]))
@@ -184,7 +184,7 @@ def _objection(route: str, values: dict[str, Any], takes: Mapping[str, Kind]) ->
 
 
 def _unless(objection: str, post: Callable[[], CallResponse]) -> CallResponse:
-    """Return the handler's answer; where that accepts what the server objects to, a refusal, which undoes it."""
+    """Return the handler's response; if it accepts values the server objects to, return a refusal, which undoes it."""
     answer = post()
     if not objection or answer.status >= _REFUSED:
         return answer
@@ -193,19 +193,19 @@ def _unless(objection: str, post: Callable[[], CallResponse]) -> CallResponse:
 
 
 class _Known(Exception):
-    """The dashboard has a handler for a path."""
+    """The dashboard has a handler for the path."""
 
 
 def _not_found(lattice_dir: Path, path: str) -> CallResponse:
-    """Return what the dashboard says of a path that it does not know; only its routing runs, none of its handlers.
+    """Return the dashboard's response to an unknown path; runs only its routing.
 
     Raises:
-        Rejected: it knows the path. A program of this machine would be started, say, or it is newer than the table.
+        Rejected: the dashboard knows the path, for example to start a program, or in a newer version.
     """
     try:
         return _post(_routing(lattice_dir), path, b"")
     except _Known:
-        raise unsupported(f"the server does not carry out this request of the dashboard: {shown(path)}") from None
+        raise unsupported(f"the server does not serve this request of the dashboard: {shown(path)}") from None
 
 
 def _post(handler: Any, path: str, body: bytes) -> CallResponse:
@@ -215,7 +215,7 @@ def _post(handler: Any, path: str, body: bytes) -> CallResponse:
 
 @cache
 def _routing(lattice_dir: Path) -> Any:
-    """Return the request handler without its handlers of requests: instead of running one, it raises ``_Known``."""
+    """Return the request handler with its handlers replaced by functions that raise ``_Known``."""
 
     def refuse(*_: object) -> None:
         raise _Known

@@ -1,7 +1,7 @@
-"""The tools of lattice's MCP server that may write, called in this process.
+"""MCP surface: the writing tools of lattice's MCP server, called in this process.
 
-``name`` is the tool's, ``payload`` its arguments, validated by the tool's own schema. The answer is ``{"result": ...}``
-with what the tool returns, or status 400 and lattice's error envelope with what it raises.
+``name`` is the tool's, ``payload`` its arguments, validated by the tool's own schema. The response is ``{"result":
+...}`` with the tool's result, or status 400 and lattice's error envelope for its error.
 """
 
 import json
@@ -21,7 +21,7 @@ __all__ = ["load", "prepare"]
 
 
 def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
-    """Return the arguments of a tool that writes; values of any type are validated by its schema."""
+    """Return the arguments of a writing tool; its schema validates the values."""
     return {**dict.fromkeys(values, Kind.JSON), "actor": Kind.ACTOR, **others}
 
 
@@ -51,12 +51,13 @@ _TOOLS: Mapping[str, Mapping[str, Kind]] = {
     "lattice_event": _takes("event_type", "data", **_ID_ONLY),
     "lattice_doctor": {"fix": Kind.JSON},
 }
-"""The tools that a client may call here, each with all its arguments. ``lattice_root`` is none of them: the root is
-this project. A tool that only reads runs on the client's copy."""
+"""The tools that a client may call here, with all their arguments. ``lattice_root`` is excluded: the root is this
+project. Reading tools run on the client's cache.
+"""
 
 
 def load() -> None:
-    """Import lattice's MCP server, with all its tools; takes about a second."""
+    """Import lattice's MCP server with all its tools; takes about a second."""
     import_module("lattice.mcp.server")
 
 
@@ -87,30 +88,30 @@ def prepare(asked: CallRequest) -> Operation:
 
 
 def _arguments(name: str, payload: bytes) -> dict[str, Any]:
-    """Return the arguments of a call as the tool will get them; those that are null are left out.
+    """Return the arguments as the tool will get them, without nulls.
 
-    Where a tool takes no text, its library reads a text as JSON: what is checked must be what it reads there.
+    The MCP library parses a text as JSON where a tool takes no text, so the parsed values are checked.
 
     Raises:
-        Rejected: they hold what not every program can read.
+        Rejected: they contain values that not every program can read.
     """
     given = json_object(payload)
     try:
         read = _tool(name).fn_metadata.pre_parse_json(given)
         sound = json_object(json.dumps(read).encode())
     except (ValueError, RecursionError) as error:
-        raise unsupported(f"an argument of {name} holds JSON that not every program can read") from error
+        raise unsupported(f"an argument of {name} contains JSON that not every program can read") from error
     return {key: value for key, value in sound.items() if value is not None}
 
 
 def _attach(asked: CallRequest, arguments: dict[str, Any]) -> Attached:
-    """Put the caller's file where the tool can read it, and that path into the arguments."""
+    """Put the caller's file on disk and its private path into the arguments."""
     source = arguments.get("source")
     if not isinstance(source, str):
         return asked.attach([])  # the tool's schema refuses it
     attached = asked.attach([source])
     if not attached.paths and not source.startswith(("http://", "https://")):
-        raise unsupported(f"the file {shown(source)} did not travel with the call")
+        raise unsupported(f"the file {shown(source)} was not attached to the call")
     arguments["source"] = attached.argv[0]
     return attached
 
@@ -130,7 +131,7 @@ def _tool(name: str) -> Any:
     """Return a tool of lattice's MCP server.
 
     Raises:
-        Rejected: the lattice that is installed here has none of this name.
+        Rejected: the installed lattice has no such tool.
     """
     from lattice.mcp.server import mcp
 
@@ -141,10 +142,10 @@ def _tool(name: str) -> Any:
 
 
 def _finish(work: Coroutine[Any, Any, Any]) -> Any:
-    """Return the result of a coroutine that waits for nothing, as lattice's tools do, without an event loop."""
+    """Return the result of a coroutine that never suspends, without an event loop."""
     try:
         work.send(None)
     except StopIteration as done:
         return done.value
     work.close()
-    raise RuntimeError("the tool waits for something, which none may do here")
+    raise RuntimeError("the tool suspended, which is not supported here")

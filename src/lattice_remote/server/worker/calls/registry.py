@@ -1,4 +1,4 @@
-"""Which surfaces there are. Light: the modules are loaded when a worker is first asked for something of theirs."""
+"""Registry of the call surfaces. Lightweight: a surface's module is imported when a worker first needs it."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ __all__ = ["is_offered", "surface_named"]
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a surface is, which package it ``needs``, and what to install for that."""
+    """Module of a surface, the package that it ``needs``, and the distribution to install for that."""
 
     module: str
     needs: str = "lattice"
@@ -34,7 +34,7 @@ _SURFACES: Mapping[str, _Entry] = {
 
 @cache
 def is_offered(name: str) -> bool:
-    """Tell whether a surface can be called here: there is one of this name, and what it needs is installed."""
+    """Return whether a surface exists and its dependencies are installed."""
     entry = _SURFACES.get(name)
     return entry is not None and importlib.util.find_spec(entry.needs) is not None
 
@@ -43,7 +43,7 @@ def surface_named(name: str) -> "Surface":
     """Return a surface, loaded.
 
     Raises:
-        Rejected: there is none of this name, or what it needs is not installed.
+        Rejected: the surface is unknown or its dependencies are not installed.
     """
     if name not in _SURFACES:
         raise Rejected(f"the server has no surface {name!r}: upgrade the server", code="REMOTE_UNSUPPORTED")

@@ -1,8 +1,8 @@
-"""The writes of programs (``RemoteStorage``): in the project's own files, as a ``LocalStorage`` would do them.
+"""Storage surface: writes of programs (``RemoteStorage``) to the project's files, as a ``LocalStorage`` does them.
 
-``name`` is one of ``_WRITES``, ``payload`` what that takes. The answer is status 200 with ``{"outcome": "written" or
+``name`` is a key of ``_WRITES``, ``payload`` its arguments. The response is status 200 with ``{"outcome": "written" or
 "merged", "content": ...}``, 409 with ``{"outcome": "conflict", "found": ...}``, or 422 with lattice's error envelope
-for what may not be written.
+for a refused write.
 """
 
 import json
@@ -48,13 +48,13 @@ class _Text(_Asked):
 
 
 def load() -> None:
-    """Nothing more is needed than what runs commands."""
+    """Do nothing: the modules that run commands suffice."""
 
 
 def prepare(asked: CallRequest) -> Operation:
-    """Check who writes, and the form of what is to be written; see ``Surface``.
+    """Check the actor and the form of a write; see ``Surface``.
 
-    What it says is checked when it is written: that depends on what is there.
+    Its content is checked when it is written, since that depends on the current state.
     """
     takes = _WRITES.get(asked.name)
     if takes is None:
@@ -72,17 +72,17 @@ def prepare(asked: CallRequest) -> Operation:
 
 
 def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
-    """Do nothing if a write of this token may be in this name, or in that of this session."""
+    """Check that this token may write as the actor, or in the session."""
     identity.require(actor, ignore_case=session is not None)
     if session is not None:
         identity.require_session(session["name"], session["session"], to_end=False)
 
 
 def _actor(board: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
-    """Return in whose name events are written: that of the first; each was checked.
+    """Return the actor of the first event, after checking all.
 
     Raises:
-        Rejected: one is in a name that the token may not use, or is no event.
+        Rejected: an event is malformed, or the token may not use its actor.
     """
     actors = [board.require_actor(event) for event in plain(events)]
     return actors[0] if actors else identity.actor
@@ -122,4 +122,4 @@ _WRITES: Mapping[str, tuple[type[Any], Callable[[Any, LocalStorage], _Outcome]]]
     "write-plan": (_Text, _write_plan),
     "write-notes": (_Text, _write_notes),
 }
-"""What may be written, what each takes, and how it is done."""
+"""The writes, with the type of their arguments and their function."""
