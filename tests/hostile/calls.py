@@ -9,9 +9,9 @@ from values import ACTORS, JSONS, PATHS, STATUSES, Known, Lines
 
 from lattice_remote.protocol.messages import MAX_PAYLOAD_BYTES, Attachment
 from lattice_remote.server.ipc import RunCall
-from lattice_remote.server.worker.arguments import Kind
 from lattice_remote.server.worker.calls.dashboard import _ROUTES
 from lattice_remote.server.worker.calls.mcp import _TOOLS
+from lattice_remote.server.worker.policy import Kind
 
 __all__ = ["Calls"]
 

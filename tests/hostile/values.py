@@ -9,8 +9,7 @@ import click
 from lattice.cli.main import cli
 
 from lattice_remote.protocol.messages import Attachment
-from lattice_remote.server.worker.arguments import Kind
-from lattice_remote.server.worker.policy import ROUTED
+from lattice_remote.server.worker.policy import ROUTED, Kind
 
 __all__ = ["ALL", "Known", "Line", "Lines"]
 

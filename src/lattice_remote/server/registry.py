@@ -3,15 +3,19 @@
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from http import HTTPStatus
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
+import watchfiles
 
 from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
+from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.auth import SAVE_EVERY_S, LastUse, Login, Logins, signing_key
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
@@ -22,7 +26,6 @@ from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
-from lattice_remote.server.project.watch import watch_tree
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
@@ -343,7 +346,7 @@ class ProjectRegistry:
             self._projects[slug] = project
             project.start()
             self._watching[slug] = asyncio.Event()
-            self._keep(f"watch {slug}", watch_tree(paths.lattice, project.files_touched, self._watching[slug]))
+            self._keep(f"watch {slug}", _watch_tree(paths.lattice, project.files_touched, self._watching[slug]))
         return project
 
     # --- in the background ---
@@ -427,3 +430,68 @@ def bearer(values: Sequence[str]) -> str:
 def _stopping() -> ApiError:
     why = "the server is stopping; try again"
     return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", why, retry_after_s=1)
+
+
+# --- files changed by other programs ---
+
+_WATCH_DEBOUNCE_MS = 500  # maximum delay while changes keep coming
+_WATCH_STEP_MS = 100  # quiet time after which changes are reported
+_WATCH_LOOK_MS = 1000  # interval of checks for a replaced directory
+
+
+async def _watch_tree(tree: Path, touched: Callable[[set[str] | None], None], stop: asyncio.Event) -> None:
+    """Call ``touched`` with paths in ``tree`` that may have changed (None: any of them), until ``stop`` is set.
+
+    Reports a changed file after about 0.1 s, and a replaced directory within about a second. If the system cannot watch
+    (no inotify watches left), logs it and returns; only the periodic rescan then finds such changes.
+    """
+    while not stop.is_set():
+        found = _directory_id(tree)
+        try:
+            if found is not None:
+                await _watch_directory(tree, found, touched, stop)
+            else:
+                await asyncio.sleep(_WATCH_LOOK_MS / 1000)  # moved away, perhaps to be replaced
+        except FileNotFoundError:
+            continue
+        except (OSError, RuntimeError) as error:
+            _log.error("cannot watch %s (%s); only the periodic rescan finds changes there", tree, error)
+            return
+        if _directory_id(tree) not in (found, None):
+            _log.warning("%s was replaced by another directory", tree)
+            touched(None)
+
+
+async def _watch_directory(
+    tree: Path, identity: tuple[int, int], touched: Callable[[set[str] | None], None], stop: asyncio.Event
+) -> None:
+    """Watch the directory that now has this name, until another takes its place."""
+    start = len(str(tree)) + 1
+    watching = watchfiles.awatch(
+        tree,
+        watch_filter=None,
+        debounce=_WATCH_DEBOUNCE_MS,
+        step=_WATCH_STEP_MS,
+        stop_event=stop,
+        recursive=True,
+        rust_timeout=_WATCH_LOOK_MS,
+        yield_on_timeout=True,
+    )
+    async with contextlib.aclosing(watching):
+        async for changes in watching:
+            names = [name for _, name in changes if is_replicated(name[start:])]
+            replicated = {name[start:] for name in names}
+            if any(map(os.path.isdir, names)):
+                touched(None)  # files moved in with a directory are not reported one by one
+            elif replicated:
+                touched(replicated)
+            if _directory_id(tree) != identity:
+                return
+
+
+def _directory_id(tree: Path) -> tuple[int, int] | None:
+    try:
+        status = tree.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino

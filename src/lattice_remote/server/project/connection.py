@@ -68,7 +68,7 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import Token
 from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, payload_of, websocket_frame
 from lattice_remote.server.transport.websocket import Handoff
-from lattice_remote.server.worker.calls.registry import is_offered
+from lattice_remote.server.worker.calls import is_offered
 from lattice_remote.text import describe_difference, printable
 
 __all__ = [

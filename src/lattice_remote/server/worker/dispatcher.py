@@ -1,7 +1,10 @@
-"""Dispatcher of a worker: runs each request exactly once, in order (I1, I6)."""
+"""Dispatcher of a worker: runs each request exactly once, in order, as one transaction (I1, I2, I6)."""
 
+import contextlib
 import os
-from collections.abc import Callable, Collection, Sequence
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +33,10 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.journal.request_ids import token_digest
 from lattice_remote.server.journal.segment import Record
-from lattice_remote.server.tree.capture import AccessDenied
-from lattice_remote.server.tree.tree import TreeDiff
+from lattice_remote.server.tree.capture import AccessDenied, AccessLog
+from lattice_remote.server.tree.tree import TreeDiff, TrustedDigest
 from lattice_remote.server.worker.attachments import Attached
-from lattice_remote.server.worker.calls.base import CallRequest, Operation
-from lattice_remote.server.worker.calls.registry import surface_named
+from lattice_remote.server.worker.calls import CallRequest, Operation, surface_named
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
 from lattice_remote.server.worker.identity import Identity, SessionOwners
 from lattice_remote.server.worker.policy import Command, parse
@@ -42,6 +44,7 @@ from lattice_remote.server.worker.project_import import decide, is_adopting, req
 from lattice_remote.server.worker.store import (
     BY_SERVER,
     ChangeOrigin,
+    ChangeTooLarge,
     CommitJob,
     Committer,
     Store,
@@ -50,10 +53,113 @@ from lattice_remote.server.worker.store import (
     describe_command,
     describe_edit,
 )
-from lattice_remote.server.worker.transaction import Transaction, TransactionRunner, cannot_store
 from lattice_remote.textmerge import merge_text
 
-__all__ = ["Editor", "Worker"]
+__all__ = ["Editor", "Transaction", "TransactionRunner", "Worker"]
+
+
+@dataclass(frozen=True)
+class Transaction:
+    """Checked work, ready to run.
+
+    Attributes:
+        name: for messages, for example ``'lattice create'``.
+        cause: the origin of the change.
+        run: does the work; called once.
+        answer: makes the reply from the outcome and the sequence number that it is valid from.
+        vouched: verified digests of files uploaded for it.
+        note: called with the changes before their commit, for state that must be durable with them.
+    """
+
+    name: str
+    cause: ChangeOrigin
+    run: Callable[[], CommandOutcome]
+    answer: Callable[[CommandOutcome, int], Result]
+    vouched: Mapping[int, TrustedDigest] = field(default_factory=dict)
+    note: Callable[[TreeDiff], None] = lambda _: None
+
+
+class TransactionRunner:
+    """Runner of transactions in one project; ``scratch`` is a private directory, emptied after each."""
+
+    def __init__(self, store: Store, scratch: Path) -> None:
+        self._store = store
+        self._scratch = scratch
+
+    def carry_out(self, work: Transaction) -> None:
+        """Run a transaction and commit it with its reply; undo it on failure or a forbidden access.
+
+        The reply to a crash is sent but not remembered, so a repeated request runs again (I6).
+
+        Raises:
+            Rejected: it did what the server does not allow, or changed more than one change can carry.
+            OSError: the storage failed.
+        """
+        outcome = CommandOutcome()
+        # The access log records a veto.
+        with self._store.transaction() as touched, contextlib.suppress(AccessDenied):
+            outcome = work.run()
+        if touched.private:
+            self.empty_scratch()
+        hooks = outcome.hooks
+        if outcome.is_undone or touched.veto is not None or touched.unshared:
+            self._store.roll_back()
+            _refuse_vetoed(touched, work.name)
+            if outcome.no_room is not None:
+                raise cannot_store(f"what {work.name} writes", outcome.no_room)
+            if outcome.timeout:
+                holder = "another process in the server's directory holds it"
+                raise Rejected(f"{outcome.timeout}: {holder}; nothing was changed, try again", code="REMOTE_BUSY")
+            if not outcome.is_final:
+                self._store.answer_once(lambda seq: work.answer(outcome, seq))
+                return
+            difference, hooks = TreeDiff(), []
+        else:
+            difference = self._store.difference(touched, work.vouched)
+        try:
+            work.note(difference)
+        except OSError as error:
+            self._store.roll_back()
+            raise cannot_store("the owner of a session", error) from error
+        except Rejected:
+            self._store.roll_back()
+            raise
+        if outcome.waiting is not None:
+            self._store.commit(difference, work.cause, hooks=hooks, waiting=outcome.waiting)
+            return
+        try:
+            self._store.commit(difference, work.cause, lambda seq: work.answer(outcome, seq), hooks=hooks)
+        except ChangeTooLarge:
+            self._store.roll_back()
+            raise Rejected(
+                f"{work.name} changes more files than fit into one change: do it in parts; nothing was changed",
+                code="REMOTE_TOO_LARGE",
+            ) from None
+
+    def empty_scratch(self) -> None:
+        """Remove all files of the private directory."""
+        for entry in os.scandir(self._scratch):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
+
+
+def cannot_store(what: str, error: BaseException) -> Rejected:
+    """Return the refusal of something that cannot be written to the disk."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    return Rejected(f"the server cannot store {what}: {reason}; nothing was changed", code="REMOTE_STORAGE")
+
+
+def _refuse_vetoed(touched: AccessLog, name: str) -> None:
+    """Raise Rejected if the work touched something forbidden."""
+    if touched.veto is not None:
+        why = f"tried to {touched.veto}, which the server does not allow"
+    elif touched.unshared:
+        why = f"would write {touched.unshared[0]!r}, a name that cannot be shared"
+    else:
+        return
+    raise Rejected(f"{name} {why}; nothing was changed", code="REMOTE_UNSUPPORTED")
 
 
 class Editor:

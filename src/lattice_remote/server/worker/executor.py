@@ -20,7 +20,7 @@ import click
 
 from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree.capture import Capture
-from lattice_remote.server.worker.calls.base import CallResponse, CommandOutput
+from lattice_remote.server.worker.calls import CallResponse, CommandOutput
 from lattice_remote.server.worker.patches import LOCK_PREFIX, Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
 
 __all__ = ["CommandOutcome", "Executor", "ResourceBusy"]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -16,9 +17,8 @@ import msgspec
 from lattice_remote.errors import Rejected
 from lattice_remote.files import write_atomically
 from lattice_remote.protocol.operations import Operation, PutFile
-from lattice_remote.server.worker.arguments import is_plain, unsupported
 
-__all__ = ["OWNERS_FILE", "Identity", "Owner", "SessionOwners", "check_actor"]
+__all__ = ["OWNERS_FILE", "Identity", "Owner", "SessionOwners", "check_actor", "is_plain", "unsupported"]
 
 OWNERS_FILE = "session_owners.json"
 
@@ -232,3 +232,13 @@ def _actor_to_be(values: Mapping[str, Any]) -> str:
         # Without either, lattice picks a name, so the token must be allowed every name.
         name = values.get("agent_type", "*").capitalize()
     return f"{prefix}:{name}"
+
+
+def is_plain(value: str) -> bool:
+    """Return whether a text is printable and in NFC."""
+    return value.isprintable() and unicodedata.is_normalized("NFC", value)
+
+
+def unsupported(message: str) -> Rejected:
+    """Return the refusal (REMOTE_UNSUPPORTED) of an argument not allowed in a remote project."""
+    return Rejected(message, code="REMOTE_UNSUPPORTED")

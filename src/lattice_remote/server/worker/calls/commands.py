@@ -18,9 +18,9 @@ import msgspec
 from msgspec import Meta
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
-from lattice_remote.server.worker.calls.base import CallRequest, CallResponse, CommandOutput, Operation, json_object
-from lattice_remote.server.worker.policy import Command, parse
+from lattice_remote.server.worker.calls import CallRequest, CallResponse, CommandOutput, Operation, json_object
+from lattice_remote.server.worker.identity import unsupported
+from lattice_remote.server.worker.policy import Command, Kind, check, parse, shown
 
 __all__ = ["load", "prepare"]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
-from lattice_remote.server.worker.calls.base import CallRequest, CallResponse, Operation, check_fields, json_object
-from lattice_remote.server.worker.identity import Identity
+from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, check_fields, json_object
+from lattice_remote.server.worker.identity import Identity, unsupported
+from lattice_remote.server.worker.policy import Kind, check, shown
 
 __all__ = ["handler_class", "load", "prepare"]
 

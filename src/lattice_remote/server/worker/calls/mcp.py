@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lattice_remote.protocol.operations import canonical_json
-from lattice_remote.server.worker.arguments import Kind, check, shown, unsupported
 from lattice_remote.server.worker.attachments import Attached
-from lattice_remote.server.worker.calls.base import CallRequest, CallResponse, Operation, check_fields, json_object
-from lattice_remote.server.worker.policy import check_new_task
+from lattice_remote.server.worker.calls import CallRequest, CallResponse, Operation, check_fields, json_object
+from lattice_remote.server.worker.identity import unsupported
+from lattice_remote.server.worker.policy import Kind, check, check_new_task, shown
 
 __all__ = ["load", "prepare"]
 
