@@ -31,7 +31,7 @@ class Watcher:
         self.byes: list[Bye] = []
 
     @property
-    def lane(self) -> "Watcher":
+    def fairness_key(self) -> "Watcher":
         return self
 
     def change_committed(self, seq: int, frame: bytes) -> None:

@@ -12,7 +12,7 @@ class Asker(NamedTuple):
     """A follower, as far as turns go: two of one lane are as one."""
 
     name: str
-    lane: str
+    fairness_key: str
 
 
 ANA, BEN, CEM = (cast("Subscriber", Asker(name, name)) for name in ("ana", "ben", "cem"))
@@ -24,7 +24,7 @@ def job(asker: Subscriber | None, name: str) -> QueuedRequest:
 
 
 def add(turns: FairQueue[QueuedRequest], added: QueuedRequest) -> None:
-    turns.add(added, added.lane)
+    turns.add(added, added.fairness_key)
 
 
 def names(turns: FairQueue[QueuedRequest]) -> str:
@@ -46,8 +46,8 @@ def test_whoever_comes_late_waits_for_one_of_each_only() -> None:
     assert turns.pop().message.id == "a0"  # type: ignore[union-attr]
     add(turns, job(BEN, "b"))
     assert [turns.pop().message.id for _ in range(2)] == ["a1", "b"]  # type: ignore[union-attr]
-    assert turns.has(ANA.lane)
-    assert not turns.has(BEN.lane)
+    assert turns.has(ANA.fairness_key)
+    assert not turns.has(BEN.fairness_key)
 
 
 def test_all_askers_of_a_lane_share_its_turn() -> None:
@@ -72,8 +72,8 @@ def test_what_was_with_a_worker_goes_before_all() -> None:
 async def test_lanes_take_a_lock_in_turn_and_who_gives_up_takes_nobodys() -> None:
     lock, took = FairLock(), list[str]()
 
-    async def take(lane: str, name: str) -> None:
-        async with lock.turn(lane):
+    async def take(fairness_key: str, name: str) -> None:
+        async with lock.turn(fairness_key):
             took.append(name)
             await asyncio.sleep(0)
 

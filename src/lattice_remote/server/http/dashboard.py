@@ -51,7 +51,7 @@ class _Listener:
 
     def __init__(self, http: PlainHttp, visitor: RequestContext, *, is_chunked: bool) -> None:
         token = visitor.login.token
-        self.lane: Hashable = self
+        self.fairness_key: Hashable = self
         self.over = asyncio.Event()
         self._http, self._is_chunked = http, is_chunked
         self._project, self._history = visitor.project, visitor.project.history

@@ -189,7 +189,7 @@ class Feed:
     # --- as a follower ---
 
     @property
-    def lane(self) -> Hashable:
+    def fairness_key(self) -> Hashable:
         """It asks for nothing."""
         return self
 

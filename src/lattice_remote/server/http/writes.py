@@ -46,7 +46,7 @@ class _Asker:
         self.answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     @property
-    def lane(self) -> Hashable:
+    def fairness_key(self) -> Hashable:
         """That of all requests over HTTP with this token: many connections are not to be many turns."""
         return self._lane
 

@@ -321,7 +321,7 @@ class ClientConnection:
         self._ended = False
 
     @property
-    def lane(self) -> Hashable:
+    def fairness_key(self) -> Hashable:
         """This connection: its requests keep their order."""
         return self
 

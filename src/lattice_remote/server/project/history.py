@@ -84,8 +84,8 @@ class Subscriber(Protocol):
     """Recipient of changes and replies. No method waits or raises."""
 
     @property
-    def lane(self) -> Hashable:
-        """Requests of one lane keep their order, and lanes take turns. Several subscribers may share one."""
+    def fairness_key(self) -> Hashable:
+        """Key of its requests, which keep their order; keys take turns. Several subscribers may share one."""
 
     def change_committed(self, seq: int, frame: bytes) -> None:
         """Handle durable change ``seq``; ``frame`` is the shared WebSocket frame."""

@@ -205,7 +205,7 @@ class _Cleaner:
         self._settled = settled
 
     @property
-    def lane(self) -> Hashable:
+    def fairness_key(self) -> Hashable:
         """This object."""
         return self
 

@@ -250,7 +250,7 @@ class Project:
         weight = weight_of(message)
         objection = self._held.objection(message.token_id, weight)
         # A requester with nothing queued is always admitted: others must not lock it out.
-        if len(self._queue) >= self._bounds.queued and self._queue.has(asker.lane):
+        if len(self._queue) >= self._bounds.queued and self._queue.has(asker.fairness_key):
             objection = "the server has too much to do for this project; try again"
         if objection is not None:
             self._refuse(asker, message, told, "REMOTE_BUSY", objection)
@@ -343,7 +343,7 @@ class Project:
     # --- the queue ---
 
     def _enqueue(self, job: QueuedRequest) -> None:
-        self._queue.add(job, job.lane)
+        self._queue.add(job, job.fairness_key)
         self._pump()
 
     def _pump(self) -> None:

@@ -44,23 +44,23 @@ __all__ = [
 
 
 class FairQueue[T]:
-    """Queue that takes lanes in turn, such as one per connection or token; ``None`` is the server's own."""
+    """Queue that serves fairness keys in turn, such as one per connection or token; ``None`` is the server's own."""
 
     def __init__(self) -> None:
         self._first: deque[T] = deque()
-        self._lanes: dict[Hashable, deque[T]] = {}  # the next lane first
+        self._by_key: dict[Hashable, deque[T]] = {}  # the next key first
         self._length = 0
 
     def __len__(self) -> int:
         return self._length
 
-    def has(self, lane: Hashable) -> bool:
-        """Return whether the lane has a queued item."""
-        return lane in self._lanes
+    def has(self, fairness_key: Hashable) -> bool:
+        """Return whether this key has a queued item."""
+        return fairness_key in self._by_key
 
-    def add(self, item: T, lane: Hashable) -> None:
-        """Append an item to its lane."""
-        self._lanes.setdefault(lane, deque()).append(item)
+    def add(self, item: T, fairness_key: Hashable) -> None:
+        """Append an item behind the others of its key."""
+        self._by_key.setdefault(fairness_key, deque()).append(item)
         self._length += 1
 
     def add_first(self, item: T) -> None:
@@ -70,58 +70,58 @@ class FairQueue[T]:
 
     def next(self) -> T:
         """Return the item that ``pop`` would return. The queue must not be empty."""
-        return self._first[0] if self._first else next(iter(self._lanes.values()))[0]
+        return self._first[0] if self._first else next(iter(self._by_key.values()))[0]
 
     def pop(self) -> T:
-        """Take the next item; there must be one. Then it is the next lane's turn."""
+        """Remove and return the next item; its key then comes last. The queue must not be empty."""
         self._length -= 1
         if self._first:
             return self._first.popleft()
-        name, lane = next(iter(self._lanes.items()))
-        del self._lanes[name]
-        item = lane.popleft()
-        if lane:
-            self._lanes[name] = lane
+        name, fairness_key = next(iter(self._by_key.items()))
+        del self._by_key[name]
+        item = fairness_key.popleft()
+        if fairness_key:
+            self._by_key[name] = fairness_key
         return item
 
     def remove(self, item: T) -> None:
         """Take an item out that is no longer wanted. Nothing happens when it is not here."""
-        for lane in (self._first, *self._lanes.values()):
-            if item in lane:
-                lane.remove(item)
+        for fairness_key in (self._first, *self._by_key.values()):
+            if item in fairness_key:
+                fairness_key.remove(item)
                 self._length -= 1
-        for name in [name for name, lane in self._lanes.items() if not lane]:
-            del self._lanes[name]
+        for name in [name for name, fairness_key in self._by_key.items() if not fairness_key]:
+            del self._by_key[name]
 
     def clear(self) -> None:
         """Forget all."""
         self._first.clear()
-        self._lanes.clear()
+        self._by_key.clear()
         self._length = 0
 
 
 class FairLock:
-    """Lock acquired by lanes in turn. Belongs to the event loop's thread."""
+    """Lock acquired by fairness keys in turn. Belongs to the event loop's thread."""
 
     def __init__(self) -> None:
         self._is_taken = False
         self._waiting: FairQueue[asyncio.Future[None]] = FairQueue()
 
     @asynccontextmanager
-    async def turn(self, lane: Hashable) -> AsyncIterator[None]:
+    async def turn(self, fairness_key: Hashable) -> AsyncIterator[None]:
         """Hold the lock within the context."""
-        await self._acquire(lane)
+        await self._acquire(fairness_key)
         try:
             yield
         finally:
             self._release()
 
-    async def _acquire(self, lane: Hashable) -> None:
+    async def _acquire(self, fairness_key: Hashable) -> None:
         if not self._is_taken:
             self._is_taken = True
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.add(waiter, lane)
+        self._waiting.add(waiter, fairness_key)
         try:
             await waiter
         except asyncio.CancelledError:
@@ -132,7 +132,7 @@ class FairLock:
             raise
 
     def _release(self) -> None:
-        """Pass the lock to the next lane, skipping waiters that were cancelled in this tick."""
+        """Pass the lock to the next key, skipping waiters that were cancelled in this tick."""
         while self._waiting:
             waiter = self._waiting.pop()
             if not waiter.done():
@@ -170,9 +170,9 @@ class QueuedRequest:
     """Monotonic deadline of the current wait."""
 
     @property
-    def lane(self) -> Hashable:
-        """The lane of its first requester; None for the server's own."""
-        return self.askers[0].lane if self.askers else None
+    def fairness_key(self) -> Hashable:
+        """The key of its first requester; None for the server's own."""
+        return self.askers[0].fairness_key if self.askers else None
 
 
 _LOCKS = "locks/"
