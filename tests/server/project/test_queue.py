@@ -19,8 +19,10 @@ ANA, BEN, CEM = (cast("Subscriber", Asker(name, name)) for name in ("ana", "ben"
 BENS_OTHER = cast("Subscriber", Asker("ben at another connection", "ben"))
 
 
-def job(asker: Subscriber | None, name: str) -> QueuedRequest:
-    return QueuedRequest(AbandonRequest(name, "", "", "") if asker else Reconcile(None), [asker] if asker else [])
+def job(requester: Subscriber | None, name: str) -> QueuedRequest:
+    return QueuedRequest(
+        AbandonRequest(name, "", "", "") if requester else Reconcile(None), [requester] if requester else []
+    )
 
 
 def add(turns: FairQueue[QueuedRequest], added: QueuedRequest) -> None:
@@ -52,8 +54,8 @@ def test_whoever_comes_late_waits_for_one_of_each_only() -> None:
 
 def test_all_askers_of_a_lane_share_its_turn() -> None:
     turns: FairQueue[QueuedRequest] = FairQueue()
-    for asker, name in ((BEN, "b1"), (BENS_OTHER, "b2"), (ANA, "a1"), (BENS_OTHER, "b3")):
-        add(turns, job(asker, name))
+    for requester, name in ((BEN, "b1"), (BENS_OTHER, "b2"), (ANA, "a1"), (BENS_OTHER, "b3")):
+        add(turns, job(requester, name))
     assert names(turns) == "b1 a1 b2 b3"
 
 

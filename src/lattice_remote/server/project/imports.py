@@ -39,7 +39,7 @@ class _Push:
 
     frame: Push
     token: Token
-    askers: list[Subscriber] = field(default_factory=list)
+    requesters: list[Subscriber] = field(default_factory=list)
     """Recipients of a refusal by the check."""
     task: "asyncio.Task[None] | None" = None
     request: ImportProject | None = None
@@ -74,8 +74,10 @@ class Pushes:
         self._one_at_a_time = asyncio.Lock()
         self._is_clean = False  # leftovers of an earlier server were removed
 
-    def take(self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, asker: Subscriber) -> None:
-        """Start or join a push. Calls ``asker.answer()`` when it is done.
+    def take(
+        self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, requester: Subscriber
+    ) -> None:
+        """Start or join a push. Calls ``requester.answer()`` when it is done.
 
         Args:
             frame: the request.
@@ -86,31 +88,31 @@ class Pushes:
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
-            self._refuse(asker, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+            self._refuse(requester, frame.id, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif push is not None and push.frame.digest != frame.digest:
             why = "another project is being pushed with this request id: use a new one"
-            self._refuse(asker, frame.id, "REMOTE_INVALID", why)
+            self._refuse(requester, frame.id, "REMOTE_INVALID", why)
         elif push is not None and push.request is not None:
-            self._submit(push.request, asker)
+            self._submit(push.request, requester)
         elif push is not None:
-            push.askers.append(asker)
+            push.requesters.append(requester)
         elif used is not None or not self._has_pack(frame, token):
             # It may have been done before: the worker decides.
             asked = ImportProject(
                 frame.id, token.id, token.actor, first_sent_at=first_sent_at, fingerprint=_fingerprint(frame)
             )
-            self._submit(asked, asker)
+            self._submit(asked, requester)
         elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
-            self._refuse(asker, frame.id, "REMOTE_BUSY", "the server is checking other projects; try again later")
+            self._refuse(requester, frame.id, "REMOTE_BUSY", "the server is checking other projects; try again later")
         else:
-            push = self._under_way[frame.id] = _Push(frame, token, [asker])
+            push = self._under_way[frame.id] = _Push(frame, token, [requester])
             push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
 
-    def forget(self, asker: Subscriber) -> None:
+    def forget(self, requester: Subscriber) -> None:
         """Remove a closed connection. Its pushes continue, since the client will ask again."""
         for push in self._under_way.values():
-            if asker in push.askers:
-                push.askers.remove(asker)
+            if requester in push.requesters:
+                push.requesters.remove(requester)
 
     async def close(self) -> None:
         """Cancel the checks."""
@@ -159,18 +161,18 @@ class Pushes:
             first_sent_at,
             _fingerprint(frame),
         )
-        for asker in (_Cleaner(lambda: self._settled(push, place)), *push.askers):
-            self._submit(push.request, asker)
+        for requester in (_Cleaner(lambda: self._settled(push, place)), *push.requesters):
+            self._submit(push.request, requester)
 
     def _refuse_all(self, push: _Push, code: str, why: str) -> None:
         del self._under_way[push.frame.id]
         _log.info("%s: a push of %s was refused: %s", self._paths.root.name, push.token.actor, why)
-        for asker in push.askers:
-            self._refuse(asker, push.frame.id, code, why)
+        for requester in push.requesters:
+            self._refuse(requester, push.frame.id, code, why)
 
-    def _refuse(self, asker: Subscriber, request_id: str, code: str, message: str) -> None:
+    def _refuse(self, requester: Subscriber, request_id: str, code: str, message: str) -> None:
         self._refused(code)
-        asker.answer(request_id, encode(Refused(request_id, code, message[:4096])))
+        requester.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
     def _settled(self, push: _Push, place: Path) -> None:
         """Clean up after the worker's reply: remove a rejected candidate, or the bundle of an accepted one."""

@@ -233,10 +233,10 @@ class Project:
     def submit(
         self,
         message: RunCommand | RunCall | Edit | ImportProject,
-        asker: Subscriber,
+        requester: Subscriber,
         told: OutcomeListener | None = None,
     ) -> None:
-        """Queue a request. Calls ``asker.answer()`` exactly once, possibly before returning.
+        """Queue a request. Calls ``requester.answer()`` exactly once, possibly before returning.
 
         A duplicate id joins the running request (I6). ``told`` is called just before the reply and writes the log line;
         without it the line is written here.
@@ -245,17 +245,17 @@ class Project:
             return  # the Bye on this connection gives the reason
         job = self._held.get(message.id)
         if job is not None:
-            self._join(job, message, asker, told)
+            self._join(job, message, requester, told)
             return
         weight = weight_of(message)
         objection = self._held.objection(message.token_id, weight)
         # A requester with nothing queued is always admitted: others must not lock it out.
-        if len(self._queue) >= self._bounds.queued and self._queue.has(asker.fairness_key):
+        if len(self._queue) >= self._bounds.queued and self._queue.has(requester.fairness_key):
             objection = "the server has too much to do for this project; try again"
         if objection is not None:
-            self._refuse(asker, message, told, "REMOTE_BUSY", objection)
+            self._refuse(requester, message, told, "REMOTE_BUSY", objection)
             return
-        job = QueuedRequest(message, [asker], weight=weight, told=told)
+        job = QueuedRequest(message, [requester], weight=weight, told=told)
         if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
         self._held.add(message.id, message.token_id, job)
@@ -265,48 +265,48 @@ class Project:
         self,
         job: QueuedRequest,
         message: RunCommand | RunCall | Edit | ImportProject,
-        asker: Subscriber,
+        requester: Subscriber,
         told: OutcomeListener | None,
     ) -> None:
         running = job.message
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
-            self._refuse(asker, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+            self._refuse(requester, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif _is_another(running, message):
             why = "a different request with this id or key is in flight: use a new one"
-            self._refuse(asker, message, told, "REMOTE_INVALID", why)
-        elif asker not in job.askers:
-            job.askers.append(asker)
+            self._refuse(requester, message, told, "REMOTE_INVALID", why)
+        elif requester not in job.requesters:
+            job.requesters.append(requester)
 
     def _refuse(
         self,
-        asker: Subscriber,
+        requester: Subscriber,
         message: RunCommand | RunCall | Edit | ImportProject,
         told: OutcomeListener | None,
         code: str,
         why: str,
     ) -> None:
         self.accounts.refused(message, code, told)
-        asker.answer(message.id, encode(Refused(message.id, code, why)))
+        requester.answer(message.id, encode(Refused(message.id, code, why)))
 
-    def forget(self, asker: Subscriber, request_ids: set[str]) -> None:
+    def forget(self, requester: Subscriber, request_ids: set[str]) -> None:
         """Remove a closed connection. Its requests continue, except those that only wait for a resource."""
-        self.pushes.forget(asker)
+        self.pushes.forget(requester)
         for request_id in request_ids:
             job = self._held.get(request_id)
-            if job is None or asker not in job.askers:
+            if job is None or requester not in job.requesters:
                 continue
-            job.askers.remove(asker)
-            if not job.askers and job.resource is not None and self._gives_up(job):
+            job.requesters.remove(requester)
+            if not job.requesters and job.resource is not None and self._gives_up(job):
                 self._held.drop(request_id)
 
-    def withdraw(self, asker: Subscriber, request_id: str, code: str) -> bool:
+    def withdraw(self, requester: Subscriber, request_id: str, code: str) -> bool:
         """Withdraw a request of a revoked token; return True if it had no effect and never will.
 
         False: the worker has or had it, or another connection also requests it.
         """
         job = self._held.get(request_id)
-        if job is None or job.askers != [asker] or job.suspect or not self._gives_up(job):
+        if job is None or job.requesters != [requester] or job.suspect or not self._gives_up(job):
             return False
         assert isinstance(job.message, RunCommand | RunCall | Edit | ImportProject), "others are not asked for"
         self._held.drop(request_id)
@@ -430,8 +430,8 @@ class Project:
                 self.accounts.settled(job, message, done)
                 if done.change is not None and isinstance(message, RunCommand | RunCall):
                     self._uploads_used(message)
-                for asker in job.askers:
-                    asker.answer(message.id, done.reply)
+                for requester in job.requesters:
+                    requester.answer(message.id, done.reply)
                 self._waiting.leave(job)
             case Reconcile(paths):
                 self._reconciling = False
@@ -451,7 +451,7 @@ class Project:
                 self.uploads.used(message.token_id, file.digest)
 
     def _wait(self, job: QueuedRequest, request_id: str, done: RequestDone) -> None:
-        if job.askers and not self._stopping:
+        if job.requesters and not self._stopping:
             assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
             self._waiting.add(job, done, ahead=job.message.ahead)
         else:

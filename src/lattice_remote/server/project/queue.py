@@ -146,7 +146,7 @@ class QueuedRequest:
     """Request on its way through the queue, the worker, and possibly a wait for a resource."""
 
     message: ToWorker
-    askers: list[Subscriber] = field(default_factory=list)
+    requesters: list[Subscriber] = field(default_factory=list)
     """Recipients of the reply; a request may be repeated on a new connection."""
     submitted_at: float = field(default_factory=time.monotonic)
     """Monotonic time of the first submission, possibly to an earlier server process."""
@@ -172,7 +172,7 @@ class QueuedRequest:
     @property
     def fairness_key(self) -> Hashable:
         """The key of its first requester; None for the server's own."""
-        return self.askers[0].fairness_key if self.askers else None
+        return self.requesters[0].fairness_key if self.requesters else None
 
 
 _LOCKS = "locks/"

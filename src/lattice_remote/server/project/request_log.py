@@ -93,7 +93,7 @@ class RequestLog:
             report,
             done.seq if done.change is not None else report.made,
             job.arrived_at,
-            job.told if job.askers else None,
+            job.told if job.requesters else None,
         )
 
     def refused(self, message: WorkerRequest, code: str, told: OutcomeListener | None = None) -> None:

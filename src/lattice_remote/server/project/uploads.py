@@ -263,14 +263,14 @@ class Uploads:
         self._waiting: Counter[str] = Counter()  # bytes with the thread, by token
         self._closed = False
 
-    def take(self, frame: Upload, token_id: str, asker: Subscriber) -> None:
-        """Queue a piece. Calls ``asker.answer()`` once it is written or refused."""
+    def take(self, frame: Upload, token_id: str, requester: Subscriber) -> None:
+        """Queue a piece. Calls ``requester.answer()`` once it is written or refused."""
         weight = len(frame.data) + _FRAME_BYTES
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN
         if self._closed or waits_too_much or self._waiting.total() + weight > _WAITING_BYTES:
             why = "the server's disk cannot keep up with the uploads of this token; try again"
             self._refused("REMOTE_BUSY")
-            asker.answer(frame.id, encode(Refused(frame.id, "REMOTE_BUSY", why)))
+            requester.answer(frame.id, encode(Refused(frame.id, "REMOTE_BUSY", why)))
             return
         self._waiting[token_id] += weight
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._taken, frame, token_id)
@@ -282,7 +282,7 @@ class Uploads:
             if not done.cancelled():
                 if isinstance(answer := done.result(), Refused):
                     self._refused(answer.code)
-                asker.answer(frame.id, encode(answer))
+                requester.answer(frame.id, encode(answer))
 
         work.add_done_callback(finish)
 
