@@ -27,7 +27,7 @@ from lattice_remote.protocol.messages import (
 )
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MergeJson, MoveFile, Operation, digest_of
 from lattice_remote.server.project import connection
-from lattice_remote.server.project.connection import ChangeEncoder, dialect
+from lattice_remote.server.project.connection import ChangeEncoder, encoder_for
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from lattice_remote.server.transport.send_queue import payload_of, websocket_frame
 
@@ -109,17 +109,17 @@ def test_a_change_is_translated_once_for_all_clients_that_understand_the_same(mo
         return translate(self, frame)
 
     monkeypatch.setattr(ChangeEncoder, "_translated", counted)
-    clients = [dialect(frozenset(CAPABILITIES) - {"append", other}) for other in ("log", "put-text") * 50]
-    others = [dialect(frozenset(CAPABILITIES) - {"move"}), dialect(frozenset(CAPABILITIES))]
+    clients = [encoder_for(frozenset(CAPABILITIES) - {"append", other}) for other in ("log", "put-text") * 50]
+    others = [encoder_for(frozenset(CAPABILITIES) - {"move"}), encoder_for(frozenset(CAPABILITIES))]
     for seq in (1, 2):
         line = AppendBytes("events/task_x.jsonl", 0, bytes(32), b"line\n")
         change = Change(seq, bytes(16), "2030-01-01T00:00:00.000Z", "human:ana", "tok_1", "0" * 32, "comment", [line])
         frame = websocket_frame(encode(change))
-        told = {client.told(frame) for client in clients}
+        told = {client.encode_change(frame) for client in clients}
         assert len(told) == 1
         [operation] = msgspec.msgpack.decode(payload_of(told.pop()), type=Change).ops
         assert isinstance(operation, AnnounceFile)
-        assert [client.told(frame) is frame for client in others] == [True, True]
+        assert [client.encode_change(frame) is frame for client in others] == [True, True]
     assert len(translated) == 4  # two changes, for two dialects that lack something
 
 

@@ -340,29 +340,29 @@ def _entries(
             return
         if item.change is None or (head is not None and epoch == head[0] and item.seq > head[1]):
             continue
-        told = _change_decoder.decode(item.change)
-        tasks = tasks_in(path for operation in told.ops for path in (operation.path, operation.to))
+        change = _change_decoder.decode(item.change)
+        tasks = tasks_in(path for operation in change.ops for path in (operation.path, operation.to))
         # Archiving a text moves it, which does not count as a write.
-        written = [operation.path for operation in told.ops if operation.path in paths and not operation.to]
+        written = [operation.path for operation in change.ops if operation.path in paths and not operation.to]
         if text and written:
             state = item.files.get(written[-1])
             size = None if state is None else state.size
-            yield position, msgspec.structs.replace(_entry(epoch, told, tasks), text_bytes=size)
+            yield position, msgspec.structs.replace(_entry(epoch, change, tasks), text_bytes=size)
         elif not text and (not task or task in tasks):
-            yield position, _entry(epoch, told, tasks)
+            yield position, _entry(epoch, change, tasks)
 
 
-def _entry(epoch: str, told: _Change, tasks: list[str]) -> LogEntry:
+def _entry(epoch: str, change: _Change, tasks: list[str]) -> LogEntry:
     return LogEntry(
-        seq=told.seq,
+        seq=change.seq,
         epoch=epoch,
-        time=told.time,
-        actor=told.actor,
-        token_id=told.token_id,
-        token_actor=told.token_actor,
-        cause=told.cause,
-        command=told.command,
+        time=change.time,
+        actor=change.actor,
+        token_id=change.token_id,
+        token_actor=change.token_actor,
+        cause=change.cause,
+        command=change.command,
         tasks=tasks[:MAX_LOG_TASKS],
         more_tasks=max(0, len(tasks) - MAX_LOG_TASKS),
-        mark=told.mark,
+        mark=change.mark,
     )

@@ -445,14 +445,14 @@ def _run(executor: Executor, capture: Capture, argv: Sequence[str]) -> CommandOu
 def _read_findings(stdout: bytes, report: ImportReport) -> None:
     try:
         findings = json.loads(stdout)["data"]["findings"]
-        told = [(str(found["level"]), printable(str(found["message"]))[:500]) for found in findings]
+        messages = [(str(found["level"]), printable(str(found["message"]))[:500]) for found in findings]
     except (ValueError, KeyError, TypeError) as error:
         raise Misuse(f"lattice doctor fails on it: {_first_line(stdout)}") from error
-    errors = [message for level, message in told if level == "error"]
+    errors = [message for level, message in messages if level == "error"]
     if errors:
         more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise Misuse(f"lattice doctor: {errors[0]}{more}; repair it at its source with: lattice doctor")
-    report.warnings = [message for _, message in told[:_MAX_WARNINGS]]
+    report.warnings = [message for _, message in messages[:_MAX_WARNINGS]]
 
 
 def _first_line(output: bytes) -> str:

@@ -78,8 +78,8 @@ __all__ = [
     "ReplicationStatus",
     "can_continue",
     "common_capabilities",
-    "dialect",
     "download",
+    "encoder_for",
     "followed",
     "is_on_record",
     "offered_capabilities",
@@ -209,7 +209,7 @@ class ChangeEncoder:
         self._is_whole = capabilities >= _OPERATIONS
         self._last: tuple[bytes, bytes] = (b"", b"")  # a frame and its encoding
 
-    def told(self, frame: bytes) -> bytes:
+    def encode_change(self, frame: bytes) -> bytes:
         """Return a change's WebSocket frame for these clients; the shared frame if they have every operation."""
         if self._is_whole:
             return frame
@@ -237,13 +237,13 @@ class ChangeEncoder:
                 yield operation
 
 
-def dialect(capabilities: frozenset[str]) -> ChangeEncoder:
+def encoder_for(capabilities: frozenset[str]) -> ChangeEncoder:
     """Return the encoder shared by all clients with these capabilities; there are at most eight."""
-    return _dialect(capabilities & _OPERATIONS)
+    return _shared_encoder(capabilities & _OPERATIONS)
 
 
 @functools.cache
-def _dialect(operations: frozenset[str]) -> ChangeEncoder:
+def _shared_encoder(operations: frozenset[str]) -> ChangeEncoder:
     return ChangeEncoder(operations)
 
 
@@ -306,7 +306,7 @@ class ClientConnection:
         self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
         self._capabilities: frozenset[str] = frozenset()  # common to both sides
-        self._dialect = dialect(frozenset(CAPABILITIES))
+        self._encoder = encoder_for(frozenset(CAPABILITIES))
         self._follows = True
         self._live = False
         self._sent = 0  # the last change queued
@@ -421,7 +421,7 @@ class ClientConnection:
         """Answer the greeting. Does not yield between its last look at the project and the queued frame."""
         project = self.project
         self._capabilities = common_capabilities(hello)
-        self._dialect = dialect(self._capabilities)
+        self._encoder = encoder_for(self._capabilities)
         await project.opened()
         position = Position(hello.epoch, hello.seq, hello.mark)
         continues = hello.follow and await can_continue(project, position)
@@ -551,7 +551,7 @@ class ClientConnection:
         return True
 
     def _refuse(self, request_id: str, code: str, message: str) -> None:
-        self.project.accounts.refused_other(code)
+        self.project.request_log.refused_other(code)
         self.answer(request_id, encode(Refused(request_id, code, message)))
 
     # --- sent frames ---
@@ -561,7 +561,7 @@ class ClientConnection:
         if self._live and self._follows:
             assert seq == self._sent + 1, "a live client was sent every change up to the head"
             self._sent = seq
-            self._outbox.push(self._dialect.told(frame))
+            self._outbox.push(self._encoder.encode_change(frame))
 
     def answer(self, request_id: str, reply: bytes) -> None:
         """Queue a reply; during catch-up it waits for the changes before it."""
@@ -633,7 +633,7 @@ class ClientConnection:
             for seq, frame in batch:
                 assert seq == self._sent + 1, "numbers have no gap (I1)"
                 self._sent = seq
-                self._outbox.push(self._dialect.told(frame))
+                self._outbox.push(self._encoder.encode_change(frame))
             await self._outbox.room()
             if self._sent == self.project.history.head:
                 self._go_live()

@@ -84,7 +84,7 @@ class Pushes:
             token: its token.
             first_sent_at: see ``ipc.RunCommand``.
             used: the project's first sign of use; None if it looks empty.
-            asker: the requester.
+            requester: gets the reply.
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:

@@ -102,14 +102,14 @@ class Project:
         self.slug = slug
         self.paths = paths
         self.metrics = metrics or Metrics().of(slug)
-        self.accounts = RequestLog(slug, self.metrics)
+        self.request_log = RequestLog(slug, self.metrics)
         self.pace = CommitTimes()
         self.history = History(paths.journal, self._committed)
         self.log = LogReader(paths)
         config = config or Config()
-        self.uploads = Uploads(paths, config.limits, self.accounts.refused_other)
+        self.uploads = Uploads(paths, config.limits, self.request_log.refused_other)
         """Content that requests refer to."""
-        self.pushes = Pushes(paths, config, self.uploads, self.submit, self.accounts.refused_other)
+        self.pushes = Pushes(paths, config, self.uploads, self.submit, self.request_log.refused_other)
         """Whole projects pushed to replace this one."""
         self.reader = ReaderProcess(slug, paths, self._settled_state, self._durable)
         """Reads for clients without a cache."""
@@ -234,18 +234,18 @@ class Project:
         self,
         message: RunCommand | RunCall | Edit | ImportProject,
         requester: Subscriber,
-        told: OutcomeListener | None = None,
+        on_result: OutcomeListener | None = None,
     ) -> None:
         """Queue a request. Calls ``requester.answer()`` exactly once, possibly before returning.
 
-        A duplicate id joins the running request (I6). ``told`` is called just before the reply and writes the log line;
-        without it the line is written here.
+        A duplicate id joins the running request (I6). ``on_result`` is called just before the reply and
+        writes the log line; without it the line is written here.
         """
         if self._stopping or self._failure is not None:
             return  # the Bye on this connection gives the reason
         job = self._held.get(message.id)
         if job is not None:
-            self._join(job, message, requester, told)
+            self._join(job, message, requester, on_result)
             return
         weight = weight_of(message)
         objection = self._held.objection(message.token_id, weight)
@@ -253,9 +253,9 @@ class Project:
         if len(self._queue) >= self._bounds.queued and self._queue.has(requester.fairness_key):
             objection = "the server has too much to do for this project; try again"
         if objection is not None:
-            self._refuse(requester, message, told, "REMOTE_BUSY", objection)
+            self._refuse(requester, message, on_result, "REMOTE_BUSY", objection)
             return
-        job = QueuedRequest(message, [requester], weight=weight, told=told)
+        job = QueuedRequest(message, [requester], weight=weight, on_result=on_result)
         if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
         self._held.add(message.id, message.token_id, job)
@@ -266,15 +266,15 @@ class Project:
         job: QueuedRequest,
         message: RunCommand | RunCall | Edit | ImportProject,
         requester: Subscriber,
-        told: OutcomeListener | None,
+        on_result: OutcomeListener | None,
     ) -> None:
         running = job.message
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
-            self._refuse(requester, message, told, "REMOTE_FORBIDDEN", "this request id belongs to another token")
+            self._refuse(requester, message, on_result, "REMOTE_FORBIDDEN", "this request id belongs to another token")
         elif _is_another(running, message):
             why = "a different request with this id or key is in flight: use a new one"
-            self._refuse(requester, message, told, "REMOTE_INVALID", why)
+            self._refuse(requester, message, on_result, "REMOTE_INVALID", why)
         elif requester not in job.requesters:
             job.requesters.append(requester)
 
@@ -282,11 +282,11 @@ class Project:
         self,
         requester: Subscriber,
         message: RunCommand | RunCall | Edit | ImportProject,
-        told: OutcomeListener | None,
+        on_result: OutcomeListener | None,
         code: str,
         why: str,
     ) -> None:
-        self.accounts.refused(message, code, told)
+        self.request_log.refused(message, code, on_result)
         requester.answer(message.id, encode(Refused(message.id, code, why)))
 
     def forget(self, requester: Subscriber, request_ids: set[str]) -> None:
@@ -310,7 +310,7 @@ class Project:
             return False
         assert isinstance(job.message, RunCommand | RunCall | Edit | ImportProject), "others are not asked for"
         self._held.drop(request_id)
-        self.accounts.refused(job.message, code, job.told)
+        self.request_log.refused(job.message, code, job.on_result)
         return True
 
     def _gives_up(self, job: QueuedRequest) -> bool:
@@ -427,7 +427,7 @@ class Project:
                     return
                 self._held.drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
-                self.accounts.settled(job, message, done)
+                self.request_log.settled(job, message, done)
                 if done.change is not None and isinstance(message, RunCommand | RunCall):
                     self._uploads_used(message)
                 for requester in job.requesters:
@@ -436,7 +436,7 @@ class Project:
             case Reconcile(paths):
                 self._reconciling = False
                 if done.change is not None:
-                    self.accounts.found(done.seq)
+                    self.request_log.found(done.seq)
                 if done.more:
                     self.files_touched(None if paths is None else set(paths))
                 else:

@@ -152,7 +152,7 @@ class QueuedRequest:
     """Monotonic time of the first submission, possibly to an earlier server process."""
     arrived_at: float = field(default_factory=time.monotonic)
     """Monotonic time of arrival in this process."""
-    told: Callable[[Any], None] | None = None
+    on_result: Callable[[Any], None] | None = None
     """Called with the outcome; writes the log line (see ``request_log``)."""
     weight: int = 0
     """Bytes of its arguments and attached files."""

@@ -93,12 +93,12 @@ class RequestLog:
             report,
             done.seq if done.change is not None else report.made,
             job.arrived_at,
-            job.told if job.requesters else None,
+            job.on_result if job.requesters else None,
         )
 
-    def refused(self, message: WorkerRequest, code: str, told: OutcomeListener | None = None) -> None:
+    def refused(self, message: WorkerRequest, code: str, on_result: OutcomeListener | None = None) -> None:
         """Record a request refused before it reached the worker."""
-        self._add(message, ResultStats(code=code), None, time.monotonic(), told)
+        self._add(message, ResultStats(code=code), None, time.monotonic(), on_result)
 
     def found(self, seq: int) -> None:
         """Record a change that another program made to the files."""
@@ -110,7 +110,12 @@ class RequestLog:
         self._metrics.refused(code)
 
     def _add(
-        self, message: WorkerRequest, report: ResultStats, seq: int | None, since: float, told: OutcomeListener | None
+        self,
+        message: WorkerRequest,
+        report: ResultStats,
+        seq: int | None,
+        since: float,
+        on_result: OutcomeListener | None,
     ) -> None:
         outcome = _outcome_of(message, report)
         self._metrics.settled(_KINDS[type(message)], outcome)
@@ -118,13 +123,13 @@ class RequestLog:
             self._metrics.refused(report.code)
         actor = "" if isinstance(message, AbandonRequest) else message.actor
         ms = round((time.monotonic() - since) * 1000, 1)
-        account = RequestOutcome(
+        result = RequestOutcome(
             *(self._project, actor, message.token_id, report.command, outcome, report.code, report.status, seq, ms)
         )
-        if told is None:
-            account.log()
+        if on_result is None:
+            result.log()
         else:
-            told(account)
+            on_result(result)
 
 
 def _outcome_of(message: WorkerRequest, report: ResultStats) -> str:

@@ -133,7 +133,7 @@ class Committer:
             if job.then is not None:
                 job.then()
         messages = [job.message for job in jobs if job.message is not None]
-        self._send(messages if synced_s is None else _telling(messages, synced_s))
+        self._send(messages if synced_s is None else _with_sync_time(messages, synced_s))
         return len(jobs) == len(batch)
 
     def _send(self, messages: list[ToServer]) -> None:
@@ -142,12 +142,12 @@ class Committer:
             self._connection.sendall(encode_frames(*messages))
 
 
-def _telling(messages: list[ToServer], synced_s: float) -> list[ToServer]:
+def _with_sync_time(messages: list[ToServer], synced_s: float) -> list[ToServer]:
     """Set the duration of the fsync in the first outcome."""
     for number, message in enumerate(messages):
         if isinstance(message, RequestDone):
-            told = msgspec.structs.replace(message, synced_s=synced_s)
-            return [*messages[:number], told, *messages[number + 1 :]]
+            timed = msgspec.structs.replace(message, synced_s=synced_s)
+            return [*messages[:number], timed, *messages[number + 1 :]]
     return messages
 
 
@@ -369,7 +369,7 @@ class Store:
             retry_at=waiting.retry_at if waiting else None,
             oldest=self.journal.oldest,
             more=difference.is_partial,
-            report=self._report_of(status=_status_of(result)),
+            report=self._stats(status=_status_of(result)),
         )
         self._committer.submit(CommitJob(done if report else None, descriptor))
         self.keep_retention()
@@ -426,24 +426,22 @@ class Store:
     def reply_again(self, request_id: str, record: Record) -> None:
         """Send the journalled reply of a request again."""
         made = record.seq if record.change is not None else None
-        self._tell(request_id, record.reply, record.seq, self._report_of(again=True, made=made))
+        self._report_reply(request_id, record.reply, record.seq, self._stats(again=True, made=made))
 
     def answer_once(self, answer: Callable[[int], Result]) -> None:
         """Send, in order, the reply to a request that was undone. It is not journalled, since a retry may succeed."""
         result = answer(self.journal.head)
-        self._tell(result.id, encode(result), self.journal.head, self._report_of(status=_status_of(result)))
+        self._report_reply(result.id, encode(result), self.journal.head, self._stats(status=_status_of(result)))
 
     def refuse(self, refused: Refused) -> None:
         """Send, in order, the refusal of a request. It is not journalled, since it had no effect."""
-        self._tell(refused.id, encode(refused), self.journal.head, self._report_of(code=refused.code))
+        self._report_reply(refused.id, encode(refused), self.journal.head, self._stats(code=refused.code))
 
-    def _tell(self, request_id: str, reply: bytes | None, seq: int, report: ResultStats) -> None:
+    def _report_reply(self, request_id: str, reply: bytes | None, seq: int, report: ResultStats) -> None:
         done = RequestDone(request_id, seq, self.journal.mark, reply=reply, oldest=self.journal.oldest, report=report)
         self._committer.submit(CommitJob(done))
 
-    def _report_of(
-        self, *, code: str = "", status: int = 0, again: bool = False, made: int | None = None
-    ) -> ResultStats:
+    def _stats(self, *, code: str = "", status: int = 0, again: bool = False, made: int | None = None) -> ResultStats:
         command, since = self._taken
         return ResultStats(command, code, status, time.perf_counter() - since, again, made)
 
