@@ -504,7 +504,7 @@ class Gauges(Collector):
             queue.add_metric([slug, "resource"], load.waiting)
             queue.add_metric([slug, "read"], load.reads_waiting)
         yield queue
-        held = {slug: project.load.held_bytes for slug, project in projects.items()}
+        held = {slug: project.load.in_flight_bytes for slug, project in projects.items()}
         yield _gauge("queue_bytes", "What these writes weigh.", held)
 
     def _of_clients(self) -> Iterator[Metric]:

@@ -236,7 +236,7 @@ def carrying(size: int, whose: str = "t") -> RunCommand:
 
 
 async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths) -> None:
-    bounds = QueueLimits(held_bytes=2500, window_bytes=1000)
+    bounds = QueueLimits(in_flight_bytes=2500, window_bytes=1000)
     project = Project("web", paths, hooks=None, bounds=bounds, worker_command=FAKE_WORKER)
     project.start()
     await project.opened()
@@ -250,12 +250,12 @@ async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths
     assert isinstance(refused, Refused)
     assert refused.code == "REMOTE_BUSY"
     assert all(isinstance(watcher.answers[request.id], Reply) for request in requests[:4])
-    assert project.load.held_bytes == 0
+    assert project.load.in_flight_bytes == 0
     await project.stop(1.0)
 
 
 async def test_one_token_leaves_room_for_the_files_of_others(paths: ProjectPaths) -> None:
-    bounds = QueueLimits(held_bytes=4000, held_bytes_per_token=2000)
+    bounds = QueueLimits(in_flight_bytes=4000, in_flight_bytes_per_token=2000)
     project = Project("web", paths, hooks=None, bounds=bounds, worker_command=FAKE_WORKER)
     project.start()
     await project.opened()
@@ -347,7 +347,7 @@ async def test_what_is_withdrawn_is_not_run_and_what_the_worker_has_is_not_withd
     assert project.withdraw(watcher, queued.id, "REMOTE_UNAUTHORIZED")
     assert not project.withdraw(watcher, queued.id, "REMOTE_UNAUTHORIZED")
     await until(lambda: set(watcher.answers) == {running.id, second.id})
-    assert project.load.held_bytes == 0 and project.load.queued == 0
+    assert project.load.in_flight_bytes == 0 and project.load.queued == 0
     await project.stop(1.0)
 
 

@@ -242,7 +242,7 @@ async def test_answers_are_kept_until_the_next_change_only(
     await reader.read(LIST)
     assert len(exchanged) == 4
     state.touch()
-    monkeypatch.setattr(reader_process, "_KEPT_S", 0.0)
+    monkeypatch.setattr(reader_process, "_MAX_AGE_S", 0.0)
     await reader.read(LIST)
     await reader.read(LIST)
     assert len(exchanged) == 6

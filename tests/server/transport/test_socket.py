@@ -265,7 +265,7 @@ async def test_answers_that_wait_for_a_client_to_catch_up_are_bounded(
             for _ in range(400):
                 await loop.sock_sendall(raw, masked(encode(Run(secrets.token_hex(16), ["noop"]))))
         await until(lambda: not running.hub._peers)
-        assert 0 < peer._held_bytes <= 5_000
+        assert 0 < peer._deferred_bytes <= 5_000
     finally:
         raw.close()
 

@@ -310,8 +310,8 @@ class ClientConnection:
         self._follows = True
         self._live = False
         self._sent = 0  # the last change queued
-        self._held_answers: list[bytes] = []  # replies that wait until the connection is live
-        self._held_bytes = 0
+        self._deferred_replies: list[bytes] = []  # replies that wait until the connection is live
+        self._deferred_bytes = 0
         self._in_flight: dict[str, Request] = {}
         self._wanted: dict[str, None] = {}  # files to send, in order of request
         self._wants_manifest = False
@@ -569,20 +569,20 @@ class ClientConnection:
         frame = websocket_frame(reply)
         if self._live:
             self._outbox.push(frame)
-        elif self._held_bytes + len(frame) > MAX_PENDING_BYTES:
+        elif self._deferred_bytes + len(frame) > MAX_PENDING_BYTES:
             self.end(Bye("REMOTE_BUSY", "too many replies are waiting for earlier changes; read those first", 1.0))
         else:
-            self._held_answers.append(frame)
-            self._held_bytes += len(frame)
+            self._deferred_replies.append(frame)
+            self._deferred_bytes += len(frame)
 
     def _push(self, frame: ServerFrame) -> None:
         self._outbox.push(websocket_frame(encode(frame)))
 
     def _go_live(self) -> None:
         self._live = True
-        for answer in self._held_answers:
+        for answer in self._deferred_replies:
             self._outbox.push(answer)
-        self._held_answers.clear()
+        self._deferred_replies.clear()
 
     async def _send_owed(self) -> None:
         """Send missed changes, then manifests, files and log pages as requested."""

@@ -120,7 +120,7 @@ class History:
         self._was_at: dict[Position, bool] = {}  # by position in a former epoch: clients reconnect together
         self._entries: tuple[int, list[bytes]] | None = None  # the manifest's frames at a head
         self._expected: dict[tuple[str, Content], list[Callable[[], None]]] = {}
-        self._followers: set[Subscriber] = set()
+        self._subscribers: set[Subscriber] = set()
 
     @property
     def used(self) -> str | None:
@@ -134,13 +134,13 @@ class History:
 
     # --- subscribers ---
 
-    def join(self, follower: Subscriber) -> None:
+    def join(self, subscriber: Subscriber) -> None:
         """Send this subscriber everything from the next change on."""
-        self._followers.add(follower)
+        self._subscribers.add(subscriber)
 
-    def leave(self, follower: Subscriber) -> None:
+    def leave(self, subscriber: Subscriber) -> None:
         """Remove a subscriber. Idempotent."""
-        self._followers.discard(follower)
+        self._subscribers.discard(subscriber)
 
     async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
         """Return a batch of numbers and frames of the changes after ``seq``, in order; empty when not kept.
@@ -152,8 +152,8 @@ class History:
         if batch or seq >= self.head:
             return batch
         async with self._reading:
-            kept = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
-            return [(number, websocket_frame(change)) for number, change in kept or ()]
+            stored = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
+            return [(number, websocket_frame(change)) for number, change in stored or ()]
 
     async def mark_at(self, seq: int) -> bytes | None:
         """Return the change id of ``seq``; None when no longer known.
@@ -234,8 +234,8 @@ class History:
                 self.files[file.path] = (file.size, file.digest)
         self._recent.append(seq, mark, frame)
         self._committed(seq)
-        for follower in tuple(self._followers):
-            follower.change_committed(seq, frame)
+        for subscriber in tuple(self._subscribers):
+            subscriber.change_committed(seq, frame)
         for file in after if self._expected else ():
             if file.digest is not None:
                 for call in self._expected.pop((file.path, (file.size, file.digest)), ()):
@@ -263,8 +263,8 @@ class History:
 
     def dismiss(self, bye: Bye) -> None:
         """Send every subscriber a ``Bye``."""
-        for follower in tuple(self._followers):
-            follower.end(bye)
+        for subscriber in tuple(self._subscribers):
+            subscriber.end(bye)
 
     async def _publish_missed(self, ready: Ready) -> None:
         """Publish the changes that the last worker made durable but did not report.

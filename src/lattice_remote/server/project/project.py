@@ -79,7 +79,7 @@ class Load:
     queued: int
     with_worker: int
     waiting: int
-    held_bytes: int
+    in_flight_bytes: int
     """Weight of these requests, without reads."""
     reads_waiting: int
     worker_pid: int | None
@@ -118,7 +118,7 @@ class Project:
         self._hooks = hooks
         self._bounds = bounds or QueueLimits()
         self._worker_command = worker_command
-        self._held = InFlightRequests(self._bounds)
+        self._in_flight = InFlightRequests(self._bounds)
         self._queue: FairQueue[QueuedRequest] = FairQueue()
         self._outstanding = WorkerWindow(self._bounds, self._overdue)  # with the worker
         self._waiting = ResourceWaitQueue(self._retry)
@@ -163,7 +163,7 @@ class Project:
             queued=len(self._queue),
             with_worker=len(self._outstanding),
             waiting=len(self._waiting),
-            held_bytes=self._held.bytes,
+            in_flight_bytes=self._in_flight.bytes,
             reads_waiting=self.reader.waiting,
             worker_pid=self._writer.pid if self._working and self._writer is not None else None,
         )
@@ -243,12 +243,12 @@ class Project:
         """
         if self._stopping or self._failure is not None:
             return  # the Bye on this connection gives the reason
-        job = self._held.get(message.id)
+        job = self._in_flight.get(message.id)
         if job is not None:
             self._join(job, message, requester, on_result)
             return
         weight = weight_of(message)
-        objection = self._held.objection(message.token_id, weight)
+        objection = self._in_flight.objection(message.token_id, weight)
         # A requester with nothing queued is always admitted: others must not lock it out.
         if len(self._queue) >= self._bounds.queued and self._queue.has(requester.fairness_key):
             objection = "the server has too much to do for this project; try again"
@@ -258,7 +258,7 @@ class Project:
         job = QueuedRequest(message, [requester], weight=weight, on_result=on_result)
         if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
-        self._held.add(message.id, message.token_id, job)
+        self._in_flight.add(message.id, message.token_id, job)
         self._enqueue(job)
 
     def _join(
@@ -293,23 +293,23 @@ class Project:
         """Remove a closed connection. Its requests continue, except those that only wait for a resource."""
         self.pushes.forget(requester)
         for request_id in request_ids:
-            job = self._held.get(request_id)
+            job = self._in_flight.get(request_id)
             if job is None or requester not in job.requesters:
                 continue
             job.requesters.remove(requester)
             if not job.requesters and job.resource is not None and self._gives_up(job):
-                self._held.drop(request_id)
+                self._in_flight.drop(request_id)
 
     def withdraw(self, requester: Subscriber, request_id: str, code: str) -> bool:
         """Withdraw a request of a revoked token; return True if it had no effect and never will.
 
         False: the worker has or had it, or another connection also requests it.
         """
-        job = self._held.get(request_id)
+        job = self._in_flight.get(request_id)
         if job is None or job.requesters != [requester] or job.suspect or not self._gives_up(job):
             return False
         assert isinstance(job.message, RunCommand | RunCall | Edit | ImportProject), "others are not asked for"
-        self._held.drop(request_id)
+        self._in_flight.drop(request_id)
         self.request_log.refused(job.message, code, job.on_result)
         return True
 
@@ -425,7 +425,7 @@ class Project:
                 if done.waiting_for is not None:
                     self._wait(job, message.id, done)
                     return
-                self._held.drop(message.id)
+                self._in_flight.drop(message.id)
                 assert done.reply is not None, "a request that does not wait is answered"
                 self.request_log.settled(job, message, done)
                 if done.change is not None and isinstance(message, RunCommand | RunCall):
@@ -456,7 +456,7 @@ class Project:
             self._waiting.add(job, done, ahead=job.message.ahead)
         else:
             self._waiting.leave(job)
-            self._held.drop(request_id)
+            self._in_flight.drop(request_id)
 
     # --- starts and ends of the worker ---
 
@@ -517,8 +517,8 @@ class Project:
     def _ended(self) -> None:
         """Queue the requests of an ended worker again, first and in the same order."""
         had = self._outstanding.clear()
-        held = [job for job in had if not isinstance(job.message, Reconcile)]
-        if len(held) < len(had):
+        unanswered = [job for job in had if not isinstance(job.message, Reconcile)]
+        if len(unanswered) < len(had):
             self._reconciling = False  # the next worker looks at the whole tree when it starts
         self._idle.set()
         self._writer_ended.set()
@@ -528,17 +528,17 @@ class Project:
         self._ready, self._working = None, False
         if self._stopping or self._failure is not None:
             return
-        if held and isinstance(held[0].message, ImportProject):
+        if unanswered and isinstance(unanswered[0].message, ImportProject):
             _log.info("%s: the worker restarts to put a pushed project in place", self.slug)
         else:
-            _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(held))
-        for job in reversed(held):
+            _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(unanswered))
+        for job in reversed(unanswered):
             job.suspect = True
             self._queue.add_first(job)
-        if len(held) == 1:
-            held[0].deaths += 1
-            if held[0].deaths > 1:
-                self._give_up(held[0], "the command crashed the server's worker twice and was undone")
+        if len(unanswered) == 1:
+            unanswered[0].deaths += 1
+            if unanswered[0].deaths > 1:
+                self._give_up(unanswered[0], "the command crashed the server's worker twice and was undone")
 
     def _give_up(self, job: QueuedRequest, why: str) -> None:
         """Have the next worker reply from the journal or refuse; only the files decide which (I6)."""
@@ -565,7 +565,7 @@ class Project:
         self._failure = StorageError(message)
         self._working = False
         self._waiting.clear()
-        self._held.clear()
+        self._in_flight.clear()
         self._queue.clear()
         self._reconciling = False
         self._open.set()

@@ -298,9 +298,9 @@ class QueueLimits:
     """Queue length above which requests of connections with a queued request are refused as busy."""
     per_token: int = 512
     """Requests of one token that are queued, with the worker, or waiting for a resource."""
-    held_bytes: int = 256 * 1024 * 1024
+    in_flight_bytes: int = 256 * 1024 * 1024
     """Total weight of requests that are queued, with the worker, or waiting for a resource."""
-    held_bytes_per_token: int = 128 * 1024 * 1024
+    in_flight_bytes_per_token: int = 128 * 1024 * 1024
     """The same for one token; the rest is reserved for other tokens."""
     window_bytes: int = 32 * 1024 * 1024
     """Weight of the worker's requests above which it gets no more."""
@@ -324,12 +324,12 @@ class InFlightRequests:
     def objection(self, token_id: str, weight: int) -> str | None:
         """Return why the token may not submit another request of this weight; None if it may."""
         bounds = self._bounds
-        if self.bytes + weight > bounds.held_bytes:
+        if self.bytes + weight > bounds.in_flight_bytes:
             return "the server has too much to do for this project; try again"
         if self._count[token_id] >= bounds.per_token:
             return f"{bounds.per_token} requests of this token are in flight"
-        if self._weight[token_id] + weight > bounds.held_bytes_per_token:
-            return f"requests of {bounds.held_bytes_per_token >> 20} MiB of this token are in flight; try again"
+        if self._weight[token_id] + weight > bounds.in_flight_bytes_per_token:
+            return f"requests of {bounds.in_flight_bytes_per_token >> 20} MiB of this token are in flight; try again"
         return None
 
     def add(self, request_id: str, token_id: str, job: QueuedRequest) -> None:

@@ -25,7 +25,7 @@ from lattice_remote.server.transport.response_budget import ResponseShare
 
 __all__ = ["ReadCache", "ReaderProcess"]
 
-_KEPT_S = 5.0
+_MAX_AGE_S = 5.0
 """Maximum age of a cached result; some contain relative times."""
 _MAX_BYTES = 32 * 1024 * 1024
 _OVERHEAD_BYTES = 1024
@@ -49,7 +49,7 @@ class ReadCache:
     def get(self, asked: Read, state: object | None) -> ReadResult | None:
         """Return the result of a read in this state; None if not cached or ``state`` is None."""
         since, found = self._answers.get(asked, (0.0, None))
-        is_fresh = state is not None and state == self._state and _now() - since < _KEPT_S
+        is_fresh = state is not None and state == self._state and _now() - since < _MAX_AGE_S
         return found if is_fresh else None
 
     def keep(self, asked: Read, state: object, found: ReadResult) -> None:
@@ -60,7 +60,7 @@ class ReadCache:
         self._drop(asked)
         self._answers[asked] = _now(), found
         self._bytes += _weight_of(asked, found)
-        while len(self) > 1 and (self._bytes > _MAX_BYTES or _now() - self._oldest[1] >= _KEPT_S):
+        while len(self) > 1 and (self._bytes > _MAX_BYTES or _now() - self._oldest[1] >= _MAX_AGE_S):
             self._drop(self._oldest[0])
 
     @property
@@ -69,8 +69,8 @@ class ReadCache:
         return asked, since
 
     def _drop(self, asked: Read) -> None:
-        if (kept := self._answers.pop(asked, None)) is not None:
-            self._bytes -= _weight_of(asked, kept[1])
+        if (cached := self._answers.pop(asked, None)) is not None:
+            self._bytes -= _weight_of(asked, cached[1])
 
 
 def _now() -> float:
@@ -129,7 +129,7 @@ class ReaderProcess:
         self._durable = durable
         self._lock = FairLock()
         self._waiting: Counter[str] = Counter()  # by token
-        self._kept = ReadCache()
+        self._cache = ReadCache()
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._leaving: asyncio.TimerHandle | None = None
@@ -148,9 +148,9 @@ class ReaderProcess:
                 being undone.
             StorageError: the process cannot be started or timed out.
         """
-        kept = self._kept.get(asked, self._state())
-        if kept is not None and (share is None or share.may_hold(kept.body)):
-            return _held(kept, share)
+        cached = self._cache.get(asked, self._state())
+        if cached is not None and (share is None or share.may_hold(cached.body)):
+            return _reserve(cached, share)
         token_id = share.token_id if share is not None else ""
         if self._waiting[token_id] >= _MAX_WAITING:
             raise Rejected(f"{_MAX_WAITING} reads of this token wait in this project; try again", code="REMOTE_BUSY")
@@ -204,8 +204,8 @@ class ReaderProcess:
             async with self._lock.turn(token_id):
                 if share is None or share.has_room:  # another response of its token may have taken the room
                     before, (epoch, _) = self._tree_state(), self._durable()
-                    found = self._kept.get(asked, self._state()) or await self._read(asked)
-                    return _held(found, share), before, epoch
+                    found = self._cache.get(asked, self._state()) or await self._read(asked)
+                    return _reserve(found, share), before, epoch
 
     async def read_together(
         self, asked: Sequence[Read], share: ResponseShare | None = None
@@ -256,7 +256,7 @@ class ReaderProcess:
                 raise StorageError("the server's reader process of this project ended; try again") from error
             raise
         if before is not None and before == self._state():
-            self._kept.keep(asked, before, found)
+            self._cache.keep(asked, before, found)
         return found
 
     async def _exchange(self, asked: Read) -> ReadResult:
@@ -299,7 +299,7 @@ class ReaderProcess:
             self._process = None
 
 
-def _held(found: ReadResult, share: ResponseShare | None) -> ReadResult:
+def _reserve(found: ReadResult, share: ResponseShare | None) -> ReadResult:
     """Reserve a result's bytes in its response, and return it."""
     if share is not None:
         share.hold(found.body)

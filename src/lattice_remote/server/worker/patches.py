@@ -92,7 +92,7 @@ class LockTable:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, int] = {}
+        self._taken: dict[str, int] = {}
         self._behind: Collection[str] = ()
 
     def begin(self, behind: Collection[str] = ()) -> None:
@@ -107,17 +107,17 @@ class LockTable:
             OSError: as raised by ``filelock``.
         """
         name = str(path)
-        if name in self._held:
+        if name in self._taken:
             return
         key = path.name.removesuffix(".lock")
         if LOCK_PREFIX + key in self._behind or (descriptor := _try_lock(name)) is None:
             raise LockBusy(key, timeout_s)
-        self._held[name] = descriptor
+        self._taken[name] = descriptor
 
     def release_all(self) -> None:
         """Release all locks, after commit or rollback."""
-        while self._held:
-            os.close(self._held.popitem()[1])
+        while self._taken:
+            os.close(self._taken.popitem()[1])
 
 
 class Lock:

@@ -106,14 +106,14 @@ def open_store(
     copied = is_copied(directory, listed)
     undo = UndoLog.open(directory)
     journal = Journal.open(directory, retention)
-    mended: list[str] = []
+    repaired: list[str] = []
     if adopted is None and copied and listed is not None and journal is not None:
-        mended = mend_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
+        repaired = mend_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
         undo.clear()  # copied later than the files, so its pre-images may belong to a later command
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
     if adopted is not None and is_new:
-        mended = [f"{adopted.actor} pushed a whole project: started a new epoch"]
-    history = _History(None, journal, notes=mended) if mended else _read_history(journal, listed, boot_id)
+        repaired = [f"{adopted.actor} pushed a whole project: started a new epoch"]
+    history = _History(None, journal, notes=repaired) if repaired else _read_history(journal, listed, boot_id)
     journal = history.journal or _new_journal(directory, history.abandoned, retention)
     tree = ProjectTree(project / ".lattice", history.files)
     notes = list(history.notes)
@@ -285,10 +285,10 @@ def _locked(paths: Iterable[str]) -> Iterator[None]:
     locks = next(
         (parent / "locks" for path in paths for parent in Path(path).parents if parent.name == ".lattice"), None
     )
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if locks is not None and keys:
             with contextlib.suppress(LockTimeout):
-                held.enter_context(multi_lock(locks, sorted(keys)))
+                stack.enter_context(multi_lock(locks, sorted(keys)))
         yield
 
 
