@@ -27,7 +27,7 @@ from lattice_remote.server.maintenance.fsck_project import AFTER_POWER_CUT
 from lattice_remote.server.record_format import frames
 from lattice_remote.server.tree.tree import INLINE_BYTES
 from lattice_remote.server.worker.recovery import open_store
-from lattice_remote.server.worker.store import BY_SERVER, Committer
+from lattice_remote.server.worker.store import Committer, server_origin
 from power_cut import Disk, make_image, mounted, touch, traced_worker
 
 LATTICE = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"
@@ -450,7 +450,7 @@ def test_contents_that_a_record_only_names_are_durable_before_it_is_written(
         plan.write_bytes(b"x" * (INLINE_BYTES + 1))
         monkeypatch.setattr(os, "fsync", traced_sync)
         monkeypatch.setattr(os, "write", traced_write)
-        opened.store.commit(opened.store.tree.reconcile(), BY_SERVER("edit"))
+        opened.store.commit(opened.store.tree.reconcile(), server_origin("edit"))
         monkeypatch.undo()
         committer.finish()
         opened.store.journal.close()

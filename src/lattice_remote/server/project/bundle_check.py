@@ -345,7 +345,7 @@ def _take_in(options: argparse.Namespace, report: ImportReport) -> None:
     if "config.json" not in candidate.digests:
         raise Misuse("config.json not found: this is not a lattice project")
     _settle_hooks(candidate, report, keep=options.keep_hooks, hooks_of=options.hooks_of)
-    _have_lattice_check(candidate, report)
+    _check_with_lattice(candidate, report)
     _require_whole_tasks(candidate.lattice)
     _require_objects(candidate.lattice)
     _count(candidate, report)
@@ -408,7 +408,7 @@ class _NothingKept:
     def keep_directory(self, path: str) -> None: ...
 
 
-def _have_lattice_check(candidate: Candidate, report: ImportReport) -> None:
+def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
     """Run ``rebuild --all``, ``doctor`` and the most common reading commands.
 
     Raises:

@@ -507,9 +507,9 @@ class ClientConnection:
             most = self._limits.text_bytes
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"{frame.path} is longer than {most} bytes")
         elif self._is_taken(frame):
-            self._carry_out(frame)
+            self._start_request(frame)
 
-    def _carry_out(self, frame: Request) -> None:
+    def _start_request(self, frame: Request) -> None:
         token, project = self.token, self.project
         match frame:
             case Run():

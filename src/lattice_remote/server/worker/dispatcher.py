@@ -42,7 +42,6 @@ from lattice_remote.server.worker.identity import Identity, SessionOwners
 from lattice_remote.server.worker.policy import Command, parse
 from lattice_remote.server.worker.project_import import decide, is_adopting, require_empty
 from lattice_remote.server.worker.store import (
-    BY_SERVER,
     ChangeOrigin,
     ChangeTooLarge,
     CommitJob,
@@ -52,6 +51,7 @@ from lattice_remote.server.worker.store import (
     describe_call,
     describe_command,
     describe_edit,
+    server_origin,
 )
 from lattice_remote.textmerge import merge_text
 
@@ -86,7 +86,7 @@ class TransactionRunner:
         self._store = store
         self._scratch = scratch
 
-    def carry_out(self, work: Transaction) -> None:
+    def run_in_transaction(self, work: Transaction) -> None:
         """Run a transaction and commit it with its reply; undo it on failure or a forbidden access.
 
         The reply to a crash is sent but not remembered, so a repeated request runs again (I6).
@@ -111,7 +111,7 @@ class TransactionRunner:
                 holder = "another process in the server's directory holds it"
                 raise Rejected(f"{outcome.timeout}: {holder}; nothing was changed, try again", code="REMOTE_BUSY")
             if not outcome.is_final:
-                self._store.answer_once(lambda seq: work.answer(outcome, seq))
+                self._store.reply_without_record(lambda seq: work.answer(outcome, seq))
                 return
             difference, hooks = TreeDiff(), []
         else:
@@ -303,23 +303,23 @@ class Worker:
         Raises:
             OSError: the storage failed; the process must end.
         """
-        self._store.taken_up(self._name_of(message))
+        self._store.begin_request(self._name_of(message))
         match message:
             case RunCommand():
-                self._once(message, self._execute)
+                self._run_once(message, self._execute)
             case RunCall():
-                self._once(message, self._invoke)
+                self._run_once(message, self._invoke)
             case Edit():
-                self._once(message, self._editor.edit)
+                self._run_once(message, self._editor.edit)
             case ImportProject():
-                self._once(message, self._adopt)
+                self._run_once(message, self._adopt)
                 return not is_adopting(self._paths.root)
             case AbandonRequest():
-                self._once(message, _refuse_settled)
+                self._run_once(message, _refuse_abandoned)
             case Reconcile():
                 self._store.keep_retention()
                 found = self._store.tree.reconcile(message.paths)
-                self._store.commit(found, BY_SERVER("edit"))
+                self._store.commit(found, server_origin("edit"))
             case NewEpoch():
                 self._committer.wait()
                 self._store.new_epoch()
@@ -339,16 +339,16 @@ class Worker:
                 return "push"
         return ""
 
-    def _once[R: _Request](self, request: R, carry_out: Callable[[R], None]) -> None:
+    def _run_once[R: _Request](self, request: R, run: Callable[[R], None]) -> None:
         """Run a request, or repeat the reply of one already done (I6)."""
         known = self._store.journal.find(request.id)
         request = _with_fingerprint(request)
         try:
             if known is None:
                 self._require_new(request)
-                carry_out(request)
+                run(request)
             else:
-                self._answer_again(request, known)
+                self._resend_reply(request, known)
         except Rejected as rejected:
             message = rejected.message[:_MAX_MESSAGE_CHARS]
             self._store.refuse(Refused(request.id, rejected.code, message))
@@ -372,9 +372,9 @@ class Worker:
                 code="REMOTE_UNKNOWN_OUTCOME",
             )
 
-    def _answer_again(self, request: _Request, known: Record) -> None:
+    def _resend_reply(self, request: _Request, known: Record) -> None:
         _require_same(request, known.fingerprint, is_own=known.token_id == request.token_id)
-        self._store.reply_again(request.id, known)
+        self._store.resend_reply(request.id, known)
 
     # --- a whole project ---
 
@@ -404,7 +404,7 @@ class Worker:
                 lattice_dir=self._lattice_dir,
                 plugin_commands=self._plugin_commands,
             )
-            self._runner.carry_out(self._command(request, command, attached))
+            self._runner.run_in_transaction(self._command(request, command, attached))
         finally:
             if request.files:
                 self._runner.empty_scratch()
@@ -447,7 +447,7 @@ class Worker:
     def _invoke(self, request: RunCall) -> None:
         try:
             operation = self._prepare(request)
-            self._runner.carry_out(self._operation(request, operation))
+            self._runner.run_in_transaction(self._operation(request, operation))
         finally:
             if request.files:
                 self._runner.empty_scratch()
@@ -460,7 +460,7 @@ class Worker:
         operation = surface.prepare(
             CallRequest(request.name, request.payload, identity, self._lattice_dir, attach, run_line)
         )
-        self._store.called(operation.label)
+        self._store.set_label(operation.label)
         if request.files and operation.attached is None:
             raise Rejected("a file was attached to an operation that takes none", code="REMOTE_UNSUPPORTED")
         return operation
@@ -516,7 +516,7 @@ def _cause(request: RunCommand | RunCall, actor: str, description: str) -> Chang
     return ChangeOrigin(id_, request.token_id, actor, id_, description, request.actor, fingerprint)
 
 
-def _refuse_settled(request: AbandonRequest) -> None:
+def _refuse_abandoned(request: AbandonRequest) -> None:
     """Refuse a request that the journal does not know: its effects were undone, and it is not tried again."""
     raise Rejected(request.message, code=request.code)
 

@@ -142,7 +142,7 @@ class Executor:
         if lazy or capture is not None:
             setattr(fs, "os", Disk(self._writes if capture is not None else None, lazy=lazy))  # noqa: B010 - likewise
         if lazy:
-            fs._fsync_directory = _leave_it
+            fs._fsync_directory = _skip_sync
         if capture is not None:
             capture.before_change = self._writes.publish
             setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
@@ -178,7 +178,7 @@ class Executor:
         """
         self._begin(checked, ahead, last_try=last_try, may_wait=may_wait, own_copies=own_copies)
         outcome = CommandOutcome()
-        with _printing() as (stdout, stderr), self._ending(outcome, f"lattice {' '.join(argv[:2])}"):
+        with _captured_output() as (stdout, stderr), self._ending(outcome, f"lattice {' '.join(argv[:2])}"):
             try:
                 self.cli.main(args=list(argv), prog_name="lattice")
             except SystemExit as ending:
@@ -204,7 +204,7 @@ class Executor:
         """
         self._begin("", ahead, last_try=True, may_wait=may_wait)
         outcome = CommandOutcome()
-        with _printing(), self._ending(outcome, label):
+        with _captured_output(), self._ending(outcome, label):
             outcome.answer = operation()
         outcome.hooks = list(self._hooks)
         return outcome
@@ -218,7 +218,7 @@ class Executor:
         self._clock.restart(is_over=True)
         exit_code = 0
         try:
-            with _printing() as (stdout, stderr):
+            with _captured_output() as (stdout, stderr):
                 try:
                     self.cli.main(args=list(argv), prog_name="lattice")
                 except SystemExit as ending:
@@ -319,12 +319,12 @@ class Executor:
         return line.replace(f"{self._root}/", "")[:1000]
 
 
-def _leave_it(path: Path) -> None:
+def _skip_sync(path: Path) -> None:
     """Replace lattice's fsync of a directory."""
 
 
 @contextmanager
-def _printing() -> Iterator[tuple[Callable[[], bytes], Callable[[], bytes]]]:
+def _captured_output() -> Iterator[tuple[Callable[[], bytes], Callable[[], bytes]]]:
     """Collect the output, encoded as for a pipe."""
     before = sys.stdout, sys.stderr
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")

@@ -30,7 +30,7 @@ from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
 from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
-from lattice_remote.server.worker.store import BY_SERVER, Committer, Store, begin_anew
+from lattice_remote.server.worker.store import Committer, Store, server_origin, start_new_epoch
 
 __all__ = ["Opened", "is_in_doubt", "open_store"]
 
@@ -119,7 +119,7 @@ def open_store(
     notes = list(history.notes)
     if history.journal is not None and history.is_in_doubt and boot_id:
         notes += _repair_after_power_cut(tree, journal, history, undo)
-    notes += _undo_what_was_cut_off(undo, journal, boot_id, tree)
+    notes += _undo_interrupted_command(undo, journal, boot_id, tree)
     if was_cache:
         notes.append("locks was a file, as in a copied cache; it is a directory again")
     capture = Capture(str(tree.root), str(scratch), undo, tuple(code))
@@ -137,7 +137,7 @@ def open_store(
         if adopted is not None and is_new:
             store.commit(first_difference(tree), cause_of(adopted), partial(answer_to, adopted), report=False)
     else:
-        notes += _number_what_differs(store, trust_signatures=bool(boot_id) or not history.is_in_doubt)
+        notes += _commit_differences(store, trust_signatures=bool(boot_id) or not history.is_in_doubt)
     committer.wait()
     if journal.is_damaged:
         store.new_epoch()
@@ -166,14 +166,14 @@ def _make_locks(place: Path) -> bool:
     return is_file
 
 
-def _number_what_differs(store: Store, *, trust_signatures: bool) -> list[str]:
+def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
     """Commit all differences from the journal, in as many changes as needed; return a log line for each."""
     notes: list[str] = []
     while True:
         found = store.tree.reconcile(trust_signatures=trust_signatures)
         if found.operations:
             notes.append(_describe(found, store.journal.head))
-            store.commit(found, BY_SERVER("recovery"), report=False)
+            store.commit(found, server_origin("recovery"), report=False)
         else:
             store.adopt(found)
         if not found.is_partial:
@@ -213,7 +213,7 @@ def _may_have_lost_writes(listed: ManifestFile, boot_id: str) -> bool:
 
 def _new_journal(directory: Path, abandoned: Journal | None, retention: Retention | None) -> Journal:
     if abandoned is not None:
-        return begin_anew(abandoned)
+        return start_new_epoch(abandoned)
     return Journal.create(directory, secrets.token_hex(16), retention)
 
 
@@ -239,7 +239,7 @@ def _describe(found: TreeDiff, head: int) -> str:
     return f"{len(paths)} files differed from change {head}, see change {head + 1}: {shown}"
 
 
-def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: ProjectTree) -> list[str]:
+def _undo_interrupted_command(undo: UndoLog, journal: Journal, boot_id: str, tree: ProjectTree) -> list[str]:
     """Restore the pre-images of a command whose commit never reached the journal (I6).
 
     Lines that plain lattice has since appended to a log stay (I12), and the snapshot is derived from the log again.
@@ -250,14 +250,14 @@ def _undo_what_was_cut_off(undo: UndoLog, journal: Journal, boot_id: str, tree: 
     if (pending.epoch, pending.seq, pending.boot_id) == (journal.epoch, journal.head + 1, boot_id):
         with _locked(undo.paths):
             restored = undo.restore()
-            _derive_again(restored, undo.of_others, tree)
+            _rederive_snapshots(restored, undo.of_others, tree)
             count = len(restored)
         return [f"an interrupted command was undone ({count} files)"]
     undo.clear()
     return []
 
 
-def _derive_again(restored: Iterable[str], of_others: Iterable[str], tree: ProjectTree) -> None:
+def _rederive_snapshots(restored: Iterable[str], of_others: Iterable[str], tree: ProjectTree) -> None:
     """Derive the snapshots of the logs that other programs appended to."""
     from lattice.storage.fs import atomic_write
 

@@ -54,18 +54,18 @@ from lattice_remote.server.tree.undo import Begin, UndoLog
 from lattice_remote.server.worker.executor import ResourceBusy
 
 __all__ = [
-    "BY_SERVER",
     "ChangeOrigin",
     "ChangeTooLarge",
     "CommitJob",
     "Committer",
     "Store",
-    "begin_anew",
     "command_words",
     "describe_call",
     "describe_command",
     "describe_edit",
     "describe_paths",
+    "server_origin",
+    "start_new_epoch",
 ]
 
 _log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ class ChangeOrigin:
     fingerprint: bytes = b""
 
 
-def BY_SERVER(cause: str) -> ChangeOrigin:  # noqa: N802 - reads as the constant it nearly is
+def server_origin(cause: str) -> ChangeOrigin:
     """Return the origin of a change without a request: cause ``edit`` or ``recovery``."""
     return ChangeOrigin("", "", "server", cause)
 
@@ -261,15 +261,15 @@ class Store:
         self._capture = capture
         self._committer = committer
         self._boot_id = boot_id
-        self._taken = ("", time.perf_counter())
+        self._current = ("", time.perf_counter())
 
-    def taken_up(self, command: str) -> None:
+    def begin_request(self, command: str) -> None:
         """Begin a request, called ``command`` in the log; the next report is its outcome."""
-        self._taken = (command, time.perf_counter())
+        self._current = (command, time.perf_counter())
 
-    def called(self, command: str) -> None:
+    def set_label(self, command: str) -> None:
         """Set a better name for the current request."""
-        self._taken = (command, self._taken[1])
+        self._current = (command, self._current[1])
 
     @contextmanager
     def transaction(self) -> Iterator[AccessLog]:
@@ -423,12 +423,12 @@ class Store:
                 after.append(PathState(path, state.size, state.digest))
         return after
 
-    def reply_again(self, request_id: str, record: Record) -> None:
+    def resend_reply(self, request_id: str, record: Record) -> None:
         """Send the journalled reply of a request again."""
         made = record.seq if record.change is not None else None
         self._report_reply(request_id, record.reply, record.seq, self._stats(again=True, made=made))
 
-    def answer_once(self, answer: Callable[[int], Result]) -> None:
+    def reply_without_record(self, answer: Callable[[int], Result]) -> None:
         """Send, in order, the reply to a request that was undone. It is not journalled, since a retry may succeed."""
         result = answer(self.journal.head)
         self._report_reply(result.id, encode(result), self.journal.head, self._stats(status=_status_of(result)))
@@ -442,7 +442,7 @@ class Store:
         self._committer.submit(CommitJob(done))
 
     def _stats(self, *, code: str = "", status: int = 0, again: bool = False, made: int | None = None) -> ResultStats:
-        command, since = self._taken
+        command, since = self._current
         return ResultStats(command, code, status, time.perf_counter() - since, again, made)
 
     # --- the journal's upkeep ---
@@ -517,7 +517,7 @@ class Store:
     def new_epoch(self) -> None:
         """Start a new history with the current files (I7); every commit must have been reported."""
         sync_files(self._take_unsynced())  # the journal that could repair them is removed
-        self.journal = begin_anew(self.journal)
+        self.journal = start_new_epoch(self.journal)
         self._whole.clear()
         self.save_manifest(clean=False)
 
@@ -537,7 +537,7 @@ def _status_of(result: Result | None) -> int:
     return 0
 
 
-def begin_anew(journal: Journal) -> Journal:
+def start_new_epoch(journal: Journal) -> Journal:
     """Close a journal and start a new history that still knows recent replies (I6).
 
     From a damaged journal it keeps the readable replies, and that there were others.
