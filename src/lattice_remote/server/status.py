@@ -175,7 +175,7 @@ def _of_project(project: Project, state: str, files: ProjectStatus, clients: lis
         epoch=history.epoch or files.epoch,
         head=history.head if is_known else files.head,
         oldest=history.oldest if is_known else files.oldest,
-        writes_per_minute=project.pace.per_minute(time.monotonic()),
+        writes_per_minute=project.commit_times.per_minute(time.monotonic()),
         queued=load.queued,
         with_worker=load.with_worker,
         waiting=load.waiting,
@@ -187,18 +187,18 @@ def _of_project(project: Project, state: str, files: ProjectStatus, clients: lis
 
 
 def _of_peer(peer: ClientConnection) -> ClientStatus:
-    standing = peer.standing
+    replication = peer.replication
     return ClientStatus(
-        kind="writer" if standing.applied is None else "copy",
+        kind="writer" if replication.applied is None else "copy",
         actor=peer.token.actor,
         token=peer.token.id,
         address=peer.address,
-        since=standing.since,
-        applied=standing.applied,
+        since=replication.since,
+        applied=replication.applied,
         behind=peer.behind,
         waiting_bytes=peer.waiting_bytes,
-        client_version=standing.client_version,
-        lattice_version=standing.lattice_version,
+        client_version=replication.client_version,
+        lattice_version=replication.lattice_version,
     )
 
 
@@ -516,7 +516,7 @@ class Gauges(Collector):
         behind, outboxes, fullest = Tally[str](), Tally[str](), dict.fromkeys(slugs, 0)
         for peer in self._hub.peers:
             slug, pending = peer.project.slug, peer.waiting_bytes
-            counted[slug, "copy" if peer.standing.applied is not None else "writer"] += 1
+            counted[slug, "copy" if peer.replication.applied is not None else "writer"] += 1
             behind[slug] = max(behind[slug], peer.behind or 0)
             outboxes[slug] += pending
             fullest[slug] = max(fullest.get(slug, 0), pending)

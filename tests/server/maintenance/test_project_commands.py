@@ -185,7 +185,7 @@ async def test_a_running_server_lets_go_and_takes_up_again(data: DataDir) -> Non
     try:
         project = hub.project("web")
         await project.opened()
-        writer = project._writer
+        writer = project._worker
         assert writer is not None
         await asyncio.to_thread(archive_project, data, "web")
         await until(lambda: "web" not in hub._projects)

@@ -121,7 +121,7 @@ async def test_a_push_that_is_asked_again_is_answered_again(running: Running, ow
     first = await ask(running, request)
     assert isinstance(first, Pushed)
     assert await ask(running, request) == first
-    running.hub.project("web")._writer.kill()  # type: ignore[union-attr] - nothing depends on who answers
+    running.hub.project("web")._worker.kill()  # type: ignore[union-attr] - nothing depends on who answers
     assert await ask(running, request) == first
 
 
@@ -206,7 +206,7 @@ async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
     async with running.connected() as first, running.connected() as second:
         one, two = await connected(first), await connected(second)
         request = await upload(one, pack_of(own))
-        worker = project._writer.pid  # type: ignore[union-attr]
+        worker = project._worker.pid  # type: ignore[union-attr]
         os.kill(worker, signal.SIGSTOP)
         try:
             await one.send(request)

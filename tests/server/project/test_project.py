@@ -129,7 +129,7 @@ async def test_a_killed_worker_loses_and_doubles_nothing(opened: Opened, paths: 
 
 
 def _worker_pid(project: Project) -> int:
-    writer = project._writer
+    writer = project._worker
     assert writer is not None
     return writer.pid
 
@@ -150,7 +150,7 @@ async def test_a_worker_that_ends_as_soon_as_it_is_ready_loses_no_request(
     async def publish_slowly(ready: Ready) -> None:
         if not again.is_set():
             again.set()
-            await project._writer_ended.wait()
+            await project._worker_ended.wait()
         await publish_missed(ready)
 
     again = asyncio.Event()
@@ -244,7 +244,7 @@ async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths
     requests = [carrying(600) for _ in range(5)]
     for request in requests:
         project.submit(request, watcher)
-    assert [len(queue) for queue in (project._outstanding, project._queue)] == [2, 2]
+    assert [len(queue) for queue in (project._window, project._queue)] == [2, 2]
     await until(lambda: len(watcher.answers) == 5)
     refused = watcher.answers[requests[4].id]
     assert isinstance(refused, Refused)
@@ -340,7 +340,7 @@ async def test_what_is_withdrawn_is_not_run_and_what_the_worker_has_is_not_withd
     for request in requests:
         project.submit(request, watcher)
     project.submit(queued, again)
-    assert [len(queue) for queue in (project._outstanding, project._queue)] == [2, 1]
+    assert [len(queue) for queue in (project._window, project._queue)] == [2, 1]
     assert not project.withdraw(watcher, running.id, "REMOTE_UNAUTHORIZED"), "the worker has it"
     assert not project.withdraw(again, queued.id, "REMOTE_UNAUTHORIZED"), "another connection asks for it"
     project.forget(again, {queued.id})

@@ -199,27 +199,30 @@ class LogReader:
         self._paths = paths
         self._turn = asyncio.Lock()
 
-    async def answer(self, asked: Log | ReadVersion, *, epoch: str, head: int) -> LogPage | Version | Refused:
+    async def answer(self, request: Log | ReadVersion, *, epoch: str, head: int) -> LogPage | Version | Refused:
         """Return a page of the durable changes up to ``head`` (I2), or a text as of one of them."""
         async with self._turn:
             try:
-                return await asyncio.to_thread(self._answer, asked, (epoch, head))
+                return await asyncio.to_thread(self._answer, request, (epoch, head))
             except RemoteError as error:
-                return Refused(asked.id, error.code, error.message)
+                return Refused(request.id, error.code, error.message)
             except OSError as error:
-                return Refused(asked.id, "REMOTE_STORAGE", f"the server cannot read its journal: {error.strerror}")
+                return Refused(request.id, "REMOTE_STORAGE", f"the server cannot read its journal: {error.strerror}")
 
-    def _answer(self, asked: Log | ReadVersion, head: tuple[str, int]) -> LogPage | Version:
-        task = find_task(self._paths.lattice, asked.task) if asked.task else ""
-        if task is None or (asked.text and not task):
-            raise Misuse(f"there is no task {asked.task!r} in this project", code="REMOTE_NOT_FOUND")
-        if isinstance(asked, Log):
+    def _answer(self, request: Log | ReadVersion, head: tuple[str, int]) -> LogPage | Version:
+        task = find_task(self._paths.lattice, request.task) if request.task else ""
+        if task is None or (request.text and not task):
+            raise Misuse(f"there is no task {request.task!r} in this project", code="REMOTE_NOT_FOUND")
+        if isinstance(request, Log):
             page = read_page(
-                *(self._paths.journal, task, asked.text or None), limit=asked.limit, before=asked.before, head=head
+                *(self._paths.journal, task, request.text or None),
+                limit=request.limit,
+                before=request.before,
+                head=head,
             )
-            return LogPage(asked.id, page.entries, page.before)
-        found = read_version(self._paths, task, asked.text, (asked.epoch, asked.seq), head=head)
-        return Version(asked.id, found.epoch, found.seq, found.data)
+            return LogPage(request.id, page.entries, page.before)
+        found = read_version(self._paths, task, request.text, (request.epoch, request.seq), head=head)
+        return Version(request.id, found.epoch, found.seq, found.data)
 
 
 def present_epoch(paths: ProjectPaths) -> str:

@@ -139,7 +139,7 @@ async def followed(project: Project, follow: Follow) -> Followed:
 class ReplicationStatus:
     """Replication state of one connection. Empty before ``greeted()``."""
 
-    def __init__(self, pace: CommitTimes, metrics: ProjectMetrics) -> None:
+    def __init__(self, commit_times: CommitTimes, metrics: ProjectMetrics) -> None:
         self.since = datetime.now(UTC)
         """Time of the connection."""
         self.client_version = ""
@@ -147,7 +147,7 @@ class ReplicationStatus:
         self.lattice_version = ""
         self.applied: int | None = None
         """Last change that the cache has applied, as far as known; None if this connection serves no cache."""
-        self._pace = pace
+        self._commit_times = commit_times
         self._metrics = metrics
         self._measured_from = 0  # the head at the greeting: earlier changes are not measured
 
@@ -167,7 +167,7 @@ class ReplicationStatus:
         if self.applied is None or not self.applied < frame.seq <= sent:
             return
         self.applied = frame.seq
-        age_s = self._pace.age_of(frame.seq, time.monotonic())
+        age_s = self._commit_times.age_of(frame.seq, time.monotonic())
         if frame.held_s is not None and age_s is not None and frame.seq > self._measured_from:
             self._metrics.delivery_lag_seconds.observe(max(0.0, age_s - max(0.0, frame.held_s)))
 
@@ -247,24 +247,24 @@ def _shared_encoder(operations: frozenset[str]) -> ChangeEncoder:
     return ChangeEncoder(operations)
 
 
-async def download(asked: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
+async def download(request: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
     """Return the requested piece of a file as of the head. Reads in a thread."""
-    content = history.files.get(asked.path)
+    content = history.files.get(request.path)
     if content is None:
-        return Refused(asked.id, "REMOTE_NOT_FOUND", f"there is no file {asked.path!r} in this project")
+        return Refused(request.id, "REMOTE_NOT_FOUND", f"there is no file {request.path!r} in this project")
     size, digest = content
-    if asked.digest not in (None, digest):
-        return Refused(asked.id, "REMOTE_NOT_FOUND", f"{asked.path!r} has changed since")
-    if asked.offset > size:
-        return Refused(asked.id, "REMOTE_PROTOCOL", f"{asked.path!r} has {size} bytes")
-    seq, wanted = history.head, min(asked.limit, size - asked.offset)
+    if request.digest not in (None, digest):
+        return Refused(request.id, "REMOTE_NOT_FOUND", f"{request.path!r} has changed since")
+    if request.offset > size:
+        return Refused(request.id, "REMOTE_PROTOCOL", f"{request.path!r} has {size} bytes")
+    seq, wanted = history.head, min(request.limit, size - request.offset)
     try:
-        data = await asyncio.to_thread(_read, paths.lattice / asked.path, asked.offset, wanted)
+        data = await asyncio.to_thread(_read, paths.lattice / request.path, request.offset, wanted)
     except OSError as error:
-        return Refused(asked.id, "REMOTE_STORAGE", f"the server cannot read {asked.path!r}: {error.strerror}")
+        return Refused(request.id, "REMOTE_STORAGE", f"the server cannot read {request.path!r}: {error.strerror}")
     if len(data) != wanted:  # a write is in progress; its change follows
-        return Refused(asked.id, "REMOTE_BUSY", f"{asked.path!r} is changing; try again")
-    return Downloaded(asked.id, seq, size, digest, data)
+        return Refused(request.id, "REMOTE_BUSY", f"{request.path!r} is changing; try again")
+    return Downloaded(request.id, seq, size, digest, data)
 
 
 def _read(path: Path, offset: int, size: int) -> bytes:
@@ -300,7 +300,7 @@ class ClientConnection:
     def __init__(self, connection: Handoff, token: Token, project: Project) -> None:
         self.token = token
         self.project = project
-        self.standing = ReplicationStatus(project.pace, project.metrics)
+        self.replication = ReplicationStatus(project.commit_times, project.metrics)
         self._connection = connection
         self._outbox = connection.outbox
         self._limits = connection.visit.limits
@@ -315,7 +315,7 @@ class ClientConnection:
         self._in_flight: dict[str, Request] = {}
         self._wanted: dict[str, None] = {}  # files to send, in order of request
         self._wants_manifest = False
-        self._asked: deque[Log | ReadVersion | Download] = deque()  # read at the client's pace
+        self._reads: deque[Log | ReadVersion | Download] = deque()  # read at the client's pace
         self._follow: Follow | None = None  # not yet answered
         self._work = asyncio.Event()
         self._ended = False
@@ -354,7 +354,7 @@ class ClientConnection:
     @property
     def behind(self) -> int | None:
         """Number of changes the cache lacks, as far as acknowledged; None if this connection serves no cache."""
-        applied = self.standing.applied
+        applied = self.replication.applied
         return None if applied is None else max(0, self.project.history.head - applied)
 
     @property
@@ -452,7 +452,7 @@ class ClientConnection:
                 used=(project.history.used or "")[:256],
             )
         )
-        self.standing.greeted(hello, start=self._sent, head=project.history.head)
+        self.replication.greeted(hello, start=self._sent, head=project.history.head)
         programs = _programs(hello, project.lattice_version)
         _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
         if self._sent == project.history.head:
@@ -475,7 +475,7 @@ class ClientConnection:
             case Follow():
                 self._ask_to_follow(frame)
             case Applied():
-                self.standing.acknowledged(frame, sent=self._sent)
+                self.replication.acknowledged(frame, sent=self._sent)
             case Hello():
                 raise ProtocolError("Hello comes once")
             case _:
@@ -530,7 +530,7 @@ class ClientConnection:
             case Push():
                 project.pushes.take(frame, token, _first_sent_at(frame), project.history.used, self)
             case Log() | ReadVersion() | Download():
-                self._asked.append(frame)
+                self._reads.append(frame)
                 self._work.set()
 
     def _is_taken(self, frame: Request) -> bool:
@@ -599,30 +599,30 @@ class ClientConnection:
             elif self._wanted:
                 unsettled = await files.send(files.batch(self._wanted))
                 self._wanted.update(dict.fromkeys(unsettled))
-            elif self._asked:
-                asked = self._asked.popleft()
-                self.answer(asked.id, encode(await self._read_for(asked)))
+            elif self._reads:
+                request = self._reads.popleft()
+                self.answer(request.id, encode(await self._read_for(request)))
                 await self._outbox.room()
             else:
                 self._work.clear()
                 await self._work.wait()
 
-    async def _begin_to_follow(self, asked: Follow) -> None:
+    async def _begin_to_follow(self, request: Follow) -> None:
         """Answer, and in the same tick subscribe from the requested number on."""
-        answer = await followed(self.project, asked)
+        answer = await followed(self.project, request)
         self._push(answer)
         self._follow = None
         if answer.outcome == "following":
             self._follows, self._sent = True, answer.seq
-            self.standing.follows_from(answer.seq)
+            self.replication.follows_from(answer.seq)
             self._live = answer.seq == answer.head
             await self._catch_up()
 
-    async def _read_for(self, asked: Log | ReadVersion | Download) -> ServerFrame:
+    async def _read_for(self, request: Log | ReadVersion | Download) -> ServerFrame:
         history = self.project.history
-        if isinstance(asked, Log | ReadVersion):
-            return await self.project.log.answer(asked, epoch=history.epoch, head=history.head)
-        return await download(asked, history, self.project.paths)
+        if isinstance(request, Log | ReadVersion):
+            return await self.project.log.answer(request, epoch=history.epoch, head=history.head)
+        return await download(request, history, self.project.paths)
 
     async def _catch_up(self) -> None:
         """Send the changes after ``_sent`` at the client's pace; go live in the tick of the last."""

@@ -98,10 +98,10 @@ class Pushes:
             push.requesters.append(requester)
         elif used is not None or not self._has_pack(frame, token):
             # It may have been done before: the worker decides.
-            asked = ImportProject(
+            request = ImportProject(
                 frame.id, token.id, token.actor, first_sent_at=first_sent_at, fingerprint=_fingerprint(frame)
             )
-            self._submit(asked, requester)
+            self._submit(request, requester)
         elif sum(push.request is None for push in self._under_way.values()) >= _MAX_UNDER_WAY:
             self._refuse(requester, frame.id, "REMOTE_BUSY", "the server is checking other projects; try again later")
         else:

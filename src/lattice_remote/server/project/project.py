@@ -103,7 +103,7 @@ class Project:
         self.paths = paths
         self.metrics = metrics or Metrics().of(slug)
         self.request_log = RequestLog(slug, self.metrics)
-        self.pace = CommitTimes()
+        self.commit_times = CommitTimes()
         self.history = History(paths.journal, self._committed)
         self.log = LogReader(paths)
         config = config or Config()
@@ -120,28 +120,28 @@ class Project:
         self._worker_command = worker_command
         self._in_flight = InFlightRequests(self._bounds)
         self._queue: FairQueue[QueuedRequest] = FairQueue()
-        self._outstanding = WorkerWindow(self._bounds, self._overdue)  # with the worker
+        self._window = WorkerWindow(self._bounds, self._overdue)  # with the worker
         self._waiting = ResourceWaitQueue(self._retry)
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
         self._refuted = ""  # the last epoch that the worker was asked to end; see rollback_proved()
-        self._writer: WorkerProcess | None = None
+        self._worker: WorkerProcess | None = None
         self._open = asyncio.Event()
         self._idle = asyncio.Event()
-        self._writer_ended = asyncio.Event()
+        self._worker_ended = asyncio.Event()
         self._ready: asyncio.Future[Ready] | None = None  # the worker's first message
         self._working = False  # the worker is ready, and every change up to its head is published
         self._stopping = False
         self._failure: StorageError | None = None
         self._failed_for_good = False
-        self._keeper: asyncio.Task[None] | None = None
+        self._supervisor: asyncio.Task[None] | None = None
 
     # --- life ---
 
     def start(self) -> None:
         """Start keeping a worker running; ``opened()`` waits until it is ready."""
-        self._keeper = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
+        self._supervisor = asyncio.get_running_loop().create_task(self._keep_worker(), name=f"project {self.slug}")
 
     async def opened(self) -> None:
         """Wait until the project can be used.
@@ -161,11 +161,11 @@ class Project:
         """Current load."""
         return Load(
             queued=len(self._queue),
-            with_worker=len(self._outstanding),
+            with_worker=len(self._window),
             waiting=len(self._waiting),
             in_flight_bytes=self._in_flight.bytes,
             reads_waiting=self.reader.waiting,
-            worker_pid=self._writer.pid if self._working and self._writer is not None else None,
+            worker_pid=self._worker.pid if self._working and self._worker is not None else None,
         )
 
     @property
@@ -188,7 +188,7 @@ class Project:
         self._stopping = True
         self._open.set()  # opened() then raises
         self._waiting.clear()
-        if self._outstanding:
+        if self._window:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -196,15 +196,15 @@ class Project:
     async def stop(self, timeout_s: float) -> None:
         """Stop the worker, by force after ``timeout_s``. Call ``drain()`` first."""
         self._stopping = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait({self._keeper})
-        self._outstanding.close()
-        if self._writer is not None:
-            self._writer.send(Stop())
-            if not await self._writer.wait(timeout_s):
-                self._writer.kill()
-                await self._writer.wait(1.0)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait({self._supervisor})
+        self._window.close()
+        if self._worker is not None:
+            self._worker.send(Stop())
+            if not await self._worker.wait(timeout_s):
+                self._worker.kill()
+                await self._worker.wait(1.0)
         self.reader.close()
         self.uploads.close()
         await self.pushes.close()
@@ -212,7 +212,7 @@ class Project:
             await self._hooks.close()
 
     def _committed(self, seq: int) -> None:
-        self.pace.committed(seq, time.monotonic())
+        self.commit_times.committed(seq, time.monotonic())
         self.metrics.changes.inc()
 
     def _settled_state(self) -> object | None:
@@ -221,8 +221,8 @@ class Project:
         An undone command leaves the head unchanged, although readers may have seen its files. The name therefore
         includes the number of attempts.
         """
-        settled = self._working and not self._outstanding
-        return (self.history.epoch, self.history.head, self._outstanding.attempts) if settled else None
+        settled = self._working and not self._window
+        return (self.history.epoch, self.history.head, self._window.attempts) if settled else None
 
     def _durable(self) -> tuple[str, int]:
         """Return the epoch and the sequence number of its newest durable change."""
@@ -315,7 +315,7 @@ class Project:
 
     def _gives_up(self, job: QueuedRequest) -> bool:
         """Remove a request without requesters from its queue; return False if the worker has it."""
-        if job in self._outstanding:
+        if job in self._window:
             return False
         if not self._waiting.leave(job):
             self._queue.remove(job)
@@ -351,17 +351,17 @@ class Project:
         if not self._working or self._stopping:
             return
         batch: list[ToWorker] = []
-        while self._queue and self._outstanding.takes(self._queue.next()):
+        while self._queue and self._window.takes(self._queue.next()):
             job = self._queue.pop()
-            self._outstanding.add(job)
+            self._window.add(job)
             if isinstance(job.message, RunCommand | RunCall):
                 ahead = self._waiting.ahead_of(job)
                 if ahead != job.message.ahead:
                     job.message = msgspec.structs.replace(job.message, ahead=ahead)
             batch.append(job.message)
         if batch:
-            assert self._writer is not None, "an open project has a worker"
-            self._writer.send(*batch)
+            assert self._worker is not None, "an open project has a worker"
+            self._worker.send(*batch)
 
     def _retry(self, job: QueuedRequest) -> None:
         """Retry a request that waited for a resource or a lock."""
@@ -397,8 +397,8 @@ class Project:
 
     def _done(self, done: RequestDone) -> None:
         """Handle one outcome: publish its change, then reply, then run its hooks."""
-        assert self._outstanding, "the worker answers only what it was sent"
-        assert done.id == getattr(self._outstanding.oldest.message, "id", ""), "the worker answers in order"
+        assert self._window, "the worker answers only what it was sent"
+        assert done.id == getattr(self._window.oldest.message, "id", ""), "the worker answers in order"
         job = self._settled()
         if done.synced_s is not None:
             self.metrics.journal_fsync_seconds.observe(done.synced_s)
@@ -413,8 +413,8 @@ class Project:
         self._pump()
 
     def _settled(self) -> QueuedRequest:
-        job = self._outstanding.settle()
-        if not self._outstanding:
+        job = self._window.settle()
+        if not self._window:
             self._idle.set()
         return job
 
@@ -468,7 +468,7 @@ class Project:
             try:
                 await self._start_worker()
                 failures = 0
-                await self._writer_ended.wait()
+                await self._worker_ended.wait()
             except Exception as error:  # noqa: BLE001 - on any error the project ends up running or failed
                 failures += 1
                 _log.error("%s: the worker did not start: %s", self.slug, str(error) or type(error).__name__)
@@ -477,17 +477,17 @@ class Project:
                         f"the server's worker for project {self.slug} does not start: {error}; see the server's log"
                     )
             restarts = 0 if time.monotonic() - began > _STEADY_S and not failures else restarts + 1
-            if self._writer is not None:
-                self._writer.kill()
-                await self._writer.wait(5.0)
-                self._writer = None
+            if self._worker is not None:
+                self._worker.kill()
+                await self._worker.wait(5.0)
+                self._worker = None
             await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
 
     async def _start_worker(self) -> None:
         """Start a worker, adopt its state, and send it the unanswered requests of its predecessor."""
-        self._writer_ended = asyncio.Event()
+        self._worker_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
-        self._writer = await WorkerProcess.start(
+        self._worker = await WorkerProcess.start(
             self.slug, self.paths, on_message=self._received, on_end=self._ended, command=self._worker_command
         )
         ready = await asyncio.wait_for(asyncio.shield(self._ready), self._bounds.upkeep_s)
@@ -495,11 +495,11 @@ class Project:
             _log.info("%s: %s", self.slug, note)
         self.lattice_version = ready.lattice_version
         await self.history.resume(ready)
-        if self._writer_ended.is_set():
+        if self._worker_ended.is_set():
             raise StorageError("it ended as soon as it was ready")
         self._working, self._failure = True, None
         self.metrics.worker_starts.inc()
-        _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._writer.pid)
+        _log.info("%s: open at change %d, worker pid %d", self.slug, self.history.head, self._worker.pid)
         self._open.set()
         self._reconcile()
         self._pump()
@@ -507,7 +507,7 @@ class Project:
 
     def _epoch_begun(self, ready: Ready) -> None:
         """Adopt the new epoch that the worker was asked to start."""
-        asked = self._outstanding and isinstance(self._outstanding.oldest.message, NewEpoch)
+        asked = self._window and isinstance(self._window.oldest.message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
         self.history.begin(ready, "the server's files were rolled back; reconnect at once")
@@ -516,12 +516,12 @@ class Project:
 
     def _ended(self) -> None:
         """Queue the requests of an ended worker again, first and in the same order."""
-        had = self._outstanding.clear()
+        had = self._window.clear()
         unanswered = [job for job in had if not isinstance(job.message, Reconcile)]
         if len(unanswered) < len(had):
             self._reconciling = False  # the next worker looks at the whole tree when it starts
         self._idle.set()
-        self._writer_ended.set()
+        self._worker_ended.set()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(StorageError("it ended before it was ready"))
             self._ready.exception()  # marks it as retrieved: at a stop no caller waits
@@ -573,11 +573,11 @@ class Project:
 
     def _overdue(self, job: QueuedRequest) -> None:
         """Kill a worker that exceeded the time limit of this request."""
-        if self._writer is None:
+        if self._worker is None:
             return
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
         self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s and was undone")
-        self._writer.kill()
+        self._worker.kill()
 
 
 def stopping() -> Rejected:

@@ -46,39 +46,39 @@ class ReadCache:
     def __len__(self) -> int:
         return len(self._answers)
 
-    def get(self, asked: Read, state: object | None) -> ReadResult | None:
+    def get(self, request: Read, state: object | None) -> ReadResult | None:
         """Return the result of a read in this state; None if not cached or ``state`` is None."""
-        since, found = self._answers.get(asked, (0.0, None))
+        since, found = self._answers.get(request, (0.0, None))
         is_fresh = state is not None and state == self._state and _now() - since < _MAX_AGE_S
         return found if is_fresh else None
 
-    def keep(self, asked: Read, state: object, found: ReadResult) -> None:
+    def keep(self, request: Read, state: object, found: ReadResult) -> None:
         """Cache a result; evict results of other states, expired ones, and the oldest above the size limit."""
         if state != self._state:
             self._answers.clear()
             self._bytes, self._state = 0, state
-        self._drop(asked)
-        self._answers[asked] = _now(), found
-        self._bytes += _weight_of(asked, found)
+        self._drop(request)
+        self._answers[request] = _now(), found
+        self._bytes += _weight_of(request, found)
         while len(self) > 1 and (self._bytes > _MAX_BYTES or _now() - self._oldest[1] >= _MAX_AGE_S):
             self._drop(self._oldest[0])
 
     @property
     def _oldest(self) -> tuple[Read, float]:
-        asked, (since, _) = next(iter(self._answers.items()))
-        return asked, since
+        request, (since, _) = next(iter(self._answers.items()))
+        return request, since
 
-    def _drop(self, asked: Read) -> None:
-        if (cached := self._answers.pop(asked, None)) is not None:
-            self._bytes -= _weight_of(asked, cached[1])
+    def _drop(self, request: Read) -> None:
+        if (cached := self._answers.pop(request, None)) is not None:
+            self._bytes -= _weight_of(request, cached[1])
 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _weight_of(asked: Read, found: ReadResult) -> int:
-    said = sum(map(len, asked.argv)) if isinstance(asked, ReadCommand) else len(asked.path)
+def _weight_of(request: Read, found: ReadResult) -> int:
+    said = sum(map(len, request.argv)) if isinstance(request, ReadCommand) else len(request.path)
     items = 0 if found.items is None else len(found.items.ids) * _ITEM_BYTES
     return _OVERHEAD_BYTES + said + len(found.body) + len(found.message) + items
 
@@ -135,7 +135,7 @@ class ReaderProcess:
         self._leaving: asyncio.TimerHandle | None = None
         self._closed = False
 
-    async def read(self, asked: Read, share: ResponseShare | None = None) -> ReadResult:
+    async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
         """Return the result of a read; it includes every change acknowledged before the call.
 
         Args:
@@ -148,7 +148,7 @@ class ReaderProcess:
                 being undone.
             StorageError: the process cannot be started or timed out.
         """
-        cached = self._cache.get(asked, self._state())
+        cached = self._cache.get(request, self._state())
         if cached is not None and (share is None or share.may_hold(cached.body)):
             return _reserve(cached, share)
         token_id = share.token_id if share is not None else ""
@@ -157,7 +157,7 @@ class ReaderProcess:
         self._waiting[token_id] += 1
         try:
             for _ in range(_TRIES_TO_COMMIT):
-                found, before, epoch = await self._read_in_turn(asked, token_id, share)
+                found, before, epoch = await self._read_in_turn(request, token_id, share)
                 if await self._is_committed(before, epoch):
                     return found
                 if share is not None:
@@ -195,7 +195,7 @@ class ReaderProcess:
         return current == epoch and head < seq
 
     async def _read_in_turn(
-        self, asked: Read, token_id: str, share: ResponseShare | None
+        self, request: Read, token_id: str, share: ResponseShare | None
     ) -> tuple[ReadResult, TreeState, str]:
         """Return the result of a read, the state of the tree before it, and the epoch."""
         while True:
@@ -204,11 +204,11 @@ class ReaderProcess:
             async with self._lock.turn(token_id):
                 if share is None or share.has_room:  # another response of its token may have taken the room
                     before, (epoch, _) = self._tree_state(), self._durable()
-                    found = self._cache.get(asked, self._state()) or await self._read(asked)
+                    found = self._cache.get(request, self._state()) or await self._read(request)
                     return _reserve(found, share), before, epoch
 
     async def read_together(
-        self, asked: Sequence[Read], share: ResponseShare | None = None
+        self, request: Sequence[Read], share: ResponseShare | None = None
     ) -> tuple[list[ReadResult], bool]:
         """Return the results of several reads, and whether all of them show the current state of the tree.
 
@@ -219,7 +219,7 @@ class ReaderProcess:
             if share is not None:
                 share.close()  # the results of the previous try are discarded
             before = await self._settled()
-            found = [await self.read(each, share) for each in asked]
+            found = [await self.read(each, share) for each in request]
             if before is not None and before == self._state():
                 return found, True
         return found, False
@@ -242,27 +242,27 @@ class ReaderProcess:
         self._closed = True
         self._end()
 
-    async def _read(self, asked: Read) -> ReadResult:
+    async def _read(self, request: Read) -> ReadResult:
         before = self._state()
         try:
             async with asyncio.timeout(_READ_S):
-                found = await self._exchange(asked)
+                found = await self._exchange(request)
         except BaseException as error:
             self._end()  # it may be in the middle of a reply
             if isinstance(error, TimeoutError):
-                _log.error("%s: the reader took longer than %g s over %s", self._slug, _READ_S, type(asked).__name__)
+                _log.error("%s: the reader took longer than %g s over %s", self._slug, _READ_S, type(request).__name__)
                 raise StorageError(f"the read timed out on the server after {_READ_S:g} s") from error
             if isinstance(error, OSError | EOFError | msgspec.DecodeError):
                 raise StorageError("the server's reader process of this project ended; try again") from error
             raise
         if before is not None and before == self._state():
-            self._cache.keep(asked, before, found)
+            self._cache.keep(request, before, found)
         return found
 
-    async def _exchange(self, asked: Read) -> ReadResult:
+    async def _exchange(self, request: Read) -> ReadResult:
         self._stay()
         incoming, outgoing = self._stream or await self._start()
-        outgoing.write(encode_frames(asked))
+        outgoing.write(encode_frames(request))
         buffer = FrameBuffer(_MAX_FOUND_BYTES)
         while received := await incoming.read(_RECEIVE_BYTES):
             for frame in buffer.receive(received):

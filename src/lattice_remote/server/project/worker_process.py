@@ -56,19 +56,19 @@ class WorkerProcess(asyncio.Protocol):
             LockedElsewhere: the worker of an earlier server is still running after 40 s.
             OSError: the process cannot be started.
         """
-        writer = cls(on_message, on_end)
+        worker = cls(on_message, on_end)
         writer_lock = await _writer_lock(paths)
         try:
-            writer._process, connection = start_child(command, paths.root, slug, inherited=[writer_lock])
+            worker._process, connection = start_child(command, paths.root, slug, inherited=[writer_lock])
         finally:
             os.close(writer_lock)
         try:
             connection.setblocking(False)
-            await asyncio.get_running_loop().create_unix_connection(lambda: writer, sock=connection)
+            await asyncio.get_running_loop().create_unix_connection(lambda: worker, sock=connection)
         except BaseException:
             connection.close()
             raise
-        return writer
+        return worker
 
     @property
     def pid(self) -> int:

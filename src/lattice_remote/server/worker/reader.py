@@ -77,22 +77,22 @@ class Reads:
         self._capture = capture
         self._lattice_dir = lattice_dir
 
-    def answer(self, asked: Read) -> ReadResult:
+    def answer(self, request: Read) -> ReadResult:
         """Return the result of a read; never raises an ``Exception``. A crash or a forbidden access has status 500."""
         try:
             with self._capture.watch():
-                return self._command(asked) if isinstance(asked, ReadCommand) else self._page(asked.path)
+                return self._command(request) if isinstance(request, ReadCommand) else self._page(request.path)
         except AccessDenied as veto:
             return ReadResult(500, b"", message=f"the command tried to {veto}, which the server does not allow")
 
-    def _command(self, asked: ReadCommand) -> ReadResult:
-        outcome = self._executor.run(asked.argv, asked.path, last_try=True)
+    def _command(self, request: ReadCommand) -> ReadResult:
+        outcome = self._executor.run(request.argv, request.path, last_try=True)
         if outcome.failure is not None:
             return ReadResult(500, b"", message=outcome.failure)
         message = outcome.stderr.decode(errors="replace")
-        if asked.list_at and not outcome.exit_code:
+        if request.list_at and not outcome.exit_code:
             try:
-                body, items = laid_out(outcome.stdout, asked.list_at)
+                body, items = laid_out(outcome.stdout, request.list_at)
             except ValueError as error:
                 return ReadResult(500, b"", message=str(error))
             return ReadResult(0, body, message=message, items=items)
@@ -125,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s", {"process": "reader", "project": options.slug})
     connection = socket.socket(fileno=options.fd)
     reads = _prepare(options.project_dir.resolve())
-    for asked in map(_decoder.decode, receive_frames(connection)):
-        found = encode_frames(reads.answer(asked))
+    for request in map(_decoder.decode, receive_frames(connection)):
+        found = encode_frames(reads.answer(request))
         try:
             connection.sendall(found)
         except ConnectionError:

@@ -344,8 +344,8 @@ class Store:
             id_ = cause.id if reply is not None else ""
             states = difference.states if change is not None else {}
             moved = self._moved(difference)
-            asked = cause.fingerprint if id_ else b""
-            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, asked)
+            fingerprint = cause.fingerprint if id_ else b""
+            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, fingerprint)
             # The kernel may write the record before any fsync, so contents it refers to are fsynced first.
             sync_files(map(self.tree.absolute, difference.volatile))
             try:

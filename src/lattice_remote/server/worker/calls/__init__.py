@@ -97,7 +97,7 @@ class Surface(Protocol):
     def load(self) -> None:
         """Import the surface's dependencies, outside any transaction. Idempotent; the first call may take a second."""
 
-    def prepare(self, asked: CallRequest) -> Operation:
+    def prepare(self, request: CallRequest) -> Operation:
         """Check a call completely; run nothing.
 
         Raises:

@@ -42,51 +42,51 @@ def load() -> None:
     """Do nothing: the modules that run commands suffice."""
 
 
-def prepare(asked: CallRequest) -> Operation:
+def prepare(request: CallRequest) -> Operation:
     """Check every line; see ``Surface``."""
-    if asked.name == "together":
-        return _together(asked, _payload(asked, _Together))
-    if asked.name == "claim":
-        return _claim(asked, _payload(asked, _Claim))
-    raise unsupported(f"the server does not know an operation {shown(asked.name)} of commands")
+    if request.name == "together":
+        return _together(request, _payload(request, _Together))
+    if request.name == "claim":
+        return _claim(request, _payload(request, _Claim))
+    raise unsupported(f"the server does not know an operation {shown(request.name)} of commands")
 
 
-def _payload[T: msgspec.Struct](asked: CallRequest, kind: type[T]) -> T:
+def _payload[T: msgspec.Struct](request: CallRequest, kind: type[T]) -> T:
     try:
-        return msgspec.convert(json_object(asked.payload), kind, strict=True)
+        return msgspec.convert(json_object(request.payload), kind, strict=True)
     except msgspec.ValidationError as error:
-        raise Rejected(f"the payload of {asked.name}: {error}", code="REMOTE_PROTOCOL") from None
+        raise Rejected(f"the payload of {request.name}: {error}", code="REMOTE_PROTOCOL") from None
 
 
-def _together(asked: CallRequest, together: _Together) -> Operation:
+def _together(request: CallRequest, together: _Together) -> Operation:
     task = together.task
     if task:
         check(Kind.ID, "task", task)
-    return _operation(asked, together.lines, partial(_snapshot, asked, task) if task else None)
+    return _operation(request, together.lines, partial(_snapshot, request, task) if task else None)
 
 
-def _snapshot(asked: CallRequest, task: str) -> msgspec.Raw:
+def _snapshot(request: CallRequest, task: str) -> msgspec.Raw:
     """Return the snapshot of a task that a command has just found."""
     from lattice.cli.helpers import read_snapshot, resolve_task_id
 
-    snapshot = read_snapshot(asked.lattice_dir, resolve_task_id(asked.lattice_dir, task, True))
+    snapshot = read_snapshot(request.lattice_dir, resolve_task_id(request.lattice_dir, task, True))
     return msgspec.Raw(json.dumps(snapshot).encode())
 
 
 def _operation(
-    asked: CallRequest, lines: Sequence[Sequence[str]], last: Callable[[], msgspec.Raw] | None = None
+    request: CallRequest, lines: Sequence[Sequence[str]], last: Callable[[], msgspec.Raw] | None = None
 ) -> Operation:
-    commands = [_parsed(asked, line) for line in lines]
-    steps = [partial(asked.run_line, line, command.path) for line, command in zip(lines, commands, strict=True)]
+    commands = [_parsed(request, line) for line in lines]
+    steps = [partial(request.run_line, line, command.path) for line, command in zip(lines, commands, strict=True)]
     label = "commands: " + ", ".join(command.path for command in commands)
-    actor = next((command.actor for command in commands if command.actor), asked.identity.actor)
+    actor = next((command.actor for command in commands if command.actor), request.identity.actor)
     return Operation(label, actor, partial(_run, steps, last))
 
 
-def _parsed(asked: CallRequest, line: Sequence[str]) -> Command:
+def _parsed(request: CallRequest, line: Sequence[str]) -> Command:
     from lattice.cli.main import cli
 
-    command = parse(cli, line, asked.identity, files=(), lattice_dir=asked.lattice_dir)
+    command = parse(cli, line, request.identity, files=(), lattice_dir=request.lattice_dir)
     if not command.path or not command.is_json:
         raise unsupported("each line must be a whole command, with --json")
     return command
@@ -113,12 +113,12 @@ def _as_envelope(printed: CommandOutput) -> bytes:
 # --- claiming a named task ---
 
 
-def _claim(asked: CallRequest, claim: _Claim) -> Operation:
+def _claim(request: CallRequest, claim: _Claim) -> Operation:
     check(Kind.ID, "task", claim.task)
-    command = _parsed(asked, claim.line)
+    command = _parsed(request, claim.line)
     if command.path != "next" or not command.values.get("claim"):
         raise unsupported("a task is claimed by a line of 'lattice next --claim'")
-    operation = _operation(asked, [claim.line])
+    operation = _operation(request, [claim.line])
 
     def run() -> CallResponse:
         with _choosing(claim.task):

@@ -101,25 +101,25 @@ def load() -> None:
     import_module("lattice.dashboard.server")
 
 
-def prepare(asked: CallRequest) -> Operation:
+def prepare(request: CallRequest) -> Operation:
     """Check a POST; see ``Surface``.
 
     A path outside the table gets the dashboard's own "not found", and is refused if the dashboard knows it.
     """
-    if not _PATH.fullmatch(asked.name):
-        raise unsupported(f"{shown(asked.name)} is not a path of the dashboard")
-    route = _route(asked.name)
+    if not _PATH.fullmatch(request.name):
+        raise unsupported(f"{shown(request.name)} is not a path of the dashboard")
+    route = _route(request.name)
     takes = _ROUTES.get(route)
     if takes is None:
-        answer = _not_found(asked.lattice_dir, asked.name)
-        return Operation("dashboard: POST", asked.identity.actor, lambda: answer)
-    actor, body, objection = asked.identity.actor, asked.payload, ""
+        answer = _not_found(request.lattice_dir, request.name)
+        return Operation("dashboard: POST", request.identity.actor, lambda: answer)
+    actor, body, objection = request.identity.actor, request.payload, ""
     if not _is_left_to_the_handler(body):
         values = json_object(body)
-        actor = _check(route, values, takes, asked.identity)
+        actor = _check(route, values, takes, request.identity)
         objection = _objection(route, values, takes)
         body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
-    post = partial(_post, handler_class(asked.lattice_dir), asked.name, body)
+    post = partial(_post, handler_class(request.lattice_dir), request.name, body)
     return Operation(f"dashboard: POST {route}", actor, partial(_unless, objection, post))
 
 

@@ -61,30 +61,30 @@ def load() -> None:
     import_module("lattice.mcp.server")
 
 
-def prepare(asked: CallRequest) -> Operation:
+def prepare(request: CallRequest) -> Operation:
     """Check a tool call; see ``Surface``."""
     from lattice.core.ids import validate_actor
 
-    takes = _TOOLS.get(asked.name)
+    takes = _TOOLS.get(request.name)
     if takes is None:
-        raise unsupported(f"the server does not know an MCP tool {shown(asked.name)} that writes")
-    arguments = _arguments(asked.name, asked.payload)
+        raise unsupported(f"the server does not know an MCP tool {shown(request.name)} that writes")
+    arguments = _arguments(request.name, request.payload)
     for name, value in arguments.items():
         if name not in takes:
-            raise unsupported(f"the server does not know this argument of {asked.name}: {shown(name)}")
+            raise unsupported(f"the server does not know this argument of {request.name}: {shown(name)}")
         if isinstance(value, str) and takes[name] is not Kind.JSON:
             check(takes[name], name, value)
     check_fields(arguments.get("fields"))
-    actor = asked.identity.actor
+    actor = request.identity.actor
     if isinstance(arguments.get("actor"), str):  # anything else is refused by the tool's schema
         actor = arguments["actor"]
         if validate_actor(actor):  # else the tool refuses it
-            asked.identity.require(actor)
-    if asked.name == "lattice_create":
-        check_new_task(arguments.get("task_id"), asked.lattice_dir)
-    attached = _attach(asked, arguments) if "source" in takes else None
-    run = partial(_call, asked.name, arguments, asked.lattice_dir)
-    return Operation(f"mcp: {asked.name}", actor, run, attached)
+            request.identity.require(actor)
+    if request.name == "lattice_create":
+        check_new_task(arguments.get("task_id"), request.lattice_dir)
+    attached = _attach(request, arguments) if "source" in takes else None
+    run = partial(_call, request.name, arguments, request.lattice_dir)
+    return Operation(f"mcp: {request.name}", actor, run, attached)
 
 
 def _arguments(name: str, payload: bytes) -> dict[str, Any]:
@@ -104,12 +104,12 @@ def _arguments(name: str, payload: bytes) -> dict[str, Any]:
     return {key: value for key, value in sound.items() if value is not None}
 
 
-def _attach(asked: CallRequest, arguments: dict[str, Any]) -> Attached:
+def _attach(request: CallRequest, arguments: dict[str, Any]) -> Attached:
     """Put the caller's file on disk and its private path into the arguments."""
     source = arguments.get("source")
     if not isinstance(source, str):
-        return asked.attach([])  # the tool's schema refuses it
-    attached = asked.attach([source])
+        return request.attach([])  # the tool's schema refuses it
+    attached = request.attach([source])
     if not attached.paths and not source.startswith(("http://", "https://")):
         raise unsupported(f"the file {shown(source)} was not attached to the call")
     arguments["source"] = attached.argv[0]

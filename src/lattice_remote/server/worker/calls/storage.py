@@ -51,24 +51,26 @@ def load() -> None:
     """Do nothing: the modules that run commands suffice."""
 
 
-def prepare(asked: CallRequest) -> Operation:
+def prepare(request: CallRequest) -> Operation:
     """Check the actor and the form of a write; see ``Surface``.
 
     Its content is checked when it is written, since that depends on the current state.
     """
-    takes = _WRITES.get(asked.name)
+    takes = _WRITES.get(request.name)
     if takes is None:
-        raise unsupported(f"the server does not know a write {shown(asked.name)} of programs")
+        raise unsupported(f"the server does not know a write {shown(request.name)} of programs")
     kind, write = takes
     try:
-        given = msgspec.convert(json_object(asked.payload), kind, strict=True)
+        given = msgspec.convert(json_object(request.payload), kind, strict=True)
     except msgspec.ValidationError as error:
-        raise Rejected(f"the payload of {asked.name}: {error}", code="REMOTE_PROTOCOL") from None
-    board = LocalStorage(asked.lattice_dir.parent, may_act_as=partial(_require, asked.identity))
-    actor = asked.identity.actor
+        raise Rejected(f"the payload of {request.name}: {error}", code="REMOTE_PROTOCOL") from None
+    board = LocalStorage(request.lattice_dir.parent, may_act_as=partial(_require, request.identity))
+    actor = request.identity.actor
     if isinstance(given, _Events):
-        actor = _actor(board, given.events, asked.identity)
-    return Operation(f"storage: {asked.name}", actor, partial(_answer, board, partial(write, given), asked.lattice_dir))
+        actor = _actor(board, given.events, request.identity)
+    return Operation(
+        f"storage: {request.name}", actor, partial(_answer, board, partial(write, given), request.lattice_dir)
+    )
 
 
 def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
