@@ -105,7 +105,7 @@ async def test_a_request_id_is_of_one_request_on_every_connection(running: Runni
         await client.send(encode(Run(id_, ["put", "a", "0"], age_s=0.1)))
         await client.send(encode(Run(id_, ["put", "a", "1"])))
         bye, _ = await farewell(client)
-        assert bye is not None and bye.code == "REMOTE_PROTOCOL" and "is another one" in bye.reason
+        assert bye is not None and bye.code == "REMOTE_PROTOCOL" and "a different request" in bye.reason
     async with running.connected() as client:
         await client.send(hello(follow=False))
         assert isinstance(decode_server_frame(await client.recv()), Welcome)

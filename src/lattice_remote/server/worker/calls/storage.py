@@ -64,12 +64,12 @@ def prepare(request: CallRequest) -> Operation:
         given = msgspec.convert(json_object(request.payload), kind, strict=True)
     except msgspec.ValidationError as error:
         raise Rejected(f"the payload of {request.name}: {error}", code="REMOTE_PROTOCOL") from None
-    board = LocalStorage(request.lattice_dir.parent, may_act_as=partial(_require, request.identity))
+    storage = LocalStorage(request.lattice_dir.parent, may_act_as=partial(_require, request.identity))
     actor = request.identity.actor
     if isinstance(given, _Events):
-        actor = _actor(board, given.events, request.identity)
+        actor = _actor(storage, given.events, request.identity)
     return Operation(
-        f"storage: {request.name}", actor, partial(_answer, board, partial(write, given), request.lattice_dir)
+        f"storage: {request.name}", actor, partial(_answer, storage, partial(write, given), request.lattice_dir)
     )
 
 
@@ -80,19 +80,19 @@ def _require(identity: Identity, actor: str, *, session: Mapping[str, Any] | Non
         identity.require_session(session["name"], session["session"], to_end=False)
 
 
-def _actor(board: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
+def _actor(storage: LocalStorage, events: list[dict[str, Any]], identity: Identity) -> str:
     """Return the actor of the first event, after checking all.
 
     Raises:
         Rejected: an event is malformed, or the token may not use its actor.
     """
-    actors = [board.require_actor(event) for event in plain(events)]
+    actors = [storage.require_actor(event) for event in plain(events)]
     return actors[0] if actors else identity.actor
 
 
-def _answer(board: LocalStorage, write: Callable[[LocalStorage], _Outcome], lattice_dir: Path) -> CallResponse:
+def _answer(storage: LocalStorage, write: Callable[[LocalStorage], _Outcome], lattice_dir: Path) -> CallResponse:
     try:
-        outcome = write(board)
+        outcome = write(storage)
     except Rejected as rejected:
         message = rejected.message.replace(str(lattice_dir), ".lattice")
         return CallResponse(422, canonical_json({"ok": False, "error": {"code": rejected.code, "message": message}}))
@@ -102,20 +102,20 @@ def _answer(board: LocalStorage, write: Callable[[LocalStorage], _Outcome], latt
     return CallResponse(200, json.dumps({"outcome": word, "content": outcome.content}).encode())
 
 
-def _write_task(given: _OfTask, board: LocalStorage) -> _Outcome:
-    return board.write_task(given.task, given.events, given.base)
+def _write_task(given: _OfTask, storage: LocalStorage) -> _Outcome:
+    return storage.write_task(given.task, given.events, given.base)
 
 
-def _write_resource(given: _OfResource, board: LocalStorage) -> _Outcome:
-    return board.write_resource(given.resource, given.events, given.base)
+def _write_resource(given: _OfResource, storage: LocalStorage) -> _Outcome:
+    return storage.write_resource(given.resource, given.events, given.base)
 
 
-def _write_plan(given: _Text, board: LocalStorage) -> _Outcome:
-    return board.write_plan(given.task, given.text, given.base)
+def _write_plan(given: _Text, storage: LocalStorage) -> _Outcome:
+    return storage.write_plan(given.task, given.text, given.base)
 
 
-def _write_notes(given: _Text, board: LocalStorage) -> _Outcome:
-    return board.write_notes(given.task, given.text, given.base)
+def _write_notes(given: _Text, storage: LocalStorage) -> _Outcome:
+    return storage.write_notes(given.task, given.text, given.base)
 
 
 _WRITES: Mapping[str, tuple[type[Any], Callable[[Any, LocalStorage], _Outcome]]] = {
