@@ -187,7 +187,9 @@ class Staging:
             )
         with self._opened(name) as (directory, descriptor):
             if content.hasher is None:
-                _, content.hasher = hash_descriptor(descriptor, content.have)  # missing bytes fail the final digest check
+                _, content.hasher = hash_descriptor(
+                    descriptor, content.have
+                )  # missing bytes fail the final digest check
             write_all(descriptor, frame.data, frame.offset)
             content.hasher.update(frame.data)
             content.have, content.used_at = end, time.time()
