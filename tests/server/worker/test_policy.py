@@ -301,7 +301,7 @@ def test_sessions_behind_a_link_are_not_read(tmp_path: Path) -> None:
     (tmp_path / ".lattice").mkdir()
     (tmp_path / ".lattice/sessions").symlink_to("../elsewhere")
     error = refused(tmp_path / ".lattice", "comment", "LAT-1", "x", "--name", "Ana-1")
-    assert "no plain file" in error.message
+    assert "not a regular file" in error.message
 
 
 def test_letters_that_only_look_alike_are_not_the_same_actor() -> None:
@@ -343,7 +343,7 @@ def test_a_session_that_is_no_plain_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "sessions/Dir-1.json").mkdir(parents=True)
     os.mkfifo(tmp_path / "sessions/Pipe-1.json")
     for name in ("Dir-1", "Pipe-1"):
-        assert "no plain file" in refused(tmp_path, "comment", "LAT-1", "x", "--name", name).message
+        assert "not a regular file" in refused(tmp_path, "comment", "LAT-1", "x", "--name", name).message
 
 
 # --- who a token may be ---

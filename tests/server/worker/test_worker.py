@@ -435,4 +435,4 @@ def test_an_answer_that_no_frame_can_carry_is_cut_and_says_so(worker: WorkerProc
     assert len(done.reply) < MAX_FRAME_BYTES
     assert isinstance(answer := answer_of(done), Reply)
     assert answer.exit_code == 0
-    assert b"was cut" in answer.stderr
+    assert b"was truncated" in answer.stderr
