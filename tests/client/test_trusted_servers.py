@@ -87,7 +87,7 @@ def test_what_is_not_said_again_stays(tmp_path: Path) -> None:
 def test_authorities_must_make_sense(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match="there is no file"):
         trusted_servers.name(HTTPS, ca_file=str(tmp_path / "nothing.pem"))
-    with pytest.raises(Misuse, match="for https"):
+    with pytest.raises(Misuse, match="requires https"):
         trusted_servers.name("http://board.example", ca_file=__file__)
 
 

@@ -230,7 +230,7 @@ def test_while_the_server_is_down_it_is_out_of_reach_and_clients_come_back(place
         _, said = command.communicate(timeout=60)
         assert command.returncode == 1
         assert "cannot reach server" in said and "nothing was written" in said
-        assert "HTTP 502: it is stopped, or starts just now" in said
+        assert "HTTP 502: the server is stopped or starting" in said
         assert place.ana.run("list").returncode == 0, "reads go on"
     server.start()
     for place in places:

@@ -365,5 +365,5 @@ EXCEPTIONS: Mapping[str, str] = {
 UNORDERED = {"stats", "weather"}
 """They list what is equal by their measure in the order in which the directory happens to name it."""
 
-SAID_BESIDES: Mapping[str, str] = {"init": "a copy of project board"}
+SAID_BESIDES: Mapping[str, str] = {"init": "a cache of project board"}
 """Commands to which a remote project adds a line of its own, and what that says."""

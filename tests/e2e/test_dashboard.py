@@ -272,7 +272,7 @@ def test_an_unreachable_server_is_said_in_the_dashboards_own_form_and_to_open_pa
         assert next(events)["trouble"] == ""
         server.stop()
         trouble = next(event["trouble"] for event in events if event["trouble"])
-        assert trouble.startswith("the server is out of reach (") and "this is the board of" in trouble
+        assert trouble.startswith("cannot reach the server (") and "this is the state of" in trouble
         status, text = dashboard.post("/api/tasks", {"title": "x"})
         assert status == 503
         error = json.loads(text)["error"]

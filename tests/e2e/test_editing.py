@@ -167,7 +167,7 @@ def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
     time.sleep(1)  # longer than an edit takes to be sent by itself
     found = status(work)
     assert found["server_seq"] == seq and len(found["unsent_edits"]) == 1
-    assert "several names" in work.ok("remote", "status")
+    assert "several tokens" in work.ok("remote", "status")
     assert work.run("comment", short_id, "done", "--actor", "agent:x", env=token).returncode == 0
     same(plan, "# By one of them\n")
     log = json.loads(ana.ok("remote", "log", "-n", "2", "--json"))["data"]["entries"]
@@ -215,7 +215,7 @@ def test_an_editor_that_is_behind_undoes_nothing(shared_board: Board) -> None:
     for saved in (opened.replace("# Plan", "# My plan"), opened.replace("# Plan", "# My very own plan")):
         plan[0].write_text(saved)
         same(plan, saved + "- ask Ben about Unicode\n")
-    assert "load it anew in your editor" in ana.run("list").stderr
+    assert "reload it in your editor" in ana.run("list").stderr
 
 
 # --- texts of every kind ---
@@ -266,7 +266,7 @@ def test_a_text_that_is_no_utf8_stays_here_and_holds_nothing_up(shared_board: Bo
     wait_for(lambda: status(ana)["refused_edits"], "the refusal")
     said = [ana.run("comment", short_id, "hello", "--actor", "human:ana").stderr for _ in range(2)]
     assert "not UTF-8 text: save it as UTF-8" in said[0] and said[1] == ""
-    assert "not taken as it is" in ana.ok("remote", "status")
+    assert "(refused: " in ana.ok("remote", "status")
     assert plan[0].read_bytes() == b"# Caf\xe9\n" != plan[1].read_bytes()
     plan[0].write_text("# Café\n")
     same(plan, "# Café\n")
@@ -297,7 +297,7 @@ def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Boar
     assert kept.read_text() == "# Ben's\n"
     assert "archived or gone" in ben.ok("remote", "resolve", short_id)
     refused = ben.run("remote", "resolve", short_id, "--mine")
-    assert refused.returncode == 1 and "bring it back first" in refused.stderr
+    assert refused.returncode == 1 and "restore it first" in refused.stderr
     ana.ok("unarchive", short_id, "--actor", "human:ana")
     wait_for(plan[1].exists, "the plan to be back")
     ben.ok("remote", "resolve", short_id, "--mine")

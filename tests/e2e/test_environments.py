@@ -142,7 +142,7 @@ def test_an_edit_in_a_cache_of_two_configurations_waits_for_the_next_command(bot
     path.write_text("# By one of the two\n")
     wait_for(lambda: status(ana)["unsent_edits"], "the edit to be seen")
     for env in ({}, ben_there):
-        assert "several names" in status(ana, env)["edits_wait_for"]
+        assert "several tokens" in status(ana, env)["edits_wait_for"]
     quiet(ana.run("comment", "LAT-1", "done", "--actor", "human:ben", env=ben_there))
     assert {entry["actor"] for entry in log(ana)[:2]} == {"human:ben"}
 
@@ -160,7 +160,7 @@ def test_a_server_that_one_command_names_is_named_for_that_command_only(both: Bo
     token = {"LATTICE_TOKEN": server.token("human:ana")}
     quiet(ana.run("create", "Named", "--actor", "human:ana", env={**env, **token, "LATTICE_REMOTE_URL": server.url}))
     refused = ana.run("create", "Unnamed", "--actor", "human:ana", env={**env, **token})
-    assert refused.returncode == 1 and "this directory names that server, you have not" in refused.stderr
+    assert refused.returncode == 1 and "this directory names that server, but you have not" in refused.stderr
     listed = ana.run("list", "--quiet", env={**env, **token})
     assert listed.stdout.split() and "you have not" in listed.stderr and len(listed.stderr.splitlines()) == 1
 
@@ -278,7 +278,7 @@ def test_without_a_place_for_temporary_files_nothing_appears_in_the_repository(b
         shutil.copytree(ana.env["XDG_CONFIG_HOME"], place / "config")
         done = inside(client, MOUNTS, script, XDG_CONFIG_HOME=str(place / "config"), TMPDIR="/nowhere")
         assert done.returncode == 0 and done.stdout == "LAT-1\n", done
-        assert len(done.stderr.splitlines()) == 1 and "no directory for temporary files" in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and "no writable directory for temporary files" in done.stderr
         assert os.listdir(client.dir) == [".lattice"]
     finally:
         shutil.rmtree(place, ignore_errors=True)

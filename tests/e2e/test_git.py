@@ -45,7 +45,7 @@ def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> N
         git(ana.dir, *act)
         wait_for(lambda: mine.read_text() == text, f"the plan to be restored after git {act[0]}")
     assert theirs.read_text() == text and not differences(server.lattice_dir(), ana.lattice_dir)
-    assert "git put a text of its own there" in ana.run("list").stderr
+    assert "git wrote it" in ana.run("list").stderr
     pushed = ana.run("remote", "push")
     assert "tracks 1 file of this .lattice" in pushed.stderr and "git help rm" in pushed.stderr
 

@@ -262,7 +262,7 @@ def test_a_broken_file_on_the_server_is_said_and_reaches_nobody(place: Place) ->
     time.sleep(0.7)  # the watching server looks at it, and by its times finds nothing new
     place.ben.ok("remote", "pull")
     failed = place.ben.run("remote", "fetch", artifact)
-    assert failed.returncode == 1 and "its disk may be bad" in failed.stderr
+    assert failed.returncode == 1 and "its disk may be damaged" in failed.stderr
     assert not (place.ben.lattice_dir / path).exists()
     place.ben.ok("comment", "LAT-1", "goes on", "--actor", "human:ben")
     truth.write_bytes(good)

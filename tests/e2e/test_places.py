@@ -53,7 +53,7 @@ def says(done: subprocess.CompletedProcess[str], *words: str, code: int = 1) -> 
 def test_init_in_a_fresh_clone_says_what_it_is_and_leaves_it_as_it_is(clone: Client) -> None:
     for _ in range(2):
         done = clone.run(*INIT)
-        says(done, "this is a copy of project board", "nothing to initialise", code=0)
+        says(done, "this is a cache of project board", "nothing to initialise", code=0)
         assert done.stdout == "Lattice already initialized in .lattice/\n"
         assert json.loads((clone.lattice_dir / "remote.json").read_text())["project"] == "board"
         works_in(clone)
@@ -64,7 +64,7 @@ def test_init_below_a_copy_makes_a_project_of_its_own_and_says_so(clone: Client)
     inner = clone.dir / "in" / "here"
     inner.mkdir(parents=True)
     done = clone.run(*INIT, cwd=inner)
-    says(done, "around this is", "a project of its own, which nobody else sees", code=0)
+    says(done, "is inside", "a separate project, which is not shared", code=0)
     assert clone.run("create", "Only here", *ANA, cwd=inner).stdout.startswith("Created task NEW-1")
     assert "Only here" not in clone.ok("list")
     works_in(clone, cwd=clone.dir / "in")
@@ -106,7 +106,7 @@ def without_its_remote(ana: Client, directory: Path) -> Client:
     return other
 
 
-GONE = ("is a copy of project board", "remote.json is gone", "lattice remote add origin", "--project board")
+GONE = ("is a cache of project board", "remote.json is gone", "lattice remote add origin", "--project board")
 
 
 def test_a_copy_without_its_remote_json_is_no_local_project(
@@ -152,7 +152,7 @@ def test_remote_add_attaches_a_copy_again(shared_board: tuple[Server, Client, Cl
     (plan, *_) = sorted((other.lattice_dir / "plans").glob("*.md"))
     text = plan.read_text() + "\nwritten meanwhile\n"
     plan.write_text(text)
-    says(other.run("remote", "add", "origin", f"{server.url}/another"), "is a copy of", f"{server.url}/board")
+    says(other.run("remote", "add", "origin", f"{server.url}/another"), "is a cache of", f"{server.url}/board")
     assert "Added remote origin" in other.ok("remote", "add", "origin", server.url, "--project", "board")
     works_in(other)
     wait_for(lambda: (ana.lattice_dir / "plans" / plan.name).read_text() == text, "the edit to be sent")

@@ -47,7 +47,7 @@ def test_a_plugin_reads_here_is_told_what_to_do_where_it_writes_and_is_routed_wh
         assert (refused.returncode, refused.stderr) == (
             1,
             "Error: 'lattice deploy note' is a plugin's and would write the project's files, but the files here are a "
-            "copy of the server's; if the server has the plugin too: lattice remote route deploy note\n",
+            "cache of the server's; if the server has the plugin too: lattice remote route deploy note\n",
         )
         as_json = ana.run(*note, "--json")
         assert json.loads(as_json.stdout)["error"]["code"] == "REMOTE_GUARD"

@@ -237,8 +237,8 @@ def test_what_is_wrong_is_said_in_one_line(shared_board: Board) -> None:
     _server, ana, _ben = shared_board
     for words, said in (
         (("show", "77"), "no rescued files 77"),
-        (("drop",), "say which"),
-        (("apply", "1", "--all"), "say which"),
+        (("drop",), "name NUMBERs"),
+        (("apply", "1", "--all"), "name NUMBERs"),
     ):
         done = ana.run("remote", "rescued", *words)
         assert done.returncode == 1 and said in done.stderr and done.stderr.count("\n") == 1

@@ -135,4 +135,4 @@ def test_a_token_in_a_command_line_is_remarked_on(sandbox: Sandbox) -> None:
     token = server.token("human:ana")
     done = ana.run("remote", "add", "origin", server.url, "--project", "board", "--token", token)
     assert done.returncode == 0 and token not in done.stdout + done.stderr
-    assert done.stderr.count("\n") == 1 and "--token - asks for it" in done.stderr
+    assert done.stderr.count("\n") == 1 and "--token - prompts for it" in done.stderr

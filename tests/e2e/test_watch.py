@@ -97,7 +97,7 @@ def test_what_is_not_kept_is_an_exit_code_of_its_own(people: tuple[Server, Clien
     n = head(ana)
     ahead = ben.run("remote", "watch", "--since", str(n + 7))
     assert ahead.returncode == 3
-    assert ahead.stderr == f"Error: there is no change {n + 7} yet, the last is {n}: go on with --since {n}\n"
+    assert ahead.stderr == f"Error: there is no change {n + 7} yet, the last is {n}: resume with --since {n}\n"
     other = ben.run("remote", "watch", "--since", "abc-1-00", "--json")
     assert other.returncode == 3 and json.loads(other.stdout)["error"]["code"] == "REMOTE_GONE"
     assert ben.run("remote", "watch", "--since", "x").returncode == 1

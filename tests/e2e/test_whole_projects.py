@@ -76,7 +76,7 @@ def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox,
     (ana.lattice_dir / "plans" / "scratch.md~").write_text("an editor's")
     before = tree_of(ana.lattice_dir)
     said = ana.add_remote(server, server.token("human:ana", "agent:*"))
-    assert "only here yet. Next: lattice remote push" in said
+    assert "not pushed yet. Next: lattice remote push" in said
     read = answers(ana)
     refused = ana.run("comment", "OWN-1", "no", *ANA)
     assert refused.returncode == 1 and "lattice remote push" in refused.stderr

@@ -409,7 +409,7 @@ async def test_a_manifest_of_more_than_is_allowed_is_refused(
     allow_one_mib(server)
     server.files |= {f"artifacts/payload/{n}": bytes(200_000) for n in range(8)}
     answer = await ask(service, "ready")
-    assert not answer["current"] and "1 MiB that you let" in str(answer["message"])
+    assert not answer["current"] and "1 MiB allowed" in str(answer["message"])
     assert not any(isinstance(frame, Fetch) for frame in server.frames)
     assert bytes_in(directory) < 100_000
     trusted_servers.record(trusted_servers.name(server.url, max_cache_mib=4))
@@ -424,11 +424,11 @@ async def test_files_without_end_stop_at_what_is_allowed(server: FakeServer, ser
     for n in range(100):
         server.put(f"artifacts/payload/{n}", bytes(100_000))
     await until(lambda: service._follower.trouble is not None, 20)
-    assert "1 MiB that you let" in trouble(service).message
+    assert "1 MiB allowed" in trouble(service).message
     await attempts_stay_few(service, server)
     assert bytes_in(directory) < 3 << 20
     server.put("artifacts/payload/last", b"x")
-    with pytest.raises(RemoteError, match="1 MiB that you let"):
+    with pytest.raises(RemoteError, match="1 MiB allowed"):
         await run(service, "list")
 
 
@@ -561,12 +561,12 @@ async def test_beginning_anew_without_end_becomes_an_error(
     connections, asked = len(server.requests), len(server.frames)
     assert connections <= 2 * dial.MAX_RESETS
     for _ in range(5):
-        with pytest.raises(ConnectionFailed, match=r"begin anew \d+ times within 10 minutes.*its log"):
+        with pytest.raises(ConnectionFailed, match=r"reset this cache \d+ times within 10 minutes.*its log"):
             await run(service, "list")
         answer = await ask(service, "ready")
-        assert not answer["current"] and answer["filled"] and "begin anew" in str(answer["message"])
+        assert not answer["current"] and answer["filled"] and "reset this cache" in str(answer["message"])
     status = await ask(service, "status")
-    assert not status["connected"] and "begin anew" in str(status["error"])
+    assert not status["connected"] and "reset this cache" in str(status["error"])
     assert (len(server.requests), len(server.frames)) == (connections, asked)
 
 
@@ -580,7 +580,7 @@ async def test_a_number_that_no_change_leads_to_is_given_up(
     await ask(service, "ready")
     server.head = 1 << 60
     server.cut()
-    await until(lambda: service._link.error is not None and "nothing more of use" in service._link.error.message)
+    await until(lambda: service._link.error is not None and "nothing useful" in service._link.error.message)
     assert str(1 << 60) in trouble(service).message
     server.head = None
     service._link.kick()

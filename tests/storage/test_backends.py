@@ -561,7 +561,7 @@ def test_without_an_agent_and_out_of_reach(
     assert board.freshness().is_current
     server.stop()
     try:
-        with pytest.warns(RemoteWarning, match=r"cannot reach server .* what is read is \d+ s old"):
+        with pytest.warns(RemoteWarning, match=r"cannot reach server .* the data is \d+ s old"):
             assert board.get_task(task["id"]) == task
         assert not board.freshness().is_current
         with pytest.raises(ConnectionFailed, match="cannot reach"):

@@ -100,11 +100,11 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             request.setdefault("first_sent_at", began)  # the earlier agent may have sent it
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
-            _say_once(f"{_silent(place)}; this command does without it")
+            _say_once(f"{_silent(place)}; this command runs without it")
             return ask_here(request, on_progress)  # under the same id, in case the agent recovers
         finally:
             stream.close()
-    raise ConnectionFailed("the background agent ends whenever it is asked; see its log: lattice remote agent status")
+    raise ConnectionFailed("the background agent ends at every request; see its log: lattice remote agent status")
 
 
 def agent_enabled() -> bool:
@@ -136,7 +136,7 @@ def ask_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str
     except _AgentLost:
         return None
     except _AgentSilent:
-        raise ConnectionFailed(f"{_silent(place)}; commands do without it until that process ends") from None
+        raise ConnectionFailed(f"{_silent(place)}; commands run without it until that process ends") from None
     finally:
         stream.close()
 
@@ -213,8 +213,8 @@ def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
 def _say_that_there_is_none(error: OSError | StorageError) -> None:
     why = error.message if isinstance(error, StorageError) else error
     _say_once(
-        f"no background agent ({why}): commands do without it, more slowly; "
-        f"{agent_runtime.DIRECTORY_ENV} can name a directory for it, {AGENT_ENV}=off says that there is to be none"
+        f"no background agent ({why}): commands run without it, more slowly; "
+        f"set {agent_runtime.DIRECTORY_ENV} to another directory, or {AGENT_ENV}=off"
     )
 
 

@@ -115,7 +115,7 @@ def temporary_directory() -> str:
     for path in candidates:
         if os.path.isabs(path) and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
             return path
-    raise StorageError(f"no directory for temporary files can be written; {DIRECTORY_ENV} or TMPDIR can name one")
+    raise StorageError(f"no writable directory for temporary files; set {DIRECTORY_ENV} or TMPDIR")
 
 
 def configuration() -> str:
@@ -193,7 +193,7 @@ def prepare(runtime: Runtime) -> None:
         if mode & _OTHERS_MAY_WRITE:
             _remove_what_others_left(runtime.directory)
     except OSError as error:
-        raise StorageError(f"cannot make {runtime.directory} for the agent: {error.strerror}") from error
+        raise StorageError(f"cannot create {runtime.directory} for the agent: {error.strerror}") from error
 
 
 def check(runtime: Runtime) -> None:
@@ -204,7 +204,7 @@ def check(runtime: Runtime) -> None:
         OSError: it is missing or unreadable.
     """
     if _check_owner(runtime).st_mode & _OTHERS_MAY_WRITE:
-        raise StorageError(f"others may write to {runtime.directory}")
+        raise StorageError(f"{runtime.directory} is writable by others")
 
 
 def check_socket(runtime: Runtime) -> None:

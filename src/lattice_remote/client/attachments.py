@@ -162,7 +162,7 @@ def _locate(
             probe = [*argv[depth:index], *parts[:-1], value + "\x01", *argv[index + 1 :]]
             if _parse(command, probe).params.get(parameter) != value:
                 return [*argv[:index], *parts, *argv[index + 1 :]], index + len(parts) - 1
-    raise Misuse(f"can't tell which argument is the file {value!r}")
+    raise Misuse(f"cannot tell which argument is the file {value!r}")
 
 
 def _readings(argument: str, value: str) -> Iterator[list[str]]:

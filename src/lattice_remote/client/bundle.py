@@ -63,7 +63,7 @@ def survey(directory: str) -> Survey:
     except OSError as error:
         raise StorageError(f"cannot read {error.filename or directory}: {error.strerror}") from error
     if "config.json" not in files:
-        raise Misuse("there is no config.json here: this is no lattice project")
+        raise Misuse("config.json not found: this is not a lattice project")
     return Survey(files, sorted(left_out), layout.bytes, has_hooks)
 
 
@@ -142,14 +142,16 @@ class Pack:
             with open(os.open(os.path.join(directory, path), READ), "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or signature_of(status) != found.files[path]:
-                    raise StorageError(f"{path} is changed while it is read; try again when nobody works here")
+                    raise StorageError(
+                        f"{path} changed while it was read; try again when no program changes the project"
+                    )
                 entry = Entry(path, status.st_size, hash_descriptor(file.fileno())[1].digest())
                 write(head_of(entry))
                 self._offsets[path] = self.size
                 for piece in iter(lambda: file.read(_PIECE_BYTES), b""):
                     write(piece)
             if self.size != self._offsets[path] + entry.size:
-                raise StorageError(f"{path} is changed while it is read; try again when nobody works here")
+                raise StorageError(f"{path} changed while it was read; try again when no program changes the project")
             self.entries[path] = entry
             done += entry.size
             report(done, found.bytes)

@@ -80,7 +80,7 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     """
     match = _URL.fullmatch(text.strip())
     if match is None and "@" in text:  # this part may be a password: it is not repeated
-        raise Misuse("a server's URL holds no user and no password; a token is kept with: lattice remote login URL")
+        raise Misuse("a server's URL holds no user and no password; store a token with: lattice remote login URL")
     if match is None:
         raise Misuse(f"not a server's URL: {text!r}; it looks like http://host:8443 or https://host/project")
     port = match["port"]
@@ -116,8 +116,8 @@ def detachment(directory: str) -> str | None:
     of = "a project on a server" if lost is None else f"project {lost.project} on {lost.url}"
     where = "URL --project SLUG" if lost is None else f"{lost.url} --project {lost.project}"
     return (
-        f"this directory is a copy of {of}, but its remote.json is gone (git may have removed it): nothing can be "
-        f"written; bring the file back, or run: lattice remote add origin {where}"
+        f"this directory is a cache of {of}, but its remote.json is gone (git may have removed it): nothing can be "
+        f"written; restore the file, or run: lattice remote add origin {where}"
     )
 
 
@@ -271,7 +271,7 @@ class Quota:
         """
         if size > (limit := self._limit()):
             raise StorageError(
-                f"this copy would take more than the {limit // MIB} MiB that you let {self._whose} use; allow more "
+                f"this cache would exceed the {limit // MIB} MiB allowed for {self._whose}; allow more "
                 f"with: lattice remote trust {self._whose} --max-cache MIB"
             )
 

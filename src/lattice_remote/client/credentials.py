@@ -77,10 +77,10 @@ def read(path: str, what: str) -> dict[str, Any]:
         return {}  # a home may also be /dev/null
     except OSError as error:
         if os.path.islink(path):
-            raise StorageError(f"{path} is a link; put the file itself in its place") from None
+            raise StorageError(f"{path} is a link; replace it with the file itself") from None
         raise StorageError(f"cannot read {path}: {error.strerror}; XDG_CONFIG_HOME can name another place") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise StorageError(f"{path} is not valid; mend it, or remove it and name your servers again") from None
+        raise StorageError(f"{path} is not valid; repair it, or remove it and name your servers again") from None
 
 
 def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
@@ -101,7 +101,7 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
             if edited is not None:
                 _replace(path, {what: edited})
     except Timeout:
-        raise StorageError(f"another command holds on to {path}; try again") from None
+        raise StorageError(f"{path} is locked by another command; try again") from None
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; XDG_CONFIG_HOME can name another place, and LATTICE_TOKEN with "
@@ -212,4 +212,4 @@ def _checked(found: dict[str, Any]) -> _Tokens:
     try:
         return {str(url): {str(slug): str(token) for slug, token in kept.items()} for url, kept in found.items()}
     except AttributeError:
-        raise StorageError(f"{tokens_path()} is not valid; mend it, or remove it and log in again") from None
+        raise StorageError(f"{tokens_path()} is not valid; repair it, or remove it and log in again") from None

@@ -103,13 +103,13 @@ class Guard:
             where = "the project's files"
         if self._plugins:
             refusal = WriteRefused(
-                f"'lattice {self._plugins}' is a plugin's and would write {where}, but the files here are a copy "
+                f"'lattice {self._plugins}' is a plugin's and would write {where}, but the files here are a cache "
                 f"of the server's; if the server has the plugin too: lattice remote route {self._plugins}"
             )
         else:
             refusal = WriteRefused(
                 f"this command writes {name}, but the project's files belong to its remote; "
-                "it can't run here (lattice remote show says where the remote is)"
+                "it cannot run here (lattice remote show says where the remote is)"
             )
         self.refused = self.refused or refusal
         raise refusal

@@ -23,7 +23,7 @@ def register(cli_group: click.Group) -> None:
     """Hook into lattice's command group. Does nothing inside our own server."""
     if SERVER_ENV in os.environ:
         return
-    cli_group.add_command(_RemoteCommand("remote", help="Share this board through a server.", add_help_option=False))
+    cli_group.add_command(_RemoteCommand("remote", help="Share this project through a server.", add_help_option=False))
     resolve = cli_group.resolve_command
 
     def resolve_command(ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:

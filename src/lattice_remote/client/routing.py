@@ -114,11 +114,11 @@ def _say_where_init_is(target: str, directory: str) -> None:
         return
     with contextlib.suppress(RemoteError):  # other commands report a damaged remote.json
         remote = read_remote(directory)
-        this = f"a copy of project {remote.project} on {remote.url}"
+        this = f"a cache of project {remote.project} on {remote.url}"
         if has_one:
-            notice = f"this is {this}: there is nothing to initialise, any lattice command brings its files"
+            notice = f"this is {this}: there is nothing to initialise, any lattice command fetches its files"
         else:
-            notice = f"around this is {root}, {this}; here begins a project of its own, which nobody else sees"
+            notice = f"the directory is inside {root}, {this}; this creates a separate project, which is not shared"
         click.echo(f"lattice-remote: {one_line(notice)}", err=True)
 
 
@@ -141,8 +141,8 @@ def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> 
     remote = read_remote(directory, UNPUSHED_FILE)
     if not _is_read(path, ctx):
         raise Misuse(
-            f"this project is to be pushed to {remote.place}, and is not yet: lattice remote push; or stay with it "
-            f"here: lattice remote remove {remote.name}"
+            f"this project is not pushed to {remote.place} yet: lattice remote push; or keep it local: "
+            f"lattice remote remove {remote.name}"
         )
     click.echo(f"lattice-remote: not pushed to {remote.place} yet; next: lattice remote push", err=True)
 

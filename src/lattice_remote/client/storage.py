@@ -145,7 +145,7 @@ class RemoteStorage:
             if not answer["filled"]:
                 raise as_told(answer["message"], answer["code"])
             age = "of unknown age" if answer["age_s"] is None else f"{answer['age_s']:.0f} s old"
-            _warn(f"{answer['message']}; what is read is {age} (change {answer['seq']})")
+            _warn(f"{answer['message']}; the data is {age} (change {answer['seq']})")
         return LocalStorage(self._root)
 
     def _ready(self) -> dict[str, Any]:
@@ -196,8 +196,8 @@ class RemoteStorage:
             if answer["outcome"] in ("written", "merged", "conflict"):
                 return answer
         except (ValueError, KeyError, TypeError, AttributeError) as wrong:
-            raise ConnectionFailed("the server answered something else", sent=True) from wrong
-        raise ConnectionFailed("the server answered something else", sent=True)
+            raise ConnectionFailed("unexpected response from the server", sent=True) from wrong
+        raise ConnectionFailed("unexpected response from the server", sent=True)
 
 
 def _warn(message: str) -> None:

@@ -61,7 +61,7 @@ def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_ca
         Misuse: the file of authorities is missing, or contradicts the URL.
     """
     if ca_file is not None and not url.startswith("https:"):
-        raise Misuse(f"--ca-file is for https; {url} is not verified by anybody")
+        raise Misuse(f"--ca-file requires https; {url} is not verified")
     if ca_file is not None and not os.path.isfile(ca_file):
         raise Misuse(f"there is no file {ca_file}")
     return Server(url, insecure, None if ca_file is None else os.path.abspath(ca_file), max_cache_mib)
@@ -109,14 +109,14 @@ def admit(url: str, named: Server | None = None) -> Server:
         known = Server(url)
     if known is None:
         raise Rejected(
-            f"no token was sent to {url}: this directory names that server, you have not; if it is yours: "
+            f"no token was sent to {url}: this directory names that server, but you have not; if it is yours: "
             f"lattice remote login {url}, or for LATTICE_TOKEN: lattice remote trust {url}",
             code="REMOTE_UNTRUSTED",
         )
     if url.startswith("http:") and not known.insecure and not is_loopback(url):
         raise Rejected(
-            f"no token was sent to {url}: over plain HTTP everybody on the way can read it; use https, or if that "
-            f"network is yours alone: lattice remote trust {url} --insecure",
+            f"no token was sent to {url}: over plain HTTP it can be read on the way; use https, or if the "
+            f"network is private: lattice remote trust {url} --insecure",
             code="REMOTE_UNTRUSTED",
         )
     return known
@@ -166,7 +166,7 @@ def _of(found: dict[str, Any], url: str) -> Server | None:
     fields = kept if isinstance(kept, dict) else {"insecure": None}
     insecure, ca_file, mib = fields.get("insecure", False), fields.get("ca_file"), fields.get("max_cache_mib")
     if not isinstance(insecure, bool) or not isinstance(ca_file, str | None) or not isinstance(mib, int | None):
-        raise StorageError(f"{servers_path()} is not valid; mend it, or remove it and name your servers again")
+        raise StorageError(f"{servers_path()} is not valid; repair it, or remove it and name your servers again")
     return Server(url, insecure, ca_file, mib)
 
 

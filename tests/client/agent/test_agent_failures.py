@@ -53,7 +53,7 @@ async def test_beside_a_frozen_agent_commands_do_the_steps_themselves_and_say_so
         began = time.monotonic()
         assert (await ask("ready", directory))["current"]
         assert time.monotonic() - began < 10
-        said = f"lattice-remote: the background agent, process {pid}, does not answer; this command does without it\n"
+        said = f"lattice-remote: the background agent, process {pid}, does not answer; this command runs without it\n"
         assert capfd.readouterr().err == said
         assert (await run(directory, "append", "events/x.jsonl", "once\n"))["exit_code"] == 0
         assert (directory / "events/x.jsonl").read_bytes() == b"once\n"
@@ -113,10 +113,10 @@ async def test_beside_a_frozen_process_that_holds_the_cache_commands_work_and_sa
         began = time.monotonic()
         answer = await ask("ready", directory)
         assert answer["filled"] and not answer["current"]
-        assert answer["message"] == f"another process holds on to {directory}"
+        assert answer["message"] == f"{directory} is locked by another process"
         answer = await run(directory, "put", "events/x.jsonl", "once\n")
         assert answer["exit_code"] == 0
-        assert answer["notices"] == [f"done, but the copy here is behind: another process holds on to {directory}"]
+        assert answer["notices"] == [f"done, but the cache is behind: {directory} is locked by another process"]
         assert time.monotonic() - began < 20
         assert server.files["events/x.jsonl"] == b"once\n" and not (directory / "events/x.jsonl").exists()
     finally:
@@ -174,7 +174,7 @@ async def test_an_agent_that_speaks_another_language_is_not_asked(
     package = tmp_path / "former" / "lattice_remote"
     source = Path(lattice_remote.__file__).parent
     await asyncio.to_thread(shutil.copytree, source, package, ignore=shutil.ignore_patterns("__pycache__"))
-    place = package / "client" / "runtime.py"
+    place = package / "client" / "agent_runtime.py"
     place.write_text(re.sub(r"_LANGUAGE = \d+", "_LANGUAGE = 1", place.read_text()))
     former = {**os.environ, "PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     old = await asyncio.to_thread(command, former, directory)
@@ -196,7 +196,7 @@ def test_a_directory_that_others_could_write_to_is_cleared_of_what_they_left(hom
     precious = home / "precious"
     precious.write_text("mine")
     Path(place.pid).symlink_to(precious)
-    with pytest.raises(StorageError, match="others may write"):
+    with pytest.raises(StorageError, match="writable by others"):
         agent_runtime.check(place)
     agent_runtime.prepare(place)
     agent_runtime.check(place)

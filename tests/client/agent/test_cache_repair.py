@@ -468,7 +468,7 @@ async def test_a_name_that_is_no_text_does_not_end_the_watch(
     (directory / os.fsdecode(b"caf\xe9.md")).write_bytes(b"x")
     alter(directory)
     await equal(directory, server)
-    await until(lambda: kept._healed()["watched"] == "the system tells of changes")
+    await until(lambda: kept._healed()["watched"] == "the system reports changes")
     alter(directory)
     await equal(directory, server)
 

@@ -111,7 +111,7 @@ async def test_what_git_puts_back_is_no_edit_however_often(
 ) -> None:
     for _ in range(3):
         act(directory.parent)
-        await is_restored(tracked, directory, reason="git put a text of its own there")
+        await is_restored(tracked, directory, reason="git wrote it")
     assert puts(board) == [] and board.files[PLAN] == THEIRS
     assert rescued(tracked) == [FIRST]
 
@@ -125,7 +125,7 @@ async def test_a_colleagues_text_that_a_merge_brings_is_no_edit(
     (theirs / ".lattice" / PLAN).write_bytes(b"# By a colleague, in git only\n")
     commit(theirs, "a colleague's")
     git(place, "merge", "-q", "colleague")
-    await is_restored(tracked, directory, reason="git put a text of its own there")
+    await is_restored(tracked, directory, reason="git wrote it")
     assert puts(board) == []
 
 
@@ -154,7 +154,7 @@ async def test_without_an_agent_git_is_noticed_as_well(board: FakeServer, tracke
     try:
         answer = await ask(once, "ready")
         assert (directory / PLAN).read_bytes() == THEIRS, "before the first read"
-        assert answer["current"] and "git put a text" in answer["notices"][0]  # type: ignore[index]
+        assert answer["current"] and "git wrote it" in answer["notices"][0]  # type: ignore[index]
         assert rescued(once) == [FIRST]
     finally:
         await once.close()

@@ -70,7 +70,7 @@ async def test_an_edit_is_kept_where_the_server_takes_none(
     assert (directory / PLAN).read_bytes() == b"# Mine\n"
     if missing == "put-text":
         assert [sent["outcome"] for sent in answer["sent"]] == ["refused"]
-        assert "takes no edited plans and notes: upgrade the server" in answer["notices"][0]
+        assert "does not accept edited plans and notes: upgrade the server" in answer["notices"][0]
         assert not [frame for frame in server.frames if isinstance(frame, Put)]
         assert (await run(client, "put", "tasks/task_3.json", "three"))["exit_code"] == 0
     else:
@@ -83,7 +83,7 @@ async def test_the_log_of_a_server_that_has_none_is_one_clear_line(
     await ask(client, "ready")
     write_without(server, missing)
     if missing == "log":
-        with pytest.raises(RemoteError, match="can't tell who changed what: upgrade the server") as refusal:
+        with pytest.raises(RemoteError, match="does not offer its log: upgrade the server") as refusal:
             await ask(client, "log", task="", limit=2)
         assert refusal.value.code == "REMOTE_VERSION"
         assert not [frame for frame in server.frames if isinstance(frame, Log)]
@@ -98,7 +98,7 @@ async def test_a_call_is_sent_only_to_a_server_that_names_its_surface(
     await ask(client, "ready")
     call = {"surface": "mcp", "name": "tasks/x.json", "payload": '{"x": 1}', "files": []}
     if missing == "call:mcp":
-        with pytest.raises(RemoteError, match=r"can't run MCP tools: install lattice-remote\[mcp\] on the server"):
+        with pytest.raises(RemoteError, match=r"cannot run MCP tools: install lattice-remote\[mcp\] on the server"):
             await ask(client, "call", id="1" * 32, **call)
         assert not [frame for frame in server.frames if isinstance(frame, Call)]
     else:
@@ -171,5 +171,5 @@ async def test_a_log_that_does_not_end_is_a_violation(server: FakeServer, servic
 
     server.misbehave = misbehave  # type: ignore[assignment]
     await ask(service, "ready")
-    with pytest.raises(RemoteError, match="don't lead to its beginning"):
+    with pytest.raises(RemoteError, match="are not consecutive"):
         await ask(service, "log", task="", limit=5)

@@ -317,7 +317,7 @@ async def test_more_than_an_older_server_takes_is_refused_with_advice(
     with path.open("wb") as file:
         file.truncate(25 << 20)
     await ask(service, "ready")
-    with pytest.raises(RemoteError, match="takes no large files: upgrade the server"):
+    with pytest.raises(RemoteError, match="does not accept large files: upgrade the server"):
         await attach(service, path)
     assert not [frame for frame in server.frames if isinstance(frame, Run)]
 

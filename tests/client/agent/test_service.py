@@ -309,10 +309,10 @@ async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
     await ask(service, "ready")
     server.status, server.error_body = HTTPStatus(status), body
     server.cut()
-    await until(lambda: "in its place" in str(service._link.error))
+    await until(lambda: "answers instead" in str(service._link.error))
     error = service._link.error
     assert isinstance(error, ConnectionFailed) and error.code == "REMOTE_UNREACHABLE" and not service._link.is_refused
-    expected = f"a proxy or another program answers in its place, HTTP {status}; check its URL and the way there"
+    expected = f"a proxy or another program answers instead, HTTP {status}; check the URL and the proxy"
     assert error.message == expected
     server.status = None
     assert (await run(service, "put", "tasks/x.json", "x"))["exit_code"] == 0, "the same token, and no login"
@@ -619,7 +619,7 @@ async def test_a_server_that_says_nothing_is_given_up(
     monkeypatch.setattr("lattice_remote.client.connection.connection.FIRST_FRAME_TIMEOUT_S", 0.2)
     server.misbehave = silence
     await until(lambda: service._link.error is not None)
-    assert service._link.error is not None and "says nothing" in service._link.error.message
+    assert service._link.error is not None and "sends nothing" in service._link.error.message
 
 
 async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:

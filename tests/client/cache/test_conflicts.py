@@ -100,7 +100,7 @@ async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, se
         return False
 
     server.misbehave = others_are_faster  # type: ignore[assignment]
-    with pytest.raises(Rejected, match="others have changed the same lines"):
+    with pytest.raises(Rejected, match="others have just changed the same lines"):
         await resolve(service, "mine")
     await until(lambda: (place / PLAN).read_bytes() == b"theirs again\n")
     assert (place / f"{PLAN}.mine").read_bytes() == b"mine\n"
@@ -187,7 +187,7 @@ async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
         await until(lambda: service._follower.replica.position.seq == server.seq)
         await ask(service, "push")
         assert (directory / f"{PLAN}.mine").read_bytes() == b"mine\n"
-        with pytest.raises(Rejected, match="not here yet"):
+        with pytest.raises(Rejected, match="has not arrived yet"):
             await resolve(service, choice)
     await ask(service, "ready")
     await until(lambda: (directory / PLAN).read_bytes() == b"theirs\n")
@@ -216,7 +216,7 @@ async def test_an_editor_that_is_behind_undoes_nothing(server: FakeServer, servi
     answer = await ask(service, "push")
     (put,) = [frame for frame in server.frames if isinstance(frame, Put)]
     assert put.base == lines
-    assert "load it anew" in answer["notices"][0]  # type: ignore[index]
+    assert "reload it" in answer["notices"][0]  # type: ignore[index]
     await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN])
     assert (await ask(service, "status"))["unsent_edits"] == []
 

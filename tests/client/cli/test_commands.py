@@ -311,7 +311,7 @@ async def test_status_verify_sync_pull_and_push(server: FakeServer, root: Path) 
     done = await lattice_process(root, "remote", "verify")
     assert done.code == 1 and "differs: config.json" in done.out
     done = await lattice(root, "remote", "sync")
-    assert done.code == 0 and "fetched: config.json" in done.out and "mended 1 file" in done.out
+    assert done.code == 0 and "fetched: config.json" in done.out and "repaired 1 file" in done.out
     done = await lattice(root, "remote", "verify", "--json")
     assert done.code == 0 and done.data["equal"]
     (root / ".lattice" / PLAN).write_text("new")
@@ -342,7 +342,7 @@ async def test_a_clone_waits_for_its_server_to_be_named(server: FakeServer, tmp_
     assert done.code == 0
     assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 1
     done = await lattice(root, "remote", "trust")
-    assert done.code == 0 and done.out.startswith(f"Tokens may go to {server.url} (this machine only)")
+    assert done.code == 0 and done.out.startswith(f"Tokens may be sent to {server.url} (this machine only)")
     assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 0
 
 

@@ -56,7 +56,7 @@ def test_a_pack_is_of_one_moment_and_always_the_same(directory: Path) -> None:
         assert [item.path for item in items if isinstance(item, Entry)] == sorted(FILES)
         (directory / PLAN).write_bytes(b"later")
         assert one.content(PLAN) == FILES[PLAN]
-    with pytest.raises(StorageError, match="changed while it is read"):
+    with pytest.raises(StorageError, match="changed while it was read"):
         Pack.of(str(directory), found, lambda _done, _total: None)
     assert push._changed(str(directory), found) == PLAN
 
@@ -114,5 +114,5 @@ async def test_one_push_at_a_time_in_a_directory(directory: Path) -> None:
     assert is_unpushed(str(directory))
     push.stay_local(str(directory))
     assert not (directory / LOCK_FILE).exists()
-    with pytest.raises(Misuse, match="no more"):
+    with pytest.raises(Misuse, match="no longer"):
         await push.push_project(str(directory), None)

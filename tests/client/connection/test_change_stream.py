@@ -93,8 +93,11 @@ async def test_after_every_cut_it_goes_on_where_it_was(server: FakeServer, reade
 @pytest.mark.parametrize(
     ("where", "why"),
     [
-        ({"since": 9}, "there is no change 9 yet, the last is 4: go on with --since 4"),
-        ({"since": 0}, "the changes after 0 are not kept any more; the oldest that is kept is 3: go on with --since 2"),
+        ({"since": 9}, "there is no change 9 yet, the last is 4: resume with --since 4"),
+        (
+            {"since": 0},
+            "the changes after 0 are not kept any more; the oldest that is kept is 3: resume with --since 2",
+        ),
         ({"since": Position("older", 3, b"m")}, "is not in the project's history, which is of epoch epoch-1 now"),
     ],
 )
@@ -172,7 +175,7 @@ async def test_who_takes_none_holds_no_connection_and_misses_nothing(
         await reader.until(Arrived, 100)
         assert reader.seqs == list(range(1, 101))
         assert any(
-            "faster than they are taken" in item.error.message for item in reader.items if isinstance(item, Lost)
+            "faster than they are processed" in item.error.message for item in reader.items if isinstance(item, Lost)
         )
 
 

@@ -90,14 +90,14 @@ async def test_a_private_authority_that_the_user_named_is_enough(site: Site) -> 
 
 async def test_an_unknown_authority_gets_no_token(site: Site) -> None:
     await site.start()
-    error = await fails(site.service(ca_file=False), "no authority known here vouches", "--ca-file")
+    error = await fails(site.service(ca_file=False), "unknown certificate authority", "--ca-file")
     assert error.code == "REMOTE_UNTRUSTED" and site.server.requests == []
 
 
 async def test_another_private_authority_does_not_help(site: Site) -> None:
     await site.start()
     trustme.CA().cert_pem.write_to_path(site.ca_file)
-    await fails(site.service(), "no authority known here vouches")
+    await fails(site.service(), "unknown certificate authority")
     assert site.server.requests == []
 
 
@@ -354,12 +354,12 @@ async def test_retry_after_is_honoured_whoever_asks(server: FakeServer, service:
     await until(lambda: service._link.is_barred)
     asked = len(server.requests)
     for _ in range(3):
-        with pytest.raises(ConnectionFailed, match=r"asked again in 1[12][0-9] s") as error:
+        with pytest.raises(ConnectionFailed, match=r"next attempt in 1[12][0-9] s") as error:
             await run(service, "put", "tasks/x.json", "x")
         assert error.value.code == "REMOTE_UNREACHABLE"
         answer = await ask(service, "ready")
-        assert not answer["current"] and "asked again in" in str(answer["message"])
-    assert "asked again in" in str((await ask(service, "status"))["error"])
+        assert not answer["current"] and "next attempt in" in str(answer["message"])
+    assert "next attempt in" in str((await ask(service, "status"))["error"])
     assert len(server.requests) == asked
 
 

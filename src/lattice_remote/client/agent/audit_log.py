@@ -52,7 +52,7 @@ async def read_log(link: Connection, task: str, limit: int, text: TextName | Non
         if not isinstance(page, LogPage):
             raise ConnectionFailed("unexpected response from the server")
         if before is not None and page.before is not None and page.before >= before:
-            raise ProtocolError("the pages of the server's log don't lead to its beginning")
+            raise ProtocolError("the pages of the server's log are not consecutive")
         before = page.before
         entries += page.entries
         if before is None or len(entries) > limit:

@@ -68,7 +68,7 @@ class Resolver:
             return await self._drop(conflict, "theirs")
         if not conflict.is_active:
             raise Misuse(
-                f"{conflict.short_id} is archived or gone: bring it back first, with lattice unarchive, or keep theirs"
+                f"{conflict.short_id} is archived or gone: restore it first with lattice unarchive, or keep theirs"
             )
         if not conflict.copies and text is not None:
             await self._restore(conflict, "replaced by the text that resolve was given")
@@ -82,8 +82,8 @@ class Resolver:
     async def _restore(self, conflict: TextConflict, reason: str | None) -> None:
         if await self._pusher.restore(conflict.path, reason=reason) is None:
             raise Rejected(
-                f"the server's text of {conflict.path} cannot be fetched now; nothing was changed: repeat it when the "
-                "server is in reach",
+                f"the server's text of {conflict.path} cannot be fetched now; nothing was changed: repeat when the "
+                "server is reachable",
                 code="REMOTE_BUSY",
             )
 
@@ -93,7 +93,7 @@ class Resolver:
         pushed = await self._pusher.push(link, [conflict.path], again=True, confirm=is_withheld)
         for sent in pushed.sent:
             if sent["outcome"] == "conflict":
-                raise Misuse(f"{conflict.path} was edited here since, and conflicts once more; look again")
+                raise Misuse(f"{conflict.path} was edited here since and conflicts again; review it")
             if sent["outcome"] == "refused":
                 raise Rejected(pushed.notices[0], code="REMOTE_UNSUPPORTED")
         await self._pusher.until_in_place(conflict.path)
@@ -102,14 +102,15 @@ class Resolver:
         outcome = await self._pusher.put(link, conflict.path, text)
         if outcome == "conflict":
             raise Rejected(
-                f"others have changed the same lines of {conflict.path} meanwhile; nothing was changed: look again, "
-                "then repeat it",
+                f"others have just changed the same lines of {conflict.path}; nothing was changed: review, then repeat",
                 code="REMOTE_BUSY",
             )
 
     def _only_copy(self, conflict: TextConflict) -> bytes:
         if len(conflict.copies) > 1:
-            raise Misuse(f"there are several texts of yours: name the one to keep: --edited {conflict.copies[0]}, say")
+            raise Misuse(
+                f"several texts of yours exist; name the one to keep, for example: --edited {conflict.copies[0]}"
+            )
         return self._follower.cache.read(conflict.copies[0])
 
     async def _drop(self, conflict: TextConflict, outcome: str) -> str:

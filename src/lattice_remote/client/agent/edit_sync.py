@@ -153,7 +153,7 @@ class EditSender:
             )
         return (
             f"not sent: {len(withheld)} edits, for example {min(withheld)}: {withheld[min(withheld)]}; see: lattice "
-            "remote status; to send them: lattice remote push --confirm; to go back to the server's texts: lattice "
+            "remote status; to send them: lattice remote push --confirm; to restore the server's texts: lattice "
             "remote resolve --all --theirs"
         )
 
@@ -197,7 +197,7 @@ class EditSender:
                 if judged[path][1] == EDIT and not edits.evidence.is_saved(path, text):
                     rewritten += [path] if _takes_away(edits.base(path), text) else []
         if len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
-            why = "it was changed at once with many others, as by a formatter"
+            why = "it was changed together with many others, as by a formatter"
             judged |= {path: (judged[path][0], Judgement("withheld", why)) for path in rewritten}
         elif not is_asked:
             self._rewritten_at.extend([time.monotonic()] * len(rewritten))
@@ -286,8 +286,8 @@ class EditSender:
             return "conflict", None  # every command says so until it is resolved
         if put.base != base:
             return answer.outcome, (
-                f"{path} was saved without what others had written meanwhile; that was put back, and what you wrote is "
-                "in it: load it anew in your editor (to remove lines of others, remove them once more)"
+                f"{path} was saved from an older version, and others' changes were merged into it: reload it in your "
+                "editor (to remove others' lines, remove them again)"
             )
         return answer.outcome, None
 
@@ -336,8 +336,8 @@ class EditSender:
         """
         if not await self._following.changed.until(lambda: path not in self._follower.replica.wanted, SAVING_S):
             raise Rejected(
-                f"the server's text of {path} is not here yet; nothing was changed: if the file is open in an editor, "
-                "close it, then repeat it",
+                f"the server's text of {path} has not arrived yet; nothing was changed: if the file is open in an "
+                "editor, close it, then repeat",
                 code="REMOTE_BUSY",
             )
 
@@ -367,7 +367,7 @@ class EditSender:
     async def _ask(self, link: Connection, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
         answer = await link.ask(put, first_sent_at=first_sent_at)
         if not isinstance(answer, Stored | Refused):
-            raise ConnectionFailed("the server answered something else", sent=True)
+            raise ConnectionFailed("unexpected response from the server", sent=True)
         return answer
 
     # --- files that cannot be sent yet ---

@@ -103,7 +103,7 @@ class Watching:
         """Report that every file may have changed. One undecodable file name in any directory is enough to fail."""
         if thread is self._stop:
             if self.trouble is None:
-                _log.warning("cannot watch the caches (%s); they are compared now and then", why)
+                _log.warning("cannot watch the caches (%s); they are compared periodically", why)
             self.trouble = why
             for touched in self._listeners.values():
                 touched(None)

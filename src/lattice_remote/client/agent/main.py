@@ -104,7 +104,7 @@ class Agent:
             return False
         if not self._is_at_home():
             _log.info(
-                "the configuration directory was made, removed or replaced; the next command starts another agent"
+                "the configuration directory was created, removed or replaced; the next command starts another agent"
             )
             return False
         return not self._stopping.is_set() and not self._is_idle()

@@ -72,7 +72,7 @@ async def pieces(link: DownloadConnection, path: str, content: Content, offset: 
             answer = await under_way.popleft()
             expected = min(_PIECE_BYTES, size - offset)
             if len(answer.data) != expected or (answer.size, answer.digest) != content:
-                raise ConnectionFailed(f"the server sent something else than was asked for of {path}")
+                raise ConnectionFailed(f"unexpected data from the server for {path}")
             offset += expected
             yield answer.data
     finally:
@@ -86,7 +86,7 @@ async def _ask(link: DownloadConnection, frame: Download) -> Downloaded:
     if isinstance(answer, Refused):
         raise Rejected(answer.message, code=answer.code)
     if not isinstance(answer, Downloaded):
-        raise ConnectionFailed("the server answered something else")
+        raise ConnectionFailed("unexpected response from the server")
     return answer
 
 
@@ -351,7 +351,7 @@ class Fetching:
             return
         replica = self._follower.replica
         if not await self._link.changed.until(lambda: replica.position.seq >= seq, _RETRY_S):
-            raise StorageError(f"the copy does not get to change {seq}, of which the server sends {path}")
+            raise StorageError(f"the cache does not reach change {seq}, at which the server sends {path}")
         await self._follower.learned(path, content, seq)  # unless a newer change replaced it, or it is no longer needed
 
     async def _is_here(self, path: str, content: Content) -> bool:
@@ -393,7 +393,7 @@ class Fetching:
             self._misfits[content[1]] += 1
             if self._misfits[content[1]] >= _MAX_MISFITS:
                 del self._misfits[content[1]]
-                raise StorageError(f"what the server sends of {path} is not what it has announced; its disk may be bad")
+                raise StorageError(f"the server's content of {path} is not the announced one; its disk may be damaged")
             return
         self._misfits.pop(content[1], None)
         await self._follower.arrived(path, content, partial)

@@ -137,7 +137,7 @@ class IntegrityMonitor:
                     except RemoteError:
                         pass  # reported by the connection or the replicator
                     except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
-                        _log.exception("looking after %s failed", self._cache.directory)
+                        _log.exception("monitoring %s failed", self._cache.directory)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause_s):
                         await self._wake.wait()
@@ -187,7 +187,7 @@ class IntegrityMonitor:
             self._scan_at = 0.0
         if not comparison.is_clean:
             found = len(comparison.differing) + len(comparison.missing) + len(comparison.surplus)
-            _log.info("%s: %d files were not the server's", self._cache.directory, found)
+            _log.info("%s: %d files differed from the server's", self._cache.directory, found)
         _log.info("%s: compared in %.1f s", self._cache.directory, time.monotonic() - began)
 
     async def _scan(self) -> None:
@@ -210,5 +210,5 @@ class IntegrityMonitor:
     def how(self) -> str:
         """Return the detection method in words."""
         if self._watching.trouble is None:
-            return "the system tells of changes"
+            return "the system reports changes"
         return f"compared every {max(_MIN_RESCAN_S, self._scan_cost_s * _RESCAN_SHARE):.0f} s: {self._watching.trouble}"

@@ -181,7 +181,7 @@ class Rescuer:
         if text == theirs:
             return
         if not is_new and theirs is not None:
-            refuse(path, "the server has another text by now; compare the two and edit the plan or notes")
+            refuse(path, "the server has another text; compare the two and edit the plan or notes")
             return
         kind = "write-plan" if path.startswith("plans/") else "write-notes"
         try:

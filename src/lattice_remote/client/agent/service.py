@@ -364,7 +364,7 @@ class Service:
         if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
             return error
         if self.cache.is_held_by_others:
-            return StorageError(f"another process holds on to {self.cache.directory}")
+            return StorageError(f"{self.cache.directory} is locked by another process")
         if self._link.welcome is None or not self._link.is_open:
             return self._link.unreachable(is_write=False)
         if self._is_current():
@@ -403,13 +403,13 @@ class Service:
         except ConnectionFailed as error:
             if error.sent or not self.cache.is_held_by_others:
                 raise
-            raise StorageError(f"another process holds on to {self.cache.directory}; nothing was written") from error
+            raise StorageError(f"{self.cache.directory} is locked by another process; nothing was written") from error
 
     async def _run(self, request: dict[str, Any], token: str | None, report: ProgressCallback) -> dict[str, Any]:
         """Run a command line on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(run_frame(request), request, token, report)
         if not isinstance(answer, Reply):
-            raise ConnectionFailed("the server answered something else", sent=True)
+            raise ConnectionFailed("unexpected response from the server", sent=True)
         return {
             "exit_code": answer.exit_code if 0 <= answer.exit_code <= 255 else 1,
             "stdout": base64.b64encode(answer.stdout).decode("ascii"),
@@ -421,7 +421,7 @@ class Service:
         """Run a surface's operation on the server; return once its change is in the files."""
         answer, notices = await self._carry_out(call_frame(request), request, token, report)
         if not isinstance(answer, Returned):
-            raise ConnectionFailed("the server answered something else", sent=True)
+            raise ConnectionFailed("unexpected response from the server", sent=True)
         payload = answer.payload.decode(errors="replace")
         return {"status": answer.status, "payload": payload, "seq": answer.seq, "notices": notices}
 
@@ -456,7 +456,7 @@ class Service:
             raise Rejected(answer.message, code=answer.code)
         is_behind = link is not self._link or self.cache.is_held_by_others
         if isinstance(answer, Reply | Returned) and is_behind and not await self._reached(answer.seq):
-            notices.append(f"done, but the copy here is behind: {self._trouble().message}")
+            notices.append(f"done, but the cache is behind: {self._trouble().message}")
         return answer, [*notices, *self._notices()]
 
     async def _ask_once(self, frame: Run | Call, link: Connection, request: dict[str, Any]) -> Response:
@@ -517,17 +517,17 @@ class Service:
         link = self._links.writing(token)
         pushed = await self._pusher.push(link, [path], again=True)
         if any(sent["outcome"] in ("conflict", "refused") for sent in pushed.sent):
-            why = f"{path} has an edit that the server does not take: lattice remote resolve {request['task']}"
+            why = f"the server refuses the edit of {path}; see: lattice remote resolve {request['task']}"
             raise Misuse(why, code="REMOTE_BUSY")
         outcome = await self._pusher.put(link, path, version.data)
         if outcome == "conflict":
-            raise Rejected(f"others changed {path} meanwhile; nothing was restored: repeat it", code="REMOTE_BUSY")
+            raise Rejected(f"others have just changed {path}; nothing was restored: repeat", code="REMOTE_BUSY")
         return {"outcome": outcome, "path": path, "notices": [*pushed.notices, *self._notices()]}
 
     def _text_path(self, task: str, text: str) -> str:
         task_id = task_of(self.cache.directory, task)
         if self.cache.size(f"tasks/{task_id}.json") is None:
-            raise Misuse(f"{task} is archived or gone: bring it back first, with lattice unarchive")
+            raise Misuse(f"{task} is archived or gone: restore it first with lattice unarchive")
         return f"{'plans' if text == 'plan' else 'notes'}/{task_id}.md"
 
     # --- comparing ---
@@ -589,8 +589,7 @@ class Service:
                 here, there = self._follower.replica.position.seq, self._follower.replica.head
                 self._link.abort(
                     ConnectionFailed(
-                        f"it said that there are {there} changes, sent {here}, and then nothing more of use for "
-                        f"{STALLED_S:.0f} s"
+                        f"it announced {there} changes, sent {here}, then nothing useful for {STALLED_S:.0f} s"
                     )
                 )
                 advanced_at = now
@@ -626,7 +625,7 @@ class Service:
         if self._live is None:
             return "the next command, as no agent runs"
         if self._links.has_several_names():
-            return "the next command, as commands came in several names of late, or in another configuration's"
+            return "the next command, as recent commands used several tokens or another configuration"
         link = self._links.live()
         if link is None:
             return "a token"

@@ -135,7 +135,7 @@ async def _upload(link: Connection, source: Source, name: str, report: ProgressC
             raise
         return False
     except ConnectionFailed as error:
-        kept = f"; {there} of {source.size} bytes of {name} are there: the same command goes on from them"
+        kept = f"; the server has {there} of {source.size} bytes of {name}: repeat the command to resume"
         raise ConnectionFailed(error.message + (kept if there else ""), code=error.code) from error
     return True
 

@@ -118,14 +118,14 @@ class Files:
         """Add a notice that a link instead of a plan or notes will be replaced: it may lead to any file."""
         place = self._cache.absolute(path)
         if os.path.islink(place):
-            notice = f"{path} was a link, and only a plain file is sent: the server's text is back, "
-            self._keepsakes.notices.append(f"{notice}and the file that it led to ({os.readlink(place)}) is as before")
+            notice = f"{path} was a link, and only plain files are sent: the server's text was restored, "
+            self._keepsakes.notices.append(f"{notice}and the link's target ({os.readlink(place)}) is unchanged")
 
     def _written(self, part: Part, replica: Replica, placed: bool | None, *, is_text: bool = False) -> list[Effect]:
         if placed is False:
             self.misfits[part.path] += 1
             if self.misfits[part.path] >= _MAX_MISFITS:
-                raise ProtocolError(f"the server keeps sending {part.path!r} in pieces that are not the file")
+                raise ProtocolError(f"the server keeps sending {part.path!r} in parts that do not form the file")
             return replica.drifted([part.path])
         if placed:
             self.misfits.pop(part.path, None)

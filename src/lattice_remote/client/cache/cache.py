@@ -155,9 +155,9 @@ LOCK_FILE = ".cache.lock"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
 LOCKS_FILE = "locks"
 LOCKS_TEXT = b"""\
-This directory is a copy of a board on a server; see remote.json. This file stands where lattice looks for its
-lock files, so that a lattice which does not know of the server can read here, but fails before it writes: the
-server would not get what it writes.
+This directory is a cache of a project on a server; see remote.json. This file takes the place of lattice's lock
+directory, so that a lattice without lattice-remote can read here, but fails before it writes: the server would not
+receive its changes.
 
 To write, install lattice-remote beside the lattice that failed: pip install lattice-remote
 For MCP, run lattice remote mcp instead of lattice-mcp.
@@ -264,7 +264,7 @@ class Cache:
             if self.held_since is None:
                 self.held_since = time.monotonic()
             if time.monotonic() > deadline:
-                raise StorageError(f"another process has held {self.directory} for {timeout_s:.0f} s")
+                raise StorageError(f"{self.directory} was locked by another process for {timeout_s:.0f} s")
             await asyncio.sleep(_LOCK_POLL_S)
         self._present.add(LOCK_FILE)
         self.held_since = None

@@ -101,9 +101,9 @@ class Evidence:
         if _NULS in text or (text and not text.strip(b"\0")):
             return "it held NUL bytes instead of text, as after a power cut"
         if blobs is not None and blobs.have(text):
-            return "git put a text of its own there (checkout, stash, reset, merge), which is no save"
+            return "git wrote it (checkout, stash, reset, merge)"
         if (is_doubtful or path in self.cramped) and base and base.startswith(text):
-            return "it was empty or cut short, as after a crash or on a full disk"
+            return "it was empty or truncated, as after a crash or on a full disk"
         return None
 
     def _doubt(
@@ -113,7 +113,7 @@ class Evidence:
         if blobs is not None and blobs.is_unmerged:
             return "git has not finished merging it"
         if is_from_before:
-            return "it was changed before this machine was started, and no agent saw that"
+            return "it was changed before this machine was started, while no agent ran"
         if self._is_earlier(path, text):
             return "it is an earlier version, which others have changed since"
         if not text.strip() and base is not None and len(base) >= _LONG_TEXT_BYTES:

@@ -485,7 +485,7 @@ class Replicator:
         found = self.cache.load_state()
         here = self.replica.position
         if found.position.epoch != here.epoch or found.position.seq < here.seq:
-            raise ConnectionFailed("another process has begun this cache anew")
+            raise ConnectionFailed("another process has reset this cache")
         self._stored = self.cache.signature(STATE_FILE)
         self.state = found
         if found.position != here:
@@ -495,7 +495,7 @@ class Replicator:
         if is_same and set(found.wanted) == self.replica.wanted.keys():
             return []  # only the stored age is new
         if self.replica.state is State.COMPARING:
-            raise ConnectionFailed("another process has gone on while the files were compared")
+            raise ConnectionFailed("another process has updated the cache during the comparison")
         return self.replica.overtaken(found.position, found.wanted, found.away)
 
     def _release_settled(self) -> list[Effect]:

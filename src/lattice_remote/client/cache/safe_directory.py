@@ -278,7 +278,7 @@ class Directory:
         return os.stat(self._root).st_mode & 0o777
 
     def _in_the_way(self, path: str, wanted: str) -> StorageError:
-        return StorageError(f"{os.path.join(self._root, path)} is in the way: it is no plain {wanted}; remove it")
+        return StorageError(f"{os.path.join(self._root, path)} is in the way: not a plain {wanted}; remove it")
 
 
 def remove_tree(directory: str) -> None:

@@ -80,7 +80,7 @@ async def add_remote(
     remote = Remote(check_name(name), server.url, project)
     target = os.path.join(root, ".lattice")
     if (used := own_project(target)) is not None:
-        raise Misuse(f"this directory has a project of its own ({used}), which a copy would replace")
+        raise Misuse(f"this directory has its own project ({used}), which a cache would replace")
     if token is not None:
         credentials.check_token(token)
     if detachment(target) is not None:
@@ -95,7 +95,7 @@ async def add_remote(
             credentials.store(server.url, project, token)
         _put_in_place(staging, target)
     except OSError as error:
-        raise StorageError(f"cannot make {target}: {error.strerror}") from error
+        raise StorageError(f"cannot create {target}: {error.strerror}") from error
     finally:
         remove_tree(staging)
     return added
@@ -110,8 +110,8 @@ def _attach_again(target: str, remote: Remote, *, token: str | None, server: Ser
     lost = lost_remote(target)
     if lost is not None and (lost.url, lost.project) != (remote.url, remote.project):
         raise Misuse(
-            f"this directory is a copy of {lost.place}: add that again first; where the server has moved, "
-            f"lattice remote set-url {remote.name} comes next"
+            f"this directory is a cache of {lost.place}: add that first; if the server has moved, "
+            f"continue with: lattice remote set-url {remote.name}"
         )
     trusted_servers.record(server)
     if token is not None:
@@ -161,7 +161,7 @@ def _make_directories(directory: str) -> list[str]:
             os.mkdir(each)
             made.append(each)
     except OSError as error:
-        raise StorageError(f"cannot make {directory}: {error.strerror}") from error
+        raise StorageError(f"cannot create {directory}: {error.strerror}") from error
     return made
 
 
@@ -220,9 +220,9 @@ def _first_sign_of_use(target: str) -> str | None:
     if tasks := _count(target, "tasks", ".json"):
         return f"{tasks} task{'s' * (tasks != 1)}"
     if _is_configured(target):
-        return "a config.json that was changed"
+        return "a changed config.json"
     if _is_described(target):
-        return "a context.md that was written"
+        return "an edited context.md"
     for directory, directories, names in os.walk(target):
         directories.sort()
         for name in sorted(names):
@@ -296,9 +296,7 @@ async def check_token(server: Server, project: str, token: str) -> str:
         await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _CHECK_TIMEOUT_S)
         if link.is_refused and link.error is not None:
             raise link.error
-        return (
-            f"accepted, acting as {link.welcome.actor}" if link.welcome else "not checked: the server is out of reach"
-        )
+        return f"accepted, acting as {link.welcome.actor}" if link.welcome else "not checked: cannot reach the server"
     finally:
         await link.close()
 

@@ -21,7 +21,7 @@ __all__ = ["app", "completions", "main"]
 
 app = typer.Typer(
     add_completion=False,
-    help="Share this board through a server.",
+    help="Share this project through a server.",
     no_args_is_help=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

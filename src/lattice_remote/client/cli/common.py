@@ -22,9 +22,9 @@ __all__ = [
     "Json",
     "acting",
     "agent",
+    "cache",
     "conflicts",
     "connection",
-    "copy",
     "count",
     "edits",
     "fields_of",
@@ -47,11 +47,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 CaFile = Annotated[
     str | None,
     typer.Option(
-        "--ca-file", metavar="FILE", help="Authorities (PEM) that vouch for this server, in place of the system's."
+        "--ca-file", metavar="FILE", help="Certificate authorities (PEM) for this server, instead of the system's."
     ),
 ]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Let tokens go to this server over plain HTTP, also from another machine.")
+    bool, typer.Option("--insecure", help="Send tokens to this server over plain HTTP, even from another machine.")
 ]
 
 
@@ -182,11 +182,11 @@ def connection(answer: dict[str, Any]) -> str:
     heard = answer["last_heard_s"]
     if answer["connected"]:
         return f"connected (last frame {heard} s ago)"
-    ago = "nothing heard of the server yet" if heard is None else f"last frame {describe_age(heard)} ago"
+    ago = "no frame from the server yet" if heard is None else f"last frame {describe_age(heard)} ago"
     return f"not connected: {answer['error'] or 'connecting'} ({ago})"
 
 
-def copy(answer: dict[str, Any]) -> str:
+def cache(answer: dict[str, Any]) -> str:
     here, there = answer["seq"], answer["server_seq"]
     if answer["trouble"]:
         return f"stuck at change {here}: {answer['trouble']}"
@@ -205,7 +205,7 @@ def healed(healed: dict[str, Any]) -> str:
         text += f", last {healed['last_path']} {describe_age(healed['last_age_s'])} ago"
     if healed["fought_over"]:
         text += f"; another process keeps writing {', '.join(healed['fought_over'][:5])}"
-    return f"{text} ({healed['watched'] or 'nobody watches: no agent'})"
+    return f"{text} ({healed['watched'] or 'not watched: no agent'})"
 
 
 def edits(answer: dict[str, Any]) -> str:
@@ -215,7 +215,7 @@ def edits(answer: dict[str, Any]) -> str:
     how = "sent as soon as they are saved" if waits_for is None else f"they wait for {waits_for}"
     if not unsent:
         return f"none ({how})"
-    shown = [f"{path} (not taken as it is: {refused[path]})" if path in refused else path for path in unsent]
+    shown = [f"{path} (refused: {refused[path]})" if path in refused else path for path in unsent]
     shown = [f"{path} (waits for you: {withheld[path]})" if path in withheld else path for path in shown]
     return f"{len(unsent)}: {', '.join(shown)} ({how})"
 
@@ -246,7 +246,7 @@ def acting(answer: dict[str, Any]) -> str:
     if answer["actor"] is None:
         if answer["has_token"]:
             return f"unknown: {answer['actor_error'] or 'not connected'}"
-        return "nobody: no token; log in with: lattice remote login"
+        return "none: no token; log in with: lattice remote login"
     return ", ".join([answer["actor"], *answer["act_as"]])
 
 

@@ -34,7 +34,7 @@ def history(
     notes: Notes = False,
     show: Show = "",
     restore: Restore = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=MAX_ENTRIES, help="How many versions.")] = 20,
+    number: Annotated[int, typer.Option("-n", min=1, max=MAX_ENTRIES, help="Number of versions.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List the versions of a task's plan or notes, newest first, or show or restore one.

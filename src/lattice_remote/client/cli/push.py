@@ -133,7 +133,7 @@ async def plan_push(directory: str) -> Plan:
 def _require_empty(welcome: Welcome | None, own: str = "") -> None:
     assert welcome is not None, "the connection is open"
     if "push" not in welcome.capabilities:
-        raise Rejected("the server takes no whole projects: upgrade it", code="REMOTE_VERSION")
+        raise Rejected("the server does not accept whole projects: upgrade it", code="REMOTE_VERSION")
     if welcome.used:
         raise Misuse(
             f"project {welcome.project} on the server has {welcome.used}, and this directory a project of its own"
@@ -197,12 +197,12 @@ def _alone(directory: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise Misuse("another lattice remote push is at work in this directory: wait for it") from None
+        raise Misuse("another lattice remote push is running in this directory: wait for it") from None
     except OSError as error:
         raise StorageError(f"cannot lock {directory}: {error.strerror}") from error
     try:
         if not is_unpushed(directory):
-            raise Misuse("this directory waits to be pushed no more; see: lattice remote status")
+            raise Misuse("this directory no longer waits to be pushed; see: lattice remote status")
         yield
     finally:
         lock.release()
@@ -257,7 +257,7 @@ async def _ask(link: Connection, directory: str, attempt: _Attempt) -> Pushed | 
             _forget(directory, _ATTEMPT_FILE)
             raise Rejected(answer.message, code=answer.code)
         case _:
-            raise ConnectionFailed("the server answered something else", sent=True)
+            raise ConnectionFailed("unexpected response from the server", sent=True)
 
 
 def _changed(directory: str, found: Survey) -> str | None:
@@ -330,7 +330,7 @@ def _read_attempt(directory: str) -> _Attempt | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
-        raise StorageError(f"cannot read {_ATTEMPT_FILE}: {error}; lattice remote remove starts anew") from error
+        raise StorageError(f"cannot read {_ATTEMPT_FILE}: {error}; start over with: lattice remote remove") from error
 
 
 def _write_attempt(directory: str, attempt: _Attempt) -> None:
@@ -356,11 +356,9 @@ _COUNTED = {
 
 @app.command()
 def push(
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be sent; send and change nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, without sending.")] = False,
     confirm: Annotated[
-        bool, typer.Option("--confirm", help="Send also the edits that wait for a decision, see lattice remote status.")
+        bool, typer.Option("--confirm", help="Also send withheld edits, see lattice remote status.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -414,11 +412,11 @@ def _plan_project(directory: str, *, as_json: bool) -> None:
         parts = [count(number, nouns[label]) for label, number in counts.items() if number]
         typer.echo(f"  {', '.join([*parts, count(len(plan.found.files), 'file')])}, {plan.found.bytes} bytes")
         if plan.found.has_hooks:
-            typer.echo("  left out: the hooks of config.json, unless the server's administrator allows them")
+            typer.echo("  omitted: the hooks of config.json, unless the server's administrator allows them")
         if plan.found.left_out:
-            typer.echo(f"  left out, no part of a project: {', '.join(map(one_line, plan.found.left_out[:10]))}")
+            typer.echo(f"  omitted, not part of a project: {', '.join(map(one_line, plan.found.left_out[:10]))}")
         typer.echo(
-            f"  {one_line(plan.trouble)}" if plan.trouble else "  the server would take it: its project is empty"
+            f"  {one_line(plan.trouble)}" if plan.trouble else "  the server would accept it: its project is empty"
         )
     if plan.trouble:
         raise typer.Exit(1)
@@ -438,7 +436,7 @@ def _push_project(directory: str, *, as_json: bool) -> None:
         return
     typer.echo(
         f"Pushed {count(answer.tasks, 'task')}, {answer.archived} archived, {count(answer.files, 'file')} to "
-        f"{done.remote.url}, project {done.remote.project}; this directory is a copy of it now, at change {answer.seq}."
+        f"{done.remote.url}, project {done.remote.project}; this directory is its cache now, at change {answer.seq}."
     )
     for note in answer.notes:
         typer.echo(f"lattice-remote: {one_line(note)}", err=True)

@@ -41,12 +41,14 @@ __all__ = ["app"]
 app = typer.Typer()
 
 
-Token = Annotated[str | None, typer.Option(help="Kept for this user; - asks for it. Else LATTICE_TOKEN or a login.")]
+Token = Annotated[
+    str | None, typer.Option(help="Stored for this user; - prompts for it. Else LATTICE_TOKEN or a login.")
+]
 
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="What to call it: origin, by habit.")],
+    name: Annotated[str, typer.Argument(help="Its name, usually origin.")],
     url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, also with /SLUG.")],
     *,
     project: Annotated[str | None, typer.Option(help="The project's slug on the server.")] = None,
@@ -80,7 +82,7 @@ def clone(
     url: Annotated[str, typer.Argument(help="The project: https://HOST/SLUG.")],
     directory: Annotated[str, typer.Argument(metavar="[DIR]", help="A new or empty one; SLUG by default.")] = "",
     *,
-    name: Annotated[str, typer.Option(help="What to call the remote.")] = "origin",
+    name: Annotated[str, typer.Option(help="Name of the remote.")] = "origin",
     token: Token = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
@@ -141,7 +143,8 @@ def _given(token: str | None, server: trusted_servers.Server) -> Iterator[str | 
     yield ask_for_token(server.url) if token == "-" else token  # noqa: S105 - no token
     if token not in (None, "-"):
         typer.echo(
-            "lattice-remote: others on this machine can see a token in a command line; --token - asks for it", err=True
+            "lattice-remote: others on this machine can see a token in a command line; --token - prompts for it",
+            err=True,
         )
 
 
@@ -164,7 +167,8 @@ def _say_awaiting(remote: Remote, own: str, *, as_json: bool) -> None:
         return
     typer.echo(f"Added remote {remote.name} ({remote.url}, project {remote.project}), which is empty.")
     typer.echo(
-        f"This directory's project ({own}) is only here yet. Next: lattice remote push; --dry-run says what would go."
+        f"This directory's project ({own}) is not pushed yet. Next: lattice remote push; "
+        "--dry-run shows what would be sent."
     )
 
 
@@ -187,14 +191,14 @@ def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> 
     typer.echo(f"  Project: {found.project}")
     typer.echo(f"  Acting as: {one_line(common.acting(status))}")
     typer.echo(f"  Connection: {one_line(common.connection(status))}")
-    typer.echo(f"  Copy: {one_line(common.copy(status))}")
+    typer.echo(f"  Cache: {one_line(common.cache(status))}")
 
 
 @app.command(name="set-url")
 def set_url(
     name: str,
     url: str,
-    project: Annotated[str | None, typer.Option(help="The project's slug there, if it is another.")] = None,
+    project: Annotated[str | None, typer.Option(help="The project's slug there, if different.")] = None,
     ca_file: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -214,9 +218,7 @@ def set_url(
         typer.echo(f"{found.name} is now {new_url} {remote.project}; next: lattice remote push")
         return
     write_remote(directory, remote)
-    typer.echo(
-        f"{found.name} is now {new_url} {slug or found.project}; the copy is compared with it when it is next used."
-    )
+    typer.echo(f"{found.name} is now {new_url} {slug or found.project}; the cache is compared with it at the next use.")
 
 
 def _take_token_along(old: Remote, new: Remote) -> None:
@@ -280,7 +282,7 @@ def remove(
         return
     _require_nothing_else_of_ours(directory)
     leaving.remove_remote(directory, found)
-    typer.echo(f"Removed remote {found.name} and the copy of {found.project}; nothing changes on the server.")
+    typer.echo(f"Removed remote {found.name} and the cache of {found.project}; nothing changes on the server.")
 
 
 def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
@@ -290,8 +292,8 @@ def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
     except RemoteError as error:
         if error.code == "REMOTE_STORAGE":
             raise
-        typer.echo(f"lattice-remote: {one_line(error.message)}; the files stay as they last came", err=True)
-        number = "the last change that came"
+        typer.echo(f"lattice-remote: {one_line(error.message)}; the files stay as last received", err=True)
+        number = "the last received change"
     else:
         _require_nothing_else_of_ours(directory)
     left = asyncio.run(leaving.keep_local(directory, found, hooks=hooks))
@@ -307,6 +309,4 @@ def _require_nothing_else_of_ours(directory: str) -> None:
     except RemoteError:
         return  # edited plans and notes are known without the server
     if own := [*answer["differing"], *answer["surplus"]]:
-        raise Misuse(
-            f"not as on the server: {', '.join(own[:5])}; keep a copy of what is yours, then: lattice remote sync"
-        )
+        raise Misuse(f"not as on the server: {', '.join(own[:5])}; save your own texts, then: lattice remote sync")

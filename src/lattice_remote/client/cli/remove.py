@@ -105,12 +105,12 @@ def _require_whole(cache: Cache) -> None:
         raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
     state = cache.load_state()
     if not state.is_filled or not state.position.epoch:
-        raise Misuse("the copy was not compared with the server since this machine started: lattice remote pull")
+        raise Misuse("the cache was not compared with the server since this machine started: lattice remote pull")
     if state.away:
         path = next(iter(state.away))
         raise Misuse(f"{len(state.away)} large files were not fetched, such as {path}: lattice remote fetch")
     if state.wanted:
-        raise Misuse(f"{len(state.wanted)} files have not come yet, such as {state.wanted[0]}: lattice remote pull")
+        raise Misuse(f"{len(state.wanted)} files have not arrived yet, such as {state.wanted[0]}: lattice remote pull")
 
 
 def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
@@ -124,7 +124,7 @@ def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
     if hooks is None:
         raise Misuse(
             "config.json has hooks, shell commands from the server that lattice would run on this machine from now on: "
-            "look at them, then say --keep-hooks or --no-hooks"
+            "check them, then pass --keep-hooks or --no-hooks"
         )
     del config["hooks"]
     return json.dumps(config, sort_keys=True, indent=2).encode() + b"\n"

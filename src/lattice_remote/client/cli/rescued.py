@@ -121,7 +121,7 @@ def drop(numbers: Numbers = None, every: All = False, as_json: Json = False) -> 
 
 def _chosen(numbers: list[int] | None, *, every: bool) -> list[int]:
     if bool(numbers) == every:
-        raise Misuse("say which: the NUMBERs that lattice remote rescued lists, or --all")
+        raise Misuse("name NUMBERs listed by lattice remote rescued, or --all")
     return numbers or []
 
 

@@ -23,15 +23,11 @@ _MAX_SHOWN_BYTES = 512 * 1024
 _MAX_SHOWN_LINES = 200
 _MAX_SHOWN_CHARACTERS = 300
 
-Task = Annotated[
-    str, typer.Argument(metavar="[TASK]", help="LAT-42, a task's id, or a path; left out: every conflict.")
-]
+Task = Annotated[str, typer.Argument(metavar="[TASK]", help="LAT-42, a task's id, or a path; default: every conflict.")]
 File = Annotated[str, typer.Argument(metavar="[FILE]", help="With --edited: the text to keep; - reads stdin.")]
-Mine = Annotated[bool, typer.Option("--mine", help="Keep my text in place of the server's.")]
+Mine = Annotated[bool, typer.Option("--mine", help="Keep my text instead of the server's.")]
 Theirs = Annotated[bool, typer.Option("--theirs", help="Keep the server's text; mine is removed.")]
-Edited = Annotated[
-    bool, typer.Option("--edited", help="Keep FILE, or, without one, the plan or notes as edited in place by now.")
-]
+Edited = Annotated[bool, typer.Option("--edited", help="Keep FILE, or without one the plan or notes as they are now.")]
 Plan = Annotated[bool, typer.Option("--plan", help="Only the plan's conflict.")]
 Notes = Annotated[bool, typer.Option("--notes", help="Only the notes' conflict.")]
 
@@ -46,7 +42,7 @@ def resolve(
     edited: Edited = False,
     plan: Plan = False,
     notes: Notes = False,
-    every: Annotated[bool, typer.Option("--all", help="With --mine or --theirs: all that are shown.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="With --mine or --theirs: all shown conflicts.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show or resolve a conflict between your text of a plan or notes and the server's, or a withheld edit.
@@ -58,9 +54,9 @@ def resolve(
     """
     choice = _choice(mine=mine, theirs=theirs, edited=edited)
     if file and choice != "edited":
-        raise Misuse("a FILE goes with --edited")
+        raise Misuse("FILE requires --edited")
     if choice is not None and not task and (not every or file):
-        raise Misuse("say which TASK, or --all: without one, this only shows the conflicts")
+        raise Misuse("name a TASK, or --all; without them the conflicts are only shown")
     directory, _ = here()
     fields = {
         "task": task,

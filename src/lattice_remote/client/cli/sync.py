@@ -96,7 +96,7 @@ def _paths_of(directory: str, name: str) -> Iterator[str]:
             return
     artifacts = _artifacts_of_task(directory, name)
     if artifacts is None:
-        raise Misuse(f"{name!r} is no task, no artifact, and no file in {_PAYLOADS}")
+        raise Misuse(f"{name!r} is not a task, artifact or file in {_PAYLOADS}")
     for artifact in artifacts:
         yield from _of_artifact(directory, artifact)
 
@@ -176,7 +176,7 @@ def agent_stop(*, every: All = False) -> None:
         for other in _ask_others("agent-stop"):
             typer.echo(other.get("error") or f"Stopped the agent (pid {other['pid']}) of another environment.")
     elif others := _others():
-        typer.echo(f"{_count(others)} in other environments; to end all: lattice remote agent stop --all")
+        typer.echo(f"{_count(others)} in other environments; to stop all: lattice remote agent stop --all")
 
 
 def _show(agent: dict[str, Any]) -> None:
@@ -252,14 +252,14 @@ def status(as_json: Json = False) -> None:
     rows = [
         ("remote", f"{found.name} {found.url} project {found.project}"),
         ("connection", common.connection(answer)),
-        ("copy", common.copy(answer)),
+        ("cache", common.cache(answer)),
         ("large files", common.payloads(answer["payloads"])),
         ("acting as", common.acting(answer)),
         ("unsent edits", common.edits(answer)),
         ("conflicts", common.conflicts(answer["conflicts"])),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
         ("rescued", common.rescued(answer["rescued"])),
-        ("healed", common.healed(answer["healed"])),
+        ("repaired", common.healed(answer["healed"])),
         ("agent", common.agent(answer["agent"])),
         ("versions here", common.versions(versions["here"])),
         ("versions there", common.versions(versions["server"]) if versions["server"] else "unknown: not connected"),
@@ -308,7 +308,7 @@ def sync(as_json: Json = False) -> None:
         typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
     _tell_away(answer)
     mended = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
-    what = f"mended {count(mended, 'file')} of" if mended else "nothing to mend in"
+    what = f"repaired {count(mended, 'file')} of" if mended else "nothing to repair in"
     typer.echo(f"Compared with the server at change {answer['seq']}: {what} {count(answer['total'], 'file')}.")
 
 
@@ -340,7 +340,7 @@ def verify(as_json: Json = False) -> None:
             for path in answer[key]:
                 typer.echo(f"{label}: {one_line(path)}")
         _tell_away(answer)
-        but = f", but for {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
+        but = f", except {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
         outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
         typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")
     if differences:
@@ -349,8 +349,8 @@ def verify(as_json: Json = False) -> None:
 
 @app.command()
 def log(
-    task: Annotated[str, typer.Option(metavar="ID", help="Only what touched this task: LAT-42 or task_...")] = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="How many changes.")] = 20,
+    task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
+    number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="Number of changes.")] = 20,
     as_json: Json = False,
 ) -> None:
     """List the changes with author, time and token, newest first.

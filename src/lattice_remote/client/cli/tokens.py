@@ -37,7 +37,7 @@ def login(
     trusted_servers.record(server)
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = f"{server_url}/{slug}" if slug else server_url
-    typer.echo(f"Token for {place} is kept in {credentials.tokens_path()} ({one_line(checked)}).")
+    typer.echo(f"Token for {place} is stored in {credentials.tokens_path()} ({one_line(checked)}).")
     for other in _going_before(server_url, slug):
         typer.echo(f"lattice-remote: {other}", err=True)
 
@@ -45,10 +45,10 @@ def login(
 def _going_before(server_url: str, slug: str | None) -> Iterator[str]:
     """Yield remarks about other tokens that precede the one just stored."""
     if credentials.from_environment() is not None:
-        yield "LATTICE_TOKEN is set here, and goes before any token that is kept"
+        yield "LATTICE_TOKEN is set and precedes any stored token"
     for project in credentials.projects(server_url) if slug is None else ():
         advice = f"replace it: lattice remote login {server_url}/{project}"
-        yield f"{project} has a token of its own, which goes before this one; {advice}"
+        yield f"{project} has its own token, which precedes this one; {advice}"
 
 
 @app.command()
@@ -58,7 +58,9 @@ def trust(
     insecure: Insecure = False,
     max_cache: Annotated[
         int | None,
-        typer.Option("--max-cache", metavar="MIB", min=1, help="How large it may make a copy here; 4096 by default."),
+        typer.Option(
+            "--max-cache", metavar="MIB", min=1, help="Size limit of a cache of this server; 4096 by default."
+        ),
     ] = None,
 ) -> None:
     """Trust a server with LATTICE_TOKEN, and set how its certificate is verified.
@@ -69,11 +71,11 @@ def trust(
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file, max_cache_mib=max_cache)
     known = trusted_servers.admit(server_url, server)
     trusted_servers.record(server)
-    by = f", vouched for by {known.ca_file}" if known.ca_file else ""
+    by = f", verified with {known.ca_file}" if known.ca_file else ""
     how = (
         "over plain HTTP, readable on the way" if known.insecure else "this machine only" if _is_http(known) else "TLS"
     )
-    typer.echo(f"Tokens may go to {server_url} ({how}{by}); kept in {trusted_servers.servers_path()}.")
+    typer.echo(f"Tokens may be sent to {server_url} ({how}{by}); stored in {trusted_servers.servers_path()}.")
 
 
 @app.command()

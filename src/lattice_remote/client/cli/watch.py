@@ -289,10 +289,10 @@ def watch(
         str, typer.Option("--exec", metavar="CMD", help="Run this for each change, with its JSON on standard input.")
     ] = "",
     exec_timeout: Annotated[
-        float, typer.Option("--exec-timeout", metavar="S", min=0.1, help="How long it may run for one change.")
+        float, typer.Option("--exec-timeout", metavar="S", min=0.1, help="Time limit for one change.")
     ] = 600.0,
-    task: Annotated[str, typer.Option("--task", metavar="ID", help="Only what touches this task.")] = "",
-    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after so many changes; 0: never.")] = 0,
+    task: Annotated[str, typer.Option("--task", metavar="ID", help="Only changes of this task.")] = "",
+    count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many changes; 0: never.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each change.")] = False,
 ) -> None:
     """Show changes as they arrive. Reconnects after a lost connection; none is skipped or repeated.
@@ -339,7 +339,7 @@ class _Watch:
         finally:
             self._stream.close()
             if (last := self._position) is not None:
-                self._show.note(f"watched up to change {last.seq}: go on with --since {last}")
+                self._show.note(f"watched up to change {last.seq}: resume with --since {last}")
 
     def _fail(self, error: RemoteError) -> None:
         """Report the final error; with ``--json`` as one more line, in lattice's envelope."""

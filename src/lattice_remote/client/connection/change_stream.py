@@ -167,7 +167,7 @@ class ChangeStream:
                 await self._link.close()
             if not self._is_over:
                 self._room.clear()
-                self._put(Lost(RemoteError("the changes come faster than they are taken; going on when some are")))
+                self._put(Lost(RemoteError("changes arrive faster than they are processed; paused")))
                 await self._room.wait()
 
     def _put(self, item: Item, size: int = 0) -> None:
@@ -208,7 +208,7 @@ class ChangeStream:
                 case Bye():
                     raise ProtocolError(frame.reason, code=frame.code)
                 case _:
-                    raise ProtocolError(f"{type(frame).__name__}, which was not asked for")
+                    raise ProtocolError(f"{type(frame).__name__}, which was not requested")
         return outcome
 
     async def disconnected(self) -> None:
@@ -227,7 +227,7 @@ class ChangeStream:
         if "follow" not in welcome.capabilities:
             server = f"the server (lattice-remote {welcome.server_version})"
             raise Rejected(
-                f"{server} can't tell of changes to those who keep no copy: upgrade it", code="REMOTE_VERSION"
+                f"{server} does not send changes to clients without a cache: upgrade it", code="REMOTE_VERSION"
             )
         if self._epoch not in ("", welcome.epoch) and self._is_resumed:
             self._begin_epoch(welcome)
@@ -252,13 +252,13 @@ class ChangeStream:
             self._put(Connected(Position(answer.epoch, answer.seq, answer.mark), answer.head))
         elif self._is_resumed and answer.outcome in ("epoch", "ahead"):
             # The epoch is changing right now: the next Welcome says how.
-            raise ConnectionFailed("the project's history begins anew on the server")
+            raise ConnectionFailed("the server is starting a new epoch")
         else:
             self._end(Gone(_why_not(answer)))
 
     async def _changed(self, change: Change) -> None:
         if not self._ready or self._seq is None or change.seq != self._seq + 1:
-            raise ProtocolError(f"change {change.seq} is out of turn after {self._seq}")
+            raise ProtocolError(f"change {change.seq} is out of order after {self._seq}")
         size = sum(len(op.data) for op in change.ops if isinstance(op, PutFile | AppendBytes))
         size += sum(len(op.patch) for op in change.ops if isinstance(op, MergeJson))
         with self._lock:
@@ -272,11 +272,11 @@ class ChangeStream:
 
 def _why_not(answer: Followed) -> str:
     if answer.outcome == "ahead":
-        return f"there is no change {answer.seq} yet, the last is {answer.head}: go on with --since {answer.head}"
+        return f"there is no change {answer.seq} yet, the last is {answer.head}: resume with --since {answer.head}"
     if answer.outcome == "epoch":
         return f"that change is not in the project's history, which is of epoch {answer.epoch} now: " + (
             f"all that is kept of it comes with --since {max(answer.oldest - 1, 0)}"
         )
     return f"the changes after {answer.seq} are not kept any more; the oldest that is kept is {answer.oldest}: " + (
-        f"go on with --since {max(answer.oldest - 1, 0)}"
+        f"resume with --since {max(answer.oldest - 1, 0)}"
     )

@@ -98,14 +98,14 @@ class ReceiveQueue:
 
 
 _CAN_NOT = {
-    "downloads": "sends no parts of files: upgrade the server",
-    "put-text": "takes no edited plans and notes: upgrade the server",
-    "put-base": "takes no base by its digest: upgrade the server",
-    "log": "can't tell who changed what: upgrade the server",
-    "uploads": "takes no large files: upgrade the server",
-    "push": "takes no whole projects: upgrade the server",
-    "call:dashboard": "takes no requests of the dashboard: upgrade the server",
-    "call:mcp": "can't run MCP tools: install lattice-remote[mcp] on the server",
+    "downloads": "does not send files in parts: upgrade the server",
+    "put-text": "does not accept edited plans and notes: upgrade the server",
+    "put-base": "does not accept a base by its digest: upgrade the server",
+    "log": "does not offer its log: upgrade the server",
+    "uploads": "does not accept large files: upgrade the server",
+    "push": "does not accept whole projects: upgrade the server",
+    "call:dashboard": "does not accept requests of the dashboard: upgrade the server",
+    "call:mcp": "cannot run MCP tools: install lattice-remote[mcp] on the server",
 }
 
 
@@ -445,7 +445,7 @@ class Connection:
                 self.error = _closing(closed)
             except Exception as error:  # noqa: BLE001
                 # A defect must not end the connection silently: log it, show it, try again.
-                _log.exception("the link to %s failed", self.remote.url)
+                _log.exception("the connection to %s failed", self.remote.url)
                 self.error = RemoteError(f"internal error: {error!r}")
             finally:
                 await self._hang_up()
@@ -481,11 +481,11 @@ class Connection:
         seconds, resets = self._pace.barred_s(now), self._pace.resets(now)
         if resets >= MAX_RESETS:
             return ConnectionFailed(
-                f"it made this copy begin anew {resets} times within {RESET_WINDOW_S / 60:.0f} minutes, and is asked "
-                f"again in {seconds:.0f} s; its administrator should look at its log"
+                f"it reset this cache {resets} times within {RESET_WINDOW_S / 60:.0f} minutes; next "
+                f"attempt in {seconds:.0f} s; its administrator should check its log"
             )
         why, code = (self.error.message, self.error.code) if self.error is not None else ("", None)
-        return ConnectionFailed(f"{why}; it is asked again in {seconds:.0f} s", code=code)
+        return ConnectionFailed(f"{why}; next attempt in {seconds:.0f} s", code=code)
 
     async def _hang_up(self) -> None:
         if self.welcome is not None:
@@ -552,7 +552,7 @@ class Connection:
             async with asyncio.timeout(FIRST_FRAME_TIMEOUT_S):
                 items = await inbox.take()
         except TimeoutError as error:
-            raise ConnectionFailed("it accepts the connection but says nothing") from error
+            raise ConnectionFailed("it accepts the connection but sends nothing") from error
         while True:
             await self._take(items)
             items = await inbox.take()

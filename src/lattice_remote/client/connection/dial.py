@@ -123,7 +123,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     except InvalidStatus as refusal:
         raise _refused(refusal, remote) from refusal
     except TimeoutError as error:
-        raise ConnectionFailed("it does not answer") from error
+        raise ConnectionFailed("timed out") from error
     except ssl.SSLCertVerificationError as error:
         raise _unverified(error, remote) from error
     except ssl.SSLError as error:
@@ -134,11 +134,11 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
         raise ConnectionFailed(f"{via}SOCKS needs the package python-socks, which is not installed") from error
     except OSError as error:
         if is_tls and isinstance(error, ConnectionError) and not error.errno:  # asyncio's own, from the handshake
-            raise _no_tls("it hangs up") from error
+            raise _no_tls("it closes the connection") from error
         raise ConnectionFailed(via + _describe(error)) from error
     except (InvalidHandshake, InvalidURI, EOFError, ValueError) as error:
         if is_tls or proxy or not await _speaks_tls(remote):
-            raise ConnectionFailed("what answers there is not a lattice-remote server") from error
+            raise ConnectionFailed("it is not a lattice-remote server") from error
         raise ConnectionFailed(
             f"it speaks TLS there: its URL is https{remote.url.removeprefix('http')}; a remote that exists is changed "
             "with: lattice remote set-url"
@@ -203,7 +203,7 @@ def _unverified(error: ssl.SSLCertVerificationError, remote: Remote) -> Rejected
         what = f"the certificate that {url} shows is for another host; use the name for which it was made"
     elif number in _UNKNOWN_AUTHORITY:
         what = (
-            f"no authority known here vouches for {url}; if it has a private one, name its certificate: "
+            f"cannot verify the certificate of {url}: unknown certificate authority; name a private one with: "
             f"lattice remote trust {url} --ca-file FILE"
         )
     else:
@@ -265,8 +265,8 @@ def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: f
             f"lattice remote set-url {remote.name} URL"
         )
     if status in _NOBODY_BEHIND:
-        return ConnectionFailed(f"a proxy answers in its place, HTTP {status}: it is stopped, or starts just now")
-    message = f"a proxy or another program answers in its place, HTTP {status}; check its URL and the way there"
+        return ConnectionFailed(f"a proxy answers instead, HTTP {status}: the server is stopped or starting")
+    message = f"a proxy or another program answers instead, HTTP {status}; check the URL and the proxy"
     if status in _COME_BACK and retry_after_s is not None:
         return RetryLater(message, retry_after_s)
     return ConnectionFailed(message)

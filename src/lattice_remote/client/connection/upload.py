@@ -150,5 +150,5 @@ class _Sender:
                 case Refused():
                     raise Rejected(answer.message, code=answer.code)
                 case _:
-                    raise ConnectionFailed("the server answered something else")
+                    raise ConnectionFailed("unexpected response from the server")
         raise AssertionError("the last attempt returns or raises")

@@ -129,12 +129,12 @@ class CacheWatcher:
         except RemoteError as failure:
             return failure.message
         except OSError as failure:
-            return f"the background agent can't be asked: {failure}"
+            return f"cannot reach the background agent: {failure}"
         error, age_s = answer.get("error"), answer.get("age_s")
-        why = f"the server is out of reach ({error})" if error else answer.get("trouble")
+        why = f"cannot reach the server ({error})" if error else answer.get("trouble")
         if not why or age_s is None:
             return why or ""
-        return f"{why}; this is the board of {time.strftime('%H:%M', time.localtime(time.time() - age_s))}"
+        return f"{why}; this is the state of {time.strftime('%H:%M', time.localtime(time.time() - age_s))}"
 
 
 _HERE = re.compile(r"/api/tasks/[^/]+/open-(?:notes|plans)")
