@@ -91,7 +91,7 @@ def test_a_wrong_token_is_said_and_one_can_try_again(browser: Browser, server: S
         page = person.open("/projects/board")
         page.get_by_label("Token").fill("ltr_wrong")
         page.get_by_role("button", name="Sign in").click()
-        expect(page.get_by_role("alert")).to_contain_text("not known here")
+        expect(page.get_by_role("alert")).to_contain_text("Unknown token")
         expect(page.get_by_label("Token")).to_have_value("")
         page.get_by_label("Token").fill(token)
         page.get_by_role("button", name="Sign in").click()

@@ -1,16 +1,16 @@
-"""Lattice's dashboard page, kept up to date by whoever serves it: scripts for the page, and the events they listen to.
+"""Live updates of lattice's dashboard page: scripts for the page, and the events they listen to.
 
-    requests.js    the page's own paths, below whatever path the page lies; and what came of its requests
-    redraw.js      when the page is drawn anew, and what stays as it is
-    indicator.js   says in a word whether what is shown is up to date
-    live.js        listens to the events
-    hosted.js      the way to one's projects, and to signing in (the hosted page only, as what follows)
-    listeners.js   the page's handlers, whose own attributes the page's policy forbids (handlers.py)
-    editor.js      plan and notes, edited in the page where no editor can be started
+    requests.js    the page's paths, relative to its own; the results of its requests
+    redraw.js      when the page is redrawn, and what is kept
+    indicator.js   whether the page is up to date, in a word
+    live.js        the event stream
+    hosted.js      links to the projects and to signing in (this and the rest: hosted page only)
+    listeners.js   listeners instead of the page's ``on…`` attributes, which its policy forbids
+    editor.js      editor for plans and notes, where no external editor can be started
 
-They are asked for as one, ``remote/live.js``, with ``remote/live.css``, and listen to ``remote/events``: all relative
-to the page, so that it does not matter under which path that lies. Without the events the page does what it always did:
-it asks every five seconds. No I/O here but reading the scripts.
+The page requests them as one file, ``remote/live.js``, with ``remote/live.css``, and listens to ``remote/events``: all
+relative to the page, so it works below any path. Without the events the page polls every five seconds, as without these
+scripts. No I/O except reading the scripts.
 """
 
 import json
@@ -37,11 +37,11 @@ __all__ = [
 SCRIPT = "remote/live.js"
 STYLE = "remote/live.css"
 EVENTS = "remote/events"
-"""Where the page finds them, relative to itself."""
+"""Paths relative to the page."""
 RETRY_MS = 1000
-"""A browser that has lost the events asks again after this time."""
+"""Delay after which a browser reconnects."""
 KEEP_ALIVE = b": still here\n\n"
-"""A comment, for streams whose listeners need no more than that the connection is used."""
+"""A comment that keeps an idle stream in use."""
 
 _PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js")
 _HOSTED_PARTS = ("hosted.js", "listeners.js", "editor.js")
@@ -50,33 +50,33 @@ _ABSOLUTE = re.compile(rb"""(\s(?:src|href|action)\s*=\s*["'])/(?!/)""", re.IGNO
 
 
 def with_script(page: bytes) -> bytes:
-    """Return the page with the script before everything else that it runs; as it is if it has no head."""
+    """Return the page with the script before its own; unchanged if it has no head."""
     added = f'\n<link rel="stylesheet" href="{STYLE}">\n<script src="{SCRIPT}"></script>'.encode()
     return _HEAD.sub(lambda head: head[0] + added, page, count=1)
 
 
 def with_relative_paths(page: bytes) -> bytes:
-    """Return the page such that what it names from the root of its server is below the page's own path."""
+    """Return the page with paths relative to its own instead of the server's root."""
     return _ABSOLUTE.sub(rb"\1", page)
 
 
 @cache
 def script(*, hosted: bool = False) -> bytes:
-    """Return the script's text, for a page that the server itself shows or for one on somebody's own machine."""
+    """Return the script for a hosted page, or for one on the user's machine."""
     return b"\n".join(_read(part) for part in (*_PARTS, *(_HOSTED_PARTS if hosted else ())))
 
 
 @cache
 def style() -> bytes:
-    """Return the style sheet's text."""
+    """Return the style sheet."""
     return _read("live.css")
 
 
 def event(version: str, trouble: str = "") -> bytes:
-    """Return one event of a stream: the board is at ``version`` (any text that differs after each change).
+    """Return one event: the project is at ``version``, a text that differs after each change.
 
-    ``trouble`` is one line for people on why the board may be older than it should be. Send the same again after some
-    seconds of silence: the page takes a stream that says nothing to be dead.
+    ``trouble`` is one line for users on why the project may be out of date. Repeat the event after some seconds of
+    silence: the page treats a silent stream as dead.
     """
     data = json.dumps({"version": version, "trouble": trouble})
     return f"retry: {RETRY_MS}\ndata: {data}\n\n".encode()
@@ -93,24 +93,24 @@ def _read(name: str) -> bytes:
 # of another form, all attributes stay and the policy must allow them.
 
 _ATTRIBUTE = re.compile(r"""(?<=[\s'"])on([a-z]+)=(\\?)"((?:[^"\\]|\\(?!"))*)\2\"""")
-"""In markup, or in a text from which a script makes markup."""
+"""In markup, or in a string from which a script makes markup."""
 _LEFT = re.compile(r"""(?<=[\s'"])on[a-z]+=\\?["']""")
-"""One that is written in another way."""
+"""A handler in any other notation."""
 _SPLICE = re.compile(r"' \+ .+? \+ '")
-"""Where a script puts something into such a text."""
+"""A value that a script inserts into such a string."""
 _STATEMENT = re.compile(
     r"""\s*(?:location\.hash\s*=\s*'[^'\\]*'|location\.reload\(\)|this\.parentNode\.remove\(\)"""
     r"""|(?:window\.)?([A-Za-z_$][\w$]*)\((?:\s*(?:'[^'\\]*'|event)\s*,?)*\))\s*(?:;|$)"""
 )
-"""As in listeners.js."""
+"""The same as in listeners.js."""
 _HEAD_TAG = re.compile(r"<head\b[^>]*>", re.IGNORECASE)
 
 
 def with_listeners(page: bytes, scripts: Iterable[bytes] = ()) -> bytes | None:
-    """Return the page with other names for its handlers, and with what ``listeners.js`` may do for them.
+    """Return the page with renamed handlers and a list of the calls that ``listeners.js`` may make.
 
-    ``scripts`` are its own script files, of which ``without_handlers`` is to be served. None when a handler in any of
-    this is not understood, or the page has no head.
+    ``scripts`` are the page's script files, to be served through ``without_handlers``. None if any handler in them has
+    an unknown form, or the page has no head.
     """
     try:
         texts = [page.decode(), *(script.decode() for script in scripts)]
@@ -132,7 +132,7 @@ def with_listeners(page: bytes, scripts: Iterable[bytes] = ()) -> bytes | None:
 
 
 def without_handlers(script: bytes) -> bytes:
-    """Return a script of such a page with other names for the handlers that it makes."""
+    """Return a script with the handlers renamed in the markup that it makes."""
     return _renamed(script.decode()).encode()
 
 
@@ -141,7 +141,7 @@ def _renamed(text: str) -> str:
 
 
 def _calls(handler: str) -> set[str] | None:
-    """Return the functions that a handler calls; None when it does anything that is not understood."""
+    """Return the functions that a handler calls; None if it has a statement of an unknown form."""
     calls, at = set(), 0
     while at < len(handler):
         statement = _STATEMENT.match(handler, at)

@@ -1,12 +1,11 @@
-// Plan and notes of a task, edited in the page, where lattice's page would have an editor started on its server's machine.
+// Editor for a task's plan and notes in the page. Lattice's own page would start an editor on the server's machine.
 //
-// A text is saved with the text that it was made from: what others have changed in other lines is merged on the server,
-// what they have changed in the same lines is shown. What was typed is kept until it is saved or thrown away knowingly:
-// also while the page is loaded anew.
+// A save includes the text that was edited, so the server merges changes of other lines and reports changes of the same
+// lines. Unsaved text survives a reload, until it is saved or discarded.
 (function (remote) {
   "use strict";
   var WORDS = { plans: "Plan", notes: "Notes" };
-  var SAVED = "Saved.", MERGED = "Saved, with what somebody else has changed in other lines.";
+  var SAVED = "Saved.", MERGED = "Saved and merged with another user’s changes.";
   var OPEN = /^\/api\/tasks\/([^/?]+)\/open-(plans|notes)\/?(?:\?|$)/;
 
   remote.instead.push(function (path, method) {
@@ -16,20 +15,20 @@
     return Promise.resolve(new Response('{"ok": true, "data": {}}', { headers: { "Content-Type": "application/json" } }));
   });
 
-  // --- a text ---
+  // --- text ---
 
-  // As a text field holds it; how lines end on the server stays as it is, for the merge sees that nobody has changed it.
+  // As a text field holds it. The merge keeps the server's line ends, because it sees them as unchanged.
   function normal(text) { return text === null ? null : text.replace(/\r\n?/g, "\n"); }
 
   function Text(task, kind) {
     this.url = "/remote/" + kind + "/" + task;
     this.key = "lattice draft " + remote.url(this.url);
-    this.base = null;      // what this was made from; null: there were none
-    this.text = "";        // what stands in the field
-    this.theirs = undefined;  // what is on the server, in a conflict with this
-    this.aside = null;     // what stood here before theirs was taken
+    this.base = null;      // the text that was edited; null: there was none
+    this.text = "";        // the field's content
+    this.theirs = undefined;  // the server's text in a conflict
+    this.aside = null;     // the user's text before the server's was taken
     this.isLoaded = false;
-    this.locked = "";      // why it can't be edited, if so
+    this.locked = "";      // why it is not editable
     this.said = "";
     this.isBad = false;
     this.isSaving = false;
@@ -60,7 +59,7 @@
       this.base = kept.base;
       this.text = kept.text;
       this.aside = kept.aside;
-      if (this.isDirty()) this.say("This is what you had typed and not saved.");
+      if (this.isDirty()) this.say("This is your unsaved text.");
     }
   };
 
@@ -70,7 +69,7 @@
     this.keep();
   };
 
-  // Somebody has changed something: show it where nothing was typed, say it where there was.
+  // Show a change by another user, or announce it if the user has typed.
   Text.prototype.look = async function () {
     if (!this.isLoaded) return this.load();
     if (this.isSaving || this.theirs !== undefined) return;
@@ -79,12 +78,12 @@
     this.locked = now.editable ? "" : now.reason;
     if (text === base) return;
     if (wasDirty) {
-      this.say("Somebody else has changed this meanwhile. Their lines and yours are put together when you save.");
+      this.say("Another user has changed this text. Saving merges both versions.");
       return;
     }
     this.base = text;
     this.text = text || "";
-    this.say("Changed by somebody else just now.");
+    this.say("Just changed by another user.");
   };
 
   Text.prototype.save = async function () {
@@ -105,14 +104,14 @@
     this.locked = saved.now.editable ? "" : saved.now.reason;
     if (saved.outcome === "conflict") {
       this.theirs = now;
-      this.say(this.locked ? "This can't be saved: " + this.locked + ". Copy your text if you need it."
-                           : "Somebody else has changed the same lines.", true);
+      this.say(this.locked ? "This cannot be saved: " + this.locked + ". Copy your text if you need it."
+                           : "Another user has changed the same lines.", true);
       return;
     }
     this.theirs = undefined;
     this.aside = null;
     if (this.text === sent) this.base = this.text = now || "";
-    else this.base = sent;  // typed on meanwhile: what others have written is merged with the next save
+    else this.base = sent;  // the user typed during the save: the next save merges
     this.say(saved.outcome === "merged" && now !== sent ? MERGED : SAVED);
   };
   Text.prototype.putOver = function () {
@@ -134,7 +133,7 @@
     this.say("");
     this.keep();
   };
-  // Puts an earlier version into the field; saving makes it the newest.
+  // Put an earlier version into the field; saving makes it the newest.
   Text.prototype.takeVersion = async function (version) {
     var found = await ask(this.url + "/versions/" + version.change);
     if (this.aside === null && this.text !== (this.base || "")) this.aside = this.text;
@@ -156,17 +155,17 @@
         method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body)
       });
     } catch (error) {
-      throw new Error("The server can't be reached.");
+      throw new Error("The server cannot be reached.");
     }
     try { envelope = await answer.json(); } catch (error) { /* said below */ }
     if (envelope && envelope.ok) return envelope.data;
-    if (answer.status === 401) throw new Error("You are signed out: sign in in another tab, then try again.");
-    throw new Error("The server says: " + ((envelope && envelope.error && envelope.error.message) || answer.status) + ".");
+    if (answer.status === 401) throw new Error("You are signed out. Sign in in another tab, then try again.");
+    throw new Error("Server error: " + ((envelope && envelope.error && envelope.error.message) || answer.status) + ".");
   }
 
   function when(version) { return new Date(version.time).toLocaleString(); }
 
-  // --- the dialog ---
+  // --- dialog ---
 
   var dialog = null, parts = {}, texts = {}, kind = "plans";
 
@@ -200,10 +199,10 @@
     var conflict = make("section", "conflict", [
       make("h3", "", "On the server"), theirs,
       make("div", "choices", [
-        button("over", "Save mine over it", function () { act(current().putOver()); }),
-        button("take", "Take the server’s", function () { current().takeTheirs(); fill(); })
+        button("over", "Overwrite with mine", function () { act(current().putOver()); }),
+        button("take", "Use the server’s", function () { current().takeTheirs(); fill(); })
       ]),
-      make("h3", "", "Yours: edit it into what both should be, or take one of the two")
+      make("h3", "", "Yours: combine both here, or choose one")
     ]);
     var versions = make("div", "versions");
     versions.setAttribute("role", "listbox");
@@ -211,7 +210,7 @@
     dialog = make("dialog", "", [
       make("header", "", [heading, tabs, button("history", "History", showHistory), button("close", "Close", close)]),
       versions, conflict, field,
-      make("footer", "", [said, button("back", "Bring my text back", function () { current().takeBack(); fill(); }),
+      make("footer", "", [said, button("back", "Restore my text", function () { current().takeBack(); fill(); }),
                           button("save", "Save", save)])
     ]);
     parts.save.classList.add("btn-primary");
@@ -220,11 +219,11 @@
     dialog.setAttribute("aria-labelledby", heading.id);
     dialog.addEventListener("keydown", press);
     dialog.addEventListener("cancel", function (event) { event.preventDefault(); close(); });
-    dialog.addEventListener("close", function () { if (isDirty()) dialog.showModal(); });  // the browser insisted
+    dialog.addEventListener("close", function () { if (isDirty()) dialog.showModal(); });  // the browser closed it anyway
     document.body.appendChild(dialog);
   }
   function press(event) {
-    event.stopPropagation();  // the page has shortcuts of its own
+    event.stopPropagation();  // the page has its own shortcuts
     if ((event.ctrlKey || event.metaKey) && (event.key === "s" || event.key === "Enter")) {
       event.preventDefault();
       save();
@@ -261,7 +260,7 @@
       choice.title = version.command;
       return choice;
     }));
-    if (!kept.length) parts.versions.append("No versions are kept.");
+    if (!kept.length) parts.versions.append("No versions available.");
   }
   function hideHistory() {
     parts.versions.hidden = true;
@@ -288,7 +287,7 @@
     try { await text.load(); } catch (error) { text.say(error.message, true); }
     if (text !== current()) { draw(); return; }
     fill();
-    if (isEditable(text) && window.matchMedia("(pointer: fine)").matches) parts.field.focus();  // no keyboard on a screen
+    if (isEditable(text) && window.matchMedia("(pointer: fine)").matches) parts.field.focus();  // no on-screen keyboard
   }
   function show(which) { kind = which; hideHistory(); fill(); }
   function save() {
@@ -301,13 +300,13 @@
     fill();
   }
   function close() {
-    if (isDirty() && !window.confirm("What you have typed is not saved. Throw it away?")) return;
+    if (isDirty() && !window.confirm("Discard your unsaved changes?")) return;
     Object.values(texts).forEach(function (text) { text.forget(); });
     texts = {};
     dialog.close();
   }
 
-  // Puts the text into the field, without moving what somebody is reading or writing.
+  // Put the text into the field, keeping cursor and scroll position.
   function fill() {
     var text = current(), field = parts.field;
     if (!text) return;
@@ -328,7 +327,7 @@
     });
     parts.field.readOnly = !isEditable(text);
     parts.field.setAttribute("aria-label", WORDS[kind]);
-    parts.field.placeholder = isEditable(text) ? "Nothing is written here yet." : "";
+    parts.field.placeholder = isEditable(text) ? "Empty." : "";
     parts.conflict.hidden = !hasConflict;
     if (hasConflict) compare(text);
     parts.history.disabled = text.isSaving || hasConflict || !isEditable(text);
@@ -345,10 +344,10 @@
   function status(text) {
     if (text.isBad) return text.said;
     if (text.locked) return "Read-only: " + text.locked + "." + (text.isDirty() ? " Copy what you have typed if you need it." : "");
-    return text.said || (!text.isLoaded ? "Loading …" : text.isDirty() ? "Not saved yet." : "");
+    return text.said || (!text.isLoaded ? "Loading …" : text.isDirty() ? "Unsaved changes." : "");
   }
 
-  // Shows the server's text with the lines marked that are not in one's own; the first of them in view when it is new.
+  // Show the server's text, marking lines that the user's lacks; scroll to the first when the text is new.
   var compared = null;
   function compare(text) {
     var theirs = text.theirs === null ? "(the file was removed)" : text.theirs, known = JSON.stringify([text.text, theirs]);
@@ -365,7 +364,7 @@
     if (isNew && first) first.scrollIntoView({ block: "center" });
   }
 
-  // --- what happens around it ---
+  // --- page events ---
 
   var isLooking = false;
   remote.on("change", async function () {

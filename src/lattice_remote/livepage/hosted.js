@@ -1,4 +1,4 @@
-// What a page has besides on a server that people sign in to: the way back to their projects, and to signing in again.
+// Links of the hosted page: to the user's projects, and to signing in again.
 (function (remote) {
   "use strict";
   remote.signIn = function () {

@@ -1,17 +1,16 @@
-// Says in a word whether what is shown is up to date, in the page's own bar of buttons; and in a line at the bottom what
-// there is to be done about it.
+// Indicator in the page's toolbar of whether the board is up to date, and a line at the bottom with what the user can do.
 (function (remote) {
   "use strict";
   var WORDS = { connecting: "Connecting", live: "Live", waiting: "Waiting", reconnecting: "Reconnecting",
                 offline: "Offline", ended: "Signed out", denied: "No access" };
   var MEANINGS = {
-    connecting: "Asking the server",
-    live: "Changes are shown as soon as they are made",
-    waiting: "There are changes: they are shown when you have finished what you are at",
-    reconnecting: "The connection was lost: it is being made again, and the page looks every 5 seconds meanwhile",
-    offline: "The server can't be reached: this is the board as it was",
-    ended: "The server does not know who you are any more",
-    denied: "The server does not show this board any more"
+    connecting: "Connecting to the server",
+    live: "Changes are shown immediately",
+    waiting: "Changes are waiting: they are shown when you finish your input",
+    reconnecting: "The connection was lost: reconnecting, checking every 5 seconds",
+    offline: "The server cannot be reached: this is the last known board",
+    ended: "You are no longer signed in",
+    denied: "This board is no longer available to you"
   };
   var label = document.createElement("span"), bar = document.createElement("div"), shown = "";
   label.id = "remote-state";
@@ -27,7 +26,7 @@
     label.textContent = WORDS[state];
     label.title = MEANINGS[state];
   };
-  // text: a line, or "" for none; link: what it leads to, if anywhere
+  // text: a line, or "" for none; link: its target, if any
   remote.showTrouble = function (text, link) {
     bar.textContent = text;
     bar.hidden = !text;

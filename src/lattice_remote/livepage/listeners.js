@@ -1,19 +1,19 @@
-// Does what the page's handlers say, which came as data-on-click="..." in place of onclick="..." (handlers.py). Only what
-// the page as it was installed names: its events, its functions with texts or the event, and four little things more.
-// An attribute that says anything else, wherever it came from, does nothing.
+// Runs the page's handlers, renamed from onclick="..." to data-on-click="..." (livepage/__init__.py). Allowed are the
+// installed page's own events, its functions with texts or the event as arguments, and four fixed statements. Any other
+// attribute, such as an injected one, is ignored.
 (function () {
   "use strict";
   var meta = document.querySelector('meta[name="remote-handlers"]');
-  if (!meta) return;  // the policy lets the page's own handlers run
+  if (!meta) return;  // the policy allows the page's own handlers
   var events = meta.dataset.events.split(" "), calls = new Set(meta.dataset.calls.split(" "));
   var attributes = events.map(function (event) { return "[data-on-" + event + "]"; }).join();
-  var STATEMENT = new RegExp(  // as in handlers.py
+  var STATEMENT = new RegExp(  // the same as in livepage/__init__.py
     "\\s*(?:location\\.hash\\s*=\\s*'([^'\\\\]*)'|(location\\.reload\\(\\))|(this\\.parentNode\\.remove\\(\\))" +
     "|(?:window\\.)?([A-Za-z_$][\\w$]*)\\(((?:\\s*(?:'[^'\\\\]*'|event)\\s*,?)*)\\))\\s*(?:;|$)", "y");
   var ARGUMENT = /'([^'\\]*)'|event/g;
   var heard = new WeakSet();
 
-  // All of it is read before any of it is done: half a handler is none.
+  // Parse the whole handler before running any of it.
   function steps(handler, element, event) {
     var found = [];
     STATEMENT.lastIndex = 0;

@@ -1,18 +1,18 @@
-// Listens to what changes, and has the page drawn anew.
+// Event stream: redraws the page after each change.
 (function (remote) {
   "use strict";
-  var SILENCE_MS = 22000, CHECK_MS = 3000;  // the server says something every 10 s
+  var SILENCE_MS = 22000, CHECK_MS = 3000;  // the server sends at least every 10 s
   var FIRST_RETRY_MS = 1000, LONGEST_RETRY_MS = 15000, ENDED_RETRY_MS = 20000;
   var state = "connecting", last = null, heard = Date.now(), failed = false, isWaiting = false, again = function () {};
 
   remote.hasLost = function () { return state === "connecting" || state === "reconnecting"; };
   remote.isLive = function () { return state === "live"; };
 
-  // --- what is known, in this page ---
+  // --- state of this page ---
 
   function enter(next) {
     state = next;
-    if (next !== "live") last = null;  // what the page has shown since may be anything: look, once it is live again
+    if (next !== "live") last = null;  // the page may have changed since: refresh once it is live again
     show();
   }
   function show() {
@@ -32,20 +32,20 @@
     remote.refresh();
     remote.tell("change", last);
   }
-  // The server has answered that this page is nobody's any more, or may not be shown.
+  // The server responded that the user is signed out or has no access.
   function end(status) {
     enter(status === 401 ? "ended" : "denied");
     if (status === 401 && remote.signIn) remote.showTrouble("You are signed out.", remote.signIn());
-    else remote.showTrouble("This board is not shown here any more: it was closed, or is not for you by now.");
+    else remote.showTrouble("This board is no longer available: it was closed, or you have lost access.");
   }
 
-  // A request that fails while the events are lost: the server is out of reach, not only they.
+  // A request failed while the stream is lost, so the server cannot be reached.
   remote.on("answer", function (status) {
     failed = state !== "live" && (status === 0 || status >= 500);
-    // What still listens was let in before: as who it is now, it has to ask anew.
+    // The open stream was admitted earlier: reconnect with the present rights.
     if (state === "live" && (status === 401 || status === 403)) again();
     if (status === 401) end(status);
-    if (status === 200 && (state === "ended" || state === "denied")) again();  // signed in once more, in another tab
+    if (status === 200 && (state === "ended" || state === "denied")) again();  // signed in again in another tab
     show();
   });
   remote.on("waiting", function (is) {
@@ -55,8 +55,8 @@
   window.addEventListener("online", show);
   window.addEventListener("offline", show);
 
-  // A connection may be dead and nobody says so, and so may the page that listens for this one. By the clock on the wall:
-  // the one of timers stands still while a machine sleeps.
+  // The connection, or the page that listens for this one, may be dead without notice. Uses the wall clock, because timers
+  // stop while a machine sleeps.
   function check() {
     if (state !== "live" || Date.now() - heard < SILENCE_MS) return;
     lose();
@@ -67,8 +67,8 @@
 
   // --- one page listens for all pages of this browser ---
 
-  // It has six connections for a host, and their requests need them. When that page is closed, another takes its place. A
-  // page that is opened asks what was told last, with an empty message.
+  // A browser has six connections per host, which requests need. When the listening page is closed, another replaces it. A
+  // new page requests the last event with an empty message.
   function listen(pass) {
     var source = null, next = 0, delay = FIRST_RETRY_MS;
     function hear(what) {
@@ -83,7 +83,7 @@
       source.onmessage = function (message) { hear({ told: JSON.parse(message.data) }); };
       source.onerror = function () {
         hear({ lost: true });
-        if (source.readyState === EventSource.CLOSED) askWhy();  // else the browser tries again by itself
+        if (source.readyState === EventSource.CLOSED) askWhy();  // otherwise the browser reconnects
       };
     }
     function reconnect() {
@@ -120,6 +120,6 @@
   channel.postMessage(null);
   navigator.locks.request(name, function () {
     listen(function (what) { latest = what; channel.postMessage(what); });
-    return new Promise(function () {});  // kept for as long as the page is open
+    return new Promise(function () {});  // held while the page is open
   });
 })(window.latticeRemote);

@@ -1,14 +1,14 @@
-// Draws lattice's dashboard anew when the board has changed, in place of at its next look, and disturbs nobody on the way.
+// Redraws lattice's dashboard after a change instead of at its next poll, without disturbing the user's input.
 //
-// The page looks every five seconds, with a function that it gives to setInterval. This script comes first, keeps that
-// function, and calls it when it is told of a change. While nobody tells of changes the page's own look goes on.
+// The page polls every five seconds with a function that it passes to setInterval. This script runs first, intercepts
+// that function, and calls it after a change. Without an event stream the page's own polling continues.
 (function (remote) {
   "use strict";
   var LOOK_MS = 5000, LEAST_GAP_MS = 200, BUSY_MS = 100, PRESSED_MS = 300, SETTLED_MS = 2000, DRAWN_MS = 50, FAILED_MS = 1500;
-  var SAID_MS = 1000;  // who waits so long says it
+  var SAID_MS = 1000;  // show "waiting" after this time
   var looks = new Map();
   var missed = false, refreshing = false, drawing = false, waiting = false, within = null;
-  var failed = false;  // whether a look has not got all that it asked for
+  var failed = false;  // whether a request of the poll failed
 
   var setInterval = window.setInterval.bind(window), clearInterval = window.clearInterval.bind(window);
   window.setInterval = function (look, ms) {
@@ -23,9 +23,9 @@
   };
   function pause(ms) { return new Promise(function (done) { window.setTimeout(done, ms); }); }
 
-  // --- who must not be disturbed ---
+  // --- user input ---
 
-  // Whoever drags a card or writes. A field with a name of its own in a view is a filter: what it holds is kept.
+  // Dragging a card, or typing. A field with an id in a view is a filter: its value is restored.
   var PLACES = "#app, #detail-panel, #web-detail-pane";
   var isDragging = false, pressed = 0, chosen = null;
   function isTask() { return /^#\/task\//.test(location.hash); }
@@ -47,16 +47,15 @@
   ["drop", "dragend", "pointerdown"].forEach(function (name) {
     document.addEventListener(name, function () { isDragging = false; }, true);
   });
-  document.addEventListener("pointerdown", function () { pressed = Date.now(); }, true);  // what comes of it is not known yet
-  document.addEventListener("change", function (event) { chosen = event.target; }, true);  // a list was used, and is done
+  document.addEventListener("pointerdown", function () { pressed = Date.now(); }, true);  // its result is not known yet
+  document.addEventListener("change", function (event) { chosen = event.target; }, true);  // a selection is finished
   ["pointerdown", "keydown", "focusin"].forEach(function (name) {
     document.addEventListener(name, function () { chosen = null; }, true);
   });
 
-  // --- when ---
+  // --- schedule ---
 
-  // One look at a time, and not more often than people can see; the last change is never missed. A hidden page does not
-  // look: it does when it is shown again.
+  // One poll at a time, with a minimum gap; the last change is never missed. A hidden page polls when it is shown again.
   async function refresh() {
     missed = true;
     if (document.hidden || refreshing) return;
@@ -84,21 +83,21 @@
     remote.tell("waiting", false);
     refresh();
   }
-  // The page says nothing of a look that came to nothing: its next one comes soon. Here there is none until a change.
+  // The page ignores a failed poll, because it polls again soon. Here the next poll would be at the next change.
   remote.on("answer", function (status) {
     if (drawing && (status === 0 || status === 429 || status >= 500)) failed = true;
   });
   function lookEverywhere() { return Promise.all(Array.from(looks.values(), function (look) { return look(); })); }
   document.addEventListener("visibilitychange", function () {
-    if (!document.hidden && missed) window.setTimeout(refresh, 0);  // when the page has begun to look again
+    if (!document.hidden && missed) window.setTimeout(refresh, 0);  // after the page has resumed polling
   });
 
-  // The page draws a view when its answers come, also when another view was chosen meanwhile: then that is drawn again.
+  // The page draws a view when its responses arrive, even if another view was chosen since: then redraw that.
   var visit = 0, late = false;
   window.addEventListener("hashchange", function (event) {
     if (!event.isTrusted) return;
     visit += 1;
-    if (!isTask()) refresh();  // the page of a task is asked for when somebody comes to it
+    if (!isTask()) refresh();  // a task's page is requested on navigation
   });
   remote.guards.push(function (asked) {
     var begun = visit;
@@ -107,11 +106,11 @@
       late = true;
       window.setTimeout(refresh, DRAWN_MS);
     }
-    if (within !== lookEverywhere) asked.then(answered, answered);  // a look knows which view it is for
+    if (within !== lookEverywhere) asked.then(answered, answered);  // a poll knows its view
     return asked;
   });
 
-  // Somebody may begin to write between a look's question and its answer: then the look comes to nothing.
+  // If the user starts typing between a poll's request and its response, discard the response.
   remote.guards.push(function (asked) {
     if (!within) return asked;
     return asked.then(function (answer) {
@@ -120,11 +119,11 @@
         return answer;
       }
       refresh();
-      throw new Error("somebody is writing");
+      throw new Error("the user is typing");
     });
   });
 
-  // --- what stays as it is ---
+  // --- preserved state ---
 
   async function draw(look) {
     while (drawing) await pause(10);
@@ -146,14 +145,13 @@
   }
   function looking(look) {
     within = look;
-    try { return look(); } finally { within = null; }  // its questions are asked before it first waits
+    try { return look(); } finally { within = null; }  // its requests are sent before it first waits
   }
 
-  // A look does not draw the page of a single task, so it is shown as if somebody had just come to it.
+  // A poll does not draw a task's page, so simulate navigation to it.
   function revisit() { window.dispatchEvent(new HashChangeEvent("hashchange")); }
 
-  // A look closes the panel of a task beside the board, also one that was opened while the look was under way. It is
-  // opened again, with what is new in it.
+  // A poll closes a task's panel beside the board, even one opened during the poll. Reopen it with the new content.
   var opened = "", panel = null;
   function openPanel() { return document.querySelector("#detail-panel.open"); }
   document.addEventListener("click", function (event) {
@@ -165,7 +163,7 @@
     if (card) card.click();
   }
 
-  // What was there hides what is being drawn, until that is complete.
+  // A copy of the old content covers the page until the new content is complete.
   function hangCurtain(place) {
     var curtain = place.cloneNode(true), box = place.getBoundingClientRect();
     curtain.inert = true;
@@ -191,8 +189,8 @@
     return wasEmpty;
   }
 
-  // The board is put in place at once, so the window stays where it is; what scrolls inside is made anew. The page of a
-  // task, and a panel, are empty for a moment.
+  // The board is replaced at once, so the window keeps its position; its inner scroll areas are recreated. A task's page
+  // and a panel are empty for a moment.
   var boardLeft = 0;
   document.addEventListener("scroll", function (event) {
     if (event.target.matches && event.target.matches(".board-scroll")) boardLeft = event.target.scrollLeft;
@@ -218,7 +216,7 @@
   function restore(kept) {
     kept.forEach(function (was) {
       var old = was.field, field = document.getElementById(old.id);
-      if (!field || field === old) return;  // it was not drawn anew
+      if (!field || field === old) return;  // not redrawn
       if (was.isFocused) field.focus({ preventScroll: true });
       if (field.value !== old.value || field.checked !== old.checked) {
         field.value = old.value;

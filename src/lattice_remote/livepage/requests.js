@@ -1,19 +1,19 @@
-// The page asks for /api/... from the root of its server. Here that is sent to where the page lies, whatever path that is
-// and whatever proxy is before it; and what came of it is told to whoever wants to know.
+// The page requests /api/... from the server's root. These requests go below the page's own path, so that it works behind
+// any proxy; their results are passed to the other scripts.
 (function () {
   "use strict";
   var remote = window.latticeRemote = { listeners: {} };
   var base = new URL(".", location.href);
   var fetchAnywhere = window.fetch.bind(window), openAnywhere = XMLHttpRequest.prototype.open;
 
-  // Among the scripts: on("name", function) and tell("name", what).
+  // Signals between the scripts: on("name", function) and tell("name", value).
   remote.on = function (name, listener) { (remote.listeners[name] = remote.listeners[name] || []).push(listener); };
   remote.tell = function (name, what) {
     (remote.listeners[name] || []).forEach(function (listener) { listener(what); });
   };
   remote.url = function (path) { return new URL(path.replace(/^\//, ""), base).href; };
-  remote.instead = [];  // each may answer a request in the server's place: function (path, method) -> Promise or nothing
-  remote.guards = [];   // each is given the Promise of an answer and returns one
+  remote.instead = [];  // handlers that may answer a request: function (path, method) -> Promise or nothing
+  remote.guards = [];   // wrappers of a response's Promise
 
   function key() {
     return Array.from(crypto.getRandomValues(new Uint8Array(16)), function (byte) {
@@ -34,7 +34,7 @@
     if (instead) return instead;
     var address = remote.url(path);
     var request = new Request(input instanceof Request ? new Request(address, input) : address, init);
-    // A browser sends a request again by itself when a connection that it had kept turns out to be dead: it runs once.
+    // Browsers retry a request on a dead kept-alive connection; the key makes it run once.
     if (method !== "GET") request.headers.set("Idempotency-Key", key());
     var asked = fetchAnywhere(request);
     asked.then(function (answer) { remote.tell("answer", answer.status); }, function () { remote.tell("answer", 0); });

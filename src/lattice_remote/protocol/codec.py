@@ -55,7 +55,7 @@ def decode_server_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Ser
     """Return a server's frame.
 
     Raises:
-        ProtocolError: the same cases as ``decode_client_frame``.
+        ProtocolError: in the cases of ``decode_client_frame``.
     """
     _check_size(data, max_bytes)
     try:

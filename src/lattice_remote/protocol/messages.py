@@ -444,7 +444,7 @@ class Part(_Frame, frozen=True, tag="part"):
 class LogEntry(msgspec.Struct, frozen=True):
     """One change in the log: the fields of ``Change`` without operations, and the tasks it touches.
 
-    ``tasks`` are ids, sorted, at most ``MAX_LOG_TASKS``; ``more_tasks`` counts the others. ``epoch`` distinguishes
+    ``tasks`` are ids, sorted, at most 100; ``more_tasks`` counts the others. ``epoch`` distinguishes
     changes with the same sequence number.
     """
 
@@ -475,7 +475,7 @@ class LogPage(_Frame, frozen=True, tag="log-page"):
 
 
 class Version(_Frame, frozen=True, tag="version"):
-    """The reply to ``ReadVersion``: the whole text, at most ``MAX_VERSION_BYTES``."""
+    """The reply to ``ReadVersion``: the whole text, at most 16 MiB."""
 
     id: RequestId
     epoch: Epoch

@@ -1,1 +1,1 @@
-"""The Python interface to a board, local or remote."""
+"""Python interface to a local or remote project."""

@@ -1,7 +1,7 @@
-"""The shape of an event, its bounds, and in whose name it is: what is checked before anybody looks at what it says.
+"""Storage interface, and validation of an event's form, bounds and actor before its content.
 
-What passes is plain JSON that lattice writes and reads back as it was, so that a snapshot made of it is the one that
-``lattice rebuild`` makes.
+A valid event is plain JSON that lattice writes and reads back unchanged, so ``lattice rebuild`` makes the same
+snapshot.
 """
 
 import json
@@ -35,32 +35,32 @@ __all__ = [
 ]
 
 type Event = Mapping[str, Any]
-"""One event of lattice, as ``lattice.core.events.create_event`` makes it."""
+"""An event of lattice, as made by ``lattice.core.events.create_event``."""
 type Snapshot = dict[str, Any]
-"""A task or resource as its events have made it, as in lattice's JSON files."""
+"""A task or resource, as in lattice's JSON files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written[T]:
-    """It is done, and durable. ``content`` is what is there now: a snapshot, or a text."""
+    """A durable write. ``content`` is the snapshot or text now."""
 
     content: T
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """A text was merged by line with what others have written since its base; ``content`` is the whole text now."""
+    """A text merged by line with later edits; ``content`` is the whole text now."""
 
     content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Nothing was written: the base has moved. Read again, decide again, write again.
+    """A write refused because its base has changed. Read again and retry.
 
     Attributes:
-        expected: what the write was built on: the id of the last event, or the text; None for nothing yet.
-        found: what is there in its place; None for nothing any more.
+        expected: the write's base: the id of the last event, or the text; None for nothing yet.
+        found: the present one; None if it was removed.
     """
 
     expected: str | None
@@ -68,30 +68,30 @@ class Conflict:
 
 
 MAX_EVENTS = 100
-"""The most events of one write."""
+"""Maximum number of events per write."""
 _MAX_BYTES, _MAX_BYTES_TOGETHER = 1024 * 1024, 3 * 1024 * 1024
 _MAX_DEPTH = 60
-"""A request around it may be nested to 64."""
+"""The enclosing request may be nested to 64."""
 _MAX_INT = 2**63
 _MAX_ACTOR_CHARS = 256
 _EVENT_ID = re.compile(r"ev_[0-9A-HJKMNP-TV-Z]{26}")
 
 type Shaped = dict[str, Any]
-"""An event of our own, whose envelope is as it must be."""
+"""A plain event with a valid envelope."""
 
 
 class MayActAs(Protocol):
-    """Does nothing if a write may be in this name; raises ``Rejected`` otherwise."""
+    """Check that a write may use an actor; raise ``Rejected`` otherwise."""
 
     def __call__(self, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
-        """Look at an actor in words, and at the session that it stands for if it is one's."""
+        """Check an actor, and the session that it stands for, if any."""
 
 
 class Sessions(Protocol):
-    """What is known of sessions."""
+    """Registry of sessions."""
 
     def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
-        """Return the actor that events of this active session carry; None when there is no such session."""
+        """Return the actor of an active session; None if there is none."""
 
 
 class _Meta(msgspec.Struct, forbid_unknown_fields=True):
@@ -119,7 +119,7 @@ class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def invalid(message: str) -> Rejected:
-    """Return the refusal of what can't be written, here as there; nothing was changed."""
+    """Return the error for an invalid write; nothing was changed."""
     return Rejected(message, code="REMOTE_INVALID")
 
 
@@ -127,7 +127,7 @@ def shape[T](kind: type[T], value: object, what: str) -> T:
     """Return ``value`` as a ``kind``.
 
     Raises:
-        Rejected: it is none; ``what`` names it in the message.
+        Rejected: it has another form; the message names it ``what``.
     """
     try:
         return msgspec.convert(value, kind, strict=True)
@@ -136,13 +136,13 @@ def shape[T](kind: type[T], value: object, what: str) -> T:
 
 
 def plain(events: Sequence[Event]) -> list[Shaped]:
-    """Return the events as they will be read from their log: JSON of our own, which nobody else can change.
+    """Return a copy of the events as they will be read back from the log.
 
     Raises:
-        Rejected: they are too many or too large, or hold what not every program reads alike.
+        Rejected: too many, too large, or with values that not every program reads alike.
     """
     if not 0 < len(events) <= MAX_EVENTS:
-        raise invalid(f"a write has 1 to {MAX_EVENTS} events, not {len(events)}")
+        raise invalid(f"a write must have 1 to {MAX_EVENTS} events, not {len(events)}")
     texts = [_encoded(event) for event in events]
     if sum(map(len, texts)) > _MAX_BYTES_TOGETHER:
         raise invalid(f"the events of a write are over {_MAX_BYTES_TOGETHER >> 20} MiB")
@@ -150,15 +150,15 @@ def plain(events: Sequence[Event]) -> list[Shaped]:
 
 
 def shaped(events: list[Shaped], owner: Mapping[str, str], known: Sequence[Event]) -> list[Shaped]:
-    """Return the events if they have the form of lattice's.
+    """Return the events if they have lattice's form.
 
     Args:
         events: plain ones.
-        owner: ``task_id`` or ``resource_id`` with the id that each event must name, and no other.
-        known: the events that are there already.
+        owner: ``task_id`` or ``resource_id`` with the id that every event must have.
+        known: the present events.
 
     Raises:
-        Rejected: they are no events, of another owner, or with an id that is taken.
+        Rejected: malformed, of another owner, or with an id that is taken.
     """
     ids = {event.get("id") for event in known}
     for event in events:
@@ -169,28 +169,28 @@ def shaped(events: list[Shaped], owner: Mapping[str, str], known: Sequence[Event
         if not _EVENT_ID.fullmatch(envelope.id):
             raise invalid(f"{envelope.id[:60]!r} is not an event's id: ev_ and 26 capitals and digits")
         if envelope.id in ids:
-            raise invalid(f"there is an event {envelope.id} already")
+            raise invalid(f"event {envelope.id} already exists")
         ids.add(envelope.id)
     return events
 
 
 def _encoded(event: Event) -> bytes:
     if not isinstance(event, Mapping):
-        raise invalid("an event is a mapping, as lattice.core.events.create_event makes it")
+        raise invalid("an event must be a mapping, as made by lattice.core.events.create_event")
     _require_bounded(event)
     try:
         text = json.dumps(event, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, TypeError) as error:  # NaN, Infinity, half of a surrogate pair, what is no JSON at all
-        raise invalid("an event holds a value that not every program can read") from error
+    except (ValueError, TypeError) as error:  # NaN, Infinity, a lone surrogate, a value without a JSON form
+        raise invalid("an event has a value that not every program can read") from error
     if len(text) > _MAX_BYTES:
         raise invalid("an event is over 1 MiB")
     return text
 
 
 def _require_bounded(value: object) -> None:
-    """Do nothing if ``value`` is not nested too deep and its numbers are such that every program reads alike.
+    """Check that ``value`` is not nested too deep and that every program reads its numbers alike.
 
-    No recursion: the depth is what is looked for.
+    Not recursive, because the depth is unknown.
     """
     waiting: list[tuple[object, int]] = [(value, 0)]
     while waiting:
@@ -198,22 +198,22 @@ def _require_bounded(value: object) -> None:
         if depth > _MAX_DEPTH:
             raise invalid(f"an event is nested deeper than {_MAX_DEPTH}")
         if isinstance(item, int) and not -_MAX_INT <= item < _MAX_INT:
-            raise invalid("an event holds a number of more than 64 bits")
+            raise invalid("an event has a number of more than 64 bits")
         if isinstance(item, str) and "\0" in item:
-            raise invalid("an event holds a NUL character")
+            raise invalid("an event has a NUL character")
         if isinstance(item, Mapping):
             if not all(isinstance(key, str) for key in item):
-                raise invalid("an event holds a key that is no text")
+                raise invalid("an event has a key that is not text")
             waiting += [(part, depth + 1) for part in (*item, *item.values())]
         elif isinstance(item, list | tuple):
             waiting += [(part, depth + 1) for part in item]
 
 
 def require_actor(event: Shaped, may_act_as: MayActAs, sessions: Sessions) -> str:
-    """Return who an event says it is by: an actor in words, or one of an active session.
+    """Return the actor of an event: named, or of an active session.
 
     Raises:
-        Rejected: it is nobody, or somebody whom the writer may not name.
+        Rejected: there is none, or the writer may not use it.
     """
     from lattice.core.actors import ActorIdentity
     from lattice.core.ids import validate_actor
@@ -231,7 +231,7 @@ def require_actor(event: Shaped, may_act_as: MayActAs, sessions: Sessions) -> st
     name = actor.get("name")
     known = sessions.actor_of(name) if isinstance(name, str) else None
     if known is None or dict(known) != actor:
-        raise invalid("the actor is no active session's; start one with: lattice session start")
+        raise invalid("the actor has no active session; start one with: lattice session start")
     spoken: str = ActorIdentity.from_dict(actor).to_legacy_actor()
     may_act_as(spoken, session=known)
     return spoken
@@ -243,14 +243,13 @@ def _is_name(actor: str) -> bool:
 
 @runtime_checkable
 class StorageBackend(Protocol):
-    """A board. A task is named by its id (``task_...``) or its short id (``LAT-42``), a resource by its name or id.
+    """A project. A task is named by id (``task_...``) or short id (``LAT-42``), a resource by name or id.
 
-    Reads are reads of local files. A write is one step: all of it, durable once it returns, or nothing. Calls may come
-    from several threads.
+    Reads use local files. A write is atomic, and durable once it returns. Methods are thread-safe.
 
     Raises, in every method:
-        StorageError: a file can't be read or written, or an earlier write was cut off; the message says what mends it.
-        RemoteError: of a remote board, what keeps it from being reached; see ``errors``.
+        StorageError: a file cannot be read or written, or a write was interrupted; the message names the repair.
+        RemoteError: a remote project cannot be reached; see ``errors``.
     """
 
     @property
@@ -258,55 +257,55 @@ class StorageBackend(Protocol):
         """The directory that holds ``.lattice``."""
 
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
-        """Return the active tasks, in the order in which they were made; with ``archived`` those instead."""
+        """Return the active tasks in order of creation, or with ``archived`` the archived ones."""
 
     def get_task(self, task: str) -> Snapshot | None:
-        """Return a task, archived or not; None when there is none."""
+        """Return a task, archived or not; None if there is none."""
 
     def get_task_events(self, task: str) -> list[Snapshot]:
-        """Return a task's events in their order; empty when there is no such task."""
+        """Return a task's events in order; empty if there is no such task."""
 
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a task, or with ``task_created`` as the first one make it.
+        """Add events to a task, or create it with ``task_created`` as the first.
 
-        The events are checked by lattice's own rules, as its commands do. Whoever writes sets ``ts`` of each event, the
-        ``id`` of ``task_created``, and the short id of a new task.
+        Lattice's own rules apply, as in its commands. The writer sets ``ts`` of each event, the ``id`` of
+        ``task_created``, and the short id of a new task.
 
         Args:
-            base: the id of the task's last event (``last_event_id``) when the events were made; None for a new task.
+            base: the task's ``last_event_id`` on which the events are based; None for a new task.
 
         Raises:
-            Rejected: ``REMOTE_INVALID`` when an event is none that may be added here, ``REMOTE_FORBIDDEN`` when it is
-                in a name that this token may not use. Nothing was written.
+            Rejected: ``REMOTE_INVALID`` for an event that may not be added, ``REMOTE_FORBIDDEN`` for an actor that this
+                token may not use. Nothing was written.
         """
 
     def list_resources(self) -> list[Snapshot]:
         """Return the resources, by name."""
 
     def get_resource(self, resource: str) -> Snapshot | None:
-        """Return a resource; None when there is none."""
+        """Return a resource; None if there is none."""
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a resource, or with ``resource_created`` as the first one make it.
+        """Add events to a resource, or create it with ``resource_created`` as the first.
 
-        As ``write_task``; whoever writes also sets ``expires_at``, from the resource's own time to live.
+        Works like ``write_task``; the writer also sets ``expires_at``, from the resource's own time to live.
         """
 
     def read_plan(self, task: str) -> str | None:
-        """Return the text of a task's plan; None when it has none."""
+        """Return a task's plan; None if it has none."""
 
     def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
         """Replace a task's plan.
 
         Args:
-            base: the text that it was made from, as it was read; None when there was none.
+            base: the text that was edited, as read; None if there was none.
 
         Raises:
-            Rejected: ``REMOTE_INVALID`` when there is no such active task, ``REMOTE_TOO_LARGE`` over 1 MiB.
+            Rejected: ``REMOTE_INVALID`` if there is no such active task, ``REMOTE_TOO_LARGE`` over 1 MiB.
         """
 
     def read_notes(self, task: str) -> str | None:
-        """Return the text of a task's notes; None when it has none."""
+        """Return a task's notes; None if it has none."""
 
     def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
-        """Replace a task's notes, as ``write_plan`` does its plan."""
+        """Replace a task's notes, like ``write_plan``."""

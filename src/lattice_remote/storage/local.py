@@ -1,6 +1,6 @@
-"""A local project for programs: lattice's own files, written under lattice's own locks.
+"""Storage on a local project: lattice's own files, written under its locks.
 
-Also what the server does in a project of its own when a ``RemoteStorage`` writes; there one write is one transaction.
+The server uses it for the writes of a ``RemoteStorage``; there one write is one transaction.
 """
 
 import json
@@ -45,17 +45,17 @@ _ARTIFACT_ID = re.compile(r"art_[0-9A-HJKMNP-TV-Z]{26}")
 
 
 def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None:
-    """Let a write be in any name, as lattice does."""
+    """Allow every actor, as lattice does."""
 
 
 class LocalStorage:
     """A ``StorageBackend`` on a local project. Holds nothing open; threads and processes may share a project.
 
-    On the copy of a remote project it reads what is there, and writes nothing.
+    A cache of a remote project can be read, not written.
 
     Args:
         root: the directory that holds ``.lattice``.
-        may_act_as: whose names a write may be in; by default anybody's.
+        may_act_as: check of the actors of writes; by default all are allowed.
 
     Raises:
         Misuse: there is no project.
@@ -66,7 +66,7 @@ class LocalStorage:
         self._dir = self._root / fs.LATTICE_DIR
         self._may_act_as = may_act_as
         if not (self._dir / "config.json").is_file():
-            raise Misuse(f"there is no lattice project in {root}; make one with: lattice init")
+            raise Misuse(f"there is no lattice project in {root}; create one with: lattice init")
 
     @property
     def root_path(self) -> Path:
@@ -76,17 +76,17 @@ class LocalStorage:
     # --- tasks ---
 
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
-        """Return the active tasks, in the order in which they were made; with ``archived`` those instead."""
+        """Return the active tasks in order of creation, or with ``archived`` the archived ones."""
         paths = sorted((self._dir / "archive" / "tasks" if archived else self._dir / "tasks").glob("*.json"))
         return [found for path in paths if (found := _read_json(path)) is not None]
 
     def get_task(self, task: str) -> Snapshot | None:
-        """Return a task, archived or not; None when there is none."""
+        """Return a task, archived or not; None if there is none."""
         task_id = self._task_id(task)
         return None if task_id is None else self._active(task_id) or self._archived(task_id)
 
     def get_task_events(self, task: str) -> list[Snapshot]:
-        """Return a task's events in their order; empty when there is no such task."""
+        """Return a task's events in order; empty if there is no such task."""
         task_id = self._task_id(task)
         if task_id is None:
             return []
@@ -94,7 +94,7 @@ class LocalStorage:
         return self._log_now(self._dir / name) or self._log_now(self._dir / "archive" / name)
 
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a task, or make it; see ``StorageBackend``."""
+        """Add events to a task, or create it; see ``StorageBackend``."""
         task_id = self._task_id(task)
         if task_id is None:
             raise invalid(f"there is no task {task[:60]!r}")
@@ -106,7 +106,7 @@ class LocalStorage:
             if found != base:
                 return Conflict(base, found)
             if before is None and self._archived(task_id) is not None:
-                raise invalid(f"{task_id} is archived; bring it back with: lattice unarchive {task_id}")
+                raise invalid(f"{task_id} is archived; restore it with: lattice unarchive {task_id}")
             log = self._whole_log(task_id, before)
             own = self._stamped(shaped(given, {"task_id": task_id}, log))
             after = task_rules.add_to_task(before, own, self._around(task_id, log))
@@ -116,8 +116,8 @@ class LocalStorage:
         self._run_hooks(task_id, own)
         return Written(after)
 
-    def _around(self, task_id: str, log: list[Snapshot]) -> task_rules.Around:
-        return task_rules.Around(
+    def _around(self, task_id: str, log: list[Snapshot]) -> task_rules.TaskContext:
+        return task_rules.TaskContext(
             config=self._config(),
             log=log,
             is_active=lambda other: bool(_TASK_ID.fullmatch(other)) and self._active(other) is not None,
@@ -129,9 +129,10 @@ class LocalStorage:
         )
 
     def _stamped(self, events: list[Shaped]) -> list[Shaped]:
-        """Set when the events happened, and who they are by. The order of all tasks' beginnings is the writer's, too.
+        """Set time and actor of the events.
 
-        ``_lifecycle.jsonl`` is in the order of times and ids, which no other machine's clock must decide.
+        ``_lifecycle.jsonl`` is ordered by times and ids, so they come from the writer's clock and not another
+        machine's.
         """
         now = utc_now()
         for event in events:
@@ -144,7 +145,7 @@ class LocalStorage:
         return events
 
     def _with_short_id(self, events: list[Shaped], task: Snapshot) -> Snapshot:
-        """Give a new task its short id, as ``lattice create`` does, once nothing can be refused any more."""
+        """Give a new task its short id, like ``lattice create`` does, after all checks."""
         config = self._config()
         codes = [code for code in (config.get("project_code"), config.get("subproject_code")) if code]
         if not config.get("project_code"):
@@ -154,7 +155,7 @@ class LocalStorage:
         return {**task, "short_id": short_id}
 
     def _keep_task(self, task_id: str, events: list[Shaped], after: Snapshot) -> None:
-        """Write as ``operations.write_task_event`` does, whose locks are held; then what commands do besides."""
+        """Write like ``operations.write_task_event``, with its locks held; then do the rest of the command's work."""
         for event in events:
             fs.jsonl_append(self._dir / "events" / f"{task_id}.jsonl", serialize_event(event))
             if event["type"] == "task_created":
@@ -187,12 +188,12 @@ class LocalStorage:
         return [found for path in paths if (found := _read_json(path)) is not None]
 
     def get_resource(self, resource: str) -> Snapshot | None:
-        """Return a resource, by name or id; None when there is none."""
+        """Return a resource, by name or id; None if there is none."""
         found = self.list_resources()
         return next((one for one in found if resource in (one.get("name"), one.get("id"))), None)
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a resource, or make it; see ``StorageBackend``."""
+        """Add events to a resource, or create it; see ``StorageBackend``."""
         given, there = plain(events), self.get_resource(resource)
         name = resource if there is None else str(there["name"])
         if there is None:
@@ -205,7 +206,7 @@ class LocalStorage:
             resource_id = before["id"] if before else self._new_resource_id(given)
             log = self._whole_log(resource_id, before)
             own = self._stamped(shaped(given, {"resource_id": resource_id}, log))
-            after = resource_rules.add_to_resource(before, own, resource_rules.Surroundings(name, self._is_task))
+            after = resource_rules.add_to_resource(before, own, resource_rules.ResourceContext(name, self._is_task))
             operations.write_resource_event(
                 self._dir, resource_id, name, own, after, self._config(), _caller_holds_lock=True
             )
@@ -215,7 +216,7 @@ class LocalStorage:
         """Return the id that the first event gives to a new resource.
 
         Raises:
-            Rejected: it is none, or is taken.
+            Rejected: it is malformed, or taken.
         """
         found = events[0].get("resource_id")
         if not isinstance(found, str) or not _RESOURCE_ID.fullmatch(found):
@@ -227,7 +228,7 @@ class LocalStorage:
     # --- plans and notes ---
 
     def read_plan(self, task: str) -> str | None:
-        """Return the text of a task's plan; None when it has none."""
+        """Return a task's plan; None if it has none."""
         return self._read_beside("plans", task)
 
     def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
@@ -235,7 +236,7 @@ class LocalStorage:
         return self._write_beside("plans", task, text, base)
 
     def read_notes(self, task: str) -> str | None:
-        """Return the text of a task's notes; None when it has none."""
+        """Return a task's notes; None if it has none."""
         return self._read_beside("notes", task)
 
     def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
@@ -257,31 +258,31 @@ class LocalStorage:
         if task_id is None:
             raise invalid(f"there is no active task {task[:60]!r}")
         mine, path = encoded(text), self._dir / kind / f"{task_id}.md"
-        with self._writing(), self._locked([f"tasks_{task_id}"]):  # which whoever archives it holds, and moves the text
+        with self._writing(), self._locked([f"tasks_{task_id}"]):  # archiving takes this lock too, and moves the text
             if self._active(task_id) is None:
                 raise invalid(f"there is no active task {task[:60]!r}")
             there = _read_text(path)
             theirs = None if there is None else there.encode()
             outcome, merged = merge_text(None if base is None else encoded(base), mine, theirs)
-            if outcome == "conflict" or merged is None:  # None: the text is the base, and that is gone
+            if outcome == "conflict" or merged is None:  # None: the text is the base, which is gone
                 return Conflict(base, there)
             if outcome != "unchanged":
                 path.parent.mkdir(exist_ok=True)
                 fs.atomic_write(path, merged)
         return Written(text) if merged == mine else Merged(merged.decode())
 
-    # --- who writes ---
+    # --- actors ---
 
     def require_actor(self, event: Shaped) -> str:
-        """Return who a plain event is by, in words.
+        """Return the actor of a plain event by name.
 
         Raises:
-            Rejected: it is nobody, or somebody whom the writer may not name.
+            Rejected: there is none, or the writer may not use it.
         """
         return require_actor(event, self._may_act_as, self)
 
     def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
-        """Return the actor that events of this active session carry; None when there is no such session."""
+        """Return the actor of an active session; None if there is none."""
         from lattice.cli.helpers import _build_actor_dict
 
         if not is_session_name(session_name):
@@ -290,7 +291,7 @@ class LocalStorage:
         try:
             actor: dict[str, Any] | None = None if found is None else _build_actor_dict(found)
         except KeyError:
-            return None  # no session's file, whoever wrote it
+            return None  # not a session's file
         return actor
 
     # --- files ---
@@ -314,22 +315,22 @@ class LocalStorage:
         return _read_json(self._dir / "archive" / "tasks" / f"{task_id}.json")
 
     def _log_now(self, path: Path) -> list[Snapshot]:
-        """Return the events of a log to which somebody may be adding: a last line that has no end yet is none."""
+        """Return the events of a log that may be growing; an incomplete last line is skipped."""
         text = _read_text(path) or ""
         return _events(path, text[: text.rfind("\n") + 1])
 
     def _whole_log(self, owner: str, snapshot: Snapshot | None) -> list[Snapshot]:
-        """Return the events of a task or resource, whose lock is held.
+        """Return the events of a locked task or resource.
 
         Raises:
-            StorageError: they are not those of which the snapshot was made: a process was killed while it wrote.
+            StorageError: they do not match the snapshot, because a writer was killed.
         """
         path = self._dir / "events" / f"{owner}.jsonl"
         events = _events(path, _read_text(path) or "")
         last, made_of = events[-1].get("id") if events else None, snapshot["last_event_id"] if snapshot else None
         if last != made_of:
             raise StorageError(
-                f"a write to {owner} was cut off, and its log is ahead of what is shown; make that anew with: "
+                f"a write to {owner} was interrupted, and its log is ahead of its snapshot; rebuild it with: "
                 "lattice rebuild --all"
             )
         return events
@@ -343,7 +344,7 @@ class LocalStorage:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Around every write: a copy is never written (I4), and what the system says no to is an error of ours."""
+        """Guard a write: refuse it in a cache (I4), and convert system errors to ``StorageError``."""
         if any((self._dir / name).exists() for name in ("remote.json", "cache_state.json")):
             raise Misuse(
                 f"the files in {self._dir} belong to a remote; write with resolve_backend()", code="REMOTE_GUARD"
@@ -351,16 +352,16 @@ class LocalStorage:
         try:
             yield
         except LockTimeout as error:
-            raise StorageError(f"another process holds on to {self._dir}: {error}; nothing was written") from error
+            raise StorageError(f"{self._dir} is locked by another process: {error}; nothing was written") from error
         except OSError as error:
             raise StorageError(f"cannot write in {self._dir}: {error.strerror}") from error
 
 
 def _read_json(path: Path) -> Snapshot | None:
-    """Return the object in a file of lattice's; None when there is no file.
+    """Return the object in a file of lattice's; None if there is no file.
 
     Raises:
-        StorageError: it can't be read, or is damaged.
+        StorageError: it cannot be read, or is damaged.
     """
     text = _read_text(path)
     try:
@@ -380,10 +381,10 @@ def _events(path: Path, lines: str) -> list[Snapshot]:
 
 
 def _read_text(path: Path) -> str | None:
-    """Return a file's text, its line ends as they are; None when there is no file.
+    """Return a file's text with its line ends; None if there is no file.
 
     Raises:
-        StorageError: it can't be read, or is no UTF-8 text.
+        StorageError: it cannot be read, or is not UTF-8.
     """
     try:
         return path.read_bytes().decode()
@@ -396,15 +397,15 @@ def _read_text(path: Path) -> str | None:
 
 
 def encoded(text: str) -> bytes:
-    """Return a plan or notes as they are stored.
+    """Return a plan or notes as stored bytes.
 
     Raises:
-        Rejected: it is no UTF-8, or too long.
+        Rejected: not UTF-8, or too long.
     """
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        raise invalid("the text holds half of a surrogate pair, which is no UTF-8") from None
+        raise invalid("the text has a lone surrogate, which is not UTF-8") from None
     if len(data) > _MAX_TEXT_BYTES:
         raise Rejected("the text is longer than 1 MiB", code="REMOTE_TOO_LARGE")
     return data

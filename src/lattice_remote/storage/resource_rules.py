@@ -1,4 +1,4 @@
-"""What an event of a resource may say: the rules of ``lattice resource``, by lattice's own core."""
+"""Validation of a resource's events: the rules of ``lattice resource``, from lattice's core."""
 
 import re
 import unicodedata
@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 from lattice_remote.protocol.paths import is_resource_name
 from lattice_remote.storage.events import Shaped, Snapshot, invalid, shape
 
-__all__ = ["Surroundings", "add_to_resource", "require_name"]
+__all__ = ["ResourceContext", "add_to_resource", "require_name"]
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 _Holders = Annotated[int, Meta(ge=1, le=1_000_000)]
@@ -21,8 +21,8 @@ _Seconds = Annotated[int, Meta(ge=1, le=100 * 366 * 24 * 3600)]
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the rules have to know of the project.
+class ResourceContext:
+    """The rules' view of the project.
 
     Attributes:
         name: the resource's.
@@ -34,24 +34,24 @@ class Surroundings:
 
 
 def require_name(name: str, others: Sequence[str]) -> None:
-    """Do nothing if a new resource may have this name: it becomes a directory's, on every machine.
+    """Check a new resource's name, which becomes a directory on every machine.
 
     Raises:
-        Rejected: it may not.
+        Rejected: the name is not allowed.
     """
     plain = name.isprintable() and unicodedata.is_normalized("NFC", name)
     if not is_resource_name(name) or not plain:
-        raise invalid(f"{name[:60]!r} can't be a resource's name: it becomes a directory's name on every machine")
+        raise invalid(f"{name[:60]!r} cannot be a resource's name: it must be a directory name on every system")
     for other in others:
         if name != other and name.casefold() == other.casefold():
-            raise invalid(f"{name!r} differs from {other!r} only in capitals: choose another name")
+            raise invalid(f"{name!r} differs from {other!r} only in case: choose another name")
 
 
-def add_to_resource(snapshot: Snapshot | None, events: Sequence[Shaped], around: Surroundings) -> Snapshot:
-    """Return the resource with these events added, in their order; sets ``expires_at`` in them where they have it.
+def add_to_resource(snapshot: Snapshot | None, events: Sequence[Shaped], around: ResourceContext) -> Snapshot:
+    """Return the resource with these events added in order; sets their ``expires_at``.
 
     Raises:
-        Rejected: one of them may not be added.
+        Rejected: an event is not allowed.
     """
     for event in events:
         kind = event["type"]
@@ -63,7 +63,7 @@ def add_to_resource(snapshot: Snapshot | None, events: Sequence[Shaped], around:
         fields, check = rule
         check(shape(fields, event["data"], kind), _Place(event, snapshot or {}, around))
         if "expires_at" in fields.__struct_fields__:
-            assert snapshot is not None, "only what there is can be held"
+            assert snapshot is not None, "only an existing resource can be held"
             event["data"]["expires_at"] = resources.compute_expires_at(snapshot["ttl_seconds"], event["ts"])
         snapshot = resources.apply_resource_event_to_snapshot(snapshot, event)
     assert snapshot is not None, "there was a resource, or the first event made one"
@@ -74,7 +74,7 @@ def add_to_resource(snapshot: Snapshot | None, events: Sequence[Shaped], around:
 class _Place:
     event: Shaped
     resource: Snapshot
-    around: Surroundings
+    around: ResourceContext
 
 
 class _Data(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,9 +107,9 @@ def _acquired(data: _Acquired, place: _Place) -> None:
     now = place.event["ts"]
     _require_own(data.holder, place)
     if _find(data.holder, place) is not None:
-        raise invalid("this actor holds it already; resource_heartbeat prolongs that, resource_expired ends it")
+        raise invalid("this actor already holds it; resource_heartbeat renews the lease, resource_expired ends it")
     if not resources.is_resource_available(place.resource, now):
-        raise invalid("the resource is held by others; wait, or end their time with resource_expired")
+        raise invalid("the resource is held by others; wait, or end their lease with resource_expired")
     if data.task_id is not UNSET and not place.around.is_task(data.task_id):
         raise invalid(f"there is no task {data.task_id[:60]!r}")
 
@@ -117,7 +117,7 @@ def _acquired(data: _Acquired, place: _Place) -> None:
 def _heartbeat(data: _Held, place: _Place) -> None:
     _require_own(data.holder, place)
     if resources.is_holder_stale(_holder(data.holder, place), place.event["ts"]):
-        raise invalid("this actor's time is over; acquire it again")
+        raise invalid("this actor's lease has expired; acquire it again")
 
 
 class _Released(_Data):
@@ -140,7 +140,7 @@ class _Expired(_Data):
 def _expired(data: _Expired, place: _Place) -> None:
     _holder(data.holder, place)
     if data.reclaimed_by != place.event["actor"]:
-        raise invalid("it is reclaimed by the event's actor, and nobody else")
+        raise invalid("'reclaimed_by' must be the event's actor")
     if not _TIME.fullmatch(data.expired_at):
         raise invalid(f"not a time: {data.expired_at[:60]!r}")
 
@@ -156,15 +156,15 @@ _UPDATABLE: Mapping[str, Any] = {"description": str | None, "max_holders": _Hold
 
 def _updated(data: _Updated, place: _Place) -> None:
     if data.field not in _UPDATABLE:
-        raise invalid(f"{data.field[:60]!r} can't be updated; {', '.join(_UPDATABLE)} can")
+        raise invalid(f"{data.field[:60]!r} cannot be updated; {', '.join(_UPDATABLE)} can")
     shape(_UPDATABLE[data.field], data.new_value, data.field)
     if data.old_value is not UNSET and data.old_value != place.resource.get(data.field):
-        raise invalid("the event's 'old_value' is not what the resource has")
+        raise invalid("the event's 'old_value' is not the resource's value")
 
 
 def _require_own(holder: str | dict[str, Any], place: _Place) -> None:
     if holder != place.event["actor"]:
-        raise invalid("the holder is the event's actor, and nobody else")
+        raise invalid("the holder must be the event's actor")
 
 
 def _holder(holder: str | dict[str, Any], place: _Place) -> dict[str, Any]:
@@ -186,4 +186,4 @@ _RULES: Mapping[str, tuple[Any, Callable[[Any, _Place], None]]] = {
     "resource_released": (_Released, _released),
     "resource_updated": (_Updated, _updated),
 }
-"""Each type of event: what its data may hold, and what must be true of it."""
+"""Type of an event's data, and its check."""

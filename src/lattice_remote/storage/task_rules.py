@@ -1,7 +1,7 @@
-"""What an event of a task may say: the rules of lattice's commands, by lattice's own core.
+"""Validation of a task's events: the rules of lattice's commands, from lattice's core.
 
-An event that passes leaves a task with which ``lattice doctor`` finds nothing wrong. What lattice's commands refuse is
-refused here; what they take for nothing done (a status that is the present one, say) is refused too.
+After a valid event ``lattice doctor`` reports no problem. Events that lattice's commands refuse are refused, and so are
+those that change nothing, such as the present status.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,19 +16,19 @@ from msgspec import UNSET, UnsetType
 
 from lattice_remote.storage.events import Shaped, Snapshot, invalid, shape
 
-__all__ = ["Around", "add_to_task"]
+__all__ = ["TaskContext", "add_to_task"]
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
-    """What the rules have to know of the project.
+class TaskContext:
+    """The rules' view of the project.
 
     Attributes:
-        config: of the project, as in ``config.json``.
+        config: the project's ``config.json``.
         log: the task's events so far.
         is_active: whether there is an active task of that id.
         has_artifact: whether there is an artifact of that id.
-        plan: the task's plan; None when it has none.
+        plan: the task's plan; None if it has none.
     """
 
     config: dict[str, Any]
@@ -38,17 +38,17 @@ class Around:
     plan: Callable[[], str | None]
 
 
-def add_to_task(snapshot: Snapshot | None, events: Sequence[Shaped], around: Around) -> Snapshot:
-    """Return the task with these events added, in their order; the one given stays as it is.
+def add_to_task(snapshot: Snapshot | None, events: Sequence[Shaped], around: TaskContext) -> Snapshot:
+    """Return a copy of the task with these events added in order.
 
     Raises:
-        Rejected: one of them may not be added.
+        Rejected: an event is not allowed.
     """
     log = list(around.log)
     for event in events:
         kind = event["type"]
         if kind in _BY_COMMANDS:
-            raise invalid(f"{kind!r} is more than an event; use: {_BY_COMMANDS[kind]}")
+            raise invalid(f"{kind!r} changes more than the log; use: {_BY_COMMANDS[kind]}")
         if (snapshot is None) != (kind == "task_created"):
             raise invalid("a task begins with task_created, and only once" if snapshot else "there is no such task")
         _check(kind, event["data"], _Place(event, snapshot or {}, log, around))
@@ -60,12 +60,12 @@ def add_to_task(snapshot: Snapshot | None, events: Sequence[Shaped], around: Aro
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an event would go: the task and its log before it."""
+    """The task and its log before an event."""
 
     event: Shaped
     task: Snapshot
     log: list[Snapshot]
-    around: Around
+    around: TaskContext
 
 
 def _check(kind: str, data: dict[str, Any], place: _Place) -> None:
@@ -74,10 +74,10 @@ def _check(kind: str, data: dict[str, Any], place: _Place) -> None:
         fields, check = rule
         try:
             check(shape(fields, data, kind), place)
-        except ValueError as error:  # lattice's own words
+        except ValueError as error:  # lattice's own message
             raise invalid(str(error)) from None
     elif kind != "git_event" and not validate_custom_event_type(kind):
-        raise invalid(f"{kind[:60]!r} is not a type of event; one of your own begins with x_")
+        raise invalid(f"{kind[:60]!r} is not a type of event; your own types begin with x_")
 
 
 class _Data(msgspec.Struct, forbid_unknown_fields=True):
@@ -129,7 +129,7 @@ def _field_updated(data: _FieldUpdated, place: _Place) -> None:
         shape(str, data.to, data.field)
         _require_field(data.field, data.to, place)
     else:
-        raise invalid(f"{data.field[:60]!r} can't be updated; {', '.join(_TEXTS)}, tags and custom_fields.KEY can")
+        raise invalid(f"{data.field[:60]!r} cannot be updated; {', '.join(_TEXTS)}, tags and custom_fields.KEY can")
     before = place.task.get(data.field)
     _require_from(data.from_, before or [] if data.field == "tags" else before, data.to)
 
@@ -147,7 +147,7 @@ def _require_field(field: str, value: str, place: _Place) -> None:
 
 def _require_from(said: object, found: object, to: object) -> None:
     if said != found:
-        raise invalid("the event's 'from' is not what the task has")
+        raise invalid("the event's 'from' is not the task's value")
     if to == found:
         raise invalid("the event changes nothing")
 
@@ -168,7 +168,7 @@ def _assignment_changed(data: _AssignmentChanged, place: _Place) -> None:
         _require_actor(data.to)
 
 
-# --- its status ---
+# --- status ---
 
 
 class _StatusChanged(_Data):
@@ -246,7 +246,7 @@ def _comment_edited(data: _CommentEdited, place: _Place) -> None:
     _require_body(data.body)
     body, role = comments.validate_comment_for_edit(place.log, data.comment_id)
     if data.previous_body != body or (data.previous_role is not UNSET and data.previous_role != role):
-        raise invalid("the comment is not as the event says that it was")
+        raise invalid("the comment does not have the event's previous content")
     _require_role(data.role, place)
 
 
@@ -260,7 +260,7 @@ def _comment_deleted(data: _CommentDeleted, place: _Place) -> None:
 
 def _require_body(body: str) -> None:
     if comments.validate_comment_body(body) != body:
-        raise invalid("a comment's body begins and ends with no white space")
+        raise invalid("a comment's body must not begin or end with white space")
 
 
 def _require_role(role: str | UnsetType, place: _Place) -> None:
@@ -285,7 +285,7 @@ def _reaction_removed(data: _Reaction, place: _Place) -> None:
 
 
 def _reactions(data: _Reaction, place: _Place) -> list[Any]:
-    """Return who has reacted to the comment in this way."""
+    """Return the actors with this reaction to the comment."""
     if not comments.validate_emoji(data.emoji):
         raise invalid(f"Invalid emoji: {data.emoji[:60]!r}")
     comments.validate_comment_for_react(place.log, data.comment_id)
@@ -294,7 +294,7 @@ def _reactions(data: _Reaction, place: _Place) -> list[Any]:
     return reactors
 
 
-# --- what it points to ---
+# --- references ---
 
 
 class _Relationship(_Data):
@@ -335,9 +335,9 @@ class _Branch(_Data):
 
 def _branch_linked(data: _Branch, place: _Place) -> None:
     if not data.branch.strip() or data.branch.startswith("-") or any(ord(c) < 32 for c in data.branch):
-        raise invalid("a branch's name is not empty, begins with no dash and has no control characters")
+        raise invalid("a branch's name must not be empty, begin with a dash or have control characters")
     if _is_linked(data, place):
-        raise invalid(f"the branch {data.branch[:60]!r} is linked already")
+        raise invalid(f"the branch {data.branch[:60]!r} is already linked")
 
 
 def _branch_unlinked(data: _Branch, place: _Place) -> None:
@@ -357,7 +357,7 @@ class _ArtifactAttached(_Data):
 
 def _artifact_attached(data: _ArtifactAttached, place: _Place) -> None:
     if not place.around.has_artifact(data.artifact_id):
-        raise invalid(f"there is no artifact {data.artifact_id[:60]!r}; bring one with: lattice attach")
+        raise invalid(f"there is no artifact {data.artifact_id[:60]!r}; attach one with: lattice attach")
     _require_role(data.role or UNSET, place)
 
 
@@ -366,7 +366,7 @@ _BY_COMMANDS = {
     "task_unarchived": "lattice unarchive",
     "task_short_id_assigned": "lattice backfill-ids",
 }
-"""Events that stand for moved files, or for an entry in ``ids.json``."""
+"""Events that accompany moved files, or an entry in ``ids.json``."""
 
 _RULES: Mapping[str, tuple[type[Any], Callable[[Any, _Place], None]]] = {
     "artifact_attached": (_ArtifactAttached, _artifact_attached),
@@ -384,7 +384,7 @@ _RULES: Mapping[str, tuple[type[Any], Callable[[Any, _Place], None]]] = {
     "status_changed": (_StatusChanged, _status_changed),
     "task_created": (_Created, _created),
 }
-"""Each type of event: what its data may hold, and what must be true of it.
+"""Type of an event's data, and its check.
 
-What is not here is refused, but for ``x_...`` and ``git_event``, which may hold anything and change nothing.
+Other types are refused, except ``x_...`` and ``git_event``, which may hold any data and change nothing.
 """

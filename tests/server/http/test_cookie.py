@@ -19,7 +19,7 @@ from lattice_remote.errors import StorageError
 from lattice_remote.server.auth import Login, signing_key
 from lattice_remote.server.config import LimitSettings
 from lattice_remote.server.http.auth import Cookies, Shown
-from lattice_remote.server.http.middleware import with_headers
+from lattice_remote.server.http.middleware import with_security_headers
 from lattice_remote.server.tokens import Token, TokenFile, digest_of_text
 from lattice_remote.server.transport.admission import AdmissionControl
 
@@ -247,7 +247,7 @@ async def test_tls_is_promised_where_it_is_ours(scheme: str, host: str, promised
         return {"type": "http.request"}
 
     scope = {"type": "http", "scheme": scheme, "method": "GET", "headers": [(b"host", host.encode())]}
-    await with_headers(Response("x", headers={"Cache-Control": "private"}))(scope, receive, send)
+    await with_security_headers(Response("x", headers={"Cache-Control": "private"}))(scope, receive, send)
     headers = dict(said[0]["headers"])
     assert (b"strict-transport-security" in headers) == promised
     assert headers[b"cache-control"] == b"private"  # what a handler has said stays

@@ -144,7 +144,7 @@ def test_a_wrong_token_is_said_and_counted_and_a_good_one_gets_in_all_the_same(
     with visitor.session:
         assert {visitor.get("/").status_code for _ in range(40)} == {303}  # looking in is no guessing
         first = visitor.sign_in("wrong")
-        assert first.status_code == 401 and "not known here" in first.text and 'role="alert"' in first.text
+        assert first.status_code == 401 and "Unknown token" in first.text and 'role="alert"' in first.text
         last = [visitor.sign_in("wrong") for _ in range(35)][-1]
         assert last.status_code == 429 and int(last.headers["Retry-After"]) >= 1
         assert "text/html" in last.headers["Content-Type"] and "come back later" in last.text

@@ -105,7 +105,7 @@ def test_ready_means_that_every_project_can_be_used(server: Process) -> None:
     holder.start()
     try:
         wait_for(lambda: ready()[0] == 503, "the closed project to be noticed", 10)
-        assert ready()[1] == ["closed: an administrator's command has the project (1 of 3)"]
+        assert ready()[1] == ["closed: the project is in use by an administrator's command (1 of 3)"]
     finally:
         let_go.set()
         holder.join()

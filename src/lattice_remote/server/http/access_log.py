@@ -1,8 +1,7 @@
-"""What is known of each HTTP request: counted, timed, and one line in the log, with the number of the change it made.
+"""Metrics and access log of HTTP requests, one line each with the number of the change it made.
 
-A line has who asked, the path without its query, and the status; nothing of headers and bodies. A part of the path
-that is no plain name is left out of it: anybody can ask for anything. Of those who show no token only so many have a
-line; all are counted.
+A line has the actor, the path without its query, and the status, but no headers or bodies. Parts of the path that are
+not plain names are masked. Lines for requests without a token are rate limited; all requests are counted.
 """
 
 import contextlib
@@ -22,36 +21,36 @@ from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.transport.admission import ConnectionQuota, TokenBucket
 from lattice_remote.server.transport.websocket import PlainHttp
 
-__all__ = ["AccessLogEntry", "record_of", "with_records"]
+__all__ = ["AccessLogEntry", "log_entry_of", "with_access_log"]
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _NOWHERE = "(none)"
-"""In place of a route that does not exist."""
+"""Label of requests without a route."""
 _PROBES = {"/healthz", "/readyz", "/metrics"}
-"""Asked every few seconds by programs: worth a line only when something is wrong, or with ``--log-level debug``."""
+"""Polled every few seconds: logged only on an error, or with ``--log-level debug``."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
 _STRANGERS_PER_S, _STRANGERS_BURST = 2, 50
-"""Lines for requests of nobody known; ten addresses could ask a thousand times a second."""
+"""Rate of lines for unauthenticated requests; ten addresses could send a thousand per second."""
 _LEFT = 499
-"""As which status a request counts whose client has left before an answer, as with nginx."""
+"""Status of a request whose client disconnected before the response, as in nginx."""
 
 _log = logging.getLogger("lattice_remote.requests")
 
 
 class AccessLogEntry:
-    """One request: filled in by whoever learns something of it."""
+    """One request, completed while it is processed."""
 
     def __init__(self, scope: Scope, patterns: "_Patterns") -> None:
         self._scope, self._patterns = scope, patterns
         self._visit: ConnectionQuota = scope["state"]["visit"]
         self.method = scope["method"] if scope["method"] in _METHODS else "other"
         self.since = time.time()
-        """When it came, in seconds since 1970."""
+        """Time of arrival in seconds since 1970."""
         self.login: Login | None = None
-        """Who asks, once that is known."""
+        """The authenticated login; None before."""
         self.project = ""
-        """The project that they may use; "" before that is known."""
+        """The project's slug, once access to it is granted; "" before."""
         self.status = _LEFT
         self.is_stream = False
         self.sent_bytes = 0
@@ -60,37 +59,37 @@ class AccessLogEntry:
 
     @property
     def address(self) -> str:
-        """Where it comes from; behind a proxy that is known once its head was read."""
+        """The client's address; behind a trusted proxy known after the headers were read."""
         return self._visit.address
 
     @property
     def route(self) -> str:
-        """The path's pattern, as ``/projects/{slug}/tasks``; known once it has come to its handler."""
+        """The path's pattern, for example ``/projects/{slug}/tasks``; known in the handler."""
         return self._patterns.of(self._scope)
 
     @property
     def path(self) -> str:
-        """The path, as far as it is plain names."""
+        """The path, with parts masked that are not plain names."""
         return self._patterns.path_of(self._scope)
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far."""
+        """Time since arrival."""
         return time.monotonic() - self._began
 
     def count_streamed(self) -> None:
-        """Count what was sent past the application, see ``PlainHttp.stream``."""
+        """Count the bytes sent past the application, see ``PlainHttp.stream``."""
         http: PlainHttp = self._scope["state"]["http"]
         self.sent_bytes += http.take_streamed()
 
     def take(self, account: RequestOutcome) -> None:
-        """Take what came of a write that it has asked for. Of several, all but the last have a line of their own."""
+        """Take the outcome of a write. Of several, all but the last get a line of their own."""
         if self._account is not None:
             self._account.log()
         self._account = account
 
     def log(self, left_out: int = 0) -> None:
-        """Write its line; ``left_out`` are requests before it that have none."""
+        """Write the line; ``left_out`` is the number of suppressed lines before it."""
         token, account = self.login.token if self.login else None, self._account
         fields = {
             "method": self.method,
@@ -118,15 +117,15 @@ class AccessLogEntry:
         _log.log(logging.DEBUG if is_quiet else logging.INFO, text, *values, extra={"fields": fields})
 
 
-def record_of(request: Request) -> AccessLogEntry:
-    """Return what is known of a request."""
+def log_entry_of(request: Request) -> AccessLogEntry:
+    """Return the log entry of a request."""
     record: AccessLogEntry = request.state.record
     return record
 
 
-def with_records(app: ASGIApp, hub: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
-    """Return the app such that each of its requests is counted and logged. ``routes`` are all that it has."""
-    patterns, strangers = _Patterns(routes), _Strangers()
+def with_access_log(app: ASGIApp, hub: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
+    """Return the app with all requests counted and logged. ``routes`` are all its routes."""
+    patterns, strangers = _Patterns(routes), _AnonymousLines()
 
     async def recording(scope: Scope, receive: Receive, send: Send) -> None:
         record = scope["state"]["record"] = AccessLogEntry(scope, patterns)
@@ -146,7 +145,7 @@ def with_records(app: ASGIApp, hub: ProjectRegistry, routes: Sequence[BaseRoute]
 
 
 @contextlib.contextmanager
-def _counted(hub: ProjectRegistry, record: AccessLogEntry, strangers: "_Strangers") -> Iterator[None]:
+def _counted(hub: ProjectRegistry, record: AccessLogEntry, strangers: "_AnonymousLines") -> Iterator[None]:
     hub.ongoing.add(record)
     try:
         yield
@@ -169,27 +168,27 @@ def _is_stream(start: MutableMapping[str, Any]) -> bool:
     )
 
 
-class _Strangers:
-    """How many lines there may be of requests of nobody known."""
+class _AnonymousLines:
+    """Rate limit of lines for unauthenticated requests."""
 
     def __init__(self) -> None:
         self._lines = TokenBucket(_STRANGERS_BURST, time.monotonic())
         self._left_out = 0
 
     def may_have_one(self) -> bool:
-        """Tell whether one more request may have a line; else it is counted."""
+        """Return whether one more request gets a line; else count it as suppressed."""
         wait_s = self._lines.take(time.monotonic(), rate=_STRANGERS_PER_S, burst=_STRANGERS_BURST)
         self._left_out += bool(wait_s)
         return not wait_s
 
     def take_left_out(self) -> int:
-        """Return how many were left out since this was last called."""
+        """Return the number of lines suppressed since the last call."""
         left_out, self._left_out = self._left_out, 0
         return left_out
 
 
 class _Patterns:
-    """Which route a request was for: labels are patterns, of which there are few, never paths."""
+    """Route patterns: labels must be few, so they are patterns and never paths."""
 
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
         self._routes: dict[Any, list[Route | Mount]] = {}
@@ -199,12 +198,12 @@ class _Patterns:
 
     def of(self, scope: Scope) -> str:
         candidates = self._routes.get(scope.get("endpoint"), [])
-        if len(candidates) > 1:  # one handler of several paths
+        if len(candidates) > 1:  # one handler for several paths
             candidates = [route for route in candidates if route.path_regex.match(scope["path"])]
         return candidates[0].path if candidates else _NOWHERE
 
     def path_of(self, scope: Scope) -> str:
-        """Return the path for the log: the pattern, with those of its parts that are plain names."""
+        """Return the path for the log: the pattern with its plain names filled in."""
         values = scope.get("path_params", {})
 
         def shown(part: re.Match[str]) -> str:

@@ -1,7 +1,4 @@
-"""Which path is served by what, over HTTP: everything past the door, with bounded bodies, refused in JSON or as a page.
-
-Each part of the house brings its own routes; here they are put together.
-"""
+"""HTTP application: its routes, admission, error responses and health checks."""
 
 import asyncio
 import logging
@@ -19,9 +16,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import lattice_remote
 from lattice_remote.errors import RemoteError
 from lattice_remote.server.http import dashboard, pages, sse
-from lattice_remote.server.http.access_log import record_of, with_records
-from lattice_remote.server.http.auth import Cookies, guest, hub_of, identified
-from lattice_remote.server.http.middleware import ending_where_unread, refused_body, sent_in_pieces, with_headers
+from lattice_remote.server.http.access_log import log_entry_of, with_access_log
+from lattice_remote.server.http.auth import Cookies, authenticated, registry_of, request_context
+from lattice_remote.server.http.middleware import (
+    closing_after_unread_body,
+    refuse_body,
+    with_paced_bodies,
+    with_security_headers,
+)
 from lattice_remote.server.http.pages import error_response
 from lattice_remote.server.http.rest import openapi
 from lattice_remote.server.http.sse import Feeds
@@ -34,20 +36,20 @@ __all__ = ["health_routes", "http_app", "metrics_app", "metrics_routes"]
 
 _WHY: dict[State, str] = {
     "starting": "starting: the worker of the project is not ready",
-    "closed": "closed: an administrator's command has the project",
-    "failed": "failed: the project can't be used; see the server's log",
+    "closed": "closed: the project is in use by an administrator's command",
+    "failed": "failed: the project is not usable; see the server's log",
 }
 
 
 async def _healthz(request: Request) -> Response:
-    """Say that the server answers."""
-    projects = await asyncio.to_thread(hub_of(request).data.slugs)
+    """Report that the server responds."""
+    projects = await asyncio.to_thread(registry_of(request).data.slugs)
     return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
 
 
 async def _readyz(request: Request) -> Response:
-    """Say whether every project can be used: 200, or 503 with the reasons and how many projects each is of."""
-    hub = hub_of(request)
+    """Report whether every project is usable: 200, or 503 with the reasons and the number of projects for each."""
+    hub = registry_of(request)
     slugs = await asyncio.to_thread(hub.data.slugs)
     states = Counter(hub.state_of(slug) for slug in slugs)
     reasons = [f"{_WHY[state]} ({states[state]} of {len(slugs)})" for state in _WHY if states[state]]
@@ -63,7 +65,7 @@ health_routes = [Route("/healthz", _healthz, methods=["GET"]), Route("/readyz", 
 
 
 async def _guarded(request: Request) -> Response:
-    if not identified(request).token.metrics:
+    if not authenticated(request).token.metrics:
         why = "this token is not for metrics; make one with: lattice-remote token create --metrics"
         raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
     return await _scraped(request)
@@ -79,7 +81,7 @@ metrics_routes = [Route("/metrics", _guarded, methods=["GET"])]
 
 
 def metrics_app(gauges: Gauges) -> ASGIApp:
-    """Return what is served on an address of its own: the figures, to whoever can reach it, and nothing else."""
+    """Return the app of the separate metrics address: metrics without a token, nothing else."""
     app = Starlette(routes=[Route("/metrics", _scraped, methods=["GET"])])
     app.state.gauges = gauges
     return app
@@ -89,7 +91,7 @@ _log = logging.getLogger(__name__)
 
 
 def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
-    """Return the whole of HTTP for a hub that was started. It wants a ``Visit`` in ``scope["state"]``."""
+    """Return the HTTP application for a started registry. ``scope["state"]["visit"]`` must be a ``ConnectionQuota``."""
     routes = [
         *pages.routes,
         *pages.sign_in_routes,
@@ -103,31 +105,31 @@ def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
         *dashboard.data_routes,
         *dashboard.routes,
     ]
-    handlers = {404: _nothing_here, 405: _nothing_here, ApiError: _refuse, RemoteError: _refuse, Exception: _break}
+    handlers = {404: _not_found, 405: _not_found, ApiError: _refuse, RemoteError: _refuse, Exception: _crashed}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
     app.state.hub = hub
     app.state.gauges = gauges
     app.state.feeds = Feeds()
     app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
-    bounded = ending_where_unread(sent_in_pieces(app, hub.responses))
-    return with_records(with_headers(_past_the_door(bounded, hub, app.state.cookies)), hub, routes)
+    bounded = closing_after_unread_body(with_paced_bodies(app, hub.responses))
+    return with_access_log(with_security_headers(_behind_admission(bounded, hub, app.state.cookies)), hub, routes)
 
 
-def _past_the_door(app: ASGIApp, hub: ProjectRegistry, cookies: Cookies) -> ASGIApp:
-    """Return the app for those requests only that the door lets pass."""
+def _behind_admission(app: ASGIApp, hub: ProjectRegistry, cookies: Cookies) -> ASGIApp:
+    """Return the app behind admission control."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         visit: ConnectionQuota = scope["state"]["visit"]
         headers = Headers(scope=scope)
         token_id = hub.shown(headers.getlist("Authorization")) or _shown_by_cookie(hub, cookies, scope)
-        refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refused_body(scope["method"], headers)
+        refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refuse_body(scope["method"], headers)
         await (app if refusal is None else error_response(Request(scope), refusal))(scope, receive, send)
 
     return guarded
 
 
 def _shown_by_cookie(hub: ProjectRegistry, cookies: Cookies, scope: Scope) -> str:
-    """Return the id of the valid token with which a browser has signed in, "" for none; whether it may is not said."""
+    """Return the id of the valid token of the browser's cookie, "" for none; its rights are not checked."""
     try:
         shown = cookies.read(Request(scope))
     except BadData:
@@ -135,18 +137,18 @@ def _shown_by_cookie(hub: ProjectRegistry, cookies: Cookies, scope: Scope) -> st
     return "" if shown is None else hub.shown_before(shown.token_id, shown.sha256)
 
 
-# --- what ends otherwise than a handler wants ---
+# --- errors ---
 
 
-async def _nothing_here(request: Request, error: Exception) -> Response:
+async def _not_found(request: Request, error: Exception) -> Response:
     if request.url.path.endswith("/ws"):
         why = "this is a WebSocket endpoint: upgrade the request"
         return error_response(request, ApiError(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_PROTOCOL", why))
     status = HTTPStatus(getattr(error, "status_code", 500))
     headers = getattr(error, "headers", None) or {}
-    code, why = "REMOTE_NOT_FOUND", "there is nothing here"
+    code, why = "REMOTE_NOT_FOUND", "not found"
     if status is not HTTPStatus.NOT_FOUND:
-        code, why = "REMOTE_PROTOCOL", f"this path takes {headers.get('Allow', 'other methods')} only"
+        code, why = "REMOTE_PROTOCOL", f"this path allows {headers.get('Allow', 'other methods')} only"
     response = error_response(request, ApiError(status, code, f"{request.method} {request.url.path}: {why}"))
     response.headers.update(headers)
     return response
@@ -156,18 +158,18 @@ async def _refuse(request: Request, error: ApiError | RemoteError) -> Response:
     return error_response(request, error if isinstance(error, ApiError) else ApiError.from_remote_error(error))
 
 
-async def _break(request: Request, error: Exception) -> Response:
-    _log.error("%s %s broke down", record_of(request).method, record_of(request).route, exc_info=error)
-    why = "the server failed at this; its log says more"
+async def _crashed(request: Request, error: Exception) -> Response:
+    _log.error("%s %s crashed", log_entry_of(request).method, log_entry_of(request).route, exc_info=error)
+    why = "the server failed; see its log"
     return error_response(request, ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "REMOTE_FAILED", why))
 
 
-# --- what is not worth a file ---
+# --- the project itself ---
 
 
 async def _describe(request: Request) -> Response:
-    """Say what a token may do in a project, and where the project stands. A client asks before it adds a remote."""
-    visitor = await guest(request)
+    """Return a token's rights in a project and the project's position. Clients request this before adding a remote."""
+    visitor = await request_context(request)
     token, project = visitor.login.token, visitor.project
     return JSONResponse(
         {

@@ -1,4 +1,4 @@
-"""Who asks, and for which project: the first line of every handler of a project's path (I9)."""
+"""Authentication of HTTP requests by token or cookie, and access to the project in the path (I9)."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lattice_remote.server.auth import Login
-from lattice_remote.server.http.access_log import record_of
+from lattice_remote.server.http.access_log import log_entry_of
 from lattice_remote.server.http.responses import wants_page
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.request_log import OutcomeListener
@@ -23,14 +23,14 @@ __all__ = [
     "Cookies",
     "RequestContext",
     "Shown",
-    "cookies_of",
-    "foreign",
-    "guest",
-    "hub_of",
-    "identified",
-    "is_from_elsewhere",
+    "authenticated",
+    "cookies_for",
+    "cross_site_objection",
+    "is_cross_site_link",
     "is_https",
-    "refuse_foreign",
+    "refuse_cross_site",
+    "registry_of",
+    "request_context",
     "signed_in",
 ]
 
@@ -38,17 +38,17 @@ _READING = {"GET", "HEAD"}
 
 
 def is_https(request: Request) -> bool:
-    """Tell whether the browser speaks TLS, with this server or with a trusted proxy in front of it."""
+    """Return whether the browser uses TLS to this server or to a trusted proxy."""
     visit: ConnectionQuota = request.state.visit
     by_proxy = visit.from_proxy and request.headers.get("X-Forwarded-Proto", "").split(",")[0].strip() == "https"
     return by_proxy or request.url.scheme == "https"
 
 
-def foreign(request: Request) -> str:
-    """Return why a request that brings a cookie is not answered; "" when it comes from a page of ours.
+def cross_site_objection(request: Request) -> str:
+    """Return why a request with a cookie is refused as cross-site; "" if it is not.
 
-    Whoever follows a link to here is welcome: a page that is shown in a tab of its own tells nothing to where the
-    link was. What only reads and comes from nowhere (an address that was typed) is welcome too.
+    Allowed are links that open a tab of their own, because the linking page cannot read it, and reads without an
+    origin, such as a typed address.
     """
     reads, headers = request.method in _READING, request.headers
     site = headers.get("Sec-Fetch-Site")
@@ -56,17 +56,17 @@ def foreign(request: Request) -> str:
         shown = (headers.get("Sec-Fetch-Mode"), headers.get("Sec-Fetch-Dest")) == ("navigate", "document")
         if site == "same-origin" or (reads and (site == "none" or shown)):
             return ""
-        return "this request was made by a page of another site"
+        return "the request comes from a page of another site"
     origin = headers.get("Origin")
     if origin is None:
-        return "" if reads else "this request does not say which page made it (no Origin header)"
+        return "" if reads else "the request has no Origin header"
     if not _is_ours(request, origin):
-        return "this request was made by a page of another site, or a proxy in front did not pass the Host header on"
+        return "the request comes from a page of another site, or a proxy did not forward the Host header"
     return ""
 
 
-def is_from_elsewhere(request: Request) -> bool:
-    """Tell whether somebody came here by a link on another site, so that his browser has held the cookie back."""
+def is_cross_site_link(request: Request) -> bool:
+    """Return whether a browser followed a link on another site, and therefore withheld the cookie."""
     return request.headers.get("Sec-Fetch-Site") == "cross-site" and request.headers.get("Sec-Fetch-Mode") == "navigate"
 
 
@@ -75,54 +75,54 @@ def _is_ours(request: Request, origin: str) -> bool:
         parts = urlsplit(origin)
     except ValueError:
         return False
-    scheme = {"https"} if is_https(request) else {"http", "https"}  # a proxy that is not trusted may speak TLS
+    scheme = {"https"} if is_https(request) else {"http", "https"}  # an untrusted proxy may use TLS
     return parts.scheme in scheme and parts.netloc.lower() == request.headers.get("Host", "").lower() != ""
 
 
 _MAX_CHARS = 1024
-"""Ours has about 200."""
+"""A valid cookie has about 200."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What a cookie says of the token that was shown."""
+    """The token that a cookie stands for."""
 
     token_id: str
     sha256: str
 
 
 class Cookies:
-    """Makes the cookies of one server, and reads them."""
+    """Signed sign-in cookies of one server."""
 
     def __init__(self, key: bytes, max_age_days: float) -> None:
-        """Take the server's own key, and for how long a cookie is good."""
+        """Take the server's signing key and the lifetime of a cookie."""
         self._max_age_s = int(max_age_days * 86_400)
         self._signer = URLSafeTimedSerializer(key, salt="browser", signer_kwargs={"digest_method": sha256})
-        # A browser gives its cookies to every port of a host. Two servers there are not to sign each other out.
+        # Browsers send cookies to all ports of a host; servers on one host must not sign each other out.
         self._name = f"lattice-{sha256(b'name' + key).hexdigest()[:8]}"
 
     def read(self, request: Request) -> Shown | None:
-        """Return what a request's cookie says; None when it brings none.
+        """Return the token in a request's cookie; None without a cookie.
 
         Raises:
-            SignatureExpired: it was good once.
-            BadSignature: it was never ours, so somebody may be guessing.
+            SignatureExpired: the cookie has expired.
+            BadSignature: the cookie is forged, or of another server.
         """
         text = request.cookies.get(self._name_for(request), "")
         if not text:
             return None
         if len(text) > _MAX_CHARS:
-            raise BadSignature("longer than any of ours")
+            raise BadSignature("too long")
         token_id, digest = self._signer.loads(text, max_age=self._max_age_s)
         return Shown(token_id, digest)
 
     def give(self, request: Request, response: Response, login: Login) -> None:
-        """Let the browser keep who has signed in. Only this server gets it, from its own pages, and no script."""
+        """Set the cookie for ``login``: sent to this server only, from its own pages, invisible to scripts."""
         value = self._signer.dumps((login.token.id, login.sha256))
         self._set(request, response, value, self._max_age_s)
 
     def take_back(self, request: Request, response: Response) -> None:
-        """Let the browser forget it."""
+        """Delete the cookie."""
         self._set(request, response, "", 0)
 
     def _set(self, request: Request, response: Response, value: str, max_age_s: int) -> None:
@@ -137,7 +137,7 @@ class Cookies:
         )
 
     def _name_for(self, request: Request) -> str:
-        """With TLS it is a name that nobody can set but this very host, over TLS."""
+        """Return the cookie's name; with TLS one that only this host can set, over TLS."""
         return f"__Host-{self._name}" if is_https(request) else self._name
 
 
@@ -147,47 +147,47 @@ def _unauthorized(why: str) -> ApiError:
 
 @dataclass(frozen=True)
 class RequestContext:
-    """Somebody who may use a project, which is open."""
+    """An authenticated client and its open project."""
 
     hub: ProjectRegistry
     login: Login
     project: Project
     share: ResponseShare
-    """What the response holds in memory."""
-    told: OutcomeListener | None = None
-    """Takes the account of a write that it asks for, so that its one line in the log has the change's number."""
+    """Memory budget of the response."""
+    on_result: OutcomeListener | None = None
+    """Receives the outcome of a write, so that the request's log line has the change's number."""
 
 
-def hub_of(request: Request) -> ProjectRegistry:
-    """Return the hub that a request has come to."""
+def registry_of(request: Request) -> ProjectRegistry:
+    """Return the server's project registry."""
     hub: ProjectRegistry = request.app.state.hub
     return hub
 
 
-def cookies_of(request: Request) -> Cookies:
-    """Return what makes and reads the cookies of this server."""
+def cookies_for(request: Request) -> Cookies:
+    """Return the server's cookies."""
     cookies: Cookies = request.app.state.cookies
     return cookies
 
 
-def identified(request: Request) -> Login:
-    """Return who asks: by the token in its ``Authorization`` header, else by the cookie of a browser that is signed in.
+def authenticated(request: Request) -> Login:
+    """Return the login of the ``Authorization`` header, else of the browser's cookie.
 
-    A cookie counts only for what a page of ours asks.
+    A cookie counts only on requests from this server's pages.
 
     Raises:
-        ApiError: nobody known, or with too many connections, or with a cookie from another site's page.
+        ApiError: unknown token, too many connections, or a cookie from another site's page.
     """
     visit: ConnectionQuota = request.state.visit
     authorization = request.headers.getlist("Authorization")
     login = None if _has_token(authorization) else signed_in(request)
     if login is None and wants_page(request) and not authorization:
-        login = _unauthorized("sign in first")  # people who look in are no guessers: they are shown where to sign in
+        login = _unauthorized("sign in first")  # the sign-in form, and no failed login
     if login is None:
-        login = hub_of(request).identify(visit, bearer(authorization))
+        login = registry_of(request).identify(visit, bearer(authorization))
     if isinstance(login, ApiError):
         raise login
-    record_of(request).login = login
+    log_entry_of(request).login = login
     share: ResponseShare = request.state.share
     share.token_id = login.token.id
     if (refusal := visit.admit(login.token.id)) is not None:
@@ -196,61 +196,63 @@ def identified(request: Request) -> Login:
 
 
 def _has_token(authorization: list[str]) -> bool:
-    """Tell whether it is a token that is shown. A proxy in front may ask browsers for a password, which is none."""
+    """Return whether a token is shown. A password for a proxy in front is none."""
     return any(value.lower().startswith("bearer") for value in authorization)
 
 
 def signed_in(request: Request) -> Login | ApiError | None:
-    """Return who has signed in with this browser, or why that has ended; None when it brings no cookie.
+    """Return the login of the browser's cookie, or why it has ended; None without a cookie.
 
-    A cookie of ours that is good no more is no failed login: pages that are still open go on asking.
+    An expired cookie does not count as a failed login, because open pages keep sending it.
 
     Raises:
-        ApiError: a page of another site has made the request.
+        ApiError: the request comes from a page of another site.
     """
     try:
-        shown = cookies_of(request).read(request)
+        shown = cookies_for(request).read(request)
     except SignatureExpired:
-        return _unauthorized("you have signed in too long ago; sign in again")
+        return _unauthorized("the sign-in has expired; sign in again")
     except BadSignature:
         visit: ConnectionQuota = request.state.visit
-        return visit.failed() or _unauthorized("the cookie is not one of this server; sign in again")
+        return visit.failed() or _unauthorized("the cookie is not from this server; sign in again")
     if shown is None:
         return None
-    refuse_foreign(request)
-    return hub_of(request).identify_again(shown.token_id, shown.sha256)
+    refuse_cross_site(request)
+    return registry_of(request).identify_again(shown.token_id, shown.sha256)
 
 
-def refuse_foreign(request: Request) -> None:
-    """Do nothing if a request comes from a page of ours.
+def refuse_cross_site(request: Request) -> None:
+    """Refuse a cross-site request.
 
     Raises:
-        ApiError: it was made by a page of another site.
+        ApiError: the request comes from a page of another site.
     """
-    if why := foreign(request):
+    if why := cross_site_objection(request):
         raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
 
 
-async def guest(request: Request) -> RequestContext:
-    """Return who asks, and the project that the path names, once it is open.
+async def request_context(request: Request) -> RequestContext:
+    """Return the authenticated client and the project in the path, once it is open.
 
     Raises:
-        ApiError: nobody who may.
-        Rejected: the token has more answers outstanding than it may.
-        StorageError: the project can't be used.
+        ApiError: not authorized.
+        Rejected: the token has too many responses outstanding.
+        StorageError: the project is not usable.
     """
     slug = request.path_params["slug"]
-    login, project = identified(request), _entered(request, slug, None)
+    login, project = authenticated(request), _entered(request, slug, None)
     share: ResponseShare = request.state.share
     await share.room()
     await project.opened()
-    # Opening may have taken its time, in which the token or the project was taken away.
-    return RequestContext(hub_of(request), login, _entered(request, slug, project), share, record_of(request).take)
+    # Opening may take long enough for the token or the project to be removed.
+    return RequestContext(
+        registry_of(request), login, _entered(request, slug, project), share, log_entry_of(request).take
+    )
 
 
 def _entered(request: Request, slug: str, project: Project | None) -> Project:
-    found = hub_of(request).enter(identified(request), slug)
+    found = registry_of(request).enter(authenticated(request), slug)
     if isinstance(found, ApiError):
         raise found
-    record_of(request).project = found.slug
+    log_entry_of(request).project = found.slug
     return found if project is None else project

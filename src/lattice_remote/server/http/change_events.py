@@ -1,14 +1,13 @@
-"""What a change tells those who listen: its events, always the same ones in the same order. No I/O.
+"""Event stream's view of a change: the same events in the same order for every client. No I/O.
 
-    task_event      {"task": ID, "event": {...}}                   a line that was added to the task's log
-    resource_event  {"resource": ID, "name": NAME, "event": {...}}      the same of a resource
-    task_snapshot   {"task": ID, "archived": false, "gone": false, "snapshot": {...}}    the task as it is afterwards
+    task_event      {"task": ID, "event": {...}}                   a line added to the task's log
+    resource_event  {"resource": ID, "name": NAME, "event": {...}}      a line added to a resource's log
+    task_snapshot   {"task": ID, "archived": false, "gone": false, "snapshot": {...}}    the task after the change
     text            {"task": ID, "text": "plan"}                   its plan, or its "notes", was written or removed
-    files           {"paths": [...], "more": 0}                    whatever else was changed: settings, sessions, ...
+    files           {"paths": [...], "more": 0}                    all other changed files: settings, sessions, ...
 
-The id of an event is the position behind it: ``EPOCH-SEQ-MARK`` of a change's last one, ``EPOCH-SEQ-MARK.1``,
-``EPOCH-SEQ-MARK.2`` and so on of those before. So a stream that is cut in the middle of a change goes on behind the
-last event that arrived.
+An event's id is the position after it: ``EPOCH-SEQ-MARK`` for the last event of a change, ``EPOCH-SEQ-MARK.1``,
+``EPOCH-SEQ-MARK.2`` and so on before it. A stream cut within a change continues after the last event that arrived.
 """
 
 import re
@@ -37,21 +36,21 @@ __all__ = ["ChangeEvent", "EventId", "Wanted", "block", "blocks", "events_of"]
 _MAX_PATHS = 100
 _NOT_BY_COMMAND = ("edit", "recovery")
 _FOLLOWS_FROM_OTHERS = frozenset({"ids.json", "events/_lifecycle.jsonl"})
-"""What lattice keeps besides: told only when nothing else is."""
+"""Files derived from others: reported only if nothing else changed."""
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
 _EVENTS = re.compile(r"\.([0-9]{1,9})\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
 class EventId:
-    """The position behind an event: all of the change at ``position``, or its first ``events`` events."""
+    """The position after an event: all of the change at ``position``, or its first ``events`` events."""
 
     position: EventPosition
     events: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "EventId | None":
-        """Return what an event's id says, or a bare number, which is of any epoch; None when it is neither."""
+        """Return the position of an event's id, or of a bare number in any epoch; None for other text."""
         if _NUMBER.fullmatch(text):
             return cls(EventPosition("", int(text), b""))
         partly = _EVENTS.search(text)
@@ -65,12 +64,12 @@ class EventId:
 
     @property
     def whole(self) -> int:
-        """The number of the last change that was sent to its end."""
+        """The number of the last change that was sent completely."""
         return self.position.seq if self.events is None else self.position.seq - 1
 
 
 class Wanted(NamedTuple):
-    """A file whose content is what is told, if it has this digest."""
+    """A file whose content an event includes, if it has this digest."""
 
     path: str
     digest: bytes
@@ -78,7 +77,7 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class ChangeEvent:
-    """One event. With ``wanted`` its ``snapshot`` is that file, which the change does not hold as a whole."""
+    """One event. With ``wanted`` its ``snapshot`` is that file's content, which the change does not hold whole."""
 
     kind: str
     data: Mapping[str, Any]
@@ -86,18 +85,18 @@ class ChangeEvent:
 
 
 def events_of(change: Change) -> list[ChangeEvent]:
-    """Return what a change tells. Never raises: what is no JSON, or not as lattice writes it, is among ``files``."""
-    told: set[str] = set()
-    events = [*_log_events(change, told), *_snapshots(change, told), *_texts(change, told)]
+    """Return a change's events. Malformed content is reported under ``files``; never raise."""
+    reported: set[str] = set()
+    events = [*_log_events(change, reported), *_snapshots(change, reported), *_texts(change, reported)]
     paths = dict.fromkeys(path for operation in change.ops for path in paths_of(operation))
-    others = [path for path in paths if path not in told]
+    others = [path for path in paths if path not in reported]
     if rest := [path for path in others if path not in _FOLLOWS_FROM_OTHERS] or ([] if events else others):
         events.append(ChangeEvent("files", {"paths": rest[:_MAX_PATHS], "more": max(0, len(rest) - _MAX_PATHS)}))
     return events
 
 
-def _log_events(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
-    """Yield what is added to the logs, in order; of a log that was replaced as a whole nobody knows what is new."""
+def _log_events(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
+    """Yield the lines added to logs, in order; a replaced log yields none, as its new lines are unknown."""
     resources = {path.split("/")[1]: path for path in _paths(change) if re.fullmatch(r"resources/[^/]+/[^/]+", path)}
     name = next(iter(resources)) if len(resources) == 1 else None
     for operation in change.ops:
@@ -107,28 +106,28 @@ def _log_events(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
         assert isinstance(operation, PutFile | AppendBytes), "one of the two"
         lines = [_compact(line) for line in operation.data.splitlines()]
         if None in lines:
-            continue  # written by hand, and badly
-        told.add(operation.path)
+            continue  # malformed, for example edited by hand
+        reported.add(operation.path)
         owner = operation.path.rpartition("/")[2].removesuffix(".jsonl")
         for line in lines:
             if owner.startswith("task_"):
                 yield ChangeEvent("task_event", {"task": owner, "event": line})
             else:
-                told.update(resources.values())
+                reported.update(resources.values())
                 yield ChangeEvent("resource_event", {"resource": owner, "name": name, "event": line})
 
 
-def _snapshots(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
-    """Yield what has become of tasks: one event of each, of its state after the change."""
-    places: dict[str, tuple[str, bytes | Wanted | None]] = {}  # by task: where it is, and what it is; None: gone
+def _snapshots(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
+    """Yield one event per changed task, with its state after the change."""
+    places: dict[str, tuple[str, bytes | Wanted | None]] = {}  # by task: path and content; None: deleted
     for operation in change.ops:
         _follow(operation, places)
     for task, (path, content) in places.items():
         snapshot = _compact(content) if isinstance(content, bytes) else None
         if isinstance(content, bytes) and snapshot is None:
             continue
-        told.update(other for other in _paths(change) if snapshot_of(other) == task)
-        told.update(_moved_with(task, change))
+        reported.update(other for other in _paths(change) if snapshot_of(other) == task)
+        reported.update(_moved_with(task, change))
         is_archived = path.startswith("archive/")
         data = {"task": task, "archived": is_archived, "gone": content is None, "snapshot": snapshot}
         yield ChangeEvent("task_snapshot", data, content if isinstance(content, Wanted) else None)
@@ -160,15 +159,15 @@ def _moved(content: bytes | Wanted | None, to: str) -> bytes | Wanted | None:
 
 
 def _moved_with(task: str, change: Change) -> Iterator[str]:
-    """Yield the files that only went with their task, to the archive or back."""
+    """Yield the files that moved to or from the archive with their task."""
     for operation in change.ops:
         if isinstance(operation, MoveFile) and tasks_in(paths_of(operation)) == [task]:
             yield from paths_of(operation)
 
 
-def _texts(change: Change, told: set[str]) -> Iterator[ChangeEvent]:
+def _texts(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
     for path, kind, task in texts_of(change):
-        told.add(path)
+        reported.add(path)
         yield ChangeEvent("text", {"task": task, "text": "plan" if kind == "plans" else "notes"})
 
 
@@ -177,9 +176,9 @@ def _paths(change: Change) -> list[str]:
 
 
 def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Mapping[Wanted, bytes]) -> list[bytes]:
-    """Return the events of the change at ``position`` as they are sent; what is wanted and not in ``contents`` is null.
+    """Return the encoded events of the change at ``position``. A wanted file that ``contents`` lacks is null.
 
-    Then the file is another by now, and a later change brings that.
+    Such a file has changed again; a later change includes it.
     """
     sent = []
     for number, event in enumerate(events, 1):
@@ -192,12 +191,12 @@ def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Map
 
 
 def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
-    """Return one event as it is sent. JSON has no line end in it, so that it is one line of data."""
+    """Return one encoded event. JSON has no line ends, so the data is one line."""
     return b"event: %b\nid: %b\ndata: %b\n\n" % (kind.encode(), str(behind).encode(), msgspec.json.encode(data))
 
 
 def _compact(data: bytes) -> msgspec.Raw | None:
-    """Return a JSON object on one line, otherwise as it is written; None when it is none."""
+    """Return a JSON object on one line, otherwise unchanged; None if it is no object."""
     try:
         data.decode()
         msgspec.json.decode(data, type=dict[str, msgspec.Raw])

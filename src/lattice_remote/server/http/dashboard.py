@@ -1,7 +1,7 @@
-"""The page as the installed lattice brings it, with a script of ours; and what it asks, answered by lattice's handlers.
+"""Hosted dashboard: lattice's own page with live updates, its requests, and its plan and notes editor.
 
-Reads go to the project's reader, writes to its worker. Nothing of the page is here, so that a later version comes along
-as it is: its own files and requests are passed on by the forms of their paths, whatever they are called.
+Reads go to the project's reader, writes to its worker. The page and its files come from the installed lattice; requests
+are forwarded by the form of their path, so other versions of the page work too.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ from lattice_remote import livepage
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.messages import Bye
 from lattice_remote.protocol.paths import is_editable
-from lattice_remote.server.http.auth import RequestContext, guest
-from lattice_remote.server.http.middleware import body_of
+from lattice_remote.server.http.auth import RequestContext, request_context
+from lattice_remote.server.http.middleware import read_body
 from lattice_remote.server.http.responses import ok
 from lattice_remote.server.http.sse import EventStream, chunk
 from lattice_remote.server.http.text_versions import MAX_VERSIONS, list_versions, version_text
-from lattice_remote.server.http.writes import call, edit, once_of
+from lattice_remote.server.http.writes import call, edit, idempotency_key
 from lattice_remote.server.ipc import ReadPage, ReadResult
 from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
@@ -40,14 +40,14 @@ from lattice_remote.server.transport.websocket import PlainHttp
 __all__ = ["data_routes", "policy_for", "read", "read_version", "routes", "stream", "versions", "write"]
 
 _KEEP_ALIVE_S = 10.0
-"""After so long without a change the last one is told again: a page hears when its connection is dead."""
+"""Interval after which an event is repeated without a change, so that a page notices a dead connection."""
 _SOON_S = 0.02
-"""Changes that follow each other within this are told as one."""
+"""Window within which successive changes make one event."""
 _MAX_PENDING_BYTES = 64 * 1024
 
 
 class _Listener:
-    """An open page, as a follower of its project; it is over when ``over`` is set."""
+    """An open page, subscribed to its project; ``over`` is set at its end."""
 
     def __init__(self, http: PlainHttp, visitor: RequestContext, *, is_chunked: bool) -> None:
         token = visitor.login.token
@@ -61,11 +61,11 @@ class _Listener:
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
-        """Tell where the board is, and of every change, until this is over."""
+        """Send the current position, and one event per change until the stream is over."""
         self._history.join(self)
         self._tell()
-        if self._project.failure is not None or self._project.stopping:  # since it was let in
-            self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
+        if self._project.failure is not None or self._project.stopping:  # since admission
+            self.end(Bye("REMOTE_SHUTDOWN", "the project is not usable now; retry in a moment", 1.0))
         try:
             await self.over.wait()
         finally:
@@ -86,27 +86,27 @@ class _Listener:
         if self._timer is not None:
             self._timer.cancel()
 
-    # --- as a follower ---
+    # --- subscriber of the history ---
 
     def change_committed(self, seq: int, frame: bytes) -> None:  # noqa: ARG002 - the head says it all
-        """Tell it, with what else comes at once."""
+        """Schedule an event for this and all changes within ``_SOON_S``."""
         if not self._is_due and not self.over.is_set():
             self._is_due = True
             self._tell_in(_SOON_S)
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """It asks for nothing."""
+        """Ignore: a page sends no requests here."""
 
     def end(self, bye: Bye) -> None:  # noqa: ARG002 - the page finds out when it comes back
-        """End the answer. Idempotent, never waits."""
+        """End the response. Idempotent, never waits."""
         if not self.over.is_set():
             self._http.end_stream()
             self.over.set()
 
 
 async def stream(request: Request) -> EventStream:
-    """Tell of every change until the page leaves, its token ends or the server stops."""
-    visitor = await guest(request)
+    """Return the stream of events until the page disconnects, its token ends or the server stops."""
+    visitor = await request_context(request)
     return EventStream(visitor, lambda http, is_chunked: _Listener(http, visitor, is_chunked=is_chunked))
 
 
@@ -118,12 +118,12 @@ class _Envelope(msgspec.Struct, frozen=True):
 
 
 async def _data(request: Request) -> Response:
-    """Answer with the board, and with the position up to which it is, for ``events/stream?since=``.
+    """Return the project's data, and the position up to which it is current, for ``events/stream?since=``.
 
-    ``exact`` says that it is what the project was at that position. Without it, while writes follow one on the other,
-    it may hold some of what came next, which the events then tell again.
+    ``exact``: the data is the state at that position. Otherwise, during consecutive writes, it may include later
+    changes, which the events then repeat.
     """
-    visitor = await guest(request)
+    visitor = await request_context(request)
     project = visitor.project
     history = project.history
     before = history.position
@@ -137,7 +137,7 @@ async def _data(request: Request) -> Response:
 
 def _data_of(found: ReadResult) -> msgspec.Raw:
     if found.status != 200:
-        raise StorageError("the server can't read this project's board; see its log")
+        raise StorageError("the server cannot read this project's board; see its log")
     return msgspec.json.decode(found.body, type=_Envelope).data
 
 
@@ -149,12 +149,12 @@ _KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class _Text(msgspec.Struct, frozen=True):
-    """A plan or notes as they are on the server.
+    """A plan or notes on the server.
 
     Attributes:
-        text: None when there are none.
-        editable: whether they can be edited: not in the archive, not where the file is no text in UTF-8.
-        reason: why not.
+        text: None if missing.
+        editable: False in the archive, and for a file that is not UTF-8.
+        reason: why it is not editable.
     """
 
     text: str | None
@@ -163,30 +163,30 @@ class _Text(msgspec.Struct, frozen=True):
 
 
 class _Edit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``text``, made from ``base``, which is None where there was no file."""
+    """``text``, edited from ``base``; None if there was no file."""
 
     text: str
     base: str | None
 
 
 class _Saved(msgspec.Struct, frozen=True):
-    """What came of an edit, as ``textmerge`` has it, and the text that is on the server now."""
+    """Result of an edit, as in ``textmerge``, and the server's text now."""
 
     outcome: str
     now: _Text
 
 
 async def read(request: Request) -> Response:
-    """Answer with the text as it is."""
-    visitor = await guest(request)
+    """Return the text."""
+    visitor = await request_context(request)
     return ok(await _text(visitor, _text_path(request)))
 
 
 async def write(request: Request) -> Response:
-    """Merge an edit into the text; a conflict changes nothing, and is answered with what is there."""
-    visitor, path = await guest(request), _text_path(request)
+    """Merge an edit into the text; a conflict changes nothing and returns the present text."""
+    visitor, path = await request_context(request), _text_path(request)
     most = visitor.hub.config.limits.text_bytes
-    body = await body_of(request, 4 * most + _OTHER_BYTES)  # every byte of both may come with a backslash
+    body = await read_body(request, 4 * most + _OTHER_BYTES)  # every byte of both texts may be escaped
     try:
         asked = msgspec.json.decode(body, type=_Edit)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -194,27 +194,27 @@ async def write(request: Request) -> Response:
     text, base = asked.text.encode(), None if asked.base is None else asked.base.encode()
     if max(len(text), len(base or b"")) > most:
         raise Rejected(f"{path} is longer than {most} bytes", code="REMOTE_TOO_LARGE")
-    stored = await edit(visitor, path, text, base=base, once=once_of(request, visitor, body))
+    stored = await edit(visitor, path, text, base=base, once=idempotency_key(request, visitor, body))
     return ok(_Saved(stored.outcome, await _text(visitor, path)))
 
 
 async def versions(request: Request) -> Response:
-    """Answer with the newest changes of the text."""
-    visitor, kind = await guest(request), _KINDS[_text_path(request).partition("/")[0]]
+    """Return the newest changes of the text."""
+    visitor, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
     found, _ = await list_versions(visitor.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
     return ok(found)
 
 
 async def read_version(request: Request) -> Response:
-    """Answer with the text as of a change."""
-    visitor, kind = await guest(request), _KINDS[_text_path(request).partition("/")[0]]
+    """Return the text after a change."""
+    visitor, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
     async with visitor.share.making():
         found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
         visitor.share.hold(found.data)
     try:
         return ok(_Text(found.data.decode()))
     except UnicodeDecodeError:
-        return ok(_Text(found.data.decode(errors="replace"), editable=False, reason="it is no text in UTF-8"))
+        return ok(_Text(found.data.decode(errors="replace"), editable=False, reason="it is not UTF-8 text"))
 
 
 def _text_path(request: Request) -> str:
@@ -225,7 +225,7 @@ def _text_path(request: Request) -> str:
 
 
 async def _text(visitor: RequestContext, path: str) -> _Text:
-    """Return what the file holds, from the archive if the task is there.
+    """Return the file's text, from the archive if the task is there.
 
     Raises:
         Rejected: there is no such task.
@@ -239,44 +239,44 @@ async def _text(visitor: RequestContext, path: str) -> _Text:
     try:
         text = None if data is None else data.decode()
     except UnicodeDecodeError:
-        return _Text(data.decode(errors="replace") if data else "", editable=False, reason="it is no text in UTF-8")
+        return _Text(data.decode(errors="replace") if data else "", editable=False, reason="it is not UTF-8 text")
     return _Text(text, not archived, "the task is in the archive" if archived else "")
 
 
 _MAX_BODY = 1024 * 1024
-"""Lattice's own bound on what its page may send."""
+"""Lattice's own bound on a body of its page."""
 _STATIC = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(?:/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-"""Files of lattice's package have such names; with these no path leads out of their directory."""
+"""Names of files in lattice's package; no such name leads out of their directory."""
 _OWN_SCRIPT = re.compile(rb"""<script\b[^>]*\ssrc="(/static/[\w./-]+)\"""")
 _BASE = "/projects/{slug}/dashboard"
 
 
 async def _with_slash(request: Request) -> Response:
-    """All that the page names is relative to it: a proxy may serve it below a path that nobody here knows."""
+    """Redirect, since the page's paths are relative: a proxy may serve it below any path."""
     return RedirectResponse(f"{quote(request.url.path.rpartition('/')[2])}/", HTTPStatus.PERMANENT_REDIRECT)
 
 
 class _Made(NamedTuple):
-    """Lattice's page with what is added on the way."""
+    """Lattice's page with the additions."""
 
     page: bytes
     scripts: tuple[bytes, ...]
-    """Its own, as they are installed."""
+    """The page's installed script files."""
     policy: str
     """The policy under which it works."""
     quiet: bool
-    """Whether it has no handlers any more, so that its scripts must make none either."""
+    """Whether its handlers were replaced, so that its scripts must have theirs replaced too."""
 
 
 async def _page(request: Request) -> Response:
-    made = await _dashboard(await guest(request))
+    made = await _dashboard(await request_context(request))
     return _file(request, made.page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
 
 
 async def _dashboard(visitor: RequestContext) -> _Made:
     page = await _read_file(visitor, "/")
     scripts = [await _read_file(visitor, path.decode()) for path in _OWN_SCRIPT.findall(page.body)]
-    # Some 80 ms for a new version of the page: not on the loop, which has every client's changes to send (I10).
+    # Takes about 80 ms for a new version of the page: not in the event loop (I10).
     return await asyncio.to_thread(_made_live, page.body, tuple(script.body for script in scripts))
 
 
@@ -290,10 +290,10 @@ def _made_live(page: bytes, scripts: tuple[bytes, ...]) -> _Made:
 
 
 async def _static(request: Request) -> Response:
-    visitor = await guest(request)
+    visitor = await request_context(request)
     name = request.path_params["name"]
     if not _STATIC.fullmatch(name):
-        raise Rejected(f"{name!r} is no file of the dashboard", code="REMOTE_NOT_FOUND")
+        raise Rejected(f"{name!r} is not a file of the dashboard", code="REMOTE_NOT_FOUND")
     found = await _read_file(visitor, f"/static/{name}")
     if name.endswith(".js") and found.body in (made := await _dashboard(visitor)).scripts and made.quiet:
         return _file(request, livepage.without_handlers(found.body), found.content_type)
@@ -301,10 +301,10 @@ async def _static(request: Request) -> Response:
 
 
 async def _read_file(visitor: RequestContext, path: str) -> ReadResult:
-    """Return a file of lattice's package, as its dashboard answers with it.
+    """Return a file of lattice's package from its dashboard.
 
     Raises:
-        Rejected: there is none.
+        Rejected: there is no such file.
     """
     found = await visitor.project.reader.read(ReadPage(path), visitor.share)
     if found.status != HTTPStatus.OK:
@@ -313,37 +313,37 @@ async def _read_file(visitor: RequestContext, path: str) -> ReadResult:
 
 
 async def _script(request: Request) -> Response:
-    await guest(request)
+    await request_context(request)
     return _file(request, livepage.script(hosted=True), "text/javascript; charset=utf-8")
 
 
 async def _style(request: Request) -> Response:
-    await guest(request)
+    await request_context(request)
     return _file(request, livepage.style(), "text/css; charset=utf-8")
 
 
 async def _read(request: Request) -> Response:
-    visitor = await guest(request)
+    visitor = await request_context(request)
     query = f"?{request.url.query}" if request.url.query else ""
     found = await visitor.project.reader.read(ReadPage(_path(request) + query), visitor.share)
-    if not found.body:  # the handler broke down, or tried what no reader may
-        raise Rejected(found.message or "the dashboard failed at this; the log says more", code="REMOTE_FAILED")
+    if not found.body:  # the handler crashed, or tried to write
+        raise Rejected(found.message or "the dashboard failed; see the server's log", code="REMOTE_FAILED")
     if found.etag:
         return _tagged(request, found.body, found.etag, found.content_type)
     return Response(found.body, found.status, media_type=found.content_type)
 
 
 async def _write(request: Request) -> Response:
-    """Carry out a request of the page in the guest's name; it is numbered and journalled like a command."""
-    visitor = await guest(request)
+    """Run a request of the page for the authenticated actor; it is journalled like a command."""
+    visitor = await request_context(request)
     try:
-        body = await body_of(request, _MAX_BODY)
+        body = await read_body(request, _MAX_BODY)
     except ApiError as error:
         if error.status is not HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise
         why = f"Request body exceeds {_MAX_BODY} bytes"  # as lattice's own handler words it
         raise ApiError(error.status, "PAYLOAD_TOO_LARGE", why) from error
-    done = await call(visitor, "dashboard", _path(request), body, once=once_of(request, visitor, body))
+    done = await call(visitor, "dashboard", _path(request), body, once=idempotency_key(request, visitor, body))
     return Response(done.payload, done.status, media_type="application/json")
 
 
@@ -352,7 +352,7 @@ def _path(request: Request) -> str:
 
 
 def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
-    """Answer with a file that a browser may keep, and asks for each time: another version is there at once."""
+    """Return a file that browsers cache and revalidate, so that a new version is loaded at once."""
     return _tagged(request, body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', content_type, headers)
 
 
@@ -389,9 +389,9 @@ routes = [
 
 
 def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
-    """Return the policy under which a page works, and nothing that it does not bring itself runs.
+    """Return the Content-Security-Policy of the page, which allows only scripts that the page itself brings.
 
-    ``has_handlers``: whether it needs its ``on…`` attributes, which can't be told from those of somebody else.
+    ``has_handlers``: whether the page needs ``on…`` attributes. They cannot be distinguished from injected ones.
     """
     scripts = _Scripts()
     scripts.feed(page.decode(errors="replace").replace("\r\n", "\n"))
@@ -412,12 +412,12 @@ def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
 
 
 class _Scripts(HTMLParser):
-    """Collects what names the scripts of a page: digests of those inside, addresses of those elsewhere."""
+    """Collector of a page's script sources: digests of inline scripts, addresses of others."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=False)
         self.sources: list[str] = []
-        self._text: list[str] | None = None  # of the script that is being read
+        self._text: list[str] | None = None  # of the script being read
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag != "script":

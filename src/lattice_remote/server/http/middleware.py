@@ -1,7 +1,4 @@
-"""What every answer over HTTP tells browsers: to guess nothing, to show it in no frame, to let no other site have it.
-
-A page of ours sets a ``Content-Security-Policy`` of its own; whatever else is answered may do nothing at all.
-"""
+"""ASGI middleware: security headers, request bodies, response pacing, client disconnects."""
 
 import asyncio
 import contextlib
@@ -18,26 +15,26 @@ from lattice_remote.server.transport.response_budget import COUNTED_BYTES, Respo
 
 __all__ = [
     "OUR_PAGES",
-    "body_of",
-    "ending_where_unread",
-    "refused_body",
-    "sent_in_pieces",
-    "while_there",
-    "with_headers",
+    "cancel_on_disconnect",
+    "closing_after_unread_body",
+    "read_body",
+    "refuse_body",
+    "with_paced_bodies",
+    "with_security_headers",
 ]
 
 OUR_PAGES = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""The policy of the pages that we have written: everything is a file of this server."""
+"""Policy of the server's own pages: all content is files of this server."""
 
 _ALWAYS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",  # with no-referrer a form would not say its Origin
+    "Referrer-Policy": "same-origin",  # with no-referrer, a form would send no Origin
 }
 _UNLESS_SAID = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
@@ -47,8 +44,8 @@ _HSTS = "max-age=15552000"
 _LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 
 
-def with_headers(app: ASGIApp) -> ASGIApp:
-    """Return the app such that each of its answers has these headers; a handler may set those of ``_UNLESS_SAID``."""
+def with_security_headers(app: ASGIApp) -> ASGIApp:
+    """Return the app with security headers on each response. Handlers may override those of ``_UNLESS_SAID``."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Message) -> None:
@@ -67,31 +64,31 @@ def with_headers(app: ASGIApp) -> ASGIApp:
 
 
 def _is_our_tls(scope: Scope) -> bool:
-    """Whether TLS is ours to promise: that of a proxy is the proxy's. A developer's own machine has many servers."""
+    """Return whether to send HSTS: not for a proxy's TLS, nor for a developer's machine, which runs many servers."""
     host = Headers(scope=scope).get("Host", "")
     return scope["scheme"] == "https" and host.rpartition(":")[0] not in _LOCAL_NAMES and host not in _LOCAL_NAMES
 
 
 _BODY_S = 30.0
-"""How long a client has for the whole of a body."""
+"""Time in which a body must arrive completely."""
 _LINGER_S = 1.0
-"""How long what is left of a body that nobody wants is thrown away before its connection is closed."""
+"""Time for which the rest of an unread body is discarded before the connection is closed."""
 _WITH_BODY = {"POST", "PUT", "PATCH"}
 
 
-def refused_body(method: str, headers: Headers) -> ApiError | None:
-    """Refuse a body that comes with a method which has none; what it hides is never read."""
+def refuse_body(method: str, headers: Headers) -> ApiError | None:
+    """Refuse a body with a method that has none, so that smuggled requests are never read."""
     has_body = "Transfer-Encoding" in headers or headers.get("Content-Length", "0") != "0"
     if not has_body or method in _WITH_BODY:
         return None
-    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request has no body here")
+    return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", f"a {method} request cannot have a body")
 
 
-async def body_of(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
-    """Return a request's body of at most so many bytes, all of which must come within so many seconds.
+async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
+    """Return a request's body of at most ``most`` bytes, received within ``within_s`` seconds.
 
     Raises:
-        ApiError: it is longer, or does not come in time, or the client has left.
+        ApiError: too long, too slow, or the client has disconnected.
     """
     length = request.headers.get("Content-Length", "0")
     if length.isdecimal() and int(length) > most:
@@ -104,10 +101,10 @@ async def body_of(request: Request, most: int, *, within_s: float = _BODY_S) -> 
                 if len(body) > most:
                     raise _too_large(most)
     except TimeoutError:
-        why = f"the request's body did not come within {within_s:g} s"
+        why = f"the request's body did not arrive within {within_s:g} s"
         raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why) from None
     except ClientDisconnect:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left") from None
+        raise ApiError(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has disconnected") from None
     return bytes(body)
 
 
@@ -116,11 +113,11 @@ def _too_large(most: int) -> ApiError:
     return ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "REMOTE_TOO_LARGE", why)
 
 
-def ending_where_unread(app: ASGIApp) -> ASGIApp:
-    """Return the app such that a connection ends with an answer that comes before all of the body was read.
+def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
+    """Return the app such that a response before the end of the request body closes the connection.
 
-    It is closed only when the rest has come, or after a moment: what arrives at a socket that is closed makes the
-    system forget the answer that was sent, and a proxy then answers 502 in its place.
+    It first discards the rest for at most ``_LINGER_S``: data that arrives at a closed socket makes the kernel drop the
+    response, and a proxy then answers 502.
     """
 
     async def ending(scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,8 +152,8 @@ def ending_where_unread(app: ASGIApp) -> ASGIApp:
     return ending
 
 
-def sent_in_pieces(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
-    """Return the app such that its large bodies are counted until they are sent, and sent in pieces.
+def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
+    """Return the app with large bodies counted against the budget and sent in pieces.
 
     ``scope["state"]["share"]`` is the request's ``ResponseShare``.
     """
@@ -183,11 +180,11 @@ def sent_in_pieces(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
     return pacing
 
 
-async def while_there[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do work, unless the client leaves before it is done: then it is cancelled. Read the request's body before.
+async def cancel_on_disconnect[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``; cancel it if the client disconnects. Read the request's body first.
 
     Raises:
-        ApiError: the client has left.
+        ApiError: the client has disconnected.
     """
     doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
     try:
@@ -198,7 +195,7 @@ async def while_there[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
         doing.cancel()
         leaving.cancel()
         await asyncio.wait({doing, leaving})
-    raise ApiError(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has left")
+    raise ApiError(HTTPStatus.BAD_REQUEST, "REMOTE_PROTOCOL", "the client has disconnected")
 
 
 async def _leaving(request: Request) -> None:

@@ -1,4 +1,4 @@
-"""``/``: the projects that somebody may see, with counts and last activity."""
+"""The server's own pages: project list, sign-in, errors, and their assets."""
 
 import asyncio
 import hashlib
@@ -22,8 +22,15 @@ from starlette.routing import Route
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.auth import Login
-from lattice_remote.server.http.auth import cookies_of, hub_of, identified, is_from_elsewhere, refuse_foreign, signed_in
-from lattice_remote.server.http.middleware import OUR_PAGES, body_of
+from lattice_remote.server.http.auth import (
+    authenticated,
+    cookies_for,
+    is_cross_site_link,
+    refuse_cross_site,
+    registry_of,
+    signed_in,
+)
+from lattice_remote.server.http.middleware import OUR_PAGES, read_body
 from lattice_remote.server.http.responses import ok, wants_page
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.transport.admission import ConnectionQuota
@@ -35,13 +42,13 @@ __all__ = [
     "ago",
     "asset",
     "asset_routes",
-    "come_again",
     "did",
     "error_response",
     "listed",
     "local_path",
     "page",
     "project_list_routes",
+    "retry_page",
     "routes",
     "sign_in_path",
     "sign_in_routes",
@@ -53,7 +60,7 @@ _TYPES = {"pages.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 def asset(name: str) -> str:
-    """Return the address of one of our files."""
+    """Return the address of an asset."""
     return f"/pages/{hashlib.sha256(_content(name)).hexdigest()[:12]}/{name}"
 
 
@@ -65,13 +72,13 @@ def _content(name: str) -> bytes:
 async def _serve(request: Request) -> Response:
     name = request.path_params["name"]
     if name not in _TYPES or request.url.path != asset(name):
-        raise ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing here")
+        raise ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "not found")
     headers = {"Cache-Control": "public, max-age=31536000, immutable"}
     return Response(_content(name), headers=headers, media_type=_TYPES[name])
 
 
 async def _icon(_: Request) -> Response:
-    """Answer what browsers ask for of every server, also for pages that name no icon."""
+    """Return the icon that browsers request even for pages that name none."""
     return Response(
         _content("icon.svg"), headers={"Cache-Control": "public, max-age=86400"}, media_type="image/svg+xml"
     )
@@ -85,25 +92,24 @@ asset_routes = [
 
 _MAX_CHARS = 2000
 _LOCAL = re.compile(r"/(?![/\\])[^\x00-\x20\\\x7f-\x9f]*")
-"""A path of this server, as every browser reads it: ``//`` and ``/\\`` begin another host, and tabs and line ends are
-left out before that is looked at."""
+"""A path of this server in every browser. ``//`` and ``/\\`` start a host; browsers first drop tabs and line ends."""
 
 
 def local_path(wanted: str) -> str:
-    """Return a path to send a browser to, quoted; ``/`` when what is wanted is no path of this server."""
+    """Return a quoted path to redirect to; ``/`` if ``wanted`` is not a path of this server."""
     if len(wanted) > _MAX_CHARS or _LOCAL.fullmatch(wanted) is None or wanted.startswith(("/sign-in", "/sign-out")):
         return "/"
     return quote(wanted, safe="/?#&=%:@+,;~!$'()*[]")
 
 
 def wanted_path(request: Request) -> str:
-    """Return the path and query that a request asks for, as they were sent."""
+    """Return the requested path and query, as sent."""
     raw: bytes = request.scope["raw_path"] + (b"?" + query if (query := request.scope["query_string"]) else b"")
     return raw.decode("latin-1")
 
 
 def sign_in_path(request: Request) -> str:
-    """Return the sign-in page's address, from which one gets back to what was asked for."""
+    """Return the address of the sign-in page that leads back to the requested path."""
     wanted = local_path(wanted_path(request))
     return "/sign-in" if wanted == "/" else f"/sign-in?next={quote(wanted, safe='/')}"
 
@@ -122,28 +128,28 @@ _templates.globals["asset"] = asset
 def page(
     name: str, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None, **values: Any
 ) -> Response:
-    """Answer with a template, filled in."""
+    """Return a rendered template."""
     html = _templates.get_template(f"{name}.html").render(values)
     given = {**(headers or {}), "Content-Security-Policy": OUR_PAGES}
     return Response(html, status, given, media_type="text/html")
 
 
 def error_response(request: Request, error: ApiError) -> Response:
-    """Return a page or the sign-in form to a browser, JSON to a program."""
+    """Return an error: the sign-in form or a page for a browser, JSON for a program."""
     if not wants_page(request):
         return Response(error.body, error.status, error.headers)
     if error.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
-        if is_from_elsewhere(request):
-            return come_again(local_path(wanted_path(request)))
+        if is_cross_site_link(request):
+            return retry_page(local_path(wanted_path(request)))
         return RedirectResponse(sign_in_path(request), HTTPStatus.SEE_OTHER)
     headers = {name: value for name, value in error.headers.items() if name != "Content-Type"}
     return page("refused", error.status, headers, error=error, phrase=error.status.phrase)
 
 
-def come_again(path: str) -> Response:
-    """Let a browser that came from another site ask once more: from our own page it brings its cookie, if it has one.
+def retry_page(path: str) -> Response:
+    """Return a page that repeats a request from another site, so that the browser sends its cookie.
 
-    Somebody who follows a link in a mail to his board need not sign in again.
+    A link in an e-mail then needs no second sign-in.
     """
     return page("onward", path=path)
 
@@ -151,45 +157,45 @@ def come_again(path: str) -> Response:
 _MAX_FORM_BYTES = 8 * 1024
 _FORM_S = 10.0
 _FIELDS = {"token", "next"}
-_NOT_KNOWN = "This token is not known here. Was all of it pasted? Else ask your administrator for another."
+_NOT_KNOWN = "Unknown token. Check that it was pasted completely, or ask your administrator for another."
 
 
 async def _show(request: Request) -> Response:
-    """Show the form; or go on at once, when somebody is signed in already."""
+    """Return the sign-in form, or redirect a user who has signed in."""
     following = local_path(request.query_params.get("next", "/"))
     who = signed_in(request)
-    if who is None and is_from_elsewhere(request):
-        return come_again(wanted_path(request))
+    if who is None and is_cross_site_link(request):
+        return retry_page(wanted_path(request))
     if isinstance(who, Login):
         return RedirectResponse(following, HTTPStatus.SEE_OTHER)
     if who is None:
         return page("sign_in", following=following, error="")
     shown = page("sign_in", following=following, error=f"You are signed out: {who.message}.")
-    cookies_of(request).take_back(request, shown)
+    cookies_for(request).take_back(request, shown)
     return shown
 
 
 async def _sign_in(request: Request) -> Response:
-    refuse_foreign(request)
+    refuse_cross_site(request)
     form = await _form(request)
     following, token = local_path(form.get("next", "/")), form.get("token", "").strip()
     login = _admitted(request, token)
     if isinstance(login, ApiError):
         return _again(login, following)
     answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
-    cookies_of(request).give(request, answer, login)
+    cookies_for(request).give(request, answer, login)
     return answer
 
 
 def _admitted(request: Request, token: str) -> Login | ApiError:
-    """Return whose token this is, if it may come in; a wrong one is counted."""
+    """Return the login of a token that is admitted; count an unknown one."""
     visit: ConnectionQuota = request.state.visit
-    login = hub_of(request).identify(visit, token)
+    login = registry_of(request).identify(visit, token)
     return login if isinstance(login, ApiError) else visit.admit(login.token.id) or login
 
 
 def _again(refusal: ApiError, following: str) -> Response:
-    """Show the form once more, with what was wrong."""
+    """Return the form with an error."""
     unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message.startswith("no token")
     error = _NOT_KNOWN if unknown else f"{refusal.message[:1].upper()}{refusal.message[1:]}."
     headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
@@ -197,15 +203,15 @@ def _again(refusal: ApiError, following: str) -> Response:
 
 
 async def _form(request: Request) -> dict[str, str]:
-    """Return the fields of the form that was sent, each once.
+    """Return the fields of the submitted form, each once.
 
     Raises:
-        ApiError: it is none, or larger than ours, or with other fields.
+        ApiError: not a form, too large, or with unknown fields.
     """
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
         raise _not_ours(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
-    text = (await body_of(request, _MAX_FORM_BYTES, within_s=_FORM_S)).decode("ascii", errors="replace")
+    text = (await read_body(request, _MAX_FORM_BYTES, within_s=_FORM_S)).decode("ascii", errors="replace")
     try:
         fields = parse_qs(text, keep_blank_values=True, max_num_fields=len(_FIELDS))
     except ValueError:
@@ -216,13 +222,13 @@ async def _form(request: Request) -> dict[str, str]:
 
 
 def _not_ours(status: HTTPStatus) -> ApiError:
-    return ApiError(status, "REMOTE_PROTOCOL", "this is not what the sign-in page sends")
+    return ApiError(status, "REMOTE_PROTOCOL", "not a form of the sign-in page")
 
 
 async def _sign_out(request: Request) -> Response:
-    refuse_foreign(request)
+    refuse_cross_site(request)
     answer = RedirectResponse("/sign-in", HTTPStatus.SEE_OTHER)
-    cookies_of(request).take_back(request, answer)
+    cookies_for(request).take_back(request, answer)
     return answer
 
 
@@ -234,7 +240,7 @@ sign_in_routes = [
 
 
 class LastChange(msgspec.Struct, frozen=True):
-    """The newest change of a project: when, whose, what, and which tasks it touched (their ids)."""
+    """The newest change of a project; ``tasks`` are ids."""
 
     seq: int
     time: str
@@ -247,11 +253,11 @@ class Listed(msgspec.Struct, frozen=True):
     """One project of the list.
 
     Attributes:
-        name, code: as its ``config.json`` has them; None where it has none.
-        state: whether it can be used.
-        tasks, archived: how many there are.
-        statuses: how many of ``tasks`` are in each status, the most first.
-        last: the newest change; None when none is kept.
+        name, code: from ``config.json``; None if absent.
+        state: whether it is usable.
+        tasks, archived: numbers of tasks.
+        statuses: number of ``tasks`` per status, in descending order.
+        last: the newest change; None if none is kept.
     """
 
     slug: str
@@ -265,10 +271,10 @@ class Listed(msgspec.Struct, frozen=True):
 
 
 async def listed(hub: ProjectRegistry, login: Login) -> list[Listed]:
-    """Return the projects that a token is for, those that are there, by their names.
+    """Return the existing projects of a token, by slug.
 
     Raises:
-        StorageError: the files of one can't be read.
+        StorageError: a project's files cannot be read.
     """
     slugs = [slug for slug in sorted(login.token.projects) if hub.data.has_project(slug)]
     return list(await asyncio.gather(*(_one(hub, slug) for slug in slugs)))
@@ -278,7 +284,7 @@ async def _one(hub: ProjectRegistry, slug: str) -> Listed:
     try:
         seen = await hub.overviews.of(slug)
     except OSError as error:
-        raise StorageError(f"the files of project {slug!r} can't be read: {error.strerror or error}") from error
+        raise StorageError(f"cannot read the files of project {slug!r}: {error.strerror or error}") from error
     counts = (seen.tasks, seen.archived, seen.statuses)
     return Listed(slug, seen.name, seen.code, hub.state_of(slug), *counts, _last(seen.last))
 
@@ -288,20 +294,20 @@ def _last(entry: LogEntry | None) -> LastChange | None:
 
 
 async def _projects(request: Request) -> Response:
-    return ok(await listed(hub_of(request), identified(request)))
+    return ok(await listed(registry_of(request), authenticated(request)))
 
 
 project_list_routes = [Route("/projects", _projects, methods=["GET"])]
 
 
 _KNOWN = {"backlog", "in_planning", "planned", "in_progress", "review", "done", "blocked", "needs_human", "cancelled"}
-"""Lattice's own statuses, which have colours."""
+"""Lattice's standard statuses, which have colours."""
 _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One status's part of a project's bar, in percent from its left."""
+    """A status's part of a project's bar, in percent from the left."""
 
     status: str
     kind: str
@@ -311,7 +317,7 @@ class Slice:
 
 
 def slices(statuses: dict[str, int]) -> list[Slice]:
-    """Return the parts of a bar that shows how many tasks are in which status."""
+    """Return the parts of a bar of the tasks' statuses."""
     total, start, found = sum(statuses.values()), 0.0, []
     for status, count in statuses.items():
         kind = status if status in _KNOWN else "other"
@@ -321,7 +327,7 @@ def slices(statuses: dict[str, int]) -> list[Slice]:
 
 
 def ago(time: str, now: datetime) -> str:
-    """Return how long ago a time was, in words; a date when it was long ago, or is none."""
+    """Return the time since ``time`` in words; a date if it is long ago; ``time`` itself if malformed."""
     try:
         passed_s = (now - datetime.fromisoformat(time)).total_seconds()
     except (ValueError, TypeError):
@@ -335,12 +341,12 @@ def ago(time: str, now: datetime) -> str:
 
 
 def did(command: str) -> str:
-    """Return the words of a command line before its first option: what was done, and mostly to which task."""
+    """Return the words of a command line before its first option, usually command and task."""
     return " ".join(takewhile(lambda word: not word.startswith("-"), command.split())) or command
 
 
 def _line(project: Listed, now: datetime) -> dict[str, Any]:
-    """Return what a project's place on the page shows beside its counts."""
+    """Return the template values of a project besides its counts."""
     called = [project.code or ""] if project.name in (None, project.slug) else [project.slug, project.code or ""]
     last = project.last
     return {
@@ -353,9 +359,9 @@ def _line(project: Listed, now: datetime) -> dict[str, Any]:
 
 
 async def _home(request: Request) -> Response:
-    login = identified(request)
+    login = authenticated(request)
     now = datetime.now(UTC)
-    lines = [_line(project, now) for project in await listed(hub_of(request), login)]
+    lines = [_line(project, now) for project in await listed(registry_of(request), login)]
     return page("home", token=login.token, lines=lines)
 
 

@@ -1,4 +1,4 @@
-"""An answer that goes on for as long as its client listens: a stream of events (``text/event-stream``)."""
+"""Server-sent events: the change stream of a project, shared by its subscribers, and streams in general."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from lattice_remote.errors import RemoteError, StorageError
 from lattice_remote.livepage import KEEP_ALIVE, RETRY_MS
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Change, Follow, Followed
-from lattice_remote.server.http.auth import RequestContext, guest
+from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of
 from lattice_remote.server.project.connection import followed
 from lattice_remote.server.project.file_reader import PIECE_BYTES, Snapshot
@@ -44,26 +44,25 @@ __all__ = [
 _HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx passes each event on as it comes
-    (b"connection", b"close"),  # what was written past uvicorn's own bookkeeping is the last of its connection
+    (b"x-accel-buffering", b"no"),  # nginx passes each event on at once
+    (b"connection", b"close"),  # data written past uvicorn's bookkeeping must be the last of its connection
 ]
 
 
 class Streamed(Protocol):
-    """What is sent to one client, through ``PlainHttp.stream``."""
+    """Content of one stream, written through ``PlainHttp.stream``."""
 
     async def run(self) -> None:
-        """Send it, until it is over."""
+        """Send until the stream is over."""
 
     def end(self, bye: Bye) -> None:
-        """Let it be over. Never waits."""
+        """End the stream. Never waits."""
 
 
 class EventStream:
-    """The answer, as ASGI has it; it ends with the visitor's token, too.
+    """ASGI response for a stream; it also ends with the visitor's token.
 
-    ``make`` is called with the connection and whether its body is sent in chunks: where the client speaks HTTP/1.0 the
-    body is what comes until the end, as uvicorn has told it.
+    ``make`` is called with the connection and whether its body is chunked. An HTTP/1.0 body ends with the connection.
     """
 
     def __init__(self, visitor: RequestContext, make: Callable[[PlainHttp, bool], Streamed]) -> None:
@@ -79,12 +78,12 @@ class EventStream:
 
 
 KEEP_ALIVE_S = 10.0
-"""After so long without a change a comment is sent."""
+"""Interval of comments while there is no change."""
 _KEPT = 256
 _KEPT_BYTES = 4 * 1024 * 1024
-"""So much of what was told last is kept, for those who come back together."""
+"""Maximum size of the encoded changes kept for reconnecting clients."""
 _IN_THREAD_BYTES = 64 * 1024
-"""Of a change that is larger the events are made beside the loop."""
+"""Size above which a change is encoded in a thread."""
 _SETTLE_S, _LOOK_S = 1.0, 0.02
 
 _decoder = msgspec.msgpack.Decoder(Change)
@@ -92,24 +91,24 @@ _log = logging.getLogger(__name__)
 
 
 def chunk(data: bytes) -> bytes:
-    """Return one chunk of an HTTP/1.1 body (RFC 9112 section 7.1); of no data there is none."""
+    """Return one chunk of an HTTP/1.1 body (RFC 9112 section 7.1); no data gives no chunk."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
 def goodbye(project: Project, error: Exception) -> Bye:
-    """Return what is said to those whom an error ends; log one that nobody expects."""
+    """Return the Bye for an error; log an unexpected one."""
     match error:
         case RemoteError():
             return Bye(error.code, error.message[:4096], 1.0)
         case OSError():
-            return Bye("REMOTE_STORAGE", f"the server can't read its journal: {error.strerror}", 1.0)
+            return Bye("REMOTE_STORAGE", f"the server cannot read its journal: {error.strerror}", 1.0)
         case _:
-            _log.error("%s: telling the events of a change failed", project.slug, exc_info=error)
-            return Bye("REMOTE_FAILED", "the server failed at this; see its log", 1.0)
+            _log.error("%s: cannot send the events of a change", project.slug, exc_info=error)
+            return Bye("REMOTE_FAILED", "the server failed; see its log", 1.0)
 
 
 class EncodedChange:
-    """A change as it is sent: its events, as one chunk that all share."""
+    """A change's encoded events, as one chunk shared by all subscribers."""
 
     def __init__(self, seq: int, events: list[bytes]) -> None:
         self.seq = seq
@@ -117,33 +116,33 @@ class EncodedChange:
         self._ends = list(accumulate(map(len, events)))
 
     def text(self, had: int = 0) -> bytes:
-        """Return the events behind the first ``had``, as they are without chunks."""
+        """Return the events after the first ``had``, without chunk framing."""
         begin = self.chunk.index(b"\r\n") + 2
         skipped = self._ends[min(had, len(self._ends)) - 1] if had else 0
         return self.chunk[begin + skipped : -2]
 
 
 class Listener(Protocol):
-    """One client. No call waits or raises."""
+    """One subscriber. No call waits or raises."""
 
-    def tell(self, told: EncodedChange) -> None:
+    def tell(self, change: EncodedChange) -> None:
         """Send a change, unless it was sent before."""
 
     def keep_alive(self, comment: bytes) -> None:
-        """Send something that says nothing."""
+        """Send a comment."""
 
     def end(self, bye: Bye) -> None:
-        """Say goodbye and close."""
+        """Send the reason and close."""
 
 
 class Feeds:
-    """The feeds of a server, one for each project that somebody listens to."""
+    """The feeds of a server, one per project with subscribers."""
 
     def __init__(self) -> None:
         self._feeds: dict[Project, Feed] = {}
 
     def join(self, project: Project, listener: Listener) -> "Feed":
-        """Return the project's feed, in which the listener is known from now on; ``leave()`` it."""
+        """Add a subscriber; return the project's feed. ``leave()`` it later."""
         feed = self._feeds.get(project)
         if feed is None or feed.is_over:
             feed = self._feeds[project] = Feed(project)
@@ -151,7 +150,7 @@ class Feeds:
         return feed
 
     def leave(self, feed: "Feed", listener: Listener) -> None:
-        """Forget a listener; with the last one its feed ends."""
+        """Remove a subscriber; close the feed with the last one."""
         feed.listeners.discard(listener)
         feed.live.discard(listener)
         if not feed.listeners:
@@ -161,59 +160,59 @@ class Feeds:
 
 
 class Feed:
-    """See the module's text. A follower of its project's history; all its listeners are of one epoch."""
+    """Change feed of one project and epoch: encodes each change once for all subscribers."""
 
     def __init__(self, project: Project) -> None:
         self.project = project
         self.epoch = project.history.epoch
         self.position = project.history.head
-        """The last change that the live listeners were told of."""
+        """The last change sent to live subscribers."""
         self.listeners: set[Listener] = set()
-        """All, also those that catch up."""
+        """All subscribers, including those that catch up."""
         self.is_over = False
-        """Whether all were sent away; who comes then is of another feed."""
+        """Whether the feed has ended; later subscribers get another."""
         self.live: set[Listener] = set()
-        """Those that have everything up to ``position``."""
-        self._told: OrderedDict[int, EncodedChange] = OrderedDict()
-        self._told_bytes = 0
+        """Subscribers that have every change up to ``position``."""
+        self._encoded: OrderedDict[int, EncodedChange] = OrderedDict()
+        self._encoded_bytes = 0
         self._making = asyncio.Lock()
         self._news = asyncio.Event()
         project.history.join(self)
         self._task = asyncio.get_running_loop().create_task(self._run(), name=f"events of {project.slug}")
 
     def close(self) -> None:
-        """Follow no longer. Idempotent."""
+        """Unsubscribe from the history. Idempotent."""
         self.project.history.leave(self)
         self._task.cancel()
 
-    # --- as a follower ---
+    # --- subscriber of the history ---
 
     @property
     def fairness_key(self) -> Hashable:
-        """It asks for nothing."""
+        """Unused: a feed sends no requests."""
         return self
 
     def change_committed(self, seq: int, frame: bytes) -> None:  # noqa: ARG002 - it reads them in its own time
-        """There is something to tell."""
+        """Wake the feed."""
         self._news.set()
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """It asks for nothing."""
+        """Ignore: a feed sends no requests."""
 
     def end(self, bye: Bye) -> None:
-        """Send all listeners away: another history begins, or the project is closed."""
+        """End all subscribers: the epoch changed, or the project is closed."""
         self.is_over = True
         for listener in tuple(self.listeners):
             listener.end(bye)
 
-    # --- what is told ---
+    # --- encoding ---
 
-    async def told(self, seq: int, frame: bytes) -> EncodedChange:
-        """Return change ``seq`` as it is sent; ``frame`` is the change, framed for a WebSocket."""
-        if (known := self._told.get(seq)) is not None:
+    async def encoded(self, seq: int, frame: bytes) -> EncodedChange:
+        """Return change ``seq`` encoded; ``frame`` is its WebSocket frame."""
+        if (known := self._encoded.get(seq)) is not None:
             return known
-        async with self._making:  # once, though many have come back together and want it
-            return self._told.get(seq) or self._keep(await self._make(seq, frame))
+        async with self._making:  # once, although many subscribers reconnect together
+            return self._encoded.get(seq) or self._keep(await self._make(seq, frame))
 
     async def _make(self, seq: int, frame: bytes) -> EncodedChange:
         change = await _beside(len(frame), _decoder.decode, payload_of(frame))
@@ -223,19 +222,19 @@ class Feed:
         size = len(frame) + sum(map(len, found.values()))
         return EncodedChange(seq, await _beside(size, blocks, Position(self.epoch, seq, change.mark), events, found))
 
-    def _keep(self, told: EncodedChange) -> EncodedChange:
-        """Keep it for a while, and return it."""
-        self._told[told.seq] = told
-        self._told_bytes += len(told.chunk)
-        while len(self._told) > _KEPT or (self._told_bytes > _KEPT_BYTES and len(self._told) > 1):
-            self._told_bytes -= len(self._told.popitem(last=False)[1].chunk)
-        return told
+    def _keep(self, change: EncodedChange) -> EncodedChange:
+        """Cache an encoded change, and return it."""
+        self._encoded[change.seq] = change
+        self._encoded_bytes += len(change.chunk)
+        while len(self._encoded) > _KEPT or (self._encoded_bytes > _KEPT_BYTES and len(self._encoded) > 1):
+            self._encoded_bytes -= len(self._encoded.popitem(last=False)[1].chunk)
+        return change
 
     async def _content(self, wanted: Wanted) -> bytes | None:
-        """Return a file of the tree as the change made it; None when a later change has made it another.
+        """Return a file as the change wrote it; None if a later change replaced it.
 
-        The disk is ahead of the head by the commands that run, of which one may be undone: so it is looked at again
-        for a moment, while the head says that the file is still this one.
+        Running commands put the disk ahead of the head, and one may be undone. So a mismatch is read again for a
+        moment, while the head still lists this content.
         """
         files, end = self.project.history.files, asyncio.get_running_loop().time() + _SETTLE_S
         while (known := files.get(wanted.path)) is not None and known[1] == wanted.digest and known[0] <= PIECE_BYTES:
@@ -259,13 +258,13 @@ class Feed:
         while self.position < history.head:
             batch = await history.changes_after(self.position)
             if not batch:
-                raise StorageError(f"change {self.position + 1} is not kept any more")
+                raise StorageError(f"change {self.position + 1} is no longer kept")
             for seq, frame in batch:
-                told = await self.told(seq, frame)
+                change = await self.encoded(seq, frame)
                 assert seq == self.position + 1, "numbers have no gap (I1)"
                 self.position = seq
                 for listener in tuple(self.live):
-                    listener.tell(told)
+                    listener.tell(change)
 
     async def _wait_for_news(self) -> None:
         self._news.clear()
@@ -280,12 +279,12 @@ class Feed:
 
 
 async def _beside[*A, R](size: int, function: Callable[[*A], R], *arguments: *A) -> R:
-    """Call a function, in a thread if what it is to work on is so large that others would notice."""
+    """Call a function, in a thread if its input is large enough to delay the event loop."""
     return function(*arguments) if size <= _IN_THREAD_BYTES else await asyncio.to_thread(function, *arguments)
 
 
 def _read(project: Project, wanted: Wanted) -> bytes | None:
-    """Return the content of a file if it has this digest. Blocking."""
+    """Return a file's content if it has this digest. Blocking."""
     try:
         snapshot = Snapshot.open(project.paths.lattice / wanted.path, 0)
         if snapshot is None:
@@ -301,16 +300,16 @@ def _read(project: Project, wanted: Wanted) -> bytes | None:
 
 _MAX_PENDING_BYTES = 4 * 1024 * 1024
 _HELD_S = 0.5
-"""How long changes that were read for one that catches up are held while it takes nothing; then they are read again."""
+"""Time for which changes read for a stalled subscriber are held; then they are read again."""
 
 
 class _Stream:
-    """The client's side of a feed; ``run()`` it once."""
+    """A client's subscription to a feed; ``run()`` it once."""
 
     def __init__(
         self, http: PlainHttp, visitor: RequestContext, feeds: Feeds, asked: EventId | None, *, is_chunked: bool
     ) -> None:
-        """Take what it wants everything after, None for the head."""
+        """Take the position after which to send; None for the head."""
         self._http, self._asked = http, asked
         self._is_chunked = is_chunked
         self._project = visitor.project
@@ -319,19 +318,19 @@ class _Stream:
         token = visitor.login.token
         name = f"{visitor.project.slug}: events for {token.actor} ({token.id})"
         self._outbox = http.stream(name, self._over.set, max_bytes=_MAX_PENDING_BYTES)
-        self._sent = 0  # the last change that was queued for it, all of it or what it had not had before
-        self._had = 0  # how many events of the change after that it has had on another connection
+        self._sent = 0  # the last change queued, whole or in part
+        self._had = 0  # number of events of the next change that the client received on another connection
 
     async def run(self) -> None:
-        """Tell it everything after where it begins, until it is over."""
+        """Send every change after the start until the stream is over."""
         try:
             begin = await followed(self._project, _follow(self._asked))
         except (RemoteError, OSError) as error:
             self.end(goodbye(self._project, error))
             return
         self._feed = self._feeds.join(self._project, self)
-        if self._project.failure is not None or self._project.stopping:  # since it was let in
-            self.end(Bye("REMOTE_SHUTDOWN", "the project can't be used now; come back in a moment", 1.0))
+        if self._project.failure is not None or self._project.stopping:  # since admission
+            self.end(Bye("REMOTE_SHUTDOWN", "the project is not usable now; retry in a moment", 1.0))
         self._begin(begin)
         catching_up = asyncio.create_task(self._catch_up())
         try:
@@ -341,19 +340,19 @@ class _Stream:
             self._feeds.leave(self._feed, self)
 
     def _begin(self, found: Followed) -> None:
-        """Say where it begins: where it wants to, or at the head."""
+        """Send the start: the requested position, or the head."""
         had = self._asked.events if self._asked is not None else None
         if found.outcome != "following":
             self._reset(found.outcome)
         elif had is not None and found.seq < found.oldest:
-            self._reset("expired")  # of this change a part is missing
+            self._reset("expired")  # the rest of this change is no longer kept
         else:
             self._sent, self._had = found.seq - (had is not None), had or 0
             here = EventId(Position(found.epoch, found.seq, found.mark), had)
             self._push(f"retry: {RETRY_MS}\nid: {here}\n\n".encode())
 
     def _reset(self, why: str) -> None:
-        """Say that what it asks for is not to be had, and go on from the head."""
+        """Report that the requested changes are unavailable, and continue from the head."""
         history = self._project.history
         self._sent, self._had = history.head, 0
         here = EventId(history.position)
@@ -361,7 +360,7 @@ class _Stream:
         self._push(f"retry: {RETRY_MS}\n".encode() + block("reset", here, data))
 
     async def _catch_up(self) -> None:
-        """Send what it missed, at its pace; go live in the tick in which it has what the others have."""
+        """Send the missed changes at the client's pace; go live in the tick that completes them."""
         try:
             while self._sent < self._feed.position:
                 await self._tell_batch()
@@ -372,28 +371,28 @@ class _Stream:
             self._feed.live.add(self)
 
     async def _tell_batch(self) -> None:
-        """Send a batch of what it missed; for one that stalls, no more of it is held than it was sent."""
+        """Send a batch of missed changes; a stalled client holds no more than was queued."""
         batch = await self._project.history.changes_after(self._sent)
         if not batch and self._sent < self._feed.position:
-            self._reset("expired")  # while it was catching up
+            self._reset("expired")  # expired during the catch-up
         with contextlib.suppress(TimeoutError):
             for seq, frame in batch:
-                self.tell(await self._feed.told(seq, frame))
+                self.tell(await self._feed.encoded(seq, frame))
                 async with asyncio.timeout(_HELD_S):
                     await self._outbox.room()
 
-    # --- as a listener ---
+    # --- subscriber of the feed ---
 
-    def tell(self, told: EncodedChange) -> None:
-        """Queue a change, or what it has not had of it."""
-        if told.seq <= self._sent:
+    def tell(self, change: EncodedChange) -> None:
+        """Queue a change, or the part that the client lacks."""
+        if change.seq <= self._sent:
             return
-        assert told.seq == self._sent + 1, "a live listener was told every change up to the feed's position"
-        self._sent = told.seq
+        assert change.seq == self._sent + 1, "a live listener has every change up to the feed's position"
+        self._sent = change.seq
         if self._is_chunked and not self._had:
-            self._outbox.push(told.chunk)
+            self._outbox.push(change.chunk)
         else:
-            self._push(told.text(self._had))
+            self._push(change.text(self._had))
             self._had = 0
 
     def keep_alive(self, comment: bytes) -> None:
@@ -401,7 +400,7 @@ class _Stream:
         self._push(comment)
 
     def end(self, bye: Bye) -> None:
-        """Say why in a comment, hand over what is queued, and end the answer. Idempotent, never waits."""
+        """Queue the reason as a comment, then end the response. Idempotent, never waits."""
         if not self._over.is_set():
             self._push(f": {printable(bye.code)} {printable(bye.reason)}\n\n".encode())
             self._http.end_stream()
@@ -413,7 +412,7 @@ class _Stream:
 
 async def _events(request: Request) -> EventStream:
     feeds: Feeds = request.app.state.feeds
-    visitor, asked = await guest(request), _asked_position(request)
+    visitor, asked = await request_context(request), _asked_position(request)
     return EventStream(visitor, lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked))
 
 
@@ -424,14 +423,14 @@ def _follow(asked: EventId | None) -> Follow:
 
 
 def _asked_position(request: Request) -> EventId | None:
-    """Return where to go on: a browser that comes back says it with a header, at the same address as before.
+    """Return where to continue. A reconnecting browser sends a header, which takes precedence over the query.
 
-    What is no position is one that this server does not know: a browser would not ask again after an error.
+    A malformed header counts as an unknown position: a browser would not reconnect after an error.
 
     Raises:
-        ApiError: ``?since=`` is none.
+        ApiError: ``?since=`` is malformed.
     """
-    nowhere = EventId(Position("-", 0, b""))  # of an epoch that never was
+    nowhere = EventId(Position("-", 0, b""))  # an epoch that never exists
     if last := request.headers.getlist("Last-Event-ID"):
         return (EventId.parse(last[0]) if len(last) == 1 else None) or nowhere
     since = request.query_params.getlist("since")
@@ -439,7 +438,7 @@ def _asked_position(request: Request) -> EventId | None:
         return None
     position = EventId.parse(since[0]) if len(since) == 1 else None
     if position is None:
-        why = "?since= takes the id of an event, or the number of a change, once"
+        why = "?since= must be an event id or a change's number, once"
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "REMOTE_INVALID", why)
     return position
 

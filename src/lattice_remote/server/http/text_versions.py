@@ -1,4 +1,4 @@
-"""Earlier versions of a plan or notes over HTTP, for programs and for the editor in the page."""
+"""Earlier versions of a plan or notes over HTTP, for programs and the page's editor."""
 
 import os
 import re
@@ -22,10 +22,10 @@ class TextChange(msgspec.Struct, frozen=True):
     """A change that wrote a plan or notes.
 
     Attributes:
-        change: names it, as ``EPOCH-NUMBER``; ``Lattice-Change`` and the events' ids have the same form.
+        change: ``EPOCH-NUMBER``, the form of ``Lattice-Change`` and of event ids.
         time: UTC, RFC 3339.
-        actor: who wrote it.
-        token_actor: whose token it was.
+        actor: the author.
+        token_actor: the token's actor.
         command: the command line, or the edit.
         bytes: the length of the text after it; null: it was removed.
     """
@@ -41,7 +41,7 @@ class TextChange(msgspec.Struct, frozen=True):
 async def list_versions(
     project: Project, task: str, kind: TextKind, *, limit: int = MAX_VERSIONS, before: int | None = None
 ) -> tuple[list[TextChange], int | None]:
-    """Return the newest changes of a text, and what to give as ``before`` for earlier ones (None: the last page).
+    """Return the newest changes of a text, and ``before`` for the next page (None: the last page).
 
     Raises:
         Rejected: there is no such task, or the journal cannot be read.
@@ -53,7 +53,7 @@ async def list_versions(
         if before is None:
             return found, None
     following = before
-    while following is not None:  # a place to go on from does not say that there is another version
+    while following is not None:  # a next page may turn out to be empty
         entries, following = await _page(project, task, kind, 1, following)
         if entries:
             return found, before
@@ -75,14 +75,14 @@ async def _page(
 
 
 async def version_text(project: Project, task: str, kind: TextKind, change: str) -> Version:
-    """Return a text as of a change: ``EPOCH-NUMBER``, or a number, which stands for the newest change with it.
+    """Return a text after a change: ``EPOCH-NUMBER``, or a number, meaning the newest change with it.
 
     Raises:
-        Rejected: no such version is kept, or it is too large.
+        Rejected: the version is not kept, or too large.
     """
     named = _CHANGE.fullmatch(change)
     if named is None:
-        raise Rejected(f"{change[:80]!r} names no change", code="REMOTE_NOT_FOUND")
+        raise Rejected(f"{change[:80]!r} is not a change", code="REMOTE_NOT_FOUND")
     found = await _ask(project, ReadVersion(_new_id(), task, kind, int(named[2]), named[1] or ""))
     assert isinstance(found, Version), "the answer to ReadVersion"
     return found

@@ -1,4 +1,4 @@
-"""A write over HTTP: asked of the project's worker like a command of a client, numbered and journalled like it."""
+"""Writes over HTTP, run by the project's worker and journalled like a client's commands."""
 
 import asyncio
 import hashlib
@@ -16,14 +16,14 @@ from lattice_remote.server.http.auth import RequestContext
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.project.project import stopping
 
-__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "IdempotencyKey", "call", "edit", "once_of", "once_only", "run"]
+__all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "IdempotencyKey", "call", "edit", "idempotency_key", "run", "unique_key"]
 
-_UNKNOWN = "whether the request took effect is not known: look before you repeat it, or repeat it with its own key"
+_UNKNOWN = "it is unknown whether the request took effect: check before you repeat it, or repeat it with the same key"
 
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """Under which id a request runs, at most once (I6), and which request that is.
+    """The id under which a request runs at most once (I6), and a fingerprint of the request.
 
     ``id`` is 32 hexadecimal digits. The same id with another ``fingerprint`` is refused.
     """
@@ -32,26 +32,26 @@ class IdempotencyKey:
     fingerprint: bytes = b""
 
 
-def once_only() -> IdempotencyKey:
-    """Return an id that nobody else has: for a request that can't be asked again."""
+def unique_key() -> IdempotencyKey:
+    """Return a random id, for a request without a key."""
     return IdempotencyKey(secrets.token_hex(16))
 
 
-class _Asker:
-    """Waits for one answer: a follower for whom no change is news."""
+class _Requester:
+    """Requester of a single reply; ignores changes."""
 
-    def __init__(self, guest: RequestContext, request_id: str) -> None:
-        self._project, self._request_id = guest.project, request_id
-        self._lane = ("http", guest.login.token.id)
+    def __init__(self, context: RequestContext, request_id: str) -> None:
+        self._project, self._request_id = context.project, request_id
+        self._fairness_key = ("http", context.login.token.id)
         self.answered: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     @property
     def fairness_key(self) -> Hashable:
-        """That of all requests over HTTP with this token: many connections are not to be many turns."""
-        return self._lane
+        """The token's: all its HTTP connections share one place in the queue."""
+        return self._fairness_key
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """It is not told of changes."""
+        """Ignore the change."""
 
     def answer(self, request_id: str, reply: bytes) -> None:  # noqa: ARG002 - it has asked once
         if not self.answered.done():
@@ -69,38 +69,42 @@ class _Asker:
 
 
 async def run(
-    guest: RequestContext, argv: list[str], *, once: IdempotencyKey | None = None, files: list[Attachment] | None = None
+    context: RequestContext,
+    argv: list[str],
+    *,
+    once: IdempotencyKey | None = None,
+    files: list[Attachment] | None = None,
 ) -> Reply:
-    """Run a command line in the guest's name, once for its id; return what it printed, and its exit code.
+    """Run a command line for the authenticated actor, once for its id; return its output and exit code.
 
-    Whoever gives up waiting (is cancelled) takes nothing back, except that no resource is waited for any more.
+    Cancelling does not undo the command; it only ends waiting for a resource.
 
     Raises:
-        ApiError: the token has ended since it was shown.
-        RemoteError: it was refused, or whether it was carried out is not known.
+        ApiError: the token was revoked since it was checked.
+        RemoteError: the command was refused, or its outcome is unknown.
     """
-    token, once = guest.login.token, once or once_only()
+    token, once = context.login.token, once or unique_key()
     message = RunCommand(once.id, argv, files or [], token.id, token.actor, token.act_as, fingerprint=once.fingerprint)
-    reply = await _ask(guest, message)
-    assert isinstance(reply, Reply), "so is a command answered"
+    reply = await _send(context, message)
+    assert isinstance(reply, Reply), "a command is answered by Reply"
     return reply
 
 
 async def call(
-    guest: RequestContext, surface: str, name: str, payload: bytes, *, once: IdempotencyKey | None = None
+    context: RequestContext, surface: str, name: str, payload: bytes, *, once: IdempotencyKey | None = None
 ) -> Returned:
-    """Carry out an operation of a surface in the guest's name; otherwise as ``run``."""
-    token, once = guest.login.token, once or once_only()
+    """Run an operation of a surface; otherwise like ``run``."""
+    token, once = context.login.token, once or unique_key()
     message = RunCall(
         *(once.id, surface, name, payload, [], token.id, token.actor, token.act_as), fingerprint=once.fingerprint
     )
-    reply = await _ask(guest, message)
-    assert isinstance(reply, Returned), "so is a call answered"
+    reply = await _send(context, message)
+    assert isinstance(reply, Returned), "a call is answered by Returned"
     return reply
 
 
 async def edit(
-    guest: RequestContext,
+    context: RequestContext,
     path: str,
     text: bytes,
     *,
@@ -108,32 +112,32 @@ async def edit(
     base_digest: bytes = b"",
     once: IdempotencyKey | None = None,
 ) -> Stored:
-    """Store a plan or notes that was made from ``base``, or from the server's text of this digest; as ``run``."""
-    token, once = guest.login.token, once or once_only()
+    """Store a plan or notes edited from ``base``, or from the server's text of this digest; otherwise like ``run``."""
+    token, once = context.login.token, once or unique_key()
     message = Edit(
         *(once.id, path, base, text, token.id, token.actor), base_digest=base_digest, fingerprint=once.fingerprint
     )
-    reply = await _ask(guest, message)
-    assert isinstance(reply, Stored), "so is an edit answered"
+    reply = await _send(context, message)
+    assert isinstance(reply, Stored), "an edit is answered by Stored"
     return reply
 
 
-async def _ask(guest: RequestContext, message: RunCommand | RunCall | Edit) -> ServerFrame:
-    project, asker = guest.project, _Asker(guest, message.id)
+async def _send(context: RequestContext, message: RunCommand | RunCall | Edit) -> ServerFrame:
+    project, requester = context.project, _Requester(context, message.id)
     if project.failure is not None:
         raise project.failure
     if project.stopping:
         raise stopping()
-    if (refusal := guest.hub.ended(guest.login)) is not None:  # its body may have taken its time
+    if (refusal := context.hub.ended(context.login)) is not None:  # the body may have arrived slowly
         raise refusal
-    project.history.join(asker)
+    project.history.join(requester)
     try:
-        with guest.hub.staying(guest.login, asker.end):
-            project.submit(message, asker, guest.told)
-            frame = decode_server_frame(await asker.answered)
+        with context.hub.staying(context.login, requester.end):
+            project.submit(message, requester, context.on_result)
+            frame = decode_server_frame(await requester.answered)
     finally:
-        project.history.leave(asker)
-        project.forget(asker, {message.id})
+        project.history.leave(requester)
+        project.forget(requester, {message.id})
     if isinstance(frame, Refused):
         raise Rejected(frame.message, code=frame.code)
     return frame
@@ -144,19 +148,19 @@ MAX_KEY_CHARS = 255
 _CONDITIONS = ("If-Match", "If-None-Match")
 
 
-def once_of(request: Request, visitor: RequestContext, content: bytes) -> IdempotencyKey:
-    """Return under which id a request with this body runs: that of its key, which is its token's own, or a new one.
+def idempotency_key(request: Request, visitor: RequestContext, content: bytes) -> IdempotencyKey:
+    """Return the id for a request with this body: that of its key, which is scoped to the token, or a new one.
 
     Raises:
-        Rejected: its key is none.
+        Rejected: the key is malformed.
     """
     keys = request.headers.getlist(KEY_HEADER)
     if not keys:
-        return once_only()
+        return unique_key()
     key = keys[0]
     if len(keys) > 1 or not 0 < len(key) <= MAX_KEY_CHARS or not key.isascii() or not key.isprintable():
         raise Rejected(
-            f"{KEY_HEADER} must be one, of 1 to {MAX_KEY_CHARS} printable characters", code="REMOTE_PROTOCOL"
+            f"{KEY_HEADER} must occur once, with 1 to {MAX_KEY_CHARS} printable characters", code="REMOTE_PROTOCOL"
         )
     return IdempotencyKey(
         _digest("key", visitor.login.token.id, key).hex(),
@@ -168,5 +172,5 @@ def once_of(request: Request, visitor: RequestContext, content: bytes) -> Idempo
 
 
 def _digest(*parts: str) -> bytes:
-    """Return 16 bytes that no other parts have."""
+    """Return 16 bytes that identify these parts."""
     return hashlib.sha256(msgspec.json.encode(parts)).digest()[:16]

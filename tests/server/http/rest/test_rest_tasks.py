@@ -436,7 +436,7 @@ def test_what_else_is_wrong_has_its_status(rest: Rest) -> None:
         assert rest.refused(method, path, **options) == (status, code), (method, path)
     answer = rest.ask("DELETE", "/tasks")
     assert (answer.status_code, set(answer.headers["Allow"].split(", "))) == (405, {"GET", "HEAD", "POST"})
-    assert answer.json()["error"]["message"].endswith(f"this path takes {answer.headers['Allow']} only")
+    assert answer.json()["error"]["message"].endswith(f"this path allows {answer.headers['Allow']} only")
 
 
 def test_a_refusal_does_not_end_the_connection(rest: Rest) -> None:

@@ -1,4 +1,4 @@
-"""Lattice's commands as requests: what a command prints with ``--json`` is what is answered."""
+"""Lattice's commands as requests; the response is the command's output with ``--json``."""
 
 import json
 from http import HTTPStatus
@@ -26,15 +26,15 @@ _STATUSES = {
     "TIMEOUT": HTTPStatus.CONFLICT,
     "REMOTE_FAILED": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
-"""As which status each of lattice's error codes is answered; 422 for any other: lattice refuses it."""
+"""HTTP status of each lattice error code; 422 for any other."""
 _MESSAGE_CHARS = 2000
 
 
 class Provenance(Json, frozen=True, kw_only=True):
-    """Who writes, and why: the options that lattice's commands have in common.
+    """Author and reason: the options that lattice's commands share.
 
-    ``actor`` is the token's unless it is given; the token must be one that may act as it. ``name`` is that of a session
-    of this token, as ``Argus-3``, which stands for an actor.
+    ``actor`` is by default the token's; the token must be allowed to act as it. ``name`` is a session of this token,
+    for example ``Argus-3``, which stands for an actor.
     """
 
     actor: str | None = None
@@ -57,9 +57,9 @@ class _Envelope(msgspec.Struct, frozen=True):
 
 
 def options(body: Provenance, asked: EndpointRequest[Any, Any], **others: object) -> list[str]:
-    """Return what a body says as options of a command, each in one argument so that no value can be taken for another.
+    """Return a body's fields as options of a command, one argument each, so that no value is taken for another.
 
-    None and False stand for an option that is not given, True for a flag.
+    None and False omit the option, True makes a flag.
     """
     given: dict[str, object] = {
         "name": body.name,
@@ -69,7 +69,7 @@ def options(body: Provenance, asked: EndpointRequest[Any, Any], **others: object
     }
     given |= {"triggered-by": body.triggered_by, "model": body.model, "session": body.session}
     if body.actor is None and body.name is None:
-        given["actor"] = asked.guest.login.token.actor
+        given["actor"] = asked.context.login.token.actor
     given |= {name.replace("_", "-"): value for name, value in others.items()}
     return [
         f"--{name}" if value is True else f"--{name}={value}"
@@ -79,62 +79,62 @@ def options(body: Provenance, asked: EndpointRequest[Any, Any], **others: object
 
 
 async def read(asked: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:
-    """Answer with what a command prints that only reads; ``path`` are its words, as ``resource list``."""
+    """Return the output of a read-only command; ``path`` is its words, for example ``resource list``."""
     return shown(await found(asked, path, *arguments))
 
 
 def shown(printed: ReadResult) -> Response:
-    """Answer with what was found; what may be very long is passed on as it is."""
+    """Return a response with ``printed``; a very long text is passed on unchanged."""
     return answer(printed.body) if printed.status else _in_json(printed.body, HTTPStatus.OK)
 
 
 async def found(
     asked: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
 ) -> ReadResult:
-    """Return what a command prints that only reads: an envelope, or that of its error.
+    """Return the output of a read-only command: its envelope, or its error.
 
-    With ``list_at``, the list that is there instead, as in ``ReadCommand``.
+    ``list_at`` returns the list at that key instead, as in ``ReadCommand``.
 
     Raises:
-        StorageError: it broke down.
+        StorageError: the command crashed.
     """
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
-    printed = await asked.guest.project.reader.read(asking, asked.guest.share)
+    printed = await asked.context.project.reader.read(asking, asked.context.share)
     if not printed.body:
-        raise StorageError(f"'lattice {path}' can't be read on the server: {_said(printed.message)}")
+        raise StorageError(f"the server cannot run 'lattice {path}': {_said(printed.message)}")
     return printed
 
 
 async def write(
     asked: EndpointRequest[Any, Any], path: str, *arguments: str, success: HTTPStatus = HTTPStatus.OK
 ) -> Response:
-    """Run a command in the guest's name, and answer with what it prints."""
-    done = await run(asked.guest, [*path.split(), "--json", *arguments], once=asked.once)
+    """Run a command for the request's actor; return its output."""
+    done = await run(asked.context, [*path.split(), "--json", *arguments], once=asked.once)
     if not done.stdout:
         raise Rejected(_said(done.stderr.decode(errors="replace")), code="REMOTE_INVALID")
     return await at_change(asked, done.seq, answer(done.stdout, success))
 
 
 async def as_one(asked: EndpointRequest[Any, Any], name: str, payload: dict[str, object]) -> tuple[Returned, Response]:
-    """Carry out an operation of the surface ``commands``: several commands of which all take effect, or none."""
-    done = await call(asked.guest, "commands", name, json.dumps(payload).encode(), once=asked.once)
+    """Run an operation of the surface ``commands``: several commands that take effect together or not at all."""
+    done = await call(asked.context, "commands", name, json.dumps(payload).encode(), once=asked.once)
     return done, await at_change(asked, done.seq, answer(done.payload))
 
 
 async def at_change(asked: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
-    """Add the position up to which an answer is true, in the form in which streams of events give it."""
-    history = asked.guest.project.history
+    """Add the position up to which a response is true, in the form of the event stream."""
+    history = asked.context.project.history
     epoch, mark = history.epoch, (await history.mark_at(seq) if seq <= history.head else None)
     response.headers["Lattice-Change"] = str(Position(epoch, seq, mark or b""))
     return response
 
 
 def answer(printed: bytes, success: HTTPStatus = HTTPStatus.OK) -> Response:
-    """Answer with an envelope of lattice's, as it is, and the status that fits what it says."""
+    """Return an envelope of lattice's unchanged, with the matching status."""
     try:
         envelope = msgspec.json.decode(printed, type=_Envelope)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise StorageError("what lattice printed is no JSON: it may be longer than can be sent") from error
+        raise StorageError("the output of lattice is not JSON; it may exceed the limit") from error
     status = success if envelope.ok else _STATUSES.get(envelope.error.code, HTTPStatus.UNPROCESSABLE_ENTITY)
     return _in_json(printed.rstrip() + b"\n", status)
 
@@ -144,6 +144,6 @@ def _in_json(content: bytes, status: HTTPStatus) -> Response:
 
 
 def _said(message: str) -> str:
-    """Return what a command that prints no JSON has said: Click's own words on how it is used, say."""
+    """Return the message of a command without JSON output, for example a usage error."""
     lines = [line for line in message.splitlines() if line.strip()]
     return (lines[-1].removeprefix("Error: ") if lines else "the command printed nothing")[:_MESSAGE_CHARS]

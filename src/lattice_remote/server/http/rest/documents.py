@@ -1,6 +1,6 @@
-"""``/projects/:slug/plans/:id`` and ``/projects/:slug/notes/:id``: a task's plan and notes, as texts.
+"""``/projects/:slug/plans/:id`` and ``/projects/:slug/notes/:id``: a task's plan and notes.
 
-Whoever replaces a text says which one he has seen, by its ETag: nothing newer is overwritten unseen.
+A write names the text that it replaces by ETag, so it cannot overwrite a newer one unseen.
 """
 
 import re
@@ -27,13 +27,13 @@ __all__ = ["Text", "endpoints"]
 
 _ETAG = re.compile(r'(W/)?"([^"]*)"')
 _OF_NO_TEXT = bytes(32)
-"""Names a text that is not there."""
+"""Digest of a missing text."""
 _TRIES = 5
 _KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class Text(msgspec.Struct):
-    """What became of a text; ``etag`` is its ETag from now on."""
+    """Result of a write; ``etag`` is the text's new ETag."""
 
     task: str
     etag: str
@@ -42,7 +42,7 @@ class Text(msgspec.Struct):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a task's text is, ``path``, and where it is written, ``active``, as long as the task is not archived."""
+    """Path of a task's text, and its path while the task is active."""
 
     task: str
     kind: str
@@ -58,24 +58,24 @@ class _Place:
 
 
 async def read_plan(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """Return a task's plan, archived or not; 304 when ``If-None-Match`` names it."""
+    """Return a task's plan, archived or not; 304 if ``If-None-Match`` matches."""
     return await _get(asked, "plans")
 
 
 async def read_notes(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """Return a task's notes, archived or not; 304 when ``If-None-Match`` names them."""
+    """Return a task's notes, archived or not; 304 if ``If-None-Match`` matches."""
     return await _get(asked, "notes")
 
 
 async def write_plan(asked: EndpointRequest[Nothing, bytes]) -> Response:
-    """Replace a task's plan, or with ``If-None-Match: *`` make it; 412 when it is another than ``If-Match`` names."""
+    """Replace a task's plan, or create it with ``If-None-Match: *``; 412 if ``If-Match`` does not match."""
     return await _put(asked, "plans")
 
 
 async def write_notes(asked: EndpointRequest[Nothing, bytes]) -> Response:
-    """Replace a task's notes, or with ``If-None-Match: *`` make them; 412 when they are others than ``If-Match`` names.
+    """Replace a task's notes, or create them with ``If-None-Match: *``; 412 if ``If-Match`` does not match.
 
-    Notes are there when somebody has written them; a task has a plan from its beginning.
+    A task has a plan from its creation; notes exist once they are written.
     """
     return await _put(asked, "notes")
 
@@ -91,12 +91,12 @@ async def list_notes_versions(asked: EndpointRequest[PageQuery, Nothing]) -> Res
 
 
 async def read_plan_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """Return a task's plan as of a change of it: ``EPOCH-NUMBER``, or a number."""
+    """Return a task's plan after a change: ``EPOCH-NUMBER``, or a number."""
     return await _version(asked, "plans")
 
 
 async def read_notes_version(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """Return a task's notes as of a change of them: ``EPOCH-NUMBER``, or a number."""
+    """Return a task's notes after a change: ``EPOCH-NUMBER``, or a number."""
     return await _version(asked, "notes")
 
 
@@ -107,9 +107,9 @@ async def _versions(asked: EndpointRequest[PageQuery, Nothing], kind: str) -> Re
     page = asked.query
     limit = MAX_VERSIONS if page.limit is UNSET else page.limit
     if page.cursor is not UNSET and not re.fullmatch("[0-9]{1,18}", page.cursor):
-        raise Rejected("the cursor is none of this list: start again without it", code="REMOTE_INVALID")
+        raise Rejected("the cursor belongs to another list; restart without it", code="REMOTE_INVALID")
     before = None if page.cursor is UNSET else int(page.cursor)
-    found, following = await list_versions(asked.guest.project, place.task, _KINDS[kind], limit=limit, before=before)
+    found, following = await list_versions(asked.context.project, place.task, _KINDS[kind], limit=limit, before=before)
     envelope = {"ok": True, "data": found} | ({} if following is None else {"next": str(following)})
     return Response(msgspec.json.encode(envelope), media_type="application/json")
 
@@ -118,9 +118,9 @@ async def _version(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Respo
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
-    async with asked.guest.share.making():
-        found = await version_text(asked.guest.project, place.task, _KINDS[kind], asked.path["change"])
-        asked.guest.share.hold(found.data)
+    async with asked.context.share.making():
+        found = await version_text(asked.context.project, place.task, _KINDS[kind], asked.path["change"])
+        asked.context.share.hold(found.data)
     headers = {"ETag": _etag(found.data), "Lattice-Change": f"{found.epoch}-{found.seq}"}
     return Response(found.data, headers=headers, media_type="text/markdown; charset=utf-8")
 
@@ -129,7 +129,7 @@ async def _get(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
-    text = await text_at_head(asked.guest.project, place.path, asked.guest.share)
+    text = await text_at_head(asked.context.project, place.path, asked.context.share)
     if text is None:
         raise Rejected(f"task {place.task} has no {'plan' if kind == 'plans' else kind}", code="REMOTE_NOT_FOUND")
     etag = _etag(text)
@@ -157,7 +157,7 @@ async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
 
 
 async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Stored:
-    """Put the text in the place of the one that the request names; return what came of it."""
+    """Replace the text that the request names; return the result."""
     wanted = header_of(asked.request, "If-Match")
     if not wanted:
         if header_of(asked.request, "If-None-Match") != "*":
@@ -165,7 +165,7 @@ async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Store
             raise ApiError(HTTPStatus.PRECONDITION_REQUIRED, "REMOTE_INVALID", f"{why}; or If-None-Match: *")
         return await _edit(asked, place, b"")
     for _ in range(_TRIES):
-        _, current = asked.guest.project.history.files.get(place.active, (0, b""))
+        _, current = asked.context.project.history.files.get(place.active, (0, b""))
         try:
             return await _edit(asked, place, _base(wanted, current))
         except Rejected as rejected:
@@ -174,18 +174,18 @@ async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Store
             if place.is_archived:
                 raise _archived(place) from rejected
             if not current:
-                why = f"task {place.task} has no such text yet: make it with If-None-Match: *"
+                why = f"task {place.task} has no such text yet; create it with If-None-Match: *"
                 raise Rejected(why, code=rejected.code) from rejected
-            # With a star, another text that came in between is to be replaced as well.
+            # With a star, a text that was written since the read is replaced too.
             if wanted != "*":
                 raise
-    raise Rejected(f"{place.active} is changing all the time; try again", code="REMOTE_BUSY")
+    raise Rejected(f"{place.active} keeps changing; try again", code="REMOTE_BUSY")
 
 
 async def _edit(asked: EndpointRequest[Nothing, bytes], place: _Place, base_digest: bytes) -> Stored:
-    stored = await edit(asked.guest, place.active, asked.body, base_digest=base_digest, once=asked.once)
+    stored = await edit(asked.context, place.active, asked.body, base_digest=base_digest, once=asked.once)
     if stored.outcome == "conflict" and not base_digest and not place.is_archived:
-        why = f"{place.active} is there already: read it, and name its ETag in If-Match"
+        why = f"{place.active} already exists; read it and send its ETag in If-Match"
         raise Rejected(why, code="REMOTE_STALE_BASE")
     if stored.outcome == "conflict":
         raise _archived(place)
@@ -193,24 +193,24 @@ async def _edit(asked: EndpointRequest[Nothing, bytes], place: _Place, base_dige
 
 
 def _base(wanted: str, current: bytes) -> bytes:
-    """Return the digest of the text that is to be replaced, of those that If-Match names.
+    """Return the digest in If-Match of the text to replace.
 
-    Whether the file has it is for the worker to say: it may know this request already, and what came of it.
+    The worker compares it with the file, because the request may be a repeated one with a known result.
 
     Raises:
-        Rejected: 412: it names none that could be there.
+        Rejected: 412: no such text can exist.
     """
     if wanted == "*":
         return current or _OF_NO_TEXT
     named = [tag for weak, tag in _ETAG.findall(wanted) if not weak and re.fullmatch("[0-9a-f]{64}", tag)]
     if not named:
-        why = "If-Match names no ETag of this server: send the one that came with the text, with its quotes"
+        why = "If-Match has no ETag of this server; send the text's ETag with its quotes"
         raise Rejected(why, code="REMOTE_STALE_BASE")
     return bytes.fromhex(current.hex() if current.hex() in named else named[0])
 
 
 async def _place(asked: EndpointRequest[Any, Any], kind: str) -> _Place | Response:
-    """Return where a task's text is, or how lattice says that there is no such task."""
+    """Return the place of a task's text, or lattice's error if there is no such task."""
     printed = await found(asked, "show", "--compact", "--", asked.path["id"])
     if printed.status:
         return answer(printed.body)
@@ -224,13 +224,13 @@ def _etag(text: bytes) -> str:
 
 
 def _archived(place: _Place) -> ApiError:
-    why = f"task {place.task} is archived: unarchive it first"
+    why = f"task {place.task} is archived; unarchive it first"
     return ApiError(HTTPStatus.CONFLICT, "REMOTE_INVALID", why)
 
 
 _CHOICES = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.PRECONDITION_REQUIRED)
-_CACHED = {"If-None-Match": "ETags of texts that need not be sent again"}
-_REPLACED = {"If-Match": "the ETag of the text that this one replaces, or * for any", "If-None-Match": "* to make it"}
+_CACHED = {"If-None-Match": "ETags of texts that the client has"}
+_REPLACED = {"If-Match": "ETag of the text to replace, or * for any", "If-None-Match": "* to create it"}
 endpoints = [
     Endpoint("GET", "/projects/{slug}/plans/{id}", read_plan, bytes, others=[HTTPStatus.NOT_MODIFIED], headers=_CACHED),
     Endpoint("PUT", "/projects/{slug}/plans/{id}", write_plan, Text, others=_CHOICES, headers=_REPLACED),

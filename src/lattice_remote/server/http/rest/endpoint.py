@@ -1,4 +1,4 @@
-"""One endpoint as a value, from which it is routed and described: what it takes and answers, and who carries it out."""
+"""REST endpoints as values, from which routes and the OpenAPI description are made."""
 
 import base64
 import json
@@ -18,9 +18,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.http.auth import RequestContext, guest
-from lattice_remote.server.http.middleware import body_of
-from lattice_remote.server.http.writes import IdempotencyKey, once_of
+from lattice_remote.server.http.auth import RequestContext, request_context
+from lattice_remote.server.http.middleware import read_body
+from lattice_remote.server.http.writes import IdempotencyKey, idempotency_key
 from lattice_remote.server.ipc import ReadResult
 from lattice_remote.server.transport.api_error import ApiError
 
@@ -31,21 +31,21 @@ __all__ = [
     "Nothing",
     "PageQuery",
     "Query",
-    "asked_of",
     "header_of",
     "page_of",
     "routes_of",
+    "validated_request",
 ]
 
 MAX_JSON_BYTES = 1024 * 1024
 
 
 class Query(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What may stand behind the ``?`` of a path; each at most once."""
+    """Query parameters, each at most once."""
 
 
 class Json(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A body of JSON."""
+    """A JSON body."""
 
 
 class Nothing(Query, frozen=True):
@@ -54,17 +54,17 @@ class Nothing(Query, frozen=True):
 
 @dataclass(frozen=True)
 class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
-    """A request of somebody who may use the project.
+    """A validated request to a project.
 
     Attributes:
-        guest: who, and which project.
-        path: the parts of the path that are in braces in the endpoint's.
-        query, body: as the endpoint's handler declares them.
-        once: under which id a write runs, and which request that is.
+        context: the authenticated client and its project.
+        path: the values of the parts in braces of the endpoint's path.
+        query, body: of the types that the handler declares.
+        once: the id of a write, and the fingerprint of its request.
         request: for its headers.
     """
 
-    guest: RequestContext
+    context: RequestContext
     path: dict[str, str]
     query: Q
     body: B
@@ -73,35 +73,35 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
 
 
 def header_of(request: Request, name: str) -> str:
-    """Return a header that is a list, of which each part may come in a line of its own; "" when there is none."""
+    """Return a list header with its lines joined; "" if it is absent."""
     return ", ".join(request.headers.getlist(name)).strip()
 
 
-async def asked_of(request: Request, query: type[Any], body: type[Any]) -> EndpointRequest[Any, Any]:
+async def validated_request(request: Request, query: type[Any], body: type[Any]) -> EndpointRequest[Any, Any]:
     """Return a request, checked.
 
     Raises:
-        ApiError: nobody who may, or a body that is too long or of another media type.
-        Rejected: 400, 404 or 422: not what the endpoint takes.
+        ApiError: not authorized, or a body that is too long or of another media type.
+        Rejected: 400, 404 or 422: the request does not match the endpoint.
     """
-    visitor = await guest(request)
+    visitor = await request_context(request)
     if not all(part.isprintable() for part in request.path_params.values()):
-        raise Rejected("there is nothing of a name with such characters", code="REMOTE_NOT_FOUND")
+        raise Rejected("not found: the name has characters that are not allowed", code="REMOTE_NOT_FOUND")
     found = _query(request, query)
     content = b""
     if body is not Nothing:
         most = visitor.hub.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
         _refuse_encoded(request)
-        content = await body_of(request, most)
+        content = await read_body(request, most)
     parsed = content if body is bytes else _json(request, content, body)
     return EndpointRequest(
-        visitor, dict(request.path_params), found, parsed, once_of(request, visitor, content), request
+        visitor, dict(request.path_params), found, parsed, idempotency_key(request, visitor, content), request
     )
 
 
 def _refuse_encoded(request: Request) -> None:
     if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
-        why = "send the body as it is, without Content-Encoding"
+        why = "send the body without Content-Encoding"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
 
 
@@ -109,7 +109,7 @@ def _query(request: Request, kind: type[Query]) -> Query:
     given = request.query_params.multi_items()
     for name, times in Counter(name for name, _ in given).items():
         if times > 1:
-            raise Rejected(f"{name!r} is given {times} times in the query", code="REMOTE_INVALID")
+            raise Rejected(f"{name!r} occurs {times} times in the query", code="REMOTE_INVALID")
     try:
         return msgspec.convert(dict(given), kind, strict=False)
     except msgspec.ValidationError as error:
@@ -117,18 +117,18 @@ def _query(request: Request, kind: type[Query]) -> Query:
 
 
 def _json(request: Request, content: bytes, kind: type[Any]) -> Any:
-    """Return what is in a body; an empty one is an empty object."""
+    """Return a decoded body; an empty one is an empty object."""
     media_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if content and media_type != "application/json":
         why = "send the body with Content-Type: application/json"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
     try:
         found = msgspec.json.decode(content or b"{}", type=kind)
-        json.loads(content or b"{}", object_pairs_hook=_named_once)  # it is no deeper than its type
+        json.loads(content or b"{}", object_pairs_hook=_named_once)  # its depth is bounded by its type
     except msgspec.ValidationError as error:
         raise Rejected(f"the request's body: {error}", code="REMOTE_INVALID") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Rejected(f"the request's body is no JSON: {error}", code="REMOTE_PROTOCOL") from None
+        raise Rejected(f"the request's body is not JSON: {error}", code="REMOTE_PROTOCOL") from None
     return found
 
 
@@ -146,13 +146,12 @@ class Endpoint:
     """A method on a path.
 
     Attributes:
-        method: as ``POST``.
-        path: with what varies in braces.
-        handler: carries it out. Its query and its body are what its one argument is annotated with, and the
-            first line of its docstring is the summary.
-        data: of what type the ``data`` is that it answers with; ``bytes`` for a text instead of an envelope.
-        success: the status when it was carried out.
-        others: further statuses, beside those that every endpoint may answer with.
+        method: for example ``POST``.
+        path: with variables in braces.
+        handler: its argument's annotation declares the query and the body; its docstring's first line is the summary.
+        data: type of the ``data`` in the response; ``bytes`` for a text without an envelope.
+        success: the status on success.
+        others: further statuses, beside those of every endpoint.
         headers: of the request, beside the common ones: name and meaning.
     """
 
@@ -172,17 +171,17 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """Of the operation, unique among all endpoints."""
+        """Operation id, unique among all endpoints."""
         return self.handler.__name__.strip("_")
 
     @property
     def text(self) -> str:
-        """What it does, for people."""
+        """Summary for users."""
         return getdoc(self.handler) or ""
 
 
 def routes_of(endpoints: Sequence[Endpoint]) -> list[Route]:
-    """Return one route for each path, in the order in which the paths are first named."""
+    """Return one route for each path, in order of first occurrence."""
     by_path: dict[str, dict[str, Endpoint]] = defaultdict(dict)
     for endpoint in endpoints:
         by_path[endpoint.path][endpoint.method] = endpoint
@@ -192,7 +191,7 @@ def routes_of(endpoints: Sequence[Endpoint]) -> list[Route]:
 def _serving(methods: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
     async def serve(request: Request) -> Response:
         endpoint = methods["GET" if request.method == "HEAD" else request.method]
-        return await endpoint.handler(await asked_of(request, *endpoint.takes))
+        return await endpoint.handler(await validated_request(request, *endpoint.takes))
 
     return serve
 
@@ -201,22 +200,22 @@ MAX_LIMIT = 1000
 
 
 class PageQuery(Query, frozen=True, kw_only=True):
-    """Which part of a list. Without ``limit`` it is all of it; ``cursor`` is the ``next`` of the part before."""
+    """A page of a list. Without ``limit`` it is the whole list; ``cursor`` is the ``next`` of the previous page."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_LIMIT)] | UnsetType = UNSET
     cursor: Annotated[str, Meta(min_length=1, max_length=400, pattern="^[A-Za-z0-9_=-]+$")] | UnsetType = UNSET
 
 
 def page_of(found: ReadResult, page: PageQuery, *, by_id: bool) -> ReadResult:
-    """Return what was found with a part of its list; an error is returned as it is. Takes no longer for a long list.
+    """Return ``found`` with one page of its list; an error is returned unchanged. The list's length does not matter.
 
     Args:
         found: a list, with its items.
-        page: which part.
-        by_id: the list is in the order of its ids, and things may disappear from it.
+        page: the page.
+        by_id: the list is sorted by id, and its items may disappear.
 
     Raises:
-        Rejected: the cursor is none of this list.
+        Rejected: the cursor belongs to another list.
     """
     items = found.items
     if items is None or (page.limit is UNSET and page.cursor is UNSET):
@@ -235,7 +234,7 @@ def _place_after(last: str, ids: list[str], *, by_id: bool) -> int:
     try:
         return ids.index(last) + 1
     except ValueError:
-        raise Rejected("the cursor is none of this list: begin anew without it", code="REMOTE_INVALID") from None
+        raise Rejected("the cursor belongs to another list; restart without it", code="REMOTE_INVALID") from None
 
 
 def _encoded(id_: str) -> bytes:
@@ -246,4 +245,4 @@ def _decoded(cursor: str) -> str:
     try:
         return base64.urlsafe_b64decode(cursor).decode()
     except ValueError:
-        raise Rejected("the cursor is none of this server: begin anew without it", code="REMOTE_INVALID") from None
+        raise Rejected("the cursor is malformed; restart without it", code="REMOTE_INVALID") from None

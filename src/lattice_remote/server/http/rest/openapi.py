@@ -1,4 +1,4 @@
-"""The endpoints as an OpenAPI 3.1 description, made from the same values that they are routed by."""
+"""OpenAPI 3.1 description of the endpoints, made from the values that also make the routes."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ __all__ = ["DOCUMENTED_ROUTES", "ENDPOINTS", "DocumentedRoute", "description", "
 
 
 class ProjectDescription(msgspec.Struct):
-    """What a token may do in a project, and where the project stands."""
+    """Rights of a token in a project, and the project's position."""
 
     project: str
     actor: str
@@ -35,7 +35,7 @@ class ProjectDescription(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """That the server answers."""
+    """A sign that the server responds."""
 
     status: str
     version: str
@@ -43,7 +43,7 @@ class Health(msgspec.Struct):
 
 
 class Readiness(msgspec.Struct):
-    """Whether every project can be used, and what keeps those that can't."""
+    """Whether every project is usable, with the reasons if not."""
 
     status: str
     projects: int
@@ -59,15 +59,15 @@ class Listing(msgspec.Struct):
 
 @dataclass(frozen=True)
 class DocumentedRoute:
-    """A GET of a path.
+    """A GET route outside ``rest``.
 
     Attributes:
-        path, name, text: as of an ``Endpoint``.
-        data: of what type the whole answer is; None where the media type says all.
-        media_type: of the answer.
-        is_open: nobody need show a token.
-        others: further statuses which answer the same.
-        headers, query: what it takes: name and meaning.
+        path, name, text: the same as of an ``Endpoint``.
+        data: type of the whole response; None if the media type is sufficient.
+        media_type: of the response.
+        is_open: no token is needed.
+        others: further statuses with the same body.
+        headers, query: accepted ones: name and meaning.
     """
 
     path: str
@@ -81,14 +81,14 @@ class DocumentedRoute:
     query: Mapping[str, str] = field(default_factory=dict)
 
 
-_SINCE = "the id of the last event that was seen, as epoch-number"
+_SINCE = "the id of the last event received, as epoch-number"
 
 DOCUMENTED_ROUTES = (
-    DocumentedRoute("/healthz", "health", "Say that the server answers.", Health, is_open=True),
+    DocumentedRoute("/healthz", "health", "Report that the server responds.", Health, is_open=True),
     DocumentedRoute(
         "/readyz",
         "readiness",
-        "Say whether every project can be used.",
+        "Report whether every project is usable.",
         Readiness,
         is_open=True,
         others=[HTTPStatus.SERVICE_UNAVAILABLE],
@@ -98,16 +98,16 @@ DOCUMENTED_ROUTES = (
     DocumentedRoute(
         "/projects/{slug}",
         "show_project",
-        "Say what the token may do, and where the project stands.",
+        "Return the token's rights and the project's position.",
         ProjectDescription,
     ),
     DocumentedRoute(
-        "/projects/{slug}/dashboard/data", "board", "Return the whole board, and from which change on to listen."
+        "/projects/{slug}/dashboard/data", "board", "Return the whole board, and the position from which to listen."
     ),
     DocumentedRoute(
         "/projects/{slug}/events/stream",
         "stream_events",
-        "Tell every change as it happens.",
+        "Stream every change as it happens.",
         media_type="text/event-stream",
         headers={"Last-Event-ID": _SINCE},
         query={"since": _SINCE},
@@ -116,8 +116,8 @@ DOCUMENTED_ROUTES = (
 
 
 _ABOUT = (
-    "Tasks of a project, in the envelopes of `lattice --json`. Every write is one numbered change, in the name of the "
-    "token's actor or of another that it may act as."
+    "Tasks of a project, in the envelopes of `lattice --json`. Every write is one numbered change, by the "
+    "token's actor or another that it may act as."
 )
 _MAY_FAIL = (
     *(HTTPStatus.BAD_REQUEST, HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.NOT_FOUND),
@@ -132,21 +132,21 @@ _TEXT = {"text/markdown": {"schema": {"type": "string"}}}
 
 
 class Problem(msgspec.Struct):
-    """Why a request was not carried out: lattice's own code and words, or a code that begins with ``REMOTE_``."""
+    """The error of a refused request: lattice's code and message, or a code that begins with ``REMOTE_``."""
 
     code: str
     message: str
 
 
 class ErrorEnvelope(msgspec.Struct):
-    """The envelope of every answer of status 400 or more."""
+    """The envelope of every response with status 400 or higher."""
 
     ok: bool
     error: Problem
 
 
 def description(endpoints: Sequence[Endpoint], elsewhere: Sequence[DocumentedRoute]) -> bytes:
-    """Return the description, JSON, of the endpoints and of what is served elsewhere."""
+    """Return the OpenAPI description as JSON."""
     schemas, components = _schemas(endpoints, elsewhere)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in endpoints:
@@ -169,7 +169,7 @@ def description(endpoints: Sequence[Endpoint], elsewhere: Sequence[DocumentedRou
 def _schemas(
     endpoints: Sequence[Endpoint], elsewhere: Sequence[DocumentedRoute]
 ) -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:
-    """Return the schema of each type that is taken or answered with, by its name, and what they refer to."""
+    """Return the schema of each type in requests and responses by name, with the types they refer to."""
     kinds = [kind for endpoint in endpoints for kind in (*endpoint.takes, endpoint.data) if kind is not bytes]
     kinds += [ErrorEnvelope, *(other.data for other in elsewhere if other.data is not None)]
     found, components = msgspec.json.schema_components(kinds, ref_template=_REF)
@@ -235,7 +235,7 @@ def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     for header, meaning in endpoint.headers.items():
         yield {"name": header, "in": "header", "description": meaning, "schema": _WORD}
     if endpoint.method != "GET":
-        meaning = "The same request with the same key is carried out once, and answered each time as the first time."
+        meaning = "A request repeated with the same key runs once and gets the first response again."
         schema = {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS, "pattern": "^[ -~]+$"}
         yield {"name": KEY_HEADER, "in": "header", "description": meaning, "schema": schema}
 
@@ -262,7 +262,7 @@ ENDPOINTS = (*tasks.endpoints, *activity.activity_endpoints, *resources.endpoint
 
 
 async def _openapi(_: Request) -> Response:
-    """Describe the endpoints to whoever asks: it says nothing of this server's projects."""
+    """Return the OpenAPI description, without a token: it has no data of this server."""
     return Response(_description(), media_type="application/json")
 
 

@@ -1,6 +1,6 @@
-"""``/projects/:slug/resources``: locks that actors take and give back, as with ``lattice resource``.
+"""``/projects/:slug/resources``: locks that actors acquire and release, like ``lattice resource``.
 
-A resource has a name, by which it is created and acquired, and from then on an id.
+A resource is created and acquired by name; afterwards it also has an id.
 """
 
 from http import HTTPStatus
@@ -11,7 +11,7 @@ from msgspec import Meta
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.http.middleware import while_there
+from lattice_remote.server.http.middleware import cancel_on_disconnect
 from lattice_remote.server.http.rest.commands import Provenance, found, options, read, shown, write
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing
 from lattice_remote.server.ipc import ReadResult
@@ -24,11 +24,11 @@ _WITH_ID = f"{_NAMED}/{{id}}"
 MAX_WAIT_S = 300
 
 _Actor = str | dict[str, Any]
-"""An actor, or a session as a map. The types below describe what lattice prints, which may have more fields."""
+"""An actor, or a session as a map. The types below describe lattice's output, which may have more fields."""
 
 
 class Holder(msgspec.Struct, kw_only=True):
-    """Who holds a resource, and until when."""
+    """A holder of a resource, and the end of the lease."""
 
     actor: _Actor
     acquired_at: str | None = None
@@ -37,7 +37,7 @@ class Holder(msgspec.Struct, kw_only=True):
 
 
 class Resource(msgspec.Struct, kw_only=True):
-    """A resource. One that only ``config.json`` names has no id until it is acquired for the first time."""
+    """A resource. One that is only in ``config.json`` has no id until it is first acquired."""
 
     name: str
     id: str | None = None
@@ -54,7 +54,7 @@ class Resources(msgspec.Struct):
 
 
 class NewResource(Provenance, frozen=True, kw_only=True):
-    """A resource that is to be made, as with ``lattice resource create``. What is left out, lattice chooses."""
+    """A new resource, as with ``lattice resource create``. Lattice sets omitted fields."""
 
     description: str | None = None
     max_holders: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
@@ -64,7 +64,7 @@ class NewResource(Provenance, frozen=True, kw_only=True):
 
 
 class Acquisition(Provenance, frozen=True, kw_only=True):
-    """How a resource is acquired: for which task, whoever holds it (``force``), or once it is free (``wait``)."""
+    """Conditions for acquiring a resource: for a task, by ``force``, or with ``wait`` once it is free."""
 
     task: str | None = None
     force: bool = False
@@ -73,7 +73,7 @@ class Acquisition(Provenance, frozen=True, kw_only=True):
 
 
 class Holding(Provenance, frozen=True, kw_only=True):
-    """Whether the actor is to hold it. Who holds it already, and is to, holds it for its whole time again."""
+    """Whether the actor holds the resource. Repeating it renews the lease."""
 
     held: bool
     task: str | None = None
@@ -81,17 +81,17 @@ class Holding(Provenance, frozen=True, kw_only=True):
 
 
 async def list_resources(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """List the resources and who holds them."""
+    """List the resources and their holders."""
     return await read(asked, "resource list")
 
 
 async def show_resource(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """Return a resource and who holds it."""
+    """Return a resource and its holders."""
     return await read(asked, "resource status", "--", asked.path["name"])
 
 
 async def create_resource(asked: EndpointRequest[Nothing, NewResource]) -> Response:
-    """Make a resource of this name."""
+    """Create a resource."""
     new = asked.body
     settings = {"description": new.description, "max_holders": new.max_holders, "ttl": new.ttl_seconds, "id": new.id}
     given = options(new, asked, **settings)
@@ -99,33 +99,33 @@ async def create_resource(asked: EndpointRequest[Nothing, NewResource]) -> Respo
 
 
 async def acquire_resource(asked: EndpointRequest[Nothing, Acquisition]) -> Response:
-    """Take a resource, or hold it for its whole time again; one that only the project's settings name is made.
+    """Acquire a resource or renew its lease; create one that is only in the project's settings.
 
-    Status 409 when others hold it, or still hold it when ``timeout`` is over. Who ends the connection waits no more.
+    Status 409 if others hold it, with ``wait`` until ``timeout`` has passed. Disconnecting ends the wait.
     """
     how = asked.body
     wait = {"wait": True, "timeout": how.timeout} if how.wait else {}
     given = options(how, asked, task=how.task, force=how.force, **wait)
-    return await while_there(asked.request, write(asked, "resource acquire", *given, "--", asked.path["name"]))
+    return await cancel_on_disconnect(asked.request, write(asked, "resource acquire", *given, "--", asked.path["name"]))
 
 
 async def release_resource(asked: EndpointRequest[Nothing, Provenance]) -> Response:
-    """Give a resource back."""
+    """Release a resource."""
     return await write(asked, "resource release", *options(asked.body, asked), "--", asked.path["name"])
 
 
 async def extend_resource(asked: EndpointRequest[Nothing, Provenance]) -> Response:
-    """Hold a resource for its whole time again, as ``lattice resource heartbeat``."""
+    """Renew the lease of a resource, like ``lattice resource heartbeat``."""
     return await write(asked, "resource heartbeat", *options(asked.body, asked), "--", asked.path["name"])
 
 
 async def show_resource_with_id(asked: EndpointRequest[Nothing, Nothing]) -> Response:
-    """Return the resource that has this name and this id."""
+    """Return the resource with this name and id."""
     return shown(await _with_id(asked))
 
 
 async def hold_resource(asked: EndpointRequest[Nothing, Holding]) -> Response:
-    """Take the resource that has this name and this id, or give it back."""
+    """Acquire or release the resource with this name and id."""
     await _with_id(asked)
     how = asked.body
     if how.held:
@@ -135,10 +135,10 @@ async def hold_resource(asked: EndpointRequest[Nothing, Holding]) -> Response:
 
 
 async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:
-    """Return what lattice prints of a resource; the name of an id never changes.
+    """Return lattice's output for a resource; the name of an id never changes.
 
     Raises:
-        Rejected: it has another id, or is none.
+        Rejected: it has another id, or none.
     """
     name, id_ = asked.path["name"], asked.path["id"]
     printed = await found(asked, "resource status", "--", name)

@@ -1,4 +1,4 @@
-"""``/projects/:slug/tasks``, ``/projects/:slug/tasks/:id`` and ``/projects/:slug/next``: a project's tasks."""
+"""``/projects/:slug/tasks``, ``/projects/:slug/tasks/:id`` and ``/projects/:slug/next``: tasks and comments."""
 
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ _Actor = str | dict[str, Any]
 
 
 class Task(msgspec.Struct, kw_only=True):
-    """A task's snapshot. With ``compact`` it has counts in place of its lists."""
+    """A task's snapshot. With ``compact`` it has counts instead of its lists."""
 
     id: str
     short_id: str | None = None
@@ -50,7 +50,7 @@ class Task(msgspec.Struct, kw_only=True):
 
 
 class NextTask(Task):
-    """A task that was claimed, with its plan unless nobody has written one."""
+    """A claimed task, with its plan if it has one."""
 
     plan_content: str | None = None
 
@@ -67,7 +67,7 @@ class Event(msgspec.Struct, kw_only=True):
 
 
 class TaskInFull(Task):
-    """A task with its log, its relationships, and what its status may become."""
+    """A task with its log, its relationships and its possible next statuses."""
 
     events: list[Event] | None = None
     valid_transitions: list[str] | None = None
@@ -78,7 +78,7 @@ class TaskInFull(Task):
 
 
 class Comment(msgspec.Struct, kw_only=True):
-    """A comment, with the replies to it."""
+    """A comment with its replies."""
 
     id: str
     body: str
@@ -93,7 +93,7 @@ class Comment(msgspec.Struct, kw_only=True):
 
 
 class Filters(PageQuery, frozen=True, kw_only=True):
-    """Which tasks: those for which all of this holds, as of ``lattice list``."""
+    """Conditions for listed tasks, as of ``lattice list``; all must hold."""
 
     status: str | UnsetType = UNSET
     assigned: str | UnsetType = UNSET
@@ -105,7 +105,7 @@ class Filters(PageQuery, frozen=True, kw_only=True):
 
 
 class NewTask(Provenance, frozen=True, kw_only=True):
-    """A task that is to be made, as with ``lattice create``. What is left out, lattice chooses."""
+    """A new task, as with ``lattice create``. Lattice sets omitted fields."""
 
     title: _Text
     description: str | None = None
@@ -121,11 +121,11 @@ class NewTask(Provenance, frozen=True, kw_only=True):
 
 
 class TaskChanges(Provenance, frozen=True, kw_only=True):
-    """What is to be changed of a task: all of it, or nothing.
+    """Changes of a task, applied together or not at all.
 
-    Fields are changed as by ``lattice update``, then ``assigned_to`` as by ``lattice assign`` (null: to nobody), then
-    ``status`` as by ``lattice status``. ``force`` lets the status be one that the workflow or a policy does not allow,
-    and needs a ``reason``.
+    Fields are changed as by ``lattice update``, then ``assigned_to`` as by ``lattice assign`` (null: unassigned), then
+    ``status`` as by ``lattice status``. ``force`` allows a status that the workflow or a policy forbids, and needs a
+    ``reason``.
     """
 
     title: _Text | UnsetType = UNSET
@@ -142,14 +142,14 @@ class TaskChanges(Provenance, frozen=True, kw_only=True):
 
 
 class Claim(Json, frozen=True, kw_only=True):
-    """Who claims; see ``Provenance``."""
+    """The claimant; see ``Provenance``."""
 
     actor: str | None = None
     name: str | None = None
 
 
 class ClaimNext(Claim, frozen=True, kw_only=True):
-    """Who claims, and of which tasks: those in one of these statuses, by default ``backlog`` and ``planned``."""
+    """The claimant, and the statuses of the tasks to choose from, by default ``backlog`` and ``planned``."""
 
     status: list[_Item] | None = None
 
@@ -160,11 +160,11 @@ class Completion(Provenance, frozen=True, kw_only=True):
     review: _Text
 
 
-# --- all of them ---
+# --- the list ---
 
 
 async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
-    """List tasks in the order in which they were made, filtered as ``lattice list`` does."""
+    """List tasks in order of creation, filtered like ``lattice list``."""
     query = asked.query
     texts = {"status": query.status, "assigned": query.assigned, "tag": query.tag, "type": query.type}
     texts["priority"] = query.priority
@@ -175,7 +175,7 @@ async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
 
 
 async def create_task(asked: EndpointRequest[Nothing, NewTask]) -> Response:
-    """Make a task."""
+    """Create a task."""
     new = asked.body
     tags = None if new.tags is None else ",".join(new.tags)
     fields = {"description": new.description, "type": new.type, "priority": new.priority, "urgency": new.urgency}
@@ -185,9 +185,9 @@ async def create_task(asked: EndpointRequest[Nothing, NewTask]) -> Response:
 
 
 async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Response:
-    """Claim the next task, as ``lattice next --claim``: the one that you are at already, or the most important ready.
+    """Claim the next task, like ``lattice next --claim``: the actor's current one, or the most important that is ready.
 
-    Status 204 when there is none.
+    Status 204 if there is none.
     """
     statuses = None if asked.body.status is None else ",".join(asked.body.status)
     response = await write(asked, "next", *_claimant(asked, asked.body), *_given("--status", statuses))
@@ -197,7 +197,7 @@ async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Respons
     return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Lattice-Change": response.headers["Lattice-Change"]})
 
 
-# --- one of them ---
+# --- one task ---
 
 
 async def show_task(asked: EndpointRequest[Nothing, Nothing]) -> Response:
@@ -206,11 +206,11 @@ async def show_task(asked: EndpointRequest[Nothing, Nothing]) -> Response:
 
 
 async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
-    """Change status, assignment and fields of a task together: all of it as one change, or nothing."""
+    """Change status, assignment and fields of a task in one change, all or nothing."""
     lines = list(_lines(asked, asked.body))
     if not lines:
         raise Rejected("there is nothing to change in the request's body", code="REMOTE_INVALID")
-    # Where all was already as it is to be, lattice prints no task: so it is asked for.
+    # If nothing had to change, lattice prints no task, so read it.
     done, response = await as_one(asked, "together", {"lines": lines, "task": asked.path["id"]})
     if response.status_code != HTTPStatus.OK:
         return response
@@ -241,7 +241,7 @@ def _pairs(changes: TaskChanges) -> list[str]:
 
 
 async def claim_task(asked: EndpointRequest[Nothing, Claim]) -> Response:
-    """Claim this task: assign it and begin it, as ``lattice next --claim`` does with the one that it picks."""
+    """Claim this task: assign and start it, like ``lattice next --claim`` does with the task it picks."""
     line = ["next", "--json", *_claimant(asked, asked.body)]
     done, response = await as_one(asked, "claim", {"task": asked.path["id"], "line": line})
     if response.status_code != HTTPStatus.OK:
@@ -250,7 +250,7 @@ async def claim_task(asked: EndpointRequest[Nothing, Claim]) -> Response:
 
 
 async def complete_task(asked: EndpointRequest[Nothing, Completion]) -> Response:
-    """Complete a task with a review, as ``lattice complete``."""
+    """Complete a task with a review, like ``lattice complete``."""
     return await write(asked, "complete", *options(asked.body, asked, review=asked.body.review), "--", asked.path["id"])
 
 
@@ -260,12 +260,12 @@ async def archive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
 
 
 async def unarchive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
-    """Bring a task back from the archive."""
+    """Restore a task from the archive."""
     return await write(asked, "unarchive", *options(asked.body, asked), "--", _one(asked.path["id"]))
 
 
 def _one(task: str) -> str:
-    """Return an id that lattice takes for one: in these commands a comma separates several."""
+    """Return a single id: in these commands a comma separates several."""
     if "," in task or not task.strip():
         why = f"Invalid task ID format: {task[:60]!r}."
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "INVALID_ID", why)
@@ -273,7 +273,7 @@ def _one(task: str) -> str:
 
 
 def _claimant(asked: EndpointRequest[Any, Any], claim: Claim) -> list[str]:
-    actor = asked.guest.login.token.actor if claim.actor is None and claim.name is None else claim.actor
+    actor = asked.context.login.token.actor if claim.actor is None and claim.name is None else claim.actor
     return ["--claim", *_given("--name", claim.name), *_given("--actor", actor)]
 
 
@@ -286,7 +286,7 @@ def _data_of(envelope: bytes) -> msgspec.Raw:
 
 
 def _with_data(response: Response, data: object) -> Response:
-    """Return an answer with other data, and the same headers of ours."""
+    """Return a response with other data and the same headers."""
     content = msgspec.json.encode({"ok": True, "data": data})
     headers = {"Lattice-Change": response.headers["Lattice-Change"]}
     return Response(content, response.status_code, headers, media_type="application/json")
@@ -306,7 +306,7 @@ endpoints = [
 
 
 class NewComment(Provenance, frozen=True, kw_only=True):
-    """A comment, or with ``reply_to`` a reply. ``role`` is what a completion policy asks for, as ``review``."""
+    """A comment, or with ``reply_to`` a reply. ``role`` satisfies a completion policy, for example ``review``."""
 
     body: Annotated[str, Meta(min_length=1)]
     reply_to: str | None = None
@@ -314,13 +314,13 @@ class NewComment(Provenance, frozen=True, kw_only=True):
 
 
 async def list_comments(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
-    """List the comments on a task, oldest first, each with its replies; a page counts comments, not replies."""
+    """List the comments on a task, oldest first, with replies; a page counts comments, not replies."""
     comments = await found(asked, "comments", "--", asked.path["id"], list_at=("data",))
     return shown(page_of(comments, asked.query, by_id=False))
 
 
 async def add_comment(asked: EndpointRequest[Nothing, NewComment]) -> Response:
-    """Comment on a task; the answer is the task."""
+    """Comment on a task; return the task."""
     new = asked.body
     given = options(new, asked, reply_to=new.reply_to, role=new.role)
     return await write(asked, "comment", *given, "--", asked.path["id"], new.body, success=HTTPStatus.CREATED)
