@@ -398,7 +398,7 @@ def test_a_forged_resource_is_refused(
 
 def test_forged_events_of_a_resource_are_refused(board: StorageBackend) -> None:
     lamp = made_resource(board, "lamp")
-    with pytest.raises(Rejected, match="capitals"):
+    with pytest.raises(Rejected, match="case"):
         made_resource(board, "Lamp")
     forged = [
         of_resource("resource_acquired", lamp, {"holder": "human:ben"}),
