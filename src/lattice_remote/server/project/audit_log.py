@@ -50,15 +50,13 @@ _NOT_FOUND = "REMOTE_NOT_FOUND"
 
 @dataclass(frozen=True)
 class TextVersion:
-    """Text as of one change."""
-
     epoch: str
     seq: int
     data: bytes
 
 
 def paths_of_text(task: str, kind: TextKind) -> tuple[str, str]:
-    """Return the paths of a text: of an active task, and in the archive."""
+    """Return a text's active and archived path."""
     path = f"{'plans' if kind == 'plan' else kind}/{task}.md"
     return path, f"archive/{path}"
 
@@ -120,7 +118,6 @@ def _content(contents: Contents, path: str, state: FileState, on_disk: Callable[
 
 
 def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> Iterator[tuple[str, Record]]:
-    """Yield the records that name one of ``paths``, oldest first, each with its epoch."""
     for segment in segment_paths(journal):
         try:
             data = segment.read_bytes()
@@ -149,8 +146,6 @@ _TASK_ID = re.compile(r"task_[0-9A-HJKMNP-TV-Z]{26}")
 
 
 class _Record(msgspec.Struct, frozen=True, tag="record"):
-    """Fields of a journal ``Record`` that the log uses."""
-
     seq: int
     change: bytes | None = None
     files: dict[str, FileState | None] = {}
@@ -162,7 +157,7 @@ class _Operation(msgspec.Struct, frozen=True):
 
 
 class _Change(msgspec.Struct, frozen=True, tag="change", tag_field="type"):
-    """A ``Change`` without the contents of its operations, which are most of it."""
+    """A ``Change`` without the contents of its operations."""
 
     seq: int
     mark: bytes

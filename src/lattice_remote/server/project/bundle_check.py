@@ -87,7 +87,6 @@ class ImportReport(msgspec.Struct, kw_only=True):
     files: int = 0
     bytes: int = 0
     hooks: bool = False
-    """Whether the input had hooks."""
     hooks_kept: bool = False
     left_out: list[str] = []
     """Entries of the directory that do not belong to a project."""
@@ -231,8 +230,6 @@ def _items(pack: Path) -> Iterator[Entry | bytes]:
 
 
 class _Content:
-    """Pieces of one file; ``following`` is the item after them."""
-
     def __init__(self, items: Iterator[Entry | bytes]) -> None:
         self._items = items
         self.following: Entry | bytes | None = None
@@ -275,7 +272,6 @@ def _first(size: int, file: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _walk(directory: Path, left_out: list[str]) -> Iterator[str]:
-    """Yield the relative paths of replicated regular files, in order."""
     pending = [""]
     found: list[str] = []
     while pending:
@@ -310,7 +306,7 @@ _MAX_WARNINGS = 50
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Check a candidate and print the report. The exit code is 0 whenever a report is printed."""
+    """Print the report. The exit code is 0 whenever one is printed."""
     parser = argparse.ArgumentParser(prog="lattice-remote-intake")
     parser.add_argument("--into", type=Path, required=True, help="an empty directory")
     parser.add_argument("--pack", type=Path)
@@ -366,10 +362,7 @@ def _bound_this_process(max_bytes: int) -> None:
 
 
 def _settle_hooks(candidate: Candidate, report: ImportReport, *, keep: bool, hooks_of: Path | None) -> None:
-    """Remove the project's hooks, which are shell commands, unless an administrator allows them.
-
-    Hooks of the project that it replaces are kept.
-    """
+    """Remove the project's hooks unless an administrator allows them; hooks of the replaced project stay."""
     path = candidate.lattice / "config.json"
     config = _json_object(path)
     report.hooks, report.hooks_kept = bool(config.get("hooks")), keep
@@ -461,11 +454,6 @@ def _first_line(output: bytes) -> str:
 
 
 def _require_whole_tasks(lattice: Path) -> None:
-    """Require that each task was made by its own event log.
-
-    Raises:
-        Misuse: a task was not.
-    """
     for folder, logs in ((lattice / "tasks", "events"), (lattice / "archive/tasks", "archive/events")):
         for path in sorted(folder.iterdir()):
             log = path.parent.parent / "events" / f"{path.stem}.jsonl"
@@ -487,8 +475,6 @@ class _Settings(msgspec.Struct):
 
 
 class _SessionIndex(msgspec.Struct):
-    """Counters that lattice updates when a session starts or ends."""
-
     active_sessions: dict[str, str] = {}
     serial_counters: dict[str, int] = {}
 
@@ -501,11 +487,6 @@ class _Session(msgspec.Struct):
 
 
 def _require_objects(lattice: Path) -> None:
-    """Check the files that lattice's doctor does not.
-
-    Raises:
-        Misuse: one does not have the expected form.
-    """
     for path in sorted([*lattice.glob("sessions/**/*.json"), *lattice.glob("resources/*/resource.json")]):
         _json_object(path)
     _require_form(lattice / "config.json", _Settings)

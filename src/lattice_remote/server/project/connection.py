@@ -104,7 +104,7 @@ async def is_on_record(project: Project, position: Position) -> bool | None:
 
 
 async def can_continue(project: Project, position: Position) -> bool:
-    """Return whether replaying changes can bring a cache at this position up to date."""
+    """Return whether a replay can update a cache at this position."""
     if not await is_on_record(project, position):
         return False
     history = project.history
@@ -141,29 +141,28 @@ class ReplicationStatus:
 
     def __init__(self, commit_times: CommitTimes, metrics: ProjectMetrics) -> None:
         self.since = datetime.now(UTC)
-        """Time of the connection."""
         self.client_version = ""
         """As the client reports it; "" before its greeting."""
         self.lattice_version = ""
         self.applied: int | None = None
-        """Last change that the cache has applied, as far as known; None if this connection serves no cache."""
+        """Last change known to be applied by the cache; None without a cache."""
         self._commit_times = commit_times
         self._metrics = metrics
         self._measured_from = 0  # the head at the greeting: earlier changes are not measured
 
     def greeted(self, hello: Hello, *, start: int, head: int) -> None:
-        """Record the greeting of a client that gets the changes after ``start``."""
+        """Record a greeting; the client gets the changes after ``start``."""
         self.client_version, self.lattice_version = hello.client_version[:40], hello.lattice_version[:40]
         self._measured_from = head
         if hello.follow:
             self.applied = start
 
     def follows_from(self, seq: int) -> None:
-        """Record that the client subscribes from change ``seq`` on."""
+        """Record a subscription from change ``seq`` on."""
         self.applied = seq
 
     def acknowledged(self, frame: Applied, *, sent: int) -> None:
-        """Record an acknowledgement; one beyond ``sent``, the last change sent, is ignored."""
+        """Record an acknowledgement of at most ``sent``."""
         if self.applied is None or not self.applied < frame.seq <= sent:
             return
         self.applied = frame.seq
@@ -179,7 +178,7 @@ _decoder = msgspec.msgpack.Decoder(Change)
 
 
 def offered_capabilities() -> list[str]:
-    """Return the capabilities of this server, given the installed packages."""
+    """Return the server's capabilities, given the installed packages."""
     return [name for name in CAPABILITIES if not name.startswith("call:") or is_offered(name.removeprefix("call:"))]
 
 
@@ -322,7 +321,7 @@ class ClientConnection:
 
     @property
     def fairness_key(self) -> Hashable:
-        """This connection: its requests keep their order."""
+        """This connection."""
         return self
 
     async def run(self) -> None:
@@ -348,12 +347,12 @@ class ClientConnection:
 
     @property
     def address(self) -> str:
-        """The client's address, as admission control determined it."""
+        """The client's address, according to admission control."""
         return self._connection.visit.address
 
     @property
     def behind(self) -> int | None:
-        """Number of changes the cache lacks, as far as acknowledged; None if this connection serves no cache."""
+        """Number of changes that the cache is known to lack; None without a cache."""
         applied = self.replication.applied
         return None if applied is None else max(0, self.project.history.head - applied)
 
@@ -379,7 +378,7 @@ class ClientConnection:
         self._connection.end(_CLOSE_CODES.get(bye.code, 1011), bye.reason)
 
     def _withdraw_requests(self, bye: Bye) -> None:
-        """Refuse the requests that had no effect yet: the token cannot send them again, so they must not run."""
+        """Refuse requests without effect so far: a revoked token cannot send them again, so they must not run."""
         for request_id in tuple(self._in_flight):
             if self.project.withdraw(self, request_id, bye.code):
                 del self._in_flight[request_id]
@@ -494,7 +493,6 @@ class ClientConnection:
         self._work.set()
 
     def _take_request(self, frame: Request) -> None:
-        """Refuse a request, or start it."""
         needed = needed_capability(frame)
         if needed is not None and needed not in self._capabilities:
             self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {needed!r}: upgrade the client")
@@ -585,7 +583,6 @@ class ClientConnection:
         self._deferred_replies.clear()
 
     async def _send_owed(self) -> None:
-        """Send missed changes, then manifests, files and log pages as requested."""
         await self._catch_up()
         files = FileSender(self.project, self._outbox, self._push)
         while True:
@@ -640,7 +637,7 @@ class ClientConnection:
 
 
 def _programs(hello: Hello, lattice_version: str) -> str:
-    """Return the client's versions for the log, with the side to upgrade if they differ from the server's."""
+    """Return the client's versions for the log, and the side to upgrade."""
     parts = []
     for name, theirs, ours in (
         ("lattice-remote", hello.client_version, lattice_remote.__version__),
@@ -652,7 +649,7 @@ def _programs(hello: Hello, lattice_version: str) -> str:
 
 
 def _first_sent_at(frame: Write) -> float | None:
-    """Return when a repeated request was first sent, by this machine's clock; None for a new one."""
+    """Return when a repeated request was first sent, by this machine's clock."""
     return time.time() - frame.age_s if frame.age_s else None
 
 

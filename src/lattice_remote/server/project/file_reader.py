@@ -83,7 +83,6 @@ class Snapshot:
         self, descriptor: int, size: int, digest: bytes, first: "tuple[int, hashlib._Hash]", data: bytes | None
     ) -> None:
         self.size = size
-        """In bytes."""
         self.digest = digest
         self._first = first  # number of leading bytes, and a hasher that has seen them
         self._descriptor: int | None = descriptor
@@ -110,7 +109,7 @@ class Snapshot:
 
     @classmethod
     def _read(cls, descriptor: int, expected_size: int) -> "Snapshot":
-        """Digest the file in one pass of bounded memory, noting the digest at its expected size."""
+        """Digest the file in one pass of bounded memory."""
         digest = hashlib.sha256()
         first = (0, digest.copy())
         data: bytes | None = b""
@@ -157,7 +156,6 @@ class Snapshot:
         return os.pread(self._descriptor, min(PIECE_BYTES, size - offset), offset)
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -179,7 +177,7 @@ class FileSender:
         self._push = push
 
     def batch(self, paths: dict[str, None]) -> list[str]:
-        """Remove from the front of ``paths`` the files to read together: several small ones or one large."""
+        """Remove from the front of ``paths`` several small files or one large."""
         taken: list[str] = []
         weight = 0
         for path in paths:

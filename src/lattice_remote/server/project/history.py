@@ -28,7 +28,7 @@ __all__ = ["CommitTimes", "Content", "History", "Recent", "Subscriber"]
 
 
 class Recent:
-    """Bounded run of consecutive changes up to the head. Always keeps the newest."""
+    """Bounded run of consecutive changes up to the head, at least the newest."""
 
     def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
         self._max_bytes = max_bytes
@@ -36,7 +36,6 @@ class Recent:
         self._changes: deque[tuple[int, bytes, bytes]] = deque()  # number, mark, frame
 
     def append(self, seq: int, mark: bytes, frame: bytes) -> None:
-        """Append change ``seq``, the successor of the last."""
         assert not self._changes or self._changes[-1][0] == seq - 1, "numbers have no gap (I1)"
         self._changes.append((seq, mark, frame))
         self._bytes += len(frame)
@@ -44,12 +43,11 @@ class Recent:
             self._bytes -= len(self._changes.popleft()[2])
 
     def clear(self) -> None:
-        """Forget all changes: another history starts."""
         self._changes.clear()
         self._bytes = 0
 
     def after(self, seq: int, max_bytes: int) -> list[tuple[int, bytes]]:
-        """Return numbers and frames of about ``max_bytes`` of changes after ``seq``; empty when not kept."""
+        """Return numbers and frames of about ``max_bytes`` of changes; empty when not kept."""
         index = self._index(seq + 1)
         found: list[tuple[int, bytes]] = []
         if index is None:
@@ -62,7 +60,6 @@ class Recent:
         return found
 
     def mark_at(self, seq: int) -> bytes | None:
-        """Return the change id of ``seq``; None when not kept."""
         index = self._index(seq)
         return None if index is None else self._changes[index][1]
 
@@ -88,10 +85,10 @@ class Subscriber(Protocol):
         """Key of its requests, which keep their order; keys take turns. Several subscribers may share one."""
 
     def change_committed(self, seq: int, frame: bytes) -> None:
-        """Handle durable change ``seq``; ``frame`` is the shared WebSocket frame."""
+        """Handle a durable change; ``frame`` is the shared WebSocket frame."""
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """Handle the encoded reply to a request."""
+        """Handle an encoded reply."""
 
     def end(self, bye: Bye) -> None:
         """Send a ``Bye`` and close."""
@@ -105,13 +102,10 @@ class History:
         self.epoch = ""
         """"" before the worker is first ready."""
         self.head = 0
-        """Sequence number of the last published change."""
         self.mark = b""
-        """Change id of ``head``."""
         self.oldest = 0
         """First change that can be replayed."""
         self.files: dict[str, Content] = {}
-        """Files at ``head``."""
         self._journal = JournalReader(journal)
         self._change_ids = ChangeIds(journal)
         self._committed = committed
@@ -129,17 +123,16 @@ class History:
 
     @property
     def position(self) -> Position:
-        """The head with its change id."""
         return Position(self.epoch, self.head, self.mark)
 
     # --- subscribers ---
 
     def join(self, subscriber: Subscriber) -> None:
-        """Send this subscriber everything from the next change on."""
+        """Send this subscriber every change from now on."""
         self._subscribers.add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Remove a subscriber. Idempotent."""
+        """Idempotent."""
         self._subscribers.discard(subscriber)
 
     async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
@@ -192,7 +185,7 @@ class History:
         return not known
 
     def entries(self) -> list[bytes]:
-        """Return the manifest at ``head`` as frames, cached until the next change."""
+        """Return the manifest at ``head`` as frames, cached."""
         if self._entries is None or self._entries[0] != self.head:
             self._entries = (self.head, self._make_entries())
         return self._entries[1]
@@ -262,7 +255,6 @@ class History:
         self._take(ready)
 
     def dismiss(self, bye: Bye) -> None:
-        """Send every subscriber a ``Bye``."""
         for subscriber in tuple(self._subscribers):
             subscriber.end(bye)
 
@@ -299,14 +291,14 @@ class CommitTimes:
         self._last = 0
 
     def committed(self, seq: int, now: float) -> None:
-        """Record a published change. A gap in the numbers resets the record."""
+        """Record a change; a gap in the numbers resets the record."""
         if seq != self._last + 1:
             self._times.clear()
         self._times.append(now)
         self._last = seq
 
     def age_of(self, seq: int, now: float) -> float | None:
-        """Return the seconds since a change was committed; None when unknown."""
+        """Return a change's age in seconds; None when unknown."""
         back = self._last - seq
         return now - self._times[-1 - back] if 0 <= back < len(self._times) else None
 

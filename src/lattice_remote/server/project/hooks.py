@@ -84,7 +84,6 @@ class HookRunner:
             self._task = None
 
     def _run(self, seq: int, call: HookCall) -> None:
-        """Run one hook to its end or its time limit; log any failure. Blocking."""
         try:
             with _event_file(call.stdin) as stdin, self._started(call, stdin) as process:
                 assert process.stderr is not None, "it was asked for"
@@ -99,7 +98,7 @@ class HookRunner:
 
     @contextlib.contextmanager
     def _started(self, call: HookCall, stdin: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-        """Start a hook in its own process group, so that all of it can be killed; it has ended on exit."""
+        """Start a hook in its own process group; it has ended on exit."""
         process = subprocess.Popen(  # noqa: S602 - the administrator's own command, as upstream runs it
             call.command,
             shell=True,
@@ -119,7 +118,7 @@ class HookRunner:
                         os.killpg(process.pid, signal.SIGKILL)
 
     def _watch(self, process: "subprocess.Popen[bytes]", stderr: IO[bytes]) -> tuple[int | None, bytes]:
-        """Wait for a hook's end; return its exit code, None on timeout, and the beginning of its stderr."""
+        """Wait for a hook's end; return its exit code (None on timeout) and the start of its stderr."""
         os.set_blocking(stderr.fileno(), False)
         deadline = time.monotonic() + self._timeout_s
         said = bytearray()
@@ -162,7 +161,6 @@ def without_secrets(line: str) -> str:
 
 
 def _commands(hooks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield key and command of each hook in ``config.json``."""
     yield "hooks.post_event", hooks.get("post_event", "")
     for kind in ("on", "transitions"):
         for key, value in (hooks.get(kind) or {}).items():
@@ -181,7 +179,7 @@ def _event_file(text: str) -> Iterator[IO[bytes]]:
 
 
 def _read_some(stderr: IO[bytes], said: bytearray) -> bool:
-    """Read available output and keep its beginning; return whether more may follow."""
+    """Read available output; return whether more may follow."""
     try:
         data = os.read(stderr.fileno(), 65536)
     except BlockingIOError:

@@ -35,8 +35,6 @@ Submit = Callable[[ImportProject, Subscriber], None]
 
 @dataclass(slots=True)
 class _Push:
-    """Push being checked or with the worker."""
-
     frame: Push
     token: Token
     requesters: list[Subscriber] = field(default_factory=list)
@@ -50,9 +48,6 @@ class Pushes:
     """Pushes of one project in progress. Belongs to the event loop's thread; ``close()`` it.
 
     Args:
-        paths: of the project.
-        config: the server's settings.
-        uploads: holds the bundles.
         submit: queues a request for the worker.
         refused: called with the code of each refusal not made by the worker.
     """
@@ -80,11 +75,8 @@ class Pushes:
         """Start or join a push. Calls ``requester.answer()`` when it is done.
 
         Args:
-            frame: the request.
-            token: its token.
             first_sent_at: see ``ipc.RunCommand``.
             used: the project's first sign of use; None if it looks empty.
-            requester: gets the reply.
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:
@@ -115,7 +107,6 @@ class Pushes:
                 push.requesters.remove(requester)
 
     async def close(self) -> None:
-        """Cancel the checks."""
         tasks = [push.task for push in self._under_way.values() if push.task is not None]
         for task in tasks:
             task.cancel()
@@ -208,11 +199,9 @@ class _Cleaner:
 
     @property
     def fairness_key(self) -> Hashable:
-        """This object."""
         return self
 
     def answer(self, request_id: str, reply: bytes) -> None:
-        """Run the cleanup."""
         del request_id, reply
         self._settled()
 

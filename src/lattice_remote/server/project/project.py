@@ -74,13 +74,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Current load of a project: requests queued, with the worker, or waiting for a resource; waiting reads."""
+    """Current load of a project."""
 
     queued: int
     with_worker: int
     waiting: int
     in_flight_bytes: int
-    """Weight of these requests, without reads."""
+    """Weight of all requests, without reads."""
     reads_waiting: int
     worker_pid: int | None
 
@@ -108,11 +108,8 @@ class Project:
         self.log = LogReader(paths)
         config = config or Config()
         self.uploads = Uploads(paths, config.limits, self.request_log.refused_other)
-        """Content that requests refer to."""
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.request_log.refused_other)
-        """Whole projects pushed to replace this one."""
         self.reader = ReaderProcess(slug, paths, self._settled_state, self._durable)
-        """Reads for clients without a cache."""
         self.lattice_version = ""
         """The worker's lattice-tracker version."""
         self._hooks = hooks
@@ -158,7 +155,6 @@ class Project:
 
     @property
     def load(self) -> Load:
-        """Current load."""
         return Load(
             queued=len(self._queue),
             with_worker=len(self._window),
@@ -184,7 +180,7 @@ class Project:
         return self._failure
 
     async def drain(self, timeout_s: float) -> None:
-        """Accept no more requests and wait for those with the worker, at most ``timeout_s``."""
+        """Accept no further requests; wait at most ``timeout_s`` for those with the worker."""
         self._stopping = True
         self._open.set()  # opened() then raises
         self._waiting.clear()
@@ -225,7 +221,6 @@ class Project:
         return (self.history.epoch, self.history.head, self._window.attempts) if settled else None
 
     def _durable(self) -> tuple[str, int]:
-        """Return the epoch and the sequence number of its newest durable change."""
         return self.history.epoch, self.history.head
 
     # --- requests ---
@@ -347,7 +342,6 @@ class Project:
         self._pump()
 
     def _pump(self) -> None:
-        """Send the worker as much as its window allows."""
         if not self._working or self._stopping:
             return
         batch: list[ToWorker] = []
@@ -364,7 +358,6 @@ class Project:
             self._worker.send(*batch)
 
     def _retry(self, job: QueuedRequest) -> None:
-        """Retry a request that waited for a resource or a lock."""
         assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
         is_over = time.monotonic() >= job.wait_until
         if job.lock_until:
@@ -396,7 +389,7 @@ class Project:
                 self._fail(f"{message.message}; restart the server", for_good=True)
 
     def _done(self, done: RequestDone) -> None:
-        """Handle one outcome: publish its change, then reply, then run its hooks."""
+        """Publish the change, then reply, then run the hooks."""
         assert self._window, "the worker answers only what it was sent"
         assert done.id == getattr(self._window.oldest.message, "id", ""), "the worker answers in order"
         job = self._settled()
@@ -419,7 +412,6 @@ class Project:
         return job
 
     def _finish(self, job: QueuedRequest, done: RequestDone) -> None:
-        """Reply, keep waiting, or finish a check of the tree."""
         match job.message:
             case RunCommand() | RunCall() | Edit() | ImportProject() | AbandonRequest() as message:
                 if done.waiting_for is not None:
@@ -445,7 +437,7 @@ class Project:
                 raise AssertionError("these are not answered with an outcome")
 
     def _uploads_used(self, message: RunCommand | RunCall) -> None:
-        """Release the uploads of a request whose change is committed; without a change a retry may need them."""
+        """Release the uploads of a committed request; without a change a retry may need them."""
         for file in message.files:
             if file.digest is not None:
                 self.uploads.used(message.token_id, file.digest)
@@ -461,7 +453,6 @@ class Project:
     # --- starts and ends of the worker ---
 
     async def _keep_worker(self) -> None:
-        """Keep a worker running until the project fails for good or stops."""
         failures = restarts = 0
         while not self._failed_for_good:
             began = time.monotonic()
@@ -484,7 +475,7 @@ class Project:
             await asyncio.sleep(_RESTART_DELAYS_S[min(restarts, len(_RESTART_DELAYS_S) - 1)])
 
     async def _start_worker(self) -> None:
-        """Start a worker, adopt its state, and send it the unanswered requests of its predecessor."""
+        """Start a worker and send it the unanswered requests of its predecessor."""
         self._worker_ended = asyncio.Event()
         self._ready = asyncio.get_running_loop().create_future()
         self._worker = await WorkerProcess.start(
@@ -506,7 +497,6 @@ class Project:
         self._waiting.wake_each_first()  # the last worker's changes may have freed their resources
 
     def _epoch_begun(self, ready: Ready) -> None:
-        """Adopt the new epoch that the worker was asked to start."""
         asked = self._window and isinstance(self._window.oldest.message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
@@ -572,7 +562,6 @@ class Project:
         self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
 
     def _overdue(self, job: QueuedRequest) -> None:
-        """Kill a worker that exceeded the time limit of this request."""
         if self._worker is None:
             return
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)

@@ -55,11 +55,9 @@ class FairQueue[T]:
         return self._length
 
     def has(self, fairness_key: Hashable) -> bool:
-        """Return whether this key has a queued item."""
         return fairness_key in self._by_key
 
     def add(self, item: T, fairness_key: Hashable) -> None:
-        """Append an item behind the others of its key."""
         self._by_key.setdefault(fairness_key, deque()).append(item)
         self._length += 1
 
@@ -69,11 +67,11 @@ class FairQueue[T]:
         self._length += 1
 
     def next(self) -> T:
-        """Return the item that ``pop`` would return. The queue must not be empty."""
+        """Return the item that ``pop`` would return."""
         return self._first[0] if self._first else next(iter(self._by_key.values()))[0]
 
     def pop(self) -> T:
-        """Remove and return the next item; its key then comes last. The queue must not be empty."""
+        """Remove and return the next item; its key then comes last."""
         self._length -= 1
         if self._first:
             return self._first.popleft()
@@ -85,7 +83,7 @@ class FairQueue[T]:
         return item
 
     def remove(self, item: T) -> None:
-        """Take an item out that is no longer wanted. Nothing happens when it is not here."""
+        """Remove an item if present."""
         for fairness_key in (self._first, *self._by_key.values()):
             if item in fairness_key:
                 fairness_key.remove(item)
@@ -94,7 +92,6 @@ class FairQueue[T]:
             del self._by_key[name]
 
     def clear(self) -> None:
-        """Forget all."""
         self._first.clear()
         self._by_key.clear()
         self._length = 0
@@ -109,7 +106,6 @@ class FairLock:
 
     @asynccontextmanager
     async def turn(self, fairness_key: Hashable) -> AsyncIterator[None]:
-        """Hold the lock within the context."""
         await self._acquire(fairness_key)
         try:
             yield
@@ -132,7 +128,6 @@ class FairLock:
             raise
 
     def _release(self) -> None:
-        """Pass the lock to the next key, skipping waiters that were cancelled in this tick."""
         while self._waiting:
             waiter = self._waiting.pop()
             if not waiter.done():
@@ -143,7 +138,7 @@ class FairLock:
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """Request on its way through the queue, the worker, and possibly a wait for a resource."""
+    """A request in the queue, with the worker, or waiting for a resource."""
 
     message: ToWorker
     requesters: list[Subscriber] = field(default_factory=list)
@@ -159,11 +154,9 @@ class QueuedRequest:
     suspect: bool = False
     """Was with a worker that died; runs alone until the culprit is known."""
     deaths: int = 0
-    """Number of workers that certainly died of it."""
+    """Workers that certainly died of it."""
     resource: str | None = None
-    """The last resource it waited for."""
     lock_tries: int = 0
-    """Number of attempts at a lock held by another process."""
     lock_until: float = 0.0
     """Monotonic deadline of its lock waits; 0 before the first."""
     wait_until: float = 0.0
@@ -171,7 +164,7 @@ class QueuedRequest:
 
     @property
     def fairness_key(self) -> Hashable:
-        """The key of its first requester; None for the server's own."""
+        """The first requester's key; None for the server's own."""
         return self.requesters[0].fairness_key if self.requesters else None
 
 
@@ -225,7 +218,7 @@ class ResourceWaitQueue:
         return sum(map(len, self._lines.values()))
 
     def touched(self, done: RequestDone) -> None:
-        """Wake the first waiter of each resource whose files changed."""
+        """Wake the first waiter of each changed resource."""
         if not self._lines:
             return
         names = {after.path.split("/")[1] for after in done.after if after.path.startswith("resources/")}
@@ -233,12 +226,10 @@ class ResourceWaitQueue:
             self.wake_first(name)
 
     def wake_first(self, resource: str) -> None:
-        """Retry the first waiter of a resource, unless it is being tried."""
         if line := self._lines.get(resource):
             self._wake(min(line, key=lambda job: job.submitted_at))
 
     def wake_each_first(self) -> None:
-        """Retry the first waiter of every resource."""
         for resource in tuple(self._lines):
             self.wake_first(resource)
 
@@ -257,7 +248,6 @@ class ResourceWaitQueue:
         return timer is not None
 
     def clear(self) -> None:
-        """Forget all."""
         for line in self._lines.values():
             for timer in line.values():
                 if timer is not None:
@@ -273,7 +263,7 @@ class ResourceWaitQueue:
 
 
 def _delay(job: QueuedRequest, done: RequestDone) -> float:
-    """Return the delay until a resource is tried again without an event, in seconds."""
+    """Return the seconds until a resource is tried again without an event."""
     job.lock_until, job.lock_tries = 0.0, 0
     job.wait_until = job.submitted_at + done.wait_timeout_s
     delay = job.wait_until - time.monotonic()
@@ -287,7 +277,7 @@ class QueueLimits:
     """Limits of a project's queue and worker."""
 
     command_s: float = 30.0
-    """Time limit of a command; the worker is then killed and the command undone."""
+    """Time limit of a command, which is then undone."""
     upkeep_s: float = 600.0
     """Time limit for opening the project or reading its whole tree; checks of single files have ``command_s``."""
     window: int = 16
@@ -295,15 +285,15 @@ class QueueLimits:
     connection.
     """
     queued: int = 1024
-    """Queue length above which requests of connections with a queued request are refused as busy."""
+    """Queue length above which connections with a queued request are refused as busy."""
     per_token: int = 512
-    """Requests of one token that are queued, with the worker, or waiting for a resource."""
+    """Requests of one token in flight."""
     in_flight_bytes: int = 256 * 1024 * 1024
-    """Total weight of requests that are queued, with the worker, or waiting for a resource."""
+    """Total weight of requests in flight: queued, with the worker, or waiting for a resource."""
     in_flight_bytes_per_token: int = 128 * 1024 * 1024
     """The same for one token; the rest is reserved for other tokens."""
     window_bytes: int = 32 * 1024 * 1024
-    """Weight of the worker's requests above which it gets no more."""
+    """Weight of the worker's requests above which it gets no other."""
 
 
 class InFlightRequests:
@@ -315,14 +305,12 @@ class InFlightRequests:
         self._count: Counter[str] = Counter()  # by token
         self._weight: Counter[str] = Counter()  # by token
         self.bytes = 0
-        """Total weight."""
 
     def get(self, request_id: str) -> QueuedRequest | None:
-        """Return the request with this id; None if it is not in flight."""
         return self._jobs.get(request_id)
 
     def objection(self, token_id: str, weight: int) -> str | None:
-        """Return why the token may not submit another request of this weight; None if it may."""
+        """Return why the token may not add a request of this weight; None if it may."""
         bounds = self._bounds
         if self.bytes + weight > bounds.in_flight_bytes:
             return "the server has too much to do for this project; try again"
@@ -339,7 +327,7 @@ class InFlightRequests:
         self.bytes += job.weight
 
     def drop(self, request_id: str) -> None:
-        """Remove an answered or withdrawn request. Idempotent."""
+        """Remove a request. Idempotent."""
         if (job := self._jobs.pop(request_id, None)) is None:
             return
         assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
@@ -348,7 +336,6 @@ class InFlightRequests:
         self.bytes -= job.weight
 
     def clear(self) -> None:
-        """Forget all."""
         self._jobs.clear()
         self._count.clear()
         self._weight.clear()
@@ -391,17 +378,15 @@ class WorkerWindow:
 
     @property
     def oldest(self) -> QueuedRequest:
-        """The next request to be answered. The window must not be empty."""
+        """The next request to be answered."""
         return self._jobs[0]
 
     def takes(self, job: QueuedRequest) -> bool:
-        """Return whether the window has room for a request."""
         first = self._jobs[0] if self._jobs else job
         most = 1 if first.suspect else self._bounds.window
         return len(self._jobs) < most and self._weight < self._bounds.window_bytes
 
     def add(self, job: QueuedRequest) -> None:
-        """Record a request as sent to the worker."""
         if not self._jobs:
             self._oldest_since = time.monotonic()
         self._jobs.append(job)
@@ -410,7 +395,7 @@ class WorkerWindow:
         self._watch()
 
     def settle(self) -> QueuedRequest:
-        """Remove and return the oldest request, which is answered and no longer suspect."""
+        """Remove and return the oldest request, no longer suspect."""
         job = self._jobs.popleft()
         self._weight -= job.weight
         job.suspect, job.deaths = False, 0
@@ -418,14 +403,13 @@ class WorkerWindow:
         return job
 
     def clear(self) -> list[QueuedRequest]:
-        """Remove and return all requests of a worker that is gone."""
+        """Remove and return all requests."""
         jobs = list(self._jobs)
         self._jobs.clear()
         self._weight = 0
         return jobs
 
     def close(self) -> None:
-        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 

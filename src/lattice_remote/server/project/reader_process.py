@@ -29,10 +29,8 @@ _MAX_AGE_S = 5.0
 """Maximum age of a cached result; some contain relative times."""
 _MAX_BYTES = 32 * 1024 * 1024
 _OVERHEAD_BYTES = 1024
-"""Overhead of a cached result beside its contents."""
 
 _ITEM_BYTES = 160
-"""Weight of one item of a list index."""
 
 
 class ReadCache:
@@ -85,9 +83,7 @@ def _weight_of(request: Read, found: ReadResult) -> int:
 
 _COMMAND = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.reader")
 _READ_S = 20.0
-"""Time limit of a read; its process is then killed."""
 _IDLE_S = 300.0
-"""Idle time after which the process is ended."""
 _MAX_WAITING = 256
 """Reads of one token that may wait."""
 _RECEIVE_BYTES = 1 << 20
@@ -190,14 +186,12 @@ class ReaderProcess:
         return now.rolled_back == before.rolled_back and self._durable()[0] == epoch
 
     def _is_ahead(self, epoch: str, seq: int) -> bool:
-        """Return whether a change of this epoch is not durable yet."""
         current, head = self._durable()
         return current == epoch and head < seq
 
     async def _read_in_turn(
         self, request: Read, token_id: str, share: ResponseShare | None
     ) -> tuple[ReadResult, TreeState, str]:
-        """Return the result of a read, the state of the tree before it, and the epoch."""
         while True:
             if share is not None:
                 await share.room()
@@ -234,7 +228,6 @@ class ReaderProcess:
 
     @property
     def waiting(self) -> int:
-        """Number of reads waiting or running."""
         return self._waiting.total()
 
     def close(self) -> None:
@@ -283,7 +276,6 @@ class ReaderProcess:
         return self._stream
 
     def _stay(self) -> None:
-        """Cancel the idle timer."""
         if self._leaving is not None:
             self._leaving.cancel()
 
@@ -300,7 +292,6 @@ class ReaderProcess:
 
 
 def _reserve(found: ReadResult, share: ResponseShare | None) -> ReadResult:
-    """Reserve a result's bytes in its response, and return it."""
     if share is not None:
         share.hold(found.body)
     return found

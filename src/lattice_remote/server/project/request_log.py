@@ -30,9 +30,7 @@ class RequestOutcome:
     Attributes:
         command: its words, for example ``resource acquire``; "" if unknown.
         outcome: ``done``, ``failed`` (by lattice), ``again`` (already done) or ``refused``.
-        code: the code of a refusal, else "".
         status: the exit code, or the status of an operation.
-        seq: the number of its change; None without one.
         ms: from arrival to reply.
     """
 
@@ -47,7 +45,6 @@ class RequestOutcome:
     ms: float
 
     def log(self) -> None:
-        """Write the log line."""
         if not _log.isEnabledFor(logging.INFO):
             return
         fields = {
@@ -74,14 +71,11 @@ OutcomeListener = Callable[[RequestOutcome], None]
 
 
 class RequestLog:
-    """Recorder of the outcomes of one project."""
-
     def __init__(self, project: str, metrics: ProjectMetrics) -> None:
         self._project = project
         self._metrics = metrics
 
     def settled(self, job: QueuedRequest, message: WorkerRequest, done: RequestDone) -> None:
-        """Record the outcome of a request that the worker answered."""
         report = done.report
         is_first = not (report.again or report.code)
         if is_first:
@@ -97,7 +91,7 @@ class RequestLog:
         )
 
     def refused(self, message: WorkerRequest, code: str, on_result: OutcomeListener | None = None) -> None:
-        """Record a request refused before it reached the worker."""
+        """Record a request that never reached the worker."""
         self._add(message, ResultStats(code=code), None, time.monotonic(), on_result)
 
     def found(self, seq: int) -> None:

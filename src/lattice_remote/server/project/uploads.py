@@ -47,9 +47,9 @@ class _Content:
     have: int
     is_whole: bool
     used_at: float
-    """When the last piece was added, in seconds since the epoch."""
+    """Time of the last piece, in seconds since the epoch."""
     is_admitted: bool = False
-    """Whether its size was checked against the limits since the start."""
+    """Whether its size was checked since the start."""
     unsynced: int = 0
     hasher: "hashlib._Hash | None" = field(default=None, repr=False)
     """Has seen all bytes so far; None after a restart."""
@@ -85,7 +85,7 @@ class Staging:
         return content.have
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """Remove content that a request has consumed. Raises OSError."""
+        """Remove consumed content. Raises OSError."""
         name = self._paths.upload(token_id, digest).name
         if name in self._known():
             self._remove(name)
@@ -131,7 +131,6 @@ class Staging:
             )
 
     def _make_room(self, content: _Content, name: str, size: int) -> None:
-        """Remove idle contents of this token, oldest first, until the new one fits."""
         self.sweep()
         limits, others = self._limits, {other: one for other, one in self._known().items() if other != name}
         own = {other: one for other, one in others.items() if one.owner == content.owner}
@@ -247,7 +246,6 @@ def _found(directory: int) -> Iterator[tuple[str, _Content]]:
 _WAITING_BYTES_PER_TOKEN = 16 * 1024 * 1024
 _WAITING_BYTES = 64 * 1024 * 1024
 _FRAME_BYTES = 512
-"""Overhead of a piece beside its data."""
 
 _log = logging.getLogger(__name__)
 
@@ -289,11 +287,11 @@ class Uploads:
         work.add_done_callback(finish)
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """Remove content that a request has consumed."""
+        """Remove consumed content."""
         self._do(self._staging.used, token_id, digest)
 
     def sweep(self) -> None:
-        """Remove expired content; call it regularly."""
+        """Remove expired content."""
         self._do(self._staging.sweep)
 
     def close(self) -> None:

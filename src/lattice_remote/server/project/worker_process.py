@@ -72,7 +72,6 @@ class WorkerProcess(asyncio.Protocol):
 
     @property
     def pid(self) -> int:
-        """The worker's process id."""
         assert self._process is not None, "start() sets it before anybody gets the writer"
         return self._process.pid
 
@@ -114,7 +113,6 @@ class WorkerProcess(asyncio.Protocol):
 
 
 async def _writer_lock(paths: ProjectPaths) -> int:
-    """Take the project's writer lock, waiting for an earlier worker to finish its last command."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LOCK_TIMEOUT_S
     while True:

@@ -97,7 +97,7 @@ class Attached:
         self.vouched[status.st_ino] = TrustedDigest(size, status.st_mtime_ns, digest)
 
     def restore_names(self, output: bytes, *, is_json: bool) -> bytes:
-        """Replace the private paths in ``output`` with the caller's own arguments."""
+        """Restore the caller's own arguments in ``output``."""
         for path, given in self._given.items():
             if is_json:
                 output = output.replace(_in_json(path), _in_json(given))
@@ -112,7 +112,6 @@ def _not_uploaded() -> Rejected:
 
 
 def _split(argument: str) -> tuple[str, str]:
-    """Split ``--file=PATH`` into the option and the path."""
     if not argument.startswith("--"):
         return "", argument
     option, equals, given = argument.partition("=")

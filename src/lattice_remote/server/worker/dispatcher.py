@@ -64,11 +64,10 @@ class Transaction:
 
     Attributes:
         name: for messages, for example ``'lattice create'``.
-        cause: the origin of the change.
-        run: does the work; called once.
+        run: called once.
         answer: makes the reply from the outcome and the sequence number that it is valid from.
         vouched: verified digests of files uploaded for it.
-        note: called with the changes before their commit, for state that must be durable with them.
+        note: called before the commit, for state that must be durable with the change.
     """
 
     name: str
@@ -137,7 +136,6 @@ class TransactionRunner:
             ) from None
 
     def empty_scratch(self) -> None:
-        """Remove all files of the private directory."""
         for entry in os.scandir(self._scratch):
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
@@ -146,13 +144,11 @@ class TransactionRunner:
 
 
 def cannot_store(what: str, error: BaseException) -> Rejected:
-    """Return the refusal of something that cannot be written to the disk."""
     reason = error.strerror if isinstance(error, OSError) else error
     return Rejected(f"the server cannot store {what}: {reason}; nothing was changed", code="REMOTE_STORAGE")
 
 
 def _refuse_vetoed(touched: AccessLog, name: str) -> None:
-    """Raise Rejected if the work touched something forbidden."""
     if touched.veto is not None:
         why = f"tried to {touched.veto}, which the server does not allow"
     elif touched.unshared:
@@ -239,7 +235,6 @@ def _is_utf8(text: bytes) -> bool:
 
 
 def _replace(path: str, text: bytes) -> None:
-    """Replace a plan or notes atomically; the journal makes it durable."""
     scratch = os.path.join(os.path.dirname(path), f".tmp.edit.{os.path.basename(path)}")
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_atomically(path, text, mode=0o666, temporary=scratch, sync=None)
@@ -255,9 +250,8 @@ class Worker:
     """Executor of the server's requests.
 
     Args:
-        project: the project's directory, a real path.
+        project: a real path.
         scratch: a private directory, a real path; emptied after each command.
-        store, executor, committer: the worker's single instances.
         plugin_commands: commands of installed plugins that the administrator allows.
     """
 
@@ -413,7 +407,7 @@ class Worker:
         return Identity(request.actor, request.act_as, request.token_id, self._owners)
 
     def _attach(self, request: RunCommand | RunCall, values: Sequence[str]) -> Attached:
-        """Replace the ``values`` that name attached files with their private paths."""
+        """Replace the attached files' ``values`` with private paths."""
         is_argv = isinstance(request, RunCommand)
         uploaded = partial(self._paths.upload, request.token_id)
         try:
@@ -552,7 +546,6 @@ _BROKE_DOWN = "the command failed on the server and was undone"
 
 
 def _broken(failure: str, *, is_json: bool) -> CommandOutcome:
-    """Return the output of a command that crashed, in lattice's own format."""
     message = f"{_BROKE_DOWN}: {failure}"
     if is_json:
         return CommandOutcome(1, _envelope(message))

@@ -48,7 +48,7 @@ class ResourceBusy:
 
     @property
     def is_lock(self) -> bool:
-        """Whether it waits for a lock, so its writes are undone."""
+        """Whether it waits for a lock; its writes are then undone."""
         return self.resource.startswith(LOCK_PREFIX)
 
 
@@ -79,7 +79,6 @@ class CommandOutcome:
 
     @property
     def is_undone(self) -> bool:
-        """Whether its writes must be undone."""
         failed = self.answer is not None and self.answer.status >= _FAILED
         waits = self.waiting is not None and self.waiting.is_lock
         return not self.is_final or failed or waits or bool(self.timeout)
@@ -228,7 +227,7 @@ class Executor:
             self._checked = ""
 
     def release_locks(self) -> None:
-        """Release the locks of the last command, after its commit or rollback."""
+        """Call after commit or rollback."""
         self._locks.release_all()
 
     def _begin(
@@ -305,7 +304,6 @@ class Executor:
         self._hooks.append(HookCall(cmd, env, stdin_data))
 
     def _failed(self, outcome: CommandOutcome, label: str, error: Exception) -> None:
-        """Record and log the error of a crashed command."""
         outcome.failure, outcome.is_final = self._describe(error), False
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             outcome.no_room = error
@@ -314,18 +312,16 @@ class Executor:
             _log.error("%s failed", label, exc_info=error)
 
     def _describe(self, error: Exception) -> str:
-        """Return one line on an error, without the server's directories."""
+        """Return the error as one line, without the server's directories."""
         line = " ".join(f"{type(error).__name__}: {error}".split())
         return line.replace(f"{self._root}/", "")[:1000]
 
 
-def _skip_sync(path: Path) -> None:
-    """Replace lattice's fsync of a directory."""
+def _skip_sync(path: Path) -> None: ...
 
 
 @contextmanager
 def _captured_output() -> Iterator[tuple[Callable[[], bytes], Callable[[], bytes]]]:
-    """Collect the output, encoded as for a pipe."""
     before = sys.stdout, sys.stderr
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
@@ -344,7 +340,6 @@ def _collected(stream: io.TextIOWrapper) -> bytes:
 
 
 def _exit_code(ending: SystemExit) -> int:
-    """Return the exit code of a process that ends with this exception."""
     if ending.code is None or isinstance(ending.code, int):
         return ending.code or 0
     sys.stderr.write(f"{ending.code}\n")

@@ -30,7 +30,6 @@ class Owner(msgspec.Struct, frozen=True):
     """The session's own unique id."""
     token_id: str
     actor: str
-    """The token's actor."""
 
 
 class _Session(msgspec.Struct):
@@ -72,7 +71,6 @@ class SessionOwners:
         self._known = known
 
     def _read(self) -> dict[str, Owner]:
-        """Return the owners, read once: this process is their only writer."""
         if self._known is None:
             self._known = _load(self._path) if self._path is not None else {}
         return self._known
@@ -104,10 +102,8 @@ class Identity:
     act_as: Sequence[str] = ()
     token_id: str = ""
     owners: SessionOwners = field(default_factory=SessionOwners)
-    """Owners of the project's sessions."""
 
     def may_act_as(self, actor: str, *, ignore_case: bool = False) -> bool:
-        """Return whether this token may act as ``actor``."""
         # Not IGNORECASE, which equates more letters than lower().
         fold = str.lower if ignore_case else str
         patterns = [re.escape(fold(self.actor)), *(_as_regex(fold(pattern)) for pattern in self.act_as)]
@@ -225,7 +221,6 @@ def _actor_of_session(lattice_dir: Path, session: str) -> tuple[str | None, str]
 
 
 def _actor_to_be(values: Mapping[str, Any]) -> str:
-    """Return the actor of a session about to start."""
     prefix = "human" if values.get("model") == "human" else "agent"
     name = values.get("base_name")
     if name is None:

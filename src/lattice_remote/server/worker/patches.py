@@ -115,7 +115,6 @@ class LockTable:
         self._taken[name] = descriptor
 
     def release_all(self) -> None:
-        """Release all locks, after commit or rollback."""
         while self._taken:
             os.close(self._taken.popitem()[1])
 
@@ -198,7 +197,6 @@ class WriteSet:
         self._read: dict[str, _Signature] = {}
 
     def forget(self) -> None:
-        """Drop pending writes and recorded reads."""
         self._waiting.clear()
         self._read.clear()
 
@@ -252,7 +250,6 @@ class WriteSet:
         return _Lines(self, name)
 
     def append(self, path: str, text: str) -> None:
-        """Defer appending text to a log."""
         lines = self._waiting.setdefault(path, [])
         assert isinstance(lines, list), "open_log() adds to a file that waits itself"
         lines.append(text)
@@ -282,14 +279,11 @@ def _reader(  # noqa: PLR0917 - in the order of open()
     errors: str | None = None,
     newline: str | None = None,
 ) -> IO[Any]:
-    """Return bytes as an open file."""
     raw = io.BytesIO(data)
     return raw if mode == "rb" else io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline)
 
 
 class _Lines(io.StringIO):
-    """Log opened for appending."""
-
     def __init__(self, writes: WriteSet, path: str) -> None:
         super().__init__()
         self._writes, self._path = writes, path

@@ -26,8 +26,6 @@ _MAX_JSON_DEPTH = 64
 
 
 class Kind(Enum):
-    """Kind of an argument."""
-
     TEXT = "text"
     """Also a flag or a number; Click converts it without accessing the disk."""
     JSON = "JSON"
@@ -35,7 +33,7 @@ class Kind(Enum):
     ID = "id"
     """Lattice refuses a malformed id, but ignores case and a final newline, and ids become file names."""
     IDS = "ids"
-    """Several ids, separated by commas."""
+    """Separated by commas."""
     NEW_ID = "new id"
     """The id of a new item, in lattice's own spelling: it becomes a file name."""
     NAME = "name"
@@ -46,7 +44,6 @@ class Kind(Enum):
     """The name of a session's file, not the index in that directory."""
     ACTOR = "actor"
     FILE = "file"
-    """An attached file of the caller."""
 
 
 _WORDS = re.compile(r"[\w-]*\n?")
@@ -159,7 +156,6 @@ def _takes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
 
 
 def _writes(*texts: str, **others: Kind) -> Mapping[str, Kind]:
-    """Return the parameters of a command that also has lattice's common options."""
     common = ("quiet", "session", "model", "triggered_by", "on_behalf_of", "provenance_reason")
     return _takes(*common, *texts, session_name=Kind.SESSION, actor=Kind.ACTOR, **others)
 
@@ -230,7 +226,6 @@ class Command:
 
     @property
     def is_json(self) -> bool:
-        """Whether the command prints JSON."""
         return bool(self.values.get("output_json"))
 
 
@@ -321,7 +316,6 @@ def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tu
 
 
 def not_of_plugins(cli: click.Group, paths: Iterable[str]) -> list[str]:
-    """Return the paths that are not commands of installed plugins."""
     return [path for path in paths if not _is_plugins(cli, path)]
 
 
@@ -372,7 +366,6 @@ def _command_at(cli: click.Group, path: str) -> click.Command | None:
 
 @cache
 def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
-    """Return Click's parser of a command; creating it takes longer than parsing."""
     context = click.Context(command, info_name=command.name, **command.context_settings)
     return context, command.make_parser(context)
 
@@ -424,7 +417,6 @@ def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
 
 
 def _check_plain(name: str | None) -> None:
-    """Refuse a new name that looks like another, or that some file systems store differently."""
     if name and not is_plain(name):
         raise unsupported(f"{shown(name)} can't be a name: it contains unprintable characters or is not in NFC")
 

@@ -91,7 +91,6 @@ def decide(project: Path, request: ImportProject) -> None:
 
 
 def is_adopting(project: Path) -> bool:
-    """Return whether a candidate waits to be put in place."""
     return (project / "adopting").is_dir()
 
 
@@ -117,7 +116,6 @@ def put_in_place(project: Path) -> ImportProject | None:
 
 
 def cause_of(request: ImportProject) -> ChangeOrigin:
-    """Return the origin of the first change of an imported project."""
     what = f"{request.tasks} tasks, {request.archived} archived, {request.files} files"
     command = f"remote push: {what}" if request.token_id else f"lattice-remote import: {what}"
     return ChangeOrigin(
@@ -126,7 +124,6 @@ def cause_of(request: ImportProject) -> ChangeOrigin:
 
 
 def answer_to(request: ImportProject, seq: int) -> Pushed:
-    """Return the reply to the request."""
     return Pushed(request.id, seq, request.tasks, request.archived, request.files, request.notes)
 
 

@@ -70,8 +70,6 @@ class NoWrites:
 
 
 class Reads:
-    """Reader of the project whose ``.lattice`` is ``lattice_dir``, a real path."""
-
     def __init__(self, executor: Executor, capture: Capture, lattice_dir: Path) -> None:
         self._executor = executor
         self._capture = capture

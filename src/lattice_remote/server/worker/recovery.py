@@ -42,7 +42,6 @@ class Opened:
     """A project that is ready for requests.
 
     Attributes:
-        store, capture: the project's single instances.
         notes: actions taken, one line each.
         can_repair: power cuts are detected and repaired from the journal, so lattice's own fsyncs may be omitted.
     """
@@ -167,7 +166,6 @@ def _make_locks(place: Path) -> bool:
 
 
 def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
-    """Commit all differences from the journal, in as many changes as needed; return a log line for each."""
     notes: list[str] = []
     while True:
         found = store.tree.reconcile(trust_signatures=trust_signatures)
@@ -218,7 +216,6 @@ def _new_journal(directory: Path, abandoned: Journal | None, retention: Retentio
 
 
 def _repair_after_power_cut(tree: ProjectTree, journal: Journal, history: _History, undo: UndoLog) -> list[str]:
-    """Restore lost writes from the journal; return log lines."""
     damaged = differing(tree, history.unsynced)
     if not damaged:
         return []
@@ -258,7 +255,6 @@ def _undo_interrupted_command(undo: UndoLog, journal: Journal, boot_id: str, tre
 
 
 def _rederive_snapshots(restored: Iterable[str], of_others: Iterable[str], tree: ProjectTree) -> None:
-    """Derive the snapshots of the logs that other programs appended to."""
     from lattice.storage.fs import atomic_write
 
     def read(path: str) -> bytes:
@@ -293,7 +289,6 @@ def _locked(paths: Iterable[str]) -> Iterator[None]:
 
 
 def _lock_of(path: Path) -> str | None:
-    """Return the name of lattice's lock for a file; None if it has none."""
     if path.name == "ids.json":
         return "ids_json"
     match path.parent.name:

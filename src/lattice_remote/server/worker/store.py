@@ -95,7 +95,6 @@ class Committer:
         self._thread.start()
 
     def submit(self, job: CommitJob) -> None:
-        """Queue a job; returns at once."""
         self._jobs.put(job)
 
     def finish(self) -> None:
@@ -119,7 +118,7 @@ class Committer:
             os._exit(1)
 
     def _run_batch(self) -> bool:
-        """Do all queued jobs; return False after the last."""
+        """Run all queued jobs; return False after the last."""
         batch = [self._jobs.get()]
         while not self._jobs.empty():
             batch.append(self._jobs.get())
@@ -143,7 +142,6 @@ class Committer:
 
 
 def _with_sync_time(messages: list[ToServer], synced_s: float) -> list[ToServer]:
-    """Set the duration of the fsync in the first outcome."""
     for number, message in enumerate(messages):
         if isinstance(message, RequestDone):
             timed = msgspec.structs.replace(message, synced_s=synced_s)
@@ -179,17 +177,15 @@ def command_words(cli: click.Group, argv: Sequence[str]) -> str:
 
 
 def describe_call(label: str) -> str:
-    """Return the log's description of a call."""
     return _cut(masked(label))
 
 
 def describe_edit(path: str) -> str:
-    """Return the log's description of an edited plan or notes."""
     return f"edit {path}"
 
 
 def describe_paths(paths: Collection[str]) -> str:
-    """Return the log's description of files found changed: the first few, and the number of others."""
+    """Return the first few paths and the number of others."""
     shown = ", ".join(list(paths)[:_MAX_PATHS])
     more = len(paths) - _MAX_PATHS
     if more <= 0:
@@ -268,7 +264,7 @@ class Store:
         self._current = (command, time.perf_counter())
 
     def set_label(self, command: str) -> None:
-        """Set a better name for the current request."""
+        """Set a better name for the request."""
         self._current = (command, self._current[1])
 
     @contextmanager
@@ -391,7 +387,6 @@ class Store:
             self._whole.add(relative)
 
     def _moved(self, difference: TreeDiff) -> dict[str, bytes]:
-        """Return the contents of moved files, except very large ones."""
         targets = [operation.to for operation in difference.operations if isinstance(operation, MoveFile)]
         states = difference.states
         return {
@@ -414,7 +409,7 @@ class Store:
         raise Rejected(f"the server cannot write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
 
     def _after(self, difference: TreeDiff) -> list[PathState]:
-        """Return the files whose content the difference changes; call it before ``adopt``."""
+        """Return the changed files; call it before ``adopt``."""
         files, after = self.tree.files, []
         for path, state in difference.states.items():
             if state is None:
@@ -448,7 +443,7 @@ class Store:
     # --- the journal's upkeep ---
 
     def keep_retention(self) -> None:
-        """Start a new journal segment if due, and remove expired segments."""
+        """Start a new journal segment if due; remove expired ones."""
         if self.journal.is_rotation_due(now := time.time()):
             self._rotate()
         elif expired := self.journal.expire(now):
@@ -480,7 +475,6 @@ class Store:
         return self.journal.directory / "manifest"
 
     def manifest(self, *, clean: bool) -> bytes:
-        """Return the encoded manifest at the head."""
         journal = self.journal
         return _encoder.encode(
             ManifestFile(

@@ -39,14 +39,10 @@ class CallRequest:
     """Unchecked call of a client.
 
     Attributes:
-        name: of the operation.
-        payload: its input; possibly not JSON.
-        identity: the requester.
-        lattice_dir: the project's ``.lattice``.
+        payload: possibly not JSON.
         attach: puts the caller's files on disk and replaces the values that name them. Not called by operations without
             files. Raises Rejected.
-        run_line: runs a command line accepted by the policy, and only its checked command, as a step of the running
-            operation.
+        run_line: runs a command line accepted by the policy, and only its checked command, as a step of the operation.
     """
 
     name: str
@@ -59,8 +55,6 @@ class CallRequest:
 
 @dataclass(frozen=True)
 class CommandOutput:
-    """Output and exit code of a command."""
-
     exit_code: int
     stdout: bytes
     stderr: bytes
@@ -80,9 +74,8 @@ class Operation:
 
     Attributes:
         label: for the log, for example ``mcp: lattice_create``; contains no value of the caller's.
-        actor: the actor of its change.
-        run: does it; called once, inside a transaction. An exception undoes it.
-        attached: the caller's files; None for an operation without files.
+        run: called once, inside a transaction. An exception undoes it.
+        attached: None for an operation without files.
     """
 
     label: str
@@ -92,8 +85,6 @@ class Operation:
 
 
 class Surface(Protocol):
-    """Interface of the modules of this package."""
-
     def load(self) -> None:
         """Import the surface's dependencies, outside any transaction. Idempotent; the first call may take a second."""
 
@@ -140,7 +131,7 @@ def json_object(payload: bytes) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Module of a surface, the package that it ``needs``, and the distribution to install for that."""
+    """Module of a surface, the package it ``needs``, and the distribution to install."""
 
     module: str
     needs: str = "lattice"

@@ -66,7 +66,6 @@ def _together(request: CallRequest, together: _Together) -> Operation:
 
 
 def _snapshot(request: CallRequest, task: str) -> msgspec.Raw:
-    """Return the snapshot of a task that a command has just found."""
     from lattice.cli.helpers import read_snapshot, resolve_task_id
 
     snapshot = read_snapshot(request.lattice_dir, resolve_task_id(request.lattice_dir, task, True))

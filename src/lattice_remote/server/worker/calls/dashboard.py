@@ -69,7 +69,6 @@ _NOBODY = "dashboard:web"
 
 
 def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
-    """Return the fields that a body may have. The handlers check the types of these values."""
     return {**dict.fromkeys(values, Kind.JSON), **others}
 
 
@@ -97,7 +96,6 @@ _PATH = re.compile(r"/[!-~]*")
 
 
 def load() -> None:
-    """Import lattice's dashboard."""
     import_module("lattice.dashboard.server")
 
 
@@ -124,7 +122,6 @@ def prepare(request: CallRequest) -> Operation:
 
 
 def _route(path: str) -> str:
-    """Return the path's key in the table, with ``…`` for a task's id."""
     path = path.partition("?")[0].rstrip("/")
     found = _OF_A_TASK.fullmatch(path)
     return path if found is None else f"/api/tasks/…/{found['what']}"
@@ -192,8 +189,7 @@ def _unless(objection: str, post: Callable[[], CallResponse]) -> CallResponse:
     return CallResponse(_UNSUPPORTED, json.dumps(envelope).encode())
 
 
-class _Known(Exception):
-    """The dashboard has a handler for the path."""
+class _Known(Exception): ...
 
 
 def _not_found(lattice_dir: Path, path: str) -> CallResponse:

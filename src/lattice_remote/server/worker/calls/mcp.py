@@ -21,7 +21,6 @@ __all__ = ["load", "prepare"]
 
 
 def _takes(*values: str, **others: Kind) -> Mapping[str, Kind]:
-    """Return the arguments of a writing tool; its schema validates the values."""
     return {**dict.fromkeys(values, Kind.JSON), "actor": Kind.ACTOR, **others}
 
 
@@ -105,7 +104,6 @@ def _arguments(name: str, payload: bytes) -> dict[str, Any]:
 
 
 def _attach(request: CallRequest, arguments: dict[str, Any]) -> Attached:
-    """Put the caller's file on disk and its private path into the arguments."""
     source = arguments.get("source")
     if not isinstance(source, str):
         return request.attach([])  # the tool's schema refuses it
