@@ -78,7 +78,7 @@ def _parse_nothing_refused(
     del identity, others
     values: dict[str, Any]
     try:
-        path, values = policy._take_apart(cli, list(argv), files)
+        path, values = policy._split_line(cli, list(argv), files)
     except (click.UsageError, Rejected):
         path, values = None, {}
     return policy.Command(path or "", values)

@@ -88,7 +88,7 @@ class ImportReport(msgspec.Struct, kw_only=True):
     bytes: int = 0
     hooks: bool = False
     hooks_kept: bool = False
-    left_out: list[str] = []
+    omitted: list[str] = []
     """Entries of the directory that do not belong to a project."""
     rebuilt: list[str] = []
     """Files that differed from the event logs and were rebuilt."""
@@ -102,8 +102,8 @@ class ImportReport(msgspec.Struct, kw_only=True):
             lines.append("its hooks were removed: an administrator must allow them")
         if self.rebuilt:
             lines.append(f"rebuilt from the event logs: {_named(self.rebuilt)}")
-        if self.left_out:
-            lines.append(f"omitted, not part of a project: {_named(self.left_out)}")
+        if self.omitted:
+            lines.append(f"omitted, not part of a project: {_named(self.omitted)}")
         lines += [f"lattice doctor: {warning}" for warning in self.warnings[:MAX_NAMED]]
         return [line[:_MAX_NOTE_CHARS] for line in lines]
 
@@ -116,7 +116,7 @@ def _named(paths: list[str]) -> str:
 _COMMAND = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.project.bundle_check")
 _TIMEOUT_S = 3600.0
 """5,000 tasks take half a minute."""
-_MAX_SAID = 300
+_MAX_ERROR_CHARS = 300
 
 
 async def quarantine(
@@ -188,12 +188,12 @@ async def _checked(
         return ImportReport(
             refused=f"the check exceeded its limits of memory or processor time (signal {-process.returncode})"
         )
-    said = " ".join(stderr.decode(errors="replace").split())[-_MAX_SAID:]
+    said = " ".join(stderr.decode(errors="replace").split())[-_MAX_ERROR_CHARS:]
     raise StorageError(f"cannot check the project: {said or f'exit {process.returncode}'}")
 
 
 _PIECE_BYTES = 1 << 20
-_MAX_LEFT_OUT = 1000
+_MAX_OMITTED = 1000
 _BOOKKEEPING = frozenset(
     {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", ".remote"}
     | {".fetch", ".fetch.lock", ".away", ".settings.json"}
@@ -251,14 +251,14 @@ def add_directory(candidate: Candidate, directory: Path) -> list[str]:
         Misuse: a project cannot contain one of its files, or one was truncated while being read.
         OSError: a file cannot be read.
     """
-    left_out: list[str] = []
-    for path in _walk(directory, left_out):
+    omitted: list[str] = []
+    for path in _walk(directory, omitted):
         with open(os.open(directory / path, READ), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise Misuse(f"{path} was replaced while it was read; {directory} is in use: try again")
             candidate.add(path, status.st_size, _first(status.st_size, file, path))
-    return sorted(left_out)
+    return sorted(omitted)
 
 
 def _first(size: int, file: BinaryIO, path: str) -> Iterator[bytes]:
@@ -271,7 +271,7 @@ def _first(size: int, file: BinaryIO, path: str) -> Iterator[bytes]:
         yield piece
 
 
-def _walk(directory: Path, left_out: list[str]) -> Iterator[str]:
+def _walk(directory: Path, omitted: list[str]) -> Iterator[str]:
     pending = [""]
     found: list[str] = []
     while pending:
@@ -282,8 +282,8 @@ def _walk(directory: Path, left_out: list[str]) -> Iterator[str]:
                 pending.append(path + "/")
             elif entry.is_file(follow_symlinks=False) and is_replicated(path):
                 found.append(path)
-            elif path not in _BOOKKEEPING and len(left_out) < _MAX_LEFT_OUT:
-                left_out.append(path)
+            elif path not in _BOOKKEEPING and len(omitted) < _MAX_OMITTED:
+                omitted.append(path)
         if len(found) > MAX_PROJECT_FILES:
             raise Misuse(f"{directory} has more than {MAX_PROJECT_FILES} files")
     yield from sorted(found)
@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.dont_write_bytecode = True
     report = ImportReport()
     try:
-        _take_in(options, report)
+        _build_candidate(options, report)
     except RemoteError as error:
         report.refused = error.message
     except (RecursionError, MemoryError) as error:
@@ -330,14 +330,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _take_in(options: argparse.Namespace, report: ImportReport) -> None:
+def _build_candidate(options: argparse.Namespace, report: ImportReport) -> None:
     place: Path = options.into.resolve()
-    _bound_this_process(options.max_bytes)
+    _limit_resources(options.max_bytes)
     candidate = Candidate(place, Layout(max_bytes=options.max_bytes))
     if options.pack is not None:
         add_pack(candidate, options.pack)
     else:
-        report.left_out = add_directory(candidate, options.directory.resolve())
+        report.omitted = add_directory(candidate, options.directory.resolve())
     if "config.json" not in candidate.digests:
         raise Misuse("config.json not found: this is not a lattice project")
     _settle_hooks(candidate, report, keep=options.keep_hooks, hooks_of=options.hooks_of)
@@ -348,7 +348,7 @@ def _take_in(options: argparse.Namespace, report: ImportReport) -> None:
     _make_durable(place)
 
 
-def _bound_this_process(max_bytes: int) -> None:
+def _limit_resources(max_bytes: int) -> None:
     for what, limit in (
         (resource.RLIMIT_AS, _MEMORY_BYTES),
         (resource.RLIMIT_CPU, _CPU_S),
@@ -390,7 +390,7 @@ def _json_object(path: Path) -> dict[str, Any]:
 # --- lattice itself ---
 
 
-class _NothingKept:
+class _NoPreImages:
     """No pre-images: a refused candidate is removed as a whole."""
 
     def keep_for_append(self, path: str) -> None: ...
@@ -410,7 +410,7 @@ def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
     place = candidate.place
     code = code_directories(place)
     scratch = prepare_scratch(place)
-    capture = Capture(str(candidate.lattice), str(scratch), _NothingKept(), code)
+    capture = Capture(str(candidate.lattice), str(scratch), _NoPreImages(), code)
     executor = Executor(place, lazy=True)
     rebuilt = _run(executor, capture, ("rebuild", "--all"))
     if rebuilt.exit_code or rebuilt.stderr:

@@ -81,12 +81,12 @@ __all__ = [
     "download",
     "encoder_for",
     "followed",
-    "is_on_record",
+    "is_in_history",
     "offered_capabilities",
 ]
 
 
-async def is_on_record(project: Project, position: Position) -> bool | None:
+async def is_in_history(project: Project, position: Position) -> bool | None:
     """Return whether a position belongs to the current history; None if its change is no longer kept.
 
     A genuine position outside the history proves a rollback and starts a new epoch (I7).
@@ -105,7 +105,7 @@ async def is_on_record(project: Project, position: Position) -> bool | None:
 
 async def can_continue(project: Project, position: Position) -> bool:
     """Return whether a replay can update a cache at this position."""
-    if not await is_on_record(project, position):
+    if not await is_in_history(project, position):
         return False
     history = project.history
     return position.seq == history.head or position.seq + 1 >= history.oldest
@@ -119,7 +119,7 @@ async def followed(project: Project, follow: Follow) -> Followed:
     history = project.history
     epoch, mark, is_known = history.epoch, follow.mark, True
     if follow.seq is not None and mark:
-        is_known = await is_on_record(project, Position(follow.epoch, follow.seq, mark)) is not False
+        is_known = await is_in_history(project, Position(follow.epoch, follow.seq, mark)) is not False
     elif follow.seq is not None and follow.seq <= history.head:
         mark = await history.mark_at(follow.seq) or b""
     if follow.seq is None:
@@ -329,16 +329,16 @@ class ClientConnection:
         try:
             await self._welcome(await self._greeting())
             async with asyncio.TaskGroup() as group:
-                sender = group.create_task(self._send_owed())
+                sender = group.create_task(self._send_pending())
                 await self._read()
                 sender.cancel()
         except* ConnectionClosed:
             pass
         except* RemoteError as group:
-            self._end_because(group)
+            self._end_with_error(group)
         except* Exception as group:  # noqa: BLE001 - one connection's failure must not stop the server
             _log.exception("%s: unexpected failure", self._name)
-            self._end_because(group)
+            self._end_with_error(group)
         finally:
             self.project.history.leave(self)
             self.project.forget(self, set(self._in_flight))
@@ -384,7 +384,7 @@ class ClientConnection:
                 del self._in_flight[request_id]
                 self._push(Refused(request_id, bye.code, f"{bye.reason}; nothing was changed"))
 
-    def _end_because(self, group: BaseExceptionGroup[BaseException]) -> None:
+    def _end_with_error(self, group: BaseExceptionGroup[BaseException]) -> None:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
@@ -452,7 +452,7 @@ class ClientConnection:
             )
         )
         self.replication.greeted(hello, start=self._sent, head=project.history.head)
-        programs = _programs(hello, project.lattice_version)
+        programs = _describe_versions(hello, project.lattice_version)
         _log.info("%s: connected at %d of %d, %s", self._name, self._sent, project.history.head, programs)
         if self._sent == project.history.head:
             self._go_live()
@@ -472,7 +472,7 @@ class ClientConnection:
                 self._wants_manifest = True
                 self._work.set()
             case Follow():
-                self._ask_to_follow(frame)
+                self._request_follow(frame)
             case Applied():
                 self.replication.acknowledged(frame, sent=self._sent)
             case Hello():
@@ -480,7 +480,7 @@ class ClientConnection:
             case _:
                 self._take_request(frame)
 
-    def _ask_to_follow(self, frame: Follow) -> None:
+    def _request_follow(self, frame: Follow) -> None:
         if self._follows or self._follow is not None or "follow" not in self._capabilities:
             raise ProtocolError("Follow comes once, from a client that names it and whose Hello does not follow")
         self._follow = frame
@@ -504,7 +504,7 @@ class ClientConnection:
         elif isinstance(frame, Put) and max(len(frame.text), len(frame.base or b"")) > self._limits.text_bytes:
             most = self._limits.text_bytes
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"{frame.path} is longer than {most} bytes")
-        elif self._is_taken(frame):
+        elif self._register(frame):
             self._start_request(frame)
 
     def _start_request(self, frame: Request) -> None:
@@ -531,7 +531,7 @@ class ClientConnection:
                 self._reads.append(frame)
                 self._work.set()
 
-    def _is_taken(self, frame: Request) -> bool:
+    def _register(self, frame: Request) -> bool:
         """Register a request; return False for a duplicate or above the limit per connection.
 
         Raises:
@@ -582,12 +582,12 @@ class ClientConnection:
             self._outbox.push(answer)
         self._deferred_replies.clear()
 
-    async def _send_owed(self) -> None:
+    async def _send_pending(self) -> None:
         await self._catch_up()
         files = FileSender(self.project, self._outbox, self._push)
         while True:
             if self._follow is not None and not self._follows:
-                await self._begin_to_follow(self._follow)
+                await self._subscribe(self._follow)
             elif self._wants_manifest:
                 self._wants_manifest = False
                 for frame in self.project.history.entries():
@@ -604,7 +604,7 @@ class ClientConnection:
                 self._work.clear()
                 await self._work.wait()
 
-    async def _begin_to_follow(self, request: Follow) -> None:
+    async def _subscribe(self, request: Follow) -> None:
         """Answer, and in the same tick subscribe from the requested number on."""
         answer = await followed(self.project, request)
         self._push(answer)
@@ -636,7 +636,7 @@ class ClientConnection:
                 self._go_live()
 
 
-def _programs(hello: Hello, lattice_version: str) -> str:
+def _describe_versions(hello: Hello, lattice_version: str) -> str:
     """Return the client's versions for the log, and the side to upgrade."""
     parts = []
     for name, theirs, ours in (

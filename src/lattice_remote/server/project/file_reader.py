@@ -23,7 +23,7 @@ from lattice_remote.server.transport.send_queue import SendQueue
 __all__ = ["PIECE_BYTES", "FileSender", "Snapshot", "text_at_head"]
 
 _TEXT_SETTLE_S = 5.0
-_LOOK_AGAIN_S = 0.02
+_RETRY_S = 0.02
 _MAX_BYTES = 64 * 1024 * 1024
 """Larger than any text that clients may send; only a program on the server can create one."""
 
@@ -57,7 +57,7 @@ async def _settled(project: Project, path: str) -> bytes | None:
             return data
         if project.history.files.get(path) == content:
             project.files_touched({path})  # perhaps edited on the server
-            await asyncio.sleep(_LOOK_AGAIN_S)
+            await asyncio.sleep(_RETRY_S)
     return None
 
 

@@ -32,7 +32,7 @@ _MAX_WAITING = 10_000
 _MAX_LINE_BYTES = 4096
 """Bytes of a hook's stderr that are examined; the rest is discarded."""
 _MAX_SHOWN_CHARS = 200
-_LOOK_S = 0.05
+_POLL_S = 0.05
 """Polling interval for the end of a hook that left its stderr to a background process."""
 
 _SECRETS = re.compile(
@@ -128,8 +128,8 @@ class HookRunner:
                 return None, bytes(said)
             if not is_open:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_LOOK_S)
-            elif select.select([stderr], [], [], _LOOK_S)[0]:
+                    process.wait(_POLL_S)
+            elif select.select([stderr], [], [], _POLL_S)[0]:
                 is_open = _read_some(stderr, said)
         _read_some(stderr, said)
         return process.returncode, bytes(said)

@@ -122,7 +122,7 @@ class Project:
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
-        self._refuted = ""  # the last epoch that the worker was asked to end; see rollback_proved()
+        self._disproved_epoch = ""  # the last epoch that the worker was asked to end; see rollback_proved()
         self._worker: WorkerProcess | None = None
         self._open = asyncio.Event()
         self._idle = asyncio.Event()
@@ -267,7 +267,7 @@ class Project:
         assert not isinstance(running, Reconcile | NewEpoch | Stop), "these have no request id"
         if running.token_id != message.token_id:
             self._refuse(requester, message, on_result, "REMOTE_FORBIDDEN", "this request id belongs to another token")
-        elif _is_another(running, message):
+        elif _differs(running, message):
             why = "a different request with this id or key is in flight: use a new one"
             self._refuse(requester, message, on_result, "REMOTE_INVALID", why)
         elif requester not in job.requesters:
@@ -292,7 +292,7 @@ class Project:
             if job is None or requester not in job.requesters:
                 continue
             job.requesters.remove(requester)
-            if not job.requesters and job.resource is not None and self._gives_up(job):
+            if not job.requesters and job.resource is not None and self._remove_queued(job):
                 self._in_flight.drop(request_id)
 
     def withdraw(self, requester: Subscriber, request_id: str, code: str) -> bool:
@@ -301,14 +301,14 @@ class Project:
         False: the worker has or had it, or another connection also requests it.
         """
         job = self._in_flight.get(request_id)
-        if job is None or job.requesters != [requester] or job.suspect or not self._gives_up(job):
+        if job is None or job.requesters != [requester] or job.suspect or not self._remove_queued(job):
             return False
         assert isinstance(job.message, RunCommand | RunCall | Edit | ImportProject), "others are not asked for"
         self._in_flight.drop(request_id)
         self.request_log.refused(job.message, code, job.on_result)
         return True
 
-    def _gives_up(self, job: QueuedRequest) -> bool:
+    def _remove_queued(self, job: QueuedRequest) -> bool:
         """Remove a request without requesters from its queue; return False if the worker has it."""
         if job in self._window:
             return False
@@ -328,8 +328,8 @@ class Project:
         """Start a new epoch and wait for it: a client has a genuine change that ``epoch`` lacks (I7)."""
         if epoch != self.history.epoch:
             return  # another proof came first
-        if self._refuted != epoch:
-            self._refuted = epoch
+        if self._disproved_epoch != epoch:
+            self._disproved_epoch = epoch
             _log.warning("%s: %s: the server was rolled back; starting a new epoch", self.slug, reason)
             self._open.clear()
             self._enqueue(QueuedRequest(NewEpoch(reason)))
@@ -382,7 +382,7 @@ class Project:
                 if self._ready is not None and not self._ready.done():
                     self._ready.set_result(message)
                 else:
-                    self._epoch_begun(message)
+                    self._epoch_started(message)
             case RequestDone():
                 self._done(message)
             case WorkerFailed():
@@ -496,7 +496,7 @@ class Project:
         self._pump()
         self._waiting.wake_each_first()  # the last worker's changes may have freed their resources
 
-    def _epoch_begun(self, ready: Ready) -> None:
+    def _epoch_started(self, ready: Ready) -> None:
         asked = self._window and isinstance(self._window.oldest.message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
@@ -528,9 +528,9 @@ class Project:
         if len(unanswered) == 1:
             unanswered[0].deaths += 1
             if unanswered[0].deaths > 1:
-                self._give_up(unanswered[0], "the command crashed the server's worker twice and was undone")
+                self._abandon(unanswered[0], "the command crashed the server's worker twice and was undone")
 
-    def _give_up(self, job: QueuedRequest, why: str) -> None:
+    def _abandon(self, job: QueuedRequest, why: str) -> None:
         """Have the next worker reply from the journal or refuse; only the files decide which (I6)."""
         match job.message:
             case RunCommand() | RunCall() | Edit() | ImportProject() as message:
@@ -565,7 +565,7 @@ class Project:
         if self._worker is None:
             return
         _log.error("%s: the worker took too long over %s", self.slug, type(job.message).__name__)
-        self._give_up(job, f"the command took longer than {self._bounds.command_s:g} s and was undone")
+        self._abandon(job, f"the command took longer than {self._bounds.command_s:g} s and was undone")
         self._worker.kill()
 
 
@@ -574,7 +574,7 @@ def stopping() -> Rejected:
     return Rejected("the server is stopping or closing this project; try again", code="REMOTE_SHUTDOWN")
 
 
-def _is_another(running: ToWorker, message: ToWorker) -> bool:
+def _differs(running: ToWorker, message: ToWorker) -> bool:
     """Return whether two requests with one id differ; an abandoned request matches any."""
     if not isinstance(running, RunCommand | RunCall | Edit | ImportProject) or not isinstance(message, type(running)):
         return not isinstance(running, AbandonRequest)

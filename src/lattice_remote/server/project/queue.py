@@ -417,7 +417,7 @@ class WorkerWindow:
         if self._timer is None:
             # Not later than a command's time limit: the next request may be one, and this timer serves it too.
             delay = min(self._time_left(), self._bounds.command_s)
-            self._timer = asyncio.get_running_loop().call_later(delay, self._look)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._check_deadline)
 
     def _time_left(self) -> float:
         message = self._jobs[0].message
@@ -425,7 +425,7 @@ class WorkerWindow:
         limit = self._bounds.upkeep_s if reads_all else self._bounds.command_s
         return self._oldest_since + limit - time.monotonic()
 
-    def _look(self) -> None:
+    def _check_deadline(self) -> None:
         self._timer = None
         if not self._jobs:
             return

@@ -91,10 +91,10 @@ _MAX_FOUND_BYTES = 256 * 1024 * 1024
 
 _TRIES_TO_COMMIT = 10
 """A rollback after changed files is rare; ten in a row are no coincidence."""
-_COMMIT_S, _COMMIT_LOOK_S = 10.0, 0.001
+_COMMIT_S, _COMMIT_POLL_S = 10.0, 0.001
 """How long a read waits for an overlapping transaction, and the polling interval."""
 _TRIES_TOGETHER = 4
-_SETTLE_LOOKS, _SETTLE_LOOK_S = 25, 0.002
+_SETTLE_POLLS, _SETTLE_POLL_S = 25, 0.002
 
 _decoder = msgspec.msgpack.Decoder(ReadResult)
 _log = logging.getLogger(__name__)
@@ -107,8 +107,7 @@ class ReaderProcess:
         slug: the project's.
         paths: its files.
         state: returns a name of the tree's state; None while a request is with the worker. While the name is the same,
-            no
-            file changes.
+            no file changes.
         durable: returns the epoch and the number of its newest durable change.
     """
 
@@ -128,7 +127,7 @@ class ReaderProcess:
         self._cache = ReadCache()
         self._process: subprocess.Popen[bytes] | None = None
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-        self._leaving: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
@@ -140,8 +139,7 @@ class ReaderProcess:
 
         Raises:
             Rejected: REMOTE_BUSY, too many reads of the token wait, it has too many responses outstanding, or the
-                writes kept
-                being undone.
+                writes kept being undone.
             StorageError: the process cannot be started or timed out.
         """
         cached = self._cache.get(request, self._state())
@@ -177,10 +175,10 @@ class ReaderProcess:
         try:
             async with asyncio.timeout(_COMMIT_S):
                 while now.is_open and now.ended == seen.ended:
-                    await asyncio.sleep(_COMMIT_LOOK_S)  # another process ends it: there is no event to wait for
+                    await asyncio.sleep(_COMMIT_POLL_S)  # another process ends it: there is no event to wait for
                     now = self._tree_state()
                 while now.rolled_back == before.rolled_back and self._is_ahead(epoch, now.seq):  # noqa: ASYNC110 - one fsync
-                    await asyncio.sleep(_COMMIT_LOOK_S)
+                    await asyncio.sleep(_COMMIT_POLL_S)
         except TimeoutError:
             raise Rejected("timed out waiting for a write; try again", code="REMOTE_BUSY") from None
         return now.rolled_back == before.rolled_back and self._durable()[0] == epoch
@@ -220,10 +218,10 @@ class ReaderProcess:
 
     async def _settled(self) -> object | None:
         """Return the state of the tree, waiting briefly for one."""
-        for _ in range(_SETTLE_LOOKS):
+        for _ in range(_SETTLE_POLLS):
             if (state := self._state()) is not None:
                 return state
-            await asyncio.sleep(_SETTLE_LOOK_S)
+            await asyncio.sleep(_SETTLE_POLL_S)
         return self._state()
 
     @property
@@ -253,14 +251,14 @@ class ReaderProcess:
         return found
 
     async def _exchange(self, request: Read) -> ReadResult:
-        self._stay()
+        self._cancel_idle_timer()
         incoming, outgoing = self._stream or await self._start()
         outgoing.write(encode_frames(request))
         buffer = FrameBuffer(_MAX_FOUND_BYTES)
         while received := await incoming.read(_RECEIVE_BYTES):
             for frame in buffer.receive(received):
                 found = _decoder.decode(frame)
-                self._leaving = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
+                self._idle_timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
                 return found
         raise EOFError
 
@@ -275,12 +273,12 @@ class ReaderProcess:
             raise
         return self._stream
 
-    def _stay(self) -> None:
-        if self._leaving is not None:
-            self._leaving.cancel()
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
 
     def _end(self) -> None:
-        self._stay()
+        self._cancel_idle_timer()
         if self._stream is not None:
             self._stream[1].close()
             self._stream = None

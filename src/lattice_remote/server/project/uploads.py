@@ -273,7 +273,7 @@ class Uploads:
             requester.answer(frame.id, encode(Refused(frame.id, "REMOTE_BUSY", why)))
             return
         self._waiting[token_id] += weight
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._taken, frame, token_id)
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._store_piece, frame, token_id)
 
         def finish(done: "asyncio.Future[Uploaded | Refused]") -> None:
             self._waiting[token_id] -= weight
@@ -301,9 +301,9 @@ class Uploads:
 
     def _do(self, work: object, *arguments: object) -> None:
         if not self._closed:
-            self._thread.submit(_quietly, work, *arguments)
+            self._thread.submit(_ignoring_os_errors, work, *arguments)
 
-    def _taken(self, frame: Upload, token_id: str) -> Uploaded | Refused:
+    def _store_piece(self, frame: Upload, token_id: str) -> Uploaded | Refused:
         try:
             return Uploaded(frame.id, self._staging.take(frame, token_id))
         except Rejected as rejected:
@@ -313,7 +313,7 @@ class Uploads:
             return Refused(frame.id, "REMOTE_STORAGE", f"the server cannot write the upload: {error.strerror}")
 
 
-def _quietly(work: object, *arguments: object) -> None:
+def _ignoring_os_errors(work: object, *arguments: object) -> None:
     """Run work without a caller; a failing disk is reported to the next upload."""
     assert callable(work), "one of the staging's methods"
     with contextlib.suppress(OSError):

@@ -520,8 +520,8 @@ def _refuse_abandoned(request: AbandonRequest) -> None:
 
 def _reply(id_: str, seq: int, outcome: CommandOutcome, command: Command, attached: Attached) -> Result:
     if outcome.failure is not None:
-        outcome = _broken(outcome.failure, is_json=command.is_json)
-    stdout, stderr = _cut(
+        outcome = _crash_output(outcome.failure, is_json=command.is_json)
+    stdout, stderr = _truncated(
         attached.restore_names(outcome.stdout, is_json=command.is_json),
         attached.restore_names(outcome.stderr, is_json=False),
     )
@@ -538,15 +538,15 @@ def _bounded(outcome: CommandOutcome) -> CommandOutcome:
 def _returned(id_: str, seq: int, outcome: CommandOutcome, attached: Attached) -> Result:
     answer = outcome.answer
     if answer is None:
-        return Returned(id_, seq, 500, _envelope(f"{_BROKE_DOWN}: {outcome.failure}"))
+        return Returned(id_, seq, 500, _envelope(f"{_CRASHED}: {outcome.failure}"))
     return Returned(id_, seq, answer.status, attached.restore_names(answer.payload, is_json=True))
 
 
-_BROKE_DOWN = "the command failed on the server and was undone"
+_CRASHED = "the command failed on the server and was undone"
 
 
-def _broken(failure: str, *, is_json: bool) -> CommandOutcome:
-    message = f"{_BROKE_DOWN}: {failure}"
+def _crash_output(failure: str, *, is_json: bool) -> CommandOutcome:
+    message = f"{_CRASHED}: {failure}"
     if is_json:
         return CommandOutcome(1, _envelope(message))
     return CommandOutcome(1, stderr=f"Error: {message}\n".encode("utf-8", "backslashreplace"))
@@ -556,7 +556,7 @@ def _envelope(message: str) -> bytes:
     return canonical_json({"error": {"code": "REMOTE_FAILED", "message": message}, "ok": False}) + b"\n"
 
 
-def _cut(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
+def _truncated(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
     """Return the output, truncated to fit a frame, with a note if so."""
     if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
         return stdout, stderr

@@ -100,8 +100,7 @@ class Executor:
         root: a real path.
         lazy: omit lattice's fsyncs; the journal repairs files after a power cut.
         capture: watches commands that write to a shared project. Their writes to existing files are published only
-            after
-            they succeed.
+            after they succeed.
         make_id: makes the ULIDs, by which the repair identifies the writes of commands.
     """
 
@@ -168,8 +167,7 @@ class Executor:
         Args:
             argv: without the program's name.
             checked: the command's words that the policy saw, for example ``resource acquire``; no other command runs.
-                Empty
-                for a line that only prints.
+                Empty for a line that only prints.
             last_try: do not wait for a resource.
             may_wait: wait for a lock held by another process instead of failing with lattice's message.
             ahead: resources and locks that earlier requests wait for; not taken.

@@ -56,7 +56,7 @@ def prepare_scratch(project: Path) -> Path:
     return scratch
 
 
-_NOT_A_PLUGINS = 'config.json allows "{}", which is not a command of an installed plugin'
+_UNKNOWN_PLUGIN_COMMAND = 'config.json allows "{}", which is not a command of an installed plugin'
 _log = logging.getLogger(__name__)
 _decoder: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 
@@ -113,7 +113,9 @@ def _serve(
         project, lazy=opened.can_repair, capture=opened.capture, make_id=lambda: make_id(store.journal.epoch)
     )
     worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
-    worker.ready(opened.notes + [_NOT_A_PLUGINS.format(name) for name in not_of_plugins(executor.cli, plugin_commands)])
+    worker.ready(
+        opened.notes + [_UNKNOWN_PLUGIN_COMMAND.format(name) for name in not_of_plugins(executor.cli, plugin_commands)]
+    )
     gc.collect()
     gc.freeze()  # exempt the loaded modules from collection
     for message in map(_decoder.decode, receive_frames(connection)):

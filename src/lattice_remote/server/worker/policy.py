@@ -256,7 +256,7 @@ def parse(
         if "\0" in argument or len(argument.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
             raise unsupported("an argument holds a NUL character or is longer than 1 MiB")
     try:
-        path, values = _take_apart(cli, list(argv), files)
+        path, values = _split_line(cli, list(argv), files)
     except click.UsageError:
         # Click stops at the same error when it runs the line; the executor ensures that no command runs.
         return Command("", {})
@@ -265,7 +265,7 @@ def parse(
     is_allowed = path in plugin_commands and _is_plugins(cli, path)
     kinds = ROUTED.get(path) or (_kinds_of_plugins(cli, path) if is_allowed else None)
     if kinds is None:
-        raise unsupported(_why_not(cli, path))
+        raise unsupported(_refusal_reason(cli, path))
     _check_files(path, values, kinds, files)
     for name, given in values.items():
         kind = kinds.get(name)
@@ -277,7 +277,7 @@ def parse(
     return Command(path, values, check_actor(cli, path, values, identity, lattice_dir, is_lattices=path in ROUTED))
 
 
-def _take_apart(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
+def _split_line(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
     """Return the command's words and raw parameters; None for a line that only prints help or a version.
 
     Raises:
@@ -324,7 +324,7 @@ def _is_plugins(cli: click.Group, path: str) -> bool:
     return command is not None and not getattr(command.callback, "__module__", "").startswith("lattice.")
 
 
-def _why_not(cli: click.Group, path: str) -> str:
+def _refusal_reason(cli: click.Group, path: str) -> str:
     if not _is_plugins(cli, path):
         return f"'lattice {path}' can't run on the server"
     return (

@@ -63,8 +63,7 @@ class _History:
         unsynced: paths changed since the manifest was written.
         listed: the manifest's files; other versions on disk are at least that new.
         is_in_doubt: the machine may have stopped before the last worker shut down cleanly, so a file that differs from
-            the
-            journal may be a lost write.
+            the journal may be a lost write.
         notes: problems found.
     """
 

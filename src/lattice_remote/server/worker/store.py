@@ -151,17 +151,17 @@ def _with_sync_time(messages: list[ToServer], synced_s: float) -> list[ToServer]
 
 MAX_CHARS = 200
 _MAX_PATHS = 5
-_LOOKED_AT_CHARS = 8 * MAX_CHARS
+_MAX_EXAMINED_CHARS = 8 * MAX_CHARS
 
 
 def describe_command(argv: Sequence[str]) -> str:
     """Return a command line as typed, secrets masked, cut to ``MAX_CHARS``."""
     line = ""
     for argument in argv:
-        line += (" " if line else "") + shlex.quote(argument[:_LOOKED_AT_CHARS])
-        if len(line) > _LOOKED_AT_CHARS:  # an argument may have a megabyte
+        line += (" " if line else "") + shlex.quote(argument[:_MAX_EXAMINED_CHARS])
+        if len(line) > _MAX_EXAMINED_CHARS:  # an argument may have a megabyte
             break
-    return _cut(masked(line[:_LOOKED_AT_CHARS]))
+    return _cut(masked(line[:_MAX_EXAMINED_CHARS]))
 
 
 def command_words(cli: click.Group, argv: Sequence[str]) -> str:
@@ -201,7 +201,7 @@ def _cut(line: str) -> str:
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """Contents of larger moved files are not journalled: they would displace too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
-_ASKED_AGAIN_S = 600.0
+_REPLY_RETENTION_S = 600.0
 """How long replies survive the end of their history; clients that lost their connection give up much sooner."""
 
 
@@ -347,7 +347,7 @@ class Store:
             try:
                 descriptor = self.journal.append(record)
             except OSError as error:
-                self._take_back(cause, error)
+                self._undo_unrecorded(cause, error)
             self._whole.update(moved, (put.path for put in difference.operations if isinstance(put, PutFile)))
         self._undo.clear(self.journal.head)
         after = self._after(difference) if change is not None else []
@@ -395,7 +395,7 @@ class Store:
             if (state := states.get(path)) is not None and state.size <= _MAX_MOVED_BYTES
         }
 
-    def _take_back(self, cause: ChangeOrigin, error: OSError) -> NoReturn:
+    def _undo_unrecorded(self, cause: ChangeOrigin, error: OSError) -> NoReturn:
         """Undo a transaction that the journal has no space for.
 
         Raises:
@@ -539,8 +539,8 @@ def start_new_epoch(journal: Journal) -> Journal:
     Raises:
         OSError: the old journal cannot be read, or the new one written.
     """
-    since = max(journal.since, time.time() - _ASKED_AGAIN_S)
-    answered = [_at_beginning(record) for record in journal.answered_since(since)]
+    since = max(journal.since, time.time() - _REPLY_RETENTION_S)
+    answered = [_carried_over(record) for record in journal.answered_since(since)]
     journal.close()
     known_since = None if journal.is_damaged else since
     return Journal.create(
@@ -548,7 +548,7 @@ def start_new_epoch(journal: Journal) -> Journal:
     )
 
 
-def _at_beginning(record: Record) -> Record:
+def _carried_over(record: Record) -> Record:
     """Return a record for a new history: its files at number 0 contain the effects."""
     assert record.reply is not None, "a record with an id has an answer"
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))

@@ -64,7 +64,7 @@ def handler_class(lattice_dir: Path) -> Any:
 _REFUSED, _UNSUPPORTED = 400, 422
 _SETTINGS = "/api/config/dashboard"
 _UNKNOWN = "the server does not know this value of POST {}: {}"
-_NOBODY = "dashboard:web"
+_PAGE_ACTOR = "dashboard:web"
 """Actor that the page sends because it does not know its user; replaced by the token's actor."""
 
 
@@ -112,13 +112,13 @@ def prepare(request: CallRequest) -> Operation:
         answer = _not_found(request.lattice_dir, request.name)
         return Operation("dashboard: POST", request.identity.actor, lambda: answer)
     actor, body, objection = request.identity.actor, request.payload, ""
-    if not _is_left_to_the_handler(body):
+    if not _handler_refuses(body):
         values = json_object(body)
         actor = _check(route, values, takes, request.identity)
         objection = _objection(route, values, takes)
         body = json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
     post = partial(_post, handler_class(request.lattice_dir), request.name, body)
-    return Operation(f"dashboard: POST {route}", actor, partial(_unless, objection, post))
+    return Operation(f"dashboard: POST {route}", actor, partial(_refuse_if_accepted, objection, post))
 
 
 def _route(path: str) -> str:
@@ -127,7 +127,7 @@ def _route(path: str) -> str:
     return path if found is None else f"/api/tasks/…/{found['what']}"
 
 
-def _is_left_to_the_handler(body: bytes) -> bool:
+def _handler_refuses(body: bytes) -> bool:
     """Return whether a body is too large, or not JSON, so that the handler refuses it itself."""
     from lattice.dashboard.server import MAX_REQUEST_BODY_BYTES
 
@@ -158,7 +158,7 @@ def _check(route: str, values: dict[str, Any], takes: Mapping[str, Kind], identi
             raise unsupported(_UNKNOWN.format(route, shown(name)))
     if "actor" not in takes:
         return identity.actor
-    if values.get("actor", _NOBODY) == _NOBODY:
+    if values.get("actor", _PAGE_ACTOR) == _PAGE_ACTOR:
         values["actor"] = identity.actor
     actor = values["actor"]
     if not validate_actor(actor):
@@ -180,7 +180,7 @@ def _objection(route: str, values: dict[str, Any], takes: Mapping[str, Kind]) ->
     return ""
 
 
-def _unless(objection: str, post: Callable[[], CallResponse]) -> CallResponse:
+def _refuse_if_accepted(objection: str, post: Callable[[], CallResponse]) -> CallResponse:
     """Return the handler's response; if it accepts values the server objects to, return a refusal, which undoes it."""
     answer = post()
     if not objection or answer.status >= _REFUSED:
@@ -189,7 +189,7 @@ def _unless(objection: str, post: Callable[[], CallResponse]) -> CallResponse:
     return CallResponse(_UNSUPPORTED, json.dumps(envelope).encode())
 
 
-class _Known(Exception): ...
+class _HandlerExists(Exception): ...
 
 
 def _not_found(lattice_dir: Path, path: str) -> CallResponse:
@@ -200,7 +200,7 @@ def _not_found(lattice_dir: Path, path: str) -> CallResponse:
     """
     try:
         return _post(_routing(lattice_dir), path, b"")
-    except _Known:
+    except _HandlerExists:
         raise unsupported(f"the server does not serve this request of the dashboard: {shown(path)}") from None
 
 
@@ -211,10 +211,10 @@ def _post(handler: Any, path: str, body: bytes) -> CallResponse:
 
 @cache
 def _routing(lattice_dir: Path) -> Any:
-    """Return the request handler with its handlers replaced by functions that raise ``_Known``."""
+    """Return the request handler with its handlers replaced by functions that raise ``_HandlerExists``."""
 
     def refuse(*_: object) -> None:
-        raise _Known
+        raise _HandlerExists
 
     handler = handler_class(lattice_dir)
     names = [name for name in dir(handler) if name.startswith("_handle_")]

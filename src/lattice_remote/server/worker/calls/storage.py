@@ -26,11 +26,11 @@ __all__ = ["load", "prepare"]
 _Outcome = Written[Any] | Merged | Conflict
 
 
-class _Asked(msgspec.Struct, forbid_unknown_fields=True):
+class _Arguments(msgspec.Struct, forbid_unknown_fields=True):
     base: str | None
 
 
-class _Events(_Asked):
+class _Events(_Arguments):
     events: list[dict[str, Any]]
 
 
@@ -42,7 +42,7 @@ class _OfResource(_Events):
     resource: str
 
 
-class _Text(_Asked):
+class _Text(_Arguments):
     task: str
     text: str
 
