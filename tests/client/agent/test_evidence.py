@@ -301,6 +301,26 @@ async def test_a_text_from_before_the_reboot_that_nobody_saw_waits(
         assert (await ask(service, "ready"))["notices"] == []
 
 
+async def test_a_save_on_top_of_a_withheld_earlier_version_is_an_edit_of_that_version(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines look like rewordings of those that others have added since: the comparison of lines would be wrong."""
+    earlier = FIRST + b"- edited by word 1\n"
+    current = FIRST + b"- edited by word 2\n- edited by word 3\n"
+    async with looked_after(directory):
+        for text in (earlier, current):
+            board.put(PLAN, text)
+            await until(lambda: (directory / PLAN).read_bytes() == text)  # noqa: B023
+    damage(directory / PLAN, earlier)
+    after_reboot(monkeypatch)
+    async with looked_after(directory) as service:
+        await until(service._pusher.withheld)
+        (directory / PLAN).write_bytes(earlier + b"- edited by word 4\n")
+        await until(lambda: puts(board))
+    (put,) = [frame for frame in board.frames if isinstance(frame, Put)]
+    assert put.base == earlier, "the server merges it with what others have written"
+
+
 async def test_an_edit_made_offline_survives_a_reboot(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

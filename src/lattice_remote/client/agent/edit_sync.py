@@ -275,7 +275,7 @@ class EditSender:
     async def _send(self, link: Connection, path: str) -> tuple[str, str | None]:
         found, base = self._signature(path), self._follower.edits.base(path)
         text = self._follower.cache.read(path)
-        put = Put(id=_new_id(), path=path, base=self._follower.edits.older.base_of(path, text, base), text=text)
+        put = Put(id=_new_id(), path=path, base=self._follower.edits.base_of(path, text), text=text)
         answer = await self._ask_briefly(link, put, base, is_edit=True)
         if isinstance(answer, Refused):
             self._unanswered.forget(path)

@@ -203,6 +203,14 @@ class Edits:
             self.evidence.replaced(path, base)
         self.sent(path, text)
 
+    def base_of(self, path: str, text: bytes) -> bytes | None:
+        """Return the server's text that a saved text was made from: the file's base, or an older one."""
+
+        def was_withheld(older: bytes) -> bool:
+            return self.evidence.is_last_withheld(path, older)
+
+        return self.older.base_of(path, text, self.base(path), is_known=was_withheld)
+
     def judge(self, path: str, text: bytes, found: Signature, blobs: Blobs | None) -> Judgement:
         """Classify a file that differs from its base, see ``evidence``."""
         is_watched = path in self._settled

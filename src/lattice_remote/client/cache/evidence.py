@@ -69,6 +69,7 @@ class Evidence:
         """Files that were edited while the disk was full."""
         self._saves: dict[str, list[str]] = {}  # path -> digests of a person's unsent texts
         self._withheld: dict[str, tuple[str, str]] = {}  # path -> digest of the text, and the reason
+        self._last_withheld: dict[str, str] = {}  # path -> digest; kept when the file is saved again
         self._found: dict[str, tuple[Signature, str]] = {}  # withheld files as last read
         self._loaded: Signature | None = None
 
@@ -169,6 +170,7 @@ class Evidence:
         self._load()
         self.cramped.discard(path)
         digest, saves = _digest(text), self._saves.get(path, [])
+        self._last_withheld.pop(path, None)
         if digest in saves:
             self._saves[path] = saves[saves.index(digest) + 1 :]
         is_withheld = self._withheld.get(path, ("", ""))[0] == digest
@@ -184,6 +186,7 @@ class Evidence:
         self._load()
         before = dict(self._withheld)
         self._withheld |= {path: (_digest(text), reason) for path, text, reason in texts}
+        self._last_withheld |= {path: digest for path, (digest, _) in self._withheld.items()}
         if self._withheld != before:
             self._store()
 
@@ -191,6 +194,11 @@ class Evidence:
         """Return the reason for each file that still holds the withheld text."""
         self._load()
         return {path: reason for path, (digest, reason) in self._withheld.items() if self._holds(path, digest)}
+
+    def is_last_withheld(self, path: str, text: bytes) -> bool:
+        """Return whether this text was withheld in the file, so that the file's next save builds on it."""
+        self._load()
+        return self._last_withheld.get(path) == _digest(text)
 
     def withheld_reason(self, path: str, text: bytes) -> str | None:
         """Return why this text is withheld; None if it is not."""
@@ -247,6 +255,7 @@ class Evidence:
         except (StorageError, ValueError, KeyError, TypeError, AttributeError):
             return  # damaged: without evidence, a difference from before this boot is withheld
         self._saves, self._withheld = saves, withheld
+        self._last_withheld |= {path: digest for path, (digest, _) in withheld.items()}
 
     def _store(self) -> None:
         self._withheld = {path: each for path, each in self._withheld.items() if self._holds(path, each[0])}

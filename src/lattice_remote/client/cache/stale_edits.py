@@ -11,7 +11,7 @@ import difflib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 
@@ -44,16 +44,18 @@ class StaleEditDetector:
         for name in self._names(path)[_MAX_TEXTS:]:
             self._cache.delete(f"{_directory(path)}/{name}")
 
-    def base_of(self, path: str, text: bytes, current: bytes | None) -> bytes | None:
+    def base_of(
+        self, path: str, text: bytes, current: bytes | None, *, is_known: Callable[[bytes], bool] = lambda _older: False
+    ) -> bytes | None:
         """Return the base of a saved text: ``current``, or an older one.
 
-        A text that equals an older one is withheld before (see ``evidence``); if the user confirms it, it replaces
-        ``current``.
+        ``is_known`` recognises the older text that the file held before it was saved. A text that equals an older one
+        is withheld before (see ``evidence``); if the user confirms it, it replaces ``current``.
         """
         if current is None:
             return None
         older = [self._cache.read(f"{_directory(path)}/{name}") for name in self._names(path)]
-        base = base_of(text, current, older)
+        base = next(filter(is_known, older), None) or base_of(text, current, older)
         return current if base == text else base
 
     def forget(self, path: str) -> None:
