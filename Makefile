@@ -3,7 +3,7 @@ PYTHON_VENV := .venv/bin/python
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help system venv demo test check bench soak hostile fuzz backups claims load protocol format clean
+.PHONY: help system venv demo test check bench soak mutants hostile fuzz backups claims load protocol format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,12 @@ EVERY ?= 6
 
 soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100 JOBS=2)
 	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS) --jobs $(JOBS) --every $(EVERY) $(if $(ONLY),--only "$(ONLY)")
+
+SECONDS ?= 600
+COUNT ?= 1000
+
+mutants: venv  ## Random changes of the guarding modules, one at a time: do the tests notice? (SEED=1 SECONDS=600 COUNT=1000)
+	@$(PYTHON_VENV) tests/mutants.py --seed $(SEED) --seconds $(SECONDS) --count $(COUNT) $(if $(ONLY),--only "$(ONLY)")
 
 ROUNDS ?= 200
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lattice_remote import textmerge
 from lattice_remote.textmerge import merge_text
 
 BASE = b"# Plan\n\none\ntwo\nthree\nfour\nfive\n"
@@ -130,3 +131,17 @@ def test_texts_that_would_take_minutes_to_merge_are_a_conflict() -> None:
     start = time.monotonic()
     assert merge_text(b"".join(lines), mine, theirs) == ("conflict", theirs)
     assert time.monotonic() - start < 2
+
+
+def test_lines_that_occur_once_in_both_texts_anchor_a_comparison() -> None:
+    a, b = [b"x", b"1", b"x", b"2", b"3", b"x"], [b"1", b"y", b"3", b"y", b"2"]
+    anchors = textmerge._anchors(a, b)
+    assert anchors in ([(1, 0), (3, 4)], [(1, 0), (4, 2)])
+    assert textmerge._anchors([], b) == []
+
+
+def test_lines_that_occur_often_are_matched_between_their_neighbours() -> None:
+    base = [b"a\n", b"x\n", b"x\n", b"y\n", b"y\n", b"z\n"]
+    other = [b"b\n", b"x\n", b"x\n", b"c\n", b"y\n", b"y\n", b"d\n"]
+    blocks = [block for block in textmerge._Matcher(None, base, other).get_matching_blocks() if block[2]]
+    assert blocks == [(1, 1, 2), (3, 4, 2)]

@@ -14,7 +14,7 @@ from lattice.cli.main import cli
 from lattice_remote.client import attachments, routing
 from lattice_remote.client.agent_client import describe_age
 from lattice_remote.client.attachments import INLINE_BYTES, CallersFiles, identity
-from lattice_remote.client.guard import Guard, WriteRefused
+from lattice_remote.client.guard import Guard, WriteRefused, letting_write
 from lattice_remote.errors import Misuse
 
 ROUTED = """create update status assign comment comment-edit comment-delete react unreact complete attach event link
@@ -297,3 +297,25 @@ def test_the_server_is_left_alone(guarded: Path) -> None:
 def test_a_usage_error_needs_no_server(guarded: Path) -> None:
     (guarded / "remote.json").write_text("{}")
     assert not loaded_by("cli(['comment', '--nope'])", guarded.parent) & {"asyncio", "websockets", "msgspec", "typer"}
+
+
+@pytest.mark.parametrize("folder", ["plans", ""])
+def test_what_is_let_write_reaches_its_folder_alone(guarded: Path, folder: str) -> None:
+    for name in ("plans", "plans2"):
+        (guarded / name).mkdir()
+    guard = Guard(str(guarded))
+    guard.start()
+    try:
+        with letting_write(folder):
+            (guarded / "plans" / "x.md").write_text("x")
+            for path in (guarded / "plans2" / "x.md", guarded / "config.json"):
+                if folder:
+                    with pytest.raises(WriteRefused):
+                        path.write_text("x")
+                else:
+                    path.write_text("x")
+        with pytest.raises(WriteRefused):
+            (guarded / "plans" / "x.md").write_text("y")
+    finally:
+        guard.stop()
+    assert (guarded / "plans" / "x.md").read_text() == "x"

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from lattice_remote.errors import HostilePath, ProtocolError
 from lattice_remote.protocol import codec
-from lattice_remote.protocol.messages import ClientFrame, Fetch, Hello, Put, Run
+from lattice_remote.protocol.messages import (
+    Change,
+    ClientFrame,
+    Entries,
+    Entry,
+    Fetch,
+    Hello,
+    Part,
+    Put,
+    Run,
+    ServerFrame,
+)
+from lattice_remote.protocol.operations import DeleteFile
 
 DECODERS = [codec.decode_client_frame, codec.decode_server_frame]
 ID = "0" * 32
@@ -97,3 +109,16 @@ def test_paths_are_checked_while_decoding(frame: ClientFrame) -> None:
 def test_argv_is_bounded(argv: list[str]) -> None:
     with pytest.raises(ProtocolError):
         codec.decode_client_frame(codec.encode(Run(ID, argv)))
+
+
+@pytest.mark.parametrize("path", ["../x", "remote.json", "/etc/passwd"])
+def test_paths_of_server_frames_are_checked_while_decoding(path: str) -> None:
+    mark, digest = bytes(16), bytes(32)
+    frames: list[ServerFrame] = [
+        Entries(1, mark, [Entry("config.json", 1, digest), Entry(path, 1, digest)], last=True),
+        Part(path, 1),
+        Change(1, mark, "2030-01-01T00:00:00.000Z", "human:a", "tok", ID, "x", [DeleteFile(path)]),
+    ]
+    for frame in frames:
+        with pytest.raises(HostilePath):
+            codec.decode_server_frame(codec.encode(frame))

@@ -280,3 +280,12 @@ def test_a_file_that_cannot_even_be_looked_at_is_a_storage_error(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot read"):
         Logins(tmp_path / "file/tokens.json").refresh()
+
+
+def test_renaming_a_project_says_how_many_tokens_it_changes(path: Path) -> None:
+    file = TokenFile(path)
+    for projects in (["web"], ["web", "other"], ["other"]):
+        file.create(projects=projects, actor="human:ana", act_as=[])
+    assert file.rename_projects({"web": "site"}) == 2
+    assert [token.projects for token in file.read()] == [["site"], ["other", "site"], ["other"]]
+    assert file.rename_projects({"web": "site"}) == 0

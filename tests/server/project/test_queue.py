@@ -1,11 +1,19 @@
 """Whose request is next: connections in turn, each in its own order."""
 
 import asyncio
+import time
 from typing import NamedTuple, cast
 
-from lattice_remote.server.ipc import AbandonRequest, Reconcile
+from lattice_remote.server.ipc import AbandonRequest, Reconcile, RequestDone
 from lattice_remote.server.project.history import Subscriber
-from lattice_remote.server.project.queue import FairLock, FairQueue, QueuedRequest
+from lattice_remote.server.project.queue import (
+    FairLock,
+    FairQueue,
+    InFlightRequests,
+    QueuedRequest,
+    QueueLimits,
+    ResourceWaitQueue,
+)
 
 
 class Asker(NamedTuple):
@@ -90,3 +98,55 @@ async def test_lanes_take_a_lock_in_turn_and_who_gives_up_takes_nobodys() -> Non
     assert took == ["b1", "c1", "a3", "a4"]
     async with asyncio.timeout(5), lock.turn("a"):
         pass
+
+
+def waiting_for(resource: str) -> RequestDone:
+    return RequestDone("x", 1, waiting_for=resource, wait_timeout_s=60)
+
+
+async def test_a_waiter_is_tried_at_once_when_those_ahead_of_it_have_left() -> None:
+    tried: list[QueuedRequest] = []
+    queue = ResourceWaitQueue(tried.append)
+    first, second, third = (job(ANA, name) for name in ("1", "2", "3"))
+    for number, each in enumerate((first, second, third)):
+        each.submitted_at = time.monotonic() + number / 1000
+    for each in (second, first, third):
+        queue.add(each, waiting_for("gpu"), ahead=[])
+    assert tried == [] and len(queue) == 3
+    assert queue.ahead_of(second) == ["gpu"] and queue.ahead_of(first) == []
+    queue.add(second, waiting_for("gpu"), ahead=["gpu"])
+    assert tried == [], "the first one waits still"
+    assert queue.leave(first)
+    queue.add(second, waiting_for("gpu"), ahead=["gpu"])
+    assert tried == [second]
+    await asyncio.sleep(0)
+    assert not queue.leave(second), "it is being tried"
+    queue.clear()
+
+
+async def test_a_waiter_that_left_is_not_tried_any_more() -> None:
+    tried: list[QueuedRequest] = []
+    queue = ResourceWaitQueue(tried.append)
+    waiter = job(ANA, "1")
+    queue.add(waiter, RequestDone("x", 1, waiting_for="gpu", wait_timeout_s=60), ahead=[])
+    timer = queue._lines["gpu"][waiter]
+    assert timer is not None
+    assert queue.leave(waiter) and timer.cancelled() and len(queue) == 0
+
+
+def test_a_lane_whose_only_item_was_removed_is_gone() -> None:
+    turns: FairQueue[QueuedRequest] = FairQueue()
+    removed, other = job(ANA, "a"), job(BEN, "b")
+    for each in (removed, other):
+        add(turns, each)
+    turns.remove(removed)
+    assert not turns.has(ANA.lane) and turns.has(BEN.lane)
+    assert len(turns) == 1 and turns.pop() is other
+
+
+def test_requests_that_are_forgotten_weigh_nothing() -> None:
+    held = InFlightRequests(QueueLimits())
+    held.add("x", "tok", QueuedRequest(AbandonRequest("x", "tok", "", ""), weight=100))
+    assert held.bytes == 100
+    held.clear()
+    assert held.bytes == 0 and held.get("x") is None

@@ -120,3 +120,23 @@ async def test_finishing_hands_over_all_and_takes_no_more(pipe: tuple[Pipe, sock
     end.outbox.push(b"late")
     assert len(await received(theirs, 500_000)) == 500_000
     assert end.outbox.pending_bytes == 0
+
+
+async def test_what_the_transport_holds_is_pending_until_the_end(pipe: tuple[Pipe, socket.socket]) -> None:
+    queue = pipe[0].outbox
+    queue.push(b"x" * 500_000)
+    await asyncio.sleep(0.01)
+    assert queue.pending_bytes > 100_000
+    queue.close()
+    assert queue.pending_bytes == 0
+
+
+async def test_a_connection_that_ended_while_it_was_paused_is_not_cut_again(
+    pipe: tuple[Pipe, socket.socket], caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = pipe[0].outbox
+    queue.push(b"x" * 500_000)
+    await until(lambda: queue._paused)
+    queue.close()
+    queue._check_progress()
+    assert queue._check is None and not caplog.records

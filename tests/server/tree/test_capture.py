@@ -1,5 +1,6 @@
 """What a command touches, and what it may not."""
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -190,3 +191,27 @@ def test_every_audit_event_of_this_python_is_decided_once() -> None:
     assert len(raised) > 25
     assert raised <= WATCHED | HARMLESS | REFUSED
     assert not WATCHED & HARMLESS | WATCHED & REFUSED | HARMLESS & REFUSED
+
+
+def test_the_first_refusal_is_the_one_that_is_said(place: Place) -> None:
+    def deed() -> None:
+        for act in (os.fork, place.outside.rmdir):
+            with contextlib.suppress(AccessDenied):
+                act()
+
+    first = place.watch(os.fork).veto
+    assert first is not None and place.watch(deed).veto == first
+
+
+def test_a_log_that_is_emptied_when_it_is_opened_to_append_is_not_only_appended_to(place: Place) -> None:
+    log = place.tree / "log.jsonl"
+    log.write_text("before")
+    touched = place.watch(lambda: os.close(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_TRUNC)))
+    assert (touched.steps, touched.appended) == (["log.jsonl"], {})
+
+
+def test_an_empty_directory_is_removed_in_the_scratch_directory_alone(place: Place) -> None:
+    for top, is_refused in ((place.tree, True), (place.scratch, False)):
+        (top / "empty").mkdir()
+        assert (place.watch((top / "empty").rmdir).veto is not None) == is_refused
+        assert (top / "empty").exists() == is_refused

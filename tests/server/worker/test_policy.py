@@ -15,6 +15,7 @@ from worker_process import WorkerProcess, answer_of, make_project, tree_of
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
+from lattice_remote.server.worker import policy
 from lattice_remote.server.worker.identity import Identity
 from lattice_remote.server.worker.policy import ROUTED, Command, parse
 
@@ -411,3 +412,20 @@ def test_a_pattern_of_many_stars_takes_no_time() -> None:
     began = time.monotonic()
     assert not Identity("human:ana", ["agent:" + "*a" * 40 + "b"]).may_act_as("agent:" + "a" * 4000)
     assert time.monotonic() - began < 1
+
+
+def test_a_plugins_command_that_takes_a_file_is_refused_also_as_one_of_several_values() -> None:
+    several = click.Option(["--several"], type=click.Tuple([str, click.Path()]))
+    texts = click.Option(["--texts"], type=click.Tuple([str, str]))
+    newer = click.Group(commands={"bad": click.Command("bad", params=[several])})
+    newer.add_command(click.Command("good", params=[texts, click.Option(["--actor"])]))
+    with pytest.raises(Rejected, match="takes a file, several"):
+        policy._kinds_of_plugins(newer, "bad")
+    assert policy._kinds_of_plugins(newer, "good") == {"texts": policy.Kind.TEXT, "actor": policy.Kind.ACTOR}
+
+
+def test_only_a_plugins_command_can_be_allowed_by_the_administrator(tmp_path: Path) -> None:
+    assert "plugin_commands" not in refused(tmp_path, "init").message
+    newer = click.Group(commands={"extra": click.Command("extra", callback=lambda: None)})
+    with pytest.raises(Rejected, match="plugin_commands"):
+        parse(newer, ("extra",), ANA, files=(), lattice_dir=tmp_path)

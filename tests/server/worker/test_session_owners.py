@@ -7,7 +7,7 @@ import pytest
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.operations import DeleteFile, PutFile
-from lattice_remote.server.worker.identity import OWNERS_FILE, Owner, SessionOwners
+from lattice_remote.server.worker.identity import OWNERS_FILE, Identity, Owner, SessionOwners
 
 
 @pytest.fixture
@@ -56,3 +56,22 @@ def test_a_full_disk_leaves_what_was_known(project: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         owners.note(begin(project, "B-1", "sess_2"), "tok_2", "human:ben")
     assert owners.of("B-1", "sess_2") is None and owners.of("A-1", "sess_1") is not None
+
+
+def test_a_session_is_used_by_its_token_and_ended_by_its_actor_alone(project: Path) -> None:
+    owners = SessionOwners(project)
+    owners.note(begin(project, "A-1", "sess_1"), "tok_1", "human:ana")
+    may = {
+        ("tok_1", "human:ana"): (True, True),
+        ("tok_2", "human:ana"): (False, True),
+        ("tok_3", "human:ben"): (False, False),
+    }
+    for (token_id, actor), (use, end) in may.items():
+        identity = Identity(actor, token_id=token_id, owners=owners)
+        for to_end, is_allowed in ((False, use), (True, end)):
+            if is_allowed:
+                identity.require_session("A-1", "sess_1", to_end=to_end)
+                continue
+            with pytest.raises(Rejected, match="belongs to another token") as refused:
+                identity.require_session("A-1", "sess_1", to_end=to_end)
+            assert refused.value.code == "REMOTE_FORBIDDEN"

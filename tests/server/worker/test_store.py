@@ -1,5 +1,6 @@
 """A transaction is all or nothing, at whichever step of it the process is killed (I1, I6)."""
 
+import errno
 import os
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from worker_process import tree_of
 
+from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.journal.journal import Retention
 from lattice_remote.server.worker import store as store_module
@@ -211,3 +213,57 @@ def test_a_change_that_no_frame_can_carry_is_not_made(
     opened.store.roll_back()
     assert tree_of(project / ".lattice") == before
     assert opened.store.journal.head == 0
+
+
+def test_what_the_journal_has_no_room_for_is_undone_and_refused(
+    projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = projects[0]
+    before = tree_of(project / ".lattice")
+    store = open_here(project).store
+
+    def full(_record: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with store.transaction() as touched:
+        deed(project / ".lattice")
+    monkeypatch.setattr(store.journal, "append", full)
+    with pytest.raises(Rejected, match="nothing was changed"):
+        store.commit(store.difference(touched), CAUSE, lambda seq: Reply(REQUEST, seq, 0, b"", b""))
+    assert tree_of(project / ".lattice") == before
+
+
+def test_a_new_segment_closes_the_one_before(projects: tuple[Path, Path]) -> None:
+    project = projects[0]
+    store = open_here(project).store
+
+    def change(number: int) -> int:
+        with store.transaction() as touched:
+            replace(project / ".lattice/tasks/small.json", b"%d\n" % number)
+        store.commit(store.difference(touched), ChangeOrigin("", "", "", "edit"))
+        return len(os.listdir("/proc/self/fd"))
+
+    opened = [change(number) for number in range(5)]
+    assert opened[-1] == opened[0]
+
+
+def test_no_segment_is_removed_while_the_list_of_files_can_not_be_written(
+    projects: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = projects[0]
+    tiny = Retention(segment_bytes=1, max_bytes=1)
+    store = open_store(project, project / "tmp", AtOnce(), code=[], retention=tiny).store  # type: ignore[arg-type]
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def change(number: int) -> int:
+        with store.transaction() as touched:
+            replace(project / ".lattice/tasks/small.json", b"%d\n" % number)
+        store.commit(store.difference(touched), ChangeOrigin("", "", "", "edit"))
+        return len(list((project / "journal").glob("*.log")))
+
+    kept = change(1), change(2)
+    assert kept[0] == kept[1]
+    monkeypatch.setattr(store_module, "save_manifest", full)
+    assert change(3) > kept[0]
