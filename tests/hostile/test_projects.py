@@ -173,7 +173,7 @@ def test_links_and_devices_in_a_directory_are_left_out_and_never_followed(tmp_pa
     os.link(secret, source / "notes" / "hard.md")
     report, place = checked(tmp_path, "--from", str(source))
     assert not report.refused, report
-    assert report.left_out == ["linked", "notes/link.md", "notes/pipe.md"]
+    assert report.omitted == ["linked", "notes/link.md", "notes/pipe.md"]
     assert tree_of(place / ".lattice") == {**own, "notes/hard.md": b"not for the board"}
     assert (place / ".lattice/notes/hard.md").stat().st_nlink == 1, "a file of its own"
 

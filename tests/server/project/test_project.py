@@ -266,7 +266,7 @@ async def test_one_token_leaves_room_for_the_files_of_others(paths: ProjectPaths
     await until(lambda: len(watcher.answers) == 5)
     answered = [isinstance(watcher.answers[request.id], Reply) for request in (*greedy, other)]
     assert answered == [True, True, False, False, True]
-    assert not +project._held._weight
+    assert not +project._in_flight._weight
     await project.stop(1.0)
 
 
@@ -413,7 +413,7 @@ async def test_a_waiter_that_leaves_lets_the_next_one_try(opened: Opened) -> Non
     opened.project.submit(freed, opened.watcher)
     opened.project.forget(gone, {first.id})  # before the worker has freed it
     await until(lambda: second.id in opened.watcher.answers)
-    assert not gone.answers and not opened.project._held._jobs and not opened.project._waiting._lines
+    assert not gone.answers and not opened.project._in_flight._jobs and not opened.project._waiting._lines
 
 
 async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:
