@@ -513,11 +513,28 @@ async def test_nothing_is_sent_from_a_full_disk_and_what_it_cut_short_is_restore
             patched.setattr(os, "statvfs", lambda _: full)
             (directory / PLAN).write_bytes(THEIRS[:300])
             (directory / NOTES).write_bytes(b"# Notes\n\nwhole\n")
-            await until(lambda: {PLAN, NOTES} <= service._follower.edits.evidence.cramped)
+            await until(lambda: {PLAN, NOTES} <= service._follower.edits.evidence.cramped.keys())
             assert puts(board) == []
         await until(lambda: board.files[NOTES] == b"# Notes\n\nwhole\n")
         await is_restored(service, directory, reason="a full disk")
         assert puts(board) == [b"# Notes\n\nwhole\n"]
+
+
+async def test_a_rewritten_text_that_a_full_disk_may_have_cut_waits_for_the_user(
+    board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board.files |= {PLAN: THEIRS}
+    async with looked_after(directory) as service:
+        room = os.statvfs(directory)
+        full = os.statvfs_result((*room[:4], 1, *room[5:]))
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "statvfs", lambda _: full)
+            (directory / PLAN).write_bytes(b"# My line first\n" + THEIRS[:300])
+            await until(lambda: PLAN in service._follower.edits.evidence.cramped)
+        await until(lambda: "disk was full" in service._pusher.withheld().get(PLAN, ""))
+        assert puts(board) == []
+        (directory / PLAN).write_bytes(b"# My line first\n" + THEIRS)  # saved once more, whole
+        await until(lambda: board.files[PLAN] == b"# My line first\n" + THEIRS)
 
 
 # --- the first read ---

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from lattice_remote.client.cache.edits import Sent, is_being_written
-from lattice_remote.client.cache.evidence import EDIT, Judgement
+from lattice_remote.client.cache.evidence import EDIT, Judgement, takes_away
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.connection.connection import Connection
@@ -171,7 +171,8 @@ class EditSender:
         except (OSError, AttributeError):
             return
         if found.f_bavail * found.f_frsize < _LEAST_FREE_BYTES:
-            self._follower.edits.evidence.cramped.update(self._follower.edits.scan())
+            edits = self._follower.edits
+            edits.evidence.cramped.update((path, self._signature(path)) for path in edits.scan())
             raise StorageError(f"the disk of {directory} is full: edits are not sent until there is room again")
 
     async def _judge(
@@ -195,7 +196,7 @@ class EditSender:
             else:
                 judged[path] = found, edits.judge(path, text, found, blobs.get(path))
                 if judged[path][1] == EDIT and not edits.evidence.is_saved(path, text):
-                    rewritten += [path] if _takes_away(edits.base(path), text) else []
+                    rewritten += [path] if takes_away(edits.base(path), text) else []
         if len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
             why = "it was changed together with many others, as by a formatter"
             judged |= {path: (judged[path][0], Judgement("withheld", why)) for path in rewritten}
@@ -398,11 +399,6 @@ class EditSender:
 
     def _signature(self, path: str) -> Signature | None:
         return self._follower.cache.signature(path)
-
-
-def _takes_away(base: bytes | None, text: bytes) -> bool:
-    """Return whether the text lacks a line of the base."""
-    return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
 
 
 def _new_id() -> str:

@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
@@ -31,7 +32,7 @@ from lattice_remote.errors import StorageError
 from lattice_remote.files import SAFE, Signature
 from lattice_remote.protocol.operations import digest_of
 
-__all__ = ["EDIT", "Evidence", "Judgement"]
+__all__ = ["EDIT", "Evidence", "Judgement", "takes_away"]
 
 _FILE = ".remote/edits.json"
 _VERSIONS = ".remote/versions"
@@ -65,8 +66,8 @@ class Evidence:
         """Earlier changes (seconds since 1970) were unobserved, because the last agent was killed."""
         self._watch = ""
         self._watch_handle: int | None = None
-        self.cramped: set[str] = set()
-        """Files that were edited while the disk was full."""
+        self.cramped: dict[str, Signature | None] = {}
+        """Files that were edited while the disk was full, with their signature then."""
         self._saves: dict[str, list[str]] = {}  # path -> digests of a person's unsent texts
         self._withheld: dict[str, tuple[str, str]] = {}  # path -> digest of the text, and the reason
         self._last_withheld: dict[str, str] = {}  # path -> digest; kept when the file is saved again
@@ -89,21 +90,23 @@ class Evidence:
         written_at = found[0] / 1e9
         is_doubtful = not is_watched and written_at < max(self.watched_since, booted_at())
         is_from_before = is_doubtful and written_at < booted_at()
-        if (reason := self._damage(path, text, base, blobs, is_doubtful=is_doubtful)) is not None:
+        is_cramped = self.cramped.get(path) == found
+        is_partial = is_doubtful or is_cramped
+        if (reason := self._damage(text, base, blobs, is_partial=is_partial)) is not None:
             return Judgement("restored", reason)
+        if is_cramped and takes_away(base, text):
+            return Judgement("withheld", "it was saved while the disk was full, and may be truncated")
         if (reason := self._doubt(path, text, base, blobs, is_from_before=is_from_before)) is not None:
             return Judgement("withheld", reason)
         return EDIT
 
-    def _damage(
-        self, path: str, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_doubtful: bool
-    ) -> str | None:
+    def _damage(self, text: bytes, base: bytes | None, blobs: Blobs | None, *, is_partial: bool) -> str | None:
         """Return the reason why a text is not an edit."""
         if _NULS in text or (text and not text.strip(b"\0")):
             return "it held NUL bytes instead of text, as after a power cut"
         if blobs is not None and blobs.have(text):
             return "git wrote it (checkout, stash, reset, merge)"
-        if (is_doubtful or path in self.cramped) and base and base.startswith(text):
+        if is_partial and base and base.startswith(text):
             return "it was empty or truncated, as after a crash or on a full disk"
         return None
 
@@ -168,7 +171,7 @@ class Evidence:
     def settled(self, path: str, text: bytes) -> None:
         """Forget this save and earlier ones: the server has it, or the user dropped it."""
         self._load()
-        self.cramped.discard(path)
+        self.cramped.pop(path, None)
         digest, saves = _digest(text), self._saves.get(path, [])
         self._last_withheld.pop(path, None)
         if digest in saves:
@@ -263,6 +266,11 @@ class Evidence:
         data = {"saves": self._saves, "withheld": self._withheld, "time": time.time()}
         self._cache.store(_FILE, (json.dumps(data, indent=0, sort_keys=True) + "\n").encode())
         self._loaded = self._cache.signature(_FILE)
+
+
+def takes_away(base: bytes | None, text: bytes) -> bool:
+    """Return whether the server's text has a line that this one lacks."""
+    return base is not None and bool(Counter(base.splitlines()) - Counter(text.splitlines()))
 
 
 def _locked(place: str, flags: int) -> int | None:
