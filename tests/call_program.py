@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def main() -> int:
+    from lattice_remote.client.agent_client import call
     from lattice_remote.client.plugin import remote_directory
-    from lattice_remote.client.surfaces.calls import call
     from lattice_remote.errors import RemoteError
 
     surface, name, payload = sys.argv[1:]

@@ -32,7 +32,6 @@ def preload() -> None:
     import lattice.cli.main
 
     lattice.plugins.load_cli_plugins = load
-    import lattice_remote.client.agent.inline
     import lattice_remote.client.agent.main
     import lattice_remote.client.cli.app
     import lattice_remote.client.plugin

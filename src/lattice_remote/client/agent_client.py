@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from lattice_remote.client import agent_runtime, credentials
@@ -23,15 +24,17 @@ from lattice_remote.files import SAFE
 
 __all__ = [
     "Progress",
+    "SurfaceResponse",
     "agent_enabled",
     "ask",
     "ask_agent",
-    "ask_here",
     "ask_running_agent",
+    "call",
     "describe_age",
     "ensure_current",
     "raise_error",
     "request",
+    "run_inline",
     "stay_connected",
 ]
 
@@ -84,7 +87,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
         RemoteError: the error in the answer.
     """
     if not agent_enabled():
-        return ask_here(request, on_progress)
+        return run_inline(request, on_progress)
     began = agent_runtime.boot_time()
     for _ in range(_ATTEMPTS):
         try:
@@ -92,16 +95,16 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             stream = _connect(place) or _connect_anew()
         except (StorageError, OSError) as error:
             _say_that_there_is_none(error)
-            return ask_here(request, on_progress)  # no place for a socket
+            return run_inline(request, on_progress)  # no place for a socket
         try:
             answer = _exchange(stream, {**request, "agent": place.name}, on_progress)
-            return ask_here(request, on_progress) if answer.get("not_mine") else raise_error(answer)
+            return run_inline(request, on_progress) if answer.get("not_mine") else raise_error(answer)
         except _AgentLost:
             request.setdefault("first_sent_at", began)  # the earlier agent may have sent it
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
             _say_once(f"{_silent(place)}; this command runs without it")
-            return ask_here(request, on_progress)  # under the same id, in case the agent recovers
+            return run_inline(request, on_progress)  # under the same id, in case the agent recovers
         finally:
             stream.close()
     raise ConnectionFailed("the background agent ends at every request; see its log: lattice remote agent status")
@@ -167,12 +170,41 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
     raise as_told(str(answer.get("message")), answer.get("code"))
 
 
-def ask_here(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
+def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
     """Like ``ask``, but run the steps in this process. Raises RemoteError."""
-    from lattice_remote.client.agent.inline import ask_directly
+    from lattice_remote.client.agent.service import serve_once
 
     with letting_write(""):  # a serving command may ask while under its guard
-        return raise_error(ask_directly(request, on_progress))
+        return raise_error(serve_once(request, on_progress))
+
+
+@dataclass(frozen=True)
+class SurfaceResponse:
+    """Result of an operation: ``status`` as in HTTP, ``payload`` a JSON text."""
+
+    status: int
+    payload: str
+
+
+def call(
+    directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
+) -> SurfaceResponse:
+    """Run an operation on the server; return once its change is in the files of ``directory``.
+
+    ``files`` are as in ``CallersFiles``. Notices for the user are written to stderr. Thread-safe.
+
+    Raises:
+        RemoteError: it was refused, or the server is unreachable; the message says whether it may have taken effect.
+    """
+    # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
+    asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
+    asked["files"] = files or []
+    answer = ask(asked)
+    if answer.get("unreadable"):  # the agent has other rights, or sees other directories
+        answer = run_inline(asked)
+    for notice in answer["notices"]:
+        sys.stderr.write(f"lattice-remote: {one_line(notice)}\n")
+    return SurfaceResponse(answer["status"], answer["payload"])
 
 
 def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progress | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.client.agent_client import ask, ask_here, ensure_current, request, stay_connected
+from lattice_remote.client.agent_client import ask, ensure_current, request, run_inline, stay_connected
 from lattice_remote.client.attachments import CallersFiles
 from lattice_remote.client.config import UNPUSHED_FILE, is_unpushed, read_remote
 from lattice_remote.client.guard import Guard
@@ -198,7 +198,7 @@ def _run_there(
         asked["own_link"] = _waits(path, ctx)
         answer = ask(asked, _progress())
         if answer.get("unreadable"):  # the agent has other rights, or sees other directories
-            answer = ask_here(asked, _progress())
+            answer = run_inline(asked, _progress())
     # The bytes as the server's lattice wrote them; Click handles a closed pipe.
     click.echo(base64.b64decode(answer["stdout"]), nl=False)
     click.echo(base64.b64decode(answer["stderr"]), nl=False, err=True)

@@ -30,7 +30,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -71,7 +71,7 @@ from lattice_remote.protocol.messages import (
 from lattice_remote.protocol.replica import State
 from lattice_remote.text import describe_difference
 
-__all__ = ["Acknowledging", "ProgressCallback", "Service", "answered"]
+__all__ = ["Acknowledging", "ProgressCallback", "Service", "answered", "serve_once"]
 
 _INTERVAL_S = 1.0
 
@@ -685,8 +685,8 @@ class Service:
         return link.welcome, link.error
 
 
-def _ignore(_paths: Iterable[str]) -> None:
-    """Ignore edits: without an agent the next command sends them."""
+def _ignore(_ignored: object) -> None:
+    """Ignore progress, or edits, which the next command sends if no agent runs."""
 
 
 def _versions(welcome: Welcome | None) -> dict[str, Any]:
@@ -713,3 +713,19 @@ def _comparison_fields(comparison: CacheComparison) -> dict[str, Any]:
         "edited": comparison.edited,
         "away": comparison.away,
     }
+
+
+def serve_once(request: dict[str, Any], on_progress: ProgressCallback | None) -> dict[str, Any]:
+    """Run one request without an agent: open the cache, then close it. A ``RemoteError`` becomes an answer."""
+    return asyncio.run(answered(_serve_once(request, on_progress or _ignore)))
+
+
+async def _serve_once(request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
+    service = Service(request["directory"])
+    if not service.is_meant_by(request):
+        raise StorageError(f"{request['directory']} was replaced while this command ran; repeat it")
+    service.start(request.get("token"), named=trusted_servers.from_environment(request.get("named")))
+    try:
+        return await service.handle(request, report)
+    finally:
+        await service.close()

@@ -12,10 +12,10 @@ import typer
 from typer._completion_classes import BashComplete
 from typer.main import get_command
 
-from lattice_remote.client.cli import history, mcp, push, remotes, rescued, resolve, sync, tokens, watch
+from lattice_remote.client.cli import history, push, remotes, rescued, resolve, sync, tokens, watch
 from lattice_remote.client.cli.common import Json, fields_of, lattice_directory, print_json, print_result, unpushed
 from lattice_remote.client.config import is_cache, is_unpushed, read_remote
-from lattice_remote.errors import RemoteError
+from lattice_remote.errors import Misuse, RemoteError
 
 __all__ = ["app", "completions", "main"]
 
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _part in (remotes, tokens, sync, history, push, resolve, rescued, watch, mcp):
+for _part in (remotes, tokens, sync, history, push, resolve, rescued, watch):
     app.add_typer(_part.app)
 app.add_typer(sync.agent_app)
 
@@ -76,3 +76,21 @@ def completions(before: Sequence[str], incomplete: str) -> Iterator[tuple[str, s
     asked = BashComplete(get_command(app), {}, "lattice remote", "_LATTICE_REMOTE_COMPLETE")
     for item in asked.get_completions(list(before), incomplete):
         yield item.value, item.type, item.help
+
+
+@app.command()
+def mcp() -> None:
+    """Serve lattice's MCP tools and resources over stdio, in a project with or without a remote.
+
+    They are those of lattice-mcp; their writes run on the project's server. Use this command instead of lattice-mcp in
+    the settings of your MCP client.
+
+    Example: claude mcp add lattice -- lattice remote mcp
+    """
+    try:
+        from lattice_remote.client.surfaces.mcp import serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "mcp":
+            raise
+        raise Misuse("the MCP server needs another package: pip install 'lattice-remote[mcp]'") from None
+    serve()

@@ -26,9 +26,8 @@ from urllib.parse import urlsplit
 from lattice.dashboard import server as lattices
 
 from lattice_remote import livepage
-from lattice_remote.client.agent_client import agent_enabled, ask, request
+from lattice_remote.client.agent_client import agent_enabled, ask, call, request
 from lattice_remote.client.guard import letting_write
-from lattice_remote.client.surfaces.calls import call
 from lattice_remote.errors import RemoteError
 from lattice_remote.files import Signature, signature_of
 

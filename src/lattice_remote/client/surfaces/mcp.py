@@ -21,11 +21,10 @@ from lattice.mcp.server import mcp as lattices
 from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
 from mcp.types import ReadResourceRequest
 
-from lattice_remote.client.agent_client import ensure_current, stay_connected
+from lattice_remote.client.agent_client import call, ensure_current, stay_connected
 from lattice_remote.client.attachments import CallersFiles
 from lattice_remote.client.config import is_cache
 from lattice_remote.client.guard import Guard
-from lattice_remote.client.surfaces.calls import call
 from lattice_remote.errors import RemoteError
 
 __all__ = ["serve"]
