@@ -1,1 +1,1 @@
-"""The journal of a project: numbered records in segments, and repairs from them (I1, I2)."""
+"""Journal of a project: numbered records in segments, and repair from them (I1, I2)."""

@@ -1,15 +1,15 @@
-"""The journal: a project's numbered changes and the replies to its requests, durable and bounded (I1, I2, I6).
+"""Journal: a project's numbered changes and the replies to its requests, durable and bounded (I1, I2, I6).
 
-``journal/`` holds segments named by the number of their first record, ``%020d.log``. The first record of a
-segment is a ``Segment``, which says where the history stood; the others are ``Record``s. A record without a change is a
-request that changed nothing: it is kept so that asking again returns the same reply.
+``journal/`` holds segments named by the number of their first record, ``%020d.log``. The first record of a segment is a
+``Segment`` with the position of the history; the others are ``Record``s. A record without a change is a request that
+changed nothing: it is kept so that a retry returns the same reply.
 
 A new epoch is a new segment with another epoch in it. The segments before it, and those before a damaged one, are
-*former*: nobody is sent their changes any more, but the log tells of them, until they expire like the others. The
-request ids of former and expired segments are in the index of ``request_ids.py``.
+*former*: their changes are no longer replayed, but the audit log shows them until they expire like the others. The
+index in ``request_ids.py`` holds the request ids of former and expired segments.
 
-``Journal`` is the worker's: it appends with ``write()``, which a killed process survives; the caller makes it durable
-with fsync. Other processes read with ``journal_reader.py``.
+The worker owns the ``Journal``. It appends with ``write()``, which survives a kill of the process; the caller makes it
+durable with fsync. Other processes read with ``reader.py``.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ _SCRATCH = ".new"
 
 @dataclass(frozen=True)
 class Retention:
-    """How much history is kept, in whole segments; the newest segment always is.
+    """Bounds of the history, in whole segments; the newest segment always stays.
 
-    On disk are at most ``max_bytes`` and one segment, which is ``segment_bytes`` and its last record. What is older
-    than ``max_age_s`` is gone an eighth of that time later, also when nothing is written any more.
+    At most ``max_bytes`` and one segment are on disk; a segment has ``segment_bytes`` and its last record. Records
+    older than ``max_age_s`` are removed at most an eighth of that time later, also if nothing is written.
     """
 
     max_bytes: int = 64 * 1024 * 1024
@@ -63,13 +63,13 @@ class Retention:
 
     @property
     def segment_age_s(self) -> float:
-        """How old a segment may become before the next one is begun."""
+        """Age at which a new segment is started."""
         return self.max_age_s / 8
 
 
 @dataclass(frozen=True)
 class _Former:
-    """A segment that is not part of the history any more, readable or not."""
+    """A segment that no longer belongs to the history, readable or not."""
 
     path: Path
     size: int
@@ -83,14 +83,14 @@ class _Place:
 
 
 class Journal:
-    """The worker's side of the journal. Not thread-safe; ``open`` or ``create`` makes one.
+    """The worker's side of the journal. Not thread-safe; made by ``open`` or ``create``.
 
     Attributes:
-        epoch, head, mark: where the history stands; ``head`` counts changes from 1, 0 means none.
-        notes: what ``open`` had to repair, one line each.
-        is_damaged: what ``open`` cut was acknowledged, or some of it: the answers in it are not known any more.
-        change_ids: makes the marks of its changes.
-        request_ids: the requests that were answered in segments which expired or became former ones.
+        epoch, head, mark: the position; ``head`` counts changes from 1, 0 means none.
+        notes: repairs made by ``open``, one line each.
+        is_damaged: ``open`` cut records that may have been acknowledged: their replies are lost.
+        change_ids: makes the change ids.
+        request_ids: the requests answered in expired or former segments.
     """
 
     def __init__(self, directory: Path, retention: Retention) -> None:
@@ -107,17 +107,17 @@ class Journal:
         self._former: list[_Former] = []
         self._segments: list[StoredSegment] = []
         self._places: dict[bytes, _Place] = {}
-        self._retired: list[Outline] = []  # records of former segments that the index may lack
+        self._retired: list[Outline] = []  # records of former segments that may be missing in the index
         self._descriptor = -1
 
     @classmethod
     def open(cls, directory: Path, retention: Retention | None = None) -> Self | None:
-        """Open what is there, cut a torn tail, and make the rest durable: its writer may have died before that (I2).
+        """Open the journal, cut a torn tail, and fsync the rest: its writer may have died before that (I2).
 
-        Returns None when there is no readable journal: the caller then calls ``create`` with a new epoch (I7).
+        Returns None if there is no readable journal: the caller then calls ``create`` with a new epoch (I7).
 
         Raises:
-            OSError: the directory can't be read or written.
+            OSError: the directory cannot be read or written.
         """
         journal = cls(directory, retention or Retention())
         journal._load()
@@ -139,26 +139,26 @@ class Journal:
         answered: Iterable[Record] = (),
         since: float | None = None,
     ) -> Self:
-        """Begin a new history: the segments that are there become former ones, the numbers start at 0.
+        """Start a new history: existing segments become former ones, numbers start at 0.
 
-        A crash leaves either the old history or the new one with all its ``answered``, never less (I6).
+        A crash leaves either the old history or the new one with all of ``answered``, never less (I6).
 
         Args:
-            directory: made if need be.
-            epoch: the new history's name.
-            retention: how much of it is kept.
-            answered: what may be asked again though its history is over (I6): records without a change, at number 0.
-            since: ``answered`` has all answers after this time, in seconds since the epoch; None: none before now.
+            directory: created if missing.
+            epoch: of the new history.
+            retention: its bounds.
+            answered: replies that a retry may still ask for (I6): records without a change, at number 0.
+            since: ``answered`` has all replies after this time, in seconds since the epoch; None: none before now.
 
         Raises:
-            OSError: the directory can't be written.
+            OSError: the directory cannot be written.
         """
         journal = cls(directory, retention or Retention())
         directory.mkdir(parents=True, exist_ok=True)
         for path in segment_paths(directory):
             journal._add_former(path)
             journal._retired += readable_records(path)
-            # However many records it has, the next number is a later one.
+            # The next number is later, however many records it has.
             journal._next_number = int(path.stem) + journal._former[-1].size // HEAD_BYTES + 1
         journal._index_retired()
         journal.epoch = epoch
@@ -169,7 +169,7 @@ class Journal:
 
     def _load(self) -> None:
         for path in self.directory.glob(f"*{_SCRATCH}"):
-            path.unlink()  # a segment that was never begun
+            path.unlink()  # the start of a segment was interrupted
         for path in segment_paths(self.directory):
             loaded = read_segment(path)
             if loaded is None:
@@ -180,14 +180,14 @@ class Journal:
                 continue
             header = loaded[0].header
             if self._segments and not self._continues(header):
-                # What came before can't be reached from here: history starts with this segment.
+                # The segments before can't be reached from here: history starts with this segment.
                 self._retire()
                 if (header.head, header.mark) != (0, b"") or header.epoch == self.epoch:
                     self.notes.append(f"journal: {path.name} does not continue the segment before it")
             self._adopt(*loaded)
 
     def _retire(self) -> None:
-        """What was read so far is no part of the history."""
+        """Make the segments read so far former ones."""
         if any(id_ not in self.request_ids for id_ in self._places):
             self._retired += [record for kept in self._segments for record in readable_records(kept.path)]
         self._former += [_Former(kept.path, kept.path.stat().st_size, kept.newest) for kept in self._segments]
@@ -195,7 +195,7 @@ class Journal:
         self._places.clear()
 
     def _index_retired(self) -> None:
-        """Index the ids of former segments: nobody looks for them there any more."""
+        """Index the request ids of former segments, which are not searched for them."""
         self.request_ids.add(self._retired, time.time())
         self._retired.clear()
 
@@ -230,7 +230,7 @@ class Journal:
             os.ftruncate(self._descriptor, last.size)
 
     def _set_aside_tail(self, last: StoredSegment) -> None:
-        """Keep a copy of what is cut, for somebody who wants to know; where there is no room for it, do without."""
+        """Keep a copy of the bytes to be cut, unless the disk has no room for it."""
         directory = self.directory.parent / "set-aside"
         with contextlib.suppress(OSError), last.path.open("rb") as file:
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -238,23 +238,24 @@ class Journal:
             (directory / f"{last.path.name}.from-{last.size}").write_bytes(file.read())
 
     def _sync(self) -> None:
-        """Make every segment and its name durable; costs next to nothing where they are."""
+        """Fsync every segment and its name; cheap if they are durable already."""
         sync_files(str(kept.path) for kept in self._segments)
 
     # --- appending ---
 
     def append(self, record: Record) -> int:
-        """Add a record and return the descriptor to fsync before anybody is told of it (I2).
+        """Add a record and return the descriptor to fsync before the record is reported (I2).
 
         Raises:
-            OSError: it could not be written, and the journal is as before; or, rarely, not even that.
+            OSError: it could not be written; the journal is as before, or, rarely, the attempt to restore it failed
+                too.
         """
         data = frame(_encoder.encode(record))
         last = self._segments[-1]
         try:
             write_all(self._descriptor, data)
         except OSError:
-            os.ftruncate(self._descriptor, last.size)  # nothing behind a torn record would ever be read
+            os.ftruncate(self._descriptor, last.size)  # records behind a torn one would never be read
             raise
         self._remember(record, last.size)
         last.size += len(data)
@@ -268,15 +269,15 @@ class Journal:
             self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
 
     def is_rotation_due(self, now: float) -> bool:
-        """Tell whether it is time to ``rotate``: the newest segment is large, or has something and is old."""
+        """Return whether ``rotate`` is due: the newest segment is large, or old and not empty."""
         last = self._segments[-1]
         old = self._next_number > last.header.number and now - last.header.since > self.retention.segment_age_s
         return old or last.size >= self.retention.segment_bytes
 
     def rotate(self) -> int:
-        """Begin a new segment and return the old one's descriptor, to be closed.
+        """Start a new segment and return the old one's descriptor, for the caller to close.
 
-        The old one is made durable first: the new one's header says where it ended, and must not be alone in saying so.
+        The old one is made durable first, because the new header repeats where it ended.
 
         Raises:
             OSError: one of the segments could not be made durable.
@@ -287,7 +288,7 @@ class Journal:
         return old
 
     def _begin_segment(self, since: float, records: Iterable[Record] = ()) -> None:
-        """Make a segment, with records of no change in it; it appears whole and durable, or not at all."""
+        """Create a segment with records that have no change; it appears whole and durable, or not at all."""
         header = Segment(self.epoch, self._next_number, self.head, self.mark, since)
         path = self.directory / f"{header.number:020d}.log"
         data = bytearray(frame(_encoder.encode(header)))
@@ -305,9 +306,9 @@ class Journal:
         self._segments[-1].size = len(data)
 
     def expire(self, now: float) -> list[Path]:
-        """Forget the segments that are over the retention and return their paths, to be removed by the caller.
+        """Drop the segments beyond the retention and return their paths, for the caller to remove.
 
-        Their request ids are durable in the index by then (I6). Where the disk has no room for these, nothing expires.
+        Their request ids are durable in the index by then (I6). If the disk has no room for these, nothing expires.
 
         Raises:
             SyncFailed: the storage failed.
@@ -329,7 +330,7 @@ class Journal:
         return [segment.path for segment in expired]
 
     def _over_retention(self, now: float) -> list[_Former | StoredSegment]:
-        """Return the oldest segments, former ones first, that are too old or too much."""
+        """Return the oldest segments, former ones first, that exceed the age or size."""
         segments: list[_Former | StoredSegment] = [*self._former, *self._segments]
         total = sum(segment.size for segment in segments)
         count = 0
@@ -341,17 +342,17 @@ class Journal:
         return segments[:count]
 
     def close(self) -> None:
-        """Close the newest segment; what was appended must have been fsynced by the caller."""
+        """Close the newest segment; the caller has fsynced the appended records."""
         os.close(self._descriptor)
         self._descriptor = -1
 
     # --- asking again ---
 
     def states_after(self, seq: int) -> Iterator[dict[str, FileState | None]]:
-        """Yield the states of the files that each commit after ``seq`` changed, oldest first; call after ``open``.
+        """Yield the file states that each commit after ``seq`` changed, oldest first; call after ``open``.
 
         Raises:
-            OSError: a segment can't be read.
+            OSError: a segment cannot be read.
         """
         for kept in self._segments:
             for _, payload in frames(kept.path.read_bytes()):
@@ -363,7 +364,7 @@ class Journal:
         """Yield the records, oldest first, that answered a request after this time, in seconds since the epoch.
 
         Raises:
-            OSError: a segment can't be read.
+            OSError: a segment cannot be read.
         """
         for kept in self._segments:
             if kept.newest < time_:
@@ -380,29 +381,29 @@ class Journal:
 
     @property
     def is_segment_new(self) -> bool:
-        """Whether the newest segment has no change yet: the files are as at its beginning."""
+        """Whether the newest segment has no change yet: the files are as at its start."""
         return self.head == self._segments[-1].header.head
 
     @property
     def newest(self) -> float:
-        """When the last record was written, in seconds since the epoch."""
+        """Time of the last record, in seconds since the epoch."""
         return self._segments[-1].newest
 
     @property
     def oldest(self) -> int:
-        """The first change that can still be replayed; ``head + 1`` when there is none."""
+        """The first change that can be replayed; ``head + 1`` if there is none."""
         return self._segments[0].header.head + 1
 
     @property
     def since(self) -> float:
-        """``find`` knows every answer that was given after this time, in seconds since the epoch."""
+        """``find`` knows every reply given after this time, in seconds since the epoch."""
         return self._segments[0].header.since
 
     def find(self, request_id: str) -> Record | None:
-        """Return the record that answered a request, None when it is not known (any more).
+        """Return the record that answered a request, None if it is unknown or expired.
 
         Raises:
-            OSError: the segment can't be read, or was damaged since it was: the request was answered, so it is not new.
+            OSError: the segment cannot be read or was damaged: the request was answered, so it is not new.
         """
         place = self._places.get(bytes.fromhex(request_id))
         if place is None:

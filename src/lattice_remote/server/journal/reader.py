@@ -1,4 +1,4 @@
-"""Reading the journal from another process than the worker, which may append meanwhile."""
+"""Journal access for processes other than the worker, which may append at the same time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ __all__ = ["JournalReader"]
 
 
 class JournalReader:
-    """Reads the journal while the worker writes it. Blocking: call it from a thread. One per follower, or shared.
+    """Reader of the journal. Blocking: call it from a thread. One per subscriber, or shared.
 
     It may see records that are not durable yet: ask only up to a number that the worker has reported as done (I2).
     """
@@ -21,11 +21,11 @@ class JournalReader:
     def read(self, after: int, upto: int, max_bytes: int) -> list[tuple[int, bytes]] | None:
         """Return (number, encoded ``Change``) for ``after < number <= upto``, in order, without a gap.
 
-        At most ``max_bytes`` of changes, but at least one when there is one: go on with the last number returned.
-        None when change ``after + 1`` is not kept any more: the client must resync.
+        At most ``max_bytes`` of changes, but at least one if there is one: continue with the last number returned. None
+        if change ``after + 1`` has expired: the client must resync.
 
         Raises:
-            OSError: a segment can't be read.
+            OSError: a segment cannot be read.
         """
         changes: list[tuple[int, bytes]] = []
         total = 0
@@ -45,15 +45,15 @@ class JournalReader:
         """Yield every record of the history, oldest first.
 
         Raises:
-            OSError: a segment can't be read.
+            OSError: a segment cannot be read.
         """
         return (item for item in self._items(0) if isinstance(item, Record))
 
     def mark_at(self, seq: int) -> bytes | None:
-        """Return the mark of change ``seq`` (of the state before the first kept one too), None when not known.
+        """Return the change id of change ``seq``, or of the state before the first kept one; None if unknown.
 
         Raises:
-            OSError: a segment can't be read.
+            OSError: a segment cannot be read.
         """
         for item in self._items(seq):
             number = item.head if isinstance(item, Segment) else item.seq
@@ -64,12 +64,12 @@ class JournalReader:
         return None
 
     def was_at(self, epoch: str, seq: int, mark: bytes) -> bool:
-        """Tell whether this position is on record, in this history or a former one that is still on disk.
+        """Return whether this position is on record, in this history or a former one still on disk.
 
-        One that is older than what is kept of its epoch counts as such.
+        A position older than the kept part of its epoch counts as on record.
 
         Raises:
-            OSError: a segment can't be read.
+            OSError: a segment cannot be read.
         """
         paths = [(path, header) for path in segment_paths(self._directory) if (header := header_of(path)) is not None]
         of_epoch = [(path, header) for path, header in paths if header.epoch == epoch]
@@ -80,13 +80,13 @@ class JournalReader:
         return bool(of_epoch)
 
     def _items(self, seq: int) -> Iterator[Segment | Record]:
-        """Yield what is on disk of the history, from the segment on in which change ``seq + 1`` would be."""
+        """Yield the items on disk of the history, from the segment that would hold change ``seq + 1``."""
         paths: list[Path] = []
         epoch = None
         for path in reversed(segment_paths(self._directory)):
             header = header_of(path)
             if header is None or epoch not in (None, header.epoch):
-                break  # expired meanwhile, damaged, or of a former history
+                break  # expired since, damaged, or of a former history
             epoch = header.epoch
             paths.append(path)
             if header.head <= seq:
@@ -95,6 +95,6 @@ class JournalReader:
             try:
                 data = path.read_bytes()
             except FileNotFoundError:
-                return  # expired meanwhile
+                return  # expired since
             for _, payload in frames(data):
                 yield decoder.decode(payload)

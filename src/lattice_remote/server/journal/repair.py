@@ -1,17 +1,17 @@
-"""Brings the files of a tree back to what the journal says they were at one number (I2).
+"""Repair of a tree's files to their state at one number of the journal (I2).
 
-After a power cut: the worker leaves out lattice's own fsyncs, because each change is in the journal, which is fsynced
-before any reply. So a file may be older than the journal, empty, or newer: touched by a command whose record never
-reached the disk. And in a copy of a live data directory every file is of another moment, see ``copied.py``.
+After a power cut a file may be older than the journal, empty, or newer. The worker omits lattice's own fsyncs, because
+each change is in the journal, which is fsynced before any reply. A newer file was touched by a command whose record
+never reached the disk. In a copy of a live data directory every file may be of another moment.
 
-People may have worked in the files since, with plain lattice or an editor, before the server starts. Only content
-tells their work from a lost write; every time stamp may be of a ``chown -R`` or an ``rsync``:
+People may have edited the files with plain lattice or an editor before the server starts. Only content distinguishes
+such an edit from a lost write; a time stamp may come from ``chown -R`` or ``rsync``:
 
-- a file that is missing, empty, filled with NULs, as at an earlier number, or the beginning of such a content was lost;
+- a file that is missing, empty, filled with NULs, as at an earlier number, or the start of such a content was lost;
 - a line of an event log is an outside change if the journal's log does not have it and no worker of this history made
-  its id (``make_id``): it is added to the journal's log;
+its id (``make_id``): it is added to the journal's log;
 - snapshots and indexes follow from the logs;
-- any other content that no number knows is an outside change, and stays.
+- any other content that no number has is an outside change, and stays.
 """
 
 import base64
@@ -57,19 +57,19 @@ __all__ = [
     "is_snapshot",
     "log_of",
     "make_id",
-    "mend_copy",
+    "repair_copy",
     "place_of",
 ]
 
 Read = Callable[[str], bytes]
-"""Returns the content of a path of the tree, empty when there is none."""
+"""Returns the content of a path of the tree, empty if there is none."""
 
 
 @dataclass
 class _Known:
-    """What the journal tells of a file's content: ``data`` from ``offset`` on, where the file at ``base`` ends.
+    """The journal's knowledge of a file's content: ``data`` from ``offset`` on, after the end of the file at ``base``.
 
-    ``patches`` were applied to it since; ``base`` is None when the journal has all of it.
+    ``patches`` were applied to it since; ``base`` is None if the journal has all of it.
     """
 
     base: str | None
@@ -79,10 +79,10 @@ class _Known:
 
 
 class Contents:
-    """Feed it records with ``learn``, oldest first; then ask for content.
+    """File contents according to the journal. Pass records to ``learn``, oldest first; then ask for content.
 
     Args:
-        paths: the files that will be asked for, None for all. It saves memory: a journal has tens of megabytes.
+        paths: the files that will be asked for, None for all. Saves memory: a journal has tens of megabytes.
     """
 
     def __init__(self, paths: Iterable[str] | None = None) -> None:
@@ -92,11 +92,11 @@ class Contents:
         self._texts: dict[str, list[bytes]] = {}
 
     def learn(self, record: Record) -> None:
-        """Take in one record: its change, the states after it, and the contents that it holds whole."""
+        """Add one record: its change, the states after it, and the contents that it holds whole."""
         for path, state in record.files.items():
             self.learn_state(path, state)
         if record.change is None:
-            for path, data in record.moved.items():  # as it was before something that may have been cut off
+            for path, data in record.moved.items():  # its state before an operation that may have been interrupted
                 if self._is_wanted(path):
                     self._put(path, data)
             return
@@ -105,18 +105,18 @@ class Contents:
                 self._learn(operation, record)
 
     def learn_state(self, path: str, state: FileState | None) -> None:
-        """Take in that a file had this content at some number."""
+        """Note that a file had this content at some number."""
         if state is not None and self._is_wanted(path):
             self._digests.setdefault(path, set()).add(state.digest)
 
     def was(self, path: str, data: bytes) -> bool:
-        """Tell whether the file had this content once, or the beginning of one that the journal has whole."""
+        """Return whether the file once had this content, or the start of one that the journal has whole."""
         return digest_of(data) in self._digests.get(path, ()) or any(
             text.startswith(data) for text in self._texts.get(path, ())
         )
 
     def is_gone(self, path: str) -> bool:
-        """Whether the last that the journal tells of this file is that it was removed."""
+        """Return whether the newest record of this file removed it."""
         return path in self._known and self._known[path] is None
 
     def _is_wanted(self, path: str) -> bool:
@@ -147,7 +147,9 @@ class Contents:
                 known[path] = _Known(path)  # the file itself was made durable
 
     def find(self, path: str, size: int, digest: bytes, read: Read, kept: bytes | None = None) -> bytes | None:
-        """Return the file's content of this size and digest, None where nothing leads there; ``kept`` is tried too."""
+        """Return the file's content of this size and digest, None if it cannot be reconstructed; ``kept`` is tried
+        too.
+        """
         told = self._known.get(path) or _Known(path)
         on_disk = read(told.base or path)
         candidates = [on_disk[:size]]
@@ -196,12 +198,12 @@ def _patched(data: bytes, patches: list[MergeJson]) -> bytes:
 
 
 def counterpart(path: str) -> str:
-    """Return where a file lies once its task is archived, or was before that."""
+    """Return the path of a file once its task is archived, or before that."""
     return path.removeprefix("archive/") if path.startswith("archive/") else f"archive/{path}"
 
 
 def is_snapshot(path: str) -> bool:
-    """Tell whether a file is a snapshot of a task or a resource."""
+    """Return whether a file is a snapshot of a task or a resource."""
     folder, name = os.path.split(path)
     return folder in ("tasks", "archive/tasks") or (folder.startswith("resources/") and name == "resource.json")
 
@@ -220,12 +222,12 @@ def log_of(path: str, read: Read) -> str | None:
 
 
 def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
-    """Return a snapshot as lattice derives it from its log; empty where that is not possible.
+    """Return a snapshot as lattice derives it from its log; empty if that is not possible.
 
     Args:
         path: of the snapshot.
         read: see ``Read``.
-        logs: of resources, to look in where the snapshot does not say which is its own.
+        logs: of resources, to search if the snapshot does not name its own.
     """
     log = log_of(path, read)
     if log is None and path.startswith("resources/"):
@@ -268,7 +270,7 @@ _BY_RECOVERY = "agent:lattice-remote"
 
 
 def make_id(epoch: str) -> str:
-    """Return a new ULID of which ``is_own_id`` tells that a worker made it in this epoch.
+    """Return a new ULID that ``is_own_id`` recognizes as made by a worker in this epoch.
 
     Half of its random part is random, the other half a digest of the rest.
     """
@@ -277,7 +279,7 @@ def make_id(epoch: str) -> str:
 
 
 def is_own_id(id_: object, epoch: str) -> bool:
-    """Tell whether an id as ``ev_01...`` was made by a worker in this epoch; False for everything else."""
+    """Return whether a worker made an id such as ``ev_01...`` in this epoch; False for any other text."""
     if not isinstance(id_, str) or not epoch:
         return False
     try:
@@ -304,10 +306,10 @@ def _decode(ulid: str) -> bytes:
 
 
 def differing(tree: ProjectTree, doubtful: Collection[str] | None = None) -> list[str]:
-    """Return the files that are not as in ``tree.files``, by their content.
+    """Return the files that differ from ``tree.files`` by content.
 
     With ``doubtful`` paths every other file was made durable since it last changed: it is read only if its signature
-    is another.
+    differs.
     """
     found, seen = [], set()
     for path, status in tree.scan():
@@ -321,31 +323,31 @@ def differing(tree: ProjectTree, doubtful: Collection[str] | None = None) -> lis
 
 @dataclass(frozen=True)
 class _Line:
-    """A line of an event log that the journal does not know."""
+    """A line of an event log that is not in the journal."""
 
     data: bytes
     event: dict[str, Any]
 
 
 class Repair:
-    """What it takes to bring ``damaged`` files to what they are in ``tree.files``; ``perform`` writes it.
+    """A plan that brings ``damaged`` files to their state in ``tree.files``; ``perform`` writes it.
 
     Attributes:
-        failed: lost, and nothing leads to what they were: they stay as they are.
+        failed: lost files that cannot be reconstructed; they stay as they are.
         edits: paths of outside changes, which stay.
 
     Both become changes like any other difference.
 
     Args:
-        tree: its ``files`` are those of the number to go to.
+        tree: its ``files`` are those of the target number.
         contents: has learned every record up to that number that the journal has.
-        damaged: paths of files that are not as they should be.
-        kept: returns what else may be the content of a path; the digest decides.
-        epoch: whose ids are its workers'; empty where commands must not be taken back.
-        has_edits: a content that no number knows may be an outside change; without, it is damage.
+        damaged: paths of files that differ.
+        kept: returns other candidates for the content of a path; the digest decides.
+        epoch: of the workers' ids; empty if commands must not be undone.
+        has_edits: whether unknown content may be an outside change; otherwise it is damage.
 
     Raises:
-        OSError: a file can't be read.
+        OSError: a file cannot be read.
     """
 
     def __init__(
@@ -367,7 +369,7 @@ class Repair:
         self._has_edits = has_edits
         self._restored: dict[str, bytes] = {}
         self._surplus: list[str] = []
-        self._added: dict[str, list[_Line]] = {}  # what was added to logs, by path
+        self._added: dict[str, list[_Line]] = {}  # lines added to logs, by path
         damaged = set(damaged)
         logs = {path for path in damaged if _is_log(path)}
         for name in sorted({os.path.basename(path) for path in logs}):
@@ -377,7 +379,7 @@ class Repair:
         snapshots = {path for path in damaged - logs if is_snapshot(path)} | set(self._snapshots_of_added())
         for path in sorted(snapshots):
             self._repair_snapshot(path)
-        # What is to go last: a lost rename may be repeated from it.
+        # Deletions go last: a lost rename may be repeated from these files.
         for path in sorted(damaged - logs - snapshots - {_IDS}, key=lambda path: (path not in tree.files, path)):
             self._repair_other(path)
         if _SESSION_INDEX in tree.files and any(path.startswith("sessions/") for path in damaged):
@@ -391,7 +393,7 @@ class Repair:
     # --- event logs ---
 
     def _repair_log(self, name: str) -> None:
-        """Put a log where the journal has it, as it was, with the lines that others have added to it since."""
+        """Restore a log to the journal's content, followed by the lines that other programs have added to it."""
         paths = [f"{folder}/{name}" for folder in _LOG_FOLDERS]
         at = next((path for path in paths if path in self._tree.files), None)
         copies = [path for path in paths if self._tree.status(path) is not None]
@@ -423,7 +425,7 @@ class Repair:
                 yield found
 
     def _complete_lifecycle(self) -> None:
-        """Have what was added to a task's log in the log of all tasks, where lattice writes it too."""
+        """Copy lines added to a task's log to the log of all tasks, as lattice does."""
         from lattice.core.events import LIFECYCLE_EVENT_TYPES
 
         path = f"events/{_LIFECYCLE}"
@@ -471,7 +473,7 @@ class Repair:
         return sorted(path for path in {*self._restored, *on_disk} if path.startswith("events/res_"))
 
     def _repair_index_of_ids(self, damaged: set[str]) -> None:
-        """Bring ``ids.json`` back, with the tasks that others have made since; one whose id is taken gets a new one."""
+        """Restore ``ids.json``, with the tasks created by other programs; a task whose id is taken gets a new one."""
         data: bytes | None = self._read(_IDS)
         if _IDS in damaged:
             data = self._find(_IDS) if _IDS in self._tree.files else None
@@ -511,7 +513,7 @@ class Repair:
         following[prefix] = max(following.get(prefix, 1), int(number) + 1)
 
     def _index_of_ids(self) -> bytes:
-        """Return the index as the tasks' logs have it, where nothing leads to what it was."""
+        """Return the index according to the tasks' logs, if its content cannot be reconstructed."""
         ids: dict[str, str] = {}
         following: dict[str, int] = {}
         for path in {*self._tree.files, *self._restored}:
@@ -529,7 +531,7 @@ class Repair:
         return _serialized({"schema_version": 2, "map": ids, "next_seqs": following})
 
     def _repair_index_of_sessions(self) -> None:
-        """Have the index of sessions name the sessions that there are."""
+        """Make the index of sessions list the existing sessions."""
         paths = {path for path, _ in self._tree.scan()} - set(self._surplus) | self._restored.keys()
         files = [path for path in paths if os.path.dirname(path) == "sessions" and path != _SESSION_INDEX]
         index = _parsed(self._read(_SESSION_INDEX)) or {}
@@ -566,14 +568,14 @@ class Repair:
         if not self._has_edits or data is None or not data.strip(b"\0") or self._contents.was(path, data):
             return True
         if path.startswith("artifacts/"):
-            return path in self._tree.files  # nothing ever changes one
+            return path in self._tree.files  # an archived session never changes
         if path == _SESSION_INDEX or (b"\0" in data and path.endswith((".md", ".json"))):
             return True
         found = self._find(path) if path in self._tree.files else None
         return found is not None and found.startswith(data)
 
     def _is_of_a_command(self, path: str) -> bool:
-        """Tell whether a file that no number knows was made by a command, which then never came to its end."""
+        """Return whether an unknown file was made by a command that never finished."""
         name = os.path.basename(path).partition(".")[0]
         session = (_parsed(self._read(path)) or {}).get("session") if path.startswith("sessions/") else None
         return is_own_id(name, self._epoch) or is_own_id(session, self._epoch)
@@ -606,13 +608,13 @@ class Repair:
     # --- writing ---
 
     def perform(self, lost: Path) -> list[str]:
-        """Write the files; return one line for each, for the log.
+        """Write the files; return one line for each, for the log. May be repeated after an error.
 
         Args:
-            lost: a directory for files that no change knows of: they were written by commands that never were.
+            lost: a directory for files that no change has: unfinished commands wrote them.
 
         Raises:
-            OSError: a file can't be written. It may be done again.
+            OSError: a file cannot be written.
         """
         notes = [f"{path}: could not be brought back" for path in self.failed]
         for path, data in self._restored.items():
@@ -652,7 +654,7 @@ def _id_of(line: bytes) -> object:
 
 
 def _line_in(data: bytes) -> _Line | None:
-    """Return the event that a line ends with: before it may be the beginning of one whose end was lost."""
+    """Return the event at the end of a line; a fragment of an event whose end was lost may precede it."""
     start = data.find(b"{")
     while start >= 0:
         event = _parsed(data[start:])
@@ -701,7 +703,7 @@ def _write(path: str, data: bytes) -> None:
 
 
 def place_of(directory: Path) -> list[int]:
-    """Return what names this journal directory, and no copy of it; empty before its undo log was made."""
+    """Return an identity of this journal directory that a copy does not share; empty before its undo log exists."""
     try:
         return [os.stat(directory).st_ino, os.stat(directory / "undo").st_ino]
     except FileNotFoundError:
@@ -709,27 +711,27 @@ def place_of(directory: Path) -> list[int]:
 
 
 def is_copied(directory: Path, listed: ManifestFile | None) -> bool:
-    """Tell whether the list of files was written in another place than this."""
+    """Return whether the manifest was written in another directory than this."""
     return listed is not None and bool(listed.place) and listed.place != place_of(directory)
 
 
-def mend_copy(
+def repair_copy(
     tree: ProjectTree, journal: Journal, listed: ManifestFile, *, kept: Callable[[str], bytes | None]
 ) -> list[str]:
-    """Bring the tree to the last change of the journal to which all of it can be brought; return lines for the log.
+    """Bring the tree to the last change of the journal that all of it can reach; return lines for the log.
 
-    Empty when there is nothing to repair. Outside changes in the copy before its first start stay
-    (``Repair``), and so does all of it if files were written there after the server had ended in order. May be done
-    again after a crash.
+    Empty if there is nothing to repair. Outside changes made in the copy before its first start stay (``Repair``). So
+    does the whole tree if files were written there after the server had stopped in order. May be repeated after a
+    crash.
 
     Args:
-        tree: of the copy; its ``files`` are of the number that was reached in the end.
+        tree: of the copy; its ``files`` are of the reached number afterwards.
         journal: the copied one, open.
-        listed: the copied list of files.
-        kept: returns what the copied undo log keeps of a path, by its absolute path.
+        listed: the copied manifest.
+        kept: returns the copied undo log's content of a path, by its absolute path.
 
     Raises:
-        OSError: a file can't be read or written.
+        OSError: a file cannot be read or written.
     """
     states = _States(journal, listed, tree)
     target = journal.head
@@ -753,27 +755,28 @@ def mend_copy(
 
 
 def _is_edited(tree: ProjectTree, after: float) -> bool:
-    """Tell whether any file was written after this time, in seconds since the epoch."""
+    """Return whether any file was written after this time, in seconds since the epoch."""
     return any(status.st_mtime > after for _, status in tree.scan())
 
 
 class _States:
-    """The files at any number that the journal reaches, as far as it and the list tell."""
+    """The files at any number that the journal reaches, as far as it and the manifest determine them."""
 
     def __init__(self, journal: Journal, listed: ManifestFile, tree: ProjectTree) -> None:
         self.contents = Contents()
-        """What the journal tells up to the number last asked for."""
+        """Contents up to the number last asked for."""
         self.changed_at: dict[str, int] = {}
-        """The last change of each file up to there that can be taken back."""
+        """The last change of each file up to that number that can be undone."""
         self._journal = journal
         oldest = _oldest_list(journal, listed)
         self._has_list = oldest is not None
         self._first = oldest.seq if oldest is not None else journal.oldest - 1
-        # Without a list: what the journal does not name has not changed since it began, so it is as on the disk.
+        # Without a manifest: files that the journal does not name have not changed since it began, so the disk has
+        # them.
         self._files = oldest.files if oldest is not None else _on_disk(tree)
 
     def at(self, seq: int) -> dict[str, FileState]:
-        """Return the files at this number, and learn what leads there."""
+        """Return the files at this number, and learn the contents up to it."""
         files = dict(self._files)
         self.contents, self.changed_at = Contents(), {}
         for path, state in self._files.items():
@@ -797,9 +800,9 @@ class _States:
 
 
 def _oldest_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
-    """Return the oldest list of files from which the journal leads on.
+    """Return the oldest manifest from which the journal continues.
 
-    The copied ``manifest`` may be newer than the copied journal, or than the change to go to.
+    The copied ``manifest`` may be newer than the copied journal, or than the target change.
     """
     beside = map(load_manifest, map(list_beside, segment_paths(journal.directory)))
     lists = [found for found in (listed, *beside) if found is not None and found.epoch == journal.epoch]

@@ -1,8 +1,8 @@
-"""Request ids whose records the journal no longer replays: an index on disk, so that none of them runs again (I6).
+"""Index of request ids whose records have left the journal, so that no request runs twice (I6).
 
-The journal is bounded by size, an idempotency key is good for the retention's age. So before a segment is removed,
-and when a new epoch begins, the ids in it are appended here and fsynced: 48 bytes each, in order of time. Entries
-expire by age, and beyond a number of entries for each token, when the file is rewritten. The reply itself is gone.
+The journal is bounded by size, but an idempotency key is valid for the retention's age. Before a segment is removed,
+and when a new epoch starts, its ids are appended here and fsynced: 48 bytes each, in order of time. Entries expire by
+age, and beyond a number of entries per token, when the file is rewritten. The replies themselves are gone.
 
     id (16 bytes)  fingerprint (16)  digest of the token's id (8)  time of the answer in ms (8, big endian)
 """
@@ -27,14 +27,14 @@ __all__ = ["Answered", "RequestIds", "token_digest"]
 _log = logging.getLogger(__name__)
 _ENTRY = struct.Struct(">16s16s8sQ")
 _REWRITE_AFTER = 65_536
-"""New entries before the file is rewritten, and again as many as it had then."""
+"""New entries before the file is rewritten, plus as many as it had then."""
 
 
 class Answered(NamedTuple):
-    """A request that was answered once."""
+    """An answered request."""
 
     fingerprint: bytes
-    """16 bytes, zeros where the record had none."""
+    """16 bytes, zeros if the record had none."""
     token: bytes
     """``token_digest`` of its token."""
 
@@ -49,8 +49,8 @@ class RequestIds:
 
     Args:
         directory: the journal's.
-        max_age_s: for how long an id is remembered after its answer.
-        per_token: how many ids of one token are remembered, the newest ones.
+        max_age_s: time for which an id is remembered after its answer.
+        per_token: most ids of one token that are remembered, the newest ones.
     """
 
     def __init__(self, directory: Path, max_age_s: float, *, per_token: int = 100_000) -> None:
@@ -63,16 +63,16 @@ class RequestIds:
         self._load()
 
     def __contains__(self, request_id: bytes) -> bool:
-        """Return whether an id is in the index, as far as 64 bits of it tell; reads no file."""
+        """Return whether the first 64 bits of an id are in the index; reads no file."""
         key = _key(request_id)
         at = bisect_left(self._sorted, key)
         return key in self._new or (at < len(self._sorted) and self._sorted[at] == key)
 
     def find(self, request_id: str) -> Answered | None:
-        """Return what is known of a request, None when it is not in the index.
+        """Return the entry of a request, None if it is not in the index.
 
         Raises:
-            OSError: the file can't be read.
+            OSError: the file cannot be read.
         """
         wanted = bytes.fromhex(request_id)
         if wanted not in self:
@@ -83,7 +83,7 @@ class RequestIds:
         return None
 
     def add(self, answered: Iterable[Outline], now: float) -> None:
-        """Remember these answers; durable once it returns. Entries that are known or too old are skipped.
+        """Add these answers; durable once this returns. Known and expired entries are skipped.
 
         Args:
             answered: records, oldest first; those without an id are skipped.
@@ -108,7 +108,7 @@ class RequestIds:
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
         try:
             end = os.lseek(descriptor, 0, os.SEEK_END)
-            end -= end % _ENTRY.size  # half an entry, of a process that was killed
+            end -= end % _ENTRY.size  # half an entry, left by a killed process
             write_all(descriptor, data, end)
             sync(descriptor)
         finally:
@@ -121,11 +121,11 @@ class RequestIds:
             self._rewrite(now)
         except SyncFailed:
             raise
-        except OSError as error:  # a full disk: the longer file serves as well
+        except OSError as error:  # full disk: the longer file serves as well
             _log.warning("the request ids cannot be rewritten: %s", error)
 
     def _rewrite(self, now: float) -> None:
-        """Replace the file by one without the entries that are too old, or too many of one token."""
+        """Replace the file by one without expired entries and those beyond a token's share."""
         counts: Counter[bytes] = Counter()
         kept: list[bytes] = []
         since = _milliseconds(now - self._max_age_s)

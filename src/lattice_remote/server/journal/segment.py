@@ -1,7 +1,7 @@
-"""A segment of the journal: what is in its file, and how much of that can be read.
+"""Journal segments: file format, reading, and salvage of damaged ones.
 
-A segment is named by the number of its first record, ``%020d.log``, and made of frames (``framing.py``): the first one
-is a ``Segment``, which says where the history stood, the others are ``Record``s.
+A segment is named by the number of its first record, ``%020d.log``, and made of frames (``record_format.py``): the
+first is a ``Segment`` with the position of the history, the others are ``Record``s.
 """
 
 import contextlib
@@ -37,22 +37,22 @@ __all__ = [
 
 
 class ChangeIds:
-    """Marks of one journal's changes, made with a key that lies beside the segments and in every copy of them (I7).
+    """Change ids of one journal, made with a key beside the segments that every copy of them shares (I7).
 
-    A mark is 8 random bytes, and 8 bytes of an HMAC of these, the epoch and the number. So a mark that this project
-    has not given to a change is recognised, and a genuine one of which the journal knows nothing proves a rollback.
+    A change id is 8 random bytes, then 8 bytes of an HMAC of these, the epoch and the number. So an invented id is
+    recognized, and a genuine one that the journal lacks proves a rollback.
     """
 
     def __init__(self, directory: Path) -> None:
-        """Take the journal's directory; the key is read when it is needed."""
+        """Take the journal's directory; the key is read on first use."""
         self._path = directory / "key"
         self._key: bytes | None = None
 
     def make(self, epoch: str, seq: int) -> bytes:
-        """Return a mark for change ``seq``. Only for the writer, which makes the key if there is none yet.
+        """Return an id for change ``seq``. Only for the writer, which creates the key if there is none.
 
         Raises:
-            OSError: the key can't be read or written.
+            OSError: the key cannot be read or written.
         """
         if self._key is None:
             self._key = self._read() or self._create()
@@ -60,10 +60,10 @@ class ChangeIds:
         return random + _code(self._key, epoch, seq, random)
 
     def is_genuine(self, epoch: str, seq: int, mark: bytes) -> bool:
-        """Tell whether this mark was made for change ``seq``, by this project or another copy of it. Blocking.
+        """Return whether this id was made for change ``seq``, by this project or a copy of it. Blocking.
 
         Raises:
-            OSError: the key can't be read.
+            OSError: the key cannot be read.
         """
         key = self._read()
         return key is not None and hmac.compare_digest(_code(key, epoch, seq, mark[:8]), mark[8:])
@@ -85,9 +85,9 @@ def _code(key: bytes, epoch: str, seq: int, random: bytes) -> bytes:
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """The first record of a segment: the history's name, and its head when the segment began.
+    """The first record of a segment: the epoch, and the head at the start of the segment.
 
-    ``since`` is when that was, in seconds since the epoch: whatever was answered later is in this segment or after it.
+    ``since`` is the time of that start, in seconds since the epoch: later replies are in this segment or after it.
     """
 
     epoch: str
@@ -100,10 +100,10 @@ class Segment(msgspec.Struct, frozen=True, tag="segment"):
 class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
     """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
 
-    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty when nobody may ask for the reply again.
-    ``moved`` has the content of files that the change only moved: a copy of a live project that was taken file by
-    file may have caught them in neither place (``copied.py``). Without a change it has the content of a file before a
-    command destroys it. ``fingerprint`` is a digest of what was asked.
+    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty if no retry may ask for the reply. ``moved``
+    has the content of files that the change only moved, because a file-by-file copy of a live project may have caught
+    them in neither place (``repair.py``). Without a change it has the content of a file before a command destroys it.
+    ``fingerprint`` is a digest of the request.
     """
 
     seq: int
@@ -119,7 +119,7 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
 
 
 class Outline(msgspec.Struct, frozen=True, tag="record"):
-    """A ``Record`` without its bytes, for reading through much of it."""
+    """A ``Record`` without its bytes, for fast reading."""
 
     seq: int
     mark: bytes
@@ -131,18 +131,18 @@ class Outline(msgspec.Struct, frozen=True, tag="record"):
 
 
 decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
-"""Takes the payload of any frame in a segment."""
+"""Decodes the payload of any frame in a segment."""
 outline_decoder: msgspec.msgpack.Decoder[Segment | Outline] = msgspec.msgpack.Decoder(Segment | Outline)
 """The same, without the bytes of changes and replies."""
 _RECORD_TAG = b"\xa4type\xa6record"
 _TAG_OFFSET = HEAD_BYTES + 1
-"""Where a record's tag begins: after its head and the byte that counts its fields."""
+"""Offset of a record's tag: after its head and the byte that counts its fields."""
 _SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 
 @dataclass
 class StoredSegment:
-    """A segment on disk: its header, and how many bytes of it are whole records."""
+    """A segment on disk: its header, and the size in bytes of its whole records."""
 
     path: Path
     header: Segment
@@ -156,19 +156,19 @@ def segment_paths(directory: Path) -> list[Path]:
 
 
 def list_beside(segment: Path) -> Path:
-    """Return where the list of files at a segment's beginning is, by which a copy is made whole (``copied.py``)."""
+    """Return the path of the manifest at a segment's start, used to repair a copy (``repair.py``)."""
     return segment.with_suffix(".files")
 
 
 def remove_segments(paths: Iterable[Path]) -> None:
-    """Remove segments with the lists of files beside them; those that are gone are no error."""
+    """Remove segments and the manifests beside them; missing ones are skipped."""
     for path in paths:
         path.unlink(missing_ok=True)
         list_beside(path).unlink(missing_ok=True)
 
 
 def read_segment(path: Path) -> tuple[StoredSegment, list[tuple[int, Outline]]] | None:
-    """Return a segment with the offset and outline of each whole record; None when even its header is damaged."""
+    """Return a segment with the offset and outline of each whole record; None if even its header is damaged."""
     header: Segment | None = None
     items: list[tuple[int, Outline]] = []
     size, newest = 0, path.stat().st_mtime
@@ -189,7 +189,7 @@ def read_segment(path: Path) -> tuple[StoredSegment, list[tuple[int, Outline]]] 
 
 
 def salvaged(data: bytes) -> Iterator[Outline]:
-    """Yield the whole records that are somewhere in ``data``, which does not begin with one: a torn end has none."""
+    """Yield the whole records inside ``data``, which does not start with one; a torn end has none."""
     at = data.find(_RECORD_TAG)
     while at >= 0:
         if (payload := payload_at(data, at - _TAG_OFFSET)) is not None:
@@ -201,10 +201,10 @@ def salvaged(data: bytes) -> Iterator[Outline]:
 
 
 def readable_records(path: Path) -> list[Outline]:
-    """Return the outlines of all records of a segment that can be read, those behind a damage too.
+    """Return the outlines of all readable records of a segment, those behind damage too.
 
     Raises:
-        OSError: it can't be read.
+        OSError: it cannot be read.
     """
     found = read_segment(path)
     if found is None:
@@ -214,10 +214,10 @@ def readable_records(path: Path) -> list[Outline]:
 
 
 def header_of(path: Path) -> Segment | None:
-    """Return a segment's header, None when it is gone or damaged.
+    """Return a segment's header, None if it is gone or damaged.
 
     Raises:
-        OSError: it can't be read.
+        OSError: it cannot be read.
     """
     try:
         with path.open("rb") as file:

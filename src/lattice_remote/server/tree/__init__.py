@@ -1,1 +1,1 @@
-"""The replicated tree on disk: what a command changed, and its undo."""
+"""Replicated tree on disk: changes of a command, and their undo."""

@@ -1,14 +1,16 @@
-"""What a command touches, in order, and what it must not: an audit hook (I9).
+"""Audit hook that records the files a command touches and enforces its limits (I9).
 
 The hook is installed once in the worker process and watches one thread while ``watch()`` is open. It sees every open,
-rename and removal before it happens. What a command may do:
+rename and removal before it happens. A command may:
 
 - read the project's ``.lattice/``, the private directory, and Python itself;
-- write ``.lattice/`` and the private directory, never through a symbolic link;
-- nothing else: no process, no socket, no other file. That raises ``Vetoed``, and is remembered where it is swallowed.
+- write ``.lattice/`` and the private directory, never through a symbolic link.
 
-Which event means what is decided in ``audit_events``; one that is not listed there is refused. What the hook can't see:
-``stat`` and its like, for which Python has no event, and what another process does between its look and the open.
+Everything else (a process, a socket, another file) raises ``AccessDenied``, which is remembered if a command swallows
+it.
+
+An event outside the tables below is refused. The hook cannot see ``stat`` and similar calls, for which Python has no
+event, nor another process's actions between a check and the open.
 """
 
 import os
@@ -48,24 +50,24 @@ WATCHED = frozenset(
 
 HARMLESS = frozenset(
     {
-        # Python itself, importing and running what lies in its own directories: reading that is watched.
+        # Python itself, importing and running code in its own directories: reading those is watched.
         *("import", "compile", "exec", "code.__new__", "function.__new__", "marshal.load", "marshal.loads"),
         *("marshal.dumps", "sys._getframe", "sys._getframemodulename", "sys.unraisablehook", "sys.excepthook"),
         *("object.__getattr__", "object.__setattr__", "object.__delattr__", "builtins.id", "array.__new__"),
-        # Announcements of what is then done step by step, each step with its own event.
+        # Announcements of an operation whose steps each have their own event.
         *("shutil.copyfile", "shutil.copymode", "shutil.copystat", "shutil.copytree", "shutil.move", "shutil.rmtree"),
         *("tempfile.mkstemp", "tempfile.mkdtemp", "os.walk", "os.fwalk", "glob.glob", "glob.glob/2"),
         *("pathlib.Path.glob", "pathlib.Path.rglob", "pathlib.Path.walk"),
-        # On descriptors, which were opened under the capture's eyes.
+        # Operations on descriptors, whose opening was checked.
         *("fcntl.flock", "fcntl.lockf", "fcntl.fcntl", "os.lockf"),
-        # Lattice's locks are waited for.
+        # Lattice's locks block.
         "time.sleep",
     }
 )
 
 REFUSED = frozenset(
     {
-        # Processes and threads: these do not come back under the capture's eyes.
+        # Processes and threads: the capture would not see their actions.
         *("subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"),
         *("os.startfile", "os.startfile/2", "os.kill", "os.killpg", "signal.pthread_kill", "pty.spawn"),
         *("webbrowser.open", "_thread.start_new_thread", "_thread.start_joinable_thread"),
@@ -76,7 +78,7 @@ REFUSED = frozenset(
         *("http.client.connect", "http.client.send", "ftplib.connect", "ftplib.sendcmd", "imaplib.open"),
         *("imaplib.send", "nntplib.connect", "nntplib.putline", "poplib.connect", "poplib.putline"),
         *("smtplib.connect", "smtplib.send", "telnetlib.Telnet.open", "telnetlib.Telnet.write"),
-        # Files by ways of their own, and what changes where paths lead.
+        # Other ways to reach files, and changes of where paths lead.
         *("sqlite3.connect", "sqlite3.connect/handle", "sqlite3.enable_load_extension", "sqlite3.load_extension"),
         *("mmap.__new__", "os.chdir", "os.fchdir", "os.chroot", "os.chflags", "os.lchflags", "os.lchmod"),
         *("os.add_dll_directory", "os.listdrives", "os.listmounts", "os.listvolumes", "shutil.chown"),
@@ -105,7 +107,7 @@ REFUSED = frozenset(
         *("ctypes.memoryview_at",),
     }
 )
-"""Named so that a reader finds every event; the capture refuses whatever is in neither of the other two."""
+"""A complete list for the reader; the capture refuses every event outside the other two tables."""
 
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -114,7 +116,7 @@ _HARMLESS_TREES = ("/usr/share/zoneinfo/", "/usr/lib/locale/", "/usr/share/local
 
 
 class AccessDenied(BaseException):
-    """A command tried what it must not. Not an ``Exception``: a command's own error handling lets it pass."""
+    """A command tried a forbidden operation. Not an ``Exception``: a command's own error handling lets it pass."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +129,13 @@ class Move:
 
 @dataclass
 class AccessLog:
-    """What one command did to the replicated tree, by relative path.
+    """A command's actions on the replicated tree, by relative path.
 
     Attributes:
         steps: first touches and renames, in order.
-        appended: the file as it was before its first touch, for files that were only ever opened for appending.
-        unshared: names in ``.lattice/`` that no cache would accept, and that were written.
-        veto: what was refused, first of all; None when nothing was.
+        appended: the file before its first touch, for files that were only opened for appending.
+        unshared: written names in ``.lattice/`` that no cache would accept.
+        veto: the first refused operation; None if there was none.
     """
 
     steps: list[str | Move] = field(default_factory=list)
@@ -144,30 +146,30 @@ class AccessLog:
 
 
 class PreImages(Protocol):
-    """What is told of each change before it is made, by absolute path: an ``UndoLog`` where it may be taken back."""
+    """Receiver of each change before it is made, by absolute path; ``UndoLog`` implements it."""
 
     def keep_for_append(self, path: str) -> None:
-        """Something will be added at the end of this file, or it will be created."""
+        """Note that the file will be appended to, or created."""
 
     def keep_for_rewrite(self, path: str) -> None:
-        """This file will be changed in place, or created."""
+        """Note that the file will be changed in place, or created."""
 
     def keep_for_replace(self, path: str) -> None:
-        """This name will be removed, or given to another file."""
+        """Note that this name will be removed, or given to another file."""
 
     def keep_for_move(self, path: str) -> None:
-        """This file will get another name."""
+        """Note that the file will be renamed."""
 
     def keep_directory(self, path: str) -> None:
-        """This directory will be made."""
+        """Note that the directory will be created."""
 
 
 @runtime_checkable
 class Announced(Protocol):
-    """Pre-images that tell the changes of a transaction from those of another process."""
+    """Pre-images that distinguish a transaction's changes from those of another process."""
 
     def announce(self, path: str, after: bytes | int) -> None:
-        """The next change of this file appends these bytes, or puts the file with this inode in its place."""
+        """Note that the next change of this file appends these bytes, or replaces it by the file with this inode."""
 
 
 class Capture:
@@ -176,8 +178,8 @@ class Capture:
     Args:
         tree: the ``.lattice`` directory, as a real path.
         private: the scratch directory of the process, as a real path.
-        undo: gets the pre-image of everything before it is changed.
-        code: directories in which Python and its packages lie.
+        undo: gets the pre-image of every file before it is changed.
+        code: directories of Python and its packages.
     """
 
     def __init__(self, tree: str, private: str, undo: PreImages, code: Sequence[str]) -> None:
@@ -187,7 +189,7 @@ class Capture:
         self._undo = undo
         self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
         self.before_change: Callable[[], None] | None = None
-        """Called before each change of the tree, of which it may make some itself; see ``WriteSet``."""
+        """Called before each change of the tree; it may change the tree itself, see ``WriteSet``."""
         self._thread = 0
         self._touched = AccessLog()
         self._seen: set[str] = set()
@@ -198,7 +200,7 @@ class Capture:
 
     @contextmanager
     def watch(self) -> Iterator[AccessLog]:
-        """Watch this thread: what it touches is found in the yielded object, complete when the block ends."""
+        """Watch this thread; the yielded log of its actions is complete at the end of the block."""
         self._touched = AccessLog()
         self._seen.clear()
         self._moved.clear()
@@ -210,13 +212,13 @@ class Capture:
             self._thread = 0
 
     def announce(self, path: str, after: bytes | int) -> None:
-        """Note what the next change makes of a file; see ``UndoLog.announce``."""
+        """Announce the outcome of the next change of a file; see ``UndoLog.announce``."""
         if isinstance(self._undo, Announced):
             self._undo.announce(path, after)
 
     @contextmanager
     def _own_work(self) -> Iterator[None]:
-        """What the hook itself opens and renames is not the command's."""
+        """Ignore the files that the hook itself opens and renames."""
         thread, self._thread = self._thread, 0
         try:
             yield
@@ -224,7 +226,7 @@ class Capture:
             self._thread = thread
 
     def _hook(self, event: str, args: tuple[object, ...]) -> None:
-        # This runs a hundred times a command: what is not looked at must cost next to nothing.
+        # This runs a hundred times per command: ignored events must cost next to nothing.
         if self._thread == 0 or event in HARMLESS or threading.get_ident() != self._thread:
             return
         handler = _HANDLERS.get(event)
@@ -236,7 +238,9 @@ class Capture:
             handler(self, args)
 
     def _is_change(self, event: str, args: tuple[object, ...]) -> bool:
-        """Tell whether an event changes what a reader of the tree sees: not a lock, nor a file in the making."""
+        """Return whether an event changes a file that readers of the tree see; locks and temporary files do not
+        count.
+        """
         if event == "open":
             paths = args[:1] if isinstance(args[2], int) and args[2] & _WRITES else ()
         elif event in {"os.rename", "os.remove", "os.truncate"}:
@@ -259,16 +263,16 @@ class Capture:
     # --- where a path leads ---
 
     def _absolute(self, given: object) -> str:
-        """Return the path an event is about, absolute and without ``..``."""
+        """Return the path of an event, absolute and without ``..``."""
         if isinstance(given, bytes):
             given = os.fsdecode(given)
         if not isinstance(given, str):
             self._refuse("use a file in an unknown way")
         if not given.startswith("/"):
-            self._refuse("use a relative path")  # of what directory, the event for os.open(dir_fd=...) does not say
+            self._refuse("use a relative path")  # the event for os.open(dir_fd=...) does not name the directory
         path = os.path.normpath(given)
         if "/../" in given and f"{path}/".startswith((self._tree, self._private)):
-            self._refuse("use a path that goes up again")  # behind a symbolic link that leads elsewhere
+            self._refuse("use a path that goes up again")  # behind a symbolic link that leads outside
         return path
 
     def _check_real(self, path: str) -> None:
@@ -280,7 +284,7 @@ class Capture:
         if stat.S_ISLNK(mode):
             self._refuse(f"follow a symbolic link at {self._name(path)}")
         if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would hold the writer
+            self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would block the writer
 
     def _check_real_directory(self, path: str) -> None:
         if path not in self._real_directories:
@@ -288,7 +292,7 @@ class Capture:
             self._real_directories.add(path)
 
     def _name(self, path: str) -> str:
-        return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be no valid Unicode
+        return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be invalid Unicode
 
     def _read(self, given: object) -> None:
         path = self._absolute(given)
@@ -298,7 +302,7 @@ class Capture:
             self._refuse("read a file of the server")
 
     def _writable(self, given: object) -> str | None:
-        """Return the path if it is in the tree and wants a pre-image, None if it may be written freely."""
+        """Return the path if it is in the tree and needs a pre-image, None if it may be written freely."""
         path = self._absolute(given)
         if path.startswith(self._locks):
             self._check_real(path)
@@ -320,7 +324,7 @@ class Capture:
     def _open(self, args: tuple[object, ...]) -> None:
         given, flags = args[0], args[2]
         if isinstance(given, int):
-            return  # a descriptor that was opened under these eyes
+            return  # the opening of the descriptor was checked
         if not isinstance(flags, int) or not flags & _WRITES:
             self._read(given)
             return
@@ -379,7 +383,7 @@ class Capture:
 
     def _change_mode(self, args: tuple[object, ...]) -> None:
         if not isinstance(args[0], int):
-            self._writable(args[0])  # permissions and times are not shared; only the place matters
+            self._writable(args[0])  # permissions and times are not replicated; only the path matters
 
     def _truncate(self, args: tuple[object, ...]) -> None:
         if isinstance(args[0], int):
@@ -425,7 +429,7 @@ class Capture:
 
 
 def _mode(path: str) -> int:
-    """Return what kind of file a path is, 0 when there is none."""
+    """Return the file type bits of a path, 0 if there is none."""
     try:
         return os.lstat(path).st_mode
     except OSError:

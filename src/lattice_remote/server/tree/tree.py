@@ -1,8 +1,8 @@
-"""A project's replicated files as they were, and the operations that lead to what they are now.
+"""Replicated files of a project, and the operations from their known state to the disk.
 
-The tree on disk is the truth; ``Tree.files`` is what the clients have. After a command, only the paths it touched are
-compared; ``reconcile`` compares any. The differences become operations in the order in which the command wrote, so
-that a reader of a copy sees event logs before snapshots (I8).
+The tree on disk is the truth; ``ProjectTree.files`` is the clients' state. After a command only the paths it touched
+are compared; ``reconcile`` compares any. The differences become operations in the order in which the command wrote, so
+that a reader of a cache sees event logs before snapshots (I8).
 """
 
 import contextlib
@@ -56,9 +56,9 @@ __all__ = [
 
 
 def patch_between(before: bytes, after: bytes) -> bytes | None:
-    """Return a patch that turns the canonical JSON ``before`` into exactly the bytes ``after``, if it is a short one.
+    """Return a patch that turns the canonical JSON ``before`` into exactly the bytes ``after``, if it is short.
 
-    None when either is not JSON, ``after`` is not in canonical form, or the patch is not under half its size.
+    None if either is not JSON, ``after`` is not in canonical form, or the patch is not under half its size.
     """
     try:
         old, new = json.loads(before), json.loads(after)
@@ -68,7 +68,7 @@ def patch_between(before: bytes, after: bytes) -> bytes | None:
         encoded = json.dumps(patch, separators=(",", ":")).encode()
         if len(encoded) * 2 >= len(after):
             return None
-        # A patch can't set null, and Python takes 1 for true: what counts is that the bytes come out.
+        # A patch can't set null, and Python takes 1 for true: compare the resulting bytes.
         return encoded if canonical_json(merge_patch(old, patch)) == after else None
     except (ValueError, RecursionError):
         return None
@@ -86,27 +86,27 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 class SyncFailed(OSError):
-    """The disk could not keep what was written to it: nobody knows what is on it now.
+    """The disk lost written data; its content is unknown now.
 
-    Other errors of the storage come before anything was promised; after this one nothing may be acknowledged.
+    Other storage errors come before a promise; after this one nothing may be acknowledged.
     """
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
-    """One file: its size in bytes, SHA-256, and the signature by which a change of it is noticed."""
+    """One file: its size in bytes, SHA-256, and the signature by which a change is noticed."""
 
     size: int
     digest: bytes
     mtime_ns: int
     inode: int
     settled: bool = True
-    """False when the file was so young that another write could leave the same modification time."""
+    """False if the file was so young that another write could leave the same modification time."""
 
 
 class ManifestFile(msgspec.Struct, frozen=True):
-    """All files at (``epoch``, ``seq``). ``clean`` says that the worker ended in order and nothing ran after it.
+    """All files at (``epoch``, ``seq``). ``clean``: the worker stopped in order and nothing ran after it.
 
-    ``place`` names the journal directory that it was written in, see ``copied.py``.
+    ``place`` identifies the journal directory that it was written in, see ``repair.place_of``.
     """
 
     epoch: str
@@ -122,7 +122,7 @@ _decoder = msgspec.msgpack.Decoder(ManifestFile)
 
 
 def load_manifest(path: Path) -> ManifestFile | None:
-    """Return the manifest, None when there is none or it can't be read."""
+    """Return the manifest, None if it is missing or unreadable."""
     try:
         return _decoder.decode(path.read_bytes())
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
@@ -133,13 +133,13 @@ def save_manifest(path: Path, content: bytes) -> None:
     """Replace the manifest atomically with encoded ``content``; durable once this returns.
 
     Raises:
-        OSError: it could not be written; the old one is still there.
+        OSError: it could not be written; the old one remains.
     """
     files.write_atomically(path, content, mode=0o600, temporary=path.with_name(path.name + ".new"), sync=sync)
 
 
 def sync(descriptor: int) -> None:
-    """Make what was written to an open file durable.
+    """Make the written content of an open file durable.
 
     Raises:
         SyncFailed: the storage failed.
@@ -151,7 +151,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_files(paths: Iterable[str]) -> None:
-    """Make the content and the names of these files durable; those that are gone, that they are gone.
+    """Make the content and the names of these files durable; for missing files, their absence.
 
     Raises:
         SyncFailed: the storage failed.
@@ -181,37 +181,37 @@ def sync_directory(path: Path) -> None:
 
 
 INLINE_BYTES = 256 * 1024
-"""A file, or an addition to one, that is larger is announced, and fetched by each client in pieces."""
+"""A larger file or addition is announced, and each client fetches it in parts."""
 MAX_CHANGE_BYTES = 4 * 1024 * 1024
-"""What one change carries at most; what does not fit is announced."""
+"""Bound of one change's contents; further files are announced."""
 MAX_FOUND = 20_000
-"""How many files one look at the tree reports: with the longest names they fit in one frame."""
+"""Most files reported by one scan: with the longest names they fit in one frame."""
 MERGE_FROM_BYTES = 4096
-"""From this size on a JSON file that changes a little is sent as a patch."""
+"""Size from which a slightly changed JSON file is sent as a patch."""
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _MAX_HASHERS = 2048
 _RACY_NS = 50_000_000
-"""A file this young when it is looked at may change again under the same modification time."""
+"""A file younger than this when read may change again under the same modification time."""
 
 
 @dataclass
 class TreeDiff:
-    """Operations from ``Tree.files`` to the disk, and the states after them (None: gone), by path.
+    """Operations from ``ProjectTree.files`` to the disk, and the states after them (None: gone), by path.
 
-    Without operations the states only refresh the signatures of files whose content is as before.
+    Without operations the states only refresh the signatures of files with unchanged content.
     """
 
     operations: list[Operation] = field(default_factory=list)
     volatile: list[str] = field(default_factory=list)
-    """Files whose content the operations don't hold, or that were rewritten in place: to be made durable themselves."""
+    """Files whose content is not in the operations, or that were rewritten in place: to be made durable themselves."""
     states: dict[str, FileState | None] = field(default_factory=dict)
     is_partial: bool = False
-    """There may be more: look again once this is accepted."""
+    """There may be more: scan again once this is accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrustedDigest:
-    """A file whose content is known without reading it, for as long as nobody writes to it."""
+    """A file whose digest is known without reading it, until it is written to."""
 
     size: int
     mtime_ns: int
@@ -220,14 +220,14 @@ class TrustedDigest:
 
 @dataclass(frozen=True)
 class _Content:
-    """A file as it was read at one moment. ``data`` is None for a file that is too large to hold."""
+    """A file as read at one moment. ``data`` is None for a file that is too large to hold."""
 
     state: FileState
     data: bytes | None
     grown: bytes | None
-    """What follows the first ``old.size`` bytes when these are still the old content, else None."""
+    """Bytes after the first ``old.size`` if these are unchanged, else None."""
     tail: bytes = b""
-    """The digest of the last ``TAIL_BYTES`` before ``grown``."""
+    """Digest of the last ``TAIL_BYTES`` before ``grown``."""
 
 
 class ProjectTree:
@@ -240,7 +240,7 @@ class ProjectTree:
         self._hashers: OrderedDict[str, tuple[int, hashlib._Hash]] = OrderedDict()
 
     def accept(self, difference: TreeDiff) -> None:
-        """The difference has been numbered: these are the files now."""
+        """Take over the states of a difference that was numbered."""
         for path, state in difference.states.items():
             if state is None:
                 self.files.pop(path, None)
@@ -249,7 +249,7 @@ class ProjectTree:
                 self.files[path] = state
 
     def distrust(self, paths: Iterable[str]) -> None:
-        """Read these files at the next ``reconcile``, whatever their signatures."""
+        """Read these files at the next ``reconcile``, regardless of their signatures."""
         for path in paths:
             if (state := self.files.get(path)) is not None:
                 self.files[path] = msgspec.structs.replace(state, settled=False)
@@ -262,25 +262,25 @@ class ProjectTree:
         before: Callable[[str], bytes | None],
         vouched: Mapping[int, TrustedDigest] | None = None,
     ) -> TreeDiff:
-        """Compare what a command touched with what it was.
+        """Compare the files that a command touched with their states before.
 
         Args:
             touched: complete, from ``Capture.watch``.
-            before: returns the content that an absolute path had, None when not known.
-            vouched: files, by inode, of which a large one need not be read.
+            before: returns the earlier content of an absolute path, None if unknown.
+            vouched: trusted digests by inode; large files among them are not read.
         """
         return _Comparison(self, touched, before, None, vouched or {}).run()
 
-    # --- what others did ---
+    # --- changes by other programs ---
 
     def reconcile(
         self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True, limit: int | None = MAX_FOUND
     ) -> TreeDiff:
-        """Compare these paths (None: the whole tree) with what they were.
+        """Compare these paths (None: the whole tree) with their known states.
 
-        With ``trust_signatures`` a file whose size, modification time and inode are known counts as unchanged. With a
-        ``limit`` it ends after so many operations: a project that somebody copied in may have more than fit in a frame.
-        While the directory itself is not there, moved away by somebody, nothing is found: no file was deleted.
+        With ``trust_signatures`` a file with unchanged size, modification time and inode counts as unchanged. With a
+        ``limit`` it stops after that many operations: a project that was copied in may exceed a frame. If the directory
+        itself is missing, nothing is found: no file was deleted.
         """
         touched = AccessLog()
         if not os.path.isdir(self._prefix):
@@ -318,12 +318,12 @@ class ProjectTree:
                         continue
 
     def is_unchanged(self, path: str, status: os.stat_result) -> bool:
-        """Tell whether a file has the signature that it is known by."""
+        """Return whether a file still has its known, settled signature."""
         state = self.files.get(path)
         return state is not None and state.settled and has_signature(state, status)
 
     def status(self, path: str) -> os.stat_result | None:
-        """Return the status of a file of the tree; None when there is none, or a symbolic link on the way to it."""
+        """Return the status of a file of the tree; None if it is missing or behind a symbolic link."""
         full = self._prefix + path
         try:
             status = os.lstat(full)
@@ -344,15 +344,13 @@ class ProjectTree:
         appended: os.stat_result | None = None,
         vouched: Mapping[int, TrustedDigest] | None = None,
     ) -> _Content | None:
-        """Return the file as it is now, None when there is none.
+        """Return the current content of a file, None if there is none or the server may not read it.
 
         Args:
             path: relative.
-            old: what it was, or what the file that was renamed to it was.
-            appended: its status before it was first touched, if it was only ever appended to since.
-            vouched: files, by inode, of which a large one need not be read.
-
-        A file that the server may not read counts as none: nobody can be told what it holds.
+            old: its previous state, or that of the file renamed to it.
+            appended: its status before it was first touched, if it was only appended to since.
+            vouched: trusted digests by inode; large files among them are not read.
         """
         status = self.status(path)
         if status is None:
@@ -375,7 +373,7 @@ class ProjectTree:
         return self._read_whole(path, old, status)
 
     def _read_growth(self, path: str, old: FileState, status: os.stat_result) -> _Content:
-        """Read what was added, when nobody can have changed what was there before."""
+        """Read only the added bytes, where the earlier ones cannot have changed."""
         with open(self._prefix + path, "rb") as file:
             hasher = self._hasher(path, old, file.fileno())
             start = max(0, old.size - TAIL_BYTES)
@@ -387,7 +385,7 @@ class ProjectTree:
         return _Content(state, None, grown, digest_of(tail))
 
     def _hasher(self, path: str, old: FileState, descriptor: int) -> "hashlib._Hash":
-        """Return a hasher which has seen the file's first ``old.size`` bytes."""
+        """Return a hasher that has seen the file's first ``old.size`` bytes."""
         size, hasher = self._hashers.pop(path, (0, None))
         if hasher is None or size != old.size:
             _, hasher = files.hash_descriptor(descriptor, old.size)
@@ -411,7 +409,7 @@ class ProjectTree:
         return _Content(state, data, data[old.size :], digest_of(data[max(0, old.size - TAIL_BYTES) : old.size]))
 
     def absolute(self, path: str) -> str:
-        """Return the place on disk of a path of the tree."""
+        """Return the absolute path of a path of the tree."""
         return self._prefix + path
 
 
@@ -436,7 +434,7 @@ class _Comparison:
         self._moves = self._lasting_moves()
 
     def _lasting_moves(self) -> dict[str, str]:
-        """Return source by target for the renames whose outcome is still there."""
+        """Return source by target for the renames whose outcome still exists."""
         moves: dict[str, str] = {}
         for step in self._touched.steps:
             if isinstance(step, Move):
@@ -488,7 +486,7 @@ class _Comparison:
             self._result.states[path] = None
 
     def _write_before_move(self, source: str, target: str) -> None:
-        """The command wrote to ``source``, then renamed it: the same order for the clients."""
+        """Emit the write to ``source`` before its rename, in the command's order."""
         old = self._tree.files[source]
         content = self._tree.read(target, old, self._touched.appended.get(source))
         if content is not None:
@@ -505,7 +503,7 @@ class _Comparison:
         self._result.states[target] = content.state
 
     def _emit(self, path: str, was: str, old: FileState | None, content: _Content) -> None:
-        """Add the operation that makes the file at ``path`` what was read; none when it already is."""
+        """Add the operation that turns the known file at ``path`` into the one that was read, if they differ."""
         state = content.state
         if old is not None and old.digest == state.digest:
             return
@@ -537,7 +535,9 @@ class _Comparison:
 
 
 def has_signature(state: FileState, status: os.stat_result) -> bool:
-    """Return whether a file's status is the recorded one. The status change time is not: taking a link changes it."""
+    """Return whether a status matches the recorded one. Ignores the status change time, which a new hard link
+    changes.
+    """
     return (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -547,5 +547,5 @@ def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:
 
 
 def _reading_order(path: str) -> tuple[bool, str]:
-    """Event logs before everything else, as lattice writes them (I8)."""
+    """Sort event logs before other files, as lattice writes them (I8)."""
     return "events/" not in path, path

@@ -1,7 +1,7 @@
-"""Pre-images: what a command is about to change is kept, so that a command is all or nothing (I6).
+"""Undo log: pre-images of the files a command changes, so that a command is all or nothing (I6).
 
-The undo log holds one transaction. Everything is written with ``write()`` before the change itself: it survives the
-death of the process, not a power cut, and says so by the machine's boot id. ``docs/decisions/0001`` tells why.
+The undo log holds one transaction. Each pre-image is written with ``write()`` before the change itself: it survives the
+death of the process, but not a power cut, which the machine's boot id reveals. See ``docs/decisions/0001``.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from lattice_remote.server.record_format import frame, frames
 __all__ = ["Begin", "UndoLog"]
 
 SMALL_BYTES = 32 * 1024
-"""Up to this size a file's content is copied; a larger one that is replaced as a whole gets a second name instead."""
+"""Size up to which content is copied; a larger file that is replaced as a whole gets a hard link instead."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -43,7 +43,7 @@ class _Length(msgspec.Struct, frozen=True, tag="length"):
     path: str
     size: int
     added: bytes = b""
-    """The bytes that the transaction appends, where that is known: what follows them is another process's."""
+    """The bytes that the transaction appends, if known: bytes after them are another process's."""
 
 
 class _Content(msgspec.Struct, frozen=True, tag="content"):
@@ -51,7 +51,7 @@ class _Content(msgspec.Struct, frozen=True, tag="content"):
     data: bytes
     mode: int
     inode_after: int = 0
-    """Of the file that replaces it, where that is known: a third one is another process's."""
+    """Inode of the replacing file, if known: a third one is another process's."""
 
 
 class _Linked(msgspec.Struct, frozen=True, tag="linked"):
@@ -70,11 +70,11 @@ _encoder = msgspec.msgpack.Encoder()
 class UndoLog:
     """The pre-images of one transaction at a time, in ``directory``; paths are absolute.
 
-    On disk they are relative to the project, which lies around ``directory``: a copy of a project that is started
-    elsewhere must not restore anything in the original.
+    On disk they are relative to the project around ``directory``: a copy of a project started at another path must not
+    restore anything in the original.
 
-    Order: ``begin``, then any of the ``keep_`` methods before each change, then ``clear`` (it stays) or ``restore``.
-    All raise OSError when the storage fails. ``TreeState`` tells readers which of these it is.
+    Order: ``begin``, then any ``keep_`` method before each change, then ``clear`` (it stays) or ``restore``. All raise
+    OSError if the storage fails. ``TreeState`` shows readers the current stage.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -84,7 +84,7 @@ class UndoLog:
         self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._images: dict[str, _Image] = {}
         self.of_others: list[str] = []
-        self._announced: tuple[str, bytes | int] = ("", 0)  # a path, and what its next change makes of it
+        self._announced: tuple[str, bytes | int] = ("", 0)  # a path, and the announced outcome of its next change
         self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
         """Called with the path and the size of a file before its content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
@@ -106,12 +106,12 @@ class UndoLog:
                 log._images[image.path] = image
                 log._linked += isinstance(image, _Linked)
         if data and log._begin is None:
-            os.ftruncate(log._descriptor, 0)  # killed before even the first record was whole
+            os.ftruncate(log._descriptor, 0)  # killed before the first record was whole
         return log
 
     @property
     def pending(self) -> Begin | None:
-        """The transaction that the log holds pre-images of; None when there is nothing to restore."""
+        """The transaction with pre-images in the log; None if there is nothing to restore."""
         return self._begin if self._size else None
 
     def begin(self, transaction: Begin) -> None:
@@ -121,7 +121,7 @@ class UndoLog:
         self._announced = "", 0
 
     def clear(self, seq: int | None = None) -> None:
-        """The transaction stays (or there was none): forget the pre-images. ``seq`` is the number of its change."""
+        """Drop the pre-images: the transaction stays, or there was none. ``seq`` is the number of its change."""
         if self._size:
             os.ftruncate(self._descriptor, 0)
         for number in range(self._linked):
@@ -145,14 +145,14 @@ class UndoLog:
     # --- before a change ---
 
     def announce(self, path: str, after: bytes | int) -> None:
-        """The next change of this file appends these bytes, or puts the file with this inode in its place.
+        """Note that the next change of this file appends these bytes, or replaces it by the file with this inode.
 
-        A process that dies releases lattice's locks. What plain lattice writes after that is told apart, and stays.
+        A process that dies releases lattice's locks. Later writes of plain lattice are recognized by this, and stay.
         """
         self._announced = path, after
 
     def keep_for_append(self, path: str) -> None:
-        """Something will be added at the end of this file, or it will be created."""
+        """Note that the file will be appended to, or created."""
         after, known = self._take_announced(path), self._images.get(path)
         added = after if isinstance(after, bytes) else b""
         if known is None:
@@ -162,7 +162,7 @@ class UndoLog:
             self._keep(_Length(path, known.size, known.added + added if added else b""))
 
     def keep_for_rewrite(self, path: str) -> None:
-        """This file will be changed in place, or created."""
+        """Note that the file will be changed in place, or created."""
         known = self._images.get(path)
         status = _status(path)
         if status is None:
@@ -171,7 +171,7 @@ class UndoLog:
             return
         self.before_overwrite(path, status.st_size)
         for image in list(self._images.values()):
-            # A second name protects against replacing, not against changing the one file behind both names.
+            # A hard link protects against replacing, not against changing the one file behind both names.
             if isinstance(image, _Linked) and image.inode == status.st_ino:
                 self._keep_content(image.path, path, image.size)
         if known is None:
@@ -180,13 +180,13 @@ class UndoLog:
             self._keep_content(path, path, known.size)
 
     def keep_for_replace(self, path: str) -> None:
-        """This name will be removed, or given to another file."""
+        """Note that this name will be removed, or given to another file."""
         if (status := _status(path)) is not None:
             self.before_overwrite(path, status.st_size)
         self.keep_for_move(path)
 
     def keep_for_move(self, path: str) -> None:
-        """This file will get another name."""
+        """Note that the file will be renamed."""
         after, known = self._take_announced(path), self._images.get(path)
         inode_after = after if isinstance(after, int) else 0
         if known is not None and not isinstance(known, _Length):
@@ -203,12 +203,12 @@ class UndoLog:
             self._keep_content(path, path, size, inode_after)
 
     def keep_directory(self, path: str) -> None:
-        """This directory will be made."""
+        """Note that the directory will be created."""
         if path not in self._images and not os.path.lexists(path):
             self._keep(_Directory(path))
 
     def before(self, path: str) -> bytes | None:
-        """Return the content that a path had before the transaction, None when that is not (cheaply) known."""
+        """Return the content that a path had before the transaction, None if unknown or costly."""
         match self._images.get(path):
             case _Content(data=data):
                 return data
@@ -235,7 +235,7 @@ class UndoLog:
         return True
 
     def _take_announced(self, path: str) -> bytes | int:
-        """Return what was announced for this change of a file; 0 for nothing."""
+        """Return the announced outcome of this change of a file; 0 for none."""
         announced, after = self._announced
         if announced != path:
             return 0
@@ -248,17 +248,17 @@ class UndoLog:
             assert self._begin is not None, "begin() comes before the first change"
             data = frame(_encoder.encode(self._begin)) + data
         if os.write(self._descriptor, data) != len(data):
-            os.ftruncate(self._descriptor, self._size)  # nothing behind a torn record would ever be read
+            os.ftruncate(self._descriptor, self._size)  # records behind a torn one would never be read
             raise OSError("short write to the undo log")
         self._size += len(data)
         self._images[image.path] = image
         if not self._state.is_open and not os.path.basename(image.path).startswith(".tmp."):
-            self._show(self._state._replace(is_open=True))  # a file in the making is no reader's
+            self._show(self._state._replace(is_open=True))  # no reader sees a temporary file
 
     # --- going back ---
 
     def restore(self) -> list[str]:
-        """Put back every pre-image and ``clear``; return the paths. Killed half way, it can be done again.
+        """Restore every pre-image and ``clear``; return the paths. May be repeated after a kill.
 
         ``of_others`` then has the paths in which the writes of another process stay.
         """
@@ -272,7 +272,7 @@ class UndoLog:
         return paths
 
     def _is_anothers(self, path: str, inode_after: int) -> bool:
-        """Tell whether a file is neither as before the transaction nor as the transaction made it."""
+        """Return whether a file is neither as before the transaction nor as the transaction made it."""
         status = _status(path)
         if not inode_after or status is None or status.st_ino == inode_after:
             return False
@@ -281,11 +281,11 @@ class UndoLog:
     def _restore_one(self, image: _Image) -> None:
         match image:
             case _Absent(path=path):
-                with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory was there before, too
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory existed before, too
                     os.unlink(path)
             case _Directory(path=path):
                 with contextlib.suppress(OSError):
-                    os.rmdir(path)  # only when nothing else came to lie there
+                    os.rmdir(path)  # only if no other file is in it
             case _Length(path=path, size=size, added=added):
                 with contextlib.suppress(FileNotFoundError):
                     if _cut(path, size, added):
@@ -303,7 +303,7 @@ class UndoLog:
                 os.link(self._links / name, scratch)
                 os.truncate(scratch, size)
                 os.replace(scratch, path)
-                # rename() does nothing when both names are the same file already.
+                # rename() does nothing if both names are the same file already.
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(scratch)
 
@@ -317,7 +317,7 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _cut(path: str, size: int, added: bytes) -> bool:
-    """Take off what the transaction has appended to the first ``size`` bytes; return whether another process's stay."""
+    """Remove the bytes that the transaction appended after ``size``; return whether another process's bytes stay."""
     if os.stat(path).st_size <= size:
         return False
     with open(path, "rb") as file:

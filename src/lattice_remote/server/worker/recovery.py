@@ -23,7 +23,7 @@ from lattice_remote.server.journal.repair import (
     is_copied,
     is_snapshot,
     log_of,
-    mend_copy,
+    repair_copy,
 )
 from lattice_remote.server.journal.segment import remove_segments
 from lattice_remote.server.tree.capture import Capture
@@ -106,7 +106,7 @@ def open_store(
     journal = Journal.open(directory, retention)
     repaired: list[str] = []
     if adopted is None and copied and listed is not None and journal is not None:
-        repaired = mend_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
+        repaired = repair_copy(ProjectTree(project / ".lattice", {}), journal, listed, kept=undo.before)
         undo.clear()  # copied later than the files, so its pre-images may belong to a later command
     is_new = adopted is not None and (journal is None or journal.find(adopted.id) is None)
     if adopted is not None and is_new:
