@@ -142,7 +142,7 @@ def test_adding_a_remote_with_an_unknown_token_is_refused_and_touches_nothing(sh
     before = {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()}
     refused = mine.run("remote", "add", "origin", server.url, "--project", "board", "--token", "x")
     assert refused.returncode == 1
-    assert "no token, or one that is not known here" in refused.stderr
+    assert "missing or unknown token" in refused.stderr
     assert {path: path.read_bytes() for path in mine.lattice_dir.rglob("*") if path.is_file()} == before
     assert "OWN-2" in mine.ok("create", "Still local", "--actor", "human:me")
 

@@ -297,7 +297,7 @@ def test_renamed_archived_and_deleted_projects_tell_their_clients(
     ana.ok("create", "before", *ANA)
     server.admin("project", "rename", "board", "site")
     lost = ana.run("create", "lost", *ANA)
-    assert lost.returncode == 1 and "'board' is called 'site' now: lattice remote set-url" in lost.stderr
+    assert lost.returncode == 1 and "'board' is now called 'site': lattice remote set-url" in lost.stderr
     ana.ok("remote", "set-url", "origin", server.url, "--project", "site")
     ana.ok("create", "after", *ANA)
     assert not differences(ana.lattice_dir, server.lattice_dir("site"))

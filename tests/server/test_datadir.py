@@ -66,7 +66,7 @@ async def test_the_server_warns_when_everybody_may_change_who_may_do_what(
     path = data.path / name
     mode = path.stat().st_mode
     path.chmod(mode | 0o002)
-    assert await warnings() == [f"everybody on this machine may change {path}; run: chmod o-w {path}"]
+    assert await warnings() == [f"any user on this machine can change {path}; run: chmod o-w {path}"]
     path.chmod(mode | 0o020)  # a group has been chosen
     assert await warnings() == []
 

@@ -108,7 +108,7 @@ def test_a_log_that_nobody_reads_holds_nobody_up() -> None:
     os.set_blocking(process.stderr.fileno(), True)
     _, after = process.communicate("\n", timeout=30)
     lines = (before + after).splitlines()
-    left_out = next(int(line.split()[0]) for line in lines if "were left out here" in line)
+    left_out = next(int(line.split()[0]) for line in lines if "were dropped here" in line)
     assert left_out == 900 - sum(line.startswith("xx") for line in lines)
     assert lines[-1] == "read again"
 
@@ -129,7 +129,7 @@ def test_a_line_that_the_disk_takes_in_part_spoils_no_other(tmp_path: Path) -> N
     *whole, torn, left_out, last = log.read_text().splitlines()
     assert [json.loads(line)["msg"] for line in whole] == ["x" * 100] * len(whole)
     assert 0 < len(torn) < len(whole[0])
-    assert json.loads(left_out)["msg"].startswith(f"{20 - len(whole)} lines were left out here")
+    assert json.loads(left_out)["msg"].startswith(f"{20 - len(whole)} lines were dropped here")
     assert json.loads(last)["msg"] == "room again"
 
 
@@ -148,6 +148,6 @@ def test_a_flood_of_news_fills_no_disk_and_hides_no_warning() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     lines = done.stderr.splitlines()
     assert lines[-1] == "serious"
-    left_out = sum(int(line.split()[0]) for line in lines if "were left out here" in line)
+    left_out = sum(int(line.split()[0]) for line in lines if "were dropped here" in line)
     assert lines.count("news") + left_out == 20_000
     assert left_out > 1000

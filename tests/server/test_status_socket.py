@@ -156,4 +156,4 @@ def test_a_server_that_says_something_else_is_one_line(tmp_path: Path) -> None:
     data = make_data(tmp_path / "data")
     with saying(data.path, [b'{"running": 1}']):
         done = CliRunner().invoke(app, ["--data", str(data.path), "status", "--json"])
-    assert "did not say how it is" in str(done.exception), done.output
+    assert "unexpected response from the server" in str(done.exception), done.output

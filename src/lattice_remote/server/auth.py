@@ -1,6 +1,6 @@
-"""Who may use the running server, at this moment: the tokens of ``tokens.json``, and what has become of them since.
+"""Authentication: the tokens of ``tokens.json`` as the running server knows them, their last use, the signing key.
 
-Every way in asks the same two questions: ``find()`` once, then ``objection()`` for as long as the client stays.
+A request calls ``find()`` once, then ``objection()`` for as long as the client stays.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ __all__ = ["SAVE_EVERY_S", "LastUse", "Login", "Logins", "read_last_uses", "sign
 
 
 class Login(msgspec.Struct, frozen=True):
-    """A client that has shown a token: the token as it was then, and the digest of the text that was shown."""
+    """An authenticated client: the token at that time, and the digest of the text it showed."""
 
     token: Token
     sha256: str
@@ -36,7 +36,7 @@ def _now() -> datetime:
 
 
 class Logins:
-    """The tokens as the running server knows them. ``refresh()`` must be called now and then."""
+    """The tokens as the running server knows them. Call ``refresh()`` regularly."""
 
     def __init__(self, path: Path, *, now: Callable[[], datetime] = _now) -> None:
         self._file = TokenFile(path)
@@ -45,7 +45,7 @@ class Logins:
         self._signature: Signature | None = None
         self._by_id: dict[str, Token] = {}
         self._by_digest: dict[str, Token] = {}
-        self._next_end: datetime | None = None  # when the next of them, or of their old texts, ends
+        self._next_end: datetime | None = None  # when the next token, or old text of one, expires
 
     def refresh(self) -> bool:
         """Read the file again if it has changed; return whether an ``objection()`` may have arisen since the last call.
@@ -70,22 +70,22 @@ class Logins:
         return True
 
     def find(self, text: str) -> Login | None:
-        """Return whose text this is, None when it is nobody's. Whether it is still valid ``objection()`` says.
+        """Return the login of a token's text, None if it is unknown. ``objection()`` checks whether it is still valid.
 
-        It costs one digest and one look into a table, however many tokens there are. The time that the look takes
-        tells nothing: nobody can choose the digest of what he sends.
+        Takes one digest and one table lookup, however many tokens there are. The lookup's time reveals nothing: a
+        client cannot choose the digest of its text.
         """
         digest = digest_of_text(text)
         token = self._by_digest.get(digest)
         return None if token is None else Login(token, digest)
 
     def recall(self, token_id: str, sha256: str) -> Login | None:
-        """Return the login of whoever has shown the text with this digest before; None when the token is gone."""
+        """Return the login of a text shown before, by its digest; None if the token is gone."""
         token = self._by_id.get(token_id)
         return None if token is None else Login(token, sha256)
 
     def objection(self, login: Login) -> Bye | None:
-        """Return why this client may not stay, None when it may."""
+        """Return why this client may not stay, None if it may."""
         was, now = login.token, self._now()
         token = self._by_id.get(was.id)
         if token is None:
@@ -125,13 +125,13 @@ def _bye(reason: str, *, retry_after_s: float | None = None) -> Bye:
 
 
 SAVE_EVERY_S = 60.0
-"""How often a running server writes what has changed."""
+"""Interval at which a running server writes changes."""
 
 _log = logging.getLogger(__name__)
 
 
 def read_last_uses(path: Path) -> dict[str, datetime]:
-    """Return when each token, by its id, was last used; nothing when that is not known."""
+    """Return the last use of each token, by its id; empty if unknown."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Annotated[datetime, Meta(tz=True)]])
     except (OSError, msgspec.DecodeError):
@@ -139,7 +139,7 @@ def read_last_uses(path: Path) -> dict[str, datetime]:
 
 
 class LastUse:
-    """The file, as its one writer knows it. All methods belong to the event loop's thread."""
+    """The file of last uses, for its single writer. All methods belong to the event loop's thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -154,7 +154,7 @@ class LastUse:
             self._changed = True
 
     async def save(self, known: set[str]) -> None:
-        """Write what has changed, without tokens that are not ``known`` any more. A failure is logged."""
+        """Write changes, without tokens that are no longer ``known``. A failure is logged."""
         if not self._changed:
             return
         self._changed = False
@@ -170,18 +170,18 @@ _KEY_BYTES = 32
 
 
 def signing_key(path: Path) -> bytes:
-    """Return the server's key, made when there is none yet. The caller holds the data directory's lock.
+    """Return the server's key, created if missing. The caller holds the data directory's lock.
 
-    One that is no key, or that others could read, is replaced: all it costs is that everybody signs in again.
+    An invalid key, or one that others could read, is replaced: browsers must sign in again.
 
     Raises:
-        StorageError: the file can't be read, or the new one can't be written.
+        StorageError: the file cannot be read, or the new one cannot be written.
     """
     return _kept(path) or _made(path)
 
 
 def _kept(path: Path) -> bytes:
-    """Return the key; nothing when it is none, or not its owner's alone."""
+    """Return the key; None if it is invalid or not its owner's alone."""
     try:
         key = path.read_bytes()
         private = not path.stat().st_mode & 0o077

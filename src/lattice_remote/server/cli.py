@@ -1,7 +1,7 @@
 """``lattice-remote``: the administrator's command line.
 
-Errors are one line on stderr that says what to do next, exit 1; a wrong command line is exit 2. What a script reads
-(a token, a listing with --json, the address) is alone on stdout.
+Errors are one line on stderr that names the remedy, exit 1; a wrong command line is exit 2. Output for scripts (a
+token, a listing with --json, the address) is alone on stdout.
 """
 
 import os
@@ -28,14 +28,14 @@ from lattice_remote.text import as_lines, as_records, columns
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="The server of lattice-remote: one Lattice board for many machines.\n\n"
+    help="The server of lattice-remote: Lattice projects shared by many machines.\n\n"
     "lattice-remote init ./board; lattice-remote --data ./board project create web --code WEB; "
     "lattice-remote --data ./board start",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-_projects = typer.Typer(help="The projects on this server.", no_args_is_help=True)
-_tokens = typer.Typer(help="Who may use them.", no_args_is_help=True)
+_projects = typer.Typer(help="Manage the projects on this server.", no_args_is_help=True)
+_tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True)
 app.add_typer(_projects, name="project")
 app.add_typer(admin.app)
 app.add_typer(monitoring.app)
@@ -48,7 +48,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     try:
         app(prog_name="lattice-remote")
     except RemoteError as error:
@@ -103,31 +103,34 @@ def start(  # noqa: PLR0917 - Typer calls it
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 picks a free one.")] = 8443,
     tls_cert: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PEM: the certificate to speak TLS with.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="PEM file of the TLS certificate.", show_default=False)
     ] = None,
     tls_key: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="PEM: its private key, with no password.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM file of its private key, without a password.", show_default=False),
     ] = None,
     behind_proxy: Annotated[
         list[str] | None,
-        typer.Option(metavar="ADDRESS", help="A proxy, or a network of them, that says who asks; may be repeated."),
+        typer.Option(metavar="ADDRESS", help="A trusted proxy, or a network of them; may be repeated."),
     ] = None,
     metrics_listen: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Serve metrics there, to whoever can reach it.", show_default=False),
+        typer.Option(
+            metavar="HOST:PORT", help="Serve metrics on this address, without authentication.", show_default=False
+        ),
     ] = None,
     log_format: Annotated[
-        Literal["text", "json"], typer.Option(help="Lines for people, or JSON.", envvar=FORMAT_VARIABLE)
+        Literal["text", "json"], typer.Option(help="Log format: text or JSON.", envvar=FORMAT_VARIABLE)
     ] = "text",
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
-        typer.Option(help="With warning: no line for each request.", envvar=LEVEL_VARIABLE),
+        typer.Option(help="Log level; warning omits the line per request.", envvar=LEVEL_VARIABLE),
     ] = "info",
     data: DataOption = None,
 ) -> None:
-    """Run the server. Prints one line once it is ready; ends in order on SIGTERM and Ctrl-C.
+    """Run the server. Prints one line once it is ready; stops in order on SIGTERM and Ctrl-C.
 
-    The options on TLS, proxies and metrics take the place of tls, trusted_proxies and metrics_listen in config.json.
+    Options for TLS, proxies and metrics override tls, trusted_proxies and metrics_listen in config.json.
 
     Example: lattice-remote --data ./board start --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem
     """
@@ -156,15 +159,15 @@ def start(  # noqa: PLR0917 - Typer calls it
 @_projects.command("create")
 def create_project(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    slug: Annotated[str, typer.Argument(help="Its name in URLs: lower case letters, digits, dashes.")],
-    code: Annotated[str, typer.Option(help="The prefix of its tasks, 1 to 5 letters, such as LAT for LAT-1.")],
+    slug: Annotated[str, typer.Argument(help="Name in URLs: lower case letters, digits, dashes.")],
+    code: Annotated[str, typer.Option(help="Prefix of its tasks, 1 to 5 letters, such as LAT for LAT-1.")],
     name: Annotated[str | None, typer.Option(help="A title for people.", show_default=False)] = None,
     actor: Annotated[
-        str | None, typer.Option(help="Who acts when a command names nobody, such as human:ana.", show_default=False)
+        str | None, typer.Option(help="Default actor of commands, such as human:ana.", show_default=False)
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """Create a project; a running server has it at once.
+    """Create a project; a running server serves it at once.
 
     Example: lattice-remote project create web --code WEB --name "The web site"
     """
@@ -192,12 +195,12 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
 def log(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
     slug: Annotated[str, typer.Argument(help="The project.")],
-    task: Annotated[str, typer.Option(metavar="ID", help="Only what touched this task: LAT-42 or task_...")] = "",
-    number: Annotated[int, typer.Option("-n", min=1, help="How many changes.")] = 20,
+    task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
+    number: Annotated[int, typer.Option("-n", min=1, help="Number of changes.")] = 20,
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Show who changed what, when, and through which token; newest first. The server may run or not.
+    """Show the changes of a project with time, actor and token, newest first. The server may run or not.
 
     Example: lattice-remote log web --task WEB-42 -n 5
     """
@@ -212,7 +215,7 @@ def log(  # noqa: PLR0917 - Typer calls it
         found = {"entries": as_records(entries, names), "epoch": present_epoch(paths), "more": more}
         typer.echo(msgspec.json.encode(found).decode())
         return
-    for line in as_lines(entries, names, present_epoch(paths)) or ["No changes are kept."]:
+    for line in as_lines(entries, names, present_epoch(paths)) or ["The journal has no changes."]:
         typer.echo(line)
 
 
@@ -222,19 +225,19 @@ def fsck(
     project: Annotated[
         list[str] | None, typer.Option(metavar="SLUG", help="Only this project; may be repeated.", show_default=False)
     ] = None,
-    mend: Annotated[bool, typer.Option("--mend", help="Mend what can be mended; the server must be stopped.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair the findings; the server must be stopped.")] = False,
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Check journals, files, tokens and settings, every byte. Exits with 0 when all is well, 1 when not, 2 if it can't.
+    """Check journals, files, tokens and settings, every byte. Exit code 0: no findings; 1: findings; 2: check failed.
 
-    Example: lattice-remote fsck --project web --mend
+    Example: lattice-remote fsck --project web --repair
     """
     from lattice_remote.server.maintenance import fsck as checking
 
     target = _data(context, data)
     try:
-        report = checking.fsck(target, checking.chosen(target, project), mend=mend)
+        report = checking.fsck(target, checking.chosen(target, project), repair=repair)
     except RemoteError as error:
         typer.echo(f"Error: {error.message}", err=True)
         raise typer.Exit(2) from error
@@ -249,20 +252,21 @@ def fsck(
 def create_token(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
     project: Annotated[
-        list[str] | None, typer.Option(metavar="SLUG", help="A project it is for; may be repeated.", show_default=False)
+        list[str] | None,
+        typer.Option(metavar="SLUG", help="A project it gives access to; may be repeated.", show_default=False),
     ] = None,
-    actor: Annotated[str, typer.Option(help="Whose it is, such as human:ana.", show_default=False)] = "",
+    actor: Annotated[str, typer.Option(help="Its actor, such as human:ana.", show_default=False)] = "",
     act_as: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Further actors it may name, such as 'agent:*'; may be repeated."),
+        typer.Option(metavar="PATTERN", help="Further actors it may act as, such as 'agent:*'; may be repeated."),
     ] = None,
     expires: Annotated[
         str, typer.Option(metavar="WHEN", help="90d (m, h, d, w), a date such as 2030-12-31, or never.")
     ] = "never",
-    metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics alone, in place of projects.")] = False,
+    metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics alone, instead of projects.")] = False,
     data: DataOption = None,
 ) -> None:
-    """Create a token. It is printed alone on stdout, once: only its digest is kept.
+    """Create a token. It is printed alone on stdout, once: only its digest is stored.
 
     Example: lattice-remote token create --project web --actor human:ana --act-as 'agent:*' --expires 90d
     """
@@ -270,9 +274,9 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     target.config()
     ends = expiry(expires, datetime.now(UTC))
     if metrics and (project or actor or act_as):
-        raise Misuse("a token for metrics is for no project and no actor; make another for those")
+        raise Misuse("a token for metrics has no project and no actor; create another for those")
     if not metrics and not (project and actor):
-        raise Misuse("a token is for at least one project and an actor; name them with --project and --actor")
+        raise Misuse("a token needs at least one project and an actor; name them with --project and --actor")
     for slug in project or []:
         if not target.has_project(slug):
             raise Misuse(
@@ -284,13 +288,13 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     else:
         token, text = file.create(projects=project or [], actor=actor, act_as=act_as or [], expires=ends)
     until = "" if ends is None else f" until {shown(ends, '')}"
-    typer.echo(f"{token.id} for {token.actor}{until}; the token is shown only this once:", err=True)
+    typer.echo(f"{token.id} for {token.actor}{until}; the token is shown only once:", err=True)
     typer.echo(text)
 
 
 @_tokens.command("list")
 def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
-    """List the tokens; their texts are not known here.
+    """List the tokens, without their texts, which are not stored.
 
     Example: lattice-remote token list
     """
@@ -320,7 +324,7 @@ def rotate_token(
     context: typer.Context,
     id_or_token: Annotated[str, typer.Argument(help="Its id, or the token itself.")],
     grace: Annotated[
-        str, typer.Option(metavar="TIME", help="How long the old text works on: 30m, 1h, 7d; 0 ends it at once.")
+        str, typer.Option(metavar="TIME", help="Time the old text stays valid: 30m, 1h, 7d; 0 ends it at once.")
     ] = "0",
     data: DataOption = None,
 ) -> None:
@@ -333,7 +337,7 @@ def rotate_token(
     left = timedelta() if grace == "0" else duration(grace)
     token, text = TokenFile(target.tokens).rotate(id_or_token, grace=left)
     old = "no longer works" if grace == "0" else f"works until {shown(token.old_until, '')}"
-    typer.echo(f"{token.id} for {token.actor}; the old text {old}; the new one is shown only this once:", err=True)
+    typer.echo(f"{token.id} for {token.actor}; the old text {old}; the new one is shown only once:", err=True)
     typer.echo(text)
 
 
@@ -372,5 +376,5 @@ def _expiry_of(token: Token) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print columns, as wide as they need to be."""
+    """Print columns, as wide as needed."""
     typer.echo("\n".join(columns([head, *rows])))

@@ -1,24 +1,24 @@
-"""The server's data directory: where things are in it, and how it and its projects are made.
+"""Data directory of the server: layout and creation.
 
-    config.json                     settings, see ``settings.py``
-    tokens.json                     who may do what, mode 0600, see ``tokens.py``
-    signing-key                     of browsers' cookies, mode 0600, see ``signing_key.py``
-    tokens-used.json                when tokens were last in use, see ``lastuse.py``
+    config.json                     settings, see ``config.py``
+    tokens.json                     tokens and their rights, mode 0600, see ``tokens.py``
+    signing-key                     of browsers' cookies, mode 0600, see ``auth.py``
+    tokens-used.json                last use of each token, see ``auth.py``
     projects/<slug>/.lattice/       a plain Lattice directory, valid at every moment (I12)
-    projects/<slug>/journal/        the numbered changes, see ``journal.py``
+    projects/<slug>/journal/        the numbered changes, see ``journal/``
     projects/<slug>/tmp/            the worker's scratch
-    projects/<slug>/uploads/        content on its way in, kept for a day, see ``staging.py``
-    projects/<slug>/set-aside/      what was in the way of mending, see ``fsck.py``
-    projects/<slug>/incoming/       projects that were pushed and are being checked
-    projects/<slug>/adopting/       one that is being put in place, see ``adoption.py``
-    archived/<slug>/                projects that nobody is served
-    trash/<slug>-<time>/            projects that were deleted
-    renamed.json                    what projects were called before
+    projects/<slug>/uploads/        uploads, kept for a day, see ``project/uploads.py``
+    projects/<slug>/set-aside/      files moved away by a repair, see ``maintenance/fsck.py``
+    projects/<slug>/incoming/       pushed projects being checked
+    projects/<slug>/adopting/       a pushed project being put in place, see ``worker/project_import.py``
+    archived/<slug>/                projects that are not served
+    trash/<slug>-<time>/            deleted projects
+    renamed.json                    former names of projects
     .lock                           held by the running server
-    status.sock                     tells how the running server is, see ``monitoring/statussocket.py``
+    status.sock                     status of the running server, see ``status.py``
 
-All but ``signing-key``, ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``, ``trash/``, the lock and the
-socket is needed to restore a server, and nothing else is.
+Restoring a server needs all but ``signing-key``, ``tokens-used.json``, ``tmp/``, ``uploads/``, ``incoming/``,
+``trash/``, the lock and the socket, and nothing else.
 """
 
 import contextlib
@@ -55,11 +55,11 @@ class ProjectSummary(msgspec.Struct, frozen=True):
     tasks: int
     archived: int
     state: str
-    """``active``, or ``archived``: nobody is served."""
+    """``active``, or ``archived``: not served."""
 
 
 class ProjectPaths:
-    """Where one project's files are."""
+    """Paths of one project."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -72,7 +72,7 @@ class ProjectPaths:
         """Held by the project's worker process for as long as it lives."""
 
     def upload(self, token_id: str, digest: bytes) -> Path:
-        """Return where content is that was uploaded whole with a token; any string may be a token's id."""
+        """Return the path of a complete upload made with a token; any string may be a token's id."""
         owner = hashlib.sha256(token_id.encode(errors="surrogatepass")).hexdigest()[:16]
         return self.uploads / f"{owner}-{digest.hex()}"
 
@@ -92,14 +92,14 @@ class DataDir:
         self._renamed = path / "renamed.json"
 
     def create(self) -> None:
-        """Make the directory, its settings and an empty ``tokens.json``.
+        """Create the directory, its settings and an empty ``tokens.json``.
 
         Raises:
-            Misuse: it is a data directory already.
+            Misuse: it is already a data directory.
             StorageError: it cannot be written.
         """
         if self._config.exists():
-            raise Misuse(f"{self.path} is a data directory already")
+            raise Misuse(f"{self.path} is already a data directory")
         with _storage_errors(f"cannot create {self.path}"):
             self.projects.mkdir(parents=True, exist_ok=True)
             if not self.tokens.exists():
@@ -110,7 +110,7 @@ class DataDir:
         """Return the settings.
 
         Raises:
-            Misuse: the directory was never initialised, or ``config.json`` is not what it must be.
+            Misuse: the directory was never initialised, or ``config.json`` is invalid.
         """
         try:
             return msgspec.json.decode(self._config.read_bytes(), type=Config)
@@ -122,12 +122,12 @@ class DataDir:
             raise Misuse(f"{self._config}: {error}") from error
 
     def writable_by_everybody(self) -> list[Path]:
-        """Return what any user of the machine may change, of the files and directories that say who may do what."""
+        """Return the files and directories controlling access that any user of the machine may change."""
         paths = (self.path, self._config, self.tokens, self.projects)
         return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
 
     def lock(self) -> int:
-        """Take the data directory for this server; return the descriptor that holds the lock.
+        """Lock the data directory for this server; return the descriptor that holds the lock.
 
         Raises:
             Misuse: another server runs on it.
@@ -150,15 +150,15 @@ class DataDir:
         return [name for name in names if self.has_project(name)]
 
     def has_project(self, slug: str) -> bool:
-        """Tell whether there is such a project; any string may be asked for (I9)."""
+        """Return whether this project exists; any string may be asked for (I9)."""
         return _is_project(self.projects, slug)
 
     def is_archived(self, slug: str) -> bool:
-        """Tell whether there is such a project, which nobody is served; any string may be asked for."""
+        """Return whether this project is archived; any string may be asked for."""
         return _is_project(self.archived, slug)
 
     def archived_slugs(self) -> list[str]:
-        """Return the names of the projects that nobody is served, sorted."""
+        """Return the names of the archived projects, sorted."""
         try:
             names = sorted(os.listdir(self.archived))
         except FileNotFoundError:
@@ -166,34 +166,34 @@ class DataDir:
         return [name for name in names if self.is_archived(name)]
 
     def renamed(self) -> dict[str, str]:
-        """Return what projects are called now, by what they were called; empty when that can't be read."""
+        """Return the current names of projects by their former ones; empty if unreadable."""
         try:
             return msgspec.json.decode(self._renamed.read_bytes(), type=dict[str, str])
         except (OSError, msgspec.DecodeError):
             return {}
 
     def save_renamed(self, renamed: dict[str, str]) -> None:
-        """Replace what ``renamed`` returns.
+        """Replace the mapping that ``renamed`` returns.
 
         Raises:
-            StorageError: it can't be written.
+            StorageError: it cannot be written.
         """
         with _storage_errors("cannot write renamed.json"):
             write_atomically(self._renamed, msgspec.json.format(msgspec.json.encode(renamed)) + b"\n")
 
     def project(self, slug: str) -> ProjectPaths:
-        """Return where a project's files are; ``slug`` is one that ``has_project()`` knows."""
+        """Return the paths of a project; ``slug`` is one that ``has_project()`` knows."""
         assert _SLUG.fullmatch(slug), "a slug is checked before it becomes a path"
         return ProjectPaths(self.projects / slug)
 
     def create_project(self, slug: str, *, code: str, name: str | None, actor: str | None) -> None:
-        """Make a project with lattice's own ``init``, in one step: a running server sees all of it or nothing.
+        """Create a project with lattice's own ``init``, in one step: a running server sees all of it or nothing.
 
         Args:
             slug: its name in URLs: lower case letters, digits and dashes, at most 63.
             code: the prefix of its tasks' short ids, 1 to 5 letters.
             name: a title for people.
-            actor: who is taken when a command names no actor.
+            actor: the default actor of commands.
 
         Raises:
             Misuse: not a data directory, a bad slug, code or actor, or the project exists.
@@ -211,20 +211,20 @@ class DataDir:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def require_free(self, slug: str) -> None:
-        """Do nothing if a project may get this name.
+        """Check that a project may get this name.
 
         Raises:
-            Misuse: it is no name, or another project has it.
+            Misuse: the name is invalid, or another project has it.
         """
         if _SLUG.fullmatch(slug) is None:
             raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
         if (self.projects / slug).exists():
-            raise Misuse(f"project {slug!r} exists already")
+            raise Misuse(f"project {slug!r} already exists")
         if (self.archived / slug).exists():
-            raise Misuse(f"project {slug!r} is archived; choose another name, or rename that one when it is back")
+            raise Misuse(f"project {slug!r} is archived; choose another name, or unarchive and rename that one")
 
     def summary(self, slug: str) -> ProjectSummary:
-        """Return what ``project list`` shows of a project, archived or not."""
+        """Return the line of ``project list`` for a project, archived or not."""
         is_archived = self.is_archived(slug) and not self.has_project(slug)
         lattice = (self.archived if is_archived else self.projects) / slug / ".lattice"
         try:
@@ -242,7 +242,7 @@ class DataDir:
 
 
 def _is_project(directory: Path, slug: str) -> bool:
-    """Whether a project lies there, or waits to be put in its place (see ``worker/adoption.py``)."""
+    """Return whether a project is here, or waits to be put in place (see ``worker/project_import.py``)."""
     return _SLUG.fullmatch(slug) is not None and any(
         (directory / slug / name).is_dir() for name in (".lattice", "adopting")
     )
@@ -254,25 +254,23 @@ class _LatticeConfig(msgspec.Struct):
 
 
 def administered(named: Path | None) -> DataDir:
-    """Return the data directory that a command is to work on: the one that was named, or the default one.
+    """Return the data directory of a command: the named one, or the default one.
 
     Raises:
-        Misuse: root asks, and it is somebody else's, whose server could not read what root writes there.
+        Misuse: the caller is root and another user owns it, whose server could not read files that root writes there.
     """
     path = named or default_location()
     if os.geteuid() == 0 and path.exists() and (owner := path.stat().st_uid) != 0:
         try:
             name = pwd.getpwuid(owner).pw_name
-        except KeyError:  # nobody of this machine: a container's, say
+        except KeyError:  # no user of this machine, for example in a container
             name = f"#{owner}"
-        raise Misuse(
-            f"{path} belongs to {name}, and so must all that is in it; begin with: sudo -u {shlex.quote(name)}"
-        )
+        raise Misuse(f"{path} belongs to {name}, and so must its files; run: sudo -u {shlex.quote(name)}")
     return DataDir(path)
 
 
 def default_location() -> Path:
-    """Return the data directory to use when none was named: ``LATTICE_REMOTE_DATA``, else the user's own."""
+    """Return the default data directory: ``LATTICE_REMOTE_DATA``, else the user's own."""
     if named := os.environ.get("LATTICE_REMOTE_DATA"):
         return Path(named)
     import platformdirs
@@ -281,9 +279,9 @@ def default_location() -> Path:
 
 
 def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:
-    """Run ``lattice init`` in this process, quietly. Naming an actor, even an empty one, keeps it from asking.
+    """Run ``lattice init`` in this process, quietly. Naming an actor, even an empty one, avoids its prompt.
 
-    The command is called past its group, where our own plugin for clients sits.
+    The command is called past its group, which would load our own plugin for clients.
     """
     import click
     from lattice.cli.main import init

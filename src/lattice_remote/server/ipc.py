@@ -57,14 +57,13 @@ class _Message(msgspec.Struct, frozen=True, tag_field="type"):
 class RunCommand(_Message, frozen=True, tag="execute"):
     """Run this command line for the holder of this token, once for this id (I6).
 
-    ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and says in
-    ``Done.waiting_for`` what to wait for. With ``last_try`` it answers as lattice does when the time is over.
-    ``ahead`` are resources for which others have waited for longer: none of them is taken with ``--wait``. It also has
-    the locks (``locks/tasks_...``) for which others wait. With ``may_wait``, a lock that another process holds makes
-    the request wait as a resource does; without, it is refused.
-    ``first_sent_at``, in seconds since the epoch, is set when the request may have been sent before.
-    ``fingerprint`` is a digest of what was asked, where the surface makes one; else the fields (``asked_by``) count.
-    Another request with the same id is refused.
+    ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and names the awaited
+    resource in ``RequestDone.waiting_for``. With ``last_try`` it answers as lattice does when the time is over.
+    ``ahead`` are resources with earlier waiters: ``--wait`` takes none of them. It also lists the locks
+    (``locks/tasks_...``) with earlier waiters. With ``may_wait``, a lock held by another process makes the request wait
+    as a resource does; otherwise it is refused. ``first_sent_at``, in seconds since the epoch, is set if the request
+    may have been sent before. ``fingerprint`` is a digest of the request, if the surface makes one; else the fields
+    (``asked_by``) count. A different request with the same id is refused.
     """
 
     id: str
@@ -81,9 +80,9 @@ class RunCommand(_Message, frozen=True, tag="execute"):
 
 
 class RunCall(_Message, frozen=True, tag="invoke"):
-    """Carry out an operation of a surface for the holder of this token, once for this id (I6); see ``Call``.
+    """Run an operation of a surface for the holder of this token, once for this id (I6); see ``CallRequest``.
 
-    ``ahead``, ``may_wait`` and ``fingerprint`` are as for ``Execute``.
+    ``ahead``, ``may_wait`` and ``fingerprint`` are as for ``RunCommand``.
     """
 
     id: str
@@ -101,10 +100,10 @@ class RunCall(_Message, frozen=True, tag="invoke"):
 
 
 class Edit(_Message, frozen=True, tag="edit"):
-    """Store a plan or notes, merged by line when it was made from another base than the file's content.
+    """Store a plan or notes, merged by line if the base differs from the file's content.
 
-    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest.
-    ``fingerprint`` is as for ``Execute``.
+    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest. ``fingerprint`` is
+    as for ``RunCommand``.
     """
 
     id: str
@@ -119,10 +118,11 @@ class Edit(_Message, frozen=True, tag="edit"):
 
 
 class ImportProject(_Message, frozen=True, tag="adopt"):
-    """Put a checked project in the place of this one, if this one is empty, and leave; the next worker goes on with it.
+    """Put a checked project in place of this one, if this one is empty, and exit; the next worker completes it.
 
-    ``candidate`` is its directory, relative to the project's; "" when there is none any more: then this is answered as
-    it was, or refused. ``fingerprint`` is a digest of what was pushed. The other fields are for the answer.
+    ``candidate`` is its directory, relative to the project's. If it is "", the candidate is gone, and the request is
+    answered as before, or refused. ``fingerprint`` is a digest of the pushed project. The other fields are for the
+    reply.
     """
 
     id: str
@@ -138,22 +138,22 @@ class ImportProject(_Message, frozen=True, tag="adopt"):
 
 
 class Reconcile(_Message, frozen=True, tag="reconcile"):
-    """Somebody may have changed these files (None: any file): number what differs from the manifest (I12)."""
+    """Number the differences of these files (None: any file) from the manifest, after an outside change (I12)."""
 
     paths: list[str] | None
 
 
 class NewEpoch(_Message, frozen=True, tag="new-epoch"):
-    """A client has proved a rollback: begin a new epoch (I7)."""
+    """Start a new epoch: a client has proved a rollback (I7)."""
 
     reason: str
 
 
 class AbandonRequest(_Message, frozen=True, tag="settle"):
-    """Give up on a request that has ended its worker: answer as for ``Execute`` if the journal holds its reply.
+    """Abandon a request that has ended its worker: answer as for ``RunCommand`` if the journal holds its reply.
 
-    Else answer ``Done`` with a ``Refused`` frame of this code and message; nothing is run, nothing is
-    journalled. The request's partial effects were undone when the worker started (I6).
+    Otherwise answer ``RequestDone`` with a ``Refused`` frame of this code and message; nothing is run or journalled.
+    The request's partial effects were undone when the worker started (I6).
     """
 
     id: str
@@ -163,11 +163,11 @@ class AbandonRequest(_Message, frozen=True, tag="settle"):
 
 
 class Stop(_Message, frozen=True, tag="stop"):
-    """Finish, write the manifest, leave."""
+    """Finish, write the manifest, and exit."""
 
 
 def asked_by(request: RunCommand | RunCall | Edit) -> tuple[object, ...]:
-    """Return the fields that make a request: with the same id, two with other fields are not the same (I6)."""
+    """Return the fields that identify a request: two with the same id and other fields differ (I6)."""
     match request:
         case RunCommand():
             return ("execute", request.argv, request.files)
@@ -184,7 +184,7 @@ ToWorker = RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | 
 
 
 class PathState(msgspec.Struct, frozen=True):
-    """A file after a change: its size in bytes and digest; ``digest`` is None when it is gone."""
+    """A file after a change: its size in bytes and digest; ``digest`` is None if it is gone."""
 
     path: str
     size: int
@@ -192,7 +192,7 @@ class PathState(msgspec.Struct, frozen=True):
 
 
 class HookCall(msgspec.Struct, frozen=True):
-    """A hook of ``config.json`` that lattice wanted to run: a shell command, its environment and standard input."""
+    """A hook of ``config.json`` to run: a shell command, its environment and standard input."""
 
     command: str
     env: dict[str, str]
@@ -200,15 +200,15 @@ class HookCall(msgspec.Struct, frozen=True):
 
 
 class ResultStats(msgspec.Struct, frozen=True):
-    """What came of a request, for the log and the figures. It has nothing of what the caller typed.
+    """The outcome of a request, for the log and the metrics. Contains none of the caller's text.
 
     Attributes:
-        command: its words, as ``resource acquire``, or the name of an operation; "" where that was not known.
-        code: of a refusal; "" when it was carried out.
-        status: the exit code of a command, or what an operation came to, as in HTTP.
-        seconds: how long the worker had it, but for the wait until it was durable.
-        again: it had been carried out before, and was answered once more.
-        made: the number of the change that it made then; None when it made none.
+        command: its words, for example ``resource acquire``, or the name of an operation; "" if unknown.
+        code: of a refusal; "" if it was run.
+        status: the exit code of a command, or the HTTP status of an operation.
+        seconds: time in the worker, without the wait until it was durable.
+        again: a repeated request: the earlier reply was returned.
+        made: the number of its change; None if it made none.
     """
 
     command: str = ""
@@ -222,7 +222,7 @@ class ResultStats(msgspec.Struct, frozen=True):
 class Ready(_Message, frozen=True, tag="ready"):
     """The worker has opened the project. Sent first, and again after ``NewEpoch``.
 
-    ``notes`` are lines for the log: what was repaired, what was found changed.
+    ``notes`` are lines for the log: repairs and outside changes.
     """
 
     epoch: str
@@ -237,9 +237,9 @@ class Ready(_Message, frozen=True, tag="ready"):
 class RequestDone(_Message, frozen=True, tag="done"):
     """One request is finished and durable; ``change`` and ``reply`` are encoded frames, ready to be sent.
 
-    ``id`` is empty for a reconciliation. ``waiting_for`` names the resource whose next change, or whose expiry
-    at ``retry_at`` (seconds since the epoch), is worth another try, or a lock (``locks/tasks_...``) that another
-    process holds; nothing was answered then.
+    ``id`` is empty for a reconciliation. With ``waiting_for`` nothing was answered: it names a resource whose next
+    change, or expiry at ``retry_at`` (seconds since the epoch), is worth another try, or a lock (``locks/tasks_...``)
+    that another process holds.
     """
 
     id: str
@@ -254,14 +254,14 @@ class RequestDone(_Message, frozen=True, tag="done"):
     retry_at: float | None = None
     oldest: int = 0
     more: bool = False
-    """A reconciliation has not come to its end: ask for it again."""
+    """A reconciliation is incomplete: request it again."""
     report: ResultStats = ResultStats()
     synced_s: float | None = None
-    """How long the fsync of the journal took, told once for all that became durable with it."""
+    """Duration of the journal's fsync, in one message only for all that became durable with it."""
 
 
 class WorkerFailed(_Message, frozen=True, tag="failed"):
-    """The project can't go on (its journal can't be written, its tree can't be read); the worker leaves."""
+    """The journal cannot be written, or the tree cannot be read; the worker exits."""
 
     message: str
 
@@ -364,16 +364,16 @@ def start_child(
 
 
 class TreeState(NamedTuple):
-    """How the files in the tree stand to the committed changes, in ``journal/tree-state``.
+    """State of the tree against the committed changes, in ``journal/tree-state``.
 
     The worker writes it before a transaction changes its first file, and once it is committed or rolled back. The
-    server compares it before and after a read (I2). It is not fsynced: after a power cut nobody reads the old one.
+    server compares it before and after a read (I2). It is not fsynced: it is not used after a power cut.
 
     Attributes:
         is_open: a transaction has changed files, and is neither committed nor rolled back.
-        ended: how many transactions have changed files, and were committed or rolled back.
-        rolled_back: how many of these were rolled back.
-        seq: the newest change whose files lie in the tree. It may not be durable yet.
+        ended: number of transactions that have changed files, and were committed or rolled back.
+        rolled_back: number of these that were rolled back.
+        seq: the newest change whose files are in the tree. It may not be durable yet.
     """
 
     is_open: bool = False
@@ -383,7 +383,7 @@ class TreeState(NamedTuple):
 
     @classmethod
     def read(cls, journal: Path) -> Self:
-        """Return the state of the project with this journal; before the first transaction, that of an empty one."""
+        """Return the state of the project with this journal; before the first transaction, an empty one."""
         try:
             descriptor = os.open(journal / _TREE_STATE, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -400,7 +400,7 @@ class TreeState(NamedTuple):
         return os.open(journal / _TREE_STATE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, descriptor: int) -> None:
-        """Let readers know, with one system call."""
+        """Publish the state with one system call."""
         os.pwrite(descriptor, _tree_state.pack(*self), 0)
 
 
@@ -409,9 +409,10 @@ _tree_state = struct.Struct("<?QQQ")
 
 
 class ReadCommand(msgspec.Struct, frozen=True, tag_field="type", tag="command"):
-    """Run this command line, which only reads; ``path`` are the command's words, as ``resource list``.
+    """Run this command line, which only reads; ``path`` are the command's words, for example ``resource list``.
 
-    Where ``list_at`` says at what names the envelope has a list, that list is answered with as its data, and its items.
+    ``list_at`` are the names that lead to a list in the envelope; the list is then returned as the data, with its
+    index.
     """
 
     path: str
@@ -443,14 +444,14 @@ class ListIndex(msgspec.Struct, frozen=True):
 
 
 class ReadResult(msgspec.Struct, frozen=True):
-    """What came of it.
+    """The result of a read.
 
     Attributes:
-        status: a command's exit code; of a page, as in HTTP.
-        body: what the command printed to its standard output, or the page's body.
+        status: a command's exit code; a page's HTTP status.
+        body: the command's standard output, or the page's body.
         content_type, etag: of a page; "" for none.
-        message: what the command printed to its standard error.
-        items: of the list that was asked for; None when it could not be read.
+        message: the command's standard error.
+        items: of the requested list; None if it could not be read.
     """
 
     status: int

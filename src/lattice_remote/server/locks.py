@@ -1,8 +1,8 @@
-"""How an administrator's command gets a project to itself, whether a server runs or not.
+"""File locks, and exclusive access of administrative commands to a project.
 
-The command locks ``projects/<slug>/.closing`` and writes there what its clients are to be told. A running server sees
-that within a quarter of a second, says goodbye to them, and ends the project's worker; the command waits for the
-worker's own lock. The kernel gives both back when the command is gone, however it went: nothing stays closed.
+The command locks ``projects/<slug>/.closing`` and writes a message for its clients there. A running server notices
+within a quarter of a second, disconnects them, and ends the project's worker; the command waits for the worker's own
+lock. The kernel releases both locks when the command ends in any way: nothing stays closed.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ __all__ = ["LockedElsewhere", "closed_because", "closing", "lock"]
 
 
 class LockedElsewhere(Exception):
-    """Another process holds the lock; ``holder`` is what it wrote there, usually its process id."""
+    """Another process holds the lock; ``holder`` is the text it wrote there, usually its process id."""
 
     def __init__(self, path: Path, holder: str) -> None:
         super().__init__(f"{path} is locked by process {holder or 'unknown'}")
@@ -28,12 +28,11 @@ class LockedElsewhere(Exception):
 def lock(path: Path) -> int:
     """Lock ``path``, write this process's id into it, and return the descriptor that holds the lock.
 
-    The lock lives until every process that inherited the descriptor has closed it or died, however it died. A
-    child that is to keep it gets it through ``pass_fds``. The file is never removed: that would let two
-    processes lock two files of one name.
+    The lock lives until every process that inherited the descriptor has closed it or died. Pass it to a child with
+    ``pass_fds``. The file is never removed: that would let two processes lock two files of one name.
 
     Raises:
-        LockedElsewhere: somebody else holds it.
+        LockedElsewhere: another process holds it.
         OSError: the file cannot be opened.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -50,15 +49,15 @@ def lock(path: Path) -> int:
 
 _MARK = ".closing"
 _TIMEOUT_S = 60.0
-"""A worker finishes the command that it is at; it has at most its time limit for that."""
+"""Longest wait for a worker, which finishes its current command first."""
 _RETRY_S = 0.05
 
 
 @contextlib.contextmanager
 def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
-    """Have the project in this directory to oneself; it may be moved within.
+    """Hold the project in this directory exclusively; it may be moved within.
 
-    Yields what lets go of the worker's lock before the end, so that a worker can be started here.
+    Yields a function that releases the worker's lock early, so that a worker can be started here.
 
     Args:
         project: the project's directory.
@@ -71,7 +70,7 @@ def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
     try:
         mark = lock(project / _MARK)
     except LockedElsewhere as error:
-        raise Misuse(f"another command is at work on project {project.name}; wait until it is done") from error
+        raise Misuse(f"project {project.name} is locked by another command; try again later") from error
     try:
         os.ftruncate(mark, 0)
         os.pwrite(mark, why.encode(), 0)
@@ -96,7 +95,7 @@ def _writer_lock(project: Path) -> int:
 
 
 def closed_because(project: Path) -> str | None:
-    """Return what clients of this project are to be told while a command has it; None when none has."""
+    """Return the message for clients of this project while a command holds it; None if none does."""
     try:
         mark = os.open(project / _MARK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

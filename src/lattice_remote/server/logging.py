@@ -1,12 +1,11 @@
-"""What a server logs, on stderr: one line for each event, whatever is in it, for people or as JSON.
+"""Server log on stderr: one line per event, as text or JSON.
 
-Much of what is logged was said by a client. Control characters are escaped and long lines cut, so that nobody writes
-a line of his own into the log, or an escape sequence to the terminal that shows it; and what would give access is
-struck out, whoever wrote it there. A log that nobody takes (a stopped terminal, a full pipe) holds nobody up: lines
-are left out then, and counted.
+Logged text may come from a client. Control characters are escaped and long lines cut, so that a client cannot forge a
+line or send an escape sequence to the terminal; credentials are masked. A log that is not read (a stopped terminal, a
+full pipe) blocks nothing: lines are then dropped and counted.
 
 Fields of an event travel in ``extra={"fields": {...}}``. As JSON they are members of the line, beside ``ts``,
-``level``, ``logger`` and ``msg``; for people the message says them.
+``level``, ``logger`` and ``msg``; the text format omits them.
 """
 
 import contextlib
@@ -33,12 +32,12 @@ _SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/
 
 
 def is_harmless(text: str) -> bool:
-    """Tell whether nothing in a text could be one, as in nearly every line of a log."""
+    """Return whether a text cannot contain a credential, as nearly every line of a log."""
     return "ltr_" not in text and "://" not in text
 
 
 def masked(text: str) -> str:
-    """Return the text without them."""
+    """Return the text with credentials masked."""
     if is_harmless(text):
         return text
     return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", text)
@@ -46,19 +45,19 @@ def masked(text: str) -> str:
 
 FORMAT_VARIABLE = "LATTICE_REMOTE_LOG_FORMAT"
 LEVEL_VARIABLE = "LATTICE_REMOTE_LOG_LEVEL"
-"""How to log: a server's workers and readers inherit both from it, as they do stderr."""
+"""Log settings that a server's workers and readers inherit, as they do stderr."""
 
 _MAX_CHARACTERS = 1000
 _MAX_TRACE_CHARACTERS = 16_000
 _PIECE_BYTES = 4096
-"""What a pipe takes at once when it takes anything."""
+"""Bytes that a pipe takes at once when it takes any."""
 _MOST_A_SECOND = 1000
-"""Lines; more are left out: a client that is refused a thousand times a second is not to fill the disk."""
+"""Lines per second; more are dropped, so that a client refused a thousand times a second does not fill the disk."""
 
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as one line, and below it a traceback, of which every line begins with a bar."""
+        """Return the record as one line, and below it a traceback with each line prefixed by a bar."""
         trace = self.formatException(record.exc_info) if record.exc_info else ""
         record.message = record.getMessage()
         if self.usesTime():
@@ -83,10 +82,10 @@ class _Json(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         }
-        line = {**head, **fields, **self._context, **head}  # what the line says of itself comes first, and counts
+        line = {**head, **fields, **self._context, **head}  # the line's own members come first and count
         text = _as_json(line)
         if record.exc_info is None and len(text) <= _MAX_CHARACTERS and is_harmless(text):
-            return text  # there is nothing to strike out or to cut
+            return text  # nothing to mask or to cut
         for name, value in line.items():
             line[name] = _cut(value, _MAX_CHARACTERS) if isinstance(value, str) else value
         if record.exc_info:
@@ -95,20 +94,20 @@ class _Json(logging.Formatter):
 
 
 class _Unhurried(logging.StreamHandler[TextIO]):
-    """Writes what can be written at once, and counts the rest."""
+    """Handler that writes without blocking, and counts dropped lines."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self._descriptor = -1
         self._piece_bytes = sys.maxsize
         self._poll = select.poll()
-        with contextlib.suppress(OSError):  # what is no file takes everything
+        with contextlib.suppress(OSError):  # anything but a file takes every write
             self._poll.register(stream.fileno(), select.POLLOUT)
             self._descriptor = stream.fileno()
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 self._piece_bytes = _PIECE_BYTES
         self._second, self._lines, self._left_out = 0, 0, 0
-        self._is_torn = False  # a line was begun that has no end
+        self._is_torn = False  # the last line is incomplete
 
     def emit(self, record: logging.LogRecord) -> None:
         second = int(time.monotonic())
@@ -119,7 +118,7 @@ class _Unhurried(logging.StreamHandler[TextIO]):
             self._left_out += 1
             return
         if self._left_out:
-            text = "%d lines were left out here: too many at once, or nobody took them"
+            text = "%d lines were dropped here: too many at once, or the log was not read"
             if self._tell(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (self._left_out,), None)):
                 self._left_out = 0
         self._left_out += not self._tell(record)
@@ -133,14 +132,14 @@ class _Unhurried(logging.StreamHandler[TextIO]):
             return False
         try:
             self._write(f"{self.format(record)}\n".encode(self.stream.encoding, "backslashreplace"))
-        except OSError:  # a full disk, a pipe that was closed
+        except OSError:  # a full disk, a closed pipe
             return False
         except Exception:  # noqa: BLE001 - what can't be told ends nothing
             self.handleError(record)
         return not self._is_torn
 
     def _write(self, line: bytes) -> None:
-        """Write a line past Python's buffers, which would keep what the disk does not take; as much as is taken."""
+        """Write as much of a line as is taken, past Python's buffers, which would keep the rest."""
         rest = memoryview(b"\n" + line if self._is_torn else line)
         while True:
             rest = rest[os.write(self._descriptor, rest[: self._piece_bytes]) :]
@@ -150,11 +149,11 @@ class _Unhurried(logging.StreamHandler[TextIO]):
 
 
 def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> None:
-    """Log as the environment says. Libraries' news of single connections is left out.
+    """Log as the environment says. Libraries' messages about single connections are omitted.
 
     Args:
-        pattern: what a line for people is like.
-        context: further members of each line of JSON.
+        pattern: format of a text line.
+        context: further members of each JSON line.
     """
     handler = _Unhurried(sys.stderr)
     is_json = os.environ.get(FORMAT_VARIABLE) == "json"
@@ -162,25 +161,25 @@ def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> Non
     level = os.environ.get(LEVEL_VARIABLE, "").upper()
     logging.basicConfig(level=level if level in logging.getLevelNamesMapping() else logging.INFO, handlers=[handler])
     logging.captureWarnings(True)
-    # What no line says need not be found out for each: thread, process, task, file and line.
+    # No line contains thread, process, task, file or line, so they are not looked up.
     for name in ("logThreads", "logProcesses", "logMultiprocessing", "logAsyncioTasks", "_srcfile"):
         setattr(logging, name, None)  # "Optimization" in the how-to of logging names them
     sys.excepthook = _log_the_end
-    for name in ("asyncio", "websockets", "watchfiles", "uvicorn", "multipart"):  # their details are nobody's business
+    for name in ("asyncio", "websockets", "watchfiles", "uvicorn", "multipart"):  # their details are private
         logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
     for name in ("websockets.server", "watchfiles.main"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a warning is whatever somebody sends to the port
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # any client can cause its warnings
 
 
 def _log_the_end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Log what ends this process: it is an event like any other."""
+    """Log the exception that ends this process like any other event."""
     logging.getLogger(__name__).critical("ended by an error", exc_info=(kind, error, trace))
 
 
 def _as_json(line: Mapping[str, object]) -> str:
-    """Return an object in plain ASCII, nearly always as msgspec writes it, which takes a tenth of the time."""
-    with contextlib.suppress(UnicodeEncodeError):  # half a character
+    """Return an object in plain ASCII, nearly always by msgspec, which takes a tenth of the time."""
+    with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair
         text = msgspec.json.encode(line).decode()
         if text.isascii() and "\x7f" not in text:
             return text

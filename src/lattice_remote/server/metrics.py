@@ -1,8 +1,8 @@
-"""What a running server counts and measures, for Prometheus; docs/monitoring.md says what each figure means.
+"""Metrics of a running server, for Prometheus; docs/monitoring.md explains each.
 
-Everything is counted where it happens, through the ``ProjectMetrics`` of its project. What can be looked up at any
-moment (queues, clients, heads) is not counted: ``monitoring/gauges.py`` looks it up when somebody asks. Labels are
-bounded: projects, codes, routes; never an address, a token, or anything that a client may choose.
+Events are counted as they happen, through the ``ProjectMetrics`` of their project. Values that can be looked up at any
+moment (queues, clients, heads) are not counted: ``status.Gauges`` looks them up at a scrape. Labels are bounded:
+projects, codes, routes; never an address, a token, or a client's text.
 """
 
 from functools import cache, partial
@@ -12,45 +12,39 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 __all__ = ["Metrics", "ProjectMetrics"]
 
 _ALARMING = ("REMOTE_BUSY", "REMOTE_STORAGE")
-"""Refusals that are told of before there is one: Prometheus sees no increase in a series that begins above 0."""
+"""Refusals exported before the first one: Prometheus sees no increase in a series that begins above 0."""
 _BUCKETS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 class Metrics:
-    """All figures of one server, in a registry of its own: two servers in one process share nothing."""
+    """All metrics of one server, in a registry of its own: two servers in one process share nothing."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry(auto_describe=True)
         ProcessCollector(registry=self.registry)
-        self.changes = self._counter("changes", "Changes that were numbered and made durable.", "project")
-        self.requests = self._counter(
-            "requests", "Writes that were asked for and settled.", "project", "kind", "outcome"
-        )
-        self.refusals = self._counter("refusals", "Requests that were refused.", "project", "code")
-        self.request_seconds = self._histogram("request", "From a request's arrival to its answer.", "project")
+        self.changes = self._counter("changes", "Durable changes.", "project")
+        self.requests = self._counter("requests", "Finished writes, by kind and outcome.", "project", "kind", "outcome")
+        self.refusals = self._counter("refusals", "Refused requests.", "project", "code")
+        self.request_seconds = self._histogram("request", "Time from a request's arrival to its reply.", "project")
         self.executor_seconds = self._histogram(
-            "executor", "How long a worker had a request, until its fsync.", "project"
+            "executor", "Time of a request in its worker, until its fsync.", "project"
         )
-        self.journal_fsync_seconds = self._histogram("journal_fsync", "How long an fsync of a journal took.", "project")
+        self.journal_fsync_seconds = self._histogram("journal_fsync", "Duration of a journal's fsync.", "project")
         self.delivery_lag_seconds = self._histogram(
-            "delivery_lag", "From a change's commit to the moment when a client's files held it.", "project"
+            "delivery_lag", "Time from a change's commit until a client's files held it.", "project"
         )
-        self.worker_starts = self._counter("worker_starts", "Workers that were started and were ready.", "project")
+        self.worker_starts = self._counter("worker_starts", "Worker starts that became ready.", "project")
         self.sent_bytes = self._counter("sent_bytes", "Bytes written to WebSocket clients, before TLS.", "project")
-        self.connections_refused = self._counter(
-            "connections_refused", "WebSocket connections that were not let in.", "code"
-        )
+        self.connections_refused = self._counter("connections_refused", "Refused WebSocket connections.", "code")
         self.goodbyes = self._counter("goodbyes", "WebSocket connections that the server ended.", "project", "code")
-        self.http_requests = self._counter(
-            "http_requests", "HTTP requests that were answered.", "method", "route", "status"
-        )
-        self.http_seconds = self._histogram("http_request", "How long HTTP requests took, streams apart.", "route")
+        self.http_requests = self._counter("http_requests", "Answered HTTP requests.", "method", "route", "status")
+        self.http_seconds = self._histogram("http_request", "Duration of HTTP requests, without streams.", "route")
         self.http_sent_bytes = self._counter("http_sent_bytes", "Bytes of bodies sent over HTTP.", "route")
         self._projects: dict[str, ProjectMetrics] = {}
 
     def of(self, slug: str) -> "ProjectMetrics":
-        """Return the figures of one project, which go on when it is closed and opened again."""
+        """Return the metrics of one project, which continue when it is closed and opened again."""
         if slug not in self._projects:
             self._projects[slug] = ProjectMetrics(self, slug)
         return self._projects[slug]
@@ -63,7 +57,7 @@ class Metrics:
 
 
 class ProjectMetrics:
-    """The figures of one project."""
+    """The metrics of one project."""
 
     def __init__(self, metrics: Metrics, slug: str) -> None:
         # Looked up once for each combination: each write is counted several times.
@@ -81,13 +75,13 @@ class ProjectMetrics:
         self.sent_bytes = metrics.sent_bytes.labels(slug)
 
     def settled(self, kind: str, outcome: str) -> None:
-        """Count a write that was asked for: what it was, and what came of it."""
+        """Count a finished write by kind and outcome."""
         self._requests(kind, outcome).inc()
 
     def refused(self, code: str) -> None:
-        """Count a request that was refused, a write or not."""
+        """Count a refused request, a write or not."""
         self._refusals(code).inc()
 
     def said_goodbye(self, code: str) -> None:
-        """Count a client that was sent away."""
+        """Count a client that the server disconnected."""
         self._goodbyes(code).inc()

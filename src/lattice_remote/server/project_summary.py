@@ -1,7 +1,7 @@
-"""Projects at a glance, for lists of them: how many tasks stand where, and who did something last.
+"""Project summaries for lists: tasks per status, and the last change with its actor.
 
-Read from the files alone, so that nothing is started for a project that nobody uses at the moment. Tasks are read again
-only when their files have changed.
+Read from the files alone, so that no worker starts for an idle project. Tasks are read again only if their files have
+changed.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ from lattice_remote.server.project.audit_log import read_page
 __all__ = ["Overview", "Overviews"]
 
 _FRESH_S = 0.5
-"""An overview may be as old as this: many who ask at once are told the same."""
+"""Oldest age of a summary: many requests at once get the same."""
 _MAX_LOOKS, _LOOK_AGAIN_S = 100, 0.005
 """A write takes some ms. After half a second the project may have no worker that ends one."""
 _UNREADABLE = "unknown"
 
 
 class Overview(msgspec.Struct, frozen=True):
-    """One project at a glance.
+    """Summary of one project.
 
     Attributes:
-        name, code: its own, of its ``config.json``; None when it has none.
-        tasks, archived: how many there are of each.
-        statuses: how many of ``tasks`` are in each status.
-        last: the last change that its journal keeps; None when it keeps none.
+        name, code: from its ``config.json``; None if it has none.
+        tasks, archived: the number of each.
+        statuses: the number of ``tasks`` in each status.
+        last: the last change in its journal; None if there is none.
     """
 
     slug: str
@@ -55,17 +55,17 @@ _task_decoder = msgspec.json.Decoder(_Task)
 
 
 class Overviews:
-    """Overviews of the projects of a data directory. Belongs to the event loop's thread."""
+    """Summaries of the projects of a data directory. Belongs to the event loop's thread."""
 
     def __init__(self, data: DataDir) -> None:
         self._data = data
         self._known: dict[str, _Known] = {}
 
     async def of(self, slug: str) -> Overview:
-        """Return the overview of a project that exists, at most ``_FRESH_S`` old.
+        """Return the summary of a project that exists, at most ``_FRESH_S`` old.
 
         Raises:
-            OSError: its files can't be read.
+            OSError: its files cannot be read.
         """
         known = self._known.setdefault(slug, _Known(self._data, slug))
         async with known.turn:
@@ -76,7 +76,7 @@ class Overviews:
 
 
 class _Known:
-    """What was read of one project."""
+    """Cached content of one project."""
 
     def __init__(self, data: DataDir, slug: str) -> None:
         self.turn = asyncio.Lock()
@@ -87,7 +87,7 @@ class _Known:
         self._last: tuple[tuple[str, Signature] | None, LogEntry | None] = (None, None)
 
     def take(self) -> Overview:
-        """Look at the files. Blocking."""
+        """Read the files. Blocking."""
         summary = self._data.summary(self._slug)
         paths = self._data.project(self._slug)
         self._statuses = self._committed_statuses(paths)
@@ -103,7 +103,7 @@ class _Known:
         )
 
     def _committed_statuses(self, paths: ProjectPaths) -> dict[str, tuple[Signature, str]]:
-        """Read the statuses; again if a write that they may show was rolled back, or may still be (I2)."""
+        """Read the statuses; repeat if a write that they may show was rolled back, or may still be (I2)."""
         for _ in range(_MAX_LOOKS):
             before = TreeState.read(paths.journal)
             statuses = dict(self._read_statuses(paths))
@@ -125,7 +125,7 @@ class _Known:
                 before = self._statuses.get(entry.name)
                 yield entry.name, before if before and before[0] == signature else (signature, _status_of(entry.path))
             except FileNotFoundError:
-                continue  # archived in just this moment
+                continue  # archived just now
 
     def _last_change(self, paths: ProjectPaths) -> LogEntry | None:
         newest = max(segment_paths(paths.journal), default=None)
@@ -133,7 +133,7 @@ class _Known:
             return None
         try:
             state = (newest.name, signature_of(newest.stat()))
-        except FileNotFoundError:  # expired meanwhile: another is the newest, and the next look sees it
+        except FileNotFoundError:  # expired since: another is the newest, and the next call sees it
             return self._last[1]
         if self._last[0] != state:
             entries = read_page(paths.journal, limit=1).entries
@@ -146,11 +146,11 @@ def _is_task(name: str) -> bool:
 
 
 def _status_of(path: str) -> str:
-    """Return the status that a task's file says; ``unknown`` when it says none, or is no plain file."""
+    """Return the status in a task's file; ``unknown`` if it has none, or is no plain file."""
     try:
         with open(os.open(path, READ), "rb") as file:
             return _task_decoder.decode(file.read()).status
     except FileNotFoundError:
         raise
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return _UNREADABLE  # one odd file is not to hide all projects
+        return _UNREADABLE  # one odd file must not hide all projects

@@ -1,4 +1,4 @@
-"""Records on disk: length and CRC-32 (4 bytes each, big endian), then the payload."""
+"""Record format on disk: length and CRC-32 (4 bytes each, big endian), then the payload."""
 
 import struct
 import zlib
@@ -16,7 +16,7 @@ def frame(payload: bytes) -> bytes:
 
 
 def payload_at(data: bytes | memoryview, offset: int) -> bytes | None:
-    """Return the payload of the record at ``offset``; None when it is torn, damaged or not there."""
+    """Return the payload of the record at ``offset``; None if it is torn, damaged or missing."""
     start = offset + HEAD_BYTES
     if start > len(data):
         return None

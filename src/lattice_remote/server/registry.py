@@ -1,4 +1,4 @@
-"""Everything that a running server holds: its tokens, its projects, its clients, and what goes on in the background."""
+"""Project registry of a running server: tokens, projects, clients and background work."""
 
 import asyncio
 import contextlib
@@ -36,14 +36,14 @@ from lattice_remote.server.transport.websocket import Handoff, Request, Response
 __all__ = ["STOP_S", "ProjectRegistry", "State", "bearer"]
 
 State = Literal["ready", "starting", "closed", "failed"]
-"""Whether a project can be used. ``closed``: an administrator's command has it for a moment."""
+"""Availability of a project. ``closed``: an administrator's command holds it for a moment."""
 
 TOKEN_CHECK_S = 0.25
-"""How often to look at the tokens: the connections of one that was revoked, rotated or expired end within a second."""
+"""Interval of token checks: connections of a revoked, rotated or expired token end within a second."""
 RESCAN_S = 300.0
-"""How often to look at all files of a project, for edits that the system did not report."""
+"""Interval of full scans of a project, for edits that the system did not report."""
 STOP_S = 1.5
-"""How long a stop may take, with all that waits in it. The process then needs some 0.2 s to end: under 2 s in all."""
+"""Longest stop, with all its waits. The process then needs some 0.2 s to end: under 2 s in all."""
 _DRAIN_S = 0.7
 _WORKER_STOP_S = 0.3
 _TASKS_STOP_S = 0.2
@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 class Ongoing(Protocol):
-    """An HTTP request that is being answered, as far as is known of it. ``since`` is in seconds since 1970."""
+    """An HTTP request in progress, as far as it is known. ``since`` is in seconds since 1970."""
 
     login: Login | None
     project: str
@@ -69,7 +69,7 @@ class Ongoing(Protocol):
 
 
 class ProjectRegistry:
-    """See the module's text. Made inside a running loop; ``start()``, then ``stop()`` once."""
+    """The projects and logins of one server. Made inside a running loop; ``start()``, then ``stop()`` once."""
 
     def __init__(
         self,
@@ -79,19 +79,19 @@ class ProjectRegistry:
         bounds: QueueLimits | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
-        """Raises Misuse when ``config``, by default that of the directory, is not what it must be."""
+        """Raises Misuse if ``config``, by default that of the directory, is invalid."""
         self.data = data
         self.stopping = False
-        """Set while the server stops: nobody is let in any more."""
+        """Set while the server stops: new clients are refused."""
         self.config = config or data.config()
         self.door = AdmissionControl(self.config.limits, self.config.trusted_proxies)
-        """Counts who comes in."""
+        """Admission control of all connections."""
         self.responses = ResponseBudget(self.config.limits)
-        """Bounds what answers over HTTP hold in memory."""
+        """Memory budget of HTTP responses."""
         self.overviews = Overviews(data)
-        """The projects at a glance."""
+        """The project summaries."""
         self.metrics = Metrics()
-        """What is counted and measured here."""
+        """The metrics of this server."""
         limits = self.config.limits
         self._bounds = bounds or QueueLimits(command_s=limits.command_seconds, per_token=limits.requests_per_token)
         settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
@@ -100,39 +100,39 @@ class ProjectRegistry:
         self._logins = Logins(data.tokens)
         self._last_use = LastUse(data.tokens_used)
         self.signing_key = b""
-        """What the cookies of browsers are signed with; known once it was started."""
+        """Signs the cookies of browsers; known after ``start()``."""
         self.address = ""
-        """Where the server listens, once it does."""
-        self._tokens_error = ""  # what was logged last, so that it is logged once
+        """The listening address, once bound."""
+        self._tokens_error = ""  # the last logged error, to log it once
         self._projects: dict[str, Project] = {}
-        self._watching: dict[str, asyncio.Event] = {}  # set to end the watching of a project's files
+        self._watching: dict[str, asyncio.Event] = {}  # set to stop watching a project's files
         self._releasing: set[str] = set()
         self._peers: set[ClientConnection] = set()
         self.ongoing: set[Ongoing] = set()
-        """The HTTP requests that are being answered."""
+        """The HTTP requests in progress."""
         self._staying: dict[Callable[[Bye], None], Login] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Event()
 
     def start(self) -> None:
-        """Read the tokens and begin the work in the background. Projects start when they are first asked for.
+        """Read the tokens and start the background work. A project starts at its first request.
 
         Raises:
             StorageError: ``tokens.json`` or the signing key cannot be read.
         """
         self.signing_key = signing_key(self.data.signing_key)
         if moved := finish_renames(self.data):
-            _log.info("%d tokens were for projects that were renamed; they are for their new names now", moved)
+            _log.info("updated %d tokens to the new names of renamed projects", moved)
         self._logins.refresh()
         for path in self.data.writable_by_everybody():
-            _log.warning("everybody on this machine may change %s; run: chmod o-w %s", path, path)
+            _log.warning("any user on this machine can change %s; run: chmod o-w %s", path, path)
         self._keep("tokens", self._watch_tokens())
         self._keep("uses", self._note_uses())
         self._keep("rescan", self._rescan())
         self._keep("closing", self._watch_closing())
 
     async def stop(self) -> None:
-        """Finish what runs, tell the clients when to come back, end the workers; takes 1.2 s at most.
+        """Finish running requests, send the clients a retry time, end the workers; takes 1.2 s at most.
 
         A worker that is not done by then is ended: its request is undone when the project is next opened.
         """
@@ -152,12 +152,12 @@ class ProjectRegistry:
 
     @property
     def projects(self) -> Mapping[str, Project]:
-        """The projects that somebody has asked for, by their names."""
+        """The projects started so far, by their names."""
         return self._projects
 
     @property
     def peers(self) -> Collection[ClientConnection]:
-        """The clients that are connected over WebSockets."""
+        """The clients connected over WebSockets."""
         return self._peers
 
     # --- clients ---
@@ -170,7 +170,7 @@ class ProjectRegistry:
                 await asyncio.wait_for(self._alone.wait(), timeout_s)
 
     def check(self, connection: Handoff, request: Request) -> Response | None:
-        """Decide on a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
+        """Check a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
         refusal = self._check(connection, request)
         if refusal is None:
             return None
@@ -180,7 +180,7 @@ class ProjectRegistry:
     def _check(self, connection: Handoff, request: Request) -> ApiError | None:
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
-            return ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "there is nothing at this path")
+            return ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "not found")
         headers, visit = request.headers, connection.visit
         authorization = headers.get_all("Authorization")
         turned_away = visit.enter(headers.get_all("X-Forwarded-For"), self.shown(authorization))
@@ -198,12 +198,12 @@ class ProjectRegistry:
     def admit(
         self, visit: ConnectionQuota, authorization: Sequence[str], slug: str
     ) -> tuple[Login, Project] | ApiError:
-        """Decide on any request for a project, whatever way it comes; ``slug`` may be any string (I9).
+        """Check any request for a project; ``slug`` may be any string (I9).
 
         Args:
             visit: the connection on which it comes.
             authorization: the values of all Authorization headers.
-            slug: the project that is asked for.
+            slug: the requested project.
         """
         login = self.identify(visit, bearer(authorization))
         if isinstance(login, ApiError):
@@ -212,7 +212,7 @@ class ProjectRegistry:
         return project if isinstance(project, ApiError) else (login, project)
 
     def shown(self, authorization: Sequence[str]) -> str:
-        """Return the id of the token that a request shows and that is valid, "" for none; nothing is counted."""
+        """Return the id of the valid token in a request, "" for none; nothing is counted."""
         login = self._logins.find(bearer(authorization))
         return "" if login is None or self._logins.objection(login) is not None else login.token.id
 
@@ -222,21 +222,21 @@ class ProjectRegistry:
         return "" if login is None or self._logins.objection(login) is not None else token_id
 
     def identify(self, visit: ConnectionQuota, token_text: str) -> Login | ApiError:
-        """Return whose text this is; "" is nobody's (I9)."""
+        """Return the login of a token's text; "" belongs to no token (I9)."""
         if self.stopping:
             return _stopping()
-        self._refresh_logins()  # so that a token works as soon as it is made
+        self._refresh_logins()  # a new token works at once
         login = self._logins.find(token_text)
         if login is None:
-            why = "no token, or one that is not known here"
+            why = "missing or unknown token"
             return visit.failed() or ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
         found = self._still(login)
         return (visit.failed() or found) if isinstance(found, ApiError) else found
 
     def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
-        """Return the login of somebody who has shown a token before, of which this was the digest, if it is valid.
+        """Return the login of a token shown before, by its digest, if it is valid.
 
-        That somebody has is known, so it is no failed login when it is valid no more.
+        An expired one is no failed login, since the client has shown it.
         """
         if self.stopping:
             return _stopping()
@@ -253,7 +253,7 @@ class ProjectRegistry:
         return login
 
     def ended(self, login: Login) -> ApiError | None:
-        """Return why somebody may do no more who was let in, None when he still may: a request may take its time."""
+        """Return why an admitted client may no longer continue, None if it may: a request may take its time."""
         self._refresh_logins()
         return self._ended(login)
 
@@ -264,7 +264,7 @@ class ProjectRegistry:
         return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
 
     def enter(self, login: Login, slug: str) -> Project | ApiError:
-        """Return a project that somebody may use who was identified before; ``slug`` may be any string (I9)."""
+        """Return a project that an identified client may use; ``slug`` may be any string (I9)."""
         if (refusal := self._refused_project(login, slug)) is not None:
             return refusal
         project = self.project(slug)
@@ -273,12 +273,12 @@ class ProjectRegistry:
         return project
 
     def _refused_project(self, login: Login, slug: str) -> ApiError | None:
-        """Refuse a project that the token is not for, or that is not to be had; which others there are is not told."""
+        """Refuse a project that the token does not cover, or that is not available, without revealing others."""
         missing = HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND"
         if slug not in login.token.projects:
             now = self.data.renamed().get(slug)
             if now in login.token.projects:
-                why = f"project {slug!r} is called {now!r} now: lattice remote set-url origin URL --project {now}"
+                why = f"project {slug!r} is now called {now!r}: lattice remote set-url origin URL --project {now}"
                 return ApiError(*missing, why)
             why = f"this token is for {', '.join(login.token.projects) or 'metrics'}, not for {slug!r}"
             return ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
@@ -288,7 +288,7 @@ class ProjectRegistry:
             return ApiError(*missing, f"there is no project {slug!r} on this server")
         closed = closed_because(self.data.project(slug).root)
         if closed is not None or slug in self._releasing:
-            why = closed or "the project is being closed; come back in a moment"
+            why = closed or "the project is being closed; try again in a moment"
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
         return None
 
@@ -297,16 +297,16 @@ class ProjectRegistry:
         """Within this, ``end`` is called, at once or later, when the client may not stay any longer."""
         self._staying[end] = login
         try:
-            if (objection := self._logins.objection(login)) is not None:  # it may have arisen since it was admitted
+            if (objection := self._logins.objection(login)) is not None:  # it may have arisen since the admission
                 end(objection)
             yield
         finally:
             del self._staying[end]
 
     def state_of(self, slug: str) -> State:
-        """Tell how it stands with a project that exists; nothing is started for it.
+        """Return the state of a project that exists; nothing is started for it.
 
-        ``ready`` is also what nobody has asked for yet: it starts with the first who does.
+        ``ready`` includes an idle project, which starts at its first request.
         """
         if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
             return "closed"
@@ -316,7 +316,7 @@ class ProjectRegistry:
         return "starting" if project.failure is None else "failed"
 
     async def serve(self, connection: Handoff) -> None:
-        """Serve one client, that ``check()`` has let in, to its end."""
+        """Serve one client admitted by ``check()`` until it disconnects."""
         login, project = connection.who
         peer = ClientConnection(connection, login.token, project)
         self._peers.add(peer)
@@ -329,7 +329,7 @@ class ProjectRegistry:
                 self._alone.set()
 
     def project(self, slug: str) -> Project:
-        """Return a project that exists on disk, started if it was not yet."""
+        """Return a project that exists on disk, and start it if needed."""
         project = self._projects.get(slug)
         if project is None:
             paths = self.data.project(slug)
@@ -357,7 +357,7 @@ class ProjectRegistry:
             self._refresh_logins()
 
     async def _watch_closing(self) -> None:
-        """Let go of projects that an administrator's command asks for, see ``data/closing.py``."""
+        """Release projects that an administrator's command requests, see ``locks.py``."""
         while True:
             await asyncio.sleep(TOKEN_CHECK_S)
             for slug, project in tuple(self._projects.items()):
@@ -366,7 +366,7 @@ class ProjectRegistry:
                     self._keep(f"release {slug}", self._release(slug, project, why))
 
     async def _release(self, slug: str, project: Project, why: str) -> None:
-        """Send a project's clients away and end its worker."""
+        """Disconnect a project's clients and end its worker."""
         _log.info("%s: closed: %s", slug, why)
         try:
             await project.drain(_DRAIN_S)
@@ -374,7 +374,7 @@ class ProjectRegistry:
             for peer in tuple(self._peers):
                 if peer.project is project:
                     peer.end(bye)
-            project.history.dismiss(bye)  # and whoever came over HTTP
+            project.history.dismiss(bye)  # and the HTTP clients
             self._watching.pop(slug).set()
             await project.stop(_WORKER_STOP_S)
         finally:
@@ -388,14 +388,14 @@ class ProjectRegistry:
             await self._last_use.save(self._logins.ids())
 
     def _refresh_logins(self) -> None:
-        """Look at the tokens, and send away whose token is no more what it was."""
+        """Refresh the tokens, and disconnect clients whose token was changed."""
         try:
             changed = self._logins.refresh()
         except RemoteError as error:
             if error.message != self._tokens_error:
-                _log.error("the tokens stay as they were: %s", error.message)
+                _log.error("keeping the previous tokens: %s", error.message)
             self._tokens_error = error.message
-            changed = True  # what was read before goes on to expire
+            changed = True  # the earlier tokens continue to expire
         else:
             self._tokens_error = ""
         for end, login in tuple(self._staying.items()) if changed else ():
@@ -422,7 +422,7 @@ class ProjectRegistry:
 
 
 def bearer(values: Sequence[str]) -> str:
-    """Return the token's text, "" when there is none or more than one."""
+    """Return the token's text, "" if there is none or more than one."""
     scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
     return text.strip() if scheme.lower() == "bearer" else ""
 

@@ -1,4 +1,6 @@
-"""The server process: one port, TLS if wanted, HTTP by Starlette on uvicorn, WebSockets by the hand-off, its end."""
+"""Server process: one port with optional TLS, HTTP by Starlette on uvicorn, WebSockets by hand-off, ordered
+shutdown.
+"""
 
 import asyncio
 import contextlib
@@ -33,12 +35,12 @@ from lattice_remote.server.transport.websocket import PlainHttp, handoff_class, 
 __all__ = ["bind", "make_server", "run"]
 
 _USER_TIMEOUT_MS = 20_000
-"""How long the kernel keeps sending to a peer that acknowledges nothing."""
+"""Time for which the kernel keeps sending to a peer that acknowledges nothing."""
 _BACKLOG = 2048
 _OPEN_FILES = 65_536
 _GOODBYE_S = 0.3
 _CERTIFICATE_CHECK_S = 5.0
-"""How often to look whether the certificate was renewed; SIGHUP does it at once."""
+"""Interval at which the certificate is checked for renewal; SIGHUP does it at once."""
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +54,7 @@ def bind(host: str, port: int, *, host_option: str = "--host", port_option: str 
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name could look like this
+    except (OSError, UnicodeError) as error:  # UnicodeError: an impossible name
         why = error.strerror if isinstance(error, OSError) else "not a host name"
         raise Misuse(f"cannot listen on {host}:{port}: {why}; choose another {host_option}") from error
     try:
@@ -71,7 +73,7 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT; print one line with the address once ready. The caller holds the directory's lock.
 
     Raises:
-        Misuse: a setting, an address to listen on, the certificate or its key is not what it must be.
+        Misuse: a setting, a listening address, the certificate or its key is invalid.
         StorageError: ``tokens.json`` cannot be read.
     """
     manager = ServiceManager.from_environment()
@@ -93,7 +95,9 @@ def _bind_figures(address: str) -> socket.socket:
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:
-    """Return the certificate that the settings name, by paths relative to the data directory; None when they don't."""
+    """Return the certificate that the settings name, by paths relative to the data directory; None if they name
+    none.
+    """
     tls = config.tls
     if not tls.cert and not tls.key:
         return None
@@ -106,14 +110,14 @@ def _warn_of_plain_text(config: Config, listener: socket.socket) -> None:
     host = listener.getsockname()[0]
     if not config.tls.cert and not config.trusted_proxies and not is_loopback(host):
         _log.warning(
-            "listening on %s without TLS: tokens and the whole board cross the network in the clear. Use --tls-cert "
+            "listening on %s without TLS: tokens and all projects cross the network in the clear. Use --tls-cert "
             "and --tls-key, or put a proxy in front that speaks TLS and name it with --behind-proxy",
             host,
         )
 
 
 def _allow_many_connections() -> None:
-    """Raise the limit on open files, which often stands at 1,024, as far as is allowed and useful."""
+    """Raise the limit on open files, often 1,024, as far as allowed and useful."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -131,7 +135,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 @dataclass(frozen=True)
 class _Sockets:
-    """What a server listens on: for everybody, for who wants its figures, for who asks on this machine how it is."""
+    """The listening sockets: public, metrics, and local status."""
 
     board: socket.socket
     figures: socket.socket | None
@@ -161,7 +165,7 @@ def make_server(
     manager: ServiceManager | None = None,
     figures: socket.socket | None = None,
 ) -> uvicorn.Server:
-    """Return the server for a hub that was started; ``serve(sockets=[...])`` it. It stops the hub at its end.
+    """Return the server of a started registry; ``serve(sockets=[...])`` it. It stops the registry at its end.
 
     ``figures`` is a second listening socket, for the metrics alone.
     """
@@ -181,7 +185,7 @@ def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["non
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # it would believe any program on this machine; see http/auth.py
+        proxy_headers=False,  # it would trust any program on this machine; see http/auth.py
         backlog=_BACKLOG,
     )
     config.load()
@@ -189,7 +193,7 @@ def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["non
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, with our words at its start, our way of accepting, and our order at its end."""
+    """uvicorn with our start message, listener and shutdown order."""
 
     def __init__(
         self,
@@ -207,12 +211,12 @@ class _Server(uvicorn.Server):
         self._upkeep: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to accept, past the door; uvicorn's own startup would not ask it."""
+        """Start our listeners, which apply admission control; uvicorn's own do not."""
         assert sockets, "run() passes the one it listens on"
         [listener] = sockets
         context = None if self._certificate is None else self._certificate.context
         acceptors = [Acceptor(listener, self._hub.door, partial(self._make_protocol, self.config), context)]
-        if self._metrics is not None:  # who is turned away at one door is not for the other's flood
+        if self._metrics is not None:  # a flood at one listener does not affect the other
             figures, config = self._metrics
             door = AdmissionControl(self._hub.config.limits)
             acceptors.append(Acceptor(figures, door, partial(self._make_protocol, config), None))
@@ -227,7 +231,7 @@ class _Server(uvicorn.Server):
         scheme = "http" if context is None else "https"
         self._hub.address = f"{scheme}://{shown}:{port}"
         if self._metrics is not None:
-            _log.info("metrics for everybody who can reach %s:%d", *self._metrics[0].getsockname()[:2])
+            _log.info("serving metrics without authentication on %s:%d", *self._metrics[0].getsockname()[:2])
         print(f"Listening on {self._hub.address}", flush=True)  # noqa: T201 - the one line of its output
         self._manager.serving()
 
@@ -240,9 +244,9 @@ class _Server(uvicorn.Server):
             certificate.refresh()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let the hub say its goodbyes, then let uvicorn close what is left, within ``STOP_S``.
+        """Stop accepting, let the registry disconnect the clients, then let uvicorn close the rest, within ``STOP_S``.
 
-        A client that takes nothing costs no more than the rest of that time.
+        A client that reads nothing costs no more than the rest of that time.
         """
         _log.info("stopping")
         loop = asyncio.get_running_loop()
@@ -274,5 +278,5 @@ class _Server(uvicorn.Server):
 
     def _stop_asked(self) -> None:
         if self.should_exit:
-            os._exit(1)  # the workers end by themselves when their socket closes; all that was answered is durable
+            os._exit(1)  # the workers end by themselves when their socket closes; all acknowledged requests are durable
         self.should_exit = True

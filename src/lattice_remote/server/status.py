@@ -1,4 +1,4 @@
-"""What a server says of itself: its projects, where each stands, and how far each of its clients is.
+"""Server status: projects with their positions, and clients with their lag.
 
 ``lattice-remote status --json`` prints these fields; names are only added.
 """
@@ -50,16 +50,16 @@ __all__ = [
 
 
 class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """Somebody who is connected: a client with a copy, one that only writes, or a stream over HTTP.
+    """A connected client: one with a cache, one that only writes, or an HTTP stream.
 
     Attributes:
         kind: ``copy``, ``writer`` or ``stream``.
-        actor, token: whose token it is, and its id.
-        since: when it came.
-        applied: the last change that its copy holds, as it says; null for the others.
-        behind: how many changes it has still to apply; null for the others.
-        waiting_bytes: what it was sent and has not taken yet.
-        client_version, lattice_version: what it runs, as it says.
+        actor, token: the token's actor, and its id.
+        since: when it connected.
+        applied: the last change in its cache, as it reports; null for the others.
+        behind: the number of changes it has still to apply; null for the others.
+        waiting_bytes: bytes sent and not read yet.
+        client_version, lattice_version: its versions, as it reports.
     """
 
     kind: str
@@ -78,14 +78,14 @@ class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One project.
 
     Attributes:
-        state: ``ready``, ``starting``, ``closed`` (an administrator's command has it), ``failed``; ``idle`` when nobody
-            has asked for it since the server's start; ``stopped`` when no server runs.
+        state: ``ready``, ``starting``, ``closed`` (an administrator's command has it), ``failed``; ``idle`` without a
+            request since the server's start; ``stopped`` if no server runs.
         why: of a project that has failed.
-        head: the number of its last change; null when it never had a journal.
-        oldest: the first change that its journal keeps.
+        head: the number of its last change; null if it never had a journal.
+        oldest: the first change in its journal.
         writes_per_minute: changes within the last minute.
         queued, with_worker, waiting: requests in its queue, with its worker, and waiting for a resource.
-        reads_waiting: reads over HTTP that wait for the one before them.
+        reads_waiting: HTTP reads that wait for an earlier one.
     """
 
     slug: str
@@ -106,7 +106,7 @@ class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A server; without one ``running`` is false, and the projects are told of from their files."""
+    """A server; without one ``running`` is false, and the projects are read from their files."""
 
     running: bool
     data: str
@@ -118,7 +118,7 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def status_of(hub: ProjectRegistry, started: datetime) -> ServerStatus:
-    """Return how a running server is at this moment."""
+    """Return the status of a running server."""
     slugs = await asyncio.to_thread(hub.data.slugs)
     on_disk = await asyncio.to_thread(lambda: {slug: _from_files(hub.data, slug, "idle") for slug in slugs})
     streams = _streams(hub)
@@ -141,18 +141,18 @@ async def status_of(hub: ProjectRegistry, started: datetime) -> ServerStatus:
 
 
 def stopped_status(data: DataDir) -> ServerStatus:
-    """Return what the files say while no server runs."""
+    """Return the status from the files while no server runs."""
     projects = [_from_files(data, slug, "stopped") for slug in data.slugs()]
     return ServerStatus(running=False, data=str(data.path.absolute()), projects=projects)
 
 
 def journal_bytes(journal: Path) -> int:
-    """Return how much a journal takes on the disk, the lists of files in it included."""
+    """Return the size of a journal on the disk, including its manifests."""
     total = 0
     try:
         for entry in os.scandir(journal):
             total += _size_of(entry)
-    except FileNotFoundError:  # nothing was ever done here
+    except FileNotFoundError:  # the project was never opened
         return 0
     return total
 
@@ -160,12 +160,12 @@ def journal_bytes(journal: Path) -> int:
 def _size_of(entry: os.DirEntry[str]) -> int:
     try:
         return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
-    except FileNotFoundError:  # expired meanwhile
+    except FileNotFoundError:  # expired since
         return 0
 
 
 def _of_project(project: Project, state: str, files: ProjectStatus, clients: list[ClientStatus]) -> ProjectStatus:
-    """Return how a project is; until its worker has opened it, its files say where it stands."""
+    """Return the status of a project; until its worker has opened it, its position comes from the files."""
     history, load = project.history, project.load
     is_known = bool(history.epoch)
     return msgspec.structs.replace(
@@ -223,7 +223,7 @@ def _from_files(data: DataDir, slug: str, state: str) -> ProjectStatus:
 
 
 def _journal_on_disk(journal: Path) -> tuple[str, int | None, int | None]:
-    """Return epoch, first and last change of a journal that nobody may be writing; what can't be read is not known."""
+    """Return epoch, first and last change of a journal without a writer; unreadable parts count as unknown."""
     try:
         paths = segment_paths(journal)
         newest = read_segment(paths[-1]) if paths else None
@@ -246,7 +246,7 @@ _SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
 
 
 def as_lines(status: ServerStatus) -> list[str]:
-    """Return the lines; times are told as spans up to now."""
+    """Return the lines; times are spans up to now."""
     now = datetime.now(UTC)
     if status.running:
         assert status.started is not None, "a running server knows its beginning"
@@ -313,18 +313,18 @@ _MAX_PATH_BYTES = 100
 """A socket's path may have 103 bytes on some systems."""
 _TIMEOUT_S = 5.0
 _PAUSE_S = 1.0
-"""Before the next look at who asks, when the system lets nobody in."""
+"""Pause before accepting again after the system refused."""
 _MAX_BYTES = 64 * 1024 * 1024
 _END = b"}"
-"""With what a document ends that is whole: it is one object."""
+"""The end of a complete document, which is one object."""
 
 _log = logging.getLogger(__name__)
 
 
 def listen(directory: Path) -> socket.socket | None:
-    """Return the listening socket of a data directory whose lock the caller holds; None where there can be none.
+    """Return the listening socket of a data directory whose lock the caller holds; None if there can be none.
 
-    Call it while nothing else runs in this process: a long path makes it change the current directory for a moment.
+    Call it before anything else runs in this process: a long path makes it change the current directory for a moment.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(0o177)
@@ -334,9 +334,9 @@ def listen(directory: Path) -> socket.socket | None:
                 os.unlink(address)
             listener.bind(address)
         listener.listen(16)
-    except OSError as error:  # some file systems have no sockets; the board is served all the same
+    except OSError as error:  # some file systems have no sockets; the projects are served all the same
         listener.close()
-        _log.warning("lattice-remote status will know nothing of this server: %s: %s", directory / _NAME, error)
+        _log.warning("lattice-remote status cannot reach this server: %s: %s", directory / _NAME, error)
         return None
     finally:
         os.umask(umask)
@@ -345,12 +345,12 @@ def listen(directory: Path) -> socket.socket | None:
 
 
 async def tell(listener: socket.socket, document: Callable[[], Awaitable[bytes]]) -> None:
-    """Answer whoever connects, one after the other, until this is cancelled."""
+    """Answer each connection in turn, until this is cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         try:
             connection, _ = await loop.sock_accept(listener)
-        except OSError:  # no more files can be opened, for now
+        except OSError:  # out of file descriptors, for now
             await asyncio.sleep(_PAUSE_S)
             continue
         with connection:
@@ -361,22 +361,22 @@ async def tell(listener: socket.socket, document: Callable[[], Awaitable[bytes]]
             except OSError:  # it has left, or does not read
                 continue
             except Exception:  # noqa: BLE001 - who asks next may be luckier
-                _log.exception("the status could not be told")
+                _log.exception("cannot send the status")
 
 
 def remove(directory: Path) -> None:
-    """Take the socket away; whoever asks from now on is told that no server runs."""
+    """Remove the socket; later queries report that no server runs."""
     with contextlib.suppress(OSError):
         (directory / _NAME).unlink()
 
 
 def ask(directory: Path) -> bytes | None:
-    """Return what the server of a data directory says; None when none runs.
+    """Return the status of a data directory's server; None if none runs.
 
-    One that ends just now is asked once more, which tells whether it has ended.
+    One that is just stopping is queried once more, to see whether it has ended.
 
     Raises:
-        StorageError: one is there and does not answer, or may not be asked.
+        StorageError: a server is there and does not answer, or the permission is missing.
     """
     answer = _answer_of(directory)
     if answer is not None and not answer.endswith(_END):
@@ -387,7 +387,7 @@ def ask(directory: Path) -> bytes | None:
 
 
 def _answer_of(directory: Path) -> bytes | None:
-    """Return what it says, perhaps not to its end; None when nobody is there."""
+    """Return its answer, perhaps incomplete; None if no server is there."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _address(directory) as address:
             connection.settimeout(_TIMEOUT_S)
@@ -408,13 +408,13 @@ def _all_of(connection: socket.socket) -> bytes:
     while piece := connection.recv(1 << 16):
         received += piece
         if len(received) > _MAX_BYTES:
-            raise StorageError("the server's answer has no end; look at its log")
+            raise StorageError("the server's answer is too large; look at its log")
     return bytes(received)
 
 
 @contextlib.contextmanager
 def _address(directory: Path) -> Iterator[str]:
-    """Within this, what it yields leads to the socket, however long the directory's path is."""
+    """Yield a path to the socket, valid within the block, however long the directory's path is."""
     path = str(directory.absolute() / _NAME)
     if len(os.fsencode(path)) <= _MAX_PATH_BYTES:
         yield path
@@ -431,10 +431,10 @@ NOT_RUNNING = 3
 
 @app.command()
 def status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
-    """Show how the server is: its projects, and who is connected and how far behind.
+    """Show the server's status: its projects, its clients and their lag.
 
     Asks the server that runs on the data directory, as the same user, and exits with 0.
-    Where none runs it exits with 3, and the files tell of the projects.
+    If none runs, reads the projects' files and exits with 3.
 
     Example: lattice-remote --data ./board status --json
     """
@@ -450,15 +450,17 @@ def status(context: typer.Context, as_json: JsonOption = False, data: DataOption
 
 
 def _decoded(told: bytes) -> ServerStatus:
-    """Raises StorageError: the server has broken off, or is of a version that tells less."""
+    """Raises StorageError: the answer is incomplete, or from an incompatible version."""
     try:
         return msgspec.json.decode(told, type=ServerStatus)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        raise StorageError("the server did not say how it is; its log says why, unless it is older than this") from None
+        raise StorageError("unexpected response from the server; look at its log, or upgrade it") from None
 
 
 class Gauges(Collector):
-    """The figures of a hub, counted and looked up. Make one for each hub; ``scraped()`` is what Prometheus gets."""
+    """The metrics of a registry, counted and looked up. Make one for each; ``scraped()`` returns them for
+    Prometheus.
+    """
 
     def __init__(self, hub: ProjectRegistry) -> None:
         self._hub = hub
@@ -466,7 +468,7 @@ class Gauges(Collector):
         hub.metrics.registry.register(self)
 
     async def scraped(self, accept: str) -> tuple[bytes, str]:
-        """Return all figures, and their content type, which is one that the caller accepts."""
+        """Return all metrics, and their content type, one that the caller accepts."""
         journals = {slug: project.paths.journal for slug, project in self._hub.projects.items()}
         self._journals = await asyncio.to_thread(lambda: {slug: journal_bytes(at) for slug, at in journals.items()})
         for peer in self._hub.peers:
@@ -475,11 +477,11 @@ class Gauges(Collector):
         return encode(self._hub.metrics.registry), content_type
 
     def describe(self) -> list[Metric]:
-        """Nothing is looked up before somebody asks."""
+        """Nothing is looked up before a scrape."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what is so at this moment. Belongs to the event loop's thread."""
+        """Yield the current values. Belongs to the event loop's thread."""
         info = GaugeMetricFamily("lattice_remote_info", "The version of this server; always 1.", labels=["version"])
         info.add_metric([lattice_remote.__version__], 1)
         yield info
@@ -491,11 +493,11 @@ class Gauges(Collector):
     def _of_projects(self) -> Iterator[Metric]:
         projects = self._hub.projects
         up = {slug: int(self._hub.state_of(slug) == "ready") for slug in projects}
-        yield _gauge("project_up", "Whether a project that was asked for can be used.", up)
-        yield _gauge("head", "The number of the last change.", {s: p.history.head for s, p in projects.items()})
-        yield _gauge("journal_bytes", "What the journal takes on the disk.", self._journals)
+        yield _gauge("project_up", "Whether a started project is available.", up)
+        yield _gauge("head", "Sequence number of the last change.", {s: p.history.head for s, p in projects.items()})
+        yield _gauge("journal_bytes", "Size of the journal on disk.", self._journals)
         queue = GaugeMetricFamily(
-            "lattice_remote_queue_requests", "Writes that wait for their answer, by where.", labels=["project", "where"]
+            "lattice_remote_queue_requests", "Unanswered writes, by place.", labels=["project", "where"]
         )
         for slug, project in projects.items():
             load = project.load
@@ -509,9 +511,7 @@ class Gauges(Collector):
 
     def _of_clients(self) -> Iterator[Metric]:
         slugs = self._hub.projects
-        clients = GaugeMetricFamily(
-            "lattice_remote_clients", "Connected clients, by what they are.", labels=["project", "kind"]
-        )
+        clients = GaugeMetricFamily("lattice_remote_clients", "Connected clients, by kind.", labels=["project", "kind"])
         counted: Tally[tuple[str, str]] = Tally()
         behind, outboxes, fullest = Tally[str](), Tally[str](), dict.fromkeys(slugs, 0)
         for peer in self._hub.peers:
@@ -526,8 +526,8 @@ class Gauges(Collector):
             for kind in ("copy", "writer", "stream"):
                 clients.add_metric([slug, kind], counted[slug, kind])
         yield clients
-        yield _gauge("most_behind", "How many changes the client furthest behind lacks.", {s: behind[s] for s in slugs})
-        yield _gauge("outbox_bytes", "Sent to clients, and not taken yet.", {s: outboxes[s] for s in slugs})
+        yield _gauge("most_behind", "Changes missing on the client furthest behind.", {s: behind[s] for s in slugs})
+        yield _gauge("outbox_bytes", "Bytes sent to clients and not read yet.", {s: outboxes[s] for s in slugs})
         yield _gauge("outbox_max_bytes", "The same of the client with the most.", fullest)
 
 

@@ -1,7 +1,7 @@
-"""``tokens.json``: tokens, each for some projects and one actor, kept only as digests.
+"""``tokens.json``: tokens, each for some projects and one actor, stored as digests.
 
-The file is replaced atomically, mode 0600, under a lock, so that the command line can change it while a server
-runs. What a running server makes of it is in ``logins.py``.
+The file is replaced atomically, mode 0600, under a lock, so that the command line can change it while a server runs.
+``auth.py`` is the running server's view.
 """
 
 import hashlib
@@ -26,48 +26,48 @@ _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
 _LOCK_TIMEOUT_S = 10
 METRICS_ACTOR = "service:metrics"
-"""Whose a token for metrics is: nobody's who writes."""
+"""Actor of a token for metrics, which cannot write."""
 
 Moment = Annotated[datetime, Meta(tz=True)]
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One token, without its text. A misspelt field, such as one that should end it, is an error."""
+    """One token, without its text. A misspelt field, for example an expiry, is an error."""
 
     id: str
     sha256: str
     projects: list[str]
     actor: str
     act_as: list[str] = []
-    """Patterns of further actors, in which ``*`` stands for anything."""
+    """Patterns of further actors; ``*`` matches anything."""
     created: str = ""
     expires: Moment | None = None
-    """From when it is not valid any more; None: never."""
+    """End of its validity; None: never."""
     old_sha256: str = ""
-    """Of the text that it had before it was rotated."""
+    """Digest of the text before the rotation."""
     old_until: Moment | None = None
-    """From when that text is not valid any more."""
+    """End of the old text's validity."""
     metrics: bool = False
-    """Whether it is for ``/metrics``, and for nothing else."""
+    """Whether it is for ``/metrics`` alone."""
 
 
 class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole file. Without its one name, or with another, it is damaged, which does not mean: no tokens."""
+    """The whole file. Without its one name, or with another, it is damaged rather than empty."""
 
     tokens: list[Token]
 
 
 class TokenFile:
-    """``tokens.json`` as the command line changes it: each call reads, changes and replaces it under a lock."""
+    """``tokens.json`` for the command line: each call reads, changes and replaces it under a lock."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> list[Token]:
-        """Return all tokens, in the order in which they were made.
+        """Return all tokens, in the order of creation.
 
         Raises:
-            StorageError: the file cannot be read, or is not what it must be.
+            StorageError: the file cannot be read, or is invalid.
         """
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Tokens).tokens
@@ -79,7 +79,7 @@ class TokenFile:
     def create(
         self, *, projects: list[str], actor: str, act_as: list[str], expires: datetime | None = None
     ) -> tuple[Token, str]:
-        """Make a token; return it and its text, which is kept nowhere and can't be shown again.
+        """Create a token; return it and its text, which is not stored and cannot be shown again.
 
         Raises:
             Misuse: the actor or a pattern is malformed, or no project is named.
@@ -87,11 +87,11 @@ class TokenFile:
         """
         check_actor(actor, act_as)
         if not projects:
-            raise Misuse("a token is for at least one project; name it with --project")
+            raise Misuse("a token needs at least one project; name it with --project")
         return self._add(sorted(set(projects)), actor, act_as, expires)
 
     def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
-        """Make a token that is for the server's figures alone; otherwise as ``create``.
+        """Create a token for the server's metrics alone; otherwise as ``create``.
 
         Raises:
             StorageError: the file cannot be written.
@@ -116,12 +116,12 @@ class TokenFile:
         return token, text
 
     def rotate(self, id_or_text: str, *, grace: timedelta = timedelta()) -> tuple[Token, str]:
-        """Give a token a new text and return both; all else of it stays. The old text is valid for ``grace`` more.
+        """Give a token a new text and return both; its other fields stay. The old text stays valid for ``grace``.
 
         A text that was itself still in its grace stops at once.
 
         Raises:
-            Misuse: there is no such token, or it has expired, or the grace leads past the year 9999.
+            Misuse: there is no such token, or it has expired, or the grace ends after the year 9999.
             StorageError: the file cannot be written.
         """
         text, now = _new_text(), datetime.now(UTC)
@@ -146,7 +146,7 @@ class TokenFile:
         return changed[0], text
 
     def revoke(self, id_or_text: str) -> Token:
-        """Forget a token, named by its id or by its own text, and return it.
+        """Revoke a token, named by its id or by its own text, and return it.
 
         Raises:
             Misuse: there is no such token.
@@ -162,7 +162,7 @@ class TokenFile:
         return gone[0]
 
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
-        """Give projects the names they have now in every token; return how many tokens that changes.
+        """Replace projects' former names in every token; return the number of changed tokens.
 
         Raises:
             StorageError: the file cannot be written.
@@ -180,7 +180,7 @@ class TokenFile:
         return len(changed)
 
     def forget_project(self, slug: str) -> int:
-        """Take a project out of every token, and revoke those that are for nothing else; return how many these were.
+        """Remove a project from every token, and revoke tokens without another; return the number of these.
 
         Raises:
             StorageError: the file cannot be written.
@@ -212,7 +212,7 @@ def _for_projects(token: Token, projects: set[str]) -> Token:
 
 
 def digest_of_text(text: str) -> str:
-    """Return what is kept of a token's text. It is 256 random bits, so a plain digest can't be turned back."""
+    """Return the stored digest of a token's text. It is 256 random bits, so a plain digest cannot be reversed."""
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -225,11 +225,11 @@ def _find(tokens: list[Token], id_or_text: str) -> Token:
     for token in tokens:
         if token.id == id_or_text or hmac.compare_digest(token.sha256, digest):
             return token
-    raise Misuse("there is no such token; see: lattice-remote token list")
+    raise Misuse("token not found; see: lattice-remote token list")
 
 
 def check_actor(actor: str, act_as: list[str]) -> None:
-    """Do nothing if a token may have this actor and these patterns.
+    """Check that a token may have this actor and these patterns.
 
     Raises:
         Misuse: one of them is malformed.
@@ -249,10 +249,10 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d
 
 
 def duration(text: str) -> timedelta:
-    """Return the time that ``30m``, ``12h``, ``90d`` or ``52w`` means.
+    """Return the duration of ``30m``, ``12h``, ``90d`` or ``52w``.
 
     Raises:
-        Misuse: it is nothing like that, or 0.
+        Misuse: it has another form, or is 0.
     """
     matched = _DURATION.fullmatch(text)
     if matched is None:
@@ -261,7 +261,7 @@ def duration(text: str) -> timedelta:
 
 
 def expiry(text: str, now: datetime) -> datetime | None:
-    """Return the moment that ``text`` names, None for ``never``. A date alone is its beginning in UTC.
+    """Return the moment that ``text`` names, None for ``never``. A date alone is its start in UTC.
 
     Raises:
         Misuse: it is neither a duration nor a date nor ``never``, or has passed, or is past the year 9999.
@@ -275,12 +275,12 @@ def expiry(text: str, now: datetime) -> datetime | None:
     except Misuse as error:
         raise Misuse(f"bad --expires {text!r}: expected for example 90d, 2030-12-31, or never") from error
     if moment <= now:
-        raise Misuse(f"{text} has passed already; name a later time")
+        raise Misuse(f"{text} is in the past; name a later time")
     return moment
 
 
 def shown(moment: datetime | None, otherwise: str) -> str:
-    """Return a moment in UTC for people, to the second; ``otherwise`` when there is none."""
+    """Return a moment in UTC for people, to the second; ``otherwise`` if there is none."""
     return otherwise if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

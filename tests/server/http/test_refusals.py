@@ -230,4 +230,4 @@ async def test_broken_tokens_are_logged_once_and_those_before_stay(
             pass
     finally:
         write_atomically(running.data.tokens, good)
-    assert caplog.text.count("the tokens stay as they were") == 1
+    assert caplog.text.count("keeping the previous tokens") == 1

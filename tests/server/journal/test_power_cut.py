@@ -358,9 +358,9 @@ def test_fsck_says_that_what_a_power_cut_took_comes_back(tmp_path: Path) -> None
         worker.kill()
     promised = tree_of(project / ".lattice")
     log_of_first_task(project).write_bytes(b"")
-    found = [finding for finding in fsck(data, ["web"], mend=False).findings if "events/task" in finding.where]
-    assert [finding.mend for finding in found] == [AFTER_POWER_CUT]
-    fsck(data, ["web"], mend=True)
+    found = [finding for finding in fsck(data, ["web"], repair=False).findings if "events/task" in finding.where]
+    assert [finding.repair for finding in found] == [AFTER_POWER_CUT]
+    fsck(data, ["web"], repair=True)
     assert tree_of(project / ".lattice") == promised
 
 

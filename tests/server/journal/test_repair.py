@@ -152,5 +152,5 @@ def test_what_can_not_be_brought_back_is_left_and_told(tmp_path: Path) -> None:
     (tmp_path / "sessions").mkdir()
     (tmp_path / "sessions/a.json").write_bytes(b"")
     notes = check_repair(tmp_path, {"sessions/a.json": b"gone"}, PutFile("other", b""))
-    assert notes == ["sessions/a.json: could not be brought back"]
+    assert notes == ["sessions/a.json: could not be restored"]
     assert (tmp_path / "sessions/a.json").read_bytes() == b""

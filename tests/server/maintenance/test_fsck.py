@@ -1,4 +1,4 @@
-"""fsck finds each kind of damage, says where, mends what can be mended, and destroys nothing."""
+"""fsck finds each kind of damage, says where, repairs what can be repaired, and destroys nothing."""
 
 import json
 import os
@@ -72,8 +72,8 @@ def data(original: Path, tmp_path: Path) -> DataDir:
     return DataDir(copy)
 
 
-def check(data: DataDir, *, mend: bool = False) -> FsckReport:
-    return fsck(data, data.slugs(), mend=mend)
+def check(data: DataDir, *, repair: bool = False) -> FsckReport:
+    return fsck(data, data.slugs(), repair=repair)
 
 
 def web(data: DataDir) -> Path:
@@ -147,12 +147,12 @@ def rotten_file(data: DataDir) -> str:
 
 def edited_file(data: DataDir) -> str:
     next((web(data) / ".lattice/plans").iterdir()).write_text("# Edited while nobody looked\n")
-    return "is not as change 13 left it"
+    return "differs from change 13"
 
 
 def new_file(data: DataDir) -> str:
     (web(data) / ".lattice/context.md").write_text("hello\n")
-    return "knows of no such file"
+    return "has no such file"
 
 
 def lost_file(data: DataDir) -> str:
@@ -163,13 +163,13 @@ def lost_file(data: DataDir) -> str:
 def leftovers(data: DataDir) -> str:
     (web(data) / ".lattice/tasks/.tmp.x").write_text("x")
     (web(data) / "journal/00000000000000000099.new").write_text("x")
-    return "left behind by a program"
+    return "left over from an interrupted program"
 
 
 def server_leftovers(data: DataDir) -> str:
     (data.path / "projects/.new-0123456789abcdef").mkdir()
     (data.path / f".tokens.json.{'0' * 16}").write_text("{}")
-    return "left behind by a command"
+    return "left over from an interrupted command"
 
 
 def open_tokens(data: DataDir) -> str:
@@ -179,7 +179,7 @@ def open_tokens(data: DataDir) -> str:
 
 def open_project(data: DataDir) -> str:
     (web(data) / "journal").chmod(0o777)
-    return "everybody on this machine may write"
+    return "any user on this machine can write"
 
 
 TOGETHER = [
@@ -194,7 +194,7 @@ TOGETHER = [
 
 
 @pytest.mark.parametrize("damages", TOGETHER, ids=lambda damages: "+".join(damage.__name__ for damage in damages))
-def test_damage_is_found_and_mended_and_what_was_taken_away_is_kept(
+def test_damage_is_found_and_repaired_and_what_was_taken_away_is_kept(
     data: DataDir, damages: Sequence[Callable[[DataDir], str]]
 ) -> None:
     content = contents(data)
@@ -204,8 +204,8 @@ def test_damage_is_found_and_mended_and_what_was_taken_away_is_kept(
     for word in words:
         assert [finding for finding in found.findings if word in finding.what], (word, found.findings)
     assert found.left == len(found.findings) > 0
-    mended = check(data, mend=True)
-    assert mended.left == 0, [finding for finding in mended.findings if not finding.mended]
+    repaired = check(data, repair=True)
+    assert repaired.left == 0, [finding for finding in repaired.findings if not finding.repaired]
     assert check(data).findings == []
     assert damaged - contents(data) <= manifests(damaged), "what was there is still somewhere"
     if rotten_file in damages:
@@ -239,7 +239,7 @@ def test_a_command_that_was_cut_off_is_found_and_undone(data: DataDir) -> None:
     with log.open("ab") as file:
         file.write(b'{"half":')
     assert any(finding.where == "journal/undo" for finding in check(data).findings)
-    assert check(data, mend=True).left == 0
+    assert check(data, repair=True).left == 0
     assert log.read_bytes() == before
     assert check(data).findings == []
 
@@ -264,24 +264,24 @@ def test_what_is_damaged_comes_back_from_a_part_of_the_journal_that_is_set_aside
     before = plan.read_bytes()
     rotten_segment(data)
     rot(plan, 3)
-    assert check(data, mend=True).left == 0
+    assert check(data, repair=True).left == 0
     assert plan.read_bytes() == before
 
 
 def test_a_damaged_segment_of_a_former_epoch_is_set_aside(data: DataDir) -> None:
     no_manifest(data)
-    assert check(data, mend=True).left == 0
+    assert check(data, repair=True).left == 0
     rotten_segment(data)
     report = check(data)
     assert [finding.where for finding in report.findings] == [f"journal/{segment_paths(web(data) / 'journal')[1].name}"]
-    report = check(data, mend=True)
+    report = check(data, repair=True)
     assert report.left == 0, report.findings
     assert check(data).findings == []
 
 
 def test_the_log_of_what_can_be_read_stays_after_mending(data: DataDir) -> None:
     rotten_segment(data)
-    check(data, mend=True)
+    check(data, repair=True)
     assert [entry.seq for entry in read_page(web(data) / "journal", limit=1).entries] == [13]
 
 
@@ -290,7 +290,7 @@ def test_tokens_are_checked_and_left_to_a_person(data: DataDir) -> None:
     ghost = {**tokens[0], "id": "tok_2", "sha256": "0" * 64, "projects": ["ghost"], "actor": "nobody"}
     data.tokens.write_text(json.dumps({"tokens": [tokens[0], tokens[0], ghost]}))
     before = data.tokens.read_bytes()
-    report = check(data, mend=True)
+    report = check(data, repair=True)
     words = "\n".join(finding.what for finding in report.findings)
     assert "2 tokens have the id" in words and "2 tokens have the digest" in words
     assert "'ghost', which does not exist" in words and "bad actor 'nobody'" in words
@@ -306,28 +306,28 @@ def test_a_broken_setting_and_what_lattice_finds_are_told(data: DataDir) -> None
     (web(data) / ".lattice/tasks/x.json").write_text("junk\n")
     found = {(finding.project, finding.where) for finding in check(data).findings}
     assert ("", "config.json") in found
-    doctor = [finding for finding in check(data, mend=True).findings if "lattice doctor: error" in finding.what]
-    assert doctor and not doctor[0].mended
+    doctor = [finding for finding in check(data, repair=True).findings if "lattice doctor: error" in finding.what]
+    assert doctor and not doctor[0].repaired
 
 
-def test_nothing_is_mended_beside_a_running_server(data: DataDir) -> None:
+def test_nothing_is_repaired_beside_a_running_server(data: DataDir) -> None:
     lost_file(data)
     held = lock(data.path / ".lock")
     try:
         with pytest.raises(Misuse, match="stop it first"):
-            check(data, mend=True)
+            check(data, repair=True)
         report = check(data)
         assert report.running and report.left == 1
     finally:
         os.close(held)
 
 
-def test_nothing_is_mended_beside_a_worker_that_has_outlived_its_server(data: DataDir) -> None:
+def test_nothing_is_repaired_beside_a_worker_that_has_outlived_its_server(data: DataDir) -> None:
     lost_file(data)
     held = lock(data.project("web").writer_lock)
     try:
         with pytest.raises(Misuse, match="still at work"):
-            check(data, mend=True)
+            check(data, repair=True)
     finally:
         os.close(held)
 
@@ -342,9 +342,9 @@ def test_the_command_line_has_three_exit_codes_and_json(data: DataDir, tmp_path:
     code, said = run("--project", "web", "--json")
     told = json.loads(said)
     assert code == 1 and told["left"] == 1 and told["findings"][0]["project"] == "web"
-    assert told["findings"][0]["mend"] and not told["findings"][0]["mended"]
-    code, said = run("--mend")
-    assert code == 0 and "mended: it becomes a numbered change" in said and "1 mended, 0 left" in said
+    assert told["findings"][0]["repair"] and not told["findings"][0]["repaired"]
+    code, said = run("--repair")
+    assert code == 0 and "repaired: it becomes a numbered change" in said and "1 repaired, 0 left" in said
     assert run("--project", "nowhere")[0] == 2
     assert CliRunner().invoke(app, ["--data", str(tmp_path / "none"), "fsck"]).exit_code == 2
 
@@ -359,6 +359,6 @@ def test_a_file_name_can_not_take_the_terminal_over() -> None:
 def test_modes_are_right_after_mending(data: DataDir) -> None:
     open_tokens(data)
     open_project(data)
-    check(data, mend=True)
+    check(data, repair=True)
     assert stat.S_IMODE(data.tokens.stat().st_mode) == 0o600
     assert not (web(data) / "journal").stat().st_mode & stat.S_IWOTH

@@ -141,11 +141,11 @@ def test_a_deleted_project_is_in_the_trash_and_in_no_token(data: DataDir) -> Non
         delete_project(data, "web")
     archive_project(data, "web")
     assert len(projects_of(data)) == 3, "archived: its tokens wait"
-    assert not fsck(data, chosen(data, None), mend=False).left
+    assert not fsck(data, chosen(data, None), repair=False).left
     place, tokens = delete_project(data, "web")
     assert (place / ".lattice" / "config.json").is_file() and tokens == 2
     assert projects_of(data) == {both: ["two"], metrics.id: []}
-    assert not fsck(data, chosen(data, None), mend=False).left
+    assert not fsck(data, chosen(data, None), repair=False).left
 
 
 # --- closing ---
@@ -203,10 +203,10 @@ def test_fsck_finishes_what_was_cut_off(data: DataDir, own: Path) -> None:
     shutil.copytree(own / ".lattice", root / "incoming" / "one" / ".lattice")
     decide(root, ImportProject("0" * 32, "tok_1", "human:ana", "incoming/one", 2, 1, 1))
     (root / "incoming" / "two").mkdir()
-    found = fsck(data, ["web"], mend=False)
+    found = fsck(data, ["web"], repair=False)
     assert {finding.where for finding in found.findings} == {"adopting", "incoming/two"}
-    mended = fsck(data, ["web"], mend=True)
-    assert not mended.left, mended
+    repaired = fsck(data, ["web"], repair=True)
+    assert not repaired.left, repaired
     assert tree_of(data.project("web").lattice) == tree_of(own / ".lattice")
 
 

@@ -80,7 +80,7 @@ async def test_who_waits_for_room_goes_on_when_an_answer_is_over(monkeypatch: py
     await room
     holding.hold(body())
     monkeypatch.setattr(response_budget, "_WAIT_S", 0.01)
-    with pytest.raises(Rejected, match="were not taken") as caught:
+    with pytest.raises(Rejected, match="are unread") as caught:
         await waiting.room()
     assert caught.value.code == "REMOTE_BUSY"
     assert not budget._waiting["tok_a"]

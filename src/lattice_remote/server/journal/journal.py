@@ -221,9 +221,7 @@ class Journal:
         self._descriptor = os.open(last.path, os.O_WRONLY | os.O_APPEND)
         surplus = os.fstat(self._descriptor).st_size - last.size
         if surplus:
-            self.notes.append(
-                f"journal: cut {surplus} bytes of a record that was not finished, after change {self.head}"
-            )
+            self.notes.append(f"journal: cut {surplus} bytes of an incomplete record after change {self.head}")
             self._retired += salvaged(last.path.read_bytes()[last.size :])
             self.is_damaged = bool(self._retired)
             self._set_aside_tail(last)

@@ -57,8 +57,8 @@ __all__ = [
     "is_snapshot",
     "log_of",
     "make_id",
-    "repair_copy",
     "place_of",
+    "repair_copy",
 ]
 
 Read = Callable[[str], bytes]
@@ -616,12 +616,12 @@ class Repair:
         Raises:
             OSError: a file cannot be written.
         """
-        notes = [f"{path}: could not be brought back" for path in self.failed]
+        notes = [f"{path}: could not be restored" for path in self.failed]
         for path, data in self._restored.items():
             _write(self._tree.absolute(path), data)
             lines = len(self._added.get(path, ()))
             more = f", and lines added outside the server: {lines}" if lines else ""
-            notes.append(f"{path}: brought back from the journal{more}")
+            notes.append(f"{path}: restored from the journal{more}")
         for path in self._surplus:
             if self._contents.is_gone(path) and self._is_known(path):
                 os.unlink(self._tree.absolute(path))
@@ -749,7 +749,7 @@ def repair_copy(
         target = min(late) - 1
     notes = repair.perform(journal.directory / "lost")
     first = (
-        f"this is a copy of a running server: {len(notes)} files were brought to change {target}, a new epoch begins"
+        f"this is a copy of a running server: {len(notes)} files were restored to change {target}; a new epoch starts"
     )
     return [first, *notes]
 

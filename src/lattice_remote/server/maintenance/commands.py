@@ -38,15 +38,15 @@ def _data(context: typer.Context, after: Path | None) -> DataDir:
 def import_(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
     source: Annotated[Path, typer.Option("--from", metavar="DIR", help="A directory with a lattice project.")],
-    project: Annotated[str, typer.Option(metavar="SLUG", help="Its name here: a new one, or an empty project's.")],
+    project: Annotated[str, typer.Option(metavar="SLUG", help="Project name: a new one, or an empty project's.")],
     keep_hooks: Annotated[
-        bool, typer.Option("--keep-hooks", help="Keep the hooks of its config.json: they will run on this machine.")
+        bool, typer.Option("--keep-hooks", help="Keep the hooks of its config.json; they run on this machine.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check all of it, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the project without changing anything.")] = False,
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Make a directory's project one of this server, checked first by lattice itself. The server may run or not.
+    """Import a directory's project into this server. Lattice itself checks it first. The server may run or not.
 
     Example: lattice-remote import --from ~/src/web --project web
     """
@@ -69,9 +69,9 @@ def export(
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Make a plain lattice directory of a project, as it is at one moment. The server may run or not.
+    """Export a project as a plain lattice directory, consistent at one moment. The server may run or not.
 
-    Exits with 1 when lattice's doctor finds errors in it.
+    Exits with 1 if lattice's doctor finds errors in it.
 
     Example: lattice-remote export web ~/src/web
     """
@@ -91,31 +91,31 @@ def export(
 def rename(
     context: typer.Context,
     slug: Slug,
-    name: Annotated[str, typer.Argument(help="What it is to be called: lower case letters, digits, dashes.")],
+    name: Annotated[str, typer.Argument(help="New name: lower case letters, digits, dashes.")],
     data: DataOption = None,
 ) -> None:
-    """Rename a project. Its tokens go along; its clients are told what it is called now.
+    """Rename a project. Its tokens are updated; its clients are sent the new name.
 
     Example: lattice-remote project rename web site
     """
     tokens = rename_project(_data(context, data), slug, name)
-    typer.echo(f"{slug} is called {name} now; {_counted(tokens, 'token')} went along.")
-    typer.echo(f"Each client goes on with: lattice remote set-url origin URL --project {name}", err=True)
+    typer.echo(f"{slug} is now called {name}; {_counted(tokens, 'token')} updated.")
+    typer.echo(f"On each client, run: lattice remote set-url origin URL --project {name}", err=True)
 
 
 @projects.command("archive")
 def archive(context: typer.Context, slug: Slug, data: DataOption = None) -> None:
-    """Move a project aside: nobody is served it until it is back. Its tokens stay.
+    """Archive a project: it is not served until it is unarchived. Its tokens stay.
 
     Example: lattice-remote project archive web
     """
     archive_project(_data(context, data), slug)
-    typer.echo(f"Archived {slug}; bring it back with: lattice-remote project unarchive {slug}")
+    typer.echo(f"Archived {slug}; restore it with: lattice-remote project unarchive {slug}")
 
 
 @projects.command("unarchive")
 def unarchive(context: typer.Context, slug: Slug, data: DataOption = None) -> None:
-    """Bring an archived project back; a running server has it at once.
+    """Restore an archived project; a running server serves it at once.
 
     Example: lattice-remote project unarchive web
     """
@@ -128,16 +128,16 @@ def delete(
     context: typer.Context,
     slug: Slug,
     confirm: Annotated[
-        str | None, typer.Option(metavar="SLUG", help="Its name once more; else it is asked for.", show_default=False)
+        str | None, typer.Option(metavar="SLUG", help="The name again, to skip the prompt.", show_default=False)
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """Move an archived project to the trash, and take it out of all tokens. Nothing is removed from the disk.
+    """Move an archived project to the trash, and remove it from all tokens. No files are removed from the disk.
 
     Example: lattice-remote project delete web
     """
     if confirm is None and sys.stdin.isatty():
-        confirm = typer.prompt(f"This deletes {slug} for everybody. Type its name")
+        confirm = typer.prompt(f"This deletes {slug} for all users. Type its name")
     if confirm != slug:
         raise Misuse("nothing was deleted: name the project a second time, with --confirm SLUG")
     place, tokens = delete_project(_data(context, data), slug)

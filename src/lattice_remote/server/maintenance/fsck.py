@@ -1,8 +1,8 @@
-"""``lattice-remote fsck``: checks a data directory, and mends what can be mended without losing anything.
+"""``lattice-remote fsck``: check of a data directory, and lossless repair.
 
-Mending is what the next start would do, done now and told: a command that was cut off is undone, what somebody changed
-becomes a change. Besides, what the disk has damaged is brought back from the journal, and what is in the way is moved
-to ``set-aside/``; nothing is deleted.
+Repair does at once, and reports, what the next start would do: an interrupted command is undone, and edits become
+changes. In addition, damaged files are restored from the journal, and obstacles are moved to ``set-aside/``; nothing is
+deleted.
 """
 
 import asyncio
@@ -44,13 +44,13 @@ __all__ = [
 ]
 
 CHMOD_600 = "make it readable for its owner alone"
-TAKE_AWAY = "take that permission away"
+TAKE_AWAY = "remove that permission"
 _SCRATCH = re.compile(r"\.[a-z-]+\.json\.[0-9a-f]{16}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def check_server(data: DataDir) -> Iterator[Finding]:
-    """Yield what is wrong outside the projects."""
+    """Yield the findings outside the projects."""
     try:
         data.config()
     except Misuse as error:
@@ -58,22 +58,22 @@ def check_server(data: DataDir) -> Iterator[Finding]:
     yield from _tokens(data)
     for path in server_leftovers(data):
         where = str(path.relative_to(data.path))
-        yield Finding("", where, "left behind by a command that ended too early", "set aside")
+        yield Finding("", where, "left over from an interrupted command", "set aside")
     for path in data.writable_by_everybody():
-        if path != data.tokens:  # of which more is asked above
+        if path != data.tokens:  # further checks are above
             where = "." if path == data.path else path.name
-            yield Finding("", where, "everybody on this machine may write to it", TAKE_AWAY)
+            yield Finding("", where, "any user on this machine can write to it", TAKE_AWAY)
 
 
 def server_leftovers(data: DataDir) -> list[Path]:
-    """Return what an unfinished ``project create``, or an unfinished write, has left."""
+    """Return the leftovers of an unfinished ``project create``, or of an unfinished write."""
     scratch = [path for path in data.path.glob(".*") if _SCRATCH.fullmatch(path.name)]
     return sorted([*scratch, *(data.path / "projects").glob(".new-*")])
 
 
 def _tokens(data: DataDir) -> Iterator[Finding]:
     if not data.tokens.exists():
-        yield Finding("", "tokens.json", "it is missing: nobody can come in; see: lattice-remote token create")
+        yield Finding("", "tokens.json", "it is missing, so no client can log in; see: lattice-remote token create")
         return
     if data.tokens.stat().st_mode & 0o077:
         yield Finding("", "tokens.json", "others may read or write it", CHMOD_600)
@@ -115,7 +115,7 @@ async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> 
     """Start a worker, which recovers the project as always, and end it; return its notes.
 
     Raises:
-        StorageError: it can't open the project.
+        StorageError: it cannot open the project.
     """
     first: asyncio.Future[ToServer] = asyncio.get_running_loop().create_future()
 
@@ -125,7 +125,7 @@ async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> 
 
     def ended() -> None:
         if not first.done():
-            first.set_exception(StorageError(f"the worker for project {slug} does not start"))
+            first.set_exception(StorageError(f"the worker of project {slug} does not start"))
 
     command = (*WORKER_COMMAND, "--journal", msgspec.json.encode(settings).decode())
     writer = await WorkerProcess.start(slug, paths, on_message=heard, on_end=ended, command=command)
@@ -137,7 +137,7 @@ async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> 
         writer.send(Stop())
         await writer.wait(_TIMEOUT_S)
     except TimeoutError:
-        raise StorageError(f"the worker for project {slug} takes too long") from None
+        raise StorageError(f"the worker of project {slug} timed out") from None
     finally:
         writer.kill()
         await writer.wait(5.0)
@@ -150,18 +150,18 @@ _LOOK_AGAIN_S = 0.7
 
 @dataclass
 class FsckReport:
-    """What was found. ``notes`` are what recovery said while it mended, one line each."""
+    """The findings. ``notes`` are the recovery's log lines during repair."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     projects: int = 0
     running: bool = False
-    """A server works on the directory: it was only read, and only what stayed wrong for a while is told."""
+    """A server works on the directory: it was only read, and only findings that persisted are listed."""
 
     @property
     def left(self) -> int:
-        """How many findings are not mended."""
-        return sum(not found.mended for found in self.findings)
+        """The number of findings that are not repaired."""
+        return sum(not found.repaired for found in self.findings)
 
 
 def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
@@ -181,9 +181,11 @@ def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
 def as_lines(report: FsckReport) -> list[str]:
     """Return a report as lines for a terminal, the last one a summary."""
     lines = [printable(found.line()) for found in report.findings] + [printable(note) for note in report.notes]
-    mended = len(report.findings) - report.left
-    counts = _counted(len(report.findings), "finding") + (f", {mended} mended, {report.left} left" if mended else "")
-    live = " A server is running: what it mends by itself is left out." if report.running else ""
+    repaired = len(report.findings) - report.left
+    counts = _counted(len(report.findings), "finding") + (
+        f", {repaired} repaired, {report.left} left" if repaired else ""
+    )
+    live = " A server is running: findings it repairs by itself are omitted." if report.running else ""
     summary = f"Checked {_counted(report.projects, 'project')}: {counts if report.findings else 'all is well'}.{live}"
     return [*lines, summary]
 
@@ -197,22 +199,22 @@ def as_json(report: FsckReport) -> str:
     return msgspec.json.encode({**asdict(report), "findings": report.findings, "left": report.left}).decode()
 
 
-def fsck(data: DataDir, slugs: Sequence[str], *, mend: bool) -> FsckReport:
-    """Check the server and these projects; mend if asked to.
+def fsck(data: DataDir, slugs: Sequence[str], *, repair: bool) -> FsckReport:
+    """Check the server and these projects; repair if asked to.
 
     Raises:
-        Misuse: mending was asked for while a server, or a worker of one, is at work.
-        StorageError: something can't be read or written at all.
+        Misuse: repair was requested while a server, or a worker of one, is running.
+        StorageError: a file cannot be read or written at all.
     """
     report = FsckReport(projects=len(slugs))
     held = _lock(data, report)
     try:
-        if mend and report.running:
-            raise Misuse("a server runs on this directory; stop it first, or leave out --mend")
-        report.findings += _server(data, mend=mend)
+        if repair and report.running:
+            raise Misuse("a server runs on this directory; stop it first, or omit --repair")
+        report.findings += _server(data, repair=repair)
         for slug in slugs:
             paths = data.project(slug)
-            report.findings += _mended(slug, paths, data, report) if mend else _found(slug, paths, report)
+            report.findings += _repaired(slug, paths, data, report) if repair else _found(slug, paths, report)
     except OSError as error:
         raise StorageError(f"{error.filename or data.path}: {error.strerror or error}") from error
     finally:
@@ -222,13 +224,13 @@ def fsck(data: DataDir, slugs: Sequence[str], *, mend: bool) -> FsckReport:
 
 
 def _lock(data: DataDir, report: FsckReport) -> int | None:
-    """Keep a server from starting while this looks; where one runs, say so."""
+    """Keep a server from starting during the check; yield whether one runs."""
     try:
         return lock(data.path / ".lock")
     except LockedElsewhere:
         report.running = True
     except PermissionError:
-        pass  # somebody who may only read may still look
+        pass  # a user with read permission only may still check
     return None
 
 
@@ -236,7 +238,7 @@ def _lock(data: DataDir, report: FsckReport) -> int | None:
 
 
 def _found(slug: str, paths: ProjectPaths, report: FsckReport) -> list[Finding]:
-    """Return what is wrong; beside a running server, what is still wrong after several looks."""
+    """Return the findings; beside a running server, those that persist over several checks."""
     findings = check_project(slug, paths, at_rest=not report.running).findings
     for _ in range(_LOOKS - 1 if report.running else 0):
         if not findings:
@@ -247,28 +249,28 @@ def _found(slug: str, paths: ProjectPaths, report: FsckReport) -> list[Finding]:
     return findings
 
 
-# --- mending ---
+# --- repairing ---
 
 
-def _server(data: DataDir, *, mend: bool) -> list[Finding]:
+def _server(data: DataDir, *, repair: bool) -> list[Finding]:
     before = list(check_server(data))
-    if not mend or not before:
+    if not repair or not before:
         return before
     _set_aside(data.path, server_leftovers(data))
     _fix_modes(data.path, before)
     return _compared(before, list(check_server(data)))
 
 
-def _mended(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport) -> list[Finding]:
+def _repaired(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport) -> list[Finding]:
     before = check_project(slug, paths, at_rest=True)
-    if not any(found.mend for found in before.findings):
+    if not any(found.repair for found in before.findings):
         return before.findings
     try:
         os.close(lock(paths.writer_lock))
     except LockedElsewhere as error:
         raise Misuse(f"a worker (pid {error.holder}) is still at work on {slug}; try again later") from error
     assert before.journal is not None, "check_project has read it"
-    report.notes += [f"{slug}: {note}" for note in _restore(paths, before)]  # while all of the journal is there
+    report.notes += [f"{slug}: {note}" for note in _restore(paths, before)]  # before any of the journal is set aside
     _set_aside(paths.root, [*before.leftovers, *before.journal.unreachable])
     _fix_modes(paths.root, before.findings)
     settings = _journal_settings(data)
@@ -277,10 +279,11 @@ def _mended(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport) -
 
 
 def _compared(before: Iterable[Finding], after: list[Finding]) -> list[Finding]:
-    """Return what was wrong, with what is mended marked so, and what is new."""
+    """Return the earlier findings, with the repaired ones marked, and new findings."""
     left = {(found.where, found.what) for found in after}
     told = [
-        found if (found.where, found.what) in left else msgspec.structs.replace(found, mended=True) for found in before
+        found if (found.where, found.what) in left else msgspec.structs.replace(found, repaired=True)
+        for found in before
     ]
     known = {(found.where, found.what) for found in told}
     return told + [found for found in after if (found.where, found.what) not in known]
@@ -298,14 +301,14 @@ def _set_aside(root: Path, paths: Iterable[Path]) -> None:
 def _fix_modes(root: Path, findings: Iterable[Finding]) -> None:
     for found in findings:
         path = root / found.where
-        if found.mend == CHMOD_600:
+        if found.repair == CHMOD_600:
             path.chmod(0o600)
-        elif found.mend == TAKE_AWAY:
+        elif found.repair == TAKE_AWAY:
             path.chmod(path.stat().st_mode & 0o7775)
 
 
 def _restore(paths: ProjectPaths, check: ProjectCheck) -> list[str]:
-    """Bring back what the disk has damaged, as far as the journal has it; keep what is there now aside."""
+    """Restore damaged files as far as the journal has them; set the present ones aside."""
     if not check.damaged:
         return []
     contents = Contents(check.damaged)

@@ -1,4 +1,4 @@
-"""Compares a project's files with what its journal says, and with what lattice itself says. Changes nothing."""
+"""Check of one project's files against its journal and lattice's doctor. Changes nothing."""
 
 import contextlib
 import json
@@ -24,38 +24,38 @@ __all__ = ["Finding", "JournalCheck", "ProjectCheck", "check_journal", "check_pr
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that is not as it must be."""
+    """One deviation."""
 
     project: str
-    """Its slug; "" for what belongs to the server."""
+    """Slug of the project; "" for the server itself."""
     where: str
     """A path, relative to the project's directory or to the data directory."""
     what: str
-    mend: str = ""
-    """What ``--mend`` does; "" when a person has to decide."""
-    mended: bool = False
+    repair: str = ""
+    """The action of ``--repair``; "" if a person has to decide."""
+    repaired: bool = False
 
     def line(self) -> str:
         """Return it as one line for a terminal."""
         place = f"{self.project}: {self.where}" if self.project else self.where
-        if self.mended:
-            return f"{place}: {self.what}; mended: {self.mend}"
-        return f"{place}: {self.what}" + (f"; --mend: {self.mend}" if self.mend else "")
+        if self.repaired:
+            return f"{place}: {self.what}; repaired: {self.repair}"
+        return f"{place}: {self.what}" + (f"; --repair: {self.repair}" if self.repair else "")
 
 
 SET_ASIDE = "set aside"
-CUT = "cut it off; what is cut is kept in set-aside/"
+CUT = "cut it off and keep the cut part in set-aside/"
 _decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)
 
 
 @dataclass
 class JournalCheck:
-    """What a journal says, and what is wrong with it.
+    """The content of a journal, and its findings.
 
     Attributes:
-        epoch, oldest, head, mark: as in ``Journal``; no epoch: there is nothing that can be read.
+        epoch, oldest, head, mark: as in ``Journal``; without an epoch the journal is unreadable.
         states: number and files of each commit of the history, oldest first.
-        unreachable: segments that nobody is sent any more because of damage.
+        unreachable: segments that are no longer replayed because of damage.
     """
 
     project: str
@@ -70,9 +70,9 @@ class JournalCheck:
     _run: list[Path] = field(default_factory=list)
     _ids: set[str] = field(default_factory=set)
 
-    def found(self, path: Path, what: str, mend: str = "") -> None:
-        """Note something wrong with a segment."""
-        self.findings.append(Finding(self.project, f"journal/{path.name}", what, mend))
+    def found(self, path: Path, what: str, repair: str = "") -> None:
+        """Add a finding about a segment."""
+        self.findings.append(Finding(self.project, f"journal/{path.name}", what, repair))
 
     def take(self, path: Path, *, is_last: bool) -> None:
         """Read one segment; call in order."""
@@ -104,7 +104,7 @@ class JournalCheck:
             self._start(header)
 
     def _start(self, header: Segment) -> None:
-        """A history begins here, as far as it can be read."""
+        """Start a history here, as far as it is readable."""
         self.epoch, self.head, self.mark, self._number = header.epoch, header.head, header.mark, header.number
         self.oldest = header.head + 1
         self.states.clear()
@@ -122,7 +122,7 @@ class JournalCheck:
             try:
                 record = _decoder.decode(payload)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                self.found(path, f"the record at byte {offset} can't be understood: {error}")
+                self.found(path, f"the record at byte {offset} can't be decoded: {error}")
                 continue
             if isinstance(record, Segment):
                 self.found(path, f"a second header at byte {offset}")
@@ -140,9 +140,9 @@ class JournalCheck:
         if record.seq != expected:
             yield f"has number {record.seq} after {self.head}"
         if record.change is None and record.mark != self.mark:
-            yield "changes nothing, but has another mark"
+            yield "changes nothing, but has another change id"
         if record.id and record.id in self._ids:
-            yield f"answers request {record.id} once more"
+            yield f"answers request {record.id} again"
         if record.id:
             self._ids.add(record.id)
         yield from _wrong_with_change(record)
@@ -153,12 +153,12 @@ def check_journal(project: str, directory: Path) -> JournalCheck:
     """Read every segment in ``directory``.
 
     Raises:
-        OSError: one can't be read at all.
+        OSError: one cannot be read at all.
     """
     check = JournalCheck(project)
     paths = segment_paths(directory)
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):  # expired meanwhile
+        with contextlib.suppress(FileNotFoundError):  # expired since
             check.take(path, is_last=path is paths[-1])
     return check
 
@@ -181,9 +181,9 @@ def _wrong_with_change(record: Record) -> Iterator[str]:
         yield f"has a change that can't be read: {error.message}"
         return
     if not isinstance(change, Change):
-        yield "has something else in place of a change"
+        yield "has another frame instead of a change"
     elif (change.seq, change.mark) != (record.seq, record.mark):
-        yield f"has a change of another number or mark ({change.seq})"
+        yield f"has a change with another number or change id ({change.seq})"
 
 
 def _wrong_with_reply(record: Record) -> Iterator[str]:
@@ -195,30 +195,30 @@ def _wrong_with_reply(record: Record) -> Iterator[str]:
         yield f"has an answer that can't be read: {error.message}"
         return
     if not isinstance(reply, Result):
-        yield "has something else in place of an answer"
+        yield "has another frame instead of an answer"
     elif reply.id != record.id:
         yield "has the answer to another request"
 
 
 AS_CHANGE = "it becomes a numbered change, as at the next start"
-AFTER_POWER_CUT = "what a power cut took comes back, anything else becomes a numbered change, as at the next start"
-NEW_EPOCH = "a new epoch begins, and every client compares its files, as at the next start"
-RESTORE = "bring it back from the journal"
+AFTER_POWER_CUT = "losses of a power cut are restored, other differences become a numbered change, as at the next start"
+NEW_EPOCH = "a new epoch starts and every client compares its files, as at the next start"
+RESTORE = "restore it from the journal"
 _DOCTOR = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"
 _DOCTOR_TIMEOUT_S = 600
 
 
 @dataclass
 class ProjectCheck:
-    """What is wrong with a project.
+    """The check of one project.
 
     Attributes:
-        findings: all of it.
-        files: what the files are at the journal's head, as far as that is known.
-        damaged: paths of the tree whose content changed though nobody wrote to them.
-        difference: what becomes of a file that is not as at the head.
-        leftovers: files that a program which ended too early left behind.
-        journal: see there.
+        findings: all of them.
+        files: the files at the journal's head, as far as known.
+        damaged: paths of the tree whose content changed without a write.
+        difference: the repair of a file that differs from the head.
+        leftovers: files left behind by interrupted programs.
+        journal: its check.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -230,10 +230,10 @@ class ProjectCheck:
 
 
 def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCheck:
-    """Check one project. ``at_rest``: no worker runs, so nothing in its scratch directory or undo log is in use.
+    """Check one project. ``at_rest``: no worker runs, so its scratch directory and undo log are not in use.
 
     Raises:
-        OSError: a file can't be read; the caller says so.
+        OSError: a file cannot be read; the caller reports it.
     """
     check = ProjectCheck()
     check.journal = check_journal(slug, paths.journal) if paths.journal.is_dir() else JournalCheck(slug)
@@ -245,14 +245,14 @@ def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCh
     check.leftovers = list(_leftovers(paths, at_rest=at_rest))
     for path in check.leftovers:
         where = str(path.relative_to(paths.root))
-        check.findings.append(Finding(slug, where, "left behind by a program that ended too early", "set aside"))
+        check.findings.append(Finding(slug, where, "left over from an interrupted program", "set aside"))
     check.findings += _permissions(slug, paths)
     check.findings += _doctor(slug, paths)
     return check
 
 
 def _list_files(slug: str, paths: ProjectPaths, check: ProjectCheck) -> bool:
-    """Find out what the files are at the journal's head; return whether that is known."""
+    """Determine the files at the journal's head; return whether they are known."""
     journal = check.journal
     assert journal is not None, "check_project has read it"
     listed = load_manifest(paths.journal / "manifest")
@@ -262,7 +262,7 @@ def _list_files(slug: str, paths: ProjectPaths, check: ProjectCheck) -> bool:
     if listed is None:
         why = "it is missing or can't be read"
     elif listed.epoch != journal.epoch:
-        why = "it is of another epoch than the journal"
+        why = "it has another epoch than the journal"
     elif not journal.oldest - 1 <= listed.seq <= journal.head:
         why = f"it is of change {listed.seq}, and the journal has {journal.oldest} to {journal.head}"
     if why or listed is None:
@@ -292,27 +292,27 @@ def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
         if content is None:
             check.findings.append(Finding(slug, f".lattice/{path}", "it can't be read by this user"))
         elif state is None:
-            what = f"change {journal.head} knows of no such file"
+            what = f"change {journal.head} has no such file"
             check.findings.append(Finding(slug, f".lattice/{path}", what, check.difference))
         elif content.state.digest != state.digest:
             if has_signature(state, status) and state.settled:
                 check.damaged.append(path)
-                what, mend = "its content changed though nobody wrote to it: the disk has damaged it", RESTORE
+                what, repair = "its content changed without a write: damaged by the disk", RESTORE
             else:
-                what, mend = f"it is not as change {journal.head} left it", check.difference
-            check.findings.append(Finding(slug, f".lattice/{path}", what, mend))
+                what, repair = f"it differs from change {journal.head}", check.difference
+            check.findings.append(Finding(slug, f".lattice/{path}", what, repair))
     for path in check.files.keys() - seen:
         check.findings.append(Finding(slug, f".lattice/{path}", "it is gone", check.difference))
 
 
 def _cut_off(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
-    """Yield what was begun and is not done; while a worker runs, the undo log holds the command that it is at."""
+    """Yield unfinished operations; while a worker runs, the undo log holds its current command."""
     if (paths.root / "adopting").is_dir():
-        what = "a project that was brought whole is not in its place yet"
-        yield Finding(slug, "adopting", what, "put it there, as at the next start")
+        what = "a pushed project is not in place yet"
+        yield Finding(slug, "adopting", what, "put it in place, as at the next start")
     undo = paths.journal / "undo"
     if undo.exists() and undo.stat().st_size:
-        yield Finding(slug, "journal/undo", "a command was cut off before it was done", "undo it, as at the next start")
+        yield Finding(slug, "journal/undo", "a command was interrupted", "undo it, as at the next start")
 
 
 def _leftovers(paths: ProjectPaths, *, at_rest: bool) -> Iterator[Path]:
@@ -334,15 +334,15 @@ def _permissions(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
         try:
             status = path.stat()
         except FileNotFoundError:
-            continue  # expired or renamed meanwhile
+            continue  # expired or renamed since
         if status.st_mode & 0o002:
-            yield Finding(slug, where, "everybody on this machine may write to it", "take that permission away")
+            yield Finding(slug, where, "any user on this machine can write to it", "remove that permission")
         if status.st_uid != owner:
             yield Finding(slug, where, f"it belongs to user {status.st_uid}, the project to {owner}")
 
 
 def _doctor(slug: str, paths: ProjectPaths) -> Iterator[Finding]:
-    """Have lattice itself look: it only reads."""
+    """Run lattice's doctor, which only reads."""
     environment = {**os.environ, "LATTICE_ROOT": str(paths.root.resolve())}
     done = subprocess.run(
         [sys.executable, "-P", "-c", _DOCTOR, "doctor", "--json"],

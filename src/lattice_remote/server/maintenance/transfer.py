@@ -1,7 +1,7 @@
-"""``lattice-remote export``: a project becomes a plain directory, as it was at one moment, while its server works.
+"""Transfer of whole projects: export, import, rename, archive and delete, while the server runs or not.
 
-It is what a backup does: the tree is copied, then the journal, which holds all that any file of the copy has a part of;
-then a worker opens the copy and brings it to one number (decision 0011).
+Export works as a backup does: the tree is copied, then the journal, which completes every partly copied file; then a
+worker opens the copy and brings it to one number (decision 0011).
 """
 
 import asyncio
@@ -40,7 +40,7 @@ _ATTEMPTS = 3
 
 
 class Exported(msgspec.Struct):
-    """What was exported. ``findings`` are what lattice's doctor says of it, and what else is wrong."""
+    """The outcome of an export. ``findings`` come from lattice's doctor and our own checks."""
 
     directory: str
     tasks: int
@@ -61,16 +61,16 @@ def export_project(data: DataDir, slug: str, target: Path) -> Exported:
     Args:
         data: the data directory.
         slug: an active or archived project.
-        target: a directory that does not exist, or is empty. It appears whole, or not at all.
+        target: a directory that is missing or empty. It appears whole, or not at all.
 
     Raises:
-        Misuse: there is no such project, or ``target`` has something in it.
-        StorageError: a file can't be read or written, or the copy is not whole.
+        Misuse: there is no such project, or ``target`` is not empty.
+        StorageError: a file cannot be read or written, or the copy is incomplete.
     """
     data.config()
     source = _project(data, slug)
     if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise Misuse(f"{target} exists, and is not an empty directory")
+        raise Misuse(f"{target} already exists and is not empty")
     scratch = target.absolute().with_name(f".{target.absolute().name}.export-{secrets.token_hex(4)}")
     try:
         for attempts_left in reversed(range(_ATTEMPTS)):
@@ -94,7 +94,7 @@ def _project(data: DataDir, slug: str) -> ProjectPaths:
 
 
 def _copy(slug: str, source: ProjectPaths, scratch: Path, data: DataDir) -> list[str]:
-    """Copy a project that may be at work, make the copy whole, and return what is wrong with it."""
+    """Copy a project that may be running, complete the copy, and return its findings."""
     scratch.mkdir(mode=0o700, parents=True)
     _copy_tree(source.lattice, scratch / ".lattice")
     if source.journal.is_dir():
@@ -105,7 +105,7 @@ def _copy(slug: str, source: ProjectPaths, scratch: Path, data: DataDir) -> list
 
 
 def _copy_tree(source: Path, target: Path, *, everything: bool = False) -> None:
-    """Copy plain files, in any order; what vanishes meanwhile is not missed. Times are kept: they tell edits apart."""
+    """Copy plain files, in any order; files that vanish are skipped. Times are kept: they distinguish edits."""
     for folder, folders, names in os.walk(source):
         relative = Path(folder).relative_to(source)
         folders[:] = [name for name in folders if everything or not name.startswith(".")]
@@ -139,21 +139,21 @@ _MAX_BYTES = 1 << 40
 
 
 def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, dry_run: bool) -> ImportReport:
-    """Make the lattice project in ``source`` the project ``slug``, which is new or empty.
+    """Import the lattice project in ``source`` as the project ``slug``, which is new or empty.
 
-    A running server has it at once. Nothing in ``source`` is changed. A crash at any moment leaves the project as it
-    was, or imported as a whole.
+    A running server serves it at once. ``source`` is not changed. A crash at any moment leaves the project unchanged or
+    imported as a whole.
 
     Args:
         data: the data directory.
         slug: the project's name.
         source: the directory that holds ``.lattice``, or that itself.
         keep_hooks: keep the hooks of its config.json.
-        dry_run: check all of it, and put nothing in place.
+        dry_run: check all of it, and change nothing.
 
     Raises:
-        Misuse: there is no project in ``source``, or it can't be taken, or ``slug`` is in use; nothing was changed.
-        StorageError: a file can't be read or written.
+        Misuse: there is no project in ``source``, or it is refused, or ``slug`` is in use; nothing was changed.
+        StorageError: a file cannot be read or written.
     """
     data.config()
     lattice = _lattice_in(source)
@@ -169,7 +169,7 @@ def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, 
             quarantine(place, ["--from", lattice], max_bytes=_MAX_BYTES, keep_hooks=keep_hooks, hooks_of=hooks_of)
         )
         if report.refused:
-            raise Misuse(f"this project can't be taken: {report.refused}")
+            raise Misuse(f"project refused: {report.refused}")
         if not dry_run:
             _put_in_place(data, slug, place, report, is_new=is_new)
     except OSError as error:
@@ -195,7 +195,7 @@ def _put_in_place(data: DataDir, slug: str, place: Path, report: ImportReport, *
     request = ImportProject(
         secrets.token_hex(16), "", "server", str(place), report.tasks, report.archived, report.files, report.notes()
     )
-    with closing(paths.root, "its administrator brings a project here; come back in a moment") as release_writer:
+    with closing(paths.root, "its administrator is importing a project; try again in a moment") as release_writer:
         _require_empty(data, slug)
         decide(paths.root, request)
         release_writer()
@@ -212,13 +212,13 @@ def _require_empty(data: DataDir, slug: str) -> None:
 
 
 def rename_project(data: DataDir, old: str, new: str) -> int:
-    """Give a project another name; return how many tokens went along. Its clients are told what it is called now.
+    """Rename a project; return the number of updated tokens. Its clients are sent the new name.
 
-    A crash leaves the old name, or the new one with ``finish_renames`` still to do; it may be called again.
+    A crash leaves the old name, or the new one with ``finish_renames`` still to do. May be repeated.
 
     Raises:
-        Misuse: there is no such project, or the new name is taken, or none.
-        StorageError: a file can't be written, or the project's worker does not end.
+        Misuse: there is no such project, or the new name is taken or invalid.
+        StorageError: a file cannot be written, or the project's worker does not end.
     """
     data.config()
     renamed = data.renamed()
@@ -226,20 +226,20 @@ def rename_project(data: DataDir, old: str, new: str) -> int:
         return finish_renames(data)
     _require(data, old)
     data.require_free(new)
-    with closing(data.project(old).root, f"project {old!r} is called {new!r} now"):
-        # What leads here still does; what the new name once led to is over.
+    with closing(data.project(old).root, f"project {old!r} is now called {new!r}"):
+        # Former names of this project lead to the new one; a former project of the new name is forgotten.
         data.save_renamed({**{was: new if to == old else to for was, to in renamed.items() if was != new}, old: new})
         _move(data.projects / old, data.projects / new)
         return finish_renames(data)
 
 
 def finish_renames(data: DataDir) -> int:
-    """Give each token that is for a project's former name its new one; return how many there were.
+    """Replace former project names in all tokens; return the number of updated tokens.
 
-    A name that is a project's again, or an archived one's, is no former name.
+    A name used again, by an active or archived project, is no former name.
 
     Raises:
-        StorageError: ``tokens.json`` can't be read or written.
+        StorageError: ``tokens.json`` cannot be read or written.
     """
     former = {
         old: new
@@ -250,11 +250,11 @@ def finish_renames(data: DataDir) -> int:
 
 
 def archive_project(data: DataDir, slug: str) -> None:
-    """Move a project aside: nobody is served it. Its tokens stay, for when it is back.
+    """Archive a project: it is no longer served. Its tokens stay.
 
     Raises:
         Misuse: there is no such project.
-        StorageError: it can't be moved, or its worker does not end.
+        StorageError: it cannot be moved, or its worker does not end.
     """
     data.config()
     _require(data, slug)
@@ -264,28 +264,27 @@ def archive_project(data: DataDir, slug: str) -> None:
 
 
 def unarchive_project(data: DataDir, slug: str) -> None:
-    """Bring an archived project back; a running server has it at once.
+    """Restore an archived project; a running server serves it at once.
 
     Raises:
         Misuse: there is no such archived project, or another project has its name.
-        StorageError: it can't be moved.
+        StorageError: it cannot be moved.
     """
     data.config()
     _require_archived(data, slug)
     if (data.projects / slug).exists():
-        raise Misuse(f"project {slug!r} exists already; rename that one first")
+        raise Misuse(f"project {slug!r} already exists; rename that one first")
     _move(data.archived / slug, data.projects / slug)
 
 
 def delete_project(data: DataDir, slug: str) -> tuple[Path, int]:
-    """Move an archived project to the trash, and take it out of all tokens; return its place, and how many these were.
+    """Move an archived project to the trash, and remove it from all tokens; return its path and the number of these.
 
-    A token that is for nothing else is revoked: whoever makes a project of this name later must not let in who had the
-    old one.
+    A token without another project is revoked: it must not give access to a later project of this name.
 
     Raises:
         Misuse: there is no such archived project.
-        StorageError: it can't be moved.
+        StorageError: it cannot be moved.
     """
     data.config()
     if data.has_project(slug):
@@ -301,7 +300,7 @@ def delete_project(data: DataDir, slug: str) -> tuple[Path, int]:
 
 def _require(data: DataDir, slug: str) -> None:
     if data.is_archived(slug) and not data.has_project(slug):
-        raise Misuse(f"project {slug!r} is archived; bring it back with: lattice-remote project unarchive {slug}")
+        raise Misuse(f"project {slug!r} is archived; restore it with: lattice-remote project unarchive {slug}")
     if not data.has_project(slug):
         raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
 

@@ -1,14 +1,13 @@
-"""Who may come in, and how much of the server he may take before and after he has shown a token.
+"""Admission control: connection and request limits per address and per token.
 
-A connection is a ``Visit`` from the moment in which it is accepted, before any TLS, until it is closed. What is held
-for strangers is bounded, whoever and however many they are. Connections that have shown no token are counted by
-address and all together; when those are too many, the address with the most makes room for the next
-(``strangers.py``), so a flood keeps nobody out who shows his token at once. What else is known of an address is
-forgotten when more than ``MAX_ADDRESSES`` are known.
+Each connection has a ``ConnectionQuota`` from its acceptance, before TLS, until it is closed. The state held for
+unauthenticated clients is bounded. Connections without a token are counted by address and in total. Beyond the limit,
+the address with the most connections loses its oldest (``UnauthenticatedConnections``), so a flood does not exclude
+clients that show a token at once. At most ``MAX_ADDRESSES`` addresses without a connection are remembered.
 
-A request that shows a valid token is counted for the token, and any other for its address: a flood without a token
-slows down no request with one from the same address, agents that share an address don't stand in each other's way, and
-a token is no faster from many addresses.
+A request with a valid token counts for the token, any other for its address. So a flood without a token does not slow
+down authenticated requests from the same address, agents that share an address do not affect each other, and a token
+gains nothing from many addresses.
 
 Nothing here waits or does I/O.
 """
@@ -39,7 +38,7 @@ __all__ = [
 
 
 class UnauthenticatedConnections[T: Hashable]:
-    """All of them; each is at one address."""
+    """Connections without a token, each at one address."""
 
     def __init__(self) -> None:
         self._address_of: dict[T, str] = {}
@@ -50,22 +49,22 @@ class UnauthenticatedConnections[T: Hashable]:
         return len(self._address_of)
 
     def at(self, address: str) -> int:
-        """Return how many there are at an address."""
+        """Return the number at an address."""
         return len(self._at.get(address, ()))
 
     def oldest_at(self, address: str) -> T:
-        """Return the one that has been at an address for longest; there is at least one."""
+        """Return the oldest one at an address; there is at least one."""
         return next(iter(self._at[address]))
 
     def put(self, stranger: T, address: str) -> None:
-        """Add one, or note that it belongs to this address."""
+        """Add one, or move it to this address."""
         self.remove(stranger)
         self._address_of[stranger] = address
         self._at.setdefault(address, {})[stranger] = None
         self._recount(address, self.at(address) - 1)
 
     def remove(self, stranger: T) -> None:
-        """Forget one, if it is known."""
+        """Remove one, if it is known."""
         address = self._address_of.pop(stranger, None)
         if address is not None:
             del self._at[address][stranger]
@@ -74,7 +73,7 @@ class UnauthenticatedConnections[T: Hashable]:
                 del self._at[address]
 
     def next_to_go(self) -> T:
-        """Return the one that makes room; there is at least one."""
+        """Return the one to close for a new one; there is at least one."""
         return next(iter(self._at[next(iter(self._with[-1]))]))
 
     def _recount(self, address: str, before: int) -> None:
@@ -90,7 +89,7 @@ class UnauthenticatedConnections[T: Hashable]:
 
 
 class TokenBucket:
-    """``burst`` at once, and ``rate`` a second in the long run."""
+    """``burst`` at once, and ``rate`` per second in the long run."""
 
     __slots__ = ("_at", "_left")
 
@@ -99,7 +98,7 @@ class TokenBucket:
         self._at = now
 
     def take(self, now: float, *, rate: float, burst: float) -> float:
-        """Take one and return 0.0; or, when there is none, in how many seconds there will be."""
+        """Take one and return 0.0; if there is none, return the seconds until there is."""
         self._left = min(burst, self._left + (now - self._at) * rate)
         self._at = now
         if self._left < 1.0:
@@ -109,7 +108,7 @@ class TokenBucket:
 
 
 def counted_as(host: str) -> str:
-    """Return the name under which an address is counted: an IPv6 address stands for its /64, one customer's own."""
+    """Return the name under which an address is counted: an IPv6 address stands for its /64, usually one customer."""
     address = _parsed(host)
     if isinstance(address, IPv6Address):
         return str(ip_network((address, 64), strict=False))
@@ -117,16 +116,16 @@ def counted_as(host: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches an address on which a server listens."""
+    """Return whether a listening address is reachable from this machine alone."""
     address = _parsed(host)
     return address is not None and address.is_loopback
 
 
 class Proxies:
-    """Addresses and networks of proxies whose X-Forwarded-For is believed."""
+    """Addresses and networks of proxies whose X-Forwarded-For is trusted."""
 
     def __init__(self, trusted: Sequence[str]) -> None:
-        """Raises Misuse when one is neither an address nor a network."""
+        """Raises Misuse if one is neither an address nor a network."""
         try:
             self._networks = [ip_network(text, strict=False) for text in trusted]
         except ValueError as error:
@@ -137,9 +136,9 @@ class Proxies:
         return address is not None and any(address in network for network in self._networks)
 
     def origin(self, host: str, forwarded_for: Sequence[str]) -> str:
-        """Return where a request comes from that the proxy ``host`` passed on: the last hop that is no trusted proxy.
+        """Return the origin of a request that the proxy ``host`` passed on: the last hop that is not a trusted proxy.
 
-        Hops to the left of it are what a stranger wrote. Without one that can be read it is the proxy itself.
+        The client wrote the hops to the left of it. Without a readable hop it is the proxy itself.
         """
         at = host
         for hop in reversed(",".join(forwarded_for).split(",")):
@@ -169,21 +168,21 @@ def _without_port(hop: str) -> str:
 
 
 MAX_ADDRESSES = 10_000
-"""How many addresses are remembered that have no connection."""
+"""Most remembered addresses that have no connection."""
 _BURST_S = 10
-"""How many seconds' worth of new connections may come at once."""
+"""Seconds' worth of new connections that may come at once."""
 _TOKEN_BURST_S = 4
-"""How many seconds' worth of requests with one token may come at once."""
+"""Seconds' worth of requests with one token that may come at once."""
 _PATIENCE_S = 1.0
-"""A connection that has shown no token after this time makes room for the next of its address. A token comes with the
-first packet; a shorter time would cut TLS handshakes when hundreds of agents come back together."""
+"""Time after which a connection without a token may be closed for the next of its address. A token comes with the
+first packet; a shorter time would cut TLS handshakes when hundreds of agents reconnect together."""
 _LOG_EVERY_S = 10.0
 
 _log = logging.getLogger(__name__)
 
 
 class _Address:
-    """What is known of one address."""
+    """State of one address."""
 
     __slots__ = ("admitted", "arrivals", "connections", "failures", "name")
 
@@ -196,7 +195,7 @@ class _Address:
 
 
 class ConnectionQuota:
-    """One connection, as the door counts it. Whoever owns the connection calls ``leave()`` when it is closed."""
+    """One connection in the counts. The owner of the connection calls ``leave()`` when it is closed."""
 
     def __init__(self, door: "AdmissionControl", host: str) -> None:
         self.cut: Callable[[], None] = lambda: None
@@ -204,8 +203,8 @@ class ConnectionQuota:
         self._door = door
         self._host = host
         self.since = door.now()
-        """When it was accepted, by the door's clock, in seconds."""
-        self._home: _Address | None = None  # whose it is; behind a proxy that is known when a request has come
+        """Time of acceptance, in seconds of ``AdmissionControl.now``."""
+        self._home: _Address | None = None  # behind a proxy it is known once a request has come
         self._refusal: ApiError | None = None
         self._requests = 0
         self._token_id = ""
@@ -214,26 +213,26 @@ class ConnectionQuota:
 
     @property
     def limits(self) -> LimitSettings:
-        """What it may take."""
+        """The configured limits."""
         return self._door.limits
 
     @property
     def address(self) -> str:
-        """Where it comes from."""
+        """The address it comes from."""
         return self._host if self._home is None else self._home.name
 
     @property
     def from_proxy(self) -> bool:
-        """Whether a trusted proxy has made the connection, whose headers about its client are believed."""
+        """Whether a trusted proxy made the connection; its headers about the client are trusted."""
         return self._host in self._door.proxies
 
     def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> ApiError | None:
-        """Take note of a request's head; return why it is turned away, if it is.
+        """Count a request's head; return the refusal, if any.
 
         Args:
-            forwarded_for: the values of all X-Forwarded-For headers, which count when a trusted proxy sent them.
-            token_id: of the valid token that this very request shows, "" for none. What an earlier request on the
-                connection has shown counts for nothing: a proxy has many people's requests on one.
+            forwarded_for: the values of all X-Forwarded-For headers, used only from a trusted proxy.
+            token_id: of the valid token that this request shows, "" for none. Tokens of earlier requests on the
+                connection do not count: a proxy sends many people's requests on one.
         """
         proxies = self._door.proxies
         if self._host in proxies and not self._gone:
@@ -243,7 +242,7 @@ class ConnectionQuota:
                 self.come_from(self._door.known(name), is_new=not token_id)
                 self._requests = 0
         self._requests += 1
-        if token_id:  # whatever else comes from its address
+        if token_id:  # other connections of its address
             return self._door.too_fast_with(token_id, self.address)
         if (
             self._refusal is None and self._requests > 1 and self._home is not None
@@ -252,7 +251,7 @@ class ConnectionQuota:
         return self._refusal
 
     def come_from(self, home: _Address, *, is_new: bool = True) -> None:
-        """Count it for an address, as new or as one more that is open; ``enter()`` says if it is too much."""
+        """Count it for an address, as new or as one more open connection; ``enter()`` refuses it if needed."""
         self._home = home
         home.connections += 1
         home.admitted += bool(self._token_id)
@@ -261,25 +260,25 @@ class ConnectionQuota:
         self._refusal = self._door.one_more_from(home, is_new=is_new)
 
     def log(self, reason: str) -> None:
-        """Log what it did, now and then."""
+        """Log an action of this connection, at a limited rate."""
         self._door.log(reason, self.address)
 
     def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
-        """Log, now and then, that it was cut because it does not take what it is sent."""
-        self._door.log("cut: it does not take what it is sent", self.address)
+        """Log, at a limited rate, that it was cut because the client does not read."""
+        self._door.log("cut: the client does not read", self.address)
 
     def failed(self) -> ApiError | None:
-        """Take note of a request without a valid token; return what to say instead when there were too many."""
+        """Count a request without a valid token; return the refusal if there were too many."""
         return self._door.login_failed(self._door.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
-        """Count it for its token from now on, and with the strangers no more; or return why not.
+        """Count it for its token from now on, no longer as unauthenticated; or return the refusal.
 
-        A connection may show another token with each request, as that of a proxy does; it is counted for the last.
+        A connection may show another token with each request, as a proxy's does; it is counted for the last.
         """
         if token_id == self._token_id:
             return None
-        if self._gone:  # cut, or ended by the client, while its request was looked at: nobody would take it off again
+        if self._gone:  # closed while its request was checked: no later call would uncount it
             return _too_many("this connection is closed", 1)
         if self._home is not None and not self._token_id and (refusal := self._door.one_more_admitted(self._home)):
             return refusal
@@ -294,9 +293,9 @@ class ConnectionQuota:
         return refusal
 
     def holds(self, size: int) -> bool:
-        """Note how many bytes of an unfinished message are kept for it; return whether its token may have so many.
+        """Count the bytes held of an unfinished message; return whether the token's limit allows them.
 
-        Small messages always may, whatever else is sent with the same token.
+        Small messages always pass, regardless of other messages with the same token.
         """
         if self._token_id and not self._gone:
             self._door.holds_more(self._token_id, size - self._held)
@@ -304,7 +303,7 @@ class ConnectionQuota:
         return size <= FIRST_FRAME_BYTES or not self._door.holds_too_much(self._token_id)
 
     def leave(self) -> None:
-        """The connection is closed. Idempotent."""
+        """Uncount the closed connection. Idempotent."""
         if not self._gone:
             self.holds(0)
             self._gone = True
@@ -321,24 +320,24 @@ class ConnectionQuota:
 
 
 class AdmissionControl:
-    """All visits together. Belongs to the event loop's thread."""
+    """All connections and addresses together. Belongs to the event loop's thread."""
 
     def __init__(
         self, limits: LimitSettings, trusted_proxies: Sequence[str] = (), *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raises Misuse when a trusted proxy is no address."""
+        """Raises Misuse if a trusted proxy is no address."""
         self.limits = limits
         self.proxies = Proxies(trusted_proxies)
         self._clock = clock
-        self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the one that was seen last is the last
+        self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the most recently seen is last
         self._strangers: UnauthenticatedConnections[ConnectionQuota] = UnauthenticatedConnections()
         self._by_token: Counter[str] = Counter()
         self._held_by_token: Counter[str] = Counter()
-        self._requests_of: dict[str, TokenBucket] = {}  # by token: there are no more than were ever made
-        self._logged: dict[str, tuple[float, int]] = {}  # by reason: when, and how often it was not since
+        self._requests_of: dict[str, TokenBucket] = {}  # by token: bounded by the number of tokens
+        self._logged: dict[str, tuple[float, int]] = {}  # by reason: last line, omitted since
 
     def arrive(self, host: str) -> ConnectionQuota | None:
-        """Count a new connection; return None when there is no room for one more stranger from there."""
+        """Count a new connection; return None if its address has no room for another unauthenticated one."""
         visit = ConnectionQuota(self, host)
         if host in self.proxies:
             self.stranger(visit, host)
@@ -361,11 +360,11 @@ class AdmissionControl:
         leaving.cut()
 
     def now(self) -> float:
-        """Return the time, in seconds, by a clock that is never set."""
+        """Return the time in seconds of a clock that is never set."""
         return self._clock()
 
     def log(self, reason: str, address: str) -> None:
-        """Log that somebody was turned away, now and then for each reason. ``reason`` has no text of the client's."""
+        """Log a refusal, at a limited rate per reason. ``reason`` has no text of the client's."""
         now = self._clock()
         at, silent = self._logged.get(reason, (float("-inf"), 0))
         if now - at < _LOG_EVERY_S:
@@ -377,7 +376,7 @@ class AdmissionControl:
     # --- for its visits ---
 
     def known(self, name: str) -> _Address:
-        """Return what is known of an address, and forget those of which nothing was heard for longest."""
+        """Return the state of an address, and drop the address not seen for longest if there are too many."""
         known = self._addresses.get(name)
         if known is None:
             known = self._addresses[name] = _Address(name, self.limits, self._clock())
@@ -387,7 +386,7 @@ class AdmissionControl:
         return known
 
     def _forget_one(self) -> None:
-        """Forget the oldest address that has no connection. With connections they are as few as open files allow."""
+        """Drop the oldest address without a connection. Those with connections are bounded by the open files."""
         for _ in range(100):
             name, oldest = self._addresses.popitem(last=False)
             if not oldest.connections:
@@ -395,7 +394,7 @@ class AdmissionControl:
             self._addresses[name] = oldest
 
     def one_more_from(self, home: _Address, *, is_new: bool) -> ApiError | None:
-        """Return why one more connection from an address, already counted, is too much."""
+        """Return the refusal of one more connection from an address, already counted, if it is one too many."""
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
         if self._strangers.at(home.name) > self.limits.waiting_connections_per_address:
@@ -404,7 +403,9 @@ class AdmissionControl:
         return None
 
     def one_more_admitted(self, home: _Address) -> ApiError | None:
-        """Return why an address may not have one more connection that has shown a token; others don't count here."""
+        """Return the refusal of one more authenticated connection from an address; unauthenticated ones don't count
+        here.
+        """
         most = self.limits.connections_per_address
         if home.admitted < most:
             return None
@@ -412,7 +413,7 @@ class AdmissionControl:
         return _too_many(f"your address has {most} connections already", 10)
 
     def too_fast(self, home: _Address) -> ApiError | None:
-        """Count a new connection, or a further request on one; return why it is too much."""
+        """Count a new connection, or a further request on one; return the refusal if there are too many."""
         rate = self.limits.new_connections_per_second
         wait_s = home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S)
         if not wait_s:
@@ -421,7 +422,7 @@ class AdmissionControl:
         return _too_many("too many new connections or requests from your address", wait_s)
 
     def too_fast_with(self, token_id: str, address: str) -> ApiError | None:
-        """Count a request that shows a valid token; return why it is too much."""
+        """Count a request with a valid token; return the refusal if there are too many."""
         rate, now = self.limits.messages_per_second, self._clock()
         requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
         wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)
@@ -431,14 +432,14 @@ class AdmissionControl:
         return _too_many(f"too many requests with token {token_id}", wait_s)
 
     def login_failed(self, home: _Address) -> ApiError | None:
-        """Count a failed login, and return a refusal when it is one too many."""
+        """Count a failed login; return the refusal if there are too many."""
         per_minute = self.limits.failed_logins_per_minute
         wait_s = home.failures.take(self._clock(), rate=per_minute / 60, burst=per_minute)
         self.log("no valid token", home.name)
         return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
 
     def one_more_with(self, token_id: str, address: str) -> ApiError | None:
-        """Count a connection for its token, or return why it is too much."""
+        """Count a connection for its token, or return the refusal."""
         most = self.limits.connections_per_token
         if self._by_token[token_id] >= most:
             self.log(f"too many connections with {token_id}", address)
@@ -447,25 +448,25 @@ class AdmissionControl:
         return None
 
     def one_less_with(self, token_id: str) -> None:
-        """Count a connection less for its token."""
+        """Uncount a connection of a token."""
         self._by_token[token_id] -= 1
         if not self._by_token[token_id]:
             del self._by_token[token_id], self._held_by_token[token_id]
 
     def holds_more(self, token_id: str, size: int) -> None:
-        """Count what is kept of the unfinished messages of a token."""
+        """Count bytes held of the token's unfinished messages."""
         self._held_by_token[token_id] += size
 
     def holds_too_much(self, token_id: str) -> bool:
-        """Tell whether that is more than it may be."""
+        """Return whether the token holds more than its limit."""
         return self._held_by_token[token_id] > self.limits.unfinished_bytes_per_token
 
     def stranger(self, visit: ConnectionQuota, address: str) -> None:
-        """It has shown no token, and belongs to this address."""
+        """Count it as unauthenticated at this address."""
         self._strangers.put(visit, address)
 
     def no_stranger(self, visit: ConnectionQuota) -> None:
-        """It has shown its token, or is gone."""
+        """Uncount it: it has shown its token, or is closed."""
         self._strangers.remove(visit)
 
 

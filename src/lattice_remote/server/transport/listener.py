@@ -1,6 +1,6 @@
-"""Takes connections from the listening socket, each past the door before it costs anything more.
+"""Listening socket: admission before TLS, and reports to the service manager.
 
-uvicorn's own would do the TLS handshake of everybody first, in whatever number they come.
+uvicorn's own listener would start the TLS handshake of every connection first.
 """
 
 import asyncio
@@ -19,11 +19,11 @@ from lattice_remote.server.transport.api_error import ApiError
 __all__ = ["TLS_TIMEOUT_S", "Acceptor", "ServiceManager"]
 
 TLS_TIMEOUT_S = 10.0
-"""How long a client has for the TLS handshake."""
+"""Time limit of the TLS handshake."""
 _TLS_GOODBYE_S = 0.6
 _RETRY_S = 0.2
 _UNSENT_BYTES = 128 * 1024
-"""What the kernel takes of one connection beyond what it can send: a client that takes nothing gets no more."""
+"""Kernel buffer of one connection beyond what it can send, to bound clients that do not read."""
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 _NO_ROOM = ApiError(
     HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY", "too many connections without a token from your address; wait", 1
@@ -31,7 +31,7 @@ _NO_ROOM = ApiError(
 
 
 class Acceptor:
-    """One listening socket. ``start()`` it; ``close()`` and ``wait_closed()`` are as an ``asyncio.Server``'s."""
+    """One listening socket. ``start()`` it; ``close()`` and ``wait_closed()`` are those of an ``asyncio.Server``."""
 
     def __init__(
         self,
@@ -48,18 +48,18 @@ class Acceptor:
         self._accepting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to accept."""
+        """Start accepting."""
         self._listener.setblocking(False)
         self._accepting = asyncio.get_running_loop().create_task(self._accept(), name="accept")
 
     def close(self) -> None:
-        """Accept no more, and give up what is in its TLS handshake."""
+        """Stop accepting, and abort the connections in their TLS handshake."""
         for task in (self._accepting, *self._opening):
             if task is not None:
                 task.cancel()
 
     async def wait_closed(self) -> None:
-        """Wait until nothing of it runs."""
+        """Wait until all its tasks have ended."""
         tasks = {task for task in (self._accepting, *self._opening) if task is not None}
         if tasks:
             await asyncio.wait(tasks)
@@ -69,13 +69,13 @@ class Acceptor:
         while True:
             try:
                 connection, address = await loop.sock_accept(self._listener)
-            except OSError as error:  # of this one connection, or of everything
+            except OSError as error:  # an error of this connection, or of all
                 if error.errno in _EXHAUSTED:
                     self._door.log(f"cannot accept a connection ({error.strerror}); raise the limit on open files", "?")
                     await asyncio.sleep(_RETRY_S)
                 continue
             self._take(connection, address[0])
-            await asyncio.sleep(0)  # asyncio's own loop gives nobody a turn while connections wait to be accepted
+            await asyncio.sleep(0)  # asyncio's own loop runs no other task while connections wait to be accepted
 
     def _take(self, connection: socket.socket, host: str) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not every system has it
@@ -90,7 +90,7 @@ class Acceptor:
         visit.cut = lambda: _cancel(task)
 
     def _turn_away(self, connection: socket.socket) -> None:
-        """Close it, with a word where that costs nothing."""
+        """Close it, with a response if that costs nothing."""
         with contextlib.suppress(OSError):
             if self._context is None:
                 connection.send(_NO_ROOM.raw)
@@ -107,7 +107,7 @@ class Acceptor:
                 ssl_handshake_timeout=TLS_TIMEOUT_S if tls else None,
                 ssl_shutdown_timeout=_TLS_GOODBYE_S if tls else None,
             )
-        except OSError:  # no TLS, or not in time, or gone
+        except OSError:  # no TLS, or timed out, or gone
             visit.leave()
         except asyncio.CancelledError:
             visit.leave()
@@ -122,22 +122,22 @@ _log = logging.getLogger(__name__)
 
 
 class ServiceManager:
-    """A service manager that wants to be told; with no address there is none."""
+    """Notifications to a service manager; without an address none are sent."""
 
     def __init__(self, address: str = "") -> None:
         self._address = address
 
     @classmethod
     def from_environment(cls) -> "ServiceManager":
-        """Return the one that ``NOTIFY_SOCKET`` names, a variable which workers and hooks are not to inherit."""
+        """Return the one that ``NOTIFY_SOCKET`` names, and unset the variable for workers and hooks."""
         return cls(os.environ.pop("NOTIFY_SOCKET", ""))
 
     def serving(self) -> None:
-        """Say that requests are answered from now on."""
+        """Report that requests are answered from now on."""
         self._tell("READY=1")
 
     def stopping(self) -> None:
-        """Say that the end has begun."""
+        """Report that the server is stopping."""
         self._tell("STOPPING=1")
 
     def _tell(self, state: str) -> None:
@@ -150,4 +150,6 @@ class ServiceManager:
                 manager.connect(address)
                 manager.send(state.encode())
         except OSError as error:
-            _log.warning("cannot tell %s of the service manager %s: %s", self._address, state, error.strerror or error)
+            _log.warning(
+                "cannot report %s to the service manager %s: %s", self._address, state, error.strerror or error
+            )

@@ -1,8 +1,8 @@
-"""Memory of answers that clients over HTTP have not taken yet: bounded for each token, and for all together (I10).
+"""Memory budget of unread HTTP responses, per token and in total (I10).
 
-A body is counted from the moment in which it was made to the end of its response, once for however many responses it
-is shared by. Before a large one is made its request waits for room, so a token holds at most ``answer_bytes_per_token``
-and one answer of each of its projects; small bodies are not counted.
+A body is counted from its creation to the end of its response, once for all responses that share it. A request waits
+for room before a large body is made. So a token holds at most ``answer_bytes_per_token`` and one response of each of
+its projects. Small bodies are not counted.
 """
 
 import asyncio
@@ -16,13 +16,13 @@ from lattice_remote.server.config import LimitSettings
 __all__ = ["COUNTED_BYTES", "ResponseBudget", "ResponseShare"]
 
 COUNTED_BYTES = 64 * 1024
-"""A body that is larger is counted, and sent in pieces of this size."""
+"""Larger bodies are counted, and sent in pieces of this size."""
 _WAIT_S = 30.0
-"""How long a request waits for room: three times what a client has that takes nothing."""
+"""Longest wait for room: three times the limit of a client that does not read."""
 
 
 class _Bodies:
-    """Bodies in memory, each counted once. It is kept as long as it is counted, so no other has its ``id()``."""
+    """Bodies in memory, each counted once. A counted body is referenced, so no other has its ``id()``."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -50,44 +50,44 @@ def _in_time() -> Iterator[None]:
     try:
         yield
     except TimeoutError:
-        why = "answers to this token were not taken: read what you have asked for, then try again"
+        why = "responses to this token are unread: read them, then try again"
         raise Rejected(why, code="REMOTE_BUSY") from None
 
 
 class ResponseBudget:
-    """The bodies that all responses of a server hold. Belongs to the event loop's thread."""
+    """The bodies held by all responses of a server. Belongs to the event loop's thread."""
 
     def __init__(self, limits: LimitSettings) -> None:
         self._limits = limits
         self._all = _Bodies()
         self._of: dict[str, _Bodies] = {}
         self._waiting: defaultdict[str, list[asyncio.Future[None]]] = defaultdict(list)  # by token
-        self._making: dict[str, asyncio.Lock] = {}  # by token: there are no more than were ever made
+        self._making: dict[str, asyncio.Lock] = {}  # by token: bounded by the number of tokens
 
     @property
     def total_bytes(self) -> int:
-        """What all responses hold."""
+        """Bytes held by all responses."""
         return self._all.bytes
 
     def of(self, token_id: str) -> int:
-        """Return how many bytes the responses of a token hold."""
+        """Return the bytes held by the responses of a token."""
         return self._of[token_id].bytes if token_id in self._of else 0
 
     def has_room(self, token_id: str) -> bool:
-        """Tell whether one more answer may be made for a token; one that holds nothing always may have one."""
+        """Return whether a token may have one more response; one that holds nothing always may."""
         held = self.of(token_id)
         is_below = held < self._limits.answer_bytes_per_token and self.total_bytes < self._limits.answer_bytes
         return not held or is_below
 
     def has(self, token_id: str, body: bytes) -> bool:
-        """Tell whether a response of this token holds this very body already."""
+        """Return whether a response of this token holds this very body already."""
         return token_id in self._of and self._of[token_id].has(body)
 
     async def room(self, token_id: str) -> None:
         """Wait until ``has_room``.
 
         Raises:
-            Rejected: REMOTE_BUSY, there was none in time.
+            Rejected: REMOTE_BUSY, no room in time.
         """
         with _in_time():
             async with asyncio.timeout(_WAIT_S):
@@ -95,7 +95,7 @@ class ResponseBudget:
                     await self._released(token_id)
 
     async def _released(self, token_id: str) -> None:
-        """Wait until a body of this token, or of another if it was short of the bound of all, is released."""
+        """Wait until a body of this token is released, or any body if the total was exceeded."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[token_id].append(waiter)
         try:
@@ -106,7 +106,7 @@ class ResponseBudget:
 
     @asynccontextmanager
     async def alone(self, token_id: str) -> AsyncIterator[None]:
-        """Be the one request of its token that makes an answer.
+        """Become the only request of its token that makes a response.
 
         Raises:
             Rejected: REMOTE_BUSY, others were before it for too long.
@@ -126,7 +126,7 @@ class ResponseBudget:
         self._all.add(body)
 
     def remove(self, token_id: str, body: bytes) -> None:
-        """Count a body no longer, and let those go on that wait for room."""
+        """Uncount a body, and wake requests that wait for room."""
         self._of[token_id].remove(body)
         self._all.remove(body)
         if not self._of[token_id].bytes:
@@ -138,17 +138,17 @@ class ResponseBudget:
 
 
 class ResponseShare:
-    """What the response to one request holds of the budget. ``close()`` it when the response is over."""
+    """The share of one response in the budget. ``close()`` it when the response is over."""
 
     def __init__(self, budget: ResponseBudget) -> None:
         self._budget = budget
         self._bodies: list[bytes] = []
         self.token_id = ""
-        """Who asks, once that is known; what is sent to others is small."""
+        """The token, once known; responses without one are small."""
 
     @property
     def has_room(self) -> bool:
-        """Whether an answer may be made now; of one that has several parts, all may that follow the first."""
+        """Whether a body may be made now; the later parts of a response always may."""
         return bool(self._bodies) or self._budget.has_room(self.token_id)
 
     async def room(self) -> None:
@@ -158,28 +158,28 @@ class ResponseShare:
 
     @asynccontextmanager
     async def making(self) -> AsyncIterator[None]:
-        """Make an answer of a size that is not known before, alone of its token; ``hold`` it before the end."""
+        """Make a body of unknown size, alone of its token; ``hold`` it before the end."""
         async with self._budget.alone(self.token_id):
             await self.room()
             yield
 
     def may_hold(self, body: bytes) -> bool:
-        """Tell whether the response may have this body, which is in memory already."""
+        """Return whether the response may share this body, which is in memory already."""
         return len(body) <= COUNTED_BYTES or self.has_room or self._budget.has(self.token_id, body)
 
     def hold(self, body: bytes) -> None:
-        """Count a body that the response is to be made of, once."""
+        """Count a body of the response, once."""
         if len(body) > COUNTED_BYTES and self.token_id and not any(body is held for held in self._bodies):
             self._bodies.append(body)
             self._budget.add(self.token_id, body)
 
     def drop(self, body: bytes) -> None:
-        """Count a body no longer, which the response is not to be made of after all. Idempotent."""
+        """Uncount a body that the response does not use after all. Idempotent."""
         if any(body is held for held in self._bodies):
             self._bodies = [held for held in self._bodies if held is not body]
             self._budget.remove(self.token_id, body)
 
     def close(self) -> None:
-        """Count nothing any longer. Idempotent."""
+        """Uncount all. Idempotent."""
         while self._bodies:
             self._budget.remove(self.token_id, self._bodies.pop())

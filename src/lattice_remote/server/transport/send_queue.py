@@ -1,8 +1,7 @@
-"""What one client has still to be sent: a bounded queue of shared frames, written once per loop tick (I10).
+"""Send queue of one client: bounded, of shared frames, written once per loop tick (I10).
 
-A frame is queued as the bytes that go on the wire, so one change for a thousand clients is one object. Nobody
-waits for a client: one that has too much outstanding, or takes nothing for too long, is cut, and catches up
-when it is back.
+A frame is queued as wire bytes, so one change for a thousand clients is one object. No task waits for a client. A
+client with too much outstanding, or one that reads nothing for too long, is cut and catches up after reconnecting.
 """
 
 import asyncio
@@ -18,12 +17,12 @@ from functools import partial
 __all__ = ["MAX_PENDING_BYTES", "STALL_DEADLINE_S", "SendQueue", "payload_of", "websocket_frame"]
 
 MAX_PENDING_BYTES = 16 * 1024 * 1024
-"""More than this outstanding, and the client is cut. One frame may always be queued, however large."""
+"""Bound of the outstanding bytes; beyond it the client is cut. One frame may always be queued, however large."""
 STALL_DEADLINE_S = 10.0
-"""Taking no byte for this long, and the client is cut."""
+"""Longest time without a byte read; after it the client is cut."""
 _WRITE_BYTES = 256 * 1024
 _JOINED_BYTES = 16 * 1024
-"""Frames of up to this are written together. A larger one goes as it is: joined, each client would have its copy."""
+"""Frames up to this size are written together. Larger ones are not copied: joined, each client would have its copy."""
 _CHECK_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -40,7 +39,7 @@ def websocket_frame(payload: bytes) -> bytes:
 
 
 def payload_of(frame: bytes) -> bytes:
-    """Return the payload of what ``websocket_frame`` has made."""
+    """Return the payload of a frame made by ``websocket_frame``."""
     return frame[{126: 4, 127: 10}.get(frame[1], 2) :]
 
 
@@ -56,20 +55,20 @@ class SendQueue:
         stall_deadline_s: float = STALL_DEADLINE_S,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        """Bound the queue and the time in which the client takes nothing; ``log`` is called with why it is cut."""
+        """Set the bounds; ``log`` is called with the reason when the client is cut."""
         self._log = log or partial(_log.warning, "%s %s: cut", name)
         self._transport = transport
         self._max_bytes = max_bytes
         self._deadline_s = stall_deadline_s
         self._loop = asyncio.get_running_loop()
         self._frames: deque[bytes] = deque()
-        self._bytes = 0  # in _frames; what the transport holds comes on top
-        self._written = 0  # bytes since somebody asked
+        self._bytes = 0  # in _frames; the transport's own buffer comes on top
+        self._written = 0  # bytes since the last query
         self._paused = False
         self._flush_due = False
         self._closed = False
-        self._left = 0  # bytes with the transport when it last took some
-        self._taken_at = 0.0  # and when that was
+        self._left = 0  # bytes in the transport at its last progress
+        self._taken_at = 0.0  # time of that progress
         self._check: asyncio.TimerHandle | None = None
         self._room: list[asyncio.Future[None]] = []
 
@@ -79,12 +78,12 @@ class SendQueue:
         return self._bytes + (0 if self._closed else self._transport.get_write_buffer_size())
 
     def take_written(self) -> int:
-        """Return how many bytes were given to the transport since this was last called."""
+        """Return the bytes given to the transport since the last call."""
         written, self._written = self._written, 0
         return written
 
     def push(self, frame: bytes) -> None:
-        """Queue one frame, to be written at the end of this loop tick. After the connection's end: nothing."""
+        """Queue one frame, to be written at the end of this loop tick. A no-op after the connection's end."""
         if self._closed:
             return
         if self.pending_bytes >= self._max_bytes:
@@ -97,7 +96,7 @@ class SendQueue:
             self._loop.call_soon(self._flush)
 
     async def room(self) -> None:
-        """Wait until everything queued is with the transport and it wants more; at once after the end."""
+        """Wait until the transport has everything queued and wants more; return at once after the end."""
         if self._closed or not (self._frames or self._paused):
             return
         waiter = self._loop.create_future()
@@ -105,7 +104,7 @@ class SendQueue:
         await waiter
 
     def pause(self) -> None:
-        """The transport's buffer is full."""
+        """Stop writing: the transport's buffer is full."""
         self._paused = True
         self._left = self._untaken()
         self._taken_at = self._loop.time()
@@ -113,18 +112,18 @@ class SendQueue:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
 
     def resume(self) -> None:
-        """The transport's buffer has drained."""
+        """Continue writing: the transport's buffer has drained."""
         self._paused = False
         self._flush()
 
     def finish(self) -> None:
-        """Hand everything to the transport, whatever it holds; the owner then says goodbye and closes."""
+        """Hand everything to the transport, regardless of its buffer; the owner then sends its goodbye and closes."""
         while self._frames:
             self._transport.write(self._next_write())
         self.close()
 
     def close(self) -> None:
-        """The connection is over: drop what is left. Idempotent."""
+        """Drop the queue: the connection is over. Idempotent."""
         self._closed = True
         self._frames.clear()
         self._bytes = 0
@@ -142,7 +141,7 @@ class SendQueue:
         if not self._frames:
             self._wake()
         elif not self._flush_due:
-            # uvloop writes, and pauses us if need be, at the end of the tick: go on after that.
+            # uvloop writes, and pauses this queue if needed, at the end of the tick: continue after that.
             self._flush_due = True
             self._loop.call_soon(self._flush)
 
@@ -165,7 +164,7 @@ class SendQueue:
         self._room.clear()
 
     def _check_progress(self) -> None:
-        """Cut a client that takes nothing. Its keepalive does not: a ping waits behind what is queued."""
+        """Cut a client that reads nothing. The keepalive does not: a ping waits behind the queue."""
         self._check = None
         if not self._paused or self._closed:
             return
@@ -180,10 +179,10 @@ class SendQueue:
             self._check = self._loop.call_later(min(_CHECK_S, self._deadline_s / 4), self._check_progress)
 
     def _untaken(self) -> int:
-        """Return how many bytes the client has not acknowledged, of those that the transport was given.
+        """Return how many of the bytes given to the transport the client has not acknowledged.
 
-        Those with the kernel count: it takes no more from here until a good part of its own queue is sent, which
-        takes a slow client longer than the deadline.
+        Bytes in the kernel count: it takes no more until a good part of its own queue is sent, which takes a slow
+        client longer than the deadline.
         """
         left = self._transport.get_write_buffer_size()
         descriptor = self._transport.get_extra_info("socket")

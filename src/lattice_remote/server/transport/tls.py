@@ -1,4 +1,4 @@
-"""The server's certificate: read with errors that say what to do, and again when it is renewed."""
+"""TLS certificate of the server, read with helpful errors and reloaded after renewal."""
 
 import logging
 import os
@@ -18,34 +18,34 @@ class _Encrypted(Exception):
 
 
 class Certificate:
-    """A certificate, its private key, and the TLS context that serves them: TLS 1.2 or newer."""
+    """A certificate, its private key, and their TLS context: TLS 1.2 or newer."""
 
     def __init__(self, cert: Path, key: Path) -> None:
         """Read both files.
 
         Raises:
-            Misuse: one can't be read, everybody can read the key, it has a password, or they don't belong together.
+            Misuse: a file is unreadable, any user can read the key, it has a password, or they do not match.
         """
         self._cert, self._key = cert, key
         self._signature = self._stat()
         self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
 
     def refresh(self) -> None:
-        """Serve new connections with the files as they are now, if they have changed; log why when they can't be.
+        """Use changed files for new connections; log why if they are unusable.
 
-        Files are renewed one after the other: what doesn't fit together is looked at again at the next call.
+        Files are renewed one after the other: a pair that does not match is tried again at the next call.
         """
         try:
             signature = self._stat()
             if signature == self._signature:
                 return
-            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # a context is spoilt by a pair that doesn't fit
+            self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))  # a mismatched pair would leave the context unusable
             self._load(self.context)
         except Misuse as error:
-            _log.warning("the certificate stays as it was: %s", error.message)
+            _log.warning("keeping the previous certificate: %s", error.message)
             return
         self._signature = signature
-        _log.info("read the certificate %s again", self._cert)
+        _log.info("reloaded the certificate %s", self._cert)
 
     def _load(self, context: ssl.SSLContext) -> ssl.SSLContext:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -55,15 +55,15 @@ class Certificate:
             raise Misuse(f"the key {self._key} has a password; store it without, readable by its owner alone") from None
         except ssl.SSLError as error:
             raise Misuse(_reason(error, self._cert, self._key)) from error
-        except OSError as error:  # it was there a moment ago
+        except OSError as error:  # it existed a moment ago
             raise Misuse(f"cannot read {self._cert} or {self._key}: {error.strerror}") from error
         return context
 
     def _stat(self) -> tuple[int, ...]:
-        """Return what changes when either file does.
+        """Return the signature of both files.
 
         Raises:
-            Misuse: one is not there or can't be read, or the key is open to everybody.
+            Misuse: one is missing or unreadable, or any user can read the key.
         """
         numbers: list[int] = []
         for path in (self._cert, self._key):
@@ -74,7 +74,7 @@ class Certificate:
                 raise Misuse(f"cannot read {path}: {error.strerror}") from error
             numbers += signature_of(status)
         if status.st_mode & 0o007:
-            raise Misuse(f"the key {self._key} is open to everybody on this machine; run: chmod o= {self._key}")
+            raise Misuse(f"the key {self._key} can be read by any user on this machine; run: chmod o= {self._key}")
         return tuple(numbers)
 
 
@@ -84,5 +84,5 @@ def _no_password() -> str:
 
 def _reason(error: ssl.SSLError, cert: Path, key: Path) -> str:
     if error.reason == "KEY_VALUES_MISMATCH":
-        return f"the key {key} is not that of the certificate {cert}; name the two that belong together"
+        return f"the key {key} is not that of the certificate {cert}; name a matching pair"
     return f"cannot use {cert} with {key}: both must be PEM files, the certificate first ({error.reason or error})"

@@ -1,23 +1,23 @@
-"""uvicorn's upgraded sockets, handed to the websockets package: everything that leans on their insides.
+"""Hand-off of uvicorn's upgraded sockets to the websockets package, with all that depends on their internals.
 
-uvicorn alone can't abort a transport, websockets alone can't share the port with plain HTTP (measured in
-docs/decisions/0014). What is relied on beyond their documentation, checked by tests/server/test_websocket.py:
+uvicorn alone can't abort a transport, and websockets alone can't share the port with plain HTTP (measured in
+docs/decisions/0014). Assumptions beyond their documentation, checked by tests/server/transport/test_websocket.py:
 
-- uvicorn's ``H11Protocol`` sets ``cycle`` for each request whose head is complete, and calls
-  ``on_response_complete()`` after each response.
-- uvicorn makes ``ws_protocol_class`` with ``config, server_state, app_state``, replays the request's bytes into it
-  as one ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and
-  calls ``shutdown()`` on what is left of them when it stops.
-- What its ``send()`` is given is with the transport when it returns, so that whole chunks may be written to that
-  between the head of an answer and its end; ``flow.write_paused`` says whether the transport wants no more.
-- uvicorn says ``send_400_response()`` to what is not HTTP, and gives a copy of ``app_state`` to each request.
-- websockets' ``serve()`` makes a usable ``Server`` without binding a port; a connection asks its ``is_serving()``.
+- uvicorn's ``H11Protocol`` sets ``cycle`` for each request whose head is complete, and calls ``on_response_complete()``
+after each response.
+- uvicorn makes ``ws_protocol_class`` with ``config, server_state, app_state``, replays the request's bytes into it as
+one ``data_received()``, then calls ``transport.set_protocol()``; it counts ``server_state.connections``, and calls
+``shutdown()`` on the remaining ones when it stops.
+- ``send()`` has given its data to the transport when it returns, so whole chunks may be written to the transport
+between the head of a response and its end; ``flow.write_paused`` is set while the transport wants no more.
+- uvicorn calls ``send_400_response()`` for data that is not HTTP, and gives a copy of ``app_state`` to each request.
+- websockets' ``serve()`` makes a usable ``Server`` without binding a port; a connection calls its ``is_serving()``.
 - ``ServerProtocol.max_message_size`` may change between messages.
-- What has come of an unfinished frame is in ``ServerProtocol.reader.buffer``. A connection whose request was not
-  answered yet has a ``request`` and is ``CONNECTING``.
+- ``ServerProtocol.reader.buffer`` holds the received bytes of an unfinished frame. A connection whose request is not
+answered yet has a ``request`` and is ``CONNECTING``.
 - A websockets connection passes every frame, of data or control, to ``process_event()``.
-- Between messages, a whole frame may be written to ``connection.transport`` past the library, until it has sent a
-  close frame, which it always does in ``send_data()``.
+- Between messages, a whole frame may be written to ``connection.transport`` past the library, until it has sent a close
+frame, which it always does in ``send_data()``.
 """
 
 import asyncio
@@ -56,19 +56,19 @@ __all__ = [
 ]
 
 CLOSE_TIMEOUT_S = 0.6
-"""How long a client has to answer a close frame before its connection is aborted."""
+"""Time limit for a client to answer a close frame; then its connection is aborted."""
 HEAD_TIMEOUT_S = 10.0
-"""How long a client has for the head of its request, from connecting or from taking some of the response before it."""
+"""Time limit for the head of a request, from connecting or from the last progress of the response before it."""
 _SLICE_BYTES = 8 * 1024
 _FRAGMENT_BYTES = 256
-"""What a frame of an unfinished message takes beside its data."""
+"""Memory of a frame of an unfinished message beside its data."""
 _BURST_S = 4
 _KEEPALIVE_S = 10.0
 _HIGH_WATER_BYTES = 64 * 1024
 
 
 class PlainHttp(H11Protocol):
-    """uvicorn's own, which would wait for the rest of a request's head for ever."""
+    """uvicorn's HTTP protocol with a time limit for the rest of a request's head."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class PlainHttp(H11Protocol):
         self._visit = visit
         self._deadline: asyncio.TimerHandle | None = None
         self._streamed: tuple[SendQueue, Callable[[], None]] | None = None
-        self._left = 0  # bytes of the last answer that were not taken when that was looked at
+        self._left = 0  # unread bytes of the last response at the last check
 
     def stream(self, name: str, lost: Callable[[], None], *, max_bytes: int) -> SendQueue:
-        """Return the way to write the body of the answer whose head was sent: past uvicorn, and bounded (I10).
+        """Return a queue for the body of the response whose head was sent: past uvicorn, and bounded (I10).
 
-        Pushed are whole chunks, or any bytes to a client of HTTP/1.0. When there is no more, call ``end_stream()``,
-        then end the answer as ever; it is the last of its connection. ``lost`` is called when that is gone before.
+        Push whole chunks, or any bytes to a client of HTTP/1.0. After the last, call ``end_stream()``, then end the
+        response as usual; it is the last of its connection. ``lost`` is called if the connection ends before.
         """
         outbox = SendQueue(self.transport, name, max_bytes=max_bytes)
         self._streamed = outbox, lost
@@ -101,13 +101,13 @@ class PlainHttp(H11Protocol):
         return outbox
 
     def end_stream(self) -> None:
-        """Hand over what is queued, and abort the connection if the client does not take it in time."""
+        """Hand over the queue, and abort the connection if the client does not read it in time."""
         if self._streamed is not None:
             self._streamed[0].finish()
             self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     def take_streamed(self) -> int:
-        """Return how many bytes were streamed since this was last called."""
+        """Return the bytes streamed since the last call."""
         return 0 if self._streamed is None else self._streamed[0].take_written()
 
     def _stream_lost(self) -> None:
@@ -131,7 +131,7 @@ class PlainHttp(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._visit.cut = transport.abort
-        # Nothing is queued in it: it cuts a client that takes nothing of an answer of uvicorn's.
+        # The queue is empty here: it only cuts a client that does not read uvicorn's own response.
         self._stalling = SendQueue(transport, self._visit.address, log=self._visit.log_cut)
         self._await_head()
 
@@ -142,11 +142,11 @@ class PlainHttp(H11Protocol):
             self._head_received()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP; behind a request that is being answered nothing can be said any more."""
+        """Answer data that is not HTTP, unless another request on the connection is being answered."""
         self._visit.log("no HTTP")
         answering: RequestResponseCycle | None = self.cycle
         if answering is not None and not answering.response_complete:
-            answering.disconnected = True  # else its answer fails, with a traceback in the log
+            answering.disconnected = True  # else its response fails, with a traceback in the log
             self.transport.abort()
         else:
             super().send_400_response(msg)
@@ -170,7 +170,7 @@ class PlainHttp(H11Protocol):
         self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._head_overdue)
 
     def _head_overdue(self) -> None:
-        """End it, unless it is still taking the answer before."""
+        """End it, unless it is still reading the response before."""
         if self.transport.get_write_buffer_size() < self._left:
             self._await_head()
         else:
@@ -182,7 +182,7 @@ class PlainHttp(H11Protocol):
 
 
 class Handoff(ServerConnection):
-    """One client's WebSocket connection. ``outbox`` is the only way to send a message."""
+    """One client's WebSocket connection. Send messages only through ``outbox``."""
 
     outbox: SendQueue
 
@@ -197,13 +197,13 @@ class Handoff(ServerConnection):
         )
         self._state = state
         self.visit = visit
-        """How the door counts it."""
+        """Its state in admission control."""
         self._messages_per_s = visit.limits.messages_per_second
         self._messages = TokenBucket(self._messages_per_s * _BURST_S, self.loop.time())
-        self._fragments = 0  # bytes kept of a message of which not every frame has come
+        self._fragments = 0  # bytes held of a message with frames outstanding
         self._over = False
         self.who: Any = None
-        """Whatever the check of the request left here for the handler."""
+        """Set by the check of the request, for the handler."""
 
     @property
     def peer_name(self) -> str:
@@ -212,11 +212,11 @@ class Handoff(ServerConnection):
         return f"{address[0]}:{address[1]}" if address else "client"
 
     def allow_message_bytes(self, limit: int) -> None:
-        """Take messages of up to ``limit`` bytes from now on; before, it is ``FIRST_FRAME_BYTES``."""
+        """Accept messages of up to ``limit`` bytes from now on; before, it is ``FIRST_FRAME_BYTES``."""
         self.protocol.max_message_size = limit
 
     def end(self, code: int, reason: str) -> None:
-        """Send what is queued and a close frame; abort when the client does not answer in time. Never waits."""
+        """Send the queue and a close frame; abort if the client does not answer in time. Never waits."""
         if self.protocol.state is State.OPEN:
             self.outbox.finish()
             self.protocol.send_close(code, reason.encode()[:120].decode(errors="ignore"))
@@ -224,7 +224,7 @@ class Handoff(ServerConnection):
         self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
 
     def send_data(self) -> None:
-        """Write what the library wants written: after a close frame, nothing may follow it."""
+        """Write the library's data; nothing may follow a close frame."""
         super().send_data()
         if self.protocol.state in (State.CLOSING, State.CLOSED):
             self.outbox.close()
@@ -232,9 +232,9 @@ class Handoff(ServerConnection):
     # --- asyncio.Protocol, and uvicorn's addition to it ---
 
     def data_received(self, data: bytes) -> None:
-        """Take what has come, in slices: thousands of tiny frames may come at once, and each takes its time."""
+        """Process received data in slices: thousands of tiny frames may come at once, and each takes time."""
         if self.request is not None and self.protocol.state is State.CONNECTING:
-            return  # nobody may say more before the answer, and what fails now would fail the answer
+            return  # no data may follow before the response, and a failure now would break the response
         for start in range(0, len(data), _SLICE_BYTES):
             if self._over:
                 return
@@ -246,7 +246,7 @@ class Handoff(ServerConnection):
             self.transport.abort()
 
     def process_event(self, event: Event) -> None:
-        """Take one frame, if there are not too many."""
+        """Process one frame, unless there are too many."""
         rate = self._messages_per_s
         if self._messages.take(self.loop.time(), rate=rate, burst=rate * _BURST_S):
             self._end_over(f"more than {rate} messages a second")
@@ -256,9 +256,9 @@ class Handoff(ServerConnection):
             super().process_event(event)
 
     def _end_over(self, limit: str) -> None:
-        """End it, and read no more of what it sends."""
+        """End it, and stop reading from it."""
         self._over = True
-        self.visit.holds(0)  # it is gone in a moment; nobody else is to be cut for it
+        self.visit.holds(0)  # it is about to close; cut no other connection for it
         self.end(1012, limit)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -282,7 +282,7 @@ class Handoff(ServerConnection):
         self.outbox.resume()
 
     def shutdown(self) -> None:
-        """uvicorn stops, and whoever is still here has had his goodbye."""
+        """Abort the connection: uvicorn stops, and the goodbye was sent before."""
         self.transport.abort()
 
 
@@ -293,7 +293,7 @@ def websocket_server(
 ) -> Server:
     """Return the server object that connections belong to; it never has a port of its own.
 
-    ``check`` sees each request before the upgrade and returns an answer to refuse it. ``handler`` runs for each
+    ``check`` gets each request before the upgrade and returns a response to refuse it. ``handler`` runs for each
     connection; when it returns the connection is closed.
     """
     server = serve(
@@ -324,7 +324,7 @@ def handoff_class(server: Server) -> type[asyncio.Protocol]:
 
 
 def http_answer(refusal: ApiError) -> Response:
-    """Return the answer for ``check`` to refuse an upgrade with."""
+    """Return the response for ``check`` to refuse an upgrade with."""
     headers = Headers(refusal.headers)
     headers["Content-Length"] = str(len(refusal.body))
     return Response(refusal.status, refusal.status.phrase, headers, refusal.body)
