@@ -142,7 +142,7 @@ def no_manifest(data: DataDir) -> str:
 def rotten_file(data: DataDir) -> str:
     path = a_log(data)
     rot(path, path.stat().st_size // 2)
-    return "the disk has damaged it"
+    return "damaged by the disk"
 
 
 def edited_file(data: DataDir) -> str:

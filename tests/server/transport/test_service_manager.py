@@ -50,7 +50,7 @@ def test_a_name_without_a_file_is_one_too() -> None:
 
 def test_one_that_is_gone_is_logged_and_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ServiceManager(str(tmp_path / "gone")).serving()
-    assert "cannot tell" in caplog.text and "READY=1: No such file" in caplog.text
+    assert "cannot report READY=1 to" in caplog.text and "No such file" in caplog.text
 
 
 def test_without_one_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:

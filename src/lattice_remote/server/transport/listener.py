@@ -151,5 +151,5 @@ class ServiceManager:
                 manager.send(state.encode())
         except OSError as error:
             _log.warning(
-                "cannot report %s to the service manager %s: %s", self._address, state, error.strerror or error
+                "cannot report %s to the service manager %s: %s", state, self._address, error.strerror or error
             )
