@@ -66,13 +66,10 @@ def read_version(
 ) -> TextVersion:
     """Return a text as of one change.
 
-    The content is rebuilt from the journal's operations. If the first of these only appends, the file on disk supplies
-    the beginning. The digest in the record verifies the result.
+    The content is rebuilt from the journal's operations, with its beginning from the file on disk if the first of them
+    only appends. The digest in the record verifies the result.
 
     Args:
-        project: the project's directories.
-        task: a task's id.
-        kind: the text.
         change: epoch and number of a change that wrote it; an empty epoch selects the newest epoch with such a change.
         head: epoch and number of the last durable change; later records are ignored (I2).
 
@@ -262,10 +259,8 @@ def read_page(
     """Return the newest ``limit`` changes before a record; fewer if that would exceed ``MAX_SCAN_BYTES``. Blocking.
 
     Args:
-        journal: the project's journal directory.
         task: a task's id: only changes that touched it; "" for all.
         text: only changes that wrote this text of the task.
-        limit: maximum number of entries.
         before: ``AuditLogPage.before`` of the previous page; None for the newest.
         head: epoch and number of the last change to include; None for all.
 

@@ -56,7 +56,7 @@ class Candidate:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
-        """Create a file with this content.
+        """Create a file.
 
         Raises:
             Misuse: a project cannot contain it.
@@ -127,13 +127,12 @@ async def quarantine(
     keep_hooks: bool = False,
     hooks_of: Path | None = None,
 ) -> ImportReport:
-    """Build a candidate in ``place``, a directory created here, and check it.
+    """Build a candidate in ``place``, which must not exist, and check it.
 
-    If the returned report has no ``refused``, ``place`` holds a complete project, durable on disk, and nothing else;
-    the caller puts it in place or removes it. Otherwise ``place`` is removed.
+    Without ``refused`` in the report, ``place`` holds a complete, durable project and nothing else; the caller puts it
+    in place or removes it. Otherwise ``place`` is removed.
 
     Args:
-        place: must not exist.
         source: ``--pack FILE`` or ``--from DIRECTORY``.
         max_bytes: maximum size of the project.
         keep_hooks: an administrator allows its hooks.
@@ -202,7 +201,7 @@ _BOOKKEEPING = frozenset(
 
 
 def add_pack(candidate: Candidate, pack: Path) -> None:
-    """Add a bundle's files to a candidate. Validates the whole bundle before it creates the first file.
+    """Add a bundle's files to a candidate, after validating the whole bundle.
 
     Raises:
         ProtocolError: the bundle is malformed.

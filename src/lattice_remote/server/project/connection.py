@@ -482,7 +482,9 @@ class ClientConnection:
 
     def _request_follow(self, frame: Follow) -> None:
         if self._follows or self._follow is not None or "follow" not in self._capabilities:
-            raise ProtocolError("Follow comes once, from a client that names it and whose Hello does not follow")
+            raise ProtocolError(
+                "Follow may be sent once, by a client that has the capability and whose Hello does not follow"
+            )
         self._follow = frame
         self._work.set()
 

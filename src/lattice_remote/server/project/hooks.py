@@ -86,7 +86,7 @@ class HookRunner:
     def _run(self, seq: int, call: HookCall) -> None:
         try:
             with _event_file(call.stdin) as stdin, self._started(call, stdin) as process:
-                assert process.stderr is not None, "it was asked for"
+                assert process.stderr is not None, "stderr is a pipe"
                 code, said = self._watch(process, process.stderr)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the command or in its environment
             self._failed(seq, call, f"could not start: {error}")

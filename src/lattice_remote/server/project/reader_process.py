@@ -104,8 +104,6 @@ class ReaderProcess:
     """Client of a project's reader process; ``close()`` it. Belongs to the event loop's thread.
 
     Args:
-        slug: the project's.
-        paths: its files.
         state: returns a name of the tree's state; None while a request is with the worker. While the name is the same,
             no file changes.
         durable: returns the epoch and the number of its newest durable change.

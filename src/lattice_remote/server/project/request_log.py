@@ -100,7 +100,7 @@ class RequestLog:
         _log.info("%s: another program changed files, change %d", self._project, seq, extra={"fields": fields})
 
     def refused_other(self, code: str) -> None:
-        """Count the refusal of a request that is no write."""
+        """Count a refusal that is not of a write."""
         self._metrics.refused(code)
 
     def _add(

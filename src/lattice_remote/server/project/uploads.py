@@ -230,7 +230,7 @@ def _bytes_of(contents: Mapping[str, _Content]) -> int:
 
 
 def _found(directory: int) -> Iterator[tuple[str, _Content]]:
-    """Yield contents left by an earlier server; remove files that are no uploads."""
+    """Yield contents left by an earlier server; remove other files."""
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         matched = _NAME.fullmatch(entry.name)
         if matched is None or not entry.is_file(follow_symlinks=False):

@@ -120,7 +120,7 @@ def _split(argument: str) -> tuple[str, str]:
 
 def _checked_name(name: str) -> str:
     if name in ("", ".", "..") or "/" in name or "\0" in name or len(os.fsencode(name)) > 255:
-        raise Rejected(f"{name!r} can't be the name of an attached file", code="REMOTE_UNSUPPORTED")
+        raise Rejected(f"{name!r} cannot be the name of an attached file", code="REMOTE_UNSUPPORTED")
     return name
 
 

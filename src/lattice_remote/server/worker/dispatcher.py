@@ -178,7 +178,7 @@ class Editor:
             raise Rejected(f"{request.path} is not UTF-8 text: save it as UTF-8", code="REMOTE_UNSUPPORTED")
         path = self._store.tree.absolute(request.path)
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
-            raise Rejected(f"{request.path} is not a plain file on the server", code="REMOTE_UNSUPPORTED")
+            raise Rejected(f"{request.path} is not a regular file on the server", code="REMOTE_UNSUPPORTED")
         current = self._current(path)
         base = current if request.base_digest else request.base
         if request.base_digest and (base is None or digest_of(base) != request.base_digest):

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 _FAILED = 400
 """Lowest status of a failed operation."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-"""Errors of a disk that is full, over a quota or limit, or failing."""
+"""Errors of a full or failing disk."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
 """Maximum wait of ``resource acquire --wait``, whatever timeout it names."""
 
@@ -60,8 +60,8 @@ class CommandOutcome:
         answer: of an operation that did not crash.
         failure: one line if the command crashed, so that it must be undone; None otherwise.
         no_room: the error, if it crashed because the disk is full.
-        is_final: whether it ended regularly and would end the same again. A crash is undone, and its reply is not
-            remembered, so a retry runs it again.
+        is_final: it ended regularly and would end the same again. The reply to a crash is not remembered, so a retry
+            runs.
         waiting: it must wait; nothing was printed.
         timeout: lattice's message for a lock held by another process for the whole timeout.
     """
@@ -166,8 +166,7 @@ class Executor:
 
         Args:
             argv: without the program's name.
-            checked: the command's words that the policy saw, for example ``resource acquire``; no other command runs.
-                Empty for a line that only prints.
+            checked: the command's words that the policy saw; no other command runs. Empty for a line that only prints.
             last_try: do not wait for a resource.
             may_wait: wait for a lock held by another process instead of failing with lattice's message.
             ahead: resources and locks that earlier requests wait for; not taken.

@@ -213,10 +213,10 @@ def _actor_of_session(lattice_dir: Path, session: str) -> tuple[str | None, str]
     except (FileNotFoundError, NotADirectoryError):
         return None, ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise unsupported(f"the session {session} can't be read: it names no actor") from error
+        raise unsupported(f"the session {session} cannot be read: it names no actor") from error
     actor = str(identity.to_legacy_actor())
     if identity.name != session or f"{identity.base_name}-{identity.serial}" != session or not is_plain(actor):
-        raise unsupported(f"the session {session} can't be used: its file belongs to another session")
+        raise unsupported(f"the session {session} cannot be used: its file belongs to another session")
     return actor, str(identity.session)
 
 

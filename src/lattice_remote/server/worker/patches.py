@@ -20,9 +20,7 @@ from lattice_remote.files import SAFE, signature_of
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
 
 LOCK_PREFIX = "locks/"
-"""Prefix of a lock's name where resources are named too, for example ``locks/tasks_...``. No resource name has a slash.
-
-"""
+"""Prefix of lock names among resource names, which have no slash; for example ``locks/tasks_...``."""
 
 _Signature = tuple[int, int, int]
 
@@ -96,7 +94,7 @@ class LockTable:
         self._behind: Collection[str] = ()
 
     def begin(self, behind: Collection[str] = ()) -> None:
-        """Start a command that must not take the locks in ``behind``: earlier requests wait for them."""
+        """Start a command that must not take the locks in ``behind``, awaited by earlier requests."""
         self._behind = behind
 
     def acquire(self, path: Path, timeout_s: float) -> None:
@@ -222,7 +220,7 @@ class WriteSet:
                 self._sync_directory(Path(target).parent)
 
     def has_changed(self, path: str) -> bool:
-        """Return whether another process has replaced a snapshot since the command read it."""
+        """Return whether another process has replaced a snapshot that the command read."""
         read = self._read.get(path)
         return read is not None and path not in self._waiting and read != _signature_at(path)
 

@@ -89,24 +89,24 @@ def _depth(value: str) -> int:
 
 def _check_name(name: str, value: str) -> None:
     if not is_resource_name(value):
-        raise unsupported(f"{shown(value)} can't be used as {name}: it becomes a directory's name on every machine")
+        raise unsupported(f"{shown(value)} cannot be used as {name}: it becomes a directory name on every machine")
 
 
 def _check_log(name: str, value: str) -> None:
     if value.startswith("_") or not is_component(f"{value}.jsonl"):
-        raise unsupported(f"{shown(value)} can't be used as {name}: it is not the id of a task")
+        raise unsupported(f"{shown(value)} cannot be used as {name}: it is not the id of a task")
 
 
 def _check_session(name: str, value: str) -> None:
     del name
     if not is_session_name(value):
-        raise unsupported(f"{shown(value)} can't be the name of a session, which is like Argus-3")
+        raise unsupported(f"{shown(value)} cannot be the name of a session, which is like Argus-3")
 
 
 def _check_id(name: str, value: str) -> None:
     """Refuse a misspelt id that lattice would accept; other malformed ids are left to lattice."""
     if _WORDS.fullmatch(value) and not _ID.fullmatch(value):
-        raise unsupported(f"{shown(value)} can't be used as {name}: ASCII letters, digits, _ and - only")
+        raise unsupported(f"{shown(value)} cannot be used as {name}: ASCII letters, digits, _ and - only")
 
 
 def _check_ids(name: str, value: str) -> None:
@@ -118,12 +118,12 @@ def _check_new_id(name: str, value: str) -> None:
     from lattice.core.ids import validate_id
 
     if not _NEW_ID.fullmatch(value) and (name not in _PREFIXES or validate_id(value, _PREFIXES[name])):
-        raise unsupported(f"{shown(value)} can't be used as {name}: write its letters as capitals, in ASCII")
+        raise unsupported(f"{shown(value)} cannot be used as {name}: write its letters as capitals, in ASCII")
 
 
 def _check_actor_text(name: str, value: str) -> None:
     if len(value) > _MAX_ACTOR_CHARS or not value.isprintable() or value != value.strip():
-        raise unsupported(f"{shown(value)} can't be used as {name}: printable characters only, at most 256")
+        raise unsupported(f"{shown(value)} cannot be used as {name}: printable characters only, at most 256")
 
 
 _CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
@@ -326,9 +326,9 @@ def _is_plugins(cli: click.Group, path: str) -> bool:
 
 def _refusal_reason(cli: click.Group, path: str) -> str:
     if not _is_plugins(cli, path):
-        return f"'lattice {path}' can't run on the server"
+        return f"'lattice {path}' cannot run on the server"
     return (
-        f"'lattice {path}' can't run on the server: the administrator must allow this plugin command, with "
+        f"'lattice {path}' cannot run on the server: the administrator must allow this plugin command, with "
         f'"plugin_commands": ["{path}"] in config.json'
     )
 
@@ -347,7 +347,7 @@ def _kinds_of_plugins(cli: click.Group, path: str) -> Mapping[str, Kind]:
     for parameter in command.params:
         if any(isinstance(part, click.Path | click.File) for part in _parts(parameter.type)):
             raise unsupported(
-                f"'lattice {path}' can't run on the server: this plugin command takes a file, {parameter.name}"
+                f"'lattice {path}' cannot run on the server: this plugin command takes a file, {parameter.name}"
             )
         kinds[parameter.name or ""] = known.get(parameter.name or "", Kind.TEXT)
     return kinds
@@ -418,7 +418,7 @@ def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
 
 def _check_plain(name: str | None) -> None:
     if name and not is_plain(name):
-        raise unsupported(f"{shown(name)} can't be a name: it contains unprintable characters or is not in NFC")
+        raise unsupported(f"{shown(name)} cannot be a name: it contains unprintable characters or is not in NFC")
 
 
 def _check_spelling(name: str | None, others: Iterable[str]) -> None:

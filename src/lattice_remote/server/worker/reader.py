@@ -45,7 +45,7 @@ def laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
     try:
         return _laid_out(envelope, place)
     except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"there is no list at {'.'.join(place)} in what was printed") from error
+        raise ValueError(f"there is no list at {'.'.join(place)} in the command's output") from error
 
 
 def _laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:

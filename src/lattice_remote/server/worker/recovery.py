@@ -87,7 +87,7 @@ def open_store(
         project: a real path.
         scratch: the worker's private directory, a real path.
         committer: commits the differences found.
-        code: directories of Python and its packages, which commands may read besides the project.
+        code: directories of Python and its packages, which commands may read.
         retention: how much history is kept.
 
     Raises:
@@ -200,7 +200,7 @@ def _read_history(journal: Journal | None, listed: ManifestFile | None, boot_id:
 
 
 def is_in_doubt(listed: ManifestFile, project: Path) -> bool:
-    """Return whether the machine may have stopped while a worker was running, so that files may have lost writes."""
+    """Return whether the machine may have stopped while a worker was running, so that writes may be lost."""
     return _may_have_lost_writes(listed, _boot_id(project))
 
 

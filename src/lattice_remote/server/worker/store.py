@@ -98,12 +98,12 @@ class Committer:
         self._jobs.put(job)
 
     def finish(self) -> None:
-        """Finish all jobs and end the thread. The committer cannot be used afterwards."""
+        """Finish all jobs and end the thread."""
         self._jobs.put(None)
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait until every job submitted so far is done."""
+        """Wait for every job submitted so far."""
         done = threading.Event()
         self.submit(CommitJob(then=done.set))
         done.wait()
@@ -313,15 +313,15 @@ class Store:
         A killed process leaves all or nothing of it. A power cut may undo it until it has been reported.
 
         Args:
-            difference: the changes; without operations only the reply is journalled.
-            cause: the origin. Its id can be repeated if there is a reply.
+            difference: without operations only the reply is journalled.
+            cause: its id can be repeated if there is a reply.
             answer: makes the reply, given the sequence number that it is valid from.
-            hooks: hooks to run after the commit.
+            hooks: run after the commit.
             waiting: the request waits instead of getting a reply.
             report: send ``RequestDone``; otherwise the change is only journalled.
 
         Raises:
-            ChangeTooLarge: no frame can carry the change; nothing was done, and the transaction must be rolled back.
+            ChangeTooLarge: no frame can carry the change; the transaction must be rolled back.
             Rejected: the journal cannot be written (the disk is full); the request was undone.
             OSError: the same, without a request.
             SyncFailed: the disk could not keep a content that the record refers to.

@@ -162,7 +162,7 @@ def surface_named(name: str) -> Surface:
     if name not in _SURFACES:
         raise Rejected(f"the server has no surface {name!r}: upgrade the server", code="REMOTE_UNSUPPORTED")
     if not is_offered(name):
-        message = f"the server can't serve {name!r}: install {_SURFACES[name].install} on the server"
+        message = f"the server cannot serve {name!r}: install {_SURFACES[name].install} on the server"
         raise Rejected(message, code="REMOTE_UNSUPPORTED")
     return _loaded(name)
 

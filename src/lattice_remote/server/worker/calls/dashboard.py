@@ -56,7 +56,7 @@ def handler_class(lattice_dir: Path) -> Any:
                     self.etag = value
 
         def end_headers(self) -> None:
-            """There are no others that anybody reads."""
+            """Ignore the others: no client reads them."""
 
     return Handler
 
