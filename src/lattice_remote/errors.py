@@ -21,7 +21,7 @@ __all__ = [
     "Rejected",
     "RemoteError",
     "StorageError",
-    "as_told",
+    "error_from_code",
     "one_line",
 ]
 
@@ -105,7 +105,7 @@ class StorageError(RemoteError):
     code = "REMOTE_STORAGE"
 
 
-def as_told(message: str, code: object) -> RemoteError:
+def error_from_code(message: str, code: object) -> RemoteError:
     """Return the error that another process reported by code; an unknown code becomes ``REMOTE_FAILED``."""
     if code in ("REMOTE_UNREACHABLE", "REMOTE_UNKNOWN_OUTCOME"):
         return ConnectionFailed(message, sent=code == "REMOTE_UNKNOWN_OUTCOME")

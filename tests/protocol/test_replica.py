@@ -161,7 +161,7 @@ class Copy:
             return False
         self.version = self.disk.version
         self.arriving.clear()
-        self.perform(self.replica.overtaken(position, wanted))
+        self.perform(self.replica.fast_forward(position, wanted))
         return True
 
     def perform(self, effects: list[Effect], *, crash_at: int | None = None) -> None:
@@ -765,7 +765,7 @@ def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
     replica.receive(part("a", 5, b"ahead"))
     replica.receive(reply(4))
     replica.hold("c")
-    effects = replica.overtaken(Position("e", 4, b"m4"), ["a", "d"])
+    effects = replica.fast_forward(Position("e", 4, b"m4"), ["a", "d"])
     assert (sent(effects), answers(effects)) == ([Fetch(["a", "d"])], [])
     assert replica.held == set()
     assert replica.receive(change(4)) == []

@@ -19,7 +19,7 @@ from typing import Any
 from lattice_remote.client import agent_runtime, credentials
 from lattice_remote.client.config import detachment, identify
 from lattice_remote.client.guard import letting_write
-from lattice_remote.errors import ConnectionFailed, RemoteError, StorageError, as_told, one_line
+from lattice_remote.errors import ConnectionFailed, RemoteError, StorageError, error_from_code, one_line
 from lattice_remote.files import SAFE
 
 __all__ = [
@@ -167,7 +167,7 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
     """
     if answer.get("ok"):
         return answer
-    raise as_told(str(answer.get("message")), answer.get("code"))
+    raise error_from_code(str(answer.get("message")), answer.get("code"))
 
 
 def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:

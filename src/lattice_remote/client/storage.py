@@ -13,7 +13,7 @@ from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
 
 from lattice_remote.client.agent_client import ask, request
 from lattice_remote.client.config import detachment, is_cache, read_remote
-from lattice_remote.errors import ConnectionFailed, Misuse, as_told
+from lattice_remote.errors import ConnectionFailed, Misuse, error_from_code
 from lattice_remote.storage.events import Conflict, Event, Merged, Snapshot, Written, plain
 from lattice_remote.storage.local import LocalStorage, encoded
 
@@ -143,7 +143,7 @@ class RemoteStorage:
         answer = self._ready()
         if not answer["current"]:
             if not answer["filled"]:
-                raise as_told(answer["message"], answer["code"])
+                raise error_from_code(answer["message"], answer["code"])
             age = "of unknown age" if answer["age_s"] is None else f"{answer['age_s']:.0f} s old"
             _warn(f"{answer['message']}; the data is {age} (change {answer['seq']})")
         return LocalStorage(self._root)
@@ -192,7 +192,7 @@ class RemoteStorage:
             answer: dict[str, Any] = json.loads(returned["payload"])
             error = answer.get("error")
             if error is not None:
-                raise as_told(str(error["message"]), error["code"])
+                raise error_from_code(str(error["message"]), error["code"])
             if answer["outcome"] in ("written", "merged", "conflict"):
                 return answer
         except (ValueError, KeyError, TypeError, AttributeError) as wrong:

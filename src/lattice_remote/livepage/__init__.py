@@ -68,7 +68,6 @@ def script(*, hosted: bool = False) -> bytes:
 
 @cache
 def style() -> bytes:
-    """Return the style sheet."""
     return _read("live.css")
 
 

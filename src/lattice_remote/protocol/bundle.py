@@ -1,9 +1,4 @@
-"""Whole project as one byte stream, the pack of a push (SPEC 3.6).
-
-A *pack* is the magic line, then each file: its head (4 bytes of length, big endian, and a msgpack map of ``path``,
-``size`` and ``digest``) and its content; then a length of 0. Paths are unique and ascend by code point, so a project
-has exactly one pack. It has no links, modes, times or owners.
-"""
+"""Whole project as one byte stream, the pack of a push (SPEC 3.6). A project has exactly one pack."""
 
 import hashlib
 import re
@@ -37,7 +32,6 @@ _decoder = msgspec.msgpack.Decoder(Entry)
 
 
 def head_of(entry: Entry) -> bytes:
-    """Return a file's head."""
     encoded = _encoder.encode(entry)
     return len(encoded).to_bytes(4) + encoded
 

@@ -23,8 +23,6 @@ _NOT_BY_COMMAND = ("edit", "recovery")
 
 @dataclass
 class About:
-    """Summary of one change."""
-
     tasks: list[str] = field(default_factory=list)
     """Ids of the tasks whose snapshot, log, plan or notes it touches; sorted."""
     events: list[dict[str, Any]] = field(default_factory=list)

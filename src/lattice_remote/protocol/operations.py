@@ -109,7 +109,6 @@ class Tree(Protocol):
 
 
 def digest_of(data: bytes) -> bytes:
-    """Return the SHA-256 of ``data``, 32 bytes."""
     return hashlib.sha256(data).digest()
 
 
@@ -214,25 +213,19 @@ class MemoryTree:
         self.files: dict[str, bytes] = {} if files is None else files
 
     def size(self, path: str) -> int | None:
-        """Return the content's length in bytes, None if there is no file."""
         return len(self.files[path]) if path in self.files else None
 
     def read(self, path: str, offset: int = 0) -> bytes:
-        """Return the content from ``offset`` on."""
         return self.files[path][offset:]
 
     def replace(self, path: str, data: bytes) -> None:
-        """Set the content."""
         self.files[path] = data
 
     def append(self, path: str, data: bytes) -> None:
-        """Append ``data``."""
         self.files[path] = self.files.get(path, b"") + data
 
     def move(self, path: str, to: str) -> None:
-        """Rename the file, replacing one at ``to``."""
         self.files[to] = self.files.pop(path)
 
     def delete(self, path: str) -> None:
-        """Delete the file, if it exists."""
         self.files.pop(path, None)

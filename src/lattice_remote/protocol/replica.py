@@ -75,8 +75,6 @@ LARGE_BYTES = 256 * 1024
 
 
 class State(enum.Enum):
-    """State of the connection."""
-
     IDLE = "idle"
     GREETING = "greeting"
     FOLLOWING = "following"
@@ -352,7 +350,7 @@ class Replica:
         self.held.difference_update(paths)
         return [*self._requests(), *self._answers_ready()]
 
-    def overtaken(
+    def fast_forward(
         self, position: Position, wanted: Iterable[str], away: Mapping[str, Content | None] | None = None
     ) -> list[Effect]:
         """Continue from ``position``, to which another process advanced the same files. Not while comparing.

@@ -60,7 +60,6 @@ class Arriving:
         return file.later
 
     def clear(self) -> None:
-        """Remove all files."""
         self._files.clear()
         self._kept_bytes = 0
 

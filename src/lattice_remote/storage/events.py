@@ -81,15 +81,11 @@ type Shaped = dict[str, Any]
 
 
 class MayActAs(Protocol):
-    """Check that a write may use an actor; raise ``Rejected`` otherwise."""
-
     def __call__(self, actor: str, *, session: Mapping[str, Any] | None = None) -> None:
         """Check an actor, and the session that it stands for, if any."""
 
 
 class Sessions(Protocol):
-    """Registry of sessions."""
-
     def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
         """Return the actor of an active session; None if there is none."""
 
@@ -119,7 +115,6 @@ class _Envelope(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def invalid(message: str) -> Rejected:
-    """Return the error for an invalid write; nothing was changed."""
     return Rejected(message, code="REMOTE_INVALID")
 
 

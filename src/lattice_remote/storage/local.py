@@ -49,9 +49,9 @@ def _anybody(actor: str, *, session: Mapping[str, Any] | None = None) -> None:
 
 
 class LocalStorage:
-    """A ``StorageBackend`` on a local project. Holds nothing open; threads and processes may share a project.
+    """A ``StorageBackend`` on a local project; a cache of a remote project is read-only.
 
-    A cache of a remote project can be read, not written.
+    Holds nothing open; threads and processes may share a project.
 
     Args:
         root: the directory that holds ``.lattice``.
@@ -70,23 +70,19 @@ class LocalStorage:
 
     @property
     def root_path(self) -> Path:
-        """The directory that holds ``.lattice``."""
         return self._root
 
     # --- tasks ---
 
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
-        """Return the active tasks in order of creation, or with ``archived`` the archived ones."""
         paths = sorted((self._dir / "archive" / "tasks" if archived else self._dir / "tasks").glob("*.json"))
         return [found for path in paths if (found := _read_json(path)) is not None]
 
     def get_task(self, task: str) -> Snapshot | None:
-        """Return a task, archived or not; None if there is none."""
         task_id = self._task_id(task)
         return None if task_id is None else self._active(task_id) or self._archived(task_id)
 
     def get_task_events(self, task: str) -> list[Snapshot]:
-        """Return a task's events in order; empty if there is no such task."""
         task_id = self._task_id(task)
         if task_id is None:
             return []
@@ -94,7 +90,6 @@ class LocalStorage:
         return self._log_now(self._dir / name) or self._log_now(self._dir / "archive" / name)
 
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a task, or create it; see ``StorageBackend``."""
         task_id = self._task_id(task)
         if task_id is None:
             raise invalid(f"there is no task {task[:60]!r}")
@@ -183,17 +178,14 @@ class LocalStorage:
     # --- resources ---
 
     def list_resources(self) -> list[Snapshot]:
-        """Return the resources, by name."""
         paths = sorted((self._dir / "resources").glob("*/resource.json"))
         return [found for path in paths if (found := _read_json(path)) is not None]
 
     def get_resource(self, resource: str) -> Snapshot | None:
-        """Return a resource, by name or id; None if there is none."""
         found = self.list_resources()
         return next((one for one in found if resource in (one.get("name"), one.get("id"))), None)
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a resource, or create it; see ``StorageBackend``."""
         given, there = plain(events), self.get_resource(resource)
         name = resource if there is None else str(there["name"])
         if there is None:
@@ -228,19 +220,15 @@ class LocalStorage:
     # --- plans and notes ---
 
     def read_plan(self, task: str) -> str | None:
-        """Return a task's plan; None if it has none."""
         return self._read_beside("plans", task)
 
     def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
-        """Replace a task's plan; see ``StorageBackend``."""
         return self._write_beside("plans", task, text, base)
 
     def read_notes(self, task: str) -> str | None:
-        """Return a task's notes; None if it has none."""
         return self._read_beside("notes", task)
 
     def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
-        """Replace a task's notes; see ``StorageBackend``."""
         return self._write_beside("notes", task, text, base)
 
     def _read_beside(self, kind: Literal["plans", "notes"], task: str) -> str | None:
@@ -282,7 +270,6 @@ class LocalStorage:
         return require_actor(event, self._may_act_as, self)
 
     def actor_of(self, session_name: str) -> Mapping[str, Any] | None:
-        """Return the actor of an active session; None if there is none."""
         from lattice.cli.helpers import _build_actor_dict
 
         if not is_session_name(session_name):

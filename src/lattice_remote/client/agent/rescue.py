@@ -7,7 +7,7 @@ from typing import Any
 
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.rescued_files import RescuedEntry, is_event_log
-from lattice_remote.errors import Misuse, Rejected, StorageError, as_told, one_line
+from lattice_remote.errors import Misuse, Rejected, StorageError, error_from_code, one_line
 from lattice_remote.protocol.paths import is_editable
 
 __all__ = ["Rescuer", "decoded", "described"]
@@ -224,7 +224,7 @@ def decoded(returned: dict[str, Any]) -> dict[str, Any]:
     """
     answer: dict[str, Any] = json.loads(returned["payload"])
     if (error := answer.get("error")) is not None:
-        raise as_told(str(error["message"]), error["code"])
+        raise error_from_code(str(error["message"]), error["code"])
     return answer
 
 

@@ -496,7 +496,7 @@ class Replicator:
             return []  # only the stored age is new
         if self.replica.state is State.COMPARING:
             raise ConnectionFailed("another process has updated the cache during the comparison")
-        return self.replica.overtaken(found.position, found.wanted, found.away)
+        return self.replica.fast_forward(found.position, found.wanted, found.away)
 
     def _release_settled(self) -> list[Effect]:
         settled = [path for path in self.replica.held if not self.edits.is_in_use(path)]

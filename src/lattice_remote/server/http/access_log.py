@@ -69,12 +69,10 @@ class AccessLogEntry:
 
     @property
     def path(self) -> str:
-        """The path, with parts masked that are not plain names."""
         return self._patterns.path_of(self._scope)
 
     @property
     def seconds(self) -> float:
-        """Time since arrival."""
         return time.monotonic() - self._began
 
     def count_streamed(self) -> None:
@@ -118,7 +116,6 @@ class AccessLogEntry:
 
 
 def log_entry_of(request: Request) -> AccessLogEntry:
-    """Return the log entry of a request."""
     record: AccessLogEntry = request.state.record
     return record
 

@@ -159,13 +159,11 @@ class RequestContext:
 
 
 def registry_of(request: Request) -> ProjectRegistry:
-    """Return the server's project registry."""
     hub: ProjectRegistry = request.app.state.hub
     return hub
 
 
 def cookies_for(request: Request) -> Cookies:
-    """Return the server's cookies."""
     cookies: Cookies = request.app.state.cookies
     return cookies
 

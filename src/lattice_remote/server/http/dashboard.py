@@ -177,7 +177,6 @@ class _Saved(msgspec.Struct, frozen=True):
 
 
 async def read(request: Request) -> Response:
-    """Return the text."""
     visitor = await request_context(request)
     return ok(await _text(visitor, _text_path(request)))
 
@@ -199,14 +198,12 @@ async def write(request: Request) -> Response:
 
 
 async def versions(request: Request) -> Response:
-    """Return the newest changes of the text."""
     visitor, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
     found, _ = await list_versions(visitor.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
     return ok(found)
 
 
 async def read_version(request: Request) -> Response:
-    """Return the text after a change."""
     visitor, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
     async with visitor.share.making():
         found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])

@@ -60,7 +60,6 @@ _TYPES = {"pages.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 def asset(name: str) -> str:
-    """Return the address of an asset."""
     return f"/pages/{hashlib.sha256(_content(name)).hexdigest()[:12]}/{name}"
 
 
@@ -128,7 +127,6 @@ _templates.globals["asset"] = asset
 def page(
     name: str, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None, **values: Any
 ) -> Response:
-    """Return a rendered template."""
     html = _templates.get_template(f"{name}.html").render(values)
     given = {**(headers or {}), "Content-Security-Policy": OUR_PAGES}
     return Response(html, status, given, media_type="text/html")

@@ -193,7 +193,6 @@ class Feed:
         return self
 
     def change_committed(self, seq: int, frame: bytes) -> None:  # noqa: ARG002 - it reads them in its own time
-        """Wake the feed."""
         self._news.set()
 
     def answer(self, request_id: str, reply: bytes) -> None:
@@ -396,7 +395,6 @@ class _Stream:
             self._had = 0
 
     def keep_alive(self, comment: bytes) -> None:
-        """Queue a comment."""
         self._push(comment)
 
     def end(self, bye: Bye) -> None:

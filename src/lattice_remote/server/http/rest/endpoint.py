@@ -165,7 +165,6 @@ class Endpoint:
 
     @cached_property
     def takes(self) -> tuple[type[Any], type[Any]]:
-        """The types of its query and of its body."""
         query, body = get_args(get_type_hints(self.handler)["asked"])
         return query, body
 
@@ -176,7 +175,6 @@ class Endpoint:
 
     @property
     def text(self) -> str:
-        """Summary for users."""
         return getdoc(self.handler) or ""
 
 
