@@ -155,7 +155,7 @@ def _counted(hub: ProjectRegistry, record: AccessLogEntry, strangers: "_Anonymou
         metrics.http_sent_bytes.labels(route).inc(record.sent_bytes)
         if not record.is_stream:
             metrics.http_seconds.labels(route).observe(record.seconds)
-        if record.login is not None or strangers.may_have_one():
+        if record.login is not None or strangers.allows_line():
             record.log(strangers.take_left_out())
 
 
@@ -172,7 +172,7 @@ class _AnonymousLines:
         self._lines = TokenBucket(_STRANGERS_BURST, time.monotonic())
         self._left_out = 0
 
-    def may_have_one(self) -> bool:
+    def allows_line(self) -> bool:
         """Return whether one more request gets a line; else count it as suppressed."""
         wait_s = self._lines.take(time.monotonic(), rate=_STRANGERS_PER_S, burst=_STRANGERS_BURST)
         self._left_out += bool(wait_s)

@@ -64,25 +64,25 @@ async def _readyz(request: Request) -> Response:
 health_routes = [Route("/healthz", _healthz, methods=["GET"]), Route("/readyz", _readyz, methods=["GET"])]
 
 
-async def _guarded(request: Request) -> Response:
+async def _metrics_with_token(request: Request) -> Response:
     if not authenticated(request).token.metrics:
         why = "this token is not for metrics; make one with: lattice-remote token create --metrics"
         raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
-    return await _scraped(request)
+    return await _metrics(request)
 
 
-async def _scraped(request: Request) -> Response:
+async def _metrics(request: Request) -> Response:
     gauges: Gauges = request.app.state.gauges
     figures, content_type = await gauges.scraped(request.headers.get("Accept", ""))
     return Response(figures, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
 
-metrics_routes = [Route("/metrics", _guarded, methods=["GET"])]
+metrics_routes = [Route("/metrics", _metrics_with_token, methods=["GET"])]
 
 
 def metrics_app(gauges: Gauges) -> ASGIApp:
     """Return the app of the separate metrics address: metrics without a token, nothing else."""
-    app = Starlette(routes=[Route("/metrics", _scraped, methods=["GET"])])
+    app = Starlette(routes=[Route("/metrics", _metrics, methods=["GET"])])
     app.state.gauges = gauges
     return app
 

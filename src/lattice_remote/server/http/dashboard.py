@@ -253,7 +253,7 @@ async def _with_slash(request: Request) -> Response:
     return RedirectResponse(f"{quote(request.url.path.rpartition('/')[2])}/", HTTPStatus.PERMANENT_REDIRECT)
 
 
-class _Made(NamedTuple):
+class _PreparedPage(NamedTuple):
     """Lattice's page with the additions."""
 
     page: bytes
@@ -270,20 +270,20 @@ async def _page(request: Request) -> Response:
     return _file(request, made.page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
 
 
-async def _dashboard(visitor: RequestContext) -> _Made:
+async def _dashboard(visitor: RequestContext) -> _PreparedPage:
     page = await _read_file(visitor, "/")
     scripts = [await _read_file(visitor, path.decode()) for path in _OWN_SCRIPT.findall(page.body)]
     # Takes about 80 ms for a new version of the page: not in the event loop (I10).
-    return await asyncio.to_thread(_made_live, page.body, tuple(script.body for script in scripts))
+    return await asyncio.to_thread(_prepare_page, page.body, tuple(script.body for script in scripts))
 
 
 @lru_cache(maxsize=2)
-def _made_live(page: bytes, scripts: tuple[bytes, ...]) -> _Made:
+def _prepare_page(page: bytes, scripts: tuple[bytes, ...]) -> _PreparedPage:
     page = livepage.with_script(livepage.with_relative_paths(page))
     quiet = livepage.with_listeners(page, scripts)
     if quiet is None:
-        return _Made(page, scripts, policy_for(page), quiet=False)
-    return _Made(quiet, scripts, policy_for(quiet, has_handlers=False), quiet=True)
+        return _PreparedPage(page, scripts, policy_for(page), quiet=False)
+    return _PreparedPage(quiet, scripts, policy_for(quiet, has_handlers=False), quiet=True)
 
 
 async def _static(request: Request) -> Response:

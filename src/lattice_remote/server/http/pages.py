@@ -158,7 +158,7 @@ _FIELDS = {"token", "next"}
 _NOT_KNOWN = "Unknown token. Check that it was pasted completely, or ask your administrator for another."
 
 
-async def _show(request: Request) -> Response:
+async def _sign_in_form(request: Request) -> Response:
     """Return the sign-in form, or redirect a user who has signed in."""
     following = local_path(request.query_params.get("next", "/"))
     who = signed_in(request)
@@ -179,7 +179,7 @@ async def _sign_in(request: Request) -> Response:
     following, token = local_path(form.get("next", "/")), form.get("token", "").strip()
     login = _admitted(request, token)
     if isinstance(login, ApiError):
-        return _again(login, following)
+        return _retry_form(login, following)
     answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
     cookies_for(request).give(request, answer, login)
     return answer
@@ -192,7 +192,7 @@ def _admitted(request: Request, token: str) -> Login | ApiError:
     return login if isinstance(login, ApiError) else visit.admit(login.token.id) or login
 
 
-def _again(refusal: ApiError, following: str) -> Response:
+def _retry_form(refusal: ApiError, following: str) -> Response:
     """Return the form with an error."""
     unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message.startswith("no token")
     error = _NOT_KNOWN if unknown else f"{refusal.message[:1].upper()}{refusal.message[1:]}."
@@ -231,7 +231,7 @@ async def _sign_out(request: Request) -> Response:
 
 
 sign_in_routes = [
-    Route("/sign-in", _show, methods=["GET"]),
+    Route("/sign-in", _sign_in_form, methods=["GET"]),
     Route("/sign-in", _sign_in, methods=["POST"]),
     Route("/sign-out", _sign_out, methods=["POST"]),
 ]
@@ -275,10 +275,10 @@ async def listed(hub: ProjectRegistry, login: Login) -> list[Listed]:
         StorageError: a project's files cannot be read.
     """
     slugs = [slug for slug in sorted(login.token.projects) if hub.data.has_project(slug)]
-    return list(await asyncio.gather(*(_one(hub, slug) for slug in slugs)))
+    return list(await asyncio.gather(*(_list_project(hub, slug) for slug in slugs)))
 
 
-async def _one(hub: ProjectRegistry, slug: str) -> Listed:
+async def _list_project(hub: ProjectRegistry, slug: str) -> Listed:
     try:
         seen = await hub.overviews.of(slug)
     except OSError as error:

@@ -63,7 +63,7 @@ async def list_versions(
 async def _page(
     project: Project, task: str, kind: TextKind, limit: int, before: int | None
 ) -> tuple[list[TextChange], int | None]:
-    page = await _ask(project, Log(_new_id(), task, min(limit, MAX_LOG_ENTRIES), before, kind))
+    page = await _send(project, Log(_new_id(), task, min(limit, MAX_LOG_ENTRIES), before, kind))
     assert isinstance(page, LogPage), "the answer to Log"
     return [
         TextChange(
@@ -83,12 +83,12 @@ async def version_text(project: Project, task: str, kind: TextKind, change: str)
     named = _CHANGE.fullmatch(change)
     if named is None:
         raise Rejected(f"{change[:80]!r} is not a change", code="REMOTE_NOT_FOUND")
-    found = await _ask(project, ReadVersion(_new_id(), task, kind, int(named[2]), named[1] or ""))
+    found = await _send(project, ReadVersion(_new_id(), task, kind, int(named[2]), named[1] or ""))
     assert isinstance(found, Version), "the answer to ReadVersion"
     return found
 
 
-async def _ask(project: Project, frame: Log | ReadVersion) -> LogPage | Version:
+async def _send(project: Project, frame: Log | ReadVersion) -> LogPage | Version:
     history = project.history
     answer = await project.log.answer(frame, epoch=history.epoch, head=history.head)
     if isinstance(answer, Refused):

@@ -9,7 +9,7 @@ import lattice.cli
 import msgspec
 import pytest
 
-from lattice_remote.server.http.rest.commands import answer
+from lattice_remote.server.http.rest.commands import envelope_response
 
 STATUSES = {
     409: "ALREADY_CLAIMED CONFLICT EXPIRED NOT_HELD RESOURCE_HELD TIMEOUT",
@@ -48,4 +48,4 @@ def test_every_code_of_this_lattice_has_a_status() -> None:
 @pytest.mark.parametrize(("code", "status"), [*KNOWN.items(), ("OF_A_LATER_LATTICE", 422), ("REMOTE_FAILED", 500)])
 def test_a_code_is_answered_with_its_status(code: str, status: int) -> None:
     printed = msgspec.json.encode({"ok": False, "error": {"code": code, "message": "no"}})
-    assert answer(printed).status_code == HTTPStatus(status)
+    assert envelope_response(printed).status_code == HTTPStatus(status)

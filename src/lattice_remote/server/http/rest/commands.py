@@ -14,7 +14,17 @@ from lattice_remote.server.http.rest.endpoint import EndpointRequest, Json
 from lattice_remote.server.http.writes import call, run
 from lattice_remote.server.ipc import ReadCommand, ReadResult
 
-__all__ = ["Provenance", "answer", "as_one", "at_change", "found", "options", "read", "shown", "write"]
+__all__ = [
+    "Provenance",
+    "envelope_response",
+    "options",
+    "output_response",
+    "read",
+    "read_output",
+    "with_position",
+    "write",
+    "write_together",
+]
 
 _STATUSES = {
     "NOT_FOUND": HTTPStatus.NOT_FOUND,
@@ -80,15 +90,15 @@ def options(body: Provenance, asked: EndpointRequest[Any, Any], **others: object
 
 async def read(asked: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:
     """Return the output of a read-only command; ``path`` is its words, for example ``resource list``."""
-    return shown(await found(asked, path, *arguments))
+    return output_response(await read_output(asked, path, *arguments))
 
 
-def shown(printed: ReadResult) -> Response:
+def output_response(printed: ReadResult) -> Response:
     """Return a response with ``printed``; a very long text is passed on unchanged."""
-    return answer(printed.body) if printed.status else _in_json(printed.body, HTTPStatus.OK)
+    return envelope_response(printed.body) if printed.status else _in_json(printed.body, HTTPStatus.OK)
 
 
-async def found(
+async def read_output(
     asked: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
 ) -> ReadResult:
     """Return the output of a read-only command: its envelope, or its error.
@@ -101,7 +111,7 @@ async def found(
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
     printed = await asked.context.project.reader.read(asking, asked.context.share)
     if not printed.body:
-        raise StorageError(f"the server cannot run 'lattice {path}': {_said(printed.message)}")
+        raise StorageError(f"the server cannot run 'lattice {path}': {_error_message(printed.message)}")
     return printed
 
 
@@ -111,17 +121,19 @@ async def write(
     """Run a command for the request's actor; return its output."""
     done = await run(asked.context, [*path.split(), "--json", *arguments], once=asked.once)
     if not done.stdout:
-        raise Rejected(_said(done.stderr.decode(errors="replace")), code="REMOTE_INVALID")
-    return await at_change(asked, done.seq, answer(done.stdout, success))
+        raise Rejected(_error_message(done.stderr.decode(errors="replace")), code="REMOTE_INVALID")
+    return await with_position(asked, done.seq, envelope_response(done.stdout, success))
 
 
-async def as_one(asked: EndpointRequest[Any, Any], name: str, payload: dict[str, object]) -> tuple[Returned, Response]:
+async def write_together(
+    asked: EndpointRequest[Any, Any], name: str, payload: dict[str, object]
+) -> tuple[Returned, Response]:
     """Run an operation of the surface ``commands``: several commands that take effect together or not at all."""
     done = await call(asked.context, "commands", name, json.dumps(payload).encode(), once=asked.once)
-    return done, await at_change(asked, done.seq, answer(done.payload))
+    return done, await with_position(asked, done.seq, envelope_response(done.payload))
 
 
-async def at_change(asked: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
+async def with_position(asked: EndpointRequest[Any, Any], seq: int, response: Response) -> Response:
     """Add the position up to which a response is true, in the form of the event stream."""
     history = asked.context.project.history
     epoch, mark = history.epoch, (await history.mark_at(seq) if seq <= history.head else None)
@@ -129,7 +141,7 @@ async def at_change(asked: EndpointRequest[Any, Any], seq: int, response: Respon
     return response
 
 
-def answer(printed: bytes, success: HTTPStatus = HTTPStatus.OK) -> Response:
+def envelope_response(printed: bytes, success: HTTPStatus = HTTPStatus.OK) -> Response:
     """Return an envelope of lattice's unchanged, with the matching status."""
     try:
         envelope = msgspec.json.decode(printed, type=_Envelope)
@@ -143,7 +155,7 @@ def _in_json(content: bytes, status: HTTPStatus) -> Response:
     return Response(content, status, media_type="application/json")
 
 
-def _said(message: str) -> str:
+def _error_message(message: str) -> str:
     """Return the message of a command without JSON output, for example a usage error."""
     lines = [line for line in message.splitlines() if line.strip()]
     return (lines[-1].removeprefix("Error: ") if lines else "the command printed nothing")[:_MESSAGE_CHARS]

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Stored
 from lattice_remote.protocol.operations import digest_of
-from lattice_remote.server.http.rest.commands import answer, at_change, found
+from lattice_remote.server.http.rest.commands import envelope_response, read_output, with_position
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, header_of
 from lattice_remote.server.http.text_versions import MAX_VERSIONS, TextChange, list_versions, version_text
 from lattice_remote.server.http.writes import edit
@@ -153,7 +153,9 @@ async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
     content = msgspec.json.encode(
         {"ok": True, "data": Text(place.task, etag, "unchanged" if done.outcome == "unchanged" else "stored")}
     )
-    return await at_change(asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json"))
+    return await with_position(
+        asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json")
+    )
 
 
 async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Stored:
@@ -211,9 +213,9 @@ def _base(wanted: str, current: bytes) -> bytes:
 
 async def _place(asked: EndpointRequest[Any, Any], kind: str) -> _Place | Response:
     """Return the place of a task's text, or lattice's error if there is no such task."""
-    printed = await found(asked, "show", "--compact", "--", asked.path["id"])
+    printed = await read_output(asked, "show", "--compact", "--", asked.path["id"])
     if printed.status:
-        return answer(printed.body)
+        return envelope_response(printed.body)
     data = msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
     task, is_archived = data["id"], bool(data.get("archived"))
     return _Place(task, kind, is_archived)

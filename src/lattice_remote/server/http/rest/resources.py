@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import cancel_on_disconnect
-from lattice_remote.server.http.rest.commands import Provenance, found, options, read, shown, write
+from lattice_remote.server.http.rest.commands import Provenance, options, output_response, read, read_output, write
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing
 from lattice_remote.server.ipc import ReadResult
 
@@ -121,7 +121,7 @@ async def extend_resource(asked: EndpointRequest[Nothing, Provenance]) -> Respon
 
 async def show_resource_with_id(asked: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return the resource with this name and id."""
-    return shown(await _with_id(asked))
+    return output_response(await _with_id(asked))
 
 
 async def hold_resource(asked: EndpointRequest[Nothing, Holding]) -> Response:
@@ -141,7 +141,7 @@ async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:
         Rejected: it has another id, or none.
     """
     name, id_ = asked.path["name"], asked.path["id"]
-    printed = await found(asked, "resource status", "--", name)
+    printed = await read_output(asked, "resource status", "--", name)
     resource = {} if printed.status else msgspec.json.decode(printed.body, type=dict[str, Any])["data"]
     if (resource.get("name"), resource.get("id")) != (name, id_):
         raise Rejected(f"no resource {name!r} has the id {id_!r}", code="REMOTE_NOT_FOUND")

@@ -8,7 +8,15 @@ from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
-from lattice_remote.server.http.rest.commands import Provenance, as_one, found, options, read, shown, write
+from lattice_remote.server.http.rest.commands import (
+    Provenance,
+    options,
+    output_response,
+    read,
+    read_output,
+    write,
+    write_together,
+)
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Json, Nothing, PageQuery, page_of
 from lattice_remote.server.transport.api_error import ApiError
 
@@ -171,7 +179,7 @@ async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
     given = [f"--{name}={value}" for name, value in texts.items() if value is not UNSET]
     flags = {"--include-archived": query.include_archived, "--compact": query.compact}
     given += [name for name, is_set in flags.items() if is_set]
-    return shown(page_of(await found(asked, "list", *given, list_at=("data",)), query, by_id=True))
+    return output_response(page_of(await read_output(asked, "list", *given, list_at=("data",)), query, by_id=True))
 
 
 async def create_task(asked: EndpointRequest[Nothing, NewTask]) -> Response:
@@ -211,7 +219,7 @@ async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
     if not lines:
         raise Rejected("there is nothing to change in the request's body", code="REMOTE_INVALID")
     # If nothing had to change, lattice prints no task, so read it.
-    done, response = await as_one(asked, "together", {"lines": lines, "task": asked.path["id"]})
+    done, response = await write_together(asked, "together", {"lines": lines, "task": asked.path["id"]})
     if response.status_code != HTTPStatus.OK:
         return response
     return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[-1])
@@ -243,7 +251,7 @@ def _pairs(changes: TaskChanges) -> list[str]:
 async def claim_task(asked: EndpointRequest[Nothing, Claim]) -> Response:
     """Claim this task: assign and start it, like ``lattice next --claim`` does with the task it picks."""
     line = ["next", "--json", *_claimant(asked, asked.body)]
-    done, response = await as_one(asked, "claim", {"task": asked.path["id"], "line": line})
+    done, response = await write_together(asked, "claim", {"task": asked.path["id"], "line": line})
     if response.status_code != HTTPStatus.OK:
         return response
     return _with_data(response, msgspec.json.decode(_data_of(done.payload), type=list[msgspec.Raw])[0])
@@ -315,8 +323,8 @@ class NewComment(Provenance, frozen=True, kw_only=True):
 
 async def list_comments(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List the comments on a task, oldest first, with replies; a page counts comments, not replies."""
-    comments = await found(asked, "comments", "--", asked.path["id"], list_at=("data",))
-    return shown(page_of(comments, asked.query, by_id=False))
+    comments = await read_output(asked, "comments", "--", asked.path["id"], list_at=("data",))
+    return output_response(page_of(comments, asked.query, by_id=False))
 
 
 async def add_comment(asked: EndpointRequest[Nothing, NewComment]) -> Response:
@@ -328,8 +336,8 @@ async def add_comment(asked: EndpointRequest[Nothing, NewComment]) -> Response:
 
 async def list_events(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
     """List a task's events, oldest first."""
-    events = await found(asked, "show", "--", asked.path["id"], list_at=("data", "events"))
-    return shown(page_of(events, asked.query, by_id=False))
+    events = await read_output(asked, "show", "--", asked.path["id"], list_at=("data", "events"))
+    return output_response(page_of(events, asked.query, by_id=False))
 
 
 activity_endpoints = [
