@@ -94,7 +94,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             place = agent_runtime.locate()
             stream = _connect(place) or _connect_anew()
         except (StorageError, OSError) as error:
-            _say_that_there_is_none(error)
+            _warn_without_agent(error)
             return run_inline(request, on_progress)  # no place for a socket
         try:
             answer = _exchange(stream, {**request, "agent": place.name}, on_progress)
@@ -103,7 +103,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             request.setdefault("first_sent_at", began)  # the earlier agent may have sent it
         except _AgentSilent:
             request.setdefault("first_sent_at", began)
-            _say_once(f"{_silent(place)}; this command runs without it")
+            _warn_once(f"{_silent(place)}; this command runs without it")
             return run_inline(request, on_progress)  # under the same id, in case the agent recovers
         finally:
             stream.close()
@@ -242,15 +242,15 @@ def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
     return stream
 
 
-def _say_that_there_is_none(error: OSError | StorageError) -> None:
+def _warn_without_agent(error: OSError | StorageError) -> None:
     why = error.message if isinstance(error, StorageError) else error
-    _say_once(
+    _warn_once(
         f"no background agent ({why}): commands run without it, more slowly; "
         f"set {agent_runtime.DIRECTORY_ENV} to another directory, or {AGENT_ENV}=off"
     )
 
 
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     if line not in _said:
         _said.add(line)
         sys.stderr.write(f"lattice-remote: {line}\n")

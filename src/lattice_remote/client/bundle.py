@@ -41,7 +41,6 @@ class Survey:
     has_hooks: bool
 
     def count(self, directory: str) -> int:
-        """Return the number of files directly in a directory."""
         return sum(path.rpartition("/")[0] == directory for path in self.files)
 
 
@@ -160,7 +159,6 @@ class Pack:
         self.digest = hasher.digest()
 
     def content(self, path: str) -> bytes:
-        """Return a file's content from the bundle."""
         return os.pread(self.file.fileno(), self.entries[path].size, self._offsets[path])
 
     def close(self) -> None:

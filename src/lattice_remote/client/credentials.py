@@ -47,7 +47,6 @@ def directory() -> str:
 
 
 def path_of(name: str) -> str:
-    """Return the path of this user's file of that name."""
     return os.path.join(directory(), name)
 
 
@@ -130,7 +129,6 @@ _Tokens = dict[str, dict[str, str]]
 
 
 def tokens_path() -> str:
-    """Return the path of this user's tokens."""
     return path_of("tokens.json")
 
 

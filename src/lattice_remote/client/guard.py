@@ -69,7 +69,6 @@ class Guard:
         sys.addaudithook(self._hook)
 
     def stop(self) -> None:
-        """Stop refusing."""
         self._on = False
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:

@@ -79,7 +79,7 @@ def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: 
 def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str], ctx: click.Context) -> Any:
     try:
         if path == ("init",):
-            _say_where_init_is(ctx.params["target_path"], directory)
+            _warn_of_init(ctx.params["target_path"], directory)
         if path in _ELSEWHERE:
             return _run_here(command, ctx, directory)
         if is_unpushed(directory):
@@ -105,7 +105,7 @@ def _is_plugins(command: click.Command) -> bool:
     return not getattr(command.callback, "__module__", "").startswith("lattice.")
 
 
-def _say_where_init_is(target: str, directory: str) -> None:
+def _warn_of_init(target: str, directory: str) -> None:
     """Warn about ``init`` inside or over a cache, which is hardly intended."""
     root = os.path.realpath(os.path.dirname(directory))
     inside = os.path.commonpath([root, os.path.realpath(target)]) == root

@@ -50,7 +50,6 @@ class Server:
 
 
 def servers_path() -> str:
-    """Return the path of this user's trusted servers."""
     return private_files.path_of("servers.json")
 
 
@@ -87,7 +86,6 @@ def record(server: Server) -> None:
 
 
 def forget(url: str) -> None:
-    """Remove a trusted server."""
     private_files.change(
         servers_path(),
         _WHAT,

@@ -747,7 +747,7 @@ async def test_comparing_without_a_connection_is_an_error_like_any_other(server:
     await server.stop()
     await until(lambda: not service._link.is_open)
     with pytest.raises(ConnectionFailed):
-        await service._follower.compare(mend=False)
+        await service._follower.compare(repair=False)
 
 
 async def test_a_token_that_can_not_travel_is_named(service: Service) -> None:

@@ -111,7 +111,6 @@ def task_of(directory: str, name: str) -> str:
 
 
 def _short_ids(directory: str) -> dict[str, str]:
-    """Return the cache's short ids by task id, without unreadable ones."""
     try:
         with open(os.path.join(directory, "ids.json"), encoding="utf-8") as file:
             known: dict[str, str] = json.load(file)["map"]

@@ -44,8 +44,7 @@ class Resolver:
                 resolved.append({"path": conflict.path, "outcome": outcome})
         return {"conflicts": [_fields(conflict, reasons) for conflict in found], "resolved": resolved}
 
-    def tell(self) -> list[dict[str, Any]]:
-        """Return a description of every conflict."""
+    def describe(self) -> list[dict[str, Any]]:
         return [_fields(conflict, {}) for conflict in self._follower.conflicts.all()]
 
     def _named(self, task: str, what: str | None) -> list[TextConflict]:

@@ -411,7 +411,7 @@ LONGEST_SAVE_S = 30.0
 """A file kept open for longer is sent as it is."""
 _QUIET_POLL_S = 0.04
 _RETRY_S = 1.0
-_LOOK_AT_HELD_S = 0.5
+_FETCH_INTERVAL_S = 0.5
 _BURST = 3
 """If more files than this are edited at once, a program may still be at work: wait for it to finish."""
 _BURST_QUIET_S = 1.0
@@ -459,7 +459,7 @@ class EditWatcher:
             try:
                 await self._pause()
                 await self._push_saved()
-                await self._look_at_held()
+                await self._fetch_unedited()
             except RemoteError:
                 await asyncio.sleep(_RETRY_S)  # the connection and the next command report it
             except Exception:  # noqa: BLE001 - a defect of ours must not end this silently
@@ -474,7 +474,7 @@ class EditWatcher:
         self._wake.clear()
         held = bool(self._follower.replica.held)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_LOOK_AT_HELD_S if held else None):
+            async with asyncio.timeout(_FETCH_INTERVAL_S if held else None):
                 await self._wake.wait()
 
     async def _push_saved(self) -> None:
@@ -529,6 +529,6 @@ class EditWatcher:
             return False
         return now - seen.began > LONGEST_SAVE_S or not self._pusher.is_being_saved(path)
 
-    async def _look_at_held(self) -> None:
+    async def _fetch_unedited(self) -> None:
         """Fetch files whose pending edit no longer exists."""
         await self._links.following.carry_out(await self._follower.look_at_edits())

@@ -49,7 +49,6 @@ class Watching:
             self._begin_anew()
 
     def close(self) -> None:
-        """Stop watching."""
         self._listeners.clear()
         self._stop.set()
 
@@ -87,7 +86,7 @@ class Watching:
                     begun = True
                     tell(self._begun)
                 if changes:
-                    tell(self._tell, _by_directory({name for _, name in changes}, directories))
+                    tell(self._report, _by_directory({name for _, name in changes}, directories))
         except (OSError, RuntimeError) as error:
             tell(self._failed, str(error))
 
@@ -113,7 +112,7 @@ class Watching:
         if thread is self._stop:
             self._begin_anew()
 
-    def _tell(self, thread: threading.Event, changes: dict[str, set[str]]) -> None:
+    def _report(self, thread: threading.Event, changes: dict[str, set[str]]) -> None:
         if thread is self._stop:
             for directory, paths in changes.items():
                 if directory in self._listeners:
@@ -121,7 +120,6 @@ class Watching:
 
 
 def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]]:
-    """Return the touched paths by directory, without our private ones."""
     found: dict[str, set[str]] = {}
     prefixes = [(directory, directory + os.sep) for directory in directories]
     for name in names:

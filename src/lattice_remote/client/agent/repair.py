@@ -181,7 +181,7 @@ class IntegrityMonitor:
             earlier = await read_gently(self._cache, lambda: self.is_awaited)
             if is_first and self._cache.known.is_complete:  # a resync has compared everything since
                 return
-            outcome, done = await self._follower.compare(mend=True, earlier=earlier)
+            outcome, done = await self._follower.compare(repair=True, earlier=earlier)
             await self._link.carry_out(outcome)
             comparison = await asyncio.shield(done)
             self._scan_at = 0.0

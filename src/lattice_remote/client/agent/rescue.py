@@ -84,7 +84,6 @@ class Rescuer:
                     yield path, event
 
     def _log(self, owner: str) -> list[dict[str, Any]]:
-        """Return the server's events of a task or resource."""
         for folder in ("events", "archive/events"):
             path = f"{folder}/{owner}.jsonl"
             if self._cache.size(path) is not None:

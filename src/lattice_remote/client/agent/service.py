@@ -82,20 +82,20 @@ class Acknowledging:
     def __init__(self, follower: Replicator, link: Connection) -> None:
         self._follower = follower
         self._link = link
-        self._told: tuple[Welcome | None, int] = (None, 0)
+        self._acknowledged: tuple[Welcome | None, int] = (None, 0)
 
     async def run(self) -> None:
         """Report each advance, at most once a second."""
         while True:
             await self._follower.advanced.wait()
             self._follower.advanced.clear()
-            await self._tell()
+            await self._acknowledge()
             await asyncio.sleep(_INTERVAL_S)
 
-    async def _tell(self) -> None:
+    async def _acknowledge(self) -> None:
         reached = (self._link.welcome, self._follower.state.position.seq)
-        if reached[0] is not None and reached != self._told:
-            self._told = reached
+        if reached[0] is not None and reached != self._acknowledged:
+            self._acknowledged = reached
             since = self._follower.advanced_at
             await self._link.send(Applied(reached[1], None if since is None else time.monotonic() - since))
 
@@ -152,15 +152,15 @@ class Service:
         self._said: list[str] = []  # notices for the next command
         self._has_looked = False
         self._care: asyncio.Task[None] | None = None
-        self._telling: asyncio.Task[None] | None = None
+        self._acknowledging: asyncio.Task[None] | None = None
 
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Start to follow the project. The user's stored token takes precedence over ``token`` unless
         ``prefer_given``."""
         self._links.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
-        telling = Acknowledging(self._follower, self._link)
-        self._telling = asyncio.get_running_loop().create_task(telling.run())
+        acknowledging = Acknowledging(self._follower, self._link)
+        self._acknowledging = asyncio.get_running_loop().create_task(acknowledging.run())
         self._bringing = asyncio.get_running_loop().create_task(self._fetching.run())
 
     def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
@@ -174,7 +174,7 @@ class Service:
 
     async def close(self) -> None:
         """Close all connections and store the fingerprints."""
-        for task in (self._watcher, self._telling, self._bringing, self._care, self._sending):
+        for task in (self._watcher, self._acknowledging, self._bringing, self._care, self._sending):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -260,7 +260,7 @@ class Service:
             case "pull":
                 return self._pull()
             case "sync" | "verify" as do:
-                return self._compare(mend=do == "sync")
+                return self._compare(repair=do == "sync")
             case "fetch":
                 return self._fetch(request["paths"], report)
             case "rescued":
@@ -359,7 +359,6 @@ class Service:
         return await self._link.changed.until(predicate, timeout_s)
 
     def _trouble(self) -> RemoteError:
-        """Return the reason why the files are not current."""
         error = self._follower.trouble or self._link.error
         if error is not None and (self._link.is_refused or isinstance(error, StorageError)):
             return error
@@ -532,20 +531,20 @@ class Service:
 
     # --- comparing ---
 
-    async def _compare(self, *, mend: bool) -> dict[str, Any]:
+    async def _compare(self, *, repair: bool) -> dict[str, Any]:
         """Compare every file with the server's; with ``repair``, return once the differing files are fetched."""
-        comparison = await self._compared(mend=mend)
-        if mend and not comparison.is_clean:
+        comparison = await self._compared(repair=repair)
+        if repair and not comparison.is_clean:
             await self._fill(self._link.failed_attempts)
             if not self._is_current():
                 raise self._trouble()
         return {**_comparison_fields(comparison), "notices": self._notices()}
 
-    async def _compared(self, *, mend: bool) -> CacheComparison:
+    async def _compared(self, *, repair: bool) -> CacheComparison:
         for attempts_left in reversed(range(_COMPARE_ATTEMPTS)):
             await self._must_be_current(look=False)
             try:
-                effects, future = await self._follower.compare(mend=mend)
+                effects, future = await self._follower.compare(repair=repair)
                 await self._link.carry_out(effects)
                 return await asyncio.shield(future)
             except ConnectionFailed:
@@ -659,7 +658,7 @@ class Service:
             "refused_edits": self._pusher.refused(),
             "withheld_edits": self._pusher.withheld(),
             "edits_wait_for": self._edits_wait_for(),
-            "conflicts": self._resolver.tell(),
+            "conflicts": self._resolver.describe(),
             "set_aside": self._follower.conflicts.copies(),
             "rescued": [described(entry) for entry in self._follower.keepsakes.rescued.entries()],
             "healed": self._healed(),

@@ -55,7 +55,7 @@ class Files:
         for operation in operations:
             text = self._edits.text_after(operation)
             if text is not None:
-                self._say_of_link(operation.path)
+                self._warn_of_link(operation.path)
             if text is not None and self._edits.take(operation.path, text):
                 self.on_edits([operation.path])  # a save at this moment is not reported: it looks like our own write
                 continue
@@ -105,7 +105,7 @@ class Files:
     def _write_text(self, part: Part, replica: Replica) -> list[Effect]:
         """Write a part of a plan or notes; never replace a text being edited, up to the last moment."""
         placed: bool | None = False
-        self._say_of_link(part.path)
+        self._warn_of_link(part.path)
         if not self._edits.is_in_use(part.path):
             placed = self._cache.write_part(part, self._edits.take)
         if placed is False and self._edits.is_in_use(part.path):
@@ -114,7 +114,7 @@ class Files:
         self.on_edits([part.path])
         return self._written(part, replica, placed, is_text=True)
 
-    def _say_of_link(self, path: str) -> None:
+    def _warn_of_link(self, path: str) -> None:
         """Add a notice that a link instead of a plan or notes will be replaced: it may lead to any file."""
         place = self._cache.absolute(path)
         if os.path.islink(place):

@@ -64,7 +64,6 @@ class CacheState:
 
     @property
     def is_filled(self) -> bool:
-        """Return whether the files were ever complete."""
         return self.current_at is not None
 
 

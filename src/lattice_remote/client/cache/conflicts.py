@@ -88,7 +88,6 @@ class TextConflicts:
         return list(self._copies)
 
     def all(self) -> list[TextConflict]:
-        """Return every conflict."""
         files: dict[str, list[str]] = {}
         for copy in self.copies():
             path = copy.partition(_MARK)[0] + ".md"

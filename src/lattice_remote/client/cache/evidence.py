@@ -245,7 +245,6 @@ class Evidence:
     # --- the file ---
 
     def _load(self) -> None:
-        """Read the records that another process has stored since."""
         found = self._cache.signature(_FILE)
         if found == self._loaded:
             return

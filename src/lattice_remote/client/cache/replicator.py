@@ -201,7 +201,6 @@ class Replicator:
             await self.store_age()
 
     async def store_known(self) -> None:
-        """Store the fingerprints for the next process."""
         if self.cache.known.is_complete and self.cache.is_there():
             async with self._mutex, self.cache.locked(_STORE_AGE_TIMEOUT_S):
                 self.cache.store_known()
@@ -333,12 +332,12 @@ class Replicator:
         return [path for path in paths if path not in apart]
 
     async def compare(
-        self, *, mend: bool, earlier: Mapping[str, Reading] | None = None
+        self, *, repair: bool, earlier: Mapping[str, Reading] | None = None
     ) -> tuple[ReceiveOutcome, "asyncio.Future[CacheComparison]"]:
-        """Request the manifest; the future returns the differences, and those repaired with ``mend``.
+        """Request the manifest; the future returns the differences, and those repaired with ``repair``.
 
         Args:
-            mend: whether to fetch what differs.
+            repair: whether to fetch what differs.
             earlier: previous readings; unchanged files are not read again.
 
         Raises:
@@ -351,7 +350,7 @@ class Replicator:
             if self._comparing is None:
                 self._comparing = asyncio.get_running_loop().create_future()
             self._earlier = earlier
-            await self._perform(self.replica.compare(mend=mend), result)
+            await self._perform(self.replica.compare(mend=repair), result)
             return result, self._comparing
 
     # --- deferred contents ---

@@ -139,7 +139,6 @@ class Directory:
             self._changed(path, source, -1)
 
     def remove(self, path: str) -> None:
-        """Remove a file or link."""
         with self._parent(path, make=False) as (handle, name):
             os.unlink(name, dir_fd=handle)
             self._changed(path, handle, -1)

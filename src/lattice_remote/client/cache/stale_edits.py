@@ -64,7 +64,6 @@ class StaleEditDetector:
             self._cache.delete(f"{_directory(path)}/{name}")
 
     def _names(self, path: str, *, all_ages: bool = False) -> list[str]:
-        """Return the names of the older texts, newest first."""
         try:
             names = os.listdir(os.path.join(self._cache.directory, _directory(path)))
         except OSError:

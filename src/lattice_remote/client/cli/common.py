@@ -123,7 +123,6 @@ def unpushed(name: str = "") -> tuple[str, Remote] | None:
 
 
 def show_unpushed(found: Remote, *, as_json: bool) -> None:
-    """Show the remote of a project that waits to be pushed."""
     if as_json:
         print_result({"remote": fields_of(found), "pushed": False})
     else:

@@ -69,12 +69,12 @@ def add(
     with _given(token, server) as given:
         if own is not None:
             remote = asyncio.run(push.await_push(os.path.join(root, ".lattice"), name, server, slug, given, own=own))
-            _say_awaiting(remote, own, as_json=as_json)
+            _print_unpushed(remote, own, as_json=as_json)
             warn_of_tracking(os.path.join(root, ".lattice"))
             return
-        with _ended_as_by_ctrl_c(), progress("fetching") as show:
+        with _signals_interrupt(), progress("fetching") as show:
             added = asyncio.run(adding.add_remote(root, name, server, project=slug, token=given, show=show))
-        _say_added(added, f"Added remote {added.remote.name}", as_json=as_json)
+        _print_added(added, f"Added remote {added.remote.name}", as_json=as_json)
 
 
 @app.command()
@@ -95,9 +95,9 @@ def clone(
     server, slug = _named_server(url, None, ca_file=ca_file, insecure=insecure)
     target = os.path.abspath(directory or slug)
     with _given(token, server) as given:
-        with _ended_as_by_ctrl_c(), progress("fetching") as show:
+        with _signals_interrupt(), progress("fetching") as show:
             added = asyncio.run(adding.clone(target, name, server, project=slug, token=given, show=show))
-        _say_added(added, f"Cloned into {one_line(directory or slug)}", as_json=as_json)
+        _print_added(added, f"Cloned into {one_line(directory or slug)}", as_json=as_json)
 
 
 def _named_server(
@@ -113,7 +113,7 @@ def _named_server(
 
 
 @contextlib.contextmanager
-def _ended_as_by_ctrl_c() -> Iterator[None]:
+def _signals_interrupt() -> Iterator[None]:
     """Handle a closing terminal or ``kill`` like Ctrl-C while a directory is filled, so that nothing is left behind.
 
     Ignored signals (``nohup``) stay ignored. Outside the main thread nothing changes.
@@ -122,7 +122,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
-                before[number] = signal.signal(number, _act_as_on_ctrl_c)
+                before[number] = signal.signal(number, _interrupt)
     try:
         yield
     finally:
@@ -130,7 +130,7 @@ def _ended_as_by_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _act_as_on_ctrl_c(_number: int, frame: FrameType | None) -> None:
+def _interrupt(_number: int, frame: FrameType | None) -> None:
     handler = signal.getsignal(signal.SIGINT)  # a running loop's own, which cancels its task
     if not callable(handler):  # ignored, as for a script's background job
         raise KeyboardInterrupt
@@ -148,7 +148,7 @@ def _given(token: str | None, server: trusted_servers.Server) -> Iterator[str | 
         )
 
 
-def _say_added(added: adding.Added, what: str, *, as_json: bool) -> None:
+def _print_added(added: adding.Added, what: str, *, as_json: bool) -> None:
     with contextlib.suppress(RemoteError):
         ask(request("ready", added.directory))  # the agent follows from here on
     if as_json:
@@ -161,7 +161,7 @@ def _say_added(added: adding.Added, what: str, *, as_json: bool) -> None:
     warn_of_tracking(added.directory)
 
 
-def _say_awaiting(remote: Remote, own: str, *, as_json: bool) -> None:
+def _print_unpushed(remote: Remote, own: str, *, as_json: bool) -> None:
     if as_json:
         print_result({**fields_of(remote), "pushed": False})
         return
@@ -211,7 +211,7 @@ def set_url(
     new_url, slug = parse_url(url, project)
     trusted_servers.record(trusted_servers.name(new_url, insecure=insecure, ca_file=ca_file))
     remote = dataclasses.replace(found, url=new_url, project=slug or found.project)
-    _take_token_along(found, remote)
+    _reuse_token(found, remote)
     if waiting is not None:
         push.stay_local(directory)  # a request to the old server is void
         write_remote(directory, remote, UNPUSHED_FILE)
@@ -221,7 +221,7 @@ def set_url(
     typer.echo(f"{found.name} is now {new_url} {slug or found.project}; the cache is compared with it at the next use.")
 
 
-def _take_token_along(old: Remote, new: Remote) -> None:
+def _reuse_token(old: Remote, new: Remote) -> None:
     """Reuse the token of a renamed project; never on another server."""
     if old.url == new.url and old.project in credentials.projects(old.url):
         token = credentials.stored(old.url, old.project)

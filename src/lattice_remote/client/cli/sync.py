@@ -112,7 +112,6 @@ def _of_artifact(directory: str, artifact: str) -> Iterator[str]:
 
 
 def _artifacts_of_task(directory: str, name: str) -> list[str] | None:
-    """Return a task's artifacts; None if there is no such task."""
     known = _read(directory, "ids.json").get("map")
     task = known.get(name.upper(), name) if isinstance(known, dict) else name
     if not isinstance(task, str) or not re.fullmatch(r"task_[0-9A-Z]{26}", task):
@@ -306,13 +305,13 @@ def sync(as_json: Json = False) -> None:
             typer.echo(f"{label}: {one_line(path)}")
     for notice in answer["notices"]:
         typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
-    _tell_away(answer)
-    mended = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
-    what = f"repaired {count(mended, 'file')} of" if mended else "nothing to repair in"
+    _list_deferred(answer)
+    repaired = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
+    what = f"repaired {count(repaired, 'file')} of" if repaired else "nothing to repair in"
     typer.echo(f"Compared with the server at change {answer['seq']}: {what} {count(answer['total'], 'file')}.")
 
 
-def _tell_away(answer: dict[str, Any]) -> None:
+def _list_deferred(answer: dict[str, Any]) -> None:
     """List the deferred contents of artifacts, which are not differences."""
     for path in answer["away"]:
         typer.echo(f"not here yet, see lattice remote fetch: {one_line(path)}")
@@ -339,7 +338,7 @@ def verify(as_json: Json = False) -> None:
         ):
             for path in answer[key]:
                 typer.echo(f"{label}: {one_line(path)}")
-        _tell_away(answer)
+        _list_deferred(answer)
         but = f", except {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
         outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
         typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")

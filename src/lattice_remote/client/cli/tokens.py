@@ -38,11 +38,11 @@ def login(
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = f"{server_url}/{slug}" if slug else server_url
     typer.echo(f"Token for {place} is stored in {credentials.tokens_path()} ({one_line(checked)}).")
-    for other in _going_before(server_url, slug):
+    for other in _preceding_tokens(server_url, slug):
         typer.echo(f"lattice-remote: {other}", err=True)
 
 
-def _going_before(server_url: str, slug: str | None) -> Iterator[str]:
+def _preceding_tokens(server_url: str, slug: str | None) -> Iterator[str]:
     """Yield remarks about other tokens that precede the one just stored."""
     if credentials.from_environment() is not None:
         yield "LATTICE_TOKEN is set and precedes any stored token"

@@ -122,7 +122,6 @@ class ChangeStream:
         self._thread.start()
 
     def close(self) -> None:
-        """Close the connection."""
         self._call(self._stop)
         self._thread.join(5.0)
 
@@ -186,7 +185,6 @@ class ChangeStream:
 
     @property
     def is_current(self) -> bool:
-        """Return whether changes are being received."""
         return self._ready
 
     async def hello(self) -> Hello:

@@ -103,7 +103,6 @@ class ConnectionPool:
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
 
     async def close(self) -> None:
-        """Close all connections."""
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -113,7 +112,6 @@ class ConnectionPool:
         await self.following.close()
 
     def stored_token(self) -> str | None:
-        """Return the user's stored token for the project."""
         return credentials.stored(self._remote.url, self._remote.project)
 
     def choose(self, given: str | None, named: Server | None = None) -> None:

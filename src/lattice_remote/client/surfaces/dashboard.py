@@ -52,7 +52,7 @@ class CacheWatcher:
         self._waiting = 0
         self._state: State = ("", "")
         self._seen: Signature | None = None  # the state file's signature at the last read
-        self._told = ""  # its content then
+        self._position_text = ""  # its content then
         self._started = False
         self._closed = False
 
@@ -106,10 +106,10 @@ class CacheWatcher:
             if signature != self._seen:
                 with open(self._file, "rb") as file:
                     state = json.loads(file.read())
-                self._seen, self._told = signature, f"{state['mark']}-{state['seq']}-{len(state['wanted'])}"
+                self._seen, self._position_text = signature, f"{state['mark']}-{state['seq']}-{len(state['wanted'])}"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
-        return self._told
+        return self._position_text
 
     def _ask(self) -> None:
         delay_s = 0.0
@@ -319,7 +319,6 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
 
 
 def _host(header: str) -> str | None:
-    """Return the name in a Host header; None if there is none."""
     try:
         return urlsplit(f"//{header}").hostname
     except ValueError:
