@@ -1,17 +1,19 @@
 """Which command runs where, what travels with it, and what the guard refuses."""
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import click
 import pytest
 from lattice.cli.main import cli
 
-from lattice_remote.client import attachments, routing
+from lattice_remote.client import agent_client, attachments, routing
 from lattice_remote.client.agent_client import describe_age
 from lattice_remote.client.attachments import INLINE_BYTES, CallersFiles, identity
 from lattice_remote.client.guard import Guard, WriteRefused, letting_write
@@ -319,3 +321,30 @@ def test_what_is_let_write_reaches_its_folder_alone(guarded: Path, folder: str) 
     finally:
         guard.stop()
     assert (guarded / "plans" / "x.md").read_text() == "x"
+
+
+def test_next_in_a_session_that_the_group_names_writes() -> None:
+    _, path, ctx = context(["next"])
+    assert routing._is_read(path, ctx)
+    ctx.obj = {"_session_name": "Argus-1"}
+    assert not routing._is_read(path, ctx)
+    ctx.obj = None
+    ctx.params["session_name"] = "Argus-1"
+    assert not routing._is_read(path, ctx)
+
+
+def test_an_agent_that_has_begun_to_answer_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_client, "FIRST_WORD_TIMEOUT_S", 0.2)
+    ours, theirs = socket.socketpair()
+
+    def answer() -> None:
+        theirs.recv(1000)
+        theirs.sendall(b'{"progress": null}\n')
+        time.sleep(0.5)
+        theirs.sendall(b'{"ok": true}\n')
+
+    agent = threading.Thread(target=answer)
+    agent.start()
+    with ours, theirs:
+        assert agent_client._exchange(ours, {}, None) == {"ok": True}
+        agent.join()

@@ -192,3 +192,12 @@ def test_hostile_operations_raise_nothing_and_name_only_their_own_paths(
     for operation in operations:
         assert apply(operation, tree) <= set(paths_of(operation))
         apply(operation, tree)
+
+
+def test_a_patch_that_was_applied_already_writes_nothing() -> None:
+    class Kept(MemoryTree):
+        def replace(self, path: str, data: bytes) -> None:
+            pytest.fail(f"{path} was written again")
+
+    tree = Kept({"ids.json": MERGED})
+    assert apply(MERGE, tree) == set()

@@ -926,3 +926,12 @@ def test_a_part_that_nobody_asked_for_says_nothing_of_the_head() -> None:
     replica = following(1)
     assert replica.receive(Part("tasks/x", 1 << 60, 1, b"d" * 32, 0, b"x")) == []
     assert replica.is_current
+
+
+def test_a_reply_that_waits_for_an_edit_alone_is_handed_on_when_that_is_settled() -> None:
+    replica = following()
+    replica.receive(change(2, announce(PLAN, b"large")))
+    replica.drifted([PLAN])
+    assert replica.receive(reply(2)) == []
+    replica.hold(PLAN)
+    assert answers(replica.release([])) == [2]

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from datetime import timedelta
+from http import HTTPStatus
 from http.cookies import SimpleCookie
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
-from itsdangerous import SignatureExpired
+from itsdangerous import BadSignature, SignatureExpired
 from server_process import Process
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,10 +20,12 @@ from http_from_address import session_from
 from lattice_remote.errors import StorageError
 from lattice_remote.server.auth import Login, signing_key
 from lattice_remote.server.config import LimitSettings
+from lattice_remote.server.http import auth
 from lattice_remote.server.http.auth import Cookies, Shown
 from lattice_remote.server.http.middleware import with_security_headers
 from lattice_remote.server.tokens import Token, TokenFile, digest_of_text
 from lattice_remote.server.transport.admission import AdmissionControl
+from lattice_remote.server.transport.api_error import ApiError
 
 KEY = b"k" * 32
 TOKEN = Token(id="tok_1", sha256="d", projects=["web"], actor="human:ana")
@@ -251,3 +255,42 @@ async def test_tls_is_promised_where_it_is_ours(scheme: str, host: str, promised
     headers = dict(said[0]["headers"])
     assert (b"strict-transport-security" in headers) == promised
     assert headers[b"cache-control"] == b"private"  # what a handler has said stays
+
+
+def test_a_text_that_is_longer_than_any_cookie_is_not_even_checked() -> None:
+    cookies = Cookies(KEY, 30)
+    [(name, _)] = given(cookies, Login(TOKEN, "d"), request_with()).items()
+    with pytest.raises(BadSignature, match="too long"):
+        cookies.read(request_with(f"{name}={'x' * 1025}"))
+
+
+class Admitting:
+    """What ``authenticated`` asks of a connection: ``objection`` is the answer to the token."""
+
+    from_proxy = False
+
+    def __init__(self, objection: ApiError | None) -> None:
+        self.objection = objection
+        self.admitted: list[str] = []
+
+    def admit(self, token_id: str) -> ApiError | None:
+        self.admitted.append(token_id)
+        return self.objection
+
+
+@pytest.mark.parametrize("objection", [None, ApiError(HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_LIMIT", "too many")])
+def test_a_token_with_too_many_connections_is_refused_and_logged(
+    objection: ApiError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_with(authorization="Bearer x")
+    visit, entry, login = Admitting(objection), SimpleNamespace(login=None), Login(TOKEN, "d")
+    request.scope["state"] = {"visit": visit, "share": SimpleNamespace(token_id="")}
+    monkeypatch.setattr(auth, "registry_of", lambda _: SimpleNamespace(identify=lambda *_: login))
+    monkeypatch.setattr(auth, "log_entry_of", lambda _: entry)
+    if objection is None:
+        assert auth.authenticated(request) is login
+    else:
+        with pytest.raises(ApiError) as refused:
+            auth.authenticated(request)
+        assert refused.value is objection
+    assert visit.admitted == ["tok_1"] and entry.login is login

@@ -429,3 +429,12 @@ def test_only_a_plugins_command_can_be_allowed_by_the_administrator(tmp_path: Pa
     newer = click.Group(commands={"extra": click.Command("extra", callback=lambda: None)})
     with pytest.raises(Rejected, match="plugin_commands"):
         parse(newer, ("extra",), ANA, files=(), lattice_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("depth", "is_taken"), [(64, True), (65, False)])
+def test_json_is_nested_up_to_a_bound(tmp_path: Path, depth: int, is_taken: bool) -> None:
+    argv = ("event", "LAT-1", "x_deep", "--data", '{"a":' * depth + "1" + "}" * depth, *AS_ANA)
+    if is_taken:
+        check(tmp_path, *argv)
+    else:
+        assert "nested deeper" in refused(tmp_path, *argv).message
