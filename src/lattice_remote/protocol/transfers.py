@@ -1,6 +1,6 @@
-"""Files and manifests under transfer, with the operations and changes that arrive during it. Bounded.
+"""Bounded buffers of incomplete files and manifests, with the operations and changes that arrive during the transfer.
 
-Keeping the operations lets a log arrive that grows faster than it can be sent whole.
+They let a log arrive that grows faster than it can be sent whole.
 """
 
 from collections.abc import Iterable

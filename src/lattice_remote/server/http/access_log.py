@@ -81,7 +81,7 @@ class AccessLogEntry:
         self.sent_bytes += http.take_streamed()
 
     def take(self, account: RequestOutcome) -> None:
-        """Take the outcome of a write. Of several, all but the last get a line of their own."""
+        """Take the outcome of a write. Only the last of several shares the request's line."""
         if self._account is not None:
             self._account.log()
         self._account = account

@@ -325,7 +325,7 @@ def slices(statuses: dict[str, int]) -> list[Slice]:
 
 
 def ago(time: str, now: datetime) -> str:
-    """Return the time since ``time`` in words; a date if it is long ago; ``time`` itself if malformed."""
+    """Return the time since ``time`` in words; a date after 30 days; ``time`` itself if malformed."""
     try:
         passed_s = (now - datetime.fromisoformat(time)).total_seconds()
     except (ValueError, TypeError):

@@ -370,7 +370,7 @@ class _Stream:
             self._feed.live.add(self)
 
     async def _tell_batch(self) -> None:
-        """Send a batch of missed changes; a stalled client holds no more than was queued."""
+        """Send a batch of missed changes, no faster than the client takes them."""
         batch = await self._project.history.changes_after(self._sent)
         if not batch and self._sent < self._feed.position:
             self._reset("expired")  # expired during the catch-up

@@ -43,7 +43,7 @@ class Health(msgspec.Struct):
 
 
 class Readiness(msgspec.Struct):
-    """Whether every project is usable, with the reasons if not."""
+    """State of the projects, with the reasons for those that are not usable."""
 
     status: str
     projects: int

@@ -73,7 +73,7 @@ class Acquisition(Provenance, frozen=True, kw_only=True):
 
 
 class Holding(Provenance, frozen=True, kw_only=True):
-    """Whether the actor holds the resource. Repeating it renews the lease."""
+    """Desired state: held by the actor, or not. Repeating a hold renews the lease."""
 
     held: bool
     task: str | None = None
