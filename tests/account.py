@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conflicting_edits import Conflict, set_aside_in
-from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.segment import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
 __all__ = ["Account", "Effect", "effects_in", "events_in", "owner_of", "words_in", "words_in_texts"]

@@ -14,7 +14,7 @@ import pytest
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.segment import JournalReader
 from preloaded_programs import warm
 from sandbox import Client, Sandbox, Server, wait_for
 

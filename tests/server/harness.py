@@ -34,7 +34,7 @@ from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.server import bind, make_server
 from lattice_remote.server.tokens import TokenFile
-from lattice_remote.server.transport.tls import Certificate
+from lattice_remote.server.transport.listener import Certificate
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 

@@ -28,8 +28,7 @@ from lattice_remote.server.http.app import http_app, metrics_app
 from lattice_remote.server.registry import STOP_S, ProjectRegistry
 from lattice_remote.server.status import Gauges, status_of
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota, is_loopback
-from lattice_remote.server.transport.listener import Acceptor, ServiceManager
-from lattice_remote.server.transport.tls import Certificate
+from lattice_remote.server.transport.listener import Acceptor, Certificate, ServiceManager
 from lattice_remote.server.transport.websocket import PlainHttp, handoff_class, websocket_server
 
 __all__ = ["bind", "make_server", "run"]

@@ -234,7 +234,7 @@ async def test_an_earlier_version_waits_until_the_user_decides(
     await ask(service, "ready")
     server.put(PLAN, theirs)
     await until(lambda: (directory / PLAN).read_bytes() == theirs)
-    monkeypatch.setattr("lattice_remote.client.cache.stale_edits.KEPT_S", 0.0)
+    monkeypatch.setattr("lattice_remote.client.cache.edits.KEPT_S", 0.0)
     for _ in range(3):
         (directory / PLAN).write_bytes(LINES)
         answer = await ask(service, "push")

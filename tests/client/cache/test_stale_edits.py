@@ -8,7 +8,7 @@ from client_kit import PLAN
 
 from lattice_remote.client.cache import stale_edits as older_module
 from lattice_remote.client.cache.cache import Cache
-from lattice_remote.client.cache.stale_edits import StaleEditDetector, base_of
+from lattice_remote.client.cache.edits import StaleEditDetector, base_of
 from lattice_remote.client.config import Remote
 from lattice_remote.textmerge import merge_text
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from lattice_remote.server.journal.journal import Journal, Retention
-from lattice_remote.server.journal.reader import JournalReader
-from lattice_remote.server.journal.segment import Record
+from lattice_remote.server.journal.segment import JournalReader, Record
 from lattice_remote.server.tree.tree import FileState
 
 NOW = 1_000_000.0

@@ -21,7 +21,7 @@ from worker_process import ANA, Copy, WorkerProcess, answer_of, change_of, execu
 from lattice_remote.protocol.messages import Attachment, Change
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.ipc import RequestDone
-from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.maintenance.fsck import fsck
 from lattice_remote.server.maintenance.fsck_project import AFTER_POWER_CUT
 from lattice_remote.server.record_format import frames

@@ -20,7 +20,7 @@ from lattice_remote.errors import Misuse
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.config import Config
 from lattice_remote.server.server import _warn_of_plain_text
-from lattice_remote.server.transport.tls import Certificate
+from lattice_remote.server.transport.listener import Certificate
 
 
 class Pair:

@@ -15,7 +15,7 @@ from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame
 from lattice_remote.protocol.messages import Attachment, Change, Refused, Reply, Stored
 from lattice_remote.protocol.operations import canonical_json
 from lattice_remote.server.ipc import AbandonRequest, NewEpoch, Ready
-from lattice_remote.server.journal.reader import JournalReader
+from lattice_remote.server.journal.segment import JournalReader
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import typer
 from typer._completion_classes import BashComplete
 from typer.main import get_command
 
-from lattice_remote.client.cli import history, push, remotes, rescued, resolve, sync, tokens, watch
+from lattice_remote.client.cli import push, remotes, resolve, sync, tokens, watch
 from lattice_remote.client.cli.common import Json, fields_of, lattice_directory, print_json, print_result, unpushed
 from lattice_remote.client.config import is_cache, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError
@@ -26,9 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _part in (remotes, tokens, sync, history, push, resolve, rescued, watch):
-    app.add_typer(_part.app)
-app.add_typer(sync.agent_app)
+for _app in (
+    *(remotes.app, tokens.app, sync.app, watch.history_app, push.app, resolve.app),
+    *(resolve.rescued_app, watch.app, sync.agent_app),
+):
+    app.add_typer(_app)
 
 
 def main(args: Sequence[str], prog_name: str) -> NoReturn:

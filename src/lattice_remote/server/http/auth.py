@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from lattice_remote.server.auth import Login
 from lattice_remote.server.http.access_log import log_entry_of
-from lattice_remote.server.http.responses import wants_page
+from lattice_remote.server.http.middleware import wants_page
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.request_log import OutcomeListener
 from lattice_remote.server.registry import ProjectRegistry, bearer

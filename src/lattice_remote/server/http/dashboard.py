@@ -26,10 +26,9 @@ from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.messages import Bye
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.http.auth import RequestContext, request_context
-from lattice_remote.server.http.middleware import read_body
-from lattice_remote.server.http.responses import ok
+from lattice_remote.server.http.middleware import ok, read_body
+from lattice_remote.server.http.rest.documents import MAX_VERSIONS, list_versions, version_text
 from lattice_remote.server.http.sse import EventStream, chunk
-from lattice_remote.server.http.text_versions import MAX_VERSIONS, list_versions, version_text
 from lattice_remote.server.http.writes import call, edit, idempotency_key
 from lattice_remote.server.ipc import ReadPage, ReadResult
 from lattice_remote.server.project.audit_log import TextKind

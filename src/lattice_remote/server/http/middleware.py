@@ -1,4 +1,4 @@
-"""ASGI middleware: security headers, request bodies, response pacing, client disconnects."""
+"""ASGI middleware: security headers, request bodies, response pacing, client disconnects, JSON envelopes."""
 
 import asyncio
 import contextlib
@@ -6,8 +6,10 @@ from collections.abc import Coroutine
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lattice_remote.server.transport.api_error import ApiError
@@ -17,8 +19,10 @@ __all__ = [
     "OUR_PAGES",
     "cancel_on_disconnect",
     "closing_after_unread_body",
+    "ok",
     "read_body",
     "refuse_body",
+    "wants_page",
     "with_paced_bodies",
     "with_security_headers",
 ]
@@ -201,3 +205,13 @@ async def cancel_on_disconnect[T](request: Request, work: Coroutine[Any, Any, T]
 async def _leaving(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def wants_page(request: Request) -> bool:
+    """Return whether a browser navigates, as opposed to a program or a script of a page."""
+    return "text/html" in request.headers.get("Accept", "")
+
+
+def ok(data: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    """Return a response with data."""
+    return Response(msgspec.json.encode({"ok": True, "data": data}), status, media_type="application/json")

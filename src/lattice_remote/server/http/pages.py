@@ -30,8 +30,7 @@ from lattice_remote.server.http.auth import (
     registry_of,
     signed_in,
 )
-from lattice_remote.server.http.middleware import OUR_PAGES, read_body
-from lattice_remote.server.http.responses import ok, wants_page
+from lattice_remote.server.http.middleware import OUR_PAGES, ok, read_body, wants_page
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError

@@ -9,7 +9,7 @@ A new epoch is a new segment with another epoch in it. The segments before it, a
 index in ``request_ids.py`` holds the request ids of former and expired segments.
 
 The worker owns the ``Journal``. It appends with ``write()``, which survives a kill of the process; the caller makes it
-durable with fsync. Other processes read with ``reader.py``.
+durable with fsync. Other processes read with ``JournalReader``.
 """
 
 import contextlib

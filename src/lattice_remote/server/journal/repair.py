@@ -41,8 +41,7 @@ from lattice_remote.protocol.operations import (
     merge_patch,
 )
 from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.reader import JournalReader
-from lattice_remote.server.journal.segment import Record, list_beside, segment_paths
+from lattice_remote.server.journal.segment import JournalReader, Record, list_beside, segment_paths
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, load_manifest, sync
 
 __all__ = [

@@ -20,8 +20,7 @@ from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Change, Entries, Entry
 from lattice_remote.server.ipc import PathState, Ready
-from lattice_remote.server.journal.reader import JournalReader
-from lattice_remote.server.journal.segment import ChangeIds
+from lattice_remote.server.journal.segment import ChangeIds, JournalReader
 from lattice_remote.server.transport.send_queue import websocket_frame
 
 __all__ = ["CommitTimes", "Content", "History", "Recent", "Subscriber"]

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 from lattice_remote.server.journal.journal import Journal, Retention
-from lattice_remote.server.journal.reader import JournalReader
 from lattice_remote.server.journal.repair import (
     Contents,
     Repair,
@@ -25,7 +24,7 @@ from lattice_remote.server.journal.repair import (
     log_of,
     repair_copy,
 )
-from lattice_remote.server.journal.segment import remove_segments
+from lattice_remote.server.journal.segment import JournalReader, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
