@@ -33,11 +33,13 @@ from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseBudget
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
 
-__all__ = ["STOP_S", "ProjectRegistry", "State", "bearer"]
+__all__ = ["STOP_S", "UNKNOWN_TOKEN", "ProjectRegistry", "State", "bearer"]
 
 State = Literal["ready", "starting", "closed", "failed"]
 """Availability of a project. ``closed``: an administrator's command holds it for a moment."""
 
+UNKNOWN_TOKEN = "missing or unknown token"
+"""Message of the refusal; the sign-in page has its own text for it."""
 TOKEN_CHECK_S = 0.25
 """Interval of token checks: connections of a revoked, rotated or expired token end within a second."""
 RESCAN_S = 300.0
@@ -228,8 +230,7 @@ class ProjectRegistry:
         self._refresh_logins()  # a new token works at once
         login = self._logins.find(token_text)
         if login is None:
-            why = "missing or unknown token"
-            return visit.failed() or ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+            return visit.failed() or ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", UNKNOWN_TOKEN)
         found = self._still(login)
         return (visit.failed() or found) if isinstance(found, ApiError) else found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from client_kit import PLAN
 
-from lattice_remote.client.cache import stale_edits as older_module
+from lattice_remote.client.cache import edits as older_module
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import StaleEditDetector, base_of
 from lattice_remote.client.config import Remote

@@ -31,7 +31,7 @@ from lattice_remote.server.http.auth import (
     signed_in,
 )
 from lattice_remote.server.http.middleware import OUR_PAGES, ok, read_body, wants_page
-from lattice_remote.server.registry import ProjectRegistry, State
+from lattice_remote.server.registry import UNKNOWN_TOKEN, ProjectRegistry, State
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
@@ -193,7 +193,7 @@ def _admitted(request: Request, token: str) -> Login | ApiError:
 
 def _retry_form(refusal: ApiError, following: str) -> Response:
     """Return the form with an error."""
-    unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message.startswith("no token")
+    unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message == UNKNOWN_TOKEN
     error = _NOT_KNOWN if unknown else f"{refusal.message[:1].upper()}{refusal.message[1:]}."
     headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
     return page("sign_in", refusal.status, headers, following=following, error=error)
