@@ -38,7 +38,7 @@ __all__ = ["STOP_S", "UNKNOWN_TOKEN", "ProjectRegistry", "State", "bearer"]
 State = Literal["ready", "starting", "closed", "failed"]
 """Availability of a project. ``closed``: an administrator's command holds it for a moment."""
 
-UNKNOWN_TOKEN = "missing or unknown token"
+UNKNOWN_TOKEN = "missing or unknown token"  # noqa: S105 - a message
 """Message of the refusal; the sign-in page has its own text for it."""
 TOKEN_CHECK_S = 0.25
 """Interval of token checks: connections of a revoked, rotated or expired token end within a second."""
