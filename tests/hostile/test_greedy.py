@@ -4,16 +4,25 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 from lattice.core.events import create_event, serialize_event
 from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
 
+from lattice_remote.protocol.codec import decode_server_frame, encode
+from lattice_remote.protocol.messages import CAPABILITIES, Fetch, Hello, ReadVersion, Welcome
+from lattice_remote.server.transport.send_budget import MAX_UNSENT_BYTES_PER_TOKEN
 from preloaded_programs import warm
 from sandbox import Sandbox, Server, wait_for
 
@@ -24,6 +33,7 @@ PLANNED, PLAN_BYTES = "task_01M8173J64RGGH4YR2NPR00000", 7_000_000
 BOUND_MIB = 32 + 2 * LIST_MIB + 32 + 24
 """Outstanding answers of one token and the last of them, one on its way from the reader, those that are shared while
 nothing changes, and 192 KiB for each of 100 connections."""
+UNSENT_MIB = MAX_UNSENT_BYTES_PER_TOKEN / 2**20
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +180,55 @@ def test_a_slow_reader_gets_all_of_a_long_answer(server: Server, greedy: str) ->
             assert piece, f"cut after {len(got)} of {len(want)} bytes"
             got += piece
     assert got.partition(b"\r\n\r\n")[2] == want
+
+
+@contextlib.contextmanager
+def websocket(server: Server, token: str) -> Iterator[ClientConnection]:
+    """Connect and greet; the kernel takes little of what is not read."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", server.port))
+    headers = {"Authorization": f"Bearer {token}"}
+    url = f"ws://127.0.0.1:{server.port}/projects/board/ws"
+    options: dict[str, Any] = {"max_size": None, "max_queue": 1, "compression": None, "ping_interval": None}
+    with connect(
+        url, sock=raw, additional_headers=headers, subprotocols=[Subprotocol("lattice.v1")], **options
+    ) as client:
+        hello = Hello([1], client_version="t", lattice_version="t", capabilities=list(CAPABILITIES), follow=False)
+        client.send(encode(hello))
+        assert isinstance(decode_server_frame(bytes(client.recv())), Welcome)
+        yield client
+
+
+@pytest.mark.parametrize("kind", ["versions", "files"])
+def test_websocket_clients_that_do_not_read_hold_a_bounded_part_of_the_memory(
+    server: Server, greedy: str, other: str, kind: str
+) -> None:
+    url = f"/plans/{PLANNED}"
+    plan = "y" * PLAN_BYTES
+    headers = {"Authorization": f"Bearer {greedy}", "If-Match": "*"}
+    requested = requests.put(f"{server.url}/projects/board{url}", plan, headers=headers, timeout=30)
+    assert requested.status_code == 200, requested.text
+    head = int(requested.headers["Lattice-Change"].split("-")[1])
+    before, most = rss_mib(server), 0.0
+    frames = {
+        "versions": lambda: [ReadVersion(secrets.token_hex(16), PLANNED, "plan", head)],
+        "files": lambda: [Fetch([f"plans/{PLANNED}.md"])],
+    }[kind]
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(websocket(server, greedy)) for _ in range(80)]
+        opened = rss_mib(server) - before
+        for client in clients:
+            for frame in frames():
+                with contextlib.suppress(ConnectionClosed):
+                    client.send(encode(frame))
+            most = max(most, rss_mib(server) - before)
+        began = time.monotonic()
+        while time.monotonic() < began + 5:
+            most = max(most, rss_mib(server) - before)
+            assert ask(server, other, "")[0] == 200
+            time.sleep(0.05)
+        for client in clients:
+            client.socket.shutdown(socket.SHUT_RDWR)
+    print(f"{kind}: {opened:+.0f} MiB for the connections, {most:+.0f} MiB at most")
+    assert most - opened < UNSENT_MIB + 64

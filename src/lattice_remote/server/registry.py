@@ -31,6 +31,7 @@ from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseBudget
+from lattice_remote.server.transport.send_budget import SendBudget
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
 
 __all__ = ["STOP_S", "UNKNOWN_TOKEN", "ProjectRegistry", "State", "bearer"]
@@ -90,6 +91,8 @@ class ProjectRegistry:
         """Admission control of all connections."""
         self.responses = ResponseBudget(self.config.limits)
         """Memory budget of HTTP responses."""
+        self.send_budget = SendBudget()
+        """Memory budget of what WebSocket clients have not read."""
         self.overviews = Overviews(data)
         """The project summaries."""
         self.metrics = Metrics()
@@ -319,7 +322,7 @@ class ProjectRegistry:
     async def serve(self, connection: Handoff) -> None:
         """Serve one client admitted by ``check()`` until it disconnects."""
         login, project = connection.who
-        peer = ClientConnection(connection, login.token, project)
+        peer = ClientConnection(connection, login.token, project, self.send_budget)
         self._peers.add(peer)
         try:
             with self.staying(login, peer.end):

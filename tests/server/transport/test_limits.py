@@ -21,6 +21,7 @@ from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Put, Refused, Reply, Run, Welcome
 from lattice_remote.server.config import Config, LimitSettings
 from lattice_remote.server.tokens import TokenFile
+from lattice_remote.server.transport.send_budget import SendBudget
 
 
 @contextlib.asynccontextmanager
@@ -244,3 +245,38 @@ async def test_messages_a_second(tmp_path: Path) -> None:
             assert "messages a second" in (bad.close_reason or "")
             assert time.monotonic() - began < 5
         assert isinstance(await copy.run("put", "a", "x"), Reply)
+
+
+async def test_answers_that_are_not_read_are_bounded_for_all_connections_of_a_token(tmp_path: Path) -> None:
+    """A reader that would exceed the bound is told to come back; the answer stays in the journal."""
+    async with limited(tmp_path) as running:
+        budget = running.hub.send_budget = SendBudget(10_000_000)
+        token_file = TokenFile(running.data.tokens)
+        token_id = token_file.read()[0].id
+        _, other = token_file.create(projects=["web"], actor="human:ben", act_as=[])
+        request = encode(Run(secrets.token_hex(16), ["print", "8000000"]))
+        async with running.connected(max_queue=1) as stalled:
+            await stalled.send(hello(follow=False))
+            await stalled.recv()
+            stalled.transport.pause_reading()
+            await stalled.send(request)
+            await until(lambda: budget.held(token_id) > 8_000_000)
+            async with running.connected() as second:
+                await second.send(hello(follow=False))
+                await second.send(request)
+                bye, code = await farewell(second)
+                assert bye is not None and (bye.code, code) == ("REMOTE_BUSY", 1012)
+            async with running.connected(other) as client:
+                await client.send(hello(follow=False))
+                await client.recv()
+                await client.send(encode(Run(secrets.token_hex(16), ["print", "8000000"])))
+                assert isinstance(decode_server_frame(bytes(await client.recv())), Reply)
+            assert budget.held(token_id) > 8_000_000
+            stalled.transport.abort()
+        await until(lambda: not budget.held(token_id))
+        async with running.connected() as client:
+            await client.send(hello(follow=False))
+            await client.recv()
+            await client.send(request)
+            assert isinstance(decode_server_frame(bytes(await client.recv())), Reply)
+        await until(lambda: not budget.held(token_id))

@@ -62,10 +62,12 @@ from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.metrics import ProjectMetrics
-from lattice_remote.server.project.file_reader import FileSender
+from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender
 from lattice_remote.server.project.history import CommitTimes, History
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import Token
+from lattice_remote.server.transport.response_budget import COUNTED_BYTES
+from lattice_remote.server.transport.send_budget import SendBudget
 from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, payload_of, websocket_frame
 from lattice_remote.server.transport.websocket import Handoff
 from lattice_remote.server.worker.calls import is_offered
@@ -296,12 +298,15 @@ _log = logging.getLogger(__name__)
 class ClientConnection:
     """Connection of one client to one project; serve it with ``run()``."""
 
-    def __init__(self, connection: Handoff, token: Token, project: Project) -> None:
+    def __init__(self, connection: Handoff, token: Token, project: Project, budget: SendBudget) -> None:
         self.token = token
         self.project = project
         self.replication = ReplicationStatus(project.commit_times, project.metrics)
         self._connection = connection
         self._outbox = connection.outbox
+        self._outbox.drained = self._release_answers
+        self._budget = budget
+        self._counted_bytes = 0  # of answers that the client has not taken
         self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
         self._capabilities: frozenset[str] = frozenset()  # common to both sides
@@ -342,6 +347,8 @@ class ClientConnection:
         finally:
             self.project.history.leave(self)
             self.project.forget(self, set(self._in_flight))
+            self._deferred_replies.clear()
+            self._release_answers()
             self.count_sent()
             _log.info("%s: disconnected", self._name)
 
@@ -565,6 +572,21 @@ class ClientConnection:
 
     def answer(self, request_id: str, reply: bytes) -> None:
         """Queue a reply; during catch-up it waits for the changes before it."""
+        size = len(reply)
+        if size > COUNTED_BYTES and not self._budget.take(self.token.id, size):
+            self._in_flight.pop(request_id, None)
+            self.end(Bye("REMOTE_BUSY", "too many answers to this token were not read; read those first", 1.0))
+            return
+        self._counted_bytes += size if size > COUNTED_BYTES else 0
+        self._queue_answer(request_id, reply)
+
+    def _release_answers(self) -> None:
+        """Count the answers no longer that were sent."""
+        if self._counted_bytes and not self._deferred_replies:
+            self._budget.give_back(self.token.id, self._counted_bytes)
+            self._counted_bytes = 0
+
+    def _queue_answer(self, request_id: str, reply: bytes) -> None:
         self._in_flight.pop(request_id, None)
         frame = websocket_frame(reply)
         if self._live:
@@ -596,12 +618,14 @@ class ClientConnection:
                     self._outbox.push(frame)
                     await self._outbox.room()
             elif self._wanted:
-                unsettled = await files.send(files.batch(self._wanted))
+                async with self._budget.reserved(self.token.id, 2 * PIECE_BYTES):
+                    unsettled = await files.send(files.batch(self._wanted))
                 self._wanted.update(dict.fromkeys(unsettled))
             elif self._reads:
                 request = self._reads.popleft()
-                self.answer(request.id, encode(await self._read_for(request)))
-                await self._outbox.room()
+                async with self._budget.reserved(self.token.id, self._max_bytes_of(request)):
+                    self._queue_answer(request.id, encode(await self._read_for(request)))
+                    await self._outbox.room()
             else:
                 self._work.clear()
                 await self._work.wait()
@@ -616,6 +640,14 @@ class ClientConnection:
             self.replication.follows_from(answer.seq)
             self._live = answer.seq == answer.head
             await self._catch_up()
+
+    def _max_bytes_of(self, request: Log | ReadVersion | Download) -> int:
+        match request:
+            case ReadVersion():
+                return self._limits.text_bytes
+            case Download():
+                return request.limit
+        return PIECE_BYTES
 
     async def _read_for(self, request: Log | ReadVersion | Download) -> ServerFrame:
         history = self.project.history

@@ -71,6 +71,8 @@ class SendQueue:
         self._taken_at = 0.0  # time of that progress
         self._check: asyncio.TimerHandle | None = None
         self._room: list[asyncio.Future[None]] = []
+        self.drained: Callable[[], None] = lambda: None
+        """Called when everything queued is with the transport and it wants more, and after the end."""
 
     @property
     def pending_bytes(self) -> int:
@@ -138,12 +140,16 @@ class SendQueue:
             self._transport.write(self._next_write())
         if self._paused:
             return
-        if not self._frames:
+        if not self._frames and self._transport.get_write_buffer_size() <= self._high_water_bytes():
             self._wake()
         elif not self._flush_due:
             # uvloop writes, and pauses this queue if needed, at the end of the tick: continue after that.
             self._flush_due = True
             self._loop.call_soon(self._flush)
+
+    def _high_water_bytes(self) -> int:
+        """Return above which size of its buffer the transport pauses the queue."""
+        return self._transport.get_write_buffer_limits()[1]
 
     def _next_write(self) -> bytes:
         """Take small frames of up to ``_WRITE_BYTES`` together, or one large one."""
@@ -158,6 +164,7 @@ class SendQueue:
         return first if len(batch) == 1 else b"".join(batch)
 
     def _wake(self) -> None:
+        self.drained()
         for waiter in self._room:
             if not waiter.done():
                 waiter.set_result(None)
