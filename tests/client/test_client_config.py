@@ -66,6 +66,15 @@ def test_a_malformed_remote_is_named(tmp_path: Path, text: str) -> None:
         read_remote(str(tmp_path))
 
 
+def test_a_malformed_remote_of_a_cache_says_how_to_restore_it(tmp_path: Path) -> None:
+    (tmp_path / "remote.json").write_text("<<<<<<< HEAD\n")
+    (tmp_path / "cache_state.json").write_text('{"url": "http://h:1", "project": "board"}')
+    with pytest.raises(
+        StorageError, match="remove the file, then run: lattice remote add origin http://h:1 --project board"
+    ):
+        read_remote(str(tmp_path))
+
+
 def test_no_remote_says_how_to_add_one(tmp_path: Path) -> None:
     with pytest.raises(Misuse, match="lattice remote add origin"):
         read_remote(str(tmp_path))

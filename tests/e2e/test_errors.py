@@ -39,6 +39,7 @@ def one_task(shared_board: Board) -> None:
 
 def test_a_wrong_token_is_unauthorized(shared_board: Board) -> None:
     code, line = failing(shared_board[1], *COMMENT, env={"LATTICE_TOKEN": "ltr_wrong"})
+    assert "LATTICE_TOKEN" in line
     assert code == "REMOTE_UNAUTHORIZED"
     assert "login" in line
 

@@ -167,7 +167,10 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
     """
     if answer.get("ok"):
         return answer
-    raise error_from_code(str(answer.get("message")), answer.get("code"))
+    message = str(answer.get("message"))
+    if answer.get("code") == "REMOTE_UNAUTHORIZED" and os.environ.get("LATTICE_TOKEN", "").strip():
+        message += "; the token of LATTICE_TOKEN was used, not a stored one"
+    raise error_from_code(message, answer.get("code"))
 
 
 def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:

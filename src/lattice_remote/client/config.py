@@ -152,7 +152,10 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, Misuse) as error:
-        raise StorageError(f"{path} is not valid; it needs name, url and project ({error})") from error
+        lost = lost_remote(directory)
+        where = "URL --project SLUG" if lost is None else f"{lost.url} --project {lost.project}"
+        repair = f"remove the file, then run: lattice remote add origin {where}"
+        raise StorageError(f"{path} is not valid; it needs name, url and project ({error}); {repair}") from error
     if slug is None:
         raise StorageError(f"{path} names no project")
     return Remote(name=called, url=url, project=slug, commands=commands)
