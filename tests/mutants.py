@@ -48,7 +48,6 @@ TESTS = {
     "server/auth": ["server/test_tokens.py", "server/test_token_expiry.py"],
     "server/http/auth": ["server/http/test_cookie.py", "server/http/test_refusals.py", "hostile/test_http.py"],
     "server/worker/policy": ["server/worker/test_policy.py", "hostile/test_arguments.py"],
-    "server/worker/arguments": ["server/worker/test_policy.py", "hostile/test_arguments.py"],
     "server/worker/identity": ["server/worker/test_session_owners.py", "server/worker/test_policy.py"],
     "server/worker/store": ["server/worker/test_store.py", "server/worker/test_worker.py", "server/journal"],
     "server/worker/": ["server/worker", "server/journal"],
