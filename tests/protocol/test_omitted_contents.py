@@ -114,7 +114,7 @@ def test_a_replica_that_leaves_nothing_out_does_as_before() -> None:
 
 def test_compared_as_a_whole_only_what_differs_is_left_out(replica: Replica) -> None:
     entries = {BIG: ENTRY, OTHER: ENTRY, "artifacts/payload/small": (9, bytes(32)), "events/x.jsonl": ENTRY}
-    [sent] = replica.compare(mend=True)
+    [sent] = replica.compare(repair=True)
     assert sent == Send(Manifest())
     [compare] = replica.receive(Entries(1, b"m", [Entry(path, *entry) for path, entry in entries.items()], True))
     assert isinstance(compare, Compare)

@@ -240,7 +240,7 @@ class Copy:
             for path, data in files.items()
             if self.disk.edits.get(path, data) is not None
         }
-        if compare.mend:
+        if compare.repair:
             self.disk.touched.clear()
             self.disk.rolled_back = False
             self.disk.ahead = 0
@@ -409,11 +409,11 @@ class Replication(RuleBasedStateMachine):
             if what == "cut and back" and copy.may_run:
                 copy.connect()
 
-    @rule(who=WHO, mend=st.booleans())
-    def client_compares(self, who: int, mend: bool) -> None:
+    @rule(who=WHO, repair=st.booleans())
+    def client_compares(self, who: int, repair: bool) -> None:
         copy = self.copies[who % len(self.copies)]
         if copy.replica.state in (State.FOLLOWING, State.COMPARING):
-            copy.perform(copy.replica.compare(mend=mend))
+            copy.perform(copy.replica.compare(repair=repair))
 
     @rule(path=st.sampled_from(PATHS), data=st.binary(max_size=PIECE) | st.none())
     def file_is_tampered_with(self, path: str, data: bytes | None) -> None:
@@ -496,7 +496,7 @@ class Replication(RuleBasedStateMachine):
             self.edit_is_stored(who=0)
         self._settle(0)
         if self.disk.touched or self.disk.rolled_back:
-            first.perform(first.replica.compare(mend=True))
+            first.perform(first.replica.compare(repair=True))
             self._settle(0)
         assert not first.replica.wanted
         assert self.disk.files == self.server.files
@@ -779,12 +779,12 @@ def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
 
 def test_mending_fetches_what_differs_and_removes_what_is_not_listed() -> None:
     replica = following()
-    assert replica.compare(mend=True) == [Send(Manifest())]
+    assert replica.compare(repair=True) == [Send(Manifest())]
     same, other = (1, digest_of(b"s")), (1, digest_of(b"o"))
     effects = replica.receive(
         Entries(1, b"m1", [Entry("same", *same), Entry("differs", *same), Entry("edited", *same)], last=True)
     )
-    assert effects == [Compare(1, {"same": same, "differs": same, "edited": same}, mend=True)]
+    assert effects == [Compare(1, {"same": same, "differs": same, "edited": same}, repair=True)]
     local = {"same": same, "differs": other, "edited": other, "surplus": same, "new": same}
     effects = replica.compared(local, edited=["edited", "new"])
     assert effects == [Remove(("surplus",)), Save(), Send(Fetch(["differs"]))]
@@ -793,12 +793,12 @@ def test_mending_fetches_what_differs_and_removes_what_is_not_listed() -> None:
 
 def test_changes_during_a_comparison_follow_it() -> None:
     replica = following()
-    replica.compare(mend=False)
+    replica.compare(repair=False)
     assert replica.receive(Entries(1, b"m1", [LISTED], last=False)) == []
     assert replica.receive(change(2)) == []
     assert replica.receive(reply(2)) == []
     assert replica.receive(Entries(1, b"m1", [], last=True)) == [
-        Compare(1, {LISTED.path: (1, LISTED.digest)}, mend=False)
+        Compare(1, {LISTED.path: (1, LISTED.digest)}, repair=False)
     ]
     assert replica.verified() == [ApplyChange(change(2), ()), Save(), *[DeliverReply(reply(2))]]
 
@@ -813,9 +813,9 @@ def test_nothing_is_saved_between_a_mending_and_the_changes_that_follow_it() -> 
 
 def test_comparison_asked_for_twice_is_one_that_mends() -> None:
     replica = following()
-    replica.compare(mend=False)
-    assert replica.compare(mend=True) == []
-    assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, mend=True)]
+    replica.compare(repair=False)
+    assert replica.compare(repair=True) == []
+    assert replica.receive(Entries(1, b"m1", [], last=True)) == [Compare(1, {}, repair=True)]
 
 
 LISTED = Entry("tasks/listed.json", 1, b"d" * 32)
@@ -894,7 +894,7 @@ def test_violation_ends_the_connection_and_leaves_the_copy_as_it_was(replica: Re
 
 def test_manifest_of_another_number_than_the_copy_reached_is_a_violation() -> None:
     replica = following(1)
-    replica.compare(mend=False)
+    replica.compare(repair=False)
     with pytest.raises(ProtocolError):
         replica.receive(Entries(2, b"", [], last=True))
 

@@ -197,9 +197,9 @@ class Copy:
             case Remove(paths):
                 for path in paths:
                     self.tree.pop(path, None)
-            case Compare(_, entries, mend):
+            case Compare(_, entries, repair):
                 local = {path: (len(data), digest_of(data)) for path, data in self.tree.items()}
-                if mend:
+                if repair:
                     return self.replica.compared(local)
                 assert local == entries
                 return self.replica.verified()

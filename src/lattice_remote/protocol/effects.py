@@ -89,7 +89,7 @@ class Compare:
 
     seq: int
     entries: Mapping[str, Content]
-    mend: bool
+    repair: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,7 @@ class Replica:
         self.wanted.clear()
         self._set_away({})
         self.held.clear()
-        return [Save(), *self.compare(mend=True)]
+        return [Save(), *self.compare(repair=True)]
 
     # --- changes ---
 
@@ -425,13 +425,13 @@ class Replica:
 
     # --- comparison with the server's manifest ---
 
-    def compare(self, *, mend: bool) -> list[Effect]:
+    def compare(self, *, repair: bool) -> list[Effect]:
         """Request the manifest; a ``Compare`` effect follows. Call while following or comparing."""
         if self._comparison is not None:
-            self._comparison.mend |= mend
+            self._comparison.repair |= repair
             return []
         assert self.state is State.FOLLOWING, "there is no server to compare with"
-        self._comparison = ManifestComparison(mend)
+        self._comparison = ManifestComparison(repair)
         self.state = State.COMPARING
         return [Send(Manifest())]
 
@@ -446,7 +446,7 @@ class Replica:
         comparison.add(frame.entries, last=frame.last)
         if not frame.last:
             return []
-        return [Compare(frame.seq, comparison.entries, comparison.mend)]
+        return [Compare(frame.seq, comparison.entries, comparison.repair)]
 
     def verified(self) -> list[Effect]:
         """End a comparison that needs no repair."""

@@ -78,7 +78,7 @@ MAX_BUFFERED_BYTES = 64 * 1024 * 1024
 class ManifestComparison:
     """A manifest under transfer, and the changes received during it."""
 
-    mend: bool
+    repair: bool
     seq: int = -1  # of the manifest; -1 before its first piece
     mark: bytes = b""
     entries: dict[str, Content] = field(default_factory=dict)

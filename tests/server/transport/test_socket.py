@@ -186,7 +186,7 @@ async def test_a_manifest_is_of_the_last_change_before_it_however_busy(running: 
         for id_ in ids:
             await writer.send(Run(id_, ["put", "a", id_]))
         for _ in range(10):
-            for effect in copy.replica.compare(mend=False):
+            for effect in copy.replica.compare(repair=False):
                 await copy._perform(effect)
             await copy.sync()
         assert sum(isinstance(frame, Entries) for frame in copy.frames) == 11

@@ -350,7 +350,7 @@ class Replicator:
             if self._comparing is None:
                 self._comparing = asyncio.get_running_loop().create_future()
             self._earlier = earlier
-            await self._perform(self.replica.compare(mend=repair), result)
+            await self._perform(self.replica.compare(repair=repair), result)
             return result, self._comparing
 
     # --- deferred contents ---
@@ -443,7 +443,7 @@ class Replicator:
         if self._comparing is not None and not self._comparing.done():
             self._comparing.set_result(comparison)
         self._comparing = None
-        if not compare.mend:
+        if not compare.repair:
             return self.replica.verified()
         ours = compared.equal()
         if self.replica.position.epoch:  # the files should have been equal, except those being fetched
