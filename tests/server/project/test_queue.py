@@ -140,7 +140,7 @@ def test_a_lane_whose_only_item_was_removed_is_gone() -> None:
     for each in (removed, other):
         add(turns, each)
     turns.remove(removed)
-    assert not turns.has(ANA.lane) and turns.has(BEN.lane)
+    assert not turns.has(ANA.fairness_key) and turns.has(BEN.fairness_key)
     assert len(turns) == 1 and turns.pop() is other
 
 
