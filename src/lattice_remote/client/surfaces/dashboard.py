@@ -201,7 +201,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
     """Return lattice's handler for this project with the additions for a remote."""
     base: Any = lattices._make_handler_class(lattice_dir, readonly=readonly)
 
-    class Handler(base):  # type: ignore[misc] # made at run time
+    class RemoteHandler(base):  # type: ignore[misc] # made at run time
         server: _Server
         timeout = _PATIENCE_S
 
@@ -315,7 +315,7 @@ def _handler(lattice_dir: Path, *, readonly: bool) -> Any:
             if self.command != "GET":
                 super().log_message(format, *args)
 
-    return Handler
+    return RemoteHandler
 
 
 def _host(header: str) -> str | None:

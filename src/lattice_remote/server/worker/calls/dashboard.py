@@ -31,7 +31,7 @@ def handler_class(lattice_dir: Path) -> Any:
 
     lattices: Any = _make_handler_class(lattice_dir)
 
-    class Handler(lattices):  # type: ignore[misc] # made at run time
+    class CapturedHandler(lattices):  # type: ignore[misc] # made at run time
         def __init__(self, path: str, body: bytes) -> None:
             self.path, self.headers = path, {"Content-Length": str(len(body))}
             self.rfile, self.wfile = io.BytesIO(body), io.BytesIO()
@@ -58,7 +58,7 @@ def handler_class(lattice_dir: Path) -> Any:
         def end_headers(self) -> None:
             """Ignore the others: no client reads them."""
 
-    return Handler
+    return CapturedHandler
 
 
 _REFUSED, _UNSUPPORTED = 400, 422
