@@ -22,7 +22,7 @@ from websockets.typing import Subprotocol
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import CAPABILITIES, Fetch, Hello, ReadVersion, Welcome
-from lattice_remote.server.transport.send_budget import MAX_UNSENT_BYTES_PER_TOKEN
+from lattice_remote.server.transport.send_queue import MAX_UNSENT_BYTES_PER_TOKEN
 from preloaded_programs import warm
 from sandbox import Sandbox, Server, wait_for
 

@@ -31,7 +31,7 @@ from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseBudget
-from lattice_remote.server.transport.send_budget import SendBudget
+from lattice_remote.server.transport.send_queue import SendBudget
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
 
 __all__ = ["STOP_S", "UNKNOWN_TOKEN", "ProjectRegistry", "State", "bearer"]

@@ -21,7 +21,7 @@ from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Put, Refused, Reply, Run, Welcome
 from lattice_remote.server.config import Config, LimitSettings
 from lattice_remote.server.tokens import TokenFile
-from lattice_remote.server.transport.send_budget import SendBudget
+from lattice_remote.server.transport.send_queue import SendBudget
 
 
 @contextlib.asynccontextmanager

@@ -67,8 +67,7 @@ from lattice_remote.server.project.history import CommitTimes, History
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import Token
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES
-from lattice_remote.server.transport.send_budget import SendBudget
-from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, payload_of, websocket_frame
+from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, payload_of, websocket_frame
 from lattice_remote.server.transport.websocket import Handoff
 from lattice_remote.server.worker.calls import is_offered
 from lattice_remote.text import describe_difference, printable
