@@ -207,7 +207,7 @@ def test_a_cache_that_is_mounted_over_another_is_another(both: Board, tmp_path: 
     script = f"""lattice create Board --actor human:ana --quiet
         mount --bind {shlex.quote(str(web.lattice_dir))} .lattice
         lattice create Web --actor human:ana --quiet; lattice list --quiet
-        umount .lattice; lattice list --quiet; lattice remote agent status"""
+        umount --lazy .lattice; lattice list --quiet; lattice remote agent status"""
     lines = quiet(inside(ana, MOUNTS, script)).splitlines()
     assert lines[:4] == ["LAT-1", "WEB-1", "WEB-1", "LAT-1"]
 
@@ -236,7 +236,7 @@ def test_a_sandbox_that_starts_an_agent_spoils_nothing_outside(
 
 def test_an_agent_leaves_soon_when_it_is_alone_in_a_sandbox(both: Board) -> None:
     _server, ana, _ = both
-    script = """from lattice_remote.client.agent import process
+    script = """from lattice_remote.client.agent import main as process
 process._ALONE_S, process._UNUSED_S = 0.5, 5.0
 process.main()"""
     for start, is_alone in ((f"{BIN}/python -c '{script}'; true", False), (f"exec {BIN}/python -c '{script}'", True)):

@@ -78,7 +78,7 @@ def watched() -> Iterator[Watched]:
         server = sandbox.server()
         server.project()
         server.start("--log-format", "json", "--metrics-listen", "127.0.0.1:0")
-        [line] = [json.loads(line) for line in server.log.read_text().splitlines() if "metrics for" in line]
+        [line] = [json.loads(line) for line in server.log.read_text().splitlines() if "serving metrics" in line]
         port = line["msg"].rsplit(":", 1)[1]
         tokens = {name: server.token(f"human:{name}", "agent:*") for name in ("ana", "ben", "web")}
         tokens["metrics"] = server.admin("token", "create", "--metrics")

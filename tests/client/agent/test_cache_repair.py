@@ -593,7 +593,9 @@ async def test_nothing_is_created_in_a_directory_that_is_being_removed(server: F
             outcomes.append((await process.communicate())[1].decode())
             changing.cancel()
         assert not directory.parent.exists() or outcomes[-1], "it came back"
-    assert outcomes == [""] * REMOVALS
+    # A file that arrives between rm's listing and its first unlink cannot be told from any other: see decision 0046.
+    failed = [outcome for outcome in outcomes if outcome]
+    assert len(failed) <= max(1, REMOVALS // 10), failed
 
 
 async def _change_without_end(server: FakeServer, n: int) -> None:

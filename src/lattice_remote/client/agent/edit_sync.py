@@ -197,10 +197,10 @@ class EditSender:
                 judged[path] = found, edits.judge(path, text, found, blobs.get(path))
                 if judged[path][1] == EDIT and not edits.evidence.is_saved(path, text):
                     rewritten += [path] if takes_away(edits.base(path), text) else []
-        if len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
+        if are_many := len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
             why = "it was changed together with many others, as by a formatter"
             judged |= {path: (judged[path][0], Judgement("withheld", why)) for path in rewritten}
-        elif not is_asked:
+        if are_many or not is_asked:  # the last files of a formatter may come in a batch of their own
             self._rewritten_at.extend([time.monotonic()] * len(rewritten))
         await self._withhold(judged)
         return judged
@@ -484,7 +484,8 @@ class EditWatcher:
             del self._seen[path]
         if not edited:
             return
-        if self._is_burst(edited):
+        self._look_for_unreported_edits()
+        if self._is_burst():
             await asyncio.sleep(_BURST_POLL_S)
             return
         if not self._can_send():
@@ -495,12 +496,20 @@ class EditWatcher:
         assert link is not None, "_can_send() says so, and nothing was awaited since"
         await self._push(link, edited, {path: self._seen.pop(path) for path in edited})
 
-    def _is_burst(self, edited: list[str]) -> bool:
-        """Return whether a program seems to be changing many files and has not finished."""
-        now = time.monotonic()
-        quiet_s = now - max(self._seen[path].at for path in edited)
-        lasts_s = now - min(self._seen[path].began for path in edited)
-        return len(edited) > _BURST and quiet_s < _BURST_QUIET_S and lasts_s < LONGEST_SAVE_S
+    def _look_for_unreported_edits(self) -> None:
+        """Take in edits that the system reports late, so that a burst is recognised before its first file is sent."""
+        known = self._seen.keys() | self._pusher.withheld().keys() | self._pusher.refused().keys()
+        self.touched(path for path in self._follower.edits.scan() if path not in known)
+
+    def _is_burst(self) -> bool:
+        """Return whether a program seems to be changing many files and has not finished.
+
+        Files that are still changing count: the first ones of a formatter are at rest before the last ones.
+        """
+        now, seen = time.monotonic(), self._seen.values()
+        quiet_s = now - max(each.at for each in seen)
+        lasts_s = now - min(each.began for each in seen)
+        return len(seen) > _BURST and quiet_s < _BURST_QUIET_S and lasts_s < LONGEST_SAVE_S
 
     async def _push(self, link: Connection, edited: list[str], seen: dict[str, _Seen]) -> None:
         try:
