@@ -70,7 +70,7 @@ def test_what_no_server_takes_is_said_before_anything_is_sent(directory: Path) -
     (directory / "plans" / "x.md.swp").write_text("")
     assert survey(str(directory)).left_out == ["notes/away", "plans/x.md.swp"]
     (directory / "config.json").unlink()
-    with pytest.raises(Misuse, match="no lattice project"):
+    with pytest.raises(Misuse, match="not a lattice project"):
         survey(str(directory))
 
 
