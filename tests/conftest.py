@@ -38,7 +38,7 @@ LONG = [
     "test_backup",
     "test_load",
     "test_faults",
-    "test_operations_page",
+    "test_install_page",
     "test_proxies",
 ]
 """The files that take longest: with one of these at the end, one core would work alone."""

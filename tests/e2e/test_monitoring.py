@@ -261,13 +261,13 @@ def test_what_the_example_dashboard_and_alerts_ask_for_is_there(watched: Watched
 
 
 def test_every_figure_is_explained(watched: Watched) -> None:
-    page = (DEPLOY.parents[1] / "docs/monitoring.md").read_text()
+    page = (DEPLOY.parents[1] / "docs/run/monitor.md").read_text()
     families = {
         family.name for family in text_string_to_metric_families(watched.scraped()) if family.name.startswith(PREFIX)
     }
     assert len(families) > 20
     for name in families:
-        assert re.search(rf"`{name}(_total)?`", page), f"docs/monitoring.md does not explain {name}"
+        assert re.search(rf"`{name}(_total)?`", page), f"docs/run/monitor.md does not explain {name}"
 
 
 def test_a_revoked_token_is_seen_in_the_figures(watched: Watched) -> None:

@@ -59,7 +59,7 @@ def test_the_example_works_as_it_says(run: Run) -> None:
 def test_the_page_works_as_it_says(run: Run, tmp_path: Path) -> None:
     run("create", "A task to comment on", "--actor", "human:ana")
     script = tmp_path / "page.py"
-    script.write_text("\n".join(_BLOCK.findall((ROOT / "docs" / "python.md").read_text())))
+    script.write_text("\n".join(_BLOCK.findall((ROOT / "docs" / "use" / "python.md").read_text())))
     said = run(str(script))
     assert re.search(r"^\d+ comments$", said, re.MULTILINE), said
     assert "Written(content=" in said

@@ -1,4 +1,4 @@
-"""Server settings: ``config.json``, with defaults and bounds. docs/configuration.md is for people.
+"""Server settings: ``config.json``, with defaults and bounds. docs/run/configure.md is for people.
 
 An unknown name, a wrong type or a value out of bounds is an error at the start, so that a misspelt setting is noticed.
 An omitted setting has its default.

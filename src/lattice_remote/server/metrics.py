@@ -1,4 +1,4 @@
-"""Metrics of a running server, for Prometheus; docs/monitoring.md explains each.
+"""Metrics of a running server, for Prometheus; docs/run/monitor.md explains each.
 
 Events are counted as they happen, through the ``ProjectMetrics`` of their project. Values that can be looked up at any
 moment (queues, clients, heads) are not counted: ``status.Gauges`` looks them up at a scrape. Labels are bounded:

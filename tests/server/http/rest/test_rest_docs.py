@@ -1,4 +1,4 @@
-"""docs/rest.md: its examples are run as they stand, and what it lists is what there is."""
+"""docs/use/rest.md: its examples are run as they stand, and what it lists is what there is."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lattice_remote.server.http.rest.endpoint import Nothing
 from lattice_remote.server.http.rest.openapi import ENDPOINTS
 from lattice_remote.server.tokens import TokenFile
 
-PAGE = (Path(__file__).resolve().parents[4] / "docs" / "rest.md").read_text()
+PAGE = (Path(__file__).resolve().parents[4] / "docs" / "use" / "rest.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""``docs/operations.md`` does what it says: every command in it is run, in its order, as somebody would type it.
+"""``docs/run/install.md`` does what it says: every command in it is run, in its order, as somebody would type it.
 
 A block is run on the machine that the word behind ``sh`` names, by default the server. What a ``text`` block shows is
 what the block before has printed, where ``...`` stands for anything. A client that logs in is given on stdin the token
@@ -20,7 +20,7 @@ from sandbox import Client, Sandbox, differences, tree_of
 
 pytestmark = pytest.mark.e2e
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "operations.md").read_text()
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "run" / "install.md").read_text()
 BLOCKS = re.findall(r"^```(\w+) ?(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 FUNCTION = re.compile(r"^lattice-remote\(\) \{.*\}$", re.MULTILINE)
 HOSTS = {"server": "https://board.example.com", "new": "https://new.example.com"}
