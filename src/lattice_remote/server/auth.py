@@ -1,27 +1,48 @@
-"""Authentication: the tokens of ``tokens.json`` as the running server knows them, their last use, the signing key.
-
-A request calls ``find()`` once, then ``objection()`` for as long as the client stays.
-"""
+"""Authentication: the tokens of ``tokens.json`` as the running server knows them, and the clients that use them."""
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
-from lattice_remote.errors import StorageError
+from lattice_remote.errors import RemoteError, StorageError
 from lattice_remote.files import Signature, signature_of, write_atomically
 from lattice_remote.protocol.messages import Bye
+from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.tokens import Token, TokenFile, digest_of_text, shown
+from lattice_remote.server.transport.admission import ConnectionQuota
+from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["SAVE_EVERY_S", "LastUse", "Login", "Logins", "read_last_uses", "signing_key"]
+__all__ = [
+    "UNKNOWN_TOKEN",
+    "Authenticator",
+    "LastUse",
+    "Login",
+    "Logins",
+    "bearer",
+    "read_last_uses",
+    "signing_key",
+]
+
+UNKNOWN_TOKEN = "missing or unknown token"  # noqa: S105 - a message
+"""Message of the refusal; the sign-in page has its own text for it."""
+_CHECK_S = 0.25
+"""Interval of token checks: connections of a revoked, rotated or expired token end within a second."""
+_SAVE_S = 60.0
+"""Interval at which last uses are written."""
+_KEY_BYTES = 32
+
+_log = logging.getLogger(__name__)
 
 
 class Login(msgspec.Struct, frozen=True):
@@ -36,7 +57,7 @@ def _now() -> datetime:
 
 
 class Logins:
-    """The tokens as the running server knows them. Call ``refresh()`` regularly."""
+    """Tokens by id and digest. Call ``refresh()`` regularly."""
 
     def __init__(self, path: Path, *, now: Callable[[], datetime] = _now) -> None:
         self._file = TokenFile(path)
@@ -57,7 +78,9 @@ class Logins:
         if ended:
             self._next_end = self._earliest_end()
         try:
-            signature = self._stat()
+            signature = signature_of(os.stat(self._path))
+        except FileNotFoundError:
+            signature = None
         except OSError as error:
             raise StorageError(f"cannot read {self._path}: {error.strerror}") from error
         if signature == self._signature:
@@ -72,8 +95,7 @@ class Logins:
     def find(self, text: str) -> Login | None:
         """Return the login of a token's text, None if it is unknown. ``objection()`` checks whether it is still valid.
 
-        Takes one digest and one table lookup, however many tokens there are. The lookup's time reveals nothing: a
-        client cannot choose the digest of its text.
+        The lookup's time reveals nothing: a client cannot choose the digest of its text.
         """
         digest = digest_of_text(text)
         token = self._by_digest.get(digest)
@@ -99,20 +121,12 @@ class Logins:
         return None
 
     def ids(self) -> set[str]:
-        """Return the ids of all tokens."""
         return set(self._by_id)
 
     def _earliest_end(self) -> datetime | None:
         ends = (end for token in self._by_id.values() for end in (token.expires, token.old_until))
         now = self._now()
         return min((end for end in ends if end is not None and end > now), default=None)
-
-    def _stat(self) -> Signature | None:
-        try:
-            status = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return signature_of(status)
 
 
 def _in_grace(token: Token, digest: str, now: datetime) -> bool:
@@ -124,22 +138,8 @@ def _bye(reason: str, *, retry_after_s: float | None = None) -> Bye:
     return Bye("REMOTE_UNAUTHORIZED", reason, retry_after_s)
 
 
-SAVE_EVERY_S = 60.0
-"""Interval at which a running server writes changes."""
-
-_log = logging.getLogger(__name__)
-
-
-def read_last_uses(path: Path) -> dict[str, datetime]:
-    """Return the last use of each token, by its id; empty if unknown."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Annotated[datetime, Meta(tz=True)]])
-    except (OSError, msgspec.DecodeError):
-        return {}
-
-
 class LastUse:
-    """The file of last uses, for its single writer. All methods belong to the event loop's thread."""
+    """Writer of the file of last uses."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -166,7 +166,138 @@ class LastUse:
             _log.warning("cannot write %s: %s", self._path, error.strerror)
 
 
-_KEY_BYTES = 32
+def read_last_uses(path: Path) -> dict[str, datetime]:
+    """Return the last use of each token, by its id; empty if unknown."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Annotated[datetime, Meta(tz=True)]])
+    except (OSError, msgspec.DecodeError):
+        return {}
+
+
+class Authenticator:
+    """Logins of a running server, and the end of clients whose token ends. Belongs to the event loop's thread."""
+
+    def __init__(self, data: DataDir) -> None:
+        self.stopping = False
+        """Set while the server stops: no client is admitted."""
+        self.signing_key = b""
+        """Signs the cookies of browsers; known after ``start()``."""
+        self._key_path = data.signing_key
+        self._logins = Logins(data.tokens)
+        self._last_use = LastUse(data.tokens_used)
+        self._staying: dict[Callable[[Bye], None], Login] = {}
+        self._error = ""  # the last logged error, to log it once
+
+    def start(self) -> None:
+        """Read the tokens and the signing key.
+
+        Raises:
+            StorageError: one cannot be read.
+        """
+        self.signing_key = signing_key(self._key_path)
+        self._logins.refresh()
+
+    def identify(self, visit: ConnectionQuota, token_text: str) -> Login | ApiError:
+        """Return the login of a token's text; "" belongs to no token (I9). A failed login is counted."""
+        if self.stopping:
+            return _stopping()
+        self.refresh()  # a new token works at once
+        login = self._logins.find(token_text)
+        found = _unauthorized(UNKNOWN_TOKEN) if login is None else self._admitted(login)
+        return (visit.failed() or found) if isinstance(found, ApiError) else found
+
+    def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
+        """Return the login of a token shown before, by its digest. An ended one is no failed login."""
+        if self.stopping:
+            return _stopping()
+        self.refresh()
+        login = self._logins.recall(token_id, sha256)
+        return _unauthorized(f"token {token_id} was revoked") if login is None else self._admitted(login)
+
+    def _admitted(self, login: Login) -> Login | ApiError:
+        if (objection := self._logins.objection(login)) is not None:
+            return _unauthorized(objection.reason)
+        self._last_use.used([login.token.id])
+        return login
+
+    def shown(self, authorization: Sequence[str]) -> str:
+        """Return the id of the valid token in Authorization headers, "" for none; nothing is counted."""
+        return self._valid_id(self._logins.find(bearer(authorization)))
+
+    def shown_before(self, token_id: str, sha256: str) -> str:
+        """Return the id of a token shown before if it is valid, else ""; nothing is counted."""
+        return self._valid_id(self._logins.recall(token_id, sha256))
+
+    def _valid_id(self, login: Login | None) -> str:
+        return "" if login is None or self._logins.objection(login) is not None else login.token.id
+
+    def ended(self, login: Login) -> ApiError | None:
+        """Return why an admitted client may no longer continue, None if it may: a request may take its time."""
+        self.refresh()
+        objection = self._logins.objection(login)
+        return None if objection is None else _unauthorized(objection.reason)
+
+    @contextlib.contextmanager
+    def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
+        """Within this, ``end`` is called, at once or later, when the client may not stay any longer."""
+        self._staying[end] = login
+        try:
+            if (objection := self._logins.objection(login)) is not None:  # it may have arisen since the admission
+                end(objection)
+            yield
+        finally:
+            del self._staying[end]
+
+    def refresh(self) -> None:
+        """Read changed tokens, and end clients whose token has ended."""
+        try:
+            changed = self._logins.refresh()
+        except RemoteError as error:
+            if error.message != self._error:
+                _log.error("keeping the previous tokens: %s", error.message)
+            self._error = error.message
+            changed = True  # the earlier tokens continue to expire
+        else:
+            self._error = ""
+        for end, login in tuple(self._staying.items()) if changed else ():
+            if (objection := self._logins.objection(login)) is not None:
+                end(objection)
+
+    async def watch(self) -> None:
+        """Refresh the tokens at intervals, until cancelled."""
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            self.refresh()
+
+    async def note_uses(self) -> None:
+        """Save the last uses at intervals, until cancelled."""
+        while True:
+            await asyncio.sleep(_SAVE_S)
+            self._last_use.used({login.token.id for login in self._staying.values()})
+            await self.save_uses()
+
+    async def save_uses(self) -> None:
+        await self._last_use.save(self._logins.ids())
+
+    def end_all(self, bye: Bye) -> None:
+        """End every client."""
+        for end in tuple(self._staying):
+            end(bye)
+
+
+def bearer(values: Sequence[str]) -> str:
+    """Return the token's text in Authorization headers, "" if there is none or more than one."""
+    scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
+    return text.strip() if scheme.lower() == "bearer" else ""
+
+
+def _unauthorized(why: str) -> ApiError:
+    return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", why)
+
+
+def _stopping() -> ApiError:
+    why = "the server is stopping; try again"
+    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", why, retry_after_s=1)
 
 
 def signing_key(path: Path) -> bytes:
@@ -177,22 +308,14 @@ def signing_key(path: Path) -> bytes:
     Raises:
         StorageError: the file cannot be read, or the new one cannot be written.
     """
-    return _kept(path) or _made(path)
-
-
-def _kept(path: Path) -> bytes:
-    """Return the key; None if it is invalid or not its owner's alone."""
     try:
-        key = path.read_bytes()
-        private = not path.stat().st_mode & 0o077
+        key, is_private = path.read_bytes(), not path.stat().st_mode & 0o077
     except FileNotFoundError:
-        return b""
+        key, is_private = b"", True
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
-    return key if private and len(key) == _KEY_BYTES else b""
-
-
-def _made(path: Path) -> bytes:
+    if is_private and len(key) == _KEY_BYTES:
+        return key
     key = secrets.token_bytes(_KEY_BYTES)
     try:
         write_atomically(path, key, mode=0o600)

@@ -1,11 +1,11 @@
-"""Project registry of a running server: tokens, projects, clients and background work."""
+"""Project registry of a running server: its projects, their clients and the background work."""
 
 import asyncio
 import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,10 +13,9 @@ from typing import Literal, Protocol
 import msgspec
 import watchfiles
 
-from lattice_remote.errors import RemoteError
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
 from lattice_remote.protocol.paths import is_replicated
-from lattice_remote.server.auth import SAVE_EVERY_S, LastUse, Login, Logins, signing_key
+from lattice_remote.server.auth import Authenticator, Login, bearer
 from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.locks import closed_because
@@ -28,21 +27,18 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.queue import QueueLimits
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from lattice_remote.server.project_summary import Overviews
-from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
+from lattice_remote.server.transport.admission import AdmissionControl
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseBudget
 from lattice_remote.server.transport.send_queue import SendBudget
 from lattice_remote.server.transport.websocket import Handoff, Request, Response, http_answer
 
-__all__ = ["STOP_S", "UNKNOWN_TOKEN", "ProjectRegistry", "State", "bearer"]
+__all__ = ["STOP_S", "ProjectRegistry", "State"]
 
 State = Literal["ready", "starting", "closed", "failed"]
 """Availability of a project. ``closed``: an administrator's command holds it for a moment."""
 
-UNKNOWN_TOKEN = "missing or unknown token"  # noqa: S105 - a message
-"""Message of the refusal; the sign-in page has its own text for it."""
-TOKEN_CHECK_S = 0.25
-"""Interval of token checks: connections of a revoked, rotated or expired token end within a second."""
+_CLOSING_CHECK_S = 0.25
 RESCAN_S = 300.0
 """Interval of full scans of a project, for edits that the system did not report."""
 STOP_S = 1.5
@@ -72,7 +68,7 @@ class Ongoing(Protocol):
 
 
 class ProjectRegistry:
-    """The projects and logins of one server. Made inside a running loop; ``start()``, then ``stop()`` once."""
+    """The projects of one server. Made inside a running loop; ``start()``, then ``stop()`` once."""
 
     def __init__(
         self,
@@ -84,8 +80,7 @@ class ProjectRegistry:
     ) -> None:
         """Raises Misuse if ``config``, by default that of the directory, is invalid."""
         self.data = data
-        self.stopping = False
-        """Set while the server stops: new clients are refused."""
+        self.auth = Authenticator(data)
         self.config = config or data.config()
         self.door = AdmissionControl(self.config.limits, self.config.trusted_proxies)
         """Admission control of all connections."""
@@ -102,20 +97,14 @@ class ProjectRegistry:
         settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
         given = (part for name, value in settings.items() for part in (name, msgspec.json.encode(value).decode()))
         self._worker_command = (*worker_command, *given)
-        self._logins = Logins(data.tokens)
-        self._last_use = LastUse(data.tokens_used)
-        self.signing_key = b""
-        """Signs the cookies of browsers; known after ``start()``."""
         self.address = ""
         """The listening address, once bound."""
-        self._tokens_error = ""  # the last logged error, to log it once
         self._projects: dict[str, Project] = {}
         self._watching: dict[str, asyncio.Event] = {}  # set to stop watching a project's files
         self._releasing: set[str] = set()
         self._peers: set[ClientConnection] = set()
         self.ongoing: set[Ongoing] = set()
         """The HTTP requests in progress."""
-        self._staying: dict[Callable[[Bye], None], Login] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._alone = asyncio.Event()
 
@@ -125,14 +114,13 @@ class ProjectRegistry:
         Raises:
             StorageError: ``tokens.json`` or the signing key cannot be read.
         """
-        self.signing_key = signing_key(self.data.signing_key)
         if moved := finish_renames(self.data):
             _log.info("updated %d tokens to the new names of renamed projects", moved)
-        self._logins.refresh()
+        self.auth.start()
         for path in self.data.writable_by_everybody():
             _log.warning("any user on this machine can change %s; run: chmod o-w %s", path, path)
-        self._keep("tokens", self._watch_tokens())
-        self._keep("uses", self._note_uses())
+        self._keep("tokens", self.auth.watch())
+        self._keep("uses", self.auth.note_uses())
         self._keep("rescan", self._rescan())
         self._keep("closing", self._watch_closing())
 
@@ -141,11 +129,10 @@ class ProjectRegistry:
 
         A worker that is not done by then is ended: its request is undone when the project is next opened.
         """
-        self.stopping = True
+        self.auth.stopping = True
         projects = self._projects.values()
         await asyncio.gather(*(project.drain(_DRAIN_S) for project in projects))
-        for end in tuple(self._staying):
-            end(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
+        self.auth.end_all(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
         for watching_ends in self._watching.values():
             watching_ends.set()
         for task in self._tasks:
@@ -153,7 +140,12 @@ class ProjectRegistry:
         await asyncio.gather(*(project.stop(_WORKER_STOP_S) for project in projects))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_TASKS_STOP_S)
-        await self._last_use.save(self._logins.ids())
+        await self.auth.save_uses()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server stops: new clients are refused."""
+        return self.auth.stopping
 
     @property
     def projects(self) -> Mapping[str, Project]:
@@ -176,96 +168,30 @@ class ProjectRegistry:
 
     def check(self, connection: Handoff, request: Request) -> Response | None:
         """Check a request for a WebSocket: return a refusal, or None, with ``who`` set on the connection."""
-        refusal = self._check(connection, request)
-        if refusal is None:
-            return None
-        self.metrics.connections_refused.labels(refusal.code).inc()
-        return http_answer(refusal)
+        admitted = self._admit(connection, request)
+        if isinstance(admitted, ApiError):
+            self.metrics.connections_refused.labels(admitted.code).inc()
+            return http_answer(admitted)
+        connection.who = admitted
+        return None
 
-    def _check(self, connection: Handoff, request: Request) -> ApiError | None:
+    def _admit(self, connection: Handoff, request: Request) -> tuple[Login, Project] | ApiError:
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
             return ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "not found")
         headers, visit = request.headers, connection.visit
         authorization = headers.get_all("Authorization")
-        turned_away = visit.enter(headers.get_all("X-Forwarded-For"), self.shown(authorization))
-        admitted = turned_away or self.admit(visit, authorization, matched[1])
-        if isinstance(admitted, ApiError):
-            return admitted
+        refusal = visit.enter(headers.get_all("X-Forwarded-For"), self.auth.shown(authorization))
+        login = refusal or self.auth.identify(visit, bearer(authorization))
+        if isinstance(login, ApiError):
+            return login
+        project = self.enter(login, matched[1])
+        if isinstance(project, ApiError):
+            return project
         if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
             why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
             return ApiError(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why)
-        if (refusal := visit.admit(admitted[0].token.id)) is not None:
-            return refusal
-        connection.who = admitted
-        return None
-
-    def admit(
-        self, visit: ConnectionQuota, authorization: Sequence[str], slug: str
-    ) -> tuple[Login, Project] | ApiError:
-        """Check any request for a project; ``slug`` may be any string (I9).
-
-        Args:
-            visit: the connection on which it comes.
-            authorization: the values of all Authorization headers.
-            slug: the requested project.
-        """
-        login = self.identify(visit, bearer(authorization))
-        if isinstance(login, ApiError):
-            return login
-        project = self.enter(login, slug)
-        return project if isinstance(project, ApiError) else (login, project)
-
-    def shown(self, authorization: Sequence[str]) -> str:
-        """Return the id of the valid token in a request, "" for none; nothing is counted."""
-        login = self._logins.find(bearer(authorization))
-        return "" if login is None or self._logins.objection(login) is not None else login.token.id
-
-    def shown_before(self, token_id: str, sha256: str) -> str:
-        """Return the id of a token that was shown before, if it is still valid, "" otherwise; nothing is counted."""
-        login = self._logins.recall(token_id, sha256)
-        return "" if login is None or self._logins.objection(login) is not None else token_id
-
-    def identify(self, visit: ConnectionQuota, token_text: str) -> Login | ApiError:
-        """Return the login of a token's text; "" belongs to no token (I9)."""
-        if self.stopping:
-            return _stopping()
-        self._refresh_logins()  # a new token works at once
-        login = self._logins.find(token_text)
-        if login is None:
-            return visit.failed() or ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", UNKNOWN_TOKEN)
-        found = self._still(login)
-        return (visit.failed() or found) if isinstance(found, ApiError) else found
-
-    def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
-        """Return the login of a token shown before, by its digest, if it is valid.
-
-        An expired one is no failed login, since the client has shown it.
-        """
-        if self.stopping:
-            return _stopping()
-        self._refresh_logins()
-        login = self._logins.recall(token_id, sha256)
-        if login is None:
-            return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", f"token {token_id} was revoked")
-        return self._still(login)
-
-    def _still(self, login: Login) -> Login | ApiError:
-        if (refusal := self._ended(login)) is not None:
-            return refusal
-        self._last_use.used([login.token.id])
-        return login
-
-    def ended(self, login: Login) -> ApiError | None:
-        """Return why an admitted client may no longer continue, None if it may: a request may take its time."""
-        self._refresh_logins()
-        return self._ended(login)
-
-    def _ended(self, login: Login) -> ApiError | None:
-        objection = self._logins.objection(login)
-        if objection is None:
-            return None
-        return ApiError(HTTPStatus.UNAUTHORIZED, "REMOTE_UNAUTHORIZED", objection.reason)
+        return visit.admit(login.token.id) or (login, project)
 
     def enter(self, login: Login, slug: str) -> Project | ApiError:
         """Return a project that an identified client may use; ``slug`` may be any string (I9)."""
@@ -296,17 +222,6 @@ class ProjectRegistry:
             return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
         return None
 
-    @contextlib.contextmanager
-    def staying(self, login: Login, end: Callable[[Bye], None]) -> Iterator[None]:
-        """Within this, ``end`` is called, at once or later, when the client may not stay any longer."""
-        self._staying[end] = login
-        try:
-            if (objection := self._logins.objection(login)) is not None:  # it may have arisen since the admission
-                end(objection)
-            yield
-        finally:
-            del self._staying[end]
-
     def state_of(self, slug: str) -> State:
         """Return the state of a project that exists; nothing is started for it.
 
@@ -325,7 +240,7 @@ class ProjectRegistry:
         peer = ClientConnection(connection, login.token, project, self.send_budget)
         self._peers.add(peer)
         try:
-            with self.staying(login, peer.end):
+            with self.auth.staying(login, peer.end):
                 await peer.run()
         finally:
             self._peers.discard(peer)
@@ -355,15 +270,10 @@ class ProjectRegistry:
 
     # --- in the background ---
 
-    async def _watch_tokens(self) -> None:
-        while True:
-            await asyncio.sleep(TOKEN_CHECK_S)
-            self._refresh_logins()
-
     async def _watch_closing(self) -> None:
         """Release projects that an administrator's command requests, see ``locks.py``."""
         while True:
-            await asyncio.sleep(TOKEN_CHECK_S)
+            await asyncio.sleep(_CLOSING_CHECK_S)
             for slug, project in tuple(self._projects.items()):
                 if (why := closed_because(project.paths.root)) is not None and slug not in self._releasing:
                     self._releasing.add(slug)
@@ -385,27 +295,6 @@ class ProjectRegistry:
             del self._projects[slug]
             self._releasing.discard(slug)
 
-    async def _note_uses(self) -> None:
-        while True:
-            await asyncio.sleep(SAVE_EVERY_S)
-            self._last_use.used({login.token.id for login in self._staying.values()})
-            await self._last_use.save(self._logins.ids())
-
-    def _refresh_logins(self) -> None:
-        """Refresh the tokens, and disconnect clients whose token was changed."""
-        try:
-            changed = self._logins.refresh()
-        except RemoteError as error:
-            if error.message != self._tokens_error:
-                _log.error("keeping the previous tokens: %s", error.message)
-            self._tokens_error = error.message
-            changed = True  # the earlier tokens continue to expire
-        else:
-            self._tokens_error = ""
-        for end, login in tuple(self._staying.items()) if changed else ():
-            if (objection := self._logins.objection(login)) is not None:
-                end(objection)
-
     async def _rescan(self) -> None:
         while True:
             await asyncio.sleep(RESCAN_S)
@@ -423,17 +312,6 @@ class ProjectRegistry:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("background work %r ended", task.get_name(), exc_info=error)
-
-
-def bearer(values: Sequence[str]) -> str:
-    """Return the token's text, "" if there is none or more than one."""
-    scheme, _, text = values[0].partition(" ") if len(values) == 1 else ("", "", "")
-    return text.strip() if scheme.lower() == "bearer" else ""
-
-
-def _stopping() -> ApiError:
-    why = "the server is stopping; try again"
-    return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN", why, retry_after_s=1)
 
 
 # --- files changed by other programs ---

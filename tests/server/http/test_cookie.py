@@ -285,7 +285,7 @@ def test_a_token_with_too_many_connections_is_refused_and_logged(
     request = request_with(authorization="Bearer x")
     visit, entry, login = Admitting(objection), SimpleNamespace(login=None), Login(TOKEN, "d")
     request.scope["state"] = {"visit": visit, "share": SimpleNamespace(token_id="")}
-    monkeypatch.setattr(auth, "registry_of", lambda _: SimpleNamespace(identify=lambda *_: login))
+    monkeypatch.setattr(auth, "registry_of", lambda _: SimpleNamespace(auth=SimpleNamespace(identify=lambda *_: login)))
     monkeypatch.setattr(auth, "log_entry_of", lambda _: entry)
     if objection is None:
         assert auth.authenticated(request) is login

@@ -187,7 +187,9 @@ async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
 
 
 def streams_of(running: Running) -> list[sse._Stream]:
-    return [end.__self__ for end in running.hub._staying if isinstance(getattr(end, "__self__", None), sse._Stream)]
+    return [
+        end.__self__ for end in running.hub.auth._staying if isinstance(getattr(end, "__self__", None), sse._Stream)
+    ]
 
 
 async def stalled(running: Running, query: str = "") -> socket.socket:

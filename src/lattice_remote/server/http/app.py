@@ -110,7 +110,7 @@ def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
     app.state.hub = hub
     app.state.gauges = gauges
     app.state.feeds = Feeds()
-    app.state.cookies = Cookies(hub.signing_key, hub.config.sign_in_days)
+    app.state.cookies = Cookies(hub.auth.signing_key, hub.config.sign_in_days)
     bounded = closing_after_unread_body(with_paced_bodies(app, hub.responses))
     return with_access_log(with_security_headers(_behind_admission(bounded, hub, app.state.cookies)), hub, routes)
 
@@ -121,7 +121,7 @@ def _behind_admission(app: ASGIApp, hub: ProjectRegistry, cookies: Cookies) -> A
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         visit: ConnectionQuota = scope["state"]["visit"]
         headers = Headers(scope=scope)
-        token_id = hub.shown(headers.getlist("Authorization")) or _shown_by_cookie(hub, cookies, scope)
+        token_id = hub.auth.shown(headers.getlist("Authorization")) or _shown_by_cookie(hub, cookies, scope)
         refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refuse_body(scope["method"], headers)
         await (app if refusal is None else error_response(Request(scope), refusal))(scope, receive, send)
 
@@ -134,7 +134,7 @@ def _shown_by_cookie(hub: ProjectRegistry, cookies: Cookies, scope: Scope) -> st
         shown = cookies.read(Request(scope))
     except BadData:
         return ""
-    return "" if shown is None else hub.shown_before(shown.token_id, shown.sha256)
+    return "" if shown is None else hub.auth.shown_before(shown.token_id, shown.sha256)
 
 
 # --- errors ---

@@ -9,12 +9,12 @@ from itsdangerous import BadSignature, SignatureExpired, URLSafeTimedSerializer
 from starlette.requests import Request
 from starlette.responses import Response
 
-from lattice_remote.server.auth import Login
+from lattice_remote.server.auth import Login, bearer
 from lattice_remote.server.http.access_log import log_entry_of
 from lattice_remote.server.http.middleware import wants_page
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.project.request_log import OutcomeListener
-from lattice_remote.server.registry import ProjectRegistry, bearer
+from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import ResponseShare
@@ -182,7 +182,7 @@ def authenticated(request: Request) -> Login:
     if login is None and wants_page(request) and not authorization:
         login = _unauthorized("sign in first")  # the sign-in form, and no failed login
     if login is None:
-        login = registry_of(request).identify(visit, bearer(authorization))
+        login = registry_of(request).auth.identify(visit, bearer(authorization))
     if isinstance(login, ApiError):
         raise login
     log_entry_of(request).login = login
@@ -216,7 +216,7 @@ def signed_in(request: Request) -> Login | ApiError | None:
     if shown is None:
         return None
     refuse_cross_site(request)
-    return registry_of(request).identify_again(shown.token_id, shown.sha256)
+    return registry_of(request).auth.identify_again(shown.token_id, shown.sha256)
 
 
 def refuse_cross_site(request: Request) -> None:

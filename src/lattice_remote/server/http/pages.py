@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.messages import LogEntry
-from lattice_remote.server.auth import Login
+from lattice_remote.server.auth import UNKNOWN_TOKEN, Login
 from lattice_remote.server.http.auth import (
     authenticated,
     cookies_for,
@@ -31,7 +31,7 @@ from lattice_remote.server.http.auth import (
     signed_in,
 )
 from lattice_remote.server.http.middleware import OUR_PAGES, ok, read_body, wants_page
-from lattice_remote.server.registry import UNKNOWN_TOKEN, ProjectRegistry, State
+from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
@@ -187,7 +187,7 @@ async def _sign_in(request: Request) -> Response:
 def _admitted(request: Request, token: str) -> Login | ApiError:
     """Return the login of a token that is admitted; count an unknown one."""
     visit: ConnectionQuota = request.state.visit
-    login = registry_of(request).identify(visit, token)
+    login = registry_of(request).auth.identify(visit, token)
     return login if isinstance(login, ApiError) else visit.admit(login.token.id) or login
 
 

@@ -72,7 +72,7 @@ class EventStream:
         await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": list(_HEADERS)})
         if scope["method"] != "HEAD":
             streamed = self._make(scope["state"]["http"], scope["http_version"] != "1.0")
-            with self._visitor.hub.staying(self._visitor.login, streamed.end):
+            with self._visitor.hub.auth.staying(self._visitor.login, streamed.end):
                 await streamed.run()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

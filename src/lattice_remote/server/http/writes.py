@@ -128,11 +128,11 @@ async def _send(context: RequestContext, message: RunCommand | RunCall | Edit) -
         raise project.failure
     if project.stopping:
         raise stopping()
-    if (refusal := context.hub.ended(context.login)) is not None:  # the body may have arrived slowly
+    if (refusal := context.hub.auth.ended(context.login)) is not None:  # the body may have arrived slowly
         raise refusal
     project.history.join(requester)
     try:
-        with context.hub.staying(context.login, requester.end):
+        with context.hub.auth.staying(context.login, requester.end):
             project.submit(message, requester, context.on_result)
             frame = decode_server_frame(await requester.answered)
     finally:
