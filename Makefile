@@ -23,7 +23,7 @@ WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 test: venv  ## Run every test; the last line names what was skipped because a program of `make system` is missing
 	@$(PYTHON_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: venv  ## Format, lint, strict types, import layering; protocol/ agrees with the code
+check: venv  ## Format, lint, strict types, import layering; protocol/ and openapi.json agree with the code
 	@.venv/bin/ruff format --check .
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
@@ -72,7 +72,7 @@ EXAMPLES ?= 2000
 hostile: venv  ## Hostile requests, frames and floods against a running server (EXAMPLES=2000)
 	@HOSTILE_EXAMPLES=$(EXAMPLES) $(PYTHON_VENV) -m pytest -s tests/hostile/test_http.py tests/hostile/test_http_with_token.py tests/hostile/test_frames.py tests/hostile/test_floods.py tests/hostile/test_rest.py $(ARGS)
 
-protocol: venv  ## Write protocol/schema.json and protocol/vectors/ anew from the code
+protocol: venv  ## Write protocol/schema.json, protocol/vectors/ and openapi.json anew from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py
 
 format: venv  ## Format the code and fix what can be fixed

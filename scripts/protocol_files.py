@@ -1,10 +1,11 @@
-"""Write protocol/schema.json and protocol/vectors/ from the code; with --check, only tell whether they agree.
+"""Write protocol/schema.json, protocol/vectors/ and openapi.json from the code; with --check, only compare them.
 
-Inputs are fixed, so that the files change only when the protocol does.
+Inputs are fixed, so that the files change only when the protocol or the REST interface does.
 """
 
 import base64
 import inspect
+import runpy
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ from lattice_remote.protocol import operations as o
 from lattice_remote.protocol.operations import MemoryTree
 
 ROOT = Path(__file__).parent.parent / "protocol"
+OPENAPI = ROOT.parent / "src" / "lattice_remote" / "server" / "http" / "rest" / "openapi.json"
 ID = "00112233445566778899aabbccddeeff"
 MARK = bytes(range(8))
 TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
@@ -319,7 +321,10 @@ def files() -> dict[Path, bytes]:
         "vectors/operations.json": [_operation_vector(*case) for case in OPERATIONS],
         "vectors/rejected.json": rejected,
     }
-    return {ROOT / name: o.canonical_json(content) for name, content in contents.items()}
+    openapi = runpy.run_path(str(Path(__file__).with_name("openapi.py")))["description"]()
+    return {ROOT / name: o.canonical_json(content) for name, content in contents.items()} | {
+        OPENAPI: o.canonical_json(openapi)
+    }
 
 
 def main(arguments: list[str]) -> int:

@@ -5,11 +5,12 @@ import logging
 from collections import Counter
 from http import HTTPStatus
 
+import msgspec
 from itsdangerous import BadData
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -25,14 +26,14 @@ from lattice_remote.server.http.middleware import (
     with_security_headers,
 )
 from lattice_remote.server.http.pages import error_response
-from lattice_remote.server.http.rest import openapi
+from lattice_remote.server.http.rest import routes as rest
 from lattice_remote.server.http.sse import Feeds
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.status import Gauges
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["health_routes", "http_app", "metrics_app", "metrics_routes"]
+__all__ = ["Health", "ProjectDescription", "Readiness", "http_app", "metrics_app"]
 
 _WHY: dict[State, str] = {
     "starting": "starting: the worker of the project is not ready",
@@ -41,10 +42,25 @@ _WHY: dict[State, str] = {
 }
 
 
+class Health(msgspec.Struct):
+    """A sign that the server responds."""
+
+    status: str
+    version: str
+    projects: int
+
+
 async def _healthz(request: Request) -> Response:
-    """Report that the server responds."""
     projects = await asyncio.to_thread(registry_of(request).data.slugs)
-    return JSONResponse({"status": "ok", "version": lattice_remote.__version__, "projects": len(projects)})
+    return _json(Health("ok", lattice_remote.__version__, len(projects)))
+
+
+class Readiness(msgspec.Struct):
+    """State of the projects, with the reasons for those that are not usable."""
+
+    status: str
+    projects: int
+    reasons: list[str]
 
 
 async def _readyz(request: Request) -> Response:
@@ -57,11 +73,11 @@ async def _readyz(request: Request) -> Response:
         reasons.insert(0, "stopping: the server is shutting down")
     status = "ready" if not reasons else "not ready"
     headers = {"Cache-Control": "no-store"} | ({"Retry-After": "1"} if reasons else {})
-    body = {"status": status, "projects": len(slugs), "reasons": reasons}
-    return JSONResponse(body, 503 if reasons else 200, headers)
+    return _json(Readiness(status, len(slugs), reasons), 503 if reasons else 200, headers)
 
 
-health_routes = [Route("/healthz", _healthz, methods=["GET"]), Route("/readyz", _readyz, methods=["GET"])]
+def _json(content: msgspec.Struct, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, media_type="application/json")
 
 
 async def _metrics_with_token(request: Request) -> Response:
@@ -75,9 +91,6 @@ async def _metrics(request: Request) -> Response:
     gauges: Gauges = request.app.state.gauges
     figures, content_type = await gauges.scraped(request.headers.get("Accept", ""))
     return Response(figures, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
-
-
-metrics_routes = [Route("/metrics", _metrics_with_token, methods=["GET"])]
 
 
 def metrics_app(gauges: Gauges) -> ASGIApp:
@@ -96,11 +109,12 @@ def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
         *pages.routes,
         *pages.sign_in_routes,
         *pages.asset_routes,
-        *health_routes,
-        *metrics_routes,
+        Route("/healthz", _healthz, methods=["GET"]),
+        Route("/readyz", _readyz, methods=["GET"]),
+        Route("/metrics", _metrics_with_token, methods=["GET"]),
         *pages.project_list_routes,
         Route("/projects/{slug}", _describe),
-        *openapi.routes,
+        *rest.routes,
         *sse.routes,
         *dashboard.data_routes,
         *dashboard.routes,
@@ -167,19 +181,23 @@ async def _crashed(request: Request, error: Exception) -> Response:
 # --- the project itself ---
 
 
+class ProjectDescription(msgspec.Struct):
+    """Rights of a token in a project, and the project's position."""
+
+    project: str
+    actor: str
+    act_as: list[str]
+    epoch: str
+    head: int
+    position: str
+    server_version: str
+    lattice_version: str
+
+
 async def _describe(request: Request) -> Response:
     """Return a token's rights in a project and the project's position. Clients request this before adding a remote."""
-    visitor = await request_context(request)
-    token, project = visitor.login.token, visitor.project
-    return JSONResponse(
-        {
-            "project": project.slug,
-            "actor": token.actor,
-            "act_as": token.act_as,
-            "epoch": project.history.epoch,
-            "head": project.history.head,
-            "position": str(project.history.position),
-            "server_version": lattice_remote.__version__,
-            "lattice_version": project.lattice_version,
-        }
-    )
+    context = await request_context(request)
+    token, project, history = context.login.token, context.project, context.project.history
+    where = (history.epoch, history.head, str(history.position))
+    versions = (lattice_remote.__version__, project.lattice_version)
+    return _json(ProjectDescription(project.slug, token.actor, token.act_as, *where, *versions))

@@ -20,10 +20,10 @@ from lattice_remote.server.http.rest.commands import (
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Json, Nothing, PageQuery, page_of
 from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["TASK", "activity_endpoints", "endpoints"]
+__all__ = ["endpoints"]
 
 _TASKS = "/projects/{slug}/tasks"
-TASK = f"{_TASKS}/{{id}}"
+_TASK = f"{_TASKS}/{{id}}"
 
 _Text = Annotated[str, Meta(min_length=1)]
 _Item = Annotated[str, Meta(pattern=r"^[^,]+$", description="without a comma, which separates items in lattice")]
@@ -300,19 +300,6 @@ def _with_data(response: Response, data: object) -> Response:
     return Response(content, response.status_code, headers, media_type="application/json")
 
 
-endpoints = [
-    Endpoint("GET", _TASKS, list_tasks, list[Task]),
-    Endpoint("POST", _TASKS, create_task, Task, HTTPStatus.CREATED),
-    Endpoint("POST", "/projects/{slug}/next", claim_next_task, NextTask, others=[HTTPStatus.NO_CONTENT]),
-    Endpoint("GET", TASK, show_task, TaskInFull),
-    Endpoint("PATCH", TASK, change_task, Task),
-    Endpoint("POST", f"{TASK}/claim", claim_task, NextTask),
-    Endpoint("POST", f"{TASK}/complete", complete_task, Task),
-    Endpoint("POST", f"{TASK}/archive", archive_task, Event),
-    Endpoint("POST", f"{TASK}/unarchive", unarchive_task, Event),
-]
-
-
 class NewComment(Provenance, frozen=True, kw_only=True):
     """A comment, or with ``reply_to`` a reply. ``role`` satisfies a completion policy, for example ``review``."""
 
@@ -340,8 +327,17 @@ async def list_events(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
     return output_response(page_of(events, asked.query, by_id=False))
 
 
-activity_endpoints = [
-    Endpoint("GET", f"{TASK}/comments", list_comments, list[Comment]),
-    Endpoint("POST", f"{TASK}/comments", add_comment, Task, HTTPStatus.CREATED),
-    Endpoint("GET", f"{TASK}/events", list_events, list[Event]),
+endpoints = [
+    Endpoint("GET", _TASKS, list_tasks, list[Task]),
+    Endpoint("POST", _TASKS, create_task, Task, HTTPStatus.CREATED),
+    Endpoint("POST", "/projects/{slug}/next", claim_next_task, NextTask, others=[HTTPStatus.NO_CONTENT]),
+    Endpoint("GET", _TASK, show_task, TaskInFull),
+    Endpoint("PATCH", _TASK, change_task, Task),
+    Endpoint("POST", f"{_TASK}/claim", claim_task, NextTask),
+    Endpoint("POST", f"{_TASK}/complete", complete_task, Task),
+    Endpoint("POST", f"{_TASK}/archive", archive_task, Event),
+    Endpoint("POST", f"{_TASK}/unarchive", unarchive_task, Event),
+    Endpoint("GET", f"{_TASK}/comments", list_comments, list[Comment]),
+    Endpoint("POST", f"{_TASK}/comments", add_comment, Task, HTTPStatus.CREATED),
+    Endpoint("GET", f"{_TASK}/events", list_events, list[Event]),
 ]

@@ -1,53 +1,20 @@
-"""OpenAPI 3.1 description of the endpoints, made from the values that also make the routes."""
+"""OpenAPI 3.1 description of the server, from the values that also make its routes; see ``protocol_files.py``."""
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from http import HTTPStatus
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 import lattice_remote
+from lattice_remote.server.http.app import Health, ProjectDescription, Readiness
 from lattice_remote.server.http.pages import Listed
-from lattice_remote.server.http.rest import documents, resources, tasks
-from lattice_remote.server.http.rest import tasks as activity
-from lattice_remote.server.http.rest.endpoint import Endpoint, Nothing, routes_of
+from lattice_remote.server.http.rest.endpoint import Endpoint, Nothing
+from lattice_remote.server.http.rest.routes import ENDPOINTS
 from lattice_remote.server.http.writes import KEY_HEADER, MAX_KEY_CHARS
-
-__all__ = ["DOCUMENTED_ROUTES", "ENDPOINTS", "DocumentedRoute", "description", "routes"]
-
-
-class ProjectDescription(msgspec.Struct):
-    """Rights of a token in a project, and the project's position."""
-
-    project: str
-    actor: str
-    act_as: list[str]
-    epoch: str
-    head: int
-    server_version: str
-    lattice_version: str
-
-
-class Health(msgspec.Struct):
-    """A sign that the server responds."""
-
-    status: str
-    version: str
-    projects: int
-
-
-class Readiness(msgspec.Struct):
-    """State of the projects, with the reasons for those that are not usable."""
-
-    status: str
-    projects: int
-    reasons: list[str]
 
 
 class Listing(msgspec.Struct):
@@ -145,25 +112,25 @@ class ErrorEnvelope(msgspec.Struct):
     error: Problem
 
 
-def description(endpoints: Sequence[Endpoint], elsewhere: Sequence[DocumentedRoute]) -> bytes:
-    """Return the OpenAPI description as JSON."""
-    schemas, components = _schemas(endpoints, elsewhere)
+def description() -> dict[str, Any]:
+    """Return the whole description."""
+    schemas, components = _schemas(ENDPOINTS, DOCUMENTED_ROUTES)
     paths: dict[str, dict[str, Any]] = {}
-    for endpoint in endpoints:
+    for endpoint in ENDPOINTS:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, schemas)
-    for other in elsewhere:
+    for other in DOCUMENTED_ROUTES:
         paths.setdefault(other.path, {})["get"] = _other(other, schemas)
-    whole = {
+    return {
         "openapi": "3.1.0",
         "info": {"title": "lattice-remote", "version": lattice_remote.__version__, "description": _ABOUT},
         "security": [{"token": []}],
         "paths": paths,
         "components": {
             "schemas": components,
+            "responses": {str(status.value): _refused(status, schemas) for status in _MAY_FAIL},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
     }
-    return msgspec.json.encode(whole)
 
 
 def _schemas(
@@ -173,6 +140,9 @@ def _schemas(
     kinds = [kind for endpoint in endpoints for kind in (*endpoint.takes, endpoint.data) if kind is not bytes]
     kinds += [ErrorEnvelope, *(other.data for other in elsewhere if other.data is not None)]
     found, components = msgspec.json.schema_components(kinds, ref_template=_REF)
+    for component in components.values():
+        # Python 3.13 takes the indentation out of docstrings, 3.12 leaves it in.
+        component["description"] = inspect.cleandoc(component["description"])
     return {str(kind): schema for kind, schema in zip(kinds, found, strict=True)}, components
 
 
@@ -202,7 +172,6 @@ def _operation(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[s
 def _other(other: DocumentedRoute, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
     schema = {} if other.data is None else {"schema": schemas[str(other.data)]}
     answer = {"content": {other.media_type: schema}}
-    refused = {"application/json": {"schema": schemas[str(ErrorEnvelope)]}}
     named = [("query", *one) for one in other.query.items()] + [("header", *one) for one in other.headers.items()]
     return {
         "operationId": other.name,
@@ -214,7 +183,7 @@ def _other(other: DocumentedRoute, schemas: dict[Any, dict[str, Any]]) -> dict[s
             *({"name": name, "in": place, "description": text, "schema": _WORD} for place, name, text in named),
         ],
         "responses": {
-            **{str(status.value): {"description": status.phrase, "content": refused} for status in _MAY_FAIL},
+            **{str(status.value): _reference(status) for status in _MAY_FAIL},
             **{
                 str(status.value): {"description": status.phrase, **answer} for status in (HTTPStatus.OK, *other.others)
             },
@@ -242,10 +211,20 @@ def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
 
 def _responses(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> Iterator[tuple[str, Any]]:
     yield str(endpoint.success.value), {"description": endpoint.success.phrase, "content": _content(endpoint, schemas)}
-    refused = {"application/json": {"schema": schemas[str(ErrorEnvelope)]}}
     for status in sorted({*endpoint.others, *_MAY_FAIL}):
-        said: dict[str, Any] = {"description": status.phrase}
-        yield str(status.value), said if status in _WITHOUT_BODY else {**said, "content": refused}
+        if status in _WITHOUT_BODY:
+            yield str(status.value), {"description": status.phrase}
+        else:
+            yield str(status.value), _reference(status) if status in _MAY_FAIL else _refused(status, schemas)
+
+
+def _refused(status: HTTPStatus, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    content = {"application/json": {"schema": schemas[str(ErrorEnvelope)]}}
+    return {"description": status.phrase, "content": content}
+
+
+def _reference(status: HTTPStatus) -> dict[str, Any]:
+    return {"$ref": f"#/components/responses/{status.value}"}
 
 
 def _content(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str, Any]:
@@ -256,19 +235,3 @@ def _content(endpoint: Endpoint, schemas: dict[Any, dict[str, Any]]) -> dict[str
         properties["next"] = {"type": "string"}
     envelope = {"type": "object", "properties": properties, "required": ["ok", "data"]}
     return {"application/json": {"schema": envelope}}
-
-
-ENDPOINTS = (*tasks.endpoints, *activity.activity_endpoints, *resources.endpoints, *documents.endpoints)
-
-
-async def _openapi(_: Request) -> Response:
-    """Return the OpenAPI description, without a token: it has no data of this server."""
-    return Response(_description(), media_type="application/json")
-
-
-@cache
-def _description() -> bytes:
-    return description(ENDPOINTS, DOCUMENTED_ROUTES)
-
-
-routes = [*routes_of(ENDPOINTS), Route("/openapi.json", _openapi)]
