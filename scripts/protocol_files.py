@@ -93,7 +93,7 @@ _ENTRY = m.LogEntry(
 )
 FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("hello: a first connection", m.Hello([1], "0.1.0", "0.2.0", list(m.CAPABILITIES))),
-    ("hello: goes on at a number", m.Hello([1], "0.1.0", "0.2.0", ["append"], "8f2c", 41, MARK)),
+    ("hello: goes on at a number", m.Hello([1], "0.1.0", "0.2.0", ["call:mcp"], "8f2c", 41, MARK)),
     ("hello: only writes", m.Hello([1], "0.1.0", "0.2.0", follow=False)),
     ("run", m.Run(ID, ["comment", "LAT-1", "größer", "--actor", "human:ana"])),
     (
@@ -158,7 +158,7 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
             False,
             m.Limits(1 << 25, 1 << 24),
             ["agent:*"],
-            ["merge"],
+            ["call:mcp"],
         ),
     ),
     (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from in_memory_server import append_to
 
 from lattice_remote.protocol.effects import ApplyChange, Compare, Effect, Position, Remove, Send
-from lattice_remote.protocol.messages import CAPABILITIES, Change, Entries, Entry, Fetch, Limits, Manifest, Welcome
+from lattice_remote.protocol.messages import Change, Entries, Entry, Fetch, Limits, Manifest, Welcome
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     DeleteFile,
@@ -28,13 +28,10 @@ ENTRY = (len(CONTENT), digest_of(CONTENT))
 ANNOUNCED = AnnounceFile(BIG, *ENTRY)
 
 
-def connected(replica: Replica, *, without: str = "", head: int | None = None) -> Replica:
+def connected(replica: Replica, *, head: int | None = None) -> Replica:
     replica.hello(client_version="t", lattice_version="t")
-    capabilities = [name for name in CAPABILITIES if name != without]
     seq, epoch = replica.position.seq, replica.position.epoch
-    replica.receive(
-        Welcome(1, "", "", "p", "a", epoch, seq if head is None else head, 1, False, Limits(1, 1), [], capabilities)
-    )
+    replica.receive(Welcome(1, "", "", "p", "a", epoch, seq if head is None else head, 1, False, Limits(1, 1)))
     return replica
 
 
@@ -65,8 +62,8 @@ def test_a_large_content_is_not_waited_for(replica: Replica) -> None:
 
 @pytest.mark.parametrize(
     "operation",
-    [AnnounceFile("events/x.jsonl", *ENTRY), AnnounceFile(BIG, LARGE_BYTES, ENTRY[1]), AnnounceFile(BIG, 0, bytes(32))],
-    ids=["a log", "a small content", "an operation of which it is not told"],
+    [AnnounceFile("events/x.jsonl", *ENTRY), AnnounceFile(BIG, LARGE_BYTES, ENTRY[1])],
+    ids=["a log", "a small content"],
 )
 def test_anything_else_is_applied_as_ever(replica: Replica, operation: AnnounceFile) -> None:
     change(replica, ANNOUNCED)
@@ -99,12 +96,6 @@ def test_announced_anew_it_is_the_newer_one(replica: Replica) -> None:
     before = replica.away_version
     change(replica, AnnounceFile(BIG, LARGE_BYTES + 2, bytes(32)))
     assert replica.away == {BIG: (LARGE_BYTES + 2, bytes(32))} and replica.away_version > before
-
-
-def test_a_server_without_downloads_has_it_fetched_as_everything_else() -> None:
-    replica = connected(Replica(Position("e", 1, b"m"), away={OTHER: ENTRY}), without="downloads")
-    assert list(replica.wanted) == [OTHER] and not replica.away
-    assert applied(change(replica, ANNOUNCED)) == [ANNOUNCED]
 
 
 def test_a_replica_that_leaves_nothing_out_does_as_before() -> None:

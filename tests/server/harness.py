@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -133,17 +134,19 @@ async def farewell(client: object) -> tuple[Bye | None, int]:
 class Copy:
     """A client: a replica over a connection, files in memory. ``pump()`` takes one frame."""
 
-    def __init__(self, *, follow: bool = True, capabilities: Sequence[str] = CAPABILITIES) -> None:
-        self.replica = Replica(follow=follow, capabilities=capabilities)
+    def __init__(self, *, follow: bool = True) -> None:
+        self.replica = Replica(follow=follow)
         self.tree: dict[str, bytes] = {}
         self.answers: dict[str, Result | Refused] = {}
         self.frames: list[ServerFrame] = []
         self._parts: dict[str, bytes] = {}
         self._socket: ClientConnection | None = None
 
-    async def greet(self, socket: ClientConnection) -> None:
+    async def greet(self, socket: ClientConnection, **fields: object) -> None:
+        """Send Hello, with these fields instead of the replica's, and take the answer."""
         self._socket = socket
-        await self.send(self.replica.hello(client_version="test", lattice_version="test"))
+        hello = self.replica.hello(client_version="test", lattice_version="test")
+        await self.send(msgspec.structs.replace(hello, **fields))
         await self.pump()
 
     async def send(self, frame: ClientFrame) -> None:

@@ -5,7 +5,6 @@ fields; a field with a default may be missing; an unknown kind is a protocol vio
 project's changes from 1 within an epoch; 0 means no change yet (I1).
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,7 +14,6 @@ from lattice_remote.protocol.operations import Digest, Operation
 
 __all__ = [
     "CAPABILITIES",
-    "CAPABILITY_OF",
     "MAX_ARGV",
     "MAX_FETCH_PATHS",
     "MAX_LOG_ENTRIES",
@@ -26,6 +24,7 @@ __all__ = [
     "MIN_PIECE_BYTES",
     "PROTOCOL_VERSION",
     "SUBPROTOCOL",
+    "SURFACES",
     "Applied",
     "Attachment",
     "Bye",
@@ -69,15 +68,13 @@ __all__ = [
 
 SUBPROTOCOL = "lattice.v1"
 PROTOCOL_VERSION = 1
-CAPABILITIES = (
-    *("append", "merge", "move", "announce", "put-text", "put-base", "log"),
-    *("uploads", "downloads", "push", "follow", "versions"),
-    *("call:dashboard", "call:mcp", "call:storage"),
-)
-"""Capabilities of this version beyond whole files. A peer uses only those that the other side named.
+CAPABILITIES = ("call:mcp",)
+"""Optional parts of this version (SPEC section 8). A peer uses only those that both sides named.
 
 A server omits ``call:SURFACE`` when the surface's dependencies are not installed.
 """
+SURFACES = frozenset({"dashboard", "mcp", "storage"})
+"""Surfaces of a ``Call``."""
 
 MAX_ARGV = 1024
 MAX_FETCH_PATHS = 1024
@@ -116,8 +113,8 @@ class _Frame(msgspec.Struct, frozen=True, tag_field="type"):
 class Attachment(msgspec.Struct, frozen=True):
     """A file of the caller for the argument at ``index`` of the argv, counted from 0.
 
-    The content is ``data``, or an upload with this ``digest`` and ``size`` (capability ``uploads``). With neither, the
-    caller has no such file. In a ``Call``, ``index`` counts the files that its operation takes.
+    The content is ``data``, or an upload with this ``digest`` and ``size``. With neither, the caller has no such file.
+    In a ``Call``, ``index`` counts the files that its operation takes.
     """
 
     index: Annotated[int, Meta(ge=0, lt=MAX_ARGV)]
@@ -153,10 +150,10 @@ class Run(_Frame, frozen=True, tag="run"):
 
 
 class Put(_Frame, frozen=True, tag="put"):
-    """Store a plan or notes: ``text``, edited from ``base`` (None: there was no file). Capability ``put-text``.
+    """Store a plan or notes: ``text``, edited from ``base`` (None: there was no file).
 
-    With ``base_digest`` (capability ``put-base``), ``base`` is None and the base is the server's text. The request is
-    refused if that text has another digest. ``age_s`` is the same as in ``Run``.
+    With ``base_digest``, ``base`` is None and the base is the server's text. The request is refused if that text has
+    another digest. ``age_s`` is the same as in ``Run``.
     """
 
     id: RequestId
@@ -168,11 +165,11 @@ class Put(_Frame, frozen=True, tag="put"):
 
 
 class Call(_Frame, frozen=True, tag="call"):
-    """Carry out an operation of one of lattice's surfaces, once for this id (I6). Capability ``call:SURFACE``.
+    """Carry out an operation of one of lattice's surfaces, once for this id (I6).
 
     ``surface`` is ``dashboard`` (``name`` is the path of a POST), ``mcp`` (the name of a tool) or ``storage`` (a write
     of a program). ``payload`` is JSON: the request's body, the tool's arguments or the data to write. ``age_s`` is the
-    same as in ``Run``.
+    same as in ``Run``. ``mcp`` needs the capability ``call:mcp``.
     """
 
     id: RequestId
@@ -186,8 +183,7 @@ class Call(_Frame, frozen=True, tag="call"):
 class Upload(_Frame, frozen=True, tag="upload"):
     """A piece of content to which requests refer by ``digest``. Empty at offset 0, it asks how much is there.
 
-    ``purpose`` bounds the size: ``attachment`` for a command's file, ``project`` for the pack of a ``Push``. Capability
-    ``uploads``.
+    ``purpose`` bounds the size: ``attachment`` for a command's file, ``project`` for the pack of a ``Push``.
     """
 
     id: RequestId
@@ -201,7 +197,7 @@ class Upload(_Frame, frozen=True, tag="upload"):
 class Push(_Frame, frozen=True, tag="push"):
     """Replace an empty project with the uploaded pack of this digest and size, once for this id (I6).
 
-    ``age_s`` is the same as in ``Run``. Capability ``push``.
+    ``age_s`` is the same as in ``Run``.
     """
 
     id: RequestId
@@ -213,7 +209,7 @@ class Push(_Frame, frozen=True, tag="push"):
 class Download(_Frame, frozen=True, tag="download"):
     """Request at most ``limit`` bytes of a file from ``offset``, if its content has this digest.
 
-    Without a digest, any content is sent. Capability ``downloads``.
+    Without a digest, any content is sent.
     """
 
     id: RequestId
@@ -234,11 +230,10 @@ class Manifest(_Frame, frozen=True, tag="manifest"):
 
 
 class Log(_Frame, frozen=True, tag="log"):
-    """Request at most ``limit`` changes, newest first. Capability ``log``.
+    """Request at most ``limit`` changes, newest first.
 
     ``task`` is a task's id or short id, "" for all tasks. ``before`` is the previous ``LogPage.before``, None for the
-    first page. ``text`` selects the changes of the task's plan or notes, the versions of that text (capability
-    ``versions``).
+    first page. ``text`` selects the changes of the task's plan or notes, the versions of that text.
     """
 
     id: RequestId
@@ -251,7 +246,7 @@ class Log(_Frame, frozen=True, tag="log"):
 class ReadVersion(_Frame, frozen=True, tag="read-version"):
     """Request a task's plan or notes as of the change (``epoch``, ``seq``), which must have changed that text.
 
-    An empty ``epoch`` selects the newest epoch with such a change. Capability ``versions``.
+    An empty ``epoch`` selects the newest epoch with such a change.
     """
 
     id: RequestId
@@ -262,7 +257,7 @@ class ReadVersion(_Frame, frozen=True, tag="read-version"):
 
 
 class Follow(_Frame, frozen=True, tag="follow"):
-    """Subscribe a connection without a cache to the changes after ``seq`` (None: the head). Capability ``follow``.
+    """Subscribe a connection without a cache to the changes after ``seq`` (None: the head).
 
     Allowed once, on a connection whose Hello did not follow. ``mark`` is the id of the change at ``seq``, empty if
     unknown; then a rollback of the server is not detected.
@@ -499,16 +494,6 @@ class Bye(_Frame, frozen=True, tag="bye"):
     retry_after_s: Annotated[float, Meta(ge=0, le=3600)] | None = None
 
 
-CAPABILITY_OF: Mapping[type, str] = {
-    Put: "put-text",
-    Log: "log",
-    Upload: "uploads",
-    Download: "downloads",
-    Push: "push",
-    Follow: "follow",
-    ReadVersion: "versions",
-}
-"""Capability that both sides must have named before a frame of this kind is sent; see ``needed_capability``."""
 Write = Run | Put | Push | Call
 """A request that may change the project, once for its id (I6)."""
 Request = Write | Log | ReadVersion | Upload | Download
@@ -525,10 +510,5 @@ ServerFrame = Welcome | Change | Followed | Entries | Part | Response | Bye
 
 def needed_capability(frame: Request) -> str | None:
     """Return the capability that both sides must have named before this frame is sent; None if none is needed."""
-    if isinstance(frame, Call):
-        return f"call:{frame.surface}"
-    if isinstance(frame, Put) and frame.base_digest:
-        return "put-base"
-    if isinstance(frame, Log) and frame.text:
-        return "versions"
-    return CAPABILITY_OF.get(type(frame))
+    name = f"call:{frame.surface}" if isinstance(frame, Call) else ""
+    return name if name in CAPABILITIES else None

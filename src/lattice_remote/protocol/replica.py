@@ -90,7 +90,6 @@ class Replica:
         wanted: Iterable[str] = (),
         *,
         follow: bool = True,
-        capabilities: Iterable[str] = CAPABILITIES,
         away: Mapping[str, Content | None] | None = None,
     ) -> None:
         self.position = position
@@ -108,7 +107,8 @@ class Replica:
         """
         self.away_version = 0
         """Incremented whenever ``away`` changes."""
-        self._may_leave_out = away is not None
+        self.leaves_out = away is not None
+        """Whether large contents of artifacts are deferred."""
         self.held: set[str] = set()
         """Paths in ``wanted`` with a local edit: not fetched until ``release()``."""
         self.welcome: Welcome | None = None
@@ -117,7 +117,6 @@ class Replica:
         self.head = position.seq
         """Highest sequence number that the server named on this connection."""
         self._follow = follow
-        self._capabilities = list(capabilities)
         self._requested: set[str] = set()
         self._arriving = Arriving()
         self._floors: dict[
@@ -144,7 +143,7 @@ class Replica:
             versions=[PROTOCOL_VERSION],
             client_version=client_version,
             lattice_version=lattice_version,
-            capabilities=self._capabilities,
+            capabilities=list(CAPABILITIES),
             epoch=self.position.epoch,
             seq=self.position.seq,
             mark=self.position.mark,
@@ -206,9 +205,6 @@ class Replica:
         self._floors.clear()
         # Their old numbers may be in a future that the server has lost; the content read now is sufficient.
         self.wanted = dict.fromkeys(self.wanted, self.position.seq)
-        if not self.leaves_out:  # a downgraded server: they are fetched like other files
-            for path in list(self.away):
-                self._want(path, self.position.seq)
         if not self._follow or not frame.resync:
             return self._requests()
         self.position = Position("", 0, b"")
@@ -303,11 +299,6 @@ class Replica:
         return self._requests()
 
     # --- deferred contents ---
-
-    @property
-    def leaves_out(self) -> bool:
-        """Whether large contents of artifacts are deferred; known while connected."""
-        return self._may_leave_out and self.welcome is not None and "downloads" in self.welcome.capabilities
 
     def may_leave_out(self, path: str, size: int) -> bool:
         """Whether a missing file of this size is deferred."""

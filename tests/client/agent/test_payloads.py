@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from client_kit import ask, make_cache, run, tree, until
+from client_kit import ask, run, tree, until
 from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
@@ -14,7 +14,7 @@ from lattice_remote.client.agent.service import Service
 from lattice_remote.client.attachments import identity
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import ClientFrame, Download, Fetch, Refused, Run, Upload
+from lattice_remote.protocol.messages import ClientFrame, Download, Refused, Run, Upload
 from lattice_remote.protocol.operations import AnnounceFile, DeleteFile, PutFile, digest_of
 
 BIG = "artifacts/payload/big.bin"
@@ -243,42 +243,6 @@ async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
     await second.close()
 
 
-# --- older servers ---
-
-
-async def test_a_server_that_sends_no_pieces_sends_it_as_everything_else(
-    tmp_path: Path, server: FakeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
-    server.capabilities.remove("downloads")
-    directory = make_cache(tmp_path / "old", server.url)
-    service = Service(str(directory))
-    on_demand(service)
-    service.start(TOKEN)
-    announce(server, CONTENT[:300_000])
-    answer = await ask(service, "ready")
-    assert answer["current"] and tree(directory) == server.files
-    assert not downloads(server) and any(isinstance(frame, Fetch) for frame in server.frames)
-    await service.close()
-
-
-async def test_a_server_that_was_downgraded_sends_what_was_left_out(
-    server: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fake_server.PIECE", 1 << 16)
-    for capabilities in (list(server.capabilities), [name for name in server.capabilities if name != "downloads"]):
-        server.capabilities = capabilities
-        service = Service(str(directory))
-        on_demand(service)
-        service.start(TOKEN)
-        if not server.changes:
-            announce(server, CONTENT[:300_000])
-        await ask(service, "ready")
-        await current(service, server)
-        await service.close()
-    assert tree(directory) == server.files
-
-
 def named(path: Path) -> list[dict[str, object]]:
     return [{"index": 1, "name": path.name, "path": str(path), "identity": identity(path.stat())}]
 
@@ -289,37 +253,15 @@ async def attach(service: Service, path: Path) -> dict[str, object]:
         return await service.handle({**request, "files": named(path)}, lambda _: None)
 
 
-@pytest.mark.parametrize("takes_uploads", [True, False])
-async def test_a_large_file_goes_before_its_command_or_within_it(
-    server: FakeServer, service: Service, tmp_path: Path, takes_uploads: bool
-) -> None:
-    if not takes_uploads:
-        server.capabilities.remove("uploads")
+async def test_a_large_file_goes_before_its_command(server: FakeServer, service: Service, tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(CONTENT)
     await ask(service, "ready")
     assert (await attach(service, path))["exit_code"] == 0
     [sent] = [frame for frame in server.frames if isinstance(frame, Run)]
     [file] = sent.files
-    if takes_uploads:
-        assert (file.data, file.digest, file.size) == (None, digest_of(CONTENT), len(CONTENT))
-        assert server.uploads == {digest_of(CONTENT): CONTENT}
-    else:
-        assert (file.data, file.digest) == (CONTENT, None)
-        assert not [frame for frame in server.frames if isinstance(frame, Upload)]
-
-
-async def test_more_than_an_older_server_takes_is_refused_with_advice(
-    server: FakeServer, service: Service, tmp_path: Path
-) -> None:
-    server.capabilities.remove("uploads")
-    path = tmp_path / "larger.bin"
-    with path.open("wb") as file:
-        file.truncate(25 << 20)
-    await ask(service, "ready")
-    with pytest.raises(RemoteError, match="does not accept large files: upgrade the server"):
-        await attach(service, path)
-    assert not [frame for frame in server.frames if isinstance(frame, Run)]
+    assert (file.data, file.digest, file.size) == (None, digest_of(CONTENT), len(CONTENT))
+    assert server.uploads == {digest_of(CONTENT): CONTENT}
 
 
 async def test_a_file_that_is_another_by_now_is_not_sent(server: FakeServer, service: Service, tmp_path: Path) -> None:

@@ -120,16 +120,6 @@ async def test_a_project_with_tasks_of_its_own_is_not_touched(server: FakeServer
     assert everything(root) == before
 
 
-async def test_a_server_that_takes_no_projects_is_to_be_upgraded(server: FakeServer, root: Path) -> None:
-    await initialise(root)
-    await lattice(root, "create", "Mine", "--actor", "human:a")
-    before = everything(root)
-    server.capabilities.remove("push")
-    done = await add(server, root)
-    assert done.code == 1 and "upgrade" in done.err
-    assert everything(root) == before
-
-
 async def test_a_context_that_somebody_wrote_is_not_replaced(server: FakeServer, root: Path) -> None:
     await initialise(root)
     context = root / ".lattice/context.md"

@@ -186,14 +186,6 @@ async def test_a_refused_token_ends_it(server: FakeServer) -> None:
         assert isinstance(ended, Ended) and ended.error.code == "REMOTE_UNAUTHORIZED"
 
 
-async def test_an_older_server_is_named(server: FakeServer) -> None:
-    server.capabilities.remove("follow")
-    for reader in reading(server):
-        ended = await reader.until(Ended)
-        assert isinstance(ended, Ended) and ended.error.code == "REMOTE_VERSION" and "upgrade" in ended.error.message
-        assert not [frame for frame in server.frames if isinstance(frame, Follow)]
-
-
 async def test_a_change_out_of_turn_is_a_violation(server: FakeServer, reader: Reader) -> None:
     await reader.until(Connected)
     server.numbered(PutFile("a", b"1"))

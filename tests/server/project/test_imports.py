@@ -188,16 +188,6 @@ async def test_what_was_not_uploaded_with_this_token_can_not_be_pushed(running: 
     assert running.hub.project("web").history.used is None
 
 
-async def test_an_older_client_is_told_what_to_upgrade(running: Running) -> None:
-    copy = Copy(follow=False, capabilities=["uploads"])
-    async with running.connected() as socket:
-        await copy.greet(socket)
-        request = Push("0" * 32, bytes(32), 1)
-        await copy.send(request)
-        refused = await copy.answer(request.id)
-        assert isinstance(refused, Refused) and refused.code == "REMOTE_VERSION"
-
-
 async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
     running: Running, own: dict[str, bytes]
 ) -> None:

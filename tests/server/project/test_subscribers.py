@@ -10,7 +10,7 @@ from harness import Running, farewell, hello, make_data, serving
 from websockets.asyncio.client import ClientConnection
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import CAPABILITIES, Change, Follow, Followed, Reply, Run, ServerFrame, Welcome
+from lattice_remote.protocol.messages import Change, Follow, Followed, Reply, Run, ServerFrame, Welcome
 from lattice_remote.server.journal.segment import ChangeIds
 
 
@@ -147,11 +147,10 @@ async def test_what_is_not_kept_is_said(running: Running) -> None:
         assert (await ask(socket, Follow(epoch, 2))).outcome == "following"
 
 
-@pytest.mark.parametrize("case", ["twice", "with a copy", "not named"])
+@pytest.mark.parametrize("case", ["twice", "with a copy"])
 async def test_follow_comes_once_and_from_those_who_may(running: Running, case: str) -> None:
-    capabilities = [name for name in CAPABILITIES if case != "not named" or name != "follow"]
     async with running.connected() as socket:
-        await socket.send(hello(follow=case == "with a copy", capabilities=capabilities))
+        await socket.send(hello(follow=case == "with a copy"))
         await received(socket)
         await socket.send(encode(Follow()))
         if case == "twice":

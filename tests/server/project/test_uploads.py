@@ -16,7 +16,6 @@ from lattice.storage.fs import atomic_write, ensure_lattice_dirs
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import (
-    CAPABILITIES,
     Attachment,
     Refused,
     Reply,
@@ -202,17 +201,7 @@ async def test_sent_faster_than_the_disk_takes_it_is_refused_and_bounded(
     assert {answer.code for answer in copy.answers.values() if isinstance(answer, Refused)} == {"REMOTE_BUSY"}
 
 
-async def test_a_client_that_does_not_name_uploads_is_refused(running: Running) -> None:
-    copy = Asking(capabilities=[name for name in CAPABILITIES if name != "uploads"])
-    async with running.connected() as socket:
-        await copy.greet(socket)
-        refused = await copy.ask(Upload(secrets.token_hex(16), DIGEST, 5))
-    assert isinstance(refused, Refused) and refused.code == "REMOTE_VERSION"
-    assert "upgrade the client" in refused.message
-
-
-async def test_a_request_without_the_new_fields_is_as_before(running: Running) -> None:
-    """An older client's frame: an attachment has no digest and no size."""
+async def test_an_attachment_within_the_command_needs_no_digest(running: Running) -> None:
     copy = Asking()
     async with running.connected() as socket:
         await copy.greet(socket)

@@ -28,7 +28,6 @@ from lattice_remote.protocol.operations import digest_of
 __all__ = ["EditSender", "EditWatcher", "SentEdits"]
 
 _LONG_BASE_BYTES = 16 * 1024
-_SEND_WHOLE = ("REMOTE_STALE_BASE", "REMOTE_VERSION")
 SAVING_S = 2.0
 """Longest wait for a file that is being written or was just emptied: an editor is about to save it."""
 _POLL_S = 0.02
@@ -349,21 +348,14 @@ class EditSender:
 
         A sent edit is recorded until its answer is settled.
         """
-        frame = self._brief(link, put, current)
+        frame = _brief(put, current)
         while True:
             if is_edit:
                 self._unanswered.remember(Sent(put, frame, current, time.time()))
             answer = await self._ask(link, frame)
-            if frame is put or not isinstance(answer, Refused) or answer.code not in _SEND_WHOLE:
+            if frame is put or not isinstance(answer, Refused) or answer.code != "REMOTE_STALE_BASE":
                 return answer
             frame = put
-
-    def _brief(self, link: Connection, put: Put, current: bytes | None) -> Put:
-        welcome = link.welcome
-        can = welcome is not None and "put-base" in welcome.capabilities
-        if not can or put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
-            return put
-        return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
 
     async def _ask(self, link: Connection, put: Put, first_sent_at: float | None = None) -> Stored | Refused:
         answer = await link.ask(put, first_sent_at=first_sent_at)
@@ -399,6 +391,13 @@ class EditSender:
 
     def _signature(self, path: str) -> Signature | None:
         return self._follower.cache.signature(path)
+
+
+def _brief(put: Put, current: bytes | None) -> Put:
+    """Return the request with the digest of a long base instead of the base, if the server most likely has it."""
+    if put.base is None or put.base != current or len(put.base) < _LONG_BASE_BYTES:
+        return put
+    return msgspec.structs.replace(put, id=_new_id(), base=None, base_digest=digest_of(put.base))
 
 
 def _new_id() -> str:

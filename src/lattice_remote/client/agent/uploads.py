@@ -16,13 +16,11 @@ from typing import Any
 from lattice_remote.client.attachments import identity
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.upload import Source, upload
-from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, StorageError
+from lattice_remote.errors import ConnectionFailed, Misuse, StorageError
 from lattice_remote.protocol.messages import MAX_ARGV, MAX_PAYLOAD_BYTES, Attachment, Call, Refused, Response, Run
 
 __all__ = ["OpenFile", "Unreadable", "call_frame", "opened_files", "run_frame", "send_files"]
 
-_OLD_SERVER_BYTES = 24 * 1024 * 1024
-"""Limit for files within a command to a server without uploads."""
 _ATTEMPTS = 3
 _MIB = 1024 * 1024
 
@@ -111,16 +109,13 @@ async def _upload_all(
         except OSError as error:
             raise StorageError(f"cannot read {file.name}: {error.strerror}") from error
         async with bulk() as link:
-            if await _upload(link, source, file.name, report):
-                attachments.append(Attachment(file.index, file.name, digest=source.digest, size=source.size))
-                sources.append(source)
-            else:
-                attachments.append(Attachment(file.index, file.name, os.pread(file.descriptor, source.size, 0)))
+            await _upload(link, source, file.name, report)
+        attachments.append(Attachment(file.index, file.name, digest=source.digest, size=source.size))
+        sources.append(source)
     return attachments, sources
 
 
-async def _upload(link: Connection, source: Source, name: str, report: ProgressCallback) -> bool:
-    """Upload one file; return False if the server takes none, and the file fits into the command."""
+async def _upload(link: Connection, source: Source, name: str, report: ProgressCallback) -> None:
     there = 0
 
     def show(have: int, size: int) -> None:
@@ -130,14 +125,9 @@ async def _upload(link: Connection, source: Source, name: str, report: ProgressC
 
     try:
         await upload(link, source, on_progress=show)
-    except Rejected as rejected:
-        if rejected.code != "REMOTE_VERSION" or source.size > _OLD_SERVER_BYTES:
-            raise
-        return False
     except ConnectionFailed as error:
         kept = f"; the server has {there} of {source.size} bytes of {name}: repeat the command to resume"
         raise ConnectionFailed(error.message + (kept if there else ""), code=error.code) from error
-    return True
 
 
 _MAX_NAME_CHARS = 256

@@ -132,8 +132,6 @@ async def plan_push(directory: str) -> Plan:
 
 def _require_empty(welcome: Welcome | None, own: str = "") -> None:
     assert welcome is not None, "the connection is open"
-    if "push" not in welcome.capabilities:
-        raise Rejected("the server does not accept whole projects: upgrade it", code="REMOTE_VERSION")
     if welcome.used:
         raise Misuse(
             f"project {welcome.project} on the server has {welcome.used}, and this directory a project of its own"

@@ -18,7 +18,7 @@ from lattice_remote.client.cache.replicator import ReceiveOutcome
 from lattice_remote.client.config import Remote
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError
+from lattice_remote.errors import ConnectionFailed, ProtocolError, RemoteError
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
@@ -222,11 +222,6 @@ class ChangeStream:
             self._put(Lost(link.error))
 
     def _welcomed(self, welcome: Welcome) -> Follow:
-        if "follow" not in welcome.capabilities:
-            server = f"the server (lattice-remote {welcome.server_version})"
-            raise Rejected(
-                f"{server} does not send changes to clients without a cache: upgrade it", code="REMOTE_VERSION"
-            )
         if self._epoch not in ("", welcome.epoch) and self._is_resumed:
             self._begin_epoch(welcome)
         return Follow(self._epoch, self._seq, self._mark)

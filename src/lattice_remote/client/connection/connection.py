@@ -97,18 +97,6 @@ class ReceiveQueue:
         await self._changed.wait()
 
 
-_CAN_NOT = {
-    "downloads": "does not send files in parts: upgrade the server",
-    "put-text": "does not accept edited plans and notes: upgrade the server",
-    "put-base": "does not accept a base by its digest: upgrade the server",
-    "log": "does not offer its log: upgrade the server",
-    "uploads": "does not accept large files: upgrade the server",
-    "push": "does not accept whole projects: upgrade the server",
-    "call:dashboard": "does not accept requests of the dashboard: upgrade the server",
-    "call:mcp": "cannot run MCP tools: install lattice-remote[mcp] on the server",
-}
-
-
 def refusal_of(frame: Request, welcome: Welcome) -> Refused | None:
     """Return the refusal of a request that this server does not support, else None (SPEC V3 and 2.4)."""
     return _not_offered(frame, welcome) or _too_large(frame, welcome)
@@ -119,7 +107,9 @@ def _not_offered(frame: Request, welcome: Welcome) -> Refused | None:
     if needed is None or needed in welcome.capabilities:
         return None
     server = one_line(f"the server (lattice-remote {welcome.server_version})")
-    return Refused(frame.id, "REMOTE_VERSION", f"{server} {_CAN_NOT[needed]}")
+    surface = needed.removeprefix("call:")
+    why = f"{server} does not offer {surface}: install lattice-remote[{surface}] on the server"
+    return Refused(frame.id, "REMOTE_VERSION", why)
 
 
 def _too_large(frame: Request, welcome: Welcome) -> Refused | None:

@@ -10,12 +10,11 @@ queued in the tick in which it is correct, so its sequence number is that of the
 """
 
 import asyncio
-import functools
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -31,10 +30,10 @@ from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import (
     CAPABILITIES,
     PROTOCOL_VERSION,
+    SURFACES,
     Applied,
     Bye,
     Call,
-    Change,
     ClientFrame,
     Download,
     Downloaded,
@@ -57,7 +56,6 @@ from lattice_remote.protocol.messages import (
     Write,
     needed_capability,
 )
-from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, MergeJson, MoveFile, Operation
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
@@ -67,20 +65,17 @@ from lattice_remote.server.project.history import CommitTimes, History
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import Token
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES
-from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, payload_of, websocket_frame
+from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, websocket_frame
 from lattice_remote.server.transport.websocket import Handoff
 from lattice_remote.server.worker.calls import is_offered
 from lattice_remote.text import describe_difference, printable
 
 __all__ = [
     "HELLO_TIMEOUT_S",
-    "ChangeEncoder",
     "ClientConnection",
     "ReplicationStatus",
     "can_continue",
-    "common_capabilities",
     "download",
-    "encoder_for",
     "followed",
     "is_in_history",
     "offered_capabilities",
@@ -172,79 +167,9 @@ class ReplicationStatus:
             self._metrics.delivery_lag_seconds.observe(max(0.0, age_s - max(0.0, frame.held_s)))
 
 
-_UNKNOWN = bytes(32)
-"""Digest that no file has, so the client always fetches the file."""
-_OPERATIONS = frozenset({"append", "merge", "move"})
-_decoder = msgspec.msgpack.Decoder(Change)
-
-
 def offered_capabilities() -> list[str]:
     """Return the server's capabilities, given the installed packages."""
-    return [name for name in CAPABILITIES if not name.startswith("call:") or is_offered(name.removeprefix("call:"))]
-
-
-def common_capabilities(hello: Hello) -> frozenset[str]:
-    """Return the capabilities that both sides have.
-
-    Raises:
-        ProtocolError: a subscriber lacks a required capability; the message names the side to upgrade.
-    """
-    common = frozenset(hello.capabilities) & frozenset(CAPABILITIES)
-    if hello.follow and "announce" not in common:
-        raise ProtocolError(
-            f"the client (lattice-remote {hello.client_version[:40]}) cannot fetch announced files: upgrade the client",
-            code="REMOTE_VERSION",
-        )
-    return common
-
-
-class ChangeEncoder:
-    """Encoder of changes for all clients with the same set of operations.
-
-    All of them get a new change in one loop tick, so caching the last frame encodes each change once (I10).
-    """
-
-    def __init__(self, capabilities: frozenset[str]) -> None:
-        self._capabilities = capabilities
-        self._is_whole = capabilities >= _OPERATIONS
-        self._last: tuple[bytes, bytes] = (b"", b"")  # a frame and its encoding
-
-    def encode_change(self, frame: bytes) -> bytes:
-        """Return a change's WebSocket frame for these clients; the shared frame if they have every operation."""
-        if self._is_whole:
-            return frame
-        if self._last[0] is not frame:
-            self._last = frame, self._translated(frame)
-        return self._last[1]
-
-    def _translated(self, frame: bytes) -> bytes:
-        change = _decoder.decode(payload_of(frame))
-        operations = [plain for operation in change.ops for plain in self._plain(operation)]
-        if operations == change.ops:
-            return frame
-        return websocket_frame(encode(msgspec.structs.replace(change, ops=operations)))
-
-    def _plain(self, operation: Operation) -> Iterator[Operation]:
-        match operation:
-            case AppendBytes() if "append" not in self._capabilities:
-                yield AnnounceFile(operation.path, 0, _UNKNOWN)
-            case MergeJson() if "merge" not in self._capabilities:
-                yield AnnounceFile(operation.path, 0, _UNKNOWN)
-            case MoveFile() if "move" not in self._capabilities:
-                yield DeleteFile(operation.path)
-                yield AnnounceFile(operation.to, 0, _UNKNOWN)
-            case _:
-                yield operation
-
-
-def encoder_for(capabilities: frozenset[str]) -> ChangeEncoder:
-    """Return the encoder shared by all clients with these capabilities; there are at most eight."""
-    return _shared_encoder(capabilities & _OPERATIONS)
-
-
-@functools.cache
-def _shared_encoder(operations: frozenset[str]) -> ChangeEncoder:
-    return ChangeEncoder(operations)
+    return [name for name in CAPABILITIES if is_offered(name.removeprefix("call:"))]
 
 
 async def download(request: Download, history: History, paths: ProjectPaths) -> Downloaded | Refused:
@@ -308,8 +233,7 @@ class ClientConnection:
         self._counted_bytes = 0  # of answers that the client has not taken
         self._limits = connection.visit.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
-        self._capabilities: frozenset[str] = frozenset()  # common to both sides
-        self._encoder = encoder_for(frozenset(CAPABILITIES))
+        self._capabilities: frozenset[str] = frozenset()  # of the client
         self._follows = True
         self._live = False
         self._sent = 0  # the last change queued
@@ -425,8 +349,7 @@ class ClientConnection:
     async def _welcome(self, hello: Hello) -> None:
         """Answer the greeting. Does not yield between its last look at the project and the queued frame."""
         project = self.project
-        self._capabilities = common_capabilities(hello)
-        self._encoder = encoder_for(self._capabilities)
+        self._capabilities = frozenset(hello.capabilities)
         await project.opened()
         position = Position(hello.epoch, hello.seq, hello.mark)
         continues = hello.follow and await can_continue(project, position)
@@ -487,10 +410,8 @@ class ClientConnection:
                 self._take_request(frame)
 
     def _request_follow(self, frame: Follow) -> None:
-        if self._follows or self._follow is not None or "follow" not in self._capabilities:
-            raise ProtocolError(
-                "Follow may be sent once, by a client that has the capability and whose Hello does not follow"
-            )
+        if self._follows or self._follow is not None:
+            raise ProtocolError("Follow may be sent once, by a client whose Hello does not follow")
         self._follow = frame
         self._work.set()
 
@@ -504,6 +425,8 @@ class ClientConnection:
         needed = needed_capability(frame)
         if needed is not None and needed not in self._capabilities:
             self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {needed!r}: upgrade the client")
+        elif isinstance(frame, Call) and frame.surface not in SURFACES:
+            self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"the server has no surface {frame.surface!r}")
         elif isinstance(frame, Run | Call) and any(f.size > self._limits.attachment_bytes for f in frame.files):
             most = self._limits.attachment_bytes
             self._refuse(frame.id, "REMOTE_TOO_LARGE", f"a file of a command has at most {most} bytes here")
@@ -567,7 +490,7 @@ class ClientConnection:
         if self._live and self._follows:
             assert seq == self._sent + 1, "a live client was sent every change up to the head"
             self._sent = seq
-            self._outbox.push(self._encoder.encode_change(frame))
+            self._outbox.push(frame)
 
     def answer(self, request_id: str, reply: bytes) -> None:
         """Queue a reply; during catch-up it waits for the changes before it."""
@@ -663,7 +586,7 @@ class ClientConnection:
             for seq, frame in batch:
                 assert seq == self._sent + 1, "numbers have no gap (I1)"
                 self._sent = seq
-                self._outbox.push(self._encoder.encode_change(frame))
+                self._outbox.push(frame)
             await self._outbox.room()
             if self._sent == self.project.history.head:
                 self._go_live()
