@@ -13,7 +13,7 @@ import msgspec
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
 
-__all__ = ["as_lines", "as_records", "columns", "describe_difference", "local_time", "printable"]
+__all__ = ["as_lines", "as_records", "columns", "counted", "describe_difference", "local_time", "printable"]
 
 _MAX_TASKS_SHOWN = 3
 
@@ -58,6 +58,11 @@ def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return rows with equally many cells as lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 token`` or ``2 tokens``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _row(entry: LogEntry, short_ids: Mapping[str, str]) -> tuple[str, str, str, str, str, str]:

@@ -157,3 +157,32 @@ def test_an_error_of_the_system_is_one_line(tmp_path: Path) -> None:
         assert result.returncode == 1
         assert said in result.stderr
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_commands_for_whole_projects(data: Path, tmp_path: Path) -> None:
+    def told(*argv: object) -> tuple[int, str, str]:
+        done = lattice_remote_command("--data", data, *argv)
+        return done.returncode, done.stdout, done.stderr
+
+    assert told("project", "create", "old", "--code", "OLD")[0] == 0
+    code, out, err = told("export", "old", tmp_path / "copy")
+    assert (code, err) == (0, "") and out.startswith(f"Exported old to {tmp_path / 'copy'}: 0 tasks, 0 archived, ")
+    code, out, _ = told("import", "--from", tmp_path / "copy", "--project", "new", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["refused"] == ""
+    code, out, _ = told("import", "--from", tmp_path / "copy", "--project", "new")
+    assert code == 0 and out.startswith("Imported new: 0 tasks, ")
+    assert told("project", "rename", "old", "older") == (
+        0,
+        "old is now called older; 0 tokens updated.\n",
+        "On each client, run: lattice remote set-url origin URL --project older\n",
+    )
+    archived = "Archived older; restore it with: lattice-remote project unarchive older\n"
+    assert told("project", "archive", "older") == (0, archived, "")
+    assert told("project", "unarchive", "older") == (0, "older is back.\n", "")
+    assert told("project", "archive", "older")[0] == 0
+    code, _, err = told("project", "delete", "older")
+    assert code == 1 and err.startswith("Error: nothing was deleted: ")
+    code, out, err = told("project", "delete", "older", "--confirm", "older")
+    assert (code, err) == (0, "") and out.startswith("Deleted older; 0 tokens lost it. Its files are in ")
+    code, out, _ = told("status", "--json")
+    assert code == 3 and {"new"} < {project["slug"] for project in json.loads(out)["projects"]}

@@ -10,16 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
-from msgspec import Meta
 
 from lattice_remote.errors import RemoteError, StorageError
 from lattice_remote.files import Signature, signature_of, write_atomically
 from lattice_remote.protocol.messages import Bye
 from lattice_remote.server.datadir import DataDir
-from lattice_remote.server.tokens import Token, TokenFile, digest_of_text, shown
+from lattice_remote.server.tokens import Token, TokenFile, digest_of_text, read_last_uses, shown
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
@@ -30,7 +28,6 @@ __all__ = [
     "Login",
     "Logins",
     "bearer",
-    "read_last_uses",
     "signing_key",
 ]
 
@@ -164,14 +161,6 @@ class LastUse:
             await asyncio.to_thread(write_atomically, self._path, data, mode=0o600)
         except OSError as error:
             _log.warning("cannot write %s: %s", self._path, error.strerror)
-
-
-def read_last_uses(path: Path) -> dict[str, datetime]:
-    """Return the last use of each token, by its id; empty if unknown."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Annotated[datetime, Meta(tz=True)]])
-    except (OSError, msgspec.DecodeError):
-        return {}
 
 
 class Authenticator:

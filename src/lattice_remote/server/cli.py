@@ -1,7 +1,7 @@
 """``lattice-remote``: the administrator's command line.
 
 Errors are one line on stderr that names the remedy, exit 1; a wrong command line is exit 2. Output for scripts (a
-token, a listing with --json, the address) is alone on stdout.
+token, a listing with --json, the address) is alone on stdout. A command imports only the modules that it needs.
 """
 
 import os
@@ -16,16 +16,15 @@ import typer
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.server import status as monitoring
-from lattice_remote.server.auth import read_last_uses
-from lattice_remote.server.datadir import DataDir, administered
+from lattice_remote.server.datadir import DataDir, administered, default_location
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
-from lattice_remote.server.maintenance import commands as admin
-from lattice_remote.server.project.audit_log import present_epoch, read_log, short_ids
-from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, shown
-from lattice_remote.text import as_lines, as_records, columns
+from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, read_last_uses, shown
+from lattice_remote.text import as_lines, as_records, columns, counted, printable
 
-__all__ = ["app", "main"]
+__all__ = ["NOT_RUNNING", "app", "main"]
+
+NOT_RUNNING = 3
+"""Exit code of ``status`` when no server runs, as with ``systemctl status``."""
 
 app = typer.Typer(
     help="The server of lattice-remote: Lattice projects shared by many machines.\n\n"
@@ -37,14 +36,13 @@ app = typer.Typer(
 _projects = typer.Typer(help="Manage the projects on this server.", no_args_is_help=True)
 _tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True)
 app.add_typer(_projects, name="project")
-app.add_typer(admin.app)
-app.add_typer(monitoring.app)
-_projects.add_typer(admin.projects)
 app.add_typer(_tokens, name="token")
 
 _DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
 DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help=_DATA_HELP, show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Slug = Annotated[str, typer.Argument(help="The project.")]
+TokenName = Annotated[str, typer.Argument(help="Its id, or the token itself.")]
 
 
 def main() -> None:
@@ -80,6 +78,24 @@ def _common(
 def _data(context: typer.Context, after: Path | None) -> DataDir:
     """Return the data directory: named after the subcommand, before it, or the default one."""
     return administered(after or context.find_root().obj)
+
+
+def _created(context: typer.Context, after: Path | None) -> DataDir:
+    """Return the data directory; raise Misuse if it is none."""
+    data = _data(context, after)
+    data.config()
+    return data
+
+
+def _print_json(content: object) -> None:
+    typer.echo(msgspec.json.encode(content).decode())
+
+
+def _print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    typer.echo("\n".join(columns([head, *rows])))
+
+
+# --- the server ---
 
 
 @app.command()
@@ -153,6 +169,27 @@ def start(  # noqa: PLR0917 - Typer calls it
     run(target, config, bind(host, port))
 
 
+@app.command()
+def status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
+    """Show the server's status: its projects, its clients and their lag.
+
+    Asks the server that runs on the data directory, as the same user, and exits with 0.
+    If none runs, reads the projects' files and exits with 3.
+
+    Example: lattice-remote --data ./board status --json
+    """
+    from lattice_remote.server.status import present_status, status_lines
+
+    target = DataDir(data or context.find_root().obj or default_location())
+    target.config()
+    found = present_status(target)
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(status_lines(found)))
+    raise typer.Exit(0 if found.running else NOT_RUNNING)
+
+
 # --- projects ---
 
 
@@ -181,20 +218,84 @@ def list_projects(context: typer.Context, as_json: JsonOption = False, data: Dat
 
     Example: lattice-remote project list --json
     """
-    target = _data(context, data)
-    target.config()
+    target = _created(context, data)
     summaries = [target.summary(slug) for slug in [*target.slugs(), *target.archived_slugs()]]
     if as_json:
-        typer.echo(msgspec.json.encode(summaries).decode())
+        _print_json(summaries)
         return
     rows = [(s.slug, s.code or "-", s.state, str(s.tasks), str(s.archived), s.name or "") for s in summaries]
-    _table(("PROJECT", "CODE", "STATE", "TASKS", "ARCHIVED", "NAME"), rows)
+    _print_table(("PROJECT", "CODE", "STATE", "TASKS", "ARCHIVED", "NAME"), rows)
+
+
+@_projects.command("rename")
+def rename_project(
+    context: typer.Context,
+    slug: Slug,
+    name: Annotated[str, typer.Argument(help="New name: lower case letters, digits, dashes.")],
+    data: DataOption = None,
+) -> None:
+    """Rename a project. Its tokens are updated; its clients are sent the new name.
+
+    Example: lattice-remote project rename web site
+    """
+    from lattice_remote.server.maintenance import transfer
+
+    tokens = transfer.rename_project(_data(context, data), slug, name)
+    typer.echo(f"{slug} is now called {name}; {counted(tokens, 'token')} updated.")
+    typer.echo(f"On each client, run: lattice remote set-url origin URL --project {name}", err=True)
+
+
+@_projects.command("archive")
+def archive_project(context: typer.Context, slug: Slug, data: DataOption = None) -> None:
+    """Archive a project: it is not served until it is unarchived. Its tokens stay.
+
+    Example: lattice-remote project archive web
+    """
+    from lattice_remote.server.maintenance import transfer
+
+    transfer.archive_project(_data(context, data), slug)
+    typer.echo(f"Archived {slug}; restore it with: lattice-remote project unarchive {slug}")
+
+
+@_projects.command("unarchive")
+def unarchive_project(context: typer.Context, slug: Slug, data: DataOption = None) -> None:
+    """Restore an archived project; a running server serves it at once.
+
+    Example: lattice-remote project unarchive web
+    """
+    from lattice_remote.server.maintenance import transfer
+
+    transfer.unarchive_project(_data(context, data), slug)
+    typer.echo(f"{slug} is back.")
+
+
+@_projects.command("delete")
+def delete_project(
+    context: typer.Context,
+    slug: Slug,
+    confirm: Annotated[
+        str | None, typer.Option(metavar="SLUG", help="The name again, to skip the prompt.", show_default=False)
+    ] = None,
+    data: DataOption = None,
+) -> None:
+    """Move an archived project to the trash, and remove it from all tokens. No files are removed from the disk.
+
+    Example: lattice-remote project delete web
+    """
+    from lattice_remote.server.maintenance import transfer
+
+    if confirm is None and sys.stdin.isatty():
+        confirm = typer.prompt(f"This deletes {slug} for all users. Type its name")
+    if confirm != slug:
+        raise Misuse("nothing was deleted: name the project a second time, with --confirm SLUG")
+    place, tokens = transfer.delete_project(_data(context, data), slug)
+    typer.echo(f"Deleted {slug}; {counted(tokens, 'token')} lost it. Its files are in {place} until you remove them.")
 
 
 @app.command()
 def log(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    slug: Annotated[str, typer.Argument(help="The project.")],
+    slug: Slug,
     task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
     number: Annotated[int, typer.Option("-n", min=1, help="Number of changes.")] = 20,
     as_json: JsonOption = False,
@@ -204,19 +305,76 @@ def log(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote log web --task WEB-42 -n 5
     """
-    target = _data(context, data)
-    target.config()
+    from lattice_remote.server.project.audit_log import present_epoch, read_log, short_ids
+
+    target = _created(context, data)
     if not target.has_project(slug):
         raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
     paths = target.project(slug)
     entries, more = read_log(paths, task, number)
     names = short_ids(paths.lattice)
     if as_json:
-        found = {"entries": as_records(entries, names), "epoch": present_epoch(paths), "more": more}
-        typer.echo(msgspec.json.encode(found).decode())
+        _print_json({"entries": as_records(entries, names), "epoch": present_epoch(paths), "more": more})
         return
     for line in as_lines(entries, names, present_epoch(paths)) or ["The journal has no changes."]:
         typer.echo(line)
+
+
+@app.command("import")
+def import_project(  # noqa: PLR0917 - Typer calls it
+    context: typer.Context,
+    source: Annotated[Path, typer.Option("--from", metavar="DIR", help="A directory with a lattice project.")],
+    project: Annotated[str, typer.Option(metavar="SLUG", help="Project name: a new one, or an empty project's.")],
+    keep_hooks: Annotated[
+        bool, typer.Option("--keep-hooks", help="Keep the hooks of its config.json; they run on this machine.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the project without changing anything.")] = False,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Import a directory's project into this server. Lattice itself checks it first. The server may run or not.
+
+    Example: lattice-remote import --from ~/src/web --project web
+    """
+    from lattice_remote.server.maintenance import transfer
+
+    report = transfer.import_project(_data(context, data), project, source, keep_hooks=keep_hooks, dry_run=dry_run)
+    if as_json:
+        _print_json(report)
+        return
+    what = f"{report.tasks} tasks, {report.archived} archived, {report.files} files, {report.bytes} bytes"
+    done = "Would import" if dry_run else "Imported"
+    typer.echo(f"{done} {project}: {what}.")
+    for note in report.notes():
+        typer.echo(printable(note), err=True)
+
+
+@app.command("export")
+def export_project(
+    context: typer.Context,
+    slug: Slug,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty directory.")],
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Export a project as a plain lattice directory, consistent at one moment. The server may run or not.
+
+    Exits with 1 if lattice's doctor finds errors in it.
+
+    Example: lattice-remote export web ~/src/web
+    """
+    from lattice_remote.server.maintenance import transfer
+
+    exported = transfer.export_project(_data(context, data), slug, directory)
+    if as_json:
+        _print_json(exported)
+    else:
+        what = f"{exported.tasks} tasks, {exported.archived} archived, {exported.files} files, {exported.bytes} bytes"
+        typer.echo(f"Exported {slug} to {exported.directory}: {what}.")
+        for finding in exported.findings:
+            typer.echo(printable(finding), err=True)
+    if not exported.is_sound:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -270,8 +428,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
 
     Example: lattice-remote token create --project web --actor human:ana --act-as 'agent:*' --expires 90d
     """
-    target = _data(context, data)
-    target.config()
+    target = _created(context, data)
     ends = expiry(expires, datetime.now(UTC))
     if metrics and (project or actor or act_as):
         raise Misuse("a token for metrics has no project and no actor; create another for those")
@@ -298,11 +455,10 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
 
     Example: lattice-remote token list
     """
-    target = _data(context, data)
-    target.config()
+    target = _created(context, data)
     tokens, uses = TokenFile(target.tokens).read(), read_last_uses(target.tokens_used)
     if as_json:
-        typer.echo(msgspec.json.encode([_details(token, uses) for token in tokens]).decode())
+        _print_json([_details(token, uses) for token in tokens])
         return
     rows = [
         (
@@ -316,13 +472,13 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
         )
         for token in tokens
     ]
-    _table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED", "EXPIRES", "LAST USED"), rows)
+    _print_table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED", "EXPIRES", "LAST USED"), rows)
 
 
 @_tokens.command("rotate")
 def rotate_token(
     context: typer.Context,
-    id_or_token: Annotated[str, typer.Argument(help="Its id, or the token itself.")],
+    id_or_token: TokenName,
     grace: Annotated[
         str, typer.Option(metavar="TIME", help="Time the old text stays valid: 30m, 1h, 7d; 0 ends it at once.")
     ] = "0",
@@ -332,8 +488,7 @@ def rotate_token(
 
     Example: lattice-remote token rotate tok_0123456789ab --grace 1h
     """
-    target = _data(context, data)
-    target.config()
+    target = _created(context, data)
     left = timedelta() if grace == "0" else duration(grace)
     token, text = TokenFile(target.tokens).rotate(id_or_token, grace=left)
     old = "no longer works" if grace == "0" else f"works until {shown(token.old_until, '')}"
@@ -344,15 +499,14 @@ def rotate_token(
 @_tokens.command("revoke")
 def revoke_token(
     context: typer.Context,
-    id_or_token: Annotated[str, typer.Argument(help="Its id, or the token itself.")],
+    id_or_token: TokenName,
     data: DataOption = None,
 ) -> None:
     """Revoke a token; its live connections end within a second.
 
     Example: lattice-remote token revoke tok_0123456789ab
     """
-    target = _data(context, data)
-    target.config()
+    target = _created(context, data)
     token = TokenFile(target.tokens).revoke(id_or_token)
     typer.echo(f"Revoked {token.id} ({token.actor})")
 
@@ -373,8 +527,3 @@ def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
 def _expiry_of(token: Token) -> str:
     has_passed = token.expires is not None and token.expires <= datetime.now(UTC)
     return "expired" if has_passed else shown(token.expires, "never")
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print columns, as wide as needed."""
-    typer.echo("\n".join(columns([head, *rows])))

@@ -15,7 +15,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
-import typer
 from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
@@ -23,26 +22,24 @@ from prometheus_client.registry import Collector
 
 import lattice_remote
 from lattice_remote.errors import StorageError
-from lattice_remote.server.datadir import DataDir, default_location
+from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.journal.segment import header_of, read_segment, segment_paths
-from lattice_remote.server.maintenance.commands import DataOption, JsonOption
 from lattice_remote.server.project.connection import ClientConnection
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.registry import ProjectRegistry
 from lattice_remote.text import columns, printable
 
 __all__ = [
-    "NOT_RUNNING",
     "ClientStatus",
     "Gauges",
     "ProjectStatus",
     "ServerStatus",
-    "app",
-    "as_lines",
     "ask",
     "journal_bytes",
     "listen",
+    "present_status",
     "remove",
+    "status_lines",
     "status_of",
     "stopped_status",
     "tell",
@@ -245,7 +242,7 @@ _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 _SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
 
 
-def as_lines(status: ServerStatus) -> list[str]:
+def status_lines(status: ServerStatus) -> list[str]:
     """Return the lines; times are spans up to now."""
     now = datetime.now(UTC)
     if status.running:
@@ -423,34 +420,15 @@ def _address(directory: Path) -> Iterator[str]:
             yield _NAME
 
 
-app = typer.Typer()
+def present_status(data: DataDir) -> ServerStatus:
+    """Return the status of a data directory's server; without one, that of the files.
 
-NOT_RUNNING = 3
-"""The exit code when no server runs, as with ``systemctl status``."""
-
-
-@app.command()
-def status(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
-    """Show the server's status: its projects, its clients and their lag.
-
-    Asks the server that runs on the data directory, as the same user, and exits with 0.
-    If none runs, reads the projects' files and exits with 3.
-
-    Example: lattice-remote --data ./board status --json
+    Raises:
+        StorageError: its answer is incomplete, or from an incompatible version; otherwise as ``ask``.
     """
-    target = DataDir(data or context.find_root().obj or default_location())
-    target.config()
-    told = ask(target.path)
-    found = stopped_status(target) if told is None else _decoded(told)
-    if as_json:
-        typer.echo(msgspec.json.encode(found).decode())
-    else:
-        typer.echo("\n".join(as_lines(found)))
-    raise typer.Exit(0 if found.running else NOT_RUNNING)
-
-
-def _decoded(told: bytes) -> ServerStatus:
-    """Raises StorageError: the answer is incomplete, or from an incompatible version."""
+    told = ask(data.path)
+    if told is None:
+        return stopped_status(data)
     try:
         return msgspec.json.decode(told, type=ServerStatus)
     except (msgspec.DecodeError, UnicodeDecodeError):

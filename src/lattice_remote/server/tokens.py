@@ -20,7 +20,17 @@ from msgspec import Meta
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
 
-__all__ = ["METRICS_ACTOR", "Token", "TokenFile", "check_actor", "digest_of_text", "duration", "expiry", "shown"]
+__all__ = [
+    "METRICS_ACTOR",
+    "Token",
+    "TokenFile",
+    "check_actor",
+    "digest_of_text",
+    "duration",
+    "expiry",
+    "read_last_uses",
+    "shown",
+]
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
@@ -287,3 +297,11 @@ def shown(moment: datetime | None, otherwise: str) -> str:
 def _date(text: str) -> datetime:
     moment = datetime.fromisoformat(text.upper().replace(" ", "T"))
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def read_last_uses(path: Path) -> dict[str, datetime]:
+    """Return the last use of each token, by its id; empty if unknown."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Moment])
+    except (OSError, msgspec.DecodeError):
+        return {}

@@ -28,7 +28,7 @@ from lattice_remote.server.maintenance.fsck_project import Finding, ProjectCheck
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
 from lattice_remote.server.tokens import METRICS_ACTOR, Token, TokenFile, check_actor
 from lattice_remote.server.tree.tree import ProjectTree
-from lattice_remote.text import printable
+from lattice_remote.text import counted, printable
 
 __all__ = [
     "CHMOD_600",
@@ -182,16 +182,12 @@ def as_lines(report: FsckReport) -> list[str]:
     """Return a report as lines for a terminal, the last one a summary."""
     lines = [printable(found.line()) for found in report.findings] + [printable(note) for note in report.notes]
     repaired = len(report.findings) - report.left
-    counts = _counted(len(report.findings), "finding") + (
+    counts = counted(len(report.findings), "finding") + (
         f", {repaired} repaired, {report.left} left" if repaired else ""
     )
     live = " A server is running: findings it repairs by itself are omitted." if report.running else ""
-    summary = f"Checked {_counted(report.projects, 'project')}: {counts if report.findings else 'all is well'}.{live}"
+    summary = f"Checked {counted(report.projects, 'project')}: {counts if report.findings else 'all is well'}.{live}"
     return [*lines, summary]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def as_json(report: FsckReport) -> str:
