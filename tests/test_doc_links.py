@@ -58,3 +58,26 @@ def test_each_page_and_decision_named_in_code_exists() -> None:
             assert number in numbers, f"{name}: decision {number}"
             named += 1
     assert named > 10
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "docs" / "decisions").glob("0*.md")), ids=lambda path: path.stem)
+def test_a_decision_is_short_and_listed(record: Path) -> None:
+    text = record.read_text()
+    assert len(text.split()) <= 150
+    assert text.startswith(f"# {int(record.name[:4])}. ")
+    assert all(f"\n**{part}.** " in text for part in ("Context", "Decision", "Alternatives"))
+    title = text.partition("\n")[0].partition(". ")[2]
+    assert f"- [{record.name[:4]}]({record.name}) {title}\n" in (record.parent / "README.md").read_text()
+
+
+def test_each_file_and_constant_in_the_architecture_exists() -> None:
+    text = (ROOT / "docs" / "inside" / "architecture.md").read_text()
+    source = ROOT / "src" / "lattice_remote"
+    paths = re.findall(r"`((?:client|livepage|protocol|server|storage)/[\w/]*(?:\.py)?|\w+\.py)`", text)
+    assert len(paths) > 60
+    assert [path for path in paths if not (source / path).exists()] == []
+    numbers = re.findall(r"^\| .* \| (.*) in `([\w/]+\.py)` \|$", text, re.MULTILINE)
+    assert len(numbers) >= 8
+    for names, path in numbers:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(class )?{name}\b|, {name} = ", (source / path).read_text(), re.MULTILINE), name

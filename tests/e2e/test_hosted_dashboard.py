@@ -120,7 +120,7 @@ def beside(shared_board: tuple[Server, Client, Client], done: Done) -> Iterator[
 
 
 def own_handlers(text: str) -> str:
-    """Return a hosted page with the attribute names that lattice gives to its handlers (decision 0033)."""
+    """Return a hosted page with the attribute names that lattice gives to its handlers (decision 0032)."""
     return re.sub(r'\n<meta name="remote-handlers"[^>]*>', "", text).replace("data-on-", "on")
 
 

@@ -378,10 +378,10 @@ routes = [
 
 
 # Lattice's page is one file with inline scripts and styles, six libraries from a public server, ``style`` and ``on...``
-# attributes, and a background picture of the user's choice. Allowed are therefore (decision 0033):
+# attributes, and a background picture of the user's choice. Allowed are therefore (decision 0032):
 # - the page's inline scripts, each by its digest; no other inline script and no ``javascript:`` link
 # - the libraries, each by its address
-# - inline styles, pictures from any server, and ``on...`` attributes that were not replaced (decision 0033)
+# - inline styles, pictures from any server, and ``on...`` attributes that were not replaced (decision 0032)
 
 
 def policy_for(page: bytes, *, has_handlers: bool = True) -> str:
