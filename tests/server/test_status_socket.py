@@ -78,7 +78,7 @@ async def test_what_the_system_refuses_for_a_moment_is_no_end(tmp_path: Path, mo
     monkeypatch.setattr(loop, "sock_accept", refusing)
     listener = status.listen(tmp_path)
     assert listener is not None
-    telling = asyncio.create_task(status.tell(listener, document))
+    telling = asyncio.create_task(status.answer(listener, document))
     await tried.wait()
     assert await asyncio.to_thread(status.ask, tmp_path) == b"{}"
     telling.cancel()
@@ -94,7 +94,7 @@ async def telling(directory: Path, document: bytes) -> AsyncIterator[asyncio.Tas
 
     listener = status.listen(directory)
     assert listener is not None
-    task = asyncio.create_task(status.tell(listener, said))
+    task = asyncio.create_task(status.answer(listener, said))
     try:
         yield task
     finally:

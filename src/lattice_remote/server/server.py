@@ -10,7 +10,6 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,8 @@ from lattice_remote.server.http.app import http_app, metrics_app
 from lattice_remote.server.registry import STOP_S, ProjectRegistry
 from lattice_remote.server.status import Gauges, status_of
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota, is_loopback
-from lattice_remote.server.transport.listener import Acceptor, Certificate, ServiceManager
-from lattice_remote.server.transport.websocket import PlainHttp, handoff_class, websocket_server
+from lattice_remote.server.transport.listener import Acceptor, Certificate, service_manager
+from lattice_remote.server.transport.websocket import Handoff, PlainHttp, websocket_server
 
 __all__ = ["bind", "make_server", "run"]
 
@@ -75,14 +74,28 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
         Misuse: a setting, a listening address, the certificate or its key is invalid.
         StorageError: ``tokens.json`` cannot be read.
     """
-    manager = ServiceManager.from_environment()
+    notify = service_manager()
     certificate = _certificate(config, data.path)
     _warn_of_plain_text(config, listener)
     _allow_many_connections()
     figures = _bind_figures(config.metrics_listen) if config.metrics_listen else None
-    sockets = _Sockets(listener, figures, statussocket.listen(data.path))
+    status = statussocket.listen(data.path)
+
+    async def serve() -> None:
+        hub, started = ProjectRegistry(data, config=config), datetime.now(UTC)
+        hub.start()
+
+        async def document() -> bytes:
+            return msgspec.json.encode(await status_of(hub, started))
+
+        answering = None if status is None else asyncio.create_task(statussocket.answer(status, document))
+        await make_server(hub, certificate, notify, figures).serve(sockets=[listener])
+        if answering is not None:
+            answering.cancel()
+            statussocket.remove(data.path)
+
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(data, config, certificate, manager, sockets))
+        runner.run(serve())
 
 
 def _bind_figures(address: str) -> socket.socket:
@@ -132,47 +145,21 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-@dataclass(frozen=True)
-class _Sockets:
-    """The listening sockets: public, metrics, and local status."""
-
-    board: socket.socket
-    figures: socket.socket | None
-    status: socket.socket | None
-
-
-async def _serve(
-    data: DataDir, config: Config, certificate: Certificate | None, manager: ServiceManager, sockets: _Sockets
-) -> None:
-    hub, started = ProjectRegistry(data, config=config), datetime.now(UTC)
-    hub.start()
-
-    async def document() -> bytes:
-        return msgspec.json.encode(await status_of(hub, started))
-
-    status = sockets.status
-    telling = None if status is None else asyncio.create_task(statussocket.tell(status, document), name="status")
-    await make_server(hub, certificate, manager, sockets.figures).serve(sockets=[sockets.board])
-    if telling is not None:
-        telling.cancel()
-        statussocket.remove(data.path)
-
-
 def make_server(
     hub: ProjectRegistry,
     certificate: Certificate | None = None,
-    manager: ServiceManager | None = None,
+    notify: Callable[[str], None] = lambda _: None,
     figures: socket.socket | None = None,
 ) -> uvicorn.Server:
     """Return the server of a started registry; ``serve(sockets=[...])`` it. It stops the registry at its end.
 
-    ``figures`` is a second listening socket, for the metrics alone.
+    ``notify`` reports to a service manager. ``figures`` is a second listening socket, for the metrics alone.
     """
     sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
     gauges = Gauges(hub)
-    config = _http_config(http_app(hub, gauges), handoff_class(sockets))
+    config = _http_config(http_app(hub, gauges), cast("type[asyncio.Protocol]", partial(Handoff, server=sockets)))
     metrics = None if figures is None else (figures, _http_config(metrics_app(gauges), "none"))
-    return _Server(config, hub, certificate, manager or ServiceManager(), metrics)
+    return _Server(config, hub, certificate, notify, metrics)
 
 
 def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["none"]) -> uvicorn.Config:
@@ -199,14 +186,14 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         hub: ProjectRegistry,
         certificate: Certificate | None,
-        manager: ServiceManager,
+        notify: Callable[[str], None],
         metrics: tuple[socket.socket, uvicorn.Config] | None,
     ) -> None:
         super().__init__(config)
         self._metrics = metrics
         self._hub = hub
         self._certificate = certificate
-        self._manager = manager
+        self._notify = notify
         self._upkeep: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -232,7 +219,7 @@ class _Server(uvicorn.Server):
         if self._metrics is not None:
             _log.info("serving metrics without authentication on %s:%d", *self._metrics[0].getsockname()[:2])
         print(f"Listening on {self._hub.address}", flush=True)  # noqa: T201 - the one line of its output
-        self._manager.serving()
+        self._notify("READY=1")
 
     def _make_protocol(self, config: uvicorn.Config, visit: ConnectionQuota) -> asyncio.Protocol:
         return PlainHttp(config, self.server_state, self.lifespan.state, visit=visit)
@@ -250,7 +237,7 @@ class _Server(uvicorn.Server):
         _log.info("stopping")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + STOP_S
-        self._manager.stopping()
+        self._notify("STOPPING=1")
         if self._upkeep is not None:
             self._upkeep.cancel()
         for server in self.servers:

@@ -34,6 +34,7 @@ __all__ = [
     "Gauges",
     "ProjectStatus",
     "ServerStatus",
+    "answer",
     "ask",
     "journal_bytes",
     "listen",
@@ -42,7 +43,6 @@ __all__ = [
     "status_lines",
     "status_of",
     "stopped_status",
-    "tell",
 ]
 
 
@@ -341,7 +341,7 @@ def listen(directory: Path) -> socket.socket | None:
     return listener
 
 
-async def tell(listener: socket.socket, document: Callable[[], Awaitable[bytes]]) -> None:
+async def answer(listener: socket.socket, document: Callable[[], Awaitable[bytes]]) -> None:
     """Answer each connection in turn, until this is cancelled."""
     loop = asyncio.get_running_loop()
     while True:

@@ -249,7 +249,7 @@ def test_what_is_remembered_of_a_flood_of_addresses_is_bounded(monkeypatch: pyte
         arrived(door, f"2001:db8:{number >> 8:x}:{number & 255:x}::1").leave()
     assert len(door._addresses) <= most + 1
     assert "192.0.2.1" in door._addresses
-    assert len(door._strangers) == 0
+    assert len(door.unauthenticated) == 0
 
 
 def test_the_log_of_a_flood_is_bounded_and_counts(caplog: pytest.LogCaptureFixture) -> None:
@@ -299,14 +299,14 @@ def test_whatever_happens_in_whatever_order_the_counts_come_back_to_nothing(even
                     visit.failed()
                 case "leave":
                     visit.leave()
-        assert len(door._strangers) <= 3
+        assert len(door.unauthenticated) <= 3
         assert all(count <= 2 for count in door._by_token.values())
         homes = {name: known for name, known in door._addresses.items() if name not in door.proxies}
-        assert all(known.connections >= door._strangers.at(name) for name, known in homes.items())
+        assert all(known.connections >= door.unauthenticated.at(name) for name, known in homes.items())
     for visit in visits:
         visit.leave()
-    assert len(door._strangers) == 0
-    assert not door._strangers._at and not door._strangers._with
+    assert len(door.unauthenticated) == 0
+    assert not door.unauthenticated._at and not door.unauthenticated._with
     assert not door._by_token
-    assert not door._held_by_token
+    assert not door.held_by_token
     assert all(a.connections == 0 for a in door._addresses.values())

@@ -117,14 +117,14 @@ async def test_requests_with_a_token_are_not_those_of_its_address(tmp_path: Path
 async def test_connections_without_a_token_of_an_address(tmp_path: Path) -> None:
     async with limited(tmp_path, waiting_connections_per_address=2) as running, running.connected() as client:
         silent = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(2)]
-        await until(lambda: len(running.hub.door._strangers) == 2)
+        await until(lambda: len(running.hub.door.unauthenticated) == 2)
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "REMOTE_BUSY"
         for one in (writer, *(writer for _, writer in silent)):
             one.close()
-        await until(lambda: not running.hub.door._strangers)
+        await until(lambda: not running.hub.door.unauthenticated)
         await (await client.ping())
         async with running.connected():
             pass
@@ -133,7 +133,7 @@ async def test_connections_without_a_token_of_an_address(tmp_path: Path) -> None
 async def test_a_stranger_that_waits_longest_makes_room(tmp_path: Path) -> None:
     async with limited(tmp_path, waiting_connections=3) as running:
         streams = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(3)]
-        await until(lambda: len(running.hub.door._strangers) == 3)
+        await until(lambda: len(running.hub.door.unauthenticated) == 3)
         async with running.connected() as client:
             with contextlib.suppress(ConnectionResetError):
                 assert await streams[0][0].read() == b""
@@ -221,10 +221,10 @@ async def test_messages_that_do_not_end(tmp_path: Path, fragment: int) -> None:
                 client.transport.write(piece)
         door = running.hub.door
         await until(lambda: door._by_token.total() == 2)
-        await until(lambda: door._held_by_token.total() >= 19_000_000)
-        assert door._held_by_token.total() <= limit
+        await until(lambda: door.held_by_token.total() >= 19_000_000)
+        assert door.held_by_token.total() <= limit
         assert isinstance(await copy.run("put", "a", "x"), Reply)
-    await until(lambda: not door._held_by_token)
+    await until(lambda: not door.held_by_token)
 
 
 async def test_messages_a_second(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from harness import make_data
 from server_process import Process
 
-from lattice_remote.server.transport.listener import ServiceManager
+from lattice_remote.server.transport.listener import notify, service_manager
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_it_is_told_of_the_beginning_and_the_end(
 
 def test_workers_and_hooks_do_not_inherit_it(manager: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", manager.getsockname())
-    ServiceManager.from_environment().serving()
+    service_manager()("READY=1")
     assert manager.recv(100) == b"READY=1"
     assert "NOTIFY_SOCKET" not in os.environ
 
@@ -44,15 +44,15 @@ def test_a_name_without_a_file_is_one_too() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0lattice-remote-{os.getpid()}")
         manager.settimeout(20)
-        ServiceManager(f"@lattice-remote-{os.getpid()}").stopping()
+        notify(f"@lattice-remote-{os.getpid()}", "STOPPING=1")
         assert manager.recv(100) == b"STOPPING=1"
 
 
 def test_one_that_is_gone_is_logged_and_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ServiceManager(str(tmp_path / "gone")).serving()
+    notify(str(tmp_path / "gone"), "READY=1")
     assert "cannot report READY=1 to" in caplog.text and "No such file" in caplog.text
 
 
 def test_without_one_nobody_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    ServiceManager().serving()
+    notify("", "READY=1")
     assert caplog.text == ""

@@ -198,12 +198,12 @@ class ConnectionQuota:
     """One connection in the counts. The owner of the connection calls ``leave()`` when it is closed."""
 
     def __init__(self, door: "AdmissionControl", host: str) -> None:
-        self.cut: Callable[[], None] = lambda: None
+        self.cut: Callable[[], object] = lambda: None
         """Ends the connection at once; set by its owner."""
         self._door = door
         self._host = host
-        self.since = door.now()
-        """Time of acceptance, in seconds of ``AdmissionControl.now``."""
+        self.since = door.clock()
+        """Time of acceptance, in seconds of ``AdmissionControl.clock``."""
         self._home: _Address | None = None  # behind a proxy it is known once a request has come
         self._refusal: ApiError | None = None
         self._requests = 0
@@ -213,7 +213,6 @@ class ConnectionQuota:
 
     @property
     def limits(self) -> LimitSettings:
-        """The configured limits."""
         return self._door.limits
 
     @property
@@ -256,7 +255,7 @@ class ConnectionQuota:
         home.connections += 1
         home.admitted += bool(self._token_id)
         if not self._token_id:
-            self._door.stranger(self, home.name)
+            self._door.unauthenticated.put(self, home.name)
         self._refusal = self._door.one_more_from(home, is_new=is_new)
 
     def log(self, reason: str) -> None:
@@ -284,7 +283,7 @@ class ConnectionQuota:
             return refusal
         refusal = self._door.one_more_with(token_id, self.address)
         if refusal is None:
-            self._door.no_stranger(self)
+            self._door.unauthenticated.remove(self)
             if self._token_id:
                 self._door.one_less_with(self._token_id)
             elif self._home is not None:
@@ -297,10 +296,11 @@ class ConnectionQuota:
 
         Small messages always pass, regardless of other messages with the same token.
         """
+        held = self._door.held_by_token
         if self._token_id and not self._gone:
-            self._door.holds_more(self._token_id, size - self._held)
+            held[self._token_id] += size - self._held
             self._held = size
-        return size <= FIRST_FRAME_BYTES or not self._door.holds_too_much(self._token_id)
+        return size <= FIRST_FRAME_BYTES or held[self._token_id] <= self.limits.unfinished_bytes_per_token
 
     def leave(self) -> None:
         """Uncount the closed connection. Idempotent."""
@@ -308,7 +308,7 @@ class ConnectionQuota:
             self.holds(0)
             self._gone = True
             self._leave_home()
-            self._door.no_stranger(self)
+            self._door.unauthenticated.remove(self)
             if self._token_id:
                 self._door.one_less_with(self._token_id)
 
@@ -328,11 +328,12 @@ class AdmissionControl:
         """Raises Misuse if a trusted proxy is no address."""
         self.limits = limits
         self.proxies = Proxies(trusted_proxies)
-        self._clock = clock
+        self.clock = clock
         self._addresses: OrderedDict[str, _Address] = OrderedDict()  # the most recently seen is last
-        self._strangers: UnauthenticatedConnections[ConnectionQuota] = UnauthenticatedConnections()
+        self.unauthenticated: UnauthenticatedConnections[ConnectionQuota] = UnauthenticatedConnections()
         self._by_token: Counter[str] = Counter()
-        self._held_by_token: Counter[str] = Counter()
+        self.held_by_token: Counter[str] = Counter()
+        """Bytes held of unfinished messages."""
         self._requests_of: dict[str, TokenBucket] = {}  # by token: bounded by the number of tokens
         self._logged: dict[str, tuple[float, int]] = {}  # by reason: last line, omitted since
 
@@ -340,18 +341,18 @@ class AdmissionControl:
         """Count a new connection; return None if its address has no room for another unauthenticated one."""
         visit = ConnectionQuota(self, host)
         if host in self.proxies:
-            self.stranger(visit, host)
+            self.unauthenticated.put(visit, host)
         else:
             home = self.known(counted_as(host))
-            if self._strangers.at(home.name) >= self.limits.waiting_connections_per_address:
-                oldest = self._strangers.oldest_at(home.name)
+            if self.unauthenticated.at(home.name) >= self.limits.waiting_connections_per_address:
+                oldest = self.unauthenticated.oldest_at(home.name)
                 if visit.since - oldest.since < _PATIENCE_S:
                     self.log("too many connections without a token", home.name)
                     return None
                 self._cut(oldest)
             visit.come_from(home)
-        if len(self._strangers) > self.limits.waiting_connections:
-            self._cut(self._strangers.next_to_go())
+        if len(self.unauthenticated) > self.limits.waiting_connections:
+            self._cut(self.unauthenticated.next_to_go())
         return visit
 
     def _cut(self, leaving: ConnectionQuota) -> None:
@@ -359,13 +360,9 @@ class AdmissionControl:
         leaving.leave()
         leaving.cut()
 
-    def now(self) -> float:
-        """Return the time in seconds of a clock that is never set."""
-        return self._clock()
-
     def log(self, reason: str, address: str) -> None:
         """Log a refusal, at a limited rate per reason. ``reason`` has no text of the client's."""
-        now = self._clock()
+        now = self.clock()
         at, silent = self._logged.get(reason, (float("-inf"), 0))
         if now - at < _LOG_EVERY_S:
             self._logged[reason] = at, silent + 1
@@ -379,7 +376,7 @@ class AdmissionControl:
         """Return the state of an address, and drop the address not seen for longest if there are too many."""
         known = self._addresses.get(name)
         if known is None:
-            known = self._addresses[name] = _Address(name, self.limits, self._clock())
+            known = self._addresses[name] = _Address(name, self.limits, self.clock())
             if len(self._addresses) > MAX_ADDRESSES:
                 self._forget_one()
         self._addresses.move_to_end(name)
@@ -397,7 +394,7 @@ class AdmissionControl:
         """Return the refusal of one more connection from an address, already counted, if it is one too many."""
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
-        if self._strangers.at(home.name) > self.limits.waiting_connections_per_address:
+        if self.unauthenticated.at(home.name) > self.limits.waiting_connections_per_address:
             self.log("too many connections without a token", home.name)
             return _too_many("too many connections without a token from your address", 1)
         return None
@@ -415,7 +412,7 @@ class AdmissionControl:
     def too_fast(self, home: _Address) -> ApiError | None:
         """Count a new connection, or a further request on one; return the refusal if there are too many."""
         rate = self.limits.new_connections_per_second
-        wait_s = home.arrivals.take(self._clock(), rate=rate, burst=rate * _BURST_S)
+        wait_s = home.arrivals.take(self.clock(), rate=rate, burst=rate * _BURST_S)
         if not wait_s:
             return None
         self.log("too many new connections or requests", home.name)
@@ -423,7 +420,7 @@ class AdmissionControl:
 
     def too_fast_with(self, token_id: str, address: str) -> ApiError | None:
         """Count a request with a valid token; return the refusal if there are too many."""
-        rate, now = self.limits.messages_per_second, self._clock()
+        rate, now = self.limits.messages_per_second, self.clock()
         requests = self._requests_of.setdefault(token_id, TokenBucket(rate * _TOKEN_BURST_S, now))
         wait_s = requests.take(now, rate=rate, burst=rate * _TOKEN_BURST_S)
         if not wait_s:
@@ -434,7 +431,7 @@ class AdmissionControl:
     def login_failed(self, home: _Address) -> ApiError | None:
         """Count a failed login; return the refusal if there are too many."""
         per_minute = self.limits.failed_logins_per_minute
-        wait_s = home.failures.take(self._clock(), rate=per_minute / 60, burst=per_minute)
+        wait_s = home.failures.take(self.clock(), rate=per_minute / 60, burst=per_minute)
         self.log("no valid token", home.name)
         return _too_many("too many requests without a valid token from your address", wait_s) if wait_s else None
 
@@ -451,23 +448,7 @@ class AdmissionControl:
         """Uncount a connection of a token."""
         self._by_token[token_id] -= 1
         if not self._by_token[token_id]:
-            del self._by_token[token_id], self._held_by_token[token_id]
-
-    def holds_more(self, token_id: str, size: int) -> None:
-        """Count bytes held of the token's unfinished messages."""
-        self._held_by_token[token_id] += size
-
-    def holds_too_much(self, token_id: str) -> bool:
-        """Return whether the token holds more than its limit."""
-        return self._held_by_token[token_id] > self.limits.unfinished_bytes_per_token
-
-    def stranger(self, visit: ConnectionQuota, address: str) -> None:
-        """Count it as unauthenticated at this address."""
-        self._strangers.put(visit, address)
-
-    def no_stranger(self, visit: ConnectionQuota) -> None:
-        """Uncount it: it has shown its token, or is closed."""
-        self._strangers.remove(visit)
+            del self._by_token[token_id], self.held_by_token[token_id]
 
 
 def _too_many(why: str, wait_s: float) -> ApiError:

@@ -11,6 +11,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from lattice_remote.files import signature_of
 from lattice_remote.server.transport.admission import AdmissionControl, ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
-__all__ = ["TLS_TIMEOUT_S", "Acceptor", "Certificate", "ServiceManager"]
+__all__ = ["TLS_TIMEOUT_S", "Acceptor", "Certificate", "notify", "service_manager"]
+
+_log = logging.getLogger(__name__)
 
 
 class _Encrypted(Exception):
@@ -161,19 +164,15 @@ class Acceptor:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         visit = self._door.arrive(host)
         if visit is None:
-            self._turn_away(connection)
+            with contextlib.suppress(OSError):
+                if self._context is None:  # with TLS a response would cost a handshake
+                    connection.send(_NO_ROOM.raw)
+            connection.close()
             return
         task = asyncio.get_running_loop().create_task(self._open(connection, visit))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
-        visit.cut = lambda: _cancel(task)
-
-    def _turn_away(self, connection: socket.socket) -> None:
-        """Close it, with a response if that costs nothing."""
-        with contextlib.suppress(OSError):
-            if self._context is None:
-                connection.send(_NO_ROOM.raw)
-        connection.close()
+        visit.cut = task.cancel
 
     async def _open(self, connection: socket.socket, visit: ConnectionQuota) -> None:
         """Do the TLS handshake, if any, and give the connection to its protocol."""
@@ -193,42 +192,22 @@ class Acceptor:
             raise
 
 
-def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
+def service_manager() -> Callable[[str], None]:
+    """Return a function that reports a state to the service manager that ``NOTIFY_SOCKET`` names, if any.
+
+    Unsets the variable for workers and hooks.
+    """
+    return partial(notify, os.environ.pop("NOTIFY_SOCKET", ""))
 
 
-_log = logging.getLogger(__name__)
-
-
-class ServiceManager:
-    """Notifications to a service manager; without an address none are sent."""
-
-    def __init__(self, address: str = "") -> None:
-        self._address = address
-
-    @classmethod
-    def from_environment(cls) -> "ServiceManager":
-        """Return the one that ``NOTIFY_SOCKET`` names, and unset the variable for workers and hooks."""
-        return cls(os.environ.pop("NOTIFY_SOCKET", ""))
-
-    def serving(self) -> None:
-        """Report that requests are answered from now on."""
-        self._tell("READY=1")
-
-    def stopping(self) -> None:
-        """Report that the server is stopping."""
-        self._tell("STOPPING=1")
-
-    def _tell(self, state: str) -> None:
-        if not self._address:
-            return
-        address = f"\0{self._address[1:]}" if self._address.startswith("@") else self._address
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                manager.setblocking(False)
-                manager.connect(address)
-                manager.send(state.encode())
-        except OSError as error:
-            _log.warning(
-                "cannot report %s to the service manager %s: %s", state, self._address, error.strerror or error
-            )
+def notify(address: str, state: str) -> None:
+    """Report ``READY=1`` or ``STOPPING=1`` to a service manager; without an address to none. A failure is logged."""
+    if not address:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.setblocking(False)
+            manager.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+            manager.send(state.encode())
+    except OSError as error:
+        _log.warning("cannot report %s to the service manager %s: %s", state, address, error.strerror or error)

@@ -7,8 +7,8 @@ its projects. Small bodies are not counted.
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.config import LimitSettings
@@ -45,10 +45,11 @@ class _Bodies:
             self.bytes -= len(body)
 
 
-@contextmanager
-def _in_time() -> Iterator[None]:
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
     try:
-        yield
+        async with asyncio.timeout(_WAIT_S):
+            yield
     except TimeoutError:
         why = "responses to this token are unread: read them, then try again"
         raise Rejected(why, code="REMOTE_BUSY") from None
@@ -89,10 +90,9 @@ class ResponseBudget:
         Raises:
             Rejected: REMOTE_BUSY, no room in time.
         """
-        with _in_time():
-            async with asyncio.timeout(_WAIT_S):
-                while not self.has_room(token_id):
-                    await self._released(token_id)
+        async with _in_time():
+            while not self.has_room(token_id):
+                await self._released(token_id)
 
     async def _released(self, token_id: str) -> None:
         """Wait until a body of this token is released, or any body if the total was exceeded."""
@@ -112,9 +112,8 @@ class ResponseBudget:
             Rejected: REMOTE_BUSY, others were before it for too long.
         """
         lock = self._making.setdefault(token_id, asyncio.Lock())
-        with _in_time():
-            async with asyncio.timeout(_WAIT_S):
-                await lock.acquire()
+        async with _in_time():
+            await lock.acquire()
         try:
             yield
         finally:

@@ -151,16 +151,12 @@ class SendQueue:
             self._transport.write(self._next_write())
         if self._paused:
             return
-        if not self._frames and self._transport.get_write_buffer_size() <= self._high_water_bytes():
+        if not self._frames and self._transport.get_write_buffer_size() <= self._transport.get_write_buffer_limits()[1]:
             self._wake()
         elif not self._flush_due:
             # uvloop writes, and pauses this queue if needed, at the end of the tick: continue after that.
             self._flush_due = True
             self._loop.call_soon(self._flush)
-
-    def _high_water_bytes(self) -> int:
-        """Return above which size of its buffer the transport pauses the queue."""
-        return self._transport.get_write_buffer_limits()[1]
 
     def _next_write(self) -> bytes:
         """Take small frames of up to ``_WRITE_BYTES`` together, or one large one."""

@@ -50,7 +50,6 @@ __all__ = [
     "PlainHttp",
     "Request",
     "Response",
-    "handoff_class",
     "http_answer",
     "websocket_server",
 ]
@@ -182,11 +181,22 @@ class PlainHttp(H11Protocol):
 
 
 class Handoff(ServerConnection):
-    """One client's WebSocket connection. Send messages only through ``outbox``."""
+    """One client's WebSocket connection. Send messages only through ``outbox``.
+
+    uvicorn makes it; ``server`` is that of ``websocket_server()``.
+    """
 
     outbox: SendQueue
 
-    def __init__(self, server: Server, state: ServerState, visit: ConnectionQuota) -> None:
+    def __init__(
+        self,
+        config: Config,  # noqa: ARG002
+        server_state: ServerState,
+        app_state: dict[str, Any],  # noqa: ARG002
+        *,
+        server: Server,
+        visit: ConnectionQuota,
+    ) -> None:
         super().__init__(
             ServerProtocol(subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=FIRST_FRAME_BYTES),
             server,
@@ -195,7 +205,7 @@ class Handoff(ServerConnection):
             close_timeout=CLOSE_TIMEOUT_S,
             write_limit=_HIGH_WATER_BYTES,
         )
-        self._state = state
+        self._state = server_state
         self.visit = visit
         """Its state in admission control."""
         self._messages_per_s = visit.limits.messages_per_second
@@ -304,23 +314,6 @@ def websocket_server(
     )
     server.server = cast("asyncio.Server", SimpleNamespace(is_serving=is_serving))
     return server
-
-
-def handoff_class(server: Server) -> type[asyncio.Protocol]:
-    """Return the class for ``uvicorn.Config(ws=...)``, whose connections belong to ``server``."""
-
-    class BoundHandoff(Handoff):
-        def __init__(
-            self,
-            config: Config,  # noqa: ARG002
-            server_state: ServerState,
-            app_state: dict[str, Any],  # noqa: ARG002
-            *,
-            visit: ConnectionQuota,
-        ) -> None:
-            super().__init__(server, server_state, visit)
-
-    return cast("type[asyncio.Protocol]", BoundHandoff)
 
 
 def http_answer(refusal: ApiError) -> Response:
