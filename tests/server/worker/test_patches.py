@@ -11,6 +11,7 @@ import filelock
 import pytest
 from lattice.storage import fs, locks
 
+from lattice_remote.server.worker import patches
 from lattice_remote.server.worker.patches import Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
 
 
@@ -268,6 +269,25 @@ def test_nobody_else_sees_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert (patched.directory / "log.jsonl").read_text() == '{"n":-1}\n'
         patched.writes.publish()
     assert (tmp_path / "place/snapshot.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_published_file_is_replaced_as_a_whole_and_leaves_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(patches, "_renameat2", lambda: None)
+    with monkeypatch.context() as patch:
+        patched = Patched(tmp_path / "place", patch)
+        prepare(patched.directory)
+        with (patched.directory / "snapshot.json").open() as reader:
+            fs.atomic_write(patched.directory / "snapshot.json", "after")
+            replacement = next(patched.directory.glob(".tmp.*")).stat()
+            patched.writes.publish()
+            assert reader.read() == "before", "an open file stays as it was"
+    assert content_of(tmp_path / "place") == {"log.jsonl": b'{"n":-1}\n', "snapshot.json": b"after"}
+    status = (tmp_path / "place/snapshot.json").stat()
+    assert (status.st_ino, status.st_mode) == (replacement.st_ino, replacement.st_mode)
 
 
 def test_what_was_removed_meanwhile_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

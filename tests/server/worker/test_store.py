@@ -15,7 +15,9 @@ from worker_process import tree_of
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
 from lattice_remote.server.journal.journal import Retention
+from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.worker import store as store_module
+from lattice_remote.server.worker.patches import WriteSet
 from lattice_remote.server.worker.recovery import Opened, open_store
 from lattice_remote.server.worker.store import ChangeOrigin, ChangeTooLarge, CommitJob
 
@@ -24,6 +26,8 @@ CAUSE = ChangeOrigin(REQUEST, "tok", "human:ana", REQUEST)
 TINY_SEGMENTS = Retention(segment_bytes=1)
 FILES = {
     "events/log.jsonl": b"line\n",
+    "events/published.jsonl": b"line\n",
+    "tasks/published.json": os.urandom(50_000),
     "tasks/small.json": b"small\n",
     "tasks/large.json": os.urandom(50_000),
     "tasks/moved.json": os.urandom(50_000),
@@ -126,8 +130,13 @@ def write(path: Path, data: bytes, flags: int) -> None:
         os.close(descriptor)
 
 
-def deed(lattice: Path) -> None:
+def deed(lattice: Path, capture: Capture) -> None:
     """Do everything that commands do to files."""
+    writes = WriteSet(None, capture)
+    write(lattice / "tasks/.tmp.published", b"published " * 10_000, os.O_CREAT | os.O_EXCL)
+    writes.append(str(lattice / "events/published.jsonl"), "more\n")
+    writes.replace(str(lattice / "tasks/.tmp.published"), lattice / "tasks/published.json")
+    writes.publish()
     write(lattice / "events/log.jsonl", b"more\n", os.O_APPEND | os.O_CREAT)
     write(lattice / "events/new.jsonl", b"first\n", os.O_APPEND | os.O_CREAT)
     replace(lattice / "tasks/small.json", b"other\n")
@@ -142,11 +151,12 @@ def deed(lattice: Path) -> None:
 
 def run(project: Path) -> None:
     """Open the project, carry out the request unless it was, and leave without a word."""
-    store = open_here(project).store
+    opened = open_here(project)
+    store = opened.store
     if store.journal.find(REQUEST) is not None:
         return
     with store.transaction() as touched:
-        deed(project / ".lattice")
+        deed(project / ".lattice", opened.capture)
     store.commit(store.difference(touched), CAUSE, lambda seq: Reply(REQUEST, seq, 0, b"", b""))
 
 
@@ -207,7 +217,7 @@ def test_a_change_that_no_frame_can_carry_is_not_made(
     opened = open_here(project)
     monkeypatch.setattr(store_module, "_MAX_ENCODED_BYTES", 100)
     with opened.store.transaction() as touched:
-        deed(project / ".lattice")
+        deed(project / ".lattice", opened.capture)
     with pytest.raises(ChangeTooLarge):
         opened.store.commit(opened.store.difference(touched), CAUSE)
     opened.store.roll_back()
@@ -220,13 +230,14 @@ def test_what_the_journal_has_no_room_for_is_undone_and_refused(
 ) -> None:
     project = projects[0]
     before = tree_of(project / ".lattice")
-    store = open_here(project).store
+    opened = open_here(project)
+    store = opened.store
 
     def full(_record: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with store.transaction() as touched:
-        deed(project / ".lattice")
+        deed(project / ".lattice", opened.capture)
     monkeypatch.setattr(store.journal, "append", full)
     with pytest.raises(Rejected, match="nothing was changed"):
         store.commit(store.difference(touched), CAUSE, lambda seq: Reply(REQUEST, seq, 0, b"", b""))

@@ -211,14 +211,23 @@ class Capture:
         finally:
             self._thread = 0
 
-    def announce(self, path: str, after: bytes | int) -> None:
-        """Announce the outcome of the next change of a file; see ``UndoLog.announce``."""
+    def note_replace(self, source: str, target: str) -> None:
+        """Note a rename of ``source`` over ``target`` that raises no event. Checks it as an event would."""
+        self._announce(target, os.stat(source).st_ino)
+        self._rename((source, target))
+
+    def note_append(self, path: str, data: bytes) -> None:
+        """Note that ``data`` will be appended to a file. Checks it as an event would."""
+        self._announce(path, data)
+        self._open((path, "a", os.O_WRONLY | os.O_APPEND))
+
+    def _announce(self, path: str, after: bytes | int) -> None:
         if isinstance(self._undo, Announced):
             self._undo.announce(path, after)
 
     @contextmanager
-    def _own_work(self) -> Iterator[None]:
-        """Ignore the files that the hook itself opens and renames."""
+    def unwatched(self) -> Iterator[None]:
+        """Ignore the events of the block."""
         thread, self._thread = self._thread, 0
         try:
             yield
@@ -234,8 +243,11 @@ class Capture:
             self._refuse(f"do what Python calls {event}")
         if self.before_change is not None and self._is_change(event, args):
             self.before_change()
-        with self._own_work():
+        thread, self._thread = self._thread, 0  # the handlers open files themselves
+        try:
             handler(self, args)
+        finally:
+            self._thread = thread
 
     def _is_change(self, event: str, args: tuple[object, ...]) -> bool:
         """Return whether an event changes a file that readers of the tree see; locks and temporary files do not

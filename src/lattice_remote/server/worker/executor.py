@@ -136,7 +136,7 @@ class Executor:
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
         setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
         sync_directory = None if lazy else fs._fsync_directory
-        self._writes = WriteSet(sync_directory, capture.announce) if capture is not None else WriteSet(sync_directory)
+        self._writes = WriteSet(sync_directory, capture)
         if lazy or capture is not None:
             setattr(fs, "os", Disk(self._writes if capture is not None else None, lazy=lazy))  # noqa: B010 - likewise
         if lazy:

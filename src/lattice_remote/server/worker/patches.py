@@ -12,10 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lattice_remote.files import SAFE, signature_of
+from lattice_remote.files import SAFE, signature_of, write_all
+from lattice_remote.server.tree.capture import Capture
 
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
 
@@ -23,6 +25,8 @@ LOCK_PREFIX = "locks/"
 """Prefix of lock names among resource names, which have no slash; for example ``locks/tasks_...``."""
 
 _Signature = tuple[int, int, int]
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 class Clock:
@@ -180,16 +184,12 @@ class WriteSet:
 
     Args:
         sync_directory: makes a rename durable; None if lattice's fsyncs are omitted.
-        announce: takes a file's path and either the bytes to append or the inode of its replacement.
+        capture: notes each write before it is published; None if none are captured.
     """
 
-    def __init__(
-        self,
-        sync_directory: Callable[[Path], None] | None,
-        announce: Callable[[str, bytes | int], None] = lambda _path, _after: None,
-    ) -> None:
+    def __init__(self, sync_directory: Callable[[Path], None] | None, capture: Capture | None = None) -> None:
         self._sync_directory = sync_directory
-        self._announce = announce
+        self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
         self._waiting: dict[str, str | list[str]] = {}  # by target: the file that replaces it, or the lines to append
         self._read: dict[str, _Signature] = {}
@@ -205,15 +205,24 @@ class WriteSet:
             OSError: the disk failed; the transaction must be rolled back.
         """
         waiting, self._waiting = self._waiting, {}
+        if self._capture is None:
+            self._publish(waiting)
+        elif waiting:
+            with self._capture.unwatched():
+                self._publish(waiting)
+
+    def _publish(self, waiting: dict[str, str | list[str]]) -> None:
         for target, content in waiting.items():
             if isinstance(content, str):
-                self._announce(target, os.stat(content).st_ino)
-                os.replace(content, target)
+                if self._capture is not None:
+                    self._capture.note_replace(content, target)
+                _replace(content, target)
             else:
-                self._announce(target, "".join(content).encode())
-                with self._open(target, "a", encoding="utf-8") as log:
-                    log.writelines(content)
-                    log.flush()
+                data = "".join(content).encode()
+                if self._capture is not None:
+                    self._capture.note_append(target, data)
+                with self._open(target, "ab", buffering=0) as log:
+                    write_all(log.fileno(), data)
                     if self._sync_directory is not None:
                         os.fsync(log.fileno())
             if self._sync_directory is not None:
@@ -267,6 +276,36 @@ class WriteSet:
         if "/tasks/" in name and name not in self._read:
             self._read[name] = _content_signature(os.fstat(opened.fileno()))
         return opened
+
+
+def _replace(source: str, target: str) -> None:
+    """Replace an existing file by exchanging the two names, then removing the old file.
+
+    A plain rename over a file makes ext4 write the new content to the disk at once (``auto_da_alloc``). That costs more
+    than the rest of a command, and the journal is the durable copy.
+    """
+    if _exchange(source, target):
+        os.unlink(source)
+    else:
+        os.replace(source, target)
+
+
+@cache
+def _renameat2() -> Callable[[int, bytes, int, bytes, int], int] | None:
+    """Return the C library's function, None on systems without one."""
+    import ctypes
+
+    function = getattr(ctypes.CDLL(None), "renameat2", None)
+    if function is not None:
+        path = ctypes.c_char_p
+        function.argtypes = [ctypes.c_int, path, ctypes.c_int, path, ctypes.c_uint]
+    return function
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Exchange two files' names atomically; return False if the system cannot."""
+    call = _renameat2()
+    return call is not None and call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def _reader(  # noqa: PLR0917 - in the order of open()
