@@ -35,6 +35,7 @@ class Listening:
         since: str | None = None,
         timeout_s: float = 20.0,
         headers: dict[str, str] | None = None,
+        path: str = "events/stream",
         trusting: ssl.SSLContext | None = None,
     ) -> None:
         self._connection = (
@@ -45,22 +46,20 @@ class Listening:
         self.id = last or ""
         """The last id that was said."""
         self.comments: list[str] = []
+        self.positions: list[Event] = []
+        """The events that only say where the stream is, at its start and in silence."""
         self.retry_ms: int | None = None
         query = "" if since is None else f"?since={since}"
         sent = {"Authorization": f"Bearer {token}", "Accept": "text/event-stream", **(headers or {})}
         try:
-            self._ask(query, sent if last is None else {**sent, "Last-Event-ID": last}, slug)
+            self._ask(f"/projects/{slug}/{path}{query}", sent if last is None else {**sent, "Last-Event-ID": last})
         except BaseException:
             self._connection.close()
             raise
         self._events = self._read()
 
-    def _ask(self, query: str, headers: dict[str, str], slug: str) -> None:
-        self._connection.request(
-            "GET",
-            f"/projects/{slug}/events/stream{query}",
-            headers=headers,
-        )
+    def _ask(self, address: str, headers: dict[str, str]) -> None:
+        self._connection.request("GET", address, headers=headers)
         assert self._connection.sock is not None
         self.socket: socket.socket = self._connection.sock
         self.response = self._connection.getresponse()
@@ -120,7 +119,9 @@ class Listening:
             elif not field and value:
                 self.comments.append(value)
             elif not field:
-                if data:
+                if kind == "position":
+                    self.positions.append(Event(kind, self.id, json.loads("\n".join(data))))
+                elif data:
                     yield Event(kind, self.id, json.loads("\n".join(data)))
                 kind, data = "message", []
 

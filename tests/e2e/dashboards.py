@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,18 +46,28 @@ class Dashboard:
 
     @contextlib.contextmanager
     def events(self) -> Iterator[Iterator[dict[str, Any]]]:
-        """Listen as the page does; yields what the events say."""
+        """Listen as the page does; yields the id and data of each event."""
         with contextlib.closing(http.client.HTTPConnection(self.host, self.port, timeout=30)) as connection:
             connection.request("GET", "/remote/events")
             answer = connection.getresponse()
             assert answer.headers["Content-Type"] == "text/event-stream"
-            yield (json.loads(line[6:]) for line in iter(answer.readline, b"") if line.startswith(b"data: "))
+            yield _read(answer)
 
     def interrupt(self) -> tuple[int, str]:
         """Press Ctrl-C; return the exit code and what was written to stderr."""
         self.process.send_signal(signal.SIGINT)
         _, stderr = self.process.communicate(timeout=20)
         return self.process.returncode, stderr
+
+
+def _read(stream: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    version = ""
+    for line in stream:
+        field, _, value = line.decode().rstrip("\n").partition(": ")
+        if field == "id":
+            version = value
+        elif field == "data":
+            yield {"version": version, **json.loads(value)}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from importlib.resources import files
 
 __all__ = [
     "EVENTS",
-    "KEEP_ALIVE",
     "RETRY_MS",
     "SCRIPT",
     "STYLE",
@@ -40,8 +39,6 @@ EVENTS = "remote/events"
 """Paths relative to the page."""
 RETRY_MS = 1000
 """Delay after which a browser reconnects."""
-KEEP_ALIVE = b": still here\n\n"
-"""A comment that keeps an idle stream in use."""
 
 _PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js")
 _HOSTED_PARTS = ("hosted.js", "listeners.js", "editor.js")
@@ -72,13 +69,13 @@ def style() -> bytes:
 
 
 def event(version: str, trouble: str = "") -> bytes:
-    """Return one event: the project is at ``version``, a text that differs after each change.
+    """Return one event of a local dashboard: the cache is at ``version``, a text that differs after each change.
 
-    ``trouble`` is one line for users on why the project may be out of date. Repeat the event after some seconds of
+    ``trouble`` is one line for users on why the cache may be out of date. Repeat the event after some seconds of
     silence: the page treats a silent stream as dead.
     """
-    data = json.dumps({"version": version, "trouble": trouble})
-    return f"retry: {RETRY_MS}\ndata: {data}\n\n".encode()
+    data = json.dumps({"trouble": trouble})
+    return f"retry: {RETRY_MS}\nevent: position\nid: {version}\ndata: {data}\n\n".encode()
 
 
 def _read(name: str) -> bytes:

@@ -80,7 +80,11 @@
       window.clearTimeout(next);
       if (source) source.close();
       source = new EventSource(remote.url("remote/events"));
-      source.onmessage = function (message) { hear({ told: JSON.parse(message.data) }); };
+      ["position", "change", "reset"].forEach(function (kind) {
+        source.addEventListener(kind, function (event) {
+          hear({ told: { version: event.lastEventId, trouble: JSON.parse(event.data).trouble || "" } });
+        });
+      });
       source.onerror = function () {
         hear({ lost: true });
         if (source.readyState === EventSource.CLOSED) askWhy();  // otherwise the browser reconnects

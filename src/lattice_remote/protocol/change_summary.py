@@ -9,7 +9,7 @@ from typing import Any
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, MoveFile, PutFile, paths_of
 
-__all__ = ["About", "about", "is_log", "snapshot_of", "tasks_in", "texts_of"]
+__all__ = ["About", "about", "described", "is_log", "snapshot_of", "tasks_in", "texts_of"]
 
 _TASK = r"task_[0-9A-HJKMNP-TV-Z]{26}"
 _TASK_FILE = re.compile(rf"(?:archive/)?(?:tasks|events|plans|notes)/({_TASK})\.[a-z]+")
@@ -89,6 +89,24 @@ def about(change: Change) -> About:
             case _:
                 pass
     return found
+
+
+def described(change: Change, found: About) -> dict[str, Any]:
+    """Return a change as JSON: its author and cause, and what it touches. ``found`` is its summary."""
+    return {
+        "seq": change.seq,
+        "time": change.time,
+        "actor": change.actor,
+        "token_actor": change.token_actor or (change.actor if change.token_id else ""),
+        "token_id": change.token_id,
+        "cause": change.cause,
+        "command": change.command,
+        "tasks": found.tasks,
+        "resources": found.resources,
+        "sessions": found.sessions,
+        "plans": found.plans,
+        "notes": found.notes,
+    }
 
 
 def _written(change: Change) -> Iterable[str]:

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,14 +36,19 @@ def append(path: str, data: bytes = LINE) -> AppendBytes:
 
 
 def told(*ops: Operation, cause: str = "0" * 32, **contents: bytes) -> list[tuple[str, dict]]:
-    """Return kind and data of each event as it is read on the other side; ``contents`` by the digest's first digit."""
+    """Return kind and data of each event, except for the last, as it is read on the other side.
+
+    ``contents`` are by the digest's first digit.
+    """
     events = events_of(change(*ops, cause=cause))
     found = {e.wanted: contents[f"d{e.wanted.digest[:1].decode()}"] for e in events if e.wanted and contents}
     sent = b"".join(blocks(AT, events, found)).decode()
-    return [
+    read = [
         (text.split("\n")[0].removeprefix("event: "), json.loads(text.split("\n")[2].removeprefix("data: ")))
         for text in sent.removesuffix("\n\n").split("\n\n")
     ]
+    assert [kind for kind, _ in read].index("change") == len(read) - 1
+    return read[:-1]
 
 
 CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
@@ -151,8 +157,21 @@ def test_a_snapshot_that_is_another_by_now_is_null() -> None:
 def test_every_event_has_the_position_behind_it() -> None:
     events = events_of(change(append(LOG, LINE * 3)))
     ids = [sent.split(b"\n")[1] for sent in blocks(AT, events, {})]
-    assert ids == [b"id: e0-7-ab.1", b"id: e0-7-ab.2", b"id: e0-7-ab"]
-    assert blocks(AT, [], {}) == [b"id: e0-7-ab\n\n"]
+    assert ids == [b"id: e0-7-ab.1", b"id: e0-7-ab.2", b"id: e0-7-ab.3", b"id: e0-7-ab"]
+
+
+def test_the_last_event_is_the_change_itself() -> None:
+    made = msgspec.structs.replace(change(append(LOG), PutFile(f"plans/{TASK}.md", b"#")), actor="agent:bot")
+    made = msgspec.structs.replace(made, token_actor="human:ana")
+    last = events_of(made)[-1]
+    author = {"actor": "agent:bot", "token_actor": "human:ana", "token_id": "tok_1"}
+    when = {"seq": 7, "time": "2030-01-01T00:00:00.000Z", "cause": "0" * 32, "command": "x"}
+    assert last.data == author | when | {"tasks": [TASK], "plans": [TASK], "notes": [], "resources": [], "sessions": []}
+    assert [event.kind for event in events_of(change())] == ["change"], "a change without operations has a position too"
+    by_server = events_of(msgspec.structs.replace(made, actor="server", token_id="", token_actor=""))
+    assert by_server[-1].data["token_actor"] == ""
+    own = events_of(msgspec.structs.replace(made, token_actor=""))
+    assert own[-1].data["token_actor"] == "agent:bot"
 
 
 @given(
@@ -180,9 +199,9 @@ def test_whatever_a_change_holds_its_events_are_the_same_each_time_and_lines(ops
     for sent in blocks(AT, events, wanted):
         assert sent.endswith(b"\n\n") and b"\r" not in sent
         lines = sent[:-2].split(b"\n")
-        assert [line.partition(b": ")[0] for line in lines] in ([b"event", b"id", b"data"], [b"id"])
-    # Each path is told of by an event, so that whoever keeps a copy knows what to ask for.
-    assert bool(events) == bool(ops)
+        assert [line.partition(b": ")[0] for line in lines] == [b"event", b"id", b"data"]
+    # Each path is named by an event, so that a program with a copy knows what to request.
+    assert bool(events[:-1]) == bool(ops)
 
 
 def test_a_position_is_what_its_text_says() -> None:

@@ -57,13 +57,15 @@ def test_a_new_task_is_told(server: Process, token: str, session: requests.Sessi
         assert listening.status == 200
         assert listening.response.headers["Content-Type"] == "text/event-stream"
         task = create(session, url, "told")
-        events = listening.take(3)
+        events = listening.take(4)
     by_kind = {event.kind: event.data for event in events}
-    assert list(by_kind) == ["task_event", "task_snapshot", "text"]
+    assert list(by_kind) == ["task_event", "task_snapshot", "text", "change"]
     assert by_kind["task_event"]["task"] == task
     assert by_kind["task_event"]["event"]["type"] == "task_created"
     assert by_kind["task_snapshot"]["snapshot"]["title"] == "told"
     assert by_kind["text"] == {"task": task, "text": "plan"}
+    assert by_kind["change"]["tasks"] == by_kind["change"]["plans"] == [task]
+    assert by_kind["change"]["actor"] == "human:ana" and by_kind["change"]["command"].startswith("create")
     assert assembled(events) == [position(session, url)]
     assert events[-1].id == here(session, url)
 
@@ -157,12 +159,12 @@ def test_a_large_snapshot_is_told_whole_and_an_older_one_is_null(
     with Listening(server.port, token) as listening:
         for title in ("first", "second"):
             rename(server, token, task, title)
-            events = listening.take(2)
-            assert [event.kind for event in events] == ["task_event", "task_snapshot"]
+            events = listening.take(3)
+            assert [event.kind for event in events] == ["task_event", "task_snapshot", "change"]
             assert events[1].data["snapshot"]["title"] == title
             assert len(events[1].data["snapshot"]["description"]) == 9000
     with Listening(server.port, token, since=before) as listening:
-        snapshots = [event.data["snapshot"] for event in listening.take(4) if event.kind == "task_snapshot"]
+        snapshots = [event.data["snapshot"] for event in listening.take(6) if event.kind == "task_snapshot"]
     assert snapshots[0] is None
     assert snapshots[1]["title"] == "second"
 
@@ -195,7 +197,9 @@ def test_a_client_of_http_1_0_gets_no_chunks(server: Process, token: str, sessio
         while file.readline() != b"\r\n":
             pass
         assert file.readline() == b"retry: 1000\n"
+        assert file.readline() == b"event: position\n"
         assert file.readline().startswith(b"id: ")
+        assert file.readline().startswith(b"data: ")
         assert file.readline() == b"\n"
         create(session, url)
         assert file.readline() == b"event: task_event\n"
@@ -236,7 +240,7 @@ def test_a_killed_server_loses_and_doubles_nothing(tmp_path: Path) -> None:
         url = f"http://127.0.0.1:{first.port}/projects/web"
         with Listening(first.port, token, since="0") as listening:
             create(session, url, "one")
-            events = listening.take(2)  # of three
+            events = listening.take(2)  # of four
         create(session, url, "two")
         assert session.get(f"{url}/tasks", timeout=30).ok
         [reader] = children_of(first, b"worker.reader")

@@ -45,6 +45,13 @@ async def take(opened: Listening, count: int) -> list[Event]:
     return await asyncio.to_thread(opened.take, count)
 
 
+async def snapshots(opened: Listening, count: int) -> list[Event]:
+    """Return the snapshots of so many changes; each comes with the change itself."""
+    events = await take(opened, 2 * count)
+    assert [event.kind for event in events[1::2]] == ["change"] * count
+    return events[::2]
+
+
 @contextlib.asynccontextmanager
 async def writing(running: Running, *, follow: bool = False) -> AsyncIterator[ClientConnection]:
     async with running.connected() as client:
@@ -59,13 +66,28 @@ async def put(client: ClientConnection, text: str, path: str = PATH) -> None:
         assert isinstance(frame, Change)
 
 
-async def test_silence_is_broken_by_comments(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_silence_is_broken_by_the_position(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     async with listening(running) as opened, writing(running) as client:
         await asyncio.sleep(0.3)
         await put(client, "{}")
-        await take(opened, 1)
-        assert len(opened.comments) >= 2
+        [event, _] = await take(opened, 2)
+        assert len(opened.positions) >= 3 and {each.data["seq"] for each in opened.positions} == {0}
+        assert all(event.id.startswith(f"{each.data['epoch']}-1-") for each in opened.positions)
+
+
+async def test_a_page_gets_one_event_a_change_from_the_head_on(running: Running) -> None:
+    """It reads the board again after each, so it needs neither contents nor what it missed."""
+    async with writing(running) as client:
+        await put(client, "{}")
+        first = await position_of(running, 1)
+        async with listening(running, path="dashboard/remote/events", last=first) as opened:
+            await put(client, '{"n": 2}')
+            await put(client, '{"n": 3}')
+            events = await take(opened, 2)
+    assert [event.id for event in events] == [await position_of(running, 2), await position_of(running, 3)]
+    assert {event.kind for event in events} == {"change"} and events[0].data["tasks"] == [TASK]
+    assert [event.id for event in opened.positions] == [first]
 
 
 async def position_of(running: Running, seq: int) -> str:
@@ -79,7 +101,7 @@ async def test_another_history_ends_the_stream_and_begins_with_a_reset(running: 
     async with writing(running) as client:
         await put(client, "{}")
     async with listening(running, since="0") as opened:
-        [first] = await take(opened, 1)
+        [_, first] = await take(opened, 2)
         project = running.hub.project("web")
         await project.rollback_proved(project.history.epoch, "a test says so")
         assert await asyncio.to_thread(list, opened) == []
@@ -101,7 +123,7 @@ async def test_what_is_not_kept_any_more_is_reset(running: Running) -> None:
         [reset] = await take(opened, 1)
         assert (reset.kind, reset.data["reason"], reset.data["seq"]) == ("reset", "expired", 4)
     async with listening(running, since=await position_of(running, 2)) as opened:
-        assert [event.data["snapshot"]["n"] for event in await take(opened, 2)] == [2, 3]
+        assert [event.data["snapshot"]["n"] for event in await snapshots(opened, 2)] == [2, 3]
 
 
 async def test_many_that_come_back_together_have_their_events_made_once(
@@ -116,7 +138,7 @@ async def test_many_that_come_back_together_have_their_events_made_once(
     async with contextlib.AsyncExitStack() as stack:
         opened = [await stack.enter_async_context(listening(running, since="0")) for _ in range(10)]
         for one in opened:
-            assert [event.data["snapshot"]["n"] for event in await take(one, 20)] == list(range(20))
+            assert [event.data["snapshot"]["n"] for event in await snapshots(one, 20)] == list(range(20))
     assert made == list(range(1, 21))
 
 
@@ -132,7 +154,7 @@ async def test_who_takes_nothing_is_cut_and_delays_nobody(running: Running, monk
         for n in range(60):
             began = loop.time()
             await put(client, large)
-            [event] = await take(opened, 1)
+            [_, event] = await take(opened, 2)
             slowest = max(slowest, loop.time() - began)
             assert event.id == await position_of(running, n + 1)
         await until(lambda: len(streams_of(running)) == 1)
@@ -181,7 +203,7 @@ async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
     last = await position_of(running, 24)
     while f"id: {last}\n".encode() not in said[-500_000:]:
         said += await asyncio.get_running_loop().sock_recv(lazy, 1 << 20)
-    told = re.findall(rb"^id: \w+-(\d+)(?:-\w+)?$", said, re.MULTILINE)
+    told = re.findall(rb"^id: \w+-(\d+)(?:-\w+)?$", said, re.MULTILINE)  # of the last event of each
     assert [int(seq) for seq in told] == list(range(25)), "the first says where it begins"
     lazy.close()
 

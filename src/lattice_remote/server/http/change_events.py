@@ -5,6 +5,8 @@
     task_snapshot   {"task": ID, "archived": false, "gone": false, "snapshot": {...}}    the task after the change
     text            {"task": ID, "text": "plan"}                   its plan, or its "notes", was written or removed
     files           {"paths": [...], "more": 0}                    all other changed files: settings, sessions, ...
+    change          {"seq": 7, "actor": ..., "command": ..., ...}  the change itself, as its last event
+    position        {"epoch": ..., "seq": 7}                       where the stream is: at its start and in silence
 
 An event's id is the position after it: ``EPOCH-SEQ-MARK`` for the last event of a change, ``EPOCH-SEQ-MARK.1``,
 ``EPOCH-SEQ-MARK.2`` and so on before it. A stream cut within a change continues after the last event that arrived.
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from lattice_remote.protocol.change_summary import is_log, snapshot_of, tasks_in, texts_of
+from lattice_remote.protocol.change_summary import about, described, is_log, snapshot_of, tasks_in, texts_of
 from lattice_remote.protocol.effects import Position as EventPosition
 from lattice_remote.protocol.messages import Change
 from lattice_remote.protocol.operations import (
@@ -31,7 +33,7 @@ from lattice_remote.protocol.operations import (
     paths_of,
 )
 
-__all__ = ["ChangeEvent", "EventId", "Wanted", "block", "blocks", "events_of"]
+__all__ = ["ChangeEvent", "EventId", "Wanted", "block", "blocks", "events_of", "position_block"]
 
 _MAX_PATHS = 100
 _NOT_BY_COMMAND = ("edit", "recovery")
@@ -92,7 +94,7 @@ def events_of(change: Change) -> list[ChangeEvent]:
     others = [path for path in paths if path not in reported]
     if rest := [path for path in others if path not in _FOLLOWS_FROM_OTHERS] or ([] if events else others):
         events.append(ChangeEvent("files", {"paths": rest[:_MAX_PATHS], "more": max(0, len(rest) - _MAX_PATHS)}))
-    return events
+    return [*events, ChangeEvent("change", described(change, about(change)))]
 
 
 def _log_events(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
@@ -187,7 +189,12 @@ def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Map
             data = {**data, "snapshot": _compact(contents.get(event.wanted, b""))}
         behind = EventId(position, None if number == len(events) else number)
         sent.append(block(event.kind, behind, data))
-    return sent or [f"id: {position}\n\n".encode()]
+    return sent
+
+
+def position_block(behind: EventId) -> bytes:
+    """Return an event that names the stream's position."""
+    return block("position", behind, {"epoch": behind.position.epoch, "seq": behind.position.seq})
 
 
 def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:

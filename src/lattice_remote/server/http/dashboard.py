@@ -8,7 +8,6 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Hashable
 from functools import lru_cache
 from html.parser import HTMLParser
 from http import HTTPStatus
@@ -23,91 +22,18 @@ from starlette.routing import Route
 
 from lattice_remote import livepage
 from lattice_remote.errors import Rejected, StorageError
-from lattice_remote.protocol.messages import Bye
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.middleware import ok, read_body
 from lattice_remote.server.http.rest.documents import MAX_VERSIONS, list_versions, version_text
-from lattice_remote.server.http.sse import EventStream, chunk
+from lattice_remote.server.http.sse import page_events
 from lattice_remote.server.http.writes import call, edit, idempotency_key
 from lattice_remote.server.ipc import ReadPage, ReadResult
 from lattice_remote.server.project.audit_log import TextKind
 from lattice_remote.server.project.file_reader import text_at_head
 from lattice_remote.server.transport.api_error import ApiError
-from lattice_remote.server.transport.websocket import PlainHttp
 
-__all__ = ["data_routes", "policy_for", "read", "read_version", "routes", "stream", "versions", "write"]
-
-_KEEP_ALIVE_S = 10.0
-"""Interval after which an event is repeated without a change, so that a page notices a dead connection."""
-_SOON_S = 0.02
-"""Window within which successive changes make one event."""
-_MAX_PENDING_BYTES = 64 * 1024
-
-
-class _Listener:
-    """An open page, subscribed to its project; ``over`` is set at its end."""
-
-    def __init__(self, http: PlainHttp, visitor: RequestContext, *, is_chunked: bool) -> None:
-        token = visitor.login.token
-        self.fairness_key: Hashable = self
-        self.over = asyncio.Event()
-        self._http, self._is_chunked = http, is_chunked
-        self._project, self._history = visitor.project, visitor.project.history
-        name = f"{visitor.project.slug}: dashboard of {token.actor} ({token.id})"
-        self._outbox = http.stream(name, self.over.set, max_bytes=_MAX_PENDING_BYTES)
-        self._is_due = False
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def run(self) -> None:
-        """Send the current position, and one event per change until the stream is over."""
-        self._history.join(self)
-        self._tell()
-        if self._project.failure is not None or self._project.stopping:  # since admission
-            self.end(Bye("REMOTE_SHUTDOWN", "the project is not usable now; retry in a moment", 1.0))
-        try:
-            await self.over.wait()
-        finally:
-            self._history.leave(self)
-            self._cancel()
-
-    def _tell(self) -> None:
-        self._is_due = False
-        data = livepage.event(str(self._history.position))
-        self._outbox.push(chunk(data) if self._is_chunked else data)
-        self._tell_in(_KEEP_ALIVE_S)
-
-    def _tell_in(self, delay_s: float) -> None:
-        self._cancel()
-        self._timer = asyncio.get_running_loop().call_later(delay_s, self._tell)
-
-    def _cancel(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    # --- subscriber of the history ---
-
-    def change_committed(self, seq: int, frame: bytes) -> None:  # noqa: ARG002 - the head says it all
-        """Schedule an event for this and all changes within ``_SOON_S``."""
-        if not self._is_due and not self.over.is_set():
-            self._is_due = True
-            self._tell_in(_SOON_S)
-
-    def answer(self, request_id: str, reply: bytes) -> None:
-        """Ignore: a page sends no requests here."""
-
-    def end(self, bye: Bye) -> None:  # noqa: ARG002 - the page finds out when it comes back
-        """End the response. Idempotent, never waits."""
-        if not self.over.is_set():
-            self._http.end_stream()
-            self.over.set()
-
-
-async def stream(request: Request) -> EventStream:
-    """Return the stream of events until the page disconnects, its token ends or the server stops."""
-    visitor = await request_context(request)
-    return EventStream(visitor, lambda http, is_chunked: _Listener(http, visitor, is_chunked=is_chunked))
-
+__all__ = ["data_routes", "policy_for", "read", "read_version", "routes", "versions", "write"]
 
 _PARTS = ("config", "tasks", "stats")
 
@@ -367,7 +293,7 @@ routes = [
     Route(f"{_BASE}/static/{{name:path}}", _static, methods=["GET"]),
     Route(f"{_BASE}/{livepage.SCRIPT}", _script, methods=["GET"]),
     Route(f"{_BASE}/{livepage.STYLE}", _style, methods=["GET"]),
-    Route(f"{_BASE}/{livepage.EVENTS}", stream, methods=["GET"]),
+    Route(f"{_BASE}/{livepage.EVENTS}", page_events, methods=["GET"]),
     Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", read, methods=["GET"]),
     Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}", write, methods=["POST"]),
     Route(f"{_BASE}/remote/{{kind:str}}/{{task_id:str}}/versions", versions, methods=["GET"]),

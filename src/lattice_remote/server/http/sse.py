@@ -15,11 +15,11 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from lattice_remote.errors import RemoteError, StorageError
-from lattice_remote.livepage import KEEP_ALIVE, RETRY_MS
+from lattice_remote.livepage import RETRY_MS
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import Bye, Change, Follow, Followed
 from lattice_remote.server.http.auth import RequestContext, request_context
-from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of
+from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of, position_block
 from lattice_remote.server.project.connection import followed
 from lattice_remote.server.project.file_reader import PIECE_BYTES, Snapshot
 from lattice_remote.server.project.project import Project
@@ -28,18 +28,7 @@ from lattice_remote.server.transport.send_queue import payload_of
 from lattice_remote.server.transport.websocket import PlainHttp
 from lattice_remote.text import printable
 
-__all__ = [
-    "KEEP_ALIVE_S",
-    "EncodedChange",
-    "EventStream",
-    "Feed",
-    "Feeds",
-    "Listener",
-    "Streamed",
-    "chunk",
-    "goodbye",
-    "routes",
-]
+__all__ = ["KEEP_ALIVE_S", "Feeds", "page_events", "routes"]
 
 _HEADERS = [
     (b"content-type", b"text/event-stream"),
@@ -78,7 +67,7 @@ class EventStream:
 
 
 KEEP_ALIVE_S = 10.0
-"""Interval of comments while there is no change."""
+"""Interval of ``position`` events while there is no change."""
 _KEPT = 256
 _KEPT_BYTES = 4 * 1024 * 1024
 """Maximum size of the encoded changes kept for reconnecting clients."""
@@ -113,6 +102,8 @@ class EncodedChange:
     def __init__(self, seq: int, events: list[bytes]) -> None:
         self.seq = seq
         self.chunk = chunk(b"".join(events))
+        self.last = events[-1]
+        """The event ``change``."""
         self._ends = list(accumulate(map(len, events)))
 
     def text(self, had: int = 0) -> bytes:
@@ -128,8 +119,8 @@ class Listener(Protocol):
     def tell(self, change: EncodedChange) -> None:
         """Send a change, unless it was sent before."""
 
-    def keep_alive(self, comment: bytes) -> None:
-        """Send a comment."""
+    def keep_alive(self, event: bytes) -> None:
+        """Send an event that changes nothing."""
 
     def end(self, bye: Bye) -> None:
         """Send the reason and close."""
@@ -273,8 +264,9 @@ class Feed:
             async with asyncio.timeout(KEEP_ALIVE_S):
                 await self._news.wait()
         except TimeoutError:
-            for listener in tuple(self.live):
-                listener.keep_alive(KEEP_ALIVE)
+            event = position_block(EventId(self.project.history.position))
+            for listener in tuple(self.live) if self.position == self.project.history.head else ():
+                listener.keep_alive(event)
 
 
 async def _beside[*A, R](size: int, function: Callable[[*A], R], *arguments: *A) -> R:
@@ -306,10 +298,17 @@ class _Stream:
     """A client's subscription to a feed; ``run()`` it once."""
 
     def __init__(
-        self, http: PlainHttp, visitor: RequestContext, feeds: Feeds, asked: EventId | None, *, is_chunked: bool
+        self,
+        http: PlainHttp,
+        visitor: RequestContext,
+        feeds: Feeds,
+        asked: EventId | None,
+        *,
+        is_chunked: bool,
+        is_brief: bool = False,
     ) -> None:
-        """Take the position after which to send; None for the head."""
-        self._http, self._asked = http, asked
+        """Take the position after which to send; None for the head. A brief stream has only ``change`` events."""
+        self._http, self._asked, self._is_brief = http, asked, is_brief
         self._is_chunked = is_chunked
         self._project = visitor.project
         self._feeds = feeds
@@ -348,7 +347,7 @@ class _Stream:
         else:
             self._sent, self._had = found.seq - (had is not None), had or 0
             here = EventId(Position(found.epoch, found.seq, found.mark), had)
-            self._push(f"retry: {RETRY_MS}\nid: {here}\n\n".encode())
+            self._push(f"retry: {RETRY_MS}\n".encode() + position_block(here))
 
     def _reset(self, why: str) -> None:
         """Report that the requested changes are unavailable, and continue from the head."""
@@ -388,14 +387,16 @@ class _Stream:
             return
         assert change.seq == self._sent + 1, "a live listener has every change up to the feed's position"
         self._sent = change.seq
-        if self._is_chunked and not self._had:
+        if self._is_brief:
+            self._push(change.last)
+        elif self._is_chunked and not self._had:
             self._outbox.push(change.chunk)
         else:
             self._push(change.text(self._had))
             self._had = 0
 
-    def keep_alive(self, comment: bytes) -> None:
-        self._push(comment)
+    def keep_alive(self, event: bytes) -> None:
+        self._push(event)
 
     def end(self, bye: Bye) -> None:
         """Queue the reason as a comment, then end the response. Idempotent, never waits."""
@@ -409,9 +410,22 @@ class _Stream:
 
 
 async def _events(request: Request) -> EventStream:
+    return await _stream(request)
+
+
+async def page_events(request: Request) -> EventStream:
+    """Return a brief stream from the head: a page reads the board again after each change."""
+    return await _stream(request, is_brief=True)
+
+
+async def _stream(request: Request, *, is_brief: bool = False) -> EventStream:
     feeds: Feeds = request.app.state.feeds
-    visitor, asked = await request_context(request), _asked_position(request)
-    return EventStream(visitor, lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked))
+    visitor = await request_context(request)
+    asked = None if is_brief else _asked_position(request)
+    return EventStream(
+        visitor,
+        lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked, is_brief=is_brief),
+    )
 
 
 def _follow(asked: EventId | None) -> Follow:
