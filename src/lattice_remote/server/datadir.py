@@ -143,11 +143,7 @@ class DataDir:
 
     def slugs(self) -> list[str]:
         """Return the projects' names, sorted."""
-        try:
-            names = sorted(os.listdir(self.projects))
-        except FileNotFoundError:
-            return []
-        return [name for name in names if self.has_project(name)]
+        return _projects_in(self.projects)
 
     def has_project(self, slug: str) -> bool:
         """Return whether this project exists; any string may be asked for (I9)."""
@@ -159,11 +155,7 @@ class DataDir:
 
     def archived_slugs(self) -> list[str]:
         """Return the names of the archived projects, sorted."""
-        try:
-            names = sorted(os.listdir(self.archived))
-        except FileNotFoundError:
-            return []
-        return [name for name in names if self.is_archived(name)]
+        return _projects_in(self.archived)
 
     def renamed(self) -> dict[str, str]:
         """Return the current names of projects by their former ones; empty if unreadable."""
@@ -246,6 +238,13 @@ def _is_project(directory: Path, slug: str) -> bool:
     return _SLUG.fullmatch(slug) is not None and any(
         (directory / slug / name).is_dir() for name in (".lattice", "adopting")
     )
+
+
+def _projects_in(directory: Path) -> list[str]:
+    try:
+        return [name for name in sorted(os.listdir(directory)) if _is_project(directory, name)]
+    except FileNotFoundError:
+        return []
 
 
 class _LatticeConfig(msgspec.Struct):

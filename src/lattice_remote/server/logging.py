@@ -26,21 +26,27 @@ import msgspec
 
 from lattice_remote.text import printable
 
-__all__ = ["FORMAT_VARIABLE", "LEVEL_VARIABLE", "is_harmless", "log_to_stderr", "masked"]
+__all__ = ["FORMAT_VARIABLE", "LEVEL_VARIABLE", "log_to_stderr", "masked", "masked_output"]
 
-_SECRETS = re.compile(r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)")
-
-
-def is_harmless(text: str) -> bool:
-    """Return whether a text cannot contain a credential, as nearly every line of a log."""
-    return "ltr_" not in text and "://" not in text
+_SECRETS = re.compile(r"(ltr_)[\w-]+|(://[^\s/@:]{0,100}:)[^\s/@]+(?=@)")
+_NAMED = re.compile(
+    r"(\b(?:bearer|basic|token|password|passwd|secret|api[_-]?key)\b['\"]?\s*[:= ]\s*)\S+", re.IGNORECASE
+)
 
 
 def masked(text: str) -> str:
-    """Return the text with credentials masked."""
-    if is_harmless(text):
-        return text
-    return _SECRETS.sub(lambda found: f"{found['token']}***" if found["token"] else f"{found['user']}:***", text)
+    """Return the text with tokens, and passwords in URLs, masked."""
+    return text if _is_harmless(text) else _SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
+
+
+def masked_output(line: str) -> str:
+    """Return a line of another program with these masked, and whatever follows a word such as ``password``."""
+    return _NAMED.sub(r"\1***", masked(line))
+
+
+def _is_harmless(text: str) -> bool:
+    """Return whether a text cannot contain a token or a URL: nearly every line of a log."""
+    return "ltr_" not in text and "://" not in text
 
 
 FORMAT_VARIABLE = "LATTICE_REMOTE_LOG_FORMAT"
@@ -84,7 +90,7 @@ class _Json(logging.Formatter):
         }
         line = {**head, **fields, **self._context, **head}  # the line's own members come first and count
         text = _as_json(line)
-        if record.exc_info is None and len(text) <= _MAX_CHARACTERS and is_harmless(text):
+        if record.exc_info is None and len(text) <= _MAX_CHARACTERS and _is_harmless(text):
             return text  # nothing to mask or to cut
         for name, value in line.items():
             line[name] = _cut(value, _MAX_CHARACTERS) if isinstance(value, str) else value

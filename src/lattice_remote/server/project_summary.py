@@ -13,13 +13,12 @@ from collections.abc import Iterator
 import msgspec
 
 from lattice_remote.files import READ, Signature, signature_of
-from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import TreeState
 from lattice_remote.server.journal.segment import segment_paths
 from lattice_remote.server.project.audit_log import read_page
 
-__all__ = ["Overview", "Overviews"]
+__all__ = ["LastChange", "Overview", "Overviews"]
 
 _FRESH_S = 0.5
 """Oldest age of a summary: many requests at once get the same."""
@@ -28,14 +27,24 @@ _MAX_LOOKS, _LOOK_AGAIN_S = 100, 0.005
 _UNREADABLE = "unknown"
 
 
+class LastChange(msgspec.Struct, frozen=True):
+    """The newest change of a project; ``tasks`` are ids."""
+
+    seq: int
+    time: str
+    actor: str
+    command: str
+    tasks: list[str]
+
+
 class Overview(msgspec.Struct, frozen=True):
     """Summary of one project.
 
     Attributes:
-        name, code: from its ``config.json``; None if it has none.
-        tasks, archived: the number of each.
-        statuses: the number of ``tasks`` in each status.
-        last: the last change in its journal; None if there is none.
+        name, code: from ``config.json``; None if absent.
+        tasks, archived: numbers of tasks.
+        statuses: number of ``tasks`` per status, in descending order.
+        last: the newest change; None if none is kept.
     """
 
     slug: str
@@ -44,7 +53,7 @@ class Overview(msgspec.Struct, frozen=True):
     tasks: int
     archived: int
     statuses: dict[str, int]
-    last: LogEntry | None
+    last: LastChange | None
 
 
 class _Task(msgspec.Struct):
@@ -84,7 +93,7 @@ class _Known:
         self.taken_at = 0.0
         self._data, self._slug = data, slug
         self._statuses: dict[str, tuple[Signature, str]] = {}  # by the task's file name
-        self._last: tuple[tuple[str, Signature] | None, LogEntry | None] = (None, None)
+        self._last: tuple[tuple[str, Signature] | None, LastChange | None] = (None, None)
 
     def take(self) -> Overview:
         """Read the files. Blocking."""
@@ -127,7 +136,7 @@ class _Known:
             except FileNotFoundError:
                 continue  # archived just now
 
-    def _last_change(self, paths: ProjectPaths) -> LogEntry | None:
+    def _last_change(self, paths: ProjectPaths) -> LastChange | None:
         newest = max(segment_paths(paths.journal), default=None)
         if newest is None:
             return None
@@ -136,8 +145,11 @@ class _Known:
         except FileNotFoundError:  # expired since: another is the newest, and the next call sees it
             return self._last[1]
         if self._last[0] != state:
-            entries = read_page(paths.journal, limit=1).entries
-            self._last = state, entries[0] if entries else None
+            newest_of = [
+                LastChange(entry.seq, entry.time, entry.actor, entry.command, entry.tasks)
+                for entry in read_page(paths.journal, limit=1).entries
+            ]
+            self._last = state, newest_of[0] if newest_of else None
         return self._last[1]
 
 

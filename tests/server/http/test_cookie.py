@@ -21,7 +21,7 @@ from lattice_remote.errors import StorageError
 from lattice_remote.server.auth import Login, signing_key
 from lattice_remote.server.config import LimitSettings
 from lattice_remote.server.http import auth
-from lattice_remote.server.http.auth import Cookies, Shown
+from lattice_remote.server.http.auth import Cookies
 from lattice_remote.server.http.middleware import with_security_headers
 from lattice_remote.server.tokens import Token, TokenFile, digest_of_text
 from lattice_remote.server.transport.admission import AdmissionControl
@@ -56,7 +56,7 @@ def test_it_holds_no_token_and_no_script_reads_it() -> None:
     assert text not in cookie.value
     assert (cookie["httponly"], cookie["samesite"], cookie["path"], cookie["domain"]) == (True, "strict", "/", "")
     assert cookie["max-age"] == str(30 * 86_400)
-    assert Cookies(KEY, 30).read(request_with(f"{name}={cookie.value}")) == Shown("tok_1", digest_of_text(text))
+    assert Cookies(KEY, 30).read(request_with(f"{name}={cookie.value}")) == ("tok_1", digest_of_text(text))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import uvloop
 from harness import until
 
 from lattice_remote.server.ipc import HookCall
-from lattice_remote.server.project.hooks import HookRunner, without_secrets
+from lattice_remote.server.logging import masked_output
+from lattice_remote.server.project.hooks import HookRunner
 
 EVENT = json.dumps({"type": "task_created", "text": "é" * 5000})
 
@@ -137,4 +138,4 @@ async def test_closing_ends_the_one_that_runs_and_forgets_the_others(tmp_path: P
     ],
 )
 def test_what_looks_like_a_secret_is_masked(line: str, shown: str) -> None:
-    assert without_secrets(line) == shown
+    assert masked_output(line) == shown

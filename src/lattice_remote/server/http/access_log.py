@@ -89,7 +89,7 @@ class AccessLogEntry:
     def log(self, left_out: int = 0) -> None:
         """Write the line; ``left_out`` is the number of suppressed lines before it."""
         token, account = self.login.token if self.login else None, self._account
-        fields = {
+        fields: dict[str, object] = {
             "method": self.method,
             "path": self.path,
             "route": self.route,
@@ -103,9 +103,8 @@ class AccessLogEntry:
         }
         who, number = f"{token.actor} ({token.id}) at " if token else "", ""
         if account is not None:
-            fields |= {"command": account.command, "outcome": account.outcome, "code": account.code or None}
-            fields |= {"actor": account.actor, "seq": account.seq}
-            number = f", change {account.seq}" if account.seq is not None else ""
+            fields |= account.fields
+            number = account.change
         if left_out:
             fields["left_out"] = left_out
             number += f" (and {left_out} without a token before it)"

@@ -148,7 +148,7 @@ def _shown_by_cookie(hub: ProjectRegistry, cookies: Cookies, scope: Scope) -> st
         shown = cookies.read(Request(scope))
     except BadData:
         return ""
-    return "" if shown is None else hub.auth.shown_before(shown.token_id, shown.sha256)
+    return "" if shown is None else hub.auth.shown_before(*shown)
 
 
 # --- errors ---

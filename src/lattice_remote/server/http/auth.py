@@ -22,7 +22,6 @@ from lattice_remote.server.transport.response_budget import ResponseShare
 __all__ = [
     "Cookies",
     "RequestContext",
-    "Shown",
     "authenticated",
     "cookies_for",
     "cross_site_objection",
@@ -83,14 +82,6 @@ _MAX_CHARS = 1024
 """A valid cookie has about 200."""
 
 
-@dataclass(frozen=True)
-class Shown:
-    """The token that a cookie stands for."""
-
-    token_id: str
-    sha256: str
-
-
 class Cookies:
     """Signed sign-in cookies of one server."""
 
@@ -101,8 +92,8 @@ class Cookies:
         # Browsers send cookies to all ports of a host; servers on one host must not sign each other out.
         self._name = f"lattice-{sha256(b'name' + key).hexdigest()[:8]}"
 
-    def read(self, request: Request) -> Shown | None:
-        """Return the token in a request's cookie; None without a cookie.
+    def read(self, request: Request) -> tuple[str, str] | None:
+        """Return id and digest of the token in a request's cookie; None without a cookie.
 
         Raises:
             SignatureExpired: the cookie has expired.
@@ -114,7 +105,7 @@ class Cookies:
         if len(text) > _MAX_CHARS:
             raise BadSignature("too long")
         token_id, digest = self._signer.loads(text, max_age=self._max_age_s)
-        return Shown(token_id, digest)
+        return token_id, digest
 
     def give(self, request: Request, response: Response, login: Login) -> None:
         """Set the cookie for ``login``: sent to this server only, from its own pages, invisible to scripts."""
@@ -216,7 +207,7 @@ def signed_in(request: Request) -> Login | ApiError | None:
     if shown is None:
         return None
     refuse_cross_site(request)
-    return registry_of(request).auth.identify_again(shown.token_id, shown.sha256)
+    return registry_of(request).auth.identify_again(*shown)
 
 
 def refuse_cross_site(request: Request) -> None:

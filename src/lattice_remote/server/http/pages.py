@@ -20,7 +20,6 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from lattice_remote.errors import StorageError
-from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.server.auth import UNKNOWN_TOKEN, Login
 from lattice_remote.server.http.auth import (
     authenticated,
@@ -31,12 +30,12 @@ from lattice_remote.server.http.auth import (
     signed_in,
 )
 from lattice_remote.server.http.middleware import OUR_PAGES, ok, read_body, wants_page
+from lattice_remote.server.project_summary import Overview
 from lattice_remote.server.registry import ProjectRegistry, State
 from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = [
-    "LastChange",
     "Listed",
     "ago",
     "asset",
@@ -236,35 +235,10 @@ sign_in_routes = [
 ]
 
 
-class LastChange(msgspec.Struct, frozen=True):
-    """The newest change of a project; ``tasks`` are ids."""
+class Listed(Overview, frozen=True):
+    """One project of the list; ``state`` says whether it is usable."""
 
-    seq: int
-    time: str
-    actor: str
-    command: str
-    tasks: list[str]
-
-
-class Listed(msgspec.Struct, frozen=True):
-    """One project of the list.
-
-    Attributes:
-        name, code: from ``config.json``; None if absent.
-        state: whether it is usable.
-        tasks, archived: numbers of tasks.
-        statuses: number of ``tasks`` per status, in descending order.
-        last: the newest change; None if none is kept.
-    """
-
-    slug: str
-    name: str | None
-    code: str | None
     state: State
-    tasks: int
-    archived: int
-    statuses: dict[str, int]
-    last: LastChange | None
 
 
 async def listed(hub: ProjectRegistry, login: Login) -> list[Listed]:
@@ -282,12 +256,7 @@ async def _list_project(hub: ProjectRegistry, slug: str) -> Listed:
         seen = await hub.overviews.of(slug)
     except OSError as error:
         raise StorageError(f"cannot read the files of project {slug!r}: {error.strerror or error}") from error
-    counts = (seen.tasks, seen.archived, seen.statuses)
-    return Listed(slug, seen.name, seen.code, hub.state_of(slug), *counts, _last(seen.last))
-
-
-def _last(entry: LogEntry | None) -> LastChange | None:
-    return None if entry is None else LastChange(entry.seq, entry.time, entry.actor, entry.command, entry.tasks)
+    return Listed(**msgspec.structs.asdict(seen), state=hub.state_of(slug))
 
 
 async def _projects(request: Request) -> Response:

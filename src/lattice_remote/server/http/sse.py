@@ -21,7 +21,7 @@ from lattice_remote.protocol.messages import Bye, Change, Follow, Followed
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of, position_block
 from lattice_remote.server.project.connection import followed
-from lattice_remote.server.project.file_reader import PIECE_BYTES, Snapshot
+from lattice_remote.server.project.file_reader import PIECE_BYTES, read_content
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.send_queue import payload_of
@@ -228,7 +228,11 @@ class Feed:
         """
         files, end = self.project.history.files, asyncio.get_running_loop().time() + _SETTLE_S
         while (known := files.get(wanted.path)) is not None and known[1] == wanted.digest and known[0] <= PIECE_BYTES:
-            data = await asyncio.to_thread(_read, self.project, wanted)
+            try:
+                data = await asyncio.to_thread(read_content, self.project.paths.lattice / wanted.path, known)
+            except OSError as error:
+                _log.warning("%s: cannot read %s: %s", self.project.slug, wanted.path, error.strerror)
+                return None
             if data is not None or asyncio.get_running_loop().time() >= end:
                 return data
             await asyncio.sleep(_LOOK_S)
@@ -272,21 +276,6 @@ class Feed:
 async def _beside[*A, R](size: int, function: Callable[[*A], R], *arguments: *A) -> R:
     """Call a function, in a thread if its input is large enough to delay the event loop."""
     return function(*arguments) if size <= _IN_THREAD_BYTES else await asyncio.to_thread(function, *arguments)
-
-
-def _read(project: Project, wanted: Wanted) -> bytes | None:
-    """Return a file's content if it has this digest. Blocking."""
-    try:
-        snapshot = Snapshot.open(project.paths.lattice / wanted.path, 0)
-        if snapshot is None:
-            return None
-        try:
-            return snapshot.piece(0, snapshot.size) if snapshot.digest == wanted.digest else None
-        finally:
-            snapshot.close()
-    except OSError as error:
-        _log.warning("%s: cannot read %s: %s", project.slug, wanted.path, error.strerror)
-        return None
 
 
 _MAX_PENDING_BYTES = 4 * 1024 * 1024

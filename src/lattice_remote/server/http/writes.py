@@ -85,9 +85,7 @@ async def run(
     """
     token, once = context.login.token, once or unique_key()
     message = RunCommand(once.id, argv, files or [], token.id, token.actor, token.act_as, fingerprint=once.fingerprint)
-    reply = await _send(context, message)
-    assert isinstance(reply, Reply), "a command is answered by Reply"
-    return reply
+    return await _send(context, message, Reply)
 
 
 async def call(
@@ -98,9 +96,7 @@ async def call(
     message = RunCall(
         *(once.id, surface, name, payload, [], token.id, token.actor, token.act_as), fingerprint=once.fingerprint
     )
-    reply = await _send(context, message)
-    assert isinstance(reply, Returned), "a call is answered by Returned"
-    return reply
+    return await _send(context, message, Returned)
 
 
 async def edit(
@@ -117,12 +113,10 @@ async def edit(
     message = Edit(
         *(once.id, path, base, text, token.id, token.actor), base_digest=base_digest, fingerprint=once.fingerprint
     )
-    reply = await _send(context, message)
-    assert isinstance(reply, Stored), "an edit is answered by Stored"
-    return reply
+    return await _send(context, message, Stored)
 
 
-async def _send(context: RequestContext, message: RunCommand | RunCall | Edit) -> ServerFrame:
+async def _send[T: ServerFrame](context: RequestContext, message: RunCommand | RunCall | Edit, kind: type[T]) -> T:
     project, requester = context.project, _Requester(context, message.id)
     if project.failure is not None:
         raise project.failure
@@ -140,6 +134,7 @@ async def _send(context: RequestContext, message: RunCommand | RunCall | Edit) -
         project.forget(requester, {message.id})
     if isinstance(frame, Refused):
         raise Rejected(frame.message, code=frame.code)
+    assert isinstance(frame, kind), "each kind of request has one kind of reply"
     return frame
 
 

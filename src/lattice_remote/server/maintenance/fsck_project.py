@@ -13,7 +13,7 @@ import msgspec
 
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change, Result
+from lattice_remote.protocol.messages import Change, Result, ServerFrame
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.journal.segment import Record, Segment, segment_paths
 from lattice_remote.server.record_format import HEAD_BYTES, frames
@@ -173,31 +173,30 @@ def _header(items: Iterator[tuple[int, bytes]]) -> Segment | None:
 
 
 def _wrong_with_change(record: Record) -> Iterator[str]:
-    if record.change is None:
-        return
-    try:
-        change = decode_server_frame(record.change, max_bytes=len(record.change))
-    except ProtocolError as error:
-        yield f"has a change that can't be read: {error.message}"
-        return
-    if not isinstance(change, Change):
+    change = _decoded(record.change)
+    if isinstance(change, ProtocolError):
+        yield f"has a change that can't be read: {change.message}"
+    elif change is not None and not isinstance(change, Change):
         yield "has another frame instead of a change"
-    elif (change.seq, change.mark) != (record.seq, record.mark):
+    elif change is not None and (change.seq, change.mark) != (record.seq, record.mark):
         yield f"has a change with another number or change id ({change.seq})"
 
 
 def _wrong_with_reply(record: Record) -> Iterator[str]:
-    if record.reply is None:
-        return
-    try:
-        reply = decode_server_frame(record.reply, max_bytes=len(record.reply))
-    except ProtocolError as error:
-        yield f"has an answer that can't be read: {error.message}"
-        return
-    if not isinstance(reply, Result):
+    reply = _decoded(record.reply)
+    if isinstance(reply, ProtocolError):
+        yield f"has an answer that can't be read: {reply.message}"
+    elif reply is not None and not isinstance(reply, Result):
         yield "has another frame instead of an answer"
-    elif reply.id != record.id:
+    elif reply is not None and reply.id != record.id:
         yield "has the answer to another request"
+
+
+def _decoded(frame: bytes | None) -> ServerFrame | ProtocolError | None:
+    try:
+        return None if frame is None else decode_server_frame(frame, max_bytes=len(frame))
+    except ProtocolError as error:
+        return error
 
 
 AS_CHANGE = "it becomes a numbered change, as at the next start"

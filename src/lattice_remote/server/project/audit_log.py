@@ -6,7 +6,6 @@ Reads only the journal and ``ids.json``, and takes no lock. It therefore works w
 import asyncio
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,10 +30,8 @@ from lattice_remote.server.record_format import frames
 from lattice_remote.server.tree.tree import FileState
 
 __all__ = [
-    "AuditLogPage",
     "LogReader",
     "TextKind",
-    "TextVersion",
     "find_task",
     "paths_of_text",
     "present_epoch",
@@ -48,13 +45,6 @@ TextKind = Literal["plan", "notes"]
 _NOT_FOUND = "REMOTE_NOT_FOUND"
 
 
-@dataclass(frozen=True)
-class TextVersion:
-    epoch: str
-    seq: int
-    data: bytes
-
-
 def paths_of_text(task: str, kind: TextKind) -> tuple[str, str]:
     """Return a text's active and archived path."""
     path = f"{'plans' if kind == 'plan' else kind}/{task}.md"
@@ -63,8 +53,8 @@ def paths_of_text(task: str, kind: TextKind) -> tuple[str, str]:
 
 def read_version(
     project: ProjectPaths, task: str, kind: TextKind, change: tuple[str, int], *, head: tuple[str, int]
-) -> TextVersion:
-    """Return a text as of one change.
+) -> Version:
+    """Return a text as of one change, without a request id.
 
     The content is rebuilt from the journal's operations, with its beginning from the file on disk if the first of them
     only appends. The digest in the record verifies the result.
@@ -107,7 +97,7 @@ def read_version(
         raise Rejected(f"the text of change {seq} is too large to send: {found[1].size} bytes", code="REMOTE_TOO_LARGE")
     if data is None:
         raise Rejected(f"the text of change {seq} cannot be rebuilt: the journal starts after it", code=_NOT_FOUND)
-    return TextVersion(found[0], seq, data)
+    return Version("", found[0], seq, data)
 
 
 def _content(contents: Contents, path: str, state: FileState, on_disk: Callable[[str], bytes]) -> bytes | None:
@@ -176,14 +166,6 @@ _change_decoder = msgspec.msgpack.Decoder(_Change)
 _MALFORMED = (msgspec.DecodeError, UnicodeDecodeError)
 
 
-@dataclass
-class AuditLogPage:
-    """Entries, newest first. ``before`` is the record to continue before; None at the start of the journal."""
-
-    entries: list[LogEntry] = field(default_factory=list)
-    before: int | None = None
-
-
 class LogReader:
     """Reader of ``Log`` and ``ReadVersion`` requests of one project, one at a time, in a thread."""
 
@@ -206,15 +188,11 @@ class LogReader:
         if task is None or (request.text and not task):
             raise Misuse(f"there is no task {request.task!r} in this project", code="REMOTE_NOT_FOUND")
         if isinstance(request, Log):
-            page = read_page(
-                *(self._paths.journal, task, request.text or None),
-                limit=request.limit,
-                before=request.before,
-                head=head,
-            )
-            return LogPage(request.id, page.entries, page.before)
+            text, limit, before = request.text or None, request.limit, request.before
+            page = read_page(self._paths.journal, task, text, limit=limit, before=before, head=head)
+            return msgspec.structs.replace(page, id=request.id)
         found = read_version(self._paths, task, request.text, (request.epoch, request.seq), head=head)
-        return Version(request.id, found.epoch, found.seq, found.data)
+        return msgspec.structs.replace(found, id=request.id)
 
 
 def present_epoch(paths: ProjectPaths) -> str:
@@ -255,38 +233,36 @@ def read_page(
     limit: int = 20,
     before: int | None = None,
     head: tuple[str, int] | None = None,
-) -> AuditLogPage:
+) -> LogPage:
     """Return the newest ``limit`` changes before a record; fewer if that would exceed ``MAX_SCAN_BYTES``. Blocking.
 
     Args:
         task: a task's id: only changes that touched it; "" for all.
         text: only changes that wrote this text of the task.
-        before: ``AuditLogPage.before`` of the previous page; None for the newest.
+        before: ``before`` of the previous page; None for the newest.
         head: epoch and number of the last change to include; None for all.
 
     Raises:
         OSError: a segment cannot be read.
     """
-    page = AuditLogPage()
+    found: list[LogEntry] = []
     scanned = 0
     for path in reversed(segment_paths(journal)):
         number = int(path.stem)
         if before is not None and number >= before:
             continue
         if scanned >= MAX_SCAN_BYTES:
-            page.before = before
-            break
+            return LogPage("", found, before)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
             break  # just expired, as have all before it
         for position, entry in reversed(list(_entries(data, task, text, before, head))):
-            page.entries.append(entry)
-            if len(page.entries) == limit:
-                page.before = position
-                return page
+            found.append(entry)
+            if len(found) == limit:
+                return LogPage("", found, position)
         scanned, before = scanned + len(data), number
-    return page
+    return LogPage("", found, None)
 
 
 def find_task(lattice: Path, name: str) -> str | None:

@@ -20,7 +20,7 @@ from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.response_budget import ResponseShare
 from lattice_remote.server.transport.send_queue import SendQueue
 
-__all__ = ["PIECE_BYTES", "FileSender", "Snapshot", "text_at_head"]
+__all__ = ["PIECE_BYTES", "FileSender", "Snapshot", "read_content", "text_at_head"]
 
 _TEXT_SETTLE_S = 5.0
 _RETRY_S = 0.02
@@ -52,8 +52,8 @@ async def _settled(project: Project, path: str) -> bytes | None:
     while (content := project.history.files.get(path)) is not None:
         if content[0] > _MAX_BYTES:
             raise Rejected(f"{path} is too large to send: {content[0]} bytes", code="REMOTE_TOO_LARGE")
-        data = await asyncio.to_thread(_read, project.paths.lattice / path, content[0])
-        if data is not None and digest_of(data) == content[1]:
+        data = await asyncio.to_thread(read_content, project.paths.lattice / path, content)
+        if data is not None:
             return data
         if project.history.files.get(path) == content:
             project.files_touched({path})  # perhaps edited on the server
@@ -61,14 +61,20 @@ async def _settled(project: Project, path: str) -> bytes | None:
     return None
 
 
-def _read(path: Path, size: int) -> bytes | None:
-    """Return a file's content, or ``size`` + 1 bytes of a longer one; None if it does not exist."""
+def read_content(path: Path, content: Content) -> bytes | None:
+    """Return a file's bytes if they are this content, else None. Blocking.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    size, digest = content
     try:
         descriptor = os.open(path, READ)
     except FileNotFoundError:
         return None
     with os.fdopen(descriptor, "rb") as file:
-        return file.read(size + 1)
+        data = file.read(size + 1)
+    return data if digest_of(data) == digest else None
 
 
 PIECE_BYTES = 1024 * 1024

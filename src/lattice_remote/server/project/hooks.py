@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import re
 import select
 import signal
 import subprocess
@@ -23,9 +22,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from lattice_remote.server.ipc import HookCall
+from lattice_remote.server.logging import masked_output
 from lattice_remote.text import printable
 
-__all__ = ["HOOK_TIMEOUT_S", "HookRunner", "without_secrets"]
+__all__ = ["HOOK_TIMEOUT_S", "HookRunner"]
 
 HOOK_TIMEOUT_S = 10.0
 _MAX_WAITING = 10_000
@@ -34,12 +34,6 @@ _MAX_LINE_BYTES = 4096
 _MAX_SHOWN_CHARS = 200
 _POLL_S = 0.05
 """Polling interval for the end of a hook that left its stderr to a background process."""
-
-_SECRETS = re.compile(
-    r"(?P<token>ltr_)[\w-]+|(?P<user>://[^\s/@:]{0,100}):[^\s/@]+(?=@)"
-    r"|(?P<named>\b(?:bearer|basic|token|password|passwd|secret|api[_-]?key)\b['\"]?\s*[:= ]\s*)\S+",
-    re.IGNORECASE,
-)
 
 _log = logging.getLogger(__name__)
 
@@ -137,7 +131,7 @@ class HookRunner:
     def _failed(self, seq: int, call: HookCall, how: str, said: bytes = b"") -> None:
         """Log a failed hook, without its command line, which may contain a password."""
         line = said.decode(errors="replace").strip().splitlines()[:1]
-        text = f": {printable(without_secrets(line[0]))[:_MAX_SHOWN_CHARS]}" if line else ""
+        text = f": {printable(masked_output(line[0]))[:_MAX_SHOWN_CHARS]}" if line else ""
         event = call.env.get("LATTICE_EVENT_TYPE", "?")
         _log.error("%s: change %d: hook %s of %s %s%s", self._slug, seq, self._name(call), printable(event), how, text)
 
@@ -149,15 +143,6 @@ class HookRunner:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             names = []
         return printable(names[0])[:_MAX_SHOWN_CHARS] if names else "(no longer in config.json)"
-
-
-def without_secrets(line: str) -> str:
-    """Return a line of a hook's output with tokens and passwords masked."""
-
-    def masked(found: re.Match[str]) -> str:
-        return f"{found['token'] or found['named'] or found['user'] + ':'}***"
-
-    return _SECRETS.sub(masked, line)
 
 
 def _commands(hooks: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -44,26 +44,25 @@ class RequestOutcome:
     seq: int | None
     ms: float
 
+    @property
+    def fields(self) -> dict[str, object]:
+        """Fields of its own in a line, beside those of the request."""
+        code = self.code or None
+        return {"actor": self.actor, "command": self.command, "outcome": self.outcome, "code": code, "seq": self.seq}
+
+    @property
+    def change(self) -> str:
+        return f", change {self.seq}" if self.seq is not None else ""
+
     def log(self) -> None:
         if not _log.isEnabledFor(logging.INFO):
             return
-        fields = {
-            "project": self.project,
-            "actor": self.actor,
-            "token": self.token_id,
-            "command": self.command,
-            "outcome": self.outcome,
-            "code": self.code or None,
-            "status": self.status,
-            "seq": self.seq,
-            "ms": self.ms,
-        }
+        fields = {**self.fields, "project": self.project, "token": self.token_id, "status": self.status, "ms": self.ms}
         who = f"{self.actor} ({self.token_id})" if self.token_id else self.actor
         what = self.command or "a request"
         came = self.code or (f"status {self.status}" if self.status else self.outcome)
-        number = f", change {self.seq}" if self.seq is not None else ""
         text = "%s: %s: %s: %s%s, %g ms"
-        _log.info(text, self.project, who, what, came, number, self.ms, extra={"fields": fields})
+        _log.info(text, self.project, who, what, came, self.change, self.ms, extra={"fields": fields})
 
 
 OutcomeListener = Callable[[RequestOutcome], None]

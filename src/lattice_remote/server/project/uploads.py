@@ -288,7 +288,7 @@ class Uploads:
 
     def used(self, token_id: str, digest: bytes) -> None:
         """Remove consumed content."""
-        self._do(self._staging.used, token_id, digest)
+        self._do(lambda: self._staging.used(token_id, digest))
 
     def sweep(self) -> None:
         """Remove expired content."""
@@ -299,9 +299,15 @@ class Uploads:
         self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _do(self, work: object, *arguments: object) -> None:
+    def _do(self, work: Callable[[], None]) -> None:
+        """Run work without a caller; a failing disk is reported to the next upload."""
+
+        def ignoring_os_errors() -> None:
+            with contextlib.suppress(OSError):
+                work()
+
         if not self._closed:
-            self._thread.submit(_ignoring_os_errors, work, *arguments)
+            self._thread.submit(ignoring_os_errors)
 
     def _store_piece(self, frame: Upload, token_id: str) -> Uploaded | Refused:
         try:
@@ -311,10 +317,3 @@ class Uploads:
         except OSError as error:
             _log.warning("cannot write an upload: %s", error)
             return Refused(frame.id, "REMOTE_STORAGE", f"the server cannot write the upload: {error.strerror}")
-
-
-def _ignoring_os_errors(work: object, *arguments: object) -> None:
-    """Run work without a caller; a failing disk is reported to the next upload."""
-    assert callable(work), "one of the staging's methods"
-    with contextlib.suppress(OSError):
-        work(*arguments)

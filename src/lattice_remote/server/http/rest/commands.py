@@ -1,6 +1,7 @@
 """Lattice's commands as requests; the response is the command's output with ``--json``."""
 
 import json
+from collections.abc import Collection
 from http import HTTPStatus
 from typing import Any
 
@@ -15,6 +16,7 @@ from lattice_remote.server.http.writes import call, run
 from lattice_remote.server.ipc import ReadCommand, ReadResult
 
 __all__ = [
+    "Author",
     "Provenance",
     "envelope_response",
     "options",
@@ -40,15 +42,19 @@ _STATUSES = {
 _MESSAGE_CHARS = 2000
 
 
-class Provenance(Json, frozen=True, kw_only=True):
-    """Author and reason: the options that lattice's commands share.
+class Author(Json, frozen=True, kw_only=True):
+    """The author: ``actor``, by default the token's, which must be allowed to act as it.
 
-    ``actor`` is by default the token's; the token must be allowed to act as it. ``name`` is a session of this token,
-    for example ``Argus-3``, which stands for an actor.
+    ``name`` is a session of this token, for example ``Argus-3``, which stands for an actor.
     """
 
     actor: str | None = None
     name: str | None = None
+
+
+class Provenance(Author, frozen=True, kw_only=True):
+    """Author and reason: the options that lattice's commands share."""
+
     reason: str | None = None
     on_behalf_of: str | None = None
     triggered_by: str | None = None
@@ -66,26 +72,28 @@ class _Envelope(msgspec.Struct, frozen=True):
     error: _Error = _Error()
 
 
-def options(body: Provenance, asked: EndpointRequest[Any, Any], **others: object) -> list[str]:
+def options(body: Author, asked: EndpointRequest[Any, Any], *, without: Collection[str] = ()) -> list[str]:
     """Return a body's fields as options of a command, one argument each, so that no value is taken for another.
 
-    None and False omit the option, True makes a flag.
+    None and False omit the option, True makes a flag, and commas separate the items of a list. ``without`` are fields
+    that are no options.
     """
-    given: dict[str, object] = {
-        "name": body.name,
-        "actor": body.actor,
-        "reason": body.reason,
-        "on-behalf-of": body.on_behalf_of,
-    }
-    given |= {"triggered-by": body.triggered_by, "model": body.model, "session": body.session}
+    given = {name: getattr(body, name) for name in body.__struct_fields__ if name not in without}
     if body.actor is None and body.name is None:
         given["actor"] = asked.context.login.token.actor
-    given |= {name.replace("_", "-"): value for name, value in others.items()}
-    return [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in given.items()
-        if value is not None and value is not False
-    ]
+    return [option for name, value in given.items() for option in _option(name.replace("_", "-"), value)]
+
+
+def _option(name: str, value: object) -> list[str]:
+    match value:
+        case None | False:
+            return []
+        case True:
+            return [f"--{name}"]
+        case list():
+            return [f"--{name}={','.join(value)}"]
+        case _:
+            return [f"--{name}={value}"]
 
 
 async def read(asked: EndpointRequest[Any, Any], path: str, *arguments: str) -> Response:

@@ -92,9 +92,8 @@ async def show_resource(asked: EndpointRequest[Nothing, Nothing]) -> Response:
 
 async def create_resource(asked: EndpointRequest[Nothing, NewResource]) -> Response:
     """Create a resource."""
-    new = asked.body
-    settings = {"description": new.description, "max_holders": new.max_holders, "ttl": new.ttl_seconds, "id": new.id}
-    given = options(new, asked, **settings)
+    ttl = [] if asked.body.ttl_seconds is None else [f"--ttl={asked.body.ttl_seconds}"]
+    given = [*options(asked.body, asked, without=["ttl_seconds"]), *ttl]
     return await write(asked, "resource create", *given, "--", asked.path["name"], success=HTTPStatus.CREATED)
 
 
@@ -103,9 +102,7 @@ async def acquire_resource(asked: EndpointRequest[Nothing, Acquisition]) -> Resp
 
     Status 409 if others hold it, with ``wait`` until ``timeout`` has passed. Disconnecting ends the wait.
     """
-    how = asked.body
-    wait = {"wait": True, "timeout": how.timeout} if how.wait else {}
-    given = options(how, asked, task=how.task, force=how.force, **wait)
+    given = options(asked.body, asked, without=[] if asked.body.wait else ["timeout"])
     return await cancel_on_disconnect(asked.request, write(asked, "resource acquire", *given, "--", asked.path["name"]))
 
 
@@ -127,11 +124,9 @@ async def show_resource_with_id(asked: EndpointRequest[Nothing, Nothing]) -> Res
 async def hold_resource(asked: EndpointRequest[Nothing, Holding]) -> Response:
     """Acquire or release the resource with this name and id."""
     await _with_id(asked)
-    how = asked.body
-    if how.held:
-        given = options(how, asked, task=how.task, force=how.force)
-        return await write(asked, "resource acquire", *given, "--", asked.path["id"])
-    return await write(asked, "resource release", *options(how, asked), "--", asked.path["id"])
+    command, without = ("acquire", ["held"]) if asked.body.held else ("release", ["held", "task", "force"])
+    given = options(asked.body, asked, without=without)
+    return await write(asked, f"resource {command}", *given, "--", asked.path["id"])
 
 
 async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.rest.commands import (
+    Author,
     Provenance,
     options,
     output_response,
@@ -17,7 +18,7 @@ from lattice_remote.server.http.rest.commands import (
     write,
     write_together,
 )
-from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Json, Nothing, PageQuery, page_of
+from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing, PageQuery, page_of
 from lattice_remote.server.transport.api_error import ApiError
 
 __all__ = ["endpoints"]
@@ -149,14 +150,10 @@ class TaskChanges(Provenance, frozen=True, kw_only=True):
     force: bool = False
 
 
-class Claim(Json, frozen=True, kw_only=True):
-    """The claimant; see ``Provenance``."""
-
-    actor: str | None = None
-    name: str | None = None
+_CHANGED = frozenset(TaskChanges.__struct_fields__) - frozenset(Provenance.__struct_fields__)
 
 
-class ClaimNext(Claim, frozen=True, kw_only=True):
+class ClaimNext(Author, frozen=True, kw_only=True):
     """The claimant, and the statuses of the tasks to choose from, by default ``backlog`` and ``planned``."""
 
     status: list[_Item] | None = None
@@ -174,9 +171,8 @@ class Completion(Provenance, frozen=True, kw_only=True):
 async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
     """List tasks in order of creation, filtered like ``lattice list``."""
     query = asked.query
-    texts = {"status": query.status, "assigned": query.assigned, "tag": query.tag, "type": query.type}
-    texts["priority"] = query.priority
-    given = [f"--{name}={value}" for name, value in texts.items() if value is not UNSET]
+    values = {name: getattr(query, name) for name in ("status", "assigned", "tag", "type", "priority")}
+    given = [f"--{name}={value}" for name, value in values.items() if value is not UNSET]
     flags = {"--include-archived": query.include_archived, "--compact": query.compact}
     given += [name for name, is_set in flags.items() if is_set]
     return output_response(page_of(await read_output(asked, "list", *given, list_at=("data",)), query, by_id=True))
@@ -184,12 +180,8 @@ async def list_tasks(asked: EndpointRequest[Filters, Nothing]) -> Response:
 
 async def create_task(asked: EndpointRequest[Nothing, NewTask]) -> Response:
     """Create a task."""
-    new = asked.body
-    tags = None if new.tags is None else ",".join(new.tags)
-    fields = {"description": new.description, "type": new.type, "priority": new.priority, "urgency": new.urgency}
-    fields |= {"complexity": new.complexity, "status": new.status, "tags": tags, "assigned_to": new.assigned_to}
-    given = options(new, asked, id=new.id, **fields)
-    return await write(asked, "create", *given, "--", new.title, success=HTTPStatus.CREATED)
+    given = options(asked.body, asked, without=["title"])
+    return await write(asked, "create", *given, "--", asked.body.title, success=HTTPStatus.CREATED)
 
 
 async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Response:
@@ -197,8 +189,7 @@ async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Respons
 
     Status 204 if there is none.
     """
-    statuses = None if asked.body.status is None else ",".join(asked.body.status)
-    response = await write(asked, "next", *_claimant(asked, asked.body), *_given("--status", statuses))
+    response = await write(asked, "next", "--claim", *options(asked.body, asked))
     is_none = response.status_code == HTTPStatus.OK and _data_of(bytes(response.body)) == msgspec.Raw(b"null")
     if not is_none:
         return response
@@ -227,7 +218,7 @@ async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
 
 def _lines(asked: EndpointRequest[Any, Any], changes: TaskChanges) -> list[list[str]]:
     """Return the command lines that make these changes."""
-    common, task = ["--json", *options(changes, asked)], asked.path["id"]
+    common, task = ["--json", *options(changes, asked, without=_CHANGED)], asked.path["id"]
     lines = []
     if pairs := list(_pairs(changes)):
         lines.append(["update", *common, "--", task, *pairs])
@@ -248,9 +239,9 @@ def _pairs(changes: TaskChanges) -> list[str]:
     return [f"{name}={value}" for name, value in values.items() if value is not UNSET]
 
 
-async def claim_task(asked: EndpointRequest[Nothing, Claim]) -> Response:
+async def claim_task(asked: EndpointRequest[Nothing, Author]) -> Response:
     """Claim this task: assign and start it, like ``lattice next --claim`` does with the task it picks."""
-    line = ["next", "--json", *_claimant(asked, asked.body)]
+    line = ["next", "--json", "--claim", *options(asked.body, asked)]
     done, response = await write_together(asked, "claim", {"task": asked.path["id"], "line": line})
     if response.status_code != HTTPStatus.OK:
         return response
@@ -259,7 +250,7 @@ async def claim_task(asked: EndpointRequest[Nothing, Claim]) -> Response:
 
 async def complete_task(asked: EndpointRequest[Nothing, Completion]) -> Response:
     """Complete a task with a review, like ``lattice complete``."""
-    return await write(asked, "complete", *options(asked.body, asked, review=asked.body.review), "--", asked.path["id"])
+    return await write(asked, "complete", *options(asked.body, asked), "--", asked.path["id"])
 
 
 async def archive_task(asked: EndpointRequest[Nothing, Provenance]) -> Response:
@@ -278,15 +269,6 @@ def _one(task: str) -> str:
         why = f"Invalid task ID format: {task[:60]!r}."
         raise ApiError(HTTPStatus.UNPROCESSABLE_ENTITY, "INVALID_ID", why)
     return task
-
-
-def _claimant(asked: EndpointRequest[Any, Any], claim: Claim) -> list[str]:
-    actor = asked.context.login.token.actor if claim.actor is None and claim.name is None else claim.actor
-    return ["--claim", *_given("--name", claim.name), *_given("--actor", actor)]
-
-
-def _given(option: str, value: str | None) -> list[str]:
-    return [] if value is None else [f"{option}={value}"]
 
 
 def _data_of(envelope: bytes) -> msgspec.Raw:
@@ -316,9 +298,8 @@ async def list_comments(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
 
 async def add_comment(asked: EndpointRequest[Nothing, NewComment]) -> Response:
     """Comment on a task; return the task."""
-    new = asked.body
-    given = options(new, asked, reply_to=new.reply_to, role=new.role)
-    return await write(asked, "comment", *given, "--", asked.path["id"], new.body, success=HTTPStatus.CREATED)
+    given = options(asked.body, asked, without=["body"])
+    return await write(asked, "comment", *given, "--", asked.path["id"], asked.body.body, success=HTTPStatus.CREATED)
 
 
 async def list_events(asked: EndpointRequest[PageQuery, Nothing]) -> Response:
