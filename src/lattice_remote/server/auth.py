@@ -68,8 +68,7 @@ class Logins:
     def refresh(self) -> bool:
         """Read the file again if it has changed; return whether an ``objection()`` may have arisen since the last call.
 
-        Raises:
-            StorageError: the file cannot be read; the tokens read before stay valid, and the next call tries again.
+        Raises StorageError if it cannot be read; the tokens read before stay valid, and the next call tries again.
         """
         ended = self._next_end is not None and self._next_end <= self._now()
         if ended:
@@ -136,15 +135,12 @@ def _bye(reason: str, *, retry_after_s: float | None = None) -> Bye:
 
 
 class LastUse:
-    """Writer of the file of last uses."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._uses = read_last_uses(path)
         self._changed = False
 
     def used(self, token_ids: Iterable[str]) -> None:
-        """Note that these tokens are in use now."""
         now = datetime.now(UTC).replace(microsecond=0)
         for token_id in token_ids:
             self._uses[token_id] = now
@@ -178,11 +174,7 @@ class Authenticator:
         self._error = ""  # the last logged error, to log it once
 
     def start(self) -> None:
-        """Read the tokens and the signing key.
-
-        Raises:
-            StorageError: one cannot be read.
-        """
+        """Read the tokens and the signing key. Raises StorageError."""
         self.signing_key = signing_key(self._key_path)
         self._logins.refresh()
 
@@ -214,7 +206,7 @@ class Authenticator:
         return self._valid_id(self._logins.find(bearer(authorization)))
 
     def shown_before(self, token_id: str, sha256: str) -> str:
-        """Return the id of a token shown before if it is valid, else ""; nothing is counted."""
+        """Return the id of a token shown before if it is valid, else ""."""
         return self._valid_id(self._logins.recall(token_id, sha256))
 
     def _valid_id(self, login: Login | None) -> str:
@@ -269,7 +261,6 @@ class Authenticator:
         await self._last_use.save(self._logins.ids())
 
     def end_all(self, bye: Bye) -> None:
-        """End every client."""
         for end in tuple(self._staying):
             end(bye)
 
@@ -292,10 +283,7 @@ def _stopping() -> ApiError:
 def signing_key(path: Path) -> bytes:
     """Return the server's key, created if missing. The caller holds the data directory's lock.
 
-    An invalid key, or one that others could read, is replaced: browsers must sign in again.
-
-    Raises:
-        StorageError: the file cannot be read, or the new one cannot be written.
+    An invalid key, or one that others could read, is replaced: browsers must sign in again. Raises StorageError.
     """
     try:
         key, is_private = path.read_bytes(), not path.stat().st_mode & 0o077

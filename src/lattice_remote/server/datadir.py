@@ -47,7 +47,7 @@ _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 class ProjectSummary(msgspec.Struct, frozen=True):
-    """One line of ``lattice-remote project list``."""
+    """One line of ``lattice-remote project list``; ``state`` is ``active``, or ``archived``: not served."""
 
     slug: str
     code: str | None
@@ -55,12 +55,9 @@ class ProjectSummary(msgspec.Struct, frozen=True):
     tasks: int
     archived: int
     state: str
-    """``active``, or ``archived``: not served."""
 
 
 class ProjectPaths:
-    """Paths of one project."""
-
     def __init__(self, root: Path) -> None:
         self.root = root
         """The directory that holds ``.lattice/``; lattice's own root."""
@@ -107,11 +104,7 @@ class DataDir:
             write_atomically(self._config, b"{}\n")
 
     def config(self) -> Config:
-        """Return the settings.
-
-        Raises:
-            Misuse: the directory was never initialised, or ``config.json`` is invalid.
-        """
+        """Return the settings. Raises Misuse if the directory was never initialised, or ``config.json`` is invalid."""
         try:
             return msgspec.json.decode(self._config.read_bytes(), type=Config)
         except FileNotFoundError:
@@ -127,11 +120,7 @@ class DataDir:
         return [path for path in paths if path.exists() and path.stat().st_mode & stat.S_IWOTH]
 
     def lock(self) -> int:
-        """Lock the data directory for this server; return the descriptor that holds the lock.
-
-        Raises:
-            Misuse: another server runs on it.
-        """
+        """Lock the directory for this server; return the descriptor. Raises Misuse if another server runs on it."""
         try:
             return lock(self.path / ".lock")
         except LockedElsewhere as error:
@@ -142,7 +131,6 @@ class DataDir:
     # --- projects ---
 
     def slugs(self) -> list[str]:
-        """Return the projects' names, sorted."""
         return _projects_in(self.projects)
 
     def has_project(self, slug: str) -> bool:
@@ -150,11 +138,9 @@ class DataDir:
         return _is_project(self.projects, slug)
 
     def is_archived(self, slug: str) -> bool:
-        """Return whether this project is archived; any string may be asked for."""
         return _is_project(self.archived, slug)
 
     def archived_slugs(self) -> list[str]:
-        """Return the names of the archived projects, sorted."""
         return _projects_in(self.archived)
 
     def renamed(self) -> dict[str, str]:
@@ -165,11 +151,6 @@ class DataDir:
             return {}
 
     def save_renamed(self, renamed: dict[str, str]) -> None:
-        """Replace the mapping that ``renamed`` returns.
-
-        Raises:
-            StorageError: it cannot be written.
-        """
         with _storage_errors("cannot write renamed.json"):
             write_atomically(self._renamed, msgspec.json.format(msgspec.json.encode(renamed)) + b"\n")
 
@@ -184,7 +165,6 @@ class DataDir:
         Args:
             slug: its name in URLs: lower case letters, digits and dashes, at most 63.
             code: the prefix of its tasks' short ids, 1 to 5 letters.
-            name: a title for people.
             actor: the default actor of commands.
 
         Raises:
@@ -203,11 +183,7 @@ class DataDir:
                 shutil.rmtree(scratch, ignore_errors=True)
 
     def require_free(self, slug: str) -> None:
-        """Check that a project may get this name.
-
-        Raises:
-            Misuse: the name is invalid, or another project has it.
-        """
+        """Check that a project may get this name. Raises Misuse if it is invalid, or another project has it."""
         if _SLUG.fullmatch(slug) is None:
             raise Misuse(f"bad project name {slug!r}: use lower case letters, digits and dashes, at most 63")
         if (self.projects / slug).exists():
@@ -216,7 +192,6 @@ class DataDir:
             raise Misuse(f"project {slug!r} is archived; choose another name, or unarchive and rename that one")
 
     def summary(self, slug: str) -> ProjectSummary:
-        """Return the line of ``project list`` for a project, archived or not."""
         is_archived = self.is_archived(slug) and not self.has_project(slug)
         lattice = (self.archived if is_archived else self.projects) / slug / ".lattice"
         try:
@@ -255,8 +230,7 @@ class _LatticeConfig(msgspec.Struct):
 def administered(named: Path | None) -> DataDir:
     """Return the data directory of a command: the named one, or the default one.
 
-    Raises:
-        Misuse: the caller is root and another user owns it, whose server could not read files that root writes there.
+    Raises Misuse if root runs the command and another user owns it: that user's server could not read root's files.
     """
     path = named or default_location()
     if os.geteuid() == 0 and path.exists() and (owner := path.stat().st_uid) != 0:
@@ -269,7 +243,6 @@ def administered(named: Path | None) -> DataDir:
 
 
 def default_location() -> Path:
-    """Return the default data directory: ``LATTICE_REMOTE_DATA``, else the user's own."""
     if named := os.environ.get("LATTICE_REMOTE_DATA"):
         return Path(named)
     import platformdirs

@@ -1,7 +1,7 @@
 """Messages between a project's server side and its child processes, their framing, and the start of a child.
 
-A frame on the socket pair is a length (4 bytes, big endian) and one msgpack map. The worker answers requests in
-order. What it reports as ``RequestDone`` is on disk: its journal record has been fsynced (I2).
+A frame on the socket pair is a length (4 bytes, big endian) and one msgpack map. The worker answers in order. What it
+reports as ``RequestDone`` is on disk (I2).
 """
 
 import os
@@ -57,13 +57,13 @@ class _Message(msgspec.Struct, frozen=True, tag_field="type"):
 class RunCommand(_Message, frozen=True, tag="execute"):
     """Run this command line for the holder of this token, once for this id (I6).
 
-    ``timeout_s`` replaces the wait of ``resource acquire --wait``: the worker tries once, and names the awaited
-    resource in ``RequestDone.waiting_for``. With ``last_try`` it answers as lattice does when the time is over.
-    ``ahead`` are resources with earlier waiters: ``--wait`` takes none of them. It also lists the locks
-    (``locks/tasks_...``) with earlier waiters. With ``may_wait``, a lock held by another process makes the request wait
-    as a resource does; otherwise it is refused. ``first_sent_at``, in seconds since the epoch, is set if the request
-    may have been sent before. ``fingerprint`` is a digest of the request, if the surface makes one; else the fields
-    (``asked_by``) count. A different request with the same id is refused.
+    Attributes:
+        last_try: of ``resource acquire --wait``, whose time is over: answer as lattice does. Before, the worker tries
+            once and names the awaited resource in ``RequestDone.waiting_for``.
+        first_sent_at: seconds since the epoch, if the request may have been sent before.
+        ahead: resources and locks (``locks/tasks_...``) with earlier waiters; ``--wait`` takes none of them.
+        may_wait: wait for a lock that another process holds, as for a resource; otherwise refuse.
+        fingerprint: a digest of the request, if the surface makes one; else the fields count (``asked_by``).
     """
 
     id: str
@@ -82,7 +82,7 @@ class RunCommand(_Message, frozen=True, tag="execute"):
 class RunCall(_Message, frozen=True, tag="invoke"):
     """Run an operation of a surface for the holder of this token, once for this id (I6); see ``CallRequest``.
 
-    ``ahead``, ``may_wait`` and ``fingerprint`` are as for ``RunCommand``.
+    Other fields as in ``RunCommand``.
     """
 
     id: str
@@ -102,8 +102,7 @@ class RunCall(_Message, frozen=True, tag="invoke"):
 class Edit(_Message, frozen=True, tag="edit"):
     """Store a plan or notes, merged by line if the base differs from the file's content.
 
-    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest. ``fingerprint`` is
-    as for ``RunCommand``.
+    ``base_digest``, unless empty, stands for the base: the file's content if that has this digest.
     """
 
     id: str
@@ -120,9 +119,8 @@ class Edit(_Message, frozen=True, tag="edit"):
 class ImportProject(_Message, frozen=True, tag="adopt"):
     """Put a checked project in place of this one, if this one is empty, and exit; the next worker completes it.
 
-    ``candidate`` is its directory, relative to the project's. If it is "", the candidate is gone, and the request is
-    answered as before, or refused. ``fingerprint`` is a digest of the pushed project. The other fields are for the
-    reply.
+    ``candidate`` is its directory, relative to the project's; "" if it is gone: the request is answered as before, or
+    refused. ``fingerprint`` is a digest of the pushed project; the rest is for the reply.
     """
 
     id: str
@@ -150,10 +148,9 @@ class NewEpoch(_Message, frozen=True, tag="new-epoch"):
 
 
 class AbandonRequest(_Message, frozen=True, tag="settle"):
-    """Abandon a request that has ended its worker: answer as for ``RunCommand`` if the journal holds its reply.
+    """Give up a request that ended its worker: answer from the journal if it has the reply, else with this refusal.
 
-    Otherwise answer ``RequestDone`` with a ``Refused`` frame of this code and message; nothing is run or journalled.
-    The request's partial effects were undone when the worker started (I6).
+    Nothing is run or journalled; the partial effects were undone when the worker started (I6).
     """
 
     id: str
@@ -184,7 +181,7 @@ ToWorker = RunCommand | RunCall | Edit | ImportProject | Reconcile | NewEpoch | 
 
 
 class PathState(msgspec.Struct, frozen=True):
-    """A file after a change: its size in bytes and digest; ``digest`` is None if it is gone."""
+    """A file after a change; ``digest`` is None if it is gone."""
 
     path: str
     size: int
@@ -192,7 +189,7 @@ class PathState(msgspec.Struct, frozen=True):
 
 
 class HookCall(msgspec.Struct, frozen=True):
-    """A hook of ``config.json`` to run: a shell command, its environment and standard input."""
+    """A hook of ``config.json`` to run."""
 
     command: str
     env: dict[str, str]
@@ -200,14 +197,14 @@ class HookCall(msgspec.Struct, frozen=True):
 
 
 class ResultStats(msgspec.Struct, frozen=True):
-    """The outcome of a request, for the log and the metrics. Contains none of the caller's text.
+    """The outcome of a request, for the log and the metrics, without the caller's text.
 
     Attributes:
         command: its words, for example ``resource acquire``, or the name of an operation; "" if unknown.
         code: of a refusal; "" if it was run.
         status: the exit code of a command, or the HTTP status of an operation.
         seconds: time in the worker, without the wait until it was durable.
-        again: a repeated request: the earlier reply was returned.
+        again: the reply of an earlier request with this id.
         made: the number of its change; None if it made none.
     """
 
@@ -220,10 +217,7 @@ class ResultStats(msgspec.Struct, frozen=True):
 
 
 class Ready(_Message, frozen=True, tag="ready"):
-    """The worker has opened the project. Sent first, and again after ``NewEpoch``.
-
-    ``notes`` are lines for the log: repairs and outside changes.
-    """
+    """The worker has opened the project: its first message, repeated after ``NewEpoch``. ``notes`` are for the log."""
 
     epoch: str
     head: int
@@ -235,11 +229,10 @@ class Ready(_Message, frozen=True, tag="ready"):
 
 
 class RequestDone(_Message, frozen=True, tag="done"):
-    """One request is finished and durable; ``change`` and ``reply`` are encoded frames, ready to be sent.
+    """One request (``id`` "": a reconciliation) is finished and durable; ``change`` and ``reply`` are encoded frames.
 
-    ``id`` is empty for a reconciliation. With ``waiting_for`` nothing was answered: it names a resource whose next
-    change, or expiry at ``retry_at`` (seconds since the epoch), is worth another try, or a lock (``locks/tasks_...``)
-    that another process holds.
+    With ``waiting_for`` nothing was answered. It names a lock (``locks/tasks_...``) that another process holds, or a
+    resource whose next change, or expiry at ``retry_at`` (seconds since the epoch), is worth another try.
     """
 
     id: str
@@ -254,10 +247,10 @@ class RequestDone(_Message, frozen=True, tag="done"):
     retry_at: float | None = None
     oldest: int = 0
     more: bool = False
-    """A reconciliation is incomplete: request it again."""
+    """The reconciliation is incomplete: request it again."""
     report: ResultStats = ResultStats()
     synced_s: float | None = None
-    """Duration of the journal's fsync, in one message only for all that became durable with it."""
+    """Duration of the journal's fsync, in one message for all that became durable with it."""
 
 
 class WorkerFailed(_Message, frozen=True, tag="failed"):
@@ -285,21 +278,16 @@ def encode_frames(*messages: object) -> bytearray:
 
 
 class FrameBuffer:
-    """Received bytes that are not yet a whole frame.
-
-    Args:
-        max_bytes: of one frame's content.
-    """
+    """Received bytes that are not yet a whole frame of at most ``max_bytes``."""
 
     def __init__(self, max_bytes: int = 2**32) -> None:
         self._max_bytes = max_bytes
         self._received = bytearray()
 
     def receive(self, data: bytes) -> Iterator[bytes]:
-        """Yield the content of each frame that is now whole. Consume all before the next call.
+        """Yield the content of each frame that is now whole; consume all before the next call.
 
-        Raises:
-            StorageError: a frame is larger than ``max_bytes``.
+        Raises StorageError if a frame is larger than ``max_bytes``.
         """
         received, start = self._received, 0
         received += data
@@ -333,16 +321,11 @@ def receive_frames(connection: socket.socket) -> Iterator[bytes]:
 def start_child(
     command: Sequence[str], project: Path, slug: str, *, inherited: Sequence[int] = ()
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start a process for a project; return it and the socket to it.
+    """Start a process for a project; return it and the socket to it. Raises OSError.
 
     Args:
         command: the program; ``--fd``, ``--project-dir`` and ``--slug`` are appended.
-        project: the project's directory.
-        slug: the project's name, for the log.
         inherited: descriptors that the process keeps open.
-
-    Raises:
-        OSError: the process can't be started.
     """
     ours, theirs = socket.socketpair()
     with theirs:
@@ -366,14 +349,13 @@ def start_child(
 class TreeState(NamedTuple):
     """State of the tree against the committed changes, in ``journal/tree-state``.
 
-    The worker writes it before a transaction changes its first file, and once it is committed or rolled back. The
-    server compares it before and after a read (I2). It is not fsynced: it is not used after a power cut.
+    The worker writes it before a transaction changes its first file and at its end; the server compares it before and
+    after a read (I2). It is not fsynced: it is not used after a power cut.
 
     Attributes:
         is_open: a transaction has changed files, and is neither committed nor rolled back.
-        ended: number of transactions that have changed files, and were committed or rolled back.
-        rolled_back: number of these that were rolled back.
-        seq: the newest change whose files are in the tree. It may not be durable yet.
+        ended, rolled_back: numbers of transactions that changed files, and of those rolled back.
+        seq: the newest change whose files are in the tree, perhaps not durable yet.
     """
 
     is_open: bool = False
@@ -409,10 +391,9 @@ _tree_state = struct.Struct("<?QQQ")
 
 
 class ReadCommand(msgspec.Struct, frozen=True, tag_field="type", tag="command"):
-    """Run this command line, which only reads; ``path`` are the command's words, for example ``resource list``.
+    """Run this command line, which only reads; ``path`` are its words, for example ``resource list``.
 
-    ``list_at`` are the names that lead to a list in the envelope; the list is then returned as the data, with its
-    index.
+    ``list_at`` leads to a list in the envelope, which is then returned as the data, with its index.
     """
 
     path: str
@@ -448,9 +429,9 @@ class ReadResult(msgspec.Struct, frozen=True):
 
     Attributes:
         status: a command's exit code; a page's HTTP status.
-        body: the command's standard output, or the page's body.
+        body: standard output, or the page's body.
         content_type, etag: of a page; "" for none.
-        message: the command's standard error.
+        message: standard error.
         items: of the requested list; None if it could not be read.
     """
 

@@ -28,12 +28,10 @@ class LockedElsewhere(Exception):
 def lock(path: Path) -> int:
     """Lock ``path``, write this process's id into it, and return the descriptor that holds the lock.
 
-    The lock lives until every process that inherited the descriptor has closed it or died. Pass it to a child with
-    ``pass_fds``. The file is never removed: that would let two processes lock two files of one name.
+    The lock lives until every process that inherited the descriptor (``pass_fds``) has closed it or died. The file is
+    never removed: that would let two processes lock two files of one name.
 
-    Raises:
-        LockedElsewhere: another process holds it.
-        OSError: the file cannot be opened.
+    Raises LockedElsewhere if another process holds it, or OSError.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -55,13 +53,9 @@ _RETRY_S = 0.05
 
 @contextlib.contextmanager
 def closing(project: Path, why: str) -> Iterator[Callable[[], None]]:
-    """Hold the project in this directory exclusively; it may be moved within.
+    """Hold the project in this directory exclusively; it may be moved within. ``why`` is one line for its clients.
 
     Yields a function that releases the worker's lock early, so that a worker can be started here.
-
-    Args:
-        project: the project's directory.
-        why: one line for its clients.
 
     Raises:
         Misuse: another command has it.

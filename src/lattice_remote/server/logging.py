@@ -1,11 +1,9 @@
 """Server log on stderr: one line per event, as text or JSON.
 
-Logged text may come from a client. Control characters are escaped and long lines cut, so that a client cannot forge a
-line or send an escape sequence to the terminal; credentials are masked. A log that is not read (a stopped terminal, a
-full pipe) blocks nothing: lines are then dropped and counted.
+Logged text may come from a client: control characters are escaped, long lines cut and credentials masked. A log that is
+not read (a stopped terminal, a full pipe) blocks nothing: lines are then dropped and counted.
 
-Fields of an event travel in ``extra={"fields": {...}}``. As JSON they are members of the line, beside ``ts``,
-``level``, ``logger`` and ``msg``; the text format omits them.
+Fields of an event travel in ``extra={"fields": {...}}`` and become members of a JSON line; the text format omits them.
 """
 
 import contextlib
@@ -157,9 +155,7 @@ class _Unhurried(logging.StreamHandler[TextIO]):
 def log_to_stderr(pattern: str, context: Mapping[str, str] | None = None) -> None:
     """Log as the environment says. Libraries' messages about single connections are omitted.
 
-    Args:
-        pattern: format of a text line.
-        context: further members of each JSON line.
+    ``pattern`` is the format of a text line; ``context`` are further members of each JSON line.
     """
     handler = _Unhurried(sys.stderr)
     is_json = os.environ.get(FORMAT_VARIABLE) == "json"

@@ -1,8 +1,7 @@
 """Metrics of a running server, for Prometheus; docs/run/monitor.md explains each.
 
-Events are counted as they happen, through the ``ProjectMetrics`` of their project. Values that can be looked up at any
-moment (queues, clients, heads) are not counted: ``status.Gauges`` looks them up at a scrape. Labels are bounded:
-projects, codes, routes; never an address, a token, or a client's text.
+Events are counted as they happen, values that can be looked up (queues, clients, heads) at a scrape
+(``status.Gauges``). Labels are bounded: projects, codes, routes; never an address, a token, or a client's text.
 """
 
 from functools import cache, partial
@@ -57,8 +56,6 @@ class Metrics:
 
 
 class ProjectMetrics:
-    """The metrics of one project."""
-
     def __init__(self, metrics: Metrics, slug: str) -> None:
         # Looked up once for each combination: each write is counted several times.
         self._requests = cache(partial(metrics.requests.labels, slug))
@@ -75,13 +72,10 @@ class ProjectMetrics:
         self.sent_bytes = metrics.sent_bytes.labels(slug)
 
     def settled(self, kind: str, outcome: str) -> None:
-        """Count a finished write by kind and outcome."""
         self._requests(kind, outcome).inc()
 
     def refused(self, code: str) -> None:
-        """Count a refused request, a write or not."""
         self._refusals(code).inc()
 
     def said_goodbye(self, code: str) -> None:
-        """Count a client that the server disconnected."""
         self._goodbyes(code).inc()

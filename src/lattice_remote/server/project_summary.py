@@ -1,7 +1,6 @@
 """Project summaries for lists: tasks per status, and the last change with its actor.
 
-Read from the files alone, so that no worker starts for an idle project. Tasks are read again only if their files have
-changed.
+Read from the files alone, so that no worker starts for an idle project, and again only if they have changed.
 """
 
 import asyncio
@@ -71,11 +70,7 @@ class Overviews:
         self._known: dict[str, _Known] = {}
 
     async def of(self, slug: str) -> Overview:
-        """Return the summary of a project that exists, at most ``_FRESH_S`` old.
-
-        Raises:
-            OSError: its files cannot be read.
-        """
+        """Return the summary of a project that exists, at most ``_FRESH_S`` old. Raises OSError."""
         known = self._known.setdefault(slug, _Known(self._data, slug))
         async with known.turn:
             if known.overview is None or time.monotonic() - known.taken_at >= _FRESH_S:
@@ -85,8 +80,6 @@ class Overviews:
 
 
 class _Known:
-    """Cached content of one project."""
-
     def __init__(self, data: DataDir, slug: str) -> None:
         self.turn = asyncio.Lock()
         self.overview: Overview | None = None

@@ -68,7 +68,10 @@ class Ongoing(Protocol):
 
 
 class ProjectRegistry:
-    """The projects of one server. Made inside a running loop; ``start()``, then ``stop()`` once."""
+    """The projects of one server. Made inside a running loop; ``start()``, then ``stop()`` once.
+
+    Raises Misuse if ``config``, by default that of the directory, is invalid.
+    """
 
     def __init__(
         self,
@@ -78,20 +81,14 @@ class ProjectRegistry:
         bounds: QueueLimits | None = None,
         worker_command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
-        """Raises Misuse if ``config``, by default that of the directory, is invalid."""
         self.data = data
         self.auth = Authenticator(data)
         self.config = config or data.config()
         self.door = AdmissionControl(self.config.limits, self.config.trusted_proxies)
-        """Admission control of all connections."""
         self.responses = ResponseBudget(self.config.limits)
-        """Memory budget of HTTP responses."""
         self.send_budget = SendBudget()
-        """Memory budget of what WebSocket clients have not read."""
         self.overviews = Overviews(data)
-        """The project summaries."""
         self.metrics = Metrics()
-        """The metrics of this server."""
         limits = self.config.limits
         self._bounds = bounds or QueueLimits(command_s=limits.command_seconds, per_token=limits.requests_per_token)
         settings = {"--journal": self.config.journal, "--plugin-commands": self.config.plugin_commands}
@@ -111,8 +108,7 @@ class ProjectRegistry:
     def start(self) -> None:
         """Read the tokens and start the background work. A project starts at its first request.
 
-        Raises:
-            StorageError: ``tokens.json`` or the signing key cannot be read.
+        Raises StorageError if ``tokens.json`` or the signing key cannot be read.
         """
         if moved := finish_renames(self.data):
             _log.info("updated %d tokens to the new names of renamed projects", moved)
@@ -223,10 +219,7 @@ class ProjectRegistry:
         return None
 
     def state_of(self, slug: str) -> State:
-        """Return the state of a project that exists; nothing is started for it.
-
-        ``ready`` includes an idle project, which starts at its first request.
-        """
+        """Return the state of a project that exists. An idle one, which starts at its first request, is ``ready``."""
         if slug in self._releasing or closed_because(self.data.project(slug).root) is not None:
             return "closed"
         project = self._projects.get(slug)

@@ -46,8 +46,7 @@ _log = logging.getLogger(__name__)
 def bind(host: str, port: int, *, host_option: str = "--host", port_option: str = "--port") -> socket.socket:
     """Return a listening socket; port 0 picks a free one. The options are those that its message names.
 
-    Raises:
-        Misuse: the address is taken, not ours, or can't be resolved.
+    Raises Misuse if the address is taken, not ours, or cannot be resolved.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -107,9 +106,7 @@ def _bind_figures(address: str) -> socket.socket:
 
 
 def _certificate(config: Config, root: Path) -> Certificate | None:
-    """Return the certificate that the settings name, by paths relative to the data directory; None if they name
-    none.
-    """
+    """Return the certificate that the settings name, by paths relative to the data directory, if any."""
     tls = config.tls
     if not tls.cert and not tls.key:
         return None
@@ -151,7 +148,7 @@ def make_server(
     notify: Callable[[str], None] = lambda _: None,
     figures: socket.socket | None = None,
 ) -> uvicorn.Server:
-    """Return the server of a started registry; ``serve(sockets=[...])`` it. It stops the registry at its end.
+    """Return the server of a started registry, which it stops at its end; ``serve(sockets=[...])`` it.
 
     ``notify`` reports to a service manager. ``figures`` is a second listening socket, for the metrics alone.
     """
@@ -230,10 +227,7 @@ class _Server(uvicorn.Server):
             certificate.refresh()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop accepting, let the registry disconnect the clients, then let uvicorn close the rest, within ``STOP_S``.
-
-        A client that reads nothing costs no more than the rest of that time.
-        """
+        """Stop accepting, let the registry disconnect the clients and uvicorn close the rest, within ``STOP_S``."""
         _log.info("stopping")
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + STOP_S

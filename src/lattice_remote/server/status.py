@@ -47,16 +47,13 @@ __all__ = [
 
 
 class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """A connected client: one with a cache, one that only writes, or an HTTP stream.
+    """A connected client.
 
     Attributes:
-        kind: ``copy``, ``writer`` or ``stream``.
-        actor, token: the token's actor, and its id.
-        since: when it connected.
-        applied: the last change in its cache, as it reports; null for the others.
-        behind: the number of changes it has still to apply; null for the others.
-        waiting_bytes: bytes sent and not read yet.
-        client_version, lattice_version: its versions, as it reports.
+        kind: ``copy``: has a cache; ``writer``: only writes; ``stream``: an HTTP stream.
+        applied, behind: the last change in its cache, as it reports, and the number still missing; null for the others.
+        waiting_bytes: sent and not read yet.
+        client_version, lattice_version: as it reports.
     """
 
     kind: str
@@ -78,8 +75,7 @@ class ProjectStatus(msgspec.Struct, frozen=True, kw_only=True):
         state: ``ready``, ``starting``, ``closed`` (an administrator's command has it), ``failed``; ``idle`` without a
             request since the server's start; ``stopped`` if no server runs.
         why: of a project that has failed.
-        head: the number of its last change; null if it never had a journal.
-        oldest: the first change in its journal.
+        head, oldest: the last and the first change in its journal; null if it never had one.
         writes_per_minute: changes within the last minute.
         queued, with_worker, waiting: requests in its queue, with its worker, and waiting for a resource.
         reads_waiting: HTTP reads that wait for an earlier one.
@@ -115,7 +111,6 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def status_of(hub: ProjectRegistry, started: datetime) -> ServerStatus:
-    """Return the status of a running server."""
     slugs = await asyncio.to_thread(hub.data.slugs)
     on_disk = await asyncio.to_thread(lambda: {slug: _from_files(hub.data, slug, "idle") for slug in slugs})
     streams = _streams(hub)
@@ -138,7 +133,6 @@ async def status_of(hub: ProjectRegistry, started: datetime) -> ServerStatus:
 
 
 def stopped_status(data: DataDir) -> ServerStatus:
-    """Return the status from the files while no server runs."""
     projects = [_from_files(data, slug, "stopped") for slug in data.slugs()]
     return ServerStatus(running=False, data=str(data.path.absolute()), projects=projects)
 
@@ -243,7 +237,6 @@ _SPANS = ((86_400, "d"), (3600, "h"), (60, "min"))
 
 
 def status_lines(status: ServerStatus) -> list[str]:
-    """Return the lines; times are spans up to now."""
     now = datetime.now(UTC)
     if status.running:
         assert status.started is not None, "a running server knows its beginning"
@@ -362,18 +355,15 @@ async def answer(listener: socket.socket, document: Callable[[], Awaitable[bytes
 
 
 def remove(directory: Path) -> None:
-    """Remove the socket; later queries report that no server runs."""
     with contextlib.suppress(OSError):
         (directory / _NAME).unlink()
 
 
 def ask(directory: Path) -> bytes | None:
-    """Return the status of a data directory's server; None if none runs.
+    """Return the answer of a data directory's server; None if none runs.
 
-    One that is just stopping is queried once more, to see whether it has ended.
-
-    Raises:
-        StorageError: a server is there and does not answer, or the permission is missing.
+    One that is just stopping is asked once more, to see whether it has ended. Raises StorageError if a server is there
+    and does not answer, or the permission is missing.
     """
     answer = _answer_of(directory)
     if answer is not None and not answer.endswith(_END):
@@ -423,8 +413,7 @@ def _address(directory: Path) -> Iterator[str]:
 def present_status(data: DataDir) -> ServerStatus:
     """Return the status of a data directory's server; without one, that of the files.
 
-    Raises:
-        StorageError: its answer is incomplete, or from an incompatible version; otherwise as ``ask``.
+    Raises StorageError as ``ask``, or if the answer is incomplete or from an incompatible version.
     """
     told = ask(data.path)
     if told is None:
@@ -436,9 +425,7 @@ def present_status(data: DataDir) -> ServerStatus:
 
 
 class Gauges(Collector):
-    """The metrics of a registry, counted and looked up. Make one for each; ``scraped()`` returns them for
-    Prometheus.
-    """
+    """The metrics of a registry, counted and looked up. Make one for each."""
 
     def __init__(self, hub: ProjectRegistry) -> None:
         self._hub = hub
@@ -446,7 +433,7 @@ class Gauges(Collector):
         hub.metrics.registry.register(self)
 
     async def scraped(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics, and their content type, one that the caller accepts."""
+        """Return all metrics for Prometheus, and their content type, one that the caller accepts."""
         journals = {slug: project.paths.journal for slug, project in self._hub.projects.items()}
         self._journals = await asyncio.to_thread(lambda: {slug: journal_bytes(at) for slug, at in journals.items()})
         for peer in self._hub.peers:

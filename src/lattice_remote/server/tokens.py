@@ -54,9 +54,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     expires: Moment | None = None
     """End of its validity; None: never."""
     old_sha256: str = ""
-    """Digest of the text before the rotation."""
+    """Digest of the text before the rotation, valid until ``old_until``."""
     old_until: Moment | None = None
-    """End of the old text's validity."""
     metrics: bool = False
     """Whether it is for ``/metrics`` alone."""
 
@@ -68,17 +67,16 @@ class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TokenFile:
-    """``tokens.json`` for the command line: each call reads, changes and replaces it under a lock."""
+    """``tokens.json`` for the command line: each call reads, changes and replaces it under a lock.
+
+    Every method raises StorageError if the file cannot be read or written.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def read(self) -> list[Token]:
-        """Return all tokens, in the order of creation.
-
-        Raises:
-            StorageError: the file cannot be read, or is invalid.
-        """
+        """Return all tokens, in the order of creation."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Tokens).tokens
         except FileNotFoundError:
@@ -91,9 +89,7 @@ class TokenFile:
     ) -> tuple[Token, str]:
         """Create a token; return it and its text, which is not stored and cannot be shown again.
 
-        Raises:
-            Misuse: the actor or a pattern is malformed, or no project is named.
-            StorageError: the file cannot be written.
+        Raises Misuse if the actor or a pattern is malformed, or no project is named.
         """
         check_actor(actor, act_as)
         if not projects:
@@ -101,11 +97,7 @@ class TokenFile:
         return self._add(sorted(set(projects)), actor, act_as, expires)
 
     def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
-        """Create a token for the server's metrics alone; otherwise as ``create``.
-
-        Raises:
-            StorageError: the file cannot be written.
-        """
+        """Create a token for the server's metrics alone; otherwise as ``create``."""
         return self._add([], METRICS_ACTOR, [], expires, metrics=True)
 
     def _add(
@@ -128,11 +120,8 @@ class TokenFile:
     def rotate(self, id_or_text: str, *, grace: timedelta = timedelta()) -> tuple[Token, str]:
         """Give a token a new text and return both; its other fields stay. The old text stays valid for ``grace``.
 
-        A text that was itself still in its grace stops at once.
-
-        Raises:
-            Misuse: there is no such token, or it has expired, or the grace ends after the year 9999.
-            StorageError: the file cannot be written.
+        A text that was itself still in its grace stops at once. Raises Misuse if there is no such token, it has
+        expired, or the grace ends after the year 9999.
         """
         text, now = _new_text(), datetime.now(UTC)
         try:
@@ -156,12 +145,7 @@ class TokenFile:
         return changed[0], text
 
     def revoke(self, id_or_text: str) -> Token:
-        """Revoke a token, named by its id or by its own text, and return it.
-
-        Raises:
-            Misuse: there is no such token.
-            StorageError: the file cannot be written.
-        """
+        """Revoke a token, named by its id or by its own text, and return it. Raises Misuse if there is none."""
         gone: list[Token] = []
 
         def without(tokens: list[Token]) -> list[Token]:
@@ -172,11 +156,7 @@ class TokenFile:
         return gone[0]
 
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
-        """Replace projects' former names in every token; return the number of changed tokens.
-
-        Raises:
-            StorageError: the file cannot be written.
-        """
+        """Replace projects' former names in every token; return the number of changed tokens."""
         if not any(slug in renamed for token in self.read() for slug in token.projects):
             return 0
         changed: list[Token] = []
@@ -190,11 +170,7 @@ class TokenFile:
         return len(changed)
 
     def forget_project(self, slug: str) -> int:
-        """Remove a project from every token, and revoke tokens without another; return the number of these.
-
-        Raises:
-            StorageError: the file cannot be written.
-        """
+        """Remove a project from every token, and revoke tokens without another; return the number of changed tokens."""
         changed: list[Token] = []
 
         def edit(tokens: list[Token]) -> list[Token]:
@@ -239,11 +215,7 @@ def _find(tokens: list[Token], id_or_text: str) -> Token:
 
 
 def check_actor(actor: str, act_as: list[str]) -> None:
-    """Check that a token may have this actor and these patterns.
-
-    Raises:
-        Misuse: one of them is malformed.
-    """
+    """Check that a token may have this actor and these patterns. Raises Misuse."""
     from lattice.core.ids import validate_actor
 
     if _ACTOR.fullmatch(actor) is None or not validate_actor(actor):
@@ -259,11 +231,7 @@ _DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d
 
 
 def duration(text: str) -> timedelta:
-    """Return the duration of ``30m``, ``12h``, ``90d`` or ``52w``.
-
-    Raises:
-        Misuse: it has another form, or is 0.
-    """
+    """Return the duration of ``30m``, ``12h``, ``90d`` or ``52w``. Raises Misuse for another form, or 0."""
     matched = _DURATION.fullmatch(text)
     if matched is None:
         raise Misuse(f"bad time {text!r}: expected a number and m, h, d or w, for example 90d")
@@ -273,8 +241,7 @@ def duration(text: str) -> timedelta:
 def expiry(text: str, now: datetime) -> datetime | None:
     """Return the moment that ``text`` names, None for ``never``. A date alone is its start in UTC.
 
-    Raises:
-        Misuse: it is neither a duration nor a date nor ``never``, or has passed, or is past the year 9999.
+    Raises Misuse if it is neither a duration nor a date nor ``never``, or has passed, or is past the year 9999.
     """
     if text == "never":
         return None

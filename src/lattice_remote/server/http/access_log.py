@@ -1,7 +1,7 @@
 """Metrics and access log of HTTP requests, one line each with the number of the change it made.
 
-A line has the actor, the path without its query, and the status, but no headers or bodies. Parts of the path that are
-not plain names are masked. Lines for requests without a token are rate limited; all requests are counted.
+A line has no query, headers or bodies, and parts of the path that are not plain names are masked. Lines for requests
+without a token are rate limited; all requests are counted.
 """
 
 import contextlib
@@ -48,7 +48,6 @@ class AccessLogEntry:
         self.since = time.time()
         """Time of arrival in seconds since 1970."""
         self.login: Login | None = None
-        """The authenticated login; None before."""
         self.project = ""
         """The project's slug, once access to it is granted; "" before."""
         self.status = _LEFT

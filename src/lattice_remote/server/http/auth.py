@@ -86,7 +86,6 @@ class Cookies:
     """Signed sign-in cookies of one server."""
 
     def __init__(self, key: bytes, max_age_days: float) -> None:
-        """Take the server's signing key and the lifetime of a cookie."""
         self._max_age_s = int(max_age_days * 86_400)
         self._signer = URLSafeTimedSerializer(key, salt="browser", signer_kwargs={"digest_method": sha256})
         # Browsers send cookies to all ports of a host; servers on one host must not sign each other out.
@@ -95,9 +94,7 @@ class Cookies:
     def read(self, request: Request) -> tuple[str, str] | None:
         """Return id and digest of the token in a request's cookie; None without a cookie.
 
-        Raises:
-            SignatureExpired: the cookie has expired.
-            BadSignature: the cookie is forged, or of another server.
+        Raises SignatureExpired, or BadSignature if the cookie is forged, or of another server.
         """
         text = request.cookies.get(self._name_for(request), "")
         if not text:
@@ -113,7 +110,6 @@ class Cookies:
         self._set(request, response, value, self._max_age_s)
 
     def take_back(self, request: Request, response: Response) -> None:
-        """Delete the cookie."""
         self._set(request, response, "", 0)
 
     def _set(self, request: Request, response: Response, value: str, max_age_s: int) -> None:
@@ -160,12 +156,9 @@ def cookies_for(request: Request) -> Cookies:
 
 
 def authenticated(request: Request) -> Login:
-    """Return the login of the ``Authorization`` header, else of the browser's cookie.
+    """Return the login of the ``Authorization`` header, else of the browser's cookie if our own page sent the request.
 
-    A cookie counts only on requests from this server's pages.
-
-    Raises:
-        ApiError: unknown token, too many connections, or a cookie from another site's page.
+    Raises ApiError for an unknown token, too many connections, or a cookie from another site's page.
     """
     visit: ConnectionQuota = request.state.visit
     authorization = request.headers.getlist("Authorization")
@@ -192,10 +185,7 @@ def _has_token(authorization: list[str]) -> bool:
 def signed_in(request: Request) -> Login | ApiError | None:
     """Return the login of the browser's cookie, or why it has ended; None without a cookie.
 
-    An expired cookie does not count as a failed login, because open pages keep sending it.
-
-    Raises:
-        ApiError: the request comes from a page of another site.
+    An expired cookie is no failed login, because open pages keep sending it. Raises ApiError for another site's page.
     """
     try:
         shown = cookies_for(request).read(request)
@@ -211,11 +201,7 @@ def signed_in(request: Request) -> Login | ApiError | None:
 
 
 def refuse_cross_site(request: Request) -> None:
-    """Refuse a cross-site request.
-
-    Raises:
-        ApiError: the request comes from a page of another site.
-    """
+    """Raise ApiError if the request comes from a page of another site."""
     if why := cross_site_objection(request):
         raise ApiError(HTTPStatus.FORBIDDEN, "REMOTE_FORBIDDEN", why)
 

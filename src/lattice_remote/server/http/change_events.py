@@ -178,9 +178,9 @@ def _paths(change: Change) -> list[str]:
 
 
 def blocks(position: EventPosition, events: Sequence[ChangeEvent], contents: Mapping[Wanted, bytes]) -> list[bytes]:
-    """Return the encoded events of the change at ``position``. A wanted file that ``contents`` lacks is null.
+    """Return the encoded events of the change at ``position``.
 
-    Such a file has changed again; a later change includes it.
+    A wanted file that ``contents`` lacks is null: it has changed again, and a later change includes it.
     """
     sent = []
     for number, event in enumerate(events, 1):

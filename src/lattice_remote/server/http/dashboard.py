@@ -1,7 +1,7 @@
 """Hosted dashboard: lattice's own page with live updates, its requests, and its plan and notes editor.
 
-Reads go to the project's reader, writes to its worker. The page and its files come from the installed lattice; requests
-are forwarded by the form of their path, so other versions of the page work too.
+Reads go to the project's reader, writes to its worker. The page comes from the installed lattice; requests are
+forwarded by the form of their path, so other versions of the page work too.
 """
 
 import asyncio
@@ -74,12 +74,9 @@ _KINDS: dict[str, TextKind] = {"plans": "plan", "notes": "notes"}
 
 
 class _Text(msgspec.Struct, frozen=True):
-    """A plan or notes on the server.
+    """A plan or notes on the server; ``text`` is None if missing.
 
-    Attributes:
-        text: None if missing.
-        editable: False in the archive, and for a file that is not UTF-8.
-        reason: why it is not editable.
+    It is not editable, for ``reason``, in the archive and if it is not UTF-8.
     """
 
     text: str | None
@@ -179,15 +176,18 @@ async def _with_slash(request: Request) -> Response:
 
 
 class _PreparedPage(NamedTuple):
-    """Lattice's page with the additions."""
+    """Lattice's page with the additions.
+
+    Attributes:
+        scripts: the page's installed script files.
+        policy: the policy under which it works.
+        quiet: its handlers were replaced, so its scripts must have theirs replaced too.
+    """
 
     page: bytes
     scripts: tuple[bytes, ...]
-    """The page's installed script files."""
     policy: str
-    """The policy under which it works."""
     quiet: bool
-    """Whether its handlers were replaced, so that its scripts must have theirs replaced too."""
 
 
 async def _page(request: Request) -> Response:

@@ -91,8 +91,7 @@ def refuse_body(method: str, headers: Headers) -> ApiError | None:
 async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
     """Return a request's body of at most ``most`` bytes, received within ``within_s`` seconds.
 
-    Raises:
-        ApiError: too long, too slow, or the client has disconnected.
+    Raises ApiError if it is too long or too slow, or the client has disconnected.
     """
     length = request.headers.get("Content-Length", "0")
     if length.isdecimal() and int(length) > most:
@@ -185,11 +184,7 @@ def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
 
 
 async def cancel_on_disconnect[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``; cancel it if the client disconnects. Read the request's body first.
-
-    Raises:
-        ApiError: the client has disconnected.
-    """
+    """Await ``work``; cancel it, and raise ApiError, if the client disconnects. Read the request's body first."""
     doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_leaving(request))
     try:
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -213,5 +208,4 @@ def wants_page(request: Request) -> bool:
 
 
 def ok(data: Any, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    """Return a response with data."""
     return Response(msgspec.json.encode({"ok": True, "data": data}), status, media_type="application/json")

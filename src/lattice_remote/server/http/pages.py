@@ -184,14 +184,12 @@ async def _sign_in(request: Request) -> Response:
 
 
 def _admitted(request: Request, token: str) -> Login | ApiError:
-    """Return the login of a token that is admitted; count an unknown one."""
     visit: ConnectionQuota = request.state.visit
     login = registry_of(request).auth.identify(visit, token)
     return login if isinstance(login, ApiError) else visit.admit(login.token.id) or login
 
 
 def _retry_form(refusal: ApiError, following: str) -> Response:
-    """Return the form with an error."""
     unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message == UNKNOWN_TOKEN
     error = _NOT_KNOWN if unknown else f"{refusal.message[:1].upper()}{refusal.message[1:]}."
     headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
@@ -201,8 +199,7 @@ def _retry_form(refusal: ApiError, following: str) -> Response:
 async def _form(request: Request) -> dict[str, str]:
     """Return the fields of the submitted form, each once.
 
-    Raises:
-        ApiError: not a form, too large, or with unknown fields.
+    Raises ApiError if it is not a form, too large, or has unknown fields.
     """
     kind = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if kind != "application/x-www-form-urlencoded":
@@ -242,11 +239,7 @@ class Listed(Overview, frozen=True):
 
 
 async def listed(hub: ProjectRegistry, login: Login) -> list[Listed]:
-    """Return the existing projects of a token, by slug.
-
-    Raises:
-        StorageError: a project's files cannot be read.
-    """
+    """Return the existing projects of a token, by slug. Raises StorageError if a project's files cannot be read."""
     slugs = [slug for slug in sorted(login.token.projects) if hub.data.has_project(slug)]
     return list(await asyncio.gather(*(_list_project(hub, slug) for slug in slugs)))
 
@@ -283,7 +276,6 @@ class Slice:
 
 
 def slices(statuses: dict[str, int]) -> list[Slice]:
-    """Return the parts of a bar of the tasks' statuses."""
     total, start, found = sum(statuses.values()), 0.0, []
     for status, count in statuses.items():
         kind = status if status in _KNOWN else "other"

@@ -67,7 +67,7 @@ class EventStream:
 
 
 KEEP_ALIVE_S = 10.0
-"""Interval of ``position`` events while there is no change."""
+"""Interval of comments while there is no change."""
 _KEPT = 256
 _KEPT_BYTES = 4 * 1024 * 1024
 """Maximum size of the encoded changes kept for reconnecting clients."""
@@ -120,7 +120,7 @@ class Listener(Protocol):
         """Send a change, unless it was sent before."""
 
     def keep_alive(self, event: bytes) -> None:
-        """Send an event that changes nothing."""
+        """Send a comment."""
 
     def end(self, bye: Bye) -> None:
         """Send the reason and close."""
@@ -213,7 +213,6 @@ class Feed:
         return EncodedChange(seq, await _beside(size, blocks, Position(self.epoch, seq, change.mark), events, found))
 
     def _keep(self, change: EncodedChange) -> EncodedChange:
-        """Cache an encoded change, and return it."""
         self._encoded[change.seq] = change
         self._encoded_bytes += len(change.chunk)
         while len(self._encoded) > _KEPT or (self._encoded_bytes > _KEPT_BYTES and len(self._encoded) > 1):
@@ -223,8 +222,8 @@ class Feed:
     async def _content(self, wanted: Wanted) -> bytes | None:
         """Return a file as the change wrote it; None if a later change replaced it.
 
-        Running commands put the disk ahead of the head, and one may be undone. So a mismatch is read again for a
-        moment, while the head still lists this content.
+        Running commands put the disk ahead of the head, and one may be undone: a mismatch is read again for a moment,
+        while the head still lists this content.
         """
         files, end = self.project.history.files, asyncio.get_running_loop().time() + _SETTLE_S
         while (known := files.get(wanted.path)) is not None and known[1] == wanted.digest and known[0] <= PIECE_BYTES:
@@ -284,7 +283,7 @@ _HELD_S = 0.5
 
 
 class _Stream:
-    """A client's subscription to a feed; ``run()`` it once."""
+    """A client's subscription to a feed, after ``asked`` (None: the head); ``run()`` it once."""
 
     def __init__(
         self,
@@ -296,7 +295,6 @@ class _Stream:
         is_chunked: bool,
         is_brief: bool = False,
     ) -> None:
-        """Take the position after which to send; None for the head. A brief stream has only ``change`` events."""
         self._http, self._asked, self._is_brief = http, asked, is_brief
         self._is_chunked = is_chunked
         self._project = visitor.project
@@ -426,10 +424,8 @@ def _follow(asked: EventId | None) -> Follow:
 def _asked_position(request: Request) -> EventId | None:
     """Return where to continue. A reconnecting browser sends a header, which takes precedence over the query.
 
-    A malformed header counts as an unknown position: a browser would not reconnect after an error.
-
-    Raises:
-        ApiError: ``?since=`` is malformed.
+    A malformed header counts as an unknown position: a browser would not reconnect after an error. Raises ApiError for
+    a malformed ``?since=``.
     """
     nowhere = EventId(Position("-", 0, b""))  # an epoch that never exists
     if last := request.headers.getlist("Last-Event-ID"):

@@ -23,9 +23,9 @@ _UNKNOWN = "it is unknown whether the request took effect: check before you repe
 
 @dataclass(frozen=True)
 class IdempotencyKey:
-    """The id under which a request runs at most once (I6), and a fingerprint of the request.
+    """The id under which a request runs at most once (I6): 32 hexadecimal digits.
 
-    ``id`` is 32 hexadecimal digits. The same id with another ``fingerprint`` is refused.
+    The same id with another ``fingerprint`` is refused.
     """
 
     id: str
@@ -146,8 +146,7 @@ _CONDITIONS = ("If-Match", "If-None-Match")
 def idempotency_key(request: Request, visitor: RequestContext, content: bytes) -> IdempotencyKey:
     """Return the id for a request with this body: that of its key, which is scoped to the token, or a new one.
 
-    Raises:
-        Rejected: the key is malformed.
+    Raises Rejected if the key is malformed.
     """
     keys = request.headers.getlist(KEY_HEADER)
     if not keys:
@@ -167,5 +166,4 @@ def idempotency_key(request: Request, visitor: RequestContext, content: bytes) -
 
 
 def _digest(*parts: str) -> bytes:
-    """Return 16 bytes that identify these parts."""
     return hashlib.sha256(msgspec.json.encode(parts)).digest()[:16]

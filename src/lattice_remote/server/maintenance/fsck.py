@@ -1,8 +1,7 @@
 """``lattice-remote fsck``: check of a data directory, and lossless repair.
 
-Repair does at once, and reports, what the next start would do: an interrupted command is undone, and edits become
-changes. In addition, damaged files are restored from the journal, and obstacles are moved to ``set-aside/``; nothing is
-deleted.
+Repair does at once, and reports, what the next start would do. In addition, damaged files are restored from the
+journal, and obstacles are moved to ``set-aside/``; nothing is deleted.
 """
 
 import asyncio
@@ -114,8 +113,7 @@ _TIMEOUT_S = 600.0
 async def recover(slug: str, paths: ProjectPaths, settings: JournalSettings) -> list[str]:
     """Start a worker, which recovers the project as always, and end it; return its notes.
 
-    Raises:
-        StorageError: it cannot open the project.
+    Raises StorageError if it cannot open the project.
     """
     first: asyncio.Future[ToServer] = asyncio.get_running_loop().create_future()
 
@@ -167,8 +165,7 @@ class FsckReport:
 def chosen(data: DataDir, slugs: Sequence[str] | None) -> list[str]:
     """Return the projects to check: the named ones, else all.
 
-    Raises:
-        Misuse: this is no data directory, or has no such project.
+    Raises Misuse if this is no data directory, or has no such project.
     """
     if not (data.path / "config.json").exists() and not (data.path / "projects").is_dir():
         raise Misuse(f"{data.path} is not a data directory; name it with --data DIR")
@@ -191,7 +188,6 @@ def as_lines(report: FsckReport) -> list[str]:
 
 
 def as_json(report: FsckReport) -> str:
-    """Return a report for ``--json``."""
     return msgspec.json.encode({**asdict(report), "findings": report.findings, "left": report.left}).decode()
 
 
@@ -220,7 +216,7 @@ def fsck(data: DataDir, slugs: Sequence[str], *, repair: bool) -> FsckReport:
 
 
 def _lock(data: DataDir, report: FsckReport) -> int | None:
-    """Keep a server from starting during the check; yield whether one runs."""
+    """Keep a server from starting during the check; note in the report if one runs."""
     try:
         return lock(data.path / ".lock")
     except LockedElsewhere:

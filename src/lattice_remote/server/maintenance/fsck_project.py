@@ -24,19 +24,21 @@ __all__ = ["Finding", "JournalCheck", "ProjectCheck", "check_journal", "check_pr
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One deviation."""
+    """One deviation.
+
+    Attributes:
+        project: its slug; "" for the server itself.
+        where: a path, relative to the project's directory or to the data directory.
+        repair: the action of ``--repair``; "" if a person has to decide.
+    """
 
     project: str
-    """Slug of the project; "" for the server itself."""
     where: str
-    """A path, relative to the project's directory or to the data directory."""
     what: str
     repair: str = ""
-    """The action of ``--repair``; "" if a person has to decide."""
     repaired: bool = False
 
     def line(self) -> str:
-        """Return it as one line for a terminal."""
         place = f"{self.project}: {self.where}" if self.project else self.where
         if self.repaired:
             return f"{place}: {self.what}; repaired: {self.repair}"
@@ -71,7 +73,6 @@ class JournalCheck:
     _ids: set[str] = field(default_factory=set)
 
     def found(self, path: Path, what: str, repair: str = "") -> None:
-        """Add a finding about a segment."""
         self.findings.append(Finding(self.project, f"journal/{path.name}", what, repair))
 
     def take(self, path: Path, *, is_last: bool) -> None:
@@ -150,11 +151,7 @@ class JournalCheck:
 
 
 def check_journal(project: str, directory: Path) -> JournalCheck:
-    """Read every segment in ``directory``.
-
-    Raises:
-        OSError: one cannot be read at all.
-    """
+    """Read every segment in ``directory``. Raises OSError if one cannot be read at all."""
     check = JournalCheck(project)
     paths = segment_paths(directory)
     for path in paths:
@@ -212,12 +209,10 @@ class ProjectCheck:
     """The check of one project.
 
     Attributes:
-        findings: all of them.
         files: the files at the journal's head, as far as known.
         damaged: paths of the tree whose content changed without a write.
         difference: the repair of a file that differs from the head.
         leftovers: files left behind by interrupted programs.
-        journal: its check.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -231,8 +226,7 @@ class ProjectCheck:
 def check_project(slug: str, paths: ProjectPaths, *, at_rest: bool) -> ProjectCheck:
     """Check one project. ``at_rest``: no worker runs, so its scratch directory and undo log are not in use.
 
-    Raises:
-        OSError: a file cannot be read; the caller reports it.
+    Raises OSError if a file cannot be read.
     """
     check = ProjectCheck()
     check.journal = check_journal(slug, paths.journal) if paths.journal.is_dir() else JournalCheck(slug)
@@ -280,7 +274,6 @@ def _list_files(slug: str, paths: ProjectPaths, check: ProjectCheck) -> bool:
 
 
 def _compare(slug: str, paths: ProjectPaths, check: ProjectCheck) -> None:
-    """Digest every file of the tree."""
     journal = check.journal
     assert journal is not None, "check_project has read it"
     tree = ProjectTree(paths.lattice, check.files)

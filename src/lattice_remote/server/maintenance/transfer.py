@@ -56,12 +56,9 @@ class Exported(msgspec.Struct):
 
 
 def export_project(data: DataDir, slug: str, target: Path) -> Exported:
-    """Make ``target`` a plain lattice project with the files of ``slug``.
+    """Make ``target`` a plain lattice project with the files of ``slug``, active or archived.
 
-    Args:
-        data: the data directory.
-        slug: an active or archived project.
-        target: a directory that is missing or empty. It appears whole, or not at all.
+    ``target`` is missing or empty; it appears whole, or not at all.
 
     Raises:
         Misuse: there is no such project, or ``target`` is not empty.
@@ -139,17 +136,10 @@ _MAX_BYTES = 1 << 40
 
 
 def import_project(data: DataDir, slug: str, source: Path, *, keep_hooks: bool, dry_run: bool) -> ImportReport:
-    """Import the lattice project in ``source`` as the project ``slug``, which is new or empty.
+    """Import the lattice project in ``source`` (or in its ``.lattice``) as ``slug``, which is new or empty.
 
-    A running server serves it at once. ``source`` is not changed. A crash at any moment leaves the project unchanged or
-    imported as a whole.
-
-    Args:
-        data: the data directory.
-        slug: the project's name.
-        source: the directory that holds ``.lattice``, or that itself.
-        keep_hooks: keep the hooks of its config.json.
-        dry_run: check all of it, and change nothing.
+    A running server serves it at once. A crash at any moment leaves the project unchanged or imported as a whole.
+    ``keep_hooks`` keeps the hooks of its ``config.json``; ``dry_run`` checks everything and changes nothing.
 
     Raises:
         Misuse: there is no project in ``source``, or it is refused, or ``slug`` is in use; nothing was changed.
@@ -236,10 +226,7 @@ def rename_project(data: DataDir, old: str, new: str) -> int:
 def finish_renames(data: DataDir) -> int:
     """Replace former project names in all tokens; return the number of updated tokens.
 
-    A name used again, by an active or archived project, is no former name.
-
-    Raises:
-        StorageError: ``tokens.json`` cannot be read or written.
+    A name used again, by an active or archived project, is no former name. Raises StorageError.
     """
     former = {
         old: new

@@ -1,6 +1,6 @@
 """Audit log of a project: changes and earlier versions of texts, read from the end of the journal.
 
-Reads only the journal and ``ids.json``, and takes no lock. It therefore works with and without a running server.
+Reads only the journal and ``ids.json``, without locks: it works with and without a running server.
 """
 
 import asyncio
@@ -196,11 +196,7 @@ class LogReader:
 
 
 def present_epoch(paths: ProjectPaths) -> str:
-    """Return the project's epoch; empty without a readable journal. Blocking.
-
-    Raises:
-        OSError: the journal cannot be read.
-    """
+    """Return the project's epoch; empty without a readable journal. Blocking. Raises OSError."""
     headers = map(header_of, reversed(segment_paths(paths.journal)))
     return next((header.epoch for header in headers if header is not None), "")
 
@@ -208,9 +204,7 @@ def present_epoch(paths: ProjectPaths) -> str:
 def read_log(paths: ProjectPaths, task: str, limit: int) -> tuple[list[LogEntry], bool]:
     """Return the newest changes, of one task if named, and whether there are more. Blocking.
 
-    Raises:
-        Misuse: the task does not exist.
-        OSError: the journal cannot be read.
+    Raises Misuse if the task does not exist, or OSError.
     """
     task_id = find_task(paths.lattice, task) if task else ""
     if task_id is None:
@@ -242,8 +236,7 @@ def read_page(
         before: ``before`` of the previous page; None for the newest.
         head: epoch and number of the last change to include; None for all.
 
-    Raises:
-        OSError: a segment cannot be read.
+    Raises OSError.
     """
     found: list[LogEntry] = []
     scanned = 0
@@ -266,20 +259,12 @@ def read_page(
 
 
 def find_task(lattice: Path, name: str) -> str | None:
-    """Return the id of an active or archived task, given its id or short id; None if unknown.
-
-    Raises:
-        OSError: ``ids.json`` cannot be read.
-    """
+    """Return the id of an active or archived task, given its id or short id; None if unknown. Raises OSError."""
     return name if _TASK_ID.fullmatch(name) else _ids(lattice).get(name.upper())
 
 
 def short_ids(lattice: Path) -> dict[str, str]:
-    """Return the tasks' short ids by their ids.
-
-    Raises:
-        OSError: ``ids.json`` cannot be read.
-    """
+    """Return the tasks' short ids by their ids. Raises OSError."""
     return {task: short_id for short_id, task in _ids(lattice).items()}
 
 

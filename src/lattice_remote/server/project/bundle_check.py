@@ -2,8 +2,8 @@
 
     python -m lattice_remote.server.project.bundle_check --into PLACE --pack FILE --max-bytes N
 
-Its input is untrusted. Memory, processor time and file size of the process are bounded, and lattice runs under the same
-audit hook as in a worker. The process prints one ``ImportReport`` as JSON.
+Its input is untrusted: memory, processor time and file size are bounded, and lattice runs under the same audit hook as
+in a worker. It prints one ``ImportReport`` as JSON.
 """
 
 import argparse
@@ -56,12 +56,7 @@ class Candidate:
             (self.lattice / directory).mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str, size: int, pieces: Iterable[bytes]) -> None:
-        """Create a file.
-
-        Raises:
-            Misuse: a project cannot contain it.
-            OSError: it cannot be written.
-        """
+        """Create a file. Raises Misuse if a project cannot contain it, or OSError."""
         self.layout.add(path, size)
         target = self.lattice / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +74,13 @@ _MAX_NOTE_CHARS = 2000
 
 
 class ImportReport(msgspec.Struct, kw_only=True):
-    """Result of the check. The candidate may be put in place if ``refused`` is empty."""
+    """Result of the check. The candidate may be put in place if ``refused`` is empty.
+
+    Attributes:
+        omitted: entries of the directory that do not belong to a project.
+        rebuilt: files that differed from the event logs and were rebuilt.
+        warnings: of lattice's doctor.
+    """
 
     refused: str = ""
     tasks: int = 0
@@ -89,11 +90,8 @@ class ImportReport(msgspec.Struct, kw_only=True):
     hooks: bool = False
     hooks_kept: bool = False
     omitted: list[str] = []
-    """Entries of the directory that do not belong to a project."""
     rebuilt: list[str] = []
-    """Files that differed from the event logs and were rebuilt."""
     warnings: list[str] = []
-    """Warnings of lattice's doctor."""
 
     def notes(self) -> list[str]:
         """Return messages for the user, one line each."""
@@ -130,16 +128,13 @@ async def quarantine(
     """Build a candidate in ``place``, which must not exist, and check it.
 
     Without ``refused`` in the report, ``place`` holds a complete, durable project and nothing else; the caller puts it
-    in place or removes it. Otherwise ``place`` is removed.
+    in place or removes it. Otherwise ``place`` is removed. Raises StorageError if the check cannot run.
 
     Args:
         source: ``--pack FILE`` or ``--from DIRECTORY``.
-        max_bytes: maximum size of the project.
+        max_bytes: of the project.
         keep_hooks: an administrator allows its hooks.
         hooks_of: a ``config.json`` whose hooks replace its own.
-
-    Raises:
-        StorageError: the check cannot run.
     """
     place.mkdir(parents=True)  # noqa: ASYNC240 - a directory, at once
     try:
@@ -203,9 +198,7 @@ _BOOKKEEPING = frozenset(
 def add_pack(candidate: Candidate, pack: Path) -> None:
     """Add a bundle's files to a candidate, after validating the whole bundle.
 
-    Raises:
-        ProtocolError: the bundle is malformed.
-        Misuse: a project cannot contain one of its files.
+    Raises ProtocolError if it is malformed, or Misuse if a project cannot contain one of its files.
     """
     layout = Layout(max_bytes=candidate.layout.max_bytes)
     for item in _items(pack):
@@ -244,11 +237,8 @@ class _Content:
 def add_directory(candidate: Candidate, directory: Path) -> list[str]:
     """Add the replicated files below ``directory`` (a ``.lattice``) to a candidate; return the omitted paths.
 
-    Omits symbolic links and special files, and never follows them.
-
-    Raises:
-        Misuse: a project cannot contain one of its files, or one was truncated while being read.
-        OSError: a file cannot be read.
+    Omits symbolic links and special files. Raises Misuse if a project cannot contain a file, or it was truncated while
+    being read, or OSError.
     """
     omitted: list[str] = []
     for path in _walk(directory, omitted):
@@ -403,8 +393,7 @@ class _NoPreImages:
 def _check_with_lattice(candidate: Candidate, report: ImportReport) -> None:
     """Run ``rebuild --all``, ``doctor`` and the most common reading commands.
 
-    Raises:
-        Misuse: lattice reports errors, fails, or would touch files outside the project.
+    Raises Misuse if lattice reports errors, fails, or would touch files outside the project.
     """
     place = candidate.place
     code = code_directories(place)

@@ -1,7 +1,7 @@
 """Files of the tree for clients, each consistent with a sequence number.
 
-The tree on disk is ahead of the head by the running commands. A read therefore counts only once the manifest at the
-head has the same digest: at once, or in the tick that commits the change.
+The tree on disk is ahead of the head by the running commands. A read counts only once the manifest at the head has the
+same digest: at once, or in the tick that commits the change.
 """
 
 import asyncio
@@ -29,9 +29,7 @@ _MAX_BYTES = 64 * 1024 * 1024
 
 
 async def text_at_head(project: Project, path: str, share: ResponseShare) -> bytes | None:
-    """Return the content of a plan or notes at the head; None if it does not exist. Belongs to the event loop's thread.
-
-    The content counts as part of the response that ``share`` belongs to.
+    """Return the content of a plan or notes at the head; None if it does not exist. It counts as part of ``share``.
 
     Raises:
         Rejected: REMOTE_TOO_LARGE, over 64 MiB; REMOTE_BUSY, the token has too many responses outstanding.
@@ -62,11 +60,7 @@ async def _settled(project: Project, path: str) -> bytes | None:
 
 
 def read_content(path: Path, content: Content) -> bytes | None:
-    """Return a file's bytes if they are this content, else None. Blocking.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return a file's bytes if they are this content, else None. Blocking. Raises OSError."""
     size, digest = content
     try:
         descriptor = os.open(path, READ)
@@ -98,11 +92,7 @@ class Snapshot:
 
     @classmethod
     def open(cls, path: Path, expected_size: int) -> "Snapshot | None":
-        """Open and digest a file; None if it does not exist. Blocking.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Open and digest a file; None if it does not exist. Blocking. Raises OSError."""
         try:
             descriptor = os.open(path, READ)
         except FileNotFoundError:
@@ -134,10 +124,7 @@ class Snapshot:
     def digest_at(self, size: int) -> bytes | None:
         """Return the digest of the first ``size`` bytes; None if the file is shorter or computing it would take long.
 
-        Takes at most a few ms, enough for the growth of a busy log since ``open``.
-
-        Raises:
-            OSError: the file cannot be read.
+        Takes at most a few ms, enough for the growth of a busy log since ``open``. Raises OSError.
         """
         if self._data is not None:
             return hashlib.sha256(self._data[:size]).digest() if size <= len(self._data) else None
@@ -151,11 +138,7 @@ class Snapshot:
         return digest.digest() if len(grown) == size - seen else None
 
     def piece(self, offset: int, size: int) -> bytes:
-        """Return the piece at ``offset`` of content with ``size`` bytes.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Return the piece at ``offset`` of content with ``size`` bytes. Raises OSError."""
         if self._data is not None:
             return self._data[offset : min(size, offset + PIECE_BYTES)]
         assert self._descriptor is not None, "a large file stays open until close()"

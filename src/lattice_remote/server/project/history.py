@@ -94,10 +94,12 @@ class Subscriber(Protocol):
 
 
 class History:
-    """Head, files and recent changes of a project. Belongs to the event loop's thread."""
+    """Head, files and recent changes of a project. Belongs to the event loop's thread.
+
+    ``committed`` is called with the number of each change.
+    """
 
     def __init__(self, journal: Path, committed: Callable[[int], None] = lambda _: None) -> None:
-        """Create an empty history; ``committed`` is called with the sequence number of each change."""
         self.epoch = ""
         """"" before the worker is first ready."""
         self.head = 0
@@ -117,7 +119,7 @@ class History:
 
     @property
     def used(self) -> str | None:
-        """A description of the project's first sign of use; None if its files show that it is empty."""
+        """The project's first sign of use; None if its files show that it is empty."""
         return first_sign_of_use((path, size) for path, (size, _) in self.files.items())
 
     @property
@@ -131,14 +133,11 @@ class History:
         self._subscribers.add(subscriber)
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Idempotent."""
         self._subscribers.discard(subscriber)
 
     async def changes_after(self, seq: int) -> list[tuple[int, bytes]]:
-        """Return a batch of numbers and frames of the changes after ``seq``, in order; empty when not kept.
-
-        Raises:
-            OSError: the journal cannot be read.
+        """Return a batch of numbers and frames of the changes after ``seq``, in order; empty when not kept. Raises
+        OSError.
         """
         batch = self._recent.after(seq, _REPLAY_BYTES)
         if batch or seq >= self.head:
@@ -148,29 +147,19 @@ class History:
             return [(number, websocket_frame(change)) for number, change in stored or ()]
 
     async def mark_at(self, seq: int) -> bytes | None:
-        """Return the change id of ``seq``; None when no longer known.
-
-        Raises:
-            OSError: the journal cannot be read.
-        """
+        """Return the change id of ``seq``; None when no longer known. Raises OSError."""
         if seq in (0, self.head):
             return self.mark if seq else b""
         known = self._recent.mark_at(seq)
         return known if known is not None else await asyncio.to_thread(self._journal.mark_at, seq)
 
     async def is_genuine(self, position: Position) -> bool:
-        """Return whether this project, or another copy of its data, made this position's change id.
-
-        Raises:
-            OSError: the journal's key cannot be read.
-        """
+        """Return whether this project, or another copy of its data, made this position's change id. Raises OSError."""
         return await asyncio.to_thread(self._change_ids.is_genuine, position.epoch, position.seq, position.mark)
 
     async def lacks(self, position: Position) -> bool:
-        """Return whether the project has no record of a position, so that changes up to it may be lost here.
-
-        Raises:
-            OSError: the journal cannot be read.
+        """Return whether the project has no record of a position, so that changes up to it may be lost here. Raises
+        OSError.
         """
         if not position.epoch:
             return False
@@ -195,10 +184,9 @@ class History:
         return [websocket_frame(encode(Entries(self.head, self.mark, piece, piece is pieces[-1]))) for piece in pieces]
 
     def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
-        """Call ``call()`` in the tick in which a change gives the file this content.
+        """Call ``call()`` in the tick in which a change gives the file this content; return a function that cancels it.
 
-        The call comes after subscribers got that change and before they get the next. Returns a function that cancels
-        it.
+        The call comes after subscribers got that change and before they get the next.
         """
         calls = self._expected.setdefault((path, content), [])
         calls.append(call)
@@ -236,9 +224,7 @@ class History:
     async def resume(self, ready: Ready) -> None:
         """Continue with a new worker: publish missed changes, or switch to its history.
 
-        Raises:
-            StorageError: the journal lacks a missed change.
-            OSError: the journal cannot be read.
+        Raises StorageError if the journal lacks a missed change, or OSError.
         """
         if self.epoch == ready.epoch and self.head <= ready.head:
             await self._publish_missed(ready)

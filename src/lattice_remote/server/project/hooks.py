@@ -1,8 +1,7 @@
 """Runner of the ``config.json`` hooks requested by commands: after the commit, in order, one at a time per project.
 
 As upstream, a hook is a shell command with the event on standard input and a time limit; its output is discarded. A
-failure is logged with the number of the change and affects nothing else. Hooks of a change run at most once; those not
-started when the server stops are lost.
+failure is logged and affects nothing else. A hook runs at most once; those not started when the server stops are lost.
 """
 
 import asyncio
@@ -41,8 +40,7 @@ _log = logging.getLogger(__name__)
 class HookRunner:
     """Hooks of one project, off the write path; ``close()`` it.
 
-    They run in a thread: event loops differ in what happens when a subprocess ends before it has read its input, and a
-    hook may use its whole time limit without delaying others.
+    They run in a thread: event loops differ in what happens when a subprocess ends before it has read its input.
     """
 
     def __init__(self, slug: str, cwd: Path, *, timeout_s: float = HOOK_TIMEOUT_S) -> None:

@@ -47,9 +47,7 @@ class _Push:
 class Pushes:
     """Pushes of one project in progress. Belongs to the event loop's thread; ``close()`` it.
 
-    Args:
-        submit: queues a request for the worker.
-        refused: called with the code of each refusal not made by the worker.
+    ``submit`` queues a request for the worker; ``refused`` is called with the code of each refusal made here.
     """
 
     def __init__(
@@ -74,9 +72,7 @@ class Pushes:
     ) -> None:
         """Start or join a push. Calls ``requester.answer()`` when it is done.
 
-        Args:
-            first_sent_at: see ``ipc.RunCommand``.
-            used: the project's first sign of use; None if it looks empty.
+        ``first_sent_at`` as in ``ipc.RunCommand``; ``used`` is the project's first sign of use, None if it looks empty.
         """
         push = self._under_way.get(frame.id)
         if push is not None and push.token.id != token.id:

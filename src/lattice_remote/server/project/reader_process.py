@@ -1,10 +1,8 @@
 """Reader process of a project, seen from the server, with a cache of its results.
 
 The process starts on demand and ends when idle or stuck. Reads run one at a time, tokens in turn. A result read while
-the worker was idle is the tree at the head and serves equal reads until the next change.
-
-A read that overlaps a transaction counts only once that is committed and durable (I2). The result waits until then;
-after a rollback the read is repeated.
+the worker was idle is the tree at the head and serves equal reads until the next change. One that overlaps a
+transaction waits until that is committed and durable (I2); after a rollback the read is repeated.
 """
 
 import asyncio
@@ -131,9 +129,8 @@ class ReaderProcess:
     async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
         """Return the result of a read; it includes every change acknowledged before the call.
 
-        Args:
-            share: the response that the result is part of; the read waits for its token's turn and room. None for the
-                server's own reads.
+        The read waits for the turn and the room of ``share``, the response that it is part of; None for the server's
+        own.
 
         Raises:
             Rejected: REMOTE_BUSY, too many reads of the token wait, it has too many responses outstanding, or the
@@ -166,8 +163,7 @@ class ReaderProcess:
     async def _is_committed(self, before: TreeState, epoch: str) -> bool:
         """Wait until all that a read may have seen is durable; return False after a rollback.
 
-        Raises:
-            Rejected: REMOTE_BUSY, after ``_COMMIT_S``.
+        Raises Rejected (REMOTE_BUSY) after ``_COMMIT_S``.
         """
         seen = now = self._tree_state()
         try:

@@ -39,15 +39,13 @@ _NEW_FILE_MODE = 0o644
 
 @dataclass(slots=True)
 class _Content:
-    """Staged content of one upload."""
-
     owner: str
     size: int
     """Final size in bytes; after a restart the current size, until the client repeats it."""
     have: int
     is_whole: bool
     used_at: float
-    """Time of the last piece, in seconds since the epoch."""
+    """Time of the last piece, in seconds since 1970."""
     is_admitted: bool = False
     """Whether its size was checked since the start."""
     unsynced: int = 0
@@ -56,7 +54,7 @@ class _Content:
 
 
 class Staging:
-    """Staged contents on disk. Blocking; used by one thread."""
+    """Staged contents on disk. Blocking; used by one thread. Methods raise OSError."""
 
     def __init__(self, paths: ProjectPaths, limits: LimitSettings) -> None:
         self._paths = paths
@@ -65,12 +63,9 @@ class Staging:
         self._contents: dict[str, _Content] | None = None  # by file name, without .part; None before the first scan
 
     def take(self, frame: Upload, token_id: str) -> int:
-        """Append a piece if it is the next; return the number of bytes present. A complete content survives a power
-        cut.
+        """Append a piece if it is the next; return the number of bytes present. Complete content survives a power cut.
 
-        Raises:
-            Rejected: it is over a limit, or its digest differs; its bytes are removed.
-            OSError: the disk is full or fails; its bytes are removed.
+        Its bytes are removed on an error. Raises Rejected if it is over a limit, or its digest differs, or OSError.
         """
         name = self._paths.upload(token_id, frame.digest).name
         content = self._admitted(frame, name)
@@ -85,13 +80,13 @@ class Staging:
         return content.have
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """Remove consumed content. Raises OSError."""
+        """Remove consumed content."""
         name = self._paths.upload(token_id, digest).name
         if name in self._known():
             self._remove(name)
 
     def sweep(self) -> None:
-        """Remove expired content. Raises OSError."""
+        """Remove expired content."""
         now = time.time()
         for name, content in list(self._known().items()):
             if now - content.used_at > EXPIRE_S:
@@ -102,8 +97,7 @@ class Staging:
     def _admitted(self, frame: Upload, name: str) -> _Content:
         """Return the content of a piece, registering it if new. Writes nothing.
 
-        Raises:
-            Rejected: it is too large, no room is left, or its size differs from the size named before.
+        Raises Rejected if it is too large, no room is left, or its size differs from the size named before.
         """
         contents = self._known()
         content = contents.get(name)
@@ -251,12 +245,14 @@ _log = logging.getLogger(__name__)
 
 
 class Uploads:
-    """Uploads of one project. Belongs to the event loop's thread; ``close()`` it."""
+    """Uploads of one project. Belongs to the event loop's thread; ``close()`` it.
+
+    ``refused`` is called with the code of each refusal.
+    """
 
     def __init__(
         self, paths: ProjectPaths, limits: LimitSettings, refused: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Create the staging; ``refused`` is called with the code of each refusal."""
         self._refused = refused
         self._staging = Staging(paths, limits)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="uploads")
@@ -287,11 +283,9 @@ class Uploads:
         work.add_done_callback(finish)
 
     def used(self, token_id: str, digest: bytes) -> None:
-        """Remove consumed content."""
         self._do(lambda: self._staging.used(token_id, digest))
 
     def sweep(self) -> None:
-        """Remove expired content."""
         self._do(self._staging.sweep)
 
     def close(self) -> None:

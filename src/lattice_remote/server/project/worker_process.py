@@ -1,7 +1,7 @@
 """Worker process of a project, seen from the server: start, messages and end.
 
-It does not interpret messages. The process inherits the descriptor of the project's writer lock and holds the lock for
-its lifetime, so even a killed server leaves no second writer behind (I1).
+The process inherits the descriptor of the project's writer lock and holds the lock for its lifetime, so even a killed
+server leaves no second writer behind (I1).
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from lattice_remote.server.locks import LockedElsewhere, lock
 __all__ = ["WORKER_COMMAND", "WorkerProcess"]
 
 WORKER_COMMAND: Sequence[str] = (sys.executable, "-P", "-X", "utf8", "-m", "lattice_remote.server.worker.main")
-"""Command line of the worker, independent of the current directory and the locale. Tests substitute their own."""
+"""Command line of the worker, independent of the current directory and the locale."""
 
 _LOCK_TIMEOUT_S = 40.0
 """Time to wait for the worker of a killed server to end: a command's time limit plus a margin."""
@@ -52,9 +52,7 @@ class WorkerProcess(asyncio.Protocol):
     ) -> "WorkerProcess":
         """Start the process; it sends ``Ready`` once it has opened the project.
 
-        Raises:
-            LockedElsewhere: the worker of an earlier server is still running after 40 s.
-            OSError: the process cannot be started.
+        Raises LockedElsewhere if the worker of an earlier server is still running after 40 s, or OSError.
         """
         worker = cls(on_message, on_end)
         writer_lock = await _writer_lock(paths)

@@ -1,15 +1,11 @@
 """Admission control: connection and request limits per address and per token.
 
-Each connection has a ``ConnectionQuota`` from its acceptance, before TLS, until it is closed. The state held for
-unauthenticated clients is bounded. Connections without a token are counted by address and in total. Beyond the limit,
-the address with the most connections loses its oldest (``UnauthenticatedConnections``), so a flood does not exclude
-clients that show a token at once. At most ``MAX_ADDRESSES`` addresses without a connection are remembered.
+Each connection has a ``ConnectionQuota`` from its acceptance, before TLS, until it is closed. Connections without a
+token are counted by address and in total; beyond a limit, the address with the most loses its oldest, so a flood does
+not exclude clients that show a token at once. A request with a valid token counts for the token, any other for its
+address: agents that share an address do not affect each other, and a token gains nothing from many addresses.
 
-A request with a valid token counts for the token, any other for its address. So a flood without a token does not slow
-down authenticated requests from the same address, agents that share an address do not affect each other, and a token
-gains nothing from many addresses.
-
-Nothing here waits or does I/O.
+State is bounded. Nothing here waits or does I/O.
 """
 
 import logging
@@ -38,8 +34,6 @@ __all__ = [
 
 
 class UnauthenticatedConnections[T: Hashable]:
-    """Connections without a token, each at one address."""
-
     def __init__(self) -> None:
         self._address_of: dict[T, str] = {}
         self._at: dict[str, dict[T, None]] = {}  # by address, the oldest first
@@ -53,18 +47,16 @@ class UnauthenticatedConnections[T: Hashable]:
         return len(self._at.get(address, ()))
 
     def oldest_at(self, address: str) -> T:
-        """Return the oldest one at an address; there is at least one."""
+        """Return the oldest one at an address that has one."""
         return next(iter(self._at[address]))
 
     def put(self, stranger: T, address: str) -> None:
-        """Add one, or move it to this address."""
         self.remove(stranger)
         self._address_of[stranger] = address
         self._at.setdefault(address, {})[stranger] = None
         self._recount(address, self.at(address) - 1)
 
     def remove(self, stranger: T) -> None:
-        """Remove one, if it is known."""
         address = self._address_of.pop(stranger, None)
         if address is not None:
             del self._at[address][stranger]
@@ -122,10 +114,9 @@ def is_loopback(host: str) -> bool:
 
 
 class Proxies:
-    """Addresses and networks of proxies whose X-Forwarded-For is trusted."""
+    """Proxies, by addresses and networks, whose X-Forwarded-For is trusted. Raises Misuse if one is neither."""
 
     def __init__(self, trusted: Sequence[str]) -> None:
-        """Raises Misuse if one is neither an address nor a network."""
         try:
             self._networks = [ip_network(text, strict=False) for text in trusted]
         except ValueError as error:
@@ -136,10 +127,7 @@ class Proxies:
         return address is not None and any(address in network for network in self._networks)
 
     def origin(self, host: str, forwarded_for: Sequence[str]) -> str:
-        """Return the origin of a request that the proxy ``host`` passed on: the last hop that is not a trusted proxy.
-
-        The client wrote the hops to the left of it. Without a readable hop it is the proxy itself.
-        """
+        """Return the last hop that is not a trusted proxy, else ``host``. The client wrote the hops before it."""
         at = host
         for hop in reversed(",".join(forwarded_for).split(",")):
             address = _parsed(_without_port(hop.strip()))
@@ -168,22 +156,21 @@ def _without_port(hop: str) -> str:
 
 
 MAX_ADDRESSES = 10_000
-"""Most remembered addresses that have no connection."""
+"""Remembered addresses without a connection."""
 _BURST_S = 10
 """Seconds' worth of new connections that may come at once."""
 _TOKEN_BURST_S = 4
 """Seconds' worth of requests with one token that may come at once."""
 _PATIENCE_S = 1.0
-"""Time after which a connection without a token may be closed for the next of its address. A token comes with the
-first packet; a shorter time would cut TLS handshakes when hundreds of agents reconnect together."""
+"""Age at which a connection without a token may be closed for the next of its address. A token comes with the first
+packet; a shorter time would cut TLS handshakes when hundreds of agents reconnect together.
+"""
 _LOG_EVERY_S = 10.0
 
 _log = logging.getLogger(__name__)
 
 
 class _Address:
-    """State of one address."""
-
     __slots__ = ("admitted", "arrivals", "connections", "failures", "name")
 
     def __init__(self, name: str, limits: LimitSettings, now: float) -> None:
@@ -195,7 +182,7 @@ class _Address:
 
 
 class ConnectionQuota:
-    """One connection in the counts. The owner of the connection calls ``leave()`` when it is closed."""
+    """One connection in the counts; its owner calls ``leave()`` when it is closed."""
 
     def __init__(self, door: "AdmissionControl", host: str) -> None:
         self.cut: Callable[[], object] = lambda: None
@@ -217,7 +204,7 @@ class ConnectionQuota:
 
     @property
     def address(self) -> str:
-        """The address it comes from."""
+        """The address it comes from; behind a proxy known with the first request."""
         return self._host if self._home is None else self._home.name
 
     @property
@@ -229,9 +216,10 @@ class ConnectionQuota:
         """Count a request's head; return the refusal, if any.
 
         Args:
-            forwarded_for: the values of all X-Forwarded-For headers, used only from a trusted proxy.
-            token_id: of the valid token that this request shows, "" for none. Tokens of earlier requests on the
-                connection do not count: a proxy sends many people's requests on one.
+            forwarded_for: all X-Forwarded-For headers, used only from a trusted proxy.
+            token_id: of this request's valid token, "" for none. Earlier requests do not count: a proxy sends many
+                people's
+                requests on one connection.
         """
         proxies = self._door.proxies
         if self._host in proxies and not self._gone:
@@ -259,7 +247,6 @@ class ConnectionQuota:
         self._refusal = self._door.one_more_from(home, is_new=is_new)
 
     def log(self, reason: str) -> None:
-        """Log an action of this connection, at a limited rate."""
         self._door.log(reason, self.address)
 
     def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
@@ -271,9 +258,9 @@ class ConnectionQuota:
         return self._door.login_failed(self._door.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
-        """Count it for its token from now on, no longer as unauthenticated; or return the refusal.
+        """Count it for this token from now on, no longer as unauthenticated; or return the refusal.
 
-        A connection may show another token with each request, as a proxy's does; it is counted for the last.
+        A proxy's connection shows many tokens; it is counted for the last.
         """
         if token_id == self._token_id:
             return None
@@ -294,7 +281,7 @@ class ConnectionQuota:
     def holds(self, size: int) -> bool:
         """Count the bytes held of an unfinished message; return whether the token's limit allows them.
 
-        Small messages always pass, regardless of other messages with the same token.
+        Small messages always pass.
         """
         held = self._door.held_by_token
         if self._token_id and not self._gone:
@@ -320,12 +307,11 @@ class ConnectionQuota:
 
 
 class AdmissionControl:
-    """All connections and addresses together. Belongs to the event loop's thread."""
+    """All connections and addresses together. Belongs to the event loop's thread. Raises Misuse for a bad proxy."""
 
     def __init__(
         self, limits: LimitSettings, trusted_proxies: Sequence[str] = (), *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Raises Misuse if a trusted proxy is no address."""
         self.limits = limits
         self.proxies = Proxies(trusted_proxies)
         self.clock = clock
@@ -361,7 +347,7 @@ class AdmissionControl:
         leaving.cut()
 
     def log(self, reason: str, address: str) -> None:
-        """Log a refusal, at a limited rate per reason. ``reason`` has no text of the client's."""
+        """Log a refusal, at a limited rate per reason, which has no text of the client's."""
         now = self.clock()
         at, silent = self._logged.get(reason, (float("-inf"), 0))
         if now - at < _LOG_EVERY_S:
@@ -373,7 +359,7 @@ class AdmissionControl:
     # --- for its visits ---
 
     def known(self, name: str) -> _Address:
-        """Return the state of an address, and drop the address not seen for longest if there are too many."""
+        """Return the state of an address; drop the one not seen for longest if there are too many."""
         known = self._addresses.get(name)
         if known is None:
             known = self._addresses[name] = _Address(name, self.limits, self.clock())
@@ -391,7 +377,7 @@ class AdmissionControl:
             self._addresses[name] = oldest
 
     def one_more_from(self, home: _Address, *, is_new: bool) -> ApiError | None:
-        """Return the refusal of one more connection from an address, already counted, if it is one too many."""
+        """Return the refusal of a connection from an address, already counted, if it is one too many."""
         if is_new and (refusal := self.too_fast(home)) is not None:
             return refusal
         if self.unauthenticated.at(home.name) > self.limits.waiting_connections_per_address:
@@ -400,9 +386,7 @@ class AdmissionControl:
         return None
 
     def one_more_admitted(self, home: _Address) -> ApiError | None:
-        """Return the refusal of one more authenticated connection from an address; unauthenticated ones don't count
-        here.
-        """
+        """Return the refusal of one more authenticated connection from an address."""
         most = self.limits.connections_per_address
         if home.admitted < most:
             return None
@@ -445,7 +429,6 @@ class AdmissionControl:
         return None
 
     def one_less_with(self, token_id: str) -> None:
-        """Uncount a connection of a token."""
         self._by_token[token_id] -= 1
         if not self._by_token[token_id]:
             del self._by_token[token_id], self.held_by_token[token_id]

@@ -29,9 +29,9 @@ _RETRYABLE = {"REMOTE_BUSY", "REMOTE_SHUTDOWN", "REMOTE_STORAGE"}
 
 
 class ApiError(Exception):
-    """A request that ends with an error response. Return it as a value, or raise it in a handler.
+    """A request that ends with an error response, returned as a value or raised in a handler.
 
-    Make a new one for each request: an exception that is raised keeps its traceback.
+    Make a new one for each request: a raised exception keeps its traceback.
 
     Attributes:
         code: one of ``errors.CODES``, or a code of lattice.
@@ -58,7 +58,6 @@ class ApiError(Exception):
 
     @property
     def body(self) -> bytes:
-        """The JSON body."""
         return msgspec.json.encode({"ok": False, "error": {"code": self.code, "message": self.message}})
 
     @property

@@ -25,19 +25,16 @@ __all__ = ["TLS_TIMEOUT_S", "Acceptor", "Certificate", "notify", "service_manage
 _log = logging.getLogger(__name__)
 
 
-class _Encrypted(Exception):
-    """The key asks for a password."""
+class _Encrypted(Exception): ...
 
 
 class Certificate:
-    """A certificate, its private key, and their TLS context: TLS 1.2 or newer."""
+    """A certificate, its private key, and their TLS context: TLS 1.2 or newer.
+
+    Raises Misuse if a file is unreadable, any user can read the key, it has a password, or they do not match.
+    """
 
     def __init__(self, cert: Path, key: Path) -> None:
-        """Read both files.
-
-        Raises:
-            Misuse: a file is unreadable, any user can read the key, it has a password, or they do not match.
-        """
         self._cert, self._key = cert, key
         self._signature = self._stat()
         self.context = self._load(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
@@ -72,11 +69,7 @@ class Certificate:
         return context
 
     def _stat(self) -> tuple[int, ...]:
-        """Return the signature of both files.
-
-        Raises:
-            Misuse: one is missing or unreadable, or any user can read the key.
-        """
+        """Return the signature of both files. Raises Misuse if one is unreadable, or any user can read the key."""
         numbers: list[int] = []
         for path in (self._cert, self._key):
             try:
@@ -130,7 +123,6 @@ class Acceptor:
         self._accepting: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start accepting."""
         self._listener.setblocking(False)
         self._accepting = asyncio.get_running_loop().create_task(self._accept(), name="accept")
 
@@ -141,7 +133,6 @@ class Acceptor:
                 task.cancel()
 
     async def wait_closed(self) -> None:
-        """Wait until all its tasks have ended."""
         tasks = {task for task in (self._accepting, *self._opening) if task is not None}
         if tasks:
             await asyncio.wait(tasks)

@@ -1,7 +1,7 @@
 """Memory budget of unread HTTP responses, per token and in total (I10).
 
 A body is counted from its creation to the end of its response, once for all responses that share it. A request waits
-for room before a large body is made. So a token holds at most ``answer_bytes_per_token`` and one response of each of
+for room before a large body is made, so a token holds at most ``answer_bytes_per_token`` and one response of each of
 its projects. Small bodies are not counted.
 """
 
@@ -67,7 +67,6 @@ class ResponseBudget:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes held by all responses."""
         return self._all.bytes
 
     def of(self, token_id: str) -> int:
@@ -85,11 +84,7 @@ class ResponseBudget:
         return token_id in self._of and self._of[token_id].has(body)
 
     async def room(self, token_id: str) -> None:
-        """Wait until ``has_room``.
-
-        Raises:
-            Rejected: REMOTE_BUSY, no room in time.
-        """
+        """Wait until ``has_room``. Raises Rejected (REMOTE_BUSY) after ``_WAIT_S``."""
         async with _in_time():
             while not self.has_room(token_id):
                 await self._released(token_id)
@@ -106,11 +101,7 @@ class ResponseBudget:
 
     @asynccontextmanager
     async def alone(self, token_id: str) -> AsyncIterator[None]:
-        """Become the only request of its token that makes a response.
-
-        Raises:
-            Rejected: REMOTE_BUSY, others were before it for too long.
-        """
+        """Become the only request of its token that makes a response; raises as ``room``."""
         lock = self._making.setdefault(token_id, asyncio.Lock())
         async with _in_time():
             await lock.acquire()
@@ -137,7 +128,7 @@ class ResponseBudget:
 
 
 class ResponseShare:
-    """The share of one response in the budget. ``close()`` it when the response is over."""
+    """The share of one response in the budget; ``close()`` it when the response is over."""
 
     def __init__(self, budget: ResponseBudget) -> None:
         self._budget = budget
@@ -151,7 +142,7 @@ class ResponseShare:
         return bool(self._bodies) or self._budget.has_room(self.token_id)
 
     async def room(self) -> None:
-        """Wait until ``has_room``; otherwise as ``ResponseBudget.room``."""
+        """Wait until ``has_room``; raises as ``ResponseBudget.room``."""
         if not self.has_room:
             await self._budget.room(self.token_id)
 

@@ -1,8 +1,6 @@
 """Send queue of one client, and the budget of all queues of a token (I10).
 
-A queue is bounded, holds shared frames and is written once per loop tick.
-
-A frame is queued as wire bytes, so one change for a thousand clients is one object. No task waits for a client. A
+A queue is bounded, written once per loop tick, and holds wire bytes: one change for a thousand clients is one object. A
 client with too much outstanding, or one that reads nothing for too long, is cut and catches up after reconnecting.
 """
 
@@ -28,9 +26,9 @@ __all__ = [
 ]
 
 MAX_PENDING_BYTES = 16 * 1024 * 1024
-"""Bound of the outstanding bytes; beyond it the client is cut. One frame may always be queued, however large."""
+"""Outstanding bytes at which the client is cut. One frame may always be queued, however large."""
 STALL_DEADLINE_S = 10.0
-"""Longest time without a byte read; after it the client is cut."""
+"""Time without a byte read after which the client is cut."""
 _WRITE_BYTES = 256 * 1024
 _JOINED_BYTES = 16 * 1024
 """Frames up to this size are written together. Larger ones are not copied: joined, each client would have its copy."""
@@ -55,7 +53,10 @@ def payload_of(frame: bytes) -> bytes:
 
 
 class SendQueue:
-    """The queue in front of one transport. The owner passes on ``pause()``, ``resume()`` and ``close()``."""
+    """The queue in front of one transport; the owner passes on ``pause()``, ``resume()`` and ``close()``.
+
+    ``log`` is called with the reason when the client is cut.
+    """
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class SendQueue:
         stall_deadline_s: float = STALL_DEADLINE_S,
         log: Callable[[str], None] | None = None,
     ) -> None:
-        """Set the bounds; ``log`` is called with the reason when the client is cut."""
         self._log = log or partial(_log.warning, "%s %s: cut", name)
         self._transport = transport
         self._max_bytes = max_bytes
@@ -96,7 +96,7 @@ class SendQueue:
         return written
 
     def push(self, frame: bytes) -> None:
-        """Queue one frame, to be written at the end of this loop tick. A no-op after the connection's end."""
+        """Queue one frame, to be written at the end of this loop tick; a no-op after the connection's end."""
         if self._closed:
             return
         if self.pending_bytes >= self._max_bytes:
@@ -195,8 +195,8 @@ class SendQueue:
     def _untaken(self) -> int:
         """Return how many of the bytes given to the transport the client has not acknowledged.
 
-        Bytes in the kernel count: it takes no more until a good part of its own queue is sent, which takes a slow
-        client longer than the deadline.
+        Bytes in the kernel count: it takes no more until a good part of its queue is sent, which takes a slow client
+        longer than the deadline.
         """
         left = self._transport.get_write_buffer_size()
         descriptor = self._transport.get_extra_info("socket")
@@ -224,7 +224,6 @@ class SendBudget:
         self._waiting: dict[str, deque[tuple[int, asyncio.Future[None]]]] = {}
 
     def held(self, token_id: str) -> int:
-        """Return the unread bytes of a token."""
         return self._held[token_id]
 
     def take(self, token_id: str, size: int) -> bool:

@@ -88,8 +88,8 @@ class PlainHttp(H11Protocol):
     def stream(self, name: str, lost: Callable[[], None], *, max_bytes: int) -> SendQueue:
         """Return a queue for the body of the response whose head was sent: past uvicorn, and bounded (I10).
 
-        Push whole chunks, or any bytes to a client of HTTP/1.0. After the last, call ``end_stream()``, then end the
-        response as usual; it is the last of its connection. ``lost`` is called if the connection ends before.
+        Push whole chunks, or any bytes to a client of HTTP/1.0; then call ``end_stream()`` and end the response as
+        usual: it is the last of its connection. ``lost`` is called if the connection ends before.
         """
         outbox = SendQueue(self.transport, name, max_bytes=max_bytes)
         self._streamed = outbox, lost
@@ -100,7 +100,7 @@ class PlainHttp(H11Protocol):
         return outbox
 
     def end_stream(self) -> None:
-        """Hand over the queue, and abort the connection if the client does not read it in time."""
+        """Hand over the queue; abort the connection if the client does not read it in time."""
         if self._streamed is not None:
             self._streamed[0].finish()
             self.loop.call_later(CLOSE_TIMEOUT_S, self.transport.abort)
@@ -181,9 +181,9 @@ class PlainHttp(H11Protocol):
 
 
 class Handoff(ServerConnection):
-    """One client's WebSocket connection. Send messages only through ``outbox``.
+    """One client's WebSocket connection, made by uvicorn. Send messages only through ``outbox``.
 
-    uvicorn makes it; ``server`` is that of ``websocket_server()``.
+    ``server`` is that of ``websocket_server()``.
     """
 
     outbox: SendQueue
@@ -207,7 +207,6 @@ class Handoff(ServerConnection):
         )
         self._state = server_state
         self.visit = visit
-        """Its state in admission control."""
         self._messages_per_s = visit.limits.messages_per_second
         self._messages = TokenBucket(self._messages_per_s * _BURST_S, self.loop.time())
         self._fragments = 0  # bytes held of a message with frames outstanding
@@ -242,7 +241,7 @@ class Handoff(ServerConnection):
     # --- asyncio.Protocol, and uvicorn's addition to it ---
 
     def data_received(self, data: bytes) -> None:
-        """Process received data in slices: thousands of tiny frames may come at once, and each takes time."""
+        """Process data in slices: thousands of tiny frames may come at once, and each takes time."""
         if self.request is not None and self.protocol.state is State.CONNECTING:
             return  # no data may follow before the response, and a failure now would break the response
         for start in range(0, len(data), _SLICE_BYTES):
@@ -303,8 +302,7 @@ def websocket_server(
 ) -> Server:
     """Return the server object that connections belong to; it never has a port of its own.
 
-    ``check`` gets each request before the upgrade and returns a response to refuse it. ``handler`` runs for each
-    connection; when it returns the connection is closed.
+    ``check`` may refuse a request before the upgrade. When ``handler`` returns, the connection is closed.
     """
     server = serve(
         cast("Callable[[ServerConnection], Awaitable[None]]", handler),

@@ -75,8 +75,7 @@ class _Envelope(msgspec.Struct, frozen=True):
 def options(body: Author, asked: EndpointRequest[Any, Any], *, without: Collection[str] = ()) -> list[str]:
     """Return a body's fields as options of a command, one argument each, so that no value is taken for another.
 
-    None and False omit the option, True makes a flag, and commas separate the items of a list. ``without`` are fields
-    that are no options.
+    None and False omit the option, True makes a flag, and commas separate the items of a list.
     """
     given = {name: getattr(body, name) for name in body.__struct_fields__ if name not in without}
     if body.actor is None and body.name is None:
@@ -109,12 +108,9 @@ def output_response(printed: ReadResult) -> Response:
 async def read_output(
     asked: EndpointRequest[Any, Any], path: str, *arguments: str, list_at: tuple[str, ...] = ()
 ) -> ReadResult:
-    """Return the output of a read-only command: its envelope, or its error.
+    """Return the output of a read-only command: its envelope, or its error; ``list_at`` as in ``ReadCommand``.
 
-    ``list_at`` returns the list at that key instead, as in ``ReadCommand``.
-
-    Raises:
-        StorageError: the command crashed.
+    Raises StorageError if the command crashed.
     """
     asking = ReadCommand(path, (*path.split(), "--json", *arguments), list_at)
     printed = await asked.context.project.reader.read(asking, asked.context.share)

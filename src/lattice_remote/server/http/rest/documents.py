@@ -56,8 +56,7 @@ async def list_versions(
 ) -> tuple[list[TextChange], int | None]:
     """Return the newest changes of a text, and ``before`` for the next page (None: the last page).
 
-    Raises:
-        Rejected: there is no such task, or the journal cannot be read.
+    Raises Rejected if there is no such task, or the journal cannot be read.
     """
     found: list[TextChange] = []
     while len(found) < limit:
@@ -90,8 +89,7 @@ async def _page(
 async def version_text(project: Project, task: str, kind: TextKind, change: str) -> Version:
     """Return a text after a change: ``EPOCH-NUMBER``, or a number, meaning the newest change with it.
 
-    Raises:
-        Rejected: the version is not kept, or too large.
+    Raises Rejected if the version is not kept, or too large.
     """
     named = _CHANGE.fullmatch(change)
     if named is None:
@@ -247,7 +245,6 @@ async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
 
 
 async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Stored:
-    """Replace the text that the request names; return the result."""
     wanted = header_of(asked.request, "If-Match")
     if not wanted:
         if header_of(asked.request, "If-None-Match") != "*":
@@ -285,10 +282,8 @@ async def _edit(asked: EndpointRequest[Nothing, bytes], place: _Place, base_dige
 def _base(wanted: str, current: bytes) -> bytes:
     """Return the digest in If-Match of the text to replace.
 
-    The worker compares it with the file, because the request may be a repeated one with a known result.
-
-    Raises:
-        Rejected: 412: no such text can exist.
+    The worker compares it with the file, because the request may be a repeated one with a known result. Raises Rejected
+    (412) if no such text can exist.
     """
     if wanted == "*":
         return current or _OF_NO_TEXT

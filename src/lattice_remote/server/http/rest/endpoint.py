@@ -57,7 +57,6 @@ class EndpointRequest[Q: Query, B: Json | Nothing | bytes]:
     """A validated request to a project.
 
     Attributes:
-        context: the authenticated client and its project.
         path: the values of the parts in braces of the endpoint's path.
         query, body: of the types that the handler declares.
         once: the id of a write, and the fingerprint of its request.
@@ -146,11 +145,9 @@ class Endpoint:
     """A method on a path.
 
     Attributes:
-        method: for example ``POST``.
         path: with variables in braces.
         handler: its argument's annotation declares the query and the body; its docstring's first line is the summary.
         data: type of the ``data`` in the response; ``bytes`` for a text without an envelope.
-        success: the status on success.
         others: further statuses, beside those of every endpoint.
         headers: of the request, beside the common ones: name and meaning.
     """
@@ -207,13 +204,8 @@ class PageQuery(Query, frozen=True, kw_only=True):
 def page_of(found: ReadResult, page: PageQuery, *, by_id: bool) -> ReadResult:
     """Return ``found`` with one page of its list; an error is returned unchanged. The list's length does not matter.
 
-    Args:
-        found: a list, with its items.
-        page: the page.
-        by_id: the list is sorted by id, and its items may disappear.
-
-    Raises:
-        Rejected: the cursor belongs to another list.
+    ``by_id``: the list is sorted by id, and its items may disappear. Raises Rejected if the cursor belongs to another
+    list.
     """
     items = found.items
     if items is None or (page.limit is UNSET and page.cursor is UNSET):
