@@ -320,6 +320,7 @@ def files() -> dict[Path, bytes]:
         "vectors/frames.json": [_frame_vector(*case) for case in FRAMES],
         "vectors/operations.json": [_operation_vector(*case) for case in OPERATIONS],
         "vectors/rejected.json": rejected,
+        "vectors/sessions.json": runpy.run_path(str(Path(__file__).with_name("protocol_sessions.py")))["sessions"](),
     }
     openapi = runpy.run_path(str(Path(__file__).with_name("openapi.py")))["description"]()
     return {ROOT / name: o.canonical_json(content) for name, content in contents.items()} | {
