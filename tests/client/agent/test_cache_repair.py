@@ -31,9 +31,9 @@ REMOVALS = int(os.environ.get("REMOVALS", "10"))
 
 
 @contextlib.asynccontextmanager
-async def looked_after(directory: Path) -> AsyncIterator[Service]:
+async def looked_after(directory: Path, file_watcher: Watching | None = None) -> AsyncIterator[Service]:
     """A service as the agent has it, which has compared its files once."""
-    service, file_watcher = Service(str(directory)), Watching()
+    service, file_watcher = Service(str(directory)), file_watcher or Watching()
     service.start(TOKEN)
     service.look_after(file_watcher, asyncio.Semaphore(1))
     try:

@@ -14,6 +14,7 @@ from test_cache_repair import looked_after
 
 from lattice_remote.client import credentials
 from lattice_remote.client.agent import repair
+from lattice_remote.client.agent.edit_sync import RewriteRun
 from lattice_remote.client.agent.service import Service
 from lattice_remote.protocol.messages import Put
 
@@ -321,3 +322,32 @@ async def test_the_kept_token_is_one_name_also_where_a_command_brings_it(
     await ask(live, "ready", None)
     (directory / PLAN).write_bytes(NEW)
     await until(lambda: server.files[PLAN] == NEW)
+
+
+PAUSES = {
+    "ten a second": ([0.1] * 30, 31),
+    "one in two seconds": ([2.0] * 30, 31),
+    "a longer pause begins another run": ([0.1] * 30 + [2.1] + [0.1] * 5, 6),
+    "a person's pauses": ([2.1] * 30, 1),
+}
+
+
+@pytest.mark.parametrize("case", PAUSES)
+def test_texts_rewritten_one_after_another_are_one_run(case: str) -> None:
+    pauses, length = PAUSES[case]
+    rewrites, at_ns = RewriteRun(), 10**18
+    for n, pause_s in enumerate([0.0, *pauses]):
+        at_ns += round(pause_s * 1e9)
+        found = rewrites.count_with({f"plans/{n}.md": at_ns})
+        rewrites.extend({f"plans/{n}.md": at_ns})
+    assert found == length
+
+
+def test_a_text_that_is_saved_again_and_again_prolongs_no_run() -> None:
+    rewrites = RewriteRun()
+    rewrites.extend({f"plans/{n}.md": n for n in range(21)})
+    found = []
+    for second in range(4):
+        found.append(rewrites.count_with({"plans/0.md": second * 10**9}))
+        rewrites.extend({"plans/0.md": second * 10**9})
+    assert found == [21, 21, 21, 1]

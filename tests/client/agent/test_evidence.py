@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 from client_kit import PLAN, TASK, ask, run, until
-from fake_server import FakeServer
+from fake_server import TOKEN, FakeServer
 from test_cache_repair import looked_after
 
+from lattice_remote.client.agent.file_watcher import Touched, Watching
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import evidence
@@ -334,6 +335,41 @@ async def test_an_edit_made_offline_survives_a_reboot(
         await until(lambda: board.files[PLAN] == MINE)
 
 
+class LateWatching(Watching):
+    """A watch that begins when the test says so."""
+
+    def add(self, directory: str, touched: Touched) -> None:
+        self.touched = touched
+
+
+async def test_an_offline_save_from_just_before_the_watch_is_recorded(board: FakeServer, directory: Path) -> None:
+    async with looked_after(directory):
+        pass
+    watching = LateWatching()
+    async with looked_after(directory, watching) as service:
+        await board.stop()
+        await until(lambda: not service._follower.is_following)
+        (directory / PLAN).write_bytes(MINE)
+        watching.touched(None)
+        await until(lambda: service._follower.edits.evidence.is_saved(PLAN, MINE))
+
+
+async def test_an_agent_that_never_reached_the_server_records_saves(board: FakeServer, directory: Path) -> None:
+    async with looked_after(directory):
+        pass
+    await board.stop()
+    service, watching = Service(str(directory)), LateWatching()
+    service.start(TOKEN)
+    service.look_after(watching, asyncio.Semaphore(1))
+    try:
+        await until(lambda: hasattr(watching, "touched"))
+        (directory / PLAN).write_bytes(MINE)
+        watching.touched({PLAN})
+        await until(lambda: service._follower.edits.evidence.is_saved(PLAN, MINE))
+    finally:
+        await service.close()
+
+
 async def test_a_damaged_base_makes_no_edit(
     board: FakeServer, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,15 +502,17 @@ async def test_a_formatter_that_rewrites_many_plans_waits_for_a_decision(
 
 
 async def test_a_slow_formatter_is_noticed_after_a_few_plans(
-    board: FakeServer, plans: tuple[Service, list[str]], directory: Path
+    board: FakeServer, plans: tuple[Service, list[str]], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each text is sent before the next is rewritten. A busy machine is given a minute for each."""
+    monkeypatch.setattr("lattice_remote.client.agent.edit_sync._RUN_PAUSE_NS", 60 * 10**9)
     service, paths = plans
     for n, path in enumerate(paths):
         (directory / path).write_bytes((directory / path).read_bytes().replace(b"- ", b"* "))
         await until(lambda n=n: len(puts(board)) + len(service._pusher.withheld()) > n)  # type: ignore[misc]
         if len(service._pusher.withheld()) > 2:
             break
-    assert len(puts(board)) <= 20
+    assert len(puts(board)) == 20 and len(service._pusher.withheld()) == 3
 
 
 async def test_many_plans_that_only_grow_are_sent(
@@ -557,8 +595,6 @@ async def test_the_first_read_shows_what_was_changed_while_nothing_ran_as_it_is(
         service = Service(str(directory))
         service.start("ltr_ana")
         if agent:
-            from lattice_remote.client.agent.file_watcher import Watching
-
             watching = Watching()
             service.look_after(watching, asyncio.Semaphore(1))
         try:

@@ -8,8 +8,8 @@ import contextlib
 import logging
 import os
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -25,18 +25,19 @@ from lattice_remote.files import Signature
 from lattice_remote.protocol.messages import Put, Refused, Stored
 from lattice_remote.protocol.operations import digest_of
 
-__all__ = ["EditSender", "EditWatcher", "SentEdits"]
+__all__ = ["EditSender", "EditWatcher", "RewriteRun", "SentEdits"]
 
 _LONG_BASE_BYTES = 16 * 1024
 SAVING_S = 2.0
 """Longest wait for a file that is being written or was just emptied: an editor is about to save it."""
 _POLL_S = 0.02
 _MANY_REWRITTEN = 20
-"""If more texts than this lose or change lines at once, a program is assumed to have done it.
+"""If more texts than this lose or change lines in one run, a program is assumed to have done it.
 
-Texts that the agent sent by itself within the last seconds count too.
+Texts that the agent has already sent by itself count too, see ``RewriteRun``.
 """
-_RECENT_S = 5.0
+_RUN_PAUSE_NS = 2_000_000_000
+"""Longest pause of a program between two files that it rewrites."""
 _LEAST_FREE_BYTES = 1 << 20
 """With less free space on its disk, an editor's save may be truncated."""
 
@@ -54,6 +55,29 @@ class SentEdits:
         return any(sent["outcome"] == "refused" for sent in self.sent)
 
 
+class RewriteRun:
+    """Texts that were rewritten one after another, as a slow program does.
+
+    The files' own change times decide (status change time, ns), so neither a slow agent nor a slow server ends a run.
+    A text that is saved again does not prolong it: a program rewrites each text once, a person saves one repeatedly.
+    """
+
+    def __init__(self) -> None:
+        self._changed_at: dict[str, int] = {}
+
+    def count_with(self, changed_at: Mapping[str, int]) -> int:
+        """Return the number of texts in the run together with these; a longer pause before them ends the run."""
+        if self._changed_at and changed_at:
+            pause_ns = min(changed_at.values()) - max(self._changed_at.values())
+            if pause_ns > _RUN_PAUSE_NS:
+                self._changed_at.clear()
+        return len(self._changed_at.keys() | changed_at.keys())
+
+    def extend(self, changed_at: Mapping[str, int]) -> None:
+        """Add these texts."""
+        self._changed_at = {**changed_at, **self._changed_at}
+
+
 class EditSender:
     """Sender of one cache's edits, one at a time.
 
@@ -69,7 +93,7 @@ class EditSender:
         self._reached = reached
         self._turn = asyncio.Lock()
         self._unanswered = follower.edits.unanswered
-        self._rewritten_at: deque[float] = deque()  # times (monotonic) of texts that lost lines and were sent unasked
+        self._run = RewriteRun()  # texts that lost lines and were sent unasked
         self._noted: dict[str, Signature | None] = {}  # saves recorded while they could not be sent
         self._refused: dict[str, tuple[Signature | None, str, object]] = {}  # path -> signature, reason, server
 
@@ -183,7 +207,7 @@ class EditSender:
         repository = Repository(self._follower.cache.directory)
         paths = list(paths)
         blobs = {} if confirm else await asyncio.to_thread(repository.blobs, paths)
-        rewritten: list[str] = []
+        rewritten: dict[str, int] = {}  # path -> status change time
         for path in paths:
             if (found := self._signature(path)) is None:
                 continue
@@ -194,21 +218,16 @@ class EditSender:
                 judged[path] = found, Judgement("withheld", reason)
             else:
                 judged[path] = found, edits.judge(path, text, found, blobs.get(path))
-                if judged[path][1] == EDIT and not edits.evidence.is_saved(path, text):
-                    rewritten += [path] if takes_away(edits.base(path), text) else []
-        if are_many := len(rewritten) + self._count_recent() > _MANY_REWRITTEN:
+                is_new_edit = judged[path][1] == EDIT and not edits.evidence.is_saved(path, text)
+                if is_new_edit and takes_away(edits.base(path), text):
+                    rewritten[path] = found[3]
+        if are_many := self._run.count_with(rewritten) > _MANY_REWRITTEN:
             why = "it was changed together with many others, as by a formatter"
             judged |= {path: (judged[path][0], Judgement("withheld", why)) for path in rewritten}
         if are_many or not is_asked:  # the last files of a formatter may come in a batch of their own
-            self._rewritten_at.extend([time.monotonic()] * len(rewritten))
+            self._run.extend(rewritten)
         await self._withhold(judged)
         return judged
-
-    def _count_recent(self) -> int:
-        now = time.monotonic()
-        while self._rewritten_at and now - self._rewritten_at[0] > _RECENT_S:
-            self._rewritten_at.popleft()
-        return len(self._rewritten_at)
 
     async def _withhold(self, judged: dict[str, tuple[Signature, Judgement]]) -> None:
         evidence = self._follower.edits.evidence
@@ -438,14 +457,16 @@ class EditWatcher:
         self._links = links
         self._pusher = pusher
         self._seen: dict[str, _Seen] = {}
+        self._is_scan_due = False
         self._wake = asyncio.Event()
         self.notices: list[str] = []
         """Notices for the next command."""
 
-    def touched(self, paths: Iterable[str]) -> None:
-        """Check these plans and notes for edits."""
+    def touched(self, paths: Iterable[str] | None) -> None:
+        """Check these plans and notes for edits; None: all of them."""
         now = time.monotonic()
-        for path in paths:
+        self._is_scan_due |= paths is None
+        for path in paths or ():
             if path not in self._seen:
                 self._seen[path] = _Seen(self._follower.cache.signature(path), now)
         self._wake.set()
@@ -467,6 +488,9 @@ class EditWatcher:
 
     async def _pause(self) -> None:
         """Wait for a file to check."""
+        if self._is_scan_due:
+            self._look_for_unreported_edits()
+            self._is_scan_due = False
         if self._seen:
             await asyncio.sleep(_QUIET_POLL_S)
             return

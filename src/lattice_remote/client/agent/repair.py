@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 
 
 class IntegrityMonitor:
-    """Monitor of one cache while ``run()`` runs. ``on_edits`` gets plans and notes that may have been edited."""
+    """Monitor of one cache while ``run()`` runs. ``on_edits`` gets plans and notes to check for edits; None: all."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class IntegrityMonitor:
         link: Connection,
         watching: Watching,
         turn: asyncio.Semaphore,
-        on_edits: Callable[[Iterable[str]], None],
+        on_edits: Callable[[Iterable[str] | None], None],
     ) -> None:
         self._follower = follower
         self._cache = follower.cache
@@ -68,7 +68,11 @@ class IntegrityMonitor:
         self._vanished_at = -QUIET_S  # when a file was last found missing (monotonic)
 
     def touched(self, paths: set[str] | None) -> None:
-        """Check these files for modifications; None: all."""
+        """Check these files for modifications; None: all. Edits are reported at once, with or without a server."""
+        if paths is not None:
+            self._on_edits(path for path in paths if is_editable(path) and self._is_foreign(path))
+        elif self._cache.known.is_complete:  # else a base may be damaged, until the files are compared
+            self._on_edits(None)
         if paths is None or any(path.startswith(_EDITED_BY_HAND) and not is_replicated(path) for path in paths):
             self._follower.conflicts.look_again()
         if paths is None or not self._cache.known.is_complete or any(path.startswith(LOCKS_FILE) for path in paths):
@@ -78,13 +82,16 @@ class IntegrityMonitor:
                 self._touched(path)
         self._wake.set()
 
+    def _is_foreign(self, path: str) -> bool:
+        """Return whether there is a plain file that none of our processes wrote."""
+        found = self._cache.signature(path)
+        return found is not None and not self._cache.known.agrees(path, found)
+
     def _touched(self, path: str) -> None:
         found = self._cache.signature(path)
         if self._cache.known.agrees(path, found) and found is not None:
             return
         place = self._cache.absolute(path)
-        if found is not None and is_editable(path):
-            self._on_edits([path])
         if os.path.isdir(place) and not os.path.islink(place):
             self._scan_at = 0.0  # the contents of a moved directory are not reported file by file
         elif not os.path.lexists(place):
