@@ -239,7 +239,7 @@ REJECTED: list[tuple[str, str, Any]] = [
         for path in (
             "../config.json",
             "/etc/passwd",
-            ".base/x",
+            ".remote/x",
             "a//b",
             "locks/x",
             "Remote.json",

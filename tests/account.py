@@ -218,9 +218,9 @@ class Account:
         for client in self._clients:
             status = client.run("remote", "status", "--json")
             for path in json.loads(status.stdout)["data"]["withheld_edits"]:
-                text = client.lattice_dir / path
+                text, aside = client.lattice_dir / path, client.lattice_dir / ".remote/conflicts" / path
                 # A conflict of the same text ends with it.
-                self._kept += [words_in(copy.read_bytes()) for copy in (text, *text.parent.glob(f"{text.name}.mine*"))]
+                self._kept += [words_in(copy.read_bytes()) for copy in (text, *aside.parent.glob(f"{aside.stem}.*"))]
                 client.ok("remote", "resolve", path, "--theirs")
 
     def _effects(self) -> dict[str, Counter[tuple[str, str]]]:

@@ -371,7 +371,7 @@ def append_in_place(_client: Client, path: Path, line: str, *, pause_s: float = 
 
 def save_by_rename(client: Client, path: Path, line: str) -> bool:
     """Save as editors do, in no time: what is stored meanwhile by others is not overwritten."""
-    with (client.lattice_dir / ".cache.lock").open("a") as lock:
+    with (client.lattice_dir / ".remote/lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = path.read_text() if path.exists() else ""
         scratch = path.with_name(f".{path.name}.swp")

@@ -33,7 +33,7 @@ def edit_at_once(one: Client, other: Client, words: Conflict, *, but: set[str]) 
 
 
 def _is_one_text(copies: list[Path]) -> bool:
-    bases = [copy.parent.parent / ".base" / "plans" / copy.name for copy in copies]
+    bases = [copy.parent.parent / ".remote/base/plans" / copy.name for copy in copies]
     try:
         return len({path.read_bytes() for path in (*copies, *bases)}) == 1
     except FileNotFoundError:
@@ -43,12 +43,12 @@ def _is_one_text(copies: list[Path]) -> bool:
 @contextlib.contextmanager
 def _locked(client: Client) -> Iterator[None]:
     """Keep everybody else from storing into a cache."""
-    with (client.lattice_dir / ".cache.lock").open("a") as lock:
+    with (client.lattice_dir / ".remote/lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def set_aside_in(client: Client) -> list[Counter[str]]:
     """Return the words of each of a client's texts that were set aside, with how often they stand there."""
-    copies = [copy for folder in ("plans", "notes") for copy in (client.lattice_dir / folder).glob("*.mine*")]
+    copies = (client.lattice_dir / ".remote/conflicts").glob("*/*.md")
     return [Counter(copy.read_text().split()) for copy in copies]

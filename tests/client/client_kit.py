@@ -15,6 +15,7 @@ from lattice_remote.client.config import Remote, read_remote, write_remote
 
 TASK = "task_01HZZZZZZZZZZZZZZZZZZZZZZZ"
 PLAN = f"plans/{TASK}.md"
+MINE = f".remote/conflicts/{PLAN}"
 
 
 def make_clone(root: Path, url: str, project: str = "web") -> Path:

@@ -194,7 +194,7 @@ def test_a_conflict_is_shown_and_ended(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id, plan = conflicting(ana, ben, "Conflict")
     shown = ben.ok("remote", "resolve", short_id)
-    assert "    -# Ana's" in shown and "    +# Ben's" in shown and f"plans/{plan[1].name}.mine" in shown
+    assert "    -# Ana's" in shown and "    +# Ben's" in shown and f".lattice/.remote/conflicts/plans/{plan[1].name}" in shown
     assert "conflict" in ben.run("list").stderr
     ben.ok("remote", "resolve", short_id, "--edited", "-", stdin="# Ours\n")
     same(plan, "# Ours\n")
@@ -292,7 +292,7 @@ def test_a_task_that_is_archived_takes_no_unsent_edit_with_it(shared_board: Boar
     plan[1].write_text("# Ben's\n")
     ana.ok("archive", short_id, "--actor", "human:ana")
     ben.ok("list")
-    kept = plan[1].with_name(f"{plan[1].name}.mine")
+    kept = ben.lattice_dir / ".remote/conflicts/plans" / plan[1].name
     wait_for(lambda: kept.exists() and not plan[1].exists(), "ben's text to be set aside")
     assert kept.read_text() == "# Ben's\n"
     assert "archived or gone" in ben.ok("remote", "resolve", short_id)

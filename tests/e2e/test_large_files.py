@@ -191,7 +191,7 @@ def test_a_download_goes_on_from_where_it_was(place: Place, how: str) -> None:
         place.to_ben.delay(0.003)
     fetching = place.ben.popen("remote", "fetch", path)
     if how != "cut":
-        wait_for(lambda: place.part(place.ben.lattice_dir / ".fetch") > 2 * MIB, "a part of it to be here")
+        wait_for(lambda: place.part(place.ben.lattice_dir / ".remote/downloads") > 2 * MIB, "a part of it to be here")
         if how == "agent":
             os.kill(agent, signal.SIGKILL)
         else:
@@ -204,7 +204,7 @@ def test_a_download_goes_on_from_where_it_was(place: Place, how: str) -> None:
         place.ben.ok("remote", "fetch", artifact)
     assert (place.ben.lattice_dir / path).read_bytes() == (place.server.lattice_dir() / path).read_bytes()
     assert place.to_ben.to_clients - before < 1.6 * SIZE
-    assert place.part(place.ben.lattice_dir / ".fetch") == 0
+    assert place.part(place.ben.lattice_dir / ".remote/downloads") == 0
 
 
 def test_a_task_is_fetched_as_a_whole_and_twice_is_nothing(place: Place) -> None:

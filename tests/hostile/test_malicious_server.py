@@ -147,8 +147,8 @@ HOSTILE = [
     "\u200d.git/config",
     ".git/hooks/post-checkout",
     ".gitignore",
-    ".base/plans/x.md",
-    ".tmp/x",
+    ".remote/base/plans/x.md",
+    ".remote/x",
     "tasks/.hidden",
     "remote.json",
     "Remote.JSON",
@@ -156,7 +156,7 @@ HOSTILE = [
     "cache_state.json",
     "locks/x",
     "LOCKS/x",
-    "plans/x.md.mine",
+    "plans/x.md.x",
     "notes/x",
     "",
     "tasks//x",
@@ -220,7 +220,7 @@ async def test_a_path_outside_the_tree_ends_the_connection_and_writes_nothing(
 # --- what is in the way ---
 
 
-@pytest.mark.parametrize("place", ["tasks", ".tmp", ".base", ".base/plans", "artifacts", "artifacts/payload"])
+@pytest.mark.parametrize("place", ["tasks", ".remote", ".remote/tmp", ".remote/base", ".remote/base/plans", "artifacts", "artifacts/payload"])
 async def test_a_link_in_place_of_a_directory_is_said_and_not_followed(
     server: FakeServer, directory: Path, tmp_path: Path, place: str
 ) -> None:
@@ -228,12 +228,21 @@ async def test_a_link_in_place_of_a_directory_is_said_and_not_followed(
     victim.mkdir()
     server.files |= {"artifacts/payload/x": b"x" * 200, PLAN: b"# Plan\n"}
     link_to(victim, directory / place)
-    service = Service(str(directory))
+    message = await _message_of(directory)
+    assert "in the way" in message and place in message
+    assert no_files(victim)
+
+
+async def _message_of(directory: Path) -> str:
+    """Return what a command is told that opens the cache."""
+    try:
+        service = Service(str(directory))
+    except RemoteError as error:
+        return error.message
     service.start(TOKEN)
     answer = await ask(service, "ready")
-    assert "in the way" in str(answer["message"]) and place in str(answer["message"])
-    assert no_files(victim)
     await service.close()
+    return str(answer["message"])
 
 
 def link_to(victim: Path, place: Path) -> None:
@@ -245,21 +254,14 @@ def no_files(victim: Path) -> bool:
     return list(victim.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", [".cache.lock", ".gitignore", "config.json", "cache_state.json"])
+@pytest.mark.parametrize("name", [".remote/lock", ".gitignore", "config.json", "cache_state.json"])
 async def test_a_link_in_place_of_a_file_never_reaches_its_target(
     server: FakeServer, directory: Path, tmp_path: Path, name: str
 ) -> None:
     victim = tmp_path / "authorized_keys"
     victim.write_bytes(b"precious")
-    (directory / name).symlink_to(victim)
-    try:
-        service = Service(str(directory))
-    except RemoteError as error:
-        assert "in the way" in error.message
-    else:
-        service.start(TOKEN)
-        await ask(service, "ready")
-        await service.close()
+    link_to(victim, directory / name)
+    await _message_of(directory)
     assert victim.read_bytes() == b"precious"
 
 

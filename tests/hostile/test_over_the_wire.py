@@ -93,7 +93,7 @@ HOSTILE_PATHS = (
         "../tokens.json",
         "plans/../../journal/undo",
         "/etc/passwd",
-        ".base/x",
+        ".remote/x",
         "locks/x.lock",
         "LOCKS/x.lock",
         "Locks/x",

@@ -56,7 +56,7 @@ PATHS = (
         "http://127.0.0.1:1/x",
         "https://x/../..",
         "locks/x",
-        ".base/x",
+        ".remote/x",
         "remote.json",
         "CON",
         "index",

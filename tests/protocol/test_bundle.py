@@ -110,7 +110,7 @@ def test_what_is_no_pack_is_refused(why: str, data: bytes) -> None:
         "locks/x",
         "LOCKS/x",
         "remote.json",
-        ".base/plans/x.md",
+        ".remote/base/plans/x.md",
         "tasks/foo.json",
         f"tasks/{TASK.lower()}.json",
         f"tasks/{TASK}.json.bak",

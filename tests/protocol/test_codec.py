@@ -98,7 +98,7 @@ def test_frame_at_the_limit_is_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", [Fetch(["config.json", "../x"]), Put(ID, ".base/plans/x.md", None, b""), Fetch(["remote.json"])]
+    "frame", [Fetch(["config.json", "../x"]), Put(ID, ".remote/base/plans/x.md", None, b""), Fetch(["remote.json"])]
 )
 def test_paths_are_checked_while_decoding(frame: ClientFrame) -> None:
     with pytest.raises(HostilePath):

@@ -32,7 +32,7 @@ LOCAL = [
     "locks/tasks",
     "LOCKS/tasks",
     f"plans/{TASK}.md~",
-    f"plans/{TASK}.md.mine",
+    f"plans/{TASK}.md.x",
     f"notes/#{TASK}.md#",
     "notes/4913",
 ]
@@ -48,7 +48,7 @@ HOSTILE = [
     "tasks//x",
     "tasks/",
     "./tasks/x",
-    ".base/plans/x.md",
+    ".remote/base/plans/x.md",
     "tasks/.tmp.123",
     "tasks\\..\\x",
     "C:/x",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
+from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_FILE
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import READ, Signature, hash_descriptor, signature_of
 from lattice_remote.protocol.bundle import END, MAGIC, Layout, head_of
@@ -22,10 +23,7 @@ from lattice_remote.protocol.paths import is_replicated
 __all__ = ["Pack", "Survey", "survey"]
 
 _PIECE_BYTES = 1 << 20
-_BOOKKEEPING = frozenset(
-    {"locks", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", "remote.json", "cache_state.json"}
-    | {".unpushed.json", ".pushing.json", ".fetch", ".fetch.lock", ".away", ".settings.json", ".remote"}
-)
+_BOOKKEEPING = frozenset({"locks", ".gitignore", REMOTE_FILE, STATE_FILE, PRIVATE_DIRECTORY})
 """Lattice's locks and our own files, which are not part of the project."""
 
 

@@ -13,9 +13,10 @@ from lattice_remote.files import READ, write_atomically
 
 __all__ = [
     "CHOICES",
-    "FILE",
     "MIB",
+    "PRIVATE_DIRECTORY",
     "REMOTE_FILE",
+    "SETTINGS_FILE",
     "STATE_FILE",
     "UNPUSHED_FILE",
     "Quota",
@@ -37,7 +38,9 @@ __all__ = [
 REMOTE_FILE = "remote.json"
 STATE_FILE = "cache_state.json"
 """Marks a directory as a cache, even after git or the user has removed ``remote.json``."""
-UNPUSHED_FILE = ".unpushed.json"
+PRIVATE_DIRECTORY = ".remote"
+"""Holds all other files of ours in a cache, as ``.git`` does for git."""
+UNPUSHED_FILE = f"{PRIVATE_DIRECTORY}/unpushed.json"
 """Replaces ``remote.json`` while a local project waits to be pushed: other programs see a local project."""
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?",
@@ -210,12 +213,13 @@ def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> Non
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
     path = os.path.join(directory, name)
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         write_atomically(path, text.encode(), mode=0o666, temporary=f"{path}.{os.getpid()}.tmp", sync=None)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
-FILE = ".settings.json"
+SETTINGS_FILE = f"{PRIVATE_DIRECTORY}/settings.json"
 CHOICES = {"payloads": ("background", "on-demand")}
 """Every setting with its values; the first is the default."""
 _MAX_BYTES = 64 * 1024
@@ -225,7 +229,7 @@ def read(directory: str) -> dict[str, str]:
     """Return every setting; missing or invalid ones have their default."""
     found: object = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        handle = os.open(os.path.join(directory, FILE), READ)
+        handle = os.open(os.path.join(directory, SETTINGS_FILE), READ)
         with open(handle, "rb") as file:
             found = json.loads(file.read(_MAX_BYTES))
     given = found if isinstance(found, dict) else {}
@@ -244,8 +248,9 @@ def change(directory: str, name: str, value: str) -> None:
     if value not in CHOICES[name]:
         raise Misuse(f"{name} is one of {', '.join(CHOICES[name])}; not {value!r}")
     settings = {**read(directory), name: value}
-    path, text = os.path.join(directory, FILE), json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    path, text = os.path.join(directory, SETTINGS_FILE), json.dumps(settings, indent=2, sort_keys=True) + "\n"
     try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         write_atomically(path, text.encode(), temporary=f"{path}.{os.getpid()}", sync=None)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error

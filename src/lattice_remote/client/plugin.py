@@ -52,7 +52,7 @@ def remote_directory() -> str | None:
     )  # LATTICE_ROOT may be relative, and the agent has another directory
     # A project that waits to be pushed has another file, so that other programs see a local project.
     # ``cache_state.json`` alone is a cache whose remote.json git or the user has removed: no local project (I4).
-    files = ("remote.json", ".unpushed.json", "cache_state.json")
+    files = ("remote.json", ".remote/unpushed.json", "cache_state.json")
     return directory if any(os.path.isfile(os.path.join(directory, name)) for name in files) else None
 
 

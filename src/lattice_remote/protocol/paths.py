@@ -1,7 +1,7 @@
 """Paths of the replicated tree, and of the texts that users edit in place (I9).
 
 A path is relative to ``.lattice/``, with ``/`` between components. Never replicated: components that start with a dot
-(temporary files, ``.base/``), ``locks/``, the three files that make a directory a cache, and editors' backups in
+(temporary files, a cache's ``.remote/``), ``locks/``, the three files that make a directory a cache, and editors' backups in
 ``plans/`` and ``notes/``.
 """
 
@@ -108,7 +108,7 @@ def is_replicated(path: str) -> bool:
         return False
     if components[0].casefold() in _LOCAL_TOP_LEVEL:  # some file systems don't distinguish Locks/ and locks/
         return False
-    # Files that an editor creates beside a plan (x.md~, #x.md#, x.md.swp, x.md.mine) are local.
+    # Files that an editor creates beside a plan (x.md~, #x.md#, x.md.swp) are local.
     return not path.startswith(_EDITED_BY_HAND) or path.endswith(".md")
 
 

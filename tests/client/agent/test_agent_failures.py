@@ -108,7 +108,7 @@ async def test_beside_a_frozen_process_that_holds_the_cache_commands_work_and_sa
 ) -> None:
     await ask("ready", directory)
     monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
-    holder = await asyncio.to_thread(hold, directory / ".cache.lock")
+    holder = await asyncio.to_thread(hold, directory / ".remote/lock")
     try:
         began = time.monotonic()
         answer = await ask("ready", directory)

@@ -609,7 +609,7 @@ async def _change_without_end(server: FakeServer, n: int) -> None:
 async def test_a_directory_that_was_removed_by_mistake_is_restored_when_it_is_quiet(
     server: FakeServer, kept: Service, directory: Path
 ) -> None:
-    for path in ("tasks", "events", ".base/plans", ".tmp"):
+    for path in ("tasks", "events", ".remote/base/plans", ".remote/tmp"):
         shutil.rmtree(directory / path)
     (directory / "cache_state.json").unlink()
     server.put("tasks/task_9.json", b"{}\n")

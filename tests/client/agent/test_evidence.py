@@ -375,7 +375,7 @@ async def test_a_damaged_base_makes_no_edit(
 ) -> None:
     async with looked_after(directory):
         pass
-    (directory / ".base" / PLAN).write_bytes(b"")
+    (directory / ".remote/base" / PLAN).write_bytes(b"")
     after_reboot(monkeypatch)
     async with looked_after(directory) as service:
         await until(lambda: service._follower.edits.base(PLAN) == FIRST)
@@ -410,7 +410,7 @@ class Disk:
         monkeypatch.setattr(os, "fsync", synced)
 
     def _note(self, path: str) -> None:
-        if not path.startswith(".tmp"):
+        if not path.startswith(".remote/tmp"):
             self.earlier.setdefault(path, []).append((self.top / path).read_bytes())
 
     def cut(self, rng: random.Random) -> dict[str, str]:
@@ -418,7 +418,7 @@ class Disk:
         fates: dict[str, str] = {}
         for place in sorted(self.top.rglob("*")):
             path = place.relative_to(self.top).as_posix()
-            if not place.is_file() or path in ("remote.json", ".cache.lock") or rng.random() < 0.3:
+            if not place.is_file() or path in ("remote.json", ".remote/lock") or rng.random() < 0.3:
                 continue
             content, found = place.read_bytes(), place.stat()
             if self.synced.get(path) == content:

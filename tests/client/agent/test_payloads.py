@@ -105,7 +105,7 @@ async def test_another_start_goes_on_from_what_is_here(server: FakeServer, direc
 
     server.misbehave = hold_after_two  # type: ignore[assignment]
     announce(server)
-    partial = directory / ".fetch" / digest_of(CONTENT).hex()
+    partial = directory / ".remote/downloads" / digest_of(CONTENT).hex()
     await until(lambda: partial.exists() and partial.stat().st_size == 512 * 1024)
     await first.close()
     server.misbehave = None
@@ -133,7 +133,7 @@ async def test_what_becomes_another_while_it_comes_is_not_put_in_place(
     assert (directory / BIG).read_bytes() == newer
     server.change(DeleteFile(BIG))
     await until(lambda: not (directory / BIG).exists())
-    await until(lambda: not list((directory / ".fetch").iterdir()))
+    await until(lambda: not list((directory / ".remote/downloads").iterdir()))
 
 
 async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_place(
@@ -230,7 +230,7 @@ async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
     await ask(first, "ready")
     await current(first, server)
     await first.close()
-    away = directory / ".away"
+    away = directory / ".remote/deferred.json"
     if spoil == "gone":
         away.unlink()
     else:

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, make_cache, run, tree, until
+from client_kit import MINE, PLAN, TASK, ask, make_cache, run, tree, until
 from fake_server import TOKEN, FakeServer, refusal_body
 from websockets.asyncio.server import ServerConnection
 
@@ -394,7 +394,7 @@ async def test_a_conflict_keeps_both_texts(server: FakeServer, service: Service,
     answer = await ask(service, "push")
     assert answer["sent"] == [{"path": PLAN, "outcome": "conflict"}]
     await until(lambda: plan.read_bytes() == b"# Plan\ntheirs\n")
-    assert (directory / f"{PLAN}.mine").read_bytes() == b"# Plan\nmine\n"
+    assert (directory / MINE).read_bytes() == b"# Plan\nmine\n"
     assert (await ask(service, "verify"))["differing"] == ()
     assert tree(directory) == server.files
 
@@ -461,7 +461,7 @@ async def test_an_archived_plan_does_not_take_an_edit_with_it(
     assert plan.read_bytes() == b"# Plan\nmine\n"
     await ask(service, "push")
     await until(lambda: tree(directory) == server.files)
-    assert (directory / f"{PLAN}.mine").read_bytes() == b"# Plan\nmine\n"
+    assert (directory / MINE).read_bytes() == b"# Plan\nmine\n"
 
 
 async def test_a_removed_plan_is_no_edit_and_sync_restores_it(

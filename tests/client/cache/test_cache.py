@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, make_cache
+from client_kit import MINE, PLAN, make_cache
 
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import safe_directory as directory_module
@@ -39,7 +39,7 @@ def test_a_file_is_replaced_appended_moved_and_deleted(cache: Cache) -> None:
     cache.delete("archive/new/r.json")
     cache.delete("archive/new/r.json")
     assert list(cache.paths()) == []
-    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+    assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
 def test_replacing_changes_no_file_that_a_reader_has_open(cache: Cache) -> None:
@@ -78,8 +78,8 @@ def test_a_linked_file_is_replaced_never_written_through(cache: Cache, tmp_path:
 
 
 def test_a_linked_temporary_directory_is_an_error(cache: Cache, tmp_path: Path) -> None:
-    os.rmdir(os.path.join(cache.directory, ".tmp"))
-    Path(cache.directory, ".tmp").symlink_to(tmp_path)
+    os.rmdir(os.path.join(cache.directory, ".remote/tmp"))
+    Path(cache.directory, ".remote/tmp").symlink_to(tmp_path)
     with pytest.raises(StorageError, match="in the way"):
         cache.replace("config.json", b"x")
 
@@ -105,7 +105,7 @@ def test_pieces_that_do_not_fit_are_refused(cache: Cache) -> None:
     assert cache.write_part(part(data, 4, b"xxxxxx")) is False
     assert cache.write_part(part(data, 0, data, digest=b"0" * 32)) is False
     assert cache.size("tasks/x.json") is None
-    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+    assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
 def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
@@ -117,7 +117,7 @@ def test_a_file_that_is_begun_again_starts_anew(cache: Cache) -> None:
 
 
 def test_the_manifest_lists_what_is_shared(cache: Cache) -> None:
-    for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks", ".base/plans/x.md", "notes/a.md.mine"):
+    for path in ("config.json", "tasks/a.json", "plans/x.md~", "locks", ".remote/base/plans/x.md", "notes/a.md.x"):
         cache.replace(path, b"x")
     found = {path: (reading.size, reading.digest) for path, reading in read_all(cache).items()}
     assert found == {path: (1, digest_of(b"x")) for path in ("config.json", "tasks/a.json")}
@@ -235,11 +235,11 @@ def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:
 def test_a_conflict_is_kept_once(cache: Cache) -> None:
     conflicts = TextConflicts(cache, Edits(cache))
     cache.replace(PLAN, b"mine")
-    assert conflicts.set_aside(PLAN) == PLAN + ".mine"
-    assert conflicts.set_aside(PLAN) == PLAN + ".mine"
+    assert conflicts.set_aside(PLAN) == MINE
+    assert conflicts.set_aside(PLAN) == MINE
     cache.replace(PLAN, b"mine again")
-    assert conflicts.set_aside(PLAN) == PLAN + ".mine2"
-    assert conflicts.copies() == [PLAN + ".mine", PLAN + ".mine2"]
+    assert conflicts.set_aside(PLAN) == MINE.replace(".md", ".2.md")
+    assert conflicts.copies() == [MINE, MINE.replace(".md", ".2.md")]
 
 
 def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
@@ -252,11 +252,11 @@ def test_a_full_disk_does_not_stay_full_of_a_file_that_did_not_fit(
     monkeypatch.setattr(directory_module, "write_all", no_room)
     with pytest.raises(StorageError, match="No space left"):
         cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab"))
-    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+    assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
 
 
 def test_pieces_without_an_end_are_forgotten(cache: Cache) -> None:
     assert cache.write_part(Part("artifacts/payload/x", 1, 4, digest_of(b"abcd"), 0, b"ab")) is None
-    assert len(os.listdir(os.path.join(cache.directory, ".tmp"))) == 1
+    assert len(os.listdir(os.path.join(cache.directory, ".remote/tmp"))) == 1
     cache.forget_parts()
-    assert os.listdir(os.path.join(cache.directory, ".tmp")) == []
+    assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, run, until
+from client_kit import MINE, PLAN, TASK, ask, run, until
 from fake_server import FakeServer
 from websockets.asyncio.server import ServerConnection
 
@@ -52,20 +52,20 @@ async def test_every_command_says_so_in_one_line_until_it_is_resolved(
     for _ in range(2):
         for answer in (await ask(service, "ready"), await run(service, "x"), await ask(service, "push")):
             assert conflict_lines(answer) == [
-                f"conflict: your text of the plan of LAT-42 was not sent, it is in {PLAN}.mine; "
+                f"conflict: your text of the plan of LAT-42 was not sent, it is in .lattice/{MINE}; "
                 "see: lattice remote resolve LAT-42"
             ]
     (found,) = (await ask(service, "status"))["conflicts"]  # type: ignore[misc]
-    assert (found["short_id"], found["what"], found["copies"]) == ("LAT-42", "plan", [f"{PLAN}.mine"])
+    assert (found["short_id"], found["what"], found["copies"]) == ("LAT-42", "plan", [MINE])
     await resolve(service, "theirs")
     assert not conflict_lines(await ask(service, "ready"))
 
 
-@pytest.mark.parametrize("name", ["LAT-42", "lat-42", TASK, PLAN, f"{PLAN}.mine", f"/somewhere/.lattice/{PLAN}"])
+@pytest.mark.parametrize("name", ["LAT-42", "lat-42", TASK, PLAN, MINE, f"/somewhere/.lattice/{PLAN}"])
 async def test_it_is_found_by_whatever_it_is_called(service: Service, place: Path, name: str) -> None:
     (found,) = (await resolve(service, None, name))["conflicts"]  # type: ignore[misc]
     assert found["path"] == PLAN
-    assert (place / f"{PLAN}.mine").exists(), "only told of"
+    assert (place / MINE).exists(), "only told of"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ async def test_it_ends_with_the_text_that_is_kept(
     answer = await resolve(service, choice, text=encoded)
     assert answer["resolved"] == [{"path": PLAN, "outcome": choice}]
     assert (server.files[PLAN], (place / PLAN).read_bytes()) == (kept, kept)
-    assert not (place / f"{PLAN}.mine").exists()
+    assert not (place / MINE).exists()
     puts = [frame for frame in server.frames if isinstance(frame, Put)]
     assert [put.base for put in puts[1:]] == ([b"theirs\n"] if choice != "theirs" else [])
     assert (await ask(service, "verify"))["edited"] == ()
@@ -89,7 +89,7 @@ async def test_what_was_edited_in_place_ends_it_too(server: FakeServer, service:
     (place / PLAN).write_bytes(b"theirs\nand mine\n")
     await resolve(service, "edited")
     assert server.files[PLAN] == b"theirs\nand mine\n"
-    assert not (place / f"{PLAN}.mine").exists()
+    assert not (place / MINE).exists()
 
 
 async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, service: Service, place: Path) -> None:
@@ -103,7 +103,7 @@ async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, se
     with pytest.raises(Rejected, match="others have just changed the same lines"):
         await resolve(service, "mine")
     await until(lambda: (place / PLAN).read_bytes() == b"theirs again\n")
-    assert (place / f"{PLAN}.mine").read_bytes() == b"mine\n"
+    assert (place / MINE).read_bytes() == b"mine\n"
     await resolve(service, "mine")
     assert server.files[PLAN] == b"mine\n"
 
@@ -111,13 +111,13 @@ async def test_a_change_that_comes_meanwhile_ends_nothing(server: FakeServer, se
 async def test_what_is_saved_in_the_copy_meanwhile_stays(server: FakeServer, service: Service, place: Path) -> None:
     async def somebody_saves(_: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Put):
-            (place / f"{PLAN}.mine").write_bytes(b"mine, with one more thought\n")
+            (place / MINE).write_bytes(b"mine, with one more thought\n")
         return False
 
     server.misbehave = somebody_saves  # type: ignore[assignment]
     await resolve(service, "mine")
     assert server.files[PLAN] == b"mine\n"
-    assert (place / f"{PLAN}.mine").read_bytes() == b"mine, with one more thought\n"
+    assert (place / MINE).read_bytes() == b"mine, with one more thought\n"
     assert conflict_lines(await ask(service, "ready"))
 
 
@@ -126,7 +126,7 @@ async def test_out_of_reach_it_stays_as_it_is(server: FakeServer, service: Servi
     await until(lambda: not service._link.is_open)
     with pytest.raises(Exception, match="cannot reach"):
         await resolve(service, "mine")
-    assert (place / f"{PLAN}.mine").read_bytes() == b"mine\n"
+    assert (place / MINE).read_bytes() == b"mine\n"
     await resolve(service, "theirs")
 
 
@@ -138,7 +138,7 @@ async def test_plan_and_notes_are_resolved_together_or_each(server: FakeServer, 
     with pytest.raises(Misuse, match="name one of them"):
         await resolve(service, "edited", text=base64.b64encode(b"x").decode())
     await resolve(service, "theirs", what="notes")
-    assert (place / f"{PLAN}.mine").exists() and not (place / f"{NOTES}.mine").exists()
+    assert (place / MINE).exists() and not (place / f".remote/conflicts/{NOTES}").exists()
     await conflict(server, service, place, NOTES, b"theirs once more\n")
     await resolve(service, "mine")
     assert (server.files[PLAN], server.files[NOTES]) == (b"mine\n", b"mine\n")
@@ -151,12 +151,12 @@ async def test_of_several_texts_one_is_named(server: FakeServer, service: Servic
     server.put(PLAN, b"theirs once more\n")
     await until(lambda: service._follower.replica.position.seq == server.seq)
     await ask(service, "push")
-    await until((place / f"{PLAN}.mine2").exists)
+    await until((place / MINE.replace(".md", ".2.md")).exists)
     with pytest.raises(Misuse, match="several texts of yours"):
         await resolve(service, "mine")
-    text = base64.b64encode((place / f"{PLAN}.mine2").read_bytes()).decode()
+    text = base64.b64encode((place / MINE.replace(".md", ".2.md")).read_bytes()).decode()
     await resolve(service, "edited", text=text)
-    assert server.files[PLAN] == b"mine once more\n" and not list((place / "plans").glob("*.mine*"))
+    assert server.files[PLAN] == b"mine once more\n" and not list((place / MINE).parent.iterdir())
 
 
 async def test_of_an_archived_task_only_theirs_can_be_kept(server: FakeServer, service: Service, place: Path) -> None:
@@ -167,9 +167,9 @@ async def test_of_an_archived_task_only_theirs_can_be_kept(server: FakeServer, s
     await until(lambda: not (place / SNAPSHOT).exists())
     with pytest.raises(Misuse, match="LAT-42 is archived"):
         await resolve(service, "mine")
-    assert (place / f"{PLAN}.mine").read_bytes() == b"mine\n"
+    assert (place / MINE).read_bytes() == b"mine\n"
     await resolve(service, "theirs")
-    assert not (place / f"{PLAN}.mine").exists()
+    assert not (place / MINE).exists()
 
 
 @pytest.mark.parametrize("choice", ["mine", "edited"])
@@ -186,7 +186,7 @@ async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
         server.put(PLAN, b"theirs\n")
         await until(lambda: service._follower.replica.position.seq == server.seq)
         await ask(service, "push")
-        assert (directory / f"{PLAN}.mine").read_bytes() == b"mine\n"
+        assert (directory / MINE).read_bytes() == b"mine\n"
         with pytest.raises(Rejected, match="has not arrived yet"):
             await resolve(service, choice)
     await ask(service, "ready")
@@ -201,7 +201,7 @@ async def test_a_request_that_makes_no_sense_changes_nothing(
 ) -> None:
     with pytest.raises(Misuse):
         await resolve(service, **{"choice": None, **fields})  # type: ignore[arg-type]
-    assert (place / f"{PLAN}.mine").exists()
+    assert (place / MINE).exists()
 
 
 async def test_an_editor_that_is_behind_undoes_nothing(server: FakeServer, service: Service, directory: Path) -> None:

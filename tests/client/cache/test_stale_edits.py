@@ -108,7 +108,7 @@ def test_what_is_kept_is_bounded_in_number_size_and_time(cache: Cache, monkeypat
         older.remember(PLAN, text)
     older.remember(PLAN, b"x" * 9_000_000)
     older.remember(PLAN, None)
-    kept = [path.read_bytes() for path in Path(cache.directory, ".base/.older", PLAN).iterdir()]
+    kept = [path.read_bytes() for path in Path(cache.directory, ".remote/older", PLAN).iterdir()]
     assert sorted(kept) == sorted(texts[2:-1])
     edited = texts[2] + b"- measure it\n"
     assert StaleEditDetector(cache).base_of(PLAN, edited, texts[-1]) == texts[2], "another process knows them too"
@@ -116,4 +116,4 @@ def test_what_is_kept_is_bounded_in_number_size_and_time(cache: Cache, monkeypat
     monkeypatch.setattr(older_module, "KEPT_S", 0.0)
     assert older.base_of(PLAN, edited, texts[-1]) == texts[-1]
     older.forget(PLAN)
-    assert not list(Path(cache.directory, ".base/.older", PLAN).iterdir())
+    assert not list(Path(cache.directory, ".remote/older", PLAN).iterdir())

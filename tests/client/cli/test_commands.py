@@ -252,9 +252,9 @@ async def test_what_is_saved_while_the_copy_is_taken_away_brings_it_back(
 
 async def test_a_file_that_is_only_here_is_not_removed(server: FakeServer, root: Path) -> None:
     await add(server, root)
-    (root / ".lattice" / (PLAN + ".mine")).write_text("precious")
+    (root / ".lattice" / (PLAN + "~")).write_text("precious")
     done = await lattice(root, "remote", "remove", "origin")
-    assert done.code == 1 and ".mine" in done.err and (root / ".lattice/config.json").exists()
+    assert done.code == 1 and "~" in done.err and (root / ".lattice/config.json").exists()
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])

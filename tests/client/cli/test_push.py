@@ -80,11 +80,11 @@ def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool)
     (directory / f"tasks/{TASK}.json").write_bytes(b'{"changed": 1}\n')
     (directory / "new.txt").write_bytes(b"new")
     texts = {path: data for path, data in FILES.items() if path.startswith(("plans/", "notes/"))}
-    kept = push._become_copy(str(directory), REMOTE, digests(), texts if knows_texts else {})
+    kept = push._become_cache(str(directory), REMOTE, digests(), texts if knows_texts else {})
     assert kept == ["new.txt", f"tasks/{TASK}.json"]
     assert rescued(directory) == {"new.txt": [b"new"], f"tasks/{TASK}.json": [b'{"changed": 1}\n']}
     assert read_remote(str(directory)) == REMOTE and not is_unpushed(str(directory))
-    assert not list(directory.glob(".unpushed*")) and not list(directory.glob(".pushing*"))
+    assert not list(directory.glob(".remote/unpushed*")) and not list(directory.glob(".remote/pushing*"))
     edits = Edits(Cache(str(directory), REMOTE))
     assert edits.scan() == [PLAN]
     assert edits.base(PLAN) == (FILES[PLAN] if knows_texts else None)
@@ -92,8 +92,8 @@ def test_changes_since_are_edits_or_are_kept(directory: Path, knows_texts: bool)
 
 def test_it_can_be_done_again(directory: Path) -> None:
     (directory / "context.md").write_bytes(b"# since\n")
-    first = push._become_copy(str(directory), REMOTE, digests(), {})
-    assert push._become_copy(str(directory), REMOTE, digests(), {}) == first == ["context.md"]
+    first = push._become_cache(str(directory), REMOTE, digests(), {})
+    assert push._become_cache(str(directory), REMOTE, digests(), {}) == first == ["context.md"]
     assert rescued(directory) == {"context.md": [b"# since\n"]}
 
 

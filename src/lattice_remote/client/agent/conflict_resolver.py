@@ -30,7 +30,6 @@ class Resolver:
             Misuse: no such conflict, or an invalid choice for it.
             RemoteError: the text could not be sent; nothing has changed.
         """
-        self._follower.conflicts.look_again()
         found = self._named(request["task"], request["what"])
         choice = request["choice"]
         reasons = self._pusher.withheld()

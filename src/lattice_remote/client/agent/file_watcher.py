@@ -126,7 +126,7 @@ def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]
         for directory, prefix in prefixes:
             if name.startswith(prefix):
                 path = name[len(prefix) :]
-                if not path.startswith("."):  # most of our own writes are in .tmp/ and .base/
+                if not path.startswith("."):  # .remote/ is ours
                     found.setdefault(directory, set()).add(path)
                 break
     return found

@@ -1,6 +1,6 @@
 """Background download of artifacts' large contents that a cache has deferred.
 
-Contents are fetched one at a time on a separate connection. Their pieces stay on disk (``.lattice/.fetch``), so a
+Contents are fetched one at a time on a separate connection. Their pieces stay on disk (``.lattice/.remote/downloads``), so a
 download resumes after a cut, a restart or in another process. A content is put in place once its digest matches.
 Requested contents come first; whether others are fetched is a setting (see ``config``).
 """
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from lattice_remote.client import config
 from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.client.connection.upload import Source
@@ -100,7 +101,7 @@ _LOOK_S = 60.0
 _POLL_S = 0.1
 _OWN_TURN_S = 2.0
 """Longest wait of an attaching command for another process that fetches."""
-_LOCK = ".fetch.lock"
+_LOCK = f"{PRIVATE_DIRECTORY}/downloads.lock"
 _MIB = 1024 * 1024
 _MAX_MISFITS = 3
 _log = logging.getLogger(__name__)

@@ -73,8 +73,6 @@ class IntegrityMonitor:
             self._on_edits(path for path in paths if is_editable(path) and self._is_foreign(path))
         elif self._cache.known.is_complete:  # else a base may be damaged, until the files are compared
             self._on_edits(None)
-        if paths is None or any(path.startswith(_EDITED_BY_HAND) and not is_replicated(path) for path in paths):
-            self._follower.conflicts.look_again()
         if paths is None or not self._cache.known.is_complete or any(path.startswith(LOCKS_FILE) for path in paths):
             self._scan_at = 0.0
         else:

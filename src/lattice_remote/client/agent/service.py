@@ -157,6 +157,8 @@ class Service:
     def start(self, token: str | None, *, named: Server | None = None, prefer_given: bool = False) -> None:
         """Start to follow the project. The user's stored token takes precedence over ``token`` unless
         ``prefer_given``."""
+        with contextlib.suppress(StorageError):  # reported once the files are needed
+            self.cache.make_private()
         self._links.start(token, named=named, prefer_given=prefer_given)
         self._watcher = asyncio.get_running_loop().create_task(self._watch())
         acknowledging = Acknowledging(self._follower, self._link)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.fingerprints import STORED, Fingerprints
 from lattice_remote.client.cache.safe_directory import QUIET_S, TEMPORARY, Directory
-from lattice_remote.client.config import REMOTE_FILE, STATE_FILE, Quota, Remote
+from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_FILE, Quota, Remote
 from lattice_remote.client.trusted_servers import cache_limit
 from lattice_remote.errors import HostilePath, StorageError
 from lattice_remote.files import SAFE, Signature, signature_of
@@ -27,14 +27,11 @@ from lattice_remote.protocol.messages import Part
 from lattice_remote.protocol.paths import DIRECTORIES, check_path, is_replicated
 
 __all__ = [
-    "AWAY_FILE",
     "BASE_DIRECTORY",
     "GITIGNORE",
     "LOCKS_FILE",
     "LOCKS_TEXT",
     "LOCK_FILE",
-    "PARTIAL",
-    "PRIVATE_DIRECTORY",
     "STATE_FILE",
     "Cache",
     "CacheState",
@@ -45,9 +42,6 @@ __all__ = [
     "encode_state",
     "explained",
 ]
-
-AWAY_FILE = ".away"
-
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
@@ -73,8 +67,8 @@ def encode_state(state: CacheState, remote: Remote, inode: int = 0) -> bytes:
         "epoch": state.position.epoch,
         "seq": state.position.seq,
         "mark": state.position.mark.hex(),
-        "wanted": sorted(state.wanted),
-        "away": len(state.away),
+        "missing": sorted(state.wanted),
+        "deferred": len(state.away),
         "time": state.current_at,
         "boot_id": boot_id(),
         "inode": inode,
@@ -111,8 +105,8 @@ def decode_state(data: bytes, away: bytes, remote: Remote, inode: int = 0) -> Ca
             return CacheState()
         position = Position(str(found["epoch"]), int(found["seq"]), bytes.fromhex(found["mark"]))
         current_at = None if found["time"] is None else float(found["time"])
-        wanted = tuple(_checked(found["wanted"]))
-        left_out = _decode_away(away) if found.get("away") else {}
+        wanted = tuple(_checked(found["missing"]))
+        left_out = _decode_away(away) if found["deferred"] else {}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, HostilePath):
         return CacheState()
     if found["boot_id"] != boot_id() or found.get("inode", inode) != inode:
@@ -144,13 +138,12 @@ def booted_at() -> float:
 _boot_id: str | None = None
 
 
-BASE_DIRECTORY = ".base"
+_DEFERRED_FILE = f"{PRIVATE_DIRECTORY}/deferred.json"
+BASE_DIRECTORY = f"{PRIVATE_DIRECTORY}/base"
 """Holds, for each plan and notes, the server's text on which the local file is based."""
-PARTIAL = ".fetch"
+_DOWNLOADS = f"{PRIVATE_DIRECTORY}/downloads"
 """Holds the parts of large contents that are being fetched, named by digest."""
-PRIVATE_DIRECTORY = ".remote"
-"""Holds the client's other private files."""
-LOCK_FILE = ".cache.lock"
+LOCK_FILE = f"{PRIVATE_DIRECTORY}/lock"
 GITIGNORE = b"# Written by lattice-remote: only the remote's address belongs into git.\n*\n!remote.json\n"
 LOCKS_FILE = "locks"
 LOCKS_TEXT = b"""\
@@ -163,8 +156,7 @@ For MCP, run lattice remote mcp instead of lattice-mcp.
 To make this directory a local project again: lattice remote remove NAME --keep-local
 """
 _DIRECTORIES = tuple(directory for directory in DIRECTORIES if directory != LOCKS_FILE)
-_PRIVATE = (TEMPORARY, PARTIAL, PRIVATE_DIRECTORY, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes")
-_LAYOUT = (*_DIRECTORIES, *_PRIVATE)
+_LAYOUT = (*_DIRECTORIES, TEMPORARY, _DOWNLOADS, f"{BASE_DIRECTORY}/plans", f"{BASE_DIRECTORY}/notes")
 _LOCK_POLL_S = 0.01
 
 
@@ -202,6 +194,11 @@ class Cache:
                 self._files.replace(".gitignore", GITIGNORE)
             self._files.remove_stale_temporaries()
             self._block_plain_writes()
+
+    def make_private(self) -> None:
+        """Create the directory of our other files, with the permissions of the cache's."""
+        with explained(PRIVATE_DIRECTORY):
+            self._files.make(PRIVATE_DIRECTORY)
 
     def _block_plain_writes(self) -> None:
         """Put a file in the place of lattice's lock directory, so that writes without the plugin fail at once (I4).
@@ -257,6 +254,8 @@ class Cache:
         while True:
             self._check_there()
             await self._until_quiet(deadline)
+            if LOCK_FILE not in self._present:
+                self.make_private()
             with explained(self.directory):
                 if self._lock.acquire():
                     break
@@ -306,7 +305,7 @@ class Cache:
         try:
             away = b""
             with contextlib.suppress(FileNotFoundError):
-                away = self._files.read(AWAY_FILE)
+                away = self._files.read(_DEFERRED_FILE)
             self._away = away
             return decode_state(self._files.read(STATE_FILE), away, self.remote, self.identity[1])
         except FileNotFoundError:
@@ -321,7 +320,7 @@ class Cache:
         """
         with explained(STATE_FILE):
             if (away := encode_away(state.away)) != self._away:
-                self._files.replace(AWAY_FILE, away)
+                self._files.replace(_DEFERRED_FILE, away)
                 self._away = away
             if STATE_FILE in self._present and not os.path.lexists(self.absolute(STATE_FILE)):
                 self._files.is_shrinking = True
@@ -494,7 +493,7 @@ class Cache:
 
     def partial(self, digest: bytes) -> str:
         """Return the file that collects a content's parts; it survives the process."""
-        return f"{PARTIAL}/{digest.hex()}"
+        return f"{_DOWNLOADS}/{digest.hex()}"
 
     def add(self, partial: str, data: bytes) -> None:
         """Append a part to the collected ones."""
@@ -515,9 +514,9 @@ class Cache:
         """Remove the collected parts of all contents but these."""
         kept = {digest.hex() for digest in keep}
         with contextlib.suppress(OSError):
-            for name in os.listdir(self.absolute(PARTIAL)):
+            for name in os.listdir(self.absolute(_DOWNLOADS)):
                 if name not in kept:
-                    self._files.discard(f"{PARTIAL}/{name}")
+                    self._files.discard(f"{_DOWNLOADS}/{name}")
 
     # --- listing ---
 

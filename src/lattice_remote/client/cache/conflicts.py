@@ -1,22 +1,25 @@
 """Conflicting edits of plans and notes, set aside until the user resolves them.
 
-The local text is in ``.md.mine`` beside its file (``.md.mine2`` for a second one); the file holds the server's.
+The local text is below ``.remote/conflicts/``, under its file's path (a second one as ``task_....2.md``). The file
+itself holds the server's text.
 """
 
 import contextlib
+import itertools
 import json
 import os
 from dataclasses import dataclass
 
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.edits import Edits
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError, one_line
 from lattice_remote.files import Signature
 from lattice_remote.protocol.paths import is_editable
 
-__all__ = ["TextConflict", "TextConflicts"]
+__all__ = ["CONFLICTS_DIRECTORY", "TextConflict", "TextConflicts"]
 
-_MARK = ".md.mine"
+CONFLICTS_DIRECTORY = f"{PRIVATE_DIRECTORY}/conflicts"
 _FOLDERS = ("plans", "notes")
 _MAX_NAMED = 3
 
@@ -55,19 +58,16 @@ class TextConflicts:
     def __init__(self, cache: Cache, edits: Edits) -> None:
         self._cache = cache
         self._edits = edits
-        self._copies: list[str] | None = None
 
     def set_aside(self, path: str) -> str:
-        """Save a conflicting edit beside its file, once, and return the copy's path."""
-        text = self._cache.read(path)
-        copy = path + ".mine"
-        number = 1
-        while self._cache.size(copy) is not None and self._cache.read(copy) != text:
-            number += 1
-            copy = f"{path}.mine{number}"
+        """Save a conflicting edit, once, and return the copy's path."""
+        text, stem = self._cache.read(path), f"{CONFLICTS_DIRECTORY}/{path.removesuffix('.md')}"
+        for number in itertools.count(1):
+            copy = f"{stem}.md" if number == 1 else f"{stem}.{number}.md"
+            if self._cache.size(copy) is None or self._cache.read(copy) == text:
+                break
         self._cache.replace(copy, text)
         self._edits.give_up(path, text)
-        self.look_again()
         return copy
 
     def end(self, conflict: TextConflict) -> None:
@@ -75,22 +75,21 @@ class TextConflicts:
         for copy, found in zip(conflict.copies, conflict.found, strict=True):
             if self._cache.signature(copy) == found:
                 self._cache.delete(copy)
-        self.look_again()
-
-    def look_again(self) -> None:
-        """List the directories again: copies may have been created or removed."""
-        self._copies = None
 
     def copies(self) -> list[str]:
-        """Return the existing copies. Lists the directories once, until ``look_again``."""
-        if self._copies is None:
-            self._copies = [path for folder in _FOLDERS for path in self._marked(folder)]
-        return list(self._copies)
+        """Return the existing copies; the user may remove one by hand."""
+        found: list[str] = []
+        for folder in _FOLDERS:
+            with contextlib.suppress(OSError):
+                names = os.listdir(self._cache.absolute(f"{CONFLICTS_DIRECTORY}/{folder}"))
+                found += [f"{CONFLICTS_DIRECTORY}/{folder}/{name}" for name in sorted(names, key=lambda n: (len(n), n))]
+        return found
 
     def all(self) -> list[TextConflict]:
         files: dict[str, list[str]] = {}
         for copy in self.copies():
-            path = copy.partition(_MARK)[0] + ".md"
+            folder, name = copy.split("/")[-2:]
+            path = f"{folder}/{name.partition('.')[0]}.md"
             if is_editable(path):
                 files.setdefault(path, []).append(copy)
         return [self._conflict(path, copies) for path, copies in files.items()]
@@ -106,7 +105,7 @@ class TextConflicts:
         if len(found) == 1:
             one = found[0]
             return (
-                f"conflict: your text of the {one.what} of {one.short_id} was not sent, it is in {one.copies[0]}; "
+                f"conflict: your text of the {one.what} of {one.short_id} was not sent, it is in .lattice/{one.copies[0]}; "
                 f"see: lattice remote resolve {one.short_id}"
             )
         named = ", ".join(tasks[:_MAX_NAMED]) + (f" and {len(tasks) - _MAX_NAMED} more" * (len(tasks) > _MAX_NAMED))
@@ -119,12 +118,6 @@ class TextConflicts:
     def waiting(self, path: str) -> TextConflict:
         """Return a withheld edit as a conflict without a copy: the file itself holds the text."""
         return self._conflict(path, [])
-
-    def _marked(self, folder: str) -> list[str]:
-        with contextlib.suppress(OSError):
-            names = os.listdir(os.path.join(self._cache.directory, folder))
-            return sorted(f"{folder}/{name}" for name in names if _MARK in name)
-        return []
 
     def _conflict(self, path: str, copies: list[str]) -> TextConflict:
         task = path.rpartition("/")[2].removesuffix(".md")

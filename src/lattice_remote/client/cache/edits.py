@@ -1,6 +1,6 @@
 """Edits of plans and notes: the edited files, their bases, and edits without an answer (I4).
 
-``.base/`` keeps, for each such file, the server's text on which it is based. A file that differs from its base is an
+``.remote/base/`` keeps, for each such file, the server's text on which it is based. A file that differs from its base is an
 edit: it is sent with that base, and the server merges. The base is always written after the file, so that a crash in
 between looks like an edit that the server already has, never like a reversal.
 """
@@ -21,6 +21,7 @@ from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
 from lattice_remote.client.cache.evidence import Evidence, Judgement
 from lattice_remote.client.cache.repository import Blobs
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError
 from lattice_remote.files import READ, Signature, signature_of
 from lattice_remote.protocol.messages import Put
@@ -86,7 +87,7 @@ class StaleEditDetector:
 
 
 def _directory(path: str) -> str:
-    return f"{BASE_DIRECTORY}/.older/{path}"
+    return f"{PRIVATE_DIRECTORY}/older/{path}"
 
 
 def base_of(text: bytes, current: bytes, older: Iterable[bytes]) -> bytes:
@@ -203,7 +204,7 @@ class PendingEdits:
 
 
 def _place(path: str) -> str:
-    return f"{BASE_DIRECTORY}/.sent/{path}"
+    return f"{PRIVATE_DIRECTORY}/sent/{path}"
 
 
 def is_being_written(place: str) -> bool:

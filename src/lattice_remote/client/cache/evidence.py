@@ -28,15 +28,16 @@ from typing import Literal, NamedTuple
 
 from lattice_remote.client.cache.cache import Cache, booted_at
 from lattice_remote.client.cache.repository import Blobs
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError
 from lattice_remote.files import SAFE, Signature
 from lattice_remote.protocol.operations import digest_of
 
 __all__ = ["EDIT", "Evidence", "Judgement", "takes_away"]
 
-_FILE = ".remote/edits.json"
-_VERSIONS = ".remote/versions"
-_WATCHES = ".remote/watches"
+_FILE = f"{PRIVATE_DIRECTORY}/edits.json"
+_VERSIONS = f"{PRIVATE_DIRECTORY}/versions"
+_WATCHES = f"{PRIVATE_DIRECTORY}/watches"
 _DIGEST_BYTES = 16
 _MAX_VERSIONS = 512
 """Most earlier versions of a text that are recognised."""

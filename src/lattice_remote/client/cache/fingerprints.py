@@ -1,7 +1,7 @@
 """Stat signatures of a cache's files as our own processes wrote them: they reveal modifications by other programs.
 
 Only times, sizes and inodes are kept, never content. A writing process notes each file and shares its notes in
-``.written``, a short log in the cache, so that other processes on the same cache do not take its writes for foreign
+``.remote/written``, a short log, so that other processes on the same cache do not take its writes for foreign
 ones. The log is written under the cache's lock and may be lost or truncated at any time: unknown files are then fetched
 again, never trusted.
 
@@ -14,12 +14,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.files import SAFE, Signature, write_all
 
 __all__ = ["STORED", "Fingerprints", "Signature"]
 
-_LOG = ".written"
-STORED = ".remote/known.json"
+_LOG = f"{PRIVATE_DIRECTORY}/written"
+STORED = f"{PRIVATE_DIRECTORY}/known.json"
 _MAX_LOG_BYTES = 256 * 1024
 
 """A file's modification time in ns, size in bytes, inode, and time of status change in ns.

@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lattice_remote.client.cache.cache import BASE_DIRECTORY, PRIVATE_DIRECTORY, Cache
+from lattice_remote.client.cache.cache import BASE_DIRECTORY, Cache
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError, one_line
 from lattice_remote.protocol.effects import Content
 from lattice_remote.protocol.messages import MAX_PIECE_BYTES

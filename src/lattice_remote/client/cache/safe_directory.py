@@ -20,13 +20,13 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 
-from lattice_remote.client.config import Quota
+from lattice_remote.client.config import PRIVATE_DIRECTORY, Quota
 from lattice_remote.errors import StorageError
 from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
 
 __all__ = ["QUIET_S", "TEMPORARY", "Directory", "remove_tree"]
 
-TEMPORARY = ".tmp"
+TEMPORARY = f"{PRIVATE_DIRECTORY}/tmp"
 """Holds files until they get their name."""
 _DIRECTORY = READ | getattr(os, "O_DIRECTORY", 0)
 _STALE_TEMPORARY_S = 3600

@@ -30,7 +30,15 @@ from lattice_remote.client.cli.common import (
     unpushed,
     warn_of_tracking,
 )
-from lattice_remote.client.config import UNPUSHED_FILE, Remote, check_name, is_unpushed, read_remote, write_remote
+from lattice_remote.client.config import (
+    PRIVATE_DIRECTORY,
+    UNPUSHED_FILE,
+    Remote,
+    check_name,
+    is_unpushed,
+    read_remote,
+    write_remote,
+)
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.client.trusted_servers import Server
@@ -42,7 +50,7 @@ from lattice_remote.protocol.paths import is_editable
 __all__ = ["Plan", "PushResult", "app", "await_push", "plan_push", "push_project", "stay_local"]
 
 _REACH_S = 10.0
-_ATTEMPT_FILE = ".pushing.json"
+_ATTEMPT_FILE = f"{PRIVATE_DIRECTORY}/pushing.json"
 
 
 class _Attempt(msgspec.Struct):
@@ -105,6 +113,8 @@ def stay_local(directory: str) -> None:
     with _alone(directory):
         _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     _forget(directory, LOCK_FILE)
+    with contextlib.suppress(OSError):  # rescued files of an attempt to push stay
+        os.rmdir(os.path.join(directory, PRIVATE_DIRECTORY))
 
 
 def _forget(directory: str, *names: str) -> None:
@@ -191,6 +201,7 @@ def _alone(directory: str) -> Iterator[None]:
         Misuse: another process has it, or has pushed already.
         StorageError: it cannot be created.
     """
+    _require_waiting(directory)
     lock = FileLock(os.path.join(directory, LOCK_FILE), thread_local=False, mode=0o600)
     try:
         lock.acquire(timeout=0)
@@ -199,11 +210,15 @@ def _alone(directory: str) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot lock {directory}: {error.strerror}") from error
     try:
-        if not is_unpushed(directory):
-            raise Misuse("this directory no longer waits to be pushed; see: lattice remote status")
+        _require_waiting(directory)
         yield
     finally:
         lock.release()
+
+
+def _require_waiting(directory: str) -> None:
+    if not is_unpushed(directory):
+        raise Misuse("this directory no longer waits to be pushed; see: lattice remote status")
 
 
 async def _pushed(directory: str, report: Progress) -> PushResult:
@@ -213,7 +228,7 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
             report({"what": "asking for the last attempt", "done": 0, "total": 1})
             if (answer := await _ask(link, directory, earlier)) is not None:
                 _keep_hooks(directory, remote, answer)
-                return PushResult(remote, answer, _become_copy(directory, remote, earlier.entries, {}))
+                return PushResult(remote, answer, _become_cache(directory, remote, earlier.entries, {}))
         _require_empty(link.welcome)
         found = await asyncio.to_thread(survey, directory)
         with await asyncio.to_thread(Pack.of, directory, found, _reporter(report, "reading")) as pack:
@@ -230,7 +245,7 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
                 raise ConnectionFailed("the server has forgotten what was sent; push again")
             _keep_hooks(directory, remote, answer)
             texts = {path: pack.content(path) for path in pack.entries if is_editable(path)}
-            return PushResult(remote, answer, _become_copy(directory, remote, entries, texts))
+            return PushResult(remote, answer, _become_cache(directory, remote, entries, texts))
 
 
 async def _ask(link: Connection, directory: str, attempt: _Attempt) -> Pushed | None:
@@ -286,7 +301,7 @@ def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
         RescuedFiles(cache).add("config.json", cache.read("config.json"), reason)
 
 
-def _become_copy(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
+def _become_cache(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
     """Turn the directory into a cache of the pushed project; return the files that changed since, which are rescued.
 
     ``remote.json`` is written last: until then the directory is an unpushed project and this can be repeated.

@@ -6,28 +6,16 @@ import os
 import uuid
 from typing import Any
 
-from lattice_remote.client import config as preferences
-from lattice_remote.client.cache.cache import (
-    AWAY_FILE,
-    BASE_DIRECTORY,
-    GITIGNORE,
-    LOCK_FILE,
-    LOCKS_FILE,
-    PARTIAL,
-    PRIVATE_DIRECTORY,
-    STATE_FILE,
-    Cache,
-)
+from lattice_remote.client.cache.cache import GITIGNORE, LOCKS_FILE, STATE_FILE, Cache
+from lattice_remote.client.cache.conflicts import CONFLICTS_DIRECTORY, TextConflicts
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, RescuedFiles
-from lattice_remote.client.cache.safe_directory import TEMPORARY, remove_tree
-from lattice_remote.client.config import REMOTE_FILE, Remote
+from lattice_remote.client.cache.safe_directory import remove_tree
+from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, Remote
 from lattice_remote.errors import Misuse, StorageError
 
 __all__ = ["keep_local", "remove_remote"]
 
-_BOOKKEEPING = (STATE_FILE, AWAY_FILE, preferences.FILE, LOCK_FILE, ".fetch.lock", ".written")
-_DIRECTORIES = (BASE_DIRECTORY, PARTIAL, TEMPORARY, PRIVATE_DIRECTORY)
 
 
 def remove_remote(directory: str, remote: Remote) -> None:
@@ -79,24 +67,29 @@ async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> l
             cache.allow_plain_writes()
             for name in (STATE_FILE, REMOTE_FILE):  # the state alone would make it a cache
                 os.unlink(os.path.join(directory, name))
-            _remove_bookkeeping(directory, keeps_rescued=bool(RescuedFiles(cache).entries()))
+            rescued = [f"{RESCUED_DIRECTORY}/{entry.number}" for entry in RescuedFiles(cache).entries()]
+            others = [*rescued, *TextConflicts(cache, Edits(cache)).copies()]
+            _remove_bookkeeping(directory, others)
         except OSError as error:
             raise StorageError(f"cannot change {directory}: {error.strerror}") from error
-    rescued = [f"{RESCUED_DIRECTORY}/{entry.number}" for entry in RescuedFiles(cache).entries()]
-    return rescued + _own_files(cache)
+    return others + _own_files(cache)
 
 
-def _remove_bookkeeping(directory: str, *, keeps_rescued: bool) -> None:
-    for name in _BOOKKEEPING:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(directory, name))
+def _remove_bookkeeping(directory: str, others: list[str]) -> None:
+    """Remove all files of ours except the directories with the user's ``others``."""
     if _is_ours(os.path.join(directory, ".gitignore")):
         os.unlink(os.path.join(directory, ".gitignore"))
-    for name in _DIRECTORIES:
-        if name == PRIVATE_DIRECTORY and keeps_rescued:
+    kept = tuple(each for each in (RESCUED_DIRECTORY, CONFLICTS_DIRECTORY) if any(path.startswith(each) for path in others))
+    for name in os.listdir(os.path.join(directory, PRIVATE_DIRECTORY)):
+        if f"{PRIVATE_DIRECTORY}/{name}" in kept:
             continue
-        if os.path.isdir(os.path.join(directory, name)):
-            remove_tree(os.path.join(directory, name))
+        place = os.path.join(directory, PRIVATE_DIRECTORY, name)
+        if os.path.isdir(place):
+            remove_tree(place)
+        else:
+            os.unlink(place)
+    if not kept:
+        os.rmdir(os.path.join(directory, PRIVATE_DIRECTORY))
 
 
 def _require_whole(cache: Cache) -> None:
@@ -144,18 +137,20 @@ def _require_nothing_unsent(cache: Cache) -> None:
         raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
     if RescuedFiles(cache).entries():
         raise Misuse("rescued files are only here: lattice remote rescued; apply or drop them first")
+    if conflicts := TextConflicts(cache, Edits(cache)).copies():
+        raise Misuse(f"unresolved texts are only here, such as {conflicts[0]}: lattice remote resolve")
     if own := _own_files(cache):
         raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
 
 
 def _own_files(cache: Cache) -> list[str]:
-    """Return files that are neither the server's nor bookkeeping: edits set aside, an editor's backups."""
+    """Return files that are neither the server's nor bookkeeping, such as an editor's backups."""
     replicated = set(cache.paths())
-    ours = {REMOTE_FILE, LOCKS_FILE, ".gitignore", *_BOOKKEEPING}
+    ours = {REMOTE_FILE, STATE_FILE, LOCKS_FILE, ".gitignore"}
     found: list[str] = []
     for directory, directories, names in os.walk(cache.directory):
         if directory == cache.directory:
-            directories[:] = [name for name in directories if name not in (*_DIRECTORIES, LOCKS_FILE)]
+            directories[:] = [name for name in directories if name not in (PRIVATE_DIRECTORY, LOCKS_FILE)]
         for name in names:
             path = os.path.relpath(os.path.join(directory, name), cache.directory)
             if path.replace(os.sep, "/") not in replicated and path not in ours:

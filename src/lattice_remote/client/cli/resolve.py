@@ -113,12 +113,12 @@ def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
         why = f"not sent: {conflict['reason']}" if conflict["reason"] else why
         yield f"{one_line(conflict['short_id'])}, {conflict['what']}: {one_line(why)}."
         if not conflict["copies"]:
-            yield f"  your text:         {one_line(conflict['path'])}"
+            yield f"  your text:         .lattice/{one_line(conflict['path'])}"
             yield from _difference(directory, f"{BASE_DIRECTORY}/{conflict['path']}", conflict["path"])
             continue
-        yield f"  the server's text: {one_line(conflict['path'])}"
+        yield f"  the server's text: .lattice/{one_line(conflict['path'])}"
         for copy in conflict["copies"]:
-            yield f"  your text:         {one_line(copy)}"
+            yield f"  your text:         .lattice/{one_line(copy)}"
             yield from _difference(directory, conflict["path"], copy)
     if conflicts:
         name = one_line(conflicts[0]["short_id"])

@@ -18,9 +18,8 @@ from typing import Any
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client import credentials as private_files
-from lattice_remote.client.cache.cache import PRIVATE_DIRECTORY
 from lattice_remote.client.cache.replicator import Replicator, RequestOnlySession
-from lattice_remote.client.config import Remote
+from lattice_remote.client.config import PRIVATE_DIRECTORY, Remote
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import Rejected, RemoteError

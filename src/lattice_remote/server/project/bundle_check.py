@@ -188,10 +188,7 @@ async def _checked(
 
 _PIECE_BYTES = 1 << 20
 _MAX_OMITTED = 1000
-_BOOKKEEPING = frozenset(
-    {"locks", "remote.json", "cache_state.json", ".gitignore", ".base", ".tmp", ".cache.lock", ".written", ".remote"}
-    | {".fetch", ".fetch.lock", ".away", ".settings.json"}
-)
+_BOOKKEEPING = frozenset({"locks", "remote.json", "cache_state.json", ".gitignore", ".remote"})
 """Lattice's locks and the client's cache files: omitted without a note."""
 
 
