@@ -194,7 +194,11 @@ def test_a_conflict_is_shown_and_ended(shared_board: Board) -> None:
     _server, ana, ben = shared_board
     short_id, plan = conflicting(ana, ben, "Conflict")
     shown = ben.ok("remote", "resolve", short_id)
-    assert "    -# Ana's" in shown and "    +# Ben's" in shown and f".lattice/.remote/conflicts/plans/{plan[1].name}" in shown
+    assert (
+        "    -# Ana's" in shown
+        and "    +# Ben's" in shown
+        and f".lattice/.remote/conflicts/plans/{plan[1].name}" in shown
+    )
     assert "conflict" in ben.run("list").stderr
     ben.ok("remote", "resolve", short_id, "--edited", "-", stdin="# Ours\n")
     same(plan, "# Ours\n")

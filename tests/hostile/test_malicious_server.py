@@ -220,7 +220,9 @@ async def test_a_path_outside_the_tree_ends_the_connection_and_writes_nothing(
 # --- what is in the way ---
 
 
-@pytest.mark.parametrize("place", ["tasks", ".remote", ".remote/tmp", ".remote/base", ".remote/base/plans", "artifacts", "artifacts/payload"])
+@pytest.mark.parametrize(
+    "place", ["tasks", ".remote", ".remote/tmp", ".remote/base", ".remote/base/plans", "artifacts", "artifacts/payload"]
+)
 async def test_a_link_in_place_of_a_directory_is_said_and_not_followed(
     server: FakeServer, directory: Path, tmp_path: Path, place: str
 ) -> None:

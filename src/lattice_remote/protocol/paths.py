@@ -1,7 +1,7 @@
 """Paths of the replicated tree, and of the texts that users edit in place (I9).
 
 A path is relative to ``.lattice/``, with ``/`` between components. Never replicated: components that start with a dot
-(temporary files, a cache's ``.remote/``), ``locks/``, the three files that make a directory a cache, and editors' backups in
+(temporary files, a cache's ``.remote/``), ``locks/``, the files that make a directory a cache, and editors' backups in
 ``plans/`` and ``notes/``.
 """
 

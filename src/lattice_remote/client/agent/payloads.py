@@ -1,7 +1,7 @@
 """Background download of artifacts' large contents that a cache has deferred.
 
-Contents are fetched one at a time on a separate connection. Their pieces stay on disk (``.lattice/.remote/downloads``), so a
-download resumes after a cut, a restart or in another process. A content is put in place once its digest matches.
+Contents are fetched one at a time on a separate connection. Their pieces stay in ``.remote/downloads/``, so a download
+resumes after a cut, a restart or in another process. A content is put in place once its digest matches.
 Requested contents come first; whether others are fetched is a setting (see ``config``).
 """
 

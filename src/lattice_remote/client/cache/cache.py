@@ -43,6 +43,7 @@ __all__ = [
     "explained",
 ]
 
+
 @dataclass(frozen=True, slots=True)
 class CacheState:
     """Stored state of a cache."""

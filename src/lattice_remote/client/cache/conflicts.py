@@ -105,8 +105,8 @@ class TextConflicts:
         if len(found) == 1:
             one = found[0]
             return (
-                f"conflict: your text of the {one.what} of {one.short_id} was not sent, it is in .lattice/{one.copies[0]}; "
-                f"see: lattice remote resolve {one.short_id}"
+                f"conflict: your text of the {one.what} of {one.short_id} was not sent, it is in "
+                f".lattice/{one.copies[0]}; see: lattice remote resolve {one.short_id}"
             )
         named = ", ".join(tasks[:_MAX_NAMED]) + (f" and {len(tasks) - _MAX_NAMED} more" * (len(tasks) > _MAX_NAMED))
         return f"{len(found)} conflicts: your texts for {named} were not sent; see: lattice remote resolve"

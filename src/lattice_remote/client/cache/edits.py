@@ -1,6 +1,6 @@
 """Edits of plans and notes: the edited files, their bases, and edits without an answer (I4).
 
-``.remote/base/`` keeps, for each such file, the server's text on which it is based. A file that differs from its base is an
+``.remote/base/`` keeps the server's text on which each such file is based. A file that differs from its base is an
 edit: it is sent with that base, and the server merges. The base is always written after the file, so that a crash in
 between looks like an edit that the server already has, never like a reversal.
 """

@@ -26,7 +26,7 @@ from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
 
 __all__ = ["QUIET_S", "TEMPORARY", "Directory", "remove_tree"]
 
-TEMPORARY = f"{PRIVATE_DIRECTORY}/tmp"
+TEMPORARY = f"{PRIVATE_DIRECTORY}/tmp"  # noqa: S108 - inside the cache
 """Holds files until they get their name."""
 _DIRECTORY = READ | getattr(os, "O_DIRECTORY", 0)
 _STALE_TEMPORARY_S = 3600

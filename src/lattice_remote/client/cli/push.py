@@ -301,7 +301,9 @@ def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
         RescuedFiles(cache).add("config.json", cache.read("config.json"), reason)
 
 
-def _become_cache(directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]) -> list[str]:
+def _become_cache(
+    directory: str, remote: Remote, entries: Mapping[str, bytes], texts: Mapping[str, bytes]
+) -> list[str]:
     """Turn the directory into a cache of the pushed project; return the files that changed since, which are rescued.
 
     ``remote.json`` is written last: until then the directory is an unpushed project and this can be repeated.

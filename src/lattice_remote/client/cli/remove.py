@@ -17,7 +17,6 @@ from lattice_remote.errors import Misuse, StorageError
 __all__ = ["keep_local", "remove_remote"]
 
 
-
 def remove_remote(directory: str, remote: Remote) -> None:
     """Remove a cache with its bookkeeping, unless it has unique content.
 
@@ -79,7 +78,9 @@ def _remove_bookkeeping(directory: str, others: list[str]) -> None:
     """Remove all files of ours except the directories with the user's ``others``."""
     if _is_ours(os.path.join(directory, ".gitignore")):
         os.unlink(os.path.join(directory, ".gitignore"))
-    kept = tuple(each for each in (RESCUED_DIRECTORY, CONFLICTS_DIRECTORY) if any(path.startswith(each) for path in others))
+    kept = tuple(
+        each for each in (RESCUED_DIRECTORY, CONFLICTS_DIRECTORY) if any(path.startswith(each) for path in others)
+    )
     for name in os.listdir(os.path.join(directory, PRIVATE_DIRECTORY)):
         if f"{PRIVATE_DIRECTORY}/{name}" in kept:
             continue
