@@ -164,7 +164,8 @@ def test_an_edit_in_a_copy_of_several_names_waits_for_the_next_command(
     plan = text_files(ana, work, short_id)
     seq = status(work)["server_seq"]
     plan[1].write_text("# By one of them\n")
-    time.sleep(1)  # longer than an edit takes to be sent by itself
+    recorded = work.lattice_dir / ".remote/edits.json"  # the agent records a save that it does not send by itself
+    wait_for(lambda: recorded.exists() and plan[1].name in recorded.read_text(), "the save to be recorded")
     found = status(work)
     assert found["server_seq"] == seq and len(found["unsent_edits"]) == 1
     assert "several tokens" in work.ok("remote", "status")

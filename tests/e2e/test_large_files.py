@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +258,9 @@ def test_a_broken_file_on_the_server_is_said_and_reaches_nobody(place: Place) ->
         file.seek(SIZE // 2)
         file.write(b"\xff" * 100 if good[SIZE // 2 : SIZE // 2 + 100] != b"\xff" * 100 else bytes(100))
     os.utime(truth, ns=(status.st_atime_ns, status.st_mtime_ns))
-    time.sleep(0.7)  # the watching server looks at it, and by its times finds nothing new
+    (place.server.lattice_dir() / "context.md").write_text("# Changed after it\n")
+    changed = place.ben.lattice_dir / "context.md"  # then the server has looked at both, and found one by its times
+    wait_for(lambda: changed.exists() and changed.read_text() == "# Changed after it\n", "the server to have looked")
     place.ben.ok("remote", "pull")
     failed = place.ben.run("remote", "fetch", artifact)
     assert failed.returncode == 1 and "its disk may be damaged" in failed.stderr

@@ -69,10 +69,11 @@ async def put(client: ClientConnection, text: str, path: str = PATH) -> None:
 async def test_silence_is_broken_by_the_position(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
     async with listening(running) as opened, writing(running) as client:
-        await asyncio.sleep(0.3)
+        taking = asyncio.create_task(take(opened, 2))
+        await until(lambda: len(opened.positions) >= 3)
         await put(client, "{}")
-        [event, _] = await take(opened, 2)
-        assert len(opened.positions) >= 3 and {each.data["seq"] for each in opened.positions} == {0}
+        [event, _] = await taking
+        assert {each.data["seq"] for each in opened.positions} == {0}
         assert all(event.id.startswith(f"{each.data['epoch']}-1-") for each in opened.positions)
 
 

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -535,13 +536,19 @@ async def test_a_worker_that_does_not_start_closes_the_project_until_it_does(
 async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
     paths: ProjectPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lattice_remote.server.project.project._RESTART_DELAYS_S", (0.0, 0.0, 0.0, 60.0))
+    class Delays(tuple[float, ...]):
+        def __getitem__(self, restarts: Any) -> Any:
+            asked.append(restarts)
+            return super().__getitem__(restarts)
+
+    asked: list[int] = []
+    delays = Delays((0.0, 0.0, 0.0, 60.0))
+    monkeypatch.setattr("lattice_remote.server.project.project._RESTART_DELAYS_S", delays)
     starts = paths.root / "starts"
     script = f'echo x >> "{starts}"; "$@" <&0 & sleep 0.3; kill -9 $!'
     project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", script, "sh", *FAKE_WORKER))
     project.start()
-    await until(lambda: starts.exists() and starts.read_text().count("x") == 3, 30.0)
-    await asyncio.sleep(1.0)  # that nothing happens can't be waited for
+    await until(lambda: asked == [1, 2, 3], 30.0)
     assert starts.read_text().count("x") == 3
     await project.stop(1.0)
 
