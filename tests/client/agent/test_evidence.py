@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.cache.safe_directory import Directory
 from lattice_remote.client.config import read_remote
+from lattice_remote.files import Signature
 from lattice_remote.protocol.messages import Put
 from lattice_remote.protocol.operations import digest_of
 
@@ -623,3 +626,29 @@ def test_what_is_stored_of_the_files_counts_until_the_machine_is_restarted(direc
         again = Cache(str(directory), cache.remote)
         again.load_known()
         assert not again.known.is_complete
+
+
+@pytest.mark.parametrize("change", ["withhold", "record"])
+def test_the_withheld_texts_are_listed_while_a_thread_changes_them(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """The agent answers ``status`` while a long list is written and fsynced in a thread."""
+    cache = Cache(str(directory), read_remote(str(directory)))
+    cache.prepare()
+    for path in (PLAN, NOTES, "plans/more.md"):
+        cache.replace(path, FIRST)
+    found, signature = evidence.Evidence(cache), cache.signature
+    found.withhold([(PLAN, FIRST, "why"), (NOTES, FIRST, "why")])
+
+    def interrupted(path: str) -> Signature | None:
+        if path == PLAN:
+            monkeypatch.setattr(cache, "signature", signature)
+            act = partial(found.withhold, [("plans/more.md", FIRST, "why")])
+            thread = threading.Thread(target=act if change == "withhold" else partial(found.record, [(NOTES, FIRST)]))
+            thread.start()
+            thread.join()
+        return signature(path)
+
+    monkeypatch.setattr(cache, "signature", interrupted)
+    assert found.withheld() == {PLAN: "why", NOTES: "why"}
+    assert found.withheld().keys() == ({PLAN, NOTES, "plans/more.md"} if change == "withhold" else {PLAN})

@@ -23,7 +23,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from lattice_remote.client.cache.cache import Cache, booted_at
@@ -70,7 +70,8 @@ class Evidence:
         self.cramped: dict[str, Signature | None] = {}
         """Files that were edited while the disk was full, with their signature then."""
         self._saves: dict[str, list[str]] = {}  # path -> digests of a person's unsent texts
-        self._withheld: dict[str, tuple[str, str]] = {}  # path -> digest of the text, and the reason
+        # path -> digest of the text, and the reason; replaced, never altered: a thread writes while the loop reads
+        self._withheld: Mapping[str, tuple[str, str]] = {}
         self._last_withheld: dict[str, str] = {}  # path -> digest; kept when the file is saved again
         self._found: dict[str, tuple[Signature, str]] = {}  # withheld files as last read
         self._loaded: Signature | None = None
@@ -165,8 +166,8 @@ class Evidence:
         self._cache.sync(path for path, _ in new)
         for path, digest in new:
             self._saves[path] = [*(d for d in self._saves.get(path, []) if d != digest), digest][-_MAX_SAVES:]
-            self._withheld.pop(path, None)
         if new:
+            self._withheld = _without(self._withheld, [path for path, _ in new])
             self._store()
 
     def settled(self, path: str, text: bytes) -> None:
@@ -179,7 +180,7 @@ class Evidence:
             self._saves[path] = saves[saves.index(digest) + 1 :]
         is_withheld = self._withheld.get(path, ("", ""))[0] == digest
         if is_withheld:
-            del self._withheld[path]
+            self._withheld = _without(self._withheld, [path])
         if digest in saves or is_withheld:
             self._store()
 
@@ -188,8 +189,8 @@ class Evidence:
     def withhold(self, texts: Iterable[tuple[str, bytes, str]]) -> None:
         """Withhold these texts, each with its path and reason, until the user decides."""
         self._load()
-        before = dict(self._withheld)
-        self._withheld |= {path: (_digest(text), reason) for path, text, reason in texts}
+        before = self._withheld
+        self._withheld = {**before, **{path: (_digest(text), reason) for path, text, reason in texts}}
         self._last_withheld |= {path: digest for path, (digest, _) in self._withheld.items()}
         if self._withheld != before:
             self._store()
@@ -285,6 +286,10 @@ def _locked(place: str, flags: int) -> int | None:
         os.close(handle)
         return None
     return handle
+
+
+def _without(withheld: Mapping[str, tuple[str, str]], paths: Collection[str]) -> dict[str, tuple[str, str]]:
+    return {path: each for path, each in withheld.items() if path not in paths}
 
 
 def _digest(text: bytes) -> str:
