@@ -142,8 +142,9 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
     ("log: the versions of a plan", m.Log(ID, "LAT-42", text="plan")),
     ("read-version: the newest with its number", m.ReadVersion(ID, "LAT-42", "notes", 7)),
     ("read-version: of an epoch", m.ReadVersion(ID, TASK, "plan", 7, "e1")),
-    ("follow: from now on", m.Follow()),
-    ("follow: after a change", m.Follow("8f2c", 41, MARK)),
+    ("replay: where is the head", m.Replay(ID)),
+    ("replay: after a number", m.Replay(ID, seq=41)),
+    ("replay: after a change", m.Replay(ID, "8f2c", 41, MARK)),
     (
         "welcome: the missing changes follow",
         m.Welcome(
@@ -175,8 +176,9 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
         msgspec.structs.replace(_CHANGE, actor="agent:bot", token_actor="human:ana"),  # noqa: S106 - a person
     ),
     ("change: no operation", m.Change(1, MARK, "2026-01-02T03:04:05.678Z", "server", "", "recovery", "", [])),
-    ("followed", m.Followed(41, "following", "8f2c", 42, 3)),
-    ("followed: not kept any more", m.Followed(1, "expired", "8f2c", 42, 3)),
+    ("replayed", m.Replayed(ID, "kept", "8f2c", 42, 3, 41, MARK, [_CHANGE])),
+    ("replayed: nothing yet", m.Replayed(ID, "kept", "8f2c", 42, 3, 42, MARK)),
+    *[(f"replayed: {outcome}", m.Replayed(ID, outcome, "8f2c", 42, 3, 1)) for outcome in ("expired", "ahead", "epoch")],
     ("reply", m.Reply(ID, 42, 0, b"Comment added\n", b"")),
     ("reply: a failed command", m.Reply(ID, 42, 1, b"", b"Error: no such task\n")),
     *[(f"stored: {outcome}", m.Stored(ID, 43, outcome)) for outcome in ("stored", "merged", "unchanged", "conflict")],
@@ -259,6 +261,22 @@ REJECTED: list[tuple[str, str, Any]] = [
     ("server", "a change without a number", {**_DELETE, "seq": 0, "ops": []}),
     ("server", "a field is missing", {"type": "reply", "id": ID, "seq": 1}),
     ("server", "a status of no answer", {"type": "returned", "id": ID, "seq": 1, "status": 100, "payload": b"{}"}),
+    (
+        "server",
+        "a replayed change out of the tree",
+        {
+            "type": "replayed",
+            "id": ID,
+            "outcome": "kept",
+            "epoch": "8f2c",
+            "head": 1,
+            "oldest": 1,
+            "seq": 0,
+            "changes": [{**_DELETE, "ops": [{"op": "delete", "path": "../a"}]}],
+        },
+    ),
+    ("client", "an epoch that is no name", {**_HELLO, "epoch": "8f2c-1"}),
+    ("client", "an epoch that ends in a line break", {**_HELLO, "epoch": "8f2c\n"}),
     ("server", "an outcome that does not exist", {"type": "stored", "id": ID, "seq": 1, "outcome": "lost"}),
 ]
 

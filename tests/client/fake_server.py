@@ -29,8 +29,6 @@ from lattice_remote.protocol.messages import (
     Entries,
     Entry,
     Fetch,
-    Follow,
-    Followed,
     Hello,
     Limits,
     Log,
@@ -40,6 +38,8 @@ from lattice_remote.protocol.messages import (
     Part,
     Put,
     Refused,
+    Replay,
+    Replayed,
     Reply,
     Returned,
     Run,
@@ -73,7 +73,7 @@ class FakeServer:
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {"config.json": b"{}\n", "tasks/task_1.json": b'{"id": 1}\n'}
-        self.epoch = "epoch-1"
+        self.epoch = "epoch1"
         self.uploads: dict[bytes, bytes] = {}
         """What has come of contents, by digest."""
         self.capabilities = list(CAPABILITIES)
@@ -98,6 +98,8 @@ class FakeServer:
         """What it says the number of its last change is, when it lies."""
         self.oldest = 1
         """The first change that it keeps."""
+        self.replay = 100
+        """Most changes in one ``Replayed``."""
         self.requests: list[Request] = []
         """Every request for an upgrade, whatever came of it."""
         self._server: Server | None = None
@@ -223,8 +225,8 @@ class FakeServer:
                 await self._greet(connection, frame, actor)
             case Manifest():
                 await self._list(connection)
-            case Follow():
-                await self._begin_to_follow(connection, frame)
+            case Replay():
+                await _send(connection, self._replayed(frame))
             case Fetch(paths=paths):
                 for path in paths:
                     await self._part(connection, path)
@@ -286,16 +288,16 @@ class FakeServer:
             sent += 1
         self.connections[connection] = hello.follow
 
-    async def _begin_to_follow(self, connection: ServerConnection, asked: Follow) -> None:
-        sent = self.seq if asked.seq is None else asked.seq
-        outcome = "epoch" if asked.epoch not in ("", self.epoch) else "following"
-        outcome = "ahead" if sent > self.seq and outcome == "following" else outcome
-        outcome = "expired" if sent + 1 < self.oldest and outcome == "following" else outcome
-        await _send(connection, Followed(sent, outcome, self.epoch, self.seq, self.oldest))  # type: ignore[arg-type]
-        while outcome == "following" and sent < self.seq:
-            await _send(connection, self.changes[sent])
-            sent += 1
-        self.connections[connection] = outcome == "following"
+    def _replayed(self, asked: Replay) -> Replayed:
+        seq = self.seq if asked.seq is None else asked.seq
+        marks = [b"", *(change.mark for change in self.changes)]
+        outcome = "epoch" if asked.epoch not in ("", self.epoch) else "kept"
+        outcome = "ahead" if seq > self.seq and outcome == "kept" else outcome
+        outcome = "epoch" if outcome == "kept" and asked.mark not in (b"", marks[seq]) else outcome
+        outcome = "expired" if outcome == "kept" and seq + 1 < self.oldest else outcome
+        mark, changes = (marks[seq], self.changes[seq : seq + self.replay]) if outcome == "kept" else (b"", [])
+        where = (self.epoch, self.seq, self.oldest)
+        return Replayed(asked.id, outcome, *where, seq, mark, changes)  # type: ignore[arg-type]
 
     async def _list(self, connection: ServerConnection) -> None:
         entries = [Entry(path, len(data), digest_of(data)) for path, data in self.files.items()]

@@ -21,12 +21,12 @@ from lattice_remote.protocol.messages import (
     Call,
     Download,
     Fetch,
-    Follow,
     Hello,
     Log,
     Manifest,
     Push,
     Put,
+    Replay,
     Run,
     Upload,
     Welcome,
@@ -46,7 +46,7 @@ VALID = [
     encode(Upload(ID, bytes(32), 9000, 0, bytes(5000))),
     encode(Push(ID, bytes(32), 9000)),
     encode(Download(ID, "ids.json")),
-    encode(Follow()),
+    encode(Replay("9" * 32)),
     encode(Call(ID, "dashboard", "/api/tasks", b'{"title": "x"}')),
 ]
 TEXT, CONTINUED, CLOSE, PING, PONG = 1, 0, 8, 9, 10

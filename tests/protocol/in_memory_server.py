@@ -108,11 +108,11 @@ class Connection:
 class InMemoryServer:
     """One project's writer and its connections."""
 
-    epoch: str = "epoch-0"
+    epoch: str = "epoch0"
     history: list[Moment] = field(default_factory=lambda: [Moment(b"", {})])
     oldest: int = 1
     connections: list[Connection] = field(default_factory=list)
-    trees: dict[tuple[str, bytes], Files] = field(default_factory=lambda: {("epoch-0", b""): {}})
+    trees: dict[tuple[str, bytes], Files] = field(default_factory=lambda: {("epoch0", b""): {}})
     """Every tree that ever was, also in histories that were rolled back, by epoch and mark."""
     _marks: int = 0
     _epochs: int = 0
@@ -155,7 +155,7 @@ class InMemoryServer:
     def new_epoch(self) -> None:
         """Begin to count anew (I7)."""
         self._epochs += 1
-        self.epoch = f"epoch-{self._epochs}"
+        self.epoch = f"epoch{self._epochs}"
         self.history = [Moment(b"", self.files)]
         self.oldest = 1
         self.trees[self.epoch, b""] = self.files

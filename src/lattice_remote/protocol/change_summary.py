@@ -92,7 +92,7 @@ def about(change: Change) -> About:
 
 
 def described(change: Change, found: About) -> dict[str, Any]:
-    """Return a change as JSON: its author and cause, and what it touches. ``found`` is its summary."""
+    """Return author, cause and touched objects of a change, as JSON. ``found`` is its summary."""
     return {
         "seq": change.seq,
         "time": change.time,

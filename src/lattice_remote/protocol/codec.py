@@ -6,7 +6,17 @@ For any input, decoding raises only ``ProtocolError``.
 import msgspec
 
 from lattice_remote.errors import ProtocolError
-from lattice_remote.protocol.messages import Change, ClientFrame, Download, Entries, Fetch, Part, Put, ServerFrame
+from lattice_remote.protocol.messages import (
+    Change,
+    ClientFrame,
+    Download,
+    Entries,
+    Fetch,
+    Part,
+    Put,
+    Replayed,
+    ServerFrame,
+)
 from lattice_remote.protocol.operations import paths_of
 from lattice_remote.protocol.paths import check_path
 
@@ -64,9 +74,10 @@ def decode_server_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Ser
         raise ProtocolError(f"malformed frame: {error}") from error
     match frame:
         case Change():
-            for operation in frame.ops:
-                for path in paths_of(operation):
-                    check_path(path)
+            _check_change(frame)
+        case Replayed():
+            for change in frame.changes:
+                _check_change(change)
         case Entries():
             for entry in frame.entries:
                 check_path(entry.path)
@@ -75,6 +86,12 @@ def decode_server_frame(data: bytes, *, max_bytes: int = MAX_FRAME_BYTES) -> Ser
         case _:
             pass
     return frame
+
+
+def _check_change(change: Change) -> None:
+    for operation in change.ops:
+        for path in paths_of(operation):
+            check_path(path)
 
 
 def _check_size(data: bytes, max_bytes: int) -> None:

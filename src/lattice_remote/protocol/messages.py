@@ -36,8 +36,6 @@ __all__ = [
     "Entries",
     "Entry",
     "Fetch",
-    "Follow",
-    "Followed",
     "Hello",
     "Limits",
     "Log",
@@ -48,8 +46,11 @@ __all__ = [
     "Push",
     "Pushed",
     "Put",
+    "Read",
     "ReadVersion",
     "Refused",
+    "Replay",
+    "Replayed",
     "Reply",
     "Request",
     "Response",
@@ -91,8 +92,8 @@ MAX_VERSION_BYTES = 16 * 1024 * 1024
 MIN_PIECE_BYTES = 4096
 """Minimum piece of an upload, except for the last."""
 
-Epoch = Annotated[str, Meta(max_length=64)]
-"""Random, opaque name of one unbroken history of a project (I7)."""
+Epoch = Annotated[str, Meta(pattern=r"^[0-9A-Za-z]{0,64}(?![\s\S])")]
+"""Random, opaque name of one unbroken history of a project (I7): letters and digits."""
 Seq = Annotated[int, Meta(ge=0)]
 """Sequence number of a change within its epoch."""
 Mark = Annotated[bytes, Meta(max_length=32)]
@@ -256,13 +257,14 @@ class ReadVersion(_Frame, frozen=True, tag="read-version"):
     epoch: Epoch = ""
 
 
-class Follow(_Frame, frozen=True, tag="follow"):
-    """Subscribe a connection without a cache to the changes after ``seq`` (None: the head).
+class Replay(_Frame, frozen=True, tag="replay"):
+    """Request the changes after a position, for a program without a cache.
 
-    Allowed once, on a connection whose Hello did not follow. ``mark`` is the id of the change at ``seq``, empty if
-    unknown; then a rollback of the server is not detected.
+    ``seq`` is the last known change, None for the head. ``mark`` is its id, empty if unknown; then a rollback of the
+    server is not detected. An empty ``epoch`` is the project's own.
     """
 
+    id: RequestId
     epoch: Epoch = ""
     seq: Seq | None = None
     mark: Mark = b""
@@ -330,20 +332,23 @@ class Change(_Frame, frozen=True, tag="change"):
     token_actor: _Short = ""
 
 
-class Followed(_Frame, frozen=True, tag="followed"):
-    """The reply to ``Follow``. With ``following``, every change after ``seq`` follows in order, without a gap.
+class Replayed(_Frame, frozen=True, tag="replayed"):
+    """The reply to ``Replay``. With ``kept``, the changes after ``seq`` in order; none: ``seq`` is the head.
 
-    Otherwise none does. ``expired``: those after ``seq`` are no longer kept, ``oldest`` is the first that is;
-    ``ahead``: there is no change ``seq`` yet; ``epoch``: the epoch is another.
+    Without: ``expired``, the changes after ``seq`` are no longer kept; ``ahead``, there is no change ``seq`` yet;
+    ``epoch``, the position is not in the present history.
     """
 
-    seq: Seq
-    outcome: Literal["following", "expired", "ahead", "epoch"]
+    id: RequestId
+    outcome: Literal["kept", "expired", "ahead", "epoch"]
     epoch: Epoch
     head: Seq
     oldest: Seq
+    seq: Seq
     mark: Mark = b""
-    """Id of the change at ``seq``, when the changes after it follow."""
+    """Id of the change at ``seq``, if that is kept."""
+    changes: list[Change] = []
+    """About 1 MiB of them: request the others from the last one on."""
 
 
 class Reply(_Frame, frozen=True, tag="reply"):
@@ -496,16 +501,18 @@ class Bye(_Frame, frozen=True, tag="bye"):
 
 Write = Run | Put | Push | Call
 """A request that may change the project, once for its id (I6)."""
-Request = Write | Log | ReadVersion | Upload | Download
+Read = Log | ReadVersion | Download | Replay
+"""A request that changes nothing. It may be repeated."""
+Request = Write | Read | Upload
 """A request that the server answers by id."""
-Response = Reply | Stored | Pushed | Returned | LogPage | Version | Uploaded | Downloaded | Refused
+Response = Reply | Stored | Pushed | Returned | LogPage | Version | Uploaded | Downloaded | Replayed | Refused
 """A reply to a ``Request``."""
 Result = Reply | Stored | Pushed | Returned
 """A reply to a request that ran. It is journalled, with the sequence number up to which it is true."""
 ClientFrame = (
-    Hello | Run | Put | Push | Call | Fetch | Manifest | Log | ReadVersion | Upload | Download | Follow | Applied
+    Hello | Run | Put | Push | Call | Fetch | Manifest | Log | ReadVersion | Upload | Download | Replay | Applied
 )
-ServerFrame = Welcome | Change | Followed | Entries | Part | Response | Bye
+ServerFrame = Welcome | Change | Entries | Part | Response | Bye
 
 
 def needed_capability(frame: Request) -> str | None:

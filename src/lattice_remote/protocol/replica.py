@@ -38,13 +38,13 @@ from lattice_remote.protocol.messages import (
     Downloaded,
     Entries,
     Fetch,
-    Followed,
     Hello,
     LogPage,
     Manifest,
     Part,
     Pushed,
     Refused,
+    Replayed,
     Reply,
     Result,
     Returned,
@@ -181,10 +181,8 @@ class Replica:
                 self.head = max(self.head, frame.seq) if self._follow else self.head
                 self._answers.append(frame)
                 return self._answers_ready()
-            case LogPage() | Version() | Uploaded() | Downloaded() | Refused():
+            case LogPage() | Version() | Uploaded() | Downloaded() | Replayed() | Refused():
                 return [DeliverReply(frame)]
-            case Followed():
-                raise ProtocolError("Followed, which a copy never asks for")
             case Bye():
                 raise ProtocolError(frame.reason, code=frame.code)
 

@@ -94,7 +94,7 @@ async def test_a_new_epoch_leads_to_a_resync(server: FakeServer, service: Servic
     await ask(service, "ready")
     server.put("tasks/task_2.json", b"two")
     await until((directory / "tasks/task_2.json").exists)
-    server.epoch, server.changes = "epoch-2", []
+    server.epoch, server.changes = "epoch2", []
     server.files = {"config.json": b"restored\n"}
     server.cut()
     await until(lambda: tree(directory) == server.files)

@@ -17,6 +17,7 @@ A request is a JSON object: ``do``; ``directory`` and ``cache`` (path and identi
     fetch    paths of deferred contents, or null   -> fetched, bytes
     configure  name, value                         -> every setting of this cache
     log      task ("": all), limit; text ("plan", "notes")  -> entries, more
+    changes  epoch, seq (null: the head), mark, wait  -> see ``ChangeFeed.after``
     version  task, text, version                   -> text (base64), seq, epoch
     restore  task, text, version                   -> outcome, path, notices
     status   the state of the cache, with its evidence -> see ``Service._status``
@@ -40,6 +41,7 @@ import msgspec
 from lattice_remote import __version__
 from lattice_remote.client import config, trusted_servers
 from lattice_remote.client.agent.audit_log import read_log, read_version, task_of
+from lattice_remote.client.agent.change_feed import ChangeFeed
 from lattice_remote.client.agent.conflict_resolver import Resolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
 from lattice_remote.client.agent.file_watcher import Watching
@@ -144,6 +146,7 @@ class Service:
         self._live: EditWatcher | None = None
         self._sending: asyncio.Task[None] | None = None
         self._fetching = Fetching(self._follower, self._links)
+        self._changes = ChangeFeed(self._follower, self._link)
         self._bringing: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
@@ -231,6 +234,10 @@ class Service:
                 return await read_log(
                     self._links.writing(token), request["task"], request["limit"], request.get("text")
                 )
+            case "changes":
+                epoch, seq, mark = request["epoch"], request["seq"], bytes.fromhex(request["mark"])
+                link = self._links.writing(token)
+                return await self._changes.after(link, epoch, seq, mark, wait=request["wait"])
             case "version":
                 found = await self._version(request, token)
                 text = base64.b64encode(found.data).decode("ascii")

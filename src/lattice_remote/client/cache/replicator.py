@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
@@ -32,7 +32,7 @@ from lattice_remote.protocol.effects import (
     Send,
     WritePart,
 )
-from lattice_remote.protocol.messages import ClientFrame, Hello, Put, Response, ServerFrame
+from lattice_remote.protocol.messages import Change, ClientFrame, Hello, Put, Response, ServerFrame
 from lattice_remote.protocol.paths import is_payload
 from lattice_remote.protocol.replica import Replica, State
 
@@ -107,6 +107,8 @@ class Replicator:
         """Number of resyncs."""
         self.own_requests: deque[str] = deque(maxlen=_MAX_OWN_REQUESTS)
         """Ids of this cache's newest requests, to recognize its own changes."""
+        self.on_change: Callable[[str, Change], None] = lambda _epoch, _change: None
+        """Called with the epoch and each change that has been received, after its batch."""
         self.received = 0
         """Parts of files received: shows that a long fill advances."""
         self._stored: Signature | None = None
@@ -150,7 +152,7 @@ class Replicator:
             self._load()
         return self.replica.hello(client_version=__version__, lattice_version=version("lattice-tracker"))
 
-    async def receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+    async def receive(self, frames: Sequence[ServerFrame]) -> ReceiveOutcome:
         """Apply frames in order; return the frames to send and the answers.
 
         Raises:
@@ -175,7 +177,7 @@ class Replicator:
         with contextlib.suppress(ConnectionFailed):
             await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
 
-    async def _receive(self, frames: Iterable[ServerFrame]) -> ReceiveOutcome:
+    async def _receive(self, frames: Sequence[ServerFrame]) -> ReceiveOutcome:
         outcome = ReceiveOutcome()
         save = await self._perform([*self._catch_up_with_others(), *self._release_settled()], outcome)
         for frame in frames:
@@ -183,6 +185,9 @@ class Replicator:
         if save:
             self._save()
             outcome.applied = True
+        for frame in frames:
+            if isinstance(frame, Change) and self.replica.welcome is not None:
+                self.on_change(self.replica.welcome.epoch, frame)
         self.heard()
         await self._keep_others_out_while_resyncing()
         return outcome

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,90 +18,18 @@ import msgspec
 import typer
 
 from lattice_remote import text as logtext
-from lattice_remote.client import credentials, trusted_servers
-from lattice_remote.client.agent.audit_log import MAX_ENTRIES
-from lattice_remote.client.agent_client import ask, stay_connected
+from lattice_remote.client.agent.audit_log import MAX_ENTRIES, task_of
+from lattice_remote.client.agent_client import ask
 from lattice_remote.client.cli.common import Json, count, here, print_result, request
-from lattice_remote.client.connection.change_stream import (
-    Arrived,
-    ChangeStream,
-    Connected,
-    Ended,
-    EpochStarted,
-    Gone,
-    Lost,
-)
-from lattice_remote.errors import Misuse, RemoteError, one_line
-from lattice_remote.protocol.change_summary import about
+from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Change, LogEntry
+from lattice_remote.protocol.messages import LogEntry
 from lattice_remote.text import printable
 
-__all__ = ["Titles", "app", "as_line", "history_app", "record_of", "run_for"]
+__all__ = ["app", "as_line", "history_app", "run_for"]
 
 _MAX_TASKS_SHOWN = 3
 _MAX_TITLE_CHARS = 40
-_MAX_TITLES = 10_000
-
-
-class Titles:
-    """Short ids and titles of tasks, from the changes and from the cache in ``directory``."""
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._known: dict[str, dict[str, Any]] = {}
-
-    def learn(self, task: str, snapshot: Any) -> None:
-        """Record a task's snapshot from a change."""
-        if len(self._known) >= _MAX_TITLES:
-            self._known.clear()  # a server may name any number
-        self._known[task] = {"short_id": _text(snapshot.get("short_id")), "title": _text(snapshot.get("title"))}
-
-    def of(self, task: str) -> dict[str, Any]:
-        """Return ``id``, ``short_id`` and ``title``; null where unknown."""
-        if task not in self._known:
-            self.learn(task, self._read(f"tasks/{task}.json") or self._read(f"archive/tasks/{task}.json"))
-        return {"id": task, **self._known[task]}
-
-    def find(self, name: str) -> str | None:
-        """Return the id of the task with this id or short id, None if the cache has none."""
-        if name.startswith("task_"):
-            return name
-        known = self._read("ids.json").get("map")
-        return _text(known.get(name.upper())) if isinstance(known, dict) else None
-
-    def _read(self, path: str) -> dict[str, Any]:
-        try:
-            with open(os.path.join(self._directory, path), encoding="utf-8") as file:
-                found = json.load(file)
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
-
-
-def record_of(epoch: str, change: Change, titles: Titles) -> dict[str, Any]:
-    """Return a change as printed by ``--json`` and passed to ``--exec``."""
-    found = about(change)
-    for task, snapshot in found.snapshots.items():
-        titles.learn(task, snapshot)
-    return {
-        "seq": change.seq,
-        "epoch": epoch,
-        "position": str(Position(epoch, change.seq, change.mark)),
-        "time": change.time,
-        "actor": change.actor,
-        "token_actor": change.token_actor or (change.actor if change.token_id else ""),
-        "token_id": change.token_id,
-        "cause": change.cause,
-        "command": change.command,
-        "tasks": [titles.of(task) for task in found.tasks],
-        "events": found.events,
-        "events_complete": found.is_complete,
-        "resources": found.resources,
-        "sessions": found.sessions,
-        "plans": found.plans,
-        "notes": found.notes,
-    }
 
 
 def as_line(record: dict[str, Any]) -> tuple[str, str, str, str, str]:
@@ -128,10 +57,6 @@ def _clock(time: str) -> str:
         return f"{datetime.fromisoformat(time).astimezone():%H:%M:%S}"
     except (ValueError, OverflowError, OSError):
         return time
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 _LEAVE_S = 2.0
@@ -198,6 +123,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 GONE_EXIT_CODE = 3
 INTERRUPTED_EXIT_CODE = 130
+_FIRST_RETRY_S, _LONGEST_RETRY_S = 0.2, 15.0
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
 
 app = typer.Typer()
@@ -308,40 +234,42 @@ def watch(
 
     Example: lattice remote watch --since 120 --exec 'jq -r .command >> changes.txt'
     """
-    directory, found = here()
+    directory, _ = here()
     begin = _parse_since(since)
     with contextlib.suppress(RemoteError):
-        ask(request("ready", directory))  # from here on the agent keeps the cache current, for the titles
-    titles = Titles(directory)
-    only = _task_id(titles, task)
-    token = credentials.from_environment() or credentials.stored(found.url, found.project)
-    named = trusted_servers.from_environment(os.environ.get(trusted_servers.URL_ENV, "").strip() or None)
-    stream = ChangeStream(found, token, named=named, since=begin)
+        ask(request("ready", directory))  # the titles come from the cache
+    only = _task_id(directory, task)
     handler = _Handler(as_json, command, exec_timeout)
-    with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show, stay_connected():
-        code = _Watch(stream, titles, handler, show).run(only, count)
+    with _showing(is_view=sys.stdout.isatty() and not as_json and not command) as show:
+        code = _Watch(directory, handler, show).run(begin, only, count)
     raise typer.Exit(code)
+
+
+class _Gone(RemoteError):
+    """Requested changes are not available."""
+
+    code = "REMOTE_GONE"
 
 
 class _Watch:
     """One run of the command."""
 
-    def __init__(self, stream: ChangeStream, titles: Titles, handler: _Handler, show: _Show) -> None:
-        self._stream, self._titles, self._handler, self._show = stream, titles, handler, show
-        self._position: Position | None = None  # of the last handled change
+    def __init__(self, directory: str, handler: _Handler, show: _Show) -> None:
+        self._directory, self._handler, self._show = directory, handler, show
+        self._position: Position | None = None  # of the last handled change; None at the start of an epoch
+        self._former: dict[str, Position] = {}  # the last ones of earlier epochs
+        self._trouble: str | None = ""  # why the server cannot be reached; None while it can
 
-    def run(self, only: str | None, count: int) -> int:
+    def run(self, begin: Position | int | None, only: str | None, count: int) -> int:
         """Handle changes until the end; return the exit code."""
-        self._stream.start()
         try:
-            return self._take(only, count)
+            return self._take(begin, only, count)
         except KeyboardInterrupt:
             return INTERRUPTED_EXIT_CODE
         except RemoteError as error:
             self._fail(error)
-            return GONE_EXIT_CODE if isinstance(error, Gone) else 1
+            return GONE_EXIT_CODE if isinstance(error, _Gone) else 1
         finally:
-            self._stream.close()
             if (last := self._position) is not None:
                 self._show.note(f"watched up to change {last.seq}: resume with --since {last}")
 
@@ -353,41 +281,85 @@ class _Watch:
         else:
             typer.echo(f"Error: {error.message}", err=True)
 
-    def _take(self, only: str | None, count: int) -> int:
+    def _take(self, begin: Position | int | None, only: str | None, count: int) -> int:
         handled = 0
         while True:
-            item = self._stream.take()
-            match item:
-                case Arrived(epoch, change):
-                    record = record_of(epoch, change, self._titles)
-                    if only is None or any(task["id"] == only for task in record["tasks"]):
-                        self._handler(record, self._show)
-                        handled += 1
-                    self._position = Position(epoch, change.seq, change.mark)
-                    self._show.state(f"change {change.seq}")
-                    if count and handled >= count:
-                        return 0
-                case Connected(position, head):
-                    self._connected(position, head)
-                case EpochStarted(epoch):
-                    why = "the server was restored or has lost its journal, and changes after that may be missing here"
-                    self._show.note(f"a new epoch begins on the server ({epoch}), with new numbers: {why}")
-                    self._position = None
-                case Lost(error):
-                    self._show.note(f"{error.message}; trying again")
-                    at = f", at change {self._position.seq}" if self._position is not None else ""
-                    self._show.state(f"not connected{at}")
-                case Ended(error):
-                    raise error
+            answer = self._ask(begin)
+            if answer["outcome"] != "kept":
+                begin = self._begin_epoch(answer)
+                continue
+            begin = Position(answer["epoch"], answer["seq"], bytes.fromhex(answer["mark"]))
+            self._connected(begin, answer["head"])
+            for record in answer["changes"]:
+                if only is None or any(task["id"] == only for task in record["tasks"]):
+                    self._handler(record, self._show)
+                    handled += 1
+                begin = self._position = Position.parse(record["position"])
+                self._show.state(f"change {record['seq']}")
+                if count and handled >= count:
+                    return 0
+
+    def _ask(self, begin: Position | int | None) -> dict[str, Any]:
+        """Return the agent's answer, once the server can be reached."""
+        where: dict[str, Any] = {"epoch": "", "seq": begin, "mark": ""}
+        if isinstance(begin, Position):
+            where = {"epoch": begin.epoch, "seq": begin.seq, "mark": begin.mark.hex()}
+        retry_s = _FIRST_RETRY_S
+        while True:
+            try:
+                is_connected = self._trouble is None  # else it says first that it is
+                return ask({**request("changes", self._directory), **where, "wait": is_connected})
+            except ConnectionFailed as error:
+                self._lost(error.message)
+            time.sleep(retry_s)
+            retry_s = min(2 * retry_s, _LONGEST_RETRY_S)
+
+    def _lost(self, why: str) -> None:
+        if why != self._trouble:
+            self._trouble = why
+            self._show.note(f"{why}; trying again")
+        at = f", at change {self._position.seq}" if self._position is not None else ""
+        self._show.state(f"not connected{at}")
 
     def _connected(self, position: Position, head: int) -> None:
-        seq, last = position.seq, self._position
-        if last is None or last.epoch != position.epoch:
+        if self._position is None:
             self._position = position
-            self._show.note(f"watching after change {seq}" + (f", the last is {head}" if head > seq else ""))
-        else:
-            self._show.note(f"connected again after change {seq}")
+            more = f", the last is {head}" if head > position.seq else ""
+            self._show.note(f"watching after change {position.seq}{more}")
+        elif self._trouble is not None:
+            self._show.note(f"connected again after change {position.seq}")
+        self._trouble = None
         self._show.state(f"change {head}")
+
+    def _begin_epoch(self, answer: dict[str, Any]) -> Position:
+        """Return where to continue in another epoch; a return to an earlier one proves a restored server.
+
+        Raises:
+            _Gone: the changes after the last one are not available.
+        """
+        last, epoch = self._position, answer["epoch"]
+        if last is None or last.epoch == epoch:
+            raise _Gone(_why_not(answer))
+        self._former[last.epoch] = last
+        self._position = self._former.get(epoch)
+        if self._position is not None:
+            return self._position
+        why = "the server was restored or has lost its journal, and changes after that may be missing here"
+        self._show.note(f"a new epoch begins on the server ({epoch}), with new numbers: {why}")
+        return Position(epoch, max(answer["oldest"] - 1, 0), b"")
+
+
+def _why_not(answer: dict[str, Any]) -> str:
+    seq, oldest = answer["seq"], answer["oldest"]
+    if answer["outcome"] == "ahead":
+        return f"there is no change {seq} yet, the last is {answer['head']}: resume with --since {answer['head']}"
+    if answer["outcome"] == "epoch":
+        return f"that change is not in the project's history, which is of epoch {answer['epoch']} now: " + (
+            f"all that is kept of it comes with --since {max(oldest - 1, 0)}"
+        )
+    return f"the changes after {seq} are not kept any more; the oldest that is kept is {oldest}: " + (
+        f"resume with --since {max(oldest - 1, 0)}"
+    )
 
 
 @contextlib.contextmanager
@@ -410,11 +382,9 @@ def _parse_since(text: str) -> Position | int | None:
     return position
 
 
-def _task_id(titles: Titles, name: str) -> str | None:
-    if not name:
-        return None
-    task = titles.find(name)
-    if task is None:
+def _task_id(directory: str, name: str) -> str | None:
+    task = task_of(directory, name) if name else None
+    if task is not None and not task.startswith("task_"):
         raise Misuse(f"there is no task {name[:60]!r} in this project; see: lattice list", code="REMOTE_NOT_FOUND")
     return task
 

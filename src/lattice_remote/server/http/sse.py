@@ -17,11 +17,11 @@ from starlette.types import Receive, Scope, Send
 from lattice_remote.errors import RemoteError, StorageError
 from lattice_remote.livepage import RETRY_MS
 from lattice_remote.protocol.effects import Position
-from lattice_remote.protocol.messages import Bye, Change, Follow, Followed
+from lattice_remote.protocol.messages import Bye, Change
 from lattice_remote.server.http.auth import RequestContext, request_context
 from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of, position_block
-from lattice_remote.server.project.connection import followed
 from lattice_remote.server.project.file_reader import PIECE_BYTES, read_content
+from lattice_remote.server.project.positions import Start, find_start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.send_queue import payload_of
@@ -309,7 +309,7 @@ class _Stream:
     async def run(self) -> None:
         """Send every change after the start until the stream is over."""
         try:
-            begin = await followed(self._project, _follow(self._asked))
+            begin = await self._find_start()
         except (RemoteError, OSError) as error:
             self.end(goodbye(self._project, error))
             return
@@ -324,16 +324,22 @@ class _Stream:
             catching_up.cancel()
             self._feeds.leave(self._feed, self)
 
-    def _begin(self, found: Followed) -> None:
+    async def _find_start(self) -> Start:
+        if self._asked is None:
+            return await find_start(self._project)
+        asked = self._asked.position
+        return await find_start(self._project, asked.epoch, asked.seq, asked.mark)
+
+    def _begin(self, start: Start) -> None:
         """Send the start: the requested position, or the head."""
-        had = self._asked.events if self._asked is not None else None
-        if found.outcome != "following":
-            self._reset(found.outcome)
-        elif had is not None and found.seq < found.oldest:
+        had, seq = self._asked.events if self._asked is not None else None, start.position.seq
+        if start.outcome != "kept":
+            self._reset(start.outcome)
+        elif had is not None and seq < self._project.history.oldest:
             self._reset("expired")  # the rest of this change is no longer kept
         else:
-            self._sent, self._had = found.seq - (had is not None), had or 0
-            here = EventId(Position(found.epoch, found.seq, found.mark), had)
+            self._sent, self._had = seq - (had is not None), had or 0
+            here = EventId(start.position, had)
             self._push(f"retry: {RETRY_MS}\n".encode() + position_block(here))
 
     def _reset(self, why: str) -> None:
@@ -413,12 +419,6 @@ async def _stream(request: Request, *, is_brief: bool = False) -> EventStream:
         visitor,
         lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked, is_brief=is_brief),
     )
-
-
-def _follow(asked: EventId | None) -> Follow:
-    if asked is None:
-        return Follow()
-    return Follow(asked.position.epoch, asked.position.seq, asked.position.mark)
 
 
 def _asked_position(request: Request) -> EventId | None:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Hashable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import cast
 
 import msgspec
 from websockets.exceptions import ConnectionClosed
@@ -34,20 +34,22 @@ from lattice_remote.protocol.messages import (
     Applied,
     Bye,
     Call,
+    Change,
     ClientFrame,
     Download,
     Downloaded,
     Fetch,
-    Follow,
-    Followed,
     Hello,
     Limits,
     Log,
     Manifest,
     Push,
     Put,
+    Read,
     ReadVersion,
     Refused,
+    Replay,
+    Replayed,
     Request,
     Run,
     ServerFrame,
@@ -61,11 +63,12 @@ from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.metrics import ProjectMetrics
 from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender
-from lattice_remote.server.project.history import CommitTimes, History
+from lattice_remote.server.project.history import REPLAY_BYTES, CommitTimes, History
+from lattice_remote.server.project.positions import can_continue, find_start
 from lattice_remote.server.project.project import Project
 from lattice_remote.server.tokens import Token
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES
-from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, websocket_frame
+from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, payload_of, websocket_frame
 from lattice_remote.server.transport.websocket import Handoff
 from lattice_remote.server.worker.calls import is_offered
 from lattice_remote.text import describe_difference, printable
@@ -74,62 +77,10 @@ __all__ = [
     "HELLO_TIMEOUT_S",
     "ClientConnection",
     "ReplicationStatus",
-    "can_continue",
     "download",
-    "followed",
-    "is_in_history",
     "offered_capabilities",
+    "replay",
 ]
-
-
-async def is_in_history(project: Project, position: Position) -> bool | None:
-    """Return whether a position belongs to the current history; None if its change is no longer kept.
-
-    A genuine position outside the history proves a rollback and starts a new epoch (I7).
-    """
-    history = project.history
-    if position.epoch != history.epoch:
-        return False
-    known = await history.mark_at(position.seq) if position.seq <= history.head else b""
-    if known is None or (known == position.mark and position.seq <= history.head):
-        return None if known is None else True
-    if await history.is_genuine(position):
-        why = f"a client has seen another change {position.seq}; the head is {history.head}"
-        await project.rollback_proved(position.epoch, why)
-    return False
-
-
-async def can_continue(project: Project, position: Position) -> bool:
-    """Return whether a replay can update a cache at this position."""
-    if not await is_in_history(project, position):
-        return False
-    history = project.history
-    return position.seq == history.head or position.seq + 1 >= history.oldest
-
-
-async def followed(project: Project, follow: Follow) -> Followed:
-    """Answer a ``Follow``. Does not yield between its last look at the history and its return.
-
-    Without a change id the position is a user's guess: it gets the changes after that number in the current history.
-    """
-    history = project.history
-    epoch, mark, is_known = history.epoch, follow.mark, True
-    if follow.seq is not None and mark:
-        is_known = await is_in_history(project, Position(follow.epoch, follow.seq, mark)) is not False
-    elif follow.seq is not None and follow.seq <= history.head:
-        mark = await history.mark_at(follow.seq) or b""
-    if follow.seq is None:
-        seq, mark = history.head, history.mark
-    else:
-        seq = follow.seq
-    outcome: Literal["following", "expired", "ahead", "epoch"]
-    if history.epoch != epoch or follow.epoch not in ("", epoch) or (not is_known and seq <= history.head):
-        outcome = "epoch"
-    elif seq > history.head:
-        outcome = "ahead"
-    else:
-        outcome = "following" if seq == history.head or seq + 1 >= history.oldest else "expired"
-    return Followed(seq, outcome, history.epoch, history.head, history.oldest, mark)
 
 
 class ReplicationStatus:
@@ -152,10 +103,6 @@ class ReplicationStatus:
         self._measured_from = head
         if hello.follow:
             self.applied = start
-
-    def follows_from(self, seq: int) -> None:
-        """Record a subscription from change ``seq`` on."""
-        self.applied = seq
 
     def acknowledged(self, frame: Applied, *, sent: int) -> None:
         """Record an acknowledgement of at most ``sent``."""
@@ -200,6 +147,26 @@ def _read(path: Path, offset: int, size: int) -> bytes:
         os.close(descriptor)
 
 
+async def replay(request: Replay, project: Project) -> Replayed:
+    """Return the changes after the requested position, about ``REPLAY_BYTES`` of them."""
+    history = project.history
+    outcome, position = await find_start(project, request.epoch, request.seq, request.mark)
+    batch = await history.changes_after(position.seq) if outcome == "kept" else []
+    if history.epoch != position.epoch:
+        outcome, batch = "epoch", []
+    elif outcome == "kept" and not batch and position.seq < history.head:
+        outcome = "expired"
+    changes: list[Change] = []
+    size = 0
+    for _, frame in batch:
+        if size >= REPLAY_BYTES:
+            break
+        size += len(frame)
+        changes.append(cast("Change", msgspec.Raw(payload_of(frame))))  # encoded already
+    where = (history.epoch, history.head, history.oldest)
+    return Replayed(request.id, outcome, *where, position.seq, position.mark, changes)
+
+
 HELLO_TIMEOUT_S = 10.0
 _MAX_FETCHES = 65_536
 _OTHER_FIELDS_BYTES = 64 * 1024
@@ -242,8 +209,7 @@ class ClientConnection:
         self._in_flight: dict[str, Request] = {}
         self._wanted: dict[str, None] = {}  # files to send, in order of request
         self._wants_manifest = False
-        self._reads: deque[Log | ReadVersion | Download] = deque()  # read at the client's pace
-        self._follow: Follow | None = None  # not yet answered
+        self._reads: deque[Read] = deque()  # read at the client's pace
         self._work = asyncio.Event()
         self._ended = False
 
@@ -400,20 +366,12 @@ class ClientConnection:
             case Manifest():
                 self._wants_manifest = True
                 self._work.set()
-            case Follow():
-                self._request_follow(frame)
             case Applied():
                 self.replication.acknowledged(frame, sent=self._sent)
             case Hello():
                 raise ProtocolError("Hello comes once")
             case _:
                 self._take_request(frame)
-
-    def _request_follow(self, frame: Follow) -> None:
-        if self._follows or self._follow is not None:
-            raise ProtocolError("Follow may be sent once, by a client whose Hello does not follow")
-        self._follow = frame
-        self._work.set()
 
     def _fetch(self, frame: Fetch) -> None:
         self._wanted.update(dict.fromkeys(frame.paths))
@@ -458,7 +416,7 @@ class ClientConnection:
                 project.uploads.take(frame, token.id, self)
             case Push():
                 project.pushes.take(frame, token, _first_sent_at(frame), project.history.used, self)
-            case Log() | ReadVersion() | Download():
+            case Log() | ReadVersion() | Download() | Replay():
                 self._reads.append(frame)
                 self._work.set()
 
@@ -532,9 +490,7 @@ class ClientConnection:
         await self._catch_up()
         files = FileSender(self.project, self._outbox, self._push)
         while True:
-            if self._follow is not None and not self._follows:
-                await self._subscribe(self._follow)
-            elif self._wants_manifest:
+            if self._wants_manifest:
                 self._wants_manifest = False
                 for frame in self.project.history.entries():
                     self._outbox.push(frame)
@@ -552,18 +508,7 @@ class ClientConnection:
                 self._work.clear()
                 await self._work.wait()
 
-    async def _subscribe(self, request: Follow) -> None:
-        """Answer, and in the same tick subscribe from the requested number on."""
-        answer = await followed(self.project, request)
-        self._push(answer)
-        self._follow = None
-        if answer.outcome == "following":
-            self._follows, self._sent = True, answer.seq
-            self.replication.follows_from(answer.seq)
-            self._live = answer.seq == answer.head
-            await self._catch_up()
-
-    def _max_bytes_of(self, request: Log | ReadVersion | Download) -> int:
+    def _max_bytes_of(self, request: Read) -> int:
         match request:
             case ReadVersion():
                 return self._limits.text_bytes
@@ -571,11 +516,15 @@ class ClientConnection:
                 return request.limit
         return PIECE_BYTES
 
-    async def _read_for(self, request: Log | ReadVersion | Download) -> ServerFrame:
+    async def _read_for(self, request: Read) -> ServerFrame:
         history = self.project.history
-        if isinstance(request, Log | ReadVersion):
-            return await self.project.log.answer(request, epoch=history.epoch, head=history.head)
-        return await download(request, history, self.project.paths)
+        match request:
+            case Log() | ReadVersion():
+                return await self.project.log.answer(request, epoch=history.epoch, head=history.head)
+            case Replay():
+                return await replay(request, self.project)
+            case Download():
+                return await download(request, history, self.project.paths)
 
     async def _catch_up(self) -> None:
         """Send the changes after ``_sent`` at the client's pace; go live in the tick of the last."""

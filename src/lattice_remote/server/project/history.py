@@ -23,7 +23,7 @@ from lattice_remote.server.ipc import PathState, Ready
 from lattice_remote.server.journal.segment import ChangeIds, JournalReader
 from lattice_remote.server.transport.send_queue import websocket_frame
 
-__all__ = ["CommitTimes", "Content", "History", "Recent", "Subscriber"]
+__all__ = ["REPLAY_BYTES", "CommitTimes", "Content", "History", "Recent", "Subscriber"]
 
 
 class Recent:
@@ -69,7 +69,8 @@ class Recent:
 
 
 _ENTRIES_PER_FRAME = 1000
-_REPLAY_BYTES = 1024 * 1024
+REPLAY_BYTES = 1024 * 1024
+"""Approximate size of a batch of changes."""
 _MAX_FORMER = 1000
 
 Content = tuple[int, bytes]
@@ -139,11 +140,11 @@ class History:
         """Return a batch of numbers and frames of the changes after ``seq``, in order; empty when not kept. Raises
         OSError.
         """
-        batch = self._recent.after(seq, _REPLAY_BYTES)
+        batch = self._recent.after(seq, REPLAY_BYTES)
         if batch or seq >= self.head:
             return batch
         async with self._reading:
-            stored = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * _REPLAY_BYTES)
+            stored = await asyncio.to_thread(self._journal.read, seq, self.head, 4 * REPLAY_BYTES)
             return [(number, websocket_frame(change)) for number, change in stored or ()]
 
     async def mark_at(self, seq: int) -> bytes | None:
@@ -250,7 +251,7 @@ class History:
         """
         missed: list[tuple[int, bytes]] = []
         while self.head + len(missed) < ready.head:
-            batch = await asyncio.to_thread(self._journal.read, self.head + len(missed), ready.head, 64 * _REPLAY_BYTES)
+            batch = await asyncio.to_thread(self._journal.read, self.head + len(missed), ready.head, 64 * REPLAY_BYTES)
             if not batch:
                 raise StorageError(f"change {self.head + len(missed) + 1} is not in the journal")
             missed += batch

@@ -1,4 +1,4 @@
-"""Who looks on without a copy: the changes after a number, exactly those, or a clear no."""
+"""Replay for programs without a cache: the changes after a position, exactly those, or a clear refusal."""
 
 import asyncio
 import secrets
@@ -10,8 +10,11 @@ from harness import Running, farewell, hello, make_data, serving
 from websockets.asyncio.client import ClientConnection
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
-from lattice_remote.protocol.messages import Change, Follow, Followed, Reply, Run, ServerFrame, Welcome
+from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import Replay, Replayed, Reply, Run, ServerFrame, Welcome
 from lattice_remote.server.journal.segment import ChangeIds
+from lattice_remote.server.project.connection import replay
+from lattice_remote.server.transport.send_queue import payload_of
 
 
 @pytest.fixture
@@ -37,10 +40,11 @@ async def write(running: Running, count: int) -> None:
             assert isinstance(await received(socket), Reply)
 
 
-async def ask(socket: ClientConnection, follow: Follow) -> Followed:
-    await socket.send(encode(follow))
+async def ask(socket: ClientConnection, epoch: str = "", seq: int | None = None, mark: bytes = b"") -> Replayed:
+    id_ = secrets.token_hex(16)
+    await socket.send(encode(Replay(id_, epoch, seq, mark)))
     answer = await received(socket)
-    assert isinstance(answer, Followed)
+    assert isinstance(answer, Replayed) and answer.id == id_
     return answer
 
 
@@ -51,26 +55,50 @@ async def greeted(socket: ClientConnection) -> Welcome:
     return welcome
 
 
-async def test_the_changes_after_a_number_and_then_every_new_one(running: Running) -> None:
+async def test_the_changes_after_a_number_as_they_were_sent(running: Running) -> None:
     await write(running, 5)
+    history = running.hub.project("web").history
     async with running.connected() as socket:
         epoch = (await greeted(socket)).epoch
-        assert await ask(socket, Follow(epoch, 2)) == Followed(2, "following", epoch, 5, 1, await mark_of(running, 2))
-        await write(running, 3)
-        changes = [await received(socket) for _ in range(6)]
-    assert [change.seq for change in changes if isinstance(change, Change)] == [3, 4, 5, 6, 7, 8]
+        answer = await ask(socket, epoch, 2)
+        assert (answer.outcome, answer.epoch, answer.head, answer.oldest) == ("kept", epoch, 5, 1)
+        assert (answer.seq, answer.mark) == (2, await mark_of(running, 2))
+        kept = [payload_of(frame) for _, frame in await history.changes_after(2)]
+        assert [encode(change) for change in answer.changes] == kept
+        last = answer.changes[-1]
+        assert (await ask(socket, epoch, last.seq, last.mark)).changes == []
 
 
-@pytest.mark.parametrize("asked", [Follow(), Follow("", 2)])
-async def test_from_now_on_and_at_the_head_nothing_comes_before_the_next(running: Running, asked: Follow) -> None:
+@pytest.mark.parametrize("asked", [(), ("", 2)])
+async def test_at_the_head_there_is_nothing_but_the_position(running: Running, asked: tuple[str, int]) -> None:
     await write(running, 2)
     async with running.connected() as socket:
-        await greeted(socket)
-        answer = await ask(socket, asked)
-        assert (answer.outcome, answer.seq, answer.head) == ("following", 2, 2)
-        await write(running, 1)
-        change = await received(socket)
-        assert isinstance(change, Change) and change.seq == 3
+        epoch = (await greeted(socket)).epoch
+        answer = await ask(socket, *asked)
+    expected = Replayed(answer.id, "kept", epoch, 2, 1, 2, await mark_of(running, 2))
+    assert answer == expected
+
+
+async def test_many_changes_come_in_pieces_of_a_mebibyte(running: Running) -> None:
+    async with running.connected() as socket:
+        await socket.send(hello(follow=False))
+        await received(socket)
+        for size in (400_000, 400_000, 400_000, 2_000_000, 10):
+            await socket.send(encode(Run(secrets.token_hex(16), ["put", "a", "x" * size])))
+            assert isinstance(await received(socket), Reply)
+        pieces, at = [], Position("", 0, b"")
+        while changes := (await ask(socket, at.epoch, at.seq, at.mark)).changes:
+            pieces.append([change.seq for change in changes])
+            at = Position(running.hub.project("web").history.epoch, changes[-1].seq, changes[-1].mark)
+    assert pieces == [[1, 2, 3], [4], [5]]
+
+
+async def test_a_client_with_a_cache_may_ask_too(running: Running) -> None:
+    await write(running, 3)
+    async with running.connected() as socket:
+        await socket.send(hello())
+        await received(socket)
+        assert [change.seq for change in (await ask(socket, "", 1)).changes] == [2, 3]
 
 
 async def mark_of(running: Running, seq: int) -> bytes:
@@ -94,7 +122,7 @@ async def test_a_made_up_position_proves_nothing(running: Running, seq: int) -> 
     for mark in (b"another!", bytes(16), (await mark_of(running, 1)), b"x" * 32):
         async with running.connected() as socket:
             await greeted(socket)
-            assert (await ask(socket, Follow(epoch, seq, mark))).outcome == ("ahead" if seq == 9 else "epoch")
+            assert (await ask(socket, epoch, seq, mark)).outcome == ("ahead" if seq == 9 else "epoch")
         async with running.connected() as socket:
             await socket.send(hello(epoch=epoch, seq=seq, mark=mark))
             welcome = await received(socket)
@@ -126,13 +154,13 @@ async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -
     epoch = history.epoch
     async with running.connected() as socket:
         await greeted(socket)
-        assert (await ask(socket, Follow(epoch, 9))).outcome == "ahead"
-        assert (await ask(socket, Follow("other", 1))).outcome == "epoch"
-        assert (await ask(socket, Follow(epoch, 1))).outcome == "following"
+        assert (await ask(socket, epoch, 9)).outcome == "ahead"
+        assert (await ask(socket, "other", 1)).outcome == "epoch"
+        assert (await ask(socket, epoch, 1)).outcome == "kept"
     assert history.epoch == epoch
     async with running.connected() as socket:
         await greeted(socket)
-        await socket.send(encode(Follow(epoch, 9, genuine(running, 9))))
+        await socket.send(encode(Replay("0" * 32, epoch, 9, genuine(running, 9))))
         bye, _ = await farewell(socket)
     assert bye is not None and bye.code == "REMOTE_BUSY" and history.epoch != epoch
 
@@ -143,18 +171,26 @@ async def test_what_is_not_kept_is_said(running: Running) -> None:
     history.oldest = 3
     async with running.connected() as socket:
         epoch = (await greeted(socket)).epoch
-        assert await ask(socket, Follow(epoch, 1)) == Followed(1, "expired", epoch, 4, 3, await mark_of(running, 1))
-        assert (await ask(socket, Follow(epoch, 2))).outcome == "following"
+        answer = await ask(socket, epoch, 1)
+        assert answer == Replayed(answer.id, "expired", epoch, 4, 3, 1)
+        assert [change.seq for change in (await ask(socket, epoch, 2)).changes] == [3, 4]
 
 
-@pytest.mark.parametrize("case", ["twice", "with a copy"])
-async def test_follow_comes_once_and_from_those_who_may(running: Running, case: str) -> None:
-    async with running.connected() as socket:
-        await socket.send(hello(follow=case == "with a copy"))
-        await received(socket)
-        await socket.send(encode(Follow()))
-        if case == "twice":
-            await received(socket)
-            await socket.send(encode(Follow()))
-        bye, code = await farewell(socket)
-    assert bye is not None and (bye.code, code) == ("REMOTE_PROTOCOL", 1002)
+async def test_a_history_that_changes_during_the_reading_is_another_epoch(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """I7: changes of one epoch are never sent under the name of another."""
+    await write(running, 2)
+    project = running.hub.project("web")
+    read = project.history.changes_after
+
+    async def reading(seq: int) -> list[tuple[int, bytes]]:
+        found = await read(seq)
+        await project.rollback_proved(project.history.epoch, "a test says so")
+        return found
+
+    monkeypatch.setattr(project.history, "changes_after", reading)
+    before = project.history.epoch
+    answer = await replay(Replay("0" * 32, before, 1), project)
+    assert (answer.outcome, answer.changes, answer.epoch) == ("epoch", [], project.history.epoch)
+    assert answer.epoch != before

@@ -1,0 +1,169 @@
+"""Changes of the project after a position, for ``lattice remote watch``.
+
+New changes come from the agent's own connection, earlier ones from the server's journal (``Replay``). A watcher asks
+with its position, so a slow one holds no connection and misses nothing (I10).
+"""
+
+import json
+import os
+from collections import deque
+from typing import Any
+
+from lattice_remote.client.cache.replicator import Replicator
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.errors import ConnectionFailed, Rejected
+from lattice_remote.protocol.change_summary import about, described
+from lattice_remote.protocol.effects import Position
+from lattice_remote.protocol.messages import Change, Refused, Replay, Replayed
+from lattice_remote.protocol.operations import weight_of
+
+__all__ = ["ChangeFeed"]
+
+_WAIT_S = 30.0
+_MAX_CHANGES, _MAX_BYTES = 256, 1024 * 1024
+"""Limits for the recent changes that are kept."""
+
+
+class ChangeFeed:
+    """Changes of one followed project."""
+
+    def __init__(self, follower: Replicator, following: Connection) -> None:
+        self._follower, self._following = follower, following
+        self._recent: deque[tuple[str, Change]] = deque()  # consecutive, of one epoch
+        self._recent_bytes = 0
+        follower.on_change = self._add
+
+    async def after(self, link: Connection, epoch: str, seq: int | None, mark: bytes, *, wait: bool) -> dict[str, Any]:
+        """Return the changes after a position; with ``wait``, wait a while for the next one if there is none yet.
+
+        The answer is ``outcome``, ``epoch``, ``head`` and ``oldest`` as in ``Replayed``; ``seq`` and ``mark`` (in
+        hexadecimal) of the position after which the changes come; and ``changes`` as printed by ``--json``.
+
+        Args:
+            link: the connection with the watcher's token.
+            epoch: "" for the present one.
+            seq: None for the head.
+            mark: empty if unknown.
+
+        Raises:
+            Rejected: the server refuses the token.
+            ConnectionFailed: the server is unreachable; ask again.
+        """
+        newer = None if seq is None else self._recent_after(epoch, seq, mark)
+        if seq is not None and newer is not None:
+            newer = newer or (await self._next(epoch, seq) if wait else [])
+            if newer:
+                return self._answer(Replayed("", "kept", epoch, 0, 0, seq, mark, newer))
+        answer = await _replay(link, Replay(os.urandom(16).hex(), epoch, seq, mark))
+        if wait and newer is None and answer.outcome == "kept" and not answer.changes:
+            answer.changes.extend(await self._next(answer.epoch, answer.seq))
+        return self._answer(answer)
+
+    async def _next(self, epoch: str, seq: int) -> list[Change]:
+        """Return the changes after ``seq``, the head, once there is one; none after a while or a lost connection."""
+        welcome = self._following.welcome
+
+        def newer() -> list[Change]:
+            return [change for of, change in self._recent if of == epoch and change.seq > seq]
+
+        await self._following.changed.until(lambda: bool(newer()) or self._following.welcome is not welcome, _WAIT_S)
+        found = newer()
+        return found if found and found[0].seq == seq + 1 else []
+
+    def _recent_after(self, epoch: str, seq: int, mark: bytes) -> list[Change] | None:
+        """Return all changes after a recent one; None if they are not known here."""
+        index = seq - self._recent[0][1].seq if self._recent and self._recent[0][0] == epoch else -1
+        if not 0 <= index < len(self._recent) or self._recent[index][1].mark != mark:
+            return None
+        welcome, head = self._following.welcome, self._follower.replica.head
+        if welcome is None or welcome.epoch != epoch or self._recent[-1][1].seq != head:
+            return None  # the cache may have caught up by a comparison
+        return [change for _, change in self._recent][index + 1 :]
+
+    def _add(self, epoch: str, change: Change) -> None:
+        """Keep a change that the files hold."""
+        while self._recent and (self._recent[-1][0] != epoch or self._recent[-1][1].seq >= change.seq):
+            self._recent_bytes -= _weight(self._recent.pop()[1])
+        if self._recent and self._recent[-1][1].seq + 1 != change.seq:  # a resync came between
+            self._recent.clear()
+            self._recent_bytes = 0
+        self._recent.append((epoch, change))
+        self._recent_bytes += _weight(change)
+        while len(self._recent) > _MAX_CHANGES or (self._recent_bytes > _MAX_BYTES and len(self._recent) > 1):
+            self._recent_bytes -= _weight(self._recent.popleft()[1])
+
+    def _answer(self, found: Replayed) -> dict[str, Any]:
+        titles = _Titles(self._follower.cache.directory)
+        return {
+            "outcome": found.outcome,
+            "epoch": found.epoch,
+            "head": max(found.head, found.seq + len(found.changes)) if found.outcome == "kept" else found.head,
+            "oldest": found.oldest,
+            "seq": found.seq,
+            "mark": found.mark.hex(),
+            "changes": [_record(found.epoch, change, titles) for change in found.changes],
+        }
+
+
+async def _replay(link: Connection, request: Replay) -> Replayed:
+    """Return the server's answer. Waits for a lost connection without hurrying it. Errors: see ``ChangeFeed.after``."""
+    failed_before = link.failed_attempts
+    await link.changed.until(
+        lambda: link.welcome is not None or link.is_refused or link.failed_attempts > failed_before, _WAIT_S
+    )
+    if link.welcome is None:
+        raise link.error if link.is_refused and link.error is not None else link.unreachable(is_write=False)
+    answer = await link.ask(request)
+    if isinstance(answer, Refused):
+        raise Rejected(answer.message, code=answer.code)
+    if not isinstance(answer, Replayed):
+        raise ConnectionFailed("unexpected response from the server")
+    return answer
+
+
+def _weight(change: Change) -> int:
+    return sum(map(weight_of, change.ops))
+
+
+class _Titles:
+    """Short ids and titles of tasks, from the changes of a batch and from the cache in ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._known: dict[str, dict[str, Any]] = {}
+
+    def learn(self, task: str, snapshot: Any) -> None:
+        self._known[task] = {"short_id": _text(snapshot.get("short_id")), "title": _text(snapshot.get("title"))}
+
+    def of(self, task: str) -> dict[str, Any]:
+        """Return ``id``, ``short_id`` and ``title``; null where unknown."""
+        if task not in self._known:
+            self.learn(task, self._read(f"tasks/{task}.json") or self._read(f"archive/tasks/{task}.json"))
+        return {"id": task, **self._known[task]}
+
+    def _read(self, path: str) -> dict[str, Any]:
+        try:
+            with open(os.path.join(self._directory, path), encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def _record(epoch: str, change: Change, titles: _Titles) -> dict[str, Any]:
+    """Return a change as printed by ``--json`` and passed to ``--exec``."""
+    found = about(change)
+    for task, snapshot in found.snapshots.items():
+        titles.learn(task, snapshot)
+    return {
+        **described(change, found),
+        "epoch": epoch,
+        "position": str(Position(epoch, change.seq, change.mark)),
+        "tasks": [titles.of(task) for task in found.tasks],
+        "events": found.events,
+        "events_complete": found.is_complete,
+    }
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
