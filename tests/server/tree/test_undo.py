@@ -212,8 +212,7 @@ def test_what_others_append_after_the_death_of_the_process_stays(
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"old\n")
     path.chmod(0o640)
-    log.announce(str(path), b"ours\n")
-    log.keep_for_append(str(path))
+    log.keep_for_append(str(path), b"ours\n")
     path.write_bytes(after)
     reopened = UndoLog.open(tmp_path / "journal")
     assert reopened.restore() == [str(path)]
@@ -224,9 +223,8 @@ def test_what_others_append_after_the_death_of_the_process_stays(
 def announced_replace(log: UndoLog, path: Path, data: bytes) -> None:
     scratch = path.with_name(".tmp.x")
     scratch.write_bytes(data)
-    log.announce(str(path), scratch.stat().st_ino)
     log.keep_for_move(str(scratch))  # as a rename is seen
-    log.keep_for_replace(str(path))
+    log.keep_for_replace(str(path), scratch.stat().st_ino)
     os.replace(scratch, path)
 
 
@@ -262,9 +260,7 @@ def test_what_is_announced_holds_for_one_change(tmp_path: Path, log: UndoLog) ->
     events.write_bytes(b"old\n")
     log.begin(Begin("e", 2, "boot"))
     for announced in (b"ours\n", b""):
-        if announced:
-            log.announce(str(events), announced)
-        log.keep_for_append(str(events))
+        log.keep_for_append(str(events), announced)
         with events.open("ab") as file:
             file.write(announced or b"more\n")
     log.restore()
