@@ -121,6 +121,67 @@ def commands(runs: int) -> Iterator[Figure]:
         assert server.process is not None
 
 
+def launcher(runs: int) -> Iterator[Figure]:
+    """Commands by the launcher in a cache, against the same commands in a local project."""
+    with board("ana") as (_, (ana,)), Sandbox() as sandbox:
+        local = local_project(sandbox, "local", 20)
+        for n in range(20):
+            ana.ok("create", f"Task {n}", *ACTOR)
+        bin_directory = sandbox.root / "launcher"
+        ana.ok("remote", "launcher", "install", "--dir", str(bin_directory))
+
+        def launch(*argv: str) -> None:
+            subprocess.run(
+                [bin_directory / "lattice", *argv],
+                cwd=ana.dir, env=ana.env, check=True, capture_output=True, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+
+        launch("list")
+        runtime = Path(ana.env["LATTICE_REMOTE_RUNTIME_DIR"])
+        wait_for(lambda: list(runtime.glob("warm-*.sock")), "the warm process")
+        forced = ("--force", "--reason", "bench")
+        goals = {"list": 0.20, "show": 0.20, "comment": 0.25, "status": 0.25, "create": 0.25}
+        for name, goal in goals.items():
+            count = iter(range(10_000))
+            lines = {
+                "list": lambda _: ("list",),
+                "show": lambda _: ("show", "LAT-1"),
+                "comment": lambda _: ("comment", "LAT-1", "a comment of usual length", *ACTOR),
+                "status": lambda n: ("status", "LAT-2", ("blocked", "backlog")[n // 2 % 2], *forced, *ACTOR),
+                "create": lambda _: ("create", "Another", *ACTOR),
+            }  # fmt: skip
+            line = lines[name]
+            ours, theirs, ratio = paired(
+                runs,
+                lambda: launch(*line(next(count))),  # noqa: B023
+                lambda: local.ok(*line(next(count))),  # noqa: B023
+            )
+            yield Figure(f"lattice {name} by the launcher", ours * 1000, "ms")
+            yield Figure(f"lattice {name}, local", theirs * 1000, "ms")
+            yield at_most(f"lattice {name} by the launcher / local", ratio, "x", goal)
+        agents = 10
+        mix = [("list",), ("show", "LAT-1"), ("comment", "LAT-1", "mixed", *ACTOR), ("create", "Mixed", *ACTOR)]
+
+        def agent(run: Callable[..., object]) -> None:
+            for n in range(20):
+                run(*mix[n % len(mix)])
+
+        def in_parallel(run: Callable[..., object]) -> None:
+            threads = [threading.Thread(target=agent, args=(run,)) for _ in range(agents)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+        ours, theirs = seconds(lambda: in_parallel(launch)), seconds(lambda: in_parallel(local.ok))
+        yield Figure("10 agents, 20 mixed commands each, by the launcher", ours, "s")
+        yield Figure("10 agents, 20 mixed commands each, local", theirs, "s")
+        yield at_most("10 agents by the launcher / local", ours / theirs, "x", 0.25)
+        shown = ana.run("remote", "launcher", "status", "--dir", str(bin_directory), "--json")
+        status = json.loads(shown.stdout)
+        yield at_most("the warm process's own memory", status["data"]["warm"]["memory_bytes"] / MIB, "MiB", 45)
+
+
 @contextlib.contextmanager
 def two_installations(sandbox: Sandbox) -> Iterator[tuple[Path, Path]]:
     """Two virtual environments with the same packages, the second without ours; return their interpreters."""
@@ -459,6 +520,7 @@ async def _close_peers(connections: list[ClientConnection]) -> None:
 
 GROUPS = {
     "commands": commands,
+    "launcher": launcher,
     "rest": rest,
     "throughput": throughput,
     "latency": latency,

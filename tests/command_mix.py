@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import launcher_programs
 import rest_program
 from account import Account, Effect
 from conflicting_edits import edit_at_once
@@ -27,7 +28,8 @@ __all__ = ["Command", "Gate", "Mix"]
 
 _STATUSES = ["backlog", "in_planning", "planned", "blocked"]
 _COLD_EVERY = 8
-"""One command in so many is started as a person starts it, the others are forked (see ``preloaded_programs.py``)."""
+"""Of so many commands one is started as a person starts it, two by the launcher; the others are forked (see
+``preloaded_programs.py``)."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Mix:
         self._commands = commands
         self._lock = threading.Lock()
         self._cold = Programs()
+        self._launcher = launcher_programs.install(Path(server.env["HOME"]) / "launcher")
         self._tasks: list[str] = []
         self._comments: list[tuple[str, str]] = []  # task, comment
         self._reactions: list[tuple[str, str, str]] = []  # task, comment, who
@@ -134,13 +137,17 @@ class Mix:
                 if rng.random() < 0.1:
                     self._conflict(rng, client, word)
                 command = self._command(rng, word)
-                programs = self._cold if rng.randrange(_COLD_EVERY) == 0 else None
+                programs = self._programs(rng.randrange(_COLD_EVERY))
                 done = self._run(client, command, programs)
                 with self._lock:
                     self.account.record(client, command.argv, command.effect, done)
                     if done.returncode == 0:
                         command.then(done.stdout)
             self.done += 1
+
+    def _programs(self, number: int) -> Programs | None:
+        """Return how to start one command: as a person does, by the launcher, or forked."""
+        return {0: self._cold, 1: self._launcher, 2: self._launcher}.get(number)
 
     def _run(self, client: Client, command: Command, programs: Programs | None) -> subprocess.CompletedProcess[str]:
         if command.program == "lattice":

@@ -17,6 +17,7 @@ from command_mix import Mix
 from epoch_account import Epochs
 from faultproxy import FaultProxy
 from hook_record import Hooked
+from launcher_programs import warm_processes
 from preloaded_programs import Warm
 from rest_program import call
 from sandbox import Client, Sandbox, Server, wait_for
@@ -170,6 +171,7 @@ class Faults:
             "server restarted": self.restart_server,
             "worker killed": self.kill_worker,
             "agent killed": self.kill_agent,
+            "warm process killed": self.kill_warm_process,
             "command killed": self.kill_command,
             "another configuration": self.command_of_another_configuration,
             "network cut": self._proxy.cut,
@@ -214,6 +216,11 @@ class Faults:
         if pid_file is not None:
             with contextlib.suppress(ProcessLookupError, ValueError, FileNotFoundError):
                 os.kill(int(pid_file.read_text().split()[0]), signal.SIGKILL)
+
+    def kill_warm_process(self) -> None:
+        for pid in warm_processes(self._rng.choice(self._clients)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def kill_command(self) -> None:
         client, who = self._rng.choice(self._clients), self._who("k")

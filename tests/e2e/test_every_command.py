@@ -23,8 +23,10 @@ from command_table import EXCEPTIONS, LOCAL, ROWS, SAID_BESIDES, UNORDERED, Line
 from lattice.cli.main import cli  # type: ignore[import-untyped]
 from normaliser import Normaliser
 
+import launcher_programs
 from lattice_remote.server.worker.policy import ROUTED
-from sandbox import Client, Server, differences, tree_of
+from preloaded_programs import warm
+from sandbox import Client, Server, board, differences, tree_of
 
 pytestmark = pytest.mark.e2e
 
@@ -113,12 +115,25 @@ def prepare_inputs(directory: Path) -> None:
     (directory / "deep" / "er" / "data.bin").write_bytes(bytes(range(256)) * 40)
 
 
+@pytest.fixture(scope="module", params=["lattice", "launcher"])
+def command_board(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Client, Client]]:
+    """A board whose first client runs commands by ``lattice`` itself, or by the launcher."""
+    with board("ana", "ben", programs=warm()) as (server, (ana, ben)):
+        if request.param == "launcher":
+            programs = launcher_programs.install(tmp_path_factory.mktemp("launcher"))
+            launcher_programs.wait_until_warm(ana, programs)
+            ana.programs = programs
+        yield server, ana, ben
+
+
 @pytest.fixture(scope="module")
 def both_sides(
-    shared_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory
+    command_board: tuple[Server, Client, Client], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BothSides]:
     """Run the whole table on both sides once, at the same time."""
-    server, ana, ben = shared_board
+    server, ana, ben = command_board
     local = ben.elsewhere(tmp_path_factory.mktemp("local") / ana.dir.name)
     # The same project to begin with: the server's, before anything was done in it.
     shutil.copytree(server.lattice_dir(), local.lattice_dir)

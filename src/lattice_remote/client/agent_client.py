@@ -6,6 +6,7 @@ the agent refuses a request from another environment.
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -32,13 +33,17 @@ __all__ = [
     "call",
     "describe_age",
     "ensure_current",
+    "pass_request_id",
     "raise_error",
     "request",
+    "request_id",
     "run_inline",
     "stay_connected",
 ]
 
 AGENT_ENV = "LATTICE_REMOTE_AGENT"
+REQUEST_ENV = "LATTICE_REMOTE_REQUEST"
+"""See ``launcher.script``."""
 START_TIMEOUT_S = 10.0
 FIRST_WORD_TIMEOUT_S = 2.0
 """A live agent acknowledges a request within this time."""
@@ -52,6 +57,8 @@ Progress = Callable[[dict[str, Any]], None]
 
 _said: set[str] = set()
 """Messages already printed on stderr: a program may ask thousands of times."""
+_passed: list[tuple[str, str, str]] = []
+"""The request id of the next command, if a launcher has passed one."""
 _starting = threading.Lock()
 """Held while starting the agent: a program may ask from dozens of threads."""
 
@@ -75,6 +82,24 @@ def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
     token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
     cache = identify(directory)
     return {"do": do, "directory": directory, "cache": cache, "token": token, "named": named, **fields}
+
+
+def request_id() -> dict[str, Any]:
+    """Return the ``id`` of a new command, so that it runs once even if the agent is killed and asked again (I6).
+
+    A launcher whose warm process was killed passes the id on, with the time of the first attempt.
+    """
+    pass_request_id(os.environ.pop(REQUEST_ENV, ""))
+    given, _, began = _passed.pop() if _passed else ("", "", "")
+    if re.fullmatch("[0-9a-f]{32}", given) is None:
+        return {"id": os.urandom(16).hex()}
+    return {"id": given, **({"first_sent_at": float(began)} if re.fullmatch(r"[0-9]{1,15}\.[0-9]+", began) else {})}
+
+
+def pass_request_id(text: str) -> None:
+    """Use ``ID`` or ``ID:SECONDS`` for this process's next command only: a program that it starts has its own."""
+    if text:
+        _passed[:] = [text.partition(":")]
 
 
 def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:

@@ -62,6 +62,11 @@ class CallersFiles:
             files._add(index, source, only_regular=path in _REGULAR_FILE_ONLY)
         return files
 
+    @staticmethod
+    def are_named(path: tuple[str, ...], ctx: "click.Context") -> bool:
+        """Return whether a parsed command line names a file or a URL."""
+        return ctx.params.get(_PARAMETERS.get(path, "")) is not None
+
     @classmethod
     def of_value(cls, source: str | None) -> Self:
         """Return the regular file of a single file argument; none for a URL, or without the argument."""

@@ -15,13 +15,16 @@ from typing import Any, NoReturn
 
 import click
 
-from lattice_remote.client.agent_client import ask, ensure_current, request, run_inline, stay_connected
+from lattice_remote.client.agent_client import ask, ensure_current, request, request_id, run_inline, stay_connected
 from lattice_remote.client.attachments import CallersFiles
 from lattice_remote.client.config import UNPUSHED_FILE, is_unpushed, read_remote
 from lattice_remote.client.guard import Guard
 from lattice_remote.errors import Misuse, RemoteError, one_line
 
-__all__ = ["hooked"]
+__all__ = ["NeedsOwnProcess", "hooked", "in_warm_process"]
+
+in_warm_process = False
+"""Whether this process is the warm process's child: only reads of the cache and routed writes may run here."""
 
 _READS = {
     ("comments",),
@@ -53,6 +56,10 @@ _ELSEWHERE = {
 """Commands independent of the project's data."""
 
 
+class NeedsOwnProcess(BaseException):
+    """The command must not run in a child of the warm process; it has done nothing yet."""
+
+
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
     """Return a copy of ``command`` that is routed after parsing. ``directory`` is the cache.
 
@@ -60,6 +67,8 @@ def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: 
         path: the command's names, from the outermost group inward.
         argv: the whole command line after ``lattice``.
     """
+    if in_warm_process and not isinstance(command, click.Group) and _is_plugins(command):
+        raise NeedsOwnProcess
     twin = copy.copy(command)
     if isinstance(command, click.Group):
         inner = command.resolve_command
@@ -77,6 +86,8 @@ def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: 
 
 
 def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str], ctx: click.Context) -> Any:
+    if in_warm_process and not _may_share(path, ctx, directory):
+        raise NeedsOwnProcess
     try:
         if path == ("init",):
             _warn_of_init(ctx.params["target_path"], directory)
@@ -98,6 +109,14 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         return _run_there(command, path, ctx, directory, argv)
     except RemoteError as error:
         fail(error, is_json=bool(ctx.params.get("output_json")))
+
+
+def _may_share(path: tuple[str, ...], ctx: click.Context, directory: str) -> bool:
+    """Return whether the warm process may run a command: it reads no file of the caller, serves nothing and starts no
+    program but git, which ``show`` asks for branches."""
+    if path in _ELSEWHERE or path == ("dashboard",) or is_unpushed(directory):
+        return False
+    return not CallersFiles.are_named(path, ctx)
 
 
 def _is_plugins(command: click.Command) -> bool:
@@ -194,7 +213,7 @@ def _run_there(
 ) -> None:
     with CallersFiles.of_command(command, path, ctx, argv) as files:
         # The id is created here, so that the command runs once even if the agent is killed and asked again (I6).
-        asked = request("run", directory, id=os.urandom(16).hex(), argv=files.argv, files=files.described)
+        asked = request("run", directory, argv=files.argv, files=files.described, **request_id())
         asked["own_link"] = _waits(path, ctx)
         answer = ask(asked, _progress())
         if answer.get("unreadable"):  # the agent has other rights, or sees other directories

@@ -212,7 +212,8 @@ def test_what_others_append_after_the_death_of_the_process_stays(
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(b"old\n")
     path.chmod(0o640)
-    log.keep_for_append(str(path), b"ours\n")
+    log.announce(str(path), b"ours\n")
+    log.keep_for_append(str(path))
     path.write_bytes(after)
     reopened = UndoLog.open(tmp_path / "journal")
     assert reopened.restore() == [str(path)]
@@ -223,8 +224,9 @@ def test_what_others_append_after_the_death_of_the_process_stays(
 def announced_replace(log: UndoLog, path: Path, data: bytes) -> None:
     scratch = path.with_name(".tmp.x")
     scratch.write_bytes(data)
+    log.announce(str(path), scratch.stat().st_ino)
     log.keep_for_move(str(scratch))  # as a rename is seen
-    log.keep_for_replace(str(path), scratch.stat().st_ino)
+    log.keep_for_replace(str(path))
     os.replace(scratch, path)
 
 
@@ -260,7 +262,9 @@ def test_what_is_announced_holds_for_one_change(tmp_path: Path, log: UndoLog) ->
     events.write_bytes(b"old\n")
     log.begin(Begin("e", 2, "boot"))
     for announced in (b"ours\n", b""):
-        log.keep_for_append(str(events), announced)
+        if announced:
+            log.announce(str(events), announced)
+        log.keep_for_append(str(events))
         with events.open("ab") as file:
             file.write(announced or b"more\n")
     log.restore()

@@ -12,7 +12,7 @@ import typer
 from typer._completion_classes import BashComplete
 from typer.main import get_command
 
-from lattice_remote.client.cli import push, remotes, resolve, sync, tokens, watch
+from lattice_remote.client.cli import launcher, push, remotes, resolve, sync, tokens, watch
 from lattice_remote.client.cli.common import Json, fields_of, lattice_directory, print_json, print_result, unpushed
 from lattice_remote.client.config import is_cache, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 for _app in (
     *(remotes.app, tokens.app, sync.app, watch.history_app, push.app, resolve.app),
-    *(resolve.rescued_app, watch.app, sync.agent_app),
+    *(resolve.rescued_app, watch.app, sync.agent_app, launcher.app),
 ):
     app.add_typer(_app)
 

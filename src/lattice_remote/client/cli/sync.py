@@ -15,6 +15,7 @@ from lattice_remote.client.agent import audit_log
 from lattice_remote.client.agent_client import agent_enabled, ask, ask_agent, ask_running_agent, describe_age
 from lattice_remote.client.cli import common
 from lattice_remote.client.cli.common import Json, count, here, print_result, progress, request, show_unpushed, unpushed
+from lattice_remote.client.launcher.install import stop_warm
 from lattice_remote.errors import ConnectionFailed, Misuse, StorageError, one_line
 
 __all__ = ["agent_app", "app", "running_agent"]
@@ -165,12 +166,14 @@ def agent_status(*, every: All = False, as_json: Json = False) -> None:
 
 @agent_app.command(name="stop")
 def agent_stop(*, every: All = False) -> None:
-    """Stop the agent; the next command starts a new one.
+    """Stop the agent and the launcher's warm process; the next command starts new ones.
 
     Example: lattice remote agent stop --all
     """
     answer = ask_running_agent({"do": "agent-stop"})
     typer.echo(f"Stopped the agent (pid {answer['pid']})." if answer else "The agent is not running.")
+    for warm in stop_warm(every=every):
+        typer.echo(f"Stopped the warm process (pid {warm}).")
     if every:
         for other in _ask_others("agent-stop"):
             typer.echo(other.get("error") or f"Stopped the agent (pid {other['pid']}) of another environment.")

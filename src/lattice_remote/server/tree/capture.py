@@ -17,14 +17,14 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, runtime_checkable
 
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["HARMLESS", "REFUSED", "WATCHED", "AccessDenied", "AccessLog", "Capture", "Move", "PreImages"]
+__all__ = ["HARMLESS", "REFUSED", "WATCHED", "AccessDenied", "AccessLog", "Announced", "Capture", "Move", "PreImages"]
 
 WATCHED = frozenset(
     {
@@ -146,19 +146,15 @@ class AccessLog:
 
 
 class PreImages(Protocol):
-    """Receiver of each change before it is made, by absolute path; ``UndoLog`` implements it.
+    """Receiver of each change before it is made, by absolute path; ``UndoLog`` implements it."""
 
-    ``added`` are the bytes to be appended, and ``inode`` is that of the replacing file, if known. They distinguish the
-    change from one of another process.
-    """
-
-    def keep_for_append(self, path: str, added: bytes = b"", /) -> None:
+    def keep_for_append(self, path: str) -> None:
         """Note that the file will be appended to, or created."""
 
     def keep_for_rewrite(self, path: str) -> None:
         """Note that the file will be changed in place, or created."""
 
-    def keep_for_replace(self, path: str, inode: int = 0, /) -> None:
+    def keep_for_replace(self, path: str) -> None:
         """Note that this name will be removed, or given to another file."""
 
     def keep_for_move(self, path: str) -> None:
@@ -166,6 +162,14 @@ class PreImages(Protocol):
 
     def keep_directory(self, path: str) -> None:
         """Note that the directory will be created."""
+
+
+@runtime_checkable
+class Announced(Protocol):
+    """Pre-images that distinguish a transaction's changes from those of another process."""
+
+    def announce(self, path: str, after: bytes | int) -> None:
+        """Note that the next change of this file appends these bytes, or replaces it by the file with this inode."""
 
 
 class Capture:
@@ -184,16 +188,14 @@ class Capture:
         self._locks = self._tree + "locks/"
         self._undo = undo
         self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
-        self.pending: Collection[str] = ()
-        """Files with writes that are not made yet; ``before_change`` makes them."""
-        self.before_change: Callable[[], None] = lambda: None
-        """Called before each other change of the tree while there are pending writes, see ``WriteSet``."""
+        self.before_change: Callable[[], None] | None = None
+        """Called before each change of the tree; it may change the tree itself, see ``WriteSet``."""
         self._thread = 0
         self._touched = AccessLog()
         self._seen: set[str] = set()
         self._moved: dict[str, str] = {}
         self._roots = {self._tree[:-1], self._private[:-1]}
-        self._real: set[str] = set()  # paths of the project that are no links, pipes or devices
+        self._real_directories: set[str] = set()
         sys.addaudithook(self._hook)
 
     @contextmanager
@@ -202,7 +204,7 @@ class Capture:
         self._touched = AccessLog()
         self._seen.clear()
         self._moved.clear()
-        self._real = set(self._roots)
+        self._real_directories = set(self._roots)
         self._thread = threading.get_ident()
         try:
             yield self._touched
@@ -211,11 +213,17 @@ class Capture:
 
     def note_replace(self, source: str, target: str) -> None:
         """Note a rename of ``source`` over ``target`` that raises no event. Checks it as an event would."""
-        self._rename((source, target), inode=os.stat(source).st_ino)
+        self._announce(target, os.stat(source).st_ino)
+        self._rename((source, target))
 
     def note_append(self, path: str, data: bytes) -> None:
         """Note that ``data`` will be appended to a file. Checks it as an event would."""
-        self._append(path, data)
+        self._announce(path, data)
+        self._open((path, "a", os.O_WRONLY | os.O_APPEND))
+
+    def _announce(self, path: str, after: bytes | int) -> None:
+        if isinstance(self._undo, Announced):
+            self._undo.announce(path, after)
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
@@ -233,7 +241,7 @@ class Capture:
         handler = _HANDLERS.get(event)
         if handler is None:
             self._refuse(f"do what Python calls {event}")
-        if self.pending and self._is_change(event, args):
+        if self.before_change is not None and self._is_change(event, args):
             self.before_change()
         thread, self._thread = self._thread, 0  # the handlers open files themselves
         try:
@@ -281,16 +289,19 @@ class Capture:
 
     def _check_real(self, path: str) -> None:
         """Refuse a path in the project that leads through a symbolic link, or to a pipe or a device."""
-        if path in self._real:
+        if path in self._real_directories:
             return
-        self._check_real(path[: path.rindex("/")])
+        self._check_real_directory(os.path.dirname(path))
         mode = _mode(path)
         if stat.S_ISLNK(mode):
             self._refuse(f"follow a symbolic link at {self._name(path)}")
         if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would block the writer
-        if mode:
-            self._real.add(path)
+
+    def _check_real_directory(self, path: str) -> None:
+        if path not in self._real_directories:
+            self._check_real(path)
+            self._real_directories.add(path)
 
     def _name(self, path: str) -> str:
         return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be invalid Unicode
@@ -333,24 +344,20 @@ class Capture:
         if path is None:
             return
         if flags & os.O_APPEND and not flags & os.O_TRUNC:
-            self._append(path)
+            self._touch(path, appends=True)
+            self._undo.keep_for_append(path)
         else:
             self._touch(path)
             self._undo.keep_for_rewrite(path)
 
-    def _append(self, path: str, added: bytes = b"") -> None:
-        self._touch(path, appends=True)
-        self._undo.keep_for_append(path, added)
-
-    def _rename(self, args: tuple[object, ...], inode: int = 0) -> None:
+    def _rename(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[2:])
         source, target = self._writable(args[0]), self._writable(args[1])
         if source is not None:
             self._no_directory(source)
             self._undo.keep_for_move(source)
-            self._real.discard(source)
         if target is not None:
-            self._undo.keep_for_replace(target, inode)
+            self._undo.keep_for_replace(target)
         if source is None or target is None:
             self._touch_both(source, target)
             return
@@ -374,7 +381,6 @@ class Capture:
         if path is not None:
             self._undo.keep_for_replace(path)
             self._touch(path)
-            self._real.discard(path)
 
     def _make_directory(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[2:])

@@ -84,6 +84,7 @@ class UndoLog:
         self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._images: dict[str, _Image] = {}
         self.of_others: list[str] = []
+        self._announced: tuple[str, bytes | int] = ("", 0)  # a path, and the announced outcome of its next change
         self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
         """Called with the path and the size of a file before its content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
@@ -117,6 +118,7 @@ class UndoLog:
         """Start a transaction; nothing is written before its first change."""
         assert not self._size, "the last transaction was neither cleared nor restored"
         self._begin = transaction
+        self._announced = "", 0
 
     def clear(self, seq: int | None = None) -> None:
         """Drop the pre-images: the transaction stays, or there was none. ``seq`` is the number of its change."""
@@ -142,9 +144,17 @@ class UndoLog:
 
     # --- before a change ---
 
-    def keep_for_append(self, path: str, added: bytes = b"") -> None:
-        """Note that the file will be appended to, or created. ``added`` are the bytes, if known."""
-        known = self._images.get(path)
+    def announce(self, path: str, after: bytes | int) -> None:
+        """Note that the next change of this file appends these bytes, or replaces it by the file with this inode.
+
+        A process that dies releases lattice's locks. Later writes of plain lattice are recognized by this, and stay.
+        """
+        self._announced = path, after
+
+    def keep_for_append(self, path: str) -> None:
+        """Note that the file will be appended to, or created."""
+        after, known = self._take_announced(path), self._images.get(path)
+        added = after if isinstance(after, bytes) else b""
         if known is None:
             status = _status(path)
             self._keep(_Length(path, status.st_size, added) if status else _Absent(path))
@@ -169,22 +179,21 @@ class UndoLog:
         elif isinstance(known, _Length):
             self._keep_content(path, path, known.size)
 
-    def keep_for_replace(self, path: str, inode: int = 0) -> None:
-        """Note that this name will be removed, or given to another file; ``inode`` is that file's, if known."""
+    def keep_for_replace(self, path: str) -> None:
+        """Note that this name will be removed, or given to another file."""
         if (status := _status(path)) is not None:
             self.before_overwrite(path, status.st_size)
-        self._keep_name(path, status, inode)
+        self.keep_for_move(path)
 
     def keep_for_move(self, path: str) -> None:
         """Note that the file will be renamed."""
-        self._keep_name(path, _status(path))
-
-    def _keep_name(self, path: str, status: os.stat_result | None, inode_after: int = 0) -> None:
-        known = self._images.get(path)
+        after, known = self._take_announced(path), self._images.get(path)
+        inode_after = after if isinstance(after, int) else 0
         if known is not None and not isinstance(known, _Length):
             if isinstance(known, _Content | _Linked) and known.inode_after != inode_after:
                 self._keep(msgspec.structs.replace(known, inode_after=inode_after))
             return
+        status = _status(path)
         if status is None:
             if known is None:
                 self._keep(_Absent(path))
@@ -209,7 +218,7 @@ class UndoLog:
         return None
 
     def _keep_content(self, path: str, source: str, size: int, inode_after: int = 0) -> None:
-        with open(source, "rb", buffering=0) as file:
+        with open(source, "rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             self._keep(_Content(path, file.read(size), mode, inode_after))
 
@@ -224,6 +233,14 @@ class UndoLog:
         self._linked += 1
         self._keep(_Linked(path, name, size, inode, inode_after))
         return True
+
+    def _take_announced(self, path: str) -> bytes | int:
+        """Return the announced outcome of this change of a file; 0 for none."""
+        announced, after = self._announced
+        if announced != path:
+            return 0
+        self._announced = "", 0
+        return after
 
     def _keep(self, image: _Image) -> None:
         data = frame(_encoder.encode(msgspec.structs.replace(image, path=image.path.removeprefix(self._place))))

@@ -1,0 +1,312 @@
+"""Executable ``lattice``: hands its command line to the warm process, or executes the real ``lattice``.
+
+The installed script starts ``python -IS`` and imports this file alone, outside its package. It uses modules in C only:
+each further import would be a part of every command's time. ``warm`` imports the same file for the names they share.
+
+Conversation over the warm process's socket, after the connection:
+
+1. The warm process forks, and sends ``READY`` with a pidfd of the child.
+2. The launcher sends a request: its length (4 bytes, little endian), ``encode_request``; with it descriptors 0, 1, 2
+   and the current directory.
+3. The child sends ``LEAVE`` and a zero byte if the command needs a process of its own; nothing has happened then.
+   Otherwise the warm process sends ``EXITED`` or ``KILLED``, and the exit code or the signal.
+
+A connection that ends without an answer is an interrupted command: the real ``lattice`` runs it again under the same
+request id (I6).
+"""
+
+import _imp
+import _signal  # type: ignore[import-not-found]  # ``signal`` loads ``enum``
+import posix
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from typing import NoReturn
+
+REQUEST_ENV = "LATTICE_REMOTE_REQUEST"
+"""``ID`` or ``ID:SECONDS``: the request id of the next routed command, and the boot time at which an earlier attempt
+started."""
+LANGUAGE = 1
+"""Incremented when the conversation changes."""
+READY, LEAVE, EXITED, KILLED = b"R", b"L", b"E", b"K"
+MAX_REQUEST_BYTES = 16 * 1024 * 1024
+FAILED_S = 60.0
+"""A warm process that failed to start is started again after this time."""
+_READY_TIMEOUT_S = 1.0
+_OWN_PROCESS = frozenset((b"attach", b"dashboard", b"demo", b"init", b"plugins", b"remote", b"restart"))
+"""Commands that never run in a warm process, which are the most frequent ones."""
+_FORWARDED = (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP, _signal.SIGQUIT)
+_INTERPRETER = (b"PYTHON", b"LC_", b"LANG", b"LD_", b"GLIBC_", b"MALLOC_")
+"""Prefixes of variables that an interpreter reads when it starts."""
+_KEPT = frozenset(
+    (b"HOME", b"PATH", b"TMPDIR", b"XDG_RUNTIME_DIR", b"LATTICE_REMOTE_RUNTIME_DIR", b"LATTICE_REMOTE_AGENT_IDLE_S")
+)
+_CONFINEMENT = (b"Uid:", b"Gid:", b"Groups:", b"CapEff:", b"CapBnd:", b"NoNewPrivs:", b"Seccomp")
+_S_IFMT, _S_IFDIR, _S_IFSOCK = 0o170000, 0o040000, 0o140000
+_OTHERS_MAY_WRITE = 0o022
+_MAX_SOCKET_PATH_BYTES = 107
+
+Environment = dict[bytes, bytes]
+
+
+# --- shared with the warm process ---
+
+
+def read(path: bytes) -> bytes:
+    """Return a small file of ``/proc``; empty if it cannot be read."""
+    try:
+        file = posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        return posix.read(file, 65536)
+    except OSError:
+        return b""
+    finally:
+        posix.close(file)
+
+
+def world(environ: Environment, process: bytes = b"self") -> bytes:
+    """Describe the environment that a warm process cannot take from a request (I13).
+
+    These are the namespaces, the root directory, the rights and the confinement of a process, and the variables that
+    its interpreter has read. Two processes with an equal description run a command alike.
+
+    Raises:
+        OSError: the process is gone, or belongs to another user or PID namespace.
+    """
+    proc = b"/proc/" + process
+    parts = [posix.readlink(proc + b"/ns/" + name) for name in (b"mnt", b"net", b"user", b"pid", b"uts", b"ipc")]
+    root = posix.stat(proc + b"/root")
+    parts.append(b"%d:%d" % (root.st_dev, root.st_ino))
+    parts += [line for line in read(proc + b"/status").split(b"\n") if line.startswith(_CONFINEMENT)]
+    parts.append(read(proc + b"/attr/current"))
+    parts += sorted(name + b"=" + value for name, value in environ.items() if name.startswith(_INTERPRETER))
+    return b"\n".join(parts)
+
+
+def socket_path(environ: Environment, description: bytes) -> bytes | None:
+    """Return the path of the warm process's socket for an environment; None without a directory of this user's.
+
+    The name need not be unforgeable: the warm process compares the whole description.
+    """
+    session = environ.get(b"XDG_RUNTIME_DIR", b"")
+    if given := environ.get(b"LATTICE_REMOTE_RUNTIME_DIR"):
+        directory = given
+    elif session.startswith(b"/") and _is_own(session):
+        directory = session + b"/lattice-remote"
+    else:
+        directory = (environ.get(b"TMPDIR") or b"/tmp") + b"/lattice-remote-%d" % posix.getuid()
+    key = _imp.source_hash(LANGUAGE, __file__.encode("utf-8", "surrogateescape") + b"\n" + description)
+    path = directory + b"/warm-" + key.hex().encode() + b".sock"
+    return path if path.startswith(b"/") and len(path) <= _MAX_SOCKET_PATH_BYTES else None
+
+
+def encode_request(argv: list[bytes], environ: Environment) -> bytes:
+    """Return ``COUNT NUL ARGUMENT NUL ... NAME=VALUE NUL ...``; neither can hold a NUL byte."""
+    variables = [name + b"=" + value for name, value in environ.items()]
+    return b"\0".join([b"%d" % len(argv), *argv, *variables])
+
+
+def decode_request(data: bytes) -> tuple[list[bytes], Environment]:
+    """Return the command line and the variables of a request.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    count, *rest = data.split(b"\0")
+    number = int(count)
+    if not 0 <= number <= len(rest):
+        raise ValueError("a count beyond the request")
+    environ = {}
+    for variable in rest[number:]:
+        name, separator, value = variable.partition(b"=")
+        if not separator:
+            raise ValueError("a variable without a value")
+        environ[name] = value
+    return rest[:number], environ
+
+
+def _is_own(directory: bytes) -> bool:
+    try:
+        found = posix.lstat(directory)
+    except OSError:
+        return False
+    is_directory = found.st_mode & _S_IFMT == _S_IFDIR
+    return is_directory and found.st_uid == posix.getuid() and not found.st_mode & _OTHERS_MAY_WRITE
+
+
+# --- the launcher ---
+
+
+def main(lattice: str, python: str) -> "NoReturn":
+    """Run the command line of this process. ``lattice`` is the real one's path, ``python`` the interpreter's."""
+    for number in (_signal.SIGINT, _signal.SIGTERM, _signal.SIGHUP):
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, _signal.SIG_DFL)
+    environ: Environment = posix.environ
+    argv = [argument.encode(sys.getfilesystemencoding(), "surrogateescape") for argument in sys.argv[1:]]
+    environ.pop(REQUEST_ENV.encode(), None)
+    if _may_be_warm(argv, environ):
+        _run(argv, environ, python)
+    _execute(lattice, argv, environ)
+
+
+def _may_be_warm(argv: list[bytes], environ: Environment) -> bool:
+    """Return whether to ask a warm process: a command in a cache, with all standard descriptors open."""
+    if not argv or argv[0] in _OWN_PROCESS or b"_LATTICE_COMPLETE" in environ:
+        return False
+    if sys.stdin is None or sys.stdout is None or sys.stderr is None:
+        return False
+    if environ.get(b"LATTICE_REMOTE_LAUNCHER", b"").lower() in (b"off", b"no", b"0", b"false"):
+        return False
+    lattice = _find_project(environ)
+    return lattice is not None and all(_exists(lattice + name) for name in (b"/remote.json", b"/cache_state.json"))
+
+
+def _find_project(environ: Environment) -> bytes | None:
+    """Return the surrounding ``.lattice`` directory, found as lattice finds it."""
+    root = environ.get(b"LATTICE_ROOT")
+    if root is not None:
+        return root + b"/.lattice" if root else None
+    try:
+        current = posix.getcwdb()
+    except OSError:
+        return None
+    while True:
+        candidate = current.rstrip(b"/") + b"/.lattice"
+        try:
+            if posix.stat(candidate).st_mode & _S_IFMT == _S_IFDIR:
+                return candidate
+        except OSError:
+            pass
+        if current in (b"/", b""):
+            return None
+        current = current[: current.rindex(b"/")] or b"/"
+
+
+def _exists(path: bytes) -> bool:
+    try:
+        posix.stat(path)
+    except OSError:
+        return False
+    return True
+
+
+def _run(argv: list[bytes], environ: Environment, python: str) -> None:
+    """Run the command in the warm process and exit as it did. Return if the real ``lattice`` must run it."""
+    import _socket
+
+    stream = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
+        path = socket_path(environ, world(environ))
+        if path is None or not _connect(stream, path):
+            return _start_warm(path, environ, python) if path is not None else None
+        stream.settimeout(_READY_TIMEOUT_S)
+        answer, received, _, _ = stream.recvmsg(1, _socket.CMSG_SPACE(4))
+        identity = posix.urandom(16).hex().encode()
+        request = encode_request(argv, {**environ, REQUEST_ENV.encode(): identity})
+        here = posix.open(b".", posix.O_RDONLY | posix.O_DIRECTORY | posix.O_CLOEXEC)
+        stream.settimeout(None)
+    except OSError:
+        return None
+    if answer != READY or not received or len(request) > MAX_REQUEST_BYTES:
+        return None
+    began = time.clock_gettime(time.CLOCK_BOOTTIME)
+    _forward_signals(int.from_bytes(received[0][2][:4], sys.byteorder))
+    message = len(request).to_bytes(4, "little") + request
+    passed = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2, here))
+    try:
+        sent = stream.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, passed)])
+        stream.sendall(message[sent:])
+        answer = stream.recv(2, _socket.MSG_WAITALL)
+    except OSError:
+        answer = b""  # the warm process was killed
+    if answer[:1] == EXITED and len(answer) == 2:
+        posix._exit(answer[1])
+    if answer[:1] == KILLED and len(answer) == 2:
+        _die_of(answer[1])
+    if answer[:1] != LEAVE:
+        environ[REQUEST_ENV.encode()] = identity + b":%f" % began
+    return None
+
+
+def _connect(stream: "_socket.socket", path: bytes) -> bool:
+    """Connect to the warm process. Return False if there is none, or if another user may have made its socket."""
+    try:
+        found = posix.lstat(path)
+        if not _is_own(path[: path.rindex(b"/")]) or found.st_mode & _S_IFMT != _S_IFSOCK:
+            return False
+        stream.connect(path)
+    except OSError:
+        return False
+    return found.st_uid == posix.getuid()
+
+
+def _forward_signals(child: int) -> None:
+    """Forward this process's signals to the child: it is in another process group, without a terminal."""
+
+    def forward(number: int, _: object) -> None:
+        try:
+            _signal.pidfd_send_signal(child, number)
+        except OSError:
+            return  # it has exited: its exit code is on the way
+
+    def suspend(number: int, _: object) -> None:
+        forward(_signal.SIGSTOP, None)
+        _signal.signal(number, _signal.SIG_DFL)
+        posix.kill(posix.getpid(), number)  # stops here until SIGCONT
+        _signal.signal(number, suspend)
+        forward(_signal.SIGCONT, None)
+
+    for number in _FORWARDED:
+        if _signal.getsignal(number) != _signal.SIG_IGN:
+            _signal.signal(number, forward)
+    if _signal.getsignal(_signal.SIGTSTP) != _signal.SIG_IGN:
+        _signal.signal(_signal.SIGTSTP, suspend)
+
+
+def _die_of(number: int) -> "NoReturn":
+    """End with the signal that ended the command, as a shell expects it."""
+    _signal.signal(number, _signal.SIG_DFL) if number not in (_signal.SIGKILL, _signal.SIGSTOP) else None
+    posix.kill(posix.getpid(), number)
+    posix._exit(128 + number)
+
+
+def _start_warm(socket: bytes, environ: Environment, python: str) -> None:
+    """Start a warm process for the next command; of two started at once, one exits."""
+    try:
+        if time.time() - posix.stat(socket + b".failed").st_mtime < FAILED_S:
+            return
+    except OSError:
+        pass
+    kept = {name: value for name, value in environ.items() if name in _KEPT or name.startswith(_INTERPRETER)}
+    try:
+        child = posix.fork()
+    except OSError:
+        return  # no memory, or too many processes
+    if child:
+        posix.waitpid(child, 0)
+        return
+    try:
+        posix.setsid()
+        if posix.fork() == 0:
+            null = posix.open("/dev/null", posix.O_RDWR)
+            for number in (0, 1, 2):
+                posix.dup2(null, number)
+            posix.execve(python, [python, "-P", "-m", "lattice_remote.client.launcher.warm"], kept)
+    finally:
+        posix._exit(0)  # in any case: the command is the parent's
+
+
+def _execute(lattice: str, argv: list[bytes], environ: Environment) -> "NoReturn":
+    """Replace this process by the real ``lattice``."""
+    try:
+        posix.execve(lattice, [lattice.encode(sys.getfilesystemencoding(), "surrogateescape"), *argv], environ)
+    except OSError as error:
+        sys.stderr.write(f"lattice: cannot execute {lattice}: {error.strerror}\n")
+        sys.stderr.write("lattice: the package was moved or removed; remove this launcher, or install it again\n")
+        posix._exit(127)
