@@ -25,6 +25,8 @@ class _Witness(MemoryClient):
         super().__init__(url, token)
         self.marks: dict[tuple[str, int], bytes] = {}
         self.owners: dict[tuple[str, str] | str, set[str]] = {}
+        self._known: dict[str, set[bytes]] = {}
+        """Words that a text has held, by path."""
         self.welcomes = 0
         self.defects: list[str] = []
         self._hello: Hello
@@ -58,7 +60,7 @@ class _Witness(MemoryClient):
             self._attribute(change)
 
     def _attribute(self, change: Change) -> None:
-        """Note whose token brought each event, and each word of a text that its file did not hold before."""
+        """Note whose token brought each event, and each word that a text has never held before."""
         owner = change.token_actor or (change.actor if change.token_id else "")
         for event in about(change).events:
             if isinstance(event.get("actor"), str):
@@ -66,10 +68,13 @@ class _Witness(MemoryClient):
         texts = {path for path, _, _ in texts_of(change)}
         for operation in change.ops:
             if operation.path in texts and isinstance(operation, PutFile | AppendBytes):
-                known = (
-                    set() if isinstance(operation, AppendBytes) else set(self.files.get(operation.path, b"").split())
-                )
-                for word in set(operation.data.split()) - known:
+                # A word belongs to the change that brought it first. An editor that saves in two halves removes words
+                # for a moment; the next edit restores them when it is merged.
+                known = self._known.setdefault(operation.path, set())
+                known |= set(self.files.get(operation.path, b"").split())
+                words = set(operation.data.split()) - known
+                known |= words
+                for word in words:
                     self.owners.setdefault(word.decode(errors="replace"), set()).add(owner)
 
 
