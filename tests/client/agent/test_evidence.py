@@ -22,9 +22,11 @@ from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import evidence
 from lattice_remote.client.cache.cache import Cache
+from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.cache.safe_directory import Directory
 from lattice_remote.client.config import read_remote
+from lattice_remote.errors import StorageError
 from lattice_remote.files import Signature
 from lattice_remote.protocol.messages import Put
 from lattice_remote.protocol.operations import digest_of
@@ -652,3 +654,34 @@ def test_the_withheld_texts_are_listed_while_a_thread_changes_them(
     monkeypatch.setattr(cache, "signature", interrupted)
     assert found.withheld() == {PLAN: "why", NOTES: "why"}
     assert found.withheld().keys() == ({PLAN, NOTES, "plans/more.md"} if change == "withhold" else {PLAN})
+
+
+async def test_a_record_is_written_to_its_end_under_the_lock_though_the_agent_stops(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, other = (Cache(str(directory), read_remote(str(directory))) for _ in range(2))
+    cache.prepare()
+    cache.replace(PLAN, MINE)
+    follower = Replicator(cache)
+    began, may_go_on = threading.Event(), threading.Event()
+    store = evidence.Evidence._store
+
+    def slowly(found: evidence.Evidence) -> None:
+        began.set()
+        assert may_go_on.wait(20)
+        store(found)
+
+    monkeypatch.setattr(evidence.Evidence, "_store", slowly)
+    recording = asyncio.create_task(follower.record([(PLAN, MINE)]))
+    await until(began.is_set)
+    recording.cancel()
+    try:
+        with pytest.raises(StorageError):
+            async with other.locked(timeout_s=0.1):
+                pass
+    finally:
+        may_go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await recording
+    async with other.locked():
+        assert evidence.Evidence(other).is_saved(PLAN, MINE)

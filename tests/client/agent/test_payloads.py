@@ -148,6 +148,17 @@ async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_pl
     assert (await ask(service, "verify"))["away"] == (BIG,)
 
 
+async def test_a_content_that_is_no_longer_wanted_away_stays(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    """It may have arrived, or be announced anew, between the decision to remove the file and its turn."""
+    announce(server)
+    await ask(service, "ready")
+    await until((directory / BIG).exists)
+    await service._follower.vacate(BIG, (len(CONTENT), digest_of(CONTENT)))
+    assert (directory / BIG).read_bytes() == CONTENT
+
+
 async def test_what_is_there_already_is_not_fetched(server: FakeServer, service: Service, directory: Path) -> None:
     await ask(service, "ready")
     (directory / BIG).write_bytes(CONTENT)

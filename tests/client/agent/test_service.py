@@ -19,7 +19,7 @@ from lattice_remote.client.cache.safe_directory import Directory
 from lattice_remote.client.connection.connection import MAX_SENDS
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run, Stored
+from lattice_remote.protocol.messages import Applied, Bye, Change, ClientFrame, Fetch, Hello, Part, Put, Run, Stored
 from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, MoveFile, PutFile, digest_of
 
 # --- filling and following ---
@@ -41,6 +41,16 @@ async def test_changes_arrive_by_themselves(server: FakeServer, service: Service
     server.change(MoveFile("tasks/task_2.json", "archive/tasks/task_2.json", digest_of(b"two")))
     server.change(DeleteFile("tasks/task_1.json"))
     await until(lambda: tree(directory) == server.files)
+
+
+async def test_a_change_is_acknowledged_with_the_time_since_it_was_applied(
+    server: FakeServer, service: Service
+) -> None:
+    await ask(service, "ready")
+    server.put("tasks/task_2.json", b"two")
+    await until(lambda: any(isinstance(frame, Applied) and frame.seq == server.seq for frame in server.frames))
+    (applied,) = [frame for frame in server.frames if isinstance(frame, Applied) and frame.seq == server.seq]
+    assert applied.held_s is not None and 0 <= applied.held_s < 20
 
 
 async def test_an_announced_file_is_fetched(server: FakeServer, service: Service, directory: Path) -> None:
@@ -462,6 +472,19 @@ async def test_an_archived_plan_does_not_take_an_edit_with_it(
     await ask(service, "push")
     await until(lambda: tree(directory) == server.files)
     assert (directory / MINE).read_bytes() == b"# Plan\nmine\n"
+
+
+async def test_a_text_that_waits_for_an_edit_is_no_file_in_transfer(
+    server: FakeServer, service: Service, directory: Path
+) -> None:
+    plan = await edited(server, service, directory)
+    server.epoch, server.changes = "epoch-2", []
+    server.files |= {PLAN: b"# Of another epoch\n", "tasks/task_3.json": b"{}\n"}
+    server.cut()
+    await until(lambda: (directory / "tasks/task_3.json").exists() and service._follower.is_following)
+    await until(lambda: set(service._follower.replica.wanted) == {PLAN})
+    assert service._follower.progress() is None
+    assert plan.read_bytes() == b"# Plan\nmine\n"
 
 
 async def test_a_removed_plan_is_no_edit_and_sync_restores_it(

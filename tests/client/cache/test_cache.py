@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,21 @@ def test_a_file_equal_to_its_base_is_no_edit(cache: Cache) -> None:
     cache.delete(PLAN)
     edits.rebase(PLAN)
     assert edits.base(PLAN) is None
+
+
+def test_a_save_in_the_same_clock_tick_as_the_last_look_is_an_edit(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edits = Edits(cache)
+    cache.replace(PLAN, b"server")
+    edits.rebase(PLAN)
+    found = cache.signature(PLAN)
+    assert found is not None
+    same = (*found[:3], time.time_ns())
+    monkeypatch.setattr(cache, "signature", lambda _: same)
+    assert not edits.is_edited(PLAN)
+    Path(cache.absolute(PLAN)).write_bytes(b"edited")  # as long as the other, and the clock has not moved on
+    assert edits.is_edited(PLAN)
 
 
 def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:

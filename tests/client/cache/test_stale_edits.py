@@ -50,6 +50,14 @@ def test_it_goes_back_as_far_as_the_editor_is_behind() -> None:
     assert base_of(newest + b"- measure how fast it is\n", newest, [AFTER, BEFORE]) == newest
 
 
+@pytest.mark.parametrize(("count", "is_compared"), [(40, True), (60, False)])
+def test_very_many_lines_are_not_compared_one_by_one(count: int, is_compared: bool) -> None:
+    """Their comparison takes too long, so the save counts as an edit of the newest text."""
+    after = BEFORE + b"".join(b"a%d %s\n" % (n, b"x" * n) for n in range(count))
+    mine = BEFORE + b"".join(b"b%d %s\n" % (n, b"y" * n) for n in range(count))
+    assert base_of(mine, after, [BEFORE]) == (BEFORE if is_compared else after)
+
+
 WORDS = Path(older_module.__file__).read_text().split()
 
 

@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from typing import Any
 
 from lattice_remote import __version__
 from lattice_remote.client.cache.apply import Files
@@ -264,13 +265,13 @@ class Replicator:
     async def record(self, saves: list[tuple[str, bytes]]) -> None:
         """Record texts, by path, as a person's saves that cannot be sent now. Durable on return."""
         async with self._mutex, self.cache.locked():
-            await asyncio.to_thread(self.edits.evidence.record, saves)
+            await _uninterrupted(asyncio.to_thread(self.edits.evidence.record, saves))
 
     async def withhold(self, edits: list[tuple[str, str]]) -> None:
         """Withhold these files' texts, each with a reason, until the user decides. Durable on return."""
         async with self._mutex, self.cache.locked():
             texts = [(path, self.cache.read(path), why) for path, why in edits if self.cache.size(path) is not None]
-            await asyncio.to_thread(self.edits.evidence.withhold, texts)
+            await _uninterrupted(asyncio.to_thread(self.edits.evidence.withhold, texts))
 
     async def restore(self, path: str, found: Signature, reason: str | None) -> tuple[ReceiveOutcome, bool] | None:
         """Replace a plan or notes that is not to be sent with the server's text.
@@ -536,3 +537,12 @@ class Replicator:
             self._resyncing = True
             self.resyncs += 1
             await self._resync_lock.enter_async_context(self.cache.locked())
+
+
+async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Await work in a thread to its end even if cancelled: the thread goes on, so its lock must not be released."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    finally:
+        await asyncio.wait([task])

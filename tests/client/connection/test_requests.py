@@ -1,0 +1,115 @@
+"""Requests over one connection: kicked, slow, refused before, answered late or twice."""
+
+import asyncio
+import secrets
+from typing import Any
+
+import pytest
+from client_kit import ask, run, until
+from fake_server import FakeServer
+from websockets.asyncio.server import ServerConnection
+
+from lattice_remote.client.agent.service import Service
+from lattice_remote.client.connection import connection as module
+from lattice_remote.client.connection.connection import Connection
+from lattice_remote.protocol.codec import encode
+from lattice_remote.protocol.messages import ClientFrame, Reply, Run
+
+
+def longest(_low: float, _high: float) -> float:
+    return 300.0
+
+
+async def test_a_command_is_sent_without_sitting_out_the_delay(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+    link = service._link
+    link._pace.uniform = longest
+    await server.stop()
+    await until(lambda: link.failed_attempts > 0)
+    await server.start()
+    reply = await link.ask(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
+    assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
+
+
+async def test_a_connected_command_may_take_longer_than_a_lost_connection(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await ask(service, "ready")
+    monkeypatch.setattr(module, "SENT_PATIENCE_S", 0.01)
+    monkeypatch.setattr(module, "UNSENT_PATIENCE_S", 0.01)
+    looks = 0
+    give_up = Connection._give_up
+
+    def counted(link: Connection, pending: Any, failed_before: int) -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 4:  # 0.1 s apart
+            server.slow.set()
+        give_up(link, pending, failed_before)
+
+    monkeypatch.setattr(Connection, "_give_up", counted)
+    assert (await run(service, "slow"))["exit_code"] == 0
+
+
+async def test_a_command_after_a_refusal_is_tried_once_more(server: FakeServer, service: Service) -> None:
+    tokens, server.tokens = server.tokens, {}
+    await until(lambda: service._link.is_refused)
+    server.tokens = tokens
+    reply = await service._link.ask(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
+    assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
+
+
+async def test_an_answer_whose_caller_left_while_it_waited_for_its_change_harms_nothing(
+    server: FakeServer, service: Service
+) -> None:
+    await ask(service, "ready")
+
+    async def answer_early(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Run):
+            await connection.send(encode(Reply(frame.id, server.seq + 1, 0, b"", b"")))
+        return isinstance(frame, Run)
+
+    server.misbehave = answer_early  # type: ignore[assignment]
+    caller = asyncio.ensure_future(service._link.ask(Run(secrets.token_hex(16), ["x"])))
+    heard_at = service._link.heard_at
+    await until(lambda: any(isinstance(frame, Run) for frame in server.frames) and service._link.heard_at != heard_at)
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    server.put("tasks/x.json", b"x")
+    await until(lambda: service._follower.state.position.seq == server.seq)
+    await ask(service, "pull")
+    assert service._link.failed_attempts == 0 and service._link.error is None
+
+
+async def test_an_answer_that_comes_twice_harms_nothing(server: FakeServer, service: Service) -> None:
+    await ask(service, "ready")
+
+    async def answer_twice(connection: ServerConnection, frame: ClientFrame) -> bool:
+        if isinstance(frame, Run):
+            reply = encode(Reply(frame.id, server.seq, 0, b"", b""))
+            await connection.send(reply)
+            await connection.send(reply)
+        return isinstance(frame, Run)
+
+    server.misbehave = answer_twice  # type: ignore[assignment]
+    for _ in range(2):
+        assert (await run(service, "x"))["exit_code"] == 0
+    assert service._link.failed_attempts == 0 and service._link.error is None
+
+
+@pytest.mark.parametrize("is_behind", [False, True])
+async def test_a_connection_that_was_current_resets_the_delay(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, is_behind: bool
+) -> None:
+    """Also one that had fallen behind by the time it was cut."""
+    monkeypatch.setattr(module, "MIN_UPTIME_S", 0.0)
+    await ask(service, "ready")
+    link = service._link
+    link._pace.streak = 5
+    if is_behind:
+        monkeypatch.setattr(type(link.conversation), "is_current", False)
+        server.put("tasks/x.json", b"x")
+        await until(lambda: service._follower.state.position.seq == server.seq)
+    await server.stop()
+    await until(lambda: link.failed_attempts == 1)
+    assert link._pace.streak == 0
