@@ -281,7 +281,7 @@ class ProjectRegistry:
             for peer in tuple(self._peers):
                 if peer.project is project:
                     peer.end(bye)
-            project.history.dismiss(bye)  # and the HTTP clients
+            project.dismiss(bye)  # and the HTTP clients
             self._watching.pop(slug).set()
             await project.stop(_WORKER_STOP_S)
         finally:

@@ -200,13 +200,11 @@ async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
         os.kill(worker, signal.SIGSTOP)
         try:
             await one.send(request)
-            await until(lambda: project._in_flight.get(request.id), 30)
+            await until(lambda: project._queue.get(request.id), 30)
             await two.send(request)
             await two.send(unknown := Push(secrets.token_hex(16), bytes(32), 1))
-            await until(lambda: project._in_flight.get(unknown.id))
-            await until(
-                lambda: len(project._in_flight._jobs[request.id].requesters) == 3 or not project.pushes._under_way
-            )
+            await until(lambda: project._queue.get(unknown.id))
+            await until(lambda: len(project._queue._by_id[request.id].requesters) == 3 or not project.pushes._under_way)
         finally:
             os.kill(worker, signal.SIGCONT)
         with contextlib.suppress(ConnectionClosed, AssertionError):

@@ -245,7 +245,7 @@ async def test_requests_with_the_worker_are_bounded_in_bytes(paths: ProjectPaths
     requests = [carrying(600) for _ in range(5)]
     for request in requests:
         project.submit(request, watcher)
-    assert [len(queue) for queue in (project._window, project._queue)] == [2, 2]
+    assert [len(queue) for queue in (project._queue.sent, project._queue.turns)] == [2, 2]
     await until(lambda: len(watcher.answers) == 5)
     refused = watcher.answers[requests[4].id]
     assert isinstance(refused, Refused)
@@ -267,14 +267,18 @@ async def test_one_token_leaves_room_for_the_files_of_others(paths: ProjectPaths
     await until(lambda: len(watcher.answers) == 5)
     answered = [isinstance(watcher.answers[request.id], Reply) for request in (*greedy, other)]
     assert answered == [True, True, False, False, True]
-    assert not +project._in_flight._weight
+    assert not +project._queue._weight
     await project.stop(1.0)
 
 
 async def test_a_failed_project_answers_nobody_and_says_why(opened: Opened) -> None:
+    requester = Watcher()
+    opened.project.submit(command("sleep", "0.2"), requester)
     opened.project.submit(command("fail"), opened.watcher)
-    await until(lambda: opened.watcher.byes)
-    assert opened.watcher.byes[0].code == "REMOTE_STORAGE"
+    opened.project.submit(command("put", "a", "x"), requester)
+    await until(lambda: opened.watcher.byes and requester.byes)
+    assert opened.watcher.byes[0].code == requester.byes[0].code == "REMOTE_STORAGE"
+    assert len(requester.answers) == 1 and not requester.changes, "it does not follow"
     assert opened.project.failure is not None
     assert not opened.watcher.answers
 
@@ -341,7 +345,7 @@ async def test_what_is_withdrawn_is_not_run_and_what_the_worker_has_is_not_withd
     for request in requests:
         project.submit(request, watcher)
     project.submit(queued, again)
-    assert [len(queue) for queue in (project._window, project._queue)] == [2, 1]
+    assert [len(queue) for queue in (project._queue.sent, project._queue.turns)] == [2, 1]
     assert not project.withdraw(watcher, running.id, "REMOTE_UNAUTHORIZED"), "the worker has it"
     assert not project.withdraw(again, queued.id, "REMOTE_UNAUTHORIZED"), "another connection asks for it"
     project.forget(again, {queued.id})
@@ -414,7 +418,7 @@ async def test_a_waiter_that_leaves_lets_the_next_one_try(opened: Opened) -> Non
     opened.project.submit(freed, opened.watcher)
     opened.project.forget(gone, {first.id})  # before the worker has freed it
     await until(lambda: second.id in opened.watcher.answers)
-    assert not gone.answers and not opened.project._in_flight._jobs and not opened.project._waiting._lines
+    assert not gone.answers and not opened.project._queue._by_id and not opened.project._queue.waiting._lines
 
 
 async def test_edits_behind_its_back_become_changes(opened: Opened, paths: ProjectPaths) -> None:
@@ -564,3 +568,18 @@ async def test_a_second_writer_waits_for_the_first_to_end(paths: ProjectPaths) -
     await first.stop(1.0)
     await asyncio.wait_for(second.opened(), 5.0)
     await second.stop(1.0)
+
+
+async def test_a_requester_that_does_not_follow_gets_its_reply_across_a_new_epoch(opened: Opened) -> None:
+    project, requester = opened.project, Watcher()
+    before, after = command("put", "a", "1"), command("put", "a", "2")
+    epoch = project.history.epoch
+    project.submit(before, requester)
+    proved = asyncio.create_task(project.rollback_proved(epoch, "a test says so"))
+    await asyncio.sleep(0)
+    project.submit(after, requester)
+    await proved
+    await until(lambda: len(requester.answers) == 2)
+    assert project.history.epoch != epoch and opened.watcher.byes
+    assert not requester.byes and not requester.changes
+    assert all(isinstance(answer, Reply) for answer in requester.answers.values())

@@ -2,16 +2,19 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator, Iterable
 from typing import NamedTuple, cast
 
-from lattice_remote.server.ipc import AbandonRequest, Reconcile, RequestDone
-from lattice_remote.server.project.history import Subscriber
+import pytest
+
+from lattice_remote.server.ipc import AbandonRequest, Reconcile, RequestDone, RunCommand, ToWorker
 from lattice_remote.server.project.queue import (
     FairLock,
     FairQueue,
-    InFlightRequests,
     QueuedRequest,
     QueueLimits,
+    Requester,
+    RequestQueue,
     ResourceWaitQueue,
 )
 
@@ -23,11 +26,11 @@ class Asker(NamedTuple):
     fairness_key: str
 
 
-ANA, BEN, CEM = (cast("Subscriber", Asker(name, name)) for name in ("ana", "ben", "cem"))
-BENS_OTHER = cast("Subscriber", Asker("ben at another connection", "ben"))
+ANA, BEN, CEM = (cast("Requester", Asker(name, name)) for name in ("ana", "ben", "cem"))
+BENS_OTHER = cast("Requester", Asker("ben at another connection", "ben"))
 
 
-def job(requester: Subscriber | None, name: str) -> QueuedRequest:
+def job(requester: Requester | None, name: str) -> QueuedRequest:
     return QueuedRequest(
         AbandonRequest(name, "", "", "") if requester else Reconcile(None), [requester] if requester else []
     )
@@ -144,9 +147,67 @@ def test_a_lane_whose_only_item_was_removed_is_gone() -> None:
     assert len(turns) == 1 and turns.pop() is other
 
 
-def test_requests_that_are_forgotten_weigh_nothing() -> None:
-    held = InFlightRequests(QueueLimits())
-    held.add("x", "tok", QueuedRequest(AbandonRequest("x", "tok", "", ""), weight=100))
-    assert held.bytes == 100
-    held.clear()
-    assert held.bytes == 0 and held.get("x") is None
+def queued(name: str, argument: str = "") -> QueuedRequest:
+    return QueuedRequest(RunCommand(name, [argument], [], "tok", "human:ana", []), [ANA])
+
+
+def ids(messages: Iterable[ToWorker]) -> list[str]:
+    return [message.id for message in messages]  # type: ignore[union-attr]
+
+
+@pytest.fixture
+async def requests() -> AsyncIterator[RequestQueue]:
+    retried: list[None] = []
+    queue = RequestQueue(QueueLimits(window=2), ready=lambda: retried.append(None), overdue=lambda _: None)
+    yield queue
+    queue.clear()
+    queue.close()
+
+
+async def test_a_request_is_queued_then_sent_then_waits_and_is_queued_again(requests: RequestQueue) -> None:
+    first, second, third = (queued(name) for name in ("1", "2", "3"))
+    for each in (first, second, third):
+        requests.add(each)
+    assert ids(requests.take()) == ["1", "2"] and requests.take() == [], "the window has two"
+    assert [each.state for each in (first, second, third)] == ["sent", "sent", "queued"]
+    requests.wait(requests.settle(), waiting_for("gpu"))
+    assert first.state == "waiting" and ids(requests.take()) == ["3"]
+    requests.waiting.wake_first("gpu")
+    assert first.state == "queued" and requests.get("1") is first
+    assert not requests.withdraw(second), "the worker has it"
+    assert requests.withdraw(first) and requests.get("1") is None and not requests.turns
+
+
+async def test_what_a_dead_worker_had_is_sent_again_first_and_alone(requests: RequestQueue) -> None:
+    for name in ("1", "2", "3"):
+        requests.add(queued(name))
+    requests.take()
+    requests.add(QueuedRequest(Reconcile(None)))
+    assert ids(each.message for each in requests.worker_ended()) == ["1", "2"]
+    assert ids(requests.take()) == ["1"], "a suspect runs alone"
+    requests.drop(requests.settle())
+    assert ids(requests.take()) == ["2"]
+    requests.drop(requests.settle())
+    assert requests.take()[0].id == "3" and len(requests.sent) == 2  # type: ignore[union-attr]
+    assert len(requests.worker_ended()) == 1 and len(requests.turns) == 1, "a check is not repeated"
+
+
+async def test_a_token_with_too_much_is_refused_until_its_requests_are_answered(requests: RequestQueue) -> None:
+    limits = QueueLimits(in_flight_bytes=300, in_flight_bytes_per_token=200, per_token=3, queued=2)
+    queue = RequestQueue(limits, ready=lambda: None, overdue=lambda _: None)
+    large = queued("1", "x" * 150)
+    assert queue.objection(large) is None
+    queue.add(large)
+    assert "of this token are in flight" in (queue.objection(queued("2", "x" * 100)) or "")
+    assert queue.objection(queued("2", "x" * 50)) is None and queue.bytes == 150
+    for name in ("2", "3"):
+        queue.add(queued(name))
+    assert "too much to do" in (queue.objection(queued("4")) or ""), "it has requests in the queue"
+    queue.turns.clear()
+    assert queue.objection(queued("4")) == "3 requests of this token are in flight"
+    for each in (large, large):
+        queue.drop(each)
+    assert queue.objection(queued("4", "x" * 200)) is None and queue.bytes == 0
+    assert "too much to do" in (queue.objection(queued("4", "x" * 301)) or "")
+    queue.clear()
+    assert queue.get("2") is None and queue.requesters() == []

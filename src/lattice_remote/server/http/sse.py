@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from http import HTTPStatus
 from itertools import accumulate
 from typing import Protocol
@@ -178,16 +178,8 @@ class Feed:
 
     # --- subscriber of the history ---
 
-    @property
-    def fairness_key(self) -> Hashable:
-        """Unused: a feed sends no requests."""
-        return self
-
     def change_committed(self, seq: int, frame: bytes) -> None:  # noqa: ARG002 - it reads them in its own time
         self._news.set()
-
-    def answer(self, request_id: str, reply: bytes) -> None:
-        """Ignore: a feed sends no requests."""
 
     def end(self, bye: Bye) -> None:
         """End all subscribers: the epoch changed, or the project is closed."""

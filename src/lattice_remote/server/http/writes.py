@@ -38,7 +38,7 @@ def unique_key() -> IdempotencyKey:
 
 
 class _Requester:
-    """Requester of a single reply; ignores changes."""
+    """Requester of a single reply."""
 
     def __init__(self, context: RequestContext, request_id: str) -> None:
         self._project, self._request_id = context.project, request_id
@@ -49,9 +49,6 @@ class _Requester:
     def fairness_key(self) -> Hashable:
         """The token's: all its HTTP connections share one place in the queue."""
         return self._fairness_key
-
-    def change_committed(self, seq: int, frame: bytes) -> None:
-        """Ignore the change."""
 
     def answer(self, request_id: str, reply: bytes) -> None:  # noqa: ARG002 - it has asked once
         if not self.answered.done():
@@ -124,13 +121,11 @@ async def _send[T: ServerFrame](context: RequestContext, message: RunCommand | R
         raise stopping()
     if (refusal := context.hub.auth.ended(context.login)) is not None:  # the body may have arrived slowly
         raise refusal
-    project.history.join(requester)
     try:
         with context.hub.auth.staying(context.login, requester.end):
             project.submit(message, requester, context.on_result)
             frame = decode_server_frame(await requester.answered)
     finally:
-        project.history.leave(requester)
         project.forget(requester, {message.id})
     if isinstance(frame, Refused):
         raise Rejected(frame.message, code=frame.code)

@@ -7,7 +7,7 @@ reads the head, the files or the manifest and queues the result without yielding
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -78,17 +78,10 @@ Content = tuple[int, bytes]
 
 
 class Subscriber(Protocol):
-    """Recipient of changes and replies. No method waits or raises."""
-
-    @property
-    def fairness_key(self) -> Hashable:
-        """Key of its requests, which keep their order; keys take turns. Several subscribers may share one."""
+    """Recipient of changes. No method waits or raises."""
 
     def change_committed(self, seq: int, frame: bytes) -> None:
         """Handle a durable change; ``frame`` is the shared WebSocket frame."""
-
-    def answer(self, request_id: str, reply: bytes) -> None:
-        """Handle an encoded reply."""
 
     def end(self, bye: Bye) -> None:
         """Send a ``Bye`` and close."""

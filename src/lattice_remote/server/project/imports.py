@@ -21,7 +21,7 @@ from lattice_remote.server.config import Config
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import ImportProject
 from lattice_remote.server.project.bundle_check import ImportReport, quarantine
-from lattice_remote.server.project.history import Subscriber
+from lattice_remote.server.project.queue import Requester
 from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.tokens import Token
 
@@ -30,14 +30,14 @@ __all__ = ["Pushes"]
 _MAX_UNDER_WAY = 8
 _log = logging.getLogger(__name__)
 
-Submit = Callable[[ImportProject, Subscriber], None]
+Submit = Callable[[ImportProject, Requester], None]
 
 
 @dataclass(slots=True)
 class _Push:
     frame: Push
     token: Token
-    requesters: list[Subscriber] = field(default_factory=list)
+    requesters: list[Requester] = field(default_factory=list)
     """Recipients of a refusal by the check."""
     task: "asyncio.Task[None] | None" = None
     request: ImportProject | None = None
@@ -68,7 +68,7 @@ class Pushes:
         self._is_clean = False  # leftovers of an earlier server were removed
 
     def take(
-        self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, requester: Subscriber
+        self, frame: Push, token: Token, first_sent_at: float | None, used: str | None, requester: Requester
     ) -> None:
         """Start or join a push. Calls ``requester.answer()`` when it is done.
 
@@ -96,7 +96,7 @@ class Pushes:
             push = self._under_way[frame.id] = _Push(frame, token, [requester])
             push.task = asyncio.get_running_loop().create_task(self._check(push, first_sent_at), name="push")
 
-    def forget(self, requester: Subscriber) -> None:
+    def forget(self, requester: Requester) -> None:
         """Remove a closed connection. Its pushes continue, since the client will ask again."""
         for push in self._under_way.values():
             if requester in push.requesters:
@@ -157,7 +157,7 @@ class Pushes:
         for requester in push.requesters:
             self._refuse(requester, push.frame.id, code, why)
 
-    def _refuse(self, requester: Subscriber, request_id: str, code: str, message: str) -> None:
+    def _refuse(self, requester: Requester, request_id: str, code: str, message: str) -> None:
         self._refused(code)
         requester.answer(request_id, encode(Refused(request_id, code, message[:4096])))
 
@@ -200,9 +200,6 @@ class _Cleaner:
     def answer(self, request_id: str, reply: bytes) -> None:
         del request_id, reply
         self._settled()
-
-    def change_committed(self, seq: int, frame: bytes) -> None:
-        """Do nothing."""
 
     def end(self, bye: Bye) -> None:
         """Do nothing."""

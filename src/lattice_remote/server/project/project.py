@@ -19,8 +19,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import msgspec
-
 from lattice_remote.errors import Rejected, StorageError
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import Bye, Refused
@@ -44,17 +42,14 @@ from lattice_remote.server.ipc import (
 )
 from lattice_remote.server.metrics import Metrics, ProjectMetrics
 from lattice_remote.server.project.audit_log import LogReader
-from lattice_remote.server.project.history import CommitTimes, History, Subscriber
+from lattice_remote.server.project.history import CommitTimes, History
 from lattice_remote.server.project.hooks import HookRunner
 from lattice_remote.server.project.imports import Pushes
 from lattice_remote.server.project.queue import (
-    FairQueue,
-    InFlightRequests,
     QueuedRequest,
     QueueLimits,
-    ResourceWaitQueue,
-    WorkerWindow,
-    weight_of,
+    Requester,
+    RequestQueue,
 )
 from lattice_remote.server.project.reader_process import ReaderProcess
 from lattice_remote.server.project.request_log import OutcomeListener, RequestLog
@@ -115,10 +110,7 @@ class Project:
         self._hooks = hooks
         self._bounds = bounds or QueueLimits()
         self._worker_command = worker_command
-        self._in_flight = InFlightRequests(self._bounds)
-        self._queue: FairQueue[QueuedRequest] = FairQueue()
-        self._window = WorkerWindow(self._bounds, self._overdue)  # with the worker
-        self._waiting = ResourceWaitQueue(self._retry)
+        self._queue = RequestQueue(self._bounds, ready=self._pump, overdue=self._overdue)
         self._edited: set[str] = set()
         self._rescan = False
         self._reconciling = False
@@ -156,10 +148,10 @@ class Project:
     @property
     def load(self) -> Load:
         return Load(
-            queued=len(self._queue),
-            with_worker=len(self._window),
-            waiting=len(self._waiting),
-            in_flight_bytes=self._in_flight.bytes,
+            queued=len(self._queue.turns),
+            with_worker=len(self._queue.sent),
+            waiting=len(self._queue.waiting),
+            in_flight_bytes=self._queue.bytes,
             reads_waiting=self.reader.waiting,
             worker_pid=self._worker.pid if self._working and self._worker is not None else None,
         )
@@ -179,12 +171,18 @@ class Project:
         """Why the project cannot be used; None when it can."""
         return self._failure
 
+    def dismiss(self, bye: Bye) -> None:
+        """End every subscriber, and every requester whose reply will not come."""
+        self.history.dismiss(bye)
+        for requester in self._queue.requesters():
+            requester.end(bye)
+
     async def drain(self, timeout_s: float) -> None:
         """Accept no further requests; wait at most ``timeout_s`` for those with the worker."""
         self._stopping = True
         self._open.set()  # opened() then raises
-        self._waiting.clear()
-        if self._window:
+        self._queue.waiting.clear()
+        if self._queue.sent:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -195,7 +193,7 @@ class Project:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait({self._supervisor})
-        self._window.close()
+        self._queue.close()
         if self._worker is not None:
             self._worker.send(Stop())
             if not await self._worker.wait(timeout_s):
@@ -217,8 +215,8 @@ class Project:
         An undone command leaves the head unchanged, although readers may have seen its files. The name therefore
         includes the number of attempts.
         """
-        settled = self._working and not self._window
-        return (self.history.epoch, self.history.head, self._window.attempts) if settled else None
+        settled = self._working and not self._queue.sent
+        return (self.history.epoch, self.history.head, self._queue.attempts) if settled else None
 
     def _durable(self) -> tuple[str, int]:
         return self.history.epoch, self.history.head
@@ -228,7 +226,7 @@ class Project:
     def submit(
         self,
         message: RunCommand | RunCall | Edit | ImportProject,
-        requester: Subscriber,
+        requester: Requester,
         on_result: OutcomeListener | None = None,
     ) -> None:
         """Queue a request. Calls ``requester.answer()`` exactly once, possibly before returning.
@@ -238,29 +236,23 @@ class Project:
         """
         if self._stopping or self._failure is not None:
             return  # the Bye on this connection gives the reason
-        job = self._in_flight.get(message.id)
+        job = self._queue.get(message.id)
         if job is not None:
             self._join(job, message, requester, on_result)
             return
-        weight = weight_of(message)
-        objection = self._in_flight.objection(message.token_id, weight)
-        # A requester with nothing queued is always admitted: others must not lock it out.
-        if len(self._queue) >= self._bounds.queued and self._queue.has(requester.fairness_key):
-            objection = "the server has too much to do for this project; try again"
-        if objection is not None:
+        job = QueuedRequest(message, [requester], on_result=on_result)
+        if (objection := self._queue.objection(job)) is not None:
             self._refuse(requester, message, on_result, "REMOTE_BUSY", objection)
             return
-        job = QueuedRequest(message, [requester], weight=weight, on_result=on_result)
         if message.first_sent_at is not None:  # repeated: it has waited since then
             job.submitted_at -= max(0.0, time.time() - message.first_sent_at)
-        self._in_flight.add(message.id, message.token_id, job)
         self._enqueue(job)
 
     def _join(
         self,
         job: QueuedRequest,
         message: RunCommand | RunCall | Edit | ImportProject,
-        requester: Subscriber,
+        requester: Requester,
         on_result: OutcomeListener | None,
     ) -> None:
         running = job.message
@@ -275,7 +267,7 @@ class Project:
 
     def _refuse(
         self,
-        requester: Subscriber,
+        requester: Requester,
         message: RunCommand | RunCall | Edit | ImportProject,
         on_result: OutcomeListener | None,
         code: str,
@@ -284,36 +276,27 @@ class Project:
         self.request_log.refused(message, code, on_result)
         requester.answer(message.id, encode(Refused(message.id, code, why)))
 
-    def forget(self, requester: Subscriber, request_ids: set[str]) -> None:
+    def forget(self, requester: Requester, request_ids: set[str]) -> None:
         """Remove a closed connection. Its requests continue, except those that only wait for a resource."""
         self.pushes.forget(requester)
         for request_id in request_ids:
-            job = self._in_flight.get(request_id)
+            job = self._queue.get(request_id)
             if job is None or requester not in job.requesters:
                 continue
             job.requesters.remove(requester)
-            if not job.requesters and job.resource is not None and self._remove_queued(job):
-                self._in_flight.drop(request_id)
+            if not job.requesters and job.resource is not None:
+                self._queue.withdraw(job)
 
-    def withdraw(self, requester: Subscriber, request_id: str, code: str) -> bool:
+    def withdraw(self, requester: Requester, request_id: str, code: str) -> bool:
         """Withdraw a request of a revoked token; return True if it had no effect and never will.
 
         False: the worker has or had it, or another connection also requests it.
         """
-        job = self._in_flight.get(request_id)
-        if job is None or job.requesters != [requester] or job.suspect or not self._remove_queued(job):
+        job = self._queue.get(request_id)
+        if job is None or job.requesters != [requester] or job.suspect or not self._queue.withdraw(job):
             return False
         assert isinstance(job.message, RunCommand | RunCall | Edit | ImportProject), "others are not asked for"
-        self._in_flight.drop(request_id)
         self.request_log.refused(job.message, code, job.on_result)
-        return True
-
-    def _remove_queued(self, job: QueuedRequest) -> bool:
-        """Remove a request without requesters from its queue; return False if the worker has it."""
-        if job in self._window:
-            return False
-        if not self._waiting.leave(job):
-            self._queue.remove(job)
         return True
 
     def files_touched(self, paths: set[str] | None) -> None:
@@ -338,33 +321,15 @@ class Project:
     # --- the queue ---
 
     def _enqueue(self, job: QueuedRequest) -> None:
-        self._queue.add(job, job.fairness_key)
+        self._queue.add(job)
         self._pump()
 
     def _pump(self) -> None:
         if not self._working or self._stopping:
             return
-        batch: list[ToWorker] = []
-        while self._queue and self._window.takes(self._queue.next()):
-            job = self._queue.pop()
-            self._window.add(job)
-            if isinstance(job.message, RunCommand | RunCall):
-                ahead = self._waiting.ahead_of(job)
-                if ahead != job.message.ahead:
-                    job.message = msgspec.structs.replace(job.message, ahead=ahead)
-            batch.append(job.message)
-        if batch:
+        if batch := self._queue.take():
             assert self._worker is not None, "an open project has a worker"
             self._worker.send(*batch)
-
-    def _retry(self, job: QueuedRequest) -> None:
-        assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
-        is_over = time.monotonic() >= job.wait_until
-        if job.lock_until:
-            job.message = msgspec.structs.replace(job.message, may_wait=not is_over)
-        elif isinstance(job.message, RunCommand):
-            job.message = msgspec.structs.replace(job.message, last_try=is_over, may_wait=True)
-        self._enqueue(job)
 
     def _reconcile(self) -> None:
         if self._reconciling or not (self._rescan or self._edited) or self._stopping or self._failure is not None:
@@ -390,8 +355,8 @@ class Project:
 
     def _done(self, done: RequestDone) -> None:
         """Publish the change, then reply, then run the hooks."""
-        assert self._window, "the worker answers only what it was sent"
-        assert done.id == getattr(self._window.oldest.message, "id", ""), "the worker answers in order"
+        assert self._queue.sent, "the worker answers only what it was sent"
+        assert done.id == self._queue.sent[0].id, "the worker answers in order"
         job = self._settled()
         if done.synced_s is not None:
             self.metrics.journal_fsync_seconds.observe(done.synced_s)
@@ -399,32 +364,33 @@ class Project:
             self.history.oldest = done.oldest or self.history.oldest
         else:
             self.history.publish(done.seq, done.mark, done.change, done.after, oldest=done.oldest)
-        self._waiting.touched(done)
+        self._queue.waiting.touched(done)
         self._finish(job, done)
         if self._hooks is not None and done.hooks:
             self._hooks.submit(done.seq, done.hooks)
         self._pump()
 
     def _settled(self) -> QueuedRequest:
-        job = self._window.settle()
-        if not self._window:
+        job = self._queue.settle()
+        if not self._queue.sent:
             self._idle.set()
         return job
 
     def _finish(self, job: QueuedRequest, done: RequestDone) -> None:
         match job.message:
             case RunCommand() | RunCall() | Edit() | ImportProject() | AbandonRequest() as message:
-                if done.waiting_for is not None:
-                    self._wait(job, message.id, done)
+                if done.waiting_for is not None and job.requesters and not self._stopping:
+                    self._queue.wait(job, done)
                     return
-                self._in_flight.drop(message.id)
+                self._queue.drop(job)
+                if done.waiting_for is not None:
+                    return  # no requester waits any more
                 assert done.reply is not None, "a request that does not wait is answered"
                 self.request_log.settled(job, message, done)
                 if done.change is not None and isinstance(message, RunCommand | RunCall):
                     self._uploads_used(message)
                 for requester in job.requesters:
                     requester.answer(message.id, done.reply)
-                self._waiting.leave(job)
             case Reconcile(paths):
                 self._reconciling = False
                 if done.change is not None:
@@ -441,14 +407,6 @@ class Project:
         for file in message.files:
             if file.digest is not None:
                 self.uploads.used(message.token_id, file.digest)
-
-    def _wait(self, job: QueuedRequest, request_id: str, done: RequestDone) -> None:
-        if job.requesters and not self._stopping:
-            assert isinstance(job.message, RunCommand | RunCall), "only commands and calls wait"
-            self._waiting.add(job, done, ahead=job.message.ahead)
-        else:
-            self._waiting.leave(job)
-            self._in_flight.drop(request_id)
 
     # --- starts and ends of the worker ---
 
@@ -494,10 +452,10 @@ class Project:
         self._open.set()
         self._reconcile()
         self._pump()
-        self._waiting.wake_each_first()  # the last worker's changes may have freed their resources
+        self._queue.waiting.wake_each_first()  # the last worker's changes may have freed their resources
 
     def _epoch_started(self, ready: Ready) -> None:
-        asked = self._window and isinstance(self._window.oldest.message, NewEpoch)
+        asked = self._queue.sent and isinstance(self._queue.sent[0].message, NewEpoch)
         assert asked, "a worker says Ready once at its start, and for a new epoch"
         self._settled()
         self.history.begin(ready, "the server's files were rolled back; reconnect at once")
@@ -506,9 +464,8 @@ class Project:
 
     def _ended(self) -> None:
         """Queue the requests of an ended worker again, first and in the same order."""
-        had = self._window.clear()
-        unanswered = [job for job in had if not isinstance(job.message, Reconcile)]
-        if len(unanswered) < len(had):
+        sent, unanswered = len(self._queue.sent), self._queue.worker_ended()
+        if len(unanswered) < sent:
             self._reconciling = False  # the next worker looks at the whole tree when it starts
         self._idle.set()
         self._worker_ended.set()
@@ -516,15 +473,14 @@ class Project:
             self._ready.set_exception(StorageError("it ended before it was ready"))
             self._ready.exception()  # marks it as retrieved: at a stop no caller waits
         self._ready, self._working = None, False
+        if self._failure is not None:
+            self._queue.clear()
         if self._stopping or self._failure is not None:
             return
         if unanswered and isinstance(unanswered[0].message, ImportProject):
             _log.info("%s: the worker restarts to put a pushed project in place", self.slug)
         else:
             _log.error("%s: the worker ended; %d requests are sent again", self.slug, len(unanswered))
-        for job in reversed(unanswered):
-            job.suspect = True
-            self._queue.add_first(job)
         if len(unanswered) == 1:
             unanswered[0].deaths += 1
             if unanswered[0].deaths > 1:
@@ -554,12 +510,10 @@ class Project:
         _log.critical("%s: %s", self.slug, message)
         self._failure = StorageError(message)
         self._working = False
-        self._waiting.clear()
-        self._in_flight.clear()
-        self._queue.clear()
         self._reconciling = False
         self._open.set()
-        self.history.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
+        self.dismiss(Bye("REMOTE_STORAGE", message, 5.0))
+        self._queue.clear()
 
     def _overdue(self, job: QueuedRequest) -> None:
         if self._worker is None:

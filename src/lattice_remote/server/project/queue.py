@@ -1,4 +1,4 @@
-"""Request queues of a project: fair turns, requests in flight, the worker's window and waits for resources.
+"""Request queue of a project: fair turns, the requests with the worker, and waits for resources.
 
 ``acquire --wait`` does not occupy the worker. The waiters of a resource are ordered by the time of their first request,
 so a client that reconnects keeps its place. The first waiter is retried when a change touches its resource, when a
@@ -13,12 +13,16 @@ release, so the first waiter polls with growing delays.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
+import msgspec
+
+from lattice_remote.protocol.messages import Bye
 from lattice_remote.server.ipc import (
+    AbandonRequest,
     Edit,
     ImportProject,
     NewEpoch,
@@ -26,21 +30,32 @@ from lattice_remote.server.ipc import (
     RequestDone,
     RunCall,
     RunCommand,
-    Stop,
     ToWorker,
 )
-from lattice_remote.server.project.history import Subscriber
 
 __all__ = [
     "FairLock",
     "FairQueue",
-    "InFlightRequests",
     "QueueLimits",
     "QueuedRequest",
+    "RequestQueue",
+    "Requester",
     "ResourceWaitQueue",
-    "WorkerWindow",
-    "weight_of",
 ]
+
+
+class Requester(Protocol):
+    """Recipient of a request's reply. No method waits or raises."""
+
+    @property
+    def fairness_key(self) -> Hashable:
+        """Key of its requests, which keep their order; keys take turns. Several requesters may share one."""
+
+    def answer(self, request_id: str, reply: bytes) -> None:
+        """Handle an encoded reply."""
+
+    def end(self, bye: Bye) -> None:
+        """Handle that no reply will come."""
 
 
 class FairQueue[T]:
@@ -138,19 +153,19 @@ class FairLock:
 
 @dataclass(slots=True, eq=False)
 class QueuedRequest:
-    """A request in the queue, with the worker, or waiting for a resource."""
+    """A request without a reply."""
 
     message: ToWorker
-    requesters: list[Subscriber] = field(default_factory=list)
+    requesters: list[Requester] = field(default_factory=list)
     """Recipients of the reply; a request may be repeated on a new connection."""
+    state: Literal["queued", "sent", "waiting"] = "queued"
+    """In its turn, with the worker, or for a resource."""
     submitted_at: float = field(default_factory=time.monotonic)
     """Monotonic time of the first submission, possibly to an earlier server process."""
     arrived_at: float = field(default_factory=time.monotonic)
     """Monotonic time of arrival in this process."""
     on_result: Callable[[Any], None] | None = None
     """Called with the outcome; writes the log line (see ``request_log``)."""
-    weight: int = 0
-    """Bytes of its arguments and attached files."""
     suspect: bool = False
     """Was with a worker that died; runs alone until the culprit is known."""
     deaths: int = 0
@@ -161,11 +176,19 @@ class QueuedRequest:
     """Monotonic deadline of its lock waits; 0 before the first."""
     wait_until: float = 0.0
     """Monotonic deadline of the current wait."""
+    weight: int = field(init=False)
+    """Bytes of its arguments and attached files, as submitted."""
+    fairness_key: Hashable = field(init=False)
+    """The first requester's key; None for the server's own."""
+
+    def __post_init__(self) -> None:
+        self.weight = _weight_of(self.message)
+        self.fairness_key = self.requesters[0].fairness_key if self.requesters else None
 
     @property
-    def fairness_key(self) -> Hashable:
-        """The first requester's key; None for the server's own."""
-        return self.requesters[0].fairness_key if self.requesters else None
+    def id(self) -> str:
+        """The request's id; "" for the server's own."""
+        return getattr(self.message, "id", "")
 
 
 _LOCKS = "locks/"
@@ -296,140 +319,196 @@ class QueueLimits:
     """Weight of the worker's requests above which it gets no other."""
 
 
-class InFlightRequests:
-    """Requests in flight by id, with their count and weight per token."""
-
-    def __init__(self, bounds: QueueLimits) -> None:
-        self._bounds = bounds
-        self._jobs: dict[str, QueuedRequest] = {}
-        self._count: Counter[str] = Counter()  # by token
-        self._weight: Counter[str] = Counter()  # by token
-        self.bytes = 0
-
-    def get(self, request_id: str) -> QueuedRequest | None:
-        return self._jobs.get(request_id)
-
-    def objection(self, token_id: str, weight: int) -> str | None:
-        """Return why the token may not add a request of this weight; None if it may."""
-        bounds = self._bounds
-        if self.bytes + weight > bounds.in_flight_bytes:
-            return "the server has too much to do for this project; try again"
-        if self._count[token_id] >= bounds.per_token:
-            return f"{bounds.per_token} requests of this token are in flight"
-        if self._weight[token_id] + weight > bounds.in_flight_bytes_per_token:
-            return f"requests of {bounds.in_flight_bytes_per_token >> 20} MiB of this token are in flight; try again"
-        return None
-
-    def add(self, request_id: str, token_id: str, job: QueuedRequest) -> None:
-        self._jobs[request_id] = job
-        self._count[token_id] += 1
-        self._weight[token_id] += job.weight
-        self.bytes += job.weight
-
-    def drop(self, request_id: str) -> None:
-        """Remove a request. Idempotent."""
-        if (job := self._jobs.pop(request_id, None)) is None:
-            return
-        assert not isinstance(job.message, Reconcile | NewEpoch | Stop), "these have no request id"
-        self._count[job.message.token_id] -= 1
-        self._weight[job.message.token_id] -= job.weight
-        self.bytes -= job.weight
-
-    def clear(self) -> None:
-        self._jobs.clear()
-        self._count.clear()
-        self._weight.clear()
-        self.bytes = 0
-
-
-def weight_of(message: RunCommand | RunCall | Edit | ImportProject) -> int:
-    """Return the weight of a request: bytes of its arguments and attached files."""
-    if isinstance(message, ImportProject):
-        return 0
-    if isinstance(message, Edit):
-        return len(message.text) + len(message.base or b"")
-    said = len(message.payload) if isinstance(message, RunCall) else sum(map(len, message.argv))
-    return said + sum(len(file.data or b"") for file in message.files)
-
-
-class WorkerWindow:
-    """Requests with the worker, oldest first. Belongs to the event loop's thread; ``close()`` it.
+class RequestQueue:
+    """Requests of one project without a reply. Belongs to the event loop's thread; ``close()`` it.
 
     Args:
-        bounds: limits of count, weight and time.
-        overdue: called with the oldest request when it exceeds its time limit.
+        limits: limits of count, weight and time.
+        ready: called when a waiting request is queued again.
+        overdue: called with the oldest request of the worker when it exceeds its time limit.
     """
 
-    def __init__(self, bounds: QueueLimits, overdue: Callable[[QueuedRequest], None]) -> None:
-        self._bounds = bounds
-        self._overdue = overdue
-        self._jobs: deque[QueuedRequest] = deque()
-        self._weight = 0
+    def __init__(
+        self, limits: QueueLimits, *, ready: Callable[[], None], overdue: Callable[[QueuedRequest], None]
+    ) -> None:
+        self._limits, self._ready, self._overdue = limits, ready, overdue
+        self._by_id: dict[str, QueuedRequest] = {}  # without the server's own
+        self.turns: FairQueue[QueuedRequest] = FairQueue()
+        self.sent: deque[QueuedRequest] = deque()
+        """With the worker, oldest first."""
+        self.waiting = ResourceWaitQueue(self._retry)
+        self._count: Counter[str] = Counter()  # by token
+        self._weight: Counter[str] = Counter()  # by token
+        self._weight_sent = 0
         self.attempts = 0
         """Number of requests ever sent that may write, including those without effect."""
-        self._oldest_since = 0.0  # when the oldest became the oldest
+        self._oldest_since = 0.0  # when the oldest with the worker became the oldest
         self._timer: asyncio.TimerHandle | None = None
 
-    def __len__(self) -> int:
-        return len(self._jobs)
-
-    def __iter__(self) -> Iterator[QueuedRequest]:
-        return iter(self._jobs)
-
     @property
-    def oldest(self) -> QueuedRequest:
-        """The next request to be answered."""
-        return self._jobs[0]
+    def bytes(self) -> int:
+        """Weight of all requests."""
+        return self._weight.total()
 
-    def takes(self, job: QueuedRequest) -> bool:
-        first = self._jobs[0] if self._jobs else job
-        most = 1 if first.suspect else self._bounds.window
-        return len(self._jobs) < most and self._weight < self._bounds.window_bytes
+    def get(self, request_id: str) -> QueuedRequest | None:
+        return self._by_id.get(request_id)
 
-    def add(self, job: QueuedRequest) -> None:
-        if not self._jobs:
+    def requesters(self) -> list[Requester]:
+        return [requester for request in self._by_id.values() for requester in request.requesters]
+
+    # --- admission ---
+
+    def objection(self, request: QueuedRequest) -> str | None:
+        """Return why a client may not add a request; None if it may."""
+        limits, token_id = self._limits, _token_of(request.message)
+        busy = "the server has too much to do for this project; try again"
+        # A requester with nothing queued is always admitted: others must not lock it out.
+        if len(self.turns) >= limits.queued and self.turns.has(request.fairness_key):
+            return busy
+        if self.bytes + request.weight > limits.in_flight_bytes:
+            return busy
+        if self._count[token_id] >= limits.per_token:
+            return f"{limits.per_token} requests of this token are in flight"
+        if self._weight[token_id] + request.weight > limits.in_flight_bytes_per_token:
+            return f"requests of {limits.in_flight_bytes_per_token >> 20} MiB of this token are in flight; try again"
+        return None
+
+    def add(self, request: QueuedRequest) -> None:
+        if request.id:
+            token_id = _token_of(request.message)
+            self._by_id[request.id] = request
+            self._count[token_id] += 1
+            self._weight[token_id] += request.weight
+        self.turns.add(request, request.fairness_key)
+
+    # --- the worker ---
+
+    def take(self) -> list[ToWorker]:
+        """Return the messages to send to the worker now, in order."""
+        batch: list[ToWorker] = []
+        while self.turns and self._has_room(self.turns.next()):
+            request = self.turns.pop()
+            if isinstance(request.message, RunCommand | RunCall):
+                ahead = self.waiting.ahead_of(request)
+                if ahead != request.message.ahead:
+                    request.message = msgspec.structs.replace(request.message, ahead=ahead)
+            self._send(request)
+            batch.append(request.message)
+        return batch
+
+    def _has_room(self, request: QueuedRequest) -> bool:
+        first = self.sent[0] if self.sent else request
+        most = 1 if first.suspect else self._limits.window
+        return len(self.sent) < most and self._weight_sent < self._limits.window_bytes
+
+    def _send(self, request: QueuedRequest) -> None:
+        if not self.sent:
             self._oldest_since = time.monotonic()
-        self._jobs.append(job)
-        self._weight += job.weight
-        self.attempts += not isinstance(job.message, Reconcile)  # a check writes nothing
+        request.state = "sent"
+        self.sent.append(request)
+        self._weight_sent += request.weight
+        self.attempts += not isinstance(request.message, Reconcile)  # a check writes nothing
         self._watch()
 
     def settle(self) -> QueuedRequest:
-        """Remove and return the oldest request, no longer suspect."""
-        job = self._jobs.popleft()
-        self._weight -= job.weight
-        job.suspect, job.deaths = False, 0
+        """Remove the oldest request from the worker's, no longer suspect; return it. ``wait()`` or ``drop()`` it."""
+        request = self.sent.popleft()
+        self._weight_sent -= request.weight
+        request.suspect, request.deaths = False, 0
         self._oldest_since = time.monotonic()
-        return job
+        return request
 
-    def clear(self) -> list[QueuedRequest]:
-        """Remove and return all requests."""
-        jobs = list(self._jobs)
-        self._jobs.clear()
-        self._weight = 0
-        return jobs
+    def wait(self, request: QueuedRequest, done: RequestDone) -> None:
+        """Have a settled request wait for ``done.waiting_for``."""
+        assert isinstance(request.message, RunCommand | RunCall), "only commands and calls wait"
+        request.state = "waiting"
+        self.waiting.add(request, done, ahead=request.message.ahead)
+
+    def worker_ended(self) -> list[QueuedRequest]:
+        """Queue the worker's requests again, first and in order, as suspects; return them. Checks are dropped."""
+        unanswered = [request for request in self.sent if not isinstance(request.message, Reconcile)]
+        self.sent.clear()
+        self._weight_sent = 0
+        for request in reversed(unanswered):
+            request.state, request.suspect = "queued", True
+            self.turns.add_first(request)
+        return unanswered
+
+    # --- ends ---
+
+    def drop(self, request: QueuedRequest) -> None:
+        """Forget a request that is settled. Idempotent."""
+        self.waiting.leave(request)
+        if self._by_id.pop(request.id, None) is not None:
+            token_id = _token_of(request.message)
+            self._count[token_id] -= 1
+            self._weight[token_id] -= request.weight
+
+    def withdraw(self, request: QueuedRequest) -> bool:
+        """Forget a request that has had no effect; return False if the worker has it."""
+        if request.state == "sent":
+            return False
+        if request.state == "queued":
+            self.turns.remove(request)
+        self.drop(request)
+        return True
+
+    def clear(self) -> None:
+        """Forget all requests, except those of the worker."""
+        self.waiting.clear()
+        self.turns.clear()
+        self._by_id.clear()
+        self._count.clear()
+        self._weight.clear()
 
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
 
+    def _retry(self, request: QueuedRequest) -> None:
+        is_over = time.monotonic() >= request.wait_until
+        if request.lock_until:
+            request.message = msgspec.structs.replace(request.message, may_wait=not is_over)
+        elif isinstance(request.message, RunCommand):
+            request.message = msgspec.structs.replace(request.message, last_try=is_over, may_wait=True)
+        request.state = "queued"
+        self.turns.add(request, request.fairness_key)
+        self._ready()
+
+    # --- time limit ---
+
     def _watch(self) -> None:
         if self._timer is None:
             # Not later than a command's time limit: the next request may be one, and this timer serves it too.
-            delay = min(self._time_left(), self._bounds.command_s)
+            delay = min(self._time_left(), self._limits.command_s)
             self._timer = asyncio.get_running_loop().call_later(delay, self._check_deadline)
 
     def _time_left(self) -> float:
-        message = self._jobs[0].message
+        message = self.sent[0].message
         reads_all = isinstance(message, NewEpoch) or (isinstance(message, Reconcile) and message.paths is None)
-        limit = self._bounds.upkeep_s if reads_all else self._bounds.command_s
+        limit = self._limits.upkeep_s if reads_all else self._limits.command_s
         return self._oldest_since + limit - time.monotonic()
 
     def _check_deadline(self) -> None:
         self._timer = None
-        if not self._jobs:
+        if not self.sent:
             return
         if self._time_left() > 0:
             self._watch()
         else:
-            self._overdue(self._jobs[0])
+            self._overdue(self.sent[0])
+
+
+def _token_of(message: ToWorker) -> str:
+    assert isinstance(message, RunCommand | RunCall | Edit | ImportProject | AbandonRequest), "others are the server's"
+    return message.token_id
+
+
+def _weight_of(message: ToWorker) -> int:
+    match message:
+        case Edit():
+            return len(message.text) + len(message.base or b"")
+        case RunCommand() | RunCall():
+            said = len(message.payload) if isinstance(message, RunCall) else sum(map(len, message.argv))
+            return said + sum(len(file.data or b"") for file in message.files)
+    return 0

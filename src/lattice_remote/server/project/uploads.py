@@ -21,7 +21,7 @@ from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.messages import MIN_PIECE_BYTES, Refused, Upload, Uploaded
 from lattice_remote.server.config import LimitSettings
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.project.history import Subscriber
+from lattice_remote.server.project.queue import Requester
 
 __all__ = ["EXPIRE_S", "Staging", "Uploads"]
 
@@ -259,7 +259,7 @@ class Uploads:
         self._waiting: Counter[str] = Counter()  # bytes with the thread, by token
         self._closed = False
 
-    def take(self, frame: Upload, token_id: str, requester: Subscriber) -> None:
+    def take(self, frame: Upload, token_id: str, requester: Requester) -> None:
         """Queue a piece. Calls ``requester.answer()`` once it is written or refused."""
         weight = len(frame.data) + _FRAME_BYTES
         waits_too_much = self._waiting[token_id] + weight > _WAITING_BYTES_PER_TOKEN
