@@ -478,7 +478,7 @@ async def test_a_text_that_waits_for_an_edit_is_no_file_in_transfer(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     plan = await edited(server, service, directory)
-    server.epoch, server.changes = "epoch-2", []
+    server.epoch, server.changes = "epoch2", []
     server.files |= {PLAN: b"# Of another epoch\n", "tasks/task_3.json": b"{}\n"}
     server.cut()
     await until(lambda: (directory / "tasks/task_3.json").exists() and service._follower.is_following)
