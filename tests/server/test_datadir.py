@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
-from lattice_remote.server.datadir import DataDir, administered, default_location
+from lattice_remote.server.datadir import DataDir, administered, default_location, remember
 from lattice_remote.server.registry import ProjectRegistry
 
 
@@ -160,6 +161,7 @@ def test_where_it_is_when_nobody_says(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert default_location() == tmp_path
     monkeypatch.delenv("LATTICE_REMOTE_DATA")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert default_location().name == "lattice-remote"
 
 
@@ -176,3 +178,47 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot create"):
         DataDir(tmp_path / "file" / "data").create()
+
+
+def test_the_only_data_directory_of_a_user_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LATTICE_REMOTE_DATA", raising=False)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    first, second = tmp_path / "first", tmp_path / "second"
+    DataDir(first).create()
+    assert first.stat().st_mode & 0o777 == 0o700
+    remember(first)
+    assert default_location() == first
+    DataDir(second).create()
+    remember(second)
+    with pytest.raises(Misuse, match=r"several data directories: .*first, .*second; name one with --data"):
+        default_location()
+    shutil.rmtree(first)
+    assert default_location() == second
+
+
+@pytest.mark.parametrize(
+    ("slug", "taken", "code"),
+    [
+        ("lattice", (), "LAT"),
+        ("lattice", ("LAT",), "LATT"),
+        ("lattice", ("LAT", "LATT", "LATTI"), "LA"),
+        ("web-site", (), "WS"),
+        ("web-site", ("WS",), "WEB"),
+        ("my-big-new-app", (), "MBNA"),
+        ("a1", (), "A"),
+    ],
+)
+def test_a_code_is_derived_from_the_slug_and_unique(
+    data: DataDir, slug: str, taken: tuple[str, ...], code: str
+) -> None:
+    for number, other in enumerate(taken):
+        data.create_project(f"other-{number}", code=other, name=None, actor=None)
+    assert data.create_project(slug, code=None, name=None, actor=None) == code
+    assert data.summary(slug).code == code
+
+
+def test_a_slug_without_letters_needs_a_code(data: DataDir) -> None:
+    with pytest.raises(Misuse, match="--code"):
+        data.create_project("2024", code=None, name=None, actor=None)
+    assert data.slugs() == []

@@ -186,3 +186,64 @@ def test_the_commands_for_whole_projects(data: Path, tmp_path: Path) -> None:
     assert (code, err) == (0, "") and out.startswith("Deleted older; 0 tokens lost it. Its files are in ")
     code, out, _ = told("status", "--json")
     assert code == 3 and {"new"} < {project["slug"] for project in json.loads(out)["projects"]}
+
+
+def test_a_token_is_edited_and_stays_listed_after_its_end(data: Path) -> None:
+    def run(*argv: object) -> Result:
+        return lattice_remote_command("--data", data, *argv)
+
+    assert run("project", "create", "api").stdout.startswith("Created project api; its tasks are API-1, API-2, ...")
+    made = json.loads(run("token", "create", "--project", "web", "--actor", "human:eve", "--json").stdout)
+    assert made["token"].startswith("ltr_") and made["projects"] == ["web"]
+    edited = run("token", "edit", made["id"], "--add-project", "api", "--act-as", "agent:*", "--read-only")
+    assert edited.stdout == f"{made['id']} reads only in api, web as human:eve and agent:*, without an expiry.\n"
+    edited = run("token", "edit", made["id"], "--remove-project", "web", "--act-as", "", "--expires", "90d", "--json")
+    shown = json.loads(edited.stdout)
+    assert (shown["projects"], shown["act_as"], shown["read_only"]) == (["api"], [], True)
+    assert shown["expires"] is not None
+    assert "never" in run("token", "list").stdout
+    for argv, what in (
+        (("--remove-project", "web"), "is not for project 'web'"),
+        (("--remove-project", "api"), "would have no project left"),
+        (("--add-project", "nowhere"), "there is no project 'nowhere'"),
+        (("--act-as", "no pattern"), "bad --act-as"),
+        ((), "nothing to change"),
+    ):
+        refused = run("token", "edit", made["id"], *argv)
+        assert refused.returncode == 1 and what in refused.stderr, argv
+    assert json.loads(run("token", "revoke", made["id"], "--json").stdout)["revoked"] is not None
+    assert made["id"] not in run("token", "list").stdout
+    assert f"revoked {shown['created'][:2]}" in run("token", "list", "--all").stdout
+    assert run("token", "edit", made["id"], "--read-write").returncode == 1
+
+
+def test_administrative_changes_are_recorded(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    lattice_remote_command("init", data)
+
+    def run(*argv: object, **env: str) -> Result:
+        return lattice_remote_command("--data", data, *argv, **env)
+
+    run("project", "create", "web")
+    token = json.loads(
+        run("token", "create", "--project", "web", "--actor", "human:ana", "--json", SUDO_USER="admin-ana").stdout
+    )
+    run("token", "rotate", token["id"])
+    run("token", "revoke", token["id"])
+    run("project", "archive", "web")
+    entries = json.loads(run("log", "--admin", "--json").stdout)["entries"]
+    assert [(entry["action"], entry["subject"]) for entry in entries] == [
+        ("project archive", "web"),
+        ("token revoke", token["id"]),
+        ("token rotate", token["id"]),
+        ("token create", token["id"]),
+        ("project create", "web"),
+        ("init", str(data)),
+    ]
+    assert entries[3]["user"] == "admin-ana" and entries[3]["details"]["projects"] == ["web"]
+    assert not any(token["token"] in json.dumps(entry) for entry in entries)
+    assert (data / "admin.log").stat().st_mode & 0o777 == 0o600
+    shown = run("log", "--admin", "-n", "1").stdout
+    assert "project archive web" in shown
+    assert run("log", "web", "--admin").returncode == 1
+    assert run("log").returncode == 1

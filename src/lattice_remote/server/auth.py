@@ -112,7 +112,7 @@ class Logins:
             return _bye(f"token {token.id} expired at {shown(token.expires, '')}; ask for another")
         if not hmac.compare_digest(login.sha256, token.sha256) and not _in_grace(token, login.sha256, now):
             return _bye(f"token {token.id} was rotated; use its new text")
-        if (token.projects, token.actor, token.act_as) != (was.projects, was.actor, was.act_as):
+        if token.rights != was.rights:
             return _bye(f"token {token.id} was changed; connect again", retry_after_s=1.0)
         return None
 

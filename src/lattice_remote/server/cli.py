@@ -16,7 +16,7 @@ import typer
 
 import lattice_remote
 from lattice_remote.errors import Misuse, RemoteError
-from lattice_remote.server.datadir import DataDir, administered, default_location
+from lattice_remote.server.datadir import DataDir, administered, default_location, remember
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tokens import Token, TokenFile, duration, expiry, read_last_uses, shown
 from lattice_remote.text import as_lines, as_records, columns, counted, printable
@@ -28,7 +28,7 @@ NOT_RUNNING = 3
 
 app = typer.Typer(
     help="The server of lattice-remote: Lattice projects shared by many machines.\n\n"
-    "lattice-remote init ./board; lattice-remote --data ./board project create web --code WEB; "
+    "lattice-remote init ./board; lattice-remote --data ./board project create web; "
     "lattice-remote --data ./board start",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -76,8 +76,12 @@ def _common(
 
 
 def _data(context: typer.Context, after: Path | None) -> DataDir:
-    """Return the data directory: named after the subcommand, before it, or the default one."""
-    return administered(after or context.find_root().obj)
+    """Return the data directory: named after the subcommand, before it, or the default one, which is shown."""
+    named = after or context.find_root().obj
+    data = administered(named)
+    if named is None and "LATTICE_REMOTE_DATA" not in os.environ:
+        typer.echo(f"Data directory: {data.path}", err=True)
+    return data
 
 
 def _created(context: typer.Context, after: Path | None) -> DataDir:
@@ -108,9 +112,22 @@ def init(
 
     Example: lattice-remote init ./board
     """
-    target = _data(context, directory or data)
+    named = directory or data or context.find_root().obj
+    target = administered(named)
     target.create()
-    typer.echo(f"Created {target.path}. Next: lattice-remote --data {target.path} project create SLUG --code CODE")
+    if named is not None:
+        remember(target.path)
+    target.admin_log.record("init", str(target.path))
+    again = "" if _finds(target) else f" --data {target.path}"
+    typer.echo(f"Created {target.path}. Next: lattice-remote{again} project create SLUG")
+
+
+def _finds(target: DataDir) -> bool:
+    """Return whether the following commands find this directory without ``--data``."""
+    try:
+        return default_location().absolute() == target.path.absolute()
+    except Misuse:
+        return False
 
 
 @app.command()
@@ -197,19 +214,32 @@ def status(context: typer.Context, as_json: JsonOption = False, data: DataOption
 def create_project(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
     slug: Annotated[str, typer.Argument(help="Name in URLs: lower case letters, digits, dashes.")],
-    code: Annotated[str, typer.Option(help="Prefix of its tasks, 1 to 5 letters, such as LAT for LAT-1.")],
+    code: Annotated[
+        str | None,
+        typer.Option(
+            help="Prefix of its tasks, 1 to 5 letters, such as LAT for LAT-1; else derived from the slug.",
+            show_default=False,
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="A title for people.", show_default=False)] = None,
     actor: Annotated[
         str | None, typer.Option(help="Default actor of commands, such as human:ana.", show_default=False)
     ] = None,
+    as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
     """Create a project; a running server serves it at once.
 
     Example: lattice-remote project create web --code WEB --name "The web site"
     """
-    _data(context, data).create_project(slug, code=code, name=name, actor=actor)
-    typer.echo(f"Created project {slug}. Next: lattice-remote token create --project {slug} --actor human:YOU")
+    target = _data(context, data)
+    code = target.create_project(slug, code=code, name=name, actor=actor)
+    target.admin_log.record("project create", slug, code=code)
+    if as_json:
+        _print_json(target.summary(slug))
+        return
+    typer.echo(f"Created project {slug}; its tasks are {code}-1, {code}-2, ...")
+    typer.echo(f"Next: lattice-remote token create --project {slug} --actor human:YOU")
 
 
 @_projects.command("list")
@@ -240,7 +270,9 @@ def rename_project(
     """
     from lattice_remote.server.maintenance import transfer
 
-    tokens = transfer.rename_project(_data(context, data), slug, name)
+    target = _data(context, data)
+    tokens = transfer.rename_project(target, slug, name)
+    target.admin_log.record("project rename", slug, name=name)
     typer.echo(f"{slug} is now called {name}; {counted(tokens, 'token')} updated.")
     typer.echo(f"On each client, run: lattice remote set-url origin URL --project {name}", err=True)
 
@@ -253,7 +285,9 @@ def archive_project(context: typer.Context, slug: Slug, data: DataOption = None)
     """
     from lattice_remote.server.maintenance import transfer
 
-    transfer.archive_project(_data(context, data), slug)
+    target = _data(context, data)
+    transfer.archive_project(target, slug)
+    target.admin_log.record("project archive", slug)
     typer.echo(f"Archived {slug}; restore it with: lattice-remote project unarchive {slug}")
 
 
@@ -265,7 +299,9 @@ def unarchive_project(context: typer.Context, slug: Slug, data: DataOption = Non
     """
     from lattice_remote.server.maintenance import transfer
 
-    transfer.unarchive_project(_data(context, data), slug)
+    target = _data(context, data)
+    transfer.unarchive_project(target, slug)
+    target.admin_log.record("project unarchive", slug)
     typer.echo(f"{slug} is back.")
 
 
@@ -288,14 +324,17 @@ def delete_project(
         confirm = typer.prompt(f"This deletes {slug} for all users. Type its name")
     if confirm != slug:
         raise Misuse("nothing was deleted: name the project a second time, with --confirm SLUG")
-    place, tokens = transfer.delete_project(_data(context, data), slug)
+    target = _data(context, data)
+    place, tokens = transfer.delete_project(target, slug)
+    target.admin_log.record("project delete", slug, moved_to=str(place))
     typer.echo(f"Deleted {slug}; {counted(tokens, 'token')} lost it. Its files are in {place} until you remove them.")
 
 
 @app.command()
 def log(  # noqa: PLR0917 - Typer calls it
     context: typer.Context,
-    slug: Slug,
+    slug: Annotated[str, typer.Argument(help="The project.", show_default=False)] = "",
+    admin: Annotated[bool, typer.Option("--admin", help="Changes of tokens and projects, by system users.")] = False,
     task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
     number: Annotated[int, typer.Option("-n", min=1, help="Number of changes.")] = 20,
     as_json: JsonOption = False,
@@ -303,11 +342,20 @@ def log(  # noqa: PLR0917 - Typer calls it
 ) -> None:
     """Show the changes of a project with time, actor and token, newest first. The server may run or not.
 
+    With --admin: the administrative changes of the whole server.
+
     Example: lattice-remote log web --task WEB-42 -n 5
     """
     from lattice_remote.server.project.audit_log import present_epoch, read_log, short_ids
 
     target = _created(context, data)
+    if admin:
+        if slug or task:
+            raise Misuse("--admin shows the whole server's changes: it takes no project and no task")
+        _show_admin_log(target, number, as_json=as_json)
+        return
+    if not slug:
+        raise Misuse("name a project, or --admin; see: lattice-remote project list")
     if not target.has_project(slug):
         raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
     paths = target.project(slug)
@@ -318,6 +366,19 @@ def log(  # noqa: PLR0917 - Typer calls it
         return
     for line in as_lines(entries, names, present_epoch(paths)) or ["The journal has no changes."]:
         typer.echo(line)
+
+
+def _show_admin_log(target: DataDir, number: int, *, as_json: bool) -> None:
+    entries = target.admin_log.newest_first(number)
+    if as_json:
+        _print_json({"entries": entries})
+        return
+    for entry in entries:
+        values = ((name, value if isinstance(value, str) else ",".join(value)) for name, value in entry.details.items())
+        details = "".join(f"  {name} {value}" for name, value in values)
+        typer.echo(printable(f"{entry.time}  {entry.user}  {entry.action} {entry.subject}{details}"))
+    if not entries:
+        typer.echo("No administrative changes are recorded.")
 
 
 @app.command("import")
@@ -338,7 +399,10 @@ def import_project(  # noqa: PLR0917 - Typer calls it
     """
     from lattice_remote.server.maintenance import transfer
 
-    report = transfer.import_project(_data(context, data), project, source, keep_hooks=keep_hooks, dry_run=dry_run)
+    target = _data(context, data)
+    report = transfer.import_project(target, project, source, keep_hooks=keep_hooks, dry_run=dry_run)
+    if not dry_run:
+        target.admin_log.record("import", project, source=str(source.absolute()))
     if as_json:
         _print_json(report)
         return
@@ -419,9 +483,11 @@ def create_token(  # noqa: PLR0917 - Typer calls it
         typer.Option(metavar="PATTERN", help="Further actors it may act as, such as 'agent:*'; may be repeated."),
     ] = None,
     expires: Annotated[
-        str, typer.Option(metavar="WHEN", help="90d (m, h, d, w), a date such as 2030-12-31, or never.")
+        str, typer.Option(metavar="WHEN", help="90d (s, m, h, d, w), a date such as 2030-12-31, or never.")
     ] = "never",
     metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics alone, instead of projects.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write of this token.")] = False,
+    as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
     """Create a token. It is printed alone on stdout, once: only its digest is stored.
@@ -430,33 +496,61 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     """
     target = _created(context, data)
     ends = expiry(expires, datetime.now(UTC))
-    if metrics and (project or actor or act_as):
+    if metrics and (project or actor or act_as or read_only):
         raise Misuse("a token for metrics has no project and no actor; create another for those")
     if not metrics and not (project and actor):
         raise Misuse("a token needs at least one project and an actor; name them with --project and --actor")
     for slug in project or []:
         if not target.has_project(slug):
-            raise Misuse(
-                f"there is no project {slug!r}; create it with: lattice-remote project create {slug} --code CODE"
-            )
+            raise Misuse(f"there is no project {slug!r}; create it with: lattice-remote project create {slug}")
     file = TokenFile(target.tokens)
     if metrics:
         token, text = file.create_for_metrics(expires=ends)
     else:
-        token, text = file.create(projects=project or [], actor=actor, act_as=act_as or [], expires=ends)
+        token, text = file.create(
+            projects=project or [], actor=actor, act_as=act_as or [], expires=ends, read_only=read_only
+        )
+    _record(target, "token create", token)
     until = "" if ends is None else f" until {shown(ends, '')}"
-    typer.echo(f"{token.id} for {token.actor}{until}; the token is shown only once:", err=True)
+    kind = ", to read only" if read_only else ""
+    _print_secret(f"{token.id} for {token.actor}{kind}{until}; the token is shown only once:", token, text, as_json)
+
+
+def _print_secret(notice: str, token: Token, text: str, as_json: bool) -> None:
+    """Print a token's text, alone on stdout or in an object with the token's fields."""
+    if as_json:
+        _print_json({"token": text, **_details(token, {})})
+        return
+    typer.echo(notice, err=True)
     typer.echo(text)
 
 
+def _record(target: DataDir, action: str, token: Token) -> None:
+    target.admin_log.record(
+        action,
+        token.id,
+        actor=token.actor,
+        act_as=token.act_as,
+        projects=token.projects,
+        expires=shown(token.expires, ""),
+        read_only="yes" if token.read_only else "",
+    )
+
+
 @_tokens.command("list")
-def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataOption = None) -> None:
+def list_tokens(
+    context: typer.Context,
+    every: Annotated[bool, typer.Option("--all", help="Also the revoked ones.")] = False,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
     """List the tokens, without their texts, which are not stored.
 
-    Example: lattice-remote token list
+    Example: lattice-remote token list --all
     """
     target = _created(context, data)
-    tokens, uses = TokenFile(target.tokens).read(), read_last_uses(target.tokens_used)
+    file, uses = TokenFile(target.tokens), read_last_uses(target.tokens_used)
+    tokens = file.read_all() if every else file.read()
     if as_json:
         _print_json([_details(token, uses) for token in tokens])
         return
@@ -465,7 +559,7 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
             token.id,
             token.actor,
             ",".join(token.act_as) or "-",
-            ",".join(token.projects) or "(metrics)",
+            (",".join(token.projects) or "(metrics)") + (" (read only)" if token.read_only else ""),
             token.created,
             _expiry_of(token),
             shown(uses.get(token.id), "never"),
@@ -475,6 +569,58 @@ def list_tokens(context: typer.Context, as_json: JsonOption = False, data: DataO
     _print_table(("ID", "ACTOR", "MAY ACT AS", "PROJECTS", "CREATED", "EXPIRES", "LAST USED"), rows)
 
 
+@_tokens.command("edit")
+def edit_token(  # noqa: PLR0917 - Typer calls it
+    context: typer.Context,
+    id_or_token: TokenName,
+    add_project: Annotated[
+        list[str] | None, typer.Option(metavar="SLUG", help="A further project; may be repeated.", show_default=False)
+    ] = None,
+    remove_project: Annotated[
+        list[str] | None, typer.Option(metavar="SLUG", help="A project to take away.", show_default=False)
+    ] = None,
+    act_as: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="All further actors, instead of the present ones; '' for none."),
+    ] = None,
+    expires: Annotated[
+        str, typer.Option(metavar="WHEN", help="90d (s, m, h, d, w), a date, or never.", show_default=False)
+    ] = "",
+    read_only: Annotated[
+        bool | None, typer.Option("--read-only/--read-write", help="Whether every write is refused.")
+    ] = None,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Change a token's projects, actors, expiry or rights. Its text stays; its live connections connect again.
+
+    Example: lattice-remote token edit tok_0123456789ab --add-project api --expires 30d
+    """
+    target = _created(context, data)
+    for slug in add_project or []:
+        if not target.has_project(slug):
+            raise Misuse(f"there is no project {slug!r}; see: lattice-remote project list")
+    if not (add_project or remove_project or expires) and act_as is None and read_only is None:
+        raise Misuse("nothing to change: name --add-project, --remove-project, --act-as, --expires or --read-only")
+    token = TokenFile(target.tokens).edit(
+        id_or_token,
+        add_projects=add_project or [],
+        remove_projects=remove_project or [],
+        act_as=None if act_as is None else [pattern for pattern in act_as if pattern],
+        read_only=read_only,
+        expires=expiry(expires, datetime.now(UTC)) if expires else ...,
+    )
+    _record(target, "token edit", token)
+    if as_json:
+        _print_json(_details(token, read_last_uses(target.tokens_used)))
+        return
+    kind = "reads only" if token.read_only else "reads and writes"
+    where = ", ".join(token.projects) or "metrics"
+    also = f" and {', '.join(token.act_as)}" if token.act_as else ""
+    until = "without an expiry" if token.expires is None else f"until {shown(token.expires, '')}"
+    typer.echo(f"{token.id} {kind} in {where} as {token.actor}{also}, {until}.")
+
+
 @_tokens.command("rotate")
 def rotate_token(
     context: typer.Context,
@@ -482,6 +628,7 @@ def rotate_token(
     grace: Annotated[
         str, typer.Option(metavar="TIME", help="Time the old text stays valid: 30m, 1h, 7d; 0 ends it at once.")
     ] = "0",
+    as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
     """Give a token a new text, printed alone on stdout, once. Its id, actor, projects and expiry stay.
@@ -492,23 +639,29 @@ def rotate_token(
     left = timedelta() if grace == "0" else duration(grace)
     token, text = TokenFile(target.tokens).rotate(id_or_token, grace=left)
     old = "no longer works" if grace == "0" else f"works until {shown(token.old_until, '')}"
-    typer.echo(f"{token.id} for {token.actor}; the old text {old}; the new one is shown only once:", err=True)
-    typer.echo(text)
+    _record(target, "token rotate", token)
+    notice = f"{token.id} for {token.actor}; the old text {old}; the new one is shown only once:"
+    _print_secret(notice, token, text, as_json)
 
 
 @_tokens.command("revoke")
 def revoke_token(
     context: typer.Context,
     id_or_token: TokenName,
+    as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
-    """Revoke a token; its live connections end within a second.
+    """Revoke a token; its live connections end within a second. It stays in 'token list --all'.
 
     Example: lattice-remote token revoke tok_0123456789ab
     """
     target = _created(context, data)
     token = TokenFile(target.tokens).revoke(id_or_token)
-    typer.echo(f"Revoked {token.id} ({token.actor})")
+    _record(target, "token revoke", token)
+    if as_json:
+        _print_json(_details(token, read_last_uses(target.tokens_used)))
+    else:
+        typer.echo(f"Revoked {token.id} ({token.actor})")
 
 
 def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
@@ -518,6 +671,8 @@ def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
         "act_as": token.act_as,
         "projects": token.projects,
         "metrics": token.metrics,
+        "read_only": token.read_only,
+        "revoked": shown(token.revoked, "") or None,
         "created": token.created,
         "expires": shown(token.expires, "") or None,
         "last_used": shown(uses.get(token.id), "") or None,
@@ -525,5 +680,7 @@ def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
 
 
 def _expiry_of(token: Token) -> str:
+    if token.revoked is not None:
+        return f"revoked {shown(token.revoked, '')}"
     has_passed = token.expires is not None and token.expires <= datetime.now(UTC)
     return "expired" if has_passed else shown(token.expires, "never")

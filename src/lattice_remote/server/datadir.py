@@ -13,6 +13,7 @@
     projects/<slug>/adopting/       a pushed project being put in place, see ``worker/project_import.py``
     archived/<slug>/                projects that are not served
     trash/<slug>-<time>/            deleted projects
+    admin.log                       changes made by the command line, see ``admin_log.py``
     renamed.json                    former names of projects
     .lock                           held by the running server
     status.sock                     status of the running server, see ``status.py``
@@ -38,11 +39,13 @@ import msgspec
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
+from lattice_remote.server.admin_log import AdminLog
 from lattice_remote.server.config import Config
 from lattice_remote.server.locks import LockedElsewhere, lock
 
-__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "administered", "default_location"]
+__all__ = ["DataDir", "ProjectPaths", "ProjectSummary", "administered", "default_location", "remember"]
 
+_MAX_CODE_CHARS = 5
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -85,11 +88,12 @@ class DataDir:
         self.projects = path / "projects"
         self.archived = path / "archived"
         self.trash = path / "trash"
+        self.admin_log = AdminLog(path / "admin.log")
         self._config = path / "config.json"
         self._renamed = path / "renamed.json"
 
     def create(self) -> None:
-        """Create the directory, its settings and an empty ``tokens.json``.
+        """Create the directory, for its user alone, its settings and an empty ``tokens.json``.
 
         Raises:
             Misuse: it is already a data directory.
@@ -98,7 +102,9 @@ class DataDir:
         if self._config.exists():
             raise Misuse(f"{self.path} is already a data directory")
         with _storage_errors(f"cannot create {self.path}"):
-            self.projects.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+            self.projects.mkdir(exist_ok=True)
             if not self.tokens.exists():
                 write_atomically(self.tokens, b'{"tokens": []}\n', mode=0o600)
             write_atomically(self._config, b"{}\n")
@@ -159,13 +165,16 @@ class DataDir:
         assert _SLUG.fullmatch(slug), "a slug is checked before it becomes a path"
         return ProjectPaths(self.projects / slug)
 
-    def create_project(self, slug: str, *, code: str, name: str | None, actor: str | None) -> None:
+    def create_project(self, slug: str, *, code: str | None, name: str | None, actor: str | None) -> str:
         """Create a project with lattice's own ``init``, in one step: a running server sees all of it or nothing.
 
         Args:
             slug: its name in URLs: lower case letters, digits and dashes, at most 63.
-            code: the prefix of its tasks' short ids, 1 to 5 letters.
+            code: the prefix of its tasks' short ids, 1 to 5 letters; None for one derived from the slug.
             actor: the default actor of commands.
+
+        Returns:
+            The code.
 
         Raises:
             Misuse: not a data directory, a bad slug, code or actor, or the project exists.
@@ -173,6 +182,7 @@ class DataDir:
         """
         self.config()
         self.require_free(slug)
+        code = code or self._free_code(slug)
         scratch = self.projects / f".new-{secrets.token_hex(8)}"
         with _storage_errors(f"cannot create project {slug!r}"):
             scratch.mkdir(parents=True)
@@ -181,6 +191,15 @@ class DataDir:
                 os.rename(scratch, self.projects / slug)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+        return code.upper()
+
+    def _free_code(self, slug: str) -> str:
+        """Return a code that no project of this server has. Raises Misuse if the slug has too few letters."""
+        taken = {self.summary(other).code for other in (*self.slugs(), *self.archived_slugs())}
+        for code in _codes(slug):
+            if code not in taken:
+                return code
+        raise Misuse(f"no code can be derived from {slug!r}; name one with --code, 1 to 5 letters")
 
     def require_free(self, slug: str) -> None:
         """Check that a project may get this name. Raises Misuse if it is invalid, or another project has it."""
@@ -206,6 +225,17 @@ class DataDir:
             _count(lattice / "archive/tasks"),
             "archived" if is_archived else "active",
         )
+
+
+def _codes(slug: str) -> Iterator[str]:
+    """Yield possible codes: initials of several words, the first letters, then the first two and a later one."""
+    words = ["".join(filter(str.isalpha, word)).upper() for word in slug.split("-")]
+    letters = "".join(words)
+    initials = "".join(word[:1] for word in words)
+    if 2 <= len(initials) <= _MAX_CODE_CHARS:
+        yield initials
+    yield from (letters[:length] for length in (3, 4, 5, 2, 1) if len(letters) >= length)
+    yield from (letters[:2] + letter for letter in letters[3:])
 
 
 def _is_project(directory: Path, slug: str) -> bool:
@@ -243,11 +273,42 @@ def administered(named: Path | None) -> DataDir:
 
 
 def default_location() -> Path:
+    """Return the data directory of ``LATTICE_REMOTE_DATA``, else this user's only one, else where one would be.
+
+    Raises Misuse if this user has several.
+    """
     if named := os.environ.get("LATTICE_REMOTE_DATA"):
         return Path(named)
     import platformdirs
 
-    return Path(platformdirs.user_data_dir("lattice-remote", appauthor=False))
+    usual = Path(platformdirs.user_data_dir("lattice-remote", appauthor=False))
+    created = sorted({path for path in (usual, *_remembered()) if (path / "config.json").is_file()})
+    if len(created) > 1:
+        listed = ", ".join(shlex.quote(str(path)) for path in created)
+        raise Misuse(f"there are several data directories: {listed}; name one with --data, or LATTICE_REMOTE_DATA")
+    return created[0] if created else usual
+
+
+def remember(path: Path) -> None:
+    """Note a new data directory for the following commands of this user. Nothing is said if it cannot be written."""
+    kept = [*(known for known in _remembered() if known.is_dir()), path.absolute()]
+    with contextlib.suppress(OSError):
+        file = _memory()
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(file, msgspec.json.encode([str(known) for known in dict.fromkeys(kept)]), mode=0o600)
+
+
+def _remembered() -> list[Path]:
+    try:
+        return [Path(text) for text in msgspec.json.decode(_memory().read_bytes(), type=list[str])]
+    except (OSError, msgspec.DecodeError):
+        return []
+
+
+def _memory() -> Path:
+    import platformdirs
+
+    return Path(platformdirs.user_state_dir("lattice-remote", appauthor=False)) / "data-directories.json"
 
 
 def _run_lattice_init(root: Path, *, code: str, name: str, actor: str | None) -> None:

@@ -8,9 +8,10 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import EllipsisType
 from typing import Annotated
 
 import filelock
@@ -22,6 +23,7 @@ from lattice_remote.files import write_atomically
 
 __all__ = [
     "METRICS_ACTOR",
+    "READ_ONLY",
     "Token",
     "TokenFile",
     "check_actor",
@@ -35,6 +37,7 @@ __all__ = [
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
 _LOCK_TIMEOUT_S = 10
+READ_ONLY = "this token may only read; for a token that may write, ask the administrator"
 METRICS_ACTOR = "service:metrics"
 """Actor of a token for metrics, which cannot write."""
 
@@ -58,6 +61,15 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     old_until: Moment | None = None
     metrics: bool = False
     """Whether it is for ``/metrics`` alone."""
+    read_only: bool = False
+    """Whether every write is refused."""
+    revoked: Moment | None = None
+    """When it was revoked; it stays listed."""
+
+    @property
+    def rights(self) -> tuple[object, ...]:
+        """Return everything that a live connection may do by this token; a change of it ends the connection."""
+        return (self.projects, self.actor, self.act_as, self.read_only)
 
 
 class _Tokens(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -76,7 +88,11 @@ class TokenFile:
         self._path = path
 
     def read(self) -> list[Token]:
-        """Return all tokens, in the order of creation."""
+        """Return the valid and the expired tokens, in the order of creation."""
+        return [token for token in self.read_all() if token.revoked is None]
+
+    def read_all(self) -> list[Token]:
+        """Return all tokens that ever existed, the revoked ones too."""
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Tokens).tokens
         except FileNotFoundError:
@@ -85,7 +101,13 @@ class TokenFile:
             raise StorageError(f"{self._path}: {error}") from error
 
     def create(
-        self, *, projects: list[str], actor: str, act_as: list[str], expires: datetime | None = None
+        self,
+        *,
+        projects: list[str],
+        actor: str,
+        act_as: list[str],
+        expires: datetime | None = None,
+        read_only: bool = False,
     ) -> tuple[Token, str]:
         """Create a token; return it and its text, which is not stored and cannot be shown again.
 
@@ -94,14 +116,21 @@ class TokenFile:
         check_actor(actor, act_as)
         if not projects:
             raise Misuse("a token needs at least one project; name it with --project")
-        return self._add(sorted(set(projects)), actor, act_as, expires)
+        return self._add(sorted(set(projects)), actor, act_as, expires, read_only=read_only)
 
     def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
         """Create a token for the server's metrics alone; otherwise as ``create``."""
         return self._add([], METRICS_ACTOR, [], expires, metrics=True)
 
     def _add(
-        self, projects: list[str], actor: str, act_as: list[str], expires: datetime | None, *, metrics: bool = False
+        self,
+        projects: list[str],
+        actor: str,
+        act_as: list[str],
+        expires: datetime | None,
+        *,
+        metrics: bool = False,
+        read_only: bool = False,
     ) -> tuple[Token, str]:
         text = _new_text()
         token = Token(
@@ -113,6 +142,7 @@ class TokenFile:
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             expires=expires,
             metrics=metrics,
+            read_only=read_only,
         )
         self._change(lambda tokens: [*tokens, token])
         return token, text
@@ -134,26 +164,60 @@ class TokenFile:
                 raise Misuse(f"token {token.id} has expired; make another with: lattice-remote token create")
             return msgspec.structs.replace(token, sha256=digest_of_text(text), old_sha256=token.sha256, old_until=until)
 
-        changed: list[Token] = []
+        return self._replace(id_or_text, renewed), text
 
-        def edit(tokens: list[Token]) -> list[Token]:
-            old = _find(tokens, id_or_text)
-            changed.append(renewed(old))
-            return [changed[0] if token is old else token for token in tokens]
+    def edit(
+        self,
+        id_or_text: str,
+        *,
+        add_projects: Sequence[str] = (),
+        remove_projects: Sequence[str] = (),
+        act_as: list[str] | None = None,
+        read_only: bool | None = None,
+        expires: datetime | EllipsisType | None = ...,
+    ) -> Token:
+        """Change a token's rights and return it; what is not named stays. Its live connections end and come back.
 
-        self._change(edit)
-        return changed[0], text
+        Args:
+            expires: the new end of its validity, None: never.
+
+        Raises Misuse if there is no such token, a pattern is malformed, or no project would remain.
+        """
+
+        def edited(token: Token) -> Token:
+            if token.metrics and (add_projects or remove_projects or act_as is not None or read_only is not None):
+                raise Misuse(f"token {token.id} is for metrics; only its expiry can change")
+            if missing := sorted(set(remove_projects) - set(token.projects)):
+                raise Misuse(f"token {token.id} is not for project {missing[0]!r}")
+            projects = sorted({*token.projects, *add_projects} - set(remove_projects))
+            if not projects and not token.metrics:
+                raise Misuse(f"token {token.id} would have no project left; revoke it instead")
+            check_actor(token.actor, act_as or []) if not token.metrics else None
+            return msgspec.structs.replace(
+                token,
+                projects=projects,
+                act_as=token.act_as if act_as is None else act_as,
+                read_only=token.read_only if read_only is None else read_only,
+                expires=token.expires if expires is ... else expires,
+            )
+
+        return self._replace(id_or_text, edited)
 
     def revoke(self, id_or_text: str) -> Token:
         """Revoke a token, named by its id or by its own text, and return it. Raises Misuse if there is none."""
-        gone: list[Token] = []
+        now = datetime.now(UTC).replace(microsecond=0)
+        return self._replace(id_or_text, lambda token: msgspec.structs.replace(token, revoked=now))
 
-        def without(tokens: list[Token]) -> list[Token]:
-            gone.append(_find(tokens, id_or_text))
-            return [token for token in tokens if token is not gone[0]]
+    def _replace(self, id_or_text: str, edit: Callable[[Token], Token]) -> Token:
+        changed: list[Token] = []
 
-        self._change(without)
-        return gone[0]
+        def replaced(tokens: list[Token]) -> list[Token]:
+            old = _find(tokens, id_or_text)
+            changed.append(edit(old))
+            return [changed[0] if token is old else token for token in tokens]
+
+        self._change(replaced)
+        return changed[0]
 
     def rename_projects(self, renamed: Mapping[str, str]) -> int:
         """Replace projects' former names in every token; return the number of changed tokens."""
@@ -176,7 +240,10 @@ class TokenFile:
         def edit(tokens: list[Token]) -> list[Token]:
             after = [_for_projects(token, set(token.projects) - {slug}) for token in tokens]
             changed.extend(new for old, new in zip(tokens, after, strict=True) if new is not old)
-            return [token for token in after if token.projects or token.metrics]
+            now = datetime.now(UTC).replace(microsecond=0)
+            return [
+                t if t.projects or t.metrics or t.revoked else msgspec.structs.replace(t, revoked=now) for t in after
+            ]
 
         self._change(edit)
         return len(changed)
@@ -184,7 +251,7 @@ class TokenFile:
     def _change(self, edit: Callable[[list[Token]], list[Token]]) -> None:
         try:
             with filelock.FileLock(self._path.with_name(".tokens.lock"), timeout=_LOCK_TIMEOUT_S):
-                tokens = edit(self.read())
+                tokens = edit(self.read_all())
                 data = msgspec.json.format(msgspec.json.encode(_Tokens(tokens))) + b"\n"
                 write_atomically(self._path, data, mode=0o600)
         except filelock.Timeout as error:
@@ -209,7 +276,7 @@ def _new_text() -> str:
 def _find(tokens: list[Token], id_or_text: str) -> Token:
     digest = digest_of_text(id_or_text)
     for token in tokens:
-        if token.id == id_or_text or hmac.compare_digest(token.sha256, digest):
+        if token.revoked is None and (token.id == id_or_text or hmac.compare_digest(token.sha256, digest)):
             return token
     raise Misuse("token not found; see: lattice-remote token list")
 
@@ -225,16 +292,16 @@ def check_actor(actor: str, act_as: list[str]) -> None:
             raise Misuse(f"bad --act-as {pattern!r}: expected an actor, or a pattern such as 'agent:*'")
 
 
-_DURATION = re.compile(r"([1-9][0-9]{0,5})([mhdw])")
-_UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION = re.compile(r"([1-9][0-9]{0,5})([smhdw])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DATE = re.compile(r"\d{4}-\d\d-\d\d([Tt ]\d\d:\d\d:\d\d(\.\d{1,6})?([Zz]|[+-]\d\d:\d\d))?", re.ASCII)
 
 
 def duration(text: str) -> timedelta:
-    """Return the duration of ``30m``, ``12h``, ``90d`` or ``52w``. Raises Misuse for another form, or 0."""
+    """Return the duration of ``45s``, ``30m``, ``12h``, ``90d`` or ``52w``. Raises Misuse for another form, or 0."""
     matched = _DURATION.fullmatch(text)
     if matched is None:
-        raise Misuse(f"bad time {text!r}: expected a number and m, h, d or w, for example 90d")
+        raise Misuse(f"bad time {text!r}: expected a number and s, m, h, d or w, for example 90d")
     return timedelta(**{_UNITS[matched[2]]: int(matched[1])})
 
 

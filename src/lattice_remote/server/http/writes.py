@@ -15,6 +15,7 @@ from lattice_remote.protocol.messages import Attachment, Bye, Refused, Reply, Re
 from lattice_remote.server.http.auth import RequestContext
 from lattice_remote.server.ipc import Edit, RunCall, RunCommand
 from lattice_remote.server.project.project import stopping
+from lattice_remote.server.tokens import READ_ONLY
 
 __all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "IdempotencyKey", "call", "edit", "idempotency_key", "run", "unique_key"]
 
@@ -114,6 +115,8 @@ async def edit(
 
 
 async def _send[T: ServerFrame](context: RequestContext, message: RunCommand | RunCall | Edit, kind: type[T]) -> T:
+    if context.login.token.read_only:
+        raise Rejected(READ_ONLY, code="REMOTE_FORBIDDEN")
     project, requester = context.project, _Requester(context, message.id)
     if project.failure is not None:
         raise project.failure

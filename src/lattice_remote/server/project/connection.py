@@ -66,7 +66,7 @@ from lattice_remote.server.project.file_reader import PIECE_BYTES, FileSender
 from lattice_remote.server.project.history import REPLAY_BYTES, CommitTimes, History
 from lattice_remote.server.project.positions import can_continue, find_start
 from lattice_remote.server.project.project import Project
-from lattice_remote.server.tokens import Token
+from lattice_remote.server.tokens import READ_ONLY, Token
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES
 from lattice_remote.server.transport.send_queue import MAX_PENDING_BYTES, SendBudget, payload_of, websocket_frame
 from lattice_remote.server.transport.websocket import Handoff
@@ -381,7 +381,9 @@ class ClientConnection:
 
     def _take_request(self, frame: Request) -> None:
         needed = needed_capability(frame)
-        if needed is not None and needed not in self._capabilities:
+        if self.token.read_only and isinstance(frame, Run | Call | Put | Upload | Push):
+            self._refuse(frame.id, "REMOTE_FORBIDDEN", READ_ONLY)
+        elif needed is not None and needed not in self._capabilities:
             self._refuse(frame.id, "REMOTE_VERSION", f"the client does not name {needed!r}: upgrade the client")
         elif isinstance(frame, Call) and frame.surface not in SURFACES:
             self._refuse(frame.id, "REMOTE_UNSUPPORTED", f"the server has no surface {frame.surface!r}")

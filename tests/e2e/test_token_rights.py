@@ -1,0 +1,80 @@
+"""Rights of a token: to read only, and changed while its client is connected."""
+
+import contextlib
+import http.client
+import json
+
+import pytest
+
+from sandbox import Sandbox, differences, wait_for
+
+pytestmark = pytest.mark.e2e
+
+
+def test_a_read_only_token_reads_everything_and_writes_nothing(sandbox: Sandbox) -> None:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    ana, guest = sandbox.client("ana"), sandbox.client("guest")
+    ana.add_remote(server, server.token("human:ana"))
+    ana.ok("create", "One", "--actor", "human:ana")
+    token = json.loads(
+        server.admin("token", "create", "--project", "board", "--actor", "human:guest", "--read-only", "--json")
+    )["token"]
+    guest.add_remote(server, token)
+    assert "One" in guest.ok("list")
+    before = (server.lattice_dir() / "ids.json").read_bytes()
+    for argv in (
+        ("create", "Two", "--actor", "human:guest"),
+        ("comment", "LAT-1", "x", "--actor", "human:guest"),
+        ("session", "start", "--name", "s", "--model", "m"),
+        ("doctor", "--fix"),
+    ):
+        refused = guest.run(*argv)
+        assert refused.returncode == 1, argv
+        assert "this token may only read" in refused.stderr + refused.stdout, argv
+    plan = next((guest.lattice_dir / "plans").glob("*.md"))
+    plan.write_text(plan.read_text() + "by a guest\n")
+    assert "this token may only read" in guest.run("remote", "push").stderr
+    assert b"by a guest" not in next((server.lattice_dir() / "plans").glob("*.md")).read_bytes()
+
+    def request(method: str, path: str, body: dict[str, str] | None = None) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        with contextlib.closing(connection):
+            headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
+            answer = connection.getresponse()
+            content = json.loads(answer.read())
+        assert answer.status == 200 or content["error"]["code"] == "REMOTE_FORBIDDEN"
+        return answer.status
+
+    assert request("GET", "/projects/board/tasks") == 200
+    assert request("POST", "/projects/board/tasks", {"title": "Three", "actor": "human:guest"}) == 403
+    assert request("PATCH", "/projects/board/tasks/LAT-1", {"title": "Four"}) == 403
+    assert (server.lattice_dir() / "ids.json").read_bytes() == before
+    ana.ok("comment", "LAT-1", "seen by the guest", "--actor", "human:ana")
+    wait_for(lambda: "seen by the guest" in guest.run("comments", "LAT-1").stdout, "the change")
+
+
+def test_an_edited_token_takes_effect_on_live_connections(sandbox: Sandbox) -> None:
+    server = sandbox.server()
+    server.project()
+    server.project("other", "OTH")
+    server.start()
+    ana = sandbox.client("ana")
+    ana.add_remote(server, server.token("human:ana"))
+    (token,) = json.loads(server.admin("token", "list", "--json"))
+    ana.ok("create", "One", "--actor", "human:ana")
+    server.admin("token", "edit", token["id"], "--act-as", "agent:*")
+    wait_for(lambda: ana.run("comment", "LAT-1", "as an agent", "--actor", "agent:a").returncode == 0, "the new right")
+    server.admin("token", "edit", token["id"], "--read-only")
+    wait_for(lambda: ana.run("comment", "LAT-1", "no", "--actor", "agent:a").returncode == 1, "the lost right")
+    server.admin("token", "edit", token["id"], "--read-write", "--add-project", "other", "--remove-project", "board")
+    wait_for(
+        lambda: (
+            "not for this project" in ana.run("comment", "LAT-1", "no", "--actor", "agent:a").stderr
+            or ana.run("comment", "LAT-1", "no", "--actor", "agent:a").returncode == 1
+        ),
+        "the lost project",
+    )
+    assert not differences(ana.lattice_dir, server.lattice_dir())
