@@ -1,6 +1,6 @@
-"""File primitives shared by client and server: open flags, complete writes, atomic replacement, digests, signatures.
+"""File primitives: open flags, complete writes, atomic replacement, digests, signatures.
 
-Standard library only, and nothing that a short-lived command does not load anyway.
+Imports only what a short-lived command loads anyway.
 """
 
 import contextlib
@@ -60,16 +60,15 @@ def write_atomically(
     sync: Callable[[int], None] | None = os.fsync,
     is_parent_synced: bool = True,
 ) -> None:
-    """Replace the file with ``data``. A reader sees the old content or the new, never a part.
+    """Replace the file with ``data``. A reader sees the old content or the new, never a part (I8).
 
     Once this returns, the file survives a power cut. On any error the old file remains.
 
     Args:
-        path: of the file; its directory exists.
+        path: of the file, in an existing directory.
         data: the new content.
         mode: of the new file, reduced by the umask.
-        temporary: the path of the temporary file, in the same directory, where recovery knows it by name; a leftover
-            is overwritten. None for a new random name.
+        temporary: a path in the same directory, for recovery to know it; a leftover is overwritten. None: random.
         sync: makes a descriptor durable; None leaves that to the caller.
         is_parent_synced: also make the name durable.
     """

@@ -19,10 +19,7 @@ _MAX_TASKS_SHOWN = 3
 
 
 def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the entries for ``--json``: all fields, times as RFC 3339, tasks with short ids (or null).
-
-    ``token_actor`` is always the token's actor, even if it equals ``actor``.
-    """
+    """Return the entries for ``--json``: all fields, tasks with short ids (or null), always a ``token_actor``."""
     records = []
     for entry in entries:
         record = msgspec.to_builtins(entry)
@@ -35,9 +32,9 @@ def as_records(entries: Sequence[LogEntry], short_ids: Mapping[str, str]) -> lis
 
 
 def as_lines(entries: Sequence[LogEntry], short_ids: Mapping[str, str], epoch: str = "") -> list[str]:
-    """Return a table for a terminal: number, local time, actor, token, tasks, command. Empty without entries.
+    """Return a table for a terminal, empty without entries. A heading separates epochs.
 
-    A heading separates epochs. ``epoch`` is the current one if known, as it may have no entry yet.
+    ``epoch`` is the current one if known: it may have no entry yet.
     """
     if not entries:
         return []
@@ -96,11 +93,7 @@ def _escaped(character: str) -> str:
 def describe_difference(here: str, there: str, *, here_is: str, there_is: str) -> str | None:
     """Return advice on two different versions of one program; None if they are equal.
 
-    Args:
-        here: one version, for example ``0.2.1``.
-        there: the other.
-        here_is: the place of ``here``, for example ``this machine``.
-        there_is: the place of ``there``.
+    ``here_is`` and ``there_is`` name the places, for example ``this machine``.
     """
     if here == there:
         return None

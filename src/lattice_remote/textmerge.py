@@ -35,10 +35,10 @@ class _TooMuch(Exception):
 
 
 def merge_text(base: bytes | None, mine: bytes, theirs: bytes | None) -> MergeResult:
-    """Merge ``mine``, an edit of ``base``, into the file's present text ``theirs``.
+    """Merge ``mine``, an edit of ``base``, into the file's present text ``theirs``; None means no file.
 
-    None means no file, for ``base`` or ``theirs``. Conflicts: a file that was removed, two different texts without a
-    base, and texts that differ too much to merge in about a second.
+    Conflicts: a file that was removed, two different texts without a base, and texts that differ too much to merge in
+    about a second.
     """
     if mine in (theirs, base):
         return MergeResult("unchanged", theirs)
@@ -66,11 +66,7 @@ class _Text:
 
 
 def _merge(base: _Text, mine: _Text, theirs: _Text) -> bytes | None:
-    """Return the merged text, None for a conflict.
-
-    Raises:
-        _TooMuch: the comparison exceeds its bound.
-    """
+    """Return the merged text, None for a conflict. Raises _TooMuch."""
     merge = _Merge3(base.lines, mine.lines, theirs.lines, sequence_matcher=_Matcher)
     lines: list[bytes] = []
     ends: list[bytes] = []
@@ -83,11 +79,9 @@ def _merge(base: _Text, mine: _Text, theirs: _Text) -> bytes | None:
         if kind == "unchanged":
             _, _, at_mine, _, at_theirs, _ = common[start]
             length = end - start
+            at_base = base.ends[start:end]
             ends += map(
-                _pick,
-                base.ends[start:end],
-                mine.ends[at_mine : at_mine + length],
-                theirs.ends[at_theirs : at_theirs + length],
+                _pick, at_base, mine.ends[at_mine : at_mine + length], theirs.ends[at_theirs : at_theirs + length]
             )
         else:
             ends += side.ends[start:end]
@@ -138,11 +132,7 @@ class _Matcher:
         self._work = _Work(_MAX_WORK)
 
     def get_matching_blocks(self) -> list[Block]:
-        """Return the common runs in order; the last is empty.
-
-        Raises:
-            _TooMuch: the comparison exceeds its bound.
-        """
+        """Return the common runs in order; the last is empty. Raises _TooMuch."""
         a, b = self._a, self._b
         found: list[Block] = []
         i, j = 0, 0
@@ -211,7 +201,6 @@ class _Work:
         self._left = steps
 
     def spend(self, steps: int) -> None:
-        """Subtract ``steps``; raise ``_TooMuch`` if that exceeds the rest."""
         self._left -= steps
         if self._left < 0:
             raise _TooMuch

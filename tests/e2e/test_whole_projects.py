@@ -84,7 +84,7 @@ def test_a_local_project_is_pushed_and_the_directory_is_a_copy(sandbox: Sandbox,
 
     plan = json.loads(ana.ok("remote", "push", "--dry-run", "--json"))["data"]
     assert (plan["tasks"], plan["archived_tasks"], plan["files"]) == (2, 1, len(before))
-    assert plan["left_out"] == ["plans/scratch.md~"] and plan["trouble"] is None
+    assert plan["skipped"] == ["plans/scratch.md~"] and plan["trouble"] is None
     assert server.lattice_dir().joinpath("ids.json").read_text().count("OWN") == 0, "a dry run sends nothing"
 
     assert "Pushed 2 tasks, 1 archived" in ana.ok("remote", "push")

@@ -34,7 +34,6 @@ __all__ = [
     "describe_age",
     "ensure_current",
     "pass_request_id",
-    "raise_error",
     "request",
     "request_id",
     "run_inline",
@@ -60,24 +59,21 @@ _said: set[str] = set()
 _passed: list[tuple[str, str, str]] = []
 """The request id of the next command, if a launcher has passed one."""
 _starting = threading.Lock()
-"""Held while starting the agent: a program may ask from dozens of threads."""
 
 
 class _AgentLost(Exception):
-    """The agent exited or was killed before it answered."""
+    """The agent exited before it answered."""
 
 
 class _AgentSilent(Exception):
-    """The agent exists but does not respond: stopped, or hanging."""
+    """The agent does not respond: stopped, or hanging."""
 
 
 def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
-    """Return a request for the cache at ``directory``, with this process's token and server.
-
-    It names the cache's identity, so that a later change of the path cannot redirect it.
+    """Return a request with this process's token and server, for the cache that is now at ``directory``.
 
     Raises:
-        RemoteError: there is no cache.
+        RemoteError: there is none.
     """
     token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
     cache = identify(directory)
@@ -103,10 +99,7 @@ def pass_request_id(text: str) -> None:
 
 
 def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Return the answer to one request of ``service``.
-
-    A request that was cut off by the agent's end is sent to a new agent: a command carries its id, so that it runs once
-    (I6).
+    """Return the answer to a request. If the agent ends, a new one is asked: a command's id makes it run once (I6).
 
     Raises:
         RemoteError: the error in the answer.
@@ -123,7 +116,7 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
             return run_inline(request, on_progress)  # no place for a socket
         try:
             answer = _exchange(stream, {**request, "agent": place.name}, on_progress)
-            return run_inline(request, on_progress) if answer.get("not_mine") else raise_error(answer)
+            return run_inline(request, on_progress) if answer.get("not_mine") else _checked(answer)
         except _AgentLost:
             request.setdefault("first_sent_at", began)  # the earlier agent may have sent it
         except _AgentSilent:
@@ -136,31 +129,23 @@ def ask(request: dict[str, Any], on_progress: Progress | None = None) -> dict[st
 
 
 def agent_enabled() -> bool:
-    """Return whether commands use the agent: there are Unix sockets, and ``LATTICE_REMOTE_AGENT`` is not ``off``."""
+    """Return whether commands use the agent: ``LATTICE_REMOTE_AGENT`` is not ``off``."""
     return hasattr(socket, "AF_UNIX") and os.environ.get(AGENT_ENV, "").lower() not in {"off", "no", "0", "false"}
 
 
 def ask_running_agent(request: dict[str, Any]) -> dict[str, Any] | None:
-    """Like ``ask``, but return None if the agent of this environment is not running.
-
-    Raises:
-        ConnectionFailed: it does not respond.
-    """
+    """Like ``ask``, but return None if the agent of this environment is not running."""
     place = _place()
     return None if place is None else ask_agent(place, request)
 
 
 def ask_agent(place: agent_runtime.Runtime, request: dict[str, Any]) -> dict[str, Any] | None:
-    """Return one agent's answer; None if it is not running.
-
-    Raises:
-        ConnectionFailed: it does not respond.
-    """
+    """Return one agent's answer; None if it is not running. Raises ConnectionFailed if it does not respond."""
     stream = _connect(place)
     if stream is None:
         return None
     try:
-        return raise_error(_exchange(stream, {**request, "agent": place.name}, None))
+        return _checked(_exchange(stream, {**request, "agent": place.name}, None))
     except _AgentLost:
         return None
     except _AgentSilent:
@@ -177,19 +162,14 @@ def stay_connected() -> AbstractContextManager[object]:
 
 
 def _place() -> agent_runtime.Runtime | None:
-    """Return the files of this environment's agent; None if no agent is possible."""
     try:
         return agent_runtime.locate() if agent_enabled() else None
     except StorageError:
         return None
 
 
-def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
-    """Return an answer unless it is an error.
-
-    Raises:
-        RemoteError: the error, with its code and message.
-    """
+def _checked(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer, or raise its error."""
     if answer.get("ok"):
         return answer
     message = str(answer.get("message"))
@@ -199,11 +179,11 @@ def raise_error(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_inline(request: dict[str, Any], on_progress: Progress | None = None) -> dict[str, Any]:
-    """Like ``ask``, but run the steps in this process. Raises RemoteError."""
+    """Like ``ask``, but run the steps in this process."""
     from lattice_remote.client.agent.service import serve_once
 
     with letting_write(""):  # a serving command may ask while under its guard
-        return raise_error(serve_once(request, on_progress))
+        return _checked(serve_once(request, on_progress))
 
 
 @dataclass(frozen=True)
@@ -217,12 +197,12 @@ class SurfaceResponse:
 def call(
     directory: str, surface: str, name: str, payload: str, files: list[dict[str, Any]] | None = None
 ) -> SurfaceResponse:
-    """Run an operation on the server; return once its change is in the files of ``directory``.
+    """Run an operation on the server; return once its change is in the cache. Notices go to stderr. Thread-safe.
 
-    ``files`` are as in ``CallersFiles``. Notices for the user are written to stderr. Thread-safe.
+    ``files`` are as in ``CallersFiles``.
 
     Raises:
-        RemoteError: it was refused, or the server is unreachable; the message says whether it may have taken effect.
+        RemoteError: the message says whether it may have taken effect.
     """
     # The id is created here, so that it runs once even if the agent is killed and asked again (I6).
     asked = request("call", directory, id=os.urandom(16).hex(), surface=surface, name=name, payload=payload)
@@ -255,10 +235,7 @@ def _exchange(stream: socket.socket, request: dict[str, Any], on_progress: Progr
 
 
 def _connect(place: agent_runtime.Runtime) -> socket.socket | None:
-    """Return a connection to the agent; None if there is none, or it is not this user's.
-
-    A socket in another user's directory must not receive a token.
-    """
+    """Return a connection to the agent; None if there is none, or it is another user's, who must not get a token."""
     stream = socket.socket(socket.AF_UNIX)
     try:
         agent_runtime.check(place)
@@ -289,7 +266,6 @@ def _silent(place: agent_runtime.Runtime) -> str:
 
 
 def _agent_pid(place: agent_runtime.Runtime) -> str:
-    """Return the agent's process id, or the name of the file with it."""
     try:
         with open(place.pid, encoding="ascii") as file:
             return str(int(file.read()))
@@ -298,17 +274,12 @@ def _agent_pid(place: agent_runtime.Runtime) -> str:
 
 
 def _connect_anew() -> socket.socket:
-    """Return a connection to an agent that another thread has started, else to a new one."""
     with _starting:
         return _connect(agent_runtime.locate()) or _start()
 
 
 def _start() -> socket.socket:
-    """Start an agent and wait for its socket. Of two started at once, one exits.
-
-    Raises:
-        StorageError: it does not start.
-    """
+    """Start an agent and wait for its socket. Of two started at once, one exits. Raises StorageError."""
     place = agent_runtime.locate()
     agent_runtime.prepare(place)
     log = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | SAFE, 0o600)
@@ -338,8 +309,6 @@ def _start() -> socket.socket:
 
 
 def _agents_environment(place: agent_runtime.Runtime) -> dict[str, str]:
-    """Return the agent's variables: this process's, without those that each request carries, and with absolute
-    paths."""
     per_request = {"LATTICE_TOKEN", "LATTICE_REMOTE_URL", "LATTICE_ROOT"}
     return {
         **{name: value for name, value in os.environ.items() if name not in per_request},
@@ -350,9 +319,7 @@ def _agents_environment(place: agent_runtime.Runtime) -> dict[str, str]:
 
 
 def ensure_current(directory: str, say: Callable[[str], object], on_progress: Progress | None = None) -> None:
-    """Bring the cache up to date if the server is reachable; else report its age in one line.
-
-    ``say`` gets each line for the user.
+    """Bring the cache up to date if the server is reachable; else ``say`` its age in one line.
 
     Raises:
         RemoteError: the cache was never filled.

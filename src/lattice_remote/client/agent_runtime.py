@@ -1,9 +1,8 @@
 """Location of the agent that serves a command: same user, package version and environment. Standard library only.
 
-The environment is everything that an agent cannot take from a request: the configuration directory, its namespaces and
-sandbox, and the variables that say how to reach a server. A digest of it names the agent's files, so that a command
-finds only an agent that behaves like the command itself (I13). It is computed for every routed command, in well under a
-millisecond.
+The environment is all that an agent cannot take from a request: configuration directory, namespaces, sandbox, and the
+variables that say how to reach a server. A digest of it names the agent's files, so that a command finds only an agent
+that behaves like the command itself (I13).
 """
 
 import hashlib
@@ -32,8 +31,7 @@ __all__ = [
 
 DIRECTORY_ENV = "LATTICE_REMOTE_RUNTIME_DIR"
 _LANGUAGE = 5
-"""Incremented when requests or answers between commands and agents change: a running agent of the same version would
-not understand them, and is ignored until it exits."""
+"""Incremented when requests or answers between commands and agents change within a version."""
 _OTHERS_MAY_WRITE = 0o022
 _MAX_SOCKET_PATH_BYTES = 103
 """The kernel takes 108 bytes on Linux, 104 on macOS, each with a NUL at the end."""
@@ -63,18 +61,13 @@ class Runtime:
 
 
 def boot_time() -> float:
-    """Return seconds on a clock that continues while the machine sleeps, unlike Linux's monotonic one.
-
-    It is the same for all processes until a reboot.
-    """
+    """Return seconds on a clock that all processes share and that continues while the machine sleeps."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 def locate() -> Runtime:
     """Return the files of the agent for this process; nothing is created.
-
-    The version is part of the digest: an upgraded package starts its own agent, while the old one exits by itself.
 
     Raises:
         StorageError: there is no directory for them.
@@ -106,11 +99,7 @@ def others(place: Runtime) -> list[Runtime]:
 
 
 def temporary_directory() -> str:
-    """Return a directory for temporary files, never the current one, which may be a repository.
-
-    Raises:
-        StorageError: none is writable.
-    """
+    """Return a directory for temporary files, never the current one: it may be a repository. Raises StorageError."""
     candidates = (os.environ.get("TMPDIR", ""), "/tmp", "/var/tmp")  # noqa: S108 - what is made there is checked
     for path in candidates:
         if os.path.isabs(path) and os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK):
@@ -129,11 +118,7 @@ def configuration() -> str:
 
 
 def namespaces(process: str = "self") -> tuple[str, ...]:
-    """Return the namespaces that decide which files and hosts a process reaches; empty without namespaces.
-
-    Raises:
-        OSError: those of another process cannot be read.
-    """
+    """Return the namespaces that decide which files and hosts a process reaches. Raises OSError."""
     return tuple(os.readlink(f"/proc/{process}/ns/{name}") for name in _NAMESPACES)
 
 
@@ -143,7 +128,6 @@ def absolute_paths() -> dict[str, str]:
 
 
 def _digest() -> str:
-    """Return a digest of this process's environment. An agent that it starts inherits each part."""
     parts: list[str | None] = [__version__, str(_LANGUAGE), configuration(), _sandbox()]
     try:
         parts += namespaces()
@@ -167,7 +151,7 @@ def _sandbox() -> str:
 
 
 def _is_own(session: str) -> bool:
-    """Return whether ``XDG_RUNTIME_DIR`` exists and is this user's: ``sudo`` and ``su`` keep that of another user."""
+    """Return whether ``XDG_RUNTIME_DIR`` is this user's: ``sudo`` and ``su`` keep that of another user."""
     try:
         found = os.stat(session)
     except OSError:
@@ -181,11 +165,7 @@ def _fits(directory: str, name: str) -> bool:
 
 
 def prepare(runtime: Runtime) -> None:
-    """Create the directory, for this user alone.
-
-    Raises:
-        StorageError: it cannot be created, belongs to another user, or is a link: a socket there is not trustworthy.
-    """
+    """Create the directory, for this user alone. Raises StorageError, also if it is another user's, or a link."""
     try:
         os.makedirs(runtime.directory, mode=0o700, exist_ok=True)
         mode = stat.S_IMODE(_check_owner(runtime).st_mode)
@@ -197,23 +177,13 @@ def prepare(runtime: Runtime) -> None:
 
 
 def check(runtime: Runtime) -> None:
-    """Require that the directory is this user's own, before any socket in it is used.
-
-    Raises:
-        StorageError: it belongs to another user, is a link, or is writable by others.
-        OSError: it is missing or unreadable.
-    """
+    """Require that the directory is this user's alone. Raises StorageError, or OSError if it is missing."""
     if _check_owner(runtime).st_mode & _OTHERS_MAY_WRITE:
         raise StorageError(f"{runtime.directory} is writable by others")
 
 
 def check_socket(runtime: Runtime) -> None:
-    """Require that this user created the socket.
-
-    Raises:
-        StorageError: it belongs to another user, or is no socket.
-        OSError: it is missing or unreadable.
-    """
+    """Require that this user created the socket. Raises StorageError, OSError."""
     found = os.lstat(runtime.socket)
     if not stat.S_ISSOCK(found.st_mode) or found.st_uid != _user():
         raise StorageError(f"{runtime.socket} is not a socket of this user")
@@ -227,7 +197,7 @@ def _check_owner(runtime: Runtime) -> os.stat_result:
 
 
 def _remove_what_others_left(directory: str) -> None:
-    """Remove files that other users could have placed here: they must not be opened, followed or contacted."""
+    """Remove what other users could have placed here."""
     for entry in os.scandir(directory):
         if entry.is_symlink() or entry.stat(follow_symlinks=False).st_uid != _user():
             os.unlink(entry.path)

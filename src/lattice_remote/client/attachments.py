@@ -1,7 +1,7 @@
-"""Files of the caller in a command line: the argument with the file, and access to its content for the agent.
+"""Files of the caller in a command line, and access to their content for the agent. Standard library only.
 
-A small file travels with the request. The agent reads a large one itself, as the same user, and checks its identity.
-Content that cannot be opened twice, such as a pipe, is spooled to a temporary file. Standard library only.
+A small file travels with the request. The agent reads a large one itself, and checks its identity. Content that cannot
+be opened twice, such as a pipe, is spooled to a temporary file.
 """
 
 import base64
@@ -32,14 +32,12 @@ _REGULAR_FILE_ONLY = {("attach",)}
 
 
 class CallersFiles:
-    """The one file that a request may name. Use it as a context manager, which removes the spooled pipe.
+    """The one file that a request may name. A context manager, which removes a spooled pipe.
 
     Attributes:
         argv: the command line, in which a file is an argument of its own.
         described: for each file ``index`` in the argv, its ``name``, and its content: ``data`` (base64; None: lattice
             sees no file), or ``path`` and ``identity`` of the file.
-
-    Raises Misuse if a file cannot be read.
     """
 
     def __init__(self, argv: Sequence[str] = ()) -> None:
@@ -51,7 +49,7 @@ class CallersFiles:
     def of_command(
         cls, command: "click.Command", path: tuple[str, ...], ctx: "click.Context", argv: Sequence[str]
     ) -> Self:
-        """Return the file of a command line."""
+        """Return the file of a command line. Raises Misuse if it cannot be read."""
         files = cls(argv)
         parameter = _PARAMETERS.get(path)
         source = ctx.params.get(parameter) if parameter else None
@@ -93,14 +91,12 @@ class CallersFiles:
         self.close()
 
     def close(self) -> None:
-        """Remove spooled pipes. Idempotent."""
         for path in self._spooled:
             with contextlib.suppress(OSError):
                 os.unlink(path)
         self._spooled.clear()
 
     def _content(self, source: str, *, only_regular: bool) -> dict[str, Any]:
-        """Return the content of the caller's file, pipe or ``/dev/stdin``, or its location."""
         if only_regular and not os.path.isfile(source):
             return {"data": None}
         try:
@@ -119,7 +115,7 @@ class CallersFiles:
         return {"path": place, "identity": identity(status)}
 
     def _spool(self, data: bytes, file: Any) -> tuple[str, os.stat_result]:
-        """Store ``data`` and the rest of a pipe in a private file; return its path and status."""
+        """Store ``data`` and the rest of a pipe in a private file."""
         import tempfile
 
         handle, place = tempfile.mkstemp(prefix="lattice-", dir=temporary_directory())
@@ -158,10 +154,7 @@ def _is_at(place: str, status: os.stat_result) -> bool:
 def _locate(
     command: "click.Command", parameter: str, value: str, argv: list[str], *, depth: int
 ) -> tuple[list[str], int]:
-    """Find the argument that gave ``parameter`` its value: changing it changes the parameter.
-
-    ``--file=VALUE`` is split, so that the value is an argument of its own.
-    """
+    """Find the argument that gave ``parameter`` its value: changing it changes both. Splits ``--file=VALUE``."""
     for index in range(depth, len(argv)):
         for parts in _readings(argv[index], value):
             probe = [*argv[depth:index], *parts[:-1], value + "\x01", *argv[index + 1 :]]

@@ -1,8 +1,4 @@
-"""Bundle of a local project for a push: survey of its ``.lattice`` directory and packing (``protocol.bundle``).
-
-The bundle is a copy of the files at one moment, in an unnamed temporary file: later changes of the project cannot reach
-the server half.
-"""
+"""Bundle of a local project for a push (``protocol.bundle``): a copy of its files in an unnamed temporary file."""
 
 import hashlib
 import json
@@ -33,7 +29,7 @@ class Survey:
 
     files: dict[str, Signature]
     """Files to send, with their signatures."""
-    left_out: list[str]
+    skipped: list[str]
     """Skipped entries: temporary and backup files, links."""
     bytes: int
     has_hooks: bool
@@ -43,17 +39,12 @@ class Survey:
 
 
 def survey(directory: str) -> Survey:
-    """List a project's files. Reads only ``config.json``.
-
-    Raises:
-        Misuse: the server would refuse it; the message names the remedy.
-        StorageError: it cannot be read.
-    """
+    """List a project's files. Raises Misuse if the server would refuse it, StorageError."""
     files: dict[str, Signature] = {}
-    left_out: list[str] = []
+    skipped: list[str] = []
     layout = Layout(max_bytes=1 << 62)
     try:
-        for path, status in _walk(directory, left_out):
+        for path, status in _walk(directory, skipped):
             layout.add(path, status.st_size)
             files[path] = signature_of(status)
         has_hooks = _has_hooks(directory)
@@ -61,10 +52,10 @@ def survey(directory: str) -> Survey:
         raise StorageError(f"cannot read {error.filename or directory}: {error.strerror}") from error
     if "config.json" not in files:
         raise Misuse("config.json not found: this is not a lattice project")
-    return Survey(files, sorted(left_out), layout.bytes, has_hooks)
+    return Survey(files, sorted(skipped), layout.bytes, has_hooks)
 
 
-def _walk(directory: str, left_out: list[str]) -> Iterator[tuple[str, os.stat_result]]:
+def _walk(directory: str, skipped: list[str]) -> Iterator[tuple[str, os.stat_result]]:
     pending, found = [""], list[str]()
     while pending:
         folder = pending.pop()
@@ -75,7 +66,7 @@ def _walk(directory: str, left_out: list[str]) -> Iterator[tuple[str, os.stat_re
             elif entry.is_file(follow_symlinks=False) and is_replicated(path):
                 found.append(path)
             elif path not in _BOOKKEEPING:
-                left_out.append(path)
+                skipped.append(path)
     for path in sorted(found):
         yield path, os.lstat(os.path.join(directory, path))
 
@@ -90,12 +81,7 @@ def _has_hooks(directory: str) -> bool:
 
 @dataclass
 class Pack:
-    """A project's bundle. ``close()`` it, or use it in a ``with``.
-
-    Attributes:
-        size, digest: of the whole.
-        entries: its files.
-    """
+    """A project's bundle, with the size and digest of the whole. A context manager, which removes the file."""
 
     file: IO[bytes]
     size: int = 0
@@ -105,13 +91,12 @@ class Pack:
 
     @classmethod
     def of(cls, directory: str, found: Survey, report: Callable[[int, int], None]) -> "Pack":
-        """Read a project's files; ``report`` is called with bytes read and bytes in total. Call it in a thread.
+        """Read a project's files. ``report`` gets the bytes read and in total. Blocking.
 
         Raises:
             StorageError: a file cannot be read, or has changed since the survey.
         """
-        try:
-            # Beside the project: temporary directories in memory may lack the room.
+        try:  # beside the project: temporary directories in memory may lack the room
             pack = cls(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115 - the caller's to close
         except OSError as error:
             raise StorageError(f"cannot write to {directory}: {error.strerror or error}") from error
@@ -139,16 +124,14 @@ class Pack:
             with open(os.open(os.path.join(directory, path), READ), "rb") as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode) or signature_of(status) != found.files[path]:
-                    raise StorageError(
-                        f"{path} changed while it was read; try again when no program changes the project"
-                    )
+                    raise _changed(path)
                 entry = Entry(path, status.st_size, hash_descriptor(file.fileno())[1].digest())
                 write(head_of(entry))
                 self._offsets[path] = self.size
                 for piece in iter(lambda: file.read(_PIECE_BYTES), b""):
                     write(piece)
             if self.size != self._offsets[path] + entry.size:
-                raise StorageError(f"{path} changed while it was read; try again when no program changes the project")
+                raise _changed(path)
             self.entries[path] = entry
             done += entry.size
             report(done, found.bytes)
@@ -160,7 +143,6 @@ class Pack:
         return os.pread(self.file.fileno(), self.entries[path].size, self._offsets[path])
 
     def close(self) -> None:
-        """Remove the temporary file."""
         self.file.close()
 
     def __enter__(self) -> "Pack":
@@ -168,3 +150,7 @@ class Pack:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _changed(path: str) -> StorageError:
+    return StorageError(f"{path} changed while it was read; try again when no program changes the project")

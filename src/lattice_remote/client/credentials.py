@@ -36,12 +36,9 @@ _LOCK_TIMEOUT_S = 10.0
 
 
 def directory() -> str:
-    """Return the absolute path of this user's configuration directory, which need not exist.
-
-    A relative ``XDG_CONFIG_HOME`` is ignored, as its specification says: tokens would go into a repository.
-    """
+    """Return the absolute path of this user's configuration directory, which need not exist."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
-    if not os.path.isabs(base):
+    if not os.path.isabs(base):  # a relative one is ignored, as its specification says
         base = os.path.abspath(os.path.join(os.path.expanduser("~"), ".config"))
     return os.path.join(base, "lattice")
 
@@ -53,18 +50,16 @@ def path_of(name: str) -> str:
 def signature(path: str) -> Signature | None:
     """Return a signature that changes with the file; None if there is none."""
     try:
-        found = os.lstat(path)
+        return signature_of(os.lstat(path))
     except OSError:
         return None
-    return signature_of(found)
 
 
 def read(path: str, what: str) -> dict[str, Any]:
     """Return the object under the key ``what`` of a file, empty if there is no file.
 
     Raises:
-        StorageError: it cannot be read, is no plain file of this user alone, or is invalid. The message does not
-            contain its content.
+        StorageError: it cannot be read, is no plain file of this user alone, or is invalid.
     """
     try:
         handle = os.open(path, READ)
@@ -85,10 +80,7 @@ def read(path: str, what: str) -> dict[str, Any]:
 def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
     """Replace the object under ``what`` with the result of ``edit``; None leaves the file alone.
 
-    Atomic and serialized: of two commands that change the file at once, neither undoes the other. Durable on return.
-
-    Raises:
-        StorageError: as for ``read``, or it cannot be written.
+    Atomic, serialized with other commands, durable on return. Raises StorageError.
     """
     from filelock import FileLock, Timeout
 
@@ -98,7 +90,8 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
         with FileLock(os.path.join(parent, f".{name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
             edited = edit(read(path, what))
             if edited is not None:
-                _replace(path, {what: edited})
+                text = json.dumps({what: edited}, indent=2, sort_keys=True) + "\n"
+                write_atomically(path, text.encode(), mode=0o600, is_parent_synced=False)
     except Timeout:
         raise StorageError(f"{path} is locked by another command; try again") from None
     except OSError as error:
@@ -106,11 +99,6 @@ def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any]
             f"cannot write {path}: {error.strerror}; XDG_CONFIG_HOME can name another place, and LATTICE_TOKEN with "
             "LATTICE_REMOTE_URL do without one"
         ) from error
-
-
-def _replace(path: str, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, text.encode(), mode=0o600, is_parent_synced=False)
 
 
 def _require_private(path: str, found: os.stat_result) -> None:
@@ -133,11 +121,7 @@ def tokens_path() -> str:
 
 
 def from_environment() -> str | None:
-    """Return the token of ``LATTICE_TOKEN``, None if unset or empty.
-
-    Raises:
-        Misuse: it is not a valid token.
-    """
+    """Return the token of ``LATTICE_TOKEN``, None if unset or empty. Raises Misuse if it is invalid."""
     given = os.environ.get(TOKEN_ENV, "").strip()
     return check_token(given) if given else None
 
@@ -146,7 +130,7 @@ def check_token(token: str) -> str:
     """Return ``token`` if a header can carry it: printable ASCII without spaces, at most 512 characters.
 
     Raises:
-        Misuse: it cannot. The message does not contain the token.
+        Misuse: it cannot.
     """
     if not token or len(token) > 512 or not token.isascii() or not token.isprintable() or " " in token:
         raise Misuse("that is not a token: it must be one word of printable ASCII", code="REMOTE_UNAUTHORIZED")
@@ -165,17 +149,11 @@ def projects(url: str) -> list[str]:
 
 
 def is_known(url: str) -> bool:
-    """Return whether this user has a stored token for a server."""
     return bool(_load().get(url))
 
 
 def store(url: str, project: str, token: str) -> None:
-    """Store a token, readable by this user only. Durable on return.
-
-    Raises:
-        Misuse: it is not a valid token.
-        StorageError: the file cannot be read or written.
-    """
+    """Store a token, readable by this user only. Durable on return. Raises Misuse if it is invalid, StorageError."""
     check_token(token)
 
     def with_it(found: dict[str, Any]) -> _Tokens:

@@ -35,10 +35,7 @@ _let: ContextVar[str | None] = ContextVar("_let", default=None)
 
 @contextmanager
 def letting_write(folder: str) -> Iterator[None]:
-    """Allow writes to a folder of the cache ("": all) in this context and in tasks started there.
-
-    For writes that are not the guarded command's: the remote's own, and a plan that is about to be edited.
-    """
+    """Allow writes to a folder of the cache ("": all) in this context: the remote's own, or a plan to be edited."""
     before = _let.set(folder and folder + os.sep)
     try:
         yield
@@ -47,7 +44,7 @@ def letting_write(folder: str) -> Iterator[None]:
 
 
 class WriteRefused(RemoteError, PermissionError):
-    """A local command tried to write into the cache. Also a ``PermissionError``, as for a read-only directory."""
+    """A write of a local command into the cache. Also a ``PermissionError``, as for a read-only directory."""
 
     code = "REMOTE_GUARD"
 
@@ -56,7 +53,7 @@ class Guard:
     """Guard of one ``.lattice`` directory between ``start()`` and ``stop()``; ``refused`` keeps the first refusal."""
 
     def __init__(self, directory: str, *, plugins: str = "") -> None:
-        """Create a guard. ``plugins`` are the words of the running command if it is a plugin's."""
+        """``plugins`` are the words of the running command if it is a plugin's."""
         self._directory = directory
         self._plugins = plugins
         self._inside = tuple({os.path.abspath(directory) + os.sep, os.path.realpath(directory) + os.sep})

@@ -1,7 +1,7 @@
 """Routing of a remote project's commands: reads run here on the cache, everything else on the server.
 
-Click still parses every command line here, so that usage errors and ``--help`` are Click's own. Standard library only,
-plus modules that lattice has imported.
+Click still parses every command line here, so that usage errors and ``--help`` are Click's own. Imports only the
+standard library and modules that lattice has imported.
 """
 
 import atexit
@@ -61,12 +61,7 @@ class NeedsOwnProcess(BaseException):
 
 
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
-    """Return a copy of ``command`` that is routed after parsing. ``directory`` is the cache.
-
-    Args:
-        path: the command's names, from the outermost group inward.
-        argv: the whole command line after ``lattice``.
-    """
+    """Return a copy of ``command``, whose names are ``path``, that is routed after parsing ``argv``."""
     if in_warm_process and not isinstance(command, click.Group) and _is_plugins(command):
         raise NeedsOwnProcess
     twin = copy.copy(command)
@@ -120,7 +115,6 @@ def _may_share(path: tuple[str, ...], ctx: click.Context, directory: str) -> boo
 
 
 def _is_plugins(command: click.Command) -> bool:
-    """Return whether the command comes from a plugin: lattice's own are known, or left to the server."""
     return not getattr(command.callback, "__module__", "").startswith("lattice.")
 
 
@@ -152,11 +146,7 @@ def _is_read(path: tuple[str, ...], ctx: click.Context) -> bool:
 
 
 def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> None:
-    """Allow only reads while the project waits to be pushed: later writes might not reach the server.
-
-    Raises:
-        Misuse: the command writes; the message names both ways on.
-    """
+    """Allow only reads while the project waits to be pushed: later writes might not reach the server. Raises Misuse."""
     remote = read_remote(directory, UNPUSHED_FILE)
     if not _is_read(path, ctx):
         raise Misuse(
@@ -167,7 +157,6 @@ def _require_read(path: tuple[str, ...], ctx: click.Context, directory: str) -> 
 
 
 def fail(error: RemoteError, *, is_json: bool) -> None:
-    """Print an error in lattice's format and exit with 1."""
     from lattice.cli.helpers import output_error
 
     output_error(error.message, error.code, is_json)
@@ -227,11 +216,7 @@ def _run_there(
 
 
 def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
-    """End the command; in a process of its own, at once.
-
-    Interpreter shutdown frees object by object, a tenth of a command's time. If lattice runs inside another program,
-    that program continues.
-    """
+    """End the command; in a process of its own at once: interpreter shutdown takes a tenth of a command's time."""
     own = os.path.basename(sys.argv[0]) == "lattice" and sys.stdout is sys.__stdout__
     if own and sys.stdout is not None and sys.stderr is not None:
         sys.stdout.flush()
@@ -242,12 +227,12 @@ def _leave(ctx: click.Context, exit_code: int) -> NoReturn:
 
 
 def _waits(path: tuple[str, ...], ctx: click.Context) -> bool:
-    """Return whether this command may wait for others for long, so that the user may interrupt it."""
+    """Return whether this command may wait for others for long: the user may interrupt it."""
     return path == ("resource", "acquire") and bool(ctx.params.get("do_wait"))
 
 
 def _progress() -> Any:
-    """Return the progress display for a terminal, else None; imported on first use."""
+    """Return the progress display for a terminal, else None."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
 

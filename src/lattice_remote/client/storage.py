@@ -24,41 +24,31 @@ __all__ = ["Freshness", "RemoteStorage", "RemoteWarning", "resolve_backend"]
 
 
 class RemoteWarning(UserWarning):
-    """Warning that a command would print on stderr, for example that the data is not current, and its age."""
+    """Warning that a command would print on stderr, for example that the data is not current."""
 
 
 @dataclass(frozen=True, slots=True)
 class Freshness:
-    """State of the cache.
-
-    Attributes:
-        is_current: it holds every change of the server; else ``message`` gives the reason.
-        seq: the sequence number of its last change.
-        age_s: for how many seconds it may have been behind; None if unknown.
-        message: the reason why it is not current; empty if it is.
-    """
+    """State of the cache."""
 
     is_current: bool
+    """Whether it has every change of the server."""
     seq: int
     age_s: float | None
+    """Seconds for which it may have been behind; None if unknown."""
     message: str
+    """The reason why it is not current."""
 
 
 class RemoteStorage:
     """A ``StorageBackend`` on a project with a remote. Holds nothing open; threads and processes may share a project.
 
-    Before each read the cache is brought up to date, as for a command. If the server is unreachable, a read returns the
-    local data with a ``RemoteWarning``; a write raises ``ConnectionFailed``, and nothing is queued. When a write
-    returns, its change is in the local files.
-
-    The user's agent does the work, or without one an event loop in this process: from a coroutine, call these methods
-    in a thread (``asyncio.to_thread``).
-
-    Args:
-        root: the directory that holds ``.lattice``.
+    Before each read the cache is brought up to date. If the server is unreachable, a read returns the local data with a
+    ``RemoteWarning``; a write raises ``ConnectionFailed``, and nothing is queued. When a write returns, its change is
+    in the local files. The methods block: from a coroutine, call them in a thread (``asyncio.to_thread``).
 
     Raises:
-        Misuse: it has no remote.
+        Misuse: the directory has no remote.
         StorageError: its ``remote.json`` cannot be read.
     """
 
@@ -70,7 +60,6 @@ class RemoteStorage:
 
     @property
     def root_path(self) -> Path:
-        """The directory that holds ``.lattice``."""
         return self._root
 
     def freshness(self) -> Freshness:
@@ -82,61 +71,46 @@ class RemoteStorage:
     # --- tasks ---
 
     def list_tasks(self, *, archived: bool = False) -> list[Snapshot]:
-        """Return the active tasks in the order of their creation; with ``archived`` the archived ones."""
         return self._copy().list_tasks(archived=archived)
 
     def get_task(self, task: str) -> Snapshot | None:
-        """Return a task, archived or not; None if there is none."""
         return self._copy().get_task(task)
 
     def get_task_events(self, task: str) -> list[Snapshot]:
-        """Return a task's events in order; empty if there is no such task."""
         return self._copy().get_task_events(task)
 
     def write_task(self, task: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a task, or create it; see ``StorageBackend``."""
         return self._write_events("write-task", {"task": task}, events, base)
 
     # --- resources ---
 
     def list_resources(self) -> list[Snapshot]:
-        """Return the resources, by name."""
         return self._copy().list_resources()
 
     def get_resource(self, resource: str) -> Snapshot | None:
-        """Return a resource, by name or id; None if there is none."""
         return self._copy().get_resource(resource)
 
     def write_resource(self, resource: str, events: Sequence[Event], base: str | None) -> Written[Snapshot] | Conflict:
-        """Add events to a resource, or create it; see ``StorageBackend``."""
         return self._write_events("write-resource", {"resource": resource}, events, base)
 
     # --- plans and notes ---
 
     def read_plan(self, task: str) -> str | None:
-        """Return the text of a task's plan; None if it has none."""
         return self._copy().read_plan(task)
 
     def write_plan(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
-        """Replace a task's plan; see ``StorageBackend``."""
         return self._write_text("write-plan", task, text, base)
 
     def read_notes(self, task: str) -> str | None:
-        """Return the text of a task's notes; None if it has none."""
         return self._copy().read_notes(task)
 
     def write_notes(self, task: str, text: str, base: str | None) -> Written[str] | Merged | Conflict:
-        """Replace a task's notes; see ``StorageBackend``."""
         return self._write_text("write-notes", task, text, base)
 
     # --- the cache ---
 
     def _copy(self) -> LocalStorage:
-        """Return the cache for reading, current if possible.
-
-        Raises:
-            RemoteError: the cache was never filled.
-        """
+        """Return the cache for reading, current if possible. Raises RemoteError if it was never filled."""
         if (why := detachment(self._directory)) is not None:
             _warn(why)
             return LocalStorage(self._root)
@@ -173,19 +147,11 @@ class RemoteStorage:
         return Merged(answer["content"]) if answer["outcome"] == "merged" else Written(answer["content"])
 
     def _call(self, name: str, values: dict[str, Any]) -> dict[str, Any]:
-        """Run a write on the server, at most once (I6), and return its answer.
-
-        Raises:
-            Rejected: the server refuses the write.
-            RemoteError: the server is unreachable; the message says whether the write may have taken effect.
-        """
+        """Run a write on the server, at most once (I6), and return its answer. Raises RemoteError."""
         payload = json.dumps(values, ensure_ascii=False)
-        id_ = os.urandom(
-            16
-        ).hex()  # created here: if the agent ends half way, the next is asked again, and the server runs it once
-        returned = ask(
-            request("call", self._directory, id=id_, surface="storage", name=name, payload=payload, files=[])
-        )
+        fields = {"surface": "storage", "name": name, "payload": payload, "files": []}
+        # The id is created here: if the agent ends half way, the next one is asked, and the server runs it once.
+        returned = ask(request("call", self._directory, id=os.urandom(16).hex(), **fields))
         for notice in returned["notices"]:
             _warn(notice)
         try:
@@ -193,11 +159,11 @@ class RemoteStorage:
             error = answer.get("error")
             if error is not None:
                 raise error_from_code(str(error["message"]), error["code"])
-            if answer["outcome"] in ("written", "merged", "conflict"):
-                return answer
+            if answer["outcome"] not in ("written", "merged", "conflict"):
+                raise ValueError(answer["outcome"])  # noqa: TRY301 - handled like any other unexpected response
         except (ValueError, KeyError, TypeError, AttributeError) as wrong:
             raise ConnectionFailed("unexpected response from the server", sent=True) from wrong
-        raise ConnectionFailed("unexpected response from the server", sent=True)
+        return answer
 
 
 def _warn(message: str) -> None:

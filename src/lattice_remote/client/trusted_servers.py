@@ -1,10 +1,8 @@
 """Servers that this user trusts with a token. Standard library only.
 
 ``remote.json`` comes with a clone and may be anyone's: it says where a project is, never what to trust. A token is sent
-only to a server that the user has named: with ``lattice remote add``, ``login``, ``trust`` or ``set-url``, stored in
-``servers.json`` beside the tokens, or in ``LATTICE_REMOTE_URL``. Over plain HTTP it stays on this machine, unless the
-user chose ``--insecure`` for this server. A certificate is always verified, with the system's authorities or the
-server's ``ca_file``.
+only to a server that the user has named, in ``servers.json`` beside the tokens or in ``LATTICE_REMOTE_URL``. Over plain
+HTTP it stays on this machine, unless the user chose ``--insecure`` for this server. A certificate is always verified.
 """
 
 import os
@@ -12,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lattice_remote.client import credentials
-from lattice_remote.client import credentials as private_files
 from lattice_remote.client.config import MIB, parse_url
 from lattice_remote.errors import Misuse, Rejected, StorageError
 
@@ -50,15 +47,11 @@ class Server:
 
 
 def servers_path() -> str:
-    return private_files.path_of("servers.json")
+    return credentials.path_of("servers.json")
 
 
 def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_cache_mib: int | None = None) -> Server:
-    """Return a server from the user's options; only ``record`` stores it.
-
-    Raises:
-        Misuse: the file of authorities is missing, or contradicts the URL.
-    """
+    """Return a server from the user's options; only ``record`` stores it. Raises Misuse."""
     if ca_file is not None and not url.startswith("https:"):
         raise Misuse(f"--ca-file requires https; {url} is not verified")
     if ca_file is not None and not os.path.isfile(ca_file):
@@ -74,23 +67,21 @@ def record(server: Server) -> None:
     """
 
     def with_it(found: dict[str, Any]) -> dict[str, Any]:
-        merged = _merged(_of(found, server.url), server)
-        fields = asdict(merged)
+        fields = asdict(_merged(_of(found, server.url), server))
         return {**found, fields.pop("url"): fields}
 
     try:
-        private_files.change(servers_path(), _WHAT, with_it)
+        credentials.change(servers_path(), _WHAT, with_it)
     except StorageError:
         if from_environment(os.environ.get(URL_ENV)) != server:
             raise
 
 
 def forget(url: str) -> None:
-    private_files.change(
-        servers_path(),
-        _WHAT,
-        lambda found: {u: kept for u, kept in found.items() if u != url} if url in found else None,
-    )
+    def without(found: dict[str, Any]) -> dict[str, Any] | None:
+        return {known: kept for known, kept in found.items() if known != url} if url in found else None
+
+    credentials.change(servers_path(), _WHAT, without)
 
 
 def admit(url: str, named: Server | None = None) -> Server:
@@ -100,7 +91,7 @@ def admit(url: str, named: Server | None = None) -> Server:
         Rejected: it may not, ``REMOTE_UNTRUSTED``; the message names the remedy.
         StorageError: the user's files cannot be read.
     """
-    known = _of(private_files.read(servers_path(), _WHAT), url)
+    known = _of(credentials.read(servers_path(), _WHAT), url)
     if named is not None and named.url == url:
         known = _merged(known, named)
     if known is None and credentials.is_known(url):
@@ -121,11 +112,7 @@ def admit(url: str, named: Server | None = None) -> Server:
 
 
 def from_environment(given: str | None) -> Server | None:
-    """Return the server of the value of ``LATTICE_REMOTE_URL``, None if unset or empty.
-
-    Raises:
-        Misuse: it is not a server's URL.
-    """
+    """Return the server of the value of ``LATTICE_REMOTE_URL``, None if unset or empty. Raises Misuse."""
     if not given or not given.strip():
         return None
     try:
@@ -135,12 +122,8 @@ def from_environment(given: str | None) -> Server | None:
 
 
 def cache_limit(url: str) -> int:
-    """Return the size limit in bytes for one cache of a server.
-
-    Raises:
-        StorageError: ``servers.json`` cannot be read.
-    """
-    known = _of(private_files.read(servers_path(), _WHAT), url)
+    """Return the size limit in bytes for one cache of a server. Raises StorageError."""
+    known = _of(credentials.read(servers_path(), _WHAT), url)
     mib = known.max_cache_mib if known is not None and known.max_cache_mib is not None else DEFAULT_CACHE_MIB
     return mib * MIB
 

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.main import get_command
 
 from lattice_remote.client.cli.app import app as client_app
+from lattice_remote.client.cli.resolve import rescued_app as client_rescued
+from lattice_remote.client.cli.sync import agent_app as client_agent
 from lattice_remote.server.cli import app as server_app
 from sandbox import BIN
 
@@ -37,6 +40,14 @@ def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], com
     assert program in example and " ".join(rest) in example, f"no 'Example: {' '.join(words)}' in: {help_}"
     undescribed = [p.name for p in command.params if getattr(p, "opts", [""])[0].startswith("-") and not p.help]  # type: ignore[attr-defined]
     assert not undescribed, f"options without a help text: {undescribed}"
+
+
+@pytest.mark.parametrize("app", [client_app, client_rescued, client_agent])
+def test_the_list_of_commands_shows_whole_sentences(app: typer.Typer) -> None:
+    command = get_command(app)
+    context = command.make_context("lattice remote", [], resilient_parsing=True, terminal_width=80)
+    listed = command.get_help(context).partition("Commands:")[2].splitlines()
+    assert len(listed) > 2 and [line for line in listed if line.endswith("...")] == []
 
 
 def complete(shell: str, words: str, env: dict[str, str]) -> list[str]:

@@ -44,7 +44,7 @@ def digests() -> dict[str, bytes]:
 
 def test_a_pack_is_of_one_moment_and_always_the_same(directory: Path) -> None:
     found = survey(str(directory))
-    assert found.has_hooks and not found.left_out and set(found.files) == set(FILES)
+    assert found.has_hooks and not found.skipped and set(found.files) == set(FILES)
     with (
         Pack.of(str(directory), found, lambda _done, _total: None) as one,
         Pack.of(str(directory), found, lambda _done, _total: None) as other,
@@ -68,7 +68,7 @@ def test_what_no_server_takes_is_said_before_anything_is_sent(directory: Path) -
     (directory / "tasks" / "old.json").unlink()
     (directory / "notes" / "away").symlink_to("/etc")
     (directory / "plans" / "x.md.swp").write_text("")
-    assert survey(str(directory)).left_out == ["notes/away", "plans/x.md.swp"]
+    assert survey(str(directory)).skipped == ["notes/away", "plans/x.md.swp"]
     (directory / "config.json").unlink()
     with pytest.raises(Misuse, match="not a lattice project"):
         survey(str(directory))

@@ -1,22 +1,43 @@
-"""Creation of caches: ``lattice remote add`` and ``clone``.
+"""``lattice remote add`` and ``clone``: creation of caches.
 
-The cache is filled beside its final place and renamed at the end: after a failure or interruption nothing is left
-behind and nothing existing has changed.
+A cache is filled beside its final place and renamed at the end: after a failure or interruption nothing is left behind
+and nothing existing has changed.
 """
 
+import asyncio
 import contextlib
 import json
 import os
+import signal
+import threading
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache.cache import Cache
-from lattice_remote.client.cache.replicator import RequestOnlySession
 from lattice_remote.client.cache.safe_directory import remove_tree
+from lattice_remote.client.cli import push
+from lattice_remote.client.cli.common import (
+    CaFile,
+    Insecure,
+    Json,
+    ask,
+    count,
+    fields_of,
+    notify,
+    print_result,
+    progress,
+    project_directory,
+    warn_of_tracking,
+)
+from lattice_remote.client.cli.tokens import ask_for_token
 from lattice_remote.client.config import (
     REMOTE_FILE,
     Remote,
@@ -24,33 +45,134 @@ from lattice_remote.client.config import (
     detachment,
     is_unpushed,
     lost_remote,
+    parse_url,
     write_remote,
 )
-from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
 
-__all__ = ["Added", "add_remote", "check_token", "clone", "own_project"]
+__all__ = ["app"]
 
-_CHECK_TIMEOUT_S = 10.0
-_PLAIN_FILES = {"config.json", "ids.json"}
-_CONTEXT = "context.md"
-_ASKED_BY_INIT = {
-    "instance_id",
-    "default_actor",
-    "project_code",
-    "subproject_code",
-    "instance_name",
-    "project_name",
-    "model",
-    "heartbeat",
-}
+app = typer.Typer()
+
+Token = Annotated[
+    str | None, typer.Option(help="Stored for this user; - prompts for it. Else LATTICE_TOKEN or a login.")
+]
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Its name, usually origin.")],
+    url: Annotated[str, typer.Argument(help="http://HOST:PORT or https://HOST, also with /SLUG.")],
+    *,
+    project: Annotated[str | None, typer.Option(help="The project's slug on the server.")] = None,
+    token: Token = None,
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Make this directory a cache of a project on a server.
+
+    If the directory has tasks and the server's project has none, continue with: lattice remote push.
+
+    Example: lattice remote add origin https://board.example.org --project web
+    """
+    target = os.path.join(project_directory(), ".lattice")
+    server, slug = _named_server(url, project, ca_file=ca_file, insecure=insecure)
+    own = _own_project(target)
+    given = _given(token, server)
+    if own is not None:
+        remote = asyncio.run(push.await_push(target, name, server, slug, given, own=own))
+        if as_json:
+            print_result({**fields_of(remote), "pushed": False})
+        else:
+            typer.echo(f"Added remote {remote.name} ({remote.url}, project {remote.project}), which is empty.")
+            typer.echo(
+                f"This directory's project ({own}) is not pushed yet. Next: lattice remote push; "
+                "--dry-run shows what would be sent."
+            )
+        _warn(target, token)
+        return
+    with _signals_interrupt(), progress("fetching") as show:
+        added = asyncio.run(_add(target, name, server, project=slug, token=given, show=show))
+    _print(added, f"Added remote {added.remote.name}", as_json=as_json)
+    _warn(target, token)
+
+
+@app.command()
+def clone(
+    url: Annotated[str, typer.Argument(help="The project: https://HOST/SLUG.")],
+    directory: Annotated[str, typer.Argument(metavar="[DIR]", help="A new or empty one; SLUG by default.")] = "",
+    *,
+    name: Annotated[str, typer.Option(help="Name of the remote.")] = "origin",
+    token: Token = None,
+    ca_file: CaFile = None,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Create a new directory with a cache of a project.
+
+    Example: lattice remote clone https://board.example.org/web
+    """
+    server, slug = _named_server(url, None, ca_file=ca_file, insecure=insecure)
+    given = _given(token, server)
+    place = os.path.abspath(directory or slug)
+    with _signals_interrupt(), _new_directory(place) as root, progress("fetching") as show:
+        target = os.path.join(root, ".lattice")
+        added = asyncio.run(_add(target, name, server, project=slug, token=given, show=show))
+    _print(added, f"Cloned into {one_line(directory or slug)}", as_json=as_json)
+    _warn(added.directory, token)
+
+
+def _named_server(url: str, project: str | None, *, ca_file: str | None, insecure: bool) -> tuple[Server, str]:
+    """Return the server and project of a command line; the token may be sent there."""
+    server_url, slug = parse_url(url, project)
+    if slug is None:
+        raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
+    server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
+    trusted_servers.admit(server_url, server)  # before any prompt
+    return server, slug
+
+
+def _given(token: str | None, server: Server) -> str | None:
+    if token == "-":  # noqa: S105 - no token
+        return ask_for_token(server.url)
+    return None if token is None else credentials.check_token(token)
+
+
+def _warn(directory: str, token: str | None) -> None:
+    if token not in (None, "-"):
+        notify("others on this machine can see a token in a command line; --token - prompts for it")
+    warn_of_tracking(directory)
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Handle a closing terminal or ``kill`` like Ctrl-C while a directory is filled, so that nothing is left behind.
+
+    Ignored signals (``nohup``) stay ignored. Outside the main thread nothing changes.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(_number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)  # a running loop's own, which cancels its task
+    if not callable(handler):  # ignored, as for a script's background job
+        raise KeyboardInterrupt
+    handler(signal.SIGINT, frame)
 
 
 @dataclass(frozen=True, slots=True)
-class Added:
-    """Contents of a new cache."""
-
+class _Added:
     directory: str
     remote: Remote
     tasks: int
@@ -58,41 +180,42 @@ class Added:
     seq: int
 
 
-async def add_remote(
-    root: str,
-    name: str,
-    server: Server,
-    *,
-    project: str | None,
-    token: str | None,
-    show: Progress | None,
-) -> Added:
-    """Fill a new ``.lattice`` in the directory ``root``, an absolute path, from a project on a server.
+def _print(added: _Added, what: str, *, as_json: bool) -> None:
+    with contextlib.suppress(RemoteError):
+        ask("ready", added.directory)  # the agent follows from here on
+    if as_json:
+        print_result({**fields_of(added.remote), "tasks": added.tasks, "files": added.files, "seq": added.seq})
+    else:
+        typer.echo(
+            f"{what} ({added.remote.url}, project {added.remote.project}): "
+            f"{count(added.tasks, 'task')}, {count(added.files, 'file')}, at change {added.seq}."
+        )
 
-    Trusts the server, and stores the token if one is given.
+
+# --- creation ---
+
+
+async def _add(
+    target: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
+) -> _Added:
+    """Fill a new ``.lattice`` from a project. Trusts the server, and stores the token if one is given.
 
     Raises:
-        Misuse: the directory has its own tasks or a remote, or no project is named.
+        Misuse: the directory has its own tasks or a remote.
         RemoteError: the server is unreachable or refuses. Nothing is left behind in any case.
     """
-    if project is None:
-        raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
     remote = Remote(check_name(name), server.url, project)
-    target = os.path.join(root, ".lattice")
-    if (used := own_project(target)) is not None:
+    if (used := _own_project(target)) is not None:
         raise Misuse(f"this directory has its own project ({used}), which a cache would replace")
-    if token is not None:
-        credentials.check_token(token)
     if detachment(target) is not None:
         return _attach_again(target, remote, token=token, server=server)
     staging = f"{target}.new-{uuid.uuid4().hex[:8]}"
     try:
-        added = await _fill(
-            staging, target, remote, token=token or credentials.from_environment(), server=server, show=show
-        )
-        trusted_servers.record(server)
-        if token is not None:
-            credentials.store(server.url, project, token)
+        os.mkdir(staging)
+        write_remote(staging, remote)
+        seq = await _fill(staging, token=token or credentials.from_environment(), server=server, show=show)
+        added = _described(target, Cache(staging, remote), seq)
+        _trust(server, project, token)
         _put_in_place(staging, target)
     except OSError as error:
         raise StorageError(f"cannot create {target}: {error.strerror}") from error
@@ -101,7 +224,17 @@ async def add_remote(
     return added
 
 
-def _attach_again(target: str, remote: Remote, *, token: str | None, server: Server) -> Added:
+async def _fill(directory: str, *, token: str | None, server: Server, show: Progress | None) -> int:
+    service = Service(directory)
+    service.start(token, named=server, prefer_given=True)
+    try:
+        answer = await service.handle({"do": "pull", "directory": directory, "token": token}, show or _ignore)
+    finally:
+        await service.close()
+    return int(answer["seq"])
+
+
+def _attach_again(target: str, remote: Remote, *, token: str | None, server: Server) -> _Added:
     """Restore a cache's ``remote.json``; its files and edits are compared with the server at the next use.
 
     Raises:
@@ -113,72 +246,22 @@ def _attach_again(target: str, remote: Remote, *, token: str | None, server: Ser
             f"this directory is a cache of {lost.place}: add that first; if the server has moved, "
             f"continue with: lattice remote set-url {remote.name}"
         )
-    trusted_servers.record(server)
-    if token is not None:
-        credentials.store(server.url, remote.project, token)
+    _trust(server, remote.project, token)
     write_remote(target, remote)
     cache = Cache(target, remote)
+    return _described(target, cache, cache.load_state().position.seq)
+
+
+def _trust(server: Server, project: str, token: str | None) -> None:
+    trusted_servers.record(server)
+    if token is not None:
+        credentials.store(server.url, project, token)
+
+
+def _described(target: str, cache: Cache, seq: int) -> _Added:
     paths = list(cache.paths())
     tasks = sum(path.startswith("tasks/") and path.endswith(".json") for path in paths)
-    return Added(target, remote, tasks, len(paths), cache.load_state().position.seq)
-
-
-async def clone(
-    directory: str, name: str, server: Server, *, project: str, token: str | None, show: Progress | None
-) -> Added:
-    """Create a directory with a cache of a project; it must not exist, or be empty.
-
-    Raises:
-        Misuse: it is not empty.
-        RemoteError: as for ``add_remote``. Nothing is left behind in any case.
-    """
-    made = _make_directories(directory)
-    try:
-        return await add_remote(directory, name, server, project=project, token=token, show=show)
-    except BaseException:
-        for path in reversed(made):
-            with contextlib.suppress(OSError):  # another program has put a file there
-                os.rmdir(path)
-        raise
-
-
-def _make_directories(directory: str) -> list[str]:
-    """Create an empty directory and its parents; return those created, outermost first.
-
-    Raises:
-        Misuse: it exists and is not empty.
-        StorageError: it cannot be created.
-    """
-    made: list[str] = []
-    try:
-        if os.path.lexists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
-            raise Misuse(f"{directory} exists, and is not an empty directory")
-        path, missing = directory, list[str]()
-        while not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        for each in reversed(missing):
-            os.mkdir(each)
-            made.append(each)
-    except OSError as error:
-        raise StorageError(f"cannot create {directory}: {error.strerror}") from error
-    return made
-
-
-async def _fill(
-    staging: str, target: str, remote: Remote, *, token: str | None, server: Server, show: Progress | None
-) -> Added:
-    os.mkdir(staging)
-    write_remote(staging, remote)
-    service = Service(staging)
-    service.start(token, named=server, prefer_given=True)
-    try:
-        answer = await service.handle({"do": "pull", "directory": staging, "token": token}, show or _ignore)
-    finally:
-        await service.close()
-    paths = list(Cache(staging, remote).paths())
-    tasks = sum(path.startswith("tasks/") and path.endswith(".json") for path in paths)
-    return Added(target, remote, tasks, len(paths), answer["seq"])
+    return _Added(target, cache.remote, tasks, len(paths), seq)
 
 
 def _put_in_place(staging: str, target: str) -> None:
@@ -196,7 +279,45 @@ def _put_in_place(staging: str, target: str) -> None:
     remove_tree(aside)
 
 
-def own_project(target: str) -> str | None:
+@contextlib.contextmanager
+def _new_directory(directory: str) -> Iterator[str]:
+    """Create a directory and its parents, or take an empty one; after an error those created are removed.
+
+    Raises:
+        Misuse: it exists and is not empty.
+        StorageError: it cannot be created.
+    """
+    made: list[str] = []
+    try:
+        try:
+            if os.path.lexists(directory) and (not os.path.isdir(directory) or os.listdir(directory)):
+                raise Misuse(f"{directory} exists, and is not an empty directory")
+            path, missing = directory, list[str]()
+            while not os.path.isdir(path):
+                missing.append(path)
+                path = os.path.dirname(path)
+            for each in reversed(missing):
+                os.mkdir(each)
+                made.append(each)
+        except OSError as error:
+            raise StorageError(f"cannot create {directory}: {error.strerror}") from error
+        yield directory
+    except BaseException:
+        for path in reversed(made):
+            with contextlib.suppress(OSError):  # another program has put a file there
+                os.rmdir(path)
+        raise
+
+
+# --- what is in a directory already ---
+
+_PLAIN_FILES = {"config.json", "ids.json"}
+_CONTEXT = "context.md"
+_ASKED_BY_INIT = {"instance_id", "default_actor", "project_code", "subproject_code", "instance_name", "project_name"}
+_ASKED_BY_INIT |= {"model", "heartbeat"}
+
+
+def _own_project(target: str) -> str | None:
     """Return the evidence, in words, that a ``.lattice`` is a project in use; None if it is new.
 
     Raises:
@@ -217,8 +338,9 @@ def own_project(target: str) -> str | None:
 
 def _first_sign_of_use(target: str) -> str | None:
     """Return something that a freshly initialised project lacks, in words; None if there is nothing."""
-    if tasks := _count(target, "tasks", ".json"):
-        return f"{tasks} task{'s' * (tasks != 1)}"
+    with contextlib.suppress(OSError):
+        if tasks := sum(name.endswith(".json") for name in os.listdir(os.path.join(target, "tasks"))):
+            return count(tasks, "task")
     if _is_configured(target):
         return "a changed config.json"
     if _is_described(target):
@@ -226,23 +348,13 @@ def _first_sign_of_use(target: str) -> str | None:
     for directory, directories, names in os.walk(target):
         directories.sort()
         for name in sorted(names):
-            path = os.path.relpath(os.path.join(directory, name), target)
-            if path in _PLAIN_FILES and not _lists_tasks(os.path.join(target, path)):
-                continue
-            if (
-                path == _CONTEXT
-                or path.startswith("locks" + os.sep)
-                or (name == "_lifecycle.jsonl" and not os.path.getsize(os.path.join(directory, name)))
-            ):
-                continue
-            return path
+            place = os.path.join(directory, name)
+            path = os.path.relpath(place, target)
+            is_empty_log = name == "_lifecycle.jsonl" and not os.path.getsize(place)
+            is_plain = path == _CONTEXT or (path in _PLAIN_FILES and not _lists_tasks(place))
+            if not (is_plain or is_empty_log or path.startswith("locks" + os.sep)):
+                return path
     return None
-
-
-def _count(target: str, directory: str, ending: str) -> int:
-    with contextlib.suppress(OSError):
-        return sum(name.endswith(ending) for name in os.listdir(os.path.join(target, directory)))
-    return 0
 
 
 def _is_configured(target: str) -> bool:
@@ -282,23 +394,6 @@ def _lists_tasks(path: str) -> bool:
             return bool(json.load(file).get("map"))
     except (OSError, ValueError, AttributeError):
         return True  # unreadable: assume so
-
-
-async def check_token(server: Server, project: str, token: str) -> str:
-    """Check a token with the server; return its answer, or that it is unreachable.
-
-    Raises:
-        Rejected: the server refuses it, or must not receive it.
-    """
-    link = Connection(Remote("origin", server.url, project), RequestOnlySession(), token, named=server)
-    link.start()
-    try:
-        await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _CHECK_TIMEOUT_S)
-        if link.is_refused and link.error is not None:
-            raise link.error
-        return f"accepted, acting as {link.welcome.actor}" if link.welcome else "not checked: cannot reach the server"
-    finally:
-        await link.close()
 
 
 def _ignore(_progress: dict[str, Any]) -> None:

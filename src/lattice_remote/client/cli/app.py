@@ -12,7 +12,7 @@ import typer
 from typer._completion_classes import BashComplete
 from typer.main import get_command
 
-from lattice_remote.client.cli import launcher, push, remotes, resolve, sync, tokens, watch
+from lattice_remote.client.cli import add, launcher, push, remotes, remove, resolve, sync, tokens, watch
 from lattice_remote.client.cli.common import Json, fields_of, lattice_directory, print_json, print_result, unpushed
 from lattice_remote.client.config import is_cache, is_unpushed, read_remote
 from lattice_remote.errors import Misuse, RemoteError
@@ -26,11 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _app in (
-    *(remotes.app, tokens.app, sync.app, watch.history_app, push.app, resolve.app),
-    *(resolve.rescued_app, watch.app, sync.agent_app, launcher.app),
-):
-    app.add_typer(_app)
+_own = typer.Typer()
 
 
 def main(args: Sequence[str], prog_name: str) -> NoReturn:
@@ -40,16 +36,12 @@ def main(args: Sequence[str], prog_name: str) -> NoReturn:
     try:
         app(args=list(args), prog_name=prog_name)
     except RemoteError as error:
-        _fail(error, is_json="--json" in args)
+        if "--json" in args:
+            print_json({"ok": False, "error": {"code": error.code, "message": error.message}})
+        else:
+            typer.echo(f"Error: {error.message}", err=True)
+        raise SystemExit(1) from None
     raise SystemExit(0)
-
-
-def _fail(error: RemoteError, *, is_json: bool) -> NoReturn:
-    if is_json:
-        print_json({"ok": False, "error": {"code": error.code, "message": error.message}})
-    else:
-        typer.echo(f"Error: {error.message}", err=True)
-    raise SystemExit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -80,12 +72,12 @@ def completions(before: Sequence[str], incomplete: str) -> Iterator[tuple[str, s
         yield item.value, item.type, item.help
 
 
-@app.command()
+@_own.command()
 def mcp() -> None:
-    """Serve lattice's MCP tools and resources over stdio, in a project with or without a remote.
+    """Serve lattice's MCP tools and resources over stdio.
 
-    They are those of lattice-mcp; their writes run on the project's server. Use this command instead of lattice-mcp in
-    the settings of your MCP client.
+    They are those of lattice-mcp; in a project with a remote their writes run on its server. Use this command instead
+    of lattice-mcp in the settings of your MCP client.
 
     Example: claude mcp add lattice -- lattice remote mcp
     """
@@ -96,3 +88,10 @@ def mcp() -> None:
             raise
         raise Misuse("the MCP server needs another package: pip install 'lattice-remote[mcp]'") from None
     serve()
+
+
+# In the order of ``lattice remote --help``.
+for _app in (add.app, push.app, sync.app, watch.app, watch.history_app, resolve.app, resolve.rescued_app, tokens.app):
+    app.add_typer(_app)
+for _app in (remotes.app, remove.app, _own, sync.agent_app, launcher.app):
+    app.add_typer(_app)

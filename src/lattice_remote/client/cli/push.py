@@ -13,7 +13,7 @@ import typer
 from filelock import FileLock, Timeout
 
 from lattice_remote.client import credentials, trusted_servers
-from lattice_remote.client.agent_client import Progress, ask
+from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.bundle import Pack, Survey, survey
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
@@ -22,11 +22,12 @@ from lattice_remote.client.cache.rescued_files import RescuedFiles
 from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.cli.common import (
     Json,
+    ask,
     count,
     here,
+    notify,
     print_result,
     progress,
-    request,
     unpushed,
     warn_of_tracking,
 )
@@ -47,10 +48,113 @@ from lattice_remote.files import write_atomically
 from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
 from lattice_remote.protocol.paths import is_editable
 
-__all__ = ["Plan", "PushResult", "app", "await_push", "plan_push", "push_project", "stay_local"]
+__all__ = ["app", "await_push", "connected", "push_project", "stay_local"]
 
 _REACH_S = 10.0
 _ATTEMPT_FILE = f"{PRIVATE_DIRECTORY}/pushing.json"
+_COUNTED = {
+    "tasks": "tasks",
+    "archived_tasks": "archive/tasks",
+    "event_logs": "events",
+    "plans": "plans",
+    "notes": "notes",
+    "artifacts": "artifacts/meta",
+    "sessions": "sessions",
+}
+"""Counts in the output and the directories that they cover."""
+
+app = typer.Typer()
+
+
+@app.command()
+def push(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, without sending.")] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Also send withheld edits, see lattice remote status.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Send edited texts, or after lattice remote add the whole project.
+
+    Texts are plans and notes.
+
+    Example: lattice remote push --dry-run
+    """
+    if (waiting := unpushed()) is not None:
+        warn_of_tracking(waiting[0])
+        (_plan_project if dry_run else _push_project)(waiting[0], as_json=as_json)
+        return
+    directory, _ = here()
+    if dry_run:
+        unsent = ask("status", directory)["unsent_edits"]
+        if as_json:
+            print_result({"dry_run": True, "unsent_edits": unsent})
+        else:
+            typer.echo("\n".join(map(one_line, unsent)) or "Nothing to send.")
+        return
+    warn_of_tracking(directory)
+    answer = ask("push", directory, confirm=confirm)
+    if as_json:
+        print_result(answer)
+    else:
+        for sent in answer["sent"]:
+            typer.echo(f"{one_line(sent['path'])}: {sent['outcome']}")
+        notify(*answer["notices"])
+        if not answer["sent"]:
+            typer.echo("Nothing to send.")
+    if any(sent["outcome"] in ("conflict", "refused") for sent in answer["sent"]):
+        raise typer.Exit(1)
+
+
+def _plan_project(directory: str, *, as_json: bool) -> None:
+    remote, found = read_remote(directory, UNPUSHED_FILE), survey(directory)
+    trouble = asyncio.run(_trouble(remote))
+    counts = {label: found.count(place) for label, place in _COUNTED.items()}
+    if as_json:
+        data = {"dry_run": True, **counts, "files": len(found.files), "bytes": found.bytes}
+        print_result({**data, "skipped": found.skipped, "hooks": found.has_hooks, "trouble": trouble})
+    else:
+        typer.echo(f"Would push to {remote.url}, project {remote.project}:")
+        parts = [count(n, label.replace("_", " ").removesuffix("s")) for label, n in counts.items() if n]
+        typer.echo(f"  {', '.join([*parts, count(len(found.files), 'file')])}, {found.bytes} bytes")
+        if found.has_hooks:
+            typer.echo("  omitted: the hooks of config.json, unless the server's administrator allows them")
+        if found.skipped:
+            typer.echo(f"  omitted, not part of a project: {', '.join(map(one_line, found.skipped[:10]))}")
+        typer.echo(f"  {one_line(trouble or 'the server would accept it: its project is empty')}")
+    if trouble:
+        raise typer.Exit(1)
+
+
+async def _trouble(remote: Remote) -> str | None:
+    """Return the reason why the server would refuse a push."""
+    try:
+        async with connected(remote, credentials.from_environment()) as (_, welcome):
+            _require_empty(welcome)
+    except (ConnectionFailed, Rejected, Misuse) as error:
+        return error.message
+    return None
+
+
+def _push_project(directory: str, *, as_json: bool) -> None:
+    with progress("pushing") as show:
+        done = asyncio.run(push_project(directory, show))
+    answer = done.answer
+    with contextlib.suppress(RemoteError):  # the agent follows, and fetches what the server omitted or repaired
+        ask("pull", directory)
+    if as_json:
+        data = {"tasks": answer.tasks, "archived": answer.archived, "files": answer.files, "seq": answer.seq}
+        print_result({**data, "notes": answer.notes, "kept": done.kept})
+        return
+    typer.echo(
+        f"Pushed {count(answer.tasks, 'task')}, {answer.archived} archived, {count(answer.files, 'file')} to "
+        f"{done.remote.url}, project {done.remote.project}; this directory is its cache now, at change {answer.seq}."
+    )
+    notify(*answer.notes)
+    notify(*(f"{path} was changed here after it was sent; see: lattice remote rescued" for path in done.kept))
+
+
+# --- a whole project ---
 
 
 class _Attempt(msgspec.Struct):
@@ -66,24 +170,12 @@ class _Attempt(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Preview of a push. ``trouble`` is the reason why the server would refuse; "" means that it is empty."""
-
-    remote: Remote
-    found: Survey
-    trouble: str
-
-
-@dataclass(frozen=True, slots=True)
 class PushResult:
     """Result of a push. ``kept`` are files that changed after they were sent, and were rescued."""
 
     remote: Remote
     answer: Pushed
     kept: list[str]
-
-
-# --- preparation ---
 
 
 async def await_push(directory: str, name: str, server: Server, project: str, token: str | None, *, own: str) -> Remote:
@@ -95,8 +187,8 @@ async def await_push(directory: str, name: str, server: Server, project: str, to
     """
     remote = Remote(check_name(name), server.url, project)
     survey(directory)
-    async with _connected(remote, token or credentials.from_environment(), server) as link:
-        _require_empty(link.welcome, own)
+    async with connected(remote, token or credentials.from_environment(), server) as (_, welcome):
+        _require_empty(welcome, own)
     trusted_servers.record(server)
     if token is not None:
         credentials.store(server.url, project, token)
@@ -105,11 +197,7 @@ async def await_push(directory: str, name: str, server: Server, project: str, to
 
 
 def stay_local(directory: str) -> None:
-    """Cancel a prepared push; the project was not otherwise changed.
-
-    Raises:
-        Misuse: the push is running.
-    """
+    """Cancel a prepared push; the project was not otherwise changed. Raises Misuse if the push is running."""
     with _alone(directory):
         _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     _forget(directory, LOCK_FILE)
@@ -123,25 +211,7 @@ def _forget(directory: str, *names: str) -> None:
             os.unlink(os.path.join(directory, name))
 
 
-async def plan_push(directory: str) -> Plan:
-    """Preview a push without sending or changing anything.
-
-    Raises:
-        Misuse: no server accepts this project.
-        StorageError: it cannot be read.
-    """
-    remote = read_remote(directory, UNPUSHED_FILE)
-    found = await asyncio.to_thread(survey, directory)
-    try:
-        async with _connected(remote, credentials.from_environment()) as link:
-            _require_empty(link.welcome)
-    except (ConnectionFailed, Rejected, Misuse) as error:
-        return Plan(remote, found, error.message)
-    return Plan(remote, found, "")
-
-
-def _require_empty(welcome: Welcome | None, own: str = "") -> None:
-    assert welcome is not None, "the connection is open"
+def _require_empty(welcome: Welcome, own: str = "") -> None:
     if welcome.used:
         raise Misuse(
             f"project {welcome.project} on the server has {welcome.used}, and this directory a project of its own"
@@ -151,13 +221,10 @@ def _require_empty(welcome: Welcome | None, own: str = "") -> None:
 
 
 @contextlib.asynccontextmanager
-async def _connected(remote: Remote, token: str | None, named: Server | None = None) -> AsyncIterator[Connection]:
-    """Yield an open connection for requests only.
-
-    Raises:
-        ConnectionFailed: the server is unreachable.
-        Rejected: the server refuses.
-    """
+async def connected(
+    remote: Remote, token: str | None, named: Server | None = None
+) -> AsyncIterator[tuple[Connection, Welcome]]:
+    """Yield an open connection for requests only. Raises ConnectionFailed, or Rejected if the server refuses."""
     token = token or credentials.stored(remote.url, remote.project)
     if token is None:
         raise Rejected(
@@ -170,12 +237,9 @@ async def _connected(remote: Remote, token: str | None, named: Server | None = N
         await link.changed.until(lambda: link.welcome is not None or link.failed_attempts > 0, _REACH_S)
         if link.welcome is None:
             raise link.error if link.is_refused and link.error is not None else link.unreachable()
-        yield link
+        yield link, link.welcome
     finally:
         await link.close()
-
-
-# --- the push ---
 
 
 async def push_project(directory: str, show: Progress | None) -> PushResult:
@@ -190,17 +254,12 @@ async def push_project(directory: str, show: Progress | None) -> PushResult:
         StorageError: a file cannot be read or written.
     """
     with _alone(directory):
-        return await _pushed(directory, show or _ignore)
+        return await _pushed(directory, show or (lambda _: None))
 
 
 @contextlib.contextmanager
 def _alone(directory: str) -> Iterator[None]:
-    """Hold the lock of the future cache, against another push or an agent.
-
-    Raises:
-        Misuse: another process has it, or has pushed already.
-        StorageError: it cannot be created.
-    """
+    """Hold the lock of the future cache, against another push or an agent. Raises Misuse if another process has it."""
     _require_waiting(directory)
     lock = FileLock(os.path.join(directory, LOCK_FILE), thread_local=False, mode=0o600)
     try:
@@ -223,13 +282,13 @@ def _require_waiting(directory: str) -> None:
 
 async def _pushed(directory: str, report: Progress) -> PushResult:
     remote = read_remote(directory, UNPUSHED_FILE)
-    async with _connected(remote, credentials.from_environment()) as link:
+    async with connected(remote, credentials.from_environment()) as (link, welcome):
         if (earlier := _read_attempt(directory)) is not None:
             report({"what": "asking for the last attempt", "done": 0, "total": 1})
             if (answer := await _ask(link, directory, earlier)) is not None:
                 _keep_hooks(directory, remote, answer)
                 return PushResult(remote, answer, _become_cache(directory, remote, earlier.entries, {}))
-        _require_empty(link.welcome)
+        _require_empty(welcome)
         found = await asyncio.to_thread(survey, directory)
         with await asyncio.to_thread(Pack.of, directory, found, _reporter(report, "reading")) as pack:
             source = Source(pack.file.fileno(), pack.size, pack.digest)
@@ -285,13 +344,6 @@ def _reporter(report: Progress, what: str) -> Any:
     return lambda done, total: report({"what": f"{what} (KiB)", "done": done >> 10, "total": max(1, total >> 10)})
 
 
-def _ignore(_progress: Mapping[str, Any]) -> None:
-    """Ignore progress."""
-
-
-# --- completion ---
-
-
 def _keep_hooks(directory: str, remote: Remote, answer: Pushed) -> None:
     """Rescue a ``config.json`` whose hooks the server omitted, before the server's replaces it."""
     if any("hooks" in note for note in answer.notes):
@@ -307,12 +359,7 @@ def _become_cache(
     """Turn the directory into a cache of the pushed project; return the files that changed since, which are rescued.
 
     ``remote.json`` is written last: until then the directory is an unpushed project and this can be repeated.
-
-    Args:
-        directory: the ``.lattice``.
-        remote: the remote of the new cache.
-        entries: the digest of each pushed file.
-        texts: the pushed plans and notes; a missing one is taken from disk if unchanged.
+    ``entries`` has the digest of each pushed file; a plan or notes not in ``texts`` is taken from disk if unchanged.
     """
     cache = Cache(directory, remote)
     cache.prepare()
@@ -323,9 +370,8 @@ def _become_cache(
             if text is None and reading.digest == entries.get(path):
                 text = cache.read(path)
             if text is not None:
-                cache.replace(
-                    f"{BASE_DIRECTORY}/{path}", text
-                )  # a file that differs from it is an edit, and will be sent
+                # A file that differs from this base is an edit, and will be sent.
+                cache.replace(f"{BASE_DIRECTORY}/{path}", text)
         elif reading.digest != entries.get(path):
             content = cache.read(path)
             rescued.add(path, content, "changed here while the project was pushed; that version is kept")
@@ -333,9 +379,6 @@ def _become_cache(
     write_remote(directory, remote)
     _forget(directory, _ATTEMPT_FILE, UNPUSHED_FILE)
     return sorted(kept)
-
-
-# --- the stored attempt ---
 
 
 def _read_attempt(directory: str) -> _Attempt | None:
@@ -354,107 +397,3 @@ def _write_attempt(directory: str, attempt: _Attempt) -> None:
         write_atomically(path, msgspec.json.encode(attempt), temporary=path + ".tmp", is_parent_synced=False)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
-
-
-app = typer.Typer()
-_COUNTED = {
-    "tasks": "tasks",
-    "archived_tasks": "archive/tasks",
-    "event_logs": "events",
-    "plans": "plans",
-    "notes": "notes",
-    "artifacts": "artifacts/meta",
-    "sessions": "sessions",
-}
-"""Counts in the output and the directories that they cover."""
-
-
-@app.command()
-def push(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, without sending.")] = False,
-    confirm: Annotated[
-        bool, typer.Option("--confirm", help="Also send withheld edits, see lattice remote status.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Send edited plans and notes, or, after lattice remote add, the whole project.
-
-    Example: lattice remote push --dry-run
-    """
-    if (waiting := unpushed()) is not None:
-        warn_of_tracking(waiting[0])
-        (_plan_project if dry_run else _push_project)(waiting[0], as_json=as_json)
-        return
-    if dry_run:
-        _plan_edits(as_json=as_json)
-        return
-    directory, _ = here()
-    warn_of_tracking(directory)
-    answer = ask({**request("push", directory), "confirm": confirm})
-    if as_json:
-        print_result(answer)
-    else:
-        for sent in answer["sent"]:
-            typer.echo(f"{one_line(sent['path'])}: {sent['outcome']}")
-        for notice in answer["notices"]:
-            typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
-        if not answer["sent"]:
-            typer.echo("Nothing to send.")
-    if any(sent["outcome"] in ("conflict", "refused") for sent in answer["sent"]):
-        raise typer.Exit(1)
-
-
-def _plan_edits(*, as_json: bool) -> None:
-    directory, _ = here()
-    unsent = ask(request("status", directory))["unsent_edits"]
-    if as_json:
-        print_result({"dry_run": True, "unsent_edits": unsent})
-        return
-    for path in unsent or ["Nothing to send."]:
-        typer.echo(one_line(path))
-
-
-def _plan_project(directory: str, *, as_json: bool) -> None:
-    plan = asyncio.run(plan_push(directory))
-    counts = {label: plan.found.count(place) for label, place in _COUNTED.items()}
-    if as_json:
-        data = {"dry_run": True, **counts, "files": len(plan.found.files), "bytes": plan.found.bytes}
-        left = {"left_out": plan.found.left_out, "hooks": plan.found.has_hooks, "trouble": plan.trouble or None}
-        print_result({**data, **left})
-    else:
-        typer.echo(f"Would push to {plan.remote.url}, project {plan.remote.project}:")
-        nouns = {label: label.replace("_", " ").removesuffix("s") for label in counts}
-        parts = [count(number, nouns[label]) for label, number in counts.items() if number]
-        typer.echo(f"  {', '.join([*parts, count(len(plan.found.files), 'file')])}, {plan.found.bytes} bytes")
-        if plan.found.has_hooks:
-            typer.echo("  omitted: the hooks of config.json, unless the server's administrator allows them")
-        if plan.found.left_out:
-            typer.echo(f"  omitted, not part of a project: {', '.join(map(one_line, plan.found.left_out[:10]))}")
-        typer.echo(
-            f"  {one_line(plan.trouble)}" if plan.trouble else "  the server would accept it: its project is empty"
-        )
-    if plan.trouble:
-        raise typer.Exit(1)
-
-
-def _push_project(directory: str, *, as_json: bool) -> None:
-    with progress("pushing") as show:
-        done = asyncio.run(push_project(directory, show))
-    answer = done.answer
-    with contextlib.suppress(RemoteError):
-        ask(
-            request("pull", directory)
-        )  # the agent follows from here on and fetches what the server omitted or repaired
-    if as_json:
-        data = {"tasks": answer.tasks, "archived": answer.archived, "files": answer.files, "seq": answer.seq}
-        print_result({**data, "notes": answer.notes, "kept": done.kept})
-        return
-    typer.echo(
-        f"Pushed {count(answer.tasks, 'task')}, {answer.archived} archived, {count(answer.files, 'file')} to "
-        f"{done.remote.url}, project {done.remote.project}; this directory is its cache now, at change {answer.seq}."
-    )
-    for note in answer.notes:
-        typer.echo(f"lattice-remote: {one_line(note)}", err=True)
-    for path in done.kept:
-        notice = f"{one_line(path)} was changed here after it was sent; see: lattice remote rescued"
-        typer.echo(f"lattice-remote: {notice}", err=True)

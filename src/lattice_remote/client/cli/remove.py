@@ -1,24 +1,88 @@
 """``lattice remote remove``: removal of a cache, or its conversion to a local project."""
 
+import asyncio
 import contextlib
 import json
 import os
 import uuid
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from lattice_remote.client.cache.cache import GITIGNORE, LOCKS_FILE, STATE_FILE, Cache
 from lattice_remote.client.cache.conflicts import CONFLICTS_DIRECTORY, TextConflicts
 from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, RescuedFiles
 from lattice_remote.client.cache.safe_directory import remove_tree
+from lattice_remote.client.cli import push
+from lattice_remote.client.cli.common import ask, here, notify, unpushed
 from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, Remote
-from lattice_remote.errors import Misuse, StorageError
+from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
 
-__all__ = ["keep_local", "remove_remote"]
+__all__ = ["app"]
+
+app = typer.Typer()
 
 
-def remove_remote(directory: str, remote: Remote) -> None:
-    """Remove a cache with its bookkeeping, unless it has unique content.
+@app.command()
+def remove(
+    name: str,
+    keep_local: Annotated[
+        bool, typer.Option("--keep-local", help="Keep the files: the directory is a plain local project again.")
+    ] = False,
+    hooks: Annotated[
+        bool | None,
+        typer.Option("--keep-hooks/--no-hooks", help="With --keep-local: keep or omit the server's hooks."),
+    ] = None,
+) -> None:
+    """Remove the remote and its cache from this directory.
+
+    Refused while something exists only here.
+
+    Example: lattice remote remove origin --keep-local
+    """
+    if (waiting := unpushed(name)) is not None:
+        push.stay_local(waiting[0])
+        typer.echo(f"Removed remote {name}; the project was not pushed, and stays here as it is.")
+        return
+    directory, found = here(name)
+    if keep_local:
+        _keep_local(directory, found, hooks=hooks)
+        return
+    _require_only_the_servers(directory)
+    _remove(directory, found)
+    typer.echo(f"Removed remote {found.name} and the cache of {found.project}; nothing changes on the server.")
+
+
+def _require_only_the_servers(directory: str) -> None:
+    """Raise ``Misuse`` if a reachable server has different texts, or lacks those here."""
+    try:
+        answer = ask("verify", directory)
+    except RemoteError:
+        return  # edited plans and notes are known without the server
+    if own := [*answer["differing"], *answer["surplus"]]:
+        raise Misuse(f"not as on the server: {', '.join(own[:5])}; save your own texts, then: lattice remote sync")
+
+
+def _keep_local(directory: str, found: Remote, *, hooks: bool | None) -> None:
+    """Complete the project's files, update them if the server is reachable, and make the directory a local project."""
+    try:
+        number = f"change {ask('pull', directory)['seq']}"
+    except RemoteError as error:
+        if error.code == "REMOTE_STORAGE":
+            raise
+        notify(f"{error.message}; the files stay as last received")
+        number = "the last received change"
+    else:
+        _require_only_the_servers(directory)
+    left = asyncio.run(_convert(directory, found, hooks=hooks))
+    typer.echo(f"Removed remote {found.name}; this is a local project now, as it was at {number}.")
+    if left:
+        typer.echo(f"Kept besides: {', '.join(map(one_line, left[:5]))}", err=True)
+
+
+def _remove(directory: str, remote: Remote) -> None:
+    """Remove a cache with its bookkeeping.
 
     Raises:
         Misuse: unsent edits or own files of the user would be lost; nothing was touched.
@@ -41,7 +105,7 @@ def remove_remote(directory: str, remote: Remote) -> None:
     remove_tree(gone)
 
 
-async def keep_local(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
+async def _convert(directory: str, remote: Remote, *, hooks: bool | None) -> list[str]:
     """Convert a cache to a local project with all its files; return the names of other files in it.
 
     The removal of ``remote.json`` is the commit. After a crash before it, the directory is a cache without a state,
@@ -78,25 +142,27 @@ def _remove_bookkeeping(directory: str, others: list[str]) -> None:
     """Remove all files of ours except the directories with the user's ``others``."""
     if _is_ours(os.path.join(directory, ".gitignore")):
         os.unlink(os.path.join(directory, ".gitignore"))
-    kept = tuple(
-        each for each in (RESCUED_DIRECTORY, CONFLICTS_DIRECTORY) if any(path.startswith(each) for path in others)
-    )
-    for name in os.listdir(os.path.join(directory, PRIVATE_DIRECTORY)):
-        if f"{PRIVATE_DIRECTORY}/{name}" in kept:
-            continue
-        place = os.path.join(directory, PRIVATE_DIRECTORY, name)
-        if os.path.isdir(place):
-            remove_tree(place)
-        else:
-            os.unlink(place)
+    private = os.path.join(directory, PRIVATE_DIRECTORY)
+    kept = [each for each in (RESCUED_DIRECTORY, CONFLICTS_DIRECTORY) if any(path.startswith(each) for path in others)]
+    for name in os.listdir(private):
+        if f"{PRIVATE_DIRECTORY}/{name}" not in kept:
+            place = os.path.join(private, name)
+            (remove_tree if os.path.isdir(place) else os.unlink)(place)
     if not kept:
-        os.rmdir(os.path.join(directory, PRIVATE_DIRECTORY))
+        os.rmdir(private)
+
+
+def _is_ours(gitignore: str) -> bool:
+    try:
+        with open(gitignore, "rb") as file:
+            return file.readline() == GITIGNORE.splitlines(keepends=True)[0]
+    except OSError:
+        return False
 
 
 def _require_whole(cache: Cache) -> None:
     """Raise ``Misuse`` unless the files are complete as of the server's last report, without others."""
-    if unsent := Edits(cache).scan():
-        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
+    _require_sent(cache)
     state = cache.load_state()
     if not state.is_filled or not state.position.epoch:
         raise Misuse("the cache was not compared with the server since this machine started: lattice remote pull")
@@ -105,6 +171,21 @@ def _require_whole(cache: Cache) -> None:
         raise Misuse(f"{len(state.away)} large files were not fetched, such as {path}: lattice remote fetch")
     if state.wanted:
         raise Misuse(f"{len(state.wanted)} files have not arrived yet, such as {state.wanted[0]}: lattice remote pull")
+
+
+def _require_nothing_unsent(cache: Cache) -> None:
+    _require_sent(cache)
+    if RescuedFiles(cache).entries():
+        raise Misuse("rescued files are only here: lattice remote rescued; apply or drop them first")
+    if conflicts := TextConflicts(cache, Edits(cache)).copies():
+        raise Misuse(f"unresolved texts are only here, such as {conflicts[0]}: lattice remote resolve")
+    if own := _own_files(cache):
+        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
+
+
+def _require_sent(cache: Cache) -> None:
+    if unsent := Edits(cache).scan():
+        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
 
 
 def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
@@ -122,26 +203,6 @@ def _config_without_hooks(cache: Cache, *, hooks: bool | None) -> bytes | None:
         )
     del config["hooks"]
     return json.dumps(config, sort_keys=True, indent=2).encode() + b"\n"
-
-
-def _is_ours(gitignore: str) -> bool:
-    """Return whether this or an earlier version of lattice-remote wrote this file."""
-    try:
-        with open(gitignore, "rb") as file:
-            return file.readline() == GITIGNORE.splitlines(keepends=True)[0]
-    except OSError:
-        return False
-
-
-def _require_nothing_unsent(cache: Cache) -> None:
-    if unsent := Edits(cache).scan():
-        raise Misuse(f"not sent yet: {', '.join(unsent)}; send with: lattice remote push")
-    if RescuedFiles(cache).entries():
-        raise Misuse("rescued files are only here: lattice remote rescued; apply or drop them first")
-    if conflicts := TextConflicts(cache, Edits(cache)).copies():
-        raise Misuse(f"unresolved texts are only here, such as {conflicts[0]}: lattice remote resolve")
-    if own := _own_files(cache):
-        raise Misuse(f"these files are only here: {', '.join(own[:5])}; move them away first")
 
 
 def _own_files(cache: Cache) -> list[str]:

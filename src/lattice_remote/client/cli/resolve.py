@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lattice_remote.client.agent_client import ask, describe_age
+from lattice_remote.client.agent_client import describe_age
 from lattice_remote.client.cache.cache import BASE_DIRECTORY
-from lattice_remote.client.cli.common import Json, count, here, print_result, request
+from lattice_remote.client.cli.common import Json, ask, count, here, print_result
 from lattice_remote.errors import Misuse, one_line
 
 __all__ = ["app", "rescued_app"]
@@ -24,6 +24,11 @@ _MAX_FILE_BYTES = 31 * 1024 * 1024
 _MAX_SHOWN_BYTES = 512 * 1024
 _MAX_SHOWN_LINES = 200
 _MAX_SHOWN_CHARACTERS = 300
+_RESOLVED = {
+    "mine": "your text is the server's now",
+    "theirs": "the server's text stays, yours is gone",
+    "edited": "the text you chose is the server's now",
+}
 
 Task = Annotated[str, typer.Argument(metavar="[TASK]", help="LAT-42, a task's id, or a path; default: every conflict.")]
 File = Annotated[str, typer.Argument(metavar="[FILE]", help="With --edited: the text to keep; - reads stdin.")]
@@ -47,10 +52,10 @@ def resolve(
     every: Annotated[bool, typer.Option("--all", help="With --mine or --theirs: all shown conflicts.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show or resolve a conflict between your text of a plan or notes and the server's, or a withheld edit.
+    """Show or resolve conflicts and withheld edits of plans and notes.
 
-    The chosen text is sent as an edit of the server's current text. If others change the same lines at that moment,
-    nothing happens, and the command can be repeated.
+    A conflict is between your text and the server's. The chosen text is sent as an edit of the server's. If others
+    change the same lines at that moment, nothing happens, and the command can be repeated.
 
     Example: lattice remote resolve LAT-42 --edited merged.md
     """
@@ -60,17 +65,15 @@ def resolve(
     if choice is not None and not task and (not every or file):
         raise Misuse("name a TASK, or --all; without them the conflicts are only shown")
     directory, _ = here()
-    fields = {
-        "task": task,
-        "what": None if plan == notes else "plan" if plan else "notes",
-        "choice": choice,
-        "text": base64.b64encode(_read(file)).decode("ascii") if file else None,
-    }
-    answer = ask({**request("resolve", directory), **fields})
+    what = None if plan == notes else "plan" if plan else "notes"
+    text = base64.b64encode(_read(file)).decode("ascii") if file else None
+    answer = ask("resolve", directory, task=task, what=what, choice=choice, text=text)
     if as_json:
         print_result({key: answer[key] for key in ("conflicts", "resolved")})
         return
-    for line in _ended(answer["resolved"]) if choice else _shown(answer["conflicts"], directory):
+    for each in answer["resolved"]:
+        typer.echo(f"{one_line(each['path'])}: {_RESOLVED[each['outcome']]}")
+    for line in () if choice else _shown(answer["conflicts"], directory):
         typer.echo(line)
 
 
@@ -95,19 +98,7 @@ def _read(file: str) -> bytes:
     return text
 
 
-def _ended(resolved: list[dict[str, Any]]) -> Iterator[str]:
-    kept = {
-        "mine": "your text is the server's now",
-        "theirs": "the server's text stays, yours is gone",
-        "edited": "what you edited is the server's now",
-    }
-    for each in resolved:
-        yield f"{one_line(each['path'])}: {kept[each['outcome']]}"
-
-
 def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
-    if not conflicts:
-        yield "No conflicts."
     for conflict in conflicts:
         why = "others changed the same lines" if conflict["is_active"] else "the task is archived or gone"
         why = f"not sent: {conflict['reason']}" if conflict["reason"] else why
@@ -120,9 +111,8 @@ def _shown(conflicts: list[dict[str, Any]], directory: str) -> Iterator[str]:
         for copy in conflict["copies"]:
             yield f"  your text:         .lattice/{one_line(copy)}"
             yield from _difference(directory, conflict["path"], copy)
-    if conflicts:
-        name = one_line(conflicts[0]["short_id"])
-        yield f"To end it: lattice remote resolve {name} with --mine, --theirs, or --edited [FILE]"
+    name = one_line(conflicts[0]["short_id"]) if conflicts else ""
+    yield f"Next: lattice remote resolve {name} with --mine, --theirs, or --edited [FILE]" if name else "No conflicts."
 
 
 def _difference(directory: str, path: str, copy: str) -> Iterator[str]:
@@ -146,17 +136,17 @@ def _text(place: str) -> bytes:
         return b""
 
 
+# --- rescued files ---
+
 rescued_app = typer.Typer(
-    name="rescued",
-    help="Files that were restored or removed here, and whose contents were kept.",
-    rich_markup_mode=None,
+    name="rescued", help="List, apply or drop contents of files that were restored here.", rich_markup_mode=None
 )
 _MAX_DATA_CHARACTERS = 200
+_NONE = "No rescued files."
 
 
 def _numbers(incomplete: str) -> Iterator[tuple[str, str]]:
-    """Complete an entry's number."""
-    for entry in _ask("list", [])["entries"]:
+    for entry in _rescued("list", [])["entries"]:
         if str(entry["number"]).startswith(incomplete):
             yield str(entry["number"]), f"{count(len(entry['files']), 'file')}, {_age(entry)} ago"
 
@@ -165,14 +155,14 @@ Numbers = Annotated[list[int] | None, typer.Argument(metavar="[NUMBER]...", help
 All = Annotated[bool, typer.Option("--all", help="All of them.")]
 
 
-def _ask(action: str, numbers: list[int]) -> dict[str, Any]:
+def _rescued(action: str, numbers: list[int]) -> dict[str, Any]:
     directory, _ = here()
-    return ask({**request("rescued", directory), "action": action, "numbers": numbers})
+    return ask("rescued", directory, action=action, numbers=numbers)
 
 
 @rescued_app.callback(invoke_without_command=True)
 def rescued(context: typer.Context, as_json: Json = False) -> None:
-    """Contents of files that were restored or removed here. Without a subcommand: list them."""
+    """List, apply or drop contents of files that were restored or removed here. Without a subcommand: list them."""
     if context.invoked_subcommand is None:
         list_(as_json=as_json)
 
@@ -183,17 +173,13 @@ def list_(as_json: Json = False) -> None:
 
     Example: lattice remote rescued list --json
     """
-    answer = _ask("list", [])
+    answer = _rescued("list", [])
     if as_json:
         print_result({"entries": answer["entries"]})
         return
     for entry in answer["entries"]:
         typer.echo(_headline(entry))
-    typer.echo(
-        "Look with: lattice remote rescued show NUMBER; then apply or drop."
-        if answer["entries"]
-        else "No rescued files."
-    )
+    typer.echo("Next: lattice remote rescued show NUMBER, then apply or drop." if answer["entries"] else _NONE)
 
 
 @rescued_app.command()
@@ -202,7 +188,7 @@ def show(numbers: Numbers = None, as_json: Json = False) -> None:
 
     Example: lattice remote rescued show 1
     """
-    entries = _ask("show", numbers or [])["entries"]
+    entries = _rescued("show", numbers or [])["entries"]
     if as_json:
         print_result({"entries": entries})
         return
@@ -214,19 +200,19 @@ def show(numbers: Numbers = None, as_json: Json = False) -> None:
             data = json.dumps(event["data"], ensure_ascii=False)[:_MAX_DATA_CHARACTERS]
             actor = event["actor"] if isinstance(event["actor"], str) else json.dumps(event["actor"])
             typer.echo(one_line(f"  not on the server: {event['ts']} {actor} {event['type']} {data}"))
-    typer.echo("Next: lattice remote rescued apply NUMBER, or drop NUMBER." if entries else "No rescued files.")
+    typer.echo("Next: lattice remote rescued apply NUMBER, or drop NUMBER." if entries else _NONE)
 
 
 @rescued_app.command()
 def apply(numbers: Numbers = None, every: All = False, as_json: Json = False) -> None:
-    """Send the events and new plans that the server lacks. Exits with 1 if any was refused.
+    """Send the events and new plans that the server lacks.
 
     An event gets the server's time, and a new task its next number. Completely applied entries are dropped; for the
-    others the server's reasons are shown. Can be repeated.
+    others the server's reasons are shown, and the exit code is 1. Can be repeated.
 
     Example: lattice remote rescued apply 1
     """
-    answer = _ask("apply", _chosen(numbers, every=every))
+    answer = _rescued("apply", _chosen(numbers, every=every))
     if as_json:
         print_result({key: answer[key] for key in ("applied", "refused", "dropped")})
     else:
@@ -245,7 +231,7 @@ def drop(numbers: Numbers = None, every: All = False, as_json: Json = False) -> 
 
     Example: lattice remote rescued drop 1
     """
-    answer = _ask("drop", _chosen(numbers, every=every))
+    answer = _rescued("drop", _chosen(numbers, every=every))
     if as_json:
         print_result({"dropped": answer["dropped"]})
     else:

@@ -1,4 +1,4 @@
-"""``lattice remote fetch``, ``config``, ``agent``, ``status``, ``pull``, ``sync``, ``verify`` and ``log``."""
+"""``lattice remote status``, ``show``, ``pull``, ``sync``, ``verify``, ``fetch``, ``config``, ``log`` and ``agent``."""
 
 import contextlib
 import json
@@ -12,47 +12,250 @@ import typer
 from lattice_remote.client import agent_runtime
 from lattice_remote.client import config as preferences
 from lattice_remote.client.agent import audit_log
-from lattice_remote.client.agent_client import agent_enabled, ask, ask_agent, ask_running_agent, describe_age
-from lattice_remote.client.cli import common
-from lattice_remote.client.cli.common import Json, count, here, print_result, progress, request, show_unpushed, unpushed
+from lattice_remote.client.agent_client import agent_enabled, ask_agent, ask_running_agent, describe_age
+from lattice_remote.client.cli.common import (
+    Json,
+    ask,
+    count,
+    here,
+    notify,
+    print_result,
+    progress,
+    show_unpushed,
+    unpushed,
+)
 from lattice_remote.client.launcher.install import stop_warm
 from lattice_remote.errors import ConnectionFailed, Misuse, StorageError, one_line
 
-__all__ = ["agent_app", "app", "running_agent"]
+__all__ = ["agent_app", "app"]
 
 app = typer.Typer()
 
-_PAYLOADS = "artifacts/payload"
-_ARTIFACT = re.compile(r"art_[0-9A-Z]{26}")
 _MIB = 1024 * 1024
 
 
+# --- the cache ---
+
+
 @app.command()
-def fetch(
-    what: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PATH|ARTIFACT|TASK]...", help="A file, an artifact (art_...), or all of a task's."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Fetch large contents of artifacts that are not here, all or the named ones, and wait for them.
+def status(as_json: Json = False) -> None:
+    """Show the state of the connection and the cache.
 
-    An interrupted fetch is resumed by the next.
-
-    Example: lattice remote fetch LAT-42
+    Example: lattice remote status --json
     """
-    directory, _ = here()
-    paths = None if not what else sorted({path for name in what for path in _paths_of(directory, name)})
-    with progress("fetching") as show:
-        answer = ask({**request("fetch", directory), "paths": paths}, show)
+    if (waiting := unpushed()) is not None:
+        show_unpushed(waiting[1], as_json=as_json)
+        return
+    directory, found = here()
+    answer = ask("status", directory)
+    try:
+        answer["agent"] = ask_running_agent({"do": "agent-status"})
+    except ConnectionFailed as silent:
+        answer["agent"] = {"error": silent.message}
     if as_json:
         print_result(answer)
-    elif not answer["fetched"]:
-        typer.echo("Nothing to fetch: it is here." if what else "Nothing to fetch: everything is here.")
+        return
+    versions = answer["versions"]
+    rows = [
+        ("remote", f"{found.name} {found.url} project {found.project}"),
+        ("connection", _connection(answer)),
+        ("cache", _cache(answer)),
+        ("large files", _payloads(answer["payloads"])),
+        ("acting as", _acting(answer)),
+        ("unsent edits", _edits(answer)),
+        ("conflicts", _conflicts(answer["conflicts"])),
+        ("set aside", ", ".join(answer["set_aside"]) or "none"),
+        ("rescued", _rescued(answer["rescued"])),
+        ("repaired", _repaired(answer["healed"])),
+        ("agent", _agent(answer["agent"])),
+        ("versions here", _versions(versions["here"])),
+        ("versions there", _versions(versions["server"]) if versions["server"] else "unknown: not connected"),
+    ]
+    rows += [("note", f"{name} {advice}") for name, advice in (versions["differences"] or {}).items()]
+    for label, text in rows:
+        typer.echo(f"{label + ':':16}{one_line(text)}")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
+    """Show the remote and the state of the cache.
+
+    Example: lattice remote show
+    """
+    if (waiting := unpushed(name)) is not None:
+        show_unpushed(waiting[1], as_json=as_json)
+        return
+    directory, found = here(name)
+    answer = ask("status", directory)
+    if as_json:
+        print_result(answer)
+        return
+    typer.echo(f"* remote {found.name}\n  URL: {found.url}\n  Project: {found.project}")
+    for label, text in (
+        ("Acting as", _acting(answer)),
+        ("Connection", _connection(answer)),
+        ("Cache", _cache(answer)),
+    ):
+        typer.echo(f"  {label}: {one_line(text)}")
+
+
+def _connection(answer: dict[str, Any]) -> str:
+    heard = answer["last_heard_s"]
+    if answer["connected"]:
+        return f"connected (last frame {heard} s ago)"
+    ago = "no frame from the server yet" if heard is None else f"last frame {describe_age(heard)} ago"
+    return f"not connected: {answer['error'] or 'connecting'} ({ago})"
+
+
+def _cache(answer: dict[str, Any]) -> str:
+    here, there = answer["seq"], answer["server_seq"]
+    if answer["trouble"]:
+        return f"stuck at change {here}: {answer['trouble']}"
+    if answer["current"]:
+        return f"current (change {here} here, {there} on the server)"
+    if there is None:
+        age = "never filled" if answer["age_s"] is None else f"{describe_age(answer['age_s'])} old"
+        return f"{age} (change {here} here, unknown on the server)"
+    return f"catching up (change {here} here, {there} on the server, {count(answer['wanted'], 'file')} to fetch)"
+
+
+def _payloads(found: dict[str, Any]) -> str:
+    how = "fetched in the background" if found["mode"] == "background" else "fetched on demand"
+    if not found["away"]:
+        return f"all here ({how})"
+    text = f"{count(found['away'], 'file')} of {found['away_bytes'] / _MIB:.1f} MiB not here ({how})"
+    if (now := found["fetching"]) is not None:
+        text += f"; fetching {now['path']}, {now['done'] / _MIB:.1f} of {now['total'] / _MIB:.1f} MiB"
+    return text + (f"; {found['trouble']}" if found["trouble"] else "")
+
+
+def _acting(answer: dict[str, Any]) -> str:
+    if answer["actor"] is not None:
+        return ", ".join([answer["actor"], *answer["act_as"]])
+    if answer["has_token"]:
+        return f"unknown: {answer['actor_error'] or 'not connected'}"
+    return "none: no token; log in with: lattice remote login"
+
+
+def _edits(answer: dict[str, Any]) -> str:
+    how = f"they wait for {answer['edits_wait_for']}" if answer["edits_wait_for"] else "sent as soon as they are saved"
+    why = {path: f"waits for you: {reason}" for path, reason in answer["withheld_edits"].items()}
+    why |= {path: f"refused: {reason}" for path, reason in answer["refused_edits"].items()}
+    shown = [f"{path} ({why[path]})" if path in why else path for path in answer["unsent_edits"]]
+    return f"{len(shown)}: {', '.join(shown)} ({how})" if shown else f"none ({how})"
+
+
+def _conflicts(conflicts: list[dict[str, Any]]) -> str:
+    named = ", ".join(f"{each['what']} of {each['short_id']}" for each in conflicts)
+    return f"{len(conflicts)}: {named}; see: lattice remote resolve" if conflicts else "none"
+
+
+def _rescued(entries: list[dict[str, Any]]) -> str:
+    files = count(sum(len(entry["files"]) for entry in entries), "file")
+    return f"{files} in {count(len(entries), 'entry', 'entries')}; see: lattice remote rescued" if entries else "none"
+
+
+def _repaired(repaired: dict[str, Any]) -> str:
+    text = f"{count(repaired['count'], 'file')} since the agent started"
+    if repaired["last_path"] is not None:
+        text += f", last {repaired['last_path']} {describe_age(repaired['last_age_s'])} ago"
+    if repaired["fought_over"]:
+        text += f"; another process keeps writing {', '.join(repaired['fought_over'][:5])}"
+    return f"{text} ({repaired['watched'] or 'not watched: no agent'})"
+
+
+def _agent(agent: dict[str, Any] | None) -> str:
+    if agent is None:
+        return "not used"
+    return str(agent.get("error") or f"pid {agent['pid']}, {count(len(agent['caches']), 'cache')}")
+
+
+def _versions(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))
+
+
+@app.command()
+def pull(as_json: Json = False) -> None:
+    """Bring the cache up to date now.
+
+    Example: lattice remote pull
+    """
+    directory, _ = here()
+    with progress("fetching") as show:
+        answer = ask("pull", directory, show)
+    if as_json:
+        print_result(answer)
     else:
-        for path in answer["fetched"]:
-            typer.echo(f"fetched: {one_line(path)}")
-        typer.echo(f"Fetched {count(len(answer['fetched']), 'file')}, {answer['bytes'] / _MIB:.1f} MiB.")
+        typer.echo(f"Up to date at change {answer['seq']}.")
+
+
+@app.command()
+def sync(as_json: Json = False) -> None:
+    """Compare every file with the server's and repair differences.
+
+    Example: lattice remote sync
+    """
+    answer = _compared("sync")
+    if as_json:
+        print_result(answer)
+        return
+    _list(answer, {"fetched": "differing", "restored": "missing", "removed": "surplus", "kept edit": "edited"})
+    notify(*answer["notices"])
+    repaired = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
+    what = f"repaired {count(repaired, 'file')} of" if repaired else "nothing to repair in"
+    typer.echo(f"Compared with the server at change {answer['seq']}: {what} {count(answer['total'], 'file')}.")
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Compare every file with the server's; change nothing. Exits with 1 if any differs.
+
+    Example: lattice remote verify --json
+    """
+    answer = _compared("verify")
+    labels = {"differs": "differing", "missing here": "missing", "not on the server": "surplus"}
+    labels |= {"edited, not sent yet": "edited"}
+    differences = sum(len(answer[key]) for key in labels.values())
+    if as_json:
+        print_result({**answer, "equal": not differences})
+    else:
+        _list(answer, labels)
+        but = f", except {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
+        outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
+        typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")
+    if differences:
+        raise typer.Exit(1)
+
+
+def _compared(do: str) -> dict[str, Any]:
+    directory, _ = here()
+    with progress("comparing") as show:
+        return ask(do, directory, show)
+
+
+def _list(answer: dict[str, Any], labels: dict[str, str]) -> None:
+    for label, key in {**labels, "not here yet, see lattice remote fetch": "away"}.items():
+        for path in answer[key]:
+            typer.echo(f"{label}: {one_line(path)}")
+
+
+@app.command()
+def log(
+    task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
+    number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="Number of changes.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List the changes with author, time and token, newest first.
+
+    Example: lattice remote log --task LAT-42 -n 5
+    """
+    directory, _ = here()
+    answer = ask("log", directory, task=task, limit=number)
+    if as_json:
+        print_result(audit_log.records(answer, directory))
+        return
+    for line in audit_log.lines(answer, directory) or ["No changes are kept."]:
+        typer.echo(line)
 
 
 @app.command()
@@ -61,15 +264,16 @@ def config(
     value: Annotated[str, typer.Argument(help="background or on-demand.")] = "",
     as_json: Json = False,
 ) -> None:
-    """List the settings of this cache, show one, or change it. Stored beside the cache, outside any repository.
+    """List the settings of this cache, show one, or change it.
 
     payloads: background fetches large contents of artifacts as soon as they are announced, on-demand only on request.
+    Settings are stored beside the cache, outside any repository.
 
     Example: lattice remote config payloads on-demand
     """
     directory, _ = here()
     if value:
-        ask({**request("configure", directory), "name": name, "value": value})
+        ask("configure", directory, name=name, value=value)
     settings = preferences.read(directory)
     if name and name not in settings:
         raise Misuse(f"there is no setting {name!r}; there is {', '.join(settings)}")
@@ -81,35 +285,63 @@ def config(
         typer.echo(text if name and not value else f"{key} = {text}")
 
 
+# --- large contents ---
+
+_PAYLOADS = "artifacts/payload"
+_ARTIFACT = re.compile(r"art_[0-9A-Z]{26}")
+
+
+@app.command()
+def fetch(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PATH|ARTIFACT|TASK]...", help="A file, an artifact (art_...), or all of a task's."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch large contents of artifacts and wait for them.
+
+    All, or the named ones. An interrupted fetch is resumed by the next.
+
+    Example: lattice remote fetch LAT-42
+    """
+    directory, _ = here()
+    paths = None if not what else sorted({path for name in what for path in _paths_of(directory, name)})
+    with progress("fetching") as show:
+        answer = ask("fetch", directory, show, paths=paths)
+    if as_json:
+        print_result(answer)
+        return
+    for path in answer["fetched"]:
+        typer.echo(f"fetched: {one_line(path)}")
+    if answer["fetched"]:
+        typer.echo(f"Fetched {count(len(answer['fetched']), 'file')}, {answer['bytes'] / _MIB:.1f} MiB.")
+    else:
+        typer.echo("Nothing to fetch: it is here." if what else "Nothing to fetch: everything is here.")
+
+
 def _paths_of(directory: str, name: str) -> Iterator[str]:
-    """Yield the contents of artifacts that a name stands for, present or not.
+    """Yield the contents that a file, artifact or task stands for, present or not.
 
     Raises:
-        Misuse: it stands for none.
+        Misuse: it is none of these.
     """
-    if _ARTIFACT.fullmatch(name):
-        yield from _of_artifact(directory, name)
-        return
     relative = os.path.relpath(os.path.realpath(name), os.path.realpath(directory)).replace(os.sep, "/")
     for path in (name, relative):
         if path.startswith(f"{_PAYLOADS}/"):
             yield path
             return
-    artifacts = _artifacts_of_task(directory, name)
+    artifacts = [name] if _ARTIFACT.fullmatch(name) else _artifacts_of_task(directory, name)
     if artifacts is None:
         raise Misuse(f"{name!r} is not a task, artifact or file in {_PAYLOADS}")
     for artifact in artifacts:
-        yield from _of_artifact(directory, artifact)
-
-
-def _of_artifact(directory: str, artifact: str) -> Iterator[str]:
-    found = _read(directory, f"artifacts/meta/{artifact}.json")
-    if not found:
-        raise Misuse(f"there is no artifact {artifact} in this project")
-    payload = found.get("payload")
-    file = payload.get("file") if isinstance(payload, dict) else None
-    if isinstance(file, str) and "/" not in file:
-        yield f"{_PAYLOADS}/{file}"
+        found = _read(directory, f"artifacts/meta/{artifact}.json")
+        if not found:
+            raise Misuse(f"there is no artifact {artifact} in this project")
+        payload = found.get("payload")
+        file = payload.get("file") if isinstance(payload, dict) else None
+        if isinstance(file, str) and "/" not in file:
+            yield f"{_PAYLOADS}/{file}"
 
 
 def _artifacts_of_task(directory: str, name: str) -> list[str] | None:
@@ -134,8 +366,10 @@ def _read(directory: str, path: str) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
+# --- the agent ---
+
 agent_app = typer.Typer(
-    name="agent", help="The background agent of this user.", no_args_is_help=True, rich_markup_mode=None
+    name="agent", help="Show or stop the background agent.", no_args_is_help=True, rich_markup_mode=None
 )
 All = Annotated[bool, typer.Option("--all", help="Also agents of this user in other environments.")]
 
@@ -148,7 +382,7 @@ def agent_status(*, every: All = False, as_json: Json = False) -> None:
 
     Example: lattice remote agent status --all
     """
-    answer, others = running_agent(), _others()
+    answer, others = ask_running_agent({"do": "agent-status"}), _ask_others("agent-status")
     if as_json:
         listed = {"agents": others} if every else {}
         print_result({"running": answer is not None, **(answer or {}), "others": len(others), **listed})
@@ -177,7 +411,7 @@ def agent_stop(*, every: All = False) -> None:
     if every:
         for other in _ask_others("agent-stop"):
             typer.echo(other.get("error") or f"Stopped the agent (pid {other['pid']}) of another environment.")
-    elif others := _others():
+    elif others := _ask_others("agent-status"):
         typer.echo(f"{_count(others)} in other environments; to stop all: lattice remote agent stop --all")
 
 
@@ -208,16 +442,8 @@ def _why_not() -> str:
     return f"it starts with the next command; log: {place.log}"
 
 
-def running_agent() -> dict[str, Any] | None:
-    return ask_running_agent({"do": "agent-status"})
-
-
-def _others() -> list[dict[str, Any]]:
-    return _ask_others("agent-status")
-
-
 def _ask_others(do: str) -> list[dict[str, Any]]:
-    """Return the answers of this user's other agents in the same directory; a silent one is marked so."""
+    """Return the answers of this user's other agents in the same directory; a silent one gives its error."""
     answers: list[dict[str, Any]] = []
     places = []
     with contextlib.suppress(StorageError):
@@ -230,139 +456,3 @@ def _ask_others(do: str) -> list[dict[str, Any]]:
         if answer is not None:
             answers.append(answer)
     return answers
-
-
-@app.command()
-def status(as_json: Json = False) -> None:
-    """Show whether the cache is connected and current, and the evidence for it.
-
-    Example: lattice remote status --json
-    """
-    if (waiting := unpushed()) is not None:
-        show_unpushed(waiting[1], as_json=as_json)
-        return
-    directory, found = here()
-    answer = ask(request("status", directory))
-    try:
-        answer["agent"] = running_agent()
-    except ConnectionFailed as silent:
-        answer["agent"] = {"error": silent.message}
-    if as_json:
-        print_result(answer)
-        return
-    versions = answer["versions"]
-    rows = [
-        ("remote", f"{found.name} {found.url} project {found.project}"),
-        ("connection", common.connection(answer)),
-        ("cache", common.cache(answer)),
-        ("large files", common.payloads(answer["payloads"])),
-        ("acting as", common.acting(answer)),
-        ("unsent edits", common.edits(answer)),
-        ("conflicts", common.conflicts(answer["conflicts"])),
-        ("set aside", ", ".join(answer["set_aside"]) or "none"),
-        ("rescued", common.rescued(answer["rescued"])),
-        ("repaired", common.healed(answer["healed"])),
-        ("agent", common.agent(answer["agent"])),
-        ("versions here", common.versions(versions["here"])),
-        ("versions there", common.versions(versions["server"]) if versions["server"] else "unknown: not connected"),
-    ]
-    rows += [("note", f"{name} {advice}") for name, advice in (versions["differences"] or {}).items()]
-    for label, text in rows:
-        typer.echo(f"{label + ':':16}{one_line(text)}")
-
-
-@app.command()
-def pull(as_json: Json = False) -> None:
-    """Bring the cache up to date now.
-
-    Example: lattice remote pull
-    """
-    directory, _ = here()
-    with progress("fetching") as show:
-        answer = ask(request("pull", directory), show)
-    if as_json:
-        print_result(answer)
-    else:
-        typer.echo(f"Up to date at change {answer['seq']}.")
-
-
-@app.command()
-def sync(as_json: Json = False) -> None:
-    """Compare every file with the server's and repair differences.
-
-    Example: lattice remote sync
-    """
-    directory, _ = here()
-    with progress("comparing") as show:
-        answer = ask(request("sync", directory), show)
-    if as_json:
-        print_result(answer)
-        return
-    for label, key in (
-        ("fetched", "differing"),
-        ("restored", "missing"),
-        ("removed", "surplus"),
-        ("kept edit", "edited"),
-    ):
-        for path in answer[key]:
-            typer.echo(f"{label}: {one_line(path)}")
-    for notice in answer["notices"]:
-        typer.echo(f"lattice-remote: {one_line(notice)}", err=True)
-    _list_deferred(answer)
-    repaired = sum(len(answer[key]) for key in ("differing", "missing", "surplus"))
-    what = f"repaired {count(repaired, 'file')} of" if repaired else "nothing to repair in"
-    typer.echo(f"Compared with the server at change {answer['seq']}: {what} {count(answer['total'], 'file')}.")
-
-
-def _list_deferred(answer: dict[str, Any]) -> None:
-    """List the deferred contents of artifacts, which are not differences."""
-    for path in answer["away"]:
-        typer.echo(f"not here yet, see lattice remote fetch: {one_line(path)}")
-
-
-@app.command()
-def verify(as_json: Json = False) -> None:
-    """Compare every file with the server's; change nothing. Exits with 1 if any differs.
-
-    Example: lattice remote verify --json
-    """
-    directory, _ = here()
-    with progress("comparing") as show:
-        answer = ask(request("verify", directory), show)
-    differences = sum(len(answer[key]) for key in ("differing", "missing", "surplus", "edited"))
-    if as_json:
-        print_result({**answer, "equal": not differences})
-    else:
-        for label, key in (
-            ("differs", "differing"),
-            ("missing here", "missing"),
-            ("not on the server", "surplus"),
-            ("edited, not sent yet", "edited"),
-        ):
-            for path in answer[key]:
-                typer.echo(f"{label}: {one_line(path)}")
-        _list_deferred(answer)
-        but = f", except {count(len(answer['away']), 'file')} not here" if answer["away"] else ""
-        outcome = f"{count(differences, 'difference')} in" if differences else f"equal{but}, all"
-        typer.echo(f"Compared with the server at change {answer['seq']}: {outcome} {count(answer['total'], 'file')}.")
-    if differences:
-        raise typer.Exit(1)
-
-
-@app.command()
-def log(
-    task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
-    number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="Number of changes.")] = 20,
-    as_json: Json = False,
-) -> None:
-    """List the changes with author, time and token, newest first.
-
-    Example: lattice remote log --task LAT-42 -n 5
-    """
-    directory, _ = here()
-    answer = ask({**request("log", directory), "task": task, "limit": number})
-    if as_json:
-        print_result(audit_log.records(answer, directory))
-        return
-    for line in audit_log.lines(answer, directory) or ["No changes are kept."]:
-        typer.echo(line)

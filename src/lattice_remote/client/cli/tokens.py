@@ -3,16 +3,16 @@
 import asyncio
 import getpass
 import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from lattice_remote.client import credentials, trusted_servers
-from lattice_remote.client.cli import add
-from lattice_remote.client.cli.common import CaFile, Insecure, count, here
-from lattice_remote.client.config import parse_url
-from lattice_remote.errors import one_line
+from lattice_remote.client.cli.common import CaFile, Insecure, Url, count, here, notify
+from lattice_remote.client.cli.push import connected
+from lattice_remote.client.config import Remote, parse_url
+from lattice_remote.client.trusted_servers import Server
+from lattice_remote.errors import ConnectionFailed, one_line
 
 __all__ = ["app", "ask_for_token"]
 
@@ -20,12 +20,10 @@ app = typer.Typer()
 
 
 @app.command()
-def login(
-    url: Annotated[str, typer.Argument(help="The project's server by default.")] = "",
-    ca_file: CaFile = None,
-    insecure: Insecure = False,
-) -> None:
-    """Store a token for this user, typed without echo or read from stdin; it replaces the previous one.
+def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> None:
+    """Store a token for this user; it replaces the previous one.
+
+    It is typed without echo, or read from stdin.
 
     Example: lattice remote login https://board.example.org < token.txt
     """
@@ -33,37 +31,38 @@ def login(
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
     trusted_servers.admit(server_url, server)
     token = ask_for_token(server_url)
-    checked = asyncio.run(add.check_token(server, slug, token)) if slug else "not checked: no project given"
+    checked = asyncio.run(_check(server, slug, token)) if slug else "not checked: no project given"
     trusted_servers.record(server)
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = f"{server_url}/{slug}" if slug else server_url
     typer.echo(f"Token for {place} is stored in {credentials.tokens_path()} ({one_line(checked)}).")
-    for other in _preceding_tokens(server_url, slug):
-        typer.echo(f"lattice-remote: {other}", err=True)
-
-
-def _preceding_tokens(server_url: str, slug: str | None) -> Iterator[str]:
-    """Yield remarks about other tokens that precede the one just stored."""
     if credentials.from_environment() is not None:
-        yield "LATTICE_TOKEN is set and precedes any stored token"
+        notify("LATTICE_TOKEN is set and precedes any stored token")
     for project in credentials.projects(server_url) if slug is None else ():
         advice = f"replace it: lattice remote login {server_url}/{project}"
-        yield f"{project} has its own token, which precedes this one; {advice}"
+        notify(f"{project} has its own token, which precedes this one; {advice}")
+
+
+async def _check(server: Server, project: str, token: str) -> str:
+    """Check a token with the server. Raises Rejected if the server refuses it, or must not receive it."""
+    try:
+        async with connected(Remote("origin", server.url, project), token, server) as (_, welcome):
+            return f"accepted, acting as {welcome.actor}"
+    except ConnectionFailed:
+        return "not checked: cannot reach the server"
 
 
 @app.command()
 def trust(
-    url: Annotated[str, typer.Argument(help="The project's server by default.")] = "",
+    url: Url = "",
     ca_file: CaFile = None,
     insecure: Insecure = False,
     max_cache: Annotated[
         int | None,
-        typer.Option(
-            "--max-cache", metavar="MIB", min=1, help="Size limit of a cache of this server; 4096 by default."
-        ),
+        typer.Option("--max-cache", metavar="MIB", min=1, help="Size limit of a cache of this server; else 4096."),
     ] = None,
 ) -> None:
-    """Trust a server with LATTICE_TOKEN, and set how its certificate is verified.
+    """Trust a server with LATTICE_TOKEN, or set how to verify it.
 
     Example: lattice remote trust https://board.example.org --ca-file company.pem
     """
@@ -71,16 +70,18 @@ def trust(
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file, max_cache_mib=max_cache)
     known = trusted_servers.admit(server_url, server)
     trusted_servers.record(server)
+    how = "TLS"
+    if known.url.startswith("http:"):
+        how = "over plain HTTP, readable on the way" if known.insecure else "this machine only"
     by = f", verified with {known.ca_file}" if known.ca_file else ""
-    how = (
-        "over plain HTTP, readable on the way" if known.insecure else "this machine only" if _is_http(known) else "TLS"
-    )
     typer.echo(f"Tokens may be sent to {server_url} ({how}{by}); stored in {trusted_servers.servers_path()}.")
 
 
 @app.command()
-def logout(url: Annotated[str, typer.Argument(help="The project's server by default.")] = "") -> None:
-    """Remove this user's token; with the last one, the server is no longer trusted.
+def logout(url: Url = "") -> None:
+    """Remove this user's token for a server.
+
+    With the last one, the server is no longer trusted.
 
     Example: lattice remote logout https://board.example.org
     """
@@ -92,12 +93,9 @@ def logout(url: Annotated[str, typer.Argument(help="The project's server by defa
 
 
 def ask_for_token(server_url: str) -> str:
+    """Return a token that the user types, or the first line of stdin."""
     typed = getpass.getpass(f"Token for {server_url}: ") if sys.stdin.isatty() else sys.stdin.readline()
     return credentials.check_token(typed.strip())
-
-
-def _is_http(server: trusted_servers.Server) -> bool:
-    return server.url.startswith("http:")
 
 
 def _server_and_slug(url: str) -> tuple[str, str | None]:

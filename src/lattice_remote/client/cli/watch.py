@@ -410,10 +410,10 @@ def history(
     number: Annotated[int, typer.Option("-n", min=1, max=MAX_ENTRIES, help="Number of versions.")] = 20,
     as_json: Json = False,
 ) -> None:
-    """List the versions of a task's plan or notes, newest first, or show or restore one.
+    """List, show or restore versions of a task's plan or notes.
 
-    The server keeps versions for as long as its journal reaches back. A number that two epochs share means the newer
-    one; EPOCH-N names the other.
+    The list is newest first. The server keeps versions for as long as its journal reaches back. A number that two
+    epochs share means the newer one; EPOCH-N names the other.
 
     Example: lattice remote history LAT-42 --restore 17
     """

@@ -1,10 +1,7 @@
-"""Lattice's own MCP server, with writes run on the projects' servers.
+"""Lattice's own MCP server, with writes run on the projects' servers. stdout carries only the protocol.
 
-Tools, schemas and resources are lattice's. A reading tool runs here, on an updated cache, under the guard; every other
-one is called on the server (``worker/calls/mcp.py``), and returns once its change is in the cache. The project of a
-call is found as lattice finds it; one without a remote is handled by lattice.
-
-stdout carries only the protocol.
+A reading tool runs here, on an updated cache, under the guard. Every other one is called on the server
+(``worker/calls/mcp.py``), and returns once its change is in the cache. Lattice handles projects without a remote.
 """
 
 import json
@@ -37,8 +34,6 @@ _READS = frozenset({"lattice_comments", "lattice_config", "lattice_list", "latti
 _FILES = {"lattice_attach": "source"}
 """The argument with a caller's file, whose content travels with the call."""
 
-Arguments = dict[str, Any]
-
 
 def serve() -> None:
     """Serve lattice's MCP server over stdin and stdout until stdin ends, or Ctrl-C."""
@@ -49,7 +44,10 @@ def serve() -> None:
     handlers[ReadResourceRequest] = partial(_read_resource, caches, handlers[ReadResourceRequest])
     signal.signal(signal.SIGINT, _leave)
     if (directory := _cache_of(None)) is not None:
-        _warm_up(directory)
+        try:  # start the agent and update the cache before the first call
+            ensure_current(directory, _say)
+        except RemoteError as error:
+            _say(f"lattice-remote: {error.message}")
     with stay_connected():
         lattices.run(transport="stdio")
 
@@ -57,14 +55,6 @@ def serve() -> None:
 def _leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signal module's signature
     """Exit at once: a thread that reads stdin cannot be stopped."""
     os._exit(128 + number)
-
-
-def _warm_up(directory: str) -> None:
-    """Start the agent and update the cache before the first call."""
-    try:
-        ensure_current(directory, _say)
-    except RemoteError as error:
-        _say(f"lattice-remote: {error.message}")
 
 
 def _say(line: str) -> None:
@@ -79,11 +69,7 @@ class _Caches:
         self._guards: dict[str, Guard] = {}
 
     def prepare(self, directory: str) -> None:
-        """Update a cache and guard it against writes by tools that run here. Blocking.
-
-        Raises:
-            RemoteError: it was never filled.
-        """
+        """Update a cache and guard it against writes by tools that run here. Blocking. Raises RemoteError."""
         if directory not in self._guards:
             self._guards[directory] = Guard(directory)
             self._guards[directory].start()
@@ -91,7 +77,7 @@ class _Caches:
 
 
 async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **arguments: Any) -> Any:
-    """Replace one of lattice's tools: called with arguments that match its schema."""
+    """Stand in for one of lattice's tools."""
     directory = _cache_of(arguments.get("lattice_root"))
     if directory is None:
         return tool(**arguments)
@@ -109,7 +95,7 @@ async def _read_resource(caches: _Caches, read: Callable[[Any], Any], request: A
 
 
 def _cache_of(lattice_root: str | None) -> str | None:
-    """Return the ``.lattice`` directory of a call if it is a cache; lattice reports errors."""
+    """Return the ``.lattice`` of a call if it is a cache; lattice reports errors."""
     try:
         root = lattice_root or find_root()
     except (LatticeRootError, OSError):
@@ -118,8 +104,8 @@ def _cache_of(lattice_root: str | None) -> str | None:
     return directory if directory and is_cache(directory) else None
 
 
-def _call_there(directory: str, name: str, arguments: Arguments) -> Any:
-    """Call a tool on the server; return its result, or raise its error. Blocking."""
+def _call_there(directory: str, name: str, arguments: dict[str, Any]) -> Any:
+    """Call a tool on the server. Blocking."""
     sent = {key: value for key, value in arguments.items() if key != "lattice_root" and value is not None}
     with CallersFiles.of_value(sent.get(_FILES.get(name, ""))) as files:
         answer = call(directory, "mcp", name, json.dumps(sent), files.described)
