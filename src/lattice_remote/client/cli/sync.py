@@ -400,7 +400,9 @@ def agent_status(*, every: All = False, as_json: Json = False) -> None:
 
 @agent_app.command(name="stop")
 def agent_stop(*, every: All = False) -> None:
-    """Stop the agent and the launcher's warm process; the next command starts new ones.
+    """Stop the agent and the launcher's warm process.
+
+    The next command starts new ones.
 
     Example: lattice remote agent stop --all
     """
