@@ -291,7 +291,8 @@ class Connection:
 
     def kick(self) -> None:
         """Skip the reconnect delay for a command; probe a silent connection."""
-        self._kicked.set()
+        if self.welcome is None:
+            self._kicked.set()
         if self.silence_s() > PING_INTERVAL_S + 2:
             self._probe.set()
 
@@ -582,6 +583,7 @@ class Connection:
 
     async def _welcomed(self, welcome: Welcome) -> None:
         self.welcome = welcome
+        self._kicked.clear()
         self.error = None
         self.changed.notify()
         for pending in list(self._pending.values()):
