@@ -55,8 +55,6 @@ class Refusal(Exception):
 class Smallest:
     """Frames in, frames out. Nothing is stored but the files; each connection starts with a comparison."""
 
-    capabilities = ("announce",)
-
     def __init__(self, tree: MutableMapping[str, bytes]) -> None:
         self.tree = tree
         self.seq = 0
@@ -73,8 +71,7 @@ class Smallest:
         self.later: list[Frame] | None = None  # changes that come while the manifest is read
 
     def connected(self) -> list[Frame]:
-        program = {"client_version": "standalone/1", "lattice_version": ""}
-        return [{"type": "hello", "versions": [1], **program, "capabilities": list(self.capabilities)}]
+        return [{"type": "hello", "versions": [1], "client_version": "standalone/1", "lattice_version": ""}]
 
     def receive(self, frame: Frame) -> list[Frame]:
         kind = frame["type"]
@@ -190,10 +187,8 @@ class Smallest:
 class Client(Smallest):
     """A cache in ``directory`` that continues after a cut, and sends requests and edits."""
 
-    capabilities = ("append", "merge", "move", "announce", "put-text")
-
     def __init__(self, directory: Path) -> None:
-        private = directory / ".standalone"
+        private = directory / ".remote"
         super().__init__(Tree(directory, private / "new"))
         self.epoch, self.mark = "", b""
         self.state, self.saved = Tree(private, private / "new"), b""
@@ -229,7 +224,8 @@ class Client(Smallest):
         else:
             self.welcome, sends = frame, []
             self.missing = dict.fromkeys(self.missing, self.seq)
-        return sends + [self.send(request) for request in self.open.values()]
+        again = list(self.open.values())
+        return sends + self.edits() + [self.send(request) for request in again]
 
     def reached(self, frame: Frame) -> None:
         assert self.welcome is not None, "Changes and Entries come after it"
@@ -237,7 +233,8 @@ class Client(Smallest):
 
     def receive(self, frame: Frame) -> list[Frame]:
         sends = super().receive(frame)
-        self.save()
+        if frame["type"] != "part" or not self.requested:  # a file that is stored as missing is fetched again
+            self.save()
         if self.deliver():
             sends += self.fetch()
         return sends
@@ -349,7 +346,7 @@ class Client(Smallest):
 
     def edits(self, id_: str = "") -> list[Frame]:
         """Return a Put for each edit that is not under way; restore deleted texts."""
-        if self.welcome is None or self.later is not None:
+        if self.welcome is None:
             return []
         busy = {request.get("path") for request in self.open.values()}
         sends = []
@@ -493,7 +490,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "bool": lambda value: type(value) is bool,
     "text": lambda value: type(value) is str and len(value) <= 256,
     "line": lambda value: type(value) is str and len(value) <= 4096,
-    "epoch": lambda value: type(value) is str and len(value) <= 64,
+    "epoch": lambda value: type(value) is str and re.fullmatch("[0-9A-Za-z]{0,64}", value) is not None,
     "bytes": lambda value: type(value) is bytes,
     "some": lambda value: type(value) is bytes and value != b"",
     "mark": lambda value: type(value) is bytes and len(value) <= 32,
@@ -626,7 +623,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     url, directory, *argv = sys.argv[1:]
     client = Client(Path(directory) / ".lattice")
-    lock = (Path(directory) / ".lattice/.standalone/lock").open("w")
+    lock = (Path(directory) / ".lattice/.remote/lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time
     request = secrets.token_hex(16) if argv else ""
     if argv:
@@ -639,12 +636,11 @@ def main() -> int:
             return 130
         except (OSError, Violation, Refusal) as error:
             print(error, file=sys.stderr)
+            least = error.retry_after_s if isinstance(error, Refusal) else 0.0
+            if least is None:
+                return 1
             pause = min(30.0, 2 * pause)
-            if isinstance(error, Refusal):
-                if error.retry_after_s is None:
-                    return 1
-                pause = max(pause, error.retry_after_s)
-            time.sleep(random.uniform(pause / 2, pause))
+            time.sleep(max(least, random.uniform(pause / 2, pause)))
     answer = client.answers[request]
     if answer["type"] == "refused":
         print(f"{answer['code']}: {answer['message']}", file=sys.stderr)

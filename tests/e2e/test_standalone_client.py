@@ -69,7 +69,7 @@ class Standalone:
 
     @property
     def position(self) -> dict[str, object]:
-        return dict(json.loads((self.lattice / ".standalone/state.json").read_text()))
+        return dict(json.loads((self.lattice / ".remote/state.json").read_text()))
 
 
 def test_it_runs_commands_and_follows(shared_board: Board) -> None:
