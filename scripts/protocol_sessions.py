@@ -196,8 +196,7 @@ def at(seq: int, epoch: str = EPOCH) -> Position:
 
 def welcome(head: int, *, resync: bool = False, epoch: str = EPOCH) -> m.Welcome:
     limits = m.Limits(1 << 25, 1 << 24)
-    names = ["append", "merge", "move", "announce", "put-text", "downloads"]
-    return m.Welcome(1, "", "", "web", "human:ana", epoch, head, 1, resync, limits, capabilities=names)
+    return m.Welcome(1, "", "", "web", "human:ana", epoch, head, 1, resync, limits)
 
 
 def change(seq: int, *operations: o.Operation, cause: str = "edit", epoch: str = EPOCH) -> m.Change:

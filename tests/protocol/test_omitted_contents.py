@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_memory_server import append_to
 
+from lattice_remote.conformance.in_memory_server import append_to
 from lattice_remote.protocol.effects import ApplyChange, Compare, Effect, Position, Remove, Send
 from lattice_remote.protocol.messages import Change, Entries, Entry, Fetch, Limits, Manifest, Welcome
 from lattice_remote.protocol.operations import (

@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from in_memory_server import Files, announce, append_to, delta, merge_into
 
+from lattice_remote.conformance.in_memory_server import Files, announce, append_to, delta, merge_into
 from lattice_remote.protocol.operations import (
     TAIL_BYTES,
     AppendBytes,

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from in_memory_server import (
+
+from lattice_remote.conformance.in_memory_server import (
     PIECE,
     Connection,
     Files,
@@ -15,7 +16,6 @@ from in_memory_server import (
     merge_into,
     received,
 )
-
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol import transfers
 from lattice_remote.protocol.codec import encode

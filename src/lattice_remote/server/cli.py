@@ -15,6 +15,7 @@ import msgspec
 import typer
 
 import lattice_remote
+from lattice_remote.conformance.commands import conformance
 from lattice_remote.errors import Misuse, RemoteError
 from lattice_remote.server.datadir import DataDir, administered, default_location, remember
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
@@ -37,6 +38,7 @@ _projects = typer.Typer(help="Manage the projects on this server.", no_args_is_h
 _tokens = typer.Typer(help="Manage access tokens.", no_args_is_help=True)
 app.add_typer(_projects, name="project")
 app.add_typer(_tokens, name="token")
+app.command()(conformance)
 
 _DATA_HELP = "The data directory. Else LATTICE_REMOTE_DATA, else the user's data directory."
 DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help=_DATA_HELP, show_default=False)]

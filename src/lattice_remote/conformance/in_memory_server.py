@@ -1,8 +1,8 @@
-"""A server, a wire and a disk in memory, to drive a ``Replica`` through any interleaving.
+"""Server in memory, without I/O, for scripted conversations with a client.
 
-The server keeps every tree of its history, so that a test can ask what a copy at a number must hold. It does
-what SPEC.md allows a server to do, at the least convenient moment: it replays slowly while others write, reads
-files for a ``Fetch`` long before the replay gets there, and sends manifests and files in small pieces.
+It keeps every tree of its history, and does what SPEC.md allows a server at the least convenient moment: it replays
+slowly while others write, reads files for a ``Fetch`` long before the replay gets there, and sends manifests and files
+in small pieces.
 """
 
 import hashlib
@@ -41,11 +41,11 @@ from lattice_remote.protocol.operations import (
 
 Files = dict[str, bytes]
 PIECE = 7
-"""Bytes in a part, entries in a manifest's piece: small, so that everything comes in several."""
+"""Default of ``InMemoryServer.piece``: small, so that everything comes in several."""
 
 
 def append_to(path: str, before: bytes, data: bytes) -> AppendBytes:
-    """Return the operation that adds ``data`` to a file of which ``before`` is the content."""
+    """Return the operation that adds ``data`` to a file with the content ``before``."""
     return AppendBytes(path, offset=len(before), tail=digest_of(before[-TAIL_BYTES:]), data=data)
 
 
@@ -92,7 +92,7 @@ class Moment:
 
 
 class Connection:
-    """One WebSocket: two FIFO streams of encoded frames, and what the server has still to say on it."""
+    """One connection: two FIFO streams of encoded frames, and the pieces that are still to be sent."""
 
     def __init__(self) -> None:
         self.to_client: deque[bytes] = deque()
@@ -106,11 +106,13 @@ class Connection:
 
 @dataclass
 class InMemoryServer:
-    """One project's writer and its connections."""
+    """One project and its connections."""
 
     epoch: str = "epoch0"
     history: list[Moment] = field(default_factory=lambda: [Moment(b"", {})])
     oldest: int = 1
+    piece: int = PIECE
+    """Bytes in a part, entries in a piece of a manifest."""
     connections: list[Connection] = field(default_factory=list)
     trees: dict[tuple[str, bytes], Files] = field(default_factory=lambda: {("epoch0", b""): {}})
     """Every tree that ever was, also in histories that were rolled back, by epoch and mark."""
@@ -125,13 +127,15 @@ class InMemoryServer:
     def files(self) -> Files:
         return self.history[-1].files
 
-    # --- what happens to the project ---
+    # --- the project ---
 
-    def write(self, operations: list[Operation], after: Files, *, request_id: str | None = None) -> int:
-        """Append a change, and answer the request that caused it on this connection."""
+    def write(
+        self, operations: list[Operation], after: Files, *, request_id: str | None = None, cause: str = "edit"
+    ) -> int:
+        """Append a change; with ``request_id``, answer that request on every connection."""
         self._marks += 1
         mark = hashlib.sha256(b"%d" % self._marks).digest()[:8]
-        change = Change(self.head + 1, mark, "2026-01-01T00:00:00.000Z", "human:ana", "", "edit", "x", operations)
+        change = Change(self.head + 1, mark, "2026-01-01T00:00:00.000Z", "human:ana", "", cause, "x", operations)
         self.history.append(Moment(mark, after, change))
         self.trees[self.epoch, mark] = after
         for connection in self.connections:
@@ -147,13 +151,13 @@ class InMemoryServer:
         self.oldest = max(self.oldest, min(oldest, self.head + 1))
 
     def roll_back(self, seq: int) -> None:
-        """Become an older copy of itself, as a restored backup does, not knowing it."""
+        """Lose the changes after ``seq``, as a restored backup does, without noticing."""
         del self.history[seq + 1 :]
         self.oldest = min(self.oldest, self.head + 1)
         self.connections.clear()
 
     def new_epoch(self) -> None:
-        """Begin to count anew (I7)."""
+        """Start a new epoch with the present files (I7)."""
         self._epochs += 1
         self.epoch = f"epoch{self._epochs}"
         self.history = [Moment(b"", self.files)]
@@ -169,7 +173,7 @@ class InMemoryServer:
         return connection
 
     def take(self, connection: Connection) -> None:
-        """Handle the next frame of a client; on a connection that it has ended nothing is."""
+        """Handle the next frame of a client. Frames on an ended connection are dropped."""
         if connection not in self.connections:
             connection.to_server.clear()
             return
@@ -212,7 +216,7 @@ class InMemoryServer:
         while self._replay_one(connection):
             pass
         entries = [Entry(path, len(data), digest_of(data)) for path, data in self.files.items()]
-        pieces = [entries[i : i + PIECE] for i in range(0, len(entries), PIECE)] or [[]]
+        pieces = [entries[i : i + self.piece] for i in range(0, len(entries), self.piece)] or [[]]
         frames = [
             Entries(self.head, self.history[-1].mark, piece, last=i == len(pieces) - 1)
             for i, piece in enumerate(pieces)
@@ -225,8 +229,8 @@ class InMemoryServer:
         if data is None:
             yield Part(path, self.head, gone=True)
             return
-        for offset in range(0, max(1, len(data)), PIECE):
-            yield Part(path, self.head, len(data), digest_of(data), offset, data[offset : offset + PIECE])
+        for offset in range(0, max(1, len(data)), self.piece):
+            yield Part(path, self.head, len(data), digest_of(data), offset, data[offset : offset + self.piece])
 
     def _replay_one(self, connection: Connection) -> bool:
         if connection.cursor is None or connection.cursor >= self.head:
@@ -238,7 +242,7 @@ class InMemoryServer:
         return True
 
     def say(self, connection: Connection, *, piece_first: bool) -> bool:
-        """Send one more frame: a change that is being replayed, or a piece; tell whether there was any."""
+        """Send one more frame: a change that is being replayed, or a piece; return False if there is none."""
         if connection not in self.connections:
             return False
         if not (piece_first and connection.pending) and self._replay_one(connection):
@@ -254,5 +258,5 @@ class InMemoryServer:
 
 
 def received(connection: Connection) -> ServerFrame:
-    """Return the next frame that reached the client, having gone through the codec."""
+    """Return the next frame of the server, decoded."""
     return decode_server_frame(connection.to_client.popleft())

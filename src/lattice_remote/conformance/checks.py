@@ -1,0 +1,114 @@
+"""Checks of one implementation: declared by section, run concurrently within a bound, reported in order."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from lattice_remote.errors import one_line
+
+__all__ = ["Check", "CheckFailed", "CheckList", "NotOffered", "Outcome", "expect", "run_checks", "summary"]
+
+CHECK_TIMEOUT_S = 45.0
+"""Bound of one check; the whole takes at most this for each ``concurrency`` checks."""
+
+
+class CheckFailed(Exception):
+    """The implementation does not behave as the specification says."""
+
+
+class NotOffered(Exception):
+    """The implementation does not offer the optional part that the check is about."""
+
+
+def expect(condition: object, message: str) -> None:
+    """Raise ``CheckFailed`` with this message unless the condition holds."""
+    if not condition:
+        raise CheckFailed(message)
+
+
+@dataclass(frozen=True)
+class Check[T]:
+    """One check: ``run`` returns if it holds; it may be skipped with ``NotOffered``."""
+
+    section: str
+    """Of SPEC.md, or the invariant."""
+    name: str
+    run: Callable[[T], Awaitable[None]]
+
+
+class CheckList[T](list[Check[T]]):
+    """Checks in the order of the report."""
+
+    def __call__(
+        self, section: str, name: str
+    ) -> Callable[[Callable[[T], Awaitable[None]]], Callable[[T], Awaitable[None]]]:
+        """Add the decorated function."""
+
+        def add(run: Callable[[T], Awaitable[None]]) -> Callable[[T], Awaitable[None]]:
+            self.append(Check(section, name, run))
+            return run
+
+        return add
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """Result of one check."""
+
+    section: str
+    name: str
+    result: Literal["ok", "failed", "not offered"]
+    message: str = ""
+    """Why it failed or is not offered."""
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        mark = {"ok": "ok     ", "failed": "FAILED ", "not offered": "-      "}[self.result]
+        return f"{mark} {self.section:<8} {self.name}" + (f": {self.message}" if self.message else "")
+
+
+def summary(outcomes: Sequence[Outcome], seconds: float) -> str:
+    """Return the last line of the report."""
+    counts = {result: sum(each.result == result for each in outcomes) for result in ("ok", "failed", "not offered")}
+    optional = f", {counts['not offered']} not offered" if counts["not offered"] else ""
+    return f"{len(outcomes)} checks: {counts['ok']} ok, {counts['failed']} failed{optional}; {seconds:.0f} s"
+
+
+async def run_checks[T](checks: Iterable[Check[T]], target: T, *, concurrency: int) -> AsyncIterator[Outcome]:
+    """Yield the outcomes in the order of the checks, which run concurrently."""
+    turn = asyncio.Semaphore(concurrency)
+
+    async def run(check: Check[T]) -> Outcome:
+        async with turn:
+            began = time.monotonic()
+            result, message = await _judge(check, target)
+            return Outcome(check.section, check.name, result, message, round(time.monotonic() - began, 3))
+
+    tasks = [asyncio.create_task(run(check)) for check in checks]
+    try:
+        for task in tasks:
+            yield await task
+    finally:
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _judge[T](check: Check[T], target: T) -> tuple[Literal["ok", "failed", "not offered"], str]:
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            await check.run(target)
+    except NotOffered as reason:
+        return "not offered", str(reason)
+    except TimeoutError:
+        return "failed", f"not over after {CHECK_TIMEOUT_S:.0f} s"
+    except CheckFailed as error:
+        return "failed", one_line(str(error))
+    except Exception as error:  # noqa: BLE001 - an implementation may surprise a check in any way
+        return "failed", one_line(f"unexpected: {type(error).__name__}: {error}")
+    return "ok", ""
