@@ -557,6 +557,20 @@ async def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(
     await project.stop(1.0)
 
 
+async def test_a_worker_is_named_once_it_works(paths: ProjectPaths) -> None:
+    """Not while it starts: it may be repairing the files, and must not be taken for hung."""
+    gate = paths.root / "may-start"
+    script = f'while [ ! -e "{gate}" ]; do sleep 0.01; done; exec "$@"'
+    project = Project("web", paths, hooks=None, worker_command=("/bin/sh", "-c", script, "sh", *FAKE_WORKER))
+    project.start()
+    await until(lambda: project._worker is not None)
+    assert project.load.worker_pid is None
+    gate.touch()
+    await project.opened()
+    assert project.load.worker_pid == _worker_pid(project)
+    await project.stop(1.0)
+
+
 async def test_a_second_writer_waits_for_the_first_to_end(paths: ProjectPaths) -> None:
     first = Project("web", paths, hooks=None, worker_command=FAKE_WORKER)
     first.start()

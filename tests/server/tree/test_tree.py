@@ -64,6 +64,18 @@ def check_leads_there(tree: ProjectTree, difference: TreeDiff, old: dict[str, by
     assert {path: state.size for path, state in tree.files.items()} == {p: len(c) for p, c in copy.files.items()}
 
 
+def test_a_file_altered_under_its_old_time_is_found_where_times_are_not_trusted(tree: ProjectTree) -> None:
+    place = tree.root / "tasks/a.json"
+    os.utime(place, (1, 1))
+    tree.accept(tree.reconcile())
+    place.write_bytes(b'{"a": 2}\n')
+    os.utime(place, (1, 1))
+    assert tree.reconcile().operations == []
+    difference = tree.reconcile(trust_signatures=False)
+    check_leads_there(tree, difference, FILES)
+    assert difference.operations
+
+
 def test_operations_come_in_the_order_of_writing(tree: ProjectTree) -> None:
     what = touched("events/a.jsonl", "tasks/a.json", "plans/b.md", tree=tree, appended="events/a.jsonl")
     with (tree.root / "events/a.jsonl").open("ab") as file:

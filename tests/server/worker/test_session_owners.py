@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from worker_process import ANA, WorkerProcess, make_project
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.operations import DeleteFile, PutFile
@@ -75,3 +76,15 @@ def test_a_session_is_used_by_its_token_and_ended_by_its_actor_alone(project: Pa
             with pytest.raises(Rejected, match="belongs to another token") as refused:
                 identity.require_session("A-1", "sess_1", to_end=to_end)
             assert refused.value.code == "REMOTE_FORBIDDEN"
+
+
+def test_a_session_that_a_command_starts_belongs_to_its_token(tmp_path: Path) -> None:
+    with WorkerProcess(make_project(tmp_path / "web")) as worker:
+        worker.ok("create", "x", *ANA)
+        start = ("session", "start", "--model", "m", "--framework", "f", "--quiet", "--name", "Argus")
+        name = worker.ok(*start, token_id="tok_1").strip()
+        other = worker.refused("comment", "LAT-1", "y", "--name", name, token_id="tok_2")
+        assert other.code == "REMOTE_FORBIDDEN" and "belongs to another token" in other.message
+        worker.ok("comment", "LAT-1", "y", "--name", name, token_id="tok_1")
+        worker.ok("session", "end", name, token_id="tok_1")
+        assert set(json.loads((worker.project / OWNERS_FILE).read_text())) == {name}, "written at the next start"

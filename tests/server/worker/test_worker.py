@@ -206,6 +206,11 @@ def test_a_restored_copy_of_the_directory_is_another_history(project: Path, tmp_
         assert (worker.ready.epoch, worker.ready.head, worker.ready.notes) == (renewed, 0, [])
 
 
+def test_the_journal_is_for_the_servers_user_alone(project: Path) -> None:
+    with WorkerProcess(project):
+        assert (project / "journal").stat().st_mode & 0o777 == 0o700
+
+
 @pytest.mark.parametrize("lost", ["*.log", "manifest"])
 def test_without_its_journal_a_project_begins_a_new_epoch(project: Path, lost: str) -> None:
     with WorkerProcess(project) as worker:

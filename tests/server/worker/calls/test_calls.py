@@ -109,6 +109,19 @@ def test_what_fails_is_answered_as_the_dashboard_does_and_changes_nothing(
     assert tree_of(worker.project / ".lattice") == before
 
 
+def test_a_call_that_breaks_down_is_answered_as_failed_and_changes_nothing(tmp_path: Path) -> None:
+    with WorkerProcess(make_project(tmp_path / "web")) as worker:
+        ids = worker.project / ".lattice/ids.json"
+        ids.write_bytes(b"[]")  # lattice expects an object
+        before = tree_of(worker.project / ".lattice")
+        status, answer = returned(worker, "dashboard", "/api/tasks", {"title": "t"})
+        assert (status, answer["ok"], answer["error"]["code"]) == (500, False, "REMOTE_FAILED")
+        assert "was undone" in answer["error"]["message"]
+        assert tree_of(worker.project / ".lattice") == before
+        ids.unlink()
+        assert returned(worker, "dashboard", "/api/tasks", {"title": "t"})[0] == 201
+
+
 def test_what_the_table_does_not_list_is_refused_or_undone(worker: WorkerProcess, task: str) -> None:
     unsupported = "REMOTE_UNSUPPORTED"
     assert refused(worker, "dashboard", "/api/tasks", {"title": "t", "path": "/etc/passwd"}) == unsupported
