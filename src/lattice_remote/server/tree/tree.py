@@ -35,6 +35,7 @@ from lattice_remote.protocol.operations import (
 )
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.tree.capture import AccessLog, Move
+from lattice_remote.server.tree.flat_json import flat_value
 
 __all__ = [
     "INLINE_BYTES",
@@ -61,26 +62,33 @@ def patch_between(before: bytes, after: bytes) -> bytes | None:
     None if either is not JSON, ``after`` is not in canonical form, or the patch is not under half its size.
     """
     try:
-        old, new = json.loads(before), json.loads(after)
+        flat = flat_value(before), flat_value(after)
+        old, new = flat if all(flat) else (json.loads(before), json.loads(after))
         if not isinstance(old, dict) or not isinstance(new, dict):
             return None
         patch = _difference(old, new)
         encoded = json.dumps(patch, separators=(",", ":")).encode()
         if len(encoded) * 2 >= len(after):
             return None
+        outcome = merge_patch(old, patch)
+        if all(flat):  # the bytes of both are those of their values, so equal values are enough
+            return encoded if outcome == new else None
         # A patch can't set null, and Python takes 1 for true: compare the resulting bytes.
-        return encoded if canonical_json(merge_patch(old, patch)) == after else None
+        return encoded if canonical_json(outcome) == after else None
     except (ValueError, RecursionError):
         return None
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     patch: dict[str, Any] = {key: None for key in old if key not in new}
-    for key, value in new.items():
-        if key in old and isinstance(value, dict) and isinstance(old[key], dict):
-            if inner := _difference(old[key], value):
+    missing = object()
+    # Nearly all values are the same object if both come from the recent contents of ids.json.
+    for key, value in [(key, value) for key, value in new.items() if old.get(key, missing) is not value]:
+        before = old.get(key, missing)
+        if isinstance(value, dict) and isinstance(before, dict):
+            if inner := _difference(before, value):
                 patch[key] = inner
-        elif key not in old or old[key] != value or type(old[key]) is not type(value):
+        elif before != value or type(before) is not type(value):
             patch[key] = value
     return patch
 
@@ -404,7 +412,8 @@ class ProjectTree:
                 return _Content(_state(status, size, hasher.digest()), None, None)
             data = file.read()
         state = _state(status, len(data), digest_of(data))
-        if old is None or not 0 < old.size < len(data) or digest_of(data[: old.size]) != old.digest:
+        may_have_grown = old is not None and 0 < old.size < len(data) and not path.endswith(".json")
+        if old is None or not may_have_grown or digest_of(data[: old.size]) != old.digest:
             return _Content(state, data, None)
         return _Content(state, data, data[old.size :], digest_of(data[max(0, old.size - TAIL_BYTES) : old.size]))
 

@@ -20,6 +20,7 @@ import click
 
 from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree.capture import Capture
+from lattice_remote.server.tree.flat_json import FlatJson
 from lattice_remote.server.worker.calls import CallResponse, CommandOutput
 from lattice_remote.server.worker.patches import LOCK_PREFIX, Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
 
@@ -118,7 +119,7 @@ class Executor:
         from lattice.cli.main import cli
         from lattice.core import ids
         from lattice.core.resources import is_resource_available
-        from lattice.storage import fs, hooks, locks
+        from lattice.storage import fs, hooks, locks, short_ids
 
         mimetypes.init()  # reads system files, which a command may not
         self.cli: click.Group = cli
@@ -135,6 +136,7 @@ class Executor:
         setattr(resource_cmds, "is_resource_available", self._is_available)  # noqa: B010 - an imported name
         setattr(resource_cmds, "time", self._clock)  # noqa: B010 - a module's attribute that is not declared
         setattr(artifact_cmds, "shutil", self._mover)  # noqa: B010 - likewise
+        setattr(short_ids, "json", FlatJson())  # noqa: B010 - likewise
         sync_directory = None if lazy else fs._fsync_directory
         self._writes = WriteSet(sync_directory, capture)
         if lazy or capture is not None:
