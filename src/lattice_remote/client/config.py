@@ -1,27 +1,24 @@
-"""Configuration of one cache: its remote (``.lattice/remote.json``), its settings and its size limit. Standard library
-only."""
+"""Configuration of one cache: its remote (``.lattice/remote.json``) and its settings. Standard library only."""
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import READ, write_atomically
 
 __all__ = [
     "CHOICES",
-    "MIB",
     "PRIVATE_DIRECTORY",
     "REMOTE_FILE",
     "SETTINGS_FILE",
     "STATE_FILE",
     "UNPUSHED_FILE",
-    "Quota",
     "Remote",
-    "change",
+    "change_setting",
     "check_command",
     "check_name",
     "detachment",
@@ -30,8 +27,8 @@ __all__ = [
     "is_unpushed",
     "lost_remote",
     "parse_url",
-    "read",
     "read_remote",
+    "read_settings",
     "write_remote",
 ]
 
@@ -76,11 +73,7 @@ class Remote:
 
 
 def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
-    """Return a server's normalized URL, and the slug: passed separately, or the URL's only path component.
-
-    Raises:
-        Misuse: not an http or https URL, a malformed slug, or two different slugs.
-    """
+    """Return a server's normalized URL, and the slug: passed separately, or the URL's path. Raises Misuse."""
     match = _URL.fullmatch(text.strip())
     if match is None and "@" in text:  # this part may be a password: it is not repeated
         raise Misuse("a server's URL holds no user and no password; store a token with: lattice remote login URL")
@@ -139,7 +132,7 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
     """Return the remote in a ``.lattice`` directory's ``remote.json``, or in the file ``name``.
 
     Raises:
-        Misuse: there is none; ``REMOTE_GUARD`` if the directory is a cache all the same.
+        Misuse: there is none; code ``REMOTE_GUARD`` if the directory is a cache all the same.
         StorageError: it cannot be read, or is invalid.
     """
     path = os.path.join(directory, name)
@@ -167,9 +160,7 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
 def identify(directory: str) -> list[int | str]:
     """Return the identity of the cache at a path: device and inode of the directory, server and project.
 
-    Raises:
-        Misuse: it has no remote.
-        StorageError: it cannot be read.
+    Raises Misuse if it has no remote, StorageError.
     """
     remote = read_remote(directory)
     try:
@@ -180,41 +171,32 @@ def identify(directory: str) -> list[int | str]:
 
 
 def check_name(name: object) -> str:
-    """Return a valid name of a remote.
-
-    Raises:
-        Misuse: it is invalid.
-    """
+    """Return a valid name of a remote. Raises Misuse."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise Misuse(f"not a remote's name: {name!r}; letters, digits, dots and dashes, at most 63")
     return name
 
 
 def check_command(command: object) -> str:
-    """Return the words of a routable command, separated by single spaces.
-
-    Raises:
-        Misuse: they are invalid.
-    """
+    """Return the words of a routable command, separated by single spaces. Raises Misuse."""
     if not isinstance(command, str) or not _COMMAND.fullmatch(command):
         raise Misuse(f"not a command of lattice: {command!r}; its words without options, as in: deploy note")
     return command
 
 
 def write_remote(directory: str, remote: Remote, name: str = REMOTE_FILE) -> None:
-    """Write ``remote.json``, or the file ``name``, atomically.
-
-    Raises:
-        StorageError: it cannot be written.
-    """
+    """Write ``remote.json``, or the file ``name``, atomically. Raises StorageError."""
     fields: dict[str, object] = {"name": remote.name, "project": remote.project, "url": remote.url}
     if remote.commands:
         fields["commands"] = remote.commands
+    _write(os.path.join(directory, name), fields, mode=0o666)
+
+
+def _write(path: str, fields: dict[str, Any], *, mode: int = 0o644) -> None:
     text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
-    path = os.path.join(directory, name)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomically(path, text.encode(), mode=0o666, temporary=f"{path}.{os.getpid()}.tmp", sync=None)
+        write_atomically(path, text.encode(), mode=mode, temporary=f"{path}.{os.getpid()}.tmp", sync=None)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -225,7 +207,7 @@ CHOICES = {"payloads": ("background", "on-demand")}
 _MAX_BYTES = 64 * 1024
 
 
-def read(directory: str) -> dict[str, str]:
+def read_settings(directory: str) -> dict[str, str]:
     """Return every setting; missing or invalid ones have their default."""
     found: object = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -236,80 +218,10 @@ def read(directory: str) -> dict[str, str]:
     return {name: given[name] if given.get(name) in values else values[0] for name, values in CHOICES.items()}
 
 
-def change(directory: str, name: str, value: str) -> None:
-    """Change one setting, atomically.
-
-    Raises:
-        Misuse: no such setting, or an invalid value.
-        StorageError: it cannot be written.
-    """
+def change_setting(directory: str, name: str, value: str) -> None:
+    """Change one setting, atomically. Raises Misuse if it or the value is invalid, StorageError."""
     if name not in CHOICES:
         raise Misuse(f"there is no setting {name!r}; there is {', '.join(CHOICES)}")
     if value not in CHOICES[name]:
         raise Misuse(f"{name} is one of {', '.join(CHOICES[name])}; not {value!r}")
-    settings = {**read(directory), name: value}
-    path, text = os.path.join(directory, SETTINGS_FILE), json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_atomically(path, text.encode(), temporary=f"{path}.{os.getpid()}", sync=None)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
-
-
-MIB = 1024 * 1024
-_STEP_BYTES = 64 * MIB
-"""Bytes written between two measurements: the limit may be exceeded by this much."""
-
-
-class Quota:
-    """Size limit of a cache. Call ``take`` before each write; the directory is measured only once enough was
-    written."""
-
-    def __init__(self, root: str, limit: Callable[[], int], whose: str) -> None:
-        self._root = root
-        self._limit = limit
-        self._whose = whose
-        self._unseen = 0  # bytes written since the last measurement
-
-    def require(self, size: int) -> None:
-        """Require that a total of ``size`` bytes is within the limit.
-
-        Raises:
-            StorageError: it is not; the message says how to raise the limit.
-        """
-        if size > (limit := self._limit()):
-            raise StorageError(
-                f"this cache would exceed the {limit // MIB} MiB allowed for {self._whose}; allow more "
-                f"with: lattice remote trust {self._whose} --max-cache MIB"
-            )
-
-    def require_room(self, size: int) -> None:
-        """Require room for ``size`` more bytes; measures every file. Raises StorageError."""
-        self.require(_bytes_below(self._root) + size)
-
-    def take(self, size: int) -> None:
-        """Require room for ``size`` more bytes, to the precision of one step.
-
-        Raises:
-            StorageError: there is none.
-        """
-        self._unseen += size
-        if self._unseen > min(_STEP_BYTES, self._limit()):
-            self.require(_bytes_below(self._root) + size)
-            self._unseen = 0
-
-
-def _bytes_below(root: str) -> int:
-    total = 0
-    pending = [root]
-    while pending:
-        try:
-            with os.scandir(pending.pop()) as entries:
-                for entry in entries:
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    else:
-                        total += entry.stat(follow_symlinks=False).st_size
-        except OSError:
-            continue  # removed since
-    return total
+    _write(os.path.join(directory, SETTINGS_FILE), {**read_settings(directory), name: value})

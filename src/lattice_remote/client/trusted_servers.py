@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lattice_remote.client import credentials
-from lattice_remote.client.config import MIB, parse_url
+from lattice_remote.client.config import parse_url
 from lattice_remote.errors import Misuse, Rejected, StorageError
 
 __all__ = [
@@ -125,7 +125,7 @@ def cache_limit(url: str) -> int:
     """Return the size limit in bytes for one cache of a server. Raises StorageError."""
     known = _of(credentials.read(servers_path(), _WHAT), url)
     mib = known.max_cache_mib if known is not None and known.max_cache_mib is not None else DEFAULT_CACHE_MIB
-    return mib * MIB
+    return mib * 1024 * 1024
 
 
 def is_loopback(url: str) -> bool:

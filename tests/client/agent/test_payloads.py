@@ -31,7 +31,7 @@ def downloads(server: FakeServer) -> list[Download]:
 
 
 def on_demand(service: Service) -> None:
-    config.change(service.cache.directory, "payloads", "on-demand")
+    config.change_setting(service.cache.directory, "payloads", "on-demand")
 
 
 async def current(service: Service, server: FakeServer) -> None:

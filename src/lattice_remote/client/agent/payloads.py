@@ -141,7 +141,7 @@ class Fetching:
     @property
     def mode(self) -> str:
         """Return the setting: ``background`` (fetch everything) or ``on-demand`` (nothing unasked)."""
-        return config.read(self._cache.directory)["payloads"]
+        return config.read_settings(self._cache.directory)["payloads"]
 
     def status(self) -> dict[str, Any]:
         """Return the deferred contents and the running download."""

@@ -227,9 +227,9 @@ class Service:
             case "resolve":
                 return await self._resolver.resolve(request, lambda: self._links.writing(token))
             case "configure":
-                config.change(self.cache.directory, request["name"], request["value"])
+                config.change_setting(self.cache.directory, request["name"], request["value"])
                 self._fetching.wake()
-                return config.read(self.cache.directory)
+                return config.read_settings(self.cache.directory)
             case "log":
                 return await read_log(
                     self._links.writing(token), request["task"], request["limit"], request.get("text")

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.cache.fingerprints import STORED, Fingerprints
-from lattice_remote.client.cache.safe_directory import QUIET_S, TEMPORARY, Directory
-from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_FILE, Quota, Remote
+from lattice_remote.client.cache.safe_directory import QUIET_S, TEMPORARY, Directory, Quota
+from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_FILE, Remote
 from lattice_remote.client.trusted_servers import cache_limit
 from lattice_remote.errors import HostilePath, StorageError
 from lattice_remote.files import SAFE, Signature, signature_of

@@ -20,11 +20,11 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 
-from lattice_remote.client.config import PRIVATE_DIRECTORY, Quota
+from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.errors import StorageError
 from lattice_remote.files import READ, SAFE, hash_descriptor, write_all
 
-__all__ = ["QUIET_S", "TEMPORARY", "Directory", "remove_tree"]
+__all__ = ["QUIET_S", "TEMPORARY", "Directory", "Quota", "remove_tree"]
 
 TEMPORARY = f"{PRIVATE_DIRECTORY}/tmp"  # noqa: S108 - inside the cache
 """Holds files until they get their name."""
@@ -34,6 +34,56 @@ _SEVERAL = 2
 """A person may remove one file, and the next change must not wait for that."""
 QUIET_S = 1.0
 """A directory without a removal for this long is not being removed."""
+
+
+_MIB = 1024 * 1024
+_STEP_BYTES = 64 * _MIB
+"""Bytes written between two measurements: the limit may be exceeded by this much."""
+
+
+class Quota:
+    """Size limit of a cache. Call ``take`` before each write; the directory is measured once enough was written."""
+
+    def __init__(self, root: str, limit: Callable[[], int], whose: str) -> None:
+        self._root = root
+        self._limit = limit
+        self._whose = whose
+        self._unseen = 0  # bytes written since the last measurement
+
+    def require(self, size: int) -> None:
+        """Require that a total of ``size`` bytes is within the limit. Raises StorageError."""
+        if size > (limit := self._limit()):
+            raise StorageError(
+                f"this cache would exceed the {limit // _MIB} MiB allowed for {self._whose}; allow more "
+                f"with: lattice remote trust {self._whose} --max-cache MIB"
+            )
+
+    def require_room(self, size: int) -> None:
+        """Require room for ``size`` more bytes; measures every file. Raises StorageError."""
+        self.require(_bytes_below(self._root) + size)
+
+    def take(self, size: int) -> None:
+        """Require room for ``size`` more bytes, to the precision of one step. Raises StorageError."""
+        self._unseen += size
+        if self._unseen > min(_STEP_BYTES, self._limit()):
+            self.require(_bytes_below(self._root) + size)
+            self._unseen = 0
+
+
+def _bytes_below(root: str) -> int:
+    total = 0
+    pending = [root]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        total += entry.stat(follow_symlinks=False).st_size
+        except OSError:
+            continue  # removed since
+    return total
 
 
 class Directory:

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from lattice_remote.client import agent_runtime
-from lattice_remote.client import config as preferences
 from lattice_remote.client.agent import audit_log
 from lattice_remote.client.agent_client import agent_enabled, ask_agent, ask_running_agent, describe_age
 from lattice_remote.client.cli.common import (
@@ -24,6 +23,7 @@ from lattice_remote.client.cli.common import (
     show_unpushed,
     unpushed,
 )
+from lattice_remote.client.config import read_settings
 from lattice_remote.client.launcher.install import stop_warm
 from lattice_remote.errors import ConnectionFailed, Misuse, StorageError, one_line
 
@@ -274,7 +274,7 @@ def config(
     directory, _ = here()
     if value:
         ask("configure", directory, name=name, value=value)
-    settings = preferences.read(directory)
+    settings = read_settings(directory)
     if name and name not in settings:
         raise Misuse(f"there is no setting {name!r}; there is {', '.join(settings)}")
     shown = {name: settings[name]} if name else settings

@@ -1,11 +1,8 @@
 """``lattice dashboard`` in a remote project: lattice's own server and page, whose writes run on the project's server.
 
-Lattice's handlers answer reads from the cache. A POST is forwarded and run by the same handlers on the server; its
-answer returns once the change is in the cache. Only requests that start a program, such as an editor, run on this
-machine.
-
-Any web page in this machine's browser can send requests to this machine. They would act in the user's name on a shared
-project, so requests that a foreign page could send are refused.
+Lattice's handlers answer reads from the cache. A POST is run by the same handlers on the server, and answered once its
+change is in the cache. Only requests that start a program, such as an editor, run on this machine. Requests that a
+foreign page in this machine's browser could send are refused: they would act in the user's name on a shared project.
 """
 
 import json
@@ -19,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import HTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -59,15 +55,14 @@ class CacheWatcher:
     def __enter__(self) -> Self:
         with self._changed:
             self._waiting += 1
-            self._state = (self._version(), self._state[1])
-            self._changed.notify_all()
+            self._set((self._version(), self._state[1]))
             if not self._started:
                 self._started = True
                 for work in (self._look, self._ask):
                     threading.Thread(target=work, daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._waiting -= 1
 
@@ -94,19 +89,15 @@ class CacheWatcher:
         while self._goes_on(_LOOK_S):
             version = self._version()
             with self._changed:
-                if version != self._state[0]:
-                    self._state = (version, self._state[1])
-                    self._changed.notify_all()
+                self._set((version, self._state[1]))
 
     def _version(self) -> str:
         """Return the position in the state file, which is also rewritten without a change."""
         try:
-            status = os.stat(self._file)
-            signature = signature_of(status)
-            if signature != self._seen:
+            if (signature := signature_of(os.stat(self._file))) != self._seen:
                 with open(self._file, "rb") as file:
                     state = json.loads(file.read())
-                self._seen, self._position_text = signature, f"{state['mark']}-{state['seq']}-{len(state['wanted'])}"
+                self._seen, self._position_text = signature, f"{state['mark']}-{state['seq']}-{len(state['missing'])}"
         except (OSError, ValueError, KeyError, TypeError):
             return ""
         return self._position_text
@@ -117,9 +108,12 @@ class CacheWatcher:
             delay_s = _ASK_S if agent_enabled() else _ASK_WITHOUT_AGENT_S
             trouble = self._trouble()
             with self._changed:
-                if trouble != self._state[1]:
-                    self._state = (self._state[0], trouble)
-                    self._changed.notify_all()
+                self._set((self._state[0], trouble))
+
+    def _set(self, state: State) -> None:
+        if state != self._state:
+            self._state = state
+            self._changed.notify_all()
 
     def _trouble(self) -> str:
         """Return why the cache may be behind. Asking keeps an agent running, or starts one."""
@@ -187,7 +181,7 @@ class _Server(socketserver.ThreadingMixIn, HTTPServer):
         super().__init__(address, handler)  # last: it closes the server if the port is taken
 
     def server_close(self) -> None:
-        """End the streams too: pages reconnect to the next server on this port."""
+        """End the streams too: pages then reconnect to the next server on this port."""
         self.pulse.close()
         super().server_close()
 
