@@ -194,15 +194,9 @@ class Account:
         ``seen`` are the owners of the tokens of all changes that have an effect, or bring a word (I13).
         """
         known = {what: owners for what, owners in seen.items() if what in self._meant}
-        # An event of plain lattice may travel in the change of a command that writes to the same file next. The event
-        # names its actor; the change names the command's token.
-        judged = {what: owners for what, owners in known.items() if not self._may_travel_along(what)}
-        wrong = {what: owners for what, owners in judged.items() if not owners <= self._allowed(what)}
+        wrong = {what: owners for what, owners in known.items() if not owners <= self._allowed(what)}
         assert not wrong, f"under another token than meant: {[(w, o, self._meant[w]) for w, o in wrong.items()]}"
         return len(known)
-
-    def _may_travel_along(self, what: tuple[str, str] | str) -> bool:
-        return self._meant[what] == {""} and not isinstance(what, str) and what[1] != "task_created"
 
     def _allowed(self, what: tuple[str, str] | str) -> set[str]:
         meant = self._meant[what]

@@ -1,15 +1,17 @@
 """An independent witness: follows the server directly, not through the proxy, and remembers every change it saw."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
 from lattice_remote.client.cache.replicator import ReceiveOutcome
-from lattice_remote.protocol.change_summary import about, texts_of
+from lattice_remote.protocol.change_summary import is_log, texts_of
 from lattice_remote.protocol.messages import Change, Hello, ServerFrame, Welcome
 from lattice_remote.protocol.operations import AppendBytes, PutFile
+from lattice_remote.server.journal.repair import counterpart
 from memory_client import MemoryClient
 from sandbox import Server, tree_of, wait_for
 
@@ -26,7 +28,7 @@ class _Witness(MemoryClient):
         self.marks: dict[tuple[str, int], bytes] = {}
         self.owners: dict[tuple[str, str] | str, set[str]] = {}
         self._known: dict[str, set[bytes]] = {}
-        """Words that a text has held, by path."""
+        """Lines that a log, and words that a text has held, by the path that it has while its task is active."""
         self.welcomes = 0
         self.defects: list[str] = []
         self._hello: Hello
@@ -62,20 +64,29 @@ class _Witness(MemoryClient):
     def _attribute(self, change: Change) -> None:
         """Note whose token brought each event, and each word that a text has never held before."""
         owner = change.token_actor or (change.actor if change.token_id else "")
-        for event in about(change).events:
-            if isinstance(event.get("actor"), str):
-                self.owners.setdefault((event["actor"].partition(":")[2], event["type"]), set()).add(owner)
         texts = {path for path, _, _ in texts_of(change)}
         for operation in change.ops:
-            if operation.path in texts and isinstance(operation, PutFile | AppendBytes):
-                # A word belongs to the change that brought it first. An editor that saves in two halves removes words
-                # for a moment; the next edit restores them when it is merged.
-                known = self._known.setdefault(operation.path, set())
-                known |= set(self.files.get(operation.path, b"").split())
-                words = set(operation.data.split()) - known
-                known |= words
-                for word in words:
-                    self.owners.setdefault(word.decode(errors="replace"), set()).add(owner)
+            path = operation.path
+            if not isinstance(operation, PutFile | AppendBytes) or not (is_log(path) or path in texts):
+                continue
+            # A line or word belongs to the change that brought it first. An editor that saves in two halves removes
+            # words for a moment; the next edit restores them when it is merged.
+            name = path.removeprefix("archive/")
+            known = self._known.setdefault(name, set())
+            divide = bytes.splitlines if is_log(path) else bytes.split
+            known |= {piece for each in (name, counterpart(name)) for piece in divide(self.files.get(each, b""))}
+            new = set(divide(operation.data)) - known
+            known |= new
+            for piece in new:
+                what = _event_in(piece) if is_log(path) else piece.decode(errors="replace")
+                if what is not None:
+                    self.owners.setdefault(what, set()).add(owner)
+
+
+def _event_in(line: bytes) -> tuple[str, str] | None:
+    """Return who caused an event and its kind; None for a session, which has no name of its own."""
+    event = json.loads(line)
+    return (event["actor"].partition(":")[2], event["type"]) if isinstance(event["actor"], str) else None
 
 
 class Observer:

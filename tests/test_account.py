@@ -42,9 +42,9 @@ def test_what_came_under_anothers_token_is_misattributed(sandbox: Sandbox, clien
     effect = Effect("w1", "comment_added")
     account.record(ben, argv, effect, subprocess.CompletedProcess(argv, 0, "", ""))
     account.edited(ana, "e1", kept=True)
-    account.acknowledge(Effect("h1", "task_created"), "")
+    account.acknowledge(Effect("h1", "comment_added"), "")
     assert account.check_who({effect.key: {"human:ben"}, "e1": {"human:ana"}, "word": {"human:eve"}}) == 2
-    for what, owner in ((effect.key, "human:ana"), ("e1", "human:ben"), (("h1", "task_created"), "human:ana")):
+    for what, owner in ((effect.key, "human:ana"), ("e1", "human:ben"), (("h1", "comment_added"), "human:ana")):
         with pytest.raises(AssertionError, match="under another token than meant"):
             account.check_who({what: {owner}})
     account.share(ana, "human:dora")

@@ -66,7 +66,10 @@ class Rest:
 def rest_server(directory: Path) -> Iterator[tuple[Process, Rest]]:
     """Run a server on a new data directory, with a program that has a token of human:ana, and of every agent."""
     started = Process(make_data(directory / "data"))
-    client = Rest(started.port, make_token(started.data))
-    with client.session:
-        yield started, client
-    assert started.end() == 0
+    try:
+        client = Rest(started.port, make_token(started.data))
+        with client.session:
+            yield started, client
+    finally:
+        code = started.end()
+    assert code == 0

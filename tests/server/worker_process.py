@@ -1,5 +1,6 @@
 """A real worker process and a copy of its tree that follows its changes: what the tests of this folder share."""
 
+import contextlib
 import json
 import os
 import resource
@@ -8,7 +9,7 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,10 +34,22 @@ from lattice_remote.server.ipc import (
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from preloaded_programs import WarmProcess, warm
 
-__all__ = ["ANA", "Copy", "WorkerProcess", "make_project", "tree_of"]
+__all__ = ["ANA", "Copy", "WorkerProcess", "closing", "make_project", "tree_of"]
 
 ANA = ("--actor", "human:ana")
 _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
+
+
+@contextlib.contextmanager
+def closing() -> Iterator[None]:
+    """Close the descriptors that the block leaves open, as the system does for a process that ends."""
+    before = set(os.listdir("/proc/self/fd"))
+    try:
+        yield
+    finally:
+        for descriptor in set(os.listdir("/proc/self/fd")) - before:
+            with contextlib.suppress(OSError):
+                os.close(int(descriptor))
 
 
 def make_project(directory: Path) -> Path:
@@ -126,6 +139,8 @@ class WorkerProcess:
             self.kill()
             raise
         self.ready = ready
+        self.found: list[RequestDone] = []
+        """The outside changes that were numbered before an outcome."""
 
     @property
     def pid(self) -> int:
@@ -167,9 +182,13 @@ class WorkerProcess:
         return bool(self._received or select.select([self._connection], [], [], within_s)[0])
 
     def done(self) -> RequestDone:
-        message = self.receive()
-        assert isinstance(message, RequestDone), message
-        return message
+        """Return the outcome of the oldest request."""
+        while True:
+            message = self.receive()
+            assert isinstance(message, RequestDone), message
+            if not message.is_extra:
+                return message
+            self.found.append(message)
 
     def failed(self) -> WorkerFailed:
         message = self.receive()

@@ -248,6 +248,8 @@ class RequestDone(_Message, frozen=True, tag="done"):
     oldest: int = 0
     more: bool = False
     """The reconciliation is incomplete: request it again."""
+    is_extra: bool = False
+    """An outside change found before the oldest request, which is still unanswered (I12)."""
     report: ResultStats = ResultStats()
     synced_s: float | None = None
     """Duration of the journal's fsync, in one message for all that became durable with it."""

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,7 @@ def tree(tmp_path: Path) -> ProjectTree:
     return tree
 
 
+TASK = "task_01ARZ3NDEKTSV4RRFFQ69G5FAV"
 FILES = {
     "config.json": b"{}\n",
     "events/a.jsonl": b"1\n2\n",
@@ -144,6 +146,33 @@ def test_what_was_written_after_a_rename_follows_it(tree: ProjectTree) -> None:
     difference = compare(tree, touched(Move("plans/a.md", "plans/b.md"), "plans/b.md"))
     assert [type(operation) for operation in difference.operations] == [MoveFile, PutFile]
     check_leads_there(tree, difference, FILES)
+
+
+def test_what_another_process_writes_after_a_rename_is_left_for_a_change_of_its_own(tree: ProjectTree) -> None:
+    (tree.root / "plans/a.md").rename(tree.root / "plans/b.md")
+    (tree.root / "plans/b.md").write_bytes(b"other")
+    difference = compare(tree, touched(Move("plans/a.md", "plans/b.md")))
+    assert [type(operation) for operation in difference.operations] == [MoveFile]
+    tree.accept(difference)
+    assert [type(operation) for operation in tree.reconcile().operations] == [PutFile]
+
+
+@pytest.mark.parametrize(("path", "is_known"), [(f"plans/{TASK}.md", False), (f"events/{TASK}.jsonl", True)])
+def test_the_content_of_a_young_file_decides_if_people_edit_it(tree: ProjectTree, path: str, is_known: bool) -> None:
+    """A second write in place may leave size and modification time as they were."""
+    place = tree.root / path
+    place.parent.mkdir(exist_ok=True)
+    place.write_bytes(b"one")
+    tree.accept(tree.reconcile())
+    tree.files[path] = msgspec.structs.replace(tree.files[path], settled=False)
+    assert tree.is_as_known(path, tree.status(path))
+    times = place.stat()
+    place.write_bytes(b"two")
+    os.utime(place, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert tree.is_as_known(path, tree.status(path)) == is_known
+    assert not tree.is_as_known(path, None)
+    assert not tree.is_as_known("plans/none.md", place.stat())
+    assert tree.is_as_known("plans/none.md", None)
 
 
 def test_renames_that_did_not_last_are_compared_as_files(tree: ProjectTree) -> None:

@@ -2,11 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from worker_process import closing
 
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.tree.capture import Replacement
 from lattice_remote.server.tree.undo import SMALL_BYTES, Begin, UndoLog
 
 SMALL, LARGE = b"small\n", os.urandom(SMALL_BYTES + 10)
@@ -14,11 +17,12 @@ HERE = Begin("epoch", 7, "boot")
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> UndoLog:
+def log(tmp_path: Path) -> Iterator[UndoLog]:
     (tmp_path / "journal").mkdir()
-    opened = UndoLog.open(tmp_path / "journal")
-    opened.begin(HERE)
-    return opened
+    with closing():
+        opened = UndoLog.open(tmp_path / "journal")
+        opened.begin(HERE)
+        yield opened
 
 
 def append(log: UndoLog, path: Path) -> None:
@@ -224,7 +228,7 @@ def test_what_others_append_after_the_death_of_the_process_stays(
 def announced_replace(log: UndoLog, path: Path, data: bytes) -> None:
     scratch = path.with_name(".tmp.x")
     scratch.write_bytes(data)
-    log.announce(str(path), scratch.stat().st_ino)
+    log.announce(str(path), Replacement(scratch.stat().st_ino, digest_of(data)))
     log.keep_for_move(str(scratch))  # as a rename is seen
     log.keep_for_replace(str(path))
     os.replace(scratch, path)
@@ -269,3 +273,47 @@ def test_what_is_announced_holds_for_one_change(tmp_path: Path, log: UndoLog) ->
             file.write(announced or b"more\n")
     log.restore()
     assert events.read_bytes() == b"old\n"
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_others_write_over_a_replacement_stays(tmp_path: Path, log: UndoLog, is_new: bool, in_place: bool) -> None:
+    path = tmp_path / ".lattice/plans/x.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_new:
+        path.write_bytes(b"old")
+    announced_replace(log, path, b"ours")
+    assert log.replaced == {str(path): Replacement(path.stat().st_ino, digest_of(b"ours"))}
+    scratch = path if in_place else path.with_name("theirs")
+    scratch.write_bytes(b"both")
+    os.replace(scratch, path)
+    log.restore()
+    assert (path.read_bytes(), log.of_others, log.replaced) == (b"both", [str(path)], {})
+
+
+def test_a_touched_replacement_is_taken_back(tmp_path: Path, log: UndoLog) -> None:
+    path = tmp_path / ".lattice/plans/x.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"old")
+    announced_replace(log, path, b"ours")
+    os.utime(path)
+    log.restore()
+    assert path.read_bytes() == b"old"
+
+
+def test_the_first_change_of_a_file_is_reported_before_it_is_kept(tmp_path: Path, log: UndoLog) -> None:
+    seen: list[tuple[str, int | None]] = []
+
+    def note(statuses: Mapping[str, os.stat_result | None]) -> None:
+        seen.extend((path, status.st_size if status else None) for path, status in statuses.items())
+
+    log.before_first_changes = note
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(b"old")
+    log.keep_for_append(str(old))
+    log.keep_for_replace(str(old))
+    log.keep_for_rewrite(str(old))
+    log.keep_for_move(str(new))
+    log.keep_for_append(str(new))
+    log.expect([str(new), str(tmp_path / "other")])
+    assert seen == [(str(old), 3), (str(new), None), (str(tmp_path / "other"), None)]

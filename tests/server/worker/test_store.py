@@ -1,6 +1,7 @@
 """A transaction is all or nothing, at whichever step of it the process is killed (I1, I6)."""
 
 import errno
+import itertools
 import os
 import shutil
 import sys
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from worker_process import tree_of
+from worker_process import closing, tree_of
 
 from lattice_remote.errors import Rejected
 from lattice_remote.protocol.messages import Reply
@@ -160,6 +161,12 @@ def run(project: Path) -> None:
     store.commit(store.difference(touched), CAUSE, lambda seq: Reply(REQUEST, seq, 0, b"", b""))
 
 
+@pytest.fixture(autouse=True)
+def _closing() -> Iterator[None]:
+    with closing():
+        yield
+
+
 @pytest.fixture
 def projects(tmp_path: Path) -> tuple[Path, Path]:
     """A project before the request, and one after it."""
@@ -178,9 +185,9 @@ def test_killed_at_every_step_a_request_has_run_once_or_not_at_all(
     killer: Killer, projects: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old, new = (tree_of(project / ".lattice") for project in projects)
-    step, outcomes = 0, []
-    while True:
-        project = tmp_path / "killed"
+    outcomes: list[bool] = []
+
+    def is_killed_at(step: int, project: Path) -> bool:
         shutil.copytree(projects[0], project)
         try:
             with killer.killing(step):
@@ -188,7 +195,7 @@ def test_killed_at_every_step_a_request_has_run_once_or_not_at_all(
         except Killed:
             pass
         else:
-            break
+            return False
         try:
             with killer.killing(step % 7):  # and again, soon after its return
                 open_here(project)
@@ -204,7 +211,12 @@ def test_killed_at_every_step_a_request_has_run_once_or_not_at_all(
         assert tree_of(project / ".lattice") == new, f"step {step}"
         assert open_here(project).store.journal.head == 1
         shutil.rmtree(project)
-        step += 1
+        return True
+
+    for step in itertools.count():
+        with closing():
+            if not is_killed_at(step, tmp_path / "killed"):
+                break
     assert outcomes.count(False) > 40
     assert outcomes.count(True) > 3
 

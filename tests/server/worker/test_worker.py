@@ -152,13 +152,19 @@ def test_an_edit_behind_its_back_is_numbered(shared: WorkerProcess) -> None:
     assert shared.reconcile().change is None
 
 
-def test_an_edit_between_commands_travels_with_the_next_command_on_that_file(worker: WorkerProcess) -> None:
+def test_an_edit_between_commands_is_numbered_before_the_next_command_on_that_file(worker: WorkerProcess) -> None:
     lattice = worker.project / ".lattice"
     copy = Copy(lattice, tree_of(lattice))
     for number in range(5):
-        change = change_of(worker.run("create", f"x {number}", *ANA))
-        assert change is not None
-        copy.follow(change)
+        done = worker.run("create", f"x {number}", *ANA)
+        changes = [change_of(each) for each in (*worker.found, done)]
+        worker.found.clear()
+        assert [(change.cause, len(change.ops)) for change in changes[:-1] if change] == [("edit", 1)] * 2 * (
+            number > 0
+        )
+        for change in changes:
+            assert change is not None
+            copy.follow(change)
         for name in ("events/_lifecycle.jsonl", "ids.json"):
             with (lattice / name).open("ab") as file:
                 file.write(b"\n")

@@ -356,8 +356,9 @@ class Project:
     def _done(self, done: RequestDone) -> None:
         """Publish the change, then reply, then run the hooks."""
         assert self._queue.sent, "the worker answers only what it was sent"
-        assert done.id == self._queue.sent[0].id, "the worker answers in order"
-        job = self._settled()
+        if not done.is_extra:
+            assert done.id == self._queue.sent[0].id, "the worker answers in order"
+        job = None if done.is_extra else self._settled()
         if done.synced_s is not None:
             self.metrics.journal_fsync_seconds.observe(done.synced_s)
         if done.change is None:
@@ -365,7 +366,10 @@ class Project:
         else:
             self.history.publish(done.seq, done.mark, done.change, done.after, oldest=done.oldest)
         self._queue.waiting.touched(done)
-        self._finish(job, done)
+        if job is None:
+            self.request_log.found(done.seq)
+        else:
+            self._finish(job, done)
         if self._hooks is not None and done.hooks:
             self._hooks.submit(done.seq, done.hooks)
         self._pump()

@@ -17,14 +17,25 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol, runtime_checkable
 
 from lattice_remote.protocol.paths import is_replicated
 
-__all__ = ["HARMLESS", "REFUSED", "WATCHED", "AccessDenied", "AccessLog", "Announced", "Capture", "Move", "PreImages"]
+__all__ = [
+    "HARMLESS",
+    "REFUSED",
+    "WATCHED",
+    "AccessDenied",
+    "AccessLog",
+    "Announced",
+    "Capture",
+    "Move",
+    "PreImages",
+    "Replacement",
+]
 
 WATCHED = frozenset(
     {
@@ -132,7 +143,7 @@ class AccessLog:
     """A command's actions on the replicated tree, by relative path.
 
     Attributes:
-        steps: first touches and renames, in order.
+        steps: first touches and renames, in order; a file that is written after its rename has both.
         appended: the file before its first touch, for files that were only opened for appending.
         unshared: written names in ``.lattice/`` that no cache would accept.
         veto: the first refused operation; None if there was none.
@@ -164,12 +175,23 @@ class PreImages(Protocol):
         """Note that the directory will be created."""
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A file that replaces another. ``digest`` of its content is needed only if users edit it in place."""
+
+    inode: int
+    digest: bytes | None = None
+
+
 @runtime_checkable
 class Announced(Protocol):
     """Pre-images that distinguish a transaction's changes from those of another process."""
 
-    def announce(self, path: str, after: bytes | int) -> None:
-        """Note that the next change of this file appends these bytes, or replaces it by the file with this inode."""
+    def expect(self, paths: Iterable[str]) -> None:
+        """Note that these files will be changed next."""
+
+    def announce(self, path: str, after: bytes | Replacement) -> None:
+        """Note that the next change of this file appends these bytes, or replaces it by this file."""
 
 
 class Capture:
@@ -211,9 +233,17 @@ class Capture:
         finally:
             self._thread = 0
 
-    def note_replace(self, source: str, target: str) -> None:
-        """Note a rename of ``source`` over ``target`` that raises no event. Checks it as an event would."""
-        self._announce(target, os.stat(source).st_ino)
+    def expect(self, paths: Iterable[str]) -> None:
+        """Note that these files will be changed next; see ``UndoLog.before_first_changes``."""
+        if isinstance(self._undo, Announced):
+            self._undo.expect(paths)
+
+    def note_replace(self, source: str, target: str, digest: bytes | None) -> None:
+        """Note a rename of ``source`` over ``target`` that raises no event. Checks it as an event would.
+
+        ``digest`` of the content is needed only if users edit the file in place.
+        """
+        self._announce(target, Replacement(os.stat(source).st_ino, digest))
         self._rename((source, target))
 
     def note_append(self, path: str, data: bytes) -> None:
@@ -221,7 +251,7 @@ class Capture:
         self._announce(path, data)
         self._open((path, "a", os.O_WRONLY | os.O_APPEND))
 
-    def _announce(self, path: str, after: bytes | int) -> None:
+    def _announce(self, path: str, after: bytes | Replacement) -> None:
         if isinstance(self._undo, Announced):
             self._undo.announce(path, after)
 
@@ -423,6 +453,8 @@ class Capture:
     def _touch(self, path: str, *, appends: bool = False) -> None:
         relative = path.removeprefix(self._tree)
         if path in self._seen:
+            if relative in self._moved and relative not in self._touched.steps:
+                self._touched.steps.append(relative)
             if not appends:
                 self._touched.appended.pop(relative, None)
                 self._touched.appended.pop(self._moved.get(relative, relative), None)

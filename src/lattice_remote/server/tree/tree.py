@@ -38,6 +38,7 @@ from lattice_remote.server.tree.capture import AccessLog, Move
 from lattice_remote.server.tree.flat_json import flat_value
 
 __all__ = [
+    "EDITED_BY_HAND",
     "INLINE_BYTES",
     "MERGE_FROM_BYTES",
     "FileState",
@@ -188,6 +189,8 @@ def sync_directory(path: Path) -> None:
     files.sync_directory(path, sync)
 
 
+EDITED_BY_HAND = (".md", "config.json")
+"""Ends of the paths of files that people edit, perhaps in place. Lattice replaces all others, or appends to them."""
 INLINE_BYTES = 256 * 1024
 """A larger file or addition is announced, and each client fetches it in parts."""
 MAX_CHANGE_BYTES = 4 * 1024 * 1024
@@ -329,6 +332,26 @@ class ProjectTree:
         """Return whether a file still has its known, settled signature."""
         state = self.files.get(path)
         return state is not None and state.settled and has_signature(state, status)
+
+    def is_as_known(self, path: str, status: os.stat_result | None) -> bool:
+        """Return whether a file is in its known state, by its signature.
+
+        An edit in place may keep the signature of a young file: then the content decides.
+        """
+        state = self.files.get(path)
+        if state is None or status is None:
+            return state is None and status is None
+        if not has_signature(state, status):
+            return False
+        if state.settled or not path.endswith(EDITED_BY_HAND):
+            return True
+        content = self.read(path, None)
+        return content is not None and content.state.digest == state.digest
+
+    def has_content(self, path: str, data: bytes | None) -> bool:
+        """Return whether a file's known content is ``data``; None if there is no file."""
+        state = self.files.get(path)
+        return (state.digest if state is not None else None) == (digest_of(data) if data is not None else None)
 
     def status(self, path: str) -> os.stat_result | None:
         """Return the status of a file of the tree; None if it is missing or behind a symbolic link."""
@@ -506,10 +529,13 @@ class _Comparison:
         content = self._tree.read(target, old)
         assert content is not None, "the rename's outcome was there a moment ago; only this process writes"
         self._result.operations.append(MoveFile(source, target, content.state.digest if written else old.digest))
-        if not written:
+        state = content.state
+        if not written and target in self._touched.steps:
             self._emit(target, source, old, content)
+        elif not written and state.digest != old.digest:
+            state = msgspec.structs.replace(old, settled=False)  # another process wrote since: a change of its own
         self._result.states[source] = None
-        self._result.states[target] = content.state
+        self._result.states[target] = state
 
     def _emit(self, path: str, was: str, old: FileState | None, content: _Content) -> None:
         """Add the operation that turns the known file at ``path`` into the one that was read, if they differ."""

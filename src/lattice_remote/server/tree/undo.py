@@ -7,15 +7,17 @@ death of the process, but not a power cut, which the machine's boot id reveals. 
 import contextlib
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
 from lattice_remote.files import write_atomically
+from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.ipc import TreeState
 from lattice_remote.server.record_format import frame, frames
+from lattice_remote.server.tree.capture import Replacement
 
 __all__ = ["Begin", "UndoLog"]
 
@@ -33,6 +35,8 @@ class Begin(msgspec.Struct, frozen=True, tag="begin"):
 
 class _Absent(msgspec.Struct, frozen=True, tag="absent"):
     path: str
+    inode_after: int = 0
+    """Inode of the new file, if known: another one is another process's."""
 
 
 class _Directory(msgspec.Struct, frozen=True, tag="directory"):
@@ -84,7 +88,10 @@ class UndoLog:
         self._descriptor = os.open(directory / "undo", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         self._images: dict[str, _Image] = {}
         self.of_others: list[str] = []
-        self._announced: tuple[str, bytes | int] = ("", 0)  # a path, and the announced outcome of its next change
+        self._announced: tuple[str, bytes | Replacement | None] = ("", None)  # a path, and its next change's outcome
+        self._made: dict[str, Replacement] = {}  # announced replacements that were made, by path
+        self.before_first_changes: Callable[[Mapping[str, os.stat_result | None]], None] = lambda _statuses: None
+        """Called with the statuses of files, by path, before the transaction's first change of them; may raise."""
         self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
         """Called with the path and the size of a file before its content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
@@ -118,7 +125,7 @@ class UndoLog:
         """Start a transaction; nothing is written before its first change."""
         assert not self._size, "the last transaction was neither cleared nor restored"
         self._begin = transaction
-        self._announced = "", 0
+        self._announced = "", None
 
     def clear(self, seq: int | None = None) -> None:
         """Drop the pre-images: the transaction stays, or there was none. ``seq`` is the number of its change."""
@@ -127,6 +134,7 @@ class UndoLog:
         for number in range(self._linked):
             (self._links / str(number)).unlink(missing_ok=True)
         self._images.clear()
+        self._made.clear()
         self._begin, self._size, self._linked = None, 0, 0
         state = self._state
         ended = state.ended + state.is_open
@@ -144,8 +152,12 @@ class UndoLog:
 
     # --- before a change ---
 
-    def announce(self, path: str, after: bytes | int) -> None:
-        """Note that the next change of this file appends these bytes, or replaces it by the file with this inode.
+    def expect(self, paths: Iterable[str]) -> None:
+        """Note that these files will be changed next."""
+        self.before_first_changes({path: _status(path) for path in paths if path not in self._images})
+
+    def announce(self, path: str, after: bytes | Replacement) -> None:
+        """Note that the next change of this file appends these bytes, or replaces it by this file.
 
         A process that dies releases lattice's locks. Later writes of plain lattice are recognized by this, and stay.
         """
@@ -156,20 +168,20 @@ class UndoLog:
         after, known = self._take_announced(path), self._images.get(path)
         added = after if isinstance(after, bytes) else b""
         if known is None:
-            status = _status(path)
+            status = self._examine(path)
             self._keep(_Length(path, status.st_size, added) if status else _Absent(path))
         elif isinstance(known, _Length) and (known.added or added):
             self._keep(_Length(path, known.size, known.added + added if added else b""))
 
     def keep_for_rewrite(self, path: str) -> None:
         """Note that the file will be changed in place, or created."""
-        known = self._images.get(path)
-        status = _status(path)
+        self._announce_overwrite(path)
+        known, status = self._images.get(path), self._examine(path)
+        self._made.pop(path, None)
         if status is None:
             if known is None:
                 self._keep(_Absent(path))
             return
-        self.before_overwrite(path, status.st_size)
         for image in list(self._images.values()):
             # A hard link protects against replacing, not against changing the one file behind both names.
             if isinstance(image, _Linked) and image.inode == status.st_ino:
@@ -181,22 +193,36 @@ class UndoLog:
 
     def keep_for_replace(self, path: str) -> None:
         """Note that this name will be removed, or given to another file."""
-        if (status := _status(path)) is not None:
-            self.before_overwrite(path, status.st_size)
-        self.keep_for_move(path)
+        self._announce_overwrite(path)
+        self._keep_whole(path, self._examine(path))
 
     def keep_for_move(self, path: str) -> None:
         """Note that the file will be renamed."""
+        self._keep_whole(path, self._examine(path))
+
+    def _announce_overwrite(self, path: str) -> None:
+        if (status := _status(path)) is not None:
+            self.before_overwrite(path, status.st_size)
+
+    def _examine(self, path: str) -> os.stat_result | None:
+        status = _status(path)
+        if path not in self._images:
+            self.before_first_changes({path: status})
+        return status
+
+    def _keep_whole(self, path: str, status: os.stat_result | None) -> None:
         after, known = self._take_announced(path), self._images.get(path)
-        inode_after = after if isinstance(after, int) else 0
+        inode_after = 0
+        if isinstance(after, Replacement):
+            inode_after = after.inode
+            self._made[path] = after
         if known is not None and not isinstance(known, _Length):
             if isinstance(known, _Content | _Linked) and known.inode_after != inode_after:
                 self._keep(msgspec.structs.replace(known, inode_after=inode_after))
             return
-        status = _status(path)
         if status is None:
             if known is None:
-                self._keep(_Absent(path))
+                self._keep(_Absent(path, inode_after))
             return
         size = known.size if isinstance(known, _Length) else status.st_size
         if status.st_size <= SMALL_BYTES or not self._link(path, size, status.st_ino, inode_after):
@@ -234,12 +260,26 @@ class UndoLog:
         self._keep(_Linked(path, name, size, inode, inode_after))
         return True
 
-    def _take_announced(self, path: str) -> bytes | int:
-        """Return the announced outcome of this change of a file; 0 for none."""
+    @property
+    def replaced(self) -> Mapping[str, Replacement]:
+        """The announced replacements that the transaction has made, by path, except those that it changed again."""
+        return self._made
+
+    def _is_overwritten(self, path: str) -> bool:
+        made, status = self._made.get(path), _status(path)
+        if made is None:
+            return False
+        if status is None or status.st_ino != made.inode:
+            return True
+        return made.digest is not None and digest_of(Path(path).read_bytes()) != made.digest
+
+    def _take_announced(self, path: str) -> bytes | Replacement | None:
+        """Return the announced outcome of this change of a file; None if there is none."""
+        self._made.pop(path, None)
         announced, after = self._announced
         if announced != path:
-            return 0
-        self._announced = "", 0
+            return None
+        self._announced = "", None
         return after
 
     def _keep(self, image: _Image) -> None:
@@ -274,12 +314,14 @@ class UndoLog:
     def _is_anothers(self, path: str, inode_after: int) -> bool:
         """Return whether a file is neither as before the transaction nor as the transaction made it."""
         status = _status(path)
-        if not inode_after or status is None or status.st_ino == inode_after:
+        if not inode_after or status is None or (status.st_ino == inode_after and not self._is_overwritten(path)):
             return False
         return Path(path).read_bytes() != self.before(path)
 
     def _restore_one(self, image: _Image) -> None:
         match image:
+            case _Absent() | _Content() | _Linked() if self._is_anothers(image.path, image.inode_after):
+                self.of_others.append(image.path)
             case _Absent(path=path):
                 with contextlib.suppress(FileNotFoundError, IsADirectoryError):  # a directory existed before, too
                     os.unlink(path)
@@ -290,10 +332,6 @@ class UndoLog:
                 with contextlib.suppress(FileNotFoundError):
                     if _cut(path, size, added):
                         self.of_others.append(path)
-            case _Content(path=path, inode_after=inode) | _Linked(path=path, inode_after=inode) if self._is_anothers(
-                path, inode
-            ):
-                self.of_others.append(path)
             case _Content(path=path, data=data, mode=mode):
                 _replace(path, data, mode)
             case _Linked(path=path, name=name, size=size):

@@ -1,8 +1,10 @@
 """Dispatcher of a worker: runs each request exactly once, in order, as one transaction (I1, I2, I6)."""
 
 import contextlib
+import itertools
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +14,6 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.errors import Rejected
-from lattice_remote.files import write_atomically
 from lattice_remote.protocol.messages import Attachment, Refused, Reply, Result, Returned, Stored
 from lattice_remote.protocol.operations import canonical_json, digest_of
 from lattice_remote.protocol.paths import is_editable
@@ -46,6 +47,7 @@ from lattice_remote.server.worker.store import (
     ChangeTooLarge,
     CommitJob,
     Committer,
+    OutsideChange,
     Store,
     command_words,
     describe_call,
@@ -64,7 +66,7 @@ class Transaction:
 
     Attributes:
         name: for messages, for example ``'lattice create'``.
-        run: called once.
+        run: called once, and again if the transaction is repeated.
         answer: makes the reply from the outcome and the sequence number that it is valid from.
         vouched: verified digests of files uploaded for it.
         note: called before the commit, for state that must be durable with the change.
@@ -92,6 +94,7 @@ class TransactionRunner:
 
         Raises:
             Rejected: it did what the server does not allow, or changed more than one change can carry.
+            OutsideChange: it must run again; it was undone.
             OSError: the storage failed.
         """
         outcome = CommandOutcome()
@@ -170,6 +173,7 @@ class Editor:
 
         Raises:
             Rejected: the text cannot be stored; nothing was changed.
+            OutsideChange: the file has an outside change; nothing was changed.
             OSError: the storage failed.
         """
         if not is_editable(request.path):
@@ -180,6 +184,8 @@ class Editor:
         if self._store.tree.status(request.path) is None and os.path.lexists(path):
             raise Rejected(f"{request.path} is not a regular file on the server", code="REMOTE_UNSUPPORTED")
         current = self._current(path)
+        if not self._store.tree.has_content(request.path, current):
+            raise OutsideChange([request.path])
         base = current if request.base_digest else request.base
         if request.base_digest and (base is None or digest_of(base) != request.base_digest):
             raise Rejected(f"{request.path} has changed since the named version", code="REMOTE_STALE_BASE")
@@ -190,8 +196,6 @@ class Editor:
         if outcome in ("stored", "merged"):
             assert text is not None, "these outcomes come with a text"
             difference = self._replace(request.path, text)
-        else:
-            difference = self._store.tree.reconcile([request.path])
         command = describe_edit(request.path)
         who = request.actor
         cause = ChangeOrigin(request.id, request.token_id, who, request.id, command, who, request.fingerprint)
@@ -214,7 +218,7 @@ class Editor:
         failure: OSError | AccessDenied | None = None
         with self._store.transaction() as touched:
             try:
-                _replace(self._store.tree.absolute(path), text)
+                self._store.replace_text(path, text)
             except (OSError, AccessDenied) as error:
                 failure = error
         if failure is not None:
@@ -234,16 +238,13 @@ def _is_utf8(text: bytes) -> bool:
     return True
 
 
-def _replace(path: str, text: bytes) -> None:
-    scratch = os.path.join(os.path.dirname(path), f".tmp.edit.{os.path.basename(path)}")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomically(path, text, mode=0o666, temporary=scratch, sync=None)
-
-
 _Request = RunCommand | RunCall | Edit | ImportProject | AbandonRequest
 _MAX_ACTOR_CHARS = 256
 _MAX_MESSAGE_CHARS = 4096
 _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
+_MAX_RUNS = 20
+_MAX_RERUN_S = 10.0
+"""Time after which a request that other programs disturb is not run again."""
 
 
 class Worker:
@@ -340,7 +341,7 @@ class Worker:
         try:
             if known is None:
                 self._require_new(request)
-                run(request)
+                self._run_apart(request, run)
             else:
                 self._resend_reply(request, known)
         except Rejected as rejected:
@@ -348,6 +349,26 @@ class Worker:
             self._store.refuse(Refused(request.id, rejected.code, message))
         finally:
             self._executor.release_locks()
+
+    def _run_apart[R: _Request](self, request: R, run: Callable[[R], None]) -> None:
+        """Run a request; outside changes of the files that it changes are numbered before it (I12, I13).
+
+        Each further run holds the locks of the earlier ones. So only files without a lock can change again and again.
+
+        Raises:
+            Rejected: it was refused, or such a file changed during each run.
+        """
+        began = time.monotonic()
+        for number in itertools.count(1):
+            try:
+                run(request)
+                break
+            except OutsideChange as outside:
+                self._runner.empty_scratch()
+                self._store.commit_outside_changes(outside.paths)
+                if number >= _MAX_RUNS or time.monotonic() - began > _MAX_RERUN_S:
+                    why = f"another program keeps changing {outside.paths[0]}; nothing was changed, try again"
+                    raise Rejected(why, code="REMOTE_BUSY") from None
 
     def _require_new(self, request: _Request) -> None:
         """Check that a request unknown to the journal was never done (I6).

@@ -147,7 +147,7 @@ class Executor:
             capture.before_change = self._writes.publish
             setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
             setattr(io, "open", self._writes.open)  # noqa: B010 - pathlib's way to every file
-        setattr(locks, "FileLock", partial(Lock, self._take_lock))  # noqa: B010 - an imported name
+        setattr(locks, "FileLock", partial(Lock, self._locks.acquire))  # noqa: B010 - an imported name
         if make_id is not None:
             setattr(ids, "ULID", make_id)  # noqa: B010 - an imported name
         hooks._run_hook = self._collect_hook
@@ -262,21 +262,6 @@ class Executor:
             self._failed(outcome, label, error)
         finally:
             self._writes.forget()
-
-    def _take_lock(self, path: Path, timeout_s: float) -> None:
-        """Take a lock for the transaction.
-
-        Lattice reads a task's snapshot before it takes the lock. If another process has replaced the snapshot in
-        between, the command restarts, so that it does not overwrite a finished write of plain lattice.
-
-        Raises:
-            LockBusy: another process holds it or has just written.
-        """
-        self._locks.acquire(path, timeout_s)
-        kind, _, task_id = path.stem.partition("_")
-        snapshot = f"{path.parent.parent}/tasks/{task_id}.json"
-        if kind == "tasks" and self._may_wait and self._writes.has_changed(snapshot):
-            raise LockBusy(path.stem, timeout_s)
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
         """Make every command below ``group`` verify that it is the checked one."""

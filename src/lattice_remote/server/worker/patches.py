@@ -9,22 +9,26 @@ import fcntl
 import io
 import os
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from lattice_remote.files import SAFE, signature_of, write_all
+from lattice_remote.files import SAFE, write_all
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.tree.capture import Capture
+from lattice_remote.server.tree.tree import EDITED_BY_HAND
 
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
 
 LOCK_PREFIX = "locks/"
 """Prefix of lock names among resource names, which have no slash; for example ``locks/tasks_...``."""
 
-_Signature = tuple[int, int, int]
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -175,9 +179,9 @@ def _try_lock(path: str) -> int | None:
 class WriteSet:
     """Pending writes of the running command to existing files, published when it succeeds.
 
-    Only ``atomic_write`` to an existing file and ``jsonl_append`` to an existing log are deferred. The command reads
-    its own writes; other processes do not see them. Plain ``lattice`` reads a snapshot before it takes the lock, so it
-    never builds on a command that is refused later.
+    Only ``atomic_write`` to an existing file, ``jsonl_append`` to an existing log, and ``write_text`` to an existing
+    plan or notes are deferred. The command reads its own writes; other processes do not see them. Plain ``lattice``
+    reads a snapshot before it takes the lock, so it never builds on a command that is refused later.
 
     Any other write (a new file, a plan, a rename) first publishes the pending ones, which keeps lattice's order: the
     event log before the snapshot (I8).
@@ -192,11 +196,9 @@ class WriteSet:
         self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
         self._waiting: dict[str, str | list[str]] = {}  # by target: the file that replaces it, or the lines to append
-        self._read: dict[str, _Signature] = {}
 
     def forget(self) -> None:
         self._waiting.clear()
-        self._read.clear()
 
     def publish(self) -> None:
         """Perform the pending writes in order.
@@ -209,13 +211,15 @@ class WriteSet:
             self._publish(waiting)
         elif waiting:
             with self._capture.unwatched():
+                self._capture.expect(waiting)
                 self._publish(waiting)
 
     def _publish(self, waiting: dict[str, str | list[str]]) -> None:
         for target, content in waiting.items():
             if isinstance(content, str):
                 if self._capture is not None:
-                    self._capture.note_replace(content, target)
+                    digest = digest_of(Path(content).read_bytes()) if target.endswith(EDITED_BY_HAND) else None
+                    self._capture.note_replace(content, target, digest)
                 _replace(content, target)
             else:
                 data = "".join(content).encode()
@@ -227,11 +231,6 @@ class WriteSet:
                         os.fsync(log.fileno())
             if self._sync_directory is not None:
                 self._sync_directory(Path(target).parent)
-
-    def has_changed(self, path: str) -> bool:
-        """Return whether another process has replaced a snapshot that the command read."""
-        read = self._read.get(path)
-        return read is not None and path not in self._waiting and read != _signature_at(path)
 
     # --- replaced functions ---
 
@@ -254,15 +253,33 @@ class WriteSet:
         before = self._waiting.get(name)
         if isinstance(before, str):
             return self._open(before, mode, **options)
-        return _Lines(self, name)
+        return _Deferred(partial(self.append, name))
 
     def append(self, path: str, text: str) -> None:
+        if not text:
+            return
+        text.encode()  # a file would raise the same error
         lines = self._waiting.setdefault(path, [])
         assert isinstance(lines, list), "open_log() adds to a file that waits itself"
         lines.append(text)
 
+    def rewrite(self, path: str, text: str) -> None:
+        """Write a plan or notes to a new file, which replaces it with its mode."""
+        data = text.encode()
+        descriptor, scratch = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".tmp.")
+        try:
+            os.fchmod(descriptor, stat.S_IMODE(os.stat(path).st_mode))
+            write_all(descriptor, data)
+            if self._sync_directory is not None:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        self.replace(scratch, path)
+
     def open(self, file: Any, mode: str = "r", *arguments: Any, **options: Any) -> IO[Any]:
         """Replace ``io.open``, through which ``pathlib`` reads and writes."""
+        if mode == "w" and isinstance(file, Path) and is_editable("/".join(file.parts[-2:])) and file.is_file():
+            return _Deferred(partial(self.rewrite, str(file)))
         if mode not in {"r", "rb"} or isinstance(file, int):
             return self._open(file, mode, *arguments, **options)
         name = os.fspath(file)
@@ -272,10 +289,7 @@ class WriteSet:
                 whole = log.read() + "".join(content).encode()
             return _reader(whole, mode, *arguments, **options)
         is_replaced = content is not None and os.path.lexists(name)
-        opened = self._open(content if is_replaced else file, mode, *arguments, **options)
-        if "/tasks/" in name and name not in self._read:
-            self._read[name] = _content_signature(os.fstat(opened.fileno()))
-        return opened
+        return self._open(content if is_replaced else file, mode, *arguments, **options)
 
 
 def _replace(source: str, target: str) -> None:
@@ -320,30 +334,21 @@ def _reader(  # noqa: PLR0917 - in the order of open()
     return raw if mode == "rb" else io.TextIOWrapper(raw, encoding=encoding, errors=errors, newline=newline)
 
 
-class _Lines(io.StringIO):
-    def __init__(self, writes: WriteSet, path: str) -> None:
+class _Deferred(io.StringIO):
+    """A text file that passes its content to ``take`` when it is closed."""
+
+    def __init__(self, take: Callable[[str], None]) -> None:
         super().__init__()
-        self._writes, self._path = writes, path
+        self._take = take
 
     def fileno(self) -> int:
         return -1
 
     def close(self) -> None:
-        if not self.closed and (text := self.getvalue()):
-            text.encode()  # a file would raise the same error
-            self._writes.append(self._path, text)
-        super().close()
-
-
-def _content_signature(status: os.stat_result) -> _Signature:
-    return signature_of(status)[:3]  # without the status change time, which the undo log's link changes
-
-
-def _signature_at(path: str) -> _Signature | None:
-    try:
-        return _content_signature(os.stat(path))
-    except OSError:
-        return None
+        if not self.closed:
+            text = self.getvalue()
+            super().close()
+            self._take(text)
 
 
 class Disk:

@@ -24,9 +24,11 @@ import click
 import msgspec
 
 from lattice_remote.errors import Rejected
+from lattice_remote.files import write_atomically
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Refused, Reply, Result, Returned
 from lattice_remote.protocol.operations import MoveFile, PutFile, digest_of, paths_of
+from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.ipc import (
     HookCall,
     PathState,
@@ -37,13 +39,15 @@ from lattice_remote.server.ipc import (
     encode_frames,
 )
 from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.repair import is_snapshot, place_of
+from lattice_remote.server.journal.repair import counterpart, is_snapshot, place_of
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.logging import masked
-from lattice_remote.server.tree.capture import AccessLog, Capture
+from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
 from lattice_remote.server.tree.tree import (
+    FileState,
     ManifestFile,
     ProjectTree,
+    SyncFailed,
     TreeDiff,
     TrustedDigest,
     save_manifest,
@@ -58,6 +62,7 @@ __all__ = [
     "ChangeTooLarge",
     "CommitJob",
     "Committer",
+    "OutsideChange",
     "Store",
     "command_words",
     "describe_call",
@@ -209,6 +214,17 @@ class ChangeTooLarge(Exception):
     """The change would exceed the maximum frame size."""
 
 
+class OutsideChange(BaseException):
+    """Another program has changed files that the running request is about to change. The request must run again.
+
+    No ``Exception``, so it passes a command's own error handling. ``paths`` are relative.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        super().__init__(*paths)
+        self.paths = paths
+
+
 @dataclass(frozen=True)
 class ChangeOrigin:
     """Origin of a change: a request (``id``) of a token, or the server itself.
@@ -251,6 +267,7 @@ class Store:
         self.journal = journal
         self.tree = tree
         self._undo = undo
+        self._undo.before_first_changes = self._require_known
         self._undo.before_overwrite = self._write_ahead
         self._whole: set[str] = set()  # files whose whole content is in the newest segment
         self._unsynced = set(unsynced)
@@ -269,18 +286,82 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[AccessLog]:
-        """Record accesses and pre-images in the block. Then call ``difference`` and ``commit``, or ``roll_back``."""
+        """Record accesses and pre-images in the block. Then call ``difference`` and ``commit``, or ``roll_back``.
+
+        Raises:
+            OutsideChange: the block was about to change a file with an outside change; the block is undone.
+        """
         self._undo.begin(Begin(self.journal.epoch, self.journal.head + 1, self._boot_id))
-        with self._capture.watch() as touched:
-            yield touched
+        try:
+            with self._capture.watch() as touched:
+                yield touched
+        except OutsideChange:
+            self.roll_back()
+            raise
+
+    def _require_known(self, statuses: Mapping[str, os.stat_result | None]) -> None:
+        """Raise ``OutsideChange`` before a transaction first changes files that are not as last numbered.
+
+        Otherwise the outside change would become part of the request's, under its token (I13).
+        """
+        prefix = self.tree.absolute("")
+        files = {path.removeprefix(prefix): status for path, status in statuses.items()}
+        changed = [path for path in files if is_replicated(path) and not self.tree.is_as_known(path, files[path])]
+        if changed:
+            raise OutsideChange(changed)
+
+    def replace_text(self, path: str, text: bytes) -> None:
+        """Replace a plan or notes, or create it, within a transaction.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        target = self.tree.absolute(path)
+        directory, name = os.path.split(target)
+        os.makedirs(directory, exist_ok=True)
+
+        def announce(descriptor: int) -> None:
+            self._undo.announce(target, Replacement(os.fstat(descriptor).st_ino, digest_of(text)))
+
+        scratch = os.path.join(directory, f".tmp.edit.{name}")
+        write_atomically(target, text, mode=0o666, temporary=scratch, sync=announce, is_parent_synced=False)
+
+    def commit_outside_changes(self, paths: Iterable[str]) -> None:
+        """Number the outside changes of files, and of their tasks' other files, apart from the running request.
+
+        Raises:
+            Rejected: the journal cannot be written (the disk is full).
+            SyncFailed: the disk could not keep a content that the record refers to.
+        """
+        found = self.tree.reconcile({file for path in paths for file in _files_of_task(path)})
+        if not found.operations:
+            self.adopt(found)
+            return
+        try:
+            self.commit(found, server_origin("edit"), is_extra=True)
+        except SyncFailed:
+            raise
+        except OSError as error:
+            raise _cannot_journal(error) from error
 
     def show_head(self) -> None:
         """Publish to readers that the tree is at the journal's head; before the first request and in a new epoch."""
         self._undo.clear(self.journal.head)
 
     def difference(self, touched: AccessLog, vouched: Mapping[int, TrustedDigest] | None = None) -> TreeDiff:
-        """Return a transaction's changes to the tree, before its end. ``vouched`` as for ``after_command``."""
-        return self.tree.after_command(touched, self._undo.before, vouched)
+        """Return a transaction's changes to the tree, before its end. ``vouched`` as for ``after_command``.
+
+        Raises:
+            OutsideChange: another program has changed a file after the transaction; the transaction was undone.
+        """
+        found = self.tree.after_command(touched, self._undo.before, vouched)
+        prefix = self.tree.absolute("")
+        replaced = {path.removeprefix(prefix): made for path, made in self._undo.replaced.items()}
+        changed = [path for path, made in replaced.items() if not _is_made(found.states.get(path), made)]
+        if changed:
+            self.roll_back()
+            raise OutsideChange(changed)
+        return found
 
     def roll_back(self) -> None:
         """Undo the transaction, restoring every file.
@@ -307,6 +388,7 @@ class Store:
         hooks: Sequence[HookCall] = (),
         waiting: ResourceBusy | None = None,
         report: bool = True,
+        is_extra: bool = False,
     ) -> None:
         """Number the difference (unless empty), journal it with its reply, and report it once durable.
 
@@ -319,6 +401,7 @@ class Store:
             hooks: run after the commit.
             waiting: the request waits instead of getting a reply.
             report: send ``RequestDone``; otherwise the change is only journalled.
+            is_extra: the running request is still unanswered.
 
         Raises:
             ChangeTooLarge: no frame can carry the change; the transaction must be rolled back.
@@ -366,6 +449,7 @@ class Store:
             oldest=self.journal.oldest,
             more=difference.is_partial,
             report=self._stats(status=_status_of(result)),
+            is_extra=is_extra,
         )
         self._committer.submit(CommitJob(done if report else None, descriptor))
         self.keep_retention()
@@ -405,8 +489,7 @@ class Store:
         if not cause.id:
             raise error
         self.roll_back()
-        why = error.strerror or error
-        raise Rejected(f"the server cannot write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
+        raise _cannot_journal(error)
 
     def _after(self, difference: TreeDiff) -> list[PathState]:
         """Return the changed files; call it before ``adopt``."""
@@ -520,6 +603,25 @@ class Store:
         self._committer.finish()
         self.save_manifest(clean=True)
         self.journal.close()
+
+
+def _cannot_journal(error: OSError) -> Rejected:
+    why = error.strerror or error
+    return Rejected(f"the server cannot write its journal: {why}; nothing was changed", code="REMOTE_STORAGE")
+
+
+def _is_made(state: FileState | None, made: Replacement) -> bool:
+    """Return whether a file is still the one that a transaction put in place."""
+    return state is not None and state.inode == made.inode and made.digest in (None, state.digest)
+
+
+def _files_of_task(path: str) -> set[str]:
+    """Return the path and, if it belongs to a task, its event log, snapshot, plan and notes, active or archived."""
+    task = os.path.basename(path).partition(".")[0]
+    if not task.startswith("task_"):
+        return {path}
+    active = [f"events/{task}.jsonl", f"tasks/{task}.json", f"plans/{task}.md", f"notes/{task}.md"]
+    return {path, *active, *map(counterpart, active)}
 
 
 def _status_of(result: Result | None) -> int:
