@@ -74,6 +74,10 @@ class Process(Protocol):
 class Programs:
     """The installed ``lattice`` and ``lattice-remote``, started as a person starts them."""
 
+    def path(self, program: str) -> Path:
+        """Return the file that is run."""
+        return BIN / program
+
     def run(
         self,
         program: str,
@@ -90,7 +94,7 @@ class Programs:
             subprocess.TimeoutExpired: it took longer; it was killed.
         """
         return subprocess.run(
-            [BIN / program, *argv],
+            [self.path(program), *argv],
             cwd=cwd,
             env=env,
             input=stdin,
@@ -112,7 +116,7 @@ class Programs:
     ) -> Process:
         """Start a program and do not wait for it."""
         return subprocess.Popen(
-            [BIN / program, *argv], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
+            [self.path(program), *argv], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
         )
 
 

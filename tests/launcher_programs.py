@@ -1,12 +1,9 @@
 """Programs whose ``lattice`` is the launcher, with a record of the commands that the real ``lattice`` ran."""
 
-import subprocess
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
 
 from lattice_remote.client.launcher import install as launchers
-from sandbox import BIN, COMMAND_TIMEOUT_S, Client, Process, Programs, wait_for
+from sandbox import BIN, Client, Programs, wait_for
 
 __all__ = ["LauncherPrograms", "install", "wait_until_warm", "warm_processes"]
 
@@ -26,43 +23,8 @@ class LauncherPrograms(Programs):
         """Return the command lines that the real ``lattice`` has run."""
         return self._record.read_text().splitlines() if self._record.exists() else []
 
-    def run(
-        self,
-        program: str,
-        argv: Sequence[str],
-        *,
-        cwd: Path,
-        env: Mapping[str, str],
-        stdin: str = "",
-        timeout_s: float = COMMAND_TIMEOUT_S,
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [self._path(program), *argv],
-            cwd=cwd,
-            env=env,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
-
-    def start(
-        self,
-        program: str,
-        argv: Sequence[str],
-        *,
-        cwd: Path,
-        env: Mapping[str, str],
-        stdout: int | IO[bytes],
-        stderr: int | IO[bytes],
-    ) -> Process:
-        return subprocess.Popen(
-            [self._path(program), *argv], cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr
-        )
-
-    def _path(self, program: str) -> Path:
-        return self.launcher if program == "lattice" else BIN / program
+    def path(self, program: str) -> Path:
+        return self.launcher if program == "lattice" else super().path(program)
 
 
 def install(directory: Path) -> LauncherPrograms:

@@ -1,43 +1,5 @@
-"""What the client's tests start from: a user of their own, a fake server, a cache that follows it."""
+"""What the client's tests start from."""
 
-import os
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from client_fixtures import directory, home, server, service
 
-import pytest
-from client_kit import make_cache
-from fake_server import TOKEN, FakeServer, running
-
-from lattice_remote.client.agent.service import Service
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home directory, and no variable of ours from outside."""
-    for name in [name for name in os.environ if name.startswith("LATTICE")]:
-        monkeypatch.delenv(name)
-    place = tmp_path / "home"
-    place.mkdir()
-    monkeypatch.setenv("HOME", str(place))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "config"))
-    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", str(place / "run"))
-    yield place
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[FakeServer]:
-    async with running() as made:
-        yield made
-
-
-@pytest.fixture
-def directory(tmp_path: Path, server: FakeServer) -> Path:
-    return make_cache(tmp_path / "ana", server.url)
-
-
-@pytest.fixture
-async def service(directory: Path) -> AsyncIterator[Service]:
-    made = Service(str(directory))
-    made.start(TOKEN)
-    yield made
-    await made.close()
+__all__ = ["directory", "home", "server", "service"]

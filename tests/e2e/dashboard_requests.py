@@ -1,6 +1,11 @@
 """What a page of lattice's dashboard asks, and more: for whoever answers it."""
 
-__all__ = ["ANA", "GETS", "NO_TASK", "POSTS", "UNORDERED"]
+import json
+from typing import Protocol
+
+from normaliser import Normaliser
+
+__all__ = ["ANA", "GETS", "NO_TASK", "POSTS", "UNORDERED", "PageRequests"]
 
 ANA = {"actor": "human:ana"}
 BOT = {"actor": "agent:bot"}
@@ -78,3 +83,32 @@ GETS = [
 
 UNORDERED = ("/api/stats", "/api/activity")
 """Sorted by times, of which those of one second are in no order."""
+
+
+class _Dashboard(Protocol):
+    def post(self, path: str, body: object) -> tuple[int, str]: ...
+
+
+class PageRequests:
+    """Requests of the table to one dashboard, with the ids that its answers brought."""
+
+    def __init__(self, dashboard: _Dashboard, normalise: Normaliser, *, is_local: bool) -> None:
+        self._dashboard, self.normalise, self._is_local = dashboard, normalise, is_local
+        self.tasks: list[str] = []
+        self.comment = ""
+
+    def post(self, path: str, body: object) -> tuple[int, str]:
+        """Return status and normalised text of the answer."""
+        if self._is_local and isinstance(body, dict) and body.get("actor", "dashboard:web") == "dashboard:web":
+            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # as whom the token is known there
+        data = body if isinstance(body, bytes) else json.dumps(body).replace("{comment}", self.comment).encode()
+        status, text = self._dashboard.post(path.format(*self.tasks or [""]), data)
+        if path == "/api/tasks" and status == 201:
+            self.tasks.append(json.loads(text)["data"]["id"])
+        if path.endswith("/comment") and not self.comment:
+            self.comment = json.loads(text)["data"]["last_event_id"]
+        return status, self.said(text)
+
+    def said(self, text: str) -> str:
+        """Return an answer without what differs by nature."""
+        return self.normalise(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from dashboard_requests import ANA, GETS, NO_TASK, POSTS, UNORDERED
+from dashboard_requests import GETS, NO_TASK, POSTS, UNORDERED, PageRequests
 from dashboards import Dashboard, serving
 from lattice.dashboard import server as lattices
 from normaliser import Normaliser
@@ -24,25 +24,12 @@ from sandbox import Client, Server, differences, tree_of, wait_for
 pytestmark = pytest.mark.e2e
 
 
-class Side:
+class Side(PageRequests):
     """One dashboard, and what is known of its project by now."""
 
     def __init__(self, dashboard: Dashboard, client: Client, *, is_local: bool) -> None:
-        self.dashboard, self.client, self.is_local = dashboard, client, is_local
-        self.normalise = Normaliser({str(client.dir): "DIR", client.env["HOME"]: "HOME"})
-        self.tasks: list[str] = []
-        self.comment = ""
-
-    def post(self, path: str, body: object) -> tuple[int, str]:
-        if self.is_local and isinstance(body, dict) and body.get("actor", "dashboard:web") == "dashboard:web":
-            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # as whom the token is known there
-        data = body if isinstance(body, bytes) else json.dumps(body).replace("{comment}", self.comment).encode()
-        status, text = self.dashboard.post(path.format(*self.tasks or [""]), data)
-        if path == "/api/tasks" and status == 201:
-            self.tasks.append(json.loads(text)["data"]["id"])
-        if path.endswith("/comment") and not self.comment:
-            self.comment = json.loads(text)["data"]["last_event_id"]
-        return status, self.said(text)
+        super().__init__(dashboard, Normaliser({str(client.dir): "DIR", client.env["HOME"]: "HOME"}), is_local=is_local)
+        self.dashboard, self.client = dashboard, client
 
     def get(self, path: str) -> tuple[int, str]:
         status, text = self.dashboard.get(path.format(*self.tasks))

@@ -25,7 +25,12 @@ def new_plan(client: Client, title: str) -> tuple[str, Path]:
     return short_id, client.lattice_dir / "plans" / f"{task}.md"
 
 
-def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> None:
+TEXT = "# By Ben\n" + "\nA paragraph of his.\n" * 6
+"""What Ben writes into a plan after Ana's repository has tracked it."""
+
+
+def share_tracked_plan(sandbox: Sandbox, tracked: str) -> tuple[Server, Client, Path, Path]:
+    """Return the server, Ana's machine, whose repository tracks what is named, and the plan in her cache and Ben's."""
     server = sandbox.server()
     server.project()
     server.start()
@@ -35,45 +40,35 @@ def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> N
     _, mine = new_plan(ana, "Tracked")
     theirs = ben.lattice_dir / "plans" / mine.name
     git(ana.dir, "init", "-q")
-    git(ana.dir, "add", "-f", ".lattice/plans")
+    git(ana.dir, "add", "-f", tracked)
     git(ana.dir, "commit", "-q", "-m", "tracked")
-    wait_for(theirs.exists, "the plan in both copies")
-    text = "# By Ben\n" + "\nA paragraph of his.\n" * 6
-    theirs.write_text(text)
-    wait_for(lambda: mine.read_text() == text, "Ben's text to arrive")
+    wait_for(theirs.exists, "the plan in both caches")
+    theirs.write_text(TEXT)
+    wait_for(lambda: mine.read_text() == TEXT, "Ben's text to arrive")
+    return server, ana, mine, theirs
+
+
+def test_a_tracked_copy_sends_nothing_that_git_checks_out(sandbox: Sandbox) -> None:
+    server, ana, mine, theirs = share_tracked_plan(sandbox, ".lattice/plans")
     for act in (("checkout", "--", "."), ("stash",), ("reset", "-q", "--hard"), ("checkout", "--", ".")):
         git(ana.dir, *act)
-        wait_for(lambda: mine.read_text() == text, f"the plan to be restored after git {act[0]}")
-    assert theirs.read_text() == text and not differences(server.lattice_dir(), ana.lattice_dir)
+        wait_for(lambda: mine.read_text() == TEXT, f"the plan to be restored after git {act[0]}")
+    assert theirs.read_text() == TEXT and not differences(server.lattice_dir(), ana.lattice_dir)
     assert "git wrote it" in ana.run("list").stderr
     pushed = ana.run("remote", "push")
     assert "tracks 1 file of this .lattice" in pushed.stderr and "git help rm" in pushed.stderr
 
 
 def test_what_git_brings_with_its_own_base_is_restored(sandbox: Sandbox) -> None:
-    server = sandbox.server()
-    server.project()
-    server.start()
-    ana, ben = sandbox.client("ana"), sandbox.client("ben")
-    for client in (ana, ben):
-        client.add_remote(server, server.token("human:ana"))
-    _, mine = new_plan(ana, "Tracked with everything else")
-    theirs = ben.lattice_dir / "plans" / mine.name
-    git(ana.dir, "init", "-q")
-    git(ana.dir, "add", "-f", ".lattice")
-    git(ana.dir, "commit", "-q", "-m", "all of it")
-    wait_for(theirs.exists, "the plan in both copies")
-    text = "# By Ben\n" + "\nA paragraph of his.\n" * 6
-    theirs.write_text(text)
-    wait_for(lambda: mine.read_text() == text, "Ben's text to arrive")
+    server, ana, mine, theirs = share_tracked_plan(sandbox, ".lattice")
     for act in (("checkout", "--", "."), ("stash",), ("reset", "-q", "--hard")):
         git(ana.dir, *act)
-        wait_for(lambda: mine.read_text() == text, f"the plan to be restored after git {act[0]}")
-        assert theirs.read_text() == text
+        wait_for(lambda: mine.read_text() == TEXT, f"the plan to be restored after git {act[0]}")
+        assert theirs.read_text() == TEXT
     ana.ok("remote", "agent", "stop")
     git(ana.dir, "checkout", "--", ".")
     assert ana.ok("plan", "LAT-1").count("A paragraph of his") == 6
-    assert theirs.read_text() == text and not differences(server.lattice_dir(), ana.lattice_dir)
+    assert theirs.read_text() == TEXT and not differences(server.lattice_dir(), ana.lattice_dir)
 
 
 def test_a_plan_that_was_rewritten_after_ones_own_command_wins_as_it_does_locally(shared_board: Board) -> None:

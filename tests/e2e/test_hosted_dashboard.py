@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import NamedTuple
 
 import pytest
-from dashboard_requests import ANA, GETS, NO_TASK, POSTS, UNORDERED
+from dashboard_requests import GETS, NO_TASK, POSTS, UNORDERED, PageRequests
 from dashboards import Dashboard, serving
 from normaliser import Normaliser
 
@@ -66,26 +66,6 @@ class Done(NamedTuple):
     tasks: list[str]
 
 
-class Asker:
-    """Sends the requests of the table, with the ids that they made."""
-
-    def __init__(self, to: Dashboard | Hosted, normalise: Normaliser, *, is_local: bool) -> None:
-        self.to, self.normalise, self.is_local = to, normalise, is_local
-        self.tasks: list[str] = []
-        self.comment = ""
-
-    def post(self, path: str, body: object) -> tuple[int, str]:
-        if self.is_local and isinstance(body, dict) and body.get("actor", "dashboard:web") == "dashboard:web":
-            body = {**body, **({} if path == "/api/config/dashboard" else ANA)}  # as whom the token is known there
-        data = body if isinstance(body, bytes) else json.dumps(body).replace("{comment}", self.comment).encode()
-        status, text = self.to.post(path.format(*self.tasks or [""]), data)
-        if path == "/api/tasks" and status == 201:
-            self.tasks.append(json.loads(text)["data"]["id"])
-        if path.endswith("/comment") and not self.comment:
-            self.comment = json.loads(text)["data"]["last_event_id"]
-        return status, self.normalise(text)
-
-
 @pytest.fixture(scope="module")
 def done(shared_board: tuple[Server, Client, Client], hosted: Hosted, tmp_path_factory: pytest.TempPathFactory) -> Done:
     server, ana, _ = shared_board
@@ -94,8 +74,8 @@ def done(shared_board: tuple[Server, Client, Client], hosted: Hosted, tmp_path_f
     sent = [(path, body) for path, body in POSTS if path.startswith("/api/") and "/open-" not in path]
     with serving(local) as dashboard:
         names = {str(local.dir): "DIR", ana.env["HOME"]: "HOME"}
-        here = Asker(dashboard, Normaliser(names), is_local=True)
-        there = Asker(hosted, Normaliser(names), is_local=False)
+        here = PageRequests(dashboard, Normaliser(names), is_local=True)
+        there = PageRequests(hosted, Normaliser(names), is_local=False)
         answers = [(path, here.post(path, body), there.post(path, body)) for path, body in sent]
     return Done(
         [(path, one, other) for path, one, other in answers if one != other],

@@ -14,12 +14,13 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from client_fixtures import directory, home, server, service
 from client_kit import PLAN, ask, make_cache, run, tree, until
-from fake_server import TOKEN, FakeServer, running
+from fake_server import TOKEN, FakeServer
 from raw_server import RawServer, upgraded
 from websockets.asyncio.server import ServerConnection
 
@@ -59,42 +60,16 @@ from lattice_remote.protocol.operations import (
     digest_of,
 )
 
+__all__ = ["directory", "home", "server", "service"]
+
 ID = "0" * 32
 ESCAPES = "\x1b]0;owned\x07\x1b[2Jred\r\nsecond line\x9b31m\u202egpj"
 LATTICE = [sys.executable, "-c", "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"]
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user of his own, without an agent."""
-    for name in [name for name in os.environ if name.startswith("LATTICE")]:
-        monkeypatch.delenv(name)
-    place = tmp_path / "home"
-    place.mkdir()
-    monkeypatch.setenv("HOME", str(place))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(place / "config"))
-    monkeypatch.setenv("LATTICE_REMOTE_RUNTIME_DIR", str(place / "run"))
+def without_agent(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LATTICE_REMOTE_AGENT", "off")
-    return place
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[FakeServer]:
-    async with running() as made:
-        yield made
-
-
-@pytest.fixture
-def directory(tmp_path: Path, server: FakeServer) -> Path:
-    return make_cache(tmp_path / "ana", server.url)
-
-
-@pytest.fixture
-async def service(directory: Path) -> AsyncIterator[Service]:
-    made = Service(str(directory))
-    made.start(TOKEN)
-    yield made
-    await made.close()
 
 
 def outside(directory: Path) -> dict[str, bytes]:

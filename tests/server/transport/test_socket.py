@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from harness import Copy, Running, farewell, hello, make_data, serving, tree_of, until
+from websockets.asyncio.client import ClientConnection
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import Change, Entries, Reply, Run, Welcome
@@ -59,20 +60,30 @@ async def test_a_copy_that_was_away_gets_only_what_it_missed(running: Running) -
     assert copy.tree == tree_of(running.tree)
 
 
-async def test_a_client_that_proves_a_rollback_gets_a_new_epoch(running: Running) -> None:
+async def write_once(client: ClientConnection) -> Copy:
+    """Return a cache that follows on this connection and has written the first change."""
     copy = Copy()
+    await copy.greet(client)
+    await copy.sync()
+    await copy.run("put", "a", "0")
+    return copy
+
+
+async def resync_from(running: Running, client: ClientConnection, epoch: str, seq: int) -> Welcome:
+    """Greet from a position with a genuine change id that this history lacks; return the welcome."""
+    mark = ChangeIds(running.hub.project("web").paths.journal).make(epoch, seq)
+    await client.send(hello(epoch=epoch, seq=seq, mark=mark))
+    welcome = decode_server_frame(await client.recv())
+    assert isinstance(welcome, Welcome)
+    assert welcome.resync and welcome.epoch != epoch
+    return welcome
+
+
+async def test_a_client_that_proves_a_rollback_gets_a_new_epoch(running: Running) -> None:
     async with running.connected() as client:
-        await copy.greet(client)
-        await copy.sync()
-        await copy.run("put", "a", "0")
-        epoch = copy.replica.position.epoch
+        copy = await write_once(client)
         async with running.connected() as ahead:
-            mark = ChangeIds(running.hub.project("web").paths.journal).make(epoch, 7)
-            await ahead.send(hello(epoch=epoch, seq=7, mark=mark))
-            welcome = decode_server_frame(await ahead.recv())
-            assert isinstance(welcome, Welcome)
-            assert welcome.resync
-            assert welcome.epoch != epoch
+            await resync_from(running, ahead, copy.replica.position.epoch, 7)
         bye, code = await farewell(client)
         assert bye is not None
         assert bye.retry_after_s == 0
@@ -80,19 +91,10 @@ async def test_a_client_that_proves_a_rollback_gets_a_new_epoch(running: Running
 
 
 async def test_another_mark_at_the_same_number_is_a_rollback(running: Running) -> None:
-    copy = Copy()
     async with running.connected() as client:
-        await copy.greet(client)
-        await copy.sync()
-        await copy.run("put", "a", "0")
-    epoch = copy.replica.position.epoch
+        copy = await write_once(client)
     async with running.connected() as client:
-        mark = ChangeIds(running.hub.project("web").paths.journal).make(epoch, 1)
-        await client.send(hello(epoch=epoch, seq=1, mark=mark))
-        welcome = decode_server_frame(await client.recv())
-        assert isinstance(welcome, Welcome)
-        assert welcome.resync
-        assert welcome.epoch != epoch and welcome.lost
+        assert (await resync_from(running, client, copy.replica.position.epoch, 1)).lost
 
 
 async def test_a_request_id_is_of_one_request_on_every_connection(running: Running) -> None:
