@@ -218,7 +218,6 @@ class Client(Smallest):
         if frame["resync"]:
             self.epoch, self.seq, self.mark = "", 0, b""
             sends = super().on_welcome(frame)
-            self.save()
         elif frame["epoch"] != self.epoch or frame["head"] < self.seq:
             raise Violation("the server continues another history")
         else:
@@ -257,7 +256,6 @@ class Client(Smallest):
             for each in {path, to}:
                 self.want(each, seq)
         elif path not in self.missing or kind in {"put", "delete"}:
-            self.have(path)
             self.have(to)
             for drifted in apply(operation, self.tree):
                 self.want(drifted, seq)

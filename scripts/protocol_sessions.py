@@ -607,6 +607,19 @@ def _edits() -> list[Session]:
         .connect(welcome(9, resync=True), entries(9, {PLAN: theirs}))
         .frames(change(10, o.PutFile(PLAN, both), cause=ID), m.Stored(ID, 10, "merged"), part(PLAN, both, 10))
         .equals({PLAN: both}),
+        Session("edit: in a comparison its base counts", "5.3, 5.5", **new)
+        .connect(welcome(3))
+        .edit(mine)
+        .lose()
+        .connect(welcome(9, resync=True), entries(9, {PLAN: text}))
+        .frames(change(10, o.PutFile(PLAN, mine), cause=ID), m.Stored(ID, 10, "stored"))
+        .equals({PLAN: mine}),
+        Session("edit: a comparison with a server that lacks the plan", "5.3, 5.5", **new)
+        .connect(welcome(3))
+        .edit(mine)
+        .lose()
+        .connect(welcome(9, resync=True), entries(9, {}), m.Stored(ID, 9, "conflict"), m.Part(PLAN, 9, gone=True))
+        .equals({}),
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+import standalone_client
 from lattice_remote.client.cache.cache import Cache, CacheState
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.config import Remote, write_remote
@@ -17,7 +18,6 @@ from lattice_remote.protocol.codec import decode_server_frame
 from lattice_remote.protocol.effects import NOWHERE, Position
 from lattice_remote.protocol.messages import ClientFrame, Put, Run, Stored, Welcome
 from lattice_remote.protocol.paths import is_editable
-from standalone_client import Client, Violation, decode
 
 __all__ = ["SESSIONS", "CacheDriver", "StandaloneDriver", "play"]
 
@@ -30,11 +30,12 @@ class StandaloneDriver:
     """The client of examples/standalone_client.py."""
 
     defers = False
-    violations = (Violation,)
 
-    def __init__(self, directory: Path, before: dict[str, Any]) -> None:
+    def __init__(self, directory: Path, before: dict[str, Any], module: Any = standalone_client) -> None:
         self.directory = directory
-        self.client = Client(directory)
+        self.violations = (module.Violation,)
+        self._module = module
+        self.client = module.Client(directory)
         tree = files_of(before["tree"])
         self.client.tree.update(tree)
         self.client.bases.update({path: text for path, text in tree.items() if is_editable(path)})
@@ -46,7 +47,7 @@ class StandaloneDriver:
         self.restart()
 
     def restart(self) -> None:
-        self.client = Client(self.directory)
+        self.client = self._module.Client(self.directory)
 
     def close(self) -> None:
         self.client.lost()
@@ -58,7 +59,7 @@ class StandaloneDriver:
         self.client.lost()
 
     def receive(self, data: bytes) -> Sent:
-        return self.client.receive(decode(data))
+        return self.client.receive(self._module.decode(data))
 
     def run(self, id_: str, argv: list[str]) -> Sent:
         return self.client.run(argv, id_)

@@ -12,9 +12,12 @@ from standalone_client import FRAMES, Violation, apply, decode
 VECTORS = Path(__file__).parents[2] / "protocol/vectors"
 
 
+def vectors(name: str) -> list[dict[str, Any]]:
+    return list(json.loads((VECTORS / f"{name}.json").read_text()))
+
+
 def load(name: str, **fields: str) -> Any:
-    vectors = json.loads((VECTORS / f"{name}.json").read_text())
-    chosen = [vector for vector in vectors if fields.items() <= vector.items()]
+    chosen = [vector for vector in vectors(name) if fields.items() <= vector.items()]
     return pytest.mark.parametrize("vector", chosen, ids=[vector["name"] for vector in chosen])
 
 
