@@ -110,7 +110,9 @@ class Logins:
             return _bye(f"token {was.id} was revoked")
         if token.expires is not None and token.expires <= now:
             return _bye(f"token {token.id} expired at {shown(token.expires, '')}; ask for another")
-        if not hmac.compare_digest(login.sha256, token.sha256) and not _in_grace(token, login.sha256, now):
+        is_in_grace = token.old_until is not None and now < token.old_until
+        valid = [token.sha256, *([token.old_sha256] if is_in_grace else [])]
+        if not any(hmac.compare_digest(login.sha256, digest) for digest in valid):
             return _bye(f"token {token.id} was rotated; use its new text")
         if token.rights != was.rights:
             return _bye(f"token {token.id} was changed; connect again", retry_after_s=1.0)
@@ -123,11 +125,6 @@ class Logins:
         ends = (end for token in self._by_id.values() for end in (token.expires, token.old_until))
         now = self._now()
         return min((end for end in ends if end is not None and end > now), default=None)
-
-
-def _in_grace(token: Token, digest: str, now: datetime) -> bool:
-    until = token.old_until
-    return until is not None and now < until and hmac.compare_digest(digest, token.old_sha256)
 
 
 def _bye(reason: str, *, retry_after_s: float | None = None) -> Bye:

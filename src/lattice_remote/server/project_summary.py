@@ -117,7 +117,11 @@ class _Known:
 
     def _read_statuses(self, paths: ProjectPaths) -> Iterator[tuple[str, tuple[Signature, str]]]:
         try:
-            entries = [entry for entry in os.scandir(paths.lattice / "tasks") if _is_task(entry.name)]
+            entries = [
+                entry
+                for entry in os.scandir(paths.lattice / "tasks")
+                if entry.name.endswith(".json") and not entry.name.startswith(".")
+            ]
         except FileNotFoundError:
             return
         for entry in entries:
@@ -144,10 +148,6 @@ class _Known:
             ]
             self._last = state, newest_of[0] if newest_of else None
         return self._last[1]
-
-
-def _is_task(name: str) -> bool:
-    return name.endswith(".json") and not name.startswith(".")
 
 
 def _status_of(path: str) -> str:

@@ -142,17 +142,11 @@ def journal_bytes(journal: Path) -> int:
     total = 0
     try:
         for entry in os.scandir(journal):
-            total += _size_of(entry)
+            with contextlib.suppress(FileNotFoundError):  # expired since
+                total += entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
     except FileNotFoundError:  # the project was never opened
         return 0
     return total
-
-
-def _size_of(entry: os.DirEntry[str]) -> int:
-    try:
-        return entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else 0
-    except FileNotFoundError:  # expired since
-        return 0
 
 
 def _of_project(project: Project, state: str, files: ProjectStatus, clients: list[ClientStatus]) -> ProjectStatus:

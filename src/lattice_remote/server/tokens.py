@@ -313,7 +313,11 @@ def expiry(text: str, now: datetime) -> datetime | None:
     if text == "never":
         return None
     try:
-        moment = now + duration(text) if _DATE.fullmatch(text) is None else _date(text)
+        if _DATE.fullmatch(text) is None:
+            moment = now + duration(text)
+        else:
+            date = datetime.fromisoformat(text.upper().replace(" ", "T"))
+            moment = date.replace(tzinfo=UTC) if date.tzinfo is None else date.astimezone(UTC)
     except (ValueError, OverflowError) as error:
         raise Misuse(f"bad date {text!r}: {error}") from error
     except Misuse as error:
@@ -326,11 +330,6 @@ def expiry(text: str, now: datetime) -> datetime | None:
 def shown(moment: datetime | None, otherwise: str) -> str:
     """Return a moment in UTC for people, to the second; ``otherwise`` if there is none."""
     return otherwise if moment is None else moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _date(text: str) -> datetime:
-    moment = datetime.fromisoformat(text.upper().replace(" ", "T"))
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def read_last_uses(path: Path) -> dict[str, datetime]:

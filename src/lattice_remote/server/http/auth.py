@@ -162,7 +162,8 @@ def authenticated(request: Request) -> Login:
     """
     visit: ConnectionQuota = request.state.visit
     authorization = request.headers.getlist("Authorization")
-    login = None if _has_token(authorization) else signed_in(request)
+    has_token = any(value.lower().startswith("bearer") for value in authorization)  # or a password for a proxy
+    login = None if has_token else signed_in(request)
     if login is None and wants_page(request) and not authorization:
         login = _unauthorized("sign in first")  # the sign-in form, and no failed login
     if login is None:
@@ -175,11 +176,6 @@ def authenticated(request: Request) -> Login:
     if (refusal := visit.admit(login.token.id)) is not None:
         raise refusal
     return login
-
-
-def _has_token(authorization: list[str]) -> bool:
-    """Return whether a token is shown. A password for a proxy in front is none."""
-    return any(value.lower().startswith("bearer") for value in authorization)
 
 
 def signed_in(request: Request) -> Login | ApiError | None:

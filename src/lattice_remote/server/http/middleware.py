@@ -58,19 +58,15 @@ def with_security_headers(app: ASGIApp) -> ASGIApp:
                 headers.update(_ALWAYS)
                 for name, value in _UNLESS_SAID.items():
                     headers.setdefault(name, value)
-                if _is_our_tls(scope):
+                host = Headers(scope=scope).get("Host", "")
+                # Not for a proxy's TLS, nor for a developer's machine, which runs many servers.
+                if scope["scheme"] == "https" and not {host, host.rpartition(":")[0]} & _LOCAL_NAMES:
                     headers["Strict-Transport-Security"] = _HSTS
             await send(message)
 
         await app(scope, receive, sending)
 
     return wrapped
-
-
-def _is_our_tls(scope: Scope) -> bool:
-    """Return whether to send HSTS: not for a proxy's TLS, nor for a developer's machine, which runs many servers."""
-    host = Headers(scope=scope).get("Host", "")
-    return scope["scheme"] == "https" and host.rpartition(":")[0] not in _LOCAL_NAMES and host not in _LOCAL_NAMES
 
 
 _BODY_S = 30.0

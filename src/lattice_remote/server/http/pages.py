@@ -175,18 +175,15 @@ async def _sign_in(request: Request) -> Response:
     refuse_cross_site(request)
     form = await _form(request)
     following, token = local_path(form.get("next", "/")), form.get("token", "").strip()
-    login = _admitted(request, token)
+    visit: ConnectionQuota = request.state.visit
+    login = registry_of(request).auth.identify(visit, token)
+    if not isinstance(login, ApiError):
+        login = visit.admit(login.token.id) or login
     if isinstance(login, ApiError):
         return _retry_form(login, following)
     answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
     cookies_for(request).give(request, answer, login)
     return answer
-
-
-def _admitted(request: Request, token: str) -> Login | ApiError:
-    visit: ConnectionQuota = request.state.visit
-    login = registry_of(request).auth.identify(visit, token)
-    return login if isinstance(login, ApiError) else visit.admit(login.token.id) or login
 
 
 def _retry_form(refusal: ApiError, following: str) -> Response:

@@ -265,7 +265,10 @@ def _repaired(slug: str, paths: ProjectPaths, data: DataDir, report: FsckReport)
     report.notes += [f"{slug}: {note}" for note in _restore(paths, before)]  # before any of the journal is set aside
     _set_aside(paths.root, [*before.leftovers, *before.journal.unreachable])
     _fix_modes(paths.root, before.findings)
-    settings = _journal_settings(data)
+    try:
+        settings = data.config().journal
+    except Misuse:
+        settings = JournalSettings()  # a finding of its own
     report.notes += [f"{slug}: {note}" for note in asyncio.run(recover(slug, paths, settings))]
     return _compared(before.findings, check_project(slug, paths, at_rest=True).findings)
 
@@ -310,10 +313,3 @@ def _restore(paths: ProjectPaths, check: ProjectCheck) -> list[str]:
     restorable = [path for path in check.damaged if path not in repair.failed]
     _set_aside(paths.root, [paths.lattice / path for path in restorable])
     return repair.perform(paths.journal / "lost")
-
-
-def _journal_settings(data: DataDir) -> JournalSettings:
-    try:
-        return data.config().journal
-    except Misuse:
-        return JournalSettings()  # a finding of its own

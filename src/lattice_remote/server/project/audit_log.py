@@ -5,7 +5,7 @@ Reads only the journal and ``ids.json``, without locks: it works with and withou
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -90,7 +90,8 @@ def read_version(
             state = record.files.get(path)
             if state is not None:
                 found = (its_epoch, state)
-                data = _content(contents, path, state, on_disk)
+                is_small = state.size <= MAX_VERSION_BYTES
+                data = contents.find(path, state.size, state.digest, on_disk) if is_small else None
     if found is None:
         raise Rejected(f"change {seq} of this text not found in the journal", code=_NOT_FOUND)
     if found[1].size > MAX_VERSION_BYTES:
@@ -98,10 +99,6 @@ def read_version(
     if data is None:
         raise Rejected(f"the text of change {seq} cannot be rebuilt: the journal starts after it", code=_NOT_FOUND)
     return Version("", found[0], seq, data)
-
-
-def _content(contents: Contents, path: str, state: FileState, on_disk: Callable[[str], bytes]) -> bytes | None:
-    return None if state.size > MAX_VERSION_BYTES else contents.find(path, state.size, state.digest, on_disk)
 
 
 def _records(journal: Path, paths: tuple[str, str], head: tuple[str, int]) -> Iterator[tuple[str, Record]]:

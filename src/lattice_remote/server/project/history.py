@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import batched, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -169,13 +169,11 @@ class History:
     def entries(self) -> list[bytes]:
         """Return the manifest at ``head`` as frames, cached."""
         if self._entries is None or self._entries[0] != self.head:
-            self._entries = (self.head, self._make_entries())
+            entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
+            pieces = [list(piece) for piece in batched(entries, _ENTRIES_PER_FRAME)] or [[]]
+            frames = [Entries(self.head, self.mark, piece, piece is pieces[-1]) for piece in pieces]
+            self._entries = (self.head, [websocket_frame(encode(frame)) for frame in frames])
         return self._entries[1]
-
-    def _make_entries(self) -> list[bytes]:
-        entries = [Entry(path, size, digest) for path, (size, digest) in self.files.items()]
-        pieces = [entries[i : i + _ENTRIES_PER_FRAME] for i in range(0, len(entries), _ENTRIES_PER_FRAME)] or [[]]
-        return [websocket_frame(encode(Entries(self.head, self.mark, piece, piece is pieces[-1]))) for piece in pieces]
 
     def expect(self, path: str, content: Content, call: Callable[[], None]) -> Callable[[], None]:
         """Call ``call()`` in the tick in which a change gives the file this content; return a function that cancels it.

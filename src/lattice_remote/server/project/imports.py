@@ -84,7 +84,7 @@ class Pushes:
             self._submit(push.request, requester)
         elif push is not None:
             push.requesters.append(requester)
-        elif used is not None or not self._has_pack(frame, token):
+        elif used is not None or not self._has_bundle(frame, token):
             # It may have been done before: the worker decides.
             request = ImportProject(
                 frame.id, token.id, token.actor, first_sent_at=first_sent_at, fingerprint=_fingerprint(frame)
@@ -109,7 +109,7 @@ class Pushes:
         if tasks:
             await asyncio.wait(tasks)
 
-    def _has_pack(self, frame: Push, token: Token) -> bool:
+    def _has_bundle(self, frame: Push, token: Token) -> bool:
         try:
             return os.stat(self._paths.upload(token.id, frame.digest), follow_symlinks=False).st_size == frame.size
         except OSError:
@@ -129,12 +129,12 @@ class Pushes:
             code, why = "REMOTE_STORAGE", f"the server cannot store the project: {error.strerror}"
         except Exception:  # noqa: BLE001 - the client must get a reply
             _log.exception("%s: cannot check a push", self._paths.root.name)
-            code, why = (
-                "REMOTE_FAILED",
-                "the server failed to check the project; see the server's log",
-            )
+            code, why = "REMOTE_FAILED", "the server failed to check the project; see the server's log"
         if why:
-            self._refuse_all(push, code, why)
+            del self._under_way[frame.id]
+            _log.info("%s: a push of %s was refused: %s", self._paths.root.name, token.actor, why)
+            for requester in push.requesters:
+                self._refuse(requester, frame.id, code, why)
             return
         push.request = ImportProject(
             frame.id,
@@ -150,12 +150,6 @@ class Pushes:
         )
         for requester in (_Cleaner(lambda: self._settled(push, place)), *push.requesters):
             self._submit(push.request, requester)
-
-    def _refuse_all(self, push: _Push, code: str, why: str) -> None:
-        del self._under_way[push.frame.id]
-        _log.info("%s: a push of %s was refused: %s", self._paths.root.name, push.token.actor, why)
-        for requester in push.requesters:
-            self._refuse(requester, push.frame.id, code, why)
 
     def _refuse(self, requester: Requester, request_id: str, code: str, message: str) -> None:
         self._refused(code)

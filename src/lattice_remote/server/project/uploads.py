@@ -128,7 +128,8 @@ class Staging:
         self.sweep()
         limits, others = self._limits, {other: one for other, one in self._known().items() if other != name}
         own = {other: one for other, one in others.items() if one.owner == content.owner}
-        idle = sorted((one.used_at, other) for other, one in own.items() if _is_idle(one))
+        idle_at = time.time() - _IDLE_S
+        idle = sorted((one.used_at, other) for other, one in own.items() if not one.is_whole and one.used_at < idle_at)
         while len(own) >= limits.uploads_per_token or _bytes_of(own) + size > limits.upload_bytes_per_token:
             if not idle:
                 raise Rejected(
@@ -213,10 +214,6 @@ class Staging:
             for one in (name, f"{name}.part"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(one, dir_fd=directory)
-
-
-def _is_idle(content: _Content) -> bool:
-    return not content.is_whole and time.time() - content.used_at > _IDLE_S
 
 
 def _bytes_of(contents: Mapping[str, _Content]) -> int:

@@ -90,18 +90,14 @@ async def validated_request(request: Request, query: type[Any], body: type[Any])
     content = b""
     if body is not Nothing:
         most = visitor.hub.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
-        _refuse_encoded(request)
+        if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
+            why = "send the body without Content-Encoding"
+            raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
         content = await read_body(request, most)
     parsed = content if body is bytes else _json(request, content, body)
     return EndpointRequest(
         visitor, dict(request.path_params), found, parsed, idempotency_key(request, visitor, content), request
     )
-
-
-def _refuse_encoded(request: Request) -> None:
-    if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
-        why = "send the body without Content-Encoding"
-        raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
 
 
 def _query(request: Request, kind: type[Query]) -> Query:
@@ -210,29 +206,23 @@ def page_of(found: ReadResult, page: PageQuery, *, by_id: bool) -> ReadResult:
     items = found.items
     if items is None or (page.limit is UNSET and page.cursor is UNSET):
         return found
-    first = 0 if page.cursor is UNSET else _place_after(_decoded(page.cursor), items.ids, by_id=by_id)
+    first = 0 if page.cursor is UNSET else _place_after(page.cursor, items.ids, by_id=by_id)
     count = len(items.ids)
     end = count if page.limit is UNSET else min(first + page.limit, count)
     part = found.body[items.ends[first - 1] + 1 if first else items.start : items.ends[end - 1]] if first < end else b""
-    following = b',"next":"%s"' % _encoded(items.ids[end - 1]) if end < count else b""
+    last = base64.urlsafe_b64encode(items.ids[end - 1].encode()) if end < count else b""
+    following = b',"next":"%s"' % last if last else b""
     return structs.replace(found, body=b"".join((found.body[: items.start], part, b"]", following, b"}")))
 
 
-def _place_after(last: str, ids: list[str], *, by_id: bool) -> int:
+def _place_after(cursor: str, ids: list[str], *, by_id: bool) -> int:
+    try:
+        last = base64.urlsafe_b64decode(cursor).decode()
+    except ValueError:
+        raise Rejected("the cursor is malformed; restart without it", code="REMOTE_INVALID") from None
     if by_id:
         return bisect_right(ids, last)
     try:
         return ids.index(last) + 1
     except ValueError:
         raise Rejected("the cursor belongs to another list; restart without it", code="REMOTE_INVALID") from None
-
-
-def _encoded(id_: str) -> bytes:
-    return base64.urlsafe_b64encode(id_.encode())
-
-
-def _decoded(cursor: str) -> str:
-    try:
-        return base64.urlsafe_b64decode(cursor).decode()
-    except ValueError:
-        raise Rejected("the cursor is malformed; restart without it", code="REMOTE_INVALID") from None
