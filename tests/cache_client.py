@@ -10,8 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lattice_remote.client import trusted_servers
 from lattice_remote.client.agent.file_watcher import Watching
+
+from lattice_remote.client import trusted_servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.config import Remote, write_remote
 

@@ -3,16 +3,15 @@
 import asyncio
 import contextlib
 import logging
-import os
 import re
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
-import watchfiles
 
+from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.protocol.messages import SUBPROTOCOL, Bye
 from lattice_remote.protocol.paths import is_replicated
 from lattice_remote.server.auth import Authenticator, Login, bearer
@@ -46,6 +45,8 @@ STOP_S = 1.5
 _DRAIN_S = 0.7
 _WORKER_STOP_S = 0.3
 _TASKS_STOP_S = 0.2
+_WATCH_DEBOUNCE_MS = 500  # maximum delay while changes keep coming
+_WATCH_STEP_MS = 100  # quiet time after which changes are reported
 
 _SOCKET_PATH = re.compile(r"/projects/([^/?#]+)/ws(?:\?.*)?")
 
@@ -97,7 +98,7 @@ class ProjectRegistry:
         self.address = ""
         """The listening address, once bound."""
         self._projects: dict[str, Project] = {}
-        self._watching: dict[str, asyncio.Event] = {}  # set to stop watching a project's files
+        self._watchers: dict[str, FileWatcher] = {}
         self._releasing: set[str] = set()
         self._peers: set[ClientConnection] = set()
         self.ongoing: set[Ongoing] = set()
@@ -129,8 +130,8 @@ class ProjectRegistry:
         projects = self._projects.values()
         await asyncio.gather(*(project.drain(_DRAIN_S) for project in projects))
         self.auth.end_all(Bye("REMOTE_SHUTDOWN", "the server is stopping", 1.0))
-        for watching_ends in self._watching.values():
-            watching_ends.set()
+        for watcher in self._watchers.values():
+            watcher.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(project.stop(_WORKER_STOP_S) for project in projects))
@@ -257,8 +258,9 @@ class ProjectRegistry:
             )
             self._projects[slug] = project
             project.start()
-            self._watching[slug] = asyncio.Event()
-            self._keep(f"watch {slug}", _watch_tree(paths.lattice, project.files_touched, self._watching[slug]))
+            watcher = FileWatcher(step_ms=_WATCH_STEP_MS, debounce_ms=_WATCH_DEBOUNCE_MS, is_scanned=True)
+            watcher.add(str(paths.lattice), partial(_note_changes, project))
+            self._watchers[slug] = watcher
         return project
 
     # --- in the background ---
@@ -282,7 +284,7 @@ class ProjectRegistry:
                 if peer.project is project:
                     peer.end(bye)
             project.dismiss(bye)  # and the HTTP clients
-            self._watching.pop(slug).set()
+            self._watchers.pop(slug).close()
             await project.stop(_WORKER_STOP_S)
         finally:
             del self._projects[slug]
@@ -307,66 +309,10 @@ class ProjectRegistry:
             _log.error("background work %r ended", task.get_name(), exc_info=error)
 
 
-# --- files changed by other programs ---
-
-_WATCH_DEBOUNCE_MS = 500  # maximum delay while changes keep coming
-_WATCH_STEP_MS = 100  # quiet time after which changes are reported
-_WATCH_LOOK_MS = 1000  # interval of checks for a replaced directory
-
-
-async def _watch_tree(tree: Path, touched: Callable[[set[str] | None], None], stop: asyncio.Event) -> None:
-    """Call ``touched`` with paths in ``tree`` that may have changed (None: any of them), until ``stop`` is set.
-
-    Reports a changed file after about 0.1 s, and a replaced directory within about a second. If the system cannot watch
-    (no inotify watches left), logs it and returns; only the periodic rescan then finds such changes.
-    """
-    while not stop.is_set():
-        found = _directory_id(tree)
-        try:
-            if found is not None:
-                await _watch_directory(tree, found, touched, stop)
-            else:
-                await asyncio.sleep(_WATCH_LOOK_MS / 1000)  # moved away, perhaps to be replaced
-        except FileNotFoundError:
-            continue
-        except (OSError, RuntimeError) as error:
-            _log.error("cannot watch %s (%s); only the periodic rescan finds changes there", tree, error)
-            return
-        if _directory_id(tree) not in (found, None):
-            _log.warning("%s was replaced by another directory", tree)
-            touched(None)
-
-
-async def _watch_directory(
-    tree: Path, identity: tuple[int, int], touched: Callable[[set[str] | None], None], stop: asyncio.Event
-) -> None:
-    """Watch the directory that now has this name, until another takes its place."""
-    start = len(str(tree)) + 1
-    watching = watchfiles.awatch(
-        tree,
-        watch_filter=None,
-        debounce=_WATCH_DEBOUNCE_MS,
-        step=_WATCH_STEP_MS,
-        stop_event=stop,
-        recursive=True,
-        rust_timeout=_WATCH_LOOK_MS,
-        yield_on_timeout=True,
-    )
-    async with contextlib.aclosing(watching):
-        async for changes in watching:
-            names = [name for _, name in changes if is_replicated(name[start:])]
-            replicated = {name[start:] for name in names}
-            if any(map(os.path.isdir, names)):
-                touched(None)  # files moved in with a directory are not reported one by one
-            elif replicated:
-                touched(replicated)
-            if _directory_id(tree) != identity:
-                return
-
-
-def _directory_id(tree: Path) -> tuple[int, int] | None:
-    try:
-        status = tree.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def _note_changes(project: Project, paths: set[str] | None) -> None:
+    """Have a project check files that another program may have changed."""
+    replicated = None if paths is None else set(filter(is_replicated, paths))
+    if replicated is None or any((project.paths.lattice / path).is_dir() for path in replicated):
+        project.files_touched(None)  # files moved in with a directory are not reported one by one
+    elif replicated:
+        project.files_touched(replicated)

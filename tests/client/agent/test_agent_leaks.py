@@ -12,10 +12,10 @@ import pytest
 from client_kit import ask, make_cache, run, until
 from fake_server import TOKEN, FakeServer
 
-from lattice_remote.client.agent.file_watcher import Watching
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.connection import connection as link
 from lattice_remote.client.connection import dial
+from lattice_remote.file_watcher import FileWatcher
 
 CACHES, ROUNDS = 20, int(os.environ.get("ROUNDS", "10"))
 """A thousand reconnects with ``ROUNDS=50``; the suite takes less time."""
@@ -67,7 +67,7 @@ async def test_twenty_caches_leak_nothing_over_many_reconnects(
     monkeypatch.setattr(link, "MIN_ATTEMPT_GAP_S", 0.01)
     monkeypatch.setattr(dial, "MAX_DELAY_S", 0.01)
     await fill_pool()
-    watching, turn = Watching(), asyncio.Semaphore(1)
+    watching, turn = FileWatcher(), asyncio.Semaphore(1)
     services = [Service(str(make_cache(tmp_path / str(n), server.url))) for n in range(CACHES)]
     for service in services:
         service.start(TOKEN)

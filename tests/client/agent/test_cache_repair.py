@@ -14,8 +14,8 @@ import pytest
 from client_kit import PLAN, TASK, ask, make_cache, rescued, run, tree, until
 from fake_server import TOKEN, FakeServer
 
-from lattice_remote.client.agent import file_watcher, repair
-from lattice_remote.client.agent.file_watcher import Watching
+from lattice_remote import file_watcher
+from lattice_remote.client.agent import repair
 from lattice_remote.client.agent.repair import IntegrityMonitor
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import rescued_files, verify
@@ -23,6 +23,7 @@ from lattice_remote.client.cache import rescued_files as store
 from lattice_remote.client.cache.replicator import ReceiveOutcome, Replicator
 from lattice_remote.client.cache.verify import RepairSchedule
 from lattice_remote.errors import StorageError
+from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.protocol.messages import Fetch, Manifest
 from lattice_remote.protocol.operations import DeleteFile, MoveFile, PutFile, digest_of
 
@@ -31,9 +32,9 @@ REMOVALS = int(os.environ.get("REMOVALS", "10"))
 
 
 @contextlib.asynccontextmanager
-async def looked_after(directory: Path, file_watcher: Watching | None = None) -> AsyncIterator[Service]:
+async def looked_after(directory: Path, file_watcher: FileWatcher | None = None) -> AsyncIterator[Service]:
     """A service as the agent has it, which has compared its files once."""
-    service, file_watcher = Service(str(directory)), file_watcher or Watching()
+    service, file_watcher = Service(str(directory)), file_watcher or FileWatcher()
     service.start(TOKEN)
     service.look_after(file_watcher, asyncio.Semaphore(1))
     try:

@@ -17,7 +17,6 @@ from client_kit import PLAN, TASK, ask, run, until
 from fake_server import TOKEN, FakeServer
 from test_cache_repair import looked_after
 
-from lattice_remote.client.agent.file_watcher import Touched, Watching
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.cache import cache as state
 from lattice_remote.client.cache import evidence
@@ -27,6 +26,7 @@ from lattice_remote.client.cache.repository import Repository
 from lattice_remote.client.cache.safe_directory import Directory
 from lattice_remote.client.config import read_remote
 from lattice_remote.errors import StorageError
+from lattice_remote.file_watcher import FileWatcher, Touched
 from lattice_remote.files import Signature
 from lattice_remote.protocol.messages import Put
 from lattice_remote.protocol.operations import digest_of
@@ -340,7 +340,7 @@ async def test_an_edit_made_offline_survives_a_reboot(
         await until(lambda: board.files[PLAN] == MINE)
 
 
-class LateWatching(Watching):
+class LateWatching(FileWatcher):
     """A watch that begins when the test says so."""
 
     def add(self, directory: str, touched: Touched) -> None:
@@ -600,7 +600,7 @@ async def test_the_first_read_shows_what_was_changed_while_nothing_ran_as_it_is(
         service = Service(str(directory))
         service.start("ltr_ana")
         if agent:
-            watching = Watching()
+            watching = FileWatcher()
             service.look_after(watching, asyncio.Semaphore(1))
         try:
             answer = await ask(service, "ready")

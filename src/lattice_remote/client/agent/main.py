@@ -22,9 +22,9 @@ from filelock import FileLock, Timeout
 import lattice_remote
 from lattice_remote import __version__
 from lattice_remote.client import agent_runtime, credentials, trusted_servers
-from lattice_remote.client.agent.file_watcher import Watching
 from lattice_remote.client.agent.service import Service, answered
 from lattice_remote.errors import RemoteError
+from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.files import Signature, signature_of
 
 __all__ = ["Agent", "main"]
@@ -63,7 +63,7 @@ class Agent:
         self._package = _package_signature()
         self._configuration = agent_runtime.configuration()
         self._looked_around_at = time.monotonic()
-        self._watching = Watching()
+        self._watching = FileWatcher()
         self._turn = asyncio.Semaphore(1)
 
     async def run(self) -> None:

@@ -13,13 +13,13 @@ import random
 import time
 from collections.abc import Callable, Iterable
 
-from lattice_remote.client.agent.file_watcher import Watching
 from lattice_remote.client.cache.cache import LOCKS_FILE
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.cache.safe_directory import QUIET_S
 from lattice_remote.client.cache.verify import foreign, read_gently
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.errors import RemoteError
+from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.protocol.paths import is_editable, is_replicated
 
 __all__ = ["IntegrityMonitor"]
@@ -47,7 +47,7 @@ class IntegrityMonitor:
         self,
         follower: Replicator,
         link: Connection,
-        watching: Watching,
+        watching: FileWatcher,
         turn: asyncio.Semaphore,
         on_edits: Callable[[Iterable[str] | None], None],
     ) -> None:

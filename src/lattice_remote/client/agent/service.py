@@ -44,7 +44,6 @@ from lattice_remote.client.agent.audit_log import read_log, read_version, task_o
 from lattice_remote.client.agent.change_feed import ChangeFeed
 from lattice_remote.client.agent.conflict_resolver import Resolver
 from lattice_remote.client.agent.edit_sync import EditSender, EditWatcher
-from lattice_remote.client.agent.file_watcher import Watching
 from lattice_remote.client.agent.payloads import Fetching
 from lattice_remote.client.agent.repair import IntegrityMonitor
 from lattice_remote.client.agent.rescue import Rescuer, decoded, described
@@ -58,6 +57,7 @@ from lattice_remote.client.connection.connection import ALIVE_S, Connection
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
+from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.protocol.messages import (
     Applied,
     Attachment,
@@ -150,7 +150,7 @@ class Service:
         self._bringing: asyncio.Task[None] | None = None
         self._is_new = True
         self._watcher: asyncio.Task[None] | None = None
-        self._caretaker = IntegrityMonitor(self._follower, self._link, Watching(), asyncio.Semaphore(1), _ignore)
+        self._caretaker = IntegrityMonitor(self._follower, self._link, FileWatcher(), asyncio.Semaphore(1), _ignore)
         self._looking = asyncio.Lock()
         self._said: list[str] = []  # notices for the next command
         self._has_looked = False
@@ -168,7 +168,7 @@ class Service:
         self._acknowledging = asyncio.get_running_loop().create_task(acknowledging.run())
         self._bringing = asyncio.get_running_loop().create_task(self._fetching.run())
 
-    def look_after(self, watching: Watching, turn: asyncio.Semaphore) -> None:
+    def look_after(self, watching: FileWatcher, turn: asyncio.Semaphore) -> None:
         """Start to send edits and repair other modifications without a request."""
         self._follower.edits.evidence.begin_watch()
         self._live = live = EditWatcher(self._follower, self._links, self._pusher)

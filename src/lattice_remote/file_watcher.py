@@ -1,21 +1,22 @@
-"""File system notifications for an agent's caches, from one thread for all caches.
+"""File system notifications for directories, from one thread.
 
-Our own writes are reported too; listeners recognize them by ``fingerprints``.
+The owner's own writes are reported too.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
+import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import watchfiles
 
-__all__ = ["Touched", "Watching"]
+__all__ = ["FileWatcher", "Touched"]
 
 _STEP_MS = 50
-"""The library's polling interval: 0.13 % of a processor, however many caches there are."""
+"""The library's polling interval: 0.13 % of a processor, however many directories there are."""
 _DEBOUNCE_MS = 100
 _TICK_MS = 500
 _AGAIN_S = 30.0
@@ -23,16 +24,23 @@ _AGAIN_S = 30.0
 _log = logging.getLogger(__name__)
 
 Touched = Callable[[set[str] | None], None]
-"""Called with the paths that may have changed, relative to the cache; None for any of them."""
+"""Called with the paths that may have changed, relative to the directory; None for any of them."""
+_Identities = dict[str, tuple[int, int] | None]
 
 
-class Watching:
-    """Watch on directories, from the first ``add()`` to ``close()``. Used in one event loop, which runs its
-    callbacks."""
+class FileWatcher:
+    """Watch on directories, from the first ``add()`` to ``close()``. Used in one event loop, which runs its callbacks.
 
-    def __init__(self) -> None:
+    Reports a change after about ``step_ms`` of quiet, ``debounce_ms`` at most. A directory that is replaced by another
+    is noticed within a second: every file in it may have changed. With ``is_scanned`` the owner reads each directory
+    after ``add()`` anyway, and the report of the watch's beginning is omitted.
+    """
+
+    def __init__(self, *, step_ms: int = _STEP_MS, debounce_ms: int = _DEBOUNCE_MS, is_scanned: bool = False) -> None:
         self.trouble: str | None = None
         """Reason why the system reports no changes; None while it does."""
+        self._step_ms, self._debounce_ms = step_ms, debounce_ms
+        self._is_scanned = is_scanned
         self._listeners: dict[str, Touched] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -40,31 +48,30 @@ class Watching:
     def add(self, directory: str, touched: Touched) -> None:
         """Watch a directory. ``touched(None)`` follows once the watch has begun, for earlier changes."""
         self._listeners[directory] = touched
-        self._begin_anew()
+        self._restart()
 
     def remove(self, directory: str, touched: Touched) -> None:
         """Stop watching a directory, unless another listener has replaced this one."""
         if self._listeners.get(directory) == touched:
             del self._listeners[directory]
-            self._begin_anew()
+            self._restart()
 
     def close(self) -> None:
         self._listeners.clear()
         self._stop.set()
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         """Replace the thread: the library cannot add directories to a running watch."""
         self._stop.set()
         self._stop = threading.Event()
         if self._listeners:
-            directories = [d for d in self._listeners if os.path.isdir(d)]
-            arguments = (directories, self._stop, asyncio.get_running_loop())
+            arguments = (_identities(self._listeners), self._stop, asyncio.get_running_loop())
             self._thread = threading.Thread(target=self._watch, args=arguments, name="watching", daemon=True)
             self._thread.start()
 
     # --- in the thread ---
 
-    def _watch(self, directories: list[str], stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
+    def _watch(self, watched: _Identities, stop: threading.Event, loop: asyncio.AbstractEventLoop) -> None:
         def tell(function: Callable[..., None], *arguments: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(function, stop, *arguments)
@@ -72,10 +79,10 @@ class Watching:
         try:
             begun = False
             for changes in watchfiles.watch(
-                *directories,
+                *(directory for directory, identity in watched.items() if identity is not None),
                 watch_filter=None,
-                debounce=_DEBOUNCE_MS,
-                step=_STEP_MS,
+                debounce=self._debounce_ms,
+                step=self._step_ms,
                 stop_event=stop,
                 rust_timeout=_TICK_MS,
                 yield_on_timeout=True,
@@ -86,7 +93,17 @@ class Watching:
                     begun = True
                     tell(self._begun)
                 if changes:
-                    tell(self._report, _by_directory({name for _, name in changes}, directories))
+                    tell(self._report, _by_directory({name for _, name in changes}, list(watched)))
+                gone = {name for kind, name in changes if kind is watchfiles.Change.deleted and name in watched}
+                now = _identities(watched)
+                if gone or now != watched:  # an inode may be used again at once
+                    others = [
+                        name for name in now if now[name] is not None and (name in gone or now[name] != watched[name])
+                    ]
+                    tell(self._replaced, others)
+                    return
+        except FileNotFoundError:  # a directory was moved away just now
+            tell(self._replaced, [])
         except (OSError, RuntimeError) as error:
             tell(self._failed, str(error))
 
@@ -95,28 +112,52 @@ class Watching:
     def _begun(self, thread: threading.Event) -> None:
         if thread is self._stop:
             self.trouble = None
-            for touched in self._listeners.values():
-                touched(None)
+            if not self._is_scanned:
+                self._touch_all()
+            self._is_scanned = False
+
+    def _touch_all(self) -> None:
+        for touched in self._listeners.values():
+            touched(None)
+
+    def _replaced(self, thread: threading.Event, directories: list[str]) -> None:
+        if thread is self._stop:
+            for directory in directories:
+                _log.warning("%s was replaced by another directory", directory)
+            self._is_scanned = False
+            self._restart()
 
     def _failed(self, thread: threading.Event, why: str) -> None:
         """Report that every file may have changed. One undecodable file name in any directory is enough to fail."""
         if thread is self._stop:
             if self.trouble is None:
-                _log.warning("cannot watch the caches (%s); they are compared periodically", why)
-            self.trouble = why
-            for touched in self._listeners.values():
-                touched(None)
+                _log.warning("cannot watch files (%s); they are compared periodically", why)
+            self.trouble, self._is_scanned = why, False
+            self._touch_all()
             asyncio.get_running_loop().call_later(_AGAIN_S, self._try_again, thread)
 
     def _try_again(self, thread: threading.Event) -> None:
         if thread is self._stop:
-            self._begin_anew()
+            self._restart()
 
     def _report(self, thread: threading.Event, changes: dict[str, set[str]]) -> None:
         if thread is self._stop:
             for directory, paths in changes.items():
                 if directory in self._listeners:
                     self._listeners[directory](paths)
+
+
+def _identities(directories: Iterable[str]) -> _Identities:
+    """Return device and inode of each directory; None for one that is missing."""
+    found: _Identities = {}
+    for directory in directories:
+        try:
+            status = os.stat(directory)
+        except OSError:
+            found[directory] = None
+        else:
+            found[directory] = (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
+    return found
 
 
 def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]]:
@@ -126,7 +167,7 @@ def _by_directory(names: set[str], directories: list[str]) -> dict[str, set[str]
         for directory, prefix in prefixes:
             if name.startswith(prefix):
                 path = name[len(prefix) :]
-                if not path.startswith("."):  # .remote/ is ours
+                if not path.startswith("."):  # most of the owner's writes are to temporary files
                     found.setdefault(directory, set()).add(path)
                 break
     return found
