@@ -14,6 +14,7 @@ merge conflict, a command that lattice refuses) are return values, not errors.
 
 __all__ = [
     "CODES",
+    "REFUSALS",
     "ConnectionFailed",
     "HostilePath",
     "Misuse",
@@ -46,6 +47,14 @@ CODES = {
     "REMOTE_GUARD": "a local command tried to write into the cache",
     "REMOTE_SHUTDOWN": "the server is stopping; retry after the time it names",
 }
+REFUSALS = {
+    "REMOTE_UNAUTHORIZED",
+    "REMOTE_UNTRUSTED",
+    "REMOTE_FORBIDDEN",
+    "REMOTE_NOT_FOUND",
+    "REMOTE_VERSION",
+}
+"""Codes after which a retry is pointless until something changes."""
 """Codes of ``Refused`` and ``Bye`` frames and of messages to users, with their meaning."""
 
 

@@ -106,6 +106,16 @@ def test_forgetting_a_project_forgets_what_serves_it(home: Path) -> None:
     assert json.loads(Path(credentials.tokens_path()).read_text()) == {"tokens": {}}
 
 
+@pytest.mark.parametrize(
+    "text", ['{"http://h": "ltr_x"}', '{"http://h/": "ltr_x"}', '{"tokens": {"http://h": "ltr_x"}}']
+)
+def test_a_file_of_tokens_written_by_hand_is_read_and_kept(home: Path, text: str) -> None:
+    path = tokens_file(text)
+    assert credentials.stored("http://h", "web") == "ltr_x"
+    credentials.store("http://h", "api", "ltr_y")
+    assert json.loads(path.read_text()) == {"tokens": {"http://h": {"*": "ltr_x", "api": "ltr_y"}}}
+
+
 @pytest.mark.parametrize("token", ["", "two words", "new\nline", "ümlaut", "x" * 513])
 def test_what_cannot_travel_is_no_token(token: str) -> None:
     with pytest.raises(Misuse) as error:
@@ -114,7 +124,7 @@ def test_what_cannot_travel_is_no_token(token: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"tokens": 1}', '{"tokens": {"http://h": "ltr_x"}}', "[" * 100_000, "\xff"]
+    "text", ["{", "[]", '{"tokens": 1}', '{"tokens": {"http://h": ["ltr_x"]}}', '{"h": "ltr_x"}', "[" * 100_000, "\xff"]
 )
 def test_a_damaged_file_of_tokens_is_not_overwritten(home: Path, text: str) -> None:
     path = tokens_file(text)

@@ -318,13 +318,21 @@ def _agents_environment(place: agent_runtime.Runtime) -> dict[str, str]:
     }
 
 
-def ensure_current(directory: str, say: Callable[[str], object], on_progress: Progress | None = None) -> None:
+def ensure_current(
+    directory: str,
+    say: Callable[[str], object],
+    on_progress: Progress | None = None,
+    *,
+    is_required: bool = False,
+) -> None:
     """Bring the cache up to date if the server is reachable; else ``say`` its age in one line.
 
     Raises:
-        RemoteError: the cache was never filled.
+        RemoteError: the cache was never filled; or it is not current, and that is required.
     """
     if (why := detachment(directory)) is not None:
+        if is_required:
+            raise RemoteError(why, code="REMOTE_GUARD")
         say(f"lattice-remote: {one_line(why)}")
         return
     answer = ask(request("ready", directory), on_progress)
@@ -332,7 +340,7 @@ def ensure_current(directory: str, say: Callable[[str], object], on_progress: Pr
         say(f"lattice-remote: {one_line(notice)}")
     if answer["current"]:
         return
-    if not answer["filled"]:
+    if is_required or not answer["filled"]:
         raise RemoteError(answer["message"], code=answer["code"])
     age = "data of unknown age" if answer["age_s"] is None else f"data from {describe_age(answer['age_s'])} ago"
     say(f"lattice-remote: {one_line(answer['message'])}; showing {age} (change {answer['seq']})")

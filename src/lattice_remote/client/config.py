@@ -40,7 +40,7 @@ PRIVATE_DIRECTORY = ".remote"
 UNPUSHED_FILE = f"{PRIVATE_DIRECTORY}/unpushed.json"
 """Replaces ``remote.json`` while a local project waits to be pushed: other programs see a local project."""
 _URL = re.compile(
-    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?",
+    r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?(?P<rest>[?#]\S*)?",
     re.IGNORECASE,
 )
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -73,8 +73,16 @@ class Remote:
 
 
 def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
-    """Return a server's normalized URL, and the slug: passed separately, or the URL's path. Raises Misuse."""
+    """Return a server's normalized URL, and the slug: passed separately, or of the path.
+
+    The path is ``/SLUG``, or the address of a page of the project, such as ``/projects/SLUG/dashboard``.
+
+    Raises:
+        Misuse: not an http or https URL, a malformed slug, or two different slugs.
+    """
     match = _URL.fullmatch(text.strip())
+    if match is not None and match["rest"] and not (match["path"] or "").startswith("/projects/"):
+        match = None  # only the address of a page has a query
     if match is None and "@" in text:  # this part may be a password: it is not repeated
         raise Misuse("a server's URL holds no user and no password; store a token with: lattice remote login URL")
     if match is None:
@@ -83,7 +91,8 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     if port is not None and not 0 < int(port) < 65536:
         raise Misuse(f"port {port} in {text!r} is out of range")
     url = f"{match['scheme'].lower()}://{match['host'].lower()}" + (f":{int(port)}" if port else "")
-    slug = (match["path"] or "").strip("/").removeprefix("projects/") or None
+    first, *rest = (match["path"] or "").strip("/").split("/")
+    slug = (rest[0] if first == "projects" and rest else "/".join((first, *rest))) or None
     if slug and project and slug != project:
         raise Misuse(f"the URL names project {slug!r}, but --project says {project!r}")
     slug = slug or project
@@ -139,7 +148,7 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
     try:
         with open(path, "rb") as file:
             found = json.loads(file.read(65536))
-        called, (url, slug) = check_name(found["name"]), parse_url(found["url"], found["project"])
+        called, (url, slug) = check_name(found.get("name", "origin")), parse_url(found["url"], found["project"])
         commands = tuple(check_command(command) for command in list(found.get("commands", []))[:_MAX_COMMANDS])
     except FileNotFoundError:
         if name == REMOTE_FILE and (why := detachment(directory)) is not None:
@@ -151,7 +160,7 @@ def read_remote(directory: str, name: str = REMOTE_FILE) -> Remote:
         lost = lost_remote(directory)
         where = "URL --project SLUG" if lost is None else f"{lost.url} --project {lost.project}"
         repair = f"remove the file, then run: lattice remote add origin {where}"
-        raise StorageError(f"{path} is not valid; it needs name, url and project ({error}); {repair}") from error
+        raise StorageError(f"{path} is not valid; it needs url and project ({error}); {repair}") from error
     if slug is None:
         raise StorageError(f"{path} names no project")
     return Remote(name=called, url=url, project=slug, commands=commands)

@@ -1,6 +1,7 @@
 """Tokens of this user: ``LATTICE_TOKEN``, or ``tokens.json`` in the user's configuration. Standard library only.
 
-The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600. A token never enters a project directory.
+The file is ``{"tokens": {URL: {SLUG or "*": TOKEN}}}``, mode 0600; written by hand also ``{URL: TOKEN}``. A token
+never enters a project directory.
 ``trusted_servers`` decides where it may be sent.
 """
 
@@ -58,6 +59,8 @@ def signature(path: str) -> Signature | None:
 def read(path: str, what: str) -> dict[str, Any]:
     """Return the object under the key ``what`` of a file, empty if there is no file.
 
+    A file written by hand may be that object itself, whose keys are URLs.
+
     Raises:
         StorageError: it cannot be read, is no plain file of this user alone, or is invalid.
     """
@@ -65,7 +68,8 @@ def read(path: str, what: str) -> dict[str, Any]:
         handle = os.open(path, READ)
         with open(handle, "rb") as file:
             _require_private(path, os.fstat(handle))
-            found = json.loads(file.read(MAX_BYTES + 1))[what]
+            content = json.loads(file.read(MAX_BYTES + 1))
+        found = content if what not in content and all(map(_is_url, content)) else content[what]
         return dict(found.items())
     except (FileNotFoundError, NotADirectoryError):
         return {}  # a home may also be /dev/null
@@ -75,6 +79,10 @@ def read(path: str, what: str) -> dict[str, Any]:
         raise StorageError(f"cannot read {path}: {error.strerror}; XDG_CONFIG_HOME can name another place") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise StorageError(f"{path} is not valid; repair it, or remove it and name your servers again") from None
+
+
+def _is_url(key: str) -> bool:
+    return key.startswith(("http://", "https://"))
 
 
 def change(path: str, what: str, edit: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
@@ -186,6 +194,11 @@ def _load() -> _Tokens:
 
 def _checked(found: dict[str, Any]) -> _Tokens:
     try:
-        return {str(url): {str(slug): str(token) for slug, token in kept.items()} for url, kept in found.items()}
+        return {
+            str(url).rstrip("/"): {ANY_PROJECT: kept}
+            if isinstance(kept, str)
+            else {str(slug): str(token) for slug, token in kept.items()}
+            for url, kept in found.items()
+        }
     except AttributeError:
         raise StorageError(f"{tokens_path()} is not valid; repair it, or remove it and log in again") from None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register", "remote_directory"]
 
+_AS_IN_GIT = ("clone", "fetch", "log", "pull", "push")
 SERVER_ENV = "LATTICE_REMOTE_SERVER"
 """Set in the server's own processes, whose commands must run in place."""
 
@@ -27,7 +28,13 @@ def register(cli_group: click.Group) -> None:
     resolve = cli_group.resolve_command
 
     def resolve_command(ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
-        name, command, rest = resolve(ctx, args)
+        try:
+            name, command, rest = resolve(ctx, args)
+        except click.UsageError as error:
+            if args and args[0] in _AS_IN_GIT:
+                hint = f"{error.message} Did you mean: lattice remote {args[0]}?"
+                raise click.UsageError(hint, error.ctx) from None
+            raise
         directory = remote_directory() if command is not None and name != "remote" else None
         if directory is not None and name is not None and command is not None:
             from lattice_remote.client.routing import hooked

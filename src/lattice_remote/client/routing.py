@@ -60,6 +60,19 @@ class NeedsOwnProcess(BaseException):
     """The command must not run in a child of the warm process; it has done nothing yet."""
 
 
+def _note_requirement(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    ctx.meta[parameter.name] = value
+
+
+_REQUIRE_CURRENT = click.Option(
+    ["--require-current"],
+    is_flag=True,
+    expose_value=False,
+    callback=_note_requirement,
+    help="Fail if the cache cannot be brought up to date.",
+)
+
+
 def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: list[str]) -> click.Command:
     """Return a copy of ``command``, whose names are ``path``, that is routed after parsing ``argv``."""
     if in_warm_process and not isinstance(command, click.Group) and _is_plugins(command):
@@ -76,6 +89,8 @@ def hooked(command: click.Command, path: tuple[str, ...], directory: str, argv: 
 
         twin.resolve_command = resolve_command  # type: ignore[attr-defined]
     else:
+        if path in _READS:
+            twin.params = [*command.params, _REQUIRE_CURRENT]
         twin.invoke = partial(_invoke, command, path, directory, argv)  # type: ignore[method-assign]
     return twin
 
@@ -96,7 +111,8 @@ def _invoke(command: click.Command, path: tuple[str, ...], directory: str, argv:
         if _is_read(path, ctx):
             if path == ("dashboard",):
                 read_remote(directory)  # without remote.json the page could not save
-            ensure_current(directory, partial(click.echo, err=True), _progress())
+            is_required = ctx.meta.get(_REQUIRE_CURRENT.name, False)
+            ensure_current(directory, partial(click.echo, err=True), _progress(), is_required=is_required)
             if path == ("dashboard",):
                 return _serve_dashboard(command, ctx, directory)
             _run_here(command, ctx, directory)

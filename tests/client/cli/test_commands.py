@@ -327,7 +327,7 @@ async def test_a_clone_waits_for_its_server_to_be_named(server: FakeServer, tmp_
     done = await lattice(root, "list", LATTICE_TOKEN=TOKEN)
     assert done.code == 1 and f"lattice remote trust {server.url}" in done.err and done.err.count("\n") == 1
     done = await lattice(root, "remote", "status", LATTICE_TOKEN=TOKEN)
-    assert done.code == 0 and "not connected: no token was sent" in done.out and server.requests == []
+    assert done.code == 1 and "not connected: no token was sent" in done.out and server.requests == []
     done = await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN, LATTICE_REMOTE_URL=server.url)
     assert done.code == 0
     assert (await lattice(root, "remote", "pull", LATTICE_TOKEN=TOKEN)).code == 1

@@ -37,7 +37,7 @@ from lattice_remote.client.cli.common import (
     project_directory,
     warn_of_tracking,
 )
-from lattice_remote.client.cli.tokens import ask_for_token
+from lattice_remote.client.cli.tokens import ask_for_token, listed_projects
 from lattice_remote.client.config import (
     REMOTE_FILE,
     Remote,
@@ -128,10 +128,21 @@ def _named_server(url: str, project: str | None, *, ca_file: str | None, insecur
     """Return the server and project of a command line; the token may be sent there."""
     server_url, slug = parse_url(url, project)
     if slug is None:
-        raise Misuse("which project? Give --project SLUG, or a URL that ends in /SLUG")
+        raise Misuse(_which_project(server_url))
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
     trusted_servers.admit(server_url, server)  # before any prompt
     return server, slug
+
+
+def _which_project(url: str) -> str:
+    """Return the question for a project, with those that the user's token may use if the server lists them."""
+    try:
+        slugs = [str(project["slug"]) for project in listed_projects(url)]
+    except RemoteError:
+        slugs = []
+    if not slugs:
+        return "which project? Give --project SLUG, or a URL that ends in /SLUG"
+    return f"which project? Your token is for {', '.join(slugs)}; the URL is then {url}/{slugs[0]}"
 
 
 def _given(token: str | None, server: Server) -> str | None:

@@ -20,6 +20,7 @@ __all__ = [
     "CaFile",
     "Insecure",
     "Json",
+    "Name",
     "Url",
     "ask",
     "count",
@@ -39,6 +40,7 @@ __all__ = [
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[str, typer.Argument(help="The project's server by default.")]
+Name = Annotated[str, typer.Argument(metavar="[NAME]", help="The remote, of which a project has one.")]
 CaFile = Annotated[
     str | None,
     typer.Option("--ca-file", metavar="FILE", help="Certificate authorities (PEM) to use instead of the system's."),

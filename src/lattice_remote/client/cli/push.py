@@ -22,6 +22,7 @@ from lattice_remote.client.cache.rescued_files import RescuedFiles
 from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.cli.common import (
     Json,
+    Name,
     ask,
     count,
     here,
@@ -68,6 +69,8 @@ app = typer.Typer()
 
 @app.command()
 def push(
+    name: Name = "",
+    *,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, without sending.")] = False,
     confirm: Annotated[
         bool, typer.Option("--confirm", help="Also send withheld edits, see lattice remote status.")
@@ -80,11 +83,11 @@ def push(
 
     Example: lattice remote push --dry-run
     """
-    if (waiting := unpushed()) is not None:
+    if (waiting := unpushed(name)) is not None:
         warn_of_tracking(waiting[0])
         (_plan_project if dry_run else _push_project)(waiting[0], as_json=as_json)
         return
-    directory, _ = here()
+    directory, _ = here(name)
     if dry_run:
         unsent = ask("status", directory)["unsent_edits"]
         if as_json:

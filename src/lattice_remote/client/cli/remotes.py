@@ -1,4 +1,4 @@
-"""``lattice remote set-url`` and ``route``: changes of this directory's ``remote.json``."""
+"""``lattice remote list``, ``get-url``, ``set-url``, ``rename`` and ``route``: this directory's ``remote.json``."""
 
 import dataclasses
 from typing import Annotated
@@ -7,12 +7,75 @@ import typer
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.cli import push
-from lattice_remote.client.cli.common import CaFile, Insecure, Json, here, print_result, unpushed
-from lattice_remote.client.config import UNPUSHED_FILE, Remote, check_command, parse_url, write_remote
+from lattice_remote.client.cli.common import (
+    CaFile,
+    Insecure,
+    Json,
+    fields_of,
+    here,
+    lattice_directory,
+    print_result,
+    unpushed,
+)
+from lattice_remote.client.config import (
+    REMOTE_FILE,
+    UNPUSHED_FILE,
+    Remote,
+    check_command,
+    check_name,
+    is_cache,
+    parse_url,
+    read_remote,
+    write_remote,
+)
 
 __all__ = ["app"]
 
 app = typer.Typer()
+
+
+@app.command(name="list")
+def list_remotes(as_json: Json = False) -> None:
+    """List the project's remote, with its URL.
+
+    Example: lattice remote list --json
+    """
+    directory = lattice_directory()
+    waiting = unpushed()
+    found = waiting[1] if waiting else read_remote(directory) if directory and is_cache(directory) else None
+    if as_json:
+        print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
+    elif found is not None:
+        typer.echo(f"{found.name}\t{found.place}")
+
+
+@app.command(name="get-url")
+def get_url(name: Annotated[str, typer.Argument(help="The remote's name.")] = "", as_json: Json = False) -> None:
+    """Print the remote's URL, as clone accepts it.
+
+    Example: lattice remote get-url origin
+    """
+    _, found = unpushed(name) or here(name)
+    if as_json:
+        print_result(fields_of(found))
+    else:
+        typer.echo(found.place)
+
+
+@app.command()
+def rename(
+    old: Annotated[str, typer.Argument(help="The remote's name.")],
+    new: Annotated[str, typer.Argument(help="Its new name.")],
+) -> None:
+    """Rename the remote. Its URL, its project and the cache stay.
+
+    Example: lattice remote rename origin team
+    """
+    waiting = unpushed(old)
+    directory, found = waiting or here(old)
+    remote = dataclasses.replace(found, name=check_name(new))
+    write_remote(directory, remote, UNPUSHED_FILE if waiting else REMOTE_FILE)
+    typer.echo(f"{old} is now called {new}.")
 
 
 @app.command(name="set-url")

@@ -24,6 +24,7 @@ __all__ = ["app"]
 app = typer.Typer()
 
 
+@app.command(name="rm", hidden=True, help="As remove. Example: lattice remote rm origin")
 @app.command()
 def remove(
     name: str,

@@ -14,6 +14,7 @@ from lattice_remote.client.agent import audit_log
 from lattice_remote.client.agent_client import agent_enabled, ask_agent, ask_running_agent, describe_age
 from lattice_remote.client.cli.common import (
     Json,
+    Name,
     ask,
     count,
     here,
@@ -23,9 +24,9 @@ from lattice_remote.client.cli.common import (
     show_unpushed,
     unpushed,
 )
-from lattice_remote.client.config import read_settings
+from lattice_remote.client.config import Remote, read_settings
 from lattice_remote.client.launcher.install import stop_warm
-from lattice_remote.errors import ConnectionFailed, Misuse, StorageError, one_line
+from lattice_remote.errors import REFUSALS, ConnectionFailed, Misuse, StorageError, one_line
 
 __all__ = ["agent_app", "app"]
 
@@ -38,10 +39,17 @@ _MIB = 1024 * 1024
 
 
 @app.command()
-def status(as_json: Json = False) -> None:
+def status(
+    exit_code: Annotated[
+        bool, typer.Option("--exit-code", help="Exit with 1 unless the cache is current and nothing is pending.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show the state of the connection and the cache.
 
-    Example: lattice remote status --json
+    Exits with 1 if the server refuses this cache or user.
+
+    Example: lattice remote status --exit-code
     """
     if (waiting := unpushed()) is not None:
         show_unpushed(waiting[1], as_json=as_json)
@@ -54,7 +62,14 @@ def status(as_json: Json = False) -> None:
         answer["agent"] = {"error": silent.message}
     if as_json:
         print_result(answer)
-        return
+    else:
+        _show_status(found, answer)
+    pending = any(answer[what] for what in ("unsent_edits", "withheld_edits", "conflicts", "rescued"))
+    if (not answer["connected"] and answer["code"] in REFUSALS) or (exit_code and (pending or not answer["current"])):
+        raise typer.Exit(1)
+
+
+def _show_status(found: Remote, answer: dict[str, Any]) -> None:
     versions = answer["versions"]
     rows = [
         ("remote", f"{found.name} {found.url} project {found.project}"),
@@ -174,13 +189,14 @@ def _versions(found: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(found.items()))
 
 
+@app.command(name="update", hidden=True, help="As pull. Example: lattice remote update origin")
 @app.command()
-def pull(as_json: Json = False) -> None:
+def pull(name: Name = "", as_json: Json = False) -> None:
     """Bring the cache up to date now.
 
     Example: lattice remote pull
     """
-    directory, _ = here()
+    directory, _ = here(name)
     with progress("fetching") as show:
         answer = ask("pull", directory, show)
     if as_json:
@@ -305,8 +321,9 @@ def fetch(
 
     Example: lattice remote fetch LAT-42
     """
-    directory, _ = here()
-    paths = None if not what else sorted({path for name in what for path in _paths_of(directory, name)})
+    directory, found = here()
+    named = [name for name in what or [] if name != found.name]  # as git names the remote first
+    paths = None if not named else sorted({path for name in named for path in _paths_of(directory, name)})
     with progress("fetching") as show:
         answer = ask("fetch", directory, show, paths=paths)
     if as_json:
@@ -317,7 +334,7 @@ def fetch(
     if answer["fetched"]:
         typer.echo(f"Fetched {count(len(answer['fetched']), 'file')}, {answer['bytes'] / _MIB:.1f} MiB.")
     else:
-        typer.echo("Nothing to fetch: it is here." if what else "Nothing to fetch: everything is here.")
+        typer.echo("Nothing to fetch: it is here." if named else "Nothing to fetch: everything is here.")
 
 
 def _paths_of(directory: str, name: str) -> Iterator[str]:

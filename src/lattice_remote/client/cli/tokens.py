@@ -2,19 +2,21 @@
 
 import asyncio
 import getpass
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lattice_remote.client import credentials, trusted_servers
-from lattice_remote.client.cli.common import CaFile, Insecure, Url, count, here, notify
+from lattice_remote.client.cli.common import CaFile, Insecure, Json, Url, count, here, notify, print_result
 from lattice_remote.client.cli.push import connected
 from lattice_remote.client.config import Remote, parse_url
+from lattice_remote.client.connection.dial import fetch_projects
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import ConnectionFailed, one_line
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, one_line
 
-__all__ = ["app", "ask_for_token"]
+__all__ = ["app", "ask_for_token", "listed_projects"]
 
 app = typer.Typer()
 
@@ -31,7 +33,7 @@ def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> 
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
     trusted_servers.admit(server_url, server)
     token = ask_for_token(server_url)
-    checked = asyncio.run(_check(server, slug, token)) if slug else "not checked: no project given"
+    checked = asyncio.run(_check(server, slug, token)) if slug else _check_server(server, token)
     trusted_servers.record(server)
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = f"{server_url}/{slug}" if slug else server_url
@@ -50,6 +52,52 @@ async def _check(server: Server, project: str, token: str) -> str:
             return f"accepted, acting as {welcome.actor}"
     except ConnectionFailed:
         return "not checked: cannot reach the server"
+
+
+def _check_server(server: Server, token: str) -> str:
+    """Check a token without a project. Raises Rejected if the server refuses it, or must not receive it."""
+    try:
+        slugs = [str(project["slug"]) for project in fetch_projects(server.url, token, server)]
+    except ConnectionFailed as error:
+        return f"not checked: {error.message}"
+    if not slugs:
+        return "accepted, for no project"
+    try:
+        return f"{asyncio.run(_check(server, slugs[0], token))}; for {', '.join(slugs)}"
+    except Rejected as error:
+        return f"accepted, for {', '.join(slugs)}; {error.message}"
+
+
+@app.command()
+def projects(url: Url = "", as_json: Json = False) -> None:
+    """List the projects that your token may use.
+
+    Example: lattice remote projects https://board.example.org
+    """
+    server_url, slug = _server_and_slug(url)
+    found = listed_projects(server_url, slug)
+    if as_json:
+        print_result({"url": server_url, "projects": found})
+        return
+    for project in found:
+        typer.echo(f"{project['slug']}\t{one_line(str(project.get('name') or ''))}".rstrip())
+    if not found:
+        notify(f"the token is for no project of {server_url}")
+
+
+def listed_projects(url: str, slug: str | None = None) -> list[dict[str, Any]]:
+    """Return the projects of a server that this user's token may use.
+
+    Raises:
+        Misuse: there is no token.
+        RemoteError: as ``fetch_projects``.
+    """
+    known = credentials.projects(url)
+    token = credentials.from_environment() or credentials.stored(url, slug or (known[0] if known else ""))
+    if token is None:
+        raise Misuse(f"no token for {url}; log in with: lattice remote login {url}", code="REMOTE_UNAUTHORIZED")
+    named = trusted_servers.from_environment(os.environ.get("LATTICE_REMOTE_URL"))
+    return fetch_projects(url, token, named)
 
 
 @app.command()

@@ -25,7 +25,6 @@ from lattice_remote.client.config import Remote
 from lattice_remote.client.connection.dial import (
     MAX_RESETS,
     MIN_UPTIME_S,
-    REFUSALS,
     RESET_WINDOW_S,
     Backoff,
     RetryLater,
@@ -33,7 +32,15 @@ from lattice_remote.client.connection.dial import (
     open_socket,
 )
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import ConnectionFailed, ProtocolError, Rejected, RemoteError, StorageError, one_line
+from lattice_remote.errors import (
+    REFUSALS,
+    ConnectionFailed,
+    ProtocolError,
+    Rejected,
+    RemoteError,
+    StorageError,
+    one_line,
+)
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES, decode_server_frame, encode
 from lattice_remote.protocol.messages import (
     Bye,

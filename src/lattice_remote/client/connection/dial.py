@@ -11,9 +11,23 @@ import random
 import re
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from urllib.request import getproxies, proxy_bypass
+from email.message import Message
+from http import HTTPStatus
+from http.client import HTTPException
+from typing import Any
+from urllib.request import (
+    BaseHandler,
+    HTTPHandler,
+    HTTPSHandler,
+    OpenerDirector,
+    ProxyHandler,
+    Request,
+    UnknownHandler,
+    getproxies,
+    proxy_bypass,
+)
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI, ProxyError
@@ -24,7 +38,16 @@ from websockets.uri import parse_uri
 from lattice_remote.client.config import Remote
 from lattice_remote.client.credentials import check_token
 from lattice_remote.client.trusted_servers import Server, admit, is_loopback
-from lattice_remote.errors import CODES, ConnectionFailed, Misuse, ProtocolError, Rejected, RemoteError, one_line
+from lattice_remote.errors import (
+    CODES,
+    REFUSALS,
+    ConnectionFailed,
+    Misuse,
+    ProtocolError,
+    Rejected,
+    RemoteError,
+    one_line,
+)
 from lattice_remote.protocol.codec import MAX_FRAME_BYTES
 from lattice_remote.protocol.messages import SUBPROTOCOL
 
@@ -33,26 +56,19 @@ __all__ = [
     "MAX_DELAY_S",
     "MAX_RESETS",
     "MIN_UPTIME_S",
-    "REFUSALS",
     "RESET_WINDOW_S",
     "Backoff",
     "RetryLater",
     "error_of",
+    "fetch_projects",
     "open_socket",
 ]
 
 OPEN_TIMEOUT_S = 10.0
+_MAX_LIST_BYTES = 4 * 1024 * 1024
 _PROBE_TIMEOUT_S = 2.0
 _MAX_QUEUED_FRAMES = 4
 """Received frames, each up to the protocol's limit, that may wait in the library besides our own queue."""
-REFUSALS = {
-    "REMOTE_UNAUTHORIZED",
-    "REMOTE_UNTRUSTED",
-    "REMOTE_FORBIDDEN",
-    "REMOTE_NOT_FOUND",
-    "REMOTE_VERSION",
-}
-"""Codes after which a retry is pointless until something changes."""
 _COME_BACK = {429, 503}
 _NOBODY_BEHIND = {502, 504}
 """Statuses of a proxy that cannot reach the server."""
@@ -121,7 +137,8 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
             close_timeout=1,
         )
     except InvalidStatus as refusal:
-        raise _refused(refusal, remote) from refusal
+        response = refusal.response
+        raise _refusal(response.status_code, response.headers, bytes(response.body or b""), remote) from refusal
     except TimeoutError as error:
         raise ConnectionFailed("timed out") from error
     except ssl.SSLCertVerificationError as error:
@@ -143,6 +160,47 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
             f"it speaks TLS there: its URL is https{remote.url.removeprefix('http')}; a remote that exists is changed "
             "with: lattice remote set-url"
         ) from error
+
+
+def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str, Any]]:
+    """Return the projects of a server that a token may use, each with ``slug``, ``name`` and more. Blocks.
+
+    A redirect is not followed: the token stays with the named server.
+
+    Raises:
+        Rejected, RetryLater, ConnectionFailed, StorageError: as ``open_socket``.
+    """
+    remote = Remote("origin", url, "")
+    server = admit(url, named)
+    proxy, via = _proxy(remote)
+    if proxy is not None and not proxy.startswith("http"):
+        raise ConnectionFailed(f"{via}only connections to a project use SOCKS")
+    handlers: list[BaseHandler] = [ProxyHandler({} if proxy is None else {"http": proxy, "https": proxy})]
+    if url.startswith("https:"):
+        handlers.append(HTTPSHandler(context=_tls(server.ca_file)))
+    opener = OpenerDirector()
+    for handler in (*handlers, HTTPHandler(), UnknownHandler()):
+        opener.add_handler(handler)
+    request = Request(f"{url}/projects", headers={"Authorization": f"Bearer {check_token(token)}"})  # noqa: S310 - parsed
+    try:
+        with opener.open(request, timeout=OPEN_TIMEOUT_S) as answer:
+            status, headers, body = answer.status, answer.headers, answer.read(_MAX_LIST_BYTES)
+    except TimeoutError as error:
+        raise ConnectionFailed("timed out") from error
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise _unverified(reason, remote) from error
+        raise ConnectionFailed(via + (_describe(reason) if isinstance(reason, OSError) else str(reason))) from error
+    except (HTTPException, ValueError) as error:
+        raise ConnectionFailed("it is not a lattice-remote server") from error
+    if status != HTTPStatus.OK:
+        raise _refusal(status, headers, body, remote)
+    try:
+        found = json.loads(body)["data"]
+        return [{**project, "slug": str(project["slug"])} for project in found]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise _foreign(status, None, remote, None) from None
 
 
 # --- proxies ---
@@ -235,13 +293,12 @@ async def _speaks_tls(remote: Remote) -> bool:
 # --- refusals ---
 
 
-def _refused(refusal: InvalidStatus, remote: Remote) -> RemoteError:
-    """Return the error for an HTTP response that refuses the upgrade."""
-    response = refusal.response
-    retry_after_s = _seconds(response.headers.get("Retry-After"))
-    said = _own_words(bytes(response.body or b""))
+def _refusal(status: int, headers: Mapping[str, str] | Message, body: bytes, remote: Remote) -> RemoteError:
+    """Return the error for an HTTP response that refuses a request or an upgrade."""
+    retry_after_s = _seconds(headers.get("Retry-After"))
+    said = _own_words(body)
     if said is None:
-        return _foreign(response.status_code, response.headers.get("Location"), remote, retry_after_s)
+        return _foreign(status, headers.get("Location"), remote, retry_after_s)
     code, message = said
     return error_of(code, f"{remote.url}: {message}", remote, retry_after_s)
 
