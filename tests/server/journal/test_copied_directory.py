@@ -12,6 +12,8 @@ from random_commands import command_lines
 from worker_process import ANA, WorkerProcess, make_project, tree_of
 
 from lattice_remote.protocol.messages import Attachment
+from lattice_remote.server.ipc import NewEpoch, Ready
+from lattice_remote.server.journal.segment import list_beside, segment_paths
 from lattice_remote.server.tree.tree import INLINE_BYTES
 
 
@@ -104,6 +106,52 @@ def test_a_large_file_that_was_not_caught_brings_the_copy_to_the_change_before_i
     with WorkerProcess(copied) as worker:
         assert tree_of(copied / ".lattice") == before, worker.ready.notes
         assert "No issues found" in worker.ok("doctor")
+
+
+def test_without_a_list_of_files_no_change_is_taken_back(tmp_path: Path) -> None:
+    """The files of an earlier number are not known, so what the copy lacks is named and the rest is the newest."""
+    project = make_project(tmp_path / "web")
+    lattice, copied = project / ".lattice", tmp_path / "copied" / "web"
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "x", *ANA)
+        for path in files_in_order(lattice):
+            copy_file(path, project, copied)
+        large = Attachment(2, "large.bin", random.Random(1).randbytes(INLINE_BYTES + 1))
+        worker.ok("attach", "LAT-1", "large.bin", *ANA, files=[large])
+        worker.ok("comment", "LAT-1", "after", *ANA)
+        after = tree_of(lattice)
+        for path in files_in_order(project / "journal"):
+            copy_file(path, project, copied)
+        worker.kill()
+    for _ in range(2):  # the list of files becomes newer than the copied journal
+        with WorkerProcess(project) as worker:
+            worker.ok("comment", "LAT-1", "long after", *ANA)
+            worker.kill()
+    copy_file(project / "journal/manifest", project, copied)
+    for segment in segment_paths(copied / "journal"):
+        list_beside(segment).unlink()
+    with WorkerProcess(copied) as worker:
+        (payload,) = (path for path in after if path.startswith("artifacts/payload/"))
+        assert {**tree_of(copied / ".lattice"), payload: b""} == {**after, payload: b""}
+        assert f"{payload}: could not be restored" in worker.ready.notes
+
+
+def test_a_list_of_files_of_an_earlier_epoch_is_not_used(tmp_path: Path) -> None:
+    """It stays beside its segment, and its number says nothing of the journal's last epoch."""
+    project, copied = make_project(tmp_path / "web"), tmp_path / "copied" / "web"
+    with WorkerProcess(project) as worker:
+        worker.ok("create", "of the first epoch", *ANA)
+        worker.send(NewEpoch("a client is ahead"))
+        assert isinstance(worker.receive(), Ready)
+        worker.ok("comment", "LAT-1", "of the second epoch", *ANA)
+        worker.stop()
+    with WorkerProcess(project) as worker:  # the list of files is of its start
+        worker.ok("comment", "LAT-1", "the last", *ANA)
+        for path in files_in_order(project):
+            copy_file(path, project, copied)
+        worker.kill()
+    with WorkerProcess(copied) as worker:
+        assert tree_of(copied / ".lattice") == tree_of(project / ".lattice"), worker.ready.notes
 
 
 def test_what_was_edited_in_a_copy_is_left_alone(tmp_path: Path) -> None:
