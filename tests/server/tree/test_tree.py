@@ -304,10 +304,10 @@ def test_no_patch_where_json_is_nested_too_deep_to_compare() -> None:
 def test_a_file_that_the_server_may_not_read_counts_as_none(tree: ProjectTree, monkeypatch: pytest.MonkeyPatch) -> None:
     real = open
 
-    def guarded(path: str, *args: str) -> object:
+    def guarded(path: str, *args: str, **options: int) -> object:
         if path.endswith("a.md"):
             raise PermissionError(13, "Permission denied", path)
-        return real(path, *args)
+        return real(path, *args, **options)  # type: ignore[call-overload]
 
     (tree.root / "plans/a.md").write_bytes(b"# Secret\n")
     with monkeypatch.context() as patch:

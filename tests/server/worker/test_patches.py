@@ -7,12 +7,23 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import filelock
 import pytest
+from click.testing import CliRunner
 from lattice.storage import fs, locks
 
 from lattice_remote.server.worker import patches
-from lattice_remote.server.worker.patches import Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
+from lattice_remote.server.worker.patches import (
+    Clock,
+    Disk,
+    Lock,
+    LockBusy,
+    LockTable,
+    Mover,
+    WriteSet,
+    parse_faster,
+)
 
 
 @pytest.fixture
@@ -31,6 +42,53 @@ def outcome_of(action: Callable[[], object]) -> object:
     except OSError as error:
         return type(error), error.errno
     return None
+
+
+# --- command lines ---
+
+
+def a_group() -> click.Group:
+    @click.group(invoke_without_command=True)
+    @click.version_option("1.0")
+    def group() -> None:
+        click.echo("group")
+
+    @group.command()
+    @click.argument("names", nargs=-1, required=True)
+    @click.option("--count", "-c", type=int, default=3, show_default=True)
+    @click.option("--tag", multiple=True)
+    @click.option("--loud/--quiet")
+    def greet(**values: object) -> None:
+        click.echo(repr(sorted(values.items())))
+
+    return group
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "greet a b -c 4 --tag x --tag=y --loud",
+        "greet --quiet -- --loud",
+        "greet a",
+        "greet",
+        "greet --help",
+        "greet a --cuont 4",
+        "greet a -c four",
+        "greet a --count",
+        "--help",
+        "--version",
+        "other",
+        "",
+    ],
+)
+def test_a_command_line_is_parsed_as_by_the_original(line: str) -> None:
+    patched = a_group()
+    for command in (patched, *patched.commands.values()):
+        parse_faster(command)
+    runner = CliRunner()
+    runner.invoke(patched, ["greet", "first", "--tag", "left over"])
+    results = [runner.invoke(group, line.split()) for group in (a_group(), patched, patched)]
+    assert len({(result.exit_code, result.output) for result in results}) == 1, results
 
 
 # --- locks ---
@@ -133,14 +191,54 @@ def test_a_transaction_takes_a_lock_once_and_keeps_it(tmp_path: Path, table: Loc
         lock.release()
     with pytest.raises(filelock.Timeout):
         filelock.FileLock(tmp_path / "tasks_x.lock", timeout=0).acquire()
-    before = len(os.listdir("/proc/self/fd"))
     table.release_all()
-    assert len(os.listdir("/proc/self/fd")) == before - 1
+    with filelock.FileLock(tmp_path / "tasks_x.lock", timeout=0):
+        pass
     table.begin(["locks/tasks_x"])
     with pytest.raises(LockBusy):
         lock.acquire()
     table.begin()
     lock.acquire()
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace_by_another(path: Path) -> None:
+    path.rename(path.with_name("old"))
+    path.touch()
+
+
+def replace_the_directory(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("old"))
+
+
+@pytest.mark.parametrize("change", [remove, replace_by_another, replace_the_directory])
+def test_a_lock_whose_file_was_replaced_is_taken_on_the_new_file(
+    tmp_path: Path, table: LockTable, change: Callable[[Path], None]
+) -> None:
+    """As by a restore of the directory while its files are open here."""
+    path = tmp_path / "locks/tasks_x.lock"
+    path.parent.mkdir()
+    table.acquire(path, 10)
+    table.release_all()
+    change(path)
+    table.acquire(path, 10)
+    with pytest.raises(filelock.Timeout):
+        filelock.FileLock(path, timeout=0).acquire()
+    table.release_all()
+    with filelock.FileLock(path, timeout=0), pytest.raises(LockBusy):
+        table.acquire(path, 10)
+    table.acquire(path, 10)
+
+
+def test_the_number_of_open_files_is_bounded(tmp_path: Path, table: LockTable) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(1000):
+        table.acquire(tmp_path / f"tasks_{number}.lock", 10)
+        table.release_all()
+    assert len(os.listdir("/proc/self/fd")) < before + 200
 
 
 # --- writes ---

@@ -17,7 +17,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol, runtime_checkable
@@ -210,14 +210,16 @@ class Capture:
         self._locks = self._tree + "locks/"
         self._undo = undo
         self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
-        self.before_change: Callable[[], None] | None = None
-        """Called before each change of the tree; it may change the tree itself, see ``WriteSet``."""
+        self.pending: Collection[str] = ()
+        """Files with writes that are not made yet; ``before_change`` makes them."""
+        self.before_change: Callable[[], None] = lambda: None
+        """Called before each other change of the tree while there are pending writes, see ``WriteSet``."""
         self._thread = 0
         self._touched = AccessLog()
         self._seen: set[str] = set()
         self._moved: dict[str, str] = {}
         self._roots = {self._tree[:-1], self._private[:-1]}
-        self._real_directories: set[str] = set()
+        self._real: set[str] = set()  # paths of the project that are no links, pipes or devices
         sys.addaudithook(self._hook)
 
     @contextmanager
@@ -226,7 +228,7 @@ class Capture:
         self._touched = AccessLog()
         self._seen.clear()
         self._moved.clear()
-        self._real_directories = set(self._roots)
+        self._real = set(self._roots)
         self._thread = threading.get_ident()
         try:
             yield self._touched
@@ -271,7 +273,7 @@ class Capture:
         handler = _HANDLERS.get(event)
         if handler is None:
             self._refuse(f"do what Python calls {event}")
-        if self.before_change is not None and self._is_change(event, args):
+        if self.pending and self._is_change(event, args):
             self.before_change()
         thread, self._thread = self._thread, 0  # the handlers open files themselves
         try:
@@ -319,19 +321,16 @@ class Capture:
 
     def _check_real(self, path: str) -> None:
         """Refuse a path in the project that leads through a symbolic link, or to a pipe or a device."""
-        if path in self._real_directories:
+        if path in self._real:
             return
-        self._check_real_directory(os.path.dirname(path))
+        self._check_real(path[: path.rindex("/")])
         mode = _mode(path)
         if stat.S_ISLNK(mode):
             self._refuse(f"follow a symbolic link at {self._name(path)}")
         if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would block the writer
-
-    def _check_real_directory(self, path: str) -> None:
-        if path not in self._real_directories:
-            self._check_real(path)
-            self._real_directories.add(path)
+        if mode:
+            self._real.add(path)
 
     def _name(self, path: str) -> str:
         return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be invalid Unicode
@@ -386,6 +385,7 @@ class Capture:
         if source is not None:
             self._no_directory(source)
             self._undo.keep_for_move(source)
+            self._real.discard(source)
         if target is not None:
             self._undo.keep_for_replace(target)
         if source is None or target is None:
@@ -411,6 +411,7 @@ class Capture:
         if path is not None:
             self._undo.keep_for_replace(path)
             self._touch(path)
+            self._real.discard(path)
 
     def _make_directory(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[2:])

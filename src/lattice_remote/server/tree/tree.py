@@ -405,9 +405,9 @@ class ProjectTree:
 
     def _read_growth(self, path: str, old: FileState, status: os.stat_result) -> _Content:
         """Read only the added bytes, where the earlier ones cannot have changed."""
-        with open(self._prefix + path, "rb") as file:
+        start = max(0, old.size - TAIL_BYTES)
+        with open(self._prefix + path, "rb", buffering=0) as file:
             hasher = self._hasher(path, old, file.fileno())
-            start = max(0, old.size - TAIL_BYTES)
             data = os.pread(file.fileno(), status.st_size - start, start)
         tail, grown = data[: old.size - start], data[old.size - start :]
         hasher.update(grown)
@@ -429,11 +429,11 @@ class ProjectTree:
 
     def _read_whole(self, path: str, old: FileState | None, status: os.stat_result) -> _Content:
         self._hashers.pop(path, None)
-        with open(self._prefix + path, "rb") as file:
+        with open(self._prefix + path, "rb", buffering=0) as file:
             if status.st_size > _IN_MEMORY_BYTES:
                 size, hasher = files.hash_descriptor(file.fileno())
                 return _Content(_state(status, size, hasher.digest()), None, None)
-            data = file.read()
+            data = file.readall()
         state = _state(status, len(data), digest_of(data))
         may_have_grown = old is not None and 0 < old.size < len(data) and not path.endswith(".json")
         if old is None or not may_have_grown or digest_of(data[: old.size]) != old.digest:

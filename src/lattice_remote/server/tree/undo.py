@@ -244,7 +244,7 @@ class UndoLog:
         return None
 
     def _keep_content(self, path: str, source: str, size: int, inode_after: int = 0) -> None:
-        with open(source, "rb") as file:
+        with open(source, "rb", buffering=0) as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             self._keep(_Content(path, file.read(size), mode, inode_after))
 

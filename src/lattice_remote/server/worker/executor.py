@@ -22,7 +22,17 @@ from lattice_remote.server.ipc import HookCall
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.flat_json import FlatJson
 from lattice_remote.server.worker.calls import CallResponse, CommandOutput
-from lattice_remote.server.worker.patches import LOCK_PREFIX, Clock, Disk, Lock, LockBusy, LockTable, Mover, WriteSet
+from lattice_remote.server.worker.patches import (
+    LOCK_PREFIX,
+    Clock,
+    Disk,
+    Lock,
+    LockBusy,
+    LockTable,
+    Mover,
+    WriteSet,
+    parse_faster,
+)
 
 __all__ = ["CommandOutcome", "Executor", "ResourceBusy"]
 
@@ -144,7 +154,6 @@ class Executor:
         if lazy:
             fs._fsync_directory = _skip_sync
         if capture is not None:
-            capture.before_change = self._writes.publish
             setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
             setattr(io, "open", self._writes.open)  # noqa: B010 - pathlib's way to every file
         setattr(locks, "FileLock", partial(Lock, self._locks.acquire))  # noqa: B010 - an imported name
@@ -265,11 +274,13 @@ class Executor:
 
     def _guard(self, group: click.Group, words: list[str]) -> None:
         """Make every command below ``group`` verify that it is the checked one."""
+        parse_faster(group)
         for word, command in group.commands.items():
             path = [*words, word]
             if isinstance(command, click.Group):
                 self._guard(command, path)
             else:
+                parse_faster(command)
                 setattr(command, "invoke", partial(self._invoke, " ".join(path), command.invoke))  # noqa: B010 - a method
 
     def _invoke(self, path: str, invoke: Callable[[click.Context], Any], context: click.Context) -> Any:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
+
+import click
 
 from lattice_remote.files import SAFE, write_all
 from lattice_remote.protocol.operations import digest_of
@@ -24,11 +26,12 @@ from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import EDITED_BY_HAND
 
-__all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet"]
+__all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet", "parse_faster"]
 
 LOCK_PREFIX = "locks/"
 """Prefix of lock names among resource names, which have no slash; for example ``locks/tasks_...``."""
 
+_MAX_OPEN_LOCKS = 128
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -78,6 +81,19 @@ class Mover:
         return getattr(shutil, name)
 
 
+def parse_faster(command: click.Command) -> None:
+    """Make a command build its parameters and its parser once. Click builds both several times for each line."""
+    context = click.Context(command, info_name=command.name, **command.context_settings)
+    parameters, parser = command.get_params(context), command.make_parser(context)
+
+    def make_parser(ctx: click.Context) -> Any:
+        parser.ctx = ctx
+        return parser
+
+    setattr(command, "get_params", lambda _: parameters)  # noqa: B010 - a method
+    setattr(command, "make_parser", make_parser)  # noqa: B010 - likewise
+
+
 # --- locks ---
 
 
@@ -94,11 +110,12 @@ class LockTable:
     """Lattice's locks held by the running transaction, from first use to ``release_all``.
 
     Plain ``lattice`` waits for them, so it never reads files that may still be rolled back. A lock held by another
-    process is not awaited here, since the worker serves other requests.
+    process is not awaited here, since the worker serves other requests. Files of recent locks stay open.
     """
 
     def __init__(self) -> None:
-        self._taken: dict[str, int] = {}
+        self._taken: dict[str, _LockFile] = {}
+        self._open: dict[str, _LockFile] = {}  # free ones, the newest last
         self._behind: Collection[str] = ()
 
     def begin(self, behind: Collection[str] = ()) -> None:
@@ -116,13 +133,37 @@ class LockTable:
         if name in self._taken:
             return
         key = path.name.removesuffix(".lock")
-        if LOCK_PREFIX + key in self._behind or (descriptor := _try_lock(name)) is None:
+        if LOCK_PREFIX + key in self._behind or (file := self._try_lock(name)) is None:
             raise LockBusy(key, timeout_s)
-        self._taken[name] = descriptor
+        self._taken[name] = file
+
+    def _try_lock(self, path: str) -> "_LockFile | None":
+        """Return the locked file; None if another process holds it."""
+        file = self._open.pop(path, None) or _open_lock(path)
+        while file is not None:
+            if not _lock(file.descriptor):
+                os.close(file.descriptor)
+                return None
+            if file.identity == _identity_at(path):
+                return file
+            os.close(file.descriptor)  # a lock on a removed file excludes no other process
+            file = _open_lock(path) if file.is_reused else None
+        return None
 
     def release_all(self) -> None:
         while self._taken:
-            os.close(self._taken.popitem()[1])
+            path, file = self._taken.popitem()
+            fcntl.flock(file.descriptor, fcntl.LOCK_UN)
+            self._open[path] = file._replace(is_reused=True)
+        while len(self._open) > _MAX_OPEN_LOCKS:
+            os.close(self._open.pop(next(iter(self._open))).descriptor)
+
+
+class _LockFile(NamedTuple):
+    descriptor: int
+    identity: tuple[int, int]
+    """Its device and inode."""
+    is_reused: bool = False
 
 
 class Lock:
@@ -142,8 +183,8 @@ class Lock:
         """Do nothing: the lock is held until the end of the transaction."""
 
 
-def _try_lock(path: str) -> int | None:
-    """Return a descriptor holding the lock; None if another process holds it.
+def _open_lock(path: str) -> _LockFile | None:
+    """Open a lock's file; return None if that would wait for a lease of another process.
 
     Flags and mode as in ``filelock``: symbolic links are not followed, leases are not awaited, and the umask decides
     whether the user's group may lock.
@@ -153,24 +194,34 @@ def _try_lock(path: str) -> int | None:
         descriptor = os.open(path, flags, 0o666)
     except BlockingIOError:
         return None
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # a project that comes from git or a zip file has no empty directory
+    except (FileNotFoundError, NotADirectoryError):
+        # A project that comes from git or a zip file has no empty directory.
         os.makedirs(os.path.dirname(path), exist_ok=True)
         descriptor = os.open(path, flags, 0o666)
+    return _LockFile(descriptor, _identity(os.fstat(descriptor)))
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file; return False if another process holds it. Closes the file on any other error."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_there = os.fstat(descriptor).st_nlink > 0  # a lock on a removed file excludes no other process
     except OSError as error:
-        os.close(descriptor)
         if error.errno in {errno.EACCES, errno.EAGAIN}:
-            return None
-        raise
-    if not is_there:
+            return False
         os.close(descriptor)
+        raise
+    return True
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _identity_at(path: str) -> tuple[int, int] | None:
+    try:
+        return _identity(os.lstat(path))
+    except OSError:
         return None
-    return descriptor
 
 
 # --- writes ---
@@ -196,6 +247,8 @@ class WriteSet:
         self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
         self._waiting: dict[str, str | list[str]] = {}  # by target: the file that replaces it, or the lines to append
+        if capture is not None:
+            capture.pending, capture.before_change = self._waiting, self.publish
 
     def forget(self) -> None:
         self._waiting.clear()
@@ -206,7 +259,8 @@ class WriteSet:
         Raises:
             OSError: the disk failed; the transaction must be rolled back.
         """
-        waiting, self._waiting = self._waiting, {}
+        waiting = self._waiting.copy()
+        self._waiting.clear()
         if self._capture is None:
             self._publish(waiting)
         elif waiting:

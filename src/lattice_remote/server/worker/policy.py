@@ -286,8 +286,8 @@ def _split_line(cli: click.Group, argv: list[str], files: Collection[str]) -> tu
     command: click.Command = cli
     words: list[str] = []
     while True:
-        context, parser = _parser_of(command)
-        parsed, rest, _ = parser.parse_args(list(argv))
+        context = _context_of(command)
+        parsed, rest, _ = command.make_parser(context).parse_args(list(argv))
         # A parameter that was not given is absent, or is one of Click's markers.
         values = {name: v for name, v in parsed.items() if isinstance(v, str | bool | int | float | tuple | list)}
         help_option = command.get_help_option(context)
@@ -365,9 +365,8 @@ def _command_at(cli: click.Group, path: str) -> click.Command | None:
 
 
 @cache
-def _parser_of(command: click.Command) -> tuple[click.Context, Any]:
-    context = click.Context(command, info_name=command.name, **command.context_settings)
-    return context, command.make_parser(context)
+def _context_of(command: click.Command) -> click.Context:
+    return click.Context(command, info_name=command.name, **command.context_settings)
 
 
 def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
