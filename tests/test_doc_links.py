@@ -61,13 +61,15 @@ def test_each_page_and_decision_named_in_code_exists() -> None:
 
 
 @pytest.mark.parametrize("record", sorted((ROOT / "docs" / "decisions").glob("0*.md")), ids=lambda path: path.stem)
-def test_a_decision_is_short_and_listed(record: Path) -> None:
+def test_a_decision_is_short_and_listed_under_a_number_of_its_own(record: Path) -> None:
     text = record.read_text()
     assert len(text.split()) <= 150
     assert text.startswith(f"# {int(record.name[:4])}. ")
     assert all(f"\n**{part}.** " in text for part in ("Context", "Decision", "Alternatives"))
     title = text.partition("\n")[0].partition(". ")[2]
-    assert f"- [{record.name[:4]}]({record.name}) {title}\n" in (record.parent / "README.md").read_text()
+    listed = " ".join((record.parent / "README.md").read_text().split())
+    assert f"- [{record.name[:4]}]({record.name}) {title}" in listed
+    assert len(list(record.parent.glob(f"{record.name[:4]}-*.md"))) == 1, "a number names one record"
 
 
 def test_each_file_and_constant_in_the_architecture_exists() -> None:
