@@ -209,9 +209,9 @@ async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
     lazy.close()
 
 
-def streams_of(running: Running) -> list[sse._Stream]:
+def streams_of(running: Running) -> list[sse.EventStream]:
     return [
-        end.__self__ for end in running.hub.auth._staying if isinstance(getattr(end, "__self__", None), sse._Stream)
+        end.__self__ for end in running.hub.auth._staying if isinstance(getattr(end, "__self__", None), sse.EventStream)
     ]
 
 

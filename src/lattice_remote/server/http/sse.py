@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from http import HTTPStatus
 from itertools import accumulate
-from typing import Protocol
 
 import msgspec
 from starlette.requests import Request
@@ -36,34 +35,6 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx passes each event on at once
     (b"connection", b"close"),  # data written past uvicorn's bookkeeping must be the last of its connection
 ]
-
-
-class Streamed(Protocol):
-    """Content of one stream, written through ``PlainHttp.stream``."""
-
-    async def run(self) -> None:
-        """Send until the stream is over."""
-
-    def end(self, bye: Bye) -> None:
-        """End the stream. Never waits."""
-
-
-class EventStream:
-    """ASGI response for a stream; it also ends with the visitor's token.
-
-    ``make`` is called with the connection and whether its body is chunked. An HTTP/1.0 body ends with the connection.
-    """
-
-    def __init__(self, visitor: RequestContext, make: Callable[[PlainHttp, bool], Streamed]) -> None:
-        self._visitor, self._make = visitor, make
-
-    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": list(_HEADERS)})
-        if scope["method"] != "HEAD":
-            streamed = self._make(scope["state"]["http"], scope["http_version"] != "1.0")
-            with self._visitor.hub.auth.staying(self._visitor.login, streamed.end):
-                await streamed.run()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 KEEP_ALIVE_S = 10.0
@@ -113,26 +84,13 @@ class EncodedChange:
         return self.chunk[begin + skipped : -2]
 
 
-class Listener(Protocol):
-    """One subscriber. No call waits or raises."""
-
-    def tell(self, change: EncodedChange) -> None:
-        """Send a change, unless it was sent before."""
-
-    def keep_alive(self, event: bytes) -> None:
-        """Send a comment."""
-
-    def end(self, bye: Bye) -> None:
-        """Send the reason and close."""
-
-
 class Feeds:
     """The feeds of a server, one per project with subscribers."""
 
     def __init__(self) -> None:
         self._feeds: dict[Project, Feed] = {}
 
-    def join(self, project: Project, listener: Listener) -> "Feed":
+    def join(self, project: Project, listener: "EventStream") -> "Feed":
         """Add a subscriber; return the project's feed. ``leave()`` it later."""
         feed = self._feeds.get(project)
         if feed is None or feed.is_over:
@@ -140,7 +98,7 @@ class Feeds:
         feed.listeners.add(listener)
         return feed
 
-    def leave(self, feed: "Feed", listener: Listener) -> None:
+    def leave(self, feed: "Feed", listener: "EventStream") -> None:
         """Remove a subscriber; close the feed with the last one."""
         feed.listeners.discard(listener)
         feed.live.discard(listener)
@@ -158,11 +116,11 @@ class Feed:
         self.epoch = project.history.epoch
         self.position = project.history.head
         """The last change sent to live subscribers."""
-        self.listeners: set[Listener] = set()
+        self.listeners: set[EventStream] = set()
         """All subscribers, including those that catch up."""
         self.is_over = False
         """Whether the feed has ended; later subscribers get another."""
-        self.live: set[Listener] = set()
+        self.live: set[EventStream] = set()
         """Subscribers that have every change up to ``position``."""
         self._encoded: OrderedDict[int, EncodedChange] = OrderedDict()
         self._encoded_bytes = 0
@@ -233,12 +191,12 @@ class Feed:
     async def _run(self) -> None:
         try:
             while True:
-                await self._tell_news()
+                await self._send_news()
                 await self._wait_for_news()
         except Exception as error:  # noqa: BLE001 - its listeners come back, and say where they were
             self.end(goodbye(self.project, error))
 
-    async def _tell_news(self) -> None:
+    async def _send_news(self) -> None:
         history = self.project.history
         while self.position < history.head:
             batch = await history.changes_after(self.position)
@@ -249,7 +207,7 @@ class Feed:
                 assert seq == self.position + 1, "numbers have no gap (I1)"
                 self.position = seq
                 for listener in tuple(self.live):
-                    listener.tell(change)
+                    listener.send_change(change)
 
     async def _wait_for_news(self) -> None:
         self._news.clear()
@@ -274,31 +232,29 @@ _HELD_S = 0.5
 """Time for which changes read for a stalled subscriber are held; then they are read again."""
 
 
-class _Stream:
-    """A client's subscription to a feed, after ``asked`` (None: the head); ``run()`` it once."""
+class EventStream:
+    """ASGI response with the changes after ``asked`` (None: the head); it also ends with the visitor's token."""
 
-    def __init__(
-        self,
-        http: PlainHttp,
-        visitor: RequestContext,
-        feeds: Feeds,
-        asked: EventId | None,
-        *,
-        is_chunked: bool,
-        is_brief: bool = False,
-    ) -> None:
-        self._http, self._asked, self._is_brief = http, asked, is_brief
-        self._is_chunked = is_chunked
-        self._project = visitor.project
-        self._feeds = feeds
+    def __init__(self, visitor: RequestContext, feeds: Feeds, asked: EventId | None, *, is_brief: bool) -> None:
+        self._visitor, self._project = visitor, visitor.project
+        self._feeds, self._asked, self._is_brief = feeds, asked, is_brief
         self._over = asyncio.Event()
-        token = visitor.login.token
-        name = f"{visitor.project.slug}: events for {token.actor} ({token.id})"
-        self._outbox = http.stream(name, self._over.set, max_bytes=_MAX_PENDING_BYTES)
         self._sent = 0  # the last change queued, whole or in part
         self._had = 0  # number of events of the next change that the client received on another connection
 
-    async def run(self) -> None:
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": list(_HEADERS)})
+        if scope["method"] != "HEAD":
+            self._http: PlainHttp = scope["state"]["http"]
+            self._is_chunked = scope["http_version"] != "1.0"  # an HTTP/1.0 body ends with the connection
+            token = self._visitor.login.token
+            name = f"{self._project.slug}: events for {token.actor} ({token.id})"
+            self._outbox = self._http.stream(name, self._over.set, max_bytes=_MAX_PENDING_BYTES)
+            with self._visitor.hub.auth.staying(self._visitor.login, self.end):
+                await self._run()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _run(self) -> None:
         """Send every change after the start until the stream is over."""
         try:
             begin = await self._find_start()
@@ -346,27 +302,27 @@ class _Stream:
         """Send the missed changes at the client's pace; go live in the tick that completes them."""
         try:
             while self._sent < self._feed.position:
-                await self._tell_batch()
+                await self._send_batch()
                 await self._outbox.room()
         except Exception as error:  # noqa: BLE001 - it comes back, and says where it was
             self.end(goodbye(self._project, error))
         else:
             self._feed.live.add(self)
 
-    async def _tell_batch(self) -> None:
+    async def _send_batch(self) -> None:
         """Send a batch of missed changes, no faster than the client takes them."""
         batch = await self._project.history.changes_after(self._sent)
         if not batch and self._sent < self._feed.position:
             self._reset("expired")  # expired during the catch-up
         with contextlib.suppress(TimeoutError):
             for seq, frame in batch:
-                self.tell(await self._feed.encoded(seq, frame))
+                self.send_change(await self._feed.encoded(seq, frame))
                 async with asyncio.timeout(_HELD_S):
                     await self._outbox.room()
 
     # --- subscriber of the feed ---
 
-    def tell(self, change: EncodedChange) -> None:
+    def send_change(self, change: EncodedChange) -> None:
         """Queue a change, or the part that the client lacks."""
         if change.seq <= self._sent:
             return
@@ -395,22 +351,13 @@ class _Stream:
 
 
 async def _events(request: Request) -> EventStream:
-    return await _stream(request)
+    visitor = await request_context(request)
+    return EventStream(visitor, request.app.state.feeds, _asked_position(request), is_brief=False)
 
 
 async def page_events(request: Request) -> EventStream:
     """Return a brief stream from the head: a page reads the board again after each change."""
-    return await _stream(request, is_brief=True)
-
-
-async def _stream(request: Request, *, is_brief: bool = False) -> EventStream:
-    feeds: Feeds = request.app.state.feeds
-    visitor = await request_context(request)
-    asked = None if is_brief else _asked_position(request)
-    return EventStream(
-        visitor,
-        lambda http, is_chunked: _Stream(http, visitor, feeds, asked, is_chunked=is_chunked, is_brief=is_brief),
-    )
+    return EventStream(await request_context(request), request.app.state.feeds, None, is_brief=True)
 
 
 def _asked_position(request: Request) -> EventId | None:
