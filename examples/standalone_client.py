@@ -58,7 +58,7 @@ class Smallest:
     def __init__(self, tree: MutableMapping[str, bytes]) -> None:
         self.tree = tree
         self.seq = 0
-        self.missing: dict[str, int] = {}  # path -> least number at which it must be read
+        self.missing: dict[str, int] = {}  # path -> the change since which its content is not known
         self.lost()
 
     def lost(self) -> None:
@@ -159,10 +159,14 @@ class Smallest:
         return [{"type": "fetch", "paths": paths}] if paths else []
 
     def on_part(self, frame: Frame) -> list[Frame]:  # 5.2
-        path = frame["path"]
-        if path not in self.requested or frame["seq"] < self.missing[path]:
-            return []  # the answer to an older Fetch
-        before = self.parts.get(path, b"") if frame["offset"] else b""
+        path, is_first = frame["path"], not frame["offset"]
+        if path not in self.requested or (not is_first and path not in self.parts):
+            return []  # the rest of an earlier transfer
+        if is_first and frame["seq"] > self.seq:
+            raise Violation(f"{path} is of {frame['seq']}, the changes came up to {self.seq}")
+        if is_first and frame["seq"] < self.seq:
+            return []
+        before = b"" if is_first else self.parts[path]
         data = before + frame["data"]
         fills = len(before) < len(data) <= frame["size"] or len(data) == frame["size"] == 0
         if not frame["gone"] and not (fills and len(before) == frame["offset"]):
@@ -206,8 +210,7 @@ class Client(Smallest):
 
     def lost(self) -> None:
         super().lost()
-        self.read_at: dict[str, int] = {}  # the numbers of files whose first piece has come
-        self.kept: dict[str, list[tuple[int, Frame]]] = {}  # later operations on these
+        self.kept: dict[str, list[tuple[int, Frame]]] = {}  # operations on files whose first piece has come
 
     # A stored position saves the comparison. It is stored after the files (S5).
 
@@ -261,23 +264,23 @@ class Client(Smallest):
                 self.want(drifted, seq)
             for each in {path, to}:
                 self.store(each, self.tree.get(each))
-        elif path in self.read_at and kind in {"append", "merge"}:
-            self.kept[path].append((seq, operation))
-        else:
+        elif path in self.parts and kind in {"append", "merge"}:
+            self.kept.setdefault(path, []).append((seq, operation))
+        elif path not in self.parts and kind == "announce":
+            self.missing[path] = seq
+        elif path in self.parts or kind == "move":
             super().apply(operation, seq)
 
     def have(self, path: str) -> None:
         super().have(path)
-        self.read_at.pop(path, None)
         self.kept.pop(path, None)
 
     def on_part(self, frame: Frame) -> list[Frame]:
-        path, seq = frame["path"], frame["seq"]
+        path = frame["path"]
         if self.is_edit(path):
             self.requested.discard(path)
-        if path in self.requested and seq >= self.missing[path] and not frame["offset"]:
-            self.read_at[path] = seq
-            self.kept[path] = [(number, operation) for number, operation in self.kept.get(path, []) if number > seq]
+        if not frame["offset"]:
+            self.kept.pop(path, None)
         kept = self.kept.get(path, [])
         super().on_part(frame)
         if path not in self.missing:

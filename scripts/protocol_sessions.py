@@ -436,11 +436,11 @@ def _transfers() -> list[Session]:
         .frames(part(EVENTS, log, 3, slice(9, None)))
         .equals({**rest, EVENTS: longer}),
         Session("parts: an append before the first piece", "5.1", **wanted)
-        .connect(welcome(3), change(4, append(EVENTS, log, LINE)), part(EVENTS, log, 3), part(EVENTS, longer, 4))
+        .connect(welcome(3), change(4, append(EVENTS, log, LINE)), part(EVENTS, longer, 4))
         .equals({**rest, EVENTS: longer}),
         Session("parts: a restarted file, without the pieces and operations before", "5.2", **wanted)
         .connect(welcome(3), part(EVENTS, log, 3, slice(0, 9)), change(4, append(EVENTS, log, LINE)))
-        .frames(change(5, append(EVENTS, longer, LINE)), part(EVENTS, longer, 4, slice(0, 30)))
+        .frames(part(EVENTS, longer, 4, slice(0, 30)), change(5, append(EVENTS, longer, LINE)))
         .frames(part(EVENTS, longer, 4, slice(30, None)))
         .equals({**rest, EVENTS: longest}),
         again.connect(welcome(3), wrong, part(EVENTS, log, 3)).equals({**rest, EVENTS: log}),
@@ -453,10 +453,17 @@ def _transfers() -> list[Session]:
         Session("parts: the file is gone", "5.2", **{**wanted, "before": {**rest, EVENTS: b"old"}})
         .connect(welcome(3), m.Part(EVENTS, 3, gone=True))
         .equals(rest),
-        Session("parts: announced again, the older content is ignored", "5.1, 5.2", position=at(3), before=rest)
+        Session("parts: announced again before the first piece", "5.1, 5.2", position=at(3), before=rest)
         .connect(welcome(3), change(4, announce(EVENTS, log)), change(5, announce(EVENTS, longer)))
-        .frames(part(EVENTS, log, 4), part(EVENTS, longer, 5))
+        .frames(part(EVENTS, longer, 5))
         .equals({**rest, EVENTS: longer}),
+        Session("parts: announced again between the pieces, the rest is ignored", "5.1, 5.2", **wanted)
+        .connect(welcome(3), part(EVENTS, log, 3, slice(0, 9)), change(4, announce(EVENTS, longer)))
+        .frames(part(EVENTS, log, 3, slice(9, None)), part(EVENTS, longer, 4))
+        .equals({**rest, EVENTS: longer}),
+        Session("parts: of a number that no change has reached", "3.3, 5.2", **wanted)
+        .connect(welcome(4))
+        .violation(part(EVENTS, log, 4)),
         Session("parts: the target of a move is missing instead", "5.1", **wanted)
         .connect(welcome(3), change(4, move(EVENTS, f"archive/{EVENTS}", log)), part(EVENTS, log, 3))
         .frames(part(f"archive/{EVENTS}", log, 4))

@@ -60,16 +60,16 @@ def test_a_large_content_is_not_waited_for(replica: Replica) -> None:
     assert applied(effects) == [PutFile("tasks/x.json", b"x")] and not fetched(effects)
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [AnnounceFile("events/x.jsonl", *ENTRY), AnnounceFile(BIG, LARGE_BYTES, ENTRY[1])],
-    ids=["a log", "a small content"],
-)
-def test_anything_else_is_applied_as_ever(replica: Replica, operation: AnnounceFile) -> None:
+def test_another_large_file_is_not_deferred(replica: Replica) -> None:
+    announced = AnnounceFile("events/x.jsonl", *ENTRY)
+    assert applied(change(replica, announced)) == [announced]
+    assert not replica.away
+
+
+def test_a_deferred_content_that_becomes_small_is_fetched(replica: Replica) -> None:
     change(replica, ANNOUNCED)
-    effects = change(replica, operation)
-    assert applied(effects) == [operation]
-    assert operation.path not in replica.away
+    assert fetched(change(replica, AnnounceFile(BIG, LARGE_BYTES, ENTRY[1]))) == [BIG]
+    assert not replica.away
 
 
 @pytest.mark.parametrize("operation", [PutFile(BIG, b"x"), DeleteFile(BIG), MoveFile("ids.json", BIG, bytes(32))])

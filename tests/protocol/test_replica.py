@@ -645,34 +645,12 @@ def test_files_are_asked_for_in_batches_while_the_last_one_arrives() -> None:
     assert replica.is_current
 
 
-def test_operation_on_a_file_that_was_read_later_is_skipped() -> None:
-    replica = following(1, head=9, wanted=("a", "b"))
-    replica.receive(part("a", 5, b"as of 5"))
-    move = MoveFile("a", to="c", digest=digest_of(b""))
-    effects = replica.receive(change(2, PutFile("a", b"older"), move))
-    assert effects[0] == ApplyChange(change(2, PutFile("a", b"older"), move), ())
-    assert Fetch(["c"]) in sent(effects)
-
-
-def test_file_that_was_read_later_stays_unknown_until_its_number_is_reached() -> None:
-    replica = following(1, head=3, wanted=("a",))
-    assert sent(replica.receive(part("a", 3))) == []
-    assert replica.wanted == {"a": 3}
-    assert sent(replica.receive(change(2))) == []
-    assert replica.wanted == {"a": 3}
-    replica.receive(change(3))
-    assert replica.wanted == {}
-    assert replica.is_current
-
-
-def test_file_that_was_read_later_is_fetched_again_after_a_cut() -> None:
-    replica = following(1, head=3, wanted=("a",))
-    replica.receive(part("a", 3))
-    replica.disconnected()
-    replica.hello(client_version="0", lattice_version="0")
-    assert sent(replica.receive(welcome(head=1))) == [Fetch(["a"])]
-    replica.receive(part("a", 1))
-    assert replica.is_current
+def test_a_file_that_is_ahead_of_the_changes_is_a_violation() -> None:
+    replica = following(1, head=9, wanted=("a",))
+    for ahead in (part("a", 5, b"as of 5"), Part("a", 2, gone=True)):
+        with pytest.raises(ProtocolError, match="changes came up to 1"):
+            replica.receive(ahead)
+    assert replica.wanted == {"a": 1}
 
 
 def test_moving_a_file_that_is_on_its_way_fetches_it_at_its_new_place() -> None:
@@ -691,11 +669,22 @@ def test_whole_file_in_a_change_need_not_be_fetched_any_more() -> None:
         assert replica.receive(part("a", 2)) == []
 
 
-def test_file_that_is_announced_while_it_is_on_its_way_must_be_as_announced() -> None:
+def test_a_file_that_is_announced_before_its_first_piece_comes_as_announced() -> None:
     replica = following(1, wanted=("a",))
-    assert sent(replica.receive(change(2, announce("a", b"new")))) == [Fetch(["a"])]
-    assert replica.receive(part("a", 1, b"old")) == []
+    assert sent(replica.receive(change(2, announce("a", b"new")))) == []
+    assert replica.wanted == {"a": 2}
     assert replica.receive(part("a", 2, b"new"))[0] == WritePart(part("a", 2, b"new"))
+    assert replica.is_current
+
+
+def test_a_file_that_is_announced_between_its_pieces_is_fetched_again() -> None:
+    replica = following(1, wanted=("a",))
+    first, last = pieces("a", 1, b"o", b"ld")
+    replica.receive(first)
+    assert sent(replica.receive(change(2, announce("a", b"new")))) == [Fetch(["a"])]
+    assert replica.receive(last) == [], "the rest of the earlier transfer"
+    assert replica.receive(part("a", 2, b"new"))[0] == WritePart(part("a", 2, b"new"))
+    assert replica.is_current
 
 
 def test_file_that_somebody_begins_to_edit_while_it_is_on_its_way_is_left_alone() -> None:
@@ -730,46 +719,70 @@ def test_what_is_added_to_a_file_while_its_pieces_come_is_applied_after_the_last
     assert replica.is_current
 
 
-def test_a_file_whose_pieces_come_anew_has_what_was_added_before_them() -> None:
+def test_a_file_whose_pieces_begin_again_includes_what_was_added_before_them() -> None:
     replica = following(1, head=1, wanted=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
-    grown = append_to("a", b"one\ntwo\n", b"three\n")
-    replica.receive(change(2, grown))
-    replica.receive(change(3, later := append_to("a", b"one\ntwo\nthree\n", b"four\n")))
+    replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
     first, last = pieces("a", 2, b"one\ntwo\n", b"three\n")
     replica.receive(first)
-    assert replica.receive(last)[1] == ApplyChange(change(3, later), (later,))
+    replica.receive(change(3, later := append_to("a", b"one\ntwo\nthree\n", b"four\n")))
+    assert replica.receive(last)[:2] == [WritePart(last), ApplyChange(change(3, later), (later,))]
+
+
+def test_what_is_added_before_the_first_piece_is_in_it() -> None:
+    replica = following(1, wanted=("a",))
+    assert replica.receive(change(2, grown := append_to("a", b"x", b"y"))) == [
+        ApplyChange(change(2, grown), ()),
+        Save(),
+    ]
+    assert replica.receive(part("a", 2, b"xy"))[0] == WritePart(part("a", 2, b"xy"))
+    assert replica.is_current
+
+
+def test_parts_during_a_manifest_are_requested_again_after_it() -> None:
+    replica = following(1, wanted=("a", "b"))
+    replica.compare(repair=False)
+    assert replica.receive(part("b", 1))[0] == WritePart(part("b", 1)), "it has not begun yet"
+    assert replica.receive(Entries(1, b"m1", [LISTED], last=False)) == []
+    assert replica.receive(change(2)) == [] and replica.receive(part("a", 2)) == []
+    replica.receive(Entries(1, b"m1", [], last=True))
+    assert sent(replica.verified()) == [Fetch(["a"])]
+    assert replica.receive(part("a", 2))[0] == WritePart(part("a", 2))
+    assert replica.is_current
 
 
 def test_more_than_can_be_kept_has_the_file_come_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfers, "_MAX_KEPT_BYTES", 10)
     replica = following(1, head=1, wanted=("a",))
     replica.receive(pieces("a", 1, b"one\n", b"two\n")[0])
-    replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
-    effects = replica.receive(change(3, append_to("a", b"one\ntwo\nthree\n", b"four\n")))
+    effects = replica.receive(change(2, append_to("a", b"one\ntwo\n", b"three\n")))
     assert sent(effects) == [Fetch(["a"])]
-    assert replica.wanted == {"a": 3}
+    assert sent(replica.receive(change(3, append_to("a", b"one\ntwo\nthree\n", b"four\n")))) == []
+    assert replica.wanted == {"a": 2}
     replica.receive(part("a", 3, b"one\ntwo\nthree\nfour\n"))
     assert replica.is_current
 
 
 def test_rest_of_an_answer_to_an_older_request_is_ignored() -> None:
     replica = following(1, wanted=("a",))
-    replica.receive(change(2, append_to("a", b"", b"y")))
-    assert replica.receive(Part("a", 1, 2, b"", 1, b"x")) == []
-    assert replica.wanted == {"a": 2}
+    first, last = pieces("a", 1, b"x", b"y")
+    replica.receive(first)
+    replica.drifted(["a"])
+    assert replica.receive(last) == []
+    assert replica.wanted == {"a": 1}
 
 
 def test_copy_that_another_process_brought_on_goes_on_from_there() -> None:
     replica = following(1, head=5, wanted=("a", "b", "d"))
-    replica.receive(part("a", 5, b"ahead"))
+    replica.receive(pieces("a", 1, b"o", b"ld")[0])
     replica.receive(reply(4))
     replica.hold("c")
     effects = replica.fast_forward(Position("e", 4, b"m4"), ["a", "d"])
     assert (sent(effects), answers(effects)) == ([Fetch(["a", "d"])], [])
     assert replica.held == set()
     assert replica.receive(change(4)) == []
-    assert replica.receive(part("b", 5)) == []
+    assert replica.receive(part("b", 4)) == []
+    assert replica.receive(part("d", 3)) == [], "older than the files"
     assert replica.receive(change(5, PutFile("a", b"x")))[0] == ApplyChange(
         change(5, PutFile("a", b"x")), (PutFile("a", b"x"),)
     )

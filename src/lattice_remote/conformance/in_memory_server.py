@@ -98,7 +98,8 @@ class Connection:
         self.to_client: deque[bytes] = deque()
         self.to_server: deque[bytes] = deque()
         self.cursor: int | None = None  # number of the last change sent; None before the greeting
-        self.pending: deque[ServerFrame] = deque()  # pieces of files and manifests, sent one at a time
+        self.pending: deque[ServerFrame | str] = deque()
+        """Pieces of files and manifests, sent one at a time, and paths whose files are read when their turn comes."""
 
     def send(self, frame: ServerFrame) -> None:
         self.to_client.append(encode(frame))
@@ -183,8 +184,8 @@ class InMemoryServer:
             case Manifest():
                 self._list(connection)
             case Fetch(paths):
-                for path in paths:
-                    connection.pending.extend(self._parts(path))
+                waiting = {item for item in connection.pending if isinstance(item, str)}
+                connection.pending.extend(path for path in paths if path not in waiting)
             case frame:
                 raise AssertionError(f"a replica never sends {frame}")
 
@@ -224,13 +225,14 @@ class InMemoryServer:
         connection.send(frames[0])
         connection.pending.extend(frames[1:])
 
-    def _parts(self, path: str) -> Iterator[Part]:
-        data = self.files.get(path)
+    def _parts(self, path: str, seq: int) -> Iterator[Part]:
+        """Return the pieces of a file as of the last change sent."""
+        data = self.history[seq].files.get(path)
         if data is None:
-            yield Part(path, self.head, gone=True)
+            yield Part(path, seq, gone=True)
             return
         for offset in range(0, max(1, len(data)), self.piece):
-            yield Part(path, self.head, len(data), digest_of(data), offset, data[offset : offset + self.piece])
+            yield Part(path, seq, len(data), digest_of(data), offset, data[offset : offset + self.piece])
 
     def _replay_one(self, connection: Connection) -> bool:
         if connection.cursor is None or connection.cursor >= self.head:
@@ -253,6 +255,10 @@ class InMemoryServer:
         if isinstance(frame, Reply) and connection.cursor is not None and connection.cursor < frame.seq:
             return self._replay_one(connection)
         connection.pending.popleft()
+        if isinstance(frame, str):
+            assert connection.cursor is not None, "files are sent after the greeting"
+            frame, *rest = self._parts(frame, connection.cursor)
+            connection.pending.extendleft(reversed(rest))
         connection.send(frame)
         return True
 

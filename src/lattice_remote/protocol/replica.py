@@ -95,11 +95,7 @@ class Replica:
         self.position = position
         """Position of the cache: the files hold every change up to here, except for those in ``wanted``."""
         self.wanted: dict[str, int] = dict.fromkeys(wanted, position.seq)
-        """Paths that ``position`` does not cover yet, with the least sequence number at which they must be read.
-
-        A file that was read ahead of ``position`` stays until the changes up to there arrive: if the server loses them
-        (I7), the file is fetched again.
-        """
+        """Paths that ``position`` does not cover yet, with the number of the change since which they are missing."""
         self.away: dict[str, Content | None] = dict(away or {})
         """Deferred contents of artifacts, with size and digest at ``position``; None: known to the server only.
 
@@ -119,9 +115,6 @@ class Replica:
         self._follow = follow
         self._requested: set[str] = set()
         self._arriving = Arriving()
-        self._floors: dict[
-            str, int
-        ] = {}  # path -> sequence number at which its content was read, while that is ahead of the position
         self._comparison: ManifestComparison | None = None
         self._answers: list[Result] = []
 
@@ -200,8 +193,6 @@ class Replica:
         self.welcome = frame
         self.head = frame.head
         self.state = State.FOLLOWING
-        self._floors.clear()
-        # Their old numbers may be in a future that the server has lost; the content read now is sufficient.
         self.wanted = dict.fromkeys(self.wanted, self.position.seq)
         if not self._follow or not frame.resync:
             return self._requests()
@@ -232,17 +223,11 @@ class Replica:
         """Advance by one change. ``position`` already includes it, so no ``Save`` may precede the returned effects."""
         operations = tuple(op for given in change.ops for op in self._reduce(given, change))
         self.position = Position(self.position.epoch, change.seq, change.mark)
-        for path in [path for path, floor in self._floors.items() if floor <= change.seq]:
-            self._unwant(path)
         return ApplyChange(change, operations)
 
     def _reduce(self, operation: Operation, change: Change) -> Iterator[Operation]:
-        """Yield the parts of an operation to apply now, given the files already fetched or requested."""
+        """Yield the parts of an operation to apply now (SPEC 5.1)."""
         path, seq = operation.path, change.seq
-        if path in self._floors:  # read at this number or later, so its content includes the operation
-            if isinstance(operation, MoveFile) and operation.to not in self._floors:
-                self._want(operation.to, seq)
-            return
         match operation:
             case PutFile() | DeleteFile():
                 self._unwant(path)
@@ -252,14 +237,17 @@ class Replica:
                     self._want(path, seq)
                 elif path not in self.wanted:
                     yield operation
-                elif not self._arriving.keep(change, operation):
+                elif path in self._arriving and not self._arriving.keep(change, operation):
                     self._want(path, seq)
             case AnnounceFile(size=size, digest=digest) if self.may_leave_out(path, size):
                 self._leave_out(path, (size, digest))
             case AnnounceFile():
-                if path in self.wanted or path in self.away:
+                if path in self._arriving or path in self.away:
                     self._want(path, seq)
-                yield operation
+                elif path in self.wanted:
+                    self.wanted[path] = seq
+                else:
+                    yield operation
             case MoveFile():
                 yield from self._reduce_move(operation, seq)
 
@@ -269,13 +257,11 @@ class Replica:
             content = self.away[path]
             self._unwant(path)
             yield DeleteFile(path)
-            if to not in self._floors:
-                self._leave_out(to, content)
+            self._leave_out(to, content)
         elif path in self.wanted:
             self._unwant(path)
             yield DeleteFile(path)
-            if to not in self._floors:
-                self._want(to, seq)
+            self._want(to, seq)
         else:
             self._unwant(to)
             yield operation
@@ -352,7 +338,6 @@ class Replica:
         self.wanted = dict.fromkeys(wanted, position.seq)
         self._set_away(away or {})
         self.held.intersection_update(self.wanted)
-        self._floors.clear()
         self._forget_requests()
         return [*self._requests(), *self._answers_ready()]
 
@@ -369,7 +354,6 @@ class Replica:
         self.wanted[path] = seq
         self._requested.discard(path)
         self._arriving.forget(path)
-        self._floors.pop(path, None)
 
     def _unwant(self, path: str) -> None:
         self._come_back(path)
@@ -377,7 +361,6 @@ class Replica:
         self.held.discard(path)
         self._requested.discard(path)
         self._arriving.forget(path)
-        self._floors.pop(path, None)
 
     # --- whole files ---
 
@@ -387,7 +370,7 @@ class Replica:
             return []
         paths: list[str] = []
         for path in self.wanted:
-            if path not in self._requested and path not in self.held and path not in self._floors:
+            if path not in self._requested and path not in self.held:
                 paths.append(path)
                 if len(paths) == FETCH_BATCH:
                     break
@@ -399,16 +382,19 @@ class Replica:
             raise ProtocolError(f"part of {part.path!r} reaches beyond its size")
         if not part.data and part.offset < part.size and not part.gone:
             raise ProtocolError(f"part of {part.path!r} is empty")
-        if part.path not in self._requested or part.seq < self.wanted.get(part.path, part.seq + 1):
-            return []  # it answers an older request; an operation, edit or newer request has superseded it
-        self.head = max(self.head, part.seq)
+        if part.path not in self._requested:
+            return []  # an operation, an edit or a comparison has superseded the request
         if part.offset == 0:
-            self._arriving.begin(part.path, part.seq)
+            if part.seq > self.position.seq:
+                raise ProtocolError(f"{part.path!r} is of {part.seq}, but changes came up to {self.position.seq}")
+            if part.seq < self.position.seq:
+                return []  # another process has advanced the cache
+            self._arriving.begin(part.path)
+        elif part.path not in self._arriving:
+            return []  # the rest of an earlier transfer
         effects: list[Effect] = [Remove((part.path,)) if part.gone else WritePart(part)]
         if part.gone or part.offset + len(part.data) == part.size:
             effects += self._arrived(part.path)
-            if part.seq > self.position.seq:
-                self.wanted[part.path] = self._floors[part.path] = part.seq
             effects += [Save(), *self._requests(), *self._answers_ready()]
         return effects
 
@@ -432,6 +418,7 @@ class Replica:
             raise ProtocolError(f"the manifest is of {frame.seq}, but changes came up to {self.position.seq}")
         if comparison.seq < 0:
             comparison.begin(frame.seq, frame.mark)
+            self._forget_requests()  # parts wait as changes do: they are requested again
         comparison.add(frame.entries, last=frame.last)
         if not frame.last:
             return []
@@ -454,14 +441,12 @@ class Replica:
         assert self.welcome is not None, "a manifest only comes after a Welcome"
         self.position = Position(self.welcome.epoch, comparison.seq, comparison.mark)
         self.head = max(self.head, comparison.seq)
-        self._floors.clear()
         differing = {path: entry for path, entry in comparison.entries.items() if local.get(path) != entry}
         self._set_away({path: entry for path, entry in differing.items() if self.may_leave_out(path, entry[0])})
         self.wanted = {path: comparison.seq for path in differing if path not in self.away}
         untouchable = frozenset(edited)
         self.wanted |= {path: comparison.seq for path in untouchable if path not in comparison.entries}
         self.held = {path for path in self.wanted if path in untouchable}
-        self._forget_requests()
         surplus = tuple(path for path in local if path not in comparison.entries and path not in untouchable)
         removed = [Remove(surplus)] if surplus else []
         applied = [self._advance(change) for change in comparison.later]

@@ -19,53 +19,36 @@ _MAX_KEPT_BYTES = 16 * 1024 * 1024
 _Kept = tuple[Change, AppendBytes | MergeJson]
 
 
-@dataclass(slots=True)
-class _File:
-    """A file at ``seq``, with the later operations on it."""
-
-    seq: int
-    later: list[_Kept] = field(default_factory=list)
-
-
 class Arriving:
-    """All files of a cache under transfer, by path."""
+    """Files of a cache under transfer: path -> the operations on it since its first piece."""
 
     def __init__(self) -> None:
-        self._files: dict[str, _File] = {}
+        self._files: dict[str, list[_Kept]] = {}
         self._kept_bytes = 0
 
-    def begin(self, path: str, seq: int) -> None:
-        """Start a file at its first piece; operations kept for an earlier transfer still count."""
-        before = self.forget(path)
-        later = [kept for kept in before if kept[0].seq > seq]
-        self._kept_bytes += _weight(later)
-        self._files[path] = _File(seq, later)
+    def __contains__(self, path: str) -> bool:
+        return path in self._files
+
+    def begin(self, path: str) -> None:
+        """Start a file at its first piece, which includes every operation so far."""
+        self.forget(path)
+        self._files[path] = []
 
     def keep(self, change: Change, operation: AppendBytes | MergeJson) -> bool:
-        """Keep an operation until its file is complete; return False if the file must be fetched again."""
-        file = self._files.get(operation.path)
-        if file is None:
-            return False
-        if change.seq > file.seq:
-            self._kept_bytes += weight_of(operation)
-            file.later.append((change, operation))
+        """Keep an operation until its file is complete; return False if that is too much: fetch the file again."""
+        self._files[operation.path].append((change, operation))
+        self._kept_bytes += weight_of(operation)
         return self._kept_bytes <= _MAX_KEPT_BYTES
 
     def forget(self, path: str) -> list[_Kept]:
         """Remove a file that is complete or must be fetched again; return its kept operations."""
-        file = self._files.pop(path, None)
-        if file is None:
-            return []
-        self._kept_bytes -= _weight(file.later)
-        return file.later
+        kept = self._files.pop(path, [])
+        self._kept_bytes -= sum(weight_of(operation) for _, operation in kept)
+        return kept
 
     def clear(self) -> None:
         self._files.clear()
         self._kept_bytes = 0
-
-
-def _weight(kept: list[_Kept]) -> int:
-    return sum(weight_of(operation) for _, operation in kept)
 
 
 MAX_ENTRIES = 250_000

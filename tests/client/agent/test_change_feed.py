@@ -15,8 +15,8 @@ from websockets.asyncio.server import ServerConnection
 
 from lattice_remote.client.agent import change_feed
 from lattice_remote.client.agent.service import Service, answered
-from lattice_remote.client.agent_client import raise_error
 from lattice_remote.client.cli import watch
+from lattice_remote.errors import error_from_code
 from lattice_remote.protocol.codec import encode
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import ClientFrame, Replay
@@ -65,7 +65,9 @@ class Watching:
         answer = asyncio.run_coroutine_threadsafe(self._handled(asked), self._loop).result(40)
         if answer is None:
             raise KeyboardInterrupt
-        return raise_error(answer)
+        if not answer["ok"]:
+            raise error_from_code(answer["message"], answer["code"])
+        return answer
 
     async def _handled(self, asked: dict[str, Any]) -> dict[str, Any] | None:
         """Return the agent's answer; None after Ctrl-C."""
