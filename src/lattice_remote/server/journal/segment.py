@@ -191,7 +191,7 @@ def read_segment(path: Path) -> tuple[StoredSegment, list[tuple[int, Outline]]] 
 
 def salvaged(data: bytes) -> Iterator[Outline]:
     """Yield the whole records inside ``data``, which does not start with one; a torn end has none."""
-    at = data.find(_RECORD_TAG)
+    at = data.find(_RECORD_TAG, _TAG_OFFSET)  # an earlier tag is of a record whose head is lost
     while at >= 0:
         if (payload := payload_at(data, at - _TAG_OFFSET)) is not None:
             with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
