@@ -45,13 +45,18 @@ TESTS = {
     "server/tree/": ["server/tree", "server/worker/test_store.py", "server/worker/test_worker.py"],
     "server/transport/": ["server/transport", "hostile/test_floods.py"],
     "server/project/queue": ["server/project/test_queue.py", "server/project/test_project.py", "e2e/test_waiting.py"],
-    "server/auth": ["server/test_tokens.py", "server/test_token_expiry.py"],
+    "server/auth": ["server/test_auth.py", "server/http/test_cookie.py"],
     "server/http/auth": ["server/http/test_cookie.py", "server/http/test_refusals.py", "hostile/test_http.py"],
     "server/worker/policy": ["server/worker/test_policy.py", "hostile/test_arguments.py"],
     "server/worker/identity": ["server/worker/test_session_owners.py", "server/worker/test_policy.py"],
     "server/worker/store": ["server/worker/test_store.py", "server/worker/test_worker.py", "server/journal"],
     "server/worker/": ["server/worker", "server/journal"],
-    "server/tokens": ["server/test_tokens.py", "server/test_token_expiry.py", "server/maintenance"],
+    "server/tokens": [
+        "server/test_tokens.py",
+        "server/test_token_expiry.py",
+        "server/test_auth.py",
+        "server/maintenance",
+    ],
     "textmerge": ["test_textmerge.py"],
 }
 """Tests by the beginning of a module's path; the first that fits counts. The fastest and nearest come first."""
