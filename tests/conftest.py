@@ -1,23 +1,19 @@
 """What all tests share: a started server with two connected clients, made once a module."""
 
-import signal
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from preloaded_programs import warm
-from programs import skipped_line
+from programs import heed_signals, skipped_line
 from sandbox import Client, Sandbox, Server, board
 
 # How long an example takes says how busy the machine is, nothing of what is tested.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# What the tests start inherits what is ignored; whoever runs them may have been started with nohup, or from a script.
-for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+heed_signals()
 
 
 LONG = [

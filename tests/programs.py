@@ -1,4 +1,4 @@
-"""Programs of the system that some tests need: ``make system`` installs them.
+"""Programs of the system that some tests need (``make system`` installs them), and the signals that programs inherit.
 
 Without one of them a test is skipped and the last lines of the run name it. In CI nothing is skipped: there the test
 fails.
@@ -6,11 +6,12 @@ fails.
 
 import os
 import shutil
+import signal
 from collections.abc import Iterable
 
 import pytest
 
-__all__ = ["find", "program", "skipped_line"]
+__all__ = ["find", "heed_signals", "program", "skipped_line"]
 
 _MISSING = "not installed: "
 
@@ -40,3 +41,13 @@ def skipped_line(reasons: Iterable[str]) -> str | None:
         return None
     tests = "1 test was" if len(missing) == 1 else f"{len(missing)} tests were"
     return f"{tests} skipped without {', '.join(sorted(set(missing)))}; to run all: make system && make test"
+
+
+def heed_signals() -> None:
+    """Stop ignoring the signals with which programs are ended: what this process starts inherits what it ignores.
+
+    It may have been started with nohup, or in the background of a script.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -27,6 +27,7 @@ from faults import Faults, Strikes, three_people  # noqa: E402
 from hook_record import Hooked  # noqa: E402
 from observer import Observer  # noqa: E402
 from preloaded_programs import warm  # noqa: E402
+from programs import heed_signals  # noqa: E402
 from sandbox import Sandbox, Server  # noqa: E402
 from watch_command import Watcher  # noqa: E402
 
@@ -155,6 +156,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=6, help="commands between two faults (default: %(default)s)")
     parser.add_argument("--only", help="only faults with this in their name")
     options = parser.parse_args()
+    heed_signals()
     totals: collections.Counter[str] = collections.Counter()
     struck: collections.Counter[str] = collections.Counter()
     failed: list[int] = []

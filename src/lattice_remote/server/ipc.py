@@ -232,7 +232,8 @@ class RequestDone(_Message, frozen=True, tag="done"):
     """One request (``id`` "": a reconciliation) is finished and durable; ``change`` and ``reply`` are encoded frames.
 
     With ``waiting_for`` nothing was answered. It names a lock (``locks/tasks_...``) that another process holds, or a
-    resource whose next change, or expiry at ``retry_at`` (seconds since the epoch), is worth another try.
+    resource whose next change, or expiry at ``retry_at`` (seconds since the epoch), is worth another try. A
+    reconciliation with ``retry_at`` has omitted files whose lock was busy.
     """
 
     id: str

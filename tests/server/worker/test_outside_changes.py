@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 from rest_client import rest_server
-from test_beside_lattice import Repeated, plain
+from test_beside_lattice import Repeated, holding, plain
 from test_server import make_token
 from worker_process import ANA, WorkerProcess, answer_of, change_of, invoke, make_project, tree_of
 
@@ -357,6 +358,122 @@ def test_and_while_its_task_is_archived(tmp_path: Path, save: Callable[[Path, by
     assert board.attribution.tokens_of("- by hand") == {""}
 
 
+# --- plain lattice decides before it locks ---
+
+_LATE_PLAIN = """
+import os, sys
+from lattice.cli import archive_cmds
+from lattice.cli.main import cli
+from lattice.storage import operations
+for module in (operations, archive_cmds):
+    def lock_late(*arguments, lock=module.multi_lock):
+        open(os.environ["REACHED"], "x").close()
+        while not os.path.exists(os.environ["GO"]):
+            pass
+        return lock(*arguments)
+    module.multi_lock = lock_late
+cli(prog_name="lattice")
+"""
+
+
+@contextmanager
+def late(board: Board, directory: Path, *argv: str) -> Iterator[None]:
+    """Run plain lattice, which has read its task before the block and writes it after the block."""
+    reached, go = directory / "reached", directory / "go"
+    environment = {**os.environ, "LATTICE_ROOT": str(board.root), "REACHED": str(reached), "GO": str(go)}
+    with subprocess.Popen([sys.executable, "-c", _LATE_PLAIN, *argv, *BOB], env=environment) as process:
+        try:
+            wait_for(reached.exists, "plain lattice to have read the task")
+            yield
+        finally:
+            go.touch()
+        assert process.wait(30) == 0
+
+
+def next_command(board: Board) -> None:
+    board.run("comment", "LAT-1", "next")
+
+
+def reconciled(board: Board) -> None:
+    board.take(board.worker.reconcile())
+
+
+@pytest.mark.parametrize(
+    ("outside", "noticed"),
+    [
+        ("comment LAT-1 by-hand", next_command),
+        ("comment LAT-1 by-hand", reconciled),
+        ("update LAT-1 priority=high", next_command),
+        ("update LAT-1 priority=high", reconciled),
+        ("archive LAT-1", reconciled),
+    ],
+)
+def test_what_plain_lattice_overwrites_with_an_older_task_is_derived_from_the_log_again(
+    board: Board, tmp_path: Path, outside: str, noticed: Callable[[Board], None]
+) -> None:
+    with late(board, tmp_path, *outside.split()):
+        board.run("update", "LAT-1", "title=ours")
+        board.run("comment", "LAT-1", "ours")
+    folder = "archive/tasks" if "archive" in outside else "tasks"
+    snapshot = board.lattice / folder / f"{board.task}.json"
+    assert json.loads(snapshot.read_text())["title"] == "x", "lattice decides before it locks"
+    noticed(board)
+    board.check()
+    found = json.loads(snapshot.read_text())
+    assert (found["title"], found["comment_count"] >= 1) == ("ours", True)
+    plain(board.root, "rebuild", "--all")
+    assert json.loads(snapshot.read_text()) == found
+
+
+def test_a_task_that_was_archived_in_between_stays_archived_with_the_late_event(board: Board, tmp_path: Path) -> None:
+    with late(board, tmp_path, "comment", "LAT-1", "by hand"):
+        board.run("archive", "LAT-1")
+    log = board.lattice / f"events/{board.task}.jsonl"
+    assert log.read_text().count("\n") == 1, "lattice decides before it locks"
+    reconciled(board)
+    board.check()
+    assert "by hand" in (board.lattice / f"archive/events/{board.task}.jsonl").read_text()
+    assert not log.exists()
+    assert "No issues found" in board.worker.ok("doctor")
+    before = tree_of(board.lattice)
+    plain(board.root, "rebuild", "--all")
+    assert tree_of(board.lattice)[f"archive/tasks/{board.task}.json"] == before[f"archive/tasks/{board.task}.json"]
+
+
+def test_also_what_it_overwrites_while_no_worker_runs(board: Board, tmp_path: Path) -> None:
+    with late(board, tmp_path, "comment", "LAT-1", "by hand"):
+        board.run("update", "LAT-1", "title=ours")
+        board.worker.stop()
+    with WorkerProcess(board.root) as worker:
+        assert "differed from change" in worker.ready.notes[0]
+    before = tree_of(board.lattice)
+    assert b'"title": "ours"' in before[f"tasks/{board.task}.json"]
+    plain(board.root, "rebuild", "--all")
+    assert tree_of(board.lattice) == before
+
+
+def test_but_a_task_edited_by_hand_stays_as_it_is(board: Board) -> None:
+    snapshot = board.lattice / f"tasks/{board.task}.json"
+    snapshot.write_text(snapshot.read_text().replace('"title": "x"', '"title": "by hand"'))
+    board.take(board.worker.reconcile())
+    plain(board.root, "comment", "LAT-1", "plain", *BOB)
+    board.take(board.worker.reconcile())
+    assert json.loads(snapshot.read_text())["title"] == "by hand"
+
+
+def test_a_task_whose_lock_is_held_waits_for_its_holder(board: Board, tmp_path: Path) -> None:
+    with late(board, tmp_path, "comment", "LAT-1", "by hand"):
+        board.run("update", "LAT-1", "title=ours")
+    with holding(board.lattice / "locks", f"events_{board.task}"):
+        plain(board.root, "create", "another", *BOB)
+        board.take(board.worker.reconcile())
+        assert board.attribution.tokens_of("another") == {""}, "other files do not wait"
+        assert board.attribution.tokens_of("by hand") == set()
+    board.take(board.worker.reconcile())
+    board.check()
+    assert b'"title": "ours"' in board.attribution.files[f"tasks/{board.task}.json"]
+
+
 # --- all at once ---
 
 
@@ -408,8 +525,7 @@ def test_each_event_and_word_of_a_board_that_many_write_to_comes_under_its_own_t
                 plain(project.root, "comment", task, f"plain {each}", *BOB)
                 plain(project.root, "create", f"plain {each}", *BOB)
         assert min(repeated.counts) > 5, repeated.counts
-        log = project.lattice / f"events/{plan.stem}.jsonl"
-        assert log.read_text().count('"comment_added"') == 8 + repeated.counts[0]
+        wait_for(lambda: rest.ok("GET", f"/tasks/{task}")["comment_count"] == 8 + repeated.counts[0], "all comments")
         wait_for(lambda: replayed(project, empty).files == tree_of(project.lattice), "all changes to be numbered")
         journal = replayed(project, empty)
     journal.check()

@@ -28,7 +28,7 @@ from lattice_remote.server.worker.patches import (
 
 @pytest.fixture
 def table() -> Iterator[LockTable]:
-    made = LockTable()
+    made = LockTable(Path("none"))
     yield made
     made.release_all()
 

@@ -399,8 +399,12 @@ class Project:
                 self._reconciling = False
                 if done.change is not None:
                     self.request_log.found(done.seq)
+                looked_at = None if paths is None else set(paths)
+                if done.retry_at is not None:
+                    delay_s = max(0.0, done.retry_at - time.time())
+                    asyncio.get_running_loop().call_later(delay_s, self.files_touched, looked_at)
                 if done.more:
-                    self.files_touched(None if paths is None else set(paths))
+                    self.files_touched(looked_at)
                 else:
                     self._reconcile()
             case NewEpoch() | Stop():

@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,15 @@ class TreeDiff:
     states: dict[str, FileState | None] = field(default_factory=dict)
     is_partial: bool = False
     """There may be more: scan again once this is accepted."""
+
+    def without(self, paths: Collection[str]) -> "TreeDiff":
+        """Return the differences of all other files, for a comparison without renames."""
+        if not paths:
+            return self
+        operations = [operation for operation in self.operations if operation.path not in paths]
+        volatile = [path for path in self.volatile if path not in paths]
+        states = {path: state for path, state in self.states.items() if path not in paths}
+        return TreeDiff(operations, volatile, states, self.is_partial)
 
 
 @dataclass(frozen=True, slots=True)

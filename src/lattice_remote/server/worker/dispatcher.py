@@ -242,6 +242,7 @@ _Request = RunCommand | RunCall | Edit | ImportProject | AbandonRequest
 _MAX_ACTOR_CHARS = 256
 _MAX_MESSAGE_CHARS = 4096
 _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
+_LOCK_RETRY_S = 0.25
 _MAX_RUNS = 20
 _MAX_RERUN_S = 10.0
 """Time after which a request that other programs disturb is not run again."""
@@ -313,8 +314,9 @@ class Worker:
                 self._run_once(message, _refuse_abandoned)
             case Reconcile():
                 self._store.keep_retention()
-                found = self._store.tree.reconcile(message.paths)
-                self._store.commit(found, server_origin("edit"))
+                found, is_busy = self._store.find_outside_changes(message.paths)
+                retry_at = time.time() + _LOCK_RETRY_S if is_busy else None
+                self._store.commit(found, server_origin("edit"), retry_at=retry_at)
             case NewEpoch():
                 self._committer.wait()
                 self._store.new_epoch()

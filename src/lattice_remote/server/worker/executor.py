@@ -113,10 +113,17 @@ class Executor:
         capture: watches commands that write to a shared project. Their writes to existing files are published only
             after they succeed.
         make_id: makes the ULIDs, by which the repair identifies the writes of commands.
+        locks: takes lattice's locks; None for a new table.
     """
 
     def __init__(
-        self, root: Path, *, lazy: bool, capture: Capture | None = None, make_id: Callable[[], str] | None = None
+        self,
+        root: Path,
+        *,
+        lazy: bool,
+        capture: Capture | None = None,
+        make_id: Callable[[], str] | None = None,
+        locks: LockTable | None = None,
     ) -> None:
         os.environ["LATTICE_ROOT"] = str(root)
         os.environ["LATTICE_REMOTE_SERVER"] = "1"
@@ -129,7 +136,8 @@ class Executor:
         from lattice.cli.main import cli
         from lattice.core import ids
         from lattice.core.resources import is_resource_available
-        from lattice.storage import fs, hooks, locks, short_ids
+        from lattice.storage import fs, hooks, short_ids
+        from lattice.storage import locks as lattice_locks
 
         mimetypes.init()  # reads system files, which a command may not
         self.cli: click.Group = cli
@@ -137,7 +145,7 @@ class Executor:
         self._hooks: list[HookCall] = []
         self._clock = Clock(_pause)
         self._mover = Mover()
-        self._locks = LockTable()
+        self._locks = locks or LockTable(root / ".lattice" / "locks")
         self._may_wait = False
         self._checked = ""
         self._ahead: Collection[str] = ()
@@ -156,7 +164,7 @@ class Executor:
         if capture is not None:
             setattr(fs, "open", self._writes.open_log)  # noqa: B010 - hides the built-in one
             setattr(io, "open", self._writes.open)  # noqa: B010 - pathlib's way to every file
-        setattr(locks, "FileLock", partial(Lock, self._locks.acquire))  # noqa: B010 - an imported name
+        setattr(lattice_locks, "FileLock", partial(Lock, self._locks.acquire))  # noqa: B010 - an imported name
         if make_id is not None:
             setattr(ids, "ULID", make_id)  # noqa: B010 - an imported name
         hooks._run_hook = self._collect_hook

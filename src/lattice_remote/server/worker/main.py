@@ -110,7 +110,11 @@ def _serve(
     opened = open_store(project, scratch, committer, code=code, retention=retention)
     store = opened.store
     executor = Executor(
-        project, lazy=opened.can_repair, capture=opened.capture, make_id=lambda: make_id(store.journal.epoch)
+        project,
+        lazy=opened.can_repair,
+        capture=opened.capture,
+        make_id=lambda: make_id(store.journal.epoch),
+        locks=store.locks,
     )
     worker = Worker(project, scratch, store, executor, committer, plugin_commands=plugin_commands)
     worker.ready(

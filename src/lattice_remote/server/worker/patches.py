@@ -12,8 +12,8 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
@@ -113,7 +113,8 @@ class LockTable:
     process is not awaited here, since the worker serves other requests. Files of recent locks stay open.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._taken: dict[str, _LockFile] = {}
         self._open: dict[str, _LockFile] = {}  # free ones, the newest last
         self._behind: Collection[str] = ()
@@ -150,9 +151,26 @@ class LockTable:
             file = _open_lock(path) if file.is_reused else None
         return None
 
+    @contextmanager
+    def trying(self, *keys: str) -> Iterator[bool]:
+        """Hold locks for the block, and those that were held already for longer; yield False if one is busy."""
+        held = set(self._taken)
+        try:
+            for key in keys:
+                self.acquire(self._directory / f"{key}.lock", 0.0)
+            yield True
+        except LockBusy:
+            yield False
+        finally:
+            self._release(self._taken.keys() - held)
+
     def release_all(self) -> None:
-        while self._taken:
-            path, file = self._taken.popitem()
+        self._behind = ()
+        self._release(tuple(self._taken))
+
+    def _release(self, paths: Collection[str]) -> None:
+        for path in paths:
+            file = self._taken.pop(path)
             fcntl.flock(file.descriptor, fcntl.LOCK_UN)
             self._open[path] = file._replace(is_reused=True)
         while len(self._open) > _MAX_OPEN_LOCKS:

@@ -28,6 +28,7 @@ from lattice_remote.server.journal.segment import JournalReader, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
+from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
 from lattice_remote.server.worker.store import Committer, Store, server_origin, start_new_epoch
 
@@ -126,6 +127,7 @@ def open_store(
         undo=undo,
         capture=capture,
         committer=committer,
+        locks=LockTable(tree.root / "locks"),
         boot_id=boot_id,
         unsynced=history.unsynced,
     )
@@ -166,7 +168,7 @@ def _make_locks(place: Path) -> bool:
 def _commit_differences(store: Store, *, trust_signatures: bool) -> list[str]:
     notes: list[str] = []
     while True:
-        found = store.tree.reconcile(trust_signatures=trust_signatures)
+        found, _ = store.find_outside_changes(trust_signatures=trust_signatures)
         if found.operations:
             notes.append(_describe(found, store.journal.head))
             store.commit(found, server_origin("recovery"), report=False)

@@ -39,7 +39,7 @@ from lattice_remote.server.ipc import (
     encode_frames,
 )
 from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.repair import counterpart, is_snapshot, place_of
+from lattice_remote.server.journal.repair import is_snapshot, place_of
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.logging import masked
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
@@ -56,6 +56,8 @@ from lattice_remote.server.tree.tree import (
 )
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from lattice_remote.server.worker.executor import ResourceBusy
+from lattice_remote.server.worker.patches import LockTable
+from lattice_remote.server.worker.stale_snapshots import files_of_task, grown_tasks, repair_task
 
 __all__ = [
     "ChangeOrigin",
@@ -206,6 +208,8 @@ def _cut(line: str) -> str:
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
 """Contents of larger moved files are not journalled: they would displace too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
+_MAX_LOCKED_TASKS = 64
+"""Most tasks that are locked to number their outside changes; more come from a copied project, for example."""
 _REPLY_RETENTION_S = 600.0
 """How long replies survive the end of their history; clients that lost their connection give up much sooner."""
 
@@ -261,11 +265,13 @@ class Store:
         undo: UndoLog,
         capture: Capture,
         committer: Committer,
+        locks: LockTable,
         boot_id: str,
         unsynced: Iterable[str] = (),
     ) -> None:
         self.journal = journal
         self.tree = tree
+        self.locks = locks
         self._undo = undo
         self._undo.before_first_changes = self._require_known
         self._undo.before_overwrite = self._write_ahead
@@ -326,6 +332,29 @@ class Store:
         scratch = os.path.join(directory, f".tmp.edit.{name}")
         write_atomically(target, text, mode=0o666, temporary=scratch, sync=announce, is_parent_synced=False)
 
+    def find_outside_changes(
+        self, paths: Iterable[str] | None = None, *, trust_signatures: bool = True
+    ) -> tuple[TreeDiff, bool]:
+        """Return the differences of these files and of their tasks' other files (None: of all), to be committed.
+
+        Logs and snapshots of tasks are compared under lattice's locks, so no half of a command is numbered, and stale
+        snapshots are repaired first. Those of a task whose lock is busy are omitted; then the second value is True.
+        """
+        if paths is not None:
+            paths = {file for path in paths for file in files_of_task(path)}
+        found = self.tree.reconcile(paths, trust_signatures=trust_signatures)
+        busy: set[str] = set()
+        with contextlib.ExitStack() as held:
+            grown = grown_tasks(self.tree, found)[:_MAX_LOCKED_TASKS]
+            for task in grown:
+                if held.enter_context(self.locks.trying(f"events_{task}", f"tasks_{task}")):
+                    repair_task(self.tree, task)
+                else:
+                    busy |= {path for path in found.states if os.path.basename(path).startswith(f"{task}.json")}
+            if grown:
+                found = self.tree.reconcile(paths, trust_signatures=trust_signatures)
+        return found.without(busy), bool(busy)
+
     def commit_outside_changes(self, paths: Iterable[str]) -> None:
         """Number the outside changes of files, and of their tasks' other files, apart from the running request.
 
@@ -333,7 +362,7 @@ class Store:
             Rejected: the journal cannot be written (the disk is full).
             SyncFailed: the disk could not keep a content that the record refers to.
         """
-        found = self.tree.reconcile({file for path in paths for file in _files_of_task(path)})
+        found, _ = self.find_outside_changes(paths)
         if not found.operations:
             self.adopt(found)
             return
@@ -389,6 +418,7 @@ class Store:
         waiting: ResourceBusy | None = None,
         report: bool = True,
         is_extra: bool = False,
+        retry_at: float | None = None,
     ) -> None:
         """Number the difference (unless empty), journal it with its reply, and report it once durable.
 
@@ -402,6 +432,7 @@ class Store:
             waiting: the request waits instead of getting a reply.
             report: send ``RequestDone``; otherwise the change is only journalled.
             is_extra: the running request is still unanswered.
+            retry_at: when to look for outside changes again.
 
         Raises:
             ChangeTooLarge: no frame can carry the change; the transaction must be rolled back.
@@ -445,7 +476,7 @@ class Store:
             hooks=list(hooks),
             waiting_for=waiting.resource if waiting else None,
             wait_timeout_s=waiting.timeout_s if waiting else 0.0,
-            retry_at=waiting.retry_at if waiting else None,
+            retry_at=waiting.retry_at if waiting else retry_at,
             oldest=self.journal.oldest,
             more=difference.is_partial,
             report=self._stats(status=_status_of(result)),
@@ -613,15 +644,6 @@ def _cannot_journal(error: OSError) -> Rejected:
 def _is_made(state: FileState | None, made: Replacement) -> bool:
     """Return whether a file is still the one that a transaction put in place."""
     return state is not None and state.inode == made.inode and made.digest in (None, state.digest)
-
-
-def _files_of_task(path: str) -> set[str]:
-    """Return the path and, if it belongs to a task, its event log, snapshot, plan and notes, active or archived."""
-    task = os.path.basename(path).partition(".")[0]
-    if not task.startswith("task_"):
-        return {path}
-    active = [f"events/{task}.jsonl", f"tasks/{task}.json", f"plans/{task}.md", f"notes/{task}.md"]
-    return {path, *active, *map(counterpart, active)}
 
 
 def _status_of(result: Result | None) -> int:
