@@ -1,15 +1,19 @@
 """Random changes of the guarding modules, one at a time: does a test notice? ``make mutants SEED=1 SECONDS=600``.
 
-The changes are made in a clone of the checkout below ``build/``, so the checkout is never touched. Each is followed by
-the tests of its module, the nearest file first, until one fails. Survivors are printed with a unified diff line, then
-the share that was noticed. ``mutants_equivalent.txt`` lists changes that no test can notice, each with the reason.
+The changes are made in a clone of the checkout below ``build/``, so the checkout is never touched. First all tests run
+once, and the lines that each executes are recorded (``line_recorder.py``); the record is used again until a file
+changes. Each change is followed by the shortest tests that execute its line, until one fails. Survivors are printed,
+then the share that was noticed. ``mutants_equivalent.txt`` lists changes that no test can notice, each with the reason.
 """
 
 import argparse
 import ast
 import contextlib
+import hashlib
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
+from line_recorder import durations, recorded
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PACKAGE = "src/lattice_remote"
@@ -25,41 +33,30 @@ CLONE = ROOT / "build" / "mutants"
 EQUIVALENT = HERE / "mutants_equivalent.txt"
 TIMEOUT_S = 300.0
 
-TESTS = {
-    "client/guard": ["client/test_routing.py"],
-    "client/routing": ["client/test_routing.py", "e2e/test_every_command.py"],
-    "client/agent_client": ["client/agent/test_agent.py", "client/agent/test_agent_failures.py"],
-    "client/cache/conflicts": ["client/cache/test_conflicts.py", "client/agent/test_edit_sync.py"],
-    "client/cache/stale_edits": ["client/cache/test_stale_edits.py"],
-    "client/cache/evidence": ["client/agent/test_evidence.py"],
-    "client/cache/": [
-        "client/cache/test_cache.py",
-        "client/agent/test_edit_sync.py",
-        "client/agent/test_cache_repair.py",
-        "client/agent/test_evidence.py",
-        "client/agent/test_service.py",
-    ],
-    "client/connection/": ["client/connection", "client/agent/test_service.py", "client/agent/test_agent_failures.py"],
-    "protocol/": ["protocol"],
-    "server/journal/": ["server/journal", "server/worker/test_store.py"],
-    "server/tree/": ["server/tree", "server/worker/test_store.py", "server/worker/test_worker.py"],
-    "server/transport/": ["server/transport", "hostile/test_floods.py"],
-    "server/project/queue": ["server/project/test_queue.py", "server/project/test_project.py", "e2e/test_waiting.py"],
-    "server/auth": ["server/test_auth.py", "server/http/test_cookie.py"],
-    "server/http/auth": ["server/http/test_cookie.py", "server/http/test_refusals.py", "hostile/test_http.py"],
-    "server/worker/policy": ["server/worker/test_policy.py", "hostile/test_arguments.py"],
-    "server/worker/identity": ["server/worker/test_session_owners.py", "server/worker/test_policy.py"],
-    "server/worker/store": ["server/worker/test_store.py", "server/worker/test_worker.py", "server/journal"],
-    "server/worker/": ["server/worker", "server/journal"],
-    "server/tokens": [
-        "server/test_tokens.py",
-        "server/test_token_expiry.py",
-        "server/test_auth.py",
-        "server/maintenance",
-    ],
-    "textmerge": ["test_textmerge.py"],
-}
-"""Tests by the beginning of a module's path; the first that fits counts. The fastest and nearest come first."""
+GUARDING = (
+    "client/agent/edit_sync",
+    "client/agent_client",
+    "client/cache/",
+    "client/connection/",
+    "client/guard",
+    "client/routing",
+    "protocol/",
+    "server/auth",
+    "server/http/auth",
+    "server/journal/",
+    "server/project/queue",
+    "server/tokens",
+    "server/transport/",
+    "server/tree/",
+    "server/worker/",
+    "textmerge",
+)
+"""Beginnings of the paths of the modules that are changed."""
+RECORDED = ["client", "hostile", "protocol", "server", "storage", "test_text.py", "test_textmerge.py"]
+"""Tests whose executed lines are recorded. The others take too long to run once a change."""
+MAX_TESTS = 40
+MAX_TESTS_S = 60.0
+"""At most this many tests run for a change, of at most this duration together: the shortest of those that cover it."""
 
 _OPPOSITE: dict[type[ast.cmpop], ast.cmpop] = {
     ast.Eq: ast.NotEq(),
@@ -170,11 +167,7 @@ def modules() -> list[str]:
     """Return the guarding modules."""
     package = ROOT / PACKAGE
     names = [path.relative_to(package).with_suffix("").as_posix() for path in sorted(package.rglob("*.py"))]
-    return [name for name in names if _tests_of(name) and not name.endswith("__init__")]
-
-
-def _tests_of(module: str) -> list[str]:
-    return next((tests for prefix, tests in TESTS.items() if module.startswith(prefix)), [])
+    return [name for name in names if name.startswith(GUARDING) and not name.endswith("__init__")]
 
 
 def prepare() -> Path:
@@ -200,36 +193,96 @@ def _environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
-def is_noticed(python: Path, mutant: Mutant) -> bool:
-    """Return whether a test fails with the change in place."""
+class Coverage(msgspec.Struct):
+    """Tests that execute a line, and the duration of each test in seconds."""
+
+    tests: dict[str, set[str]]
+    """By ``MODULE.py:LINE``."""
+    durations: dict[str, float]
+
+    def of(self, mutant: Mutant) -> list[str]:
+        """Return the shortest tests that cover a change, then others of the same files.
+
+        A process that several tests share is recorded for the first of them only.
+        """
+        lines = (f"{mutant.module}.py:{mutant.line - back}" for back in range(8))  # back to where its statement begins
+        covering = next((self.tests[line] for line in lines if line in self.tests), set())
+        files = {test.partition("::")[0] for test in covering}
+        beside = [test for test in self.durations if test.partition("::")[0] in files and test not in covering]
+        chosen, total_s = [], 0.0
+        for test in (
+            *sorted(covering, key=self.durations.__getitem__),
+            *sorted(beside, key=self.durations.__getitem__),
+        ):
+            total_s += self.durations[test]
+            if len(chosen) == MAX_TESTS or (chosen and total_s > MAX_TESTS_S):
+                break
+            chosen.append(test)
+        return chosen
+
+
+def record(python: Path) -> Coverage:
+    """Run the tests once and return what they cover, or what an earlier run of the same files recorded."""
+    stored, lines = CLONE / "coverage.json", CLONE / "lines"
+    contents = [path.read_bytes() for place in ("src", "tests") for path in sorted((CLONE / place).rglob("*.py"))]
+    digest = hashlib.sha256(b"\0".join(contents)).hexdigest()
+    if stored.exists():
+        found = msgspec.json.decode(stored.read_bytes(), type=tuple[str, Coverage])
+        if found[0] == digest:
+            return found[1]
+    print("recording which tests execute which lines", flush=True)
+    shutil.rmtree(lines, ignore_errors=True)
+    lines.mkdir()
+    (lines / "current").write_text("")
+    (packages,) = (CLONE / ".venv/lib").glob("python3*/site-packages")
+    load = f"import sys; sys.path.append({str(HERE)!r}); import line_recorder; sys.path.remove({str(HERE)!r})"
+    switch = packages / "line_recorder.pth"
+    switch.write_text(f"{load}; line_recorder.begin({str(lines)!r}, {str(CLONE / PACKAGE) + os.sep!r})\n")
+    try:
+        run_tests(python, ["-p", "line_recorder", *(f"tests/{place}" for place in RECORDED)], timeout_s=None)
+    finally:
+        switch.unlink()
+    coverage = Coverage({}, durations(lines))
+    for test, executed in recorded(lines):
+        for line in executed if test in coverage.durations else ():
+            coverage.tests.setdefault(line, set()).add(test)
+    stored.write_bytes(msgspec.json.encode((digest, coverage)))
+    shutil.rmtree(lines)
+    return coverage
+
+
+def noticing_test(python: Path, mutant: Mutant, tests: list[str]) -> str | None:
+    """Return the first of these tests that fails, or takes too long, with the change in place."""
     path = CLONE / PACKAGE / f"{mutant.module}.py"
     data = path.read_bytes()
     path.write_bytes(data[: mutant.start] + mutant.after.encode() + data[mutant.end :])
     try:
-        return any(not passes(python, test) for test in _tests_of(mutant.module))
+        return run_tests(python, ["-x", *tests], timeout_s=TIMEOUT_S) if tests else None
     finally:
         path.write_bytes(data)
 
 
-def passes(python: Path, test: str) -> bool:
-    """Run one file or directory of tests, up to the first failure; one that takes too long has failed."""
-    command = [python, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{test}"]
+def run_tests(python: Path, arguments: list[str], *, timeout_s: float | None) -> str | None:
+    """Run pytest in the clone; return the first test that failed, the last argument if they took too long."""
     process = subprocess.Popen(
-        command,
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=CLONE,
         env={**_environment(), "PYTHONDONTWRITEBYTECODE": "1"},
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
         start_new_session=True,
     )
     try:
-        return process.wait(TIMEOUT_S) == 0
+        output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return False
+        return arguments[-1]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    failed = re.search(r"^(?:FAILED|ERROR) (tests/.*?)(?: - |$)", output, re.MULTILINE)
+    return failed[1] if failed else arguments[-1] if process.returncode else None
 
 
 def equivalent() -> set[str]:
@@ -258,25 +311,27 @@ def main() -> int:
     if options.list:
         print(*chosen, sep="\n")
         return 0
-    python, end, noticed = prepare(), time.monotonic() + options.seconds, 0
-    broken: set[str] = set()
+    python = prepare()
+    coverage, end = record(python), time.monotonic() + options.seconds
+    noticed: dict[Mutant, str] = {}
     survivors: list[Mutant] = []
     for mutant in chosen:
         if time.monotonic() > end:
             break
-        if is_noticed(python, mutant):
-            noticed += 1
+        tests = coverage.of(mutant)
+        if (test := noticing_test(python, mutant, tests)) is not None:
+            noticed[mutant] = test
             print(f"noticed   {mutant}", flush=True)
         else:
             survivors.append(mutant)
-            print(f"SURVIVED  {mutant}", flush=True)
-    for test in sorted({test for mutant in chosen[: noticed + len(survivors)] for test in _tests_of(mutant.module)}):
-        if time.monotonic() < end + TIMEOUT_S and not passes(python, test):
-            broken.add(test)
-            print(f"WARNING: {test} fails without any change: what it noticed does not count")
-    tried = noticed + len(survivors)
-    share = f"{100 * noticed / tried:.0f} %" if tried else "none"
-    print(f"{noticed} of {tried} changes noticed ({share}), of {len(found)} possible; {len(known)} known as equivalent")
+            print(f"SURVIVED  {mutant}  ({len(tests)} tests)", flush=True)
+    broken = {test for test in set(noticed.values()) if run_tests(python, [test], timeout_s=TIMEOUT_S) is not None}
+    for test in sorted(broken):
+        print(f"WARNING: {test} fails without any change: what it noticed does not count")
+    count = sum(test not in broken for test in noticed.values())
+    tried = count + len(survivors)
+    share = f"{100 * count / tried:.0f} %" if tried else "none"
+    print(f"{count} of {tried} changes noticed ({share}), of {len(found)} possible; {len(known)} known as equivalent")
     return 1 if survivors or broken else 0
 
 
