@@ -551,7 +551,7 @@ def decode(message: bytes | str) -> Frame:
         Violation: it is none (2.3).
     """
     try:
-        frame = msgspec.msgpack.decode(message if isinstance(message, bytes) else b"")
+        frame = msgspec.msgpack.decode(message if isinstance(message, bytes) else b"", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise Violation("a text message, or malformed MessagePack") from None
     checked(frame, "type", FRAMES)

@@ -5,6 +5,7 @@ Inputs are fixed, so that the files change only when the protocol or the REST in
 
 import base64
 import inspect
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import msgspec
 
 from lattice_remote.errors import CODES
+from lattice_remote.protocol import bundle as b
 from lattice_remote.protocol import messages as m
 from lattice_remote.protocol import operations as o
 from lattice_remote.protocol.operations import MemoryTree
@@ -30,6 +32,31 @@ IDS_AFTER = o.canonical_json({"map": {"LAT-1": "task_a", "LAT-3": "task_c"}, "ne
 PATCH = b'{"map":{"LAT-2":null,"LAT-3":"task_c"},"next_seq":4}'
 
 Files = dict[str, bytes]
+
+# Sorted by code points: U+FF21 comes before U+1F600, by UTF-16 units after it.
+_ODD: dict[str, Any] = {
+    "a": {"b": {"c": [1, {"d": None}], "e": {}}, "f": []},
+    "gr\u00f6\u00dfe": '\u00e9 \u20ac \U0001f600 \u007f " \\ / \b\f\n\r\t\u0001',
+    "integers": [0, -1, 12345678901234567890, -0],
+    "numbers": [1.0, -0.0, 1.5e300, 1e-07, 0.1],
+    "truth": [True, False, None],
+    "\uff21": 1,
+    "\U0001f600": 2,
+}
+_ODD_PATCH = {
+    "a": {"b": {"c": [], "e": None, "new": {"gone": None, "kept": {"x": 0}}}, "f": {"g": [None]}},
+    "gr\u00f6\u00dfe": {"\U0001f601": "\ud83d"},
+    "numbers": [2.50, 1e16, 3],
+    "truth": None,
+    "\uff22": "\u200b",
+}
+
+
+def _merge(before: Any, patch: Any, path: str = "config.json") -> tuple[o.MergeJson, bytes]:
+    """Return the operation that patches a canonical file, and the file."""
+    after = o.canonical_json(o.merge_patch(before, patch))
+    data = json.dumps(patch, separators=(",", ":")).encode()
+    return o.MergeJson(path, patch=data, digest=o.digest_of(after)), o.canonical_json(before)
 
 
 def _append(path: str, before: bytes, data: bytes) -> o.AppendBytes:
@@ -54,6 +81,29 @@ OPERATIONS: list[tuple[str, o.Operation, Files]] = [
     ("append: another tail", _append(EVENTS, LINE, LINE), {EVENTS: b"x" * len(LINE)}),
     ("append: something else follows", _append(EVENTS, LINE, LINE), {EVENTS: LINE + b"x"}),
     ("merge: members set, replaced and removed", MERGE, {"ids.json": IDS}),
+    *[
+        (f"merge: {name}", made := _merge(before, patch)[0], {made.path: _merge(before, patch)[1]})
+        for name, before, patch in (
+            ("text outside ASCII, numbers, nesting", _ODD, _ODD_PATCH),
+            (
+                "an object instead of a value, a value instead of an object",
+                {"a": 1, "b": {"c": 1}},
+                {"a": {"x": 1}, "b": 2},
+            ),
+            ("an empty patch", {"b": 1, "a": {}}, {}),
+            ("nothing is left", {"a": 1}, {"a": None}),
+        )
+    ],
+    (
+        "merge: a file in another form becomes canonical",
+        _merge({"a": 1, "b": 2}, {"b": 3})[0],
+        {"config.json": b'{"b":2, "a":1}'},
+    ),
+    (
+        "merge: of a member that occurs twice the last counts",
+        _merge({"a": 1}, {"b": 2})[0],
+        {"config.json": b'{"a": 0, "a": 1}'},
+    ),
     ("merge: already there", MERGE, {"ids.json": IDS_AFTER}),
     ("merge: the result is another", MERGE, {"ids.json": b'{"x": 1}\n'}),
     ("merge: not JSON", MERGE, {"ids.json": b"\xff"}),
@@ -68,6 +118,9 @@ OPERATIONS: list[tuple[str, o.Operation, Files]] = [
     ("announce: already there", ANNOUNCE, {ANNOUNCE.path: LONG}),
     ("announce: to be fetched", ANNOUNCE, {}),
     ("announce: another content", ANNOUNCE, {ANNOUNCE.path: b"x"}),
+    ("announce: another content of the same size", ANNOUNCE, {ANNOUNCE.path: LONG[:-2] + b"x\n"}),
+    ("append: to nothing, where there is a file", _append(EVENTS, b"", LINE), {EVENTS: b"x"}),
+    ("append: bytes that are no text", _append(EVENTS, b"\xff\x00", b"\x00\xfe"), {EVENTS: b"\xff\x00"}),
 ]
 
 _CHANGE = m.Change(
@@ -205,6 +258,34 @@ FRAMES: list[tuple[str, m.ClientFrame | m.ServerFrame]] = [
 _HELLO = {"type": "hello", "versions": [1], "client_version": "1", "lattice_version": "1"}
 _REPLY = {"type": "reply", "id": ID, "seq": 1, "exit_code": 0, "stdout": b"", "stderr": b""}
 _DELETE = {"seq": 1, "mark": b"", "time": "", "actor": "", "token_id": "", "cause": "", "command": "", "type": "change"}
+
+
+def _head(entry: Any) -> bytes:
+    """Return a head in a form that is not canonical, and the end."""
+    data = entry if isinstance(entry, bytes) else msgspec.msgpack.encode(entry)
+    return len(data).to_bytes(4) + data + bytes(4)
+
+
+_BAD_PATHS = (
+    *("", "/", "/etc/passwd", "a/", "a//b", ".", "..", "../config.json", "a/../b", "a/./b", ".base/x", "a/.b"),
+    *("locks/x", "LOCKS/x", "remote.json", "Remote.json", "cache_state.json", "CACHE_STATE.JSON", "plans/x.md~"),
+    *("a\\b", "a:b", "C:x", "a\x00b", "a\nb", "a\x1fb", "a\x7fb", "a\x85b", "a\x9fb"),
+    *("a\u200bb", "a\u200fb", "a\u202ab", "a\u202eb", "a\u2060b", "a\u206fb", "\ufeffa"),
+    *("a/b/c/d/e/f/g/h/i", "x" * 256, "\u00e9" * 128, "a" * 200 + "/" + "b" * 200 + "/" + "c" * 111),
+)
+"""Each breaks one rule of section 2.5."""
+
+
+def _listed(path: str) -> dict[str, Any]:
+    return {
+        "type": "entries",
+        "seq": 1,
+        "mark": b"",
+        "entries": [{"path": path, "size": 0, "digest": bytes(32)}],
+        "last": True,
+    }
+
+
 REJECTED: list[tuple[str, str, Any]] = [
     ("client", "an unknown kind", {"type": "shout"}),
     ("client", "no kind", {"seq": 1}),
@@ -237,19 +318,53 @@ REJECTED: list[tuple[str, str, Any]] = [
     ),
     ("client", "a payload that is text", {"type": "call", "id": ID, "surface": "mcp", "name": "x", "payload": "{}"}),
     *[
-        ("client", f"a path that is not allowed: {path!r}", {"type": "fetch", "paths": [path]})
-        for path in (
-            "../config.json",
-            "/etc/passwd",
-            ".remote/x",
-            "a//b",
-            "locks/x",
-            "Remote.json",
-            "plans/x.md~",
-            "a\\b",
-            "",
+        (side, f"{frame}: a path that is not allowed: {path!a}"[:120], make(path))
+        for side, frame, make in (
+            ("client", "fetch", lambda path: {"type": "fetch", "paths": ["config.json", path]}),
+            ("server", "part", lambda path: {"type": "part", "path": path, "seq": 1, "gone": True}),
+            ("server", "entries", _listed),
+            ("server", "delete", lambda path: {**_DELETE, "ops": [{"op": "delete", "path": path}]}),
+        )
+        for path in _BAD_PATHS
+    ],
+    *[
+        ("server", f"{operation['op']}: a path that is not allowed", {**_DELETE, "ops": [operation]})
+        for operation in (
+            {"op": "put", "path": "cache_state.json", "data": b""},
+            {"op": "append", "path": "events/../x", "offset": 0, "tail": bytes(32), "data": b"x"},
+            {"op": "merge", "path": "a:b", "patch": b"{}", "digest": bytes(32)},
+            {"op": "move", "path": "a\u200bb", "to": "b", "digest": bytes(32)},
+            {"op": "move", "path": "b", "to": "a/b/c/d/e/f/g/h/i", "digest": bytes(32)},
+            {"op": "announce", "path": "x" * 256, "size": 1, "digest": bytes(32)},
         )
     ],
+    (
+        "client",
+        "put: a path that is not allowed",
+        {"type": "put", "id": ID, "path": "plans/../x.md", "base": None, "text": b""},
+    ),
+    ("client", "an id in upper case", {"type": "run", "id": ID.upper(), "argv": ["list"]}),
+    ("server", "an id in upper case", {**_REPLY, "id": ID.upper()}),
+    ("client", "a key that is not a string", {"type": "manifest", 1: 2}),
+    ("server", "a key that is not a string", {**_REPLY, b"x": 1}),
+    ("client", "an integer where a bool belongs", {**_HELLO, "follow": 1}),
+    ("server", "an integer where a bool belongs", {**_listed("config.json"), "last": 1}),
+    ("client", "null where a bool belongs", {**_HELLO, "follow": None}),
+    ("client", "a bool where an integer belongs", {**_HELLO, "seq": True}),
+    ("server", "a float where an integer belongs", {**_REPLY, "seq": 1.0}),
+    ("client", "null where a default would apply", {"type": "log", "id": ID, "limit": None}),
+    ("client", "binary where a string belongs", {"type": "log", "id": ID.encode()}),
+    ("server", "a string where binary belongs", {**_REPLY, "stdout": "x"}),
+    ("client", "a list where a map belongs", {"type": "run", "id": ID, "argv": ["list"], "files": [[0, "x"]]}),
+    ("client", "a string that is not UTF-8", b"\x82\xa4type\xa3log\xa2id\xa2\xed\xa0"),
+    (
+        "server",
+        "a surrogate in a string",
+        msgspec.msgpack.encode({"type": "bye", "code": "x"})[:-1] + b"\xa6reason\xa3\xed\xa0\xbd",
+    ),
+    ("client", "bytes after the map", msgspec.msgpack.encode({"type": "manifest"}) + b"\xc0"),
+    ("client", "nothing", b""),
+    ("client", "a kind that comes twice, each another", b"\x82\xa4type\xa8manifest\xa4type\xa5shout"),
     ("server", "an unknown operation", {**_DELETE, "ops": [{"op": "chmod", "path": "a"}]}),
     ("server", "a path that is not allowed", {**_DELETE, "ops": [{"op": "delete", "path": "../a"}]}),
     (
@@ -278,6 +393,97 @@ REJECTED: list[tuple[str, str, Any]] = [
     ("client", "an epoch that is no name", {**_HELLO, "epoch": "8f2c-1"}),
     ("client", "an epoch that ends in a line break", {**_HELLO, "epoch": "8f2c\n"}),
     ("server", "an outcome that does not exist", {"type": "stored", "id": ID, "seq": 1, "outcome": "lost"}),
+]
+
+
+_LONGEST = "a" * 200 + "/" + "b" * 200 + "/" + "c" * 110
+ACCEPTED: list[tuple[str, m.ClientFrame | m.ServerFrame, bytes]] = [
+    ("fields in another order", m.Log(ID, limit=5), msgspec.msgpack.encode({"limit": 5, "id": ID, "type": "log"})),
+    (
+        "a field that comes twice: the last counts",
+        m.Log(ID, limit=7),
+        b"\x84\xa4type\xa3log\xa5limit\x05\xa2id\xd9 " + ID.encode() + b"\xa5limit\x07",
+    ),
+    ("an unknown field", m.Log(ID), msgspec.msgpack.encode({"type": "log", "id": ID, "sort": {"by": ["time", None]}})),
+    (
+        "an unknown capability",
+        m.Hello([1, 2], "1", "1", ["later"]),
+        msgspec.msgpack.encode({**_HELLO, "versions": [1, 2], "capabilities": ["later"]}),
+    ),
+    ("an integer for a float", m.Applied(1, 2.0), msgspec.msgpack.encode({"type": "applied", "seq": 1, "held_s": 2})),
+    ("an integer in a long form", m.Applied(1), b"\x82\xa4type\xa7applied\xa3seq\xcf\0\0\0\0\0\0\0\x01"),
+    (
+        "missing fields have their defaults",
+        m.Part("config.json", 3, 0, b"", 0, b"", False),
+        msgspec.msgpack.encode({"type": "part", "path": "config.json", "seq": 3}),
+    ),
+    (
+        "an integer for a float, from a server",
+        m.Bye("REMOTE_BUSY", "later", 5.0),
+        msgspec.msgpack.encode({"type": "bye", "code": "REMOTE_BUSY", "reason": "later", "retry_after_s": 5}),
+    ),
+    *[
+        (
+            f"a path at its limit: {path!a}"[:60],
+            m.Part(path, 1, gone=True),
+            msgspec.msgpack.encode(m.Part(path, 1, gone=True)),
+        )
+        for path in (
+            _LONGEST,
+            "x" * 255,
+            "a/b/c/d/e/f/g/h",
+            "a..b/c. d",
+            "gr\u00f6\u00dfe/\U0001f600",
+            "Plans/x.md~",
+            "a\xa0b",
+            "\u2010",
+        )
+    ],
+]
+
+
+def _pack(files: Files, *, end: bytes = bytes(4)) -> bytes:
+    """Return a pack of these files, in this order."""
+    heads = ((b.head_of(m.Entry(path, len(data), o.digest_of(data))), data) for path, data in files.items())
+    return b.MAGIC + b"".join(head + data for head, data in heads) + end
+
+
+_PROJECT = {
+    "config.json": b"{}\n",
+    EVENTS: LINE,
+    PLAN: b"# Plan\n",
+    "ids.json": IDS,
+    "resources/\uff21/x": b"",
+    "resources/\U0001f600/x": b"\x00\xff",
+}
+_TWO = {"a": b"1", "b": b"2"}
+PACKS: list[tuple[str, bytes, Files | None]] = [
+    ("a project", _pack(dict(sorted(_PROJECT.items()))), _PROJECT),
+    ("a project without files", _pack({}), {}),
+    ("another first line", b"lattice-pack 2\n" + bytes(4), None),
+    ("files out of order", _pack({"b": b"2", "a": b"1"}), None),
+    ("sorted by UTF-16 units", _pack({"\U0001f600": b"", "\uff21": b""}), None),
+    ("a file twice", _pack({"a": b"1"}, end=b"") + _pack({"a": b"1"})[len(b.MAGIC) :], None),
+    ("another digest", _pack(_TWO)[:-5] + b"3" + bytes(4), None),
+    ("no end", _pack(_TWO, end=b""), None),
+    ("cut within a file", _pack({"a": b"12345"}, end=b"")[:-1], None),
+    ("bytes after the end", _pack(_TWO) + b"x", None),
+    ("a head that is too long", b.MAGIC + (1025).to_bytes(4) + bytes(1025), None),
+    (
+        "a head with its fields in another order",
+        _pack({}, end=_head({"size": 0, "path": "a", "digest": o.digest_of(b"")})),
+        None,
+    ),
+    (
+        "a head with a size in a longer form",
+        _pack({}, end=_head(b"\x83\xa4path\xa1a\xa4size\xcc\x00\xa6digest\xc4 " + o.digest_of(b""))),
+        None,
+    ),
+    (
+        "a head with another field",
+        _pack({}, end=_head({"path": "a", "size": 0, "digest": o.digest_of(b""), "mode": 1})),
+        None,
+    ),
 ]
 
 
@@ -331,11 +537,24 @@ def schema() -> dict[str, Any]:
 def files() -> dict[Path, bytes]:
     """Return the content of each generated file."""
     rejected = [
-        {"name": name, "from": side, "msgpack": msgspec.msgpack.encode(frame).hex()} for side, name, frame in REJECTED
+        {
+            "name": name,
+            "from": side,
+            "msgpack": (data if isinstance(data, bytes) else msgspec.msgpack.encode(data)).hex(),
+        }
+        for side, name, data in REJECTED
+    ]
+    packs = [
+        {"name": name, "pack": data.hex(), "files": None if found is None else _text(found)}
+        for name, data, found in PACKS
     ]
     contents = {
         "schema.json": schema(),
+        "vectors/accepted.json": [
+            {**_frame_vector(name, frame), "msgpack": data.hex()} for name, frame, data in ACCEPTED
+        ],
         "vectors/frames.json": [_frame_vector(*case) for case in FRAMES],
+        "vectors/packs.json": packs,
         "vectors/operations.json": [_operation_vector(*case) for case in OPERATIONS],
         "vectors/rejected.json": rejected,
         "vectors/sessions.json": runpy.run_path(str(Path(__file__).with_name("protocol_sessions.py")))["sessions"](),

@@ -43,6 +43,11 @@ def test_frame_is_read_as_published(vector: dict[str, Any]) -> None:
             decode(data)
 
 
+@load("accepted", **{"from": "server"})
+def test_frame_in_another_form_is_read_as_published(vector: dict[str, Any]) -> None:
+    assert text_of(decode(bytes.fromhex(vector["msgpack"]))) == vector["frame"]
+
+
 @load("rejected", **{"from": "server"})
 def test_frame_that_breaks_the_rules_is_a_violation(vector: dict[str, Any]) -> None:
     with pytest.raises(Violation):

@@ -12,6 +12,7 @@ import pytest
 
 from lattice_remote.errors import CODES, ProtocolError
 from lattice_remote.protocol import codec, messages, operations
+from lattice_remote.protocol.bundle import Unpacker
 from lattice_remote.protocol.operations import MemoryTree
 
 PUBLISHED = Path(__file__).parents[2] / "protocol"
@@ -22,6 +23,7 @@ def load(name: str) -> Any:
 
 
 FRAMES, OPERATIONS, REJECTED = (load(f"vectors/{name}.json") for name in ("frames", "operations", "rejected"))
+ACCEPTED, PACKS = (load(f"vectors/{name}.json") for name in ("accepted", "packs"))
 DECODE = {"client": codec.decode_client_frame, "server": codec.decode_server_frame}
 KINDS = {"client": messages.ClientFrame, "server": messages.ServerFrame}
 
@@ -60,6 +62,37 @@ def test_frame_may_have_more_fields_than_are_known(vector: dict[str, Any]) -> No
 def test_frame_that_breaks_the_rules_is_refused(vector: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         DECODE[vector["from"]](bytes.fromhex(vector["msgpack"]))
+
+
+@named(ACCEPTED)
+def test_frame_in_another_form_has_the_published_meaning(vector: dict[str, Any]) -> None:
+    frame = DECODE[vector["from"]](bytes.fromhex(vector["msgpack"]))
+    assert msgspec.to_builtins(frame) == vector["frame"]
+
+
+@named(PACKS)
+def test_pack_has_the_published_files_or_is_none(vector: dict[str, Any]) -> None:
+    pack = bytes.fromhex(vector["pack"])
+    for step in (1, 7, max(1, len(pack))):
+        files = unpacked(pack, step)
+        assert files is None if vector["files"] is None else files is not None
+        if files is not None:
+            assert {path: base64.b64encode(data).decode() for path, data in files.items()} == vector["files"]
+
+
+def unpacked(pack: bytes, step: int) -> dict[str, bytes] | None:
+    """Return the files of a pack that comes in pieces of ``step`` bytes; None if it is no whole pack."""
+    unpacker, files = Unpacker(), dict[str, bytes]()
+    try:
+        for start in range(0, len(pack), step):
+            for item in unpacker.receive(pack[start : start + step]):
+                if isinstance(item, messages.Entry):
+                    files[item.path] = b""
+                else:
+                    files[list(files)[-1]] += item
+    except ProtocolError:
+        return None
+    return files if unpacker.is_complete else None
 
 
 @named(OPERATIONS)

@@ -53,7 +53,7 @@ class PutFile(_Operation, frozen=True, tag="put"):
 
 
 class AppendBytes(_Operation, frozen=True, tag="append"):
-    """Append ``data`` at ``offset``, the file's size before. ``tail`` is the digest of ``TAIL_BYTES`` before it."""
+    """Append ``data`` at ``offset``, the file's size before. ``tail`` is the digest of the 4096 bytes before it."""
 
     offset: _Size
     tail: Digest
