@@ -461,6 +461,9 @@ def _transfers() -> list[Session]:
         .connect(welcome(3), part(EVENTS, log, 3, slice(0, 9)), change(4, announce(EVENTS, longer)))
         .frames(part(EVENTS, log, 3, slice(9, None)), part(EVENTS, longer, 4))
         .equals({**rest, EVENTS: longer}),
+        Session("parts: of an earlier number", "5.2", **wanted)
+        .connect(welcome(3), change(4, o.DeleteFile("x.json")), part(EVENTS, log, 3), part(EVENTS, longer, 4))
+        .equals({**rest, EVENTS: longer}),
         Session("parts: of a number that no change has reached", "3.3, 5.2", **wanted)
         .connect(welcome(4))
         .violation(part(EVENTS, log, 4)),

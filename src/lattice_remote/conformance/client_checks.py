@@ -22,7 +22,7 @@ from lattice_remote.conformance.checks import CheckFailed, CheckList, expect
 from lattice_remote.conformance.in_memory_server import Files, append_to, merge_into
 from lattice_remote.conformance.scripted_server import EXIT_CODE, LINE, LOG, STDOUT, TOKEN, ScriptedServer
 from lattice_remote.protocol.codec import encode
-from lattice_remote.protocol.messages import Bye, Change, Entries, Entry, Fetch, Hello, Part, Put, Run
+from lattice_remote.protocol.messages import Bye, Change, Entries, Fetch, Hello, Part, Put, Reply, Run
 from lattice_remote.protocol.operations import (
     AnnounceFile,
     AppendBytes,
@@ -95,9 +95,10 @@ class Play:
         self._processes: list[asyncio.subprocess.Process] = []
 
     async def end(self) -> None:
-        for process in self._processes:
-            await _end(process)
-        await self.server.stop()
+        try:
+            await asyncio.gather(*map(_end, self._processes))
+        finally:
+            await self.server.stop()
 
     async def _start(self, *argv: str) -> asyncio.subprocess.Process:
         pipe = asyncio.subprocess.PIPE
@@ -170,6 +171,12 @@ class Play:
         while not condition():
             expect(time.monotonic() < end, f"no {what} within {seconds:.0f} s")
             await asyncio.sleep(0.02)
+
+    async def cut_and_attempt(self) -> None:
+        """Cut the client's connections; wait for its next attempt to connect."""
+        before = self.server.attempts
+        self.server.cut()
+        await self.until(lambda: self.server.attempts > before, "attempt to connect")
 
     def is_asked(self) -> bool:
         """Whether pieces for the client are held back."""
@@ -315,12 +322,19 @@ async def _(target: ClientTarget) -> None:
 async def _(target: ClientTarget) -> None:
     async with target.filled() as play:
         play.server.holds_pieces = True
-        for data in (b"first" * 20, b"second" * 20):
+        for data in (b"first" * 20, b"other" * 20):
             after = {**play.server.files, "context.md": data}
             await play.server.write([AnnounceFile("context.md", len(data), digest_of(data))], after)
         await play.until(play.is_asked, "Fetch")
         play.server.holds_pieces = False
         await play.server.flush()
+        await play.equal()
+
+
+@check("4", "an announced file with the size of the present one is fetched")
+async def _(target: ClientTarget) -> None:
+    async with target.filled({**FILES, "context.md": b"before"}) as play:
+        await play.server.change({"context.md": b"after!"}, announced=frozenset(["context.md"]))
         await play.equal()
 
 
@@ -591,6 +605,7 @@ HOSTILE_PATHS = (
     "tasks/../../outside",
     OUTSIDE,
     "tasks/\x00x",
+    "tasks/\x9b31m",
     "tasks\\..\\..\\outside",
     ".git/hooks/post-checkout",
     "tasks/.hidden",
@@ -605,6 +620,7 @@ HOSTILE_PATHS = (
     "tasks//x",
     "a/" * 8 + "x",
     "tasks/" + "x" * 256,
+    "tasks/" + "\u00fc" * 128,
     "/".join(["x" * 200] * 3),
 )
 
@@ -633,10 +649,12 @@ async def all_close(target: ClientTarget, messages: Iterable[tuple[str, bytes | 
         async with turn:
             await closes(target, message, name)
 
-    results = await asyncio.gather(*(one(*each) for each in messages), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in messages:
+                group.create_task(one(*each))
+    except* CheckFailed as failures:
+        raise CheckFailed(str(failures.exceptions[0])) from None
 
 
 @check("S9", "a path outside the tree ends the connection, and writes nothing")
@@ -644,7 +662,7 @@ async def _(target: ClientTarget) -> None:
     await all_close(target, ((repr(path), encode(change_of(PutFile(path, EVIL)))) for path in HOSTILE_PATHS))
 
 
-@check("S9", "wherever the path appears: every operation, Entries, Part")
+@check("S9", "wherever the path appears: every operation, Part")
 async def _(target: ClientTarget) -> None:
     path, digest = "../outside", digest_of(EVIL)
     frames: dict[str, Any] = {
@@ -655,10 +673,22 @@ async def _(target: ClientTarget) -> None:
         "delete": change_of(DeleteFile(path)),
         "announce": change_of(AnnounceFile(path, 1, digest)),
         "the second of two operations": change_of(PutFile("tasks/first.json", b"{}"), PutFile(path, EVIL)),
-        "Entries": Entries(0, b"", [Entry(path, 1, digest)], last=True),
         "Part": Part(path, 0, len(EVIL), digest, 0, EVIL),
     }
     await all_close(target, ((name, encode(frame)) for name, frame in frames.items()))
+
+
+@check("S9", "a path outside the tree in a manifest ends the connection")
+async def _(target: ClientTarget) -> None:
+    def rewrite(fields: dict[str, Any]) -> dict[str, Any]:
+        entry = {"path": "../outside", "size": 1, "digest": digest_of(EVIL)}
+        return {**fields, "entries": [entry, *fields["entries"]]} if fields["type"] == "entries" else fields
+
+    async with target.play() as play:
+        play.server.rewrite = rewrite
+        await play.follow()
+        await play.until(lambda: play.server.links, "connection")
+        await play.until(play.server.links[0].closed.is_set, "end of the connection", CLOSE_TIMEOUT_S)
 
 
 @check("2.3", "a violation ends the connection: malformed, unknown, out of turn, a gap")
@@ -676,6 +706,10 @@ async def _(target: ClientTarget) -> None:
         "a missing field": msgspec.msgpack.encode({key: value for key, value in put.items() if key != "mark"}),
         "a number below its bound": msgspec.msgpack.encode({**put, "seq": 0}),
         "a wrong type": msgspec.msgpack.encode({**put, "seq": "1"}),
+        "true for a number": msgspec.msgpack.encode({"type": "part", "path": "a", "seq": True, "gone": True}),
+        "a long change id": msgspec.msgpack.encode({**put, "mark": bytes(33)}),
+        "an id with capitals": encode(Reply("AB" * 16, 0, 0, b"", b"")),
+        "an empty append": encode(change_of(AppendBytes(LOG, len(LINE), digest_of(LINE), b""))),
         "a bool that is none": msgspec.msgpack.encode({"type": "part", "path": "a", "seq": 0, "gone": 1}),
         "a gap": encode(change_of(PutFile("tasks/x.json", b"{}"), seq=9)),
         "a second Welcome": msgspec.msgpack.encode({**welcome_again, **more, "limits": limits}),
@@ -735,10 +769,10 @@ async def _(target: ClientTarget) -> None:
         expect(play.server.attempts == attempts, f"it connects {play.server.attempts - attempts} times within 3 s")
 
 
-@check("2.6", "after a lost connection it comes back with growing delays")
+@check("2.6", "after a lost connection, and a refusal by another program, it comes back with growing delays")
 async def _(target: ClientTarget) -> None:
     async with target.filled() as play:
-        play.server.refuses = HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN"
+        play.server.refuses = HTTPStatus.BAD_GATEWAY, ""
         attempts = play.server.attempts
         play.server.cut()
         await asyncio.sleep(4)
@@ -747,6 +781,19 @@ async def _(target: ClientTarget) -> None:
         play.server.refuses = None
         await play.server.change({LOG: LINE * 2})
         await play.equal()
+
+
+@check("2.2", "a server that is stopping or busy is tried again")
+async def _(target: ClientTarget) -> None:
+    async with target.filled() as play:
+        for number, refusal in enumerate(
+            ((HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_SHUTDOWN"), (HTTPStatus.TOO_MANY_REQUESTS, "REMOTE_BUSY"))
+        ):
+            play.server.refuses = refusal
+            await play.cut_and_attempt()
+            play.server.refuses = None
+            await play.server.change({f"tasks/n{number}.json": b"{}"})
+            await play.equal()
 
 
 @check("2.2", "a token that is refused is not tried again")

@@ -23,6 +23,7 @@ from lattice_remote.protocol.messages import (
     ClientFrame,
     Download,
     Downloaded,
+    Entries,
     Fetch,
     Hello,
     Log,
@@ -76,7 +77,7 @@ class ScriptedServer:
         self.faults: list[str] = []
         """Violations by the client."""
         self.refuses: tuple[HTTPStatus, str] | None = None
-        """Status and code of a refusal of every upgrade; None: upgrades are accepted."""
+        """Status and code of a refusal of every upgrade, "": from a proxy; None: upgrades are accepted."""
         self.attempts = 0
         """Number of upgrades that the client requested."""
         self.next_run: Literal["answer", "cut before", "cut after", "new epoch"] = "answer"
@@ -177,7 +178,7 @@ class ScriptedServer:
             return _json(connection, HTTPStatus.UPGRADE_REQUIRED, _refusal("REMOTE_VERSION"))
         if self.refuses is not None:
             status, code = self.refuses
-            return _json(connection, status, _refusal(code))
+            return _json(connection, status, _refusal(code)) if code else connection.respond(status, "<html>")
         return None
 
     async def _serve(self, socket: ServerConnection) -> None:
@@ -208,7 +209,7 @@ class ScriptedServer:
                 self._take(link, frame)
                 await self._send_queued(link)
             case Manifest():
-                if any(isinstance(each, Manifest) for each in link.connection.pending):
+                if any(isinstance(each, Entries) for each in link.connection.pending):
                     raise ProtocolError("3.1: Manifest is repeated before it has arrived")
                 self._take(link, frame)
             case Fetch():

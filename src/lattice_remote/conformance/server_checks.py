@@ -486,6 +486,16 @@ async def _(target: ServerTarget) -> None:
         expect(entries.seq == seen, f"the manifest is of {entries.seq}, the last change was {seen}")
 
 
+@check("3.2", "a manifest lists every file that a change wrote")
+async def _(target: ServerTarget) -> None:
+    async with target.greeted() as probe:
+        request = run(target, "create", "Listed in a manifest")
+        await answered(probe, request)
+        listed = await manifest(probe)
+        missing = [op.path for op in caused(probe, request)[0].ops if op.path not in listed]
+        expect(not missing, f"it lacks {', '.join(missing)}")
+
+
 @check("3.1", "Applied is accepted")
 async def _(target: ServerTarget) -> None:
     async with target.greeted() as probe:
