@@ -14,15 +14,18 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import site
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -30,7 +33,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import SUBPROTOCOL, Hello, Reply, Run, Welcome
-from sandbox import Client, Sandbox, Server, board, wait_for
+from sandbox import Client, Process, Programs, Sandbox, Server, board, wait_for
 
 ACTOR = ("--actor", "human:ana")
 MIB = 1024 * 1024
@@ -319,6 +322,80 @@ def throughput(runs: int) -> Iterator[Figure]:
         yield at_least("32 clients / one warm local process", ratios["many"], "x", 1.0)
 
 
+# --- writer: where the time of a command goes ---
+
+
+class _WithTimers(Programs):
+    """Start servers with timers around the stages of a command, see ``stages.py``."""
+
+    def __init__(self, report: Path) -> None:
+        self.report = report
+
+    def start(self, program: str, argv: Sequence[str], **options: Any) -> Process:  # noqa: ARG002 - as there
+        stages = str(Path(__file__).with_name("stages.py"))
+        return subprocess.Popen(
+            [sys.executable, stages, "server", self.report, *argv], stdin=subprocess.DEVNULL, **options
+        )
+
+    def reset(self, server: Server) -> None:
+        self._signal(server, signal.SIGUSR1)
+
+    def read(self, server: Server) -> dict[str, dict[str, float]]:
+        """Return the microseconds in each stage since the reset, by process."""
+        paths = {name: Path(f"{self.report}.{name}") for name in ("server", "worker")}
+        for path in paths.values():
+            path.unlink(missing_ok=True)
+        self._signal(server, signal.SIGUSR2)
+        for name, path in paths.items():
+            wait_for(path.exists, f"the report of the {name}")
+        return {name: json.loads(path.read_text())["microseconds"] for name, path in paths.items()}
+
+    def _signal(self, server: Server, number: int) -> None:
+        assert server.process is not None
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+        workers = [int(pid) for pid in children if b"stages.py\0worker\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        for pid in (server.process.pid, *workers):
+            os.kill(pid, number)
+
+
+LATTICE_STAGES = ("Click", "lattice's command")
+
+
+def writer(runs: int) -> Iterator[Figure]:
+    """The median microseconds of each stage of a comment. The timers themselves cost a few percent."""
+    rounds, total = max(3, runs // 4), 400
+    with tempfile.TemporaryDirectory() as directory:
+        programs = _WithTimers(Path(directory, "stages"))
+        with board("ana", programs=programs) as (server, (ana,)):
+            for n in range(20):
+                ana.ok("create", f"Task {n}", *ACTOR)
+            token = server.token("human:ana")
+            ana.ok("remote", "agent", "stop")
+            for clients in (1, 32):
+                reports = []
+                for _ in range(rounds):
+                    programs.reset(server)
+                    asyncio.run(_throughput(server, token, clients, total))
+                    reports.append(programs.read(server))
+                yield from _stages(f"{clients} client{'s' * (clients > 1)}", reports, total)
+
+
+def _stages(name: str, reports: list[dict[str, dict[str, float]]], total: int) -> Iterator[Figure]:
+    medians = {
+        (process, stage): statistics.median(report[process][stage] for report in reports) / total
+        for process in reports[0]
+        for stage in reports[0][process]
+    }
+    for (process, stage), spent in medians.items():
+        yield Figure(f"{name}, {process}: {stage}", spent, "us")
+    in_turn = {stage: spent for (process, stage), spent in medians.items() if process == "worker" and stage[0] != "("}
+    lattices = sum(in_turn[stage] for stage in LATTICE_STAGES)
+    yield Figure(f"{name}: lattice's own time", lattices, "us")
+    yield at_most(f"{name}: added to it in the worker", sum(in_turn.values()) - lattices, "us", 1000)
+    in_server = sum(spent for (process, _), spent in medians.items() if process == "server")
+    yield Figure(f"{name}: in the server's process", in_server, "us")
+
+
 # --- latency: from a command's start here to its files there ---
 
 
@@ -523,6 +600,7 @@ GROUPS = {
     "launcher": launcher,
     "rest": rest,
     "throughput": throughput,
+    "writer": writer,
     "latency": latency,
     "waiting": waiting,
     "large": large,

@@ -4,10 +4,12 @@ A frame on the socket pair is a length (4 bytes, big endian) and one msgpack map
 reports as ``RequestDone`` is on disk (I2).
 """
 
+import contextlib
 import os
 import socket
 import struct
 import subprocess
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -31,6 +33,7 @@ __all__ = [
     "ReadPage",
     "ReadResult",
     "Ready",
+    "ReceivedFrames",
     "Reconcile",
     "RequestDone",
     "ResultStats",
@@ -42,7 +45,6 @@ __all__ = [
     "WorkerFailed",
     "asked_by",
     "encode_frames",
-    "receive_frames",
     "start_child",
 ]
 
@@ -267,7 +269,7 @@ ToServer = Ready | RequestDone | WorkerFailed
 
 # --- framing and processes ---
 
-_RECEIVE_BYTES = 1 << 20
+_RECEIVE_BYTES = 256 * 1024
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -287,7 +289,7 @@ class FrameBuffer:
         self._max_bytes = max_bytes
         self._received = bytearray()
 
-    def receive(self, data: bytes) -> Iterator[bytes]:
+    def receive(self, data: bytes | memoryview) -> Iterator[bytes]:
         """Yield the content of each frame that is now whole; consume all before the next call.
 
         Raises StorageError if a frame is larger than ``max_bytes``.
@@ -308,17 +310,37 @@ class FrameBuffer:
             del received[:start]
 
 
-def receive_frames(connection: socket.socket) -> Iterator[bytes]:
-    """Yield the content of each frame until the peer is gone. Blocking."""
-    buffer = FrameBuffer()
-    while True:
+class ReceivedFrames:
+    """Frames from a socket, in order, until the peer is gone. Blocking."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._buffer = FrameBuffer()
+        self._frames: deque[bytes] = deque()
+        self._received = bytearray(_RECEIVE_BYTES)
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self._frames or self._receive():
+            while self._frames:
+                yield self._frames.popleft()
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def arrived(self) -> int:
+        """Return the number of whole frames that have arrived, without waiting."""
+        with contextlib.suppress(BlockingIOError):
+            self._receive(socket.MSG_DONTWAIT)
+        return len(self._frames)
+
+    def _receive(self, flags: int = 0) -> bool:
+        """Receive more; return False if the peer is gone."""
         try:
-            received = connection.recv(_RECEIVE_BYTES)
+            size = self._connection.recv_into(self._received, 0, flags)
         except ConnectionError:
-            return
-        if not received:
-            return
-        yield from buffer.receive(received)
+            return False
+        self._frames.extend(self._buffer.receive(memoryview(self._received)[:size]))
+        return size > 0
 
 
 def start_child(

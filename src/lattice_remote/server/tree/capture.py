@@ -270,6 +270,9 @@ class Capture:
         # This runs a hundred times per command: ignored events must cost next to nothing.
         if self._thread == 0 or event in HARMLESS or threading.get_ident() != self._thread:
             return
+        self._check(event, args)
+
+    def _check(self, event: str, args: tuple[object, ...]) -> None:
         handler = _HANDLERS.get(event)
         if handler is None:
             self._refuse(f"do what Python calls {event}")

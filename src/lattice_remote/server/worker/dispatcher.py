@@ -292,6 +292,7 @@ class Worker:
             notes=notes,
         )
         self._committer.submit(CommitJob(message))
+        self._committer.flush()
 
     def handle(self, message: ToWorker) -> bool:
         """Run one request; return False if it was the last.

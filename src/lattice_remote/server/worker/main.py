@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from lattice_remote.server.config import JournalSettings
-from lattice_remote.server.ipc import ToWorker, WorkerFailed, receive_frames
+from lattice_remote.server.ipc import ReceivedFrames, ToWorker, WorkerFailed
 from lattice_remote.server.journal.journal import Retention
 from lattice_remote.server.journal.repair import make_id
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
@@ -122,8 +122,15 @@ def _serve(
     )
     gc.collect()
     gc.freeze()  # exempt the loaded modules from collection
-    for message in map(_decoder.decode, receive_frames(connection)):
-        if not worker.handle(message):
+    requests = ReceivedFrames(connection)
+    for frame in requests:
+        goes_on = worker.handle(_decoder.decode(frame))
+        # While half of the requests are committed and answered, the other half keeps this thread busy.
+        if committer.waiting >= len(requests) and committer.waiting >= requests.arrived():
+            committer.flush()
+        else:
+            committer.flush_soon()
+        if not goes_on:
             break
     store.close()
     return 0

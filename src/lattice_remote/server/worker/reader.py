@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import msgspec
 
-from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadResult, encode_frames, receive_frames
+from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadResult, ReceivedFrames, encode_frames
 from lattice_remote.server.logging import log_to_stderr
 from lattice_remote.server.tree.capture import AccessDenied, Capture
 from lattice_remote.server.worker.calls.dashboard import handler_class
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
     log_to_stderr(f"reader {options.slug}: %(levelname)s %(message)s", {"process": "reader", "project": options.slug})
     connection = socket.socket(fileno=options.fd)
     reads = _prepare(options.project_dir.resolve())
-    for request in map(_decoder.decode, receive_frames(connection)):
+    for request in map(_decoder.decode, ReceivedFrames(connection)):
         found = encode_frames(reads.answer(request))
         try:
             connection.sendall(found)

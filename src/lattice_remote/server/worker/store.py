@@ -13,6 +13,7 @@ import shlex
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
+_MAX_DELAY_S = 0.005
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -91,28 +93,47 @@ class CommitJob:
 class Committer:
     """Thread that commits jobs in order; a batch costs one fsync per journal file.
 
-    When the storage fails it sends ``WorkerFailed`` and ends the process at once. Later jobs are never acknowledged,
-    and the next start relies only on the disk.
+    Jobs are committed after ``flush``, or at most ``_MAX_DELAY_S`` after ``flush_soon``. When the storage fails it
+    sends ``WorkerFailed`` and ends the process at once. Later jobs are never acknowledged, and the next start relies
+    only on the disk.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._jobs: queue.SimpleQueue[CommitJob | None] = queue.SimpleQueue()
+        self._jobs: deque[CommitJob] = deque()
+        self._delays: queue.SimpleQueue[float | None] = queue.SimpleQueue()  # until the next batch; None: the last
+        self._is_delayed = False
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
     def submit(self, job: CommitJob) -> None:
-        self._jobs.put(job)
+        self._jobs.append(job)
+
+    @property
+    def waiting(self) -> int:
+        """Number of jobs that are not being committed."""
+        return len(self._jobs)
+
+    def flush(self) -> None:
+        """Commit all jobs as soon as the running batch is done."""
+        self._delays.put(0.0)
+
+    def flush_soon(self) -> None:
+        """Commit all jobs even if ``flush`` is not called soon."""
+        if not self._is_delayed:
+            self._is_delayed = True
+            self._delays.put(_MAX_DELAY_S)
 
     def finish(self) -> None:
         """Finish all jobs and end the thread."""
-        self._jobs.put(None)
+        self._delays.put(None)
         self._thread.join()
 
     def wait(self) -> None:
         """Wait for every job submitted so far."""
         done = threading.Event()
         self.submit(CommitJob(then=done.set))
+        self.flush()
         done.wait()
 
     def _run(self) -> None:
@@ -125,11 +146,16 @@ class Committer:
             os._exit(1)
 
     def _run_batch(self) -> bool:
-        """Run all queued jobs; return False after the last."""
-        batch = [self._jobs.get()]
-        while not self._jobs.empty():
-            batch.append(self._jobs.get())
-        jobs = [job for job in batch if job is not None]
+        """Run all jobs once they are due; return False after the last."""
+        delay = self._delays.get()
+        with contextlib.suppress(queue.Empty):
+            while delay:
+                delay = self._delays.get(timeout=delay)
+        self._is_delayed = False  # before the jobs are taken: a later one is either taken too or asks again
+        self._commit([self._jobs.popleft() for _ in range(len(self._jobs))])
+        return delay is not None
+
+    def _commit(self, jobs: list[CommitJob]) -> None:
         began = time.perf_counter()
         descriptors = dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None)
         for descriptor in descriptors:
@@ -139,8 +165,8 @@ class Committer:
             if job.then is not None:
                 job.then()
         messages = [job.message for job in jobs if job.message is not None]
-        self._send(messages if synced_s is None else _with_sync_time(messages, synced_s))
-        return len(jobs) == len(batch)
+        if messages:
+            self._send(messages if synced_s is None else _with_sync_time(messages, synced_s))
 
     def _send(self, messages: list[ToServer]) -> None:
         # The server may be gone: the commits are durable, and the main thread is about to notice.
