@@ -10,11 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lattice_remote.client.agent.file_watcher import Watching
-
 from lattice_remote.client import trusted_servers
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.config import Remote, write_remote
+from lattice_remote.file_watcher import FileWatcher
 
 
 async def follow(lattice: Path, token: str) -> None:
@@ -22,7 +21,7 @@ async def follow(lattice: Path, token: str) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     service = Service(str(lattice))
     service.start(token)
-    service.look_after(Watching(), asyncio.Semaphore(1))
+    service.look_after(FileWatcher(), asyncio.Semaphore(1))
     ready = asyncio.create_task(service.handle({"do": "ready", "token": token}, lambda _: None))
     await ended.wait()
     ready.cancel()

@@ -52,7 +52,10 @@ def test_hooks_are_told_what_a_local_lattice_tells_them_and_nothing_runs_at_the_
         return told(root / name, lattice_dir)
 
     assert use(remote, there, "remote") == use(local, local.lattice_dir, "local")
-    assert (remote.lattice_dir / "config.json").read_bytes() == (there / "config.json").read_bytes()
+    configs = [lattice_dir / "config.json" for lattice_dir in (remote.lattice_dir, there)]
+    wait_for(
+        lambda: configs[0].read_bytes() == configs[1].read_bytes(), "the settings, which are a change of their own"
+    )
 
 
 def test_a_slow_hook_holds_no_command_up_and_a_failing_one_is_named_with_its_change(sandbox: Sandbox) -> None:

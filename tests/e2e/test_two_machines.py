@@ -103,9 +103,10 @@ def test_a_real_conflict_keeps_both_texts_once_and_says_so(shared_board: Board) 
     assert said.returncode == 0
     assert "conflict" in said.stderr.lower()
     assert theirs.read_text() == "# one\n\nana's text\n"
-    beside = [path for path in theirs.parent.iterdir() if path.name.startswith(theirs.name) and path != theirs]
-    assert [path.read_text() for path in beside] == ["# one\n\nben's text\n"]
-    assert ben.run("comment", task, "again", "--actor", "human:ben").stderr.count("conflict") == 1
+    kept = [path for path in (ben.lattice_dir / ".remote" / "conflicts").rglob("*") if path.is_file()]
+    assert [path.read_text() for path in kept] == ["# one\n\nben's text\n"]
+    assert list(theirs.parent.glob(f"{theirs.name}?*")) == [], "editors and tools see the texts alone"
+    assert ben.run("comment", task, "again", "--actor", "human:ben").stderr.count("conflict:") == 1
     assert f"conflicts:      1: plan of {task}" in ben.ok("remote", "status")
     ben.ok("remote", "resolve", task, "--theirs")
     assert "conflict" not in ben.run("comment", task, "resolved", "--actor", "human:ben").stderr

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -454,6 +455,21 @@ def test_a_replaced_package_replaces_the_warm_process(launched: Launched, tmp_pa
     wait_for(lambda: not executes(), "another warm process")
     for options in (env, {**env, "PYTHONPATH": ""}):
         launched.client.run("remote", "agent", "stop", env=options)
+
+
+def test_many_at_once_run_once_each(launched: Launched) -> None:
+    """A command may end before its launcher runs again: no answer is lost, and nothing runs twice."""
+    launched.warm_process()
+    before = launched.programs.executed()
+
+    def run(number: int) -> bool:
+        if number % 2:
+            return launched.run("comment", "LAT-1", "--nonsense").stderr.count("Usage") == 1
+        return launched.run("list").stdout.count("First") == 1
+
+    with ThreadPoolExecutor(10) as pool:
+        assert all(pool.map(run, range(400)))
+    assert len(launched.programs.executed()) - len(before) < 20, "the launcher waits a second for a busy machine"
 
 
 # --- security ---

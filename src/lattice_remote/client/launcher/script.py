@@ -221,7 +221,8 @@ def _run(argv: list[bytes], environ: Environment, python: str) -> None:
     passed = b"".join(number.to_bytes(4, sys.byteorder) for number in (0, 1, 2, here))
     try:
         sent = stream.sendmsg([message], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, passed)])
-        stream.sendall(message[sent:])
+        if sent < len(message):  # an empty send would fail if the command has already ended
+            stream.sendall(message[sent:])
         answer = stream.recv(2, _socket.MSG_WAITALL)
     except OSError:
         answer = b""  # the warm process was killed

@@ -424,7 +424,7 @@ def main() -> None:
     os.truncate(lock, 0)
     os.write(lock, b"%d\n" % os.getpid())
     os.chdir("/")
-    for number in (signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     try:
         _preload()
