@@ -687,8 +687,12 @@ async def _(target: ClientTarget) -> None:
     async with target.play() as play:
         play.server.rewrite = rewrite
         await play.follow()
-        await play.until(lambda: play.server.links, "connection")
-        await play.until(play.server.links[0].closed.is_set, "end of the connection", CLOSE_TIMEOUT_S)
+        await play.until(lambda: play.server.first is not None, "connection")
+        await play.until(
+            lambda: play.server.first is not None and play.server.first.closed.is_set(),
+            "end of the connection",
+            CLOSE_TIMEOUT_S,
+        )
 
 
 @check("2.3", "a violation ends the connection: malformed, unknown, out of turn, a gap")

@@ -71,6 +71,9 @@ class ScriptedServer:
         self.model = InMemoryServer(history=[Moment(b"", files)])
         self.port = 0
         self.links: list[Link] = []
+        """Open connections."""
+        self.first: Link | None = None
+        """The first connection, which may have ended."""
         """The open connections."""
         self.frames: list[ClientFrame] = []
         """All frames of the client."""
@@ -184,6 +187,7 @@ class ScriptedServer:
     async def _serve(self, socket: ServerConnection) -> None:
         link = Link(socket, self.model.accept())
         self.links.append(link)
+        self.first = self.first or link
         try:
             async for message in socket:
                 await self._receive(link, message)
