@@ -8,19 +8,19 @@ export PYTHON
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-system:  ## Install what the tests need besides Python, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync, vim, ed
+system:  ## Install the programs that tests need, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync, vim, ed
 	@scripts/system.sh
 
-venv:  ## Make .venv with everything in it (at once when it is up to date)
+venv:  ## Create .venv with pinned versions; does nothing if it is up to date
 	@scripts/bootstrap.sh
 
-demo: venv  ## See it work: a server and two machines, cut off and put together again
+demo: venv  ## Run a server and two machines: share, lose the connection, converge
 	@$(PYTHON_VENV) examples/demo.py
 
 # One more than there are processors: the tests wait for other processes half of their time.
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 
-test: venv  ## Run every test; the last line names what was skipped because a program of `make system` is missing
+test: venv  ## Run every test; the last line names those skipped for a missing program of `make system`
 	@$(PYTHON_VENV) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: venv  ## Format, lint, strict types, import layering; protocol/ and openapi.json agree with the code
@@ -39,40 +39,40 @@ COMMANDS ?= 25
 JOBS ?= 1
 EVERY ?= 6
 
-soak: venv  ## Random commands while everything breaks, seed after seed (SEEDS=100 JOBS=2)
+soak: venv  ## Random commands and faults, seed after seed (SEEDS=100 JOBS=2)
 	@$(PYTHON_VENV) tests/soak.py --seeds $(SEEDS) --first $(FIRST) --commands $(COMMANDS) --jobs $(JOBS) --every $(EVERY) $(if $(ONLY),--only "$(ONLY)")
 
 SECONDS ?= 600
 COUNT ?= 1000
 
-mutants: venv  ## Random changes of the guarding modules, one at a time: do the tests notice? (SEED=1 SECONDS=600 COUNT=1000)
+mutants: venv  ## Change the guarding modules at random, one change at a time: the nearest tests must fail (SEED=1 SECONDS=600 COUNT=1000)
 	@$(PYTHON_VENV) tests/mutants.py --seed $(SEED) --seconds $(SECONDS) --count $(COUNT) $(if $(ONLY),--only "$(ONLY)")
 
 ROUNDS ?= 200
 
-claims: venv  ## 32 processes race for one task, round after round: one winner each (ROUNDS=200)
+claims: venv  ## Let 32 processes race for one task, round after round: one winner each (ROUNDS=200)
 	@$(PYTHON_VENV) tests/claims.py --rounds $(ROUNDS)
 
-load: venv  ## Hundreds of clients, some of them stalled; writers at once; 10,000 tasks; a restart
+load: venv  ## Measure with hundreds of clients, stalled ones, concurrent writers, a restart, 10,000 tasks
 	@$(PYTHON_VENV) benchmarks/load.py $(ARGS)
 
 COPIES ?= 50
 
-backups: venv  ## Copies of a live server taken by rsync under load: each must be whole (COPIES=50)
+backups: venv  ## Copy a live server with rsync under load: each copy must be whole (COPIES=50)
 	@$(PYTHON_VENV) tests/backups.py --copies $(COPIES)
 
 LINES ?= 5000
 SEED ?= 1
 
-fuzz: venv  ## Hostile arguments by the thousand (LINES=50000 SEED=1; UNGUARDED=1: without the policy)
+fuzz: venv  ## Run hostile command lines (LINES=50000 SEED=1; UNGUARDED=1: without the policy)
 	@$(PYTHON_VENV) tests/hostile/fuzz.py --lines $(LINES) --seed $(SEED) $(if $(UNGUARDED),--unguarded)
 
 EXAMPLES ?= 2000
 
-hostile: venv  ## Hostile requests, frames and floods against a running server (EXAMPLES=2000)
+hostile: venv  ## Send hostile requests, frames and floods to a running server (EXAMPLES=2000)
 	@HOSTILE_EXAMPLES=$(EXAMPLES) $(PYTHON_VENV) -m pytest -s tests/hostile/test_http.py tests/hostile/test_http_with_token.py tests/hostile/test_frames.py tests/hostile/test_floods.py tests/hostile/test_rest.py $(ARGS)
 
-protocol: venv  ## Write protocol/schema.json, protocol/vectors/ and openapi.json anew from the code
+protocol: venv  ## Write protocol/schema.json, protocol/vectors/ and openapi.json from the code
 	@$(PYTHON_VENV) scripts/protocol_files.py
 
 format: venv  ## Format the code and fix what can be fixed

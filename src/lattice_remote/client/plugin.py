@@ -46,17 +46,15 @@ def register(cli_group: click.Group) -> None:
 
 
 def remote_directory() -> str | None:
-    """Return the surrounding ``.lattice`` directory, found as lattice finds it, if it is a cache or waits for a
-    push."""
+    """Return the surrounding ``.lattice``, found as lattice finds it, if it is a cache or waits for a push."""
     try:
         root = find_root()
     except (LatticeRootError, OSError):
         return None  # lattice itself reports the error
     if root is None:
         return None
-    directory = os.path.abspath(
-        os.path.join(root, LATTICE_DIR)
-    )  # LATTICE_ROOT may be relative, and the agent has another directory
+    # LATTICE_ROOT may be relative, and the agent has another directory.
+    directory = os.path.abspath(os.path.join(root, LATTICE_DIR))
     # A project that waits to be pushed has another file, so that other programs see a local project.
     # ``cache_state.json`` alone is a cache whose remote.json git or the user has removed: no local project (I4).
     files = ("remote.json", ".remote/unpushed.json", "cache_state.json")

@@ -10,6 +10,7 @@ import typer
 from typer.main import get_command
 
 from lattice_remote.client.cli.app import app as client_app
+from lattice_remote.client.cli.launcher import app as client_launcher
 from lattice_remote.client.cli.resolve import rescued_app as client_rescued
 from lattice_remote.client.cli.sync import agent_app as client_agent
 from lattice_remote.server.cli import app as server_app
@@ -42,7 +43,7 @@ def test_help_has_an_example_that_is_of_this_command(words: tuple[str, ...], com
     assert not undescribed, f"options without a help text: {undescribed}"
 
 
-@pytest.mark.parametrize("app", [client_app, client_rescued, client_agent])
+@pytest.mark.parametrize("app", [client_app, client_rescued, client_agent, client_launcher])
 def test_the_list_of_commands_shows_whole_sentences(app: typer.Typer) -> None:
     command = get_command(app)
     context = command.make_context("lattice remote", [], resilient_parsing=True, terminal_width=80)

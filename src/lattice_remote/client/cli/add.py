@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Annotated, Any
@@ -50,6 +50,7 @@ from lattice_remote.client.config import (
 )
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
+from lattice_remote.protocol.bundle import first_sign_of_use
 
 __all__ = ["app"]
 
@@ -322,8 +323,6 @@ def _new_directory(directory: str) -> Iterator[str]:
 
 # --- what is in a directory already ---
 
-_PLAIN_FILES = {"config.json", "ids.json"}
-_CONTEXT = "context.md"
 _ASKED_BY_INIT = {"instance_id", "default_actor", "project_code", "subproject_code", "instance_name", "project_name"}
 _ASKED_BY_INIT |= {"model", "heartbeat"}
 
@@ -349,62 +348,37 @@ def _own_project(target: str) -> str | None:
 
 def _first_sign_of_use(target: str) -> str | None:
     """Return something that a freshly initialised project lacks, in words; None if there is nothing."""
-    with contextlib.suppress(OSError):
-        if tasks := sum(name.endswith(".json") for name in os.listdir(os.path.join(target, "tasks"))):
-            return count(tasks, "task")
-    if _is_configured(target):
-        return "a changed config.json"
-    if _is_described(target):
-        return "an edited context.md"
-    for directory, directories, names in os.walk(target):
-        directories.sort()
-        for name in sorted(names):
-            place = os.path.join(directory, name)
-            path = os.path.relpath(place, target)
-            is_empty_log = name == "_lifecycle.jsonl" and not os.path.getsize(place)
-            is_plain = path == _CONTEXT or (path in _PLAIN_FILES and not _lists_tasks(place))
-            if not (is_plain or is_empty_log or path.startswith("locks" + os.sep)):
-                return path
-    return None
+    files = [os.path.join(directory, name) for directory, _, names in os.walk(target) for name in names]
+    sizes = {os.path.relpath(file, target): os.lstat(file).st_size for file in files}
+    found = first_sign_of_use((path, size) for path, size in sizes.items() if not path.startswith("locks" + os.sep))
+    edited = {"a changed config.json": _is_plain_config, "an edited context.md": _is_plain_context}
+    edited["ids.json"] = lambda text: not json.loads(text).get("map")
+    return found or next((sign for sign, is_plain in edited.items() if _is_edited(target, sign, is_plain)), None)
 
 
-def _is_configured(target: str) -> bool:
-    """Return whether more of ``config.json`` was changed than ``lattice init`` asks for."""
-    from lattice.core.config import default_config
-
+def _is_edited(target: str, sign: str, is_plain: Callable[[str], bool]) -> bool:
     try:
-        with open(os.path.join(target, "config.json"), encoding="utf-8") as file:
-            config: dict[str, Any] = json.load(file)
+        with open(os.path.join(target, sign.rpartition(" ")[2]), encoding="utf-8") as file:
+            return not is_plain(file.read())
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
-        return True
-    made = {key: value for key, value in config.items() if key not in _ASKED_BY_INIT}
-    return all(made != dict(default_config(preset=preset)) for preset in ("classic", "opinionated"))
-
-
-def _is_described(target: str) -> bool:
-    """Return whether ``context.md`` holds more than the text of ``lattice init``, below the heading."""
-    from lattice.cli.main import _CONTEXT_MD_TEMPLATE
-
-    try:
-        with open(os.path.join(target, _CONTEXT), encoding="utf-8") as file:
-            return file.read().partition("\n")[2] != _CONTEXT_MD_TEMPLATE.partition("\n")[2]
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError):
-        return True
-
-
-def _lists_tasks(path: str) -> bool:
-    """Return whether this is an ``ids.json`` that has assigned an id."""
-    if os.path.basename(path) != "ids.json":
-        return False
-    try:
-        with open(path, encoding="utf-8") as file:
-            return bool(json.load(file).get("map"))
     except (OSError, ValueError, AttributeError):
         return True  # unreadable: assume so
+
+
+def _is_plain_config(text: str) -> bool:
+    """Return whether only what ``lattice init`` asks for was changed."""
+    from lattice.core.config import default_config
+
+    made = {key: value for key, value in json.loads(text).items() if key not in _ASKED_BY_INIT}
+    return any(made == dict(default_config(preset=preset)) for preset in ("classic", "opinionated"))
+
+
+def _is_plain_context(text: str) -> bool:
+    """Return whether this is the text of ``lattice init``, below the heading."""
+    from lattice.cli.main import _CONTEXT_MD_TEMPLATE
+
+    return bool(text.partition("\n")[2] == _CONTEXT_MD_TEMPLATE.partition("\n")[2])
 
 
 def _ignore(_progress: dict[str, Any]) -> None:

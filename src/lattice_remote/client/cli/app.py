@@ -13,8 +13,7 @@ from typer._completion_classes import BashComplete
 from typer.main import get_command
 
 from lattice_remote.client.cli import add, launcher, push, remotes, remove, resolve, sync, tokens, watch
-from lattice_remote.client.cli.common import Json, fields_of, lattice_directory, print_json, print_result, unpushed
-from lattice_remote.client.config import is_cache, is_unpushed, read_remote
+from lattice_remote.client.cli.common import Json, print_json
 from lattice_remote.errors import Misuse, RemoteError
 
 __all__ = ["app", "completions", "main"]
@@ -47,21 +46,12 @@ def main(args: Sequence[str], prog_name: str) -> NoReturn:
 @app.callback(invoke_without_command=True)
 def remote(
     context: typer.Context,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the URL and project too.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the URL too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Share this project through a server. Without a subcommand: list the project's remote."""
-    if context.invoked_subcommand is not None:
-        return
-    directory = lattice_directory()
-    found = read_remote(directory) if directory and is_cache(directory) and not is_unpushed(directory) else None
-    waiting = unpushed()
-    if waiting is not None:
-        found = waiting[1]
-    if as_json:
-        print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
-    elif found is not None:
-        typer.echo(f"{found.name}\t{found.url} {found.project}" if verbose else found.name)
+    if context.invoked_subcommand is None:
+        remotes.print_remotes(with_url=verbose, as_json=as_json)
 
 
 def completions(before: Sequence[str], incomplete: str) -> Iterator[tuple[str, str, str | None]]:

@@ -24,9 +24,10 @@ _MIB = 1024 * 1024
 
 @app.command()
 def install(directory: Directory = None, as_json: Json = False) -> None:
-    """Install an executable 'lattice' that hands commands in a cache to a warm process.
+    """Install an executable 'lattice' that uses a warm process.
 
-    It runs every other command with the real lattice. Put its directory first on the PATH.
+    It hands commands in a cache to that process and runs every other command with the real lattice. Put its directory
+    first on the PATH.
 
     Example: lattice remote launcher install --dir ~/.local/lattice/bin
     """
@@ -41,7 +42,9 @@ def install(directory: Directory = None, as_json: Json = False) -> None:
 
 @app.command()
 def status(directory: Directory = None, as_json: Json = False) -> None:
-    """Show the launcher, its place on the PATH, and the warm process. Exit with 1 if it is not in use.
+    """Show the launcher, its place on the PATH, and the warm process.
+
+    Exits with 1 if it is not in use.
 
     Example: lattice remote launcher status --json
     """
@@ -83,7 +86,9 @@ def status(directory: Directory = None, as_json: Json = False) -> None:
 
 @app.command()
 def remove(directory: Directory = None, as_json: Json = False) -> None:
-    """Remove the launcher and stop its warm process; commands then run as before.
+    """Remove the launcher and stop its warm process.
+
+    Commands then run as before.
 
     Example: lattice remote launcher remove
     """

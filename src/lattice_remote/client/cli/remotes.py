@@ -29,7 +29,7 @@ from lattice_remote.client.config import (
     write_remote,
 )
 
-__all__ = ["app"]
+__all__ = ["app", "print_remotes"]
 
 app = typer.Typer()
 
@@ -40,13 +40,16 @@ def list_remotes(as_json: Json = False) -> None:
 
     Example: lattice remote list --json
     """
-    directory = lattice_directory()
-    waiting = unpushed()
+    print_remotes(with_url=True, as_json=as_json)
+
+
+def print_remotes(*, with_url: bool, as_json: bool) -> None:
+    directory, waiting = lattice_directory(), unpushed()
     found = waiting[1] if waiting else read_remote(directory) if directory and is_cache(directory) else None
     if as_json:
         print_result({"remotes": [fields_of(found) | ({"pushed": False} if waiting else {})] if found else []})
     elif found is not None:
-        typer.echo(f"{found.name}\t{found.place}")
+        typer.echo(f"{found.name}\t{found.place}" if with_url else found.name)
 
 
 @app.command(name="get-url")
