@@ -284,7 +284,7 @@ async def test_the_remote_is_listed_and_moved(server: FakeServer, root: Path) ->
     assert (await lattice(root, "remote")).out == ""
     await add(server, root)
     assert (await lattice(root, "remote")).out == "origin\n"
-    assert (await lattice(root, "remote", "-v")).out == f"origin\t{server.url} web\n"
+    assert (await lattice(root, "remote", "-v")).out == f"origin\t{server.url}/web\n"
     assert server.url in (await lattice(root, "remote", "show", "origin")).out
     assert (await lattice(root, "remote", "set-url", "origin", "http://127.0.0.1:1")).code == 0
     assert (await lattice(root, "remote", "--json")).data == {
