@@ -17,6 +17,8 @@ heed_signals()
 
 
 LONG = [
+    "test_planted_faults",
+    "test_conformance",
     "test_soak",
     "test_every_command",
     "test_board_in_browser",
