@@ -20,6 +20,8 @@ from lattice_remote.protocol import operations as o
 from lattice_remote.protocol.operations import MemoryTree
 
 ROOT = Path(__file__).parent.parent / "protocol"
+REJECTED_BY_SERVERS = ROOT.parent / "src" / "lattice_remote" / "conformance" / "rejected.json"
+"""The frames that ``lattice-remote conformance`` sends to a server; it is installed without ``protocol/``."""
 OPENAPI = ROOT.parent / "src" / "lattice_remote" / "server" / "http" / "rest" / "openapi.json"
 ID = "00112233445566778899aabbccddeeff"
 MARK = bytes(range(8))
@@ -38,6 +40,7 @@ _ODD: dict[str, Any] = {
     "a": {"b": {"c": [1, {"d": None}], "e": {}}, "f": []},
     "gr\u00f6\u00dfe": '\u00e9 \u20ac \U0001f600 \u007f " \\ / \b\f\n\r\t\u0001',
     "integers": [0, -1, 12345678901234567890, -0],
+    "kept": [1.0, -0.0, 1.5e300, 1e-07, 0.1],
     "numbers": [1.0, -0.0, 1.5e300, 1e-07, 0.1],
     "truth": [True, False, None],
     "\uff21": 1,
@@ -286,6 +289,7 @@ def _listed(path: str) -> dict[str, Any]:
     }
 
 
+_NOTHING = {"op": "append", "path": "a", "offset": 0, "tail": o.digest_of(b""), "data": b""}
 REJECTED: list[tuple[str, str, Any]] = [
     ("client", "an unknown kind", {"type": "shout"}),
     ("client", "no kind", {"seq": 1}),
@@ -352,6 +356,7 @@ REJECTED: list[tuple[str, str, Any]] = [
     ("client", "null where a bool belongs", {**_HELLO, "follow": None}),
     ("client", "a bool where an integer belongs", {**_HELLO, "seq": True}),
     ("server", "a float where an integer belongs", {**_REPLY, "seq": 1.0}),
+    ("server", "a bool where an integer belongs", {**_REPLY, "seq": True}),
     ("client", "null where a default would apply", {"type": "log", "id": ID, "limit": None}),
     ("client", "binary where a string belongs", {"type": "log", "id": ID.encode()}),
     ("server", "a string where binary belongs", {**_REPLY, "stdout": "x"}),
@@ -373,6 +378,8 @@ REJECTED: list[tuple[str, str, Any]] = [
         {**_DELETE, "ops": [{"op": "move", "path": "a", "to": "/a", "digest": bytes(32)}]},
     ),
     ("server", "a short digest", {**_DELETE, "ops": [{"op": "announce", "path": "a", "size": 1, "digest": bytes(31)}]}),
+    ("server", "an append of nothing", {**_DELETE, "ops": [_NOTHING]}),
+    ("server", "a long mark", {**_DELETE, "mark": bytes(33), "ops": []}),
     ("server", "a change without a number", {**_DELETE, "seq": 0, "ops": []}),
     ("server", "a field is missing", {"type": "reply", "id": ID, "seq": 1}),
     ("server", "a status of no answer", {"type": "returned", "id": ID, "seq": 1, "status": 100, "payload": b"{}"}),
@@ -559,9 +566,11 @@ def files() -> dict[Path, bytes]:
         "vectors/rejected.json": rejected,
         "vectors/sessions.json": runpy.run_path(str(Path(__file__).with_name("protocol_sessions.py")))["sessions"](),
     }
+    by_servers = {each["name"]: each["msgpack"] for each in rejected if each["from"] == "client"}
     openapi = runpy.run_path(str(Path(__file__).with_name("openapi.py")))["description"]()
     return {ROOT / name: o.canonical_json(content) for name, content in contents.items()} | {
-        OPENAPI: o.canonical_json(openapi)
+        OPENAPI: o.canonical_json(openapi),
+        REJECTED_BY_SERVERS: o.canonical_json(by_servers),
     }
 
 

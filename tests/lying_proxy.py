@@ -99,7 +99,7 @@ async def _pass(
 def _altered(message: Message, alter: Callable[[Frame], list[Frame]], garbage: bool) -> list[Message]:
     try:
         frame = msgspec.msgpack.decode(message if isinstance(message, bytes) else b"")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return [message] if garbage else []
     if not isinstance(frame, dict):
         return [message] if garbage else []

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,18 @@ import msgspec
 
 from lattice_remote.errors import one_line
 
-__all__ = ["Check", "CheckFailed", "CheckList", "NotOffered", "Outcome", "expect", "run_checks", "summary"]
+__all__ = [
+    "Check",
+    "CheckFailed",
+    "CheckList",
+    "NotOffered",
+    "Outcome",
+    "all_of",
+    "expect",
+    "run_checks",
+    "summary",
+    "within",
+]
 
 CHECK_TIMEOUT_S = 45.0
 """Bound of one check; the whole takes at most this for each ``concurrency`` checks."""
@@ -29,6 +40,30 @@ def expect(condition: object, message: str) -> None:
     """Raise ``CheckFailed`` with this message unless the condition holds."""
     if not condition:
         raise CheckFailed(message)
+
+
+@contextlib.asynccontextmanager
+async def within(seconds: float, what: str) -> AsyncIterator[None]:
+    """Bound a wait.
+
+    Raises:
+        CheckFailed: it takes longer.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise CheckFailed(f"no {what} within {seconds:.0f} s") from None
+
+
+async def all_of(parts: Iterable[Coroutine[None, None, None]]) -> None:
+    """Run the parts of a check concurrently, until one fails."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(part)
+    except* CheckFailed as failures:
+        raise CheckFailed(str(failures.exceptions[0])) from None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from lattice_remote.conformance.checks import CheckFailed, CheckList, expect
+from lattice_remote.conformance.checks import CheckFailed, CheckList, all_of, expect, within
 from lattice_remote.conformance.in_memory_server import Files, append_to, merge_into
 from lattice_remote.conformance.scripted_server import EXIT_CODE, LINE, LOG, STDOUT, TOKEN, ScriptedServer
 from lattice_remote.protocol.codec import encode
@@ -649,12 +649,7 @@ async def all_close(target: ClientTarget, messages: Iterable[tuple[str, bytes | 
         async with turn:
             await closes(target, message, name)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for each in messages:
-                group.create_task(one(*each))
-    except* CheckFailed as failures:
-        raise CheckFailed(str(failures.exceptions[0])) from None
+    await all_of(one(*each) for each in messages)
 
 
 @check("S9", "a path outside the tree ends the connection, and writes nothing")
@@ -810,8 +805,11 @@ async def _(target: ClientTarget) -> None:
         expect(play.server.attempts - attempts <= 2, f"{play.server.attempts - attempts} attempts within 3 s")
 
 
-@check("2.6", "pings are answered")
+@check("2.6", "pings are answered; it sends one every 10 s")
 async def _(target: ClientTarget) -> None:
     async with target.filled() as play:
-        async with asyncio.timeout(CLOSE_TIMEOUT_S):
-            await (await play.server.links[0].socket.ping())
+        link = play.server.links[0]
+        async with within(CLOSE_TIMEOUT_S, "pong"):
+            await (await link.socket.ping())
+        async with within(15, "ping of the client"):
+            await link.pinged.wait()

@@ -16,7 +16,7 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Response as HttpResponse
 from websockets.typing import Subprotocol
 
-from lattice_remote.conformance.checks import CheckFailed, NotOffered, expect
+from lattice_remote.conformance.checks import CheckFailed, NotOffered, expect, within
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.codec import decode_server_frame, encode
 from lattice_remote.protocol.messages import (
@@ -32,7 +32,7 @@ from lattice_remote.protocol.messages import (
     Welcome,
 )
 
-__all__ = ["Probe", "Refusal", "ServerTarget", "new_id", "within"]
+__all__ = ["Probe", "Refusal", "ServerTarget", "new_id"]
 
 FRAME_TIMEOUT_S = 15.0
 """Longest wait for a frame that must come."""
@@ -40,20 +40,6 @@ FRAME_TIMEOUT_S = 15.0
 
 def new_id() -> str:
     return secrets.token_hex(16)
-
-
-@contextlib.asynccontextmanager
-async def within(seconds: float, what: str) -> AsyncIterator[None]:
-    """Bound a wait.
-
-    Raises:
-        CheckFailed: it takes longer.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise CheckFailed(f"no {what} within {seconds:.0f} s") from None
 
 
 class _Connection(ClientConnection):

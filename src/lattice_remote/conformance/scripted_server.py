@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.typing import Subprotocol
 
@@ -56,12 +57,26 @@ class Link:
         self.socket = socket
         self.connection = connection
         self.hello: Hello | None = None
+        self.pinged = asyncio.Event()
         self.closed = asyncio.Event()
 
     async def send(self, *messages: bytes | str) -> None:
         with contextlib.suppress(ConnectionClosed):
             for message in messages:
                 await self.socket.send(message)
+
+
+class _Connection(ServerConnection):
+    """A connection that notes the client's pings."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.on_ping: Callable[[], None] = lambda: None
+
+    def process_event(self, event: Request | Frame) -> None:  # type: ignore[override]
+        if isinstance(event, Frame) and event.opcode is Opcode.PING:
+            self.on_ping()
+        super().process_event(event)
 
 
 class ScriptedServer:
@@ -71,10 +86,9 @@ class ScriptedServer:
         self.model = InMemoryServer(history=[Moment(b"", files)])
         self.port = 0
         self.links: list[Link] = []
-        """Open connections."""
+        """The open connections."""
         self.first: Link | None = None
         """The first connection, which may have ended."""
-        """The open connections."""
         self.frames: list[ClientFrame] = []
         """All frames of the client."""
         self.faults: list[str] = []
@@ -117,6 +131,7 @@ class ScriptedServer:
             max_size=1 << 25,
             ping_interval=None,
             close_timeout=2,
+            create_connection=_Connection,
         )
         self.port = next(iter(self._server.sockets)).getsockname()[1]
 
@@ -186,6 +201,8 @@ class ScriptedServer:
 
     async def _serve(self, socket: ServerConnection) -> None:
         link = Link(socket, self.model.accept())
+        assert isinstance(socket, _Connection), "start() makes it"
+        socket.on_ping = link.pinged.set
         self.links.append(link)
         self.first = self.first or link
         try:

@@ -5,12 +5,13 @@ import contextlib
 import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from importlib import resources
 from typing import Any
 
 import msgspec
 
-from lattice_remote.conformance.checks import CheckFailed, CheckList, NotOffered, expect
-from lattice_remote.conformance.probe import Probe, Refusal, ServerTarget, new_id, within
+from lattice_remote.conformance.checks import CheckFailed, CheckList, NotOffered, all_of, expect, within
+from lattice_remote.conformance.probe import Probe, Refusal, ServerTarget, new_id
 from lattice_remote.errors import ProtocolError
 from lattice_remote.protocol.effects import (
     ApplyChange,
@@ -249,10 +250,29 @@ def violation(
     check(section, f"violation, REMOTE_PROTOCOL and 1002: {name}")(run_check)
 
 
+_REJECTED: dict[str, str] = json.loads(resources.files(__package__).joinpath("rejected.json").read_text())
 _HELLO = msgspec.msgpack.encode({"type": "hello", "versions": [1], "client_version": "", "lattice_version": ""})
 violation("2.3", "a text message", "text")
 violation("2.3", "bytes after the map", msgspec.msgpack.encode({"type": "manifest"}) + b"\xc0")
 violation("2.3", "no MessagePack", b"\xc1")
+
+
+@check("2.3", "violation, REMOTE_PROTOCOL and 1002: each frame of vectors/rejected.json")
+async def _(target: ServerTarget) -> None:
+    turn = asyncio.Semaphore(8)
+
+    async def refuses_frame(name: str, message: bytes) -> None:
+        async with turn, target.open() as probe:
+            if b"\xa5hello" not in message:
+                await probe.greet()
+            await probe.send(message)
+            bye, code = await probe.farewell()
+            found = f"{bye.code if bye else 'no Bye'}, close code {code}"
+            expect(bye is not None and bye.code == "REMOTE_PROTOCOL" and code == 1002, f"{name}: {found}")
+
+    await all_of(refuses_frame(name, bytes.fromhex(data)) for name, data in _REJECTED.items())
+
+
 violation("3.1", "a first frame that is not Hello", msgspec.msgpack.encode({"type": "manifest"}), greets=False)
 violation("3.1", "a second Hello", _HELLO)
 
