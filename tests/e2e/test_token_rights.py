@@ -3,10 +3,12 @@
 import contextlib
 import http.client
 import json
+import socket
+import threading
 
 import pytest
 
-from sandbox import Sandbox, wait_for
+from sandbox import Client, Sandbox, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -77,3 +79,49 @@ def test_an_edited_token_takes_effect_on_live_connections(sandbox: Sandbox) -> N
         ),
         "the lost project",
     )
+
+
+def _checked_out(client: Client, url: str) -> None:
+    client.lattice_dir.mkdir(parents=True)
+    (client.lattice_dir / "remote.json").write_text(json.dumps({"url": url, "project": "board"}))
+
+
+def test_a_token_made_for_a_server_goes_there_without_a_login_and_nowhere_else(sandbox: Sandbox) -> None:
+    server = sandbox.server()
+    server.project()
+    server.start()
+    create = ("token", "create", "--project", "board", "--actor", "human:ana", "--for")
+    token = server.admin(*create, f"{server.url.upper()}/").split()[-1]
+    with_token = {"LATTICE_TOKEN": token}
+    ana = sandbox.client("ana")
+    _checked_out(ana, server.url)
+    made = ana.run("create", "One", "--actor", "human:ana", env=with_token)
+    assert made.returncode == 0, made.stderr
+    refused = ana.run("create", "Two", "--actor", "human:ana", env={"LATTICE_TOKEN": server.token("human:ana")})
+    assert refused.returncode == 1 and f"lattice remote trust {server.url}" in refused.stderr
+    assert refused.stderr.count("\n") == 1 and "Two" not in ana.run("list", env=with_token).stdout
+
+    received = b""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def listen() -> None:
+            nonlocal received
+            with contextlib.suppress(OSError):  # closed at the end
+                while True:
+                    peer, _ = listener.accept()
+                    with peer:
+                        received += peer.recv(65536)
+
+        threading.Thread(target=listen, daemon=True).start()
+        eve = sandbox.client("eve")
+        _checked_out(eve, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        for argv in (("list",), ("create", "x", "--actor", "human:ana"), ("remote", "pull"), ("remote", "projects")):
+            refused = eve.run(*argv, env=with_token)
+            assert refused.returncode == 1 and "no token was sent to http://127.0.0.1" in refused.stderr, argv
+        listener.shutdown(socket.SHUT_RDWR)
+    assert received == b""
+
+    old = token
+    token = server.admin("token", "rotate", token).split()[-1]
+    assert token.rpartition(".")[2] == old.rpartition(".")[2] and token != old
+    assert ana.run("comment", "LAT-1", "x", "--actor", "human:ana", env={"LATTICE_TOKEN": token}).returncode == 0

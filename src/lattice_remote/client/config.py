@@ -65,7 +65,7 @@ class Remote:
     @property
     def place(self) -> str:
         """Server and project as one URL, the inverse of ``parse_url``."""
-        return f"{self.url}/{self.project}"
+        return f"{self.url}/{self.project}".rstrip("/")
 
     @property
     def websocket_url(self) -> str:

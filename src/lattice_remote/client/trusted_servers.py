@@ -1,7 +1,8 @@
 """Servers that this user trusts with a token. Standard library only.
 
 ``remote.json`` comes with a clone and may be anyone's: it says where a project is, never what to trust. A token is sent
-only to a server that the user has named, in ``servers.json`` beside the tokens or in ``LATTICE_REMOTE_URL``. Over plain
+only to a server that the user has named, in ``servers.json`` beside the tokens or in ``LATTICE_REMOTE_URL``, or to the
+one for which it was made (``token create --for``). Over plain
 HTTP it stays on this machine, unless the user chose ``--insecure`` for this server. A certificate is always verified.
 """
 
@@ -84,8 +85,8 @@ def forget(url: str) -> None:
     credentials.change(servers_path(), _WHAT, without)
 
 
-def admit(url: str, named: Server | None = None) -> Server:
-    """Return the server at ``url`` if a token may be sent there. ``named`` is not recorded yet.
+def admit(url: str, named: Server | None = None, token: str | None = None) -> Server:
+    """Return the server at ``url`` if a token, or this one, may be sent there. ``named`` is not recorded yet.
 
     Raises:
         Rejected: it may not, ``REMOTE_UNTRUSTED``; the message names the remedy.
@@ -95,6 +96,8 @@ def admit(url: str, named: Server | None = None) -> Server:
     if named is not None and named.url == url:
         known = _merged(known, named)
     if known is None and credentials.is_known(url):
+        known = Server(url)
+    if known is None and token is not None and _is_made_for(token, url):
         known = Server(url)
     if known is None:
         raise Rejected(
@@ -109,6 +112,13 @@ def admit(url: str, named: Server | None = None) -> Server:
             code="REMOTE_UNTRUSTED",
         )
     return known
+
+
+def _is_made_for(token: str, url: str) -> bool:
+    from lattice_remote.text import mark_of_server
+
+    mark = token.rpartition(".")[2] if token.startswith("ltr_") and "." in token else ""
+    return bool(mark) and mark == mark_of_server(url)
 
 
 def from_environment(given: str | None) -> Server | None:

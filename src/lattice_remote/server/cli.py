@@ -489,6 +489,12 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     ] = "never",
     metrics: Annotated[bool, typer.Option("--metrics", help="For /metrics alone, instead of projects.")] = False,
     read_only: Annotated[bool, typer.Option("--read-only", help="Refuse every write of this token.")] = False,
+    server: Annotated[
+        str,
+        typer.Option(
+            "--for", metavar="URL", help="Clients send it to this address without a login.", show_default=False
+        ),
+    ] = "",
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
@@ -498,7 +504,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
     """
     target = _created(context, data)
     ends = expiry(expires, datetime.now(UTC))
-    if metrics and (project or actor or act_as or read_only):
+    if metrics and (project or actor or act_as or read_only or server):
         raise Misuse("a token for metrics has no project and no actor; create another for those")
     if not metrics and not (project and actor):
         raise Misuse("a token needs at least one project and an actor; name them with --project and --actor")
@@ -510,7 +516,7 @@ def create_token(  # noqa: PLR0917 - Typer calls it
         token, text = file.create_for_metrics(expires=ends)
     else:
         token, text = file.create(
-            projects=project or [], actor=actor, act_as=act_as or [], expires=ends, read_only=read_only
+            projects=project or [], actor=actor, act_as=act_as or [], expires=ends, read_only=read_only, server=server
         )
     _record(target, "token create", token)
     until = "" if ends is None else f" until {shown(ends, '')}"
@@ -674,6 +680,7 @@ def _details(token: Token, uses: dict[str, datetime]) -> dict[str, object]:
         "projects": token.projects,
         "metrics": token.metrics,
         "read_only": token.read_only,
+        "server": token.server or None,
         "revoked": shown(token.revoked, "") or None,
         "created": token.created,
         "expires": shown(token.expires, "") or None,

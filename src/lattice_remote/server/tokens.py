@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.files import write_atomically
+from lattice_remote.text import mark_of_server
 
 __all__ = [
     "METRICS_ACTOR",
@@ -36,6 +37,7 @@ __all__ = [
 
 _ACTOR = re.compile(r"[^\s:*]+:[^\s*]{1,100}")
 _PATTERN = re.compile(r"[a-z*][a-z0-9_*-]*(?::\S{1,100})?")
+_SERVER = re.compile(r"https?://[A-Za-z0-9.:\[\]_-]{1,255}(/[\w./-]{0,200})?", re.ASCII | re.IGNORECASE)
 _LOCK_TIMEOUT_S = 10
 READ_ONLY = "this token may only read; for a token that may write, ask the administrator"
 METRICS_ACTOR = "service:metrics"
@@ -63,6 +65,8 @@ class Token(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Whether it is for ``/metrics`` alone."""
     read_only: bool = False
     """Whether every write is refused."""
+    server: str = ""
+    """URL of the only server to which clients send it unasked; "": none. See ``text.mark_of_server``."""
     revoked: Moment | None = None
     """When it was revoked; it stays listed."""
 
@@ -108,15 +112,18 @@ class TokenFile:
         act_as: list[str],
         expires: datetime | None = None,
         read_only: bool = False,
+        server: str = "",
     ) -> tuple[Token, str]:
         """Create a token; return it and its text, which is not stored and cannot be shown again.
 
-        Raises Misuse if the actor or a pattern is malformed, or no project is named.
+        Raises Misuse if the actor, a pattern or the server's URL is malformed, or no project is named.
         """
         check_actor(actor, act_as)
         if not projects:
             raise Misuse("a token needs at least one project; name it with --project")
-        return self._add(sorted(set(projects)), actor, act_as, expires, read_only=read_only)
+        if server and _SERVER.fullmatch(server) is None:
+            raise Misuse(f"bad --for {server!r}: expected the address that clients use, for example https://HOST")
+        return self._add(sorted(set(projects)), actor, act_as, expires, read_only=read_only, server=server)
 
     def create_for_metrics(self, *, expires: datetime | None = None) -> tuple[Token, str]:
         """Create a token for the server's metrics alone; otherwise as ``create``."""
@@ -131,8 +138,9 @@ class TokenFile:
         *,
         metrics: bool = False,
         read_only: bool = False,
+        server: str = "",
     ) -> tuple[Token, str]:
-        text = _new_text()
+        text = _new_text(server)
         token = Token(
             id="tok_" + secrets.token_hex(6),
             sha256=digest_of_text(text),
@@ -143,6 +151,7 @@ class TokenFile:
             expires=expires,
             metrics=metrics,
             read_only=read_only,
+            server=server,
         )
         self._change(lambda tokens: [*tokens, token])
         return token, text
@@ -153,18 +162,21 @@ class TokenFile:
         A text that was itself still in its grace stops at once. Raises Misuse if there is no such token, it has
         expired, or the grace ends after the year 9999.
         """
-        text, now = _new_text(), datetime.now(UTC)
+        text, now = "", datetime.now(UTC)
         try:
             until = now + grace
         except OverflowError as error:
             raise Misuse("this grace is too long; name a shorter one") from error
 
         def renewed(token: Token) -> Token:
+            nonlocal text
             if token.expires is not None and token.expires <= now:
                 raise Misuse(f"token {token.id} has expired; make another with: lattice-remote token create")
+            text = _new_text(token.server)
             return msgspec.structs.replace(token, sha256=digest_of_text(text), old_sha256=token.sha256, old_until=until)
 
-        return self._replace(id_or_text, renewed), text
+        token = self._replace(id_or_text, renewed)
+        return token, text
 
     def edit(
         self,
@@ -269,8 +281,8 @@ def digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
-def _new_text() -> str:
-    return "ltr_" + secrets.token_urlsafe(32)
+def _new_text(server: str) -> str:
+    return "ltr_" + secrets.token_urlsafe(32) + (f".{mark_of_server(server)}" if server else "")
 
 
 def _find(tokens: list[Token], id_or_text: str) -> Token:

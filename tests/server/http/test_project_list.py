@@ -52,6 +52,15 @@ def test_a_token_sees_its_own_projects_that_are_there(server: Process, session: 
     assert requests.get(at(server, "/projects"), timeout=10).status_code == 401
 
 
+def test_the_dashboard_of_the_only_project_or_the_list(server: Process, session: requests.Session) -> None:
+    several = session.get(at(server, "/dashboard"), timeout=10)
+    assert several.url == at(server, "/") and [each.status_code for each in several.history] == [308, 303]
+    _, token = TokenFile(server.data.tokens).create(projects=["gone", "web"], actor="human:ben", act_as=[])
+    one = requests.get(at(server, "/dashboard/"), headers={"Authorization": f"Bearer {token}"}, timeout=30)
+    assert one.url == at(server, "/projects/web/dashboard/") and one.status_code == 200
+    assert requests.get(at(server, "/dashboard/"), timeout=10).status_code == 401
+
+
 def test_counts_and_last_activity_follow_what_is_done(server: Process, session: requests.Session) -> None:
     before = listed(server, session)["other"]
     assert (before["tasks"], before["archived"], before["last"]) == (0, 0, None)

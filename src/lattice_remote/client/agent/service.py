@@ -210,7 +210,7 @@ class Service:
         token = request.get("token")
         # ``add`` runs without the agent and passes the server at start.
         named = trusted_servers.from_environment(request["named"]) if "named" in request else self._link.named
-        if (refusal := self._links.refusal(named)) is not None:
+        if (refusal := self._links.refusal(named, token)) is not None:
             return self._without_server(request, refusal)
         self._links.note_use(token)
         self._links.choose(token, named)
@@ -280,7 +280,7 @@ class Service:
         """Return the answer to ``ready`` if it needs no waiting, as for nearly every read."""
         if not self._has_looked or not self._is_current() or self._follower.replica.held:
             return None
-        if self._links.refusal(trusted_servers.from_environment(request["named"])) is not None:
+        if self._links.refusal(trusted_servers.from_environment(request["named"]), request["token"]) is not None:
             return None
         self.used_at = time.monotonic()
         self._links.note_use(request["token"])

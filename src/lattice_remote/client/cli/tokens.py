@@ -97,7 +97,10 @@ def listed_projects(url: str, slug: str | None = None) -> list[dict[str, Any]]:
     if token is None:
         raise Misuse(f"no token for {url}; log in with: lattice remote login {url}", code="REMOTE_UNAUTHORIZED")
     named = trusted_servers.from_environment(os.environ.get("LATTICE_REMOTE_URL"))
-    return fetch_projects(url, token, named)
+    try:
+        return fetch_projects(url, token, named)
+    except ConnectionFailed as error:
+        raise ConnectionFailed(f"cannot reach server {url} ({error.message})") from error
 
 
 @app.command()

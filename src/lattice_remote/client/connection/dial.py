@@ -118,7 +118,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
             f"no token for {remote.url}; log in with: lattice remote login {remote.place}", code="REMOTE_UNAUTHORIZED"
         )
     check_token(token)
-    server = admit(remote.url, named)
+    server = admit(remote.url, named, token)
     is_tls = remote.url.startswith("https:")
     proxy, via = _proxy(remote)
     try:
@@ -171,7 +171,7 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
         Rejected, RetryLater, ConnectionFailed, StorageError: as ``open_socket``.
     """
     remote = Remote("origin", url, "")
-    server = admit(url, named)
+    server = admit(url, named, token)
     proxy, via = _proxy(remote)
     if proxy is not None and not proxy.startswith("http"):
         raise ConnectionFailed(f"{via}only connections to a project use SOCKS")
@@ -191,6 +191,8 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             raise _unverified(reason, remote) from error
+        if isinstance(reason, ssl.SSLError):
+            raise _no_tls(reason.reason) from error
         raise ConnectionFailed(via + (_describe(reason) if isinstance(reason, OSError) else str(reason))) from error
     except (HTTPException, ValueError) as error:
         raise ConnectionFailed("it is not a lattice-remote server") from error

@@ -148,7 +148,7 @@ class ConnectionPool:
         self._writers[token] = (link, time.monotonic())
         return link
 
-    def refusal(self, named: Server | None) -> RemoteError | None:
+    def refusal(self, named: Server | None, token: str | None) -> RemoteError | None:
         """Return why a command may not use this server; None if it may.
 
         A server named only in an earlier command's ``LATTICE_REMOTE_URL`` is not trusted for this one.
@@ -156,7 +156,7 @@ class ConnectionPool:
         if self.following.named is None or self.following.named == named:
             return None  # decided where the token is sent
         try:
-            trusted_servers.admit(self._remote.url, named)
+            trusted_servers.admit(self._remote.url, named, token)
         except RemoteError as error:
             return error
         return None

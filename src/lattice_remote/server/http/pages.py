@@ -320,4 +320,19 @@ async def _home(request: Request) -> Response:
     return page("home", token=login.token, lines=lines)
 
 
-routes = [Route("/", _home, methods=["GET"])]
+async def _board(request: Request) -> Response:
+    """Redirect to the board of the token's only project, else to the list of its projects."""
+    slugs = [project.slug for project in await listed(registry_of(request), authenticated(request))]
+    target = f"../projects/{slugs[0]}/dashboard/" if len(slugs) == 1 else "../"
+    return RedirectResponse(target, HTTPStatus.SEE_OTHER)
+
+
+async def _with_slash(_: Request) -> Response:
+    return RedirectResponse("dashboard/", HTTPStatus.PERMANENT_REDIRECT)
+
+
+routes = [
+    Route("/", _home, methods=["GET"]),
+    Route("/dashboard", _with_slash, methods=["GET"]),
+    Route("/dashboard/", _board, methods=["GET"]),
+]
