@@ -73,6 +73,27 @@ def test_a_command_that_waits_is_known(flags: list[str], waits: bool) -> None:
     assert routing._waits(path, ctx) is waits
 
 
+@pytest.mark.parametrize(("words", "has_page"), [(["dashboard"], True), (["list"], False)])
+def test_the_page_of_a_cache_saves_on_the_server_and_is_refused_where_it_could_not(
+    guarded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], has_page: bool
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(routing, "ensure_current", lambda *_, **__: None)
+    monkeypatch.setattr(routing, "_serve_dashboard", lambda *_: served.append("our page"))
+    monkeypatch.setattr(routing, "_run_here", lambda *_: served.append("lattice's own"))
+
+    def run() -> int:
+        served.clear()
+        with pytest.raises(SystemExit) as ended:
+            routing.hooked(cli, (), str(guarded), words).main(words)
+        return int(ended.value.code or 0)
+
+    assert run() == has_page and bool(served) != has_page
+    assert ("lattice remote add" in capsys.readouterr().err) == has_page
+    (guarded / "remote.json").write_text('{"url": "http://127.0.0.1:1", "project": "x"}')
+    assert run() == 0 and served == ["our page" if has_page else "lattice's own"]
+
+
 def attached(args: list[str]) -> tuple[list[str], list[dict[str, object]]]:
     command, path, ctx = context(args)
     with CallersFiles.of_command(command, path, ctx, args) as files:

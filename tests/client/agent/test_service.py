@@ -686,6 +686,24 @@ async def test_a_full_disk_is_said_and_nothing_is_corrupt(
     assert tree(directory) == server.files
 
 
+async def test_once_there_is_space_again_a_command_runs_at_once(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier failure says nothing of the disk by now."""
+    await ask(service, "ready")
+    service._link._pace.uniform = lambda _low, _high: 300.0
+
+    def full(self: Cache, path: str, data: bytes) -> None:
+        raise StorageError("cannot write the cache: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "replace", full)
+        server.put("tasks/x.json", b"x")
+        await until(lambda: service._link.failed_attempts > 0 and service._link.welcome is None)
+    assert (await run(service, "put", "tasks/y.json", "y"))["exit_code"] == 0
+    assert server.files["tasks/y.json"] == b"y"
+
+
 async def test_a_removed_directory_is_not_made_again(server: FakeServer, service: Service, directory: Path) -> None:
     await ask(service, "ready")
     move_away(directory)
