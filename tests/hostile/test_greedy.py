@@ -30,6 +30,8 @@ TASKS, DESCRIPTION_BYTES = 240, 100_000
 LIST_MIB = TASKS * DESCRIPTION_BYTES / 2**20
 """A list of 23 MiB."""
 PLANNED, PLAN_BYTES = "task_01M8173J64RGGH4YR2NPR00000", 7_000_000
+LARGE, LARGE_BYTES = "task_01M8173J64RGGH4YR2NPR99999", 3_900_000
+"""A task that each command about it prints."""
 BOUND_MIB = 32 + 2 * LIST_MIB + 32 + 24
 """Outstanding answers of one token and the last of them, one on its way from the reader, those that are shared while
 nothing changes, and 192 KiB for each of 100 connections."""
@@ -44,13 +46,22 @@ def server() -> Iterator[Server]:
         for number in range(TASKS):
             _add_task(made.lattice_dir(), f"task_01M8173J64RGGH4YR2NPR{number:05d}")
         (made.lattice_dir() / f"plans/{PLANNED}.md").write_text("x" * PLAN_BYTES)
+        _add_task(made.lattice_dir(), LARGE, custom_fields={"x": "x" * LARGE_BYTES})
+        (made.data / "config.json").write_text(json.dumps({"limits": {"unfinished_bytes_per_token": 32 << 20}}))
         made.start()
         yield made
         assert made.stop() == 0
 
 
-def _add_task(lattice: Path, id_: str) -> None:
-    data = {"title": id_, "status": "backlog", "type": "task", "priority": "medium", "description": "x" * 100_000}
+def _add_task(lattice: Path, id_: str, **more: object) -> None:
+    data = {
+        "title": id_,
+        "status": "backlog",
+        "type": "task",
+        "priority": "medium",
+        "description": "x" * 100_000,
+        **more,
+    }
     event = create_event("task_created", id_, "human:ana", data)
     (lattice / f"events/{id_}.jsonl").write_text(serialize_event(event))
     (lattice / f"tasks/{id_}.json").write_text(serialize_snapshot(apply_event_to_snapshot(None, event)))
@@ -129,6 +140,56 @@ def test_a_hundred_answers_that_are_not_read_take_no_more_memory_than_a_few(
     print(f"{path}: {most:+.0f} MiB at most")
     assert most < BOUND_MIB
     wait_for(lambda: is_over(stalled[0]), "the first that reads nothing to be cut", timeout_s=30)
+
+
+def send_write(server: Server, token: str, method: str, path: str, body: bytes, *, missing: int = 0) -> socket.socket:
+    """Ask for a write and read nothing; the last ``missing`` bytes of the body are not sent."""
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.connect(("127.0.0.1", server.port))
+    head = (
+        f"{method} /projects/board{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nIf-Match: *\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    raw.settimeout(2)
+    with contextlib.suppress(ConnectionError, TimeoutError):  # the server may take no more of it
+        raw.sendall(head.encode() + body[: len(body) - missing])
+    return raw
+
+
+def most_mib(server: Server, token: str, before: float, seconds: float) -> float:
+    """Return the memory in these seconds beyond ``before``, at most; another token's requests are answered."""
+    most, end = 0.0, time.monotonic() + seconds
+    while time.monotonic() < end:
+        most = max(most, rss_mib(server) - before)
+        assert ask(server, token, "")[0] == 200
+    return most
+
+
+def test_replies_to_writes_that_are_not_read_take_a_bounded_part_of_the_memory(
+    server: Server, greedy: str, other: str, stalled: list[socket.socket]
+) -> None:
+    reply_mib = len(ask(server, greedy, f"/tasks/{LARGE}")[1]) / 2**20
+    before, most = rss_mib(server), 0.0
+    for number in range(60):
+        body = json.dumps({"title": f"title {number}"}).encode()
+        stalled.append(send_write(server, greedy, "PATCH", f"/tasks/{LARGE}", body))
+        most = max(most, rss_mib(server) - before)
+    most = max(most, most_mib(server, other, before, 9))
+    print(f"replies of {reply_mib:.1f} MiB: {most:+.0f} MiB at most")
+    assert most < 32 + 4 * reply_mib + 24
+
+
+def test_bodies_that_do_not_end_take_a_bounded_part_of_the_memory(
+    server: Server, greedy: str, other: str, stalled: list[socket.socket]
+) -> None:
+    before, most = rss_mib(server), 0.0
+    for _ in range(60):
+        stalled.append(send_write(server, greedy, "PUT", f"/plans/{PLANNED}", b"x" * PLAN_BYTES, missing=1))
+        most = max(most, rss_mib(server) - before)
+    most = max(most, most_mib(server, other, before, 3))
+    print(f"bodies: {most:+.0f} MiB at most")
+    assert most < 32 + 24
 
 
 def _first(server: Server, token: str) -> str:

@@ -47,7 +47,7 @@ class LimitSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     text_bytes: Annotated[int, Meta(ge=64 * 1024, le=15 * 1024 * 1024)] = 8 * 1024 * 1024
     """The largest plan or notes. Together with its base text it fits in one message."""
     unfinished_bytes_per_token: Annotated[int, Meta(ge=32 * 1024 * 1024, le=1 << 40)] = 256 * 1024 * 1024
-    """Bytes held of unfinished messages, over all connections of the token."""
+    """Bytes held of unfinished messages and of HTTP requests, over all connections of the token."""
     attachment_bytes: _Bytes = 100 * 1024 * 1024
     """The largest file that a command such as ``attach`` may send."""
     project_bytes: _Bytes = 4 * 1024 * 1024 * 1024

@@ -213,6 +213,8 @@ def test_an_id_is_remembered_though_its_answer_was_trimmed(tmp_path: Path, then:
         for request in (keyed, plain):
             worker.send(request)
             assert isinstance(answer_of(worker.done()), Reply)
+        (segment,) = (project / "journal").glob("*.log")
+        assert segment.read_bytes().count(b"is_keyed") == 1, "the common case is short"
         if "trimmed" in then:
             for _ in range(30):
                 worker.ok("comment", "LAT-1", "x" * 8000, *ANA)
@@ -224,6 +226,9 @@ def test_an_id_is_remembered_though_its_answer_was_trimmed(tmp_path: Path, then:
                 assert isinstance(worker.receive(), Ready)
         if "kill" in then:
             worker.kill()
+    for number in (1, 2):
+        index = RequestIds(project / "journal", 1000.0, keys_per_token=number)
+        assert (index.objection(keyed.token_id) is None) == (number == 2), "one of both is a key"
     with WorkerProcess(project, settings=SMALL) as worker:
         for request in (keyed, plain):
             worker.send(request)
@@ -282,9 +287,43 @@ def test_the_index_of_ids_is_bounded_by_age_and_for_each_token(tmp_path: Path) -
         assert not found.find(f"{100:032x}")
         assert not found.find(f"{1000:032x}"), "older than the age"
     index = RequestIds(tmp_path, 1000.0, per_token=10)
-    index.add([outline(3000 + n, "busy", time=1251.0 + n) for n in range(66_000)], 1300.0)
-    assert len(ids_of_index(tmp_path)) == 11 * 48, "ten of the greedy token, and the other's"
+    keyed = [outline(2500 + number, "busy", time=1251.0, is_keyed=True) for number in range(20)]
+    index.add([*keyed, *(outline(3000 + n, "busy", time=1251.0 + n) for n in range(66_000))], 1300.0)
+    assert len(ids_of_index(tmp_path)) == 31 * 48, "ten of the greedy token and its keys, and the other's"
     assert index.find(f"{2000:032x}") and index.find(f"{68_999:032x}") and not index.find(f"{68_000:032x}")
+    assert all(index.find(record.id) for record in keyed), "no key is forgotten before its age"
+
+
+def test_a_token_with_too_many_keys_may_use_no_new_one(tmp_path: Path) -> None:
+    """I6: a forgotten key would run twice."""
+    index = RequestIds(tmp_path, 1000.0, keys_per_token=10)
+    index.add([outline(number, "busy", time=100.0 + number, is_keyed=True) for number in range(10)], 200.0)
+    index.add([outline(1000 + number, "other", time=100.0) for number in range(20)], 200.0)
+    for found in (index, RequestIds(tmp_path, 1000.0, keys_per_token=10)):
+        why = found.objection("busy")
+        assert why is not None and why.startswith("this token has used 10 idempotency keys in 0.0115741 days")
+        assert found.objection("other") is None and found.objection("new") is None
+    index.add([outline(5000, "other", time=1300.0)], 1300.0)  # the file is rewritten
+    assert index.objection("busy") is None, "its keys are older than the age"
+
+
+def test_too_many_keys_are_refused_and_known_ones_answered(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "web")
+    (project / "journal").mkdir()
+    now = time.time()
+    RequestIds(project / "journal", 1000.0).add(
+        [outline(number, "tok_1", time=now, is_keyed=True) for number in range(1_000_000)], now
+    )
+    with WorkerProcess(project) as worker:
+        keyed = msgspec.structs.replace(execute("create", "keyed", *ANA), fingerprint=b"1" * 16)
+        for request, code in ((keyed, "REMOTE_BUSY"), (msgspec.structs.replace(keyed, id=f"{1:032x}"), None)):
+            worker.send(request)
+            answer = answer_of(worker.done())
+            assert isinstance(answer, Refused) and answer.code == (code or "REMOTE_UNKNOWN_OUTCOME")
+        worker.ok("create", "without a key", *ANA)
+        worker.send(msgspec.structs.replace(keyed, token_id="tok_2"))
+        assert isinstance(answer_of(worker.done()), Reply)
+    assert sorted(titles(project)) == ["keyed", "without a key"]
 
 
 def test_half_an_entry_of_the_index_is_no_hindrance(tmp_path: Path) -> None:
@@ -298,8 +337,8 @@ def test_half_an_entry_of_the_index_is_no_hindrance(tmp_path: Path) -> None:
         assert found.find(f"{1:032x}") == Answered(bytes(16), token_digest("tok")) == found.find(f"{2:032x}")
 
 
-def outline(number: int, token: str, *, time: float) -> Outline:
-    return Outline(number, b"", time, f"{number:032x}", token)
+def outline(number: int, token: str, *, time: float, is_keyed: bool = False) -> Outline:
+    return Outline(number, b"", time, f"{number:032x}", token, is_keyed=is_keyed)
 
 
 def ids_of_index(directory: Path) -> bytes:

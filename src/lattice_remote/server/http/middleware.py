@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lattice_remote.server.transport.admission import ConnectionQuota
 from lattice_remote.server.transport.api_error import ApiError
 from lattice_remote.server.transport.response_budget import COUNTED_BYTES, ResponseBudget, ResponseShare
 
@@ -87,8 +88,9 @@ def refuse_body(method: str, headers: Headers) -> ApiError | None:
 async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -> bytes:
     """Return a request's body of at most ``most`` bytes, received within ``within_s`` seconds.
 
-    Raises ApiError if it is too long or too slow, or the client has disconnected.
+    Raises ApiError if it is too long or too slow, the token's requests hold too much, or the client has disconnected.
     """
+    visit: ConnectionQuota = request.state.visit
     length = request.headers.get("Content-Length", "0")
     if length.isdecimal() and int(length) > most:
         raise _too_large(most)
@@ -99,6 +101,9 @@ async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -
                 body += piece
                 if len(body) > most:
                     raise _too_large(most)
+                if not visit.holds(len(body)):
+                    why = "too many bytes of unfinished requests with this token; try again"
+                    raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
     except TimeoutError:
         why = f"the request's body did not arrive within {within_s:g} s"
         raise ApiError(HTTPStatus.REQUEST_TIMEOUT, "REMOTE_PROTOCOL", why) from None
@@ -152,18 +157,19 @@ def closing_after_unread_body(app: ASGIApp) -> ASGIApp:
 
 
 def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
-    """Return the app with large bodies counted against the budget and sent in pieces.
+    """Return the app with large response bodies counted against the budget and sent in pieces.
 
-    ``scope["state"]["share"]`` is the request's ``ResponseShare``.
+    ``scope["state"]["share"]`` is the request's ``ResponseShare``. A request's body counts until its response is over.
     """
 
     async def pacing(scope: Scope, receive: Receive, send: Send) -> None:
         share = scope["state"]["share"] = ResponseShare(budget)
+        visit: ConnectionQuota = scope["state"]["visit"]
 
         async def sending(message: Message) -> None:
             body = message.get("body", b"")
             if message["type"] == "http.response.body" and len(body) > COUNTED_BYTES:
-                share.hold(body)
+                share.hold_only(body)
                 last = (len(body) - 1) // COUNTED_BYTES * COUNTED_BYTES
                 for start in range(0, last, COUNTED_BYTES):
                     piece = body[start : start + COUNTED_BYTES]
@@ -175,6 +181,7 @@ def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
             await app(scope, receive, sending)
         finally:
             share.close()
+            visit.holds(0)
 
     return pacing
 

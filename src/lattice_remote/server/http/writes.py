@@ -19,6 +19,10 @@ from lattice_remote.server.tokens import READ_ONLY
 
 __all__ = ["KEY_HEADER", "MAX_KEY_CHARS", "IdempotencyKey", "call", "edit", "idempotency_key", "run", "unique_key"]
 
+_DROPPED = (
+    "the request was carried out, and its reply dropped, because responses to this token are unread: read them, then "
+    "check, or repeat the request with the same key"
+)
 _UNKNOWN = "it is unknown whether the request took effect: check before you repeat it, or repeat it with the same key"
 
 
@@ -127,9 +131,12 @@ async def _send[T: ServerFrame](context: RequestContext, message: RunCommand | R
     try:
         with context.hub.auth.staying(context.login, requester.end):
             project.submit(message, requester, context.on_result)
-            frame = decode_server_frame(await requester.answered)
+            reply = await requester.answered
     finally:
         project.forget(requester, {message.id})
+    if not context.share.hold_if_room(reply):
+        raise Rejected(_DROPPED, code="REMOTE_UNKNOWN_OUTCOME")
+    frame = decode_server_frame(reply)
     if isinstance(frame, Refused):
         raise Rejected(frame.message, code=frame.code)
     assert isinstance(frame, kind), "each kind of request has one kind of reply"

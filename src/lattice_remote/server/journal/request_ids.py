@@ -2,9 +2,14 @@
 
 The journal is bounded by size, but an idempotency key is valid for the retention's age. Before a segment is removed,
 and when a new epoch starts, its ids are appended here and fsynced: 48 bytes each, in order of time. Entries expire by
-age, and beyond a number of entries per token, when the file is rewritten. The replies themselves are gone.
+age when the file is rewritten. The replies themselves are gone.
+
+A repeated request without a key says when it was first sent, which alone shows that it may have run. So beyond a number
+per token, the oldest ids without a key are forgotten. Keys are not: beyond their number, new ones are refused.
 
     id (16 bytes)  fingerprint (16)  digest of the token's id (8)  time of the answer in ms (8, big endian)
+
+The highest bit of the time is set for an id without a key.
 """
 
 import hashlib
@@ -26,6 +31,7 @@ __all__ = ["Answered", "RequestIds", "token_digest"]
 
 _log = logging.getLogger(__name__)
 _ENTRY = struct.Struct(">16s16s8sQ")
+_NO_KEY = 1 << 63
 _REWRITE_AFTER = 65_536
 """New entries before the file is rewritten, plus as many as it had then."""
 
@@ -50,13 +56,18 @@ class RequestIds:
     Args:
         directory: the journal's.
         max_age_s: time for which an id is remembered after its answer.
-        per_token: most ids of one token that are remembered, the newest ones.
+        per_token: most ids without a key of one token that are remembered, the newest ones.
+        keys_per_token: number of keys of one token from which on it may use no new one.
     """
 
-    def __init__(self, directory: Path, max_age_s: float, *, per_token: int = 100_000) -> None:
+    def __init__(
+        self, directory: Path, max_age_s: float, *, per_token: int = 100_000, keys_per_token: int = 1_000_000
+    ) -> None:
         self._path = directory / "request-ids"
         self._max_age_s = max_age_s
         self._per_token = per_token
+        self._keys_per_token = keys_per_token
+        self._keys: Counter[bytes] = Counter()  # by digest of the token's id
         self._sorted: array[int] = array("Q")
         self._new: set[int] = set()
         self._oldest_ms: int | None = None
@@ -82,6 +93,15 @@ class RequestIds:
                 return Answered(fingerprint, token)
         return None
 
+    def objection(self, token_id: str) -> str | None:
+        """Return why a token may use no new key; None if it may."""
+        if self._keys[token_digest(token_id)] < self._keys_per_token:
+            return None
+        return (
+            f"this token has used {self._keys_per_token} idempotency keys in {self._max_age_s / 86400:g} days, and the "
+            "server remembers no more: send the request without a key, or with another token"
+        )
+
     def add(self, answered: Iterable[Outline], now: float) -> None:
         """Add these answers; durable once this returns. Known and expired entries are skipped.
 
@@ -97,6 +117,7 @@ class RequestIds:
         if entries:
             self._append(b"".join(_packed(id_, record) for id_, record in entries.items()))
             self._new.update(map(_key, entries))
+            self._keys.update(token_digest(record.token_id) for record in entries.values() if record.is_keyed)
             if self._oldest_ms is None:
                 self._oldest_ms = _milliseconds(next(iter(entries.values())).time)
         is_old = self._oldest_ms is not None and now - self._oldest_ms / 1000 > self._max_age_s * 9 / 8
@@ -126,22 +147,28 @@ class RequestIds:
 
     def _rewrite(self, now: float) -> None:
         """Replace the file by one without expired entries and those beyond a token's share."""
-        counts: Counter[bytes] = Counter()
-        kept: list[bytes] = []
         since = _milliseconds(now - self._max_age_s)
-        for id_, fingerprint, token, time_ms in reversed(list(self._entries())):
-            counts[token] += 1
-            if time_ms >= since and counts[token] <= self._per_token:
-                kept.append(_ENTRY.pack(id_, fingerprint, token, time_ms))
-        data, scratch = b"".join(reversed(kept)), self._path.with_suffix(".new")
-        write_atomically(self._path, data, mode=0o666, temporary=scratch, sync=sync)
+        surplus = Counter(token for _, _, token, time in self._entries() if time >= since | _NO_KEY)
+        surplus.subtract(dict.fromkeys(surplus, self._per_token))
+        data = bytearray()
+        for id_, fingerprint, token, time in self._entries():
+            if time & ~_NO_KEY < since:
+                continue
+            if time & _NO_KEY and surplus[token] > 0:
+                surplus[token] -= 1
+                continue
+            data += _ENTRY.pack(id_, fingerprint, token, time)
+        write_atomically(self._path, bytes(data), mode=0o666, temporary=self._path.with_suffix(".new"), sync=sync)
         self._load()
 
     def _load(self) -> None:
-        entries = list(self._entries())
-        self._sorted = array("Q", sorted(_key(entry[0]) for entry in entries))
-        self._new = set()
-        self._oldest_ms = entries[0][3] if entries else None
+        self._sorted, self._new, self._keys, self._oldest_ms = array("Q"), set(), Counter(), None
+        for id_, _, token, time in self._entries():
+            self._sorted.append(_key(id_))
+            self._keys[token] += not time & _NO_KEY
+            if self._oldest_ms is None:
+                self._oldest_ms = time & ~_NO_KEY
+        self._sorted = array("Q", sorted(self._sorted))
 
     def _entries(self) -> Iterator[tuple[bytes, bytes, bytes, int]]:
         try:
@@ -160,4 +187,5 @@ def _milliseconds(time: float) -> int:
 
 
 def _packed(id_: bytes, record: Outline) -> bytes:
-    return _ENTRY.pack(id_, record.fingerprint[:16], token_digest(record.token_id), _milliseconds(record.time))
+    time_ms = _milliseconds(record.time) | (0 if record.is_keyed else _NO_KEY)
+    return _ENTRY.pack(id_, record.fingerprint[:16], token_digest(record.token_id), time_ms)

@@ -104,7 +104,8 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
     ``seq`` and ``mark`` are the head's after this record. ``id`` is empty if no retry may ask for the reply. ``moved``
     has the content of files that the change only moved, because a file-by-file copy of a live project may have caught
     them in neither place (``repair.py``). Without a change it has the content of a file before a command destroys it.
-    ``fingerprint`` is a digest of the request.
+    ``fingerprint`` is a digest of the request. ``is_keyed``: its id is the caller's key, so that a repetition does not
+    say when it was first sent.
     """
 
     seq: int
@@ -117,6 +118,7 @@ class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
     files: dict[str, FileState | None] = {}
     moved: dict[str, bytes] = {}
     fingerprint: bytes = b""
+    is_keyed: bool = False
 
 
 class Outline(msgspec.Struct, frozen=True, tag="record"):
@@ -129,6 +131,7 @@ class Outline(msgspec.Struct, frozen=True, tag="record"):
     token_id: str = ""
     files: dict[str, FileState | None] = {}
     fingerprint: bytes = b""
+    is_keyed: bool = False
 
 
 decoder: msgspec.msgpack.Decoder[Segment | Record] = msgspec.msgpack.Decoder(Segment | Record)

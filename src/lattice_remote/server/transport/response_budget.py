@@ -163,6 +163,19 @@ class ResponseShare:
             self._bodies.append(body)
             self._budget.add(self.token_id, body)
 
+    def hold_if_room(self, body: bytes) -> bool:
+        """Count a body that was made without waiting for room; return False, and do not count it, if there is none."""
+        has_room = len(body) <= COUNTED_BYTES or self.has_room
+        if has_room:
+            self.hold(body)
+        return has_room
+
+    def hold_only(self, body: bytes) -> None:
+        """Count the body that is sent; what it was made from is released."""
+        self.hold(body)
+        for held in [held for held in self._bodies if held is not body]:
+            self.drop(held)
+
     def drop(self, body: bytes) -> None:
         """Uncount a body that the response does not use after all. Idempotent."""
         if any(body is held for held in self._bodies):

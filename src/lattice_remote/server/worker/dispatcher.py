@@ -300,7 +300,8 @@ class Worker:
         Raises:
             OSError: the storage failed; the process must end.
         """
-        self._store.begin_request(self._name_of(message))
+        is_keyed = isinstance(message, RunCommand | RunCall | Edit) and bool(message.fingerprint)
+        self._store.begin_request(self._name_of(message), is_keyed=is_keyed)
         match message:
             case RunCommand():
                 self._run_once(message, self._execute)
@@ -389,6 +390,8 @@ class Worker:
                 "look before you repeat it",
                 code="REMOTE_UNKNOWN_OUTCOME",
             )
+        if self._store.is_keyed and (why := self._store.journal.request_ids.objection(request.token_id)) is not None:
+            raise Rejected(f"{why}; nothing was changed", code="REMOTE_BUSY")
 
     def _resend_reply(self, request: _Request, known: Record) -> None:
         _require_same(request, known.fingerprint, is_own=known.token_id == request.token_id)

@@ -307,10 +307,12 @@ class Store:
         self._committer = committer
         self._boot_id = boot_id
         self._current = ("", time.perf_counter())
+        self.is_keyed = False
+        """Whether the id of the running request is the caller's key; see ``Record``."""
 
-    def begin_request(self, command: str) -> None:
+    def begin_request(self, command: str, *, is_keyed: bool) -> None:
         """Begin a request, called ``command`` in the log; the next report is its outcome."""
-        self._current = (command, time.perf_counter())
+        self._current, self.is_keyed = (command, time.perf_counter()), is_keyed
 
     def set_label(self, command: str) -> None:
         """Set a better name for the request."""
@@ -481,7 +483,10 @@ class Store:
             states = difference.states if change is not None else {}
             moved = self._moved(difference)
             fingerprint = cause.fingerprint if id_ else b""
-            record = Record(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, fingerprint)
+            record = Record(
+                *(seq, mark, time.time(), id_, cause.token_id, change, reply, states, moved, fingerprint),
+                is_keyed=self.is_keyed and bool(id_),
+            )
             # The kernel may write the record before any fsync, so contents it refers to are fsynced first.
             sync_files(map(self.tree.absolute, difference.volatile))
             try:
@@ -704,7 +709,12 @@ def _carried_over(record: Record) -> Record:
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
     assert isinstance(answer, Result), "nothing else is journalled"
     reply = encode(msgspec.structs.replace(answer, seq=0))
-    return Record(0, b"", record.time, record.id, record.token_id, reply=reply, fingerprint=record.fingerprint)
+    return Record(
+        *(0, b"", record.time, record.id, record.token_id),
+        reply=reply,
+        fingerprint=record.fingerprint,
+        is_keyed=record.is_keyed,
+    )
 
 
 def _encode_change(seq: int, mark: bytes, cause: ChangeOrigin, difference: TreeDiff) -> bytes:
