@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from target import EXAMPLES, WRITE_BOUND_S, Target, attackable, read_all
 
 STREAM = "/projects/board/events/stream"
-ANSWERS = {200, 201, 204, 304, 400, 403, 404, 405, 409, 411, 412, 413, 414, 415, 422, 426, 428, 429, 431}
+ANSWERS = {200, 201, 204, 304, 400, 403, 404, 405, 409, 411, 412, 413, 414, 415, 422, 426, 429, 431}
 
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -1,6 +1,7 @@
 """What a change tells those who listen, and where in it somebody stands."""
 
 import json
+from collections.abc import Mapping
 
 import msgspec
 import pytest
@@ -18,7 +19,7 @@ from lattice_remote.protocol.operations import (
     Operation,
     PutFile,
 )
-from lattice_remote.server.http.change_events import EventId, Wanted, block, blocks, events_of
+from lattice_remote.server.http.change_events import ChangeEvent, EventId, Wanted, block, blocks, events_of
 
 TASK, OTHER, RES = f"task_{'0' * 26}", f"task_{'1' * 26}", f"res_{'2' * 26}"
 LOG, SNAPSHOT, ARCHIVED = f"events/{TASK}.jsonl", f"tasks/{TASK}.json", f"archive/tasks/{TASK}.json"
@@ -42,13 +43,20 @@ def told(*ops: Operation, cause: str = "0" * 32, **contents: bytes) -> list[tupl
     """
     events = events_of(change(*ops, cause=cause))
     found = {e.wanted: contents[f"d{e.wanted.digest[:1].decode()}"] for e in events if e.wanted and contents}
-    sent = b"".join(blocks(AT, events, found)).decode()
-    read = [
+    read = _read(*events, contents=found)
+    assert [kind for kind, _ in read].index("change") == len(read) - 1
+    for kind, data in read:
+        assert data.pop("type") == data.get("event", {"type": kind})["type"]
+        assert data.pop("task_id", None) == data.get("task")
+    return read[:-1]
+
+
+def _read(*events: ChangeEvent, contents: Mapping[Wanted, bytes] | None = None) -> list[tuple[str, dict]]:
+    sent = b"".join(blocks(AT, events, contents or {})).decode()
+    return [
         (text.split("\n")[0].removeprefix("event: "), json.loads(text.split("\n")[2].removeprefix("data: ")))
         for text in sent.removesuffix("\n\n").split("\n\n")
     ]
-    assert [kind for kind, _ in read].index("change") == len(read) - 1
-    return read[:-1]
 
 
 CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
@@ -143,6 +151,31 @@ CASES: dict[str, tuple[list[Operation], list[tuple[str, dict]]]] = {
 @pytest.mark.parametrize(("ops", "expected"), CASES.values(), ids=CASES)
 def test_what_a_change_tells(ops: list[Operation], expected: list[tuple[str, dict]]) -> None:
     assert told(*ops, d1=b'{"one": 1}', d2=b'{\n "two":\n 2}') == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "fields"),
+    [
+        ("status_changed", {"from": "backlog", "to": "done"}, {"status": "done"}),
+        ("assignment_changed", {"from": "human:a", "to": None}, {"assigned_to": None}),
+        ("field_updated", {"field": "custom_fields.team", "from": None, "to": "web"}, {"custom_fields.team": "web"}),
+        ("resource_updated", {"field": "max_holders", "new_value": 2}, {"max_holders": 2}),
+        ("comment_added", {"body": "Ünï"}, {"body": "Ünï"}),
+        ("task_created", {"title": "T", "type": "bug", "task": "mine"}, {"title": "T"}),
+        ("comment_added", {"body": "x" * 100_000}, {}),
+        ("status_changed", "odd", None),
+        ("field_updated", {"field": 1, "to": 2}, None),
+        (["odd"], {}, None),
+    ],
+)
+def test_the_changed_fields_are_at_the_top(kind: object, data: object, fields: dict | None) -> None:
+    event = {"id": "ev_1", "type": kind, "data": data}
+    [(sent, content), _] = _read(*events_of(change(append(LOG, json.dumps(event).encode() + b"\n"))))
+    own = {"task": TASK, "task_id": TASK, "event": event}
+    assert (sent, content) == (
+        "task_event",
+        own | ({"type": "task_event"} if fields is None else {**fields, "type": kind}),
+    )
 
 
 def test_what_was_replaced_by_hand_is_named_only() -> None:

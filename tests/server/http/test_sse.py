@@ -63,7 +63,7 @@ def test_a_new_task_is_told(server: Process, token: str, session: requests.Sessi
     assert by_kind["task_event"]["task"] == task
     assert by_kind["task_event"]["event"]["type"] == "task_created"
     assert by_kind["task_snapshot"]["snapshot"]["title"] == "told"
-    assert by_kind["text"] == {"task": task, "text": "plan"}
+    assert by_kind["text"] == {"type": "text", "task": task, "task_id": task, "text": "plan"}
     assert by_kind["change"]["tasks"] == by_kind["change"]["plans"] == [task]
     assert by_kind["change"]["actor"] == "human:ana" and by_kind["change"]["command"].startswith("create")
     assert assembled(events) == [position(session, url)]
@@ -132,7 +132,7 @@ def test_a_position_that_is_not_to_be_had_is_reset_to_the_head(
     with Listening(server.port, token, last=last) as listening:
         [reset] = listening.take(1)
         assert (reset.kind, reset.id) == ("reset", here(session, url))
-        assert reset.data == {"reason": reason, "epoch": epoch, "seq": head}
+        assert reset.data == {"type": "reset", "reason": reason, "epoch": epoch, "seq": head}
         create(session, url, "after it")
         assert listening.take(1)[0].id == f"{here(session, url)}.1"
 

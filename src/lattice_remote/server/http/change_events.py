@@ -8,6 +8,9 @@
     change          {"seq": 7, "actor": ..., "command": ..., ...}  the change itself, as its last event
     position        {"epoch": ..., "seq": 7}                       where the stream is: at its start and in silence
 
+Each also has ``type``, that of the log's event or else its own kind; one of a task has ``task_id``; one of a log has
+the fields that its event changed, with their new values.
+
 An event's id is the position after it: ``EPOCH-SEQ-MARK`` for the last event of a change, ``EPOCH-SEQ-MARK.1``,
 ``EPOCH-SEQ-MARK.2`` and so on before it. A stream cut within a change continues after the last event that arrived.
 """
@@ -39,6 +42,10 @@ _MAX_PATHS = 100
 _NOT_BY_COMMAND = ("edit", "recovery")
 _FOLLOWS_FROM_OTHERS = frozenset({"ids.json", "events/_lifecycle.jsonl"})
 """Files derived from others: reported only if nothing else changed."""
+_MAX_SPREAD_BYTES = 64 * 1024
+"""A longer line of a log is sent only as ``event``."""
+_FIELD_OF = {"status_changed": "status", "assignment_changed": "assigned_to"}
+"""Field of the task that an event changes to its ``to``."""
 _NUMBER = re.compile(r"[0-9]{1,18}", re.ASCII)
 _EVENTS = re.compile(r"\.([0-9]{1,9})\Z", re.ASCII)
 
@@ -113,10 +120,33 @@ def _log_events(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
         owner = operation.path.rpartition("/")[2].removesuffix(".jsonl")
         for line in lines:
             if owner.startswith("task_"):
-                yield ChangeEvent("task_event", {"task": owner, "event": line})
+                own = {"task": owner, "task_id": owner, "event": line}
+                yield ChangeEvent("task_event", _spread(line) | own)
             else:
                 reported.update(resources.values())
-                yield ChangeEvent("resource_event", {"resource": owner, "name": name, "event": line})
+                yield ChangeEvent("resource_event", _spread(line) | {"resource": owner, "name": name, "event": line})
+
+
+class _Line(msgspec.Struct):
+    type: str
+    data: dict[str, msgspec.Raw] = {}
+
+
+def _spread(line: msgspec.Raw | None) -> dict[str, Any]:
+    """Return an event's type and the fields that it changed; data of another form as it is."""
+    assert line is not None, "a log with a malformed line is not reported"
+    try:
+        event = msgspec.json.decode(line, type=_Line)
+        kind, data = event.type, event.data
+        new = data.get("to", data.get("new_value"))
+        changed = _FIELD_OF.get(kind) or (msgspec.json.decode(data["field"], type=str) if "field" in data else None)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    if len(bytes(line)) > _MAX_SPREAD_BYTES:
+        data = {}
+    elif changed is not None and new is not None:
+        data = {changed: new}
+    return {**data, "type": kind}
 
 
 def _snapshots(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
@@ -131,7 +161,7 @@ def _snapshots(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
         reported.update(other for other in _paths(change) if snapshot_of(other) == task)
         reported.update(_moved_with(task, change))
         is_archived = path.startswith("archive/")
-        data = {"task": task, "archived": is_archived, "gone": content is None, "snapshot": snapshot}
+        data = {"task": task, "task_id": task, "archived": is_archived, "gone": content is None, "snapshot": snapshot}
         yield ChangeEvent("task_snapshot", data, content if isinstance(content, Wanted) else None)
 
 
@@ -170,7 +200,7 @@ def _moved_with(task: str, change: Change) -> Iterator[str]:
 def _texts(change: Change, reported: set[str]) -> Iterator[ChangeEvent]:
     for path, kind, task in texts_of(change):
         reported.add(path)
-        yield ChangeEvent("text", {"task": task, "text": "plan" if kind == "plans" else "notes"})
+        yield ChangeEvent("text", {"task": task, "task_id": task, "text": "plan" if kind == "plans" else "notes"})
 
 
 def _paths(change: Change) -> list[str]:
@@ -199,7 +229,11 @@ def position_block(behind: EventId) -> bytes:
 
 def block(kind: str, behind: EventId, data: Mapping[str, Any]) -> bytes:
     """Return one encoded event. JSON has no line ends, so the data is one line."""
-    return b"event: %b\nid: %b\ndata: %b\n\n" % (kind.encode(), str(behind).encode(), msgspec.json.encode(data))
+    return b"event: %b\nid: %b\ndata: %b\n\n" % (
+        kind.encode(),
+        str(behind).encode(),
+        msgspec.json.encode({"type": kind, **data}),
+    )
 
 
 def _compact(data: bytes) -> msgspec.Raw | None:

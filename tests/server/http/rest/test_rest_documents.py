@@ -79,12 +79,12 @@ def test_what_is_newer_is_not_overwritten(rest: Rest) -> None:
     path = f"/notes/{rest.task()}"
     assert rest.ask("GET", path).status_code == 404
     rest.ok("PUT", path, data=b"one", headers={"If-None-Match": "*"})
-    stale, wrong = (412, "REMOTE_STALE_BASE"), (428, "REMOTE_INVALID")
+    stale = (412, "REMOTE_STALE_BASE")
     assert rest.refused("PUT", path, data=b"two", headers={"If-None-Match": "*"}) == stale
     assert rest.refused("PUT", path, data=b"two", headers={"If-Match": etag(b"zero")}) == stale
     assert rest.refused("PUT", path, data=b"two", headers={"If-Match": f"W/{etag(b'one')}"}) == stale
     assert rest.refused("PUT", path, data=b"two", headers={"If-Match": "one"}) == stale
-    assert rest.refused("PUT", path, data=b"two") == wrong
+    assert rest.refused("PUT", path, data=b"two", headers={"If-None-Match": etag(b"one")}) == (422, "REMOTE_INVALID")
     assert rest.ok("PUT", path, data=b"one", headers={"If-Match": etag(b"one")})["outcome"] == "unchanged"
     assert rest.ok("PUT", path, data=b"two", headers={"If-Match": f'"x", {etag(b"one")}'})["outcome"] == "stored"
     rest.ok("PUT", path, data=b"", headers={"If-Match": "*"})
@@ -106,6 +106,43 @@ def test_of_many_who_replace_a_text_at_once_one_does(rest: Rest) -> None:
     assert rest.ask("GET", path).content == b"%d" % statuses.index(200)
 
 
+def test_a_text_without_a_condition_is_a_save(rest: Rest) -> None:
+    path = f"/notes/{rest.task()}"
+    made = requests.put(rest.url + path, data=b"one\n", headers=dict(rest.session.headers), timeout=30)
+    assert made.json()["data"]["outcome"] == "stored" and "Content-Type" not in made.request.headers
+    as_curl = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert rest.ok("PUT", path, data=b"two\n", headers=as_curl)["etag"] == etag(b"two\n")
+    assert rest.ok("PUT", path, data=b"two\n")["outcome"] == "unchanged"
+    assert rest.ask("GET", path).content == b"two\n"
+    keyed = {"Idempotency-Key": "save"}
+    rest.ok("PUT", path, data=b"three\n", headers=keyed)
+    rest.ok("PUT", path, data=b"four\n")
+    assert rest.ok("PUT", path, data=b"three\n", headers=keyed)["outcome"] == "stored"
+    assert rest.ask("GET", path).content == b"four\n"  # the repetition was not run again
+
+
+def test_saves_at_once_are_merged_by_line_and_the_last_one_wins(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    task = rest.ok("POST", "/tasks", status=201, json={"title": "t"})["id"]
+    lines = [b"line %d\n" % number for number in range(80)]
+    rest.ok("PUT", f"/notes/{task}", data=b"".join(lines))
+
+    def save(number: int) -> tuple[bytes, str]:
+        text = b"".join([*lines[: number * 10], b"saved by %d\n" % number, *lines[number * 10 + 1 :]])
+        answer = requests.put(f"{rest.url}/notes/{task}", data=text, headers=dict(rest.session.headers), timeout=60)
+        assert answer.status_code == 200, answer.text
+        return text, answer.json()["data"]["etag"]
+
+    with ThreadPoolExecutor(8) as pool:
+        saved = list(pool.map(save, range(8)))
+    versions = rest.ok("GET", f"/notes/{task}/versions")
+    written = {etag(rest.ask("GET", f"/notes/{task}/versions/{one['change']}").content) for one in versions}
+    assert {tag for _, tag in saved} <= written
+    last = rest.ask("GET", f"/notes/{task}").content
+    assert (server.data.project("web").lattice / "notes" / f"{task}.md").read_bytes() == last
+    assert b"saved by" in last and len(last.splitlines()) == len(lines)
+
+
 def test_texts_of_archived_tasks_are_read_but_not_written(rest: Rest) -> None:
     task = rest.task()
     rest.ok("PUT", f"/plans/{task}", data=TEXT, headers={"If-Match": "*"})
@@ -113,6 +150,7 @@ def test_texts_of_archived_tasks_are_read_but_not_written(rest: Rest) -> None:
     assert rest.ask("GET", f"/plans/{task}").content == TEXT
     headers = {"If-Match": etag(TEXT)}
     assert rest.refused("PUT", f"/plans/{task}", data=b"x", headers=headers) == (409, "REMOTE_INVALID")
+    assert rest.refused("PUT", f"/plans/{task}", data=b"x") == (409, "REMOTE_INVALID")
 
 
 def test_an_edit_behind_the_servers_back_has_an_etag_of_its_own(served: tuple[Process, Rest]) -> None:
@@ -171,9 +209,33 @@ def test_a_resource_with_its_id_is_held_or_not(rest: Rest) -> None:
     assert rest.ok("PATCH", path, json={"held": False})["holders"] == []
     assert rest.refused("PATCH", path, json={"held": False}) == (409, "NOT_HELD")
     assert rest.refused("PATCH", path, json={}) == (422, "REMOTE_INVALID")
+    assert rest.refused("PATCH", path, json={"held": True, "ttl_seconds": 5}) == (422, "REMOTE_INVALID")
     for wrong in ("/resources/disk/disk", f"/resources/gpu/{made['id']}", f"/resources/disk/res_{'0' * 26}"):
         assert rest.refused("GET", wrong)[0] == 404
         assert rest.refused("PATCH", wrong, json={"held": True})[0] == 404
+
+
+def test_fields_of_a_resource_are_changed(served: tuple[Process, Rest]) -> None:
+    server, rest = served
+    made = rest.ok("POST", "/resources/press", status=201, json={"description": "old"})
+    for path in ("/resources/press", f"/resources/press/{made['id']}"):
+        body = {"max_holders": 2, "ttl_seconds": 90, "actor": "agent:a", "reason": "two now"}
+        changed = rest.ok("PATCH", path, json=body)
+        assert [changed[name] for name in ("max_holders", "ttl_seconds", "description")] == [2, 90, "old"]
+    keyed = {"Idempotency-Key": "press"}
+    first = rest.ask("PATCH", "/resources/press", json={"description": "new"}, headers=keyed)
+    rest.ok("PATCH", "/resources/press", json={"description": None})
+    again = rest.ask("PATCH", "/resources/press", json={"description": "new"}, headers=keyed)
+    assert first.json() == again.json() and first.headers["Lattice-Change"] == again.headers["Lattice-Change"]
+    assert rest.ok("GET", "/resources/press")["description"] is None
+    log = server.data.project("web").lattice / "events" / f"{made['id']}.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(event["type"], event["actor"]) for event in events[1:3]] == [("resource_updated", "agent:a")] * 2
+    assert events[1]["provenance"] == {"reason": "two now"}
+    for wrong in ({}, {"max_holders": 0}, {"name": "x", "ttl_seconds": 5}, {"ttl_seconds": 5, "force": True}):
+        assert rest.refused("PATCH", "/resources/press", json=wrong)[0] == 422
+    assert rest.refused("PATCH", "/resources/press", json={"ttl_seconds": 5, "actor": "human:eve"})[0] == 403
+    assert rest.refused("PATCH", "/resources/nothing", json={"ttl_seconds": 5}) == (404, "NOT_FOUND")
 
 
 def waiting(server: Process, token: str) -> int:

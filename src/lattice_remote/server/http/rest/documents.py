@@ -1,11 +1,13 @@
 """``/projects/:slug/plans/:id`` and ``/projects/:slug/notes/:id``: a task's plan and notes, and their versions.
 
-A write names the text that it replaces by ETag, so it cannot overwrite a newer one unseen.
+A write may name the text that it replaces by ETag; then it cannot overwrite a newer one unseen. Without a condition it
+is a save: it replaces the text that was there when the request arrived, merged by line with later changes.
 """
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
@@ -112,6 +114,8 @@ def _new_id() -> str:
 
 
 _ETAG = re.compile(r'(W/)?"([^"]*)"')
+_UNSPECIFIC = ("application/octet-stream", "application/x-www-form-urlencoded")
+"""Media types that programs send unasked, for example curl."""
 _OF_NO_TEXT = bytes(32)
 """Digest of a missing text."""
 _TRIES = 5
@@ -123,7 +127,7 @@ class Text(msgspec.Struct):
 
     task: str
     etag: str
-    outcome: Literal["stored", "unchanged"]
+    outcome: Literal["stored", "merged", "unchanged"]
 
 
 @dataclass(frozen=True)
@@ -154,14 +158,18 @@ async def read_notes(asked: EndpointRequest[Nothing, Nothing]) -> Response:
 
 
 async def write_plan(asked: EndpointRequest[Nothing, bytes]) -> Response:
-    """Replace a task's plan, or create it with ``If-None-Match: *``; 412 if ``If-Match`` does not match."""
+    """Replace a task's plan, or create it.
+
+    With ``If-Match`` or ``If-None-Match: *`` the answer is 412 if that does not match.
+    """
     return await _put(asked, "plans")
 
 
 async def write_notes(asked: EndpointRequest[Nothing, bytes]) -> Response:
-    """Replace a task's notes, or create them with ``If-None-Match: *``; 412 if ``If-Match`` does not match.
+    """Replace a task's notes, or create them.
 
-    A task has a plan from its creation; notes exist once they are written.
+    With ``If-Match`` or ``If-None-Match: *`` the answer is 412 if that does not match. A task has a plan
+    from its creation; notes exist once they are written.
     """
     return await _put(asked, "notes")
 
@@ -228,29 +236,52 @@ async def _get(asked: EndpointRequest[Nothing, Nothing], kind: str) -> Response:
 
 async def _put(asked: EndpointRequest[Nothing, bytes], kind: str) -> Response:
     media_type = asked.request.headers.get("Content-Type", "text/markdown").partition(";")[0].strip().lower()
-    if not media_type.startswith("text/"):
+    if not media_type.startswith("text/") and media_type not in _UNSPECIFIC:
         why = "send the text with Content-Type: text/markdown"
         raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
     place = await _place(asked, kind)
     if isinstance(place, Response):
         return place
-    done = await _store(asked, place)
-    etag = _etag(asked.body)
-    content = msgspec.json.encode(
-        {"ok": True, "data": Text(place.task, etag, "unchanged" if done.outcome == "unchanged" else "stored")}
-    )
+    done, text = await _store(asked, place)
+    etag = _etag(text)
+    assert done.outcome != "conflict", "a conflict was raised or tried again"
+    content = msgspec.json.encode({"ok": True, "data": Text(place.task, etag, done.outcome)})
     return await with_position(
         asked, done.seq, Response(content, headers={"ETag": etag}, media_type="application/json")
     )
 
 
-async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> Stored:
+async def _store(asked: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
+    """Return the result of a write, and the text then."""
     wanted = header_of(asked.request, "If-Match")
-    if not wanted:
-        if header_of(asked.request, "If-None-Match") != "*":
-            why = 'say what this replaces: If-Match: "..." with the ETag of the text that you have read, or * for any'
-            raise ApiError(HTTPStatus.PRECONDITION_REQUIRED, "REMOTE_INVALID", f"{why}; or If-None-Match: *")
-        return await _edit(asked, place, b"")
+    if wanted:
+        return await _replace(asked, place, wanted), asked.body
+    condition = header_of(asked.request, "If-None-Match")
+    if not condition:
+        return await _save(asked, place)
+    if condition != "*":
+        raise Rejected("a write takes If-None-Match with * alone, to create a text", code="REMOTE_INVALID")
+    return await _edit(asked, place, b""), asked.body
+
+
+async def _save(asked: EndpointRequest[Nothing, bytes], place: _Place) -> tuple[Stored, bytes]:
+    """Store the text as an editor that had read the present one does. Of two that change one line, the later wins."""
+    project, once = asked.context.project, asked.once
+    for number in range(_TRIES):
+        base = await text_at_head(project, place.active, asked.context.share)
+        done = await edit(asked.context, place.active, asked.body, base=base, once=once)
+        if done.outcome == "merged":
+            merged = await version_text(project, place.task, _KINDS[place.kind], str(done.seq))
+            return done, merged.data
+        if done.outcome != "conflict":
+            return done, asked.body
+        if f"tasks/{place.task}.json" not in project.history.files:
+            raise _archived(place)
+        once = replace(once, id=sha256(f"{asked.once.id} {number}".encode()).hexdigest()[:32])  # of a repetition too
+    raise Rejected(f"{place.active} keeps changing; try again", code="REMOTE_BUSY")
+
+
+async def _replace(asked: EndpointRequest[Nothing, bytes], place: _Place, wanted: str) -> Stored:
     for _ in range(_TRIES):
         _, current = asked.context.project.history.files.get(place.active, (0, b""))
         try:
@@ -313,9 +344,12 @@ def _archived(place: _Place) -> ApiError:
     return ApiError(HTTPStatus.CONFLICT, "REMOTE_INVALID", why)
 
 
-_CHOICES = (HTTPStatus.PRECONDITION_FAILED, HTTPStatus.PRECONDITION_REQUIRED)
+_CHOICES = (HTTPStatus.PRECONDITION_FAILED,)
 _CACHED = {"If-None-Match": "ETags of texts that the client has"}
-_REPLACED = {"If-Match": "ETag of the text to replace, or * for any", "If-None-Match": "* to create it"}
+_REPLACED = {
+    "If-Match": "ETag of the text to replace, or * for any; without it the text is merged by line with later changes",
+    "If-None-Match": "* to create it",
+}
 endpoints = [
     Endpoint("GET", "/projects/{slug}/plans/{id}", read_plan, bytes, others=[HTTPStatus.NOT_MODIFIED], headers=_CACHED),
     Endpoint("PUT", "/projects/{slug}/plans/{id}", write_plan, Text, others=_CHOICES, headers=_REPLACED),

@@ -3,17 +3,28 @@
 A resource is created and acquired by name; afterwards it also has an id.
 """
 
+import json
 from http import HTTPStatus
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 from starlette.responses import Response
 
 from lattice_remote.errors import Rejected
 from lattice_remote.server.http.middleware import cancel_on_disconnect
-from lattice_remote.server.http.rest.commands import Provenance, options, output_response, read, read_output, write
+from lattice_remote.server.http.rest.commands import (
+    Provenance,
+    envelope_response,
+    options,
+    output_response,
+    read,
+    read_output,
+    with_position,
+    write,
+)
 from lattice_remote.server.http.rest.endpoint import Endpoint, EndpointRequest, Nothing
+from lattice_remote.server.http.writes import call
 from lattice_remote.server.ipc import ReadResult
 
 __all__ = ["endpoints"]
@@ -22,6 +33,7 @@ _ALL = "/projects/{slug}/resources"
 _NAMED = f"{_ALL}/{{name}}"
 _WITH_ID = f"{_NAMED}/{{id}}"
 MAX_WAIT_S = 300
+_FIELDS = ("description", "max_holders", "ttl_seconds")
 
 _Actor = str | dict[str, Any]
 """An actor, or a session as a map. The types below describe lattice's output, which may have more fields."""
@@ -53,12 +65,16 @@ class Resources(msgspec.Struct):
     resources: list[Resource]
 
 
+_MaxHolders = Annotated[int, Meta(ge=1, le=1_000_000)]
+_Ttl = Annotated[int, Meta(ge=1, le=1_000_000_000)]
+
+
 class NewResource(Provenance, frozen=True, kw_only=True):
     """A new resource, as with ``lattice resource create``. Lattice sets omitted fields."""
 
     description: str | None = None
-    max_holders: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
-    ttl_seconds: Annotated[int, Meta(ge=1, le=1_000_000_000)] | None = None
+    max_holders: _MaxHolders | None = None
+    ttl_seconds: _Ttl | None = None
     id: Annotated[str, Meta(extra_json_schema={"pattern": "^res_[0-9A-HJKMNP-TV-Z]{26}$"})] | None = None
     """Checked by lattice, whose refusal is answered."""
 
@@ -72,10 +88,13 @@ class Acquisition(Provenance, frozen=True, kw_only=True):
     timeout: Annotated[int, Meta(ge=0, le=MAX_WAIT_S, description="how many seconds to wait")] = 60
 
 
-class Holding(Provenance, frozen=True, kw_only=True):
-    """Desired state: held by the actor, or not. Repeating a hold renews the lease."""
+class ResourceChanges(Provenance, frozen=True, kw_only=True):
+    """New values of fields; or ``held``: whether the actor holds it. Repeating a hold renews the lease."""
 
-    held: bool
+    description: str | UnsetType | None = UNSET
+    max_holders: _MaxHolders | UnsetType = UNSET
+    ttl_seconds: _Ttl | UnsetType = UNSET
+    held: bool | None = None
     task: str | None = None
     force: bool = False
 
@@ -121,12 +140,60 @@ async def show_resource_with_id(asked: EndpointRequest[Nothing, Nothing]) -> Res
     return output_response(await _with_id(asked))
 
 
-async def hold_resource(asked: EndpointRequest[Nothing, Holding]) -> Response:
-    """Acquire or release the resource with this name and id."""
-    await _with_id(asked)
-    command, without = ("acquire", ["held"]) if asked.body.held else ("release", ["held", "task", "force"])
-    given = options(asked.body, asked, without=without)
-    return await write(asked, f"resource {command}", *given, "--", asked.path["id"])
+async def change_resource(asked: EndpointRequest[Nothing, ResourceChanges]) -> Response:
+    """Change fields of a resource in one change; or acquire or release it, with ``held``."""
+    return await _change(asked, await read_output(asked, "resource status", "--", asked.path["name"]))
+
+
+async def change_resource_with_id(asked: EndpointRequest[Nothing, ResourceChanges]) -> Response:
+    """Change fields of the resource with this name and id; or acquire or release it, with ``held``."""
+    return await _change(asked, await _with_id(asked))
+
+
+async def _change(asked: EndpointRequest[Nothing, ResourceChanges], found: ReadResult) -> Response:
+    if found.status:
+        return output_response(found)
+    body, resource = asked.body, msgspec.json.decode(found.body, type=dict[str, Any])["data"]
+    given = {name: getattr(body, name) for name in _FIELDS}
+    values = {name: value for name, value in given.items() if value is not UNSET}
+    if bool(values) == (body.held is not None):
+        why = (
+            "name either new values of fields, or held"
+            if values
+            else "there is nothing to change in the request's body"
+        )
+        raise Rejected(why, code="REMOTE_INVALID")
+    if not values:
+        command, without = ("acquire", []) if body.held else ("release", ["task", "force"])
+        options_ = options(body, asked, without=[*_FIELDS, "held", *without])
+        return await write(asked, f"resource {command}", *options_, "--", resource.get("id") or resource["name"])
+    if body.name is not None or body.task is not None or body.force:
+        raise Rejected("'name', 'task' and 'force' belong to 'held'", code="REMOTE_INVALID")
+    return await _update(asked, resource, values)
+
+
+async def _update(asked: EndpointRequest[Nothing, ResourceChanges], resource: dict[str, Any], values: Any) -> Response:
+    """Write an event for each field, which lattice has no command for."""
+    from lattice.core.events import create_resource_event
+
+    if resource.get("id") is None:
+        why = f"resource {resource['name']!r} is only in the project's settings; create it first"
+        raise Rejected(why, code="REMOTE_INVALID")
+    body, actor = asked.body, asked.body.actor or asked.context.login.token.actor
+    about = {name: getattr(body, name) for name in ("reason", "on_behalf_of", "triggered_by", "model", "session")}
+    events = [
+        create_resource_event("resource_updated", resource["id"], actor, {"field": name, "new_value": value}, **about)
+        for name, value in values.items()
+    ]
+    payload = {"resource": resource["name"], "events": events, "base": resource.get("last_event_id")}
+    done = await call(asked.context, "storage", "write-resource", json.dumps(payload).encode(), once=asked.once)
+    if done.status == HTTPStatus.CONFLICT:
+        raise Rejected(f"resource {resource['name']!r} has just changed; try again", code="REMOTE_BUSY")
+    if done.status != HTTPStatus.OK:
+        return envelope_response(done.payload)
+    content = {"ok": True, "data": msgspec.json.decode(done.payload)["content"]}
+    response = Response(msgspec.json.encode(content), media_type="application/json")
+    return await with_position(asked, done.seq, response)
 
 
 async def _with_id(asked: EndpointRequest[Any, Any]) -> ReadResult:
@@ -147,9 +214,10 @@ endpoints = [
     Endpoint("GET", _ALL, list_resources, Resources),
     Endpoint("GET", _NAMED, show_resource, Resource),
     Endpoint("POST", _NAMED, create_resource, Resource, HTTPStatus.CREATED),
+    Endpoint("PATCH", _NAMED, change_resource, Resource),
     Endpoint("POST", f"{_NAMED}/acquire", acquire_resource, Resource),
     Endpoint("POST", f"{_NAMED}/release", release_resource, Resource),
     Endpoint("POST", f"{_NAMED}/heartbeat", extend_resource, Resource),
     Endpoint("GET", _WITH_ID, show_resource_with_id, Resource),
-    Endpoint("PATCH", _WITH_ID, hold_resource, Resource),
+    Endpoint("PATCH", _WITH_ID, change_resource_with_id, Resource),
 ]
