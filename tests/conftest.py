@@ -17,6 +17,7 @@ heed_signals()
 
 
 LONG = [
+    "test_installation",
     "test_planted_faults",
     "test_conformance",
     "test_soak",

@@ -95,5 +95,5 @@ def test_a_test_without_its_program_is_skipped_and_named_but_fails_in_ci(tmp_pat
     if ci:
         assert done.returncode == 1 and "not installed: no-such; install it with: make system" in done.stdout
     else:
-        line = "1 test was skipped without no-such; to run all: make system && make test"
+        line = "1 test was skipped without no-such; to run all: install them (make system), then make test"
         assert done.returncode == 0 and line in done.stdout.splitlines()[-2:], done.stdout + done.stderr
