@@ -17,7 +17,7 @@ from conflicting_edits import Conflict, set_aside_in
 from lattice_remote.server.journal.segment import JournalReader
 from sandbox import Client, Server, differences, tree_of, wait_for
 
-__all__ = ["Account", "Effect", "effects_in", "events_in", "owner_of", "words_in", "words_in_texts"]
+__all__ = ["Account", "Effect", "effects_in", "events_in", "oldest_change", "owner_of", "words_in", "words_in_texts"]
 
 _SETTLE_S = 60.0
 
@@ -322,6 +322,12 @@ def check_numbers(server: Server, slug: str = "board") -> int:
     expected = list(range(numbers[0], numbers[0] + len(numbers))) if numbers else []
     assert numbers == expected, f"the journal's numbers have a gap: {numbers}"
     return len(numbers)
+
+
+def oldest_change(server: Server, slug: str = "board") -> int:
+    """Return the number of the first change in the journal; 0 if there is none."""
+    records = JournalReader(server.data / "projects" / slug / "journal").records()
+    return next((record.seq for record in records if record.change is not None), 0)
 
 
 def effects_in(lattice_dir: Path) -> Counter[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Faults that strike while a mix of commands runs, and the people whom they strike."""
 
 import contextlib
+import json
 import os
 import random
 import resource
@@ -28,6 +29,8 @@ __all__ = ["Faults", "Strikes", "inject", "three_people", "write_over"]
 _RARE = {"journal damaged", "journal removed", "data rolled back", "network half open", "server's power cut"}
 """Strike less often: they take much away that was acknowledged, or cost a minute."""
 DORA = "human:dora"
+SMALL_JOURNAL = {"max_bytes": 2_000_000, "segment_bytes": 256_000}
+"""Bounds that what people do here does not reach, and a fault that writes much does (``WorldFaults.repeat_keys``)."""
 _INJECT = Path(__file__).resolve().parent / "inject"
 
 
@@ -38,6 +41,7 @@ def three_people(sandbox: Sandbox, *, pushed: bool = False) -> Iterator[tuple[Se
     With ``pushed`` the first of them brings a project of its own, which becomes the server's.
     """
     server = sandbox.server()
+    (server.data / "config.json").write_text(json.dumps({"journal": SMALL_JOURNAL}))
     inject(server)
     server.project()
     server.project(OTHER)

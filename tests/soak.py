@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
-from account import Account  # noqa: E402
+from account import Account, oldest_change  # noqa: E402
 from command_mix import Mix  # noqa: E402
 from epoch_account import Epochs  # noqa: E402
 from event_stream_client import EventsWatcher  # noqa: E402
@@ -76,7 +76,7 @@ def break_everything(
     with (
         three_people(sandbox, pushed=seed % 5 == 0) as (server, clients, proxy),
         Observer(server) as observer,
-        Watcher(clients[-1], position=lambda: observer.position) as watcher,
+        Watcher(clients[-1], position=lambda: observer.position, oldest=lambda: oldest_change(server)) as watcher,
         EventsWatcher(
             server, proxy.port, clients[0].env["LATTICE_TOKEN"], position=lambda: observer.position
         ) as listener,

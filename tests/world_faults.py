@@ -21,6 +21,7 @@ from account import Account, Effect, owner_of, words_in
 from command_mix import Mix
 from epoch_account import Epochs
 from faultproxy import FaultProxy
+from lattice_remote.server.journal.segment import segment_paths
 from power_cut import Disk, touch
 from rest_program import call
 from sandbox import BIN, Client, Sandbox, Server, tree_of, wait_for
@@ -34,6 +35,8 @@ _MOUNTS, _NETWORK = ("unshare", *_ROOTLESS, "--mount"), ("unshare", *_ROOTLESS, 
 _BEFORE_BOOT_S = 3600.0
 _STALLED, _READS = 40, 60
 _PATIENCE_S = 60.0
+_LARGE_CHARS = 200_000
+_FILL_S = 20.0
 _TEXTS = ("plans", "notes")
 
 
@@ -229,19 +232,39 @@ class WorldFaults:
     # --- programs over HTTP ---
 
     def repeat_keys(self) -> None:
-        """A program repeats requests that were answered long ago (I6)."""
-        for client, key, who in self._rng.sample(self._late, min(4, len(self._late))):
-            self._comment_with_key(client, key, who)
+        """A program repeats requests whose answers have left the journal: others have written much since (I6)."""
         fresh = self._rng.choice(self._clients), secrets.token_hex(8), self._who("k")
-        self._comment_with_key(*fresh)
+        was_done = self._comment_with_key(*fresh).returncode == 0
+        is_gone = self._fill_journal(but=fresh[0])
+        again = self._comment_with_key(*fresh, is_late=True)
+        assert not (was_done and is_gone) or "may have taken effect" in again.stderr, again
+        for late in self._rng.sample(self._late, min(3, len(self._late))):
+            self._comment_with_key(*late, is_late=True)
         self._late.append(fresh)
 
-    def _comment_with_key(self, client: Client, key: str, who: str) -> None:
+    def _comment_with_key(
+        self, client: Client, key: str, who: str, *, is_late: bool = False
+    ) -> subprocess.CompletedProcess[str]:
         body = {"body": f"with a key {who}", "actor": f"agent:{who}"}
         done = call(client, "POST", "/tasks/LAT-1/comments", body, key=key)
-        effect = Effect(who, "comment_added")
-        if done.returncode == 0 or (client, key, who) not in self._late:
-            self._account.record(client, tuple(done.args), effect, done)
+        if done.returncode == 0 or not is_late:
+            self._account.record(client, tuple(done.args), Effect(who, "comment_added"), done)
+        return done
+
+    def _fill_journal(self, *, but: Client) -> bool:
+        """Have the others write large comments until the journal has no segment that it has now; return whether.
+
+        A time bounds it.
+        """
+        journal = self._server.data / "projects" / "board" / "journal"
+        before, end = set(segment_paths(journal)), time.monotonic() + _FILL_S
+        others = [client for client in self._clients if client is not but]
+        while before & set(segment_paths(journal)) and time.monotonic() < end:
+            client, who = self._rng.choice(others), self._who("f")
+            body = {"body": f"{who} {'x' * _LARGE_CHARS}", "actor": f"agent:{who}"}
+            done = call(client, "POST", "/tasks/LAT-1/comments", body)
+            self._account.record(client, (*done.args[:2], who), Effect(who, "comment_added"), done)
+        return not before & set(segment_paths(journal))
 
     def be_greedy(self) -> None:
         """One token asks for much at once and takes nothing of it; another's read is answered (I10)."""
