@@ -40,7 +40,7 @@ from lattice_remote.server.transport.listener import Certificate
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> None:
     """Wait for a condition, within a bound."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - any condition, not only ours

@@ -117,13 +117,14 @@ class HookRunner:
         is_open = True
         while process.poll() is None:
             if time.monotonic() >= deadline or self._closing.is_set():
-                return None, bytes(said)
+                break
             if not is_open:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
             elif select.select([stderr], [], [], _POLL_S)[0]:
                 is_open = _read_some(stderr, said)
-        _read_some(stderr, said)
+        if is_open:
+            _read_some(stderr, said)
         return process.returncode, bytes(said)
 
     def _failed(self, seq: int, call: HookCall, how: str, said: bytes = b"") -> None:
