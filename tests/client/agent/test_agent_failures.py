@@ -346,7 +346,8 @@ async def test_of_twenty_caches_three_in_trouble_are_not_noticed_by_the_others(
         place = tmp_path / "full" / ".lattice"
         shutil.copytree(make_cache(tmp_path / "other", server.url), place)
         for directory in (*good, silent, place):
-            assert (await ask("ready", directory))["current"]
+            answer = await ask("ready", directory)
+            assert answer["current"], (str(answer), directory)
         before = await latency_ms(good, 2)
         stalled.stall()
         fill_up(place)

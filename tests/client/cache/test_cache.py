@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -276,3 +277,82 @@ def test_pieces_without_an_end_are_forgotten(cache: Cache) -> None:
     assert len(os.listdir(os.path.join(cache.directory, ".remote/tmp"))) == 1
     cache.forget_parts()
     assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
+
+
+# --- a directory that is being removed ---
+
+
+def test_a_file_that_vanishes_while_it_is_replaced_is_not_created_again(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.replace("config.json", b"old")
+    exchange = directory_module._exchange
+
+    def too_late(source: int, name: str, target: int, new_name: str) -> bool:
+        os.unlink(new_name, dir_fd=target)
+        return exchange(source, name, target, new_name)
+
+    monkeypatch.setattr(directory_module, "_exchange", too_late)
+    with pytest.raises(StorageError, match="No such file"):
+        cache.replace("config.json", b"new")
+    assert cache.size("config.json") is None
+    assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
+
+
+@pytest.mark.parametrize("step", ["replace", "mkdir", "open"])
+def test_a_name_that_a_removing_program_has_not_listed_is_taken_back(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """It lists the names just before one is added, and has removed nothing yet."""
+    real_open, real_step, has_listed, is_over = os.open, getattr(os, step), threading.Event(), threading.Event()
+
+    def listed_before(*arguments: object, **named: object) -> object:
+        if not has_listed.is_set() and (step != "open" or int(arguments[1]) & os.O_CREAT):  # type: ignore[call-overload]
+            handles.append(real_open(cache.directory, os.O_RDONLY))
+            has_listed.set()
+        return real_step(*arguments, **named)
+
+    def remove_slowly() -> None:
+        assert has_listed.wait(10)
+        for name in ("sessions/archive", "sessions", "events", "notes", "artifacts/meta", "artifacts/payload"):
+            os.rmdir(os.path.join(cache.directory, name))
+            is_over.wait(0.02)
+
+    handles, remover = list[int](), threading.Thread(target=remove_slowly)
+    remover.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, listed_before)
+        with pytest.raises(StorageError, match="being removed"):
+            cache.replace("resources/gpu/resource.json", b"new")
+    is_over.set()
+    remover.join()
+    assert not os.path.exists(os.path.join(cache.directory, "resources/gpu/resource.json"))
+    assert os.listdir(os.path.join(cache.directory, ".remote/tmp")) == []
+    for handle in handles:
+        os.close(handle)
+
+
+async def test_a_program_that_only_reads_the_directory_does_not_stop_it(cache: Cache) -> None:
+    with os.scandir(cache.directory):
+        with pytest.raises(StorageError, match="perhaps to remove it"):
+            cache.replace("tasks/one.json", b"{}")
+        async with asyncio.timeout(10), cache.locked():
+            cache.replace("tasks/one.json", b"{}")
+            cache.replace("tasks/two.json", b"{}")
+    assert sorted(cache.paths()) == ["tasks/one.json", "tasks/two.json"]
+
+
+async def test_a_program_that_looks_at_the_directory_for_a_moment_does_not_fail_it(cache: Cache) -> None:
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(0.001):
+            os.listdir(cache.directory)
+
+    looker = threading.Thread(target=look)
+    looker.start()
+    for n in range(500):
+        cache.replace(f"tasks/{n}.json", b"{}")
+    is_over.set()
+    looker.join()
+    assert len(list(cache.paths())) == 500

@@ -15,9 +15,8 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from filelock import FileLock, Timeout
-
 from lattice_remote.client import config
+from lattice_remote.client.cache.cache import CacheLock
 from lattice_remote.client.cache.replicator import Replicator
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.client.connection.connection import Connection
@@ -124,7 +123,7 @@ class Fetching:
         self._cache = follower.cache
         self._links = links
         self._link = links.following
-        self._lock = FileLock(self._cache.absolute(_LOCK), thread_local=False, mode=0o600)
+        self._lock = self._cache.file_lock(_LOCK)
         self._asked: Counter[str] = Counter()  # path -> number of requesters
         self._own: set[bytes] = set()  # digests being attached here: they need no download
         self._wishes = 0  # number of requests so far
@@ -401,19 +400,15 @@ class Fetching:
 
 
 @contextlib.asynccontextmanager
-async def _taken(lock: FileLock, timeout_s: float | None) -> AsyncIterator[None]:
+async def _taken(lock: CacheLock, timeout_s: float | None) -> AsyncIterator[None]:
     """Hold the download lock of one cache: two processes must not write into one file.
 
     Raises:
         TimeoutError: another process holds it for longer.
     """
     async with asyncio.timeout(timeout_s):
-        while True:
-            try:
-                lock.acquire(timeout=0)
-                break
-            except Timeout:
-                await asyncio.sleep(_POLL_S)
+        while not lock.acquire():  # noqa: ASYNC110 - another process releases it
+            await asyncio.sleep(_POLL_S)
     try:
         yield
     finally:

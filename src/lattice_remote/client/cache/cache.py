@@ -16,8 +16,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lattice_remote.client.agent_runtime import boot_time
-from lattice_remote.client.cache.fingerprints import STORED, Fingerprints
-from lattice_remote.client.cache.safe_directory import QUIET_S, TEMPORARY, Directory, Quota
+from lattice_remote.client.cache.fingerprints import STORED, WRITTEN_LOG, Fingerprints
+from lattice_remote.client.cache.safe_directory import TEMPORARY, Directory, Quota
 from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, STATE_FILE, Remote
 from lattice_remote.client.trusted_servers import cache_limit
 from lattice_remote.errors import HostilePath, StorageError
@@ -34,6 +34,7 @@ __all__ = [
     "LOCK_FILE",
     "STATE_FILE",
     "Cache",
+    "CacheLock",
     "CacheState",
     "boot_id",
     "booted_at",
@@ -174,15 +175,15 @@ class Cache:
         """Device and inode of the directory."""
         self.quota = Quota(self.directory, lambda: cache_limit(remote.url), remote.url)
         """Size limit of the cache."""
-        self._files = Directory(self.directory, self.quota)
+        with explained(self.directory):
+            self._files = Directory(self.directory, self.quota)
         self._away = b""  # content of the file of deferred contents
         self._parts: dict[str, tuple[str, int]] = {}  # path -> temporary file, bytes in it
-        self._present: set[str] = set()  # our own top-level files that were seen
         self.held_since: float | None = None
         """Time (monotonic) since which this process waits for another's lock; None: it does not wait."""
         self.known = Fingerprints(self.directory)
         """Signatures of the files as our own processes left them."""
-        self._lock = _Lock(os.path.join(self.directory, LOCK_FILE))
+        self._lock = self.file_lock(LOCK_FILE)
 
     # --- the directory ---
 
@@ -193,6 +194,7 @@ class Cache:
                 self._files.make(directory)
             if not os.path.lexists(self.absolute(".gitignore")):
                 self._files.replace(".gitignore", GITIGNORE)
+            self._files.extend(WRITTEN_LOG, b"")
             self._files.remove_stale_temporaries()
             self._block_plain_writes()
 
@@ -255,8 +257,6 @@ class Cache:
         while True:
             self._check_there()
             await self._until_quiet(deadline)
-            if LOCK_FILE not in self._present:
-                self.make_private()
             with explained(self.directory):
                 if self._lock.acquire():
                     break
@@ -265,7 +265,6 @@ class Cache:
             if time.monotonic() > deadline:
                 raise StorageError(f"{self.directory} was locked by another process for {timeout_s:.0f} s")
             await asyncio.sleep(_LOCK_POLL_S)
-        self._present.add(LOCK_FILE)
         self.held_since = None
         try:
             self._check_there()  # the previous holder may have made it a local project
@@ -273,20 +272,21 @@ class Cache:
         finally:
             self._lock.release()
 
+    def file_lock(self, path: str) -> "CacheLock":
+        """Return a lock between processes on a private file."""
+
+        def make() -> None:
+            with explained(path):
+                self._files.make(PRIVATE_DIRECTORY)
+                self._files.extend(path, b"")
+
+        return CacheLock(self.absolute(path), make)
+
     async def _until_quiet(self, deadline: float) -> None:
         """Wait while another program seems to remove the whole directory, as new files would obstruct it."""
-        while self._is_vanishing() and self._files.changed_s_ago() < QUIET_S and time.monotonic() < deadline:
+        while self._files.is_being_removed() and time.monotonic() < deadline:
             await asyncio.sleep(_LOCK_POLL_S)
             self._check_there()
-        if self._is_vanishing():  # removed on purpose, some time ago
-            self._files.forget_names()
-            self._present.clear()
-
-    def _is_vanishing(self) -> bool:
-        """Return whether a known file, layout directory or private file has disappeared."""
-        if self._files.is_shrinking or self._files.is_missing_any():
-            return True
-        return any(not os.path.lexists(self.absolute(name)) for name in self._present)
 
     def _check_there(self) -> None:
         if not self.is_there():
@@ -323,12 +323,7 @@ class Cache:
             if (away := encode_away(state.away)) != self._away:
                 self._files.replace(_DEFERRED_FILE, away)
                 self._away = away
-            if STATE_FILE in self._present and not os.path.lexists(self.absolute(STATE_FILE)):
-                self._files.is_shrinking = True
-                raise StorageError(f"{STATE_FILE} was removed from {self.directory}")
             self._files.replace(STATE_FILE, encode_state(state, self.remote, self.identity[1]))
-            self._present.add(STATE_FILE)
-            self._files.is_filled = state.is_filled and not state.wanted
         return self.signature(STATE_FILE)
 
     def load_known(self) -> None:
@@ -523,20 +518,27 @@ class Cache:
 
     def paths(self) -> Iterator[str]:
         """Yield the relative path of each replicated plain file."""
-        for directory, directories, names in os.walk(self.directory):
-            directories[:] = [name for name in directories if not name.startswith(".")]
-            prefix = os.path.relpath(directory, self.directory).replace(os.sep, "/") + "/"
-            for name in names:
-                path = (prefix + name).removeprefix("./")
-                if is_replicated(path) and not os.path.islink(os.path.join(directory, name)):
-                    yield path
+        with explained(self.directory):
+            top = self._files.top_level()
+        for name, is_directory in top:
+            if not is_directory:
+                yield from self._replicated([name])
+            elif not name.startswith("."):
+                for directory, directories, names in os.walk(self.absolute(name)):
+                    directories[:] = [each for each in directories if not each.startswith(".")]
+                    prefix = os.path.relpath(directory, self.directory).replace(os.sep, "/")
+                    yield from self._replicated(f"{prefix}/{each}" for each in names)
+
+    def _replicated(self, paths: Iterable[str]) -> Iterator[str]:
+        return (path for path in paths if is_replicated(path) and not os.path.islink(self.absolute(path)))
 
 
-class _Lock:
-    """Advisory file lock between processes; nested use within one process is counted."""
+class CacheLock:
+    """Advisory file lock between processes; nested use within one process is counted. ``make`` creates the file."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, make: Callable[[], None]) -> None:
         self._place = place
+        self._make = make
         self._handle: int | None = None
         self._depth = 0
 
@@ -545,10 +547,11 @@ class _Lock:
         return self._handle is not None
 
     def acquire(self) -> bool:
-        """Take the lock; return False if another process holds it. Creates no directory."""
+        """Take the lock; return False if another process holds it."""
         if self._handle is None:
-            flags = os.O_RDWR | os.O_CREAT | SAFE
-            handle = os.open(self._place, flags, 0o600)
+            if not os.path.lexists(self._place):
+                self._make()
+            handle = os.open(self._place, os.O_RDWR | SAFE)
             if not _is_locked(handle):
                 os.close(handle)
                 return False

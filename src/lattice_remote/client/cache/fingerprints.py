@@ -17,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from lattice_remote.client.config import PRIVATE_DIRECTORY
 from lattice_remote.files import SAFE, Signature, write_all
 
-__all__ = ["STORED", "Fingerprints", "Signature"]
+__all__ = ["STORED", "WRITTEN_LOG", "Fingerprints", "Signature"]
 
-_LOG = f"{PRIVATE_DIRECTORY}/written"
+WRITTEN_LOG = f"{PRIVATE_DIRECTORY}/written"
 STORED = f"{PRIVATE_DIRECTORY}/known.json"
 _MAX_LOG_BYTES = 256 * 1024
 
@@ -35,7 +35,7 @@ class Fingerprints:
     def __init__(self, directory: str) -> None:
         self.is_complete = False
         """Whether every file was compared with the server's, so that an unknown one is foreign."""
-        self._log = os.path.join(directory, _LOG)
+        self._log = os.path.join(directory, WRITTEN_LOG)
         self._marks: dict[str, int] = {}  # path -> hashes of the signature: a quarter of the memory
         self._unshared: dict[str, Signature | None] = {}
         self._read_up_to: tuple[int, int] | None = None  # inode of the log, bytes
@@ -123,10 +123,7 @@ class Fingerprints:
         if len(lines) > _MAX_LOG_BYTES:
             return
         with contextlib.suppress(OSError):
-            # Created once: if it is missing later, the directory is being removed, and nothing may be created there.
-            made = 0 if self._read_up_to is not None else os.O_CREAT
-            flags = os.O_WRONLY | made | os.O_APPEND | SAFE
-            handle = os.open(self._log, flags, 0o600)
+            handle = os.open(self._log, os.O_WRONLY | os.O_APPEND | SAFE)  # created with the cache's layout
             try:
                 if os.fstat(handle).st_size > _MAX_LOG_BYTES:
                     os.ftruncate(handle, 0)

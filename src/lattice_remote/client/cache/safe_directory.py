@@ -6,18 +6,22 @@ file with several hard links is replaced, not written into. Nothing is fsynced u
 
 New files get the directory's own permissions under any umask, so that every user of the directory can use them.
 
-Nothing is created in a directory that is being removed: ``rm -rf`` reads the names once and would then find it not
-empty. So only ``make`` creates directories of the fixed layout, and a new name is added only if no other program has
-just removed names beside it.
+Nothing is created in a directory that is being removed: ``rm -rf`` lists the names once, and fails if one appears
+later. It keeps the directory open from before the listing to the end. So a name is added only while no other program
+has the root open, and an existing one is replaced by an exchange, which cannot create it again.
 """
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
 import shutil
 import stat
+import struct
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 from lattice_remote.client.config import PRIVATE_DIRECTORY
@@ -28,12 +32,15 @@ __all__ = ["QUIET_S", "TEMPORARY", "Directory", "Quota", "remove_tree"]
 
 TEMPORARY = f"{PRIVATE_DIRECTORY}/tmp"  # noqa: S108 - inside the cache
 """Holds files until they get their name."""
-_DIRECTORY = READ | getattr(os, "O_DIRECTORY", 0)
+_DIRECTORY = SAFE | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", os.O_RDONLY)
 _STALE_TEMPORARY_S = 3600
-_SEVERAL = 2
-"""A person may remove one file, and the next change must not wait for that."""
 QUIET_S = 1.0
 """A directory without a removal for this long is not being removed."""
+_LISTING_S = 1.0
+"""A program that has the directory open for this long, while nothing changes, only reads it."""
+_PATIENCE_S = 0.1
+"""Longest wait of an addition for such a program: it blocks the thread."""
+_POLL_S = 0.001
 
 
 _MIB = 1024 * 1024
@@ -97,13 +104,14 @@ class Directory:
         self._quota = quota
         self._serials = itertools.count(1)  # shared by threads
         self._layout: set[str] = set()  # directories created by ``make``, and their parents
-        self._names: dict[
-            str, tuple[int, int]
-        ] = {}  # directory -> its modification time after our last change, number of names
-        self.is_shrinking = False
-        """Whether another program was seen removing files; reset by ``forget_names``."""
-        self.is_filled = False
-        """Whether single files come and go, so that each may be checked twice; set by the caller."""
+        self._root_handle = os.open(root, READ | getattr(os, "O_DIRECTORY", 0))
+        self._openings = _inotify.watch(self._root_handle)
+        weakref.finalize(self, _release, self._root_handle, self._openings).atexit = False
+        self._changes = 0  # names added or removed here
+        self._listed_at: float | None = None  # when another program was seen to have opened the root (monotonic)
+        self._before: tuple[int, list[int]] = 0, []  # ``_changes`` and all times since then
+        self._is_shrinking = False
+        self._listing = threading.Lock()
 
     # --- reading ---
 
@@ -117,6 +125,11 @@ class Directory:
         """Return the SHA-256 of a plain file's content."""
         with self._opened(path, os.O_RDONLY) as handle:
             return hash_descriptor(handle)[1].digest()
+
+    def top_level(self) -> list[tuple[str, bool]]:
+        """Return the names in the root, and whether each is a directory. Opens nothing, see ``is_being_removed``."""
+        with self._listing, os.scandir(self._root_handle) as entries:
+            return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
 
     # --- writing ---
 
@@ -152,10 +165,14 @@ class Directory:
         """Fsync a file and every directory on its path."""
         with self._opened(path, os.O_RDONLY) as handle:
             os.fsync(handle)
-        *parents, _ = path.split("/")
-        for depth in range(len(parents), -1, -1):
-            with self._parent("/".join([*parents[:depth], "."]), make=False) as (handle, _name):
-                os.fsync(handle)
+        for each in _and_above(_parent_of(path)):
+            with self._parent(f"{each}/.", make=False) as (directory, _):
+                handle = os.open(".", READ, dir_fd=directory)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+        os.fsync(self._root_handle)
 
     def append(self, path: str, data: bytes) -> None:
         """Append ``data`` in one write; create a missing file."""
@@ -173,74 +190,84 @@ class Directory:
     def move(self, path: str, to: str) -> None:
         """Rename, replacing ``to``, even if it is an empty directory."""
         with self._parent(path, make=False) as (source, name), self._parent(to) as (target, new_name):
-            is_new = self._is_new(to, target, new_name)
-            first = _first_name(target) if is_new and self.is_filled else None
-            try:
-                os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
-            except IsADirectoryError:
+            self._changes += 1
+            mode = _mode_of(target, new_name)
+            if stat.S_ISDIR(mode):
                 os.rmdir(new_name, dir_fd=target)
+            if not mode or stat.S_ISDIR(mode):
+                self._add(
+                    lambda: os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target),
+                    undo=lambda: os.replace(new_name, name, src_dir_fd=target, dst_dir_fd=source),
+                )
+            elif path.startswith(PRIVATE_DIRECTORY) and _exchange(source, name, target, new_name):
+                os.unlink(name, dir_fd=source)
+            else:  # no reader may see a project file under another one's name
                 os.replace(name, new_name, src_dir_fd=source, dst_dir_fd=target)
-                is_new = False
-            if first is not None and not _has(target, first):  # removal of a directory begins with its first name
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(new_name, dir_fd=target)
-                raise self._shrinking(_parent_of(to))
-            self._changed(to, target, is_new)
-            self._changed(path, source, -1)
 
     def remove(self, path: str) -> None:
         with self._parent(path, make=False) as (handle, name):
+            self._changes += 1
             os.unlink(name, dir_fd=handle)
-            self._changed(path, handle, -1)
 
     # --- directories that are being removed ---
 
-    def _is_new(self, path: str, directory: int, name: str) -> bool:
-        """Return whether a name is new in an open directory and may be added.
+    def is_being_removed(self) -> bool:
+        """Return whether another program seems to remove the directory, or may be about to."""
+        if self._is_listed():
+            return True
+        times = self._times()
+        if not self._is_shrinking and all(times):
+            return False
+        self._is_shrinking = abs(time.time() - max(times) / 1e9) < QUIET_S  # else it was a mistake, some time ago
+        return self._is_shrinking
+
+    def _is_listed(self) -> bool:
+        """Return whether another program has just opened the directory, and may be about to remove it."""
+        openings = _inotify.update(self._openings)
+        if self._listed_at is None and not openings.now:
+            return False
+        times, is_new = self._times(), self._listed_at is None
+        if self._listed_at is None:
+            self._listed_at = time.monotonic()
+        if is_new or self._before[0] != self._changes:
+            self._before = self._changes, times
+        if openings.now and times == self._before[1] and time.monotonic() - self._listed_at < _LISTING_S:
+            return True
+        self._is_shrinking |= times != self._before[1] if openings.now else not all(times)
+        openings.now, self._listed_at = 0, None
+        return False
+
+    def _times(self) -> list[int]:
+        """Return when each directory of the layout was last changed, in ns; 0 for a missing one."""
+        found = []
+        for each in (".", *self._layout):
+            try:
+                found.append(os.stat(each, dir_fd=self._root_handle).st_mtime_ns)
+            except OSError:
+                found.append(0)
+        return found
+
+    def _add(self, add: Callable[[], object], undo: Callable[[], object]) -> None:
+        """Add a name; undo it if another program may have listed the names just before, and wait for its end.
 
         Raises:
-            StorageError: another program is removing files there.
+            StorageError: the directory is being removed, or may be.
         """
-        if _has(directory, name):
-            return False
-        before = self._names.get(parent := _parent_of(path))
-        changed_ns = os.fstat(directory).st_mtime_ns
-        if before is not None and before[0] != changed_ns:
-            count = len(os.listdir(directory))
-            if before[1] - count >= _SEVERAL and abs(time.time() - changed_ns / 1e9) < QUIET_S:
-                raise self._shrinking(parent)
-            self._names[parent] = (changed_ns, count)
-        return True
-
-    def _shrinking(self, parent: str) -> StorageError:
-        self.is_shrinking = True
-        return StorageError(f"files are being removed from {os.path.join(self._root, parent)}")
-
-    def _changed(self, path: str, directory: int, difference: int) -> None:
-        """Record the state of an open directory after our own change to one of its names."""
-        parent = _parent_of(path)
-        if parent == TEMPORARY:
-            return
-        before = self._names.get(parent)
-        count = len(os.listdir(directory)) if before is None else before[1] + difference
-        self._names[parent] = (os.fstat(directory).st_mtime_ns, count)
-
-    def forget_names(self) -> None:
-        """Accept every directory as it is now."""
-        self._names.clear()
-        self.is_shrinking = False
-
-    def is_missing_any(self) -> bool:
-        """Return whether a directory of the layout is gone."""
-        return any(not os.path.isdir(os.path.join(self._root, each)) for each in self._layout)
-
-    def changed_s_ago(self) -> float:
-        """Return the seconds since a name was added to or removed from the root or the layout."""
-        latest = 0.0
-        for each in ("", *self._layout):
-            with contextlib.suppress(OSError):
-                latest = max(latest, os.stat(os.path.join(self._root, each)).st_mtime)
-        return abs(time.time() - latest)
+        while True:
+            deadline = time.monotonic() + _PATIENCE_S
+            while self._is_listed():
+                if time.monotonic() > deadline:
+                    raise StorageError(f"another program has {self._root} open, perhaps to remove it")
+                time.sleep(_POLL_S)
+            if self._is_shrinking and self.is_being_removed():
+                raise StorageError(f"files are being removed from {self._root}")
+            before = self._openings.total
+            self._changes += 1
+            add()
+            if _inotify.update(self._openings).total == before:
+                return
+            self._changes += 1
+            undo()
 
     # --- temporary files ---
 
@@ -251,7 +278,7 @@ class Directory:
     def extend(self, temporary: str, data: bytes, *, is_synced: bool = False) -> None:
         """Append to a temporary file, creating it first."""
         self._quota.take(len(data))
-        with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_APPEND, make=True) as handle:
+        with self._opened(temporary, os.O_WRONLY | os.O_APPEND, make=True) as handle:
             write_all(handle, data)
             if is_synced:
                 os.fsync(handle)
@@ -276,7 +303,12 @@ class Directory:
         mode = self._mode() & 0o666 if make else 0
         with self._parent(path, make=make) as (directory, name):
             try:
-                handle = os.open(name, flags | SAFE, mode, dir_fd=directory)
+                if make and not _mode_of(directory, name):
+                    self._add(
+                        lambda: os.close(os.open(name, os.O_WRONLY | os.O_CREAT | SAFE, mode, dir_fd=directory)),
+                        undo=lambda: os.unlink(name, dir_fd=directory),
+                    )
+                handle = os.open(name, flags | SAFE, dir_fd=directory)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
                     raise self._in_the_way(path, "file") from None
@@ -295,7 +327,7 @@ class Directory:
     def _parent(self, path: str, *, make: bool = True) -> Iterator[tuple[int, str]]:
         """Open the parent directory; yield its descriptor and the last component."""
         *parents, name = path.split("/")
-        handle = os.open(self._root, _DIRECTORY)
+        handle = self._root_handle
         try:
             for depth, component in enumerate(parents, 1):
                 is_fixed = "/".join(parents[:depth]) in self._layout
@@ -305,11 +337,13 @@ class Directory:
                     if error.errno in (errno.ELOOP, errno.ENOTDIR):
                         raise self._in_the_way("/".join(parents[:depth]), "directory") from None
                     raise
-                os.close(handle)
+                if handle != self._root_handle:
+                    os.close(handle)
                 handle = inner
             yield handle, name
         finally:
-            os.close(handle)
+            if handle != self._root_handle:
+                os.close(handle)
 
     def _enter(self, handle: int, name: str, *, make: bool) -> int:
         try:
@@ -318,13 +352,17 @@ class Directory:
             if not make:
                 raise
         with contextlib.suppress(FileExistsError):
-            os.mkdir(name, self._mode(), dir_fd=handle)
+            self._add(lambda: os.mkdir(name, self._mode(), dir_fd=handle), undo=lambda: os.rmdir(name, dir_fd=handle))
         inner = os.open(name, _DIRECTORY, dir_fd=handle)
-        _permit(inner, os.fstat(inner), self._mode())
+        readable = os.open(".", READ, dir_fd=inner)
+        try:
+            _permit(readable, os.fstat(readable), self._mode())
+        finally:
+            os.close(readable)
         return inner
 
     def _mode(self) -> int:
-        return os.stat(self._root).st_mode & 0o777
+        return os.stat(self._root_handle).st_mode & 0o777
 
     def _in_the_way(self, path: str, wanted: str) -> StorageError:
         return StorageError(f"{os.path.join(self._root, path)} is in the way: not a plain {wanted}; remove it")
@@ -342,17 +380,12 @@ def _permit(handle: int, found: os.stat_result, mode: int) -> None:
             os.fchmod(handle, stat.S_IMODE(found.st_mode) & ~0o777 | mode)
 
 
-def _has(directory: int, name: str) -> bool:
+def _mode_of(directory: int, name: str) -> int:
+    """Return type and permissions of an entry; 0 if there is none."""
     try:
-        os.stat(name, dir_fd=directory, follow_symlinks=False)
+        return os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
     except FileNotFoundError:
-        return False
-    return True
-
-
-def _first_name(directory: int) -> str | None:
-    with os.scandir(directory) as entries:
-        return next((entry.name for entry in entries), None)
+        return 0
 
 
 def _parent_of(path: str) -> str:
@@ -364,3 +397,106 @@ def _and_above(path: str) -> Iterator[str]:
     while path:
         yield path
         path = _parent_of(path)
+
+
+# --- the system ---
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_RENAME_EXCHANGE = 2
+_IN_CLOSE_NOWRITE, _IN_OPEN, _IN_OVERFLOW, _IN_IGNORED = 0x10, 0x20, 0x4000, 0x8000
+_EVENT = struct.Struct("iIII")
+_EVENTS_BYTES = 65536
+
+
+def _exchange(source: int, name: str, target: int, new_name: str) -> bool:
+    """Exchange two existing names atomically; return whether system and file system can.
+
+    Raises:
+        FileNotFoundError: one of the names does not exist.
+    """
+    if not hasattr(_libc, "renameat2"):
+        return False
+    if not _libc.renameat2(source, os.fsencode(name), target, os.fsencode(new_name), _RENAME_EXCHANGE):
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), new_name)
+
+
+class _Openings:
+    """Openings of a directory by other programs. Both counts stay 0 where the system does not report them."""
+
+    __slots__ = ("now", "total", "users", "watch")
+
+    def __init__(self, watch: int) -> None:
+        self.watch = watch
+        self.users = 0
+        self.now = 0
+        """How many have it open."""
+        self.total = 0
+
+
+class _Inotify:
+    """Counts of the openings of this process's directories, from one descriptor: a user may have only 128."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin without directories. In a child process the events are the parent's."""
+        self._lock = threading.RLock()  # a finalizer may run at any moment
+        self._handle = -1
+        self._watched: dict[int, _Openings] = {}
+
+    def watch(self, directory: int) -> _Openings:
+        """Count the openings of an open directory, until ``forget``."""
+        with self._lock:
+            if self._handle < 0 and hasattr(_libc, "inotify_init1"):
+                self._handle = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+            number = -1
+            if self._handle >= 0:
+                place = f"/proc/self/fd/{directory}".encode()
+                number = _libc.inotify_add_watch(self._handle, place, _IN_OPEN | _IN_CLOSE_NOWRITE)
+            openings = self._watched.setdefault(number, _Openings(number))
+            openings.users += 1
+            return openings
+
+    def forget(self, openings: _Openings) -> None:
+        with self._lock:
+            openings.users -= 1
+            if not openings.users and self._watched.get(openings.watch) is openings:
+                del self._watched[openings.watch]
+                _libc.inotify_rm_watch(self._handle, openings.watch)
+
+    def update(self, openings: _Openings) -> _Openings:
+        """Return the counts, up to date: an opening is reported before it returns to the program."""
+        if openings.watch >= 0:
+            with self._lock, contextlib.suppress(BlockingIOError):
+                while True:
+                    self._take(os.read(self._handle, _EVENTS_BYTES))
+        return openings
+
+    def _take(self, events: bytes) -> None:
+        offset = 0
+        while offset < len(events):
+            number, mask, _cookie, size = _EVENT.unpack_from(events, offset)
+            offset += _EVENT.size + size
+            if mask & _IN_OVERFLOW:
+                for openings in list(self._watched.values()):
+                    openings.now, openings.total = 0, openings.total + 1
+            elif mask & _IN_IGNORED:
+                self._watched.pop(number, None)
+            elif not size and number in self._watched:  # with a name, it is about a file inside
+                openings, is_opened = self._watched[number], bool(mask & _IN_OPEN)
+                openings.total += is_opened
+                openings.now = max(0, openings.now + (1 if is_opened else -1))
+
+
+_inotify = _Inotify()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_inotify.reset)
+
+
+def _release(handle: int, openings: _Openings) -> None:
+    os.close(handle)
+    _inotify.forget(openings)

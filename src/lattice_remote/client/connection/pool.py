@@ -18,12 +18,12 @@ from typing import Any
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client import credentials as private_files
+from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.replicator import Replicator, RequestOnlySession
 from lattice_remote.client.config import PRIVATE_DIRECTORY, Remote
 from lattice_remote.client.connection.connection import Connection
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import Rejected, RemoteError
-from lattice_remote.files import SAFE
+from lattice_remote.errors import Rejected, RemoteError, StorageError
 
 __all__ = ["ConnectionPool"]
 
@@ -33,16 +33,16 @@ _WRITER_IDLE_S = 300.0
 _TOKEN_LASTS_S = 600.0
 """A token unused for this long, while others were used, is no longer recent."""
 _NOTE_INTERVAL_S = 30.0
-_RECENT = (PRIVATE_DIRECTORY, "tokens")
+_RECENT = f"{PRIVATE_DIRECTORY}/tokens"
 """In the cache: an empty file for each recent token, named by its digest; its time is the last use."""
 
 
 class RecentTokens:
     """Recent tokens of a cache's commands, across all environments."""
 
-    def __init__(self, cache: str) -> None:
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._directory = os.path.join(cache, *_RECENT)
+        self._directory = cache.absolute(_RECENT)
         self._noted: dict[str, float] = {}  # digest -> time of the last record
 
     def note(self, token: str) -> None:
@@ -50,13 +50,12 @@ class RecentTokens:
         digest, now = digest_of_token(token), time.monotonic()
         if now - self._noted.get(digest, -_NOTE_INTERVAL_S) < _NOTE_INTERVAL_S:
             return
-        with contextlib.suppress(OSError):
-            for depth in range(len(_RECENT)):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(os.path.join(self._cache, *_RECENT[: depth + 1]), 0o700)
-            path = os.path.join(self._directory, digest)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | SAFE, 0o600))
-            os.utime(path)
+        path = f"{_RECENT}/{digest}"
+        with contextlib.suppress(OSError, StorageError):
+            try:
+                os.utime(self._cache.absolute(path))
+            except FileNotFoundError:
+                self._cache.replace(path, b"")
             self._noted[digest] = now
 
     def forget(self, token: str) -> None:
@@ -87,7 +86,7 @@ class ConnectionPool:
         self.following = Connection(remote, follower, None, on_heard=follower.heard)
         """The connection that keeps the files current."""
         self._writers: dict[str, tuple[Connection, float]] = {}
-        self._recent = RecentTokens(follower.cache.directory)
+        self._recent = RecentTokens(follower.cache)
         self._given: dict[str, str | None] = {}  # digest -> token from a command, None: the stored one
         self._last_stored: str | None = None
         self._watcher: asyncio.Task[None] | None = None
