@@ -334,10 +334,8 @@ def test_a_name_that_a_removing_program_has_not_listed_is_taken_back(
 
 async def test_a_program_that_only_reads_the_directory_does_not_stop_it(cache: Cache) -> None:
     with os.scandir(cache.directory):
-        with pytest.raises(StorageError, match="perhaps to remove it"):
-            cache.replace("tasks/one.json", b"{}")
-        async with asyncio.timeout(10), cache.locked():
-            cache.replace("tasks/one.json", b"{}")
+        cache.replace("tasks/one.json", b"{}")
+        async with asyncio.timeout(20), cache.locked():
             cache.replace("tasks/two.json", b"{}")
     assert sorted(cache.paths()) == ["tasks/one.json", "tasks/two.json"]
 

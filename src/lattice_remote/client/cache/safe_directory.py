@@ -36,10 +36,8 @@ _DIRECTORY = SAFE | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_PATH", os.O_R
 _STALE_TEMPORARY_S = 3600
 QUIET_S = 1.0
 """A directory without a removal for this long is not being removed."""
-_LISTING_S = 1.0
+_LISTING_S = 0.25
 """A program that has the directory open for this long, while nothing changes, only reads it."""
-_PATIENCE_S = 0.1
-"""Longest wait of an addition for such a program: it blocks the thread."""
 _POLL_S = 0.001
 
 
@@ -104,14 +102,13 @@ class Directory:
         self._quota = quota
         self._serials = itertools.count(1)  # shared by threads
         self._layout: set[str] = set()  # directories created by ``make``, and their parents
-        self._root_handle = os.open(root, READ | getattr(os, "O_DIRECTORY", 0))
+        self._root_handle = os.open(root, _DIRECTORY)  # O_PATH: not an opening that other agents would notice
         self._openings = _inotify.watch(self._root_handle)
         weakref.finalize(self, _release, self._root_handle, self._openings).atexit = False
         self._changes = 0  # names added or removed here
         self._listed_at: float | None = None  # when another program was seen to have opened the root (monotonic)
         self._before: tuple[int, list[int]] = 0, []  # ``_changes`` and all times since then
         self._is_shrinking = False
-        self._listing = threading.Lock()
 
     # --- reading ---
 
@@ -127,8 +124,8 @@ class Directory:
             return hash_descriptor(handle)[1].digest()
 
     def top_level(self) -> list[tuple[str, bool]]:
-        """Return the names in the root, and whether each is a directory. Opens nothing, see ``is_being_removed``."""
-        with self._listing, os.scandir(self._root_handle) as entries:
+        """Return the names in the root, and whether each is a directory."""
+        with _readable(self._root_handle) as handle, os.scandir(handle) as entries:
             return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
 
     # --- writing ---
@@ -165,14 +162,9 @@ class Directory:
         """Fsync a file and every directory on its path."""
         with self._opened(path, os.O_RDONLY) as handle:
             os.fsync(handle)
-        for each in _and_above(_parent_of(path)):
-            with self._parent(f"{each}/.", make=False) as (directory, _):
-                handle = os.open(".", READ, dir_fd=directory)
-                try:
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
-        os.fsync(self._root_handle)
+        for each in (*(f"{each}/." for each in _and_above(_parent_of(path))), "."):
+            with self._parent(each, make=False) as (directory, _), _readable(directory) as handle:
+                os.fsync(handle)
 
     def append(self, path: str, data: bytes) -> None:
         """Append ``data`` in one write; create a missing file."""
@@ -248,16 +240,15 @@ class Directory:
         return found
 
     def _add(self, add: Callable[[], object], undo: Callable[[], object]) -> None:
-        """Add a name; undo it if another program may have listed the names just before, and wait for its end.
+        """Add a name; undo it if another program may have listed the names just before, and add it again later.
+
+        Blocks the thread for up to ``_LISTING_S`` per opening.
 
         Raises:
-            StorageError: the directory is being removed, or may be.
+            StorageError: the directory is being removed.
         """
         while True:
-            deadline = time.monotonic() + _PATIENCE_S
             while self._is_listed():
-                if time.monotonic() > deadline:
-                    raise StorageError(f"another program has {self._root} open, perhaps to remove it")
                 time.sleep(_POLL_S)
             if self._is_shrinking and self.is_being_removed():
                 raise StorageError(f"files are being removed from {self._root}")
@@ -354,11 +345,8 @@ class Directory:
         with contextlib.suppress(FileExistsError):
             self._add(lambda: os.mkdir(name, self._mode(), dir_fd=handle), undo=lambda: os.rmdir(name, dir_fd=handle))
         inner = os.open(name, _DIRECTORY, dir_fd=handle)
-        readable = os.open(".", READ, dir_fd=inner)
-        try:
+        with _readable(inner) as readable:
             _permit(readable, os.fstat(readable), self._mode())
-        finally:
-            os.close(readable)
         return inner
 
     def _mode(self) -> int:
@@ -371,6 +359,16 @@ class Directory:
 def remove_tree(directory: str) -> None:
     """Remove one of our directories with its content; links are removed, not followed."""
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _readable(directory: int) -> Iterator[int]:
+    """Open a directory for reading, given its O_PATH descriptor."""
+    handle = os.open(".", READ, dir_fd=directory)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _permit(handle: int, found: os.stat_result, mode: int) -> None:
