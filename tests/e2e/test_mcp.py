@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,8 +121,8 @@ async def session(client: Client, *command: str, env: dict[str, str] | None = No
 def told(result: CallToolResult) -> Any:
     """Return what a tool that succeeded returns."""
     assert not result.isError, result
-    pieces = [json.loads(getattr(piece, "text", "")) for piece in result.content]
-    return pieces[0] if result.structuredContent is None else result.structuredContent["result"]
+    pieces = [getattr(piece, "text", "") for piece in result.content]
+    return json.loads(pieces[0]) if result.structuredContent is None else result.structuredContent["result"]
 
 
 class Result(NamedTuple):
@@ -295,11 +296,23 @@ async def test_it_outlives_its_server_and_its_agent(sandbox: Sandbox) -> None:
         await asyncio.to_thread(server.stop)
         lost = await asked.call_tool("lattice_create", create)
         assert lost.isError and "cannot reach server" in lost.content[0].text  # type: ignore[union-attr]
-        assert len(told(await asked.call_tool("lattice_list", {}))) == 1, "reads go on"
+        offline = await asked.call_tool("lattice_list", {})
+        assert len(told(offline)) == 1, "reads go on"
+        notice = str(getattr(offline.content[-1], "text", ""))
+        assert re.fullmatch(r"Not current: cannot reach server .*; showing data from \d+ s ago \(change 1\)", notice)
+        assert offline.structuredContent == {
+            "result": told(offline),
+            "not_current": notice.removeprefix("Not current: "),
+        }
+        shown = await asked.call_tool("lattice_show", ONE)
+        assert told(shown)["title"] == "x" and "Not current:" in str(shown.content[-1])
+        read = (await asked.read_resource("lattice://tasks/LAT-1")).contents  # type: ignore[arg-type]
+        assert [json.loads(read[0].text)["title"], read[1].text[:12]] == ["x", "Not current:"]  # type: ignore[union-attr]
         await asyncio.to_thread(server.start)
         agent = json.loads(await asyncio.to_thread(ana.ok, "remote", "agent", "status", "--json"))["data"]["pid"]
         os.kill(agent, signal.SIGKILL)
         assert not (await asked.call_tool("lattice_create", create)).isError
+        assert "Not current" not in str(await asked.call_tool("lattice_list", {}))
     assert differences(ana.lattice_dir, server.lattice_dir()) == []
     assert "showing data from" in (ana.dir / "mcp.log").read_text()
 

@@ -324,8 +324,8 @@ def ensure_current(
     on_progress: Progress | None = None,
     *,
     is_required: bool = False,
-) -> None:
-    """Bring the cache up to date if the server is reachable; else ``say`` its age in one line.
+) -> str | None:
+    """Bring the cache up to date if the server is reachable; else ``say`` its age in one line, and return the line.
 
     Raises:
         RemoteError: the cache was never filled; or it is not current, and that is required.
@@ -334,16 +334,18 @@ def ensure_current(
         if is_required:
             raise RemoteError(why, code="REMOTE_GUARD")
         say(f"lattice-remote: {one_line(why)}")
-        return
+        return one_line(why)
     answer = ask(request("ready", directory), on_progress)
     for notice in answer["notices"]:
         say(f"lattice-remote: {one_line(notice)}")
     if answer["current"]:
-        return
+        return None
     if is_required or not answer["filled"]:
         raise RemoteError(answer["message"], code=answer["code"])
     age = "data of unknown age" if answer["age_s"] is None else f"data from {describe_age(answer['age_s'])} ago"
-    say(f"lattice-remote: {one_line(answer['message'])}; showing {age} (change {answer['seq']})")
+    line = f"{one_line(answer['message'])}; showing {age} (change {answer['seq']})"
+    say(f"lattice-remote: {line}")
+    return line
 
 
 def describe_age(age_s: float) -> str:

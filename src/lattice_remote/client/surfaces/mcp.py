@@ -1,6 +1,7 @@
 """Lattice's own MCP server, with writes run on the projects' servers. stdout carries only the protocol.
 
-A reading tool runs here, on an updated cache, under the guard. Every other one is called on the server
+A reading tool runs here, on an updated cache, under the guard. If the server is out of reach, the result says how old
+the data is. Every other one is called on the server
 (``worker/calls/mcp.py``), and returns once its change is in the cache. Lattice handles projects without a remote.
 """
 
@@ -9,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -16,7 +18,15 @@ from typing import Any
 import anyio.to_thread
 from lattice.mcp.server import mcp as lattices
 from lattice.storage.fs import LATTICE_DIR, LatticeRootError, find_root
-from mcp.types import ReadResourceRequest
+from mcp.types import (
+    CallToolRequest,
+    CallToolResult,
+    ReadResourceRequest,
+    ReadResourceResult,
+    ServerResult,
+    TextContent,
+    TextResourceContents,
+)
 
 from lattice_remote.client.agent_client import call, ensure_current, stay_connected
 from lattice_remote.client.attachments import CallersFiles
@@ -35,6 +45,10 @@ _FILES = {"lattice_attach": "source"}
 """The argument with a caller's file, whose content travels with the call."""
 
 
+_stale: ContextVar[list[str]] = ContextVar("stale")
+"""Collects the age of the data that the present request reads."""
+
+
 def serve() -> None:
     """Serve lattice's MCP server over stdin and stdout until stdin ends, or Ctrl-C."""
     caches = _Caches()
@@ -42,6 +56,7 @@ def serve() -> None:
         tool.fn, tool.is_async = partial(_called, caches, tool.name, tool.fn), True
     handlers = lattices._mcp_server.request_handlers
     handlers[ReadResourceRequest] = partial(_read_resource, caches, handlers[ReadResourceRequest])
+    handlers[CallToolRequest] = partial(_call_tool, handlers[CallToolRequest])
     signal.signal(signal.SIGINT, _leave)
     if (directory := _cache_of(None)) is not None:
         try:  # start the agent and update the cache before the first call
@@ -73,7 +88,21 @@ class _Caches:
         if directory not in self._guards:
             self._guards[directory] = Guard(directory)
             self._guards[directory].start()
-        ensure_current(directory, _say)
+        if (line := ensure_current(directory, _say)) is not None:
+            _stale.get().append(line)
+
+
+async def _call_tool(call_tool: Callable[[Any], Any], request: Any) -> Any:
+    """Run a tool, and add the age of its data to the result if that is not current."""
+    lines: list[str] = []
+    _stale.set(lines)
+    answer = await call_tool(request)
+    result = answer.root
+    if lines and isinstance(result, CallToolResult):
+        result.content.append(TextContent(type="text", text=f"Not current: {lines[0]}"))
+        if result.structuredContent is not None:
+            result.structuredContent = {**result.structuredContent, "not_current": lines[0]}
+    return answer
 
 
 async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **arguments: Any) -> Any:
@@ -89,9 +118,15 @@ async def _called(caches: _Caches, name: str, tool: Callable[..., Any], **argume
 
 async def _read_resource(caches: _Caches, read: Callable[[Any], Any], request: Any) -> Any:
     directory = _cache_of(None)
+    lines: list[str] = []
+    _stale.set(lines)
     if directory is not None:
         await anyio.to_thread.run_sync(caches.prepare, directory)
-    return await read(request)
+    answer: ServerResult = await read(request)
+    if lines and isinstance(answer.root, ReadResourceResult):
+        notice = TextResourceContents(uri=request.params.uri, mimeType="text/plain", text=f"Not current: {lines[0]}")
+        answer.root.contents.append(notice)
+    return answer
 
 
 def _cache_of(lattice_root: str | None) -> str | None:
