@@ -1,7 +1,9 @@
 """Every command of both programs says what it is for, with an example; and shells complete them."""
 
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +88,42 @@ def test_bash_completes_commands_and_options_below_lattice_remote(environment: d
 def test_zsh_and_fish_are_told_kind_value_and_help(environment: dict[str, str]) -> None:
     assert complete("zsh", "remote wa", environment) == ["plain", "watch", "Show changes as they arrive."]
     assert complete("fish", "remote wa", environment) == ["plain,watch\tShow changes as they arrive."]
+
+
+def test_names_in_a_cache_are_completed_without_server_agent_and_heavy_imports(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    place = tmp_path / ".lattice"
+    (place / "tasks").mkdir(parents=True)
+    (place / "remote.json").write_text('{"url": "https://board.invalid", "project": "web"}')
+    (place / "ids.json").write_text(json.dumps({"map": {f"WEB-{n}": f"task_{n}" for n in (1, 2, 10)}, "next_seq": 11}))
+    (place / "tasks/task_1.json").write_text('{"title": "Write \\u001b[2J it"}')
+    files = sorted(tmp_path.rglob("*"))
+    env = {**environment, "LATTICE_ROOT": str(tmp_path), "LATTICE_REMOTE_RUNTIME_DIR": str(tmp_path / "run")}
+    everything = ["plain,WEB-1\tWrite  [2J it", "plain,WEB-2", "plain,WEB-10"]
+    for words in ("show WEB", "show w", "archive WEB-1 WEB", "link WEB-1 blocks W", "remote log --task WEB"):
+        assert complete("fish", words, env) == everything, words
+    assert complete("fish", "remote history WEB-10", env) == complete("fish", "status WEB-10", env) == ["plain,WEB-10"]
+    for words in ("remote pull o", "remote rename o", "remote get-url o"):
+        assert complete("fish", words, env) == ["plain,origin\thttps://board.invalid/web"], words
+    assert complete("fish", "remote config p", env) == ["plain,payloads"]
+    assert complete("fish", "remote config payloads o", env) == ["plain,on-demand"]
+    (place / "ids.json").write_text("[" * 100_000)
+    assert "".join(complete("fish", "show WEB", env) + complete("fish", "remote history WEB", env)) == ""
+    assert sorted(tmp_path.rglob("*")) == files
+    asked = {"COMP_WORDS": "lattice show WEB", "COMP_CWORD": "WEB", "_LATTICE_COMPLETE": "fish_complete"}
+    script = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    script += "from lattice.cli.main import cli; cli(prog_name='lattice')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**env, **asked}, capture_output=True, text=True, check=False
+    )
+    loaded = set(done.stderr.split())
+    assert "lattice_remote.client.completion" in loaded
+    assert loaded.isdisjoint({"msgspec", "websockets", "typer", "ssl", "lattice_remote.client.routing"})
+    script = script.replace("from lattice.cli.main import cli; cli(prog_name='lattice')", "")
+    script += "import lattice_remote.client.cli.app"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    assert "typer" in done.stderr.split() and set(done.stderr.split()).isdisjoint({"websockets", "watchfiles"})
 
 
 def test_the_server_program_completes_itself(environment: dict[str, str]) -> None:

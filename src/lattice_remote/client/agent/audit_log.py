@@ -6,12 +6,11 @@ The log is not part of the cache: it is requested page by page. Nothing is writt
 import json
 import os
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from lattice_remote import text as logtext
-from lattice_remote.client.connection.connection import Connection
 from lattice_remote.errors import ConnectionFailed, Misuse, ProtocolError, Rejected
 from lattice_remote.protocol.messages import (
     MAX_LOG_ENTRIES,
@@ -24,6 +23,9 @@ from lattice_remote.protocol.messages import (
     Version,
 )
 
+if TYPE_CHECKING:
+    from lattice_remote.client.connection.connection import Connection
+
 __all__ = ["MAX_ENTRIES", "TextName", "lines", "read_log", "read_version", "records", "task_of"]
 
 MAX_ENTRIES = 10_000
@@ -34,7 +36,7 @@ _VERSION = re.compile(r"(?:(.{1,64})-)?([0-9]{1,18})")
 TextName = Literal["plan", "notes"]
 
 
-async def read_log(link: Connection, task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
+async def read_log(link: "Connection", task: str, limit: int, text: TextName | None = None) -> dict[str, Any]:
     """Return the newest entries, optionally of one task or its plan or notes, and whether older ones exist.
 
     Requests one entry more than it returns: ``LogPage.before`` alone does not prove another entry.
@@ -60,7 +62,7 @@ async def read_log(link: Connection, task: str, limit: int, text: TextName | Non
             return {"entries": msgspec.to_builtins(entries[:limit]), "epoch": epoch, "more": len(entries) > limit}
 
 
-async def read_version(link: Connection, task: str, text: TextName, version: str) -> Version:
+async def read_version(link: "Connection", task: str, text: TextName, version: str) -> Version:
     """Return a plan or notes as of a change.
 
     Args:
@@ -83,7 +85,7 @@ async def read_version(link: Connection, task: str, text: TextName, version: str
     return answer
 
 
-async def _ask(link: Connection, asked: Log | ReadVersion) -> Response:
+async def _ask(link: "Connection", asked: Log | ReadVersion) -> Response:
     answer = await link.ask(asked)
     if isinstance(answer, Refused):
         raise Rejected(answer.message, code=answer.code)

@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import typer
 
 from lattice_remote.client import credentials, trusted_servers
-from lattice_remote.client.agent.service import Service
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache.cache import Cache
 from lattice_remote.client.cache.safe_directory import remove_tree
@@ -237,6 +236,8 @@ async def _add(
 
 
 async def _fill(directory: str, *, token: str | None, server: Server, show: Progress | None) -> int:
+    from lattice_remote.client.agent.service import Service
+
     service = Service(directory)
     service.start(token, named=server, prefer_given=True)
     try:

@@ -13,8 +13,9 @@ from lattice.storage.fs import LatticeRootError, find_root
 from lattice_remote.client import agent_client, credentials
 from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.cache.repository import Repository
-from lattice_remote.client.config import REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
-from lattice_remote.errors import Misuse, one_line
+from lattice_remote.client.completion import Values, tasks_of
+from lattice_remote.client.config import CHOICES, REMOTE_FILE, UNPUSHED_FILE, Remote, is_unpushed, read_remote
+from lattice_remote.errors import Misuse, RemoteError, one_line
 
 __all__ = [
     "CaFile",
@@ -23,6 +24,9 @@ __all__ = [
     "Name",
     "Url",
     "ask",
+    "complete_remotes",
+    "complete_settings",
+    "complete_tasks",
     "count",
     "fields_of",
     "here",
@@ -38,9 +42,35 @@ __all__ = [
     "warn_of_tracking",
 ]
 
+
+def complete_tasks(incomplete: str) -> Values:
+    try:
+        directory = lattice_directory()
+    except RemoteError:
+        return []
+    return [] if directory is None else tasks_of(directory, incomplete)
+
+
+def complete_remotes(incomplete: str) -> Values:
+    try:
+        _, found = unpushed() or here()
+    except RemoteError:
+        return []
+    return [(found.name, found.place)] if found.name.startswith(incomplete) else []
+
+
+def complete_settings(ctx: typer.Context, incomplete: str) -> Values:
+    """Return the names of settings; after a name its values."""
+    values = CHOICES.get(ctx.params.get("name") or "", tuple(CHOICES))
+    return [(value, "") for value in values if value.startswith(incomplete)]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[str, typer.Argument(help="The project's server by default.")]
-Name = Annotated[str, typer.Argument(metavar="[NAME]", help="The remote, of which a project has one.")]
+Name = Annotated[
+    str,
+    typer.Argument(metavar="[NAME]", help="The remote, of which a project has one.", autocompletion=complete_remotes),
+]
 CaFile = Annotated[
     str | None,
     typer.Option("--ca-file", metavar="FILE", help="Certificate authorities (PEM) to use instead of the system's."),

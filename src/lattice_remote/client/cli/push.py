@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -17,7 +17,6 @@ from lattice_remote.client.agent_client import Progress
 from lattice_remote.client.agent_runtime import boot_time
 from lattice_remote.client.bundle import Pack, Survey, survey
 from lattice_remote.client.cache.cache import BASE_DIRECTORY, LOCK_FILE, Cache
-from lattice_remote.client.cache.replicator import RequestOnlySession
 from lattice_remote.client.cache.rescued_files import RescuedFiles
 from lattice_remote.client.cache.verify import read_all
 from lattice_remote.client.cli.common import (
@@ -41,13 +40,14 @@ from lattice_remote.client.config import (
     read_remote,
     write_remote,
 )
-from lattice_remote.client.connection.connection import Connection
-from lattice_remote.client.connection.upload import Source, upload
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, one_line
 from lattice_remote.files import write_atomically
 from lattice_remote.protocol.messages import Push, Pushed, Refused, Welcome
 from lattice_remote.protocol.paths import is_editable
+
+if TYPE_CHECKING:
+    from lattice_remote.client.connection.connection import Connection
 
 __all__ = ["app", "await_push", "connected", "push_project", "stay_local"]
 
@@ -226,7 +226,7 @@ def _require_empty(welcome: Welcome, own: str = "") -> None:
 @contextlib.asynccontextmanager
 async def connected(
     remote: Remote, token: str | None, named: Server | None = None
-) -> AsyncIterator[tuple[Connection, Welcome]]:
+) -> AsyncIterator[tuple["Connection", Welcome]]:
     """Yield an open connection for requests only. Raises ConnectionFailed, or Rejected if the server refuses."""
     token = token or credentials.stored(remote.url, remote.project)
     if token is None:
@@ -234,6 +234,9 @@ async def connected(
             f"no token for {remote.url}; log in with: lattice remote login {remote.place}", code="REMOTE_UNAUTHORIZED"
         )
     named = named or trusted_servers.from_environment(os.environ.get(trusted_servers.URL_ENV))
+    from lattice_remote.client.cache.replicator import RequestOnlySession
+    from lattice_remote.client.connection.connection import Connection
+
     link = Connection(remote, RequestOnlySession(), token, named=named)
     link.start()
     try:
@@ -284,6 +287,8 @@ def _require_waiting(directory: str) -> None:
 
 
 async def _pushed(directory: str, report: Progress) -> PushResult:
+    from lattice_remote.client.connection.upload import Source, upload
+
     remote = read_remote(directory, UNPUSHED_FILE)
     async with connected(remote, credentials.from_environment()) as (link, welcome):
         if (earlier := _read_attempt(directory)) is not None:
@@ -310,7 +315,7 @@ async def _pushed(directory: str, report: Progress) -> PushResult:
             return PushResult(remote, answer, _become_cache(directory, remote, entries, texts))
 
 
-async def _ask(link: Connection, directory: str, attempt: _Attempt) -> Pushed | None:
+async def _ask(link: "Connection", directory: str, attempt: _Attempt) -> Pushed | None:
     """Request a push; return its answer, None if it certainly was not carried out and must restart.
 
     Raises:

@@ -11,6 +11,8 @@ from lattice_remote.client.cli.common import (
     CaFile,
     Insecure,
     Json,
+    Name,
+    complete_remotes,
     fields_of,
     here,
     lattice_directory,
@@ -53,7 +55,7 @@ def print_remotes(*, with_url: bool, as_json: bool) -> None:
 
 
 @app.command(name="get-url")
-def get_url(name: Annotated[str, typer.Argument(help="The remote's name.")] = "", as_json: Json = False) -> None:
+def get_url(name: Name = "", as_json: Json = False) -> None:
     """Print the remote's URL, as clone accepts it.
 
     Example: lattice remote get-url origin
@@ -67,7 +69,7 @@ def get_url(name: Annotated[str, typer.Argument(help="The remote's name.")] = ""
 
 @app.command()
 def rename(
-    old: Annotated[str, typer.Argument(help="The remote's name.")],
+    old: Annotated[str, typer.Argument(help="The remote's name.", autocompletion=complete_remotes)],
     new: Annotated[str, typer.Argument(help="Its new name.")],
 ) -> None:
     """Rename the remote. Its URL, its project and the cache stay.
@@ -83,7 +85,7 @@ def rename(
 
 @app.command(name="set-url")
 def set_url(
-    name: str,
+    name: Annotated[str, typer.Argument(help="The remote's name.", autocompletion=complete_remotes)],
     url: str,
     project: Annotated[str | None, typer.Option(help="The project's slug there, if different.")] = None,
     ca_file: CaFile = None,

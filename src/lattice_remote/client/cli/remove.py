@@ -15,7 +15,13 @@ from lattice_remote.client.cache.edits import Edits
 from lattice_remote.client.cache.rescued_files import RESCUED_DIRECTORY, RescuedFiles
 from lattice_remote.client.cache.safe_directory import remove_tree
 from lattice_remote.client.cli import push
-from lattice_remote.client.cli.common import ask, here, notify, unpushed
+from lattice_remote.client.cli.common import (
+    ask,
+    complete_remotes,
+    here,
+    notify,
+    unpushed,
+)
 from lattice_remote.client.config import PRIVATE_DIRECTORY, REMOTE_FILE, Remote
 from lattice_remote.errors import Misuse, RemoteError, StorageError, one_line
 
@@ -27,7 +33,7 @@ app = typer.Typer()
 @app.command(name="rm", hidden=True, help="As remove. Example: lattice remote rm origin")
 @app.command()
 def remove(
-    name: str,
+    name: Annotated[str, typer.Argument(help="The remote's name.", autocompletion=complete_remotes)],
     keep_local: Annotated[
         bool, typer.Option("--keep-local", help="Keep the files: the directory is a plain local project again.")
     ] = False,

@@ -13,7 +13,14 @@ import typer
 
 from lattice_remote.client.agent_client import describe_age
 from lattice_remote.client.cache.cache import BASE_DIRECTORY
-from lattice_remote.client.cli.common import Json, ask, count, here, print_result
+from lattice_remote.client.cli.common import (
+    Json,
+    ask,
+    complete_tasks,
+    count,
+    here,
+    print_result,
+)
 from lattice_remote.errors import Misuse, one_line
 
 __all__ = ["app", "rescued_app"]
@@ -30,7 +37,12 @@ _RESOLVED = {
     "edited": "the text you chose is the server's now",
 }
 
-Task = Annotated[str, typer.Argument(metavar="[TASK]", help="LAT-42, a task's id, or a path; default: every conflict.")]
+Task = Annotated[
+    str,
+    typer.Argument(
+        metavar="[TASK]", help="LAT-42, a task's id, or a path; default: every conflict.", autocompletion=complete_tasks
+    ),
+]
 File = Annotated[str, typer.Argument(metavar="[FILE]", help="With --edited: the text to keep; - reads stdin.")]
 Mine = Annotated[bool, typer.Option("--mine", help="Keep my text instead of the server's.")]
 Theirs = Annotated[bool, typer.Option("--theirs", help="Keep the server's text; mine is removed.")]

@@ -16,6 +16,8 @@ from lattice_remote.client.cli.common import (
     Json,
     Name,
     ask,
+    complete_settings,
+    complete_tasks,
     count,
     here,
     notify,
@@ -92,7 +94,7 @@ def _show_status(found: Remote, answer: dict[str, Any]) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument()] = "", as_json: Json = False) -> None:
+def show(name: Name = "", as_json: Json = False) -> None:
     """Show the remote and the state of the cache.
 
     Example: lattice remote show
@@ -257,7 +259,10 @@ def _list(answer: dict[str, Any], labels: dict[str, str]) -> None:
 
 @app.command()
 def log(
-    task: Annotated[str, typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...")] = "",
+    task: Annotated[
+        str,
+        typer.Option(metavar="ID", help="Only changes of this task: LAT-42 or task_...", autocompletion=complete_tasks),
+    ] = "",
     number: Annotated[int, typer.Option("-n", min=1, max=audit_log.MAX_ENTRIES, help="Number of changes.")] = 20,
     as_json: Json = False,
 ) -> None:
@@ -276,8 +281,8 @@ def log(
 
 @app.command()
 def config(
-    name: Annotated[str, typer.Argument(help="A setting: payloads.")] = "",
-    value: Annotated[str, typer.Argument(help="background or on-demand.")] = "",
+    name: Annotated[str, typer.Argument(help="A setting: payloads.", autocompletion=complete_settings)] = "",
+    value: Annotated[str, typer.Argument(help="background or on-demand.", autocompletion=complete_settings)] = "",
     as_json: Json = False,
 ) -> None:
     """List the settings of this cache, show one, or change it.
@@ -311,7 +316,11 @@ _ARTIFACT = re.compile(r"art_[0-9A-Z]{26}")
 def fetch(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[PATH|ARTIFACT|TASK]...", help="A file, an artifact (art_...), or all of a task's."),
+        typer.Argument(
+            metavar="[PATH|ARTIFACT|TASK]...",
+            help="A file, an artifact (art_...), or all of a task's.",
+            autocompletion=complete_tasks,
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -12,7 +12,6 @@ from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.cli.common import CaFile, Insecure, Json, Url, count, here, notify, print_result
 from lattice_remote.client.cli.push import connected
 from lattice_remote.client.config import Remote, parse_url
-from lattice_remote.client.connection.dial import fetch_projects
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, one_line
 
@@ -56,6 +55,8 @@ async def _check(server: Server, project: str, token: str) -> str:
 
 def _check_server(server: Server, token: str) -> str:
     """Check a token without a project. Raises Rejected if the server refuses it, or must not receive it."""
+    from lattice_remote.client.connection.dial import fetch_projects
+
     try:
         slugs = [str(project["slug"]) for project in fetch_projects(server.url, token, server)]
     except ConnectionFailed as error:
@@ -96,6 +97,8 @@ def listed_projects(url: str, slug: str | None = None) -> list[dict[str, Any]]:
     token = credentials.from_environment() or credentials.stored(url, slug or (known[0] if known else ""))
     if token is None:
         raise Misuse(f"no token for {url}; log in with: lattice remote login {url}", code="REMOTE_UNAUTHORIZED")
+    from lattice_remote.client.connection.dial import fetch_projects
+
     named = trusted_servers.from_environment(os.environ.get("LATTICE_REMOTE_URL"))
     try:
         return fetch_projects(url, token, named)

@@ -20,7 +20,14 @@ import typer
 from lattice_remote import text as logtext
 from lattice_remote.client.agent.audit_log import MAX_ENTRIES, task_of
 from lattice_remote.client.agent_client import ask
-from lattice_remote.client.cli.common import Json, count, here, print_result, request
+from lattice_remote.client.cli.common import (
+    Json,
+    complete_tasks,
+    count,
+    here,
+    print_result,
+    request,
+)
 from lattice_remote.errors import ConnectionFailed, Misuse, RemoteError, one_line
 from lattice_remote.protocol.effects import Position
 from lattice_remote.protocol.messages import LogEntry
@@ -221,7 +228,9 @@ def watch(
     exec_timeout: Annotated[
         float, typer.Option("--exec-timeout", metavar="S", min=0.1, help="Time limit for one change.")
     ] = 600.0,
-    task: Annotated[str, typer.Option("--task", metavar="ID", help="Only changes of this task.")] = "",
+    task: Annotated[
+        str, typer.Option("--task", metavar="ID", help="Only changes of this task.", autocompletion=complete_tasks)
+    ] = "",
     count: Annotated[int, typer.Option("--count", "-n", min=0, help="End after this many changes; 0: never.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each change.")] = False,
 ) -> None:
@@ -401,7 +410,7 @@ Restore = Annotated[
 
 @history_app.command()
 def history(
-    task: Annotated[str, typer.Argument(help="LAT-42, or a task's id.")],
+    task: Annotated[str, typer.Argument(help="LAT-42, or a task's id.", autocompletion=complete_tasks)],
     *,
     plan: Plan = False,
     notes: Notes = False,
