@@ -2,9 +2,10 @@
 
 import random
 import time
+from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lattice_remote import textmerge
@@ -96,16 +97,31 @@ def test_a_merge_loses_nothing_that_only_one_side_wrote(base: bytes | None, mine
         assert merged.text == theirs
     if theirs == base and mine != base:
         assert merged == ("stored", mine)
-    if merged.outcome == "merged":
-        assert merge_text(theirs, merged.text or b"", theirs).outcome in ("stored", "unchanged")
 
 
-@given(_text, _text, _text)
-def test_a_merge_holds_the_lines_of_its_texts_and_no_others(base: bytes, mine: bytes, theirs: bytes) -> None:
+@st.composite
+def _edited_apart(draw: st.DrawFn) -> tuple[bytes, bytes, bytes]:
+    """Return a base, an edit of some of its first lines, and one of some of its last."""
+    line = st.sampled_from([b"a\n", b"b\n", b"\xff\r\n", b"\n", b"c\r\n"])
+    lines = st.lists(line, max_size=4).map(b"".join)
+    first, last, middle = draw(lines), draw(lines), b"one\n" + draw(lines) + b"two\n"
+    return first + middle + last, draw(lines) + middle + last, first + middle + draw(lines)
+
+
+@given(_edited_apart())
+def test_edits_of_different_lines_are_merged_without_a_loss(texts: tuple[bytes, bytes, bytes]) -> None:
+    base, mine, theirs = texts
     merged = merge_text(base, mine, theirs)
-    if merged.outcome == "merged":
-        known = {line for text in (base, mine, theirs) for line in text.splitlines()}
-        assert set((merged.text or b"").splitlines()) <= known
+    assume(merged.outcome not in ("stored", "unchanged"))
+    assert merged.outcome == "merged" and merged.text is not None
+    known = Counter(line for text in texts for line in text.splitlines())
+    found = merged.text.splitlines()
+    assert set(found) <= known.keys()
+    for text in (mine, theirs):
+        added = Counter(text.splitlines()) - Counter(base.splitlines())
+        assert not added - Counter(found), "a line that one side added"
+    assert merge_text(theirs, merged.text, theirs) == ("stored", merged.text)
+    assert merge_text(mine, merged.text, mine) == ("stored", merged.text)
 
 
 @pytest.mark.parametrize("edits", [1, 100, 60_000])

@@ -43,7 +43,14 @@ def test_what_is_not_understood_or_has_passed_is_one_clear_line(text: str) -> No
     assert "\n" not in caught.value.message.replace(repr(text), "")
 
 
-@given(st.text(max_size=40))
+_TEXTS = (
+    st.text(max_size=40)
+    | st.from_regex(r"[0-9]{1,6}[smhdw]", fullmatch=True)
+    | st.from_regex(r"20[2-4][0-9]-[01][0-9]-[0-3][0-9]([Tt ][0-2][0-9]:[0-5][0-9]:[0-5][0-9]Z)?", fullmatch=True)
+)
+
+
+@given(_TEXTS)
 def test_any_text_is_a_moment_to_come_or_misuse(text: str) -> None:
     try:
         moment = expiry(text, NOW)
