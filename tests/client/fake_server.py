@@ -130,7 +130,8 @@ class FakeServer:
             for connection in list(self.connections):
                 connection.transport.abort()
             self._server.close()
-            await self._server.wait_closed()
+            async with asyncio.timeout(30):
+                await self._server.wait_closed()
             self._server = None
 
     def cut(self) -> None:

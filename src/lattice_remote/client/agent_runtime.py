@@ -5,6 +5,7 @@ variables that say how to reach a server. A digest of it names the agent's files
 that behaves like the command itself (I13).
 """
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -26,6 +27,7 @@ __all__ = [
     "namespaces",
     "others",
     "prepare",
+    "short_directories",
     "temporary_directory",
 ]
 
@@ -81,11 +83,25 @@ def locate() -> Runtime:
     else:
         directory = os.path.join(temporary_directory(), f"lattice-remote-{_user()}")
     if not _fits(directory, name):
-        short = f"lattice-remote-{_user()}-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}"
+        short = f"{_short_prefix()}{hashlib.sha256(os.fsencode(directory)).hexdigest()[:12]}"
         directory = os.path.join(temporary_directory(), short)
         if not _fits(directory, name):
             directory = f"/tmp/{short}"  # noqa: S108 - it is checked to be ours alone
     return Runtime(directory, name)
+
+
+def _short_prefix() -> str:
+    return f"lattice-remote-{_user()}-"
+
+
+def short_directories() -> list[str]:
+    """Return this user's directories that replace those with too long a path."""
+    found = []
+    for parent in {os.environ.get("TMPDIR") or "/tmp", "/tmp"}:  # noqa: S108 - only this user's are returned
+        with contextlib.suppress(OSError), os.scandir(parent) as entries:
+            ours = (each for each in entries if each.name.startswith(_short_prefix()))
+            found += [each.path for each in ours if each.stat(follow_symlinks=False).st_uid == _user()]
+    return found
 
 
 def others(place: Runtime) -> list[Runtime]:

@@ -93,6 +93,23 @@ async def test_an_idle_agent_leaves(server: FakeServer, directory: Path, monkeyp
     assert await status() is None
 
 
+async def test_files_of_dead_agents_are_removed_with_their_directory(
+    server: FakeServer, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    dead, recent, foreign = (tmp_path / f"lattice-remote-{os.getuid()}-{name}" for name in ("a", "b", "c"))
+    for place, names in ((dead, ["lock", "log", "sock"]), (recent, ["log"]), (foreign, ["log"])):
+        place.mkdir()
+        for name in names:
+            (place / f"agent-x.{name}").touch()
+            if place != recent:
+                os.utime(place / f"agent-x.{name}", (1e9, 1e9))
+    (foreign / "of-the-user").touch()
+    await ask("ready", directory)
+    await until(lambda: not dead.exists() and not (foreign / "agent-x.log").exists())
+    assert (recent / "agent-x.log").exists() and (foreign / "of-the-user").exists()
+
+
 async def test_a_cache_that_disappears_is_dropped(server: FakeServer, tmp_path: Path) -> None:
     one, two = make_cache(tmp_path / "a", server.url), make_cache(tmp_path / "b", server.url)
     await ask("ready", one)

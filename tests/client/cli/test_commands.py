@@ -183,7 +183,8 @@ async def test_an_interrupted_fill_leaves_nothing_behind(server: FakeServer, roo
     )
     await until(lambda: any(type(frame).__name__ == "Manifest" for frame in server.frames), 15)
     process.send_signal(2)
-    _, err = await process.communicate()
+    async with asyncio.timeout(30):
+        _, err = await process.communicate()
     assert process.returncode != 0 and b"Traceback" not in err
     assert names(root) == [] and not has_tokens()
 
@@ -263,7 +264,8 @@ async def test_closed_streams_are_no_trouble(server: FakeServer, root: Path, clo
     await add(server, root)
     line = shlex.join(LATTICE) + f" {command} {closed}"
     process = await asyncio.create_subprocess_shell(line, cwd=root, stdout=-1, stderr=-1)
-    out, err = await process.communicate()
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
     assert process.returncode == 0 and b"Traceback" not in out + err
 
 
@@ -273,7 +275,8 @@ async def test_a_notice_that_nobody_can_see_is_no_trouble(server: FakeServer, ro
     await server.stop()
     line = shlex.join(LATTICE) + f" list {closed}"
     process = await asyncio.create_subprocess_shell(line, cwd=root, stdout=-1, stderr=-1)
-    out, err = await process.communicate()
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
     assert process.returncode == 0 and b"Traceback" not in out + err
 
 
@@ -308,6 +311,27 @@ async def test_status_verify_sync_pull_and_push(server: FakeServer, root: Path) 
     assert (await lattice(root, "remote", "push")).out == f"{PLAN}: stored\n"
     assert server.files[PLAN] == b"new"
     assert (await lattice(root, "remote", "pull")).out == "Up to date at change 1.\n"
+
+
+async def test_status_names_the_first_withheld_edits_and_counts_all(server: FakeServer, root: Path) -> None:
+    paths = [f"plans/task_{n:026d}.md" for n in range(30)]
+    server.files |= dict.fromkeys(paths, b"# Plan\n\n- write\n")
+    server.files |= {path.replace("plans/", "tasks/").replace(".md", ".json"): b"{}\n" for path in paths}
+    await add(server, root)
+    for path in paths:
+        (root / ".lattice" / path).write_bytes(b"# Plan\n\n* write\n")
+    await lattice(root, "remote", "push")
+    shown = (await lattice(root, "remote", "status")).out.splitlines()
+    start = shown.index("unsent edits:   30")
+    reason = "withheld: it was changed together with many others, as by a formatter"
+    indent = " " * 16
+    assert shown[start + 1 : start + 14] == [
+        *(f"{indent}{path}: {reason}" for path in paths[:10]),
+        f"{indent}and 20 more; all: lattice remote status --json",
+        f"{indent}to send withheld edits: lattice remote push --confirm",
+        f"{indent}to restore the server's texts: lattice remote resolve --all --theirs",
+    ]
+    assert "as soon as" not in "\n".join(shown)
 
 
 async def test_logging_in_and_out(server: FakeServer, tmp_path: Path) -> None:

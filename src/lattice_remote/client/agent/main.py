@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -279,14 +280,17 @@ def _is_agent(process: str) -> bool:
 
 
 def _remove_left_overs(place: agent_runtime.Runtime) -> None:
-    """Remove the files of other environments' agents that ended long ago."""
-    with contextlib.suppress(OSError):
-        names = {name.rpartition(".")[0] for name in os.listdir(place.directory) if name.startswith("agent-")}
-        for name in names - {place.name}:
-            other = agent_runtime.Runtime(place.directory, name)
-            lock = FileLock(other.lock, mode=0o600)
-            with contextlib.suppress(OSError, Timeout), lock.acquire(timeout=0):
-                _remove_if_old(other)
+    """Remove the files of other environments' agents that ended long ago, and directories that held only these."""
+    for directory in (place.directory, *agent_runtime.short_directories()):
+        with contextlib.suppress(OSError):
+            names = {name.rpartition(".")[0] for name in os.listdir(directory) if name.startswith("agent-")}
+            for name in names - ({place.name} if directory == place.directory else set()):
+                other = agent_runtime.Runtime(directory, name)
+                lock = FileLock(other.lock, mode=0o600)
+                with contextlib.suppress(OSError, Timeout), lock.acquire(timeout=0):
+                    _remove_if_old(other)
+            if directory != place.directory:
+                os.rmdir(directory)  # fails unless it is empty
 
 
 def _remove_if_old(other: agent_runtime.Runtime) -> None:
@@ -334,7 +338,7 @@ def main() -> int:
         return 0  # another one was started at the same time
     with open(place.pid, "w", encoding="ascii") as file:
         file.write(f"{os.getpid()}\n")
-    _remove_left_overs(place)
+    threading.Thread(target=_remove_left_overs, args=(place,), daemon=True).start()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for library in ("websockets", "watchfiles"):
         logging.getLogger(library).setLevel(logging.ERROR)

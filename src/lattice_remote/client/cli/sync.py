@@ -35,6 +35,8 @@ __all__ = ["agent_app", "app"]
 app = typer.Typer()
 
 _MIB = 1024 * 1024
+_MAX_EDITS = 10
+"""Edits that ``status`` names."""
 
 
 # --- the cache ---
@@ -72,14 +74,15 @@ def status(
 
 
 def _show_status(found: Remote, answer: dict[str, Any]) -> None:
-    versions = answer["versions"]
+    versions, (first_edit, *edits) = answer["versions"], _edits(answer)
     rows = [
         ("remote", f"{found.name} {found.url} project {found.project}"),
         ("connection", _connection(answer)),
         ("cache", _cache(answer)),
         ("large files", _payloads(answer["payloads"])),
         ("acting as", _acting(answer)),
-        ("unsent edits", _edits(answer)),
+        ("unsent edits", first_edit),
+        *(("", line) for line in edits),
         ("conflicts", _conflicts(answer["conflicts"])),
         ("set aside", ", ".join(answer["set_aside"]) or "none"),
         ("rescued", _rescued(answer["rescued"])),
@@ -90,7 +93,7 @@ def _show_status(found: Remote, answer: dict[str, Any]) -> None:
     ]
     rows += [("note", f"{name} {advice}") for name, advice in (versions["differences"] or {}).items()]
     for label, text in rows:
-        typer.echo(f"{label + ':':16}{one_line(text)}")
+        typer.echo(f"{label and label + ':':16}{one_line(text)}")
 
 
 @app.command()
@@ -154,12 +157,21 @@ def _acting(answer: dict[str, Any]) -> str:
     return "none: no token; log in with: lattice remote login"
 
 
-def _edits(answer: dict[str, Any]) -> str:
-    how = f"they wait for {answer['edits_wait_for']}" if answer["edits_wait_for"] else "sent as soon as they are saved"
-    why = {path: f"waits for you: {reason}" for path, reason in answer["withheld_edits"].items()}
+def _edits(answer: dict[str, Any]) -> list[str]:
+    """Return a line with the number of unsent edits, and one for each of the first ``_MAX_EDITS``."""
+    waits_for, paths = answer["edits_wait_for"], answer["unsent_edits"]
+    usual = f"waits for {waits_for}" if waits_for else "sent as soon as it is saved"
+    if not paths:
+        return [f"none ({f'an edit {usual}' if waits_for else 'each is sent as soon as it is saved'})"]
+    why = {path: f"withheld: {reason}" for path, reason in answer["withheld_edits"].items()}
     why |= {path: f"refused: {reason}" for path, reason in answer["refused_edits"].items()}
-    shown = [f"{path} ({why[path]})" if path in why else path for path in answer["unsent_edits"]]
-    return f"{len(shown)}: {', '.join(shown)} ({how})" if shown else f"none ({how})"
+    lines = [str(len(paths)), *(f"{path}: {why.get(path, usual)}" for path in paths[:_MAX_EDITS])]
+    if (more := len(paths) - _MAX_EDITS) > 0:
+        lines.append(f"and {more} more; all: lattice remote status --json")
+    if answer["withheld_edits"]:
+        lines.append("to send withheld edits: lattice remote push --confirm")
+        lines.append("to restore the server's texts: lattice remote resolve --all --theirs")
+    return lines
 
 
 def _conflicts(conflicts: list[dict[str, Any]]) -> str:
