@@ -8,7 +8,7 @@ export PYTHON
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
-system:  ## Install the programs that tests need, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync, vim, ed
+system:  ## Install the programs that tests need, from Debian's packages: chromium, nginx, caddy, systemd-analyze, rsync, vim, ed, bubblewrap
 	@scripts/system.sh
 
 venv:  ## Create .venv with pinned versions; does nothing if it is up to date

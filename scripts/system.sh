@@ -1,6 +1,6 @@
 #!/bin/sh
 # Install from Debian's packages (or Ubuntu's) what the tests need besides Python, where it is missing: a browser, two
-# proxies, the check of systemd's units, rsync and two editors. Nothing that is installed is upgraded, and no service is started or enabled.
+# proxies, the check of systemd's units, rsync, two editors and a sandbox. Nothing that is installed is upgraded, and no service is started or enabled.
 set -eu
 
 missing=
@@ -14,6 +14,7 @@ need systemd-analyze systemd
 need rsync rsync
 need vim vim
 need ed ed
+need bwrap bubblewrap
 missing=${missing# }
 [ -n "$missing" ] || exit 0
 

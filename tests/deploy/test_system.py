@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "system.sh"
-NEEDED = ("chromium", "nginx", "caddy", "systemd-analyze", "rsync", "vim", "ed")
+PACKAGES = "chromium nginx caddy systemd rsync vim ed bubblewrap"
+NEEDED = ("chromium", "nginx", "caddy", "systemd-analyze", "rsync", "vim", "ed", "bwrap")
 
 
 def run(path: Path, script: Path = SCRIPT) -> tuple[int, str, str]:
@@ -59,10 +60,14 @@ def machine(tmp_path: Path) -> Path:
 
 def test_nothing_that_is_installed_starts_now_or_later(machine: Path) -> None:
     program(machine, "apt-get", f'echo "$@" >> {machine}/asked; {machine}/policy; echo $? >> {machine}/asked')
-    assert run(machine, machine / "system.sh") == (0, "Installing chromium nginx caddy systemd rsync vim ed\n", "")
+    assert run(machine, machine / "system.sh") == (
+        0,
+        f"Installing {PACKAGES}\n",
+        "",
+    )
     update, code, install, code_again = (machine / "asked").read_text().splitlines()
     assert update.endswith(" update")
-    assert install.endswith(" install --yes --no-install-recommends chromium nginx caddy systemd rsync vim ed")
+    assert install.endswith(f" install --yes --no-install-recommends {PACKAGES}")
     assert (code, code_again) == ("101", "101"), "the policy forbids to start anything"
     assert not (machine / "policy").exists()
     assert (machine / "disabled").read_text() == "--quiet disable nginx\n--quiet disable caddy\n"
@@ -72,7 +77,7 @@ def test_a_failure_says_what_apt_get_has_said_and_leaves_no_policy_behind(machin
     program(machine, "apt-get", "echo E: no space; exit 100")
     code, _, err = run(machine, machine / "system.sh")
     assert code == 1
-    assert err == "E: no space\nMissing: chromium nginx caddy systemd rsync vim ed. apt-get update failed, see above.\n"
+    assert err == f"E: no space\nMissing: {PACKAGES}. apt-get update failed, see above.\n"
     assert not (machine / "policy").exists()
 
 
