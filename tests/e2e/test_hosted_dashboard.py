@@ -128,7 +128,9 @@ def test_the_page_is_lattices_own_with_relative_paths_and_one_script(beside: Das
     assert page.count(added) == 1
     assert page.index(added) < page.index("<script src=", page.index(added) + len(added))
     own = beside.get("/")[1]
-    lines = own_handlers(page.replace(added, "")).splitlines()
+    named = re.sub(r'\n<meta name="remote-page"[^>]*>', "", page.replace(added, ""))
+    assert re.search(r"<title>[^<]+ · Lattice</title>", named)
+    lines = own_handlers(re.sub(r"<title>[^<]*</title>", "<title>Lattice Dashboard</title>", named)).splitlines()
     differing = [(a, b) for a, b in zip(lines, own.splitlines(), strict=True) if a != b]
     assert len(differing) >= 2, "its style and its script"
     assert all(b.replace('="/', '="') == a for a, b in differing)

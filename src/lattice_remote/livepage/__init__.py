@@ -4,7 +4,8 @@
     redraw.js      when the page is redrawn, and what is kept
     indicator.js   whether the page is up to date, in a word
     live.js        the event stream
-    hosted.js      links to the projects and to signing in (this and the rest: hosted page only)
+    keyboard.js    tabs and cards in reach of the keyboard
+    hosted.js      project, person, signing in and out (this and the rest: hosted page only)
     listeners.js   listeners instead of the page's ``on…`` attributes, which its policy forbids
     editor.js      editor for plans and notes, where no external editor can be started
 
@@ -13,6 +14,7 @@ relative to the page, so it works below any path. Without the events the page po
 scripts. No I/O except reading the scripts.
 """
 
+import html
 import json
 import re
 from collections.abc import Iterable
@@ -27,6 +29,7 @@ __all__ = [
     "event",
     "script",
     "style",
+    "with_identity",
     "with_listeners",
     "with_relative_paths",
     "with_script",
@@ -40,9 +43,10 @@ EVENTS = "remote/events"
 RETRY_MS = 1000
 """Delay after which a browser reconnects."""
 
-_PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js")
+_PARTS = ("requests.js", "redraw.js", "indicator.js", "live.js", "keyboard.js")
 _HOSTED_PARTS = ("hosted.js", "listeners.js", "editor.js")
 _HEAD = re.compile(rb"<head\b[^>]*>", re.IGNORECASE)
+_TITLE = re.compile(rb"<title>[^<]*</title>", re.IGNORECASE)
 _ABSOLUTE = re.compile(rb"""(\s(?:src|href|action)\s*=\s*["'])/(?!/)""", re.IGNORECASE)
 
 
@@ -55,6 +59,15 @@ def with_script(page: bytes) -> bytes:
 def with_relative_paths(page: bytes) -> bytes:
     """Return the page with paths relative to its own instead of the server's root."""
     return _ABSOLUTE.sub(rb"\1", page)
+
+
+def with_identity(page: bytes, project: str, person: str, *, reads_only: bool) -> bytes:
+    """Return the page with the project's name as its title, and the signed-in person for ``hosted.js``."""
+    name, who = html.escape(project), html.escape(person)
+    rights = ' data-reads-only=""' if reads_only else ""
+    added = f'\n<meta name="remote-page" data-project="{name}" data-person="{who}"{rights}>'.encode()
+    title = f"<title>{name} · Lattice</title>".encode()
+    return _HEAD.sub(lambda head: head[0] + added, _TITLE.sub(lambda _: title, page, count=1), count=1)
 
 
 @cache

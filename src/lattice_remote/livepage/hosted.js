@@ -1,15 +1,33 @@
-// Links of the hosted page: to the user's projects, and to signing in again.
+// The hosted page's header: its project, the signed-in person, links to the projects, and signing in and out.
 (function (remote) {
   "use strict";
+  var page = document.querySelector('meta[name="remote-page"]'), given = page ? page.dataset : {};
+  var home = remote.url("../../../");
+  remote.readsOnly = given.readsOnly !== undefined;
   remote.signIn = function () {
-    return { href: "/sign-in?next=" + encodeURIComponent(location.pathname + location.hash), text: "Sign in" };
+    return { href: home + "sign-in?next=" + encodeURIComponent(location.pathname + location.hash), text: "Sign in" };
   };
+  function made(tag, id, text) {
+    var element = document.createElement(tag);
+    element.id = id;
+    element.textContent = text;
+    return element;
+  }
   document.addEventListener("DOMContentLoaded", function () {
-    var brand = document.querySelector(".nav-brand"), link = document.createElement("a");
-    if (!brand) return;
-    link.id = "remote-home";
-    link.href = remote.url("../../../");
-    link.textContent = "Projects";
+    var brand = document.querySelector(".nav-brand"), buttons = document.querySelector(".nav-right");
+    if (!brand || !buttons || !page) return;
+    var link = made("a", "remote-home", "Projects"), project = made("bdi", "remote-project", given.project);
+    link.href = home;
+    project.title = given.project;
     brand.before(link);
+    brand.after(project);
+    var form = made("form", "remote-sign-out", ""), person = made("bdi", "remote-person", given.person);
+    form.method = "post";
+    form.action = home + "sign-out";
+    person.title = "Signed in as " + given.person + (remote.readsOnly ? ", to read only" : "");
+    var button = made("button", "remote-sign-out-button", "Sign out");
+    button.className = "btn";
+    form.append(person, button);
+    buttons.append(form);
   });
 })(window.latticeRemote);

@@ -42,6 +42,14 @@ class _Envelope(msgspec.Struct, frozen=True):
     data: msgspec.Raw
 
 
+class _Configuration(msgspec.Struct, frozen=True):
+    project_name: str | None = None
+
+
+class _Named(msgspec.Struct, frozen=True):
+    data: _Configuration
+
+
 async def _data(request: Request) -> Response:
     """Return the project's data, and the position up to which it is current, for ``events/stream?since=``.
 
@@ -191,8 +199,20 @@ class _PreparedPage(NamedTuple):
 
 
 async def _page(request: Request) -> Response:
-    made = await _dashboard(await request_context(request))
-    return _file(request, made.page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
+    visitor = await request_context(request)
+    made, name, token = await _dashboard(visitor), await _project_name(visitor), visitor.login.token
+    page = livepage.with_identity(made.page, name, token.actor, reads_only=token.read_only)
+    return _file(request, page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
+
+
+async def _project_name(visitor: RequestContext) -> str:
+    """Return the name in the project's configuration, or its slug."""
+    found = await visitor.project.reader.read(ReadPage("/api/config"), visitor.share)
+    try:
+        name = msgspec.json.decode(found.body, type=_Named).data.project_name
+    except msgspec.MsgspecError:  # a broken configuration, which the page reports
+        name = None
+    return name or visitor.project.slug
 
 
 async def _dashboard(visitor: RequestContext) -> _PreparedPage:

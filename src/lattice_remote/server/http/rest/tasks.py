@@ -2,12 +2,14 @@
 
 from http import HTTPStatus
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 
 from lattice_remote.errors import Rejected
+from lattice_remote.server.http.middleware import wants_page
 from lattice_remote.server.http.rest.commands import (
     Author,
     Provenance,
@@ -56,6 +58,10 @@ class Task(msgspec.Struct, kw_only=True):
     comment_count: int | None = None
     custom_fields: dict[str, Any] | None = None
     archived: bool | None = None
+
+
+class _Shown(msgspec.Struct):
+    data: Task
 
 
 class NextTask(Task):
@@ -201,7 +207,17 @@ async def claim_next_task(asked: EndpointRequest[Nothing, ClaimNext]) -> Respons
 
 async def show_task(asked: EndpointRequest[Nothing, Nothing]) -> Response:
     """Return a task with its events and its relationships, archived or not."""
+    if wants_page(asked.request):
+        return await _task_on_board(asked)
     return await read(asked, "show", "--", asked.path["id"])
+
+
+async def _task_on_board(asked: EndpointRequest[Nothing, Nothing]) -> Response:
+    found = await read_output(asked, "show", "--", asked.path["id"])
+    if found.status:
+        raise Rejected(f"there is no task {asked.path['id']} in this project", code="REMOTE_NOT_FOUND")
+    task = msgspec.json.decode(found.body, type=_Shown).data.id
+    return RedirectResponse(f"../dashboard/#/task/{quote(task)}", HTTPStatus.SEE_OTHER)
 
 
 async def change_task(asked: EndpointRequest[Nothing, TaskChanges]) -> Response:
