@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import http.client
 import json
 import os
+import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +21,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "examples")]
+sys.path[:0] = [str(HERE.parent / part) for part in ("tests", "tests/e2e", "examples")]
 
+from board_page import (  # noqa: E402
+    Change,
+    FirstView,
+    OpenBoard,
+    local_dashboard,
+    median,
+    server_processes,
+)
+from dashboards import free_port  # noqa: E402
+
+from browser import chromium  # noqa: E402
 from load_scenarios import (  # noqa: E402
     BY,
     a_busy_log,
@@ -33,7 +48,7 @@ from load_scenarios import (  # noqa: E402
 )
 from memory_client import MemoryClient  # noqa: E402
 from request_client import Light  # noqa: E402
-from sandbox import Client, Sandbox, Server, differences, wait_for  # noqa: E402
+from sandbox import BIN, Client, Sandbox, Server, differences, wait_for  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -176,6 +191,72 @@ def _busy_log(server: Server, token: str) -> Iterator[Figure]:
     yield at_most("of logs was sent", received / 1024 / 1024, "MiB", 2.5 * megabytes)
 
 
+def page(options: argparse.Namespace) -> Iterator[Figure]:
+    """Show the large project in a browser, from the server and by plain ``lattice dashboard``, in turns."""
+    with Sandbox() as sandbox:
+        server = sandbox.server()
+        server.project()
+        server.start()
+        token = server.token("human:ana", "agent:*")
+        asyncio.run(_first_task(server, token))
+        server.stop()
+        fill(server.lattice_dir(), options.tasks)
+        plain = sandbox.client("plain")
+        shutil.copytree(server.lattice_dir(), plain.lattice_dir)
+        server.start()
+        asyncio.run(_open(server, token))
+        port = free_port()
+        with local_dashboard(BIN / "lattice", plain.dir, plain.env, port) as local, chromium() as browser:
+            wait_for(lambda: _answers(port), "the local dashboard to listen")
+            hosted_board = OpenBoard(browser, server.url, "/projects/board/dashboard/", server_processes(server), token)
+            local_board = OpenBoard(browser, f"http://127.0.0.1:{port}", "/", local)
+            yield Figure("tasks on the board", options.tasks, "")
+            yield Figure("first view of a server that has just started", hosted_board.first_view().seconds, "s")
+            pairs = [(hosted_board.first_view(), local_board.first_view()) for _ in range(options.views)]
+            yield from _first_views([hosted for hosted, _ in pairs], [plain for _, plain in pairs])
+            yield from _changes(
+                hosted_board.changes(lambda title: _rename(server, token, title), options.views),
+                local_board.changes(lambda title: plain.ok("update", "LAT-77", f"title={title}", *BY), options.views),
+            )
+            alone_s, beside_s = hosted_board.side_by_side_s("/api/activity?search=x", "/api/tasks")
+            yield Figure("the list of tasks, alone", alone_s, "s")
+            yield at_most("the same while the activity of all tasks is searched", beside_s, "s", 2 * alone_s + 0.5)
+
+
+def _first_views(hosted: list[FirstView], local: list[FirstView]) -> Iterator[Figure]:
+    local_s = median([view.seconds for view in local])
+    yield Figure("first view, local lattice dashboard", local_s, "s")
+    yield at_most("first view, hosted", median([view.seconds for view in hosted]), "s", round(local_s, 2))
+    yield Figure("the local page is blocked for", median([view.blocked_s for view in local]), "s")
+    yield at_most("the hosted page is blocked for", median([view.blocked_s for view in hosted]), "s", 1)
+    yield Figure("received by the local page", median([view.wire_bytes / 1024 for view in local]), "KiB")
+    yield Figure("received by the hosted page", median([view.wire_bytes / 1024 for view in hosted]), "KiB")
+
+
+def _changes(hosted: list[Change], local: list[Change]) -> Iterator[Figure]:
+    yield Figure("one change: processor time of the local dashboard", median([each.server_s for each in local]), "s")
+    yield at_most("one change: processor time of the server", median([each.server_s for each in hosted]), "s", 0.25)
+    yield Figure("received by the local page", median([each.wire_bytes / 1024 for each in local]), "KiB")
+    yield at_most("received by the hosted page", median([each.wire_bytes / 1024 for each in hosted]), "KiB", 300)
+    yield Figure("shown by the local page after", median([each.shown_s for each in local]), "s")
+    yield Figure("shown by the hosted page after", median([each.shown_s for each in hosted]), "s")
+    yield Figure("the local page is blocked for", median([each.blocked_s for each in local]), "s")
+    yield at_most("the hosted page is blocked for", max(each.blocked_s for each in hosted), "s", 1)
+
+
+def _rename(server: Server, token: str, title: str) -> None:
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        connection.request("PATCH", "/projects/board/tasks/LAT-77", json.dumps({"title": title}), headers)
+        assert connection.getresponse().status == 200
+
+
+def _answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return True
+    return False
+
+
 async def _first_task(server: Server, token: str) -> None:
     async with Light(server.url, token) as client:
         await client.ok("create", "One", *BY)
@@ -190,7 +271,7 @@ def _wait_until_equal(client: Client, server: Server) -> None:
     wait_for(lambda: not differences(client.lattice_dir, server.lattice_dir()), "the cache to equal the server", 60)
 
 
-GROUPS = {"stalled": stalled, "writers": writers, "restart": restart, "tasks": tasks}
+GROUPS = {"stalled": stalled, "writers": writers, "restart": restart, "tasks": tasks, "page": page}
 
 
 def main() -> int:
@@ -206,6 +287,7 @@ def main() -> int:
     parser.add_argument("--writers", type=int, default=50, help="that write at once (default: %(default)s)")
     parser.add_argument("--minute", type=float, default=60, help="seconds that they write (default: %(default)s)")
     parser.add_argument("--tasks", type=int, default=10_000, help="of the large project (default: %(default)s)")
+    parser.add_argument("--views", type=int, default=5, help="of the page in a browser (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()
     figures: dict[str, list[Figure]] = {}

@@ -9,6 +9,7 @@ from contextlib import closing
 from typing import NamedTuple
 
 import pytest
+import requests
 from dashboard_requests import GETS, NO_TASK, POSTS, UNORDERED, PageRequests
 from dashboards import Dashboard, serving
 from normaliser import Normaliser
@@ -154,13 +155,13 @@ def test_files_are_kept_by_browsers_and_asked_for_each_time(hosted: Hosted) -> N
     assert hosted.ask("GET", "/api/tasks").headers["Cache-Control"] == "no-store"
 
 
-def test_the_graph_is_not_sent_again_while_it_is_the_same(beside: Dashboard, hosted: Hosted) -> None:
-    first = hosted.ask("GET", "/api/graph")
+@pytest.mark.parametrize("path", ["/api/graph", "/api/tasks", "/api/config", "/api/stats", "/api/archived"])
+def test_what_the_client_has_is_not_sent_again(hosted: Hosted, path: str) -> None:
+    first = hosted.ask("GET", path)
     tag = first.headers["ETag"]
-    assert beside.ask("GET", "/api/graph", If_None_Match=tag) == (304, ""), "it is the one that lattice gives"
-    again = hosted.ask("GET", "/api/graph", If_None_Match=tag)
+    again = hosted.ask("GET", path, If_None_Match=tag)
     assert (again.status, again.headers["ETag"], again.text) == (304, tag, "")  # type: ignore[attr-defined]
-    assert hosted.ask("GET", "/api/graph", If_None_Match='"0:"').status == 200
+    assert hosted.ask("GET", path, If_None_Match='"0:"').status == 200
 
 
 def test_too_large_a_body_is_refused_in_lattices_words(hosted: Hosted) -> None:
@@ -209,3 +210,48 @@ def test_what_starts_a_program_is_refused_and_nobody_acts_for_others(hosted: Hos
     assert hosted.post("/api/tasks", {"title": "x", "actor": "human:ben"})[0] == 403
     assert hosted.post("/api/tasks", b" " * (1 << 20) + b" ")[0] == 413
     assert tree_of(hosted.server.lattice_dir()) == before
+
+
+# --- lists that the page has ---
+
+
+def put_together(text: str, steps: list[list[str | list[int]]]) -> str:
+    """Apply differences as requests.js does."""
+    for step in steps:
+        text = "".join(part if isinstance(part, str) else text[part[0] : part[1]] for part in step)
+    return text
+
+
+@pytest.mark.parametrize("path", ["/api/tasks", "/api/graph"])
+def test_only_what_changed_of_a_list_is_sent(hosted: Hosted, path: str) -> None:
+    with requests.Session() as session:
+        session.headers["Authorization"] = f"Bearer {hosted.token}"
+        url = f"{hosted.server.url}/projects/{hosted.slug}"
+
+        def make(title: str) -> None:
+            assert session.post(f"{url}/tasks", json={"title": title}, timeout=30).ok
+
+        def ask(**headers: str) -> requests.Response:
+            return session.get(f"{url}/dashboard{path}", headers=headers, timeout=30)
+
+        for number in range(10):
+            make(f"Listed {number}")
+        before = ask()
+        tag = before.headers["ETag"]
+        assert before.headers["Content-Encoding"] == "gzip"
+        assert "Content-Encoding" not in ask(**{"Accept-Encoding": "gzip;q=0"}).headers
+        assert ask(**{"If-None-Match": tag}).status_code == 304
+        make("Added to the list")
+        make("Another")
+        changed = ask(**{"If-None-Match": tag, "A-IM": "lattice-ranges"})
+        whole = ask()
+        assert (changed.status_code, changed.headers["IM"], changed.headers["Delta-Base"]) == (
+            226,
+            "lattice-ranges",
+            tag,
+        )
+        assert changed.headers["ETag"] == whole.headers["ETag"] != tag
+        assert put_together(before.text, changed.json()) == whole.text
+        assert len(changed.content) < len(whole.content)
+        assert ask(**{"If-None-Match": tag}).text == whole.text, "without A-IM it is the whole list"
+        assert ask(**{"If-None-Match": f'"{"0" * 32}"', "A-IM": "lattice-ranges"}).text == whole.text

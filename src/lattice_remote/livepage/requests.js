@@ -1,5 +1,5 @@
 // The page requests /api/... from the server's root. These requests go below the page's own path, so that it works behind
-// any proxy; their results are passed to the other scripts.
+// any proxy; their results are passed to the other scripts. Of a list that the page has, only the changes are transferred.
 (function () {
   "use strict";
   var remote = window.latticeRemote = { listeners: {} };
@@ -26,6 +26,36 @@
     return url.pathname + url.search;
   }
 
+  // --- lists ---
+
+  var LISTS = /\/api\/(tasks|graph)$/, TAG = /^"[0-9a-f]{32}"$/, DIFFERENCE = "lattice-ranges";
+  var lists = {};  // by path: the last text and its tag
+
+  async function list(path, request) {
+    var known = lists[path];
+    if (known) {
+      request.headers.set("If-None-Match", known.tag);
+      request.headers.set("A-IM", DIFFERENCE);
+    }
+    var answer = await fetchAnywhere(request, { cache: "no-store" }), tag = answer.headers.get("ETag");
+    if (!TAG.test(tag || "") || (answer.status !== 200 && !known)) return answer;
+    if (answer.status === 200) lists[path] = { tag: tag, text: await answer.text() };
+    else if (answer.status === 226) lists[path] = { tag: tag, text: (await answer.json()).reduce(apply, known.text) };
+    else if (answer.status === 304) lists[path] = known;
+    else return answer;
+    return listed(lists[path].text);
+  }
+  function apply(text, step) {
+    return step.map(function (part) {
+      return typeof part === "string" ? part : text.slice(part[0], part[1]);
+    }).join("");
+  }
+  function listed(text) {
+    var answer = new Response(text, { headers: { "Content-Type": "application/json" } });
+    answer.json = async function () { return JSON.parse(text); };  // not encoded and decoded first
+    return answer;
+  }
+
   window.fetch = function (input, init) {
     var path = ours(input instanceof Request ? input.url : String(input));
     if (path === null) return fetchAnywhere(input, init);
@@ -36,7 +66,7 @@
     var request = new Request(input instanceof Request ? new Request(address, input) : address, init);
     // Browsers retry a request on a dead kept-alive connection; the key makes it run once.
     if (method !== "GET") request.headers.set("Idempotency-Key", key());
-    var asked = fetchAnywhere(request);
+    var asked = method === "GET" && LISTS.test(path) ? list(path, request) : fetchAnywhere(request);
     asked.then(function (answer) { remote.tell("answer", answer.status); }, function () { remote.tell("answer", 0); });
     return remote.guards.reduce(function (promise, guard) { return guard(promise); }, asked);
   };

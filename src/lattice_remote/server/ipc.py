@@ -427,9 +427,18 @@ class ReadCommand(msgspec.Struct, frozen=True, tag_field="type", tag="command"):
 
 
 class ReadPage(msgspec.Struct, frozen=True, tag_field="type", tag="page"):
-    """Have the dashboard's own handlers answer a GET of this path."""
+    """Have the dashboard's own handlers answer a GET of this path.
+
+    Attributes:
+        base: entity tag of the body that the client has; the response is 304 if it is still this one.
+        takes_difference: the response may be 226, the difference from that body.
+        gzip: compress a large body.
+    """
 
     path: str
+    base: str = ""
+    takes_difference: bool = False
+    gzip: bool = False
 
 
 Read = ReadCommand | ReadPage
@@ -455,7 +464,8 @@ class ReadResult(msgspec.Struct, frozen=True):
     Attributes:
         status: a command's exit code; a page's HTTP status.
         body: standard output, or the page's body.
-        content_type, etag: of a page; "" for none.
+        content_type, etag: of a page; "" for none. The tag is that of the whole, uncompressed body.
+        is_gzip: the body is compressed.
         message: standard error.
         items: of the requested list; None if it could not be read.
     """
@@ -464,5 +474,6 @@ class ReadResult(msgspec.Struct, frozen=True):
     body: bytes
     content_type: str = ""
     etag: str = ""
+    is_gzip: bool = False
     message: str = ""
     items: ListIndex | None = None

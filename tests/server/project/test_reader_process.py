@@ -24,7 +24,7 @@ from lattice_remote.server.datadir import DataDir
 from lattice_remote.server.ipc import Read, ReadCommand, ReadPage, ReadResult
 from lattice_remote.server.project import reader_process
 from lattice_remote.server.project import reader_process as reader_module
-from lattice_remote.server.project.reader_process import ReaderProcess
+from lattice_remote.server.project.reader_process import ReaderProcess, Readers
 from lattice_remote.server.project_summary import Overviews
 from lattice_remote.server.tree.undo import Begin, UndoLog
 from sandbox import wait_for
@@ -473,3 +473,47 @@ def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: P
         assert time.monotonic() - began < 3
         assert is_gone(pid)
         assert stuck.exception() is not None or stuck.result().status_code == 503
+
+
+# --- several processes ---
+
+
+async def test_in_a_large_project_a_slow_view_delays_no_other(data: DataDir) -> None:
+    state, files = State(), [0]
+    readers = Readers("web", data.project("web"), state, state.durable, lambda: files[0])
+    try:
+        assert (await readers.read(ReadPage("/api/activity"))).status == 200
+        assert not readers._others, "a small project has one process"
+        files[0] = 10**6
+        state.touch()
+        assert (await readers.read(ReadPage("/api/activity"))).status == 200
+        slow = readers._others["activity"]
+        os.kill(pid_of(slow), signal.SIGSTOP)
+        state.touch()
+        reading = asyncio.create_task(readers.read(ReadPage("/api/activity?search=x")))
+        await until(lambda: readers.waiting == 1)
+        for request in (TASKS, CONFIG, LIST, ReadPage("/api/stats")):
+            assert (await readers.read(request)).status in (0, 200)
+        assert not reading.done()
+        os.kill(pid_of(slow), signal.SIGCONT)
+        assert (await reading).status == 200
+        pids = [pid_of(each) for each in (readers, *readers._others.values())]
+    finally:
+        readers.close()
+    assert len(set(pids)) == 4
+    assert all(is_gone(pid) for pid in pids)
+
+
+async def test_a_process_that_is_kept_outlasts_its_idle_time(data: DataDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "_IDLE_S", 0.05)
+    state = State()
+    reader = ReaderProcess("web", data.project("web"), state, state.durable)
+    try:
+        with reader.kept():
+            await reader.read(CONFIG)
+            pid, timer = pid_of(reader), reader._idle_timer
+            await until(lambda: reader._idle_timer is not timer)  # it has expired, and runs again
+            assert pid_of(reader) == pid
+        await until(lambda: reader._process is None)
+    finally:
+        reader.close()

@@ -6,6 +6,7 @@ forwarded by the form of their path, so other versions of the page work too.
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import re
 from functools import lru_cache
@@ -202,7 +203,7 @@ async def _page(request: Request) -> Response:
     visitor = await request_context(request)
     made, name, token = await _dashboard(visitor), await _project_name(visitor), visitor.login.token
     page = livepage.with_identity(made.page, name, token.actor, reads_only=token.read_only)
-    return _file(request, page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
+    return await _file(request, page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
 
 
 async def _project_name(visitor: RequestContext) -> str:
@@ -238,8 +239,8 @@ async def _static(request: Request) -> Response:
         raise Rejected(f"{name!r} is not a file of the dashboard", code="REMOTE_NOT_FOUND")
     found = await _read_file(visitor, f"/static/{name}")
     if name.endswith(".js") and found.body in (made := await _dashboard(visitor)).scripts and made.quiet:
-        return _file(request, livepage.without_handlers(found.body), found.content_type)
-    return _file(request, found.body, found.content_type)
+        return await _file(request, livepage.without_handlers(found.body), found.content_type)
+    return await _file(request, found.body, found.content_type)
 
 
 async def _read_file(visitor: RequestContext, path: str) -> ReadResult:
@@ -256,23 +257,47 @@ async def _read_file(visitor: RequestContext, path: str) -> ReadResult:
 
 async def _script(request: Request) -> Response:
     await request_context(request)
-    return _file(request, livepage.script(hosted=True), "text/javascript; charset=utf-8")
+    return await _file(request, livepage.script(hosted=True), "text/javascript; charset=utf-8")
 
 
 async def _style(request: Request) -> Response:
     await request_context(request)
-    return _file(request, livepage.style(), "text/css; charset=utf-8")
+    return await _file(request, livepage.style(), "text/css; charset=utf-8")
+
+
+_TAG = re.compile(r'"[0-9a-f]{32}"')
+_DIFFERENCE = "lattice-ranges"
+"""Instance manipulation (RFC 3229): a list of steps, each a list of ranges of the earlier text and new texts."""
 
 
 async def _read(request: Request) -> Response:
+    """Return the response of lattice's handler, or the difference from the one that the client has."""
     visitor = await request_context(request)
     query = f"?{request.url.query}" if request.url.query else ""
-    found = await visitor.project.reader.read(ReadPage(_path(request) + query), visitor.share)
+    base = request.headers.get("If-None-Match", "")
+    base = base if _TAG.fullmatch(base) else ""
+    takes_difference = _DIFFERENCE in request.headers.get("A-IM", "")
+    asked = ReadPage(_path(request) + query, base, takes_difference, _takes_gzip(request))
+    found = await visitor.project.reader.read(asked, visitor.share)
+    if found.status == HTTPStatus.NOT_MODIFIED:
+        return Response(status_code=found.status, headers={"ETag": found.etag, **_BY_ENCODING})
     if not found.body:  # the handler crashed, or tried to write
         raise Rejected(found.message or "the dashboard failed; see the server's log", code="REMOTE_FAILED")
-    if found.etag:
-        return _tagged(request, found.body, found.etag, found.content_type)
-    return Response(found.body, found.status, media_type=found.content_type)
+    headers = {"ETag": found.etag, **_BY_ENCODING} if found.etag else {}
+    if found.status == HTTPStatus.IM_USED:
+        headers |= {"IM": _DIFFERENCE, "Delta-Base": base}
+    if found.is_gzip:
+        headers["Content-Encoding"] = "gzip"
+    return Response(found.body, found.status, headers, media_type=found.content_type)
+
+
+def _takes_gzip(request: Request) -> bool:
+    return (
+        re.search(r"\bgzip\b(?!\s*;\s*q=0(?:\.0*)?\s*(?:,|$))", request.headers.get("Accept-Encoding", "")) is not None
+    )
+
+
+_BY_ENCODING = {"Vary": "Accept-Encoding, A-IM"}
 
 
 async def _write(request: Request) -> Response:
@@ -293,18 +318,21 @@ def _path(request: Request) -> str:
     return "/api/" + quote(request.path_params["path"])
 
 
-def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
+async def _file(request: Request, body: bytes, content_type: str, headers: dict[str, str] | None = None) -> Response:
     """Return a file that browsers cache and revalidate, so that a new version is loaded at once."""
-    return _tagged(request, body, f'"{hashlib.sha256(body).hexdigest()[:32]}"', content_type, headers)
-
-
-def _tagged(
-    request: Request, body: bytes, tag: str, content_type: str, headers: dict[str, str] | None = None
-) -> Response:
-    kept = {"ETag": tag, "Cache-Control": "private, no-cache", **(headers or {})}
+    tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+    kept = {"ETag": tag, "Cache-Control": "private, no-cache", **_BY_ENCODING, **(headers or {})}
     if tag in request.headers.get("If-None-Match", ""):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=kept)
+    if _takes_gzip(request):
+        body = await asyncio.to_thread(_compressed, body)  # 10 ms for the page
+        kept["Content-Encoding"] = "gzip"
     return Response(body, headers=kept, media_type=content_type)
+
+
+@lru_cache(maxsize=8)
+def _compressed(body: bytes) -> bytes:
+    return gzip.compress(body, mtime=0)
 
 
 routes = [

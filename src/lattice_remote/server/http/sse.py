@@ -190,9 +190,10 @@ class Feed:
 
     async def _run(self) -> None:
         try:
-            while True:
-                await self._send_news()
-                await self._wait_for_news()
+            with self.project.reader.kept():
+                while True:
+                    await self._send_news()
+                    await self._wait_for_news()
         except Exception as error:  # noqa: BLE001 - its listeners come back, and say where they were
             self.end(goodbye(self.project, error))
 

@@ -51,7 +51,7 @@ from lattice_remote.server.project.queue import (
     Requester,
     RequestQueue,
 )
-from lattice_remote.server.project.reader_process import ReaderProcess
+from lattice_remote.server.project.reader_process import Readers
 from lattice_remote.server.project.request_log import OutcomeListener, RequestLog
 from lattice_remote.server.project.uploads import Uploads
 from lattice_remote.server.project.worker_process import WORKER_COMMAND, WorkerProcess
@@ -104,7 +104,7 @@ class Project:
         config = config or Config()
         self.uploads = Uploads(paths, config.limits, self.request_log.refused_other)
         self.pushes = Pushes(paths, config, self.uploads, self.submit, self.request_log.refused_other)
-        self.reader = ReaderProcess(slug, paths, self._settled_state, self._durable)
+        self.reader = Readers(slug, paths, self._settled_state, self._durable, lambda: len(self.history.files))
         self.lattice_version = ""
         """The worker's lattice-tracker version."""
         self._hooks = hooks

@@ -1,6 +1,6 @@
-"""Reader process of a project, seen from the server, with a cache of its results.
+"""Reader processes of a project, seen from the server, with a cache of their results.
 
-The process starts on demand and ends when idle or stuck. Reads run one at a time, tokens in turn. A result read while
+A process starts on demand and ends when idle or stuck. Reads run one at a time, tokens in turn. A result read while
 the worker was idle is the tree at the head and serves equal reads until the next change. One that overlaps a
 transaction waits until that is committed and durable (I2); after a rollback the read is repeated.
 """
@@ -11,7 +11,8 @@ import logging
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import msgspec
 
@@ -21,7 +22,7 @@ from lattice_remote.server.ipc import FrameBuffer, Read, ReadCommand, ReadResult
 from lattice_remote.server.project.queue import FairLock
 from lattice_remote.server.transport.response_budget import ResponseShare
 
-__all__ = ["ReadCache", "ReaderProcess"]
+__all__ = ["ReadCache", "ReaderProcess", "Readers"]
 
 _MAX_AGE_S = 5.0
 """Maximum age of a cached result; some contain relative times."""
@@ -125,6 +126,7 @@ class ReaderProcess:
         self._stream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._idle_timer: asyncio.TimerHandle | None = None
         self._closed = False
+        self._holders = 0
 
     async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
         """Return the result of a read; it includes every change acknowledged before the call.
@@ -252,7 +254,7 @@ class ReaderProcess:
         while received := await incoming.read(_RECEIVE_BYTES):
             for frame in buffer.receive(received):
                 found = _decoder.decode(frame)
-                self._idle_timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end)
+                self._start_idle_timer()
                 return found
         raise EOFError
 
@@ -266,6 +268,24 @@ class ReaderProcess:
             connection.close()
             raise
         return self._stream
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the process while idle: it has the lists that an open page reads again after each change."""
+        self._holders += 1
+        try:
+            yield
+        finally:
+            self._holders -= 1
+
+    def _start_idle_timer(self) -> None:
+        self._idle_timer = asyncio.get_running_loop().call_later(_IDLE_S, self._end_if_unused)
+
+    def _end_if_unused(self) -> None:
+        if self._holders:
+            self._start_idle_timer()
+        else:
+            self._end()
 
     def _cancel_idle_timer(self) -> None:
         if self._idle_timer is not None:
@@ -287,3 +307,54 @@ def _reserve(found: ReadResult, share: ResponseShare | None) -> ReadResult:
     if share is not None:
         share.hold(found.body)
     return found
+
+
+_SEPARATE_FILES = 5000
+"""Number of files from which a project is large."""
+_ALL_TASKS = {"activity", "stats", "archived", "git"}
+"""Views whose reads take seconds in a large project."""
+
+
+class Readers(ReaderProcess):
+    """The reader process of a project; in a large one, with further processes for slow reads.
+
+    Requests of different views do not wait for each other then: each kind of slow read has a process of its own.
+    ``count_files`` returns the number of the project's files; for the others see ``ReaderProcess``.
+    """
+
+    def __init__(
+        self,
+        slug: str,
+        paths: ProjectPaths,
+        state: Callable[[], object | None],
+        durable: Callable[[], tuple[str, int]],
+        count_files: Callable[[], int],
+    ) -> None:
+        super().__init__(slug, paths, state, durable)
+        self._count_files = count_files
+        self._make = partial(ReaderProcess, slug, paths, state, durable)
+        self._others: dict[str, ReaderProcess] = {}  # by kind of read
+
+    async def read(self, request: Read, share: ResponseShare | None = None) -> ReadResult:
+        kind = self._kind_of(request)
+        if not kind or self._closed or self._count_files() < _SEPARATE_FILES:
+            return await super().read(request, share)
+        if kind not in self._others:
+            self._others[kind] = self._make()
+        return await self._others[kind].read(request, share)
+
+    def _kind_of(self, request: Read) -> str:
+        """Return the kind of a slow read; "" for another."""
+        if isinstance(request, ReadCommand):
+            return "command"
+        name = request.path.partition("?")[0].removeprefix("/api/").partition("/")[0]
+        return name if name in _ALL_TASKS else ""
+
+    @property
+    def waiting(self) -> int:
+        return super().waiting + sum(other.waiting for other in self._others.values())
+
+    def close(self) -> None:
+        super().close()
+        for other in self._others.values():
+            other.close()

@@ -7,20 +7,24 @@ It changes nothing and holds no lock, so it may be killed at any moment. It exit
 
 import argparse
 import gc
+import gzip
 import os
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from http import HTTPStatus
 from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
+from msgspec import structs
 
-from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadResult, ReceivedFrames, encode_frames
+from lattice_remote.server.ipc import ListIndex, Read, ReadCommand, ReadPage, ReadResult, ReceivedFrames, encode_frames
 from lattice_remote.server.logging import log_to_stderr
 from lattice_remote.server.tree.capture import AccessDenied, Capture
+from lattice_remote.server.worker import lists
 from lattice_remote.server.worker.calls.dashboard import handler_class
 from lattice_remote.server.worker.executor import Executor
 from lattice_remote.server.worker.main import code_directories
@@ -74,12 +78,14 @@ class Reads:
         self._executor = executor
         self._capture = capture
         self._lattice_dir = lattice_dir
+        self._tasks = lists.CachedTasks(lattice_dir)
+        self._differences = lists.Differences()
 
     def answer(self, request: Read) -> ReadResult:
         """Return the result of a read; never raises an ``Exception``. A crash or a forbidden access has status 500."""
         try:
             with self._capture.watch():
-                return self._command(request) if isinstance(request, ReadCommand) else self._page(request.path)
+                return self._command(request) if isinstance(request, ReadCommand) else self._page(request)
         except AccessDenied as veto:
             return ReadResult(500, b"", message=f"the command tried to {veto}, which the server does not allow")
 
@@ -96,15 +102,37 @@ class Reads:
             return ReadResult(0, body, message=message, items=items)
         return ReadResult(outcome.exit_code, outcome.stdout, message=message)
 
-    def _page(self, path: str) -> ReadResult:
-        request = handler_class(self._lattice_dir)(path, b"")
-        outcome = self._executor.call(request.get, "dashboard: GET")
+    def _page(self, asked: ReadPage) -> ReadResult:
+        page = handler_class(self._lattice_dir)(asked.path, b"")
+        if asked.path in lists.LISTS:
+            page._lattice_dir = self._tasks
+            with lists.installed():
+                outcome = self._executor.call(page.get, "dashboard: GET")
+        else:
+            outcome = self._executor.call(page.get, "dashboard: GET")
         if outcome.failure is not None:
             return ReadResult(500, b"", message=outcome.failure)
-        return ReadResult(
-            request.status, request.wfile.getvalue(), content_type=request.content_type, etag=request.etag
-        )
+        found = ReadResult(page.status, page.wfile.getvalue(), content_type=page.content_type)
+        if found.status == HTTPStatus.OK:
+            found = self._shortened(asked, structs.replace(found, etag=lists.tag_of(found.body)))
+        if asked.gzip and len(found.body) >= _GZIP_BYTES:
+            found = structs.replace(found, body=gzip.compress(found.body, _GZIP_LEVEL, mtime=0), is_gzip=True)
+        return found
 
+    def _shortened(self, asked: ReadPage, found: ReadResult) -> ReadResult:
+        """Return a result without the content that the client has."""
+        steps = None
+        if asked.path in lists.LISTS:
+            steps = self._differences.since(asked.base, asked.path, found.etag, found.body)
+        if asked.base == found.etag:
+            return structs.replace(found, status=HTTPStatus.NOT_MODIFIED, body=b"")
+        if steps is not None and asked.takes_difference:
+            return structs.replace(found, status=HTTPStatus.IM_USED, body=steps)
+        return found
+
+
+_GZIP_BYTES, _GZIP_LEVEL = 2048, 4
+"""Shorter bodies are not compressed; the level costs 2 ms for each megabyte of a list."""
 
 _decoder: msgspec.msgpack.Decoder[Read] = msgspec.msgpack.Decoder(Read)
 
