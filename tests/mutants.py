@@ -95,11 +95,13 @@ class Mutant:
     """Offsets in the module's UTF-8 text."""
     before: str
     after: str
+    scope: str
+    """Qualified name of the function, empty for the module itself."""
 
     @property
     def key(self) -> str:
         """Return the change without its line number, as listed in ``mutants_equivalent.txt``."""
-        return f"{self.module}: {_flat(self.before)} -> {_flat(self.after)}"
+        return f"{self.module} {self.scope}: {_flat(self.before)} -> {_flat(self.after)}"
 
     def __str__(self) -> str:
         return f"{self.module}.py:{self.line}: {_flat(self.before)} -> {_flat(self.after)}"
@@ -115,13 +117,14 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
     for line in data.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
     tree = ast.parse(text)
+    scopes = dict(_scopes(tree, ""))
     skipped = {id(node) for each in ast.walk(tree) for node in _not_worth_it(each)}
 
     def mutant(node: ast.expr | ast.stmt, after: str) -> Mutant:
         assert node.end_lineno is not None and node.end_col_offset is not None
         start = starts[node.lineno - 1] + node.col_offset
         end = starts[node.end_lineno - 1] + node.end_col_offset
-        return Mutant(module, node.lineno, start, end, data[start:end].decode(), after)
+        return Mutant(module, node.lineno, start, end, data[start:end].decode(), after, scopes[node])
 
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -135,6 +138,15 @@ def mutants_of(module: str, text: str) -> Iterator[Mutant]:
             is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             if not is_text:
                 yield mutant(node, "pass")
+
+
+def _scopes(node: ast.AST, scope: str) -> Iterator[tuple[ast.AST, str]]:
+    """Yield each node below this one with the qualified name of the function or class that it is in."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        scope = f"{scope}.{node.name}".removeprefix(".")
+    for child in ast.iter_child_nodes(node):
+        yield child, scope
+        yield from _scopes(child, scope)
 
 
 def _not_worth_it(node: ast.AST) -> Iterator[ast.AST]:
@@ -297,7 +309,7 @@ def run_tests(python: Path, arguments: list[str], *, timeout_s: float | None) ->
 
 
 def equivalent() -> set[str]:
-    """Return the changes that no test can notice, from lines of the form ``MODULE: BEFORE -> AFTER  # REASON``."""
+    """Return the changes that no test can notice, from lines ``MODULE FUNCTION: BEFORE -> AFTER  # REASON``."""
     lines = EQUIVALENT.read_text().splitlines() if EQUIVALENT.exists() else []
     return {line.rpartition("  # ")[0] for line in lines if "  # " in line}
 

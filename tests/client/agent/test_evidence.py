@@ -630,6 +630,17 @@ def test_what_is_stored_of_the_files_counts_until_the_machine_is_restarted(direc
         assert not again.known.is_complete
 
 
+def test_the_next_agent_knows_the_withheld_texts(directory: Path) -> None:
+    cache = Cache(str(directory), read_remote(str(directory)))
+    cache.prepare()
+    cache.replace(PLAN, FIRST)
+    evidence.Evidence(cache).withhold([(PLAN, FIRST, "why")])
+    assert evidence.Evidence(cache).withheld() == {PLAN: "why"}
+    assert evidence.Evidence(cache).is_last_withheld(PLAN, FIRST)
+    cache.replace(PLAN, MINE)
+    assert evidence.Evidence(cache).withheld() == {}
+
+
 @pytest.mark.parametrize("change", ["withhold", "record"])
 def test_the_withheld_texts_are_listed_while_a_thread_changes_them(
     directory: Path, monkeypatch: pytest.MonkeyPatch, change: str

@@ -266,8 +266,9 @@ async def test_each_command_writes_with_its_own_token(server: FakeServer, servic
     await run(service, "put", "tasks/a.json", "a")
     await run(service, "put", "tasks/b.json", "b", token="ltr_bob")
     assert (directory / "tasks/b.json").read_bytes() == b"b"
+    await run(service, "put", "tasks/c.json", "c", token="ltr_bob")
     hellos = [frame for frame in server.frames if isinstance(frame, Hello)]
-    assert [hello.follow for hello in hellos] == [True, False]
+    assert [hello.follow for hello in hellos] == [True, False], "one connection for each token"
 
 
 async def test_a_better_token_replaces_a_refused_one(server: FakeServer, directory: Path) -> None:

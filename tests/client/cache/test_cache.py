@@ -20,7 +20,7 @@ from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.errors import StorageError
 from lattice_remote.protocol.effects import NOWHERE, Position
 from lattice_remote.protocol.messages import Part
-from lattice_remote.protocol.operations import AppendBytes, DeleteFile, PutFile, digest_of
+from lattice_remote.protocol.operations import AnnounceFile, AppendBytes, DeleteFile, PutFile, digest_of
 
 
 @pytest.fixture
@@ -132,7 +132,10 @@ async def test_a_lock_that_another_process_holds_is_waited_for(cache: Cache) -> 
             async with cache.locked(timeout_s=0.05):
                 pass
         waiting = asyncio.ensure_future(_lock(cache))
+        await asyncio.sleep(0)
+        assert cache.is_held_by_others
     await waiting
+    assert not cache.is_held_by_others
 
 
 async def _lock(cache: Cache) -> None:
@@ -247,6 +250,19 @@ def test_our_own_edit_comes_back_without_a_fetch(cache: Cache) -> None:
     assert not edits.absorb(DeleteFile(PLAN))
     assert edits.absorb(AppendBytes(PLAN, 7, digest_of(b"server\n"), b"mine\n"))
     assert edits.scan() == []
+
+
+def test_our_own_large_edit_comes_back_without_a_fetch(cache: Cache) -> None:
+    """A change only announces its content, by size and digest."""
+    edits = Edits(cache)
+    cache.replace(PLAN, b"server\n")
+    edits.rebase(PLAN)
+    cache.replace(PLAN, b"mine\n")
+    assert not edits.absorb(AnnounceFile(PLAN, 5, digest_of(b"his!\n")))
+    assert not edits.absorb(AnnounceFile(PLAN, 6, digest_of(b"mine\n")))
+    assert edits.scan() == [PLAN]
+    assert edits.absorb(AnnounceFile(PLAN, 5, digest_of(b"mine\n")))
+    assert edits.scan() == [] and edits.base(PLAN) == b"mine\n"
 
 
 def test_a_conflict_is_kept_once(cache: Cache) -> None:

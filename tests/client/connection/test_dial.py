@@ -167,6 +167,18 @@ async def test_a_clone_that_the_environment_names_works_at_once(server: FakeServ
     await service.close()
 
 
+async def test_a_login_takes_no_server_from_whom_the_environment_names(server: FakeServer, tmp_path: Path) -> None:
+    directory = make_clone(tmp_path / "clone", server.url)
+    service = Service(str(directory))
+    service.start(TOKEN)
+    await run(service, "put", "tasks/x.json", "x", named=server.url + "/web")
+    service._links.choose(None)  # as after any login of this user
+    server.cut()
+    server.put("tasks/y.json", b"y")
+    await until((directory / "tasks/y.json").exists)
+    await service.close()
+
+
 async def test_a_further_token_goes_nowhere_else_either(server: FakeServer, tmp_path: Path) -> None:
     server.tokens["ltr_bob"] = "human:bob"
     service = Service(str(make_clone(tmp_path / "clone", server.url)))
