@@ -5,9 +5,10 @@ import secrets
 from typing import Any
 
 import pytest
-from client_kit import ask, run, until
+from client_kit import ask, ready, run, until
 from fake_server import FakeServer
 from websockets.asyncio.server import ServerConnection
+from websockets.http11 import Request, Response
 
 from lattice_remote.client.agent.service import Service
 from lattice_remote.client.connection import connection as module
@@ -21,7 +22,7 @@ def longest(_low: float, _high: float) -> float:
 
 
 async def test_a_command_is_sent_without_sitting_out_the_delay(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     link = service._link
     link._pace.uniform = longest
     await server.stop()
@@ -34,7 +35,7 @@ async def test_a_command_is_sent_without_sitting_out_the_delay(server: FakeServe
 async def test_a_connected_command_may_take_longer_than_a_lost_connection(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     monkeypatch.setattr(module, "SENT_PATIENCE_S", 0.01)
     monkeypatch.setattr(module, "UNSENT_PATIENCE_S", 0.01)
     looks = 0
@@ -51,6 +52,44 @@ async def test_a_connected_command_may_take_longer_than_a_lost_connection(
     assert (await run(service, "slow"))["exit_code"] == 0
 
 
+@pytest.mark.parametrize("step", ["upgrade", "welcome"])
+async def test_a_server_that_has_just_started_may_be_slow(
+    server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A connection that it accepts is not reported as refused, as the attempt before it was."""
+    await ready(service)
+    link, release = service._link, asyncio.Event()
+    await server.stop()
+    await until(lambda: link.error is not None and "refused" in link.error.message)
+    check, give_up, looks = server._check, Connection._give_up, 0
+
+    async def late_check(connection: ServerConnection, request: Request) -> Response | None:
+        await release.wait()
+        return check(connection, request)
+
+    async def late_answer(_: ServerConnection, __: ClientFrame) -> bool:
+        await release.wait()
+        return False
+
+    def counted(link: Connection, pending: Any, failed_before: int) -> None:
+        nonlocal looks
+        looks += link._is_accepted
+        if looks == 4:  # 0.1 s apart
+            release.set()
+        elif looks:
+            monkeypatch.setattr(module, "UNSENT_PATIENCE_S", 0.01)
+        give_up(link, pending, failed_before)
+
+    if step == "upgrade":
+        monkeypatch.setattr(server, "_check", late_check)
+    else:
+        server.misbehave = late_answer
+    monkeypatch.setattr(Connection, "_give_up", counted)
+    await server.start()
+    reply = await link.ask(Run(secrets.token_hex(16), ["put", "tasks/x.json", "x"]))
+    assert isinstance(reply, Reply) and server.files["tasks/x.json"] == b"x"
+
+
 async def test_a_command_after_a_refusal_is_tried_once_more(server: FakeServer, service: Service) -> None:
     tokens, server.tokens = server.tokens, {}
     await until(lambda: service._link.is_refused)
@@ -62,7 +101,7 @@ async def test_a_command_after_a_refusal_is_tried_once_more(server: FakeServer, 
 async def test_an_answer_whose_caller_left_while_it_waited_for_its_change_harms_nothing(
     server: FakeServer, service: Service
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
 
     async def answer_early(connection: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Run):
@@ -82,7 +121,7 @@ async def test_an_answer_whose_caller_left_while_it_waited_for_its_change_harms_
 
 
 async def test_an_answer_that_comes_twice_harms_nothing(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
 
     async def answer_twice(connection: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Run):
@@ -103,7 +142,7 @@ async def test_a_connection_that_was_current_resets_the_delay(
 ) -> None:
     """Also one that had fallen behind by the time it was cut."""
     monkeypatch.setattr(module, "MIN_UPTIME_S", 0.0)
-    await ask(service, "ready")
+    await ready(service)
     link = service._link
     link._pace.streak = 5
     if is_behind:

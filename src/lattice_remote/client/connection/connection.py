@@ -267,6 +267,7 @@ class Connection:
     heard_at: float | None = None
     """Time of the last frame or pong (``boot_time()``)."""
     _socket: ClientConnection | None = None
+    _is_accepted: bool = False  # the server has accepted the connection, and has not said more yet
     _task: "asyncio.Task[None] | None" = None
     _pending: dict[str, _Pending] = field(default_factory=dict)
     _kicked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -387,6 +388,8 @@ class Connection:
         if isinstance(self.error, StorageError) and self.failed_attempts > failed_before:
             effect = "the command may have taken effect" if pending.sent else "nothing was sent"
             raise StorageError(f"{self.error.message}; {effect}")
+        if self._is_accepted:
+            return  # the attempt has time limits of its own: a server that has just started may be slow
         since = max(self._down_since, pending.asked_at)
         if time.monotonic() - since > pending.patience_s or pending.sends >= MAX_SENDS:
             raise self.unreachable(sent=pending.sent, is_write=pending.is_write)
@@ -485,7 +488,11 @@ class Connection:
         why, code = (self.error.message, self.error.code) if self.error is not None else ("", None)
         return ConnectionFailed(f"{why}; next attempt in {seconds:.0f} s", code=code)
 
+    def _accepted(self) -> None:
+        self._is_accepted = True
+
     async def _hang_up(self) -> None:
+        self._is_accepted = False
         if self.welcome is not None:
             self._down_since = time.monotonic()
         self.welcome = None
@@ -509,7 +516,7 @@ class Connection:
 
     async def _converse(self) -> None:
         """Connect, greet and run the session until it ends, always with an exception."""
-        self._socket = await open_socket(self.remote, self.token, self.named)
+        self._socket = await open_socket(self.remote, self.token, self.named, self._accepted)
         inbox = ReceiveQueue()
         hello = await self.conversation.hello()
         self._offered = hello.epoch

@@ -95,7 +95,18 @@ class _Dial(connect):
 
 
 class _Strict(ClientConnection):
-    """The library's connection, which would keep reading from a peer after a violation."""
+    """The library's connection, which would keep reading from a peer after a violation.
+
+    ``on_accepted`` is called once the server, or a proxy for it, accepts the connection, before the upgrade.
+    """
+
+    def __init__(self, *args: Any, on_accepted: Callable[[], None], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._on_accepted = on_accepted
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._on_accepted()
 
     def data_received(self, data: bytes) -> None:
         """Abort at once after invalid data; the reason is kept."""
@@ -104,8 +115,12 @@ class _Strict(ClientConnection):
             self.transport.abort()
 
 
-async def open_socket(remote: Remote, token: str | None, named: Server | None) -> ClientConnection:
+async def open_socket(
+    remote: Remote, token: str | None, named: Server | None, on_accepted: Callable[[], None]
+) -> ClientConnection:
     """Connect and upgrade. ``named`` is a server from the environment, in addition to the stored ones.
+
+    ``on_accepted`` is called between the two.
 
     Raises:
         Rejected: the token is missing, must not be sent there or is refused; or the certificate is refused.
@@ -124,7 +139,7 @@ async def open_socket(remote: Remote, token: str | None, named: Server | None) -
     try:
         return await _Dial(
             remote.websocket_url,
-            create_connection=_Strict,
+            create_connection=functools.partial(_Strict, on_accepted=on_accepted),  # type: ignore[arg-type] # any maker
             subprotocols=[Subprotocol(SUBPROTOCOL)],
             additional_headers={"Authorization": f"Bearer {token}"},
             ssl=_tls(server.ca_file) if is_tls else None,
