@@ -28,7 +28,7 @@ BIN = Path(sys.executable).parent
 COMMAND_TIMEOUT_S = 60.0
 
 
-def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
     """Wait until ``condition()`` is true, looking every 5 ms.
 
     Raises:

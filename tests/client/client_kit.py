@@ -37,11 +37,18 @@ async def ask(service: Service, do: str, token: str | None = TOKEN, **fields: ob
         return await service.handle({"do": do, "token": token, **fields}, lambda _: None)
 
 
+async def ready(service: Service) -> None:
+    """Wait until the cache is current: a slow machine needs longer than a command waits."""
+    async with asyncio.timeout(60):
+        while not (await ask(service, "ready"))["current"]:  # noqa: ASYNC110 - each look starts the work
+            await asyncio.sleep(0.01)
+
+
 async def run(service: Service, *argv: str, token: str | None = TOKEN, **fields: object) -> dict[str, object]:
     return await ask(service, "run", token, id=os.urandom(16).hex(), argv=list(argv), files=[], **fields)
 
 
-async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Wait for a condition, with a bound."""
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -115,6 +115,10 @@ class FakeWorker:
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
                 self.commit(request, {})
+            case ["wait", path]:
+                while not (self.tree / path).exists():
+                    time.sleep(0.01)
+                self.commit(request, {})
             case ["fail"]:
                 self.send(WorkerFailed("the disk is gone"))
                 os._exit(1)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from client_kit import PLAN, TASK, ask, make_cache, rescued, run, tree, until
+from client_kit import PLAN, TASK, ask, make_cache, ready, rescued, run, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote import file_watcher
@@ -40,8 +40,7 @@ async def looked_after(directory: Path, file_watcher: FileWatcher | None = None)
     service.start(TOKEN)
     service.look_after(file_watcher, asyncio.Semaphore(1))
     try:
-        await ask(service, "ready")
-        await until(lambda: service.cache.known.is_complete and service._is_current())
+        await ready(service)
         yield service
     finally:
         await service.close()
@@ -342,7 +341,7 @@ async def test_a_change_of_the_server_does_not_swallow_a_text_written_by_hand(
 ) -> None:
     """Also where nobody watches: a command without the agent."""
     server.files["context.md"] = b"# Ours\n"
-    await ask(service, "ready")
+    await ready(service)
     (directory / "context.md").write_bytes(b"# Mine\n")
     server.put("context.md", b"# Ours, later\n")
     await until(lambda: (directory / "context.md").read_bytes() == b"# Ours, later\n")
@@ -401,7 +400,7 @@ async def test_no_rescued_text_takes_the_place_of_another(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     server.files["context.md"] = b"# Ours\n"
-    await ask(service, "ready")
+    await ready(service)
     for n in range(10):
         (directory / "context.md").write_bytes(f"mine {n}".encode())
         server.change(PutFile("context.md", f"theirs {n}".encode()))

@@ -93,7 +93,7 @@ async def is_restored(service: Service, directory: Path, text: bytes = THEIRS, *
         notices.extend((await ask(service, "ready"))["notices"])  # type: ignore[arg-type]
         return any("restored to the server's text" in notice and reason in notice for notice in notices)
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not await said():
         assert time.monotonic() < deadline, notices
         await asyncio.sleep(0.01)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from client_kit import ask, run, until
+from client_kit import ask, ready, run, until
 from fake_server import FakeServer
 from websockets.asyncio.server import ServerConnection
 
@@ -17,7 +17,7 @@ async def test_a_call_is_sent_only_to_a_server_that_names_its_surface(
     server: FakeServer, service: Service, directory: Path, missing: str
 ) -> None:
     server.capabilities = [name for name in server.capabilities if name != missing]
-    await ask(service, "ready")
+    await ready(service)
     call = {"surface": "mcp", "name": "tasks/x.json", "payload": '{"x": 1}', "files": []}
     if missing == "call:mcp":
         with pytest.raises(RemoteError, match=r"does not offer mcp: install lattice-remote\[mcp\] on the server"):
@@ -30,7 +30,7 @@ async def test_a_call_is_sent_only_to_a_server_that_names_its_surface(
 
 
 async def test_status_says_which_side_to_upgrade(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     versions = (await ask(service, "status"))["versions"]
     assert versions["server"]["lattice-tracker"] == "0"
     assert versions["differences"]["lattice-tracker"] == "0 is older: upgrade the server"
@@ -74,7 +74,7 @@ async def test_a_request_that_an_agent_before_may_have_sent_says_so_at_once(
     server: FakeServer, service: Service
 ) -> None:
     """I6."""
-    await ask(service, "ready")
+    await ready(service)
     from lattice_remote.client.agent_runtime import boot_time
 
     await run(service, "put", "tasks/x.json", "x", first_sent_at=boot_time() - 100)
@@ -92,6 +92,6 @@ async def test_a_log_that_does_not_end_is_a_violation(server: FakeServer, servic
         return isinstance(frame, Log)
 
     server.misbehave = misbehave  # type: ignore[assignment]
-    await ask(service, "ready")
+    await ready(service)
     with pytest.raises(RemoteError, match="are not consecutive"):
         await ask(service, "log", task="", limit=5)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from client_kit import ask, run, tree, until
+from client_kit import ask, ready, run, tree, until
 from fake_server import TOKEN, FakeServer
 from websockets.asyncio.server import ServerConnection
 
@@ -44,7 +44,7 @@ async def hold(connection: ServerConnection, frame: ClientFrame) -> bool:
 
 
 async def test_it_comes_by_itself_and_nobody_waits(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.misbehave = hold  # type: ignore[assignment]
     announce(server)
     answer = await run(service, "put", "tasks/x.json", "x")
@@ -67,7 +67,7 @@ async def test_it_comes_by_itself_and_nobody_waits(server: FakeServer, service: 
 async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, service: Service, directory: Path) -> None:
     on_demand(service)
     announce(server)
-    await ask(service, "ready")
+    await ready(service)
     await current(service, server)
     for do in ("verify", "sync"):
         answer = await ask(service, do)
@@ -82,7 +82,7 @@ async def test_on_demand_it_comes_when_it_is_asked_for(server: FakeServer, servi
 async def test_the_setting_counts_at_once(server: FakeServer, service: Service, directory: Path) -> None:
     await ask(service, "configure", name="payloads", value="on-demand")
     announce(server)
-    await ask(service, "ready")
+    await ready(service)
     await current(service, server)
     assert not (directory / BIG).exists()
     assert await ask(service, "configure", name="payloads", value="background") == {"payloads": "background"}
@@ -95,7 +95,7 @@ async def test_the_setting_counts_at_once(server: FakeServer, service: Service, 
 async def test_another_start_goes_on_from_what_is_here(server: FakeServer, directory: Path) -> None:
     first = Service(str(directory))
     first.start(TOKEN)
-    await ask(first, "ready")
+    await ready(first)
     asked = 0
 
     async def hold_after_two(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -121,7 +121,7 @@ async def test_another_start_goes_on_from_what_is_here(server: FakeServer, direc
 async def test_what_becomes_another_while_it_comes_is_not_put_in_place(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.misbehave = hold  # type: ignore[assignment]
     announce(server)
     await until(lambda: bool(downloads(server)))
@@ -140,7 +140,7 @@ async def test_a_newer_content_that_is_not_fetched_leaves_no_older_one_in_its_pl
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     announce(server)
-    await ask(service, "ready")
+    await ready(service)
     await until((directory / BIG).exists)
     await ask(service, "configure", name="payloads", value="on-demand")
     announce(server, os.urandom(700_000))
@@ -153,14 +153,14 @@ async def test_a_content_that_is_no_longer_wanted_away_stays(
 ) -> None:
     """It may have arrived, or be announced anew, between the decision to remove the file and its turn."""
     announce(server)
-    await ask(service, "ready")
+    await ready(service)
     await until((directory / BIG).exists)
     await service._follower.vacate(BIG, (len(CONTENT), digest_of(CONTENT)))
     assert (directory / BIG).read_bytes() == CONTENT
 
 
 async def test_what_is_there_already_is_not_fetched(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     (directory / BIG).write_bytes(CONTENT)
     announce(server)
     await current(service, server)
@@ -172,7 +172,7 @@ async def test_what_is_there_already_is_not_fetched(server: FakeServer, service:
 async def test_another_process_that_fetches_is_noticed(server: FakeServer, service: Service, directory: Path) -> None:
     on_demand(service)
     announce(server)
-    await ask(service, "ready")
+    await ready(service)
     await current(service, server)
     other = Service(str(directory))
     other.start(TOKEN)
@@ -186,7 +186,7 @@ async def test_another_process_that_fetches_is_noticed(server: FakeServer, servi
 
 async def test_one_that_can_not_be_had_holds_up_no_other(server: FakeServer, service: Service, directory: Path) -> None:
     """And is tried again when it is asked for, or has become another."""
-    await ask(service, "ready")
+    await ready(service)
     first, second = "artifacts/payload/first", "artifacts/payload/second"
 
     async def lose_first(connection: ServerConnection, frame: ClientFrame) -> bool:
@@ -214,7 +214,7 @@ async def test_a_server_that_is_gone_is_said_and_what_has_come_stays(
 ) -> None:
     on_demand(service)
     announce(server)
-    await ask(service, "ready")
+    await ready(service)
     await current(service, server)
     server.misbehave = hold  # type: ignore[assignment]
     fetching = asyncio.create_task(ask(service, "fetch", paths=None))
@@ -238,7 +238,7 @@ async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
     on_demand(first)
     first.start(TOKEN)
     announce(server)
-    await ask(first, "ready")
+    await ready(first)
     await current(first, server)
     await first.close()
     away = directory / ".remote/deferred.json"
@@ -248,7 +248,7 @@ async def test_a_spoilt_list_of_what_is_away_has_everything_compared(
         away.write_text(spoil)
     second = Service(str(directory))
     second.start(TOKEN)
-    await ask(second, "ready")
+    await ready(second)
     assert second._follower.replica.away == {BIG: (len(CONTENT), digest_of(CONTENT))}
     assert second._follower.resyncs == 1
     await second.close()
@@ -267,7 +267,7 @@ async def attach(service: Service, path: Path) -> dict[str, object]:
 async def test_a_large_file_goes_before_its_command(server: FakeServer, service: Service, tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(CONTENT)
-    await ask(service, "ready")
+    await ready(service)
     assert (await attach(service, path))["exit_code"] == 0
     [sent] = [frame for frame in server.frames if isinstance(frame, Run)]
     [file] = sent.files
@@ -280,7 +280,7 @@ async def test_a_file_that_is_another_by_now_is_not_sent(server: FakeServer, ser
     path.write_bytes(CONTENT)
     described = named(path)
     path.write_bytes(CONTENT[:-1])
-    await ask(service, "ready")
+    await ready(service)
     request = {"do": "run", "token": TOKEN, "id": os.urandom(16).hex(), "argv": ["attach", str(path)]}
     assert await service.handle({**request, "files": described}, lambda _: None) == {"unreadable": True}
     assert not [frame for frame in server.frames if isinstance(frame, Run | Upload)]

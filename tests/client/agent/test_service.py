@@ -8,7 +8,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
-from client_kit import MINE, PLAN, TASK, ask, make_cache, run, tree, until
+from client_kit import MINE, PLAN, TASK, ask, make_cache, ready, run, tree, until
 from fake_server import TOKEN, FakeServer, refusal_body
 from websockets.asyncio.server import ServerConnection
 
@@ -34,7 +34,7 @@ async def test_a_directory_with_only_a_remote_is_filled(server: FakeServer, serv
 
 
 async def test_changes_arrive_by_themselves(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.put("tasks/task_2.json", b"two")
     server.append("events/task_2.jsonl", b"line\n")
     server.append("events/task_2.jsonl", b"more\n")
@@ -46,7 +46,7 @@ async def test_changes_arrive_by_themselves(server: FakeServer, service: Service
 async def test_a_change_is_acknowledged_with_the_time_since_it_was_applied(
     server: FakeServer, service: Service
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.put("tasks/task_2.json", b"two")
     await until(lambda: any(isinstance(frame, Applied) and frame.seq == server.seq for frame in server.frames))
     (applied,) = [frame for frame in server.frames if isinstance(frame, Applied) and frame.seq == server.seq]
@@ -54,7 +54,7 @@ async def test_a_change_is_acknowledged_with_the_time_since_it_was_applied(
 
 
 async def test_an_announced_file_is_fetched(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     data = os.urandom(5000)
     server.files["artifacts/payload/big"] = data
     server.change(AnnounceFile("artifacts/payload/big", len(data), digest_of(data)))
@@ -77,7 +77,7 @@ async def test_a_drifted_file_is_fetched_before_the_answer(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
     server.files["events/task_1.jsonl"] = b"one\n"
-    await ask(service, "ready")
+    await ready(service)
     (directory / "events/task_1.jsonl").write_bytes(b"tampered\n")
     await run(service, "append", "events/task_1.jsonl", "two\n")
     assert (directory / "events/task_1.jsonl").read_bytes() == b"one\ntwo\n"
@@ -86,7 +86,7 @@ async def test_a_drifted_file_is_fetched_before_the_answer(
 async def test_the_copy_goes_on_where_it_stood(server: FakeServer, directory: Path) -> None:
     first = Service(str(directory))
     first.start(TOKEN)
-    await ask(first, "ready")
+    await ready(first)
     server.put("tasks/task_2.json", b"two")
     await until((directory / "tasks/task_2.json").exists)
     await first.close()
@@ -94,14 +94,14 @@ async def test_the_copy_goes_on_where_it_stood(server: FakeServer, directory: Pa
     server.frames.clear()
     second = Service(str(directory))
     second.start(TOKEN)
-    await ask(second, "ready")
+    await ready(second)
     assert tree(directory) == server.files
     assert not [frame for frame in server.frames if isinstance(frame, Fetch)]
     await second.close()
 
 
 async def test_a_new_epoch_leads_to_a_resync(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.put("tasks/task_2.json", b"two")
     await until((directory / "tasks/task_2.json").exists)
     server.epoch, server.changes = "epoch2", []
@@ -111,7 +111,7 @@ async def test_a_new_epoch_leads_to_a_resync(server: FakeServer, service: Servic
 
 
 async def test_the_age_is_that_of_the_last_word(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     await server.stop()
     await until(lambda: not service._link.is_open)
     answer = await ask(service, "ready")
@@ -136,13 +136,13 @@ async def test_after_a_reboot_the_files_are_compared(
 ) -> None:
     first = Service(str(directory))
     first.start(TOKEN)
-    await ask(first, "ready")
+    await ready(first)
     await first.close()
     (directory / "tasks/task_1.json").write_bytes(b"")  # what a power cut may leave
     monkeypatch.setattr("lattice_remote.client.cache.cache._boot_id", "another")
     second = Service(str(directory))
     second.start(TOKEN)
-    await ask(second, "ready")
+    await ready(second)
     assert tree(directory) == server.files
     await second.close()
 
@@ -165,7 +165,7 @@ async def test_two_processes_may_follow_one_cache(server: FakeServer, directory:
 
 
 async def test_a_command_that_was_cut_off_runs_once(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.cut_before_reply = 2
     answer = await run(service, "append", "events/x.jsonl", "once\n")
     assert answer["exit_code"] == 0
@@ -175,7 +175,7 @@ async def test_a_command_that_was_cut_off_runs_once(server: FakeServer, service:
 async def test_a_command_that_was_never_sent_says_so(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     await server.stop()
     await until(lambda: not service._link.is_open)
     monkeypatch.setattr("lattice_remote.client.connection.connection.UNSENT_PATIENCE_S", 0.3)
@@ -189,7 +189,7 @@ async def test_a_command_that_was_never_sent_says_so(
 async def test_a_command_whose_answer_is_lost_may_have_taken_effect(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     monkeypatch.setattr("lattice_remote.client.connection.connection.SENT_PATIENCE_S", 0.3)
     running = asyncio.ensure_future(run(service, "slow"))
     await until(lambda: any(isinstance(frame, Run) for frame in server.frames))
@@ -200,7 +200,7 @@ async def test_a_command_whose_answer_is_lost_may_have_taken_effect(
 
 
 async def test_a_server_that_comes_back_in_time_is_waited_for(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     await server.stop()
     running = asyncio.ensure_future(run(service, "put", "tasks/x.json", "x"))
     await until(lambda: service._link.failed_attempts > 1)
@@ -237,7 +237,7 @@ async def test_a_refused_token_is_named(server: FakeServer, directory: Path) -> 
 async def test_a_command_that_was_sent_before_its_token_ended_may_have_taken_effect(
     server: FakeServer, service: Service
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
 
     async def revoke(connection: ServerConnection, frame: ClientFrame) -> bool:
         if isinstance(frame, Run):
@@ -317,7 +317,7 @@ async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
     server: FakeServer, service: Service, status: int, body: bytes
 ) -> None:
     """Between client and server there are proxies and login pages, for a while."""
-    await ask(service, "ready")
+    await ready(service)
     server.status, server.error_body = HTTPStatus(status), body
     server.cut()
     await until(lambda: "answers instead" in str(service._link.error))
@@ -330,7 +330,7 @@ async def test_another_programs_refusal_blames_no_token_and_ends_no_retries(
 
 
 async def test_a_goodbye_is_obeyed(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     connection = next(iter(server.connections))
     await connection.send(encode(Bye("REMOTE_UNAUTHORIZED", "this token was revoked")))
     await until(lambda: service._link.error is not None)
@@ -365,7 +365,7 @@ async def test_an_unknown_request_is_refused(service: Service) -> None:
 async def edited(server: FakeServer, service: Service, directory: Path) -> Path:
     """Fill a cache that has a plan, and edit the plan."""
     server.files[PLAN] = b"# Plan\n"
-    await ask(service, "ready")
+    await ready(service)
     (directory / PLAN).write_bytes(b"# Plan\nmine\n")
     return directory / PLAN
 
@@ -381,7 +381,7 @@ async def test_an_edit_is_sent_before_the_command(server: FakeServer, service: S
 
 
 async def test_new_notes_are_sent_without_a_base(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     (directory / f"notes/{TASK}.md").write_bytes(b"note\n")
     (directory / f"notes/{TASK}.md~").write_bytes(b"an editor's backup\n")
     answer = await ask(service, "push")
@@ -510,7 +510,7 @@ async def test_an_unsent_edit_survives_a_sync(server: FakeServer, service: Servi
 async def test_verify_lists_differences_and_changes_nothing(
     server: FakeServer, service: Service, directory: Path
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     (directory / "config.json").write_bytes(b"tampered")
     (directory / "tasks/task_1.json").unlink()
     (directory / "tasks/task_7.json").write_bytes(b"foreign")
@@ -523,7 +523,7 @@ async def test_verify_lists_differences_and_changes_nothing(
 
 
 async def test_sync_mends(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     (directory / "config.json").write_bytes(b"tampered")
     (directory / "tasks/task_1.json").unlink()
     (directory / "tasks/task_7.json").write_bytes(b"foreign")
@@ -568,7 +568,7 @@ def outside(directory: Path) -> set[str]:
 async def test_a_path_out_of_the_cache_ends_the_connection(
     server: FakeServer, service: Service, directory: Path, path: str
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     before, inside = outside(directory), tree(directory)
     server.broadcast(server.numbered(PutFile(path, b"evil")))
     await until(lambda: service._link.error is not None and service._link.error.code == "REMOTE_PROTOCOL")
@@ -594,7 +594,7 @@ async def test_links_in_the_way_are_never_followed(server: FakeServer, directory
 
 
 async def test_a_gap_in_the_numbers_is_a_violation(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.broadcast(Change(5, b"m" * 16, "", "x", "t", "edit", "", [PutFile("tasks/x.json", b"x")]))
     await until(lambda: service._link.failed_attempts > 0)
     await until(lambda: service._link.is_open)
@@ -602,7 +602,7 @@ async def test_a_gap_in_the_numbers_is_a_violation(server: FakeServer, service: 
 
 
 async def test_parts_that_nobody_asked_for_are_ignored(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.broadcast(Part("tasks/x.json", 0, 4, digest_of(b"evil"), 0, b"evil"))
     server.put("tasks/y.json", b"y")
     await until((directory / "tasks/y.json").exists)
@@ -610,7 +610,7 @@ async def test_parts_that_nobody_asked_for_are_ignored(server: FakeServer, servi
 
 
 async def test_a_huge_announcement_takes_no_room(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.change(AnnounceFile("events/huge.jsonl", 1 << 60, digest_of(b"")))
     server.files["events/huge.jsonl"] = b"small after all"
     await until(lambda: any(isinstance(f, Fetch) and "events/huge.jsonl" in f.paths for f in server.frames))
@@ -618,7 +618,7 @@ async def test_a_huge_announcement_takes_no_room(server: FakeServer, service: Se
 
 
 async def test_an_append_that_does_not_fit_is_fetched(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.files["events/x.jsonl"] = b"true\n"
     server.broadcast(server.numbered(AppendBytes("events/x.jsonl", 1 << 40, digest_of(b"?"), b"y")))
     await until((directory / "events/x.jsonl").exists)
@@ -627,7 +627,7 @@ async def test_an_append_that_does_not_fit_is_fetched(server: FakeServer, servic
 
 @pytest.mark.parametrize("message", ["text", b"\xc1", b"", b"\x81\xa4type\xa4nope"])
 async def test_a_bad_frame_ends_only_the_connection(server: FakeServer, service: Service, message: str | bytes) -> None:
-    await ask(service, "ready")
+    await ready(service)
     connection = next(iter(server.connections))
     await connection.send(message)
     await until(lambda: service._link.failed_attempts > 0)
@@ -669,7 +669,7 @@ async def test_something_else_on_the_port_is_named(tmp_path: Path) -> None:
 async def test_a_full_disk_is_said_and_nothing_is_corrupt(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
 
     def full(self: Cache, path: str, data: bytes) -> None:
         raise StorageError("cannot write the cache: No space left on device")
@@ -691,7 +691,7 @@ async def test_once_there_is_space_again_a_command_runs_at_once(
     server: FakeServer, service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An earlier failure says nothing of the disk by now."""
-    await ask(service, "ready")
+    await ready(service)
     service._link._pace.uniform = lambda _low, _high: 300.0
 
     def full(self: Cache, path: str, data: bytes) -> None:
@@ -706,7 +706,7 @@ async def test_once_there_is_space_again_a_command_runs_at_once(
 
 
 async def test_a_removed_directory_is_not_made_again(server: FakeServer, service: Service, directory: Path) -> None:
-    await ask(service, "ready")
+    await ready(service)
     move_away(directory)
     assert service.is_stale()
     server.put("tasks/x.json", b"x")
@@ -734,7 +734,7 @@ async def test_status_names_its_evidence(server: FakeServer, service: Service) -
 
 
 async def test_silence_is_not_called_connected(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    await ask(service, "ready")
+    await ready(service)
     monkeypatch.setattr("lattice_remote.client.connection.connection.ALIVE_S", -1.0)
     assert not service.summary()["connected"]
     with pytest.raises(RemoteError, match="cannot reach server"):
@@ -745,7 +745,7 @@ async def test_silence_is_not_called_connected(service: Service, monkeypatch: py
 
 
 async def test_a_link_outlives_any_number_of_failures(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     service._link._pace.streak = 5000
     await server.stop()
     await until(lambda: service._link.failed_attempts > 0)
@@ -762,7 +762,7 @@ async def test_a_command_that_ends_every_connection_is_given_up(
             connection.transport.abort()
         return isinstance(frame, Run)
 
-    await ask(service, "ready")
+    await ready(service)
     server.misbehave = close  # type: ignore[assignment]
     monkeypatch.setattr("lattice_remote.client.connection.dial.MAX_DELAY_S", 0.1)
     with pytest.raises(ConnectionFailed, match="may have taken effect"):
@@ -776,7 +776,7 @@ async def test_pieces_that_never_add_up_end_the_connection(server: FakeServer, s
             await connection.send(encode(Part(frame.paths[0], server.seq, 1, b"\0" * 32, 0, b"x")))
         return isinstance(frame, Fetch)
 
-    await ask(service, "ready")
+    await ready(service)
     server.misbehave = lie  # type: ignore[assignment]
     server.change(AnnounceFile("artifacts/payload/x", 1, digest_of(b"x")))
     await until(lambda: service._link.error is not None)
@@ -785,7 +785,7 @@ async def test_pieces_that_never_add_up_end_the_connection(server: FakeServer, s
 
 
 async def test_comparing_without_a_connection_is_an_error_like_any_other(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     await server.stop()
     await until(lambda: not service._link.is_open)
     with pytest.raises(ConnectionFailed):
@@ -793,7 +793,7 @@ async def test_comparing_without_a_connection_is_an_error_like_any_other(server:
 
 
 async def test_a_token_that_can_not_travel_is_named(service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     with pytest.raises(RemoteError, match="not a token") as error:
         await run(service, "put", "tasks/x.json", "x", token="zwei Wörter")
     assert error.value.code == "REMOTE_UNAUTHORIZED"
@@ -848,7 +848,7 @@ async def test_an_edit_stays_in_place_until_what_it_was_merged_with_is_here(
 async def test_what_is_saved_while_a_text_is_put_in_place_is_an_edit(
     server: FakeServer, service: Service, directory: Path, monkeypatch: pytest.MonkeyPatch, moment: str, grows: bool
 ) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.put(PLAN, b"# Plan\n")
     await until(service._is_current)
     place, put = directory / PLAN, Directory.replace

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from client_kit import MINE, PLAN, TASK, ask, run, until
+from client_kit import MINE, PLAN, TASK, ask, ready, run, until
 from fake_server import FakeServer
 from websockets.asyncio.server import ServerConnection
 
@@ -27,7 +27,7 @@ async def resolve(service: Service, choice: str | None, task: str = "LAT-42", **
 async def place(server: FakeServer, service: Service, directory: Path) -> Path:
     """A cache in whose plan Ana's text and the server's conflict; Ana's is set aside."""
     server.files |= {PLAN: b"# Plan\n", SNAPSHOT: json.dumps({"id": TASK, "short_id": "LAT-42"}).encode()}
-    await ask(service, "ready")
+    await ready(service)
     await conflict(server, service, directory, PLAN)
     return directory
 
@@ -179,7 +179,7 @@ async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
     """The file still holds the text that conflicted: sent as an edit of itself it would be no edit, and be lost."""
     monkeypatch.setattr("lattice_remote.client.agent.edit_sync.SAVING_S", 0.2)
     server.files |= {PLAN: b"# Plan\n", SNAPSHOT: json.dumps({"id": TASK, "short_id": "LAT-42"}).encode()}
-    await ask(service, "ready")
+    await ready(service)
     with (directory / PLAN).open("wb") as file:
         file.write(b"mine\n")
         file.flush()
@@ -189,7 +189,7 @@ async def test_nothing_is_resolved_before_the_servers_text_is_in_place(
         assert (directory / MINE).read_bytes() == b"mine\n"
         with pytest.raises(Rejected, match="has not arrived yet"):
             await resolve(service, choice)
-    await ask(service, "ready")
+    await ready(service)
     await until(lambda: (directory / PLAN).read_bytes() == b"theirs\n")
     await resolve(service, "mine")
     assert (server.files[PLAN], (directory / PLAN).read_bytes()) == (b"mine\n", b"mine\n")
@@ -208,7 +208,7 @@ async def test_an_editor_that_is_behind_undoes_nothing(server: FakeServer, servi
     """The server is told the text that the editor had opened, and its answer is put in place."""
     lines = b"# Plan\n\n- write the parser\n- test the parser\n"
     server.files |= {PLAN: lines, SNAPSHOT: b"{}\n"}
-    await ask(service, "ready")
+    await ready(service)
     server.put(PLAN, lines + b"- ask Ben about Unicode\n")
     await until(lambda: (directory / PLAN).read_bytes() == server.files[PLAN])
     (directory / PLAN).write_bytes(lines.replace(b"# Plan", b"# The plan"))
@@ -231,7 +231,7 @@ async def test_an_earlier_version_waits_until_the_user_decides(
     """However long ago it was replaced, and however often it is saved."""
     theirs = LINES + b"- ask Ben about Unicode\n"
     server.files |= {PLAN: LINES, SNAPSHOT: json.dumps({"short_id": "LAT-42"}).encode()}
-    await ask(service, "ready")
+    await ready(service)
     server.put(PLAN, theirs)
     await until(lambda: (directory / PLAN).read_bytes() == theirs)
     monkeypatch.setattr("lattice_remote.client.cache.edits.KEPT_S", 0.0)
@@ -262,7 +262,7 @@ async def test_what_one_takes_back_oneself_is_an_edit(server: FakeServer, servic
     """A checkbox that is toggled, and toggled back; others have changed nothing in between."""
     ticked = LINES.replace(b"- test", b"- [x] test")
     server.files |= {PLAN: LINES, SNAPSHOT: b"{}\n"}
-    await ask(service, "ready")
+    await ready(service)
     for text in (ticked, LINES, ticked, LINES):
         (directory / PLAN).write_bytes(text)
         await ask(service, "push")
@@ -274,7 +274,7 @@ async def test_a_change_of_ones_own_command_is_not_others(
 ) -> None:
     """An editor that was open saves over what the user's own ``lattice status`` appended, as it would locally."""
     server.files |= {PLAN: LINES, SNAPSHOT: b"{}\n"}
-    await ask(service, "ready")
+    await ready(service)
     await run(service, "append", PLAN, "## Sent back\n\nnot yet\n")
     assert (directory / PLAN).read_bytes() == LINES + b"## Sent back\n\nnot yet\n"
     for text in (LINES + b"- rewritten in the editor\n", LINES):

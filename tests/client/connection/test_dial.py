@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import trustme
-from client_kit import ask, make_clone, run, tree, until
+from client_kit import ask, make_clone, ready, run, tree, until
 from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client import credentials, trusted_servers
@@ -360,7 +360,7 @@ async def test_a_host_of_no_proxy_is_asked_directly(
 
 @pytest.mark.parametrize("status", [429, 503])
 async def test_retry_after_is_honoured_whoever_asks(server: FakeServer, service: Service, status: int) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.status, server.error_headers = HTTPStatus(status), {"Retry-After": "120"}
     server.cut()
     await until(lambda: service._link.is_barred)
@@ -376,7 +376,7 @@ async def test_retry_after_is_honoured_whoever_asks(server: FakeServer, service:
 
 
 async def test_a_short_wait_is_sat_out_by_the_command(server: FakeServer, service: Service) -> None:
-    await ask(service, "ready")
+    await ready(service)
     server.status, server.error_headers = HTTPStatus.SERVICE_UNAVAILABLE, {"Retry-After": "1"}
     server.cut()
     await until(lambda: service._link.is_barred)

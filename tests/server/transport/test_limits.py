@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 import struct
-import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,8 +25,10 @@ from lattice_remote.server.transport.send_queue import SendBudget
 
 @contextlib.asynccontextmanager
 async def limited(tmp_path: Path, *, proxies: tuple[str, ...] = (), **limits: int) -> AsyncIterator[Running]:
+    """A server with these limits, for which no time passes."""
     config = Config(limits=LimitSettings(**limits), trusted_proxies=list(proxies))
     async with serving(*make_data(tmp_path / "data"), config=config) as running:
+        running.hub.door.clock = lambda: 0.0
         yield running
 
 
@@ -169,19 +170,19 @@ async def test_requests_of_a_connection_and_of_a_token(tmp_path: Path) -> None:
         for client in (one, two):
             await client.send(hello(follow=False))
             await client.recv()
+        for client, taken, limit in (
+            (one, 3, "3 requests are in flight on this connection"),
+            (two, 1, "4 requests of this token are in flight"),
+        ):
             for _ in range(4):
-                await client.send(encode(Run(secrets.token_hex(16), ["slow"])))
-        refusals = []
-        for client in (one, two):
-            frames = [decode_server_frame(await client.recv()) for _ in range(4)]
-            refusals.append([frame.message for frame in frames if isinstance(frame, Refused)])
-            assert sum(isinstance(frame, Reply) for frame in frames) == 4 - len(refusals[-1])
-        assert refusals[0] == ["3 requests are in flight on this connection"]
-        assert refusals[1]
-        assert set(refusals[1]) <= {
-            "3 requests are in flight on this connection",
-            "4 requests of this token are in flight",
-        }
+                await client.send(encode(Run(secrets.token_hex(16), ["wait", "release"])))
+            for _ in range(4 - taken):
+                refusal = decode_server_frame(await client.recv())
+                assert isinstance(refusal, Refused) and refusal.message == limit
+        (running.tree / "release").touch()
+        for client, taken in ((one, 3), (two, 1)):
+            for _ in range(taken):
+                assert isinstance(decode_server_frame(await client.recv()), Reply)
         copy = Copy(follow=False)
         async with running.connected() as client:
             await copy.greet(client)
@@ -236,14 +237,12 @@ async def test_messages_a_second(tmp_path: Path) -> None:
             additional_headers={"Authorization": f"Bearer {running.token}"},
             subprotocols=["lattice.v1"],  # type: ignore[list-item]
         ) as bad:
-            began = time.monotonic()
             with pytest.raises(ConnectionClosed):
-                for _ in range(100):
-                    await bad.ping()
-                await bad.recv()
+                async with asyncio.timeout(60):
+                    while True:
+                        await bad.ping()
             assert bad.close_code == 1012
             assert "messages a second" in (bad.close_reason or "")
-            assert time.monotonic() - began < 5
         assert isinstance(await copy.run("put", "a", "x"), Reply)
 
 
