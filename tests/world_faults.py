@@ -76,8 +76,11 @@ class WorldFaults:
         """``remote.json`` is gone for a while, as in a commit from before it was added, and is back (I4)."""
         client = self._rng.choice(self._clients[:-1])  # the last one's watch command would end
         repository = _Git(client)
-        repository.commit("remote.json")
-        repository.run("checkout", "-q", "empty")
+        with self._mix.gate.shut():
+            repository.commit("remote.json")
+            before = _texts_of(client)
+            repository.run("checkout", "-q", "-f", "empty")  # tracked texts may differ from the commit
+            self._lose_edits(before, _texts_of(client))
         try:
             who = self._who("g")
             argv = ("comment", "LAT-1", f"says {who}", "--actor", f"agent:{who}")

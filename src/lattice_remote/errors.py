@@ -12,6 +12,9 @@ Every error has a ``code`` of ``CODES`` and a message of one line that ends with
 merge conflict, a command that lattice refuses) are return values, not errors.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "CODES",
     "REFUSALS",
@@ -24,6 +27,7 @@ __all__ = [
     "StorageError",
     "error_from_code",
     "one_line",
+    "unknown_if_sent",
 ]
 
 CODES = {
@@ -112,6 +116,18 @@ class StorageError(RemoteError):
     """A file or journal that could not be read or written."""
 
     code = "REMOTE_STORAGE"
+
+
+@contextmanager
+def unknown_if_sent(was_sent: bool) -> Iterator[None]:
+    """Turn an error before sending into an unknown outcome if an earlier attempt may have sent the request (I6)."""
+    try:
+        yield
+    except RemoteError as error:
+        if not was_sent:
+            raise
+        message = f"the command may have taken effect, look before you repeat it: {error.message}"
+        raise ConnectionFailed(message, sent=True) from error
 
 
 def error_from_code(message: str, code: object) -> RemoteError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from account import check_numbers, effects_in
+from faultproxy import FaultProxy
 from faults import inject
 from sandbox import Client, Sandbox, Server, differences, wait_for
 
@@ -134,3 +135,25 @@ def test_a_replaced_lattice_directory_is_noticed(injected: tuple[Server, Client,
     assert (ana.lattice_dir / "plans" / plan.name).read_text() == "written into the copy\n"
     ana.ok("comment", "LAT-1", "still at work", "--actor", "agent:after")
     assert effects_in(server.lattice_dir())["after", "comment_added"] == 1
+
+
+def test_a_command_that_ran_before_remote_json_disappeared_is_reported_as_unknown(sandbox: Sandbox) -> None:
+    """I6: git may take the file away while the command waits for its reply."""
+    server = sandbox.server()
+    server.project()
+    server.start()
+    token = server.token("human:ana", "agent:*")
+    ana = sandbox.client("ana")
+    remote = ana.lattice_dir / "remote.json"
+    with FaultProxy(server.port) as proxy:
+        ana.ok("remote", "add", "origin", proxy.url, "--project", "board", "--token", token)
+        ana.ok("create", "One", "--actor", "human:ana")
+        proxy.swallow_answers()
+        command = ana.popen("comment", "LAT-1", "point 1", "--actor", "agent:p1")
+        wait_for(lambda: effects_in(server.lattice_dir())["p1", "comment_added"], "the comment to be on the server")
+        content = remote.read_bytes()
+        remote.unlink()
+        _, error = command.communicate(timeout=60)
+        remote.write_bytes(content)
+    assert command.returncode == 1
+    assert error.startswith("Error: the command may have taken effect, look before you repeat it: "), error

@@ -20,7 +20,14 @@ from typing import Any
 from lattice_remote.client import agent_runtime, credentials
 from lattice_remote.client.config import detachment, identify
 from lattice_remote.client.guard import letting_write
-from lattice_remote.errors import ConnectionFailed, RemoteError, StorageError, error_from_code, one_line
+from lattice_remote.errors import (
+    ConnectionFailed,
+    RemoteError,
+    StorageError,
+    error_from_code,
+    one_line,
+    unknown_if_sent,
+)
 from lattice_remote.files import SAFE
 
 __all__ = [
@@ -76,7 +83,8 @@ def request(do: str, directory: str, **fields: Any) -> dict[str, Any]:
         RemoteError: there is none.
     """
     token, named = (os.environ.get(name, "").strip() or None for name in ("LATTICE_TOKEN", "LATTICE_REMOTE_URL"))
-    cache = identify(directory)
+    with unknown_if_sent("first_sent_at" in fields):
+        cache = identify(directory)
     return {"do": do, "directory": directory, "cache": cache, "token": token, "named": named, **fields}
 
 

@@ -24,7 +24,7 @@ import lattice_remote
 from lattice_remote import __version__
 from lattice_remote.client import agent_runtime, credentials, trusted_servers
 from lattice_remote.client.agent.service import Service, answered
-from lattice_remote.errors import RemoteError
+from lattice_remote.errors import RemoteError, unknown_if_sent
 from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.files import Signature, signature_of
 
@@ -214,7 +214,8 @@ class Agent:
             if request["do"] == "agent-stop":
                 self._stopping.set()
                 return {"pid": os.getpid()}
-            service = self._service(request) if self._is_mine(request) else None
+            with unknown_if_sent("first_sent_at" in request):
+                service = self._service(request) if self._is_mine(request) else None
             if service is None or not service.is_meant_by(request):
                 return {"not_mine": True}
             return await service.handle(request, report)

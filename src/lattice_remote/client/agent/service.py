@@ -56,7 +56,7 @@ from lattice_remote.client.config import Remote, read_remote
 from lattice_remote.client.connection.connection import ALIVE_S, Connection
 from lattice_remote.client.connection.pool import ConnectionPool
 from lattice_remote.client.trusted_servers import Server
-from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError
+from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, RemoteError, StorageError, unknown_if_sent
 from lattice_remote.file_watcher import FileWatcher
 from lattice_remote.protocol.messages import (
     Applied,
@@ -729,9 +729,10 @@ def serve_once(request: dict[str, Any], on_progress: ProgressCallback | None) ->
 
 
 async def _serve_once(request: dict[str, Any], report: ProgressCallback) -> dict[str, Any]:
-    service = Service(request["directory"])
-    if not service.is_meant_by(request):
-        raise StorageError(f"{request['directory']} was replaced while this command ran; repeat it")
+    with unknown_if_sent("first_sent_at" in request):
+        service = Service(request["directory"])
+        if not service.is_meant_by(request):
+            raise StorageError(f"{request['directory']} was replaced while this command ran")
     service.start(request.get("token"), named=trusted_servers.from_environment(request.get("named")))
     try:
         return await service.handle(request, report)
