@@ -34,7 +34,7 @@ from lattice_remote.server.ipc import (
 from lattice_remote.server.project.worker_process import WORKER_COMMAND
 from preloaded_programs import WarmProcess, warm
 
-__all__ = ["ANA", "Copy", "WorkerProcess", "closing", "make_project", "tree_of"]
+__all__ = ["ANA", "Copy", "WorkerProcess", "closing", "file_at", "make_project", "tree_of"]
 
 ANA = ("--actor", "human:ana")
 _decoder: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
@@ -63,6 +63,11 @@ def make_project(directory: Path) -> Path:
     config["project_code"] = "LAT"
     atomic_write(directory / ".lattice" / "config.json", serialize_config(config))
     return directory
+
+
+def file_at(path: Path) -> tuple[str, os.stat_result | None]:
+    """Return a path and the status of the regular file there, as a capture does for the undo log."""
+    return str(path), path.lstat() if path.is_file() and not path.is_symlink() else None
 
 
 def tree_of(lattice_dir: Path) -> dict[str, bytes]:

@@ -102,6 +102,8 @@ def is_session_name(name: str) -> bool:
 
 def is_replicated(path: str) -> bool:
     """Return whether a path belongs to the tree that server and caches share; never raise."""
+    if path.startswith(".") or "/." in path:  # as parse_path() finds, without an exception for each temporary file
+        return False
     try:
         components = parse_path(path)
     except HostilePath:

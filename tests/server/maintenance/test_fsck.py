@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from typer.testing import CliRunner
-from worker_process import ANA, WorkerProcess, make_project
+from worker_process import ANA, WorkerProcess, file_at, make_project
 
 from lattice_remote.errors import Misuse
 from lattice_remote.server.cli import app
@@ -235,7 +235,7 @@ def test_a_command_that_was_cut_off_is_found_and_undone(data: DataDir) -> None:
     assert listed is not None
     undo = UndoLog(project / "journal")
     undo.begin(Begin(listed.epoch, listed.seq + 1, listed.boot_id))
-    undo.keep_for_append(str(log))
+    undo.keep_for_append(*file_at(log))
     with log.open("ab") as file:
         file.write(b'{"half":')
     assert any(finding.where == "journal/undo" for finding in check(data).findings)
@@ -248,7 +248,7 @@ def test_what_a_running_worker_does_is_no_damage(data: DataDir, monkeypatch: pyt
     """A command that takes long has an undo log, and the oldest segment may expire before it is read."""
     undo = UndoLog(web(data) / "journal")
     undo.begin(Begin("e", 1, "b"))
-    undo.keep_for_append(str(a_log(data)))
+    undo.keep_for_append(*file_at(a_log(data)))
     expired = web(data) / "journal/00000000000000000000.log"
     expired.rename(expired.with_suffix(".gone"))
     monkeypatch.setattr(fsck_project, "segment_paths", lambda directory: [expired, *segment_paths(directory)])

@@ -1,6 +1,7 @@
 """What changed in a tree, as operations which lead there on any copy."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from lattice_remote.protocol.operations import (
     MoveFile,
     PutFile,
     canonical_json,
+    digest_of,
 )
 from lattice_remote.server.tree.capture import AccessLog, Move
 from lattice_remote.server.tree.tree import INLINE_BYTES, ProjectTree, TreeDiff, patch_between
@@ -97,6 +99,69 @@ def test_growth_is_an_append_however_it_was_written(tree: ProjectTree) -> None:
     difference = compare(tree, touched("plans/a.md"))
     assert isinstance(difference.operations[0], AppendBytes)
     check_leads_there(tree, difference, FILES)
+
+
+LOG, SNAPSHOT = "events/a.jsonl", "tasks/a.json"
+
+
+def publish(tree: ProjectTree, line: bytes, snapshot: bytes) -> AccessLog:
+    """Append a line and replace a snapshot, as the worker does with known contents."""
+    what = touched(LOG, SNAPSHOT, tree=tree, appended=LOG)
+    with (tree.root / LOG).open("ab", buffering=0) as log:
+        log.write(line)
+        what.written[LOG] = os.fstat(log.fileno()), line
+    scratch = tree.root / "tasks/.tmp.new"
+    scratch.write_bytes(snapshot)
+    what.written[SNAPSHOT] = scratch.stat(), snapshot
+    scratch.replace(tree.root / SNAPSHOT)
+    return what
+
+
+def test_known_contents_are_not_read_again(tree: ProjectTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = dict(FILES)
+    for number in range(8):
+        what = publish(tree, b"line %d\n" % number * 300, b'{"a": %d}\n' % number)
+        with monkeypatch.context() as patch:
+            if number:
+                patch.setattr("builtins.open", None)
+            difference = compare(tree, what)
+        assert [type(operation) for operation in difference.operations] == [AppendBytes, PutFile]
+        check_leads_there(tree, difference, copy)
+        copy = tree_of(tree.root)
+    assert tree.reconcile(trust_signatures=False).operations == []
+
+
+def grow(place: Path) -> None:
+    with place.open("ab") as file:
+        file.write(b"theirs\n")
+
+
+def overwrite(place: Path) -> None:
+    with place.open("r+b") as file:
+        file.write(b"?")
+    os.utime(place, (1, 1))
+
+
+def put_another(place: Path) -> None:
+    data = place.read_bytes().replace(b"1", b"7")
+    place.unlink()
+    place.write_bytes(data)
+
+
+@pytest.mark.parametrize("path", [LOG, SNAPSHOT])
+@pytest.mark.parametrize("change", [grow, overwrite, put_another, Path.unlink])
+def test_known_contents_that_another_process_changed_are_read(
+    tree: ProjectTree, path: str, change: Callable[[Path], None]
+) -> None:
+    check_leads_there(tree, compare(tree, publish(tree, b"line\n", b'{"a": 1}\n')), FILES)
+    before = tree_of(tree.root)
+    what = publish(tree, b"line 2\n", b'{"a": 2}\n')
+    change(tree.root / path)
+    difference = compare(tree, what)
+    check_leads_there(tree, difference, before)
+    assert {path: state.digest for path, state in tree.files.items()} == {
+        path: digest_of(content) for path, content in tree_of(tree.root).items()
+    }
 
 
 def test_a_log_that_grows_is_read_only_where_it_grew(tree: ProjectTree, monkeypatch: pytest.MonkeyPatch) -> None:

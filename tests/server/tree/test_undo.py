@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from worker_process import closing
+from worker_process import closing, file_at
 
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.server.tree.capture import Replacement
@@ -26,39 +26,39 @@ def log(tmp_path: Path) -> Iterator[UndoLog]:
 
 
 def append(log: UndoLog, path: Path) -> None:
-    log.keep_for_append(str(path))
+    log.keep_for_append(*file_at(path))
     with path.open("ab") as file:
         file.write(b"more")
 
 
 def rewrite(log: UndoLog, path: Path) -> None:
-    log.keep_for_rewrite(str(path))
+    log.keep_for_rewrite(*file_at(path))
     path.write_bytes(b"rewritten")
 
 
 def replace(log: UndoLog, path: Path) -> None:
     scratch = path.with_name(".tmp.new")
-    log.keep_for_rewrite(str(scratch))
+    log.keep_for_rewrite(*file_at(scratch))
     scratch.write_bytes(b"replaced")
-    log.keep_for_replace(str(scratch))
-    log.keep_for_replace(str(path))
+    log.keep_for_replace(*file_at(scratch))
+    log.keep_for_replace(*file_at(path))
     scratch.replace(path)
 
 
 def remove(log: UndoLog, path: Path) -> None:
-    log.keep_for_replace(str(path))
+    log.keep_for_replace(*file_at(path))
     path.unlink()
 
 
 def move_away_and_rewrite(log: UndoLog, path: Path) -> None:
     target = path.with_name("moved")
-    log.keep_for_replace(str(path))
-    log.keep_for_replace(str(target))
+    log.keep_for_replace(*file_at(path))
+    log.keep_for_replace(*file_at(target))
     path.replace(target)
-    log.keep_for_append(str(target))
+    log.keep_for_append(*file_at(target))
     with target.open("ab") as file:
         file.write(b"more")
-    log.keep_for_rewrite(str(target))
+    log.keep_for_rewrite(*file_at(target))
     target.write_bytes(b"x")
 
 
@@ -117,7 +117,7 @@ def test_a_torn_log_restores_what_it_holds(tmp_path: Path, log: UndoLog) -> None
     first.write_bytes(SMALL)
     second.write_bytes(SMALL)
     rewrite(log, first)
-    log.keep_for_rewrite(str(second))  # and killed before it was touched
+    log.keep_for_rewrite(*file_at(second))  # and killed before it was touched
     os.truncate(tmp_path / "journal" / "undo", (tmp_path / "journal" / "undo").stat().st_size - 3)
     UndoLog.open(tmp_path / "journal").restore()
     assert first.read_bytes() == second.read_bytes() == SMALL
@@ -165,7 +165,7 @@ def test_a_record_that_the_full_disk_cut_off_hides_none_that_follow(
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:-1]))
         with pytest.raises(OSError, match="short write"):
-            log.keep_for_rewrite(str(path))
+            log.keep_for_rewrite(*file_at(path))
     log.restore()
     log.begin(HERE)
     rewrite(log, path)
@@ -177,8 +177,8 @@ def test_a_record_that_the_full_disk_cut_off_hides_none_that_follow(
 
 def test_a_directory_where_a_file_is_expected_stays(tmp_path: Path, log: UndoLog) -> None:
     (tmp_path / "directory").mkdir()
-    log.keep_for_append(str(tmp_path / "directory"))
-    log.keep_for_replace(str(tmp_path / "directory"))
+    log.keep_for_append(*file_at(tmp_path / "directory"))
+    log.keep_for_replace(*file_at(tmp_path / "directory"))
     UndoLog.open(tmp_path / "journal").restore()
     assert (tmp_path / "directory").is_dir()
 
@@ -217,7 +217,7 @@ def test_what_others_append_after_the_death_of_the_process_stays(
     path.write_bytes(b"old\n")
     path.chmod(0o640)
     log.announce(str(path), b"ours\n")
-    log.keep_for_append(str(path))
+    log.keep_for_append(*file_at(path))
     path.write_bytes(after)
     reopened = UndoLog.open(tmp_path / "journal")
     assert reopened.restore() == [str(path)]
@@ -229,8 +229,8 @@ def announced_replace(log: UndoLog, path: Path, data: bytes) -> None:
     scratch = path.with_name(".tmp.x")
     scratch.write_bytes(data)
     log.announce(str(path), Replacement(scratch.stat().st_ino, digest_of(data)))
-    log.keep_for_move(str(scratch))  # as a rename is seen
-    log.keep_for_replace(str(path))
+    log.keep_for_move(*file_at(scratch))  # as a rename is seen
+    log.keep_for_replace(*file_at(path))
     os.replace(scratch, path)
 
 
@@ -268,7 +268,7 @@ def test_what_is_announced_holds_for_one_change(tmp_path: Path, log: UndoLog) ->
     for announced in (b"ours\n", b""):
         if announced:
             log.announce(str(events), announced)
-        log.keep_for_append(str(events))
+        log.keep_for_append(*file_at(events))
         with events.open("ab") as file:
             file.write(announced or b"more\n")
     log.restore()
@@ -310,10 +310,12 @@ def test_the_first_change_of_a_file_is_reported_before_it_is_kept(tmp_path: Path
     log.before_first_changes = note
     old, new = tmp_path / "old", tmp_path / "new"
     old.write_bytes(b"old")
-    log.keep_for_append(str(old))
-    log.keep_for_replace(str(old))
-    log.keep_for_rewrite(str(old))
-    log.keep_for_move(str(new))
-    log.keep_for_append(str(new))
-    log.expect([str(new), str(tmp_path / "other")])
-    assert seen == [(str(old), 3), (str(new), None), (str(tmp_path / "other"), None)]
+    log.keep_for_append(*file_at(old))
+    log.keep_for_replace(*file_at(old))
+    log.keep_for_rewrite(*file_at(old))
+    log.keep_for_move(*file_at(new))
+    log.keep_for_append(*file_at(new))
+    other = tmp_path / "other"
+    log.expect(dict([file_at(new), file_at(other)]))
+    log.keep_for_append(*file_at(other))
+    assert seen == [(str(old), 3), (str(new), None), (str(other), None)]

@@ -17,7 +17,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol, runtime_checkable
@@ -145,30 +145,35 @@ class AccessLog:
     Attributes:
         steps: first touches and renames, in order; a file that is written after its rename has both.
         appended: the file before its first touch, for files that were only opened for appending.
+        written: files whose newest write is known: their status after it, and the appended bytes or new content.
         unshared: written names in ``.lattice/`` that no cache would accept.
         veto: the first refused operation; None if there was none.
     """
 
     steps: list[str | Move] = field(default_factory=list)
     appended: dict[str, os.stat_result | None] = field(default_factory=dict)
+    written: dict[str, tuple[os.stat_result, bytes]] = field(default_factory=dict)
     unshared: list[str] = field(default_factory=list)
     veto: str | None = None
     private: bool = False
 
 
 class PreImages(Protocol):
-    """Receiver of each change before it is made, by absolute path; ``UndoLog`` implements it."""
+    """Receiver of each change before it is made, by absolute path; ``UndoLog`` implements it.
 
-    def keep_for_append(self, path: str) -> None:
+    ``status`` is the regular file's, None if there is none.
+    """
+
+    def keep_for_append(self, path: str, status: os.stat_result | None) -> None:
         """Note that the file will be appended to, or created."""
 
-    def keep_for_rewrite(self, path: str) -> None:
+    def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None:
         """Note that the file will be changed in place, or created."""
 
-    def keep_for_replace(self, path: str) -> None:
+    def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
         """Note that this name will be removed, or given to another file."""
 
-    def keep_for_move(self, path: str) -> None:
+    def keep_for_move(self, path: str, status: os.stat_result | None) -> None:
         """Note that the file will be renamed."""
 
     def keep_directory(self, path: str) -> None:
@@ -187,7 +192,7 @@ class Replacement:
 class Announced(Protocol):
     """Pre-images that distinguish a transaction's changes from those of another process."""
 
-    def expect(self, paths: Iterable[str]) -> None:
+    def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None:
         """Note that these files will be changed next."""
 
     def announce(self, path: str, after: bytes | Replacement) -> None:
@@ -235,23 +240,38 @@ class Capture:
         finally:
             self._thread = 0
 
-    def expect(self, paths: Iterable[str]) -> None:
-        """Note that these files will be changed next; see ``UndoLog.before_first_changes``."""
+    def expect(self, paths: Iterable[str]) -> dict[str, os.stat_result | None]:
+        """Note that these files will be changed next, and return their statuses. Checks them as an event would."""
+        places = dict(place for path in paths if (place := self._writable(path)) is not None)
         if isinstance(self._undo, Announced):
-            self._undo.expect(paths)
+            self._undo.expect({path: _regular(status) for path, status in places.items()})
+        return places
 
-    def note_replace(self, source: str, target: str, digest: bytes | None) -> None:
-        """Note a rename of ``source`` over ``target`` that raises no event. Checks it as an event would.
+    def note_replace(
+        self, source: str, target: str, status: os.stat_result | None, inode: int, digest: bytes | None
+    ) -> None:
+        """Note that an expected file with this status is replaced, without an event.
 
-        ``digest`` of the content is needed only if users edit the file in place.
+        Args:
+            source: the replacing file, written in this transaction.
+            target: the expected file.
+            status: the expected file's.
+            inode: the replacing file's.
+            digest: of the new content; needed only if users edit the file in place.
         """
-        self._announce(target, Replacement(os.stat(source).st_ino, digest))
-        self._rename((source, target))
+        self._announce(target, Replacement(inode, digest))
+        self._undo.keep_for_move(source, None)
+        self._undo.keep_for_replace(target, _regular(status))
+        self._touch(target, status)
 
-    def note_append(self, path: str, data: bytes) -> None:
-        """Note that ``data`` will be appended to a file. Checks it as an event would."""
+    def note_append(self, path: str, status: os.stat_result | None, data: bytes) -> None:
+        """Note that ``data`` is appended to an expected file with this status, without an event."""
         self._announce(path, data)
-        self._open((path, "a", os.O_WRONLY | os.O_APPEND))
+        self._change(path, status, appends=True)
+
+    def note_written(self, path: str, status: os.stat_result, data: bytes) -> None:
+        """Note the status of a file after a noted change, and the appended bytes or the whole new content."""
+        self._touched.written[path.removeprefix(self._tree)] = status, data
 
     def _announce(self, path: str, after: bytes | Replacement) -> None:
         if isinstance(self._undo, Announced):
@@ -289,17 +309,17 @@ class Capture:
         count.
         """
         if event == "open":
-            paths = args[:1] if isinstance(args[2], int) and args[2] & _WRITES else ()
-        elif event in {"os.rename", "os.remove", "os.truncate"}:
-            paths = args[:2] if event == "os.rename" else args[:1]
-        else:
-            return False
-        return any(
+            return isinstance(args[2], int) and args[2] & _WRITES != 0 and self._is_visible(args[0])
+        if event in {"os.remove", "os.truncate"}:
+            return self._is_visible(args[0])
+        return event == "os.rename" and (self._is_visible(args[0]) or self._is_visible(args[1]))
+
+    def _is_visible(self, path: object) -> bool:
+        return (
             isinstance(path, str)
             and path.startswith(self._tree)
             and not path.startswith(self._locks)
-            and not os.path.basename(path).startswith(".tmp.")
-            for path in paths
+            and not _is_temporary(path)
         )
 
     def _refuse(self, what: str) -> NoReturn:
@@ -324,16 +344,21 @@ class Capture:
 
     def _check_real(self, path: str) -> None:
         """Refuse a path in the project that leads through a symbolic link, or to a pipe or a device."""
-        if path in self._real:
-            return
+        if path not in self._real:
+            self._examine(path)
+
+    def _examine(self, path: str) -> os.stat_result | None:
+        """Return the status of a path, None if there is nothing; refuse it as ``_check_real`` does."""
         self._check_real(path[: path.rindex("/")])
-        mode = _mode(path)
-        if stat.S_ISLNK(mode):
+        status = _status(path)
+        if status is None:
+            return None
+        if stat.S_ISLNK(status.st_mode):
             self._refuse(f"follow a symbolic link at {self._name(path)}")
-        if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             self._refuse(f"use what is no plain file at {self._name(path)}")  # a pipe would block the writer
-        if mode:
-            self._real.add(path)
+        self._real.add(path)
+        return status
 
     def _name(self, path: str) -> str:
         return repr(path.removeprefix(self._tree).removeprefix(self._private))  # it may be invalid Unicode
@@ -345,15 +370,14 @@ class Capture:
         elif path not in _HARMLESS_FILES and not f"{path}/".startswith(self._readable):
             self._refuse("read a file of the server")
 
-    def _writable(self, given: object) -> str | None:
-        """Return the path if it is in the tree and needs a pre-image, None if it may be written freely."""
+    def _writable(self, given: object) -> tuple[str, os.stat_result | None] | None:
+        """Return the path and its status if it is in the tree and needs a pre-image, None if it may be written."""
         path = self._absolute(given)
         if path.startswith(self._locks):
             self._check_real(path)
             return None
         if path.startswith(self._tree):
-            self._check_real(path)
-            return path
+            return path, self._examine(path)
         # tempfile opens a file under the name of its directory, with an opener that chooses the real one.
         if f"{path}/".startswith(self._private):
             self._check_real(path)
@@ -372,55 +396,57 @@ class Capture:
         if not isinstance(flags, int) or not flags & _WRITES:
             self._read(given)
             return
-        path = self._writable(given)
-        if path is None:
-            return
-        if flags & os.O_APPEND and not flags & os.O_TRUNC:
-            self._touch(path, appends=True)
-            self._undo.keep_for_append(path)
+        place = self._writable(given)
+        if place is not None:
+            self._change(*place, appends=flags & os.O_APPEND != 0 and not flags & os.O_TRUNC)
+
+    def _change(self, path: str, status: os.stat_result | None, *, appends: bool = False) -> None:
+        self._touch(path, status, appends=appends)
+        if appends:
+            self._undo.keep_for_append(path, _regular(status))
         else:
-            self._touch(path)
-            self._undo.keep_for_rewrite(path)
+            self._undo.keep_for_rewrite(path, _regular(status))
 
     def _rename(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[2:])
         source, target = self._writable(args[0]), self._writable(args[1])
         if source is not None:
-            self._no_directory(source)
-            self._undo.keep_for_move(source)
-            self._real.discard(source)
+            path, status = source
+            if status is not None and stat.S_ISDIR(status.st_mode):
+                self._refuse("rename a directory of the project")
+            self._undo.keep_for_move(path, status)
+            self._real.discard(path)
         if target is not None:
-            self._undo.keep_for_replace(target)
+            self._undo.keep_for_replace(target[0], _regular(target[1]))
         if source is None or target is None:
             self._touch_both(source, target)
             return
-        relative = Move(source.removeprefix(self._tree), target.removeprefix(self._tree))
+        relative = Move(source[0].removeprefix(self._tree), target[0].removeprefix(self._tree))
         if is_replicated(relative.source) and is_replicated(relative.target):
             self._touched.steps.append(relative)
-            self._seen.update((source, target))
+            self._seen.update((source[0], target[0]))
             self._touched.appended.pop(relative.target, None)
             self._moved[relative.target] = relative.source
         else:
             self._touch_both(source, target)
 
-    def _touch_both(self, source: str | None, target: str | None) -> None:
-        for path in (source, target):
-            if path is not None:
-                self._touch(path)
+    def _touch_both(self, *places: tuple[str, os.stat_result | None] | None) -> None:
+        for place in places:
+            if place is not None:
+                self._touch(*place)
 
     def _remove(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[1:])
-        path = self._writable(args[0])
-        if path is not None:
-            self._undo.keep_for_replace(path)
-            self._touch(path)
+        if (place := self._writable(args[0])) is not None:
+            path, status = place
+            self._undo.keep_for_replace(path, _regular(status))
+            self._touch(path, status)
             self._real.discard(path)
 
     def _make_directory(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[2:])
-        path = self._writable(args[0])
-        if path is not None:
-            self._undo.keep_directory(path)
+        if (place := self._writable(args[0])) is not None:
+            self._undo.keep_directory(place[0])
 
     def _remove_directory(self, args: tuple[object, ...]) -> None:
         self._no_descriptors(args[1:])
@@ -434,10 +460,8 @@ class Capture:
     def _truncate(self, args: tuple[object, ...]) -> None:
         if isinstance(args[0], int):
             self._refuse("cut a file by its descriptor")
-        path = self._writable(args[0])
-        if path is not None:
-            self._touch(path)
-            self._undo.keep_for_rewrite(path)
+        if (place := self._writable(args[0])) is not None:
+            self._change(*place)
 
     def _link(self, _: tuple[object, ...]) -> None:
         self._refuse("make a link")
@@ -450,12 +474,9 @@ class Capture:
         if any(isinstance(descriptor, int) and descriptor >= 0 for descriptor in descriptors):
             self._refuse("use a file relative to a descriptor")
 
-    def _no_directory(self, path: str) -> None:
-        if os.path.isdir(path):
-            self._refuse("rename a directory of the project")
-
-    def _touch(self, path: str, *, appends: bool = False) -> None:
+    def _touch(self, path: str, status: os.stat_result | None, *, appends: bool = False) -> None:
         relative = path.removeprefix(self._tree)
+        self._touched.written.pop(relative, None)
         if path in self._seen:
             if relative in self._moved and relative not in self._touched.steps:
                 self._touched.steps.append(relative)
@@ -464,24 +485,30 @@ class Capture:
                 self._touched.appended.pop(self._moved.get(relative, relative), None)
             return
         self._seen.add(path)
+        if _is_temporary(path):
+            return
         if not is_replicated(relative):
-            if not os.path.basename(path).startswith(".tmp."):
-                self._touched.unshared.append(relative)
+            self._touched.unshared.append(relative)
             return
         self._touched.steps.append(relative)
         if appends:
-            try:
-                self._touched.appended[relative] = os.lstat(path)
-            except FileNotFoundError:
-                self._touched.appended[relative] = None
+            self._touched.appended[relative] = status
 
 
-def _mode(path: str) -> int:
-    """Return the file type bits of a path, 0 if there is none."""
+def _is_temporary(path: str) -> bool:
+    """Return whether a file has the name of those that lattice renames when they are whole."""
+    return path.startswith(".tmp.", path.rfind("/") + 1)
+
+
+def _status(path: str) -> os.stat_result | None:
     try:
-        return os.lstat(path).st_mode
+        return os.lstat(path)
     except OSError:
-        return 0
+        return None
+
+
+def _regular(status: os.stat_result | None) -> os.stat_result | None:
+    return status if status is not None and stat.S_ISREG(status.st_mode) else None
 
 
 _HANDLERS = {

@@ -200,7 +200,7 @@ MAX_FOUND = 20_000
 MERGE_FROM_BYTES = 4096
 """Size from which a slightly changed JSON file is sent as a patch."""
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
-_MAX_HASHERS = 2048
+_MAX_LOGS = 1024
 _RACY_NS = 50_000_000
 """A file younger than this when read may change again under the same modification time."""
 
@@ -250,6 +250,15 @@ class _Content:
     """Digest of the last ``TAIL_BYTES`` before ``grown``."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Log:
+    """A file that is appended to: a hasher of its first ``size`` bytes, and the last ``TAIL_BYTES`` of these."""
+
+    size: int
+    hasher: "hashlib._Hash"
+    tail: bytes
+
+
 class ProjectTree:
     """The files below ``root`` (a ``.lattice`` directory). Not thread-safe. Methods raise OSError as the disk does."""
 
@@ -257,14 +266,14 @@ class ProjectTree:
         self.root = root
         self.files = files
         self._prefix = f"{root}/"
-        self._hashers: OrderedDict[str, tuple[int, hashlib._Hash]] = OrderedDict()
+        self._logs: OrderedDict[str, _Log] = OrderedDict()
 
     def accept(self, difference: TreeDiff) -> None:
         """Take over the states of a difference that was numbered."""
         for path, state in difference.states.items():
             if state is None:
                 self.files.pop(path, None)
-                self._hashers.pop(path, None)
+                self._logs.pop(path, None)
             else:
                 self.files[path] = state
 
@@ -364,12 +373,8 @@ class ProjectTree:
 
     def status(self, path: str) -> os.stat_result | None:
         """Return the status of a file of the tree; None if it is missing or behind a symbolic link."""
-        full = self._prefix + path
-        try:
-            status = os.lstat(full)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        return status if stat.S_ISREG(status.st_mode) and not self._leads_through_link(path) else None
+        status = _lstat(self._prefix + path)
+        return status if status is not None and not self._leads_through_link(path) else None
 
     def _leads_through_link(self, path: str) -> bool:
         parts = path.split("/")[:-1]
@@ -383,6 +388,7 @@ class ProjectTree:
         old: FileState | None,
         appended: os.stat_result | None = None,
         vouched: Mapping[int, TrustedDigest] | None = None,
+        written: tuple[os.stat_result, bytes] | None = None,
     ) -> _Content | None:
         """Return the current content of a file, None if there is none or the server may not read it.
 
@@ -391,58 +397,65 @@ class ProjectTree:
             old: its previous state, or that of the file renamed to it.
             appended: its status before it was first touched, if it was only appended to since.
             vouched: trusted digests by inode; large files among them are not read.
+            written: its status after its newest write, and the appended bytes or the whole new content.
         """
-        status = self.status(path)
+        status = self.status(path) if written is None else _lstat(self._prefix + path)  # the capture checked the path
         if status is None:
             return None
         known = vouched.get(status.st_ino) if vouched else None
         if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns) and known.size > INLINE_BYTES:
-            self._hashers.pop(path, None)
+            self._logs.pop(path, None)
             return _Content(_state(status, known.size, known.digest), None, None)
         try:
-            return self._read(path, old, status, appended)
+            if written is None:
+                return self._read(path, old, status, appended, None)
+            if _is_same(written[0], status):
+                return self._read(path, old, status, appended, written[1])
+            return self._read_whole(path, old, status, None)  # another process has written to it since
         except (FileNotFoundError, PermissionError):
             return None
 
     def _read(
-        self, path: str, old: FileState | None, status: os.stat_result, appended: os.stat_result | None
+        self,
+        path: str,
+        old: FileState | None,
+        status: os.stat_result,
+        appended: os.stat_result | None,
+        written: bytes | None,
     ) -> _Content:
         untouched = old is not None and appended is not None and has_signature(old, appended)
         if old is not None and untouched and status.st_ino == old.inode and status.st_size > old.size:
-            return self._read_growth(path, old, status)
-        return self._read_whole(path, old, status)
+            return self._read_growth(path, old, status, written)
+        return self._read_whole(path, old, status, written)
 
-    def _read_growth(self, path: str, old: FileState, status: os.stat_result) -> _Content:
-        """Read only the added bytes, where the earlier ones cannot have changed."""
-        start = max(0, old.size - TAIL_BYTES)
-        with open(self._prefix + path, "rb", buffering=0) as file:
-            hasher = self._hasher(path, old, file.fileno())
-            data = os.pread(file.fileno(), status.st_size - start, start)
-        tail, grown = data[: old.size - start], data[old.size - start :]
+    def _read_growth(self, path: str, old: FileState, status: os.stat_result, written: bytes | None) -> _Content:
+        """Read only the added bytes, where the earlier ones cannot have changed; not even these if known."""
+        known = self._logs.pop(path, None)
+        if known is not None and known.size == old.size and written and status.st_size == old.size + len(written):
+            hasher, tail, grown = known.hasher, known.tail, written
+        else:
+            start = max(0, old.size - TAIL_BYTES)
+            with open(self._prefix + path, "rb", buffering=0) as file:
+                _, hasher = files.hash_descriptor(file.fileno(), old.size)
+                data = os.pread(file.fileno(), status.st_size - start, start)
+            tail, grown = data[: old.size - start], data[old.size - start :]
         hasher.update(grown)
-        self._keep_hasher(path, old.size + len(grown), hasher)
         state = _state(status, old.size + len(grown), hasher.digest())
+        self._logs[path] = _Log(state.size, hasher, (tail + grown)[-TAIL_BYTES:])
+        if len(self._logs) > _MAX_LOGS:
+            self._logs.popitem(last=False)
         return _Content(state, None, grown, digest_of(tail))
 
-    def _hasher(self, path: str, old: FileState, descriptor: int) -> "hashlib._Hash":
-        """Return a hasher that has seen the file's first ``old.size`` bytes."""
-        size, hasher = self._hashers.pop(path, (0, None))
-        if hasher is None or size != old.size:
-            _, hasher = files.hash_descriptor(descriptor, old.size)
-        return hasher
-
-    def _keep_hasher(self, path: str, size: int, hasher: "hashlib._Hash") -> None:
-        self._hashers[path] = (size, hasher)
-        if len(self._hashers) > _MAX_HASHERS:
-            self._hashers.popitem(last=False)
-
-    def _read_whole(self, path: str, old: FileState | None, status: os.stat_result) -> _Content:
-        self._hashers.pop(path, None)
-        with open(self._prefix + path, "rb", buffering=0) as file:
-            if status.st_size > _IN_MEMORY_BYTES:
-                size, hasher = files.hash_descriptor(file.fileno())
-                return _Content(_state(status, size, hasher.digest()), None, None)
-            data = file.readall()
+    def _read_whole(self, path: str, old: FileState | None, status: os.stat_result, written: bytes | None) -> _Content:
+        self._logs.pop(path, None)
+        if written is not None and len(written) == status.st_size:
+            data = written
+        else:
+            with open(self._prefix + path, "rb", buffering=0) as file:
+                if status.st_size > _IN_MEMORY_BYTES:
+                    size, hasher = files.hash_descriptor(file.fileno())
+                    return _Content(_state(status, size, hasher.digest()), None, None)
+                data = file.readall()
         state = _state(status, len(data), digest_of(data))
         may_have_grown = old is not None and 0 < old.size < len(data) and not path.endswith(".json")
         if old is None or not may_have_grown or digest_of(data[: old.size]) != old.digest:
@@ -518,7 +531,8 @@ class _Comparison:
 
     def _compare(self, path: str) -> None:
         old = self._tree.files.get(path)
-        content = self._tree.read(path, old, self._touched.appended.get(path), self._vouched)
+        touched = self._touched
+        content = self._tree.read(path, old, touched.appended.get(path), self._vouched, touched.written.get(path))
         if content is not None:
             self._emit(path, path, old, content)
             self._result.states[path] = content.state
@@ -583,6 +597,19 @@ def has_signature(state: FileState, status: os.stat_result) -> bool:
     changes.
     """
     return (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def _lstat(path: str) -> os.stat_result | None:
+    """Return the status of a regular file, None if there is none."""
+    try:
+        status = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_size, one.st_mtime_ns, one.st_ino) == (other.st_size, other.st_mtime_ns, other.st_ino)
 
 
 def _state(status: os.stat_result, size: int, digest: bytes) -> FileState:

@@ -7,7 +7,7 @@ death of the process, but not a power cut, which the machine's boot id reveals. 
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -89,6 +89,7 @@ class UndoLog:
         self._images: dict[str, _Image] = {}
         self.of_others: list[str] = []
         self._announced: tuple[str, bytes | Replacement | None] = ("", None)  # a path, and its next change's outcome
+        self._expected: set[str] = set()  # files for which ``before_first_changes`` was called
         self._made: dict[str, Replacement] = {}  # announced replacements that were made, by path
         self.before_first_changes: Callable[[Mapping[str, os.stat_result | None]], None] = lambda _statuses: None
         """Called with the statuses of files, by path, before the transaction's first change of them; may raise."""
@@ -135,6 +136,7 @@ class UndoLog:
             (self._links / str(number)).unlink(missing_ok=True)
         self._images.clear()
         self._made.clear()
+        self._expected.clear()
         self._begin, self._size, self._linked = None, 0, 0
         state = self._state
         ended = state.ended + state.is_open
@@ -152,9 +154,10 @@ class UndoLog:
 
     # --- before a change ---
 
-    def expect(self, paths: Iterable[str]) -> None:
-        """Note that these files will be changed next."""
-        self.before_first_changes({path: _status(path) for path in paths if path not in self._images})
+    def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None:
+        """Note that these files will be changed next; statuses by path, None for a file that does not exist."""
+        self.before_first_changes({path: statuses[path] for path in statuses if path not in self._images})
+        self._expected.update(statuses)
 
     def announce(self, path: str, after: bytes | Replacement) -> None:
         """Note that the next change of this file appends these bytes, or replaces it by this file.
@@ -163,25 +166,27 @@ class UndoLog:
         """
         self._announced = path, after
 
-    def keep_for_append(self, path: str) -> None:
+    def keep_for_append(self, path: str, status: os.stat_result | None) -> None:
         """Note that the file will be appended to, or created."""
         after, known = self._take_announced(path), self._images.get(path)
         added = after if isinstance(after, bytes) else b""
         if known is None:
-            status = self._examine(path)
+            self._require_known(path, status)
             self._keep(_Length(path, status.st_size, added) if status else _Absent(path))
         elif isinstance(known, _Length) and (known.added or added):
             self._keep(_Length(path, known.size, known.added + added if added else b""))
 
-    def keep_for_rewrite(self, path: str) -> None:
+    def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None:
         """Note that the file will be changed in place, or created."""
-        self._announce_overwrite(path)
-        known, status = self._images.get(path), self._examine(path)
+        known = self._images.get(path)
+        if known is None:
+            self._require_known(path, status)
         self._made.pop(path, None)
         if status is None:
             if known is None:
                 self._keep(_Absent(path))
             return
+        self.before_overwrite(path, status.st_size)
         for image in list(self._images.values()):
             # A hard link protects against replacing, not against changing the one file behind both names.
             if isinstance(image, _Linked) and image.inode == status.st_ino:
@@ -191,24 +196,23 @@ class UndoLog:
         elif isinstance(known, _Length):
             self._keep_content(path, path, known.size)
 
-    def keep_for_replace(self, path: str) -> None:
+    def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
         """Note that this name will be removed, or given to another file."""
-        self._announce_overwrite(path)
-        self._keep_whole(path, self._examine(path))
-
-    def keep_for_move(self, path: str) -> None:
-        """Note that the file will be renamed."""
-        self._keep_whole(path, self._examine(path))
-
-    def _announce_overwrite(self, path: str) -> None:
-        if (status := _status(path)) is not None:
-            self.before_overwrite(path, status.st_size)
-
-    def _examine(self, path: str) -> os.stat_result | None:
-        status = _status(path)
         if path not in self._images:
+            self._require_known(path, status)
+        if status is not None:
+            self.before_overwrite(path, status.st_size)
+        self._keep_whole(path, status)
+
+    def keep_for_move(self, path: str, status: os.stat_result | None) -> None:
+        """Note that the file will be renamed."""
+        if path not in self._images:
+            self._require_known(path, status)
+        self._keep_whole(path, status)
+
+    def _require_known(self, path: str, status: os.stat_result | None) -> None:
+        if path not in self._expected:
             self.before_first_changes({path: status})
-        return status
 
     def _keep_whole(self, path: str, status: os.stat_result | None) -> None:
         after, known = self._take_announced(path), self._images.get(path)

@@ -104,6 +104,8 @@ class Identity:
     owners: SessionOwners = field(default_factory=SessionOwners)
 
     def may_act_as(self, actor: str, *, ignore_case: bool = False) -> bool:
+        if actor == self.actor:
+            return True
         # Not IGNORECASE, which equates more letters than lower().
         fold = str.lower if ignore_case else str
         patterns = [re.escape(fold(self.actor)), *(_as_regex(fold(pattern)) for pattern in self.act_as)]

@@ -12,7 +12,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from lattice_remote.files import SAFE, write_all
 from lattice_remote.protocol.operations import digest_of
 from lattice_remote.protocol.paths import is_editable
 from lattice_remote.server.tree.capture import Capture
-from lattice_remote.server.tree.tree import EDITED_BY_HAND
+from lattice_remote.server.tree.tree import EDITED_BY_HAND, INLINE_BYTES
 
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet", "parse_faster"]
 
@@ -133,22 +133,20 @@ class LockTable:
         name = str(path)
         if name in self._taken:
             return
-        key = path.name.removesuffix(".lock")
+        key = os.path.basename(name).removesuffix(".lock")
         if LOCK_PREFIX + key in self._behind or (file := self._try_lock(name)) is None:
             raise LockBusy(key, timeout_s)
         self._taken[name] = file
 
     def _try_lock(self, path: str) -> "_LockFile | None":
         """Return the locked file; None if another process holds it."""
-        file = self._open.pop(path, None) or _open_lock(path)
-        while file is not None:
-            if not _lock(file.descriptor):
-                os.close(file.descriptor)
+        for known in (self._open.pop(path, None), None):
+            file = known or _open_lock(path)
+            if file is None or not _lock(file.descriptor):
                 return None
             if file.identity == _identity_at(path):
                 return file
             os.close(file.descriptor)  # a lock on a removed file excludes no other process
-            file = _open_lock(path) if file.is_reused else None
         return None
 
     @contextmanager
@@ -172,7 +170,7 @@ class LockTable:
         for path in paths:
             file = self._taken.pop(path)
             fcntl.flock(file.descriptor, fcntl.LOCK_UN)
-            self._open[path] = file._replace(is_reused=True)
+            self._open[path] = file
         while len(self._open) > _MAX_OPEN_LOCKS:
             os.close(self._open.pop(next(iter(self._open))).descriptor)
 
@@ -181,7 +179,6 @@ class _LockFile(NamedTuple):
     descriptor: int
     identity: tuple[int, int]
     """Its device and inode."""
-    is_reused: bool = False
 
 
 class Lock:
@@ -220,13 +217,13 @@ def _open_lock(path: str) -> _LockFile | None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file; return False if another process holds it. Closes the file on any other error."""
+    """Lock an open file; otherwise close it, and return False if another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        os.close(descriptor)
         if error.errno in {errno.EACCES, errno.EAGAIN}:
             return False
-        os.close(descriptor)
         raise
     return True
 
@@ -265,11 +262,13 @@ class WriteSet:
         self._capture = capture
         self._open: Callable[..., IO[Any]] = io.open
         self._waiting: dict[str, str | list[str]] = {}  # by target: the file that replaces it, or the lines to append
+        self._written: dict[int, bytes] = {}  # whole contents of new files, by inode
         if capture is not None:
             capture.pending, capture.before_change = self._waiting, self.publish
 
     def forget(self) -> None:
         self._waiting.clear()
+        self._written.clear()
 
     def publish(self) -> None:
         """Perform the pending writes in order.
@@ -277,34 +276,65 @@ class WriteSet:
         Raises:
             OSError: the disk failed; the transaction must be rolled back.
         """
+        if not self._waiting:
+            return
         waiting = self._waiting.copy()
         self._waiting.clear()
         if self._capture is None:
-            self._publish(waiting)
-        elif waiting:
+            self._publish(waiting, None, {})
+        else:
             with self._capture.unwatched():
-                self._capture.expect(waiting)
-                self._publish(waiting)
+                self._publish(waiting, self._capture, self._capture.expect(waiting))
 
-    def _publish(self, waiting: dict[str, str | list[str]]) -> None:
+    def _publish(
+        self,
+        waiting: dict[str, str | list[str]],
+        capture: Capture | None,
+        statuses: Mapping[str, os.stat_result | None],
+    ) -> None:
         for target, content in waiting.items():
             if isinstance(content, str):
-                if self._capture is not None:
-                    digest = digest_of(Path(content).read_bytes()) if target.endswith(EDITED_BY_HAND) else None
-                    self._capture.note_replace(content, target, digest)
-                _replace(content, target)
+                self._publish_file(content, target, capture, statuses.get(target))
             else:
-                data = "".join(content).encode()
-                if self._capture is not None:
-                    self._capture.note_append(target, data)
-                with self._open(target, "ab", buffering=0) as log:
-                    write_all(log.fileno(), data)
-                    if self._sync_directory is not None:
-                        os.fsync(log.fileno())
+                self._publish_lines("".join(content).encode(), target, capture, statuses.get(target))
             if self._sync_directory is not None:
                 self._sync_directory(Path(target).parent)
 
+    def _publish_file(self, source: str, target: str, capture: Capture | None, status: os.stat_result | None) -> None:
+        if capture is None:
+            _replace(source, target)
+            return
+        made = os.stat(source)
+        data = self._written.get(made.st_ino)
+        if data is not None and len(data) != made.st_size:
+            data = None
+        digest = digest_of(data or Path(source).read_bytes()) if target.endswith(EDITED_BY_HAND) else None
+        capture.note_replace(source, target, status, made.st_ino, digest)
+        _replace(source, target)
+        if data is not None:
+            capture.note_written(target, made, data)
+
+    def _publish_lines(self, data: bytes, target: str, capture: Capture | None, status: os.stat_result | None) -> None:
+        if capture is not None:
+            capture.note_append(target, status, data)
+        with self._open(target, "ab", buffering=0) as log:
+            write_all(log.fileno(), data)
+            if self._sync_directory is not None:
+                os.fsync(log.fileno())
+            if capture is not None:
+                capture.note_written(target, os.fstat(log.fileno()), data)
+
     # --- replaced functions ---
+
+    def write(self, descriptor: int, data: bytes | memoryview) -> int:
+        """Replace ``os.write`` in ``atomic_write``, which writes to a new file."""
+        size = os.write(descriptor, data)
+        inode = os.fstat(descriptor).st_ino
+        if size == len(data) <= INLINE_BYTES and inode not in self._written:
+            self._written[inode] = bytes(data)
+        else:
+            self._written.pop(inode, None)
+        return size
 
     def replace(self, source: str, target: str | Path) -> None:
         """Replace ``os.replace`` in ``atomic_write``."""
@@ -434,7 +464,7 @@ class Disk:
     def __init__(self, writes: WriteSet | None, *, lazy: bool) -> None:
         self._lazy = lazy
         if writes is not None:
-            self.replace = writes.replace
+            self.replace, self.write = writes.replace, writes.write
 
     def fsync(self, descriptor: int) -> None:
         if descriptor >= 0 and not self._lazy:  # publish() fsyncs pending lines

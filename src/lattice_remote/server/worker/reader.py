@@ -67,7 +67,7 @@ def _laid_out(envelope: bytes, place: Sequence[str]) -> tuple[bytes, ListIndex]:
 class NoWrites:
     """Pre-image recorder that refuses every change before it is made; see ``tree.capture.PreImages``."""
 
-    def keep_for_append(self, path: str) -> NoReturn:  # noqa: ARG002 - the protocol's signature
+    def keep_for_append(self, path: str, status: object = None) -> NoReturn:  # noqa: ARG002 - the protocol's signature
         raise AccessDenied("write a file")
 
     keep_for_rewrite = keep_for_replace = keep_for_move = keep_directory = keep_for_append

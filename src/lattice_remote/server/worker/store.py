@@ -339,8 +339,11 @@ class Store:
         Otherwise the outside change would become part of the request's, under its token (I13).
         """
         prefix = self.tree.absolute("")
-        files = {path.removeprefix(prefix): status for path, status in statuses.items()}
-        changed = [path for path in files if is_replicated(path) and not self.tree.is_as_known(path, files[path])]
+        changed = [
+            relative
+            for path, status in statuses.items()
+            if not self.tree.is_as_known(relative := path.removeprefix(prefix), status) and is_replicated(relative)
+        ]
         if changed:
             raise OutsideChange(changed)
 
