@@ -47,8 +47,8 @@ WORKER = {
     "journal": ["server.journal.journal:Journal.append", "server.journal.segment:ChangeIds.make"],
     "commit, the rest": ["server.worker.store:Store.commit"],
     "dispatcher, the rest": ["server.worker.dispatcher:Worker.handle"],
-    "(beside) fsync": ["server.worker.store:sync"],
-    "(beside) committer": ["server.worker.store:Committer._commit"],
+    "(beside) fsync": ["server.worker.committer:sync"],
+    "(beside) committer": ["server.worker.committer:Committer._commit"],
 }
 SERVER = {
     "receive the request": ["server.project.connection:_decode"],

@@ -26,8 +26,9 @@ from lattice_remote.server.maintenance.fsck import fsck
 from lattice_remote.server.maintenance.fsck_project import AFTER_POWER_CUT
 from lattice_remote.server.record_format import frames
 from lattice_remote.server.tree.tree import INLINE_BYTES
+from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.recovery import open_store
-from lattice_remote.server.worker.store import Committer, server_origin
+from lattice_remote.server.worker.store import server_origin
 from power_cut import Disk, make_image, mounted, touch, traced_worker
 
 LATTICE = "import sys; from lattice.cli.main import cli; sys.argv[0] = 'lattice'; cli()"

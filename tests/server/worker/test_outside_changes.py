@@ -25,7 +25,7 @@ from lattice_remote.protocol.messages import Change, Refused, Stored
 from lattice_remote.protocol.operations import AppendBytes, MemoryTree, PutFile, apply
 from lattice_remote.server.datadir import ProjectPaths
 from lattice_remote.server.ipc import Edit, RequestDone
-from lattice_remote.server.journal.repair import change_of as change_in
+from lattice_remote.server.journal.contents import change_of as change_in
 from lattice_remote.server.journal.segment import JournalReader
 from sandbox import wait_for
 

@@ -1,15 +1,12 @@
 """Journal: a project's numbered changes and the replies to its requests, durable and bounded (I1, I2, I6).
 
-``journal/`` holds segments named by the number of their first record, ``%020d.log``. The first record of a segment is a
-``Segment`` with the position of the history; the others are ``Record``s. A record without a change is a request that
-changed nothing: it is kept so that a retry returns the same reply.
+``journal/`` holds segments, see ``segment.py``. A record without a change keeps the reply of a request that changed
+nothing, for a retry.
 
-A new epoch is a new segment with another epoch in it. The segments before it, and those before a damaged one, are
-*former*: their changes are no longer replayed, but the audit log shows them until they expire like the others. The
-index in ``request_ids.py`` holds the request ids of former and expired segments.
+A new epoch is a new segment. The segments before it, and those before a damaged one, are *former*: not replayed, but
+shown by the audit log until they expire. ``request_ids.py`` holds the ids of former and expired segments.
 
-The worker owns the ``Journal``. It appends with ``write()``, which survives a kill of the process; the caller makes it
-durable with fsync. Other processes read with ``JournalReader``.
+The worker appends with ``write()``, which survives a kill; the caller makes it durable.
 """
 
 import contextlib
@@ -63,7 +60,6 @@ class Retention:
 
     @property
     def segment_age_s(self) -> float:
-        """Age at which a new segment is started."""
         return self.max_age_s / 8
 
 
@@ -83,13 +79,12 @@ class _Place:
 
 
 class Journal:
-    """The worker's side of the journal. Not thread-safe; made by ``open`` or ``create``.
+    """The worker's side of the journal, made by ``open`` or ``create``. Not thread-safe.
 
     Attributes:
         epoch, head, mark: the position; ``head`` counts changes from 1, 0 means none.
         notes: repairs made by ``open``, one line each.
         is_damaged: ``open`` cut records that may have been acknowledged: their replies are lost.
-        change_ids: makes the change ids.
         request_ids: the requests answered in expired or former segments.
     """
 
@@ -114,10 +109,7 @@ class Journal:
     def open(cls, directory: Path, retention: Retention | None = None) -> Self | None:
         """Open the journal, cut a torn tail, and fsync the rest: its writer may have died before that (I2).
 
-        Returns None if there is no readable journal: the caller then calls ``create`` with a new epoch (I7).
-
-        Raises:
-            OSError: the directory cannot be read or written.
+        Returns None if there is no readable journal: then ``create`` one (I7). Raises OSError.
         """
         journal = cls(directory, retention or Retention())
         journal._load()
@@ -141,13 +133,13 @@ class Journal:
     ) -> Self:
         """Start a new history: existing segments become former ones, numbers start at 0.
 
-        A crash leaves either the old history or the new one with all of ``answered``, never less (I6).
+        A crash leaves the old history or the new one with all of ``answered`` (I6).
 
         Args:
             directory: created if missing.
             epoch: of the new history.
             retention: its bounds.
-            answered: replies that a retry may still ask for (I6): records without a change, at number 0.
+            answered: replies that a retry may ask for: records without a change, at number 0.
             since: ``answered`` has all replies after this time, in seconds since the epoch; None: none before now.
 
         Raises:
@@ -187,7 +179,6 @@ class Journal:
             self._adopt(*loaded)
 
     def _retire(self) -> None:
-        """Make the segments read so far former ones."""
         if any(id_ not in self.request_ids for id_ in self._places):
             self._retired += [record for kept in self._segments for record in readable_records(kept.path)]
         self._former += [_Former(kept.path, kept.path.stat().st_size, kept.newest) for kept in self._segments]
@@ -195,7 +186,6 @@ class Journal:
         self._places.clear()
 
     def _index_retired(self) -> None:
-        """Index the request ids of former segments, which are not searched for them."""
         self.request_ids.add(self._retired, time.time())
         self._retired.clear()
 
@@ -228,7 +218,7 @@ class Journal:
             os.ftruncate(self._descriptor, last.size)
 
     def _set_aside_tail(self, last: StoredSegment) -> None:
-        """Keep a copy of the bytes to be cut, unless the disk has no room for it."""
+        """Keep a copy of the bytes to be cut, if the disk has room."""
         directory = self.directory.parent / "set-aside"
         with contextlib.suppress(OSError), last.path.open("rb") as file:
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -245,8 +235,7 @@ class Journal:
         """Add a record and return the descriptor to fsync before the record is reported (I2).
 
         Raises:
-            OSError: it could not be written; the journal is as before, or, rarely, the attempt to restore it failed
-                too.
+            OSError: the journal is as before, or, rarely, the attempt to restore it failed too.
         """
         data = frame(_encoder.encode(record))
         last = self._segments[-1]
@@ -267,7 +256,7 @@ class Journal:
             self._places[bytes.fromhex(record.id)] = _Place(self._segments[-1].header.number, offset)
 
     def is_rotation_due(self, now: float) -> bool:
-        """Return whether ``rotate`` is due: the newest segment is large, or old and not empty."""
+        """Return whether the newest segment is large, or old and not empty."""
         last = self._segments[-1]
         old = self._next_number > last.header.number and now - last.header.since > self.retention.segment_age_s
         return old or last.size >= self.retention.segment_bytes
@@ -275,10 +264,7 @@ class Journal:
     def rotate(self) -> int:
         """Start a new segment and return the old one's descriptor, for the caller to close.
 
-        The old one is made durable first, because the new header repeats where it ended.
-
-        Raises:
-            OSError: one of the segments could not be made durable.
+        The old one is made durable first: the new header repeats where it ended. Raises OSError.
         """
         old = self._descriptor
         sync(old)
@@ -306,10 +292,7 @@ class Journal:
     def expire(self, now: float) -> list[Path]:
         """Drop the segments beyond the retention and return their paths, for the caller to remove.
 
-        Their request ids are durable in the index by then (I6). If the disk has no room for these, nothing expires.
-
-        Raises:
-            SyncFailed: the storage failed.
+        Their ids are durable in the index by then (I6); without room for these nothing expires. Raises SyncFailed.
         """
         expired = self._over_retention(now)
         kept = expired[len(self._former) :]
@@ -340,18 +323,14 @@ class Journal:
         return segments[:count]
 
     def close(self) -> None:
-        """Close the newest segment; the caller has fsynced the appended records."""
+        """Close the newest segment, after its fsync."""
         os.close(self._descriptor)
         self._descriptor = -1
 
     # --- asking again ---
 
     def states_after(self, seq: int) -> Iterator[dict[str, FileState | None]]:
-        """Yield the file states that each commit after ``seq`` changed, oldest first; call after ``open``.
-
-        Raises:
-            OSError: a segment cannot be read.
-        """
+        """Yield the file states that each commit after ``seq`` changed, oldest first. Raises OSError."""
         for kept in self._segments:
             for _, payload in frames(kept.path.read_bytes()):
                 item = outline_decoder.decode(payload)
@@ -359,11 +338,7 @@ class Journal:
                     yield item.files
 
     def answered_since(self, time_: float) -> Iterator[Record]:
-        """Yield the records, oldest first, that answered a request after this time, in seconds since the epoch.
-
-        Raises:
-            OSError: a segment cannot be read.
-        """
+        """Yield the records that answered a request after this time, in seconds since the epoch. Raises OSError."""
         for kept in self._segments:
             if kept.newest < time_:
                 continue
@@ -374,12 +349,11 @@ class Journal:
 
     @property
     def segment(self) -> Path:
-        """The newest segment, to which records are appended."""
         return self._segments[-1].path
 
     @property
     def is_segment_new(self) -> bool:
-        """Whether the newest segment has no change yet: the files are as at its start."""
+        """Whether the files are as at the start of the newest segment."""
         return self.head == self._segments[-1].header.head
 
     @property
@@ -401,7 +375,7 @@ class Journal:
         """Return the record that answered a request, None if it is unknown or expired.
 
         Raises:
-            OSError: the segment cannot be read or was damaged: the request was answered, so it is not new.
+            OSError: the record cannot be read: the request was answered, so it is not new.
         """
         place = self._places.get(bytes.fromhex(request_id))
         if place is None:

@@ -1,314 +1,52 @@
 """Repair of a tree's files to their state at one number of the journal (I2).
 
-After a power cut a file may be older than the journal, empty, or newer. The worker omits lattice's own fsyncs, because
+After a power cut a file may be older than the journal, empty, or newer: the worker omits lattice's fsyncs, because
 each change is in the journal, which is fsynced before any reply. A newer file was touched by a command whose record
-never reached the disk. In a copy of a live data directory every file may be of another moment.
+never reached the disk. In a copy of a live directory every file may be of another moment.
 
-People may have edited the files with plain lattice or an editor before the server starts. Only content distinguishes
-such an edit from a lost write; a time stamp may come from ``chown -R`` or ``rsync``:
+People may have edited the files before the server starts. Only content distinguishes an edit from a lost write; a time
+stamp may come from ``chown -R`` or ``rsync``:
 
 - a file that is missing, empty, filled with NULs, as at an earlier number, or the start of such a content was lost;
 - a line of an event log is an outside change if the journal's log does not have it and no worker of this history made
-its id (``make_id``): it is added to the journal's log;
+its id: it is added to the journal's log;
 - snapshots and indexes follow from the logs;
-- any other content that no number has is an outside change, and stays.
+- any other unknown content is an outside change, and stays.
 """
 
-import base64
-import hashlib
 import json
 import os
-import secrets
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lattice_remote.files import write_atomically
-from lattice_remote.protocol.codec import decode_server_frame
-from lattice_remote.protocol.messages import Change
-from lattice_remote.protocol.operations import (
-    AnnounceFile,
-    AppendBytes,
-    DeleteFile,
-    MergeJson,
-    MoveFile,
-    Operation,
-    PutFile,
-    canonical_json,
-    digest_of,
-    merge_patch,
+from lattice_remote.protocol.operations import digest_of
+from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.lattice_files import (
+    counterpart,
+    derive,
+    is_own_id,
+    is_snapshot,
+    log_of,
+    name_of_resource,
 )
-from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.segment import JournalReader, Record, list_beside, segment_paths
-from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, load_manifest, sync
+from lattice_remote.server.tree.tree import ProjectTree, sync
 
-__all__ = [
-    "Contents",
-    "Repair",
-    "change_of",
-    "counterpart",
-    "derive",
-    "differing",
-    "is_copied",
-    "is_own_id",
-    "is_snapshot",
-    "log_of",
-    "make_id",
-    "place_of",
-    "repair_copy",
-]
-
-Read = Callable[[str], bytes]
-"""Returns the content of a path of the tree, empty if there is none."""
-
-
-@dataclass
-class _Known:
-    """The journal's knowledge of a file's content: ``data`` from ``offset`` on, after the end of the file at ``base``.
-
-    ``patches`` were applied to it since; ``base`` is None if the journal has all of it.
-    """
-
-    base: str | None
-    offset: int = 0
-    data: bytearray = field(default_factory=bytearray)
-    patches: list[MergeJson] = field(default_factory=list)
-
-
-class Contents:
-    """File contents according to the journal. Pass records to ``learn``, oldest first; then ask for content.
-
-    Args:
-        paths: the files that will be asked for, None for all. Saves memory: a journal has tens of megabytes.
-    """
-
-    def __init__(self, paths: Iterable[str] | None = None) -> None:
-        self._names = {os.path.basename(path) for path in paths} if paths is not None else None
-        self._known: dict[str, _Known | None] = {}  # None: the file is gone
-        self._digests: dict[str, set[bytes]] = {}
-        self._texts: dict[str, list[bytes]] = {}
-
-    def learn(self, record: Record) -> None:
-        """Add one record: its change, the states after it, and the contents that it holds whole."""
-        for path, state in record.files.items():
-            self.learn_state(path, state)
-        if record.change is None:
-            for path, data in record.moved.items():  # its state before an operation that may have been interrupted
-                if self._is_wanted(path):
-                    self._put(path, data)
-            return
-        for operation in change_of(record).ops:
-            if self._is_wanted(operation.path):
-                self._learn(operation, record)
-
-    def learn_state(self, path: str, state: FileState | None) -> None:
-        """Note that a file had this content at some number."""
-        if state is not None and self._is_wanted(path):
-            self._digests.setdefault(path, set()).add(state.digest)
-
-    def was(self, path: str, data: bytes) -> bool:
-        """Return whether the file once had this content, or the start of one that the journal has whole."""
-        return digest_of(data) in self._digests.get(path, ()) or any(
-            text.startswith(data) for text in self._texts.get(path, ())
-        )
-
-    def is_gone(self, path: str) -> bool:
-        """Return whether the newest record of this file removed it."""
-        return path in self._known and self._known[path] is None
-
-    def _is_wanted(self, path: str) -> bool:
-        return self._names is None or os.path.basename(path) in self._names
-
-    def _put(self, path: str, data: bytes) -> None:
-        self._known[path] = _Known(None, data=bytearray(data))
-        self._texts.setdefault(path, []).append(data)
-
-    def _learn(self, operation: Operation, record: Record) -> None:
-        known, path = self._known, operation.path
-        match operation:
-            case PutFile():
-                self._put(path, operation.data)
-            case AppendBytes():
-                known[path] = _grown(known.get(path) or _Known(path, operation.offset), operation)
-            case MergeJson():
-                (known.get(path) or known.setdefault(path, _Known(path)) or _Known(path)).patches.append(operation)
-            case MoveFile():
-                if operation.to in record.moved:
-                    self._put(operation.to, record.moved[operation.to])
-                else:
-                    known[operation.to] = known.get(path) or _Known(path)
-                known[path] = None
-            case DeleteFile():
-                known[path] = None
-            case AnnounceFile():
-                known[path] = _Known(path)  # the file itself was made durable
-
-    def find(self, path: str, size: int, digest: bytes, read: Read, kept: bytes | None = None) -> bytes | None:
-        """Return the file's content of this size and digest, None if it cannot be reconstructed; ``kept`` is tried
-        too.
-        """
-        told = self._known.get(path) or _Known(path)
-        on_disk = read(told.base or path)
-        candidates = [on_disk[:size]]
-        if told.base is None or len(on_disk) >= told.offset:
-            candidates.append((on_disk[: told.offset] if told.base is not None else b"") + told.data)
-        for candidate in candidates:
-            for data in (candidate, _patched(candidate, told.patches)):
-                if digest_of(data) == digest:
-                    return data
-        return kept if kept is not None and digest_of(kept) == digest else None
-
-
-def change_of(record: Record) -> Change:
-    """Return the change that a record holds."""
-    assert record.change is not None, "the caller has looked"
-    frame = decode_server_frame(record.change, max_bytes=len(record.change))
-    assert isinstance(frame, Change), "the journal holds what this package has encoded"
-    return frame
-
-
-def _grown(known: _Known, operation: AppendBytes) -> _Known:
-    if not known.data and known.base is not None:
-        known.offset = operation.offset
-    del known.data[operation.offset - known.offset :]
-    known.data += operation.data
-    return known
-
-
-def _patched(data: bytes, patches: list[MergeJson]) -> bytes:
-    """Apply the patches after the last one whose outcome ``data`` is: the disk may have any version."""
-    if not patches:
-        return data
-    outcomes = [patch.digest for patch in patches]
-    digest = digest_of(data)
-    last = len(outcomes) - outcomes[::-1].index(digest) if digest in outcomes else 0
-    try:
-        value = json.loads(data)
-        for patch in patches[last:]:
-            value = merge_patch(value, json.loads(patch.patch))
-        return canonical_json(value)
-    except (ValueError, RecursionError):
-        return data
-
-
-# --- what lattice derives from its logs ---
-
-
-def counterpart(path: str) -> str:
-    """Return the path of a file once its task is archived, or before that."""
-    return path.removeprefix("archive/") if path.startswith("archive/") else f"archive/{path}"
-
-
-def is_snapshot(path: str) -> bool:
-    """Return whether a file is a snapshot of a task or a resource."""
-    folder, name = os.path.split(path)
-    return folder in ("tasks", "archive/tasks") or (folder.startswith("resources/") and name == "resource.json")
-
-
-def log_of(path: str, read: Read) -> str | None:
-    """Return the event log that a snapshot of a task or a resource is derived from; None for any other file."""
-    folder, name = os.path.split(path)
-    if folder in ("tasks", "archive/tasks"):
-        return f"{folder.removesuffix('tasks')}events/{name.removesuffix('.json')}.jsonl"
-    if folder.startswith("resources/") and name == "resource.json":
-        try:
-            return f"events/{json.loads(read(path))['id']}.jsonl"
-        except (ValueError, KeyError, TypeError):
-            return None
-    return None
-
-
-def derive(path: str, read: Read, logs: Collection[str] = ()) -> bytes:
-    """Return a snapshot as lattice derives it from its log; empty if that is not possible.
-
-    Args:
-        path: of the snapshot.
-        read: see ``Read``.
-        logs: of resources, to search if the snapshot does not name its own.
-    """
-    log = log_of(path, read)
-    if log is None and path.startswith("resources/"):
-        name = path.split("/")[1]
-        log = next((log for log in logs if _name_of_resource(read(log)) == name), None)
-    if log is None:
-        return b""
-    from lattice.core.resources import apply_resource_event_to_snapshot, serialize_resource_snapshot
-    from lattice.core.tasks import apply_event_to_snapshot, serialize_snapshot
-
-    is_task = not path.startswith("resources/")
-    apply = apply_event_to_snapshot if is_task else apply_resource_event_to_snapshot
-    snapshot = None
-    try:
-        for line in read(log).splitlines():
-            snapshot = apply(snapshot, json.loads(line))
-        return (serialize_snapshot if is_task else serialize_resource_snapshot)(snapshot).encode() if snapshot else b""
-    except (ValueError, KeyError, TypeError):
-        return b""
-
-
-def _name_of_resource(log: bytes) -> str | None:
-    try:
-        first = json.loads(log.split(b"\n", 1)[0])
-        return str(first["data"]["name"])
-    except (ValueError, KeyError, TypeError):
-        return None
-
+__all__ = ["Repair", "differing"]
 
 _IDS = "ids.json"
 _LIFECYCLE = "_lifecycle.jsonl"
 _SESSION_INDEX = "sessions/index.json"
 _LOG_FOLDERS = ("events", "archive/events")
-_CROCKFORD = str.maketrans("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", "0123456789ABCDEFGHJKMNPQRSTVWXYZ")
-_FROM_CROCKFORD = {target: chr(source) for source, target in _CROCKFORD.items()}
 _BY_RECOVERY = "agent:lattice-remote"
-
-
-# --- ids that a worker made ---
-
-
-def make_id(epoch: str) -> str:
-    """Return a new ULID that ``is_own_id`` recognizes as made by a worker in this epoch.
-
-    Half of its random part is random, the other half a digest of the rest.
-    """
-    head = int(time.time() * 1000).to_bytes(6) + secrets.token_bytes(5)
-    return _encode(head + _seal(head, epoch))
-
-
-def is_own_id(id_: object, epoch: str) -> bool:
-    """Return whether a worker made an id such as ``ev_01...`` in this epoch; False for any other text."""
-    if not isinstance(id_, str) or not epoch:
-        return False
-    try:
-        data = _decode(id_.rpartition("_")[2])
-    except ValueError:
-        return False
-    return len(data) == 16 and data[11:] == _seal(data[:11], epoch)
-
-
-def _seal(head: bytes, epoch: str) -> bytes:
-    return hashlib.blake2b(head, digest_size=5, key=epoch.encode()[:64]).digest()
-
-
-def _encode(data: bytes) -> str:
-    # 130 bits in 26 characters, the first two of them 0: Base32 of 20 bytes has the 128 bits at its end.
-    return base64.b32encode(bytes(4) + data).decode().translate(_CROCKFORD)[6:]
-
-
-def _decode(ulid: str) -> bytes:
-    return base64.b32decode("AAAAAA" + ulid.translate(_FROM_CROCKFORD))[4:]
-
-
-# --- files ---
 
 
 def differing(tree: ProjectTree, doubtful: Collection[str] | None = None) -> list[str]:
     """Return the files that differ from ``tree.files`` by content.
 
-    With ``doubtful`` paths every other file was made durable since it last changed: it is read only if its signature
-    differs.
+    With ``doubtful`` paths every other file is durable: it is read only if its signature differs.
     """
     found, seen = [], set()
     for path, status in tree.scan():
@@ -332,16 +70,14 @@ class Repair:
     """A plan that brings ``damaged`` files to their state in ``tree.files``; ``perform`` writes it.
 
     Attributes:
-        failed: lost files that cannot be reconstructed; they stay as they are.
-        edits: paths of outside changes, which stay.
-
-    Both become changes like any other difference.
+        failed: lost files that cannot be reconstructed; they stay.
+        edits: outside changes, which stay. Both become changes like any other difference.
 
     Args:
         tree: its ``files`` are those of the target number.
-        contents: has learned every record up to that number that the journal has.
+        contents: has learned every record up to that number.
         damaged: paths of files that differ.
-        kept: returns other candidates for the content of a path; the digest decides.
+        kept: returns another candidate for the content of a path; the digest decides.
         epoch: of the workers' ids; empty if commands must not be undone.
         has_edits: whether unknown content may be an outside change; otherwise it is damage.
 
@@ -386,13 +122,12 @@ class Repair:
 
     @property
     def is_needed(self) -> bool:
-        """Whether anything was lost."""
         return bool(self.failed or self._restored or self._surplus)
 
     # --- event logs ---
 
     def _repair_log(self, name: str) -> None:
-        """Restore a log to the journal's content, followed by the lines that other programs have added to it."""
+        """Restore a log to the journal's content, followed by the lines that other programs have added."""
         paths = [f"{folder}/{name}" for folder in _LOG_FOLDERS]
         at = next((path for path in paths if path in self._tree.files), None)
         copies = [path for path in paths if self._tree.status(path) is not None]
@@ -448,7 +183,7 @@ class Repair:
                 continue
             if not stem.startswith("res_"):
                 yield f"{log.removesuffix(os.path.basename(log)).replace('events/', 'tasks/')}{stem}.json"
-            elif name := _name_of(self._read(log)):
+            elif name := name_of_resource(self._read(log)):
                 yield f"resources/{name}/resource.json"
 
     def _repair_snapshot(self, path: str) -> None:
@@ -472,7 +207,7 @@ class Repair:
         return sorted(path for path in {*self._restored, *on_disk} if path.startswith("events/res_"))
 
     def _repair_index_of_ids(self, damaged: set[str]) -> None:
-        """Restore ``ids.json``, with the tasks created by other programs; a task whose id is taken gets a new one."""
+        """Restore ``ids.json`` with the tasks of other programs; a task whose id is taken gets a new one."""
         data: bytes | None = self._read(_IDS)
         if _IDS in damaged:
             data = self._find(_IDS) if _IDS in self._tree.files else None
@@ -512,7 +247,7 @@ class Repair:
         following[prefix] = max(following.get(prefix, 1), int(number) + 1)
 
     def _index_of_ids(self) -> bytes:
-        """Return the index according to the tasks' logs, if its content cannot be reconstructed."""
+        """Return the index according to the tasks' logs."""
         ids: dict[str, str] = {}
         following: dict[str, int] = {}
         for path in {*self._tree.files, *self._restored}:
@@ -530,7 +265,7 @@ class Repair:
         return _serialized({"schema_version": 2, "map": ids, "next_seqs": following})
 
     def _repair_index_of_sessions(self) -> None:
-        """Make the index of sessions list the existing sessions."""
+        """Make the index list the existing sessions."""
         paths = {path for path, _ in self._tree.scan()} - set(self._surplus) | self._restored.keys()
         files = [path for path in paths if os.path.dirname(path) == "sessions" and path != _SESSION_INDEX]
         index = _parsed(self._read(_SESSION_INDEX)) or {}
@@ -607,10 +342,10 @@ class Repair:
     # --- writing ---
 
     def perform(self, lost: Path) -> list[str]:
-        """Write the files; return one line for each, for the log. May be repeated after an error.
+        """Write the files; return one line for each. Repeatable after an error.
 
         Args:
-            lost: a directory for files that no change has: unfinished commands wrote them.
+            lost: a directory for files of unfinished commands.
 
         Raises:
             OSError: a file cannot be written.
@@ -653,7 +388,7 @@ def _id_of(line: bytes) -> object:
 
 
 def _line_in(data: bytes) -> _Line | None:
-    """Return the event at the end of a line; a fragment of an event whose end was lost may precede it."""
+    """Return the event at the end of a line; a torn event may precede it."""
     start = data.find(b"{")
     while start >= 0:
         event = _parsed(data[start:])
@@ -666,12 +401,6 @@ def _line_in(data: bytes) -> _Line | None:
 def _extended(log: bytes, lines: list[_Line]) -> bytes:
     separator = b"\n" if lines and log and not log.endswith(b"\n") else b""
     return log + separator + b"".join(line.data + b"\n" for line in lines)
-
-
-def _name_of(log: bytes) -> str | None:
-    first = _parsed(log.split(b"\n", 1)[0]) or {}
-    data = first.get("data")
-    return data.get("name") if isinstance(data, dict) else None
 
 
 def _serialized(index: dict[str, Any]) -> bytes:
@@ -699,116 +428,3 @@ def _write(path: str, data: bytes) -> None:
     directory, name = os.path.split(path)
     os.makedirs(directory, exist_ok=True)
     write_atomically(path, data, mode=0o666, temporary=os.path.join(directory, f".tmp.repair.{name}"), sync=sync)
-
-
-def place_of(directory: Path) -> list[int]:
-    """Return an identity of this journal directory that a copy does not share; empty before its undo log exists."""
-    try:
-        return [os.stat(directory).st_ino, os.stat(directory / "undo").st_ino]
-    except FileNotFoundError:
-        return []
-
-
-def is_copied(directory: Path, listed: ManifestFile | None) -> bool:
-    """Return whether the manifest was written in another directory than this."""
-    return listed is not None and bool(listed.place) and listed.place != place_of(directory)
-
-
-def repair_copy(
-    tree: ProjectTree, journal: Journal, listed: ManifestFile, *, kept: Callable[[str], bytes | None]
-) -> list[str]:
-    """Bring the tree to the last change of the journal that all of it can reach; return lines for the log.
-
-    Empty if there is nothing to repair. Outside changes made in the copy before its first start stay (``Repair``). So
-    does the whole tree if files were written there after the server had stopped in order. May be repeated after a
-    crash.
-
-    Args:
-        tree: of the copy; its ``files`` are of the reached number afterwards.
-        journal: the copied one, open.
-        listed: the copied manifest.
-        kept: returns the copied undo log's content of a path, by its absolute path.
-
-    Raises:
-        OSError: a file cannot be read or written.
-    """
-    states = _States(journal, listed, tree)
-    target = journal.head
-    while True:
-        tree.files = states.at(target)
-        damaged = differing(tree)
-        epoch = "" if journal.is_damaged else journal.epoch
-        repair = Repair(tree, states.contents, damaged, lambda path: kept(tree.absolute(path)), epoch=epoch)
-        is_whole = not repair.is_needed or (listed.clean and _is_edited(tree, journal.newest))
-        if is_whole and target == journal.head:
-            return []
-        late = [states.changed_at[path] for path in repair.failed if path in states.changed_at]
-        if not late:
-            break
-        target = min(late) - 1
-    notes = repair.perform(journal.directory / "lost")
-    first = (
-        f"this is a copy of a running server: {len(notes)} files were restored to change {target}; a new epoch starts"
-    )
-    return [first, *notes]
-
-
-def _is_edited(tree: ProjectTree, after: float) -> bool:
-    """Return whether any file was written after this time, in seconds since the epoch."""
-    return any(status.st_mtime > after for _, status in tree.scan())
-
-
-class _States:
-    """The files at any number that the journal reaches, as far as it and the manifest determine them."""
-
-    def __init__(self, journal: Journal, listed: ManifestFile, tree: ProjectTree) -> None:
-        self.contents = Contents()
-        """Contents up to the number last asked for."""
-        self.changed_at: dict[str, int] = {}
-        """The last change of each file up to that number that can be undone."""
-        self._journal = journal
-        oldest = _oldest_list(journal, listed)
-        self._has_list = oldest is not None
-        self._first = oldest.seq if oldest is not None else journal.oldest - 1
-        # Without a manifest: files that the journal does not name have not changed since it began, so the disk has
-        # them.
-        self._files = oldest.files if oldest is not None else _on_disk(tree)
-
-    def at(self, seq: int) -> dict[str, FileState]:
-        """Return the files at this number, and learn the contents up to it."""
-        files = dict(self._files)
-        self.contents, self.changed_at = Contents(), {}
-        for path, state in self._files.items():
-            self.contents.learn_state(path, state)
-        for record in JournalReader(self._journal.directory).records():
-            if record.seq > seq:
-                break
-            self.contents.learn(record)
-            if record.seq > self._first:
-                self._apply(files, record)
-        return files
-
-    def _apply(self, files: dict[str, FileState], record: Record) -> None:
-        for path, state in record.files.items():
-            if state is None:
-                files.pop(path, None)
-            else:
-                files[path] = state
-            if self._has_list:
-                self.changed_at[path] = record.seq
-
-
-def _oldest_list(journal: Journal, listed: ManifestFile) -> ManifestFile | None:
-    """Return the oldest manifest from which the journal continues.
-
-    The copied ``manifest`` may be newer than the copied journal, or than the target change.
-    """
-    beside = map(load_manifest, map(list_beside, segment_paths(journal.directory)))
-    lists = [found for found in (listed, *beside) if found is not None and found.epoch == journal.epoch]
-    reached = range(journal.oldest - 1, journal.head + 1)
-    return min((found for found in lists if found.seq in reached), key=lambda found: found.seq, default=None)
-
-
-def _on_disk(tree: ProjectTree) -> dict[str, FileState]:
-    read = {path: tree.read(path, None) for path, _ in tree.scan()}
-    return {path: content.state for path, content in read.items() if content is not None}

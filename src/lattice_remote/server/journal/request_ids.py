@@ -1,8 +1,8 @@
 """Index of request ids whose records have left the journal, so that no request runs twice (I6).
 
 The journal is bounded by size, but an idempotency key is valid for the retention's age. Before a segment is removed,
-and when a new epoch starts, its ids are appended here and fsynced: 48 bytes each, in order of time. Entries expire by
-age when the file is rewritten. The replies themselves are gone.
+and when an epoch starts, its ids are appended here and fsynced, in order of time. Entries expire by age when the file
+is rewritten. The replies themselves are gone.
 
 A repeated request without a key says when it was first sent, which alone shows that it may have run. So beyond a number
 per token, the oldest ids without a key are forgotten. Keys are not: beyond their number, new ones are refused.
@@ -55,8 +55,8 @@ class RequestIds:
 
     Args:
         directory: the journal's.
-        max_age_s: time for which an id is remembered after its answer.
-        per_token: most ids without a key of one token that are remembered, the newest ones.
+        max_age_s: time for which an id is remembered.
+        per_token: most ids without a key of one token, the newest ones.
         keys_per_token: number of keys of one token from which on it may use no new one.
     """
 
@@ -80,11 +80,7 @@ class RequestIds:
         return key in self._new or (at < len(self._sorted) and self._sorted[at] == key)
 
     def find(self, request_id: str) -> Answered | None:
-        """Return the entry of a request, None if it is not in the index.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
+        """Return the entry of a request, None if it is not in the index. Raises OSError."""
         wanted = bytes.fromhex(request_id)
         if wanted not in self:
             return None
@@ -103,14 +99,9 @@ class RequestIds:
         )
 
     def add(self, answered: Iterable[Outline], now: float) -> None:
-        """Add these answers; durable once this returns. Known and expired entries are skipped.
+        """Add these answers; durable once this returns. Skips known and expired ones, and records without an id.
 
-        Args:
-            answered: records, oldest first; those without an id are skipped.
-            now: in seconds since the epoch.
-
-        Raises:
-            OSError: nothing was added.
+        Raises OSError if nothing was added.
         """
         recent = (record for record in answered if record.id and now - record.time <= self._max_age_s)
         entries = {id_: record for record in recent if (id_ := bytes.fromhex(record.id)) not in self}

@@ -1,7 +1,7 @@
-"""Journal segments: file format, salvage of damaged ones, and a reader for processes other than the worker.
+"""Journal segments: file format, salvage of damaged ones, and a reader for other processes than the worker.
 
-A segment is named by the number of its first record, ``%020d.log``, and made of frames (``record_format.py``): the
-first is a ``Segment`` with the position of the history, the others are ``Record``s.
+A segment, ``%020d.log`` with the number of its first record, has frames (``record_format.py``): a ``Segment`` with the
+position of the history, then ``Record``s.
 """
 
 import contextlib
@@ -45,27 +45,18 @@ class ChangeIds:
     """
 
     def __init__(self, directory: Path) -> None:
-        """Take the journal's directory; the key is read on first use."""
         self._path = directory / "key"
         self._key: bytes | None = None
 
     def make(self, epoch: str, seq: int) -> bytes:
-        """Return an id for change ``seq``. Only for the writer, which creates the key if there is none.
-
-        Raises:
-            OSError: the key cannot be read or written.
-        """
+        """Return an id for change ``seq``. The writer creates the key if there is none. Raises OSError."""
         if self._key is None:
             self._key = self._read() or self._create()
         random = secrets.token_bytes(8)
         return random + _code(self._key, epoch, seq, random)
 
     def is_genuine(self, epoch: str, seq: int, mark: bytes) -> bool:
-        """Return whether this id was made for change ``seq``, by this project or a copy of it. Blocking.
-
-        Raises:
-            OSError: the key cannot be read.
-        """
+        """Return whether this id was made for change ``seq``, by this project or a copy. Blocking. Raises OSError."""
         key = self._read()
         return key is not None and hmac.compare_digest(_code(key, epoch, seq, mark[:8]), mark[8:])
 
@@ -86,9 +77,9 @@ def _code(key: bytes, epoch: str, seq: int, random: bytes) -> bytes:
 
 
 class Segment(msgspec.Struct, frozen=True, tag="segment"):
-    """The first record of a segment: the epoch, and the head at the start of the segment.
+    """The first record of a segment: the epoch, and the head at its start.
 
-    ``since`` is the time of that start, in seconds since the epoch: later replies are in this segment or after it.
+    ``since`` is the time of the start, in seconds since the epoch.
     """
 
     epoch: str
@@ -101,11 +92,13 @@ class Segment(msgspec.Struct, frozen=True, tag="segment"):
 class Record(msgspec.Struct, frozen=True, tag="record", omit_defaults=True):
     """One commit. ``change`` and ``reply`` are encoded frames; ``files`` are the states after it, None for gone.
 
-    ``seq`` and ``mark`` are the head's after this record. ``id`` is empty if no retry may ask for the reply. ``moved``
-    has the content of files that the change only moved, because a file-by-file copy of a live project may have caught
-    them in neither place (``repair.py``). Without a change it has the content of a file before a command destroys it.
-    ``fingerprint`` is a digest of the request. ``is_keyed``: its id is the caller's key, so that a repetition does not
-    say when it was first sent.
+    Attributes:
+        seq, mark: the head's after this record.
+        id: empty if no retry may ask for the reply.
+        moved: contents of files that the change only moved: a copy of a live project may have them in neither place
+            (``copies.py``). Without a change, a content before a command destroys it.
+        fingerprint: a digest of the request.
+        is_keyed: the id is the caller's key, so that a repetition does not say when it was first sent.
     """
 
     seq: int
@@ -146,7 +139,7 @@ _SEGMENT_NAME = re.compile(r"[0-9]{20}\.log")
 
 @dataclass
 class StoredSegment:
-    """A segment on disk: its header, and the size in bytes of its whole records."""
+    """A segment on disk; ``size`` is that of its whole records."""
 
     path: Path
     header: Segment
@@ -160,7 +153,7 @@ def segment_paths(directory: Path) -> list[Path]:
 
 
 def list_beside(segment: Path) -> Path:
-    """Return the path of the manifest at a segment's start, used to repair a copy (``repair.py``)."""
+    """Return the path of the manifest at a segment's start, for ``copies.py``."""
     return segment.with_suffix(".files")
 
 
@@ -205,11 +198,7 @@ def salvaged(data: bytes) -> Iterator[Outline]:
 
 
 def readable_records(path: Path) -> list[Outline]:
-    """Return the outlines of all readable records of a segment, those behind damage too.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return the outlines of all readable records of a segment, those behind damage too. Raises OSError."""
     found = read_segment(path)
     if found is None:
         return list(salvaged(path.read_bytes()))
@@ -218,11 +207,7 @@ def readable_records(path: Path) -> list[Outline]:
 
 
 def header_of(path: Path) -> Segment | None:
-    """Return a segment's header, None if it is gone or damaged.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Return a segment's header, None if it is gone or damaged. Raises OSError."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -234,9 +219,9 @@ def header_of(path: Path) -> Segment | None:
 
 
 class JournalReader:
-    """Reader of the journal. Blocking: call it from a thread. One per subscriber, or shared.
+    """Reader of the journal, shared by subscribers. Blocking: call it from a thread. Raises OSError.
 
-    It may see records that are not durable yet: ask only up to a number that the worker has reported as done (I2).
+    It may see records that are not durable yet: ask only up to a number that the worker has reported (I2).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -245,11 +230,8 @@ class JournalReader:
     def read(self, after: int, upto: int, max_bytes: int) -> list[tuple[int, bytes]] | None:
         """Return (number, encoded ``Change``) for ``after < number <= upto``, in order, without a gap.
 
-        At most ``max_bytes`` of changes, but at least one if there is one: continue with the last number returned. None
-        if change ``after + 1`` has expired: the client must resync.
-
-        Raises:
-            OSError: a segment cannot be read.
+        At most ``max_bytes`` of changes, but at least one: continue with the last number returned. None if change
+        ``after + 1`` has expired: the client must resync.
         """
         changes: list[tuple[int, bytes]] = []
         total = 0
@@ -266,19 +248,11 @@ class JournalReader:
         return changes if changes or after >= upto else None
 
     def records(self) -> Iterator[Record]:
-        """Yield every record of the history, oldest first.
-
-        Raises:
-            OSError: a segment cannot be read.
-        """
+        """Yield every record of the history, oldest first."""
         return (item for item in self._items(0) if isinstance(item, Record))
 
     def mark_at(self, seq: int) -> bytes | None:
-        """Return the change id of change ``seq``, or of the state before the first kept one; None if unknown.
-
-        Raises:
-            OSError: a segment cannot be read.
-        """
+        """Return the change id of change ``seq``, or of the state before the first kept one; None if unknown."""
         for item in self._items(seq):
             number = item.head if isinstance(item, Segment) else item.seq
             if number == seq:
@@ -291,9 +265,6 @@ class JournalReader:
         """Return whether this position is on record, in this history or a former one still on disk.
 
         A position older than the kept part of its epoch counts as on record.
-
-        Raises:
-            OSError: a segment cannot be read.
         """
         paths = [(path, header) for path in segment_paths(self._directory) if (header := header_of(path)) is not None]
         of_epoch = [(path, header) for path, header in paths if header.epoch == epoch]
@@ -304,7 +275,7 @@ class JournalReader:
         return bool(of_epoch)
 
     def _items(self, seq: int) -> Iterator[Segment | Record]:
-        """Yield the items on disk of the history, from the segment that would hold change ``seq + 1``."""
+        """Yield the items of the history, from the segment that would hold change ``seq + 1``."""
         paths: list[Path] = []
         epoch = None
         for path in reversed(segment_paths(self._directory)):

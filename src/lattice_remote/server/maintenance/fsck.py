@@ -20,7 +20,8 @@ from lattice_remote.errors import Misuse, StorageError
 from lattice_remote.server.config import JournalSettings
 from lattice_remote.server.datadir import DataDir, ProjectPaths
 from lattice_remote.server.ipc import Ready, Stop, ToServer
-from lattice_remote.server.journal.repair import Contents, Repair
+from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.repair import Repair
 from lattice_remote.server.journal.segment import JournalReader
 from lattice_remote.server.locks import LockedElsewhere, lock
 from lattice_remote.server.maintenance.fsck_project import Finding, ProjectCheck, check_project

@@ -24,7 +24,7 @@ from lattice_remote.protocol.messages import (
     Version,
 )
 from lattice_remote.server.datadir import ProjectPaths
-from lattice_remote.server.journal.repair import Contents
+from lattice_remote.server.journal.contents import Contents
 from lattice_remote.server.journal.segment import Record, Segment, decoder, header_of, segment_paths
 from lattice_remote.server.record_format import frames
 from lattice_remote.server.tree.tree import FileState

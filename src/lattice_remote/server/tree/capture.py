@@ -1,16 +1,12 @@
 """Audit hook that records the files a command touches and enforces its limits (I9).
 
-The hook is installed once in the worker process and watches one thread while ``watch()`` is open. It sees every open,
-rename and removal before it happens. A command may:
+The hook watches one thread while ``watch()`` is open. It sees every open, rename and removal before it happens. A
+command may read the project's ``.lattice/``, the private directory, and Python itself, and write the first two, never
+through a symbolic link.
 
-- read the project's ``.lattice/``, the private directory, and Python itself;
-- write ``.lattice/`` and the private directory, never through a symbolic link.
-
-Everything else (a process, a socket, another file) raises ``AccessDenied``, which is remembered if a command swallows
-it.
-
-An event outside the tables below is refused. The hook cannot see ``stat`` and similar calls, for which Python has no
-event, nor another process's actions between a check and the open.
+Everything else (a process, a socket, another file, an event outside the tables) raises ``AccessDenied``, which is
+remembered if a command swallows it. Python has no event for ``stat``, nor for another process's actions between a
+check and the open.
 """
 
 import os
@@ -118,7 +114,7 @@ REFUSED = frozenset(
         *("ctypes.memoryview_at",),
     }
 )
-"""A complete list for the reader; the capture refuses every event outside the other two tables."""
+"""For the reader; the capture refuses every event outside the other two tables."""
 
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -127,7 +123,7 @@ _HARMLESS_TREES = ("/usr/share/zoneinfo/", "/usr/lib/locale/", "/usr/share/local
 
 
 class AccessDenied(BaseException):
-    """A command tried a forbidden operation. Not an ``Exception``: a command's own error handling lets it pass."""
+    """A command tried a forbidden operation. No ``Exception``, so it passes a command's own error handling."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +141,8 @@ class AccessLog:
     Attributes:
         steps: first touches and renames, in order; a file that is written after its rename has both.
         appended: the file before its first touch, for files that were only opened for appending.
-        written: files whose newest write is known: their status after it, and the appended bytes or new content.
-        unshared: written names in ``.lattice/`` that no cache would accept.
+        written: status and content (appended bytes, or all) after the newest write of a file, if known.
+        unshared: written names that no cache would accept.
         veto: the first refused operation; None if there was none.
     """
 
@@ -159,30 +155,30 @@ class AccessLog:
 
 
 class PreImages(Protocol):
-    """Receiver of each change before it is made, by absolute path; ``UndoLog`` implements it.
+    """Receiver of each change before it is made, by absolute path.
 
     ``status`` is the regular file's, None if there is none.
     """
 
     def keep_for_append(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the file will be appended to, or created."""
+        """The file will be appended to, or created."""
 
     def keep_for_rewrite(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the file will be changed in place, or created."""
+        """The file will be changed in place, or created."""
 
     def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
-        """Note that this name will be removed, or given to another file."""
+        """The name will be removed, or given to another file."""
 
     def keep_for_move(self, path: str, status: os.stat_result | None) -> None:
-        """Note that the file will be renamed."""
+        """The file will be renamed."""
 
     def keep_directory(self, path: str) -> None:
-        """Note that the directory will be created."""
+        """The directory will be created."""
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A file that replaces another. ``digest`` of its content is needed only if users edit it in place."""
+    """A file that replaces another. ``digest`` is needed only if users edit the file in place."""
 
     inode: int
     digest: bytes | None = None
@@ -190,17 +186,17 @@ class Replacement:
 
 @runtime_checkable
 class Announced(Protocol):
-    """Pre-images that distinguish a transaction's changes from those of another process."""
+    """Pre-images that distinguish a transaction's changes from another process's."""
 
     def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None:
-        """Note that these files will be changed next."""
+        """These files will be changed next."""
 
     def announce(self, path: str, after: bytes | Replacement) -> None:
-        """Note that the next change of this file appends these bytes, or replaces it by this file."""
+        """The next change of this file appends these bytes, or replaces it by this file."""
 
 
 class Capture:
-    """The hook and its rules. Make one per process: an audit hook can't be removed.
+    """The hook and its rules. Create one per process: an audit hook cannot be removed.
 
     Args:
         tree: the ``.lattice`` directory, as a real path.
@@ -216,9 +212,9 @@ class Capture:
         self._undo = undo
         self._readable = (*_HARMLESS_TREES, *(path.rstrip("/") + "/" for path in code))
         self.pending: Collection[str] = ()
-        """Files with writes that are not made yet; ``before_change`` makes them."""
+        """Files with pending writes, which ``before_change`` makes."""
         self.before_change: Callable[[], None] = lambda: None
-        """Called before each other change of the tree while there are pending writes, see ``WriteSet``."""
+        """Called before any other change of the tree while writes are pending."""
         self._thread = 0
         self._touched = AccessLog()
         self._seen: set[str] = set()
@@ -229,7 +225,7 @@ class Capture:
 
     @contextmanager
     def watch(self) -> Iterator[AccessLog]:
-        """Watch this thread; the yielded log of its actions is complete at the end of the block."""
+        """Watch this thread; the yielded log is complete at the end of the block."""
         self._touched = AccessLog()
         self._seen.clear()
         self._moved.clear()
@@ -241,7 +237,7 @@ class Capture:
             self._thread = 0
 
     def expect(self, paths: Iterable[str]) -> dict[str, os.stat_result | None]:
-        """Note that these files will be changed next, and return their statuses. Checks them as an event would."""
+        """Check and note files that will be changed next; return their statuses."""
         places = dict(place for path in paths if (place := self._writable(path)) is not None)
         if isinstance(self._undo, Announced):
             self._undo.expect({path: _regular(status) for path, status in places.items()})
@@ -250,12 +246,11 @@ class Capture:
     def note_replace(
         self, source: str, target: str, status: os.stat_result | None, inode: int, digest: bytes | None
     ) -> None:
-        """Note that an expected file with this status is replaced, without an event.
+        """Note that an expected file is replaced without an event.
 
         Args:
             source: the replacing file, written in this transaction.
-            target: the expected file.
-            status: the expected file's.
+            target, status: the expected file's.
             inode: the replacing file's.
             digest: of the new content; needed only if users edit the file in place.
         """
@@ -265,7 +260,7 @@ class Capture:
         self._touch(target, status)
 
     def note_append(self, path: str, status: os.stat_result | None, data: bytes) -> None:
-        """Note that ``data`` is appended to an expected file with this status, without an event."""
+        """Note that ``data`` is appended to an expected file without an event."""
         self._announce(path, data)
         self._change(path, status, appends=True)
 
@@ -305,9 +300,7 @@ class Capture:
             self._thread = thread
 
     def _is_change(self, event: str, args: tuple[object, ...]) -> bool:
-        """Return whether an event changes a file that readers of the tree see; locks and temporary files do not
-        count.
-        """
+        """Return whether an event changes a file that readers of the tree see."""
         if event == "open":
             return isinstance(args[2], int) and args[2] & _WRITES != 0 and self._is_visible(args[0])
         if event in {"os.remove", "os.truncate"}:
@@ -330,7 +323,7 @@ class Capture:
     # --- where a path leads ---
 
     def _absolute(self, given: object) -> str:
-        """Return the path of an event, absolute and without ``..``."""
+        """Return an event's path, absolute and without ``..``."""
         if isinstance(given, bytes):
             given = os.fsdecode(given)
         if not isinstance(given, str):
@@ -343,7 +336,7 @@ class Capture:
         return path
 
     def _check_real(self, path: str) -> None:
-        """Refuse a path in the project that leads through a symbolic link, or to a pipe or a device."""
+        """Refuse a path that leads through a symbolic link, or to a pipe or a device."""
         if path not in self._real:
             self._examine(path)
 

@@ -1,8 +1,7 @@
 """Replicated files of a project, and the operations from their known state to the disk.
 
 The tree on disk is the truth; ``ProjectTree.files`` is the clients' state. After a command only the paths it touched
-are compared; ``reconcile`` compares any. The differences become operations in the order in which the command wrote, so
-that a reader of a cache sees event logs before snapshots (I8).
+are compared. Operations have the order in which the command wrote: event logs before snapshots (I8).
 """
 
 import contextlib
@@ -58,9 +57,9 @@ __all__ = [
 
 
 def patch_between(before: bytes, after: bytes) -> bytes | None:
-    """Return a patch that turns the canonical JSON ``before`` into exactly the bytes ``after``, if it is short.
+    """Return a patch that turns the canonical JSON ``before`` into exactly the bytes ``after``.
 
-    None if either is not JSON, ``after`` is not in canonical form, or the patch is not under half its size.
+    None if either is not JSON, ``after`` is not canonical, or the patch is not under half its size.
     """
     try:
         flat = flat_value(before), flat_value(after)
@@ -95,10 +94,7 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any
 
 
 class SyncFailed(OSError):
-    """The disk lost written data; its content is unknown now.
-
-    Other storage errors come before a promise; after this one nothing may be acknowledged.
-    """
+    """The disk lost written data, so nothing may be acknowledged. Other storage errors come before a promise."""
 
 
 class FileState(msgspec.Struct, frozen=True, array_like=True):
@@ -109,13 +105,13 @@ class FileState(msgspec.Struct, frozen=True, array_like=True):
     mtime_ns: int
     inode: int
     settled: bool = True
-    """False if the file was so young that another write could leave the same modification time."""
+    """False if another write could leave the same modification time."""
 
 
 class ManifestFile(msgspec.Struct, frozen=True):
     """All files at (``epoch``, ``seq``). ``clean``: the worker stopped in order and nothing ran after it.
 
-    ``place`` identifies the journal directory that it was written in, see ``repair.place_of``.
+    ``place`` identifies the journal directory, see ``copies.place_of``.
     """
 
     epoch: str
@@ -139,20 +135,12 @@ def load_manifest(path: Path) -> ManifestFile | None:
 
 
 def save_manifest(path: Path, content: bytes) -> None:
-    """Replace the manifest atomically with encoded ``content``; durable once this returns.
-
-    Raises:
-        OSError: it could not be written; the old one remains.
-    """
+    """Replace the manifest with encoded ``content``, atomically and durably. Raises OSError; the old one stays."""
     files.write_atomically(path, content, mode=0o600, temporary=path.with_name(path.name + ".new"), sync=sync)
 
 
 def sync(descriptor: int) -> None:
-    """Make the written content of an open file durable.
-
-    Raises:
-        SyncFailed: the storage failed.
-    """
+    """Make the written content of an open file durable. Raises SyncFailed."""
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -160,11 +148,7 @@ def sync(descriptor: int) -> None:
 
 
 def sync_files(paths: Iterable[str]) -> None:
-    """Make the content and the names of these files durable; for missing files, their absence.
-
-    Raises:
-        SyncFailed: the storage failed.
-    """
+    """Make the content and the names of these files durable; for missing files, their absence. Raises SyncFailed."""
     directories = set()
     for path in paths:
         directories.add(os.path.dirname(path))
@@ -181,11 +165,7 @@ def sync_files(paths: Iterable[str]) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable.
-
-    Raises:
-        SyncFailed: the storage failed.
-    """
+    """Make the names in a directory durable. Raises SyncFailed."""
     files.sync_directory(path, sync)
 
 
@@ -202,19 +182,19 @@ MERGE_FROM_BYTES = 4096
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
 _MAX_LOGS = 1024
 _RACY_NS = 50_000_000
-"""A file younger than this when read may change again under the same modification time."""
+"""A file younger than this may change again under the same modification time."""
 
 
 @dataclass
 class TreeDiff:
     """Operations from ``ProjectTree.files`` to the disk, and the states after them (None: gone), by path.
 
-    Without operations the states only refresh the signatures of files with unchanged content.
+    Without operations the states only refresh signatures.
     """
 
     operations: list[Operation] = field(default_factory=list)
     volatile: list[str] = field(default_factory=list)
-    """Files whose content is not in the operations, or that were rewritten in place: to be made durable themselves."""
+    """Files to be made durable themselves: rewritten in place, or without their content in the operations."""
     states: dict[str, FileState | None] = field(default_factory=dict)
     is_partial: bool = False
     """There may be more: scan again once this is accepted."""
@@ -240,7 +220,7 @@ class TrustedDigest:
 
 @dataclass(frozen=True)
 class _Content:
-    """A file as read at one moment. ``data`` is None for a file that is too large to hold."""
+    """A file as read at one moment. ``data`` is None if it is too large to hold."""
 
     state: FileState
     data: bytes | None
@@ -269,7 +249,7 @@ class ProjectTree:
         self._logs: OrderedDict[str, _Log] = OrderedDict()
 
     def accept(self, difference: TreeDiff) -> None:
-        """Take over the states of a difference that was numbered."""
+        """Take over the states of a numbered difference."""
         for path, state in difference.states.items():
             if state is None:
                 self.files.pop(path, None)
@@ -278,7 +258,7 @@ class ProjectTree:
                 self.files[path] = state
 
     def distrust(self, paths: Iterable[str]) -> None:
-        """Read these files at the next ``reconcile``, regardless of their signatures."""
+        """Read these files at the next ``reconcile``, whatever their signatures."""
         for path in paths:
             if (state := self.files.get(path)) is not None:
                 self.files[path] = msgspec.structs.replace(state, settled=False)
@@ -307,9 +287,8 @@ class ProjectTree:
     ) -> TreeDiff:
         """Compare these paths (None: the whole tree) with their known states.
 
-        With ``trust_signatures`` a file with unchanged size, modification time and inode counts as unchanged. With a
-        ``limit`` it stops after that many operations: a project that was copied in may exceed a frame. If the directory
-        itself is missing, nothing is found: no file was deleted.
+        With ``trust_signatures`` a file with unchanged size, modification time and inode is unchanged. It stops after
+        ``limit`` operations, which fit in a frame. If the directory is missing, nothing is found: no file was deleted.
         """
         touched = AccessLog()
         if not os.path.isdir(self._prefix):
@@ -327,7 +306,7 @@ class ProjectTree:
         return _Comparison(self, touched, lambda _: None, limit, {}).run()
 
     def scan(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Yield every replicated regular file on disk. Symbolic links and special files are not part of the tree."""
+        """Yield every replicated regular file on disk, without symbolic links."""
         pending = [""]
         while pending:
             directory = pending.pop()
@@ -395,7 +374,7 @@ class ProjectTree:
         Args:
             path: relative.
             old: its previous state, or that of the file renamed to it.
-            appended: its status before it was first touched, if it was only appended to since.
+            appended: its status before its first touch, if it was only appended to since.
             vouched: trusted digests by inode; large files among them are not read.
             written: its status after its newest write, and the appended bytes or the whole new content.
         """
@@ -429,7 +408,7 @@ class ProjectTree:
         return self._read_whole(path, old, status, written)
 
     def _read_growth(self, path: str, old: FileState, status: os.stat_result, written: bytes | None) -> _Content:
-        """Read only the added bytes, where the earlier ones cannot have changed; not even these if known."""
+        """Read only the added bytes, if these are not known; the earlier ones cannot have changed."""
         known = self._logs.pop(path, None)
         if known is not None and known.size == old.size and written and status.st_size == old.size + len(written):
             hasher, tail, grown = known.hasher, known.tail, written
@@ -463,7 +442,6 @@ class ProjectTree:
         return _Content(state, data, data[old.size :], digest_of(data[max(0, old.size - TAIL_BYTES) : old.size]))
 
     def absolute(self, path: str) -> str:
-        """Return the absolute path of a path of the tree."""
         return self._prefix + path
 
 
@@ -561,7 +539,7 @@ class _Comparison:
         self._result.states[target] = state
 
     def _emit(self, path: str, was: str, old: FileState | None, content: _Content) -> None:
-        """Add the operation that turns the known file at ``path`` into the one that was read, if they differ."""
+        """Add the operation from the known file at ``path`` to the one that was read, if they differ."""
         state = content.state
         if old is not None and old.digest == state.digest:
             return
@@ -593,9 +571,7 @@ class _Comparison:
 
 
 def has_signature(state: FileState, status: os.stat_result) -> bool:
-    """Return whether a status matches the recorded one. Ignores the status change time, which a new hard link
-    changes.
-    """
+    """Return whether a status matches the recorded one, but for the status change time, which a hard link changes."""
     return (state.size, state.mtime_ns, state.inode) == (status.st_size, status.st_mtime_ns, status.st_ino)
 
 

@@ -1,7 +1,7 @@
 """Undo log: pre-images of the files a command changes, so that a command is all or nothing (I6).
 
-The undo log holds one transaction. Each pre-image is written with ``write()`` before the change itself: it survives the
-death of the process, but not a power cut, which the machine's boot id reveals. See ``docs/decisions/0001``.
+It holds one transaction. Each pre-image is written with ``write()`` before the change: it survives the death of the
+process, but not a power cut, which the boot id reveals. See ``docs/decisions/0001``.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from lattice_remote.server.tree.capture import Replacement
 __all__ = ["Begin", "UndoLog"]
 
 SMALL_BYTES = 32 * 1024
-"""Size up to which content is copied; a larger file that is replaced as a whole gets a hard link instead."""
+"""Size up to which content is copied; a larger file that is replaced as a whole gets a hard link."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag="begin"):
@@ -74,10 +74,9 @@ _encoder = msgspec.msgpack.Encoder()
 class UndoLog:
     """The pre-images of one transaction at a time, in ``directory``; paths are absolute.
 
-    On disk they are relative to the project around ``directory``: a copy of a project started at another path must not
-    restore anything in the original.
+    On disk they are relative to the project: a copy started at another path must not restore the original.
 
-    Order: ``begin``, then any ``keep_`` method before each change, then ``clear`` (it stays) or ``restore``. All raise
+    Order: ``begin``, then a ``keep_`` method before each change, then ``clear`` (it stays) or ``restore``. All raise
     OSError if the storage fails. ``TreeState`` shows readers the current stage.
     """
 
@@ -94,7 +93,7 @@ class UndoLog:
         self.before_first_changes: Callable[[Mapping[str, os.stat_result | None]], None] = lambda _statuses: None
         """Called with the statuses of files, by path, before the transaction's first change of them; may raise."""
         self.before_overwrite: Callable[[str, int], None] = lambda _path, _size: None
-        """Called with the path and the size of a file before its content is changed in place, replaced or removed."""
+        """Called with path and size before a content is changed in place, replaced or removed."""
         self._begin: Begin | None = None
         self._size = 0  # bytes of whole records on disk
         self._linked = 0
@@ -102,7 +101,7 @@ class UndoLog:
 
     @classmethod
     def open(cls, directory: Path) -> Self:
-        """Open the log with the transaction that it holds, if any."""
+        """Open the log with its transaction, if any."""
         log = cls(directory)
         data = os.pread(log._descriptor, os.fstat(log._descriptor).st_size, 0)
         for _, payload in frames(data):
@@ -155,7 +154,7 @@ class UndoLog:
     # --- before a change ---
 
     def expect(self, statuses: Mapping[str, os.stat_result | None]) -> None:
-        """Note that these files will be changed next; statuses by path, None for a file that does not exist."""
+        """Note that these files, with their statuses, will be changed next."""
         self.before_first_changes({path: statuses[path] for path in statuses if path not in self._images})
         self._expected.update(statuses)
 
@@ -197,7 +196,7 @@ class UndoLog:
             self._keep_content(path, path, known.size)
 
     def keep_for_replace(self, path: str, status: os.stat_result | None) -> None:
-        """Note that this name will be removed, or given to another file."""
+        """Note that the name will be removed, or given to another file."""
         if path not in self._images:
             self._require_known(path, status)
         if status is not None:
@@ -238,7 +237,7 @@ class UndoLog:
             self._keep(_Directory(path))
 
     def before(self, path: str) -> bytes | None:
-        """Return the content that a path had before the transaction, None if unknown or costly."""
+        """Return the content before the transaction, None if unknown or costly."""
         match self._images.get(path):
             case _Content(data=data):
                 return data
@@ -266,7 +265,7 @@ class UndoLog:
 
     @property
     def replaced(self) -> Mapping[str, Replacement]:
-        """The announced replacements that the transaction has made, by path, except those that it changed again."""
+        """The announced replacements that the transaction has made, by path, and not changed again."""
         return self._made
 
     def _is_overwritten(self, path: str) -> bool:
@@ -302,7 +301,7 @@ class UndoLog:
     # --- going back ---
 
     def restore(self) -> list[str]:
-        """Restore every pre-image and ``clear``; return the paths. May be repeated after a kill.
+        """Restore every pre-image and ``clear``; return the paths. Repeatable after a kill.
 
         ``of_others`` then has the paths in which the writes of another process stay.
         """
@@ -359,7 +358,7 @@ def _status(path: str) -> os.stat_result | None:
 
 
 def _cut(path: str, size: int, added: bytes) -> bool:
-    """Remove the bytes that the transaction appended after ``size``; return whether another process's bytes stay."""
+    """Remove the bytes that the transaction appended; return whether another process's bytes stay."""
     if os.stat(path).st_size <= size:
         return False
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """Attached files of a request: private paths for the command, and the caller's own names in its output (I9).
 
-The argument is replaced by a private path. If the caller does not have the file, nothing exists at that path, so the
-command reports it missing. Uploaded content is hard-linked: nothing is copied, and the verified digest is reused.
+A file that the caller does not have is missing at its private path too. Uploaded content is hard-linked: nothing is
+copied, and the verified digest is reused.
 """
 
 import json
@@ -51,11 +51,11 @@ class Attached:
     ) -> Self:
         """Put the files below ``directory``, which the caller empties after the command.
 
-        ``uploaded`` returns the path of uploaded content by its digest. Without ``is_argv`` the strings are only file
-        arguments, so one that looks like an option is not split.
+        ``uploaded`` returns the path of uploaded content by its digest. Without ``is_argv`` the strings are file
+        arguments: one that looks like an option is not split.
 
         Raises:
-            Rejected: an index is invalid or repeated, or a name is invalid; REMOTE_NOT_UPLOADED for missing content.
+            Rejected: an invalid index or name; REMOTE_NOT_UPLOADED for missing content.
             OSError: the disk is full.
         """
         attached = cls(list(argv))

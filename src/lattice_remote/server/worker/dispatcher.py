@@ -38,6 +38,7 @@ from lattice_remote.server.tree.capture import AccessDenied, AccessLog
 from lattice_remote.server.tree.tree import TreeDiff, TrustedDigest
 from lattice_remote.server.worker.attachments import Attached
 from lattice_remote.server.worker.calls import CallRequest, Operation, surface_named
+from lattice_remote.server.worker.committer import CommitJob, Committer
 from lattice_remote.server.worker.executor import CommandOutcome, Executor
 from lattice_remote.server.worker.identity import Identity, SessionOwners
 from lattice_remote.server.worker.policy import Command, parse
@@ -45,8 +46,6 @@ from lattice_remote.server.worker.project_import import decide, is_adopting, req
 from lattice_remote.server.worker.store import (
     ChangeOrigin,
     ChangeTooLarge,
-    CommitJob,
-    Committer,
     OutsideChange,
     Store,
     command_words,
@@ -66,9 +65,9 @@ class Transaction:
 
     Attributes:
         name: for messages, for example ``'lattice create'``.
-        run: called once, and again if the transaction is repeated.
+        run: called again if an outside change was in the way.
         answer: makes the reply from the outcome and the sequence number that it is valid from.
-        vouched: verified digests of files uploaded for it.
+        vouched: verified digests of uploaded files.
         note: called before the commit, for state that must be durable with the change.
     """
 
@@ -90,11 +89,11 @@ class TransactionRunner:
     def run_in_transaction(self, work: Transaction) -> None:
         """Run a transaction and commit it with its reply; undo it on failure or a forbidden access.
 
-        The reply to a crash is sent but not remembered, so a repeated request runs again (I6).
+        The reply to a crash is not remembered, so a repeated request runs again (I6).
 
         Raises:
-            Rejected: it did what the server does not allow, or changed more than one change can carry.
-            OutsideChange: it must run again; it was undone.
+            Rejected: a forbidden access, or more than one change can carry.
+            OutsideChange: it was undone and must run again.
             OSError: the storage failed.
         """
         outcome = CommandOutcome()
@@ -162,7 +161,7 @@ def _refuse_vetoed(touched: AccessLog, name: str) -> None:
 
 
 class Editor:
-    """Writer of edited texts of one project; ``lattice_dir`` is its ``.lattice``."""
+    """Writer of edited plans and notes."""
 
     def __init__(self, store: Store, lattice_dir: Path) -> None:
         self._store = store
@@ -172,8 +171,8 @@ class Editor:
         """Merge an edit into the file and commit it with its reply, which may report a conflict.
 
         Raises:
-            Rejected: the text cannot be stored; nothing was changed.
-            OutsideChange: the file has an outside change; nothing was changed.
+            Rejected: the text cannot be stored.
+            OutsideChange: the file has an outside change.
             OSError: the storage failed.
         """
         if not is_editable(request.path):
@@ -210,11 +209,7 @@ class Editor:
             raise cannot_store("the text", error) from error
 
     def _replace(self, path: str, text: bytes) -> TreeDiff:
-        """Replace a plan or notes with ``text``, or change nothing.
-
-        Raises:
-            Rejected: the disk is full, or the path is not a regular file.
-        """
+        """Replace a plan or notes, or change nothing. Raises Rejected."""
         failure: OSError | AccessDenied | None = None
         with self._store.transaction() as touched:
             try:
@@ -245,15 +240,14 @@ _MAX_OUTPUT_BYTES = 8 * 1024 * 1024
 _LOCK_RETRY_S = 0.25
 _MAX_RUNS = 20
 _MAX_RERUN_S = 10.0
-"""Time after which a request that other programs disturb is not run again."""
+"""Time after which a request disturbed by other programs does not run again."""
 
 
 class Worker:
     """Executor of the server's requests.
 
     Args:
-        project: a real path.
-        scratch: a private directory, a real path; emptied after each command.
+        project, scratch: real paths; ``scratch`` is emptied after each command.
         plugin_commands: commands of installed plugins that the administrator allows.
     """
 
@@ -295,11 +289,7 @@ class Worker:
         self._committer.flush()
 
     def handle(self, message: ToWorker) -> bool:
-        """Run one request; return False if it was the last.
-
-        Raises:
-            OSError: the storage failed; the process must end.
-        """
+        """Run one request; return False if it was the last. Raises OSError if the process must end."""
         is_keyed = isinstance(message, RunCommand | RunCall | Edit) and bool(message.fingerprint)
         self._store.begin_request(self._name_of(message), is_keyed=is_keyed)
         match message:
@@ -328,7 +318,7 @@ class Worker:
         return True
 
     def _name_of(self, message: ToWorker) -> str:
-        """Return the log's name of a request before it is checked: nothing the caller can choose freely."""
+        """Return the log's name of an unchecked request, in which the caller chooses nothing freely."""
         match message:
             case RunCommand():
                 return command_words(self._executor.cli, message.argv)
@@ -339,7 +329,7 @@ class Worker:
         return ""
 
     def _run_once[R: _Request](self, request: R, run: Callable[[R], None]) -> None:
-        """Run a request, or repeat the reply of one already done (I6)."""
+        """Run a request, or repeat its reply (I6)."""
         known = self._store.journal.find(request.id)
         request = _with_fingerprint(request)
         try:
@@ -355,12 +345,11 @@ class Worker:
             self._executor.release_locks()
 
     def _run_apart[R: _Request](self, request: R, run: Callable[[R], None]) -> None:
-        """Run a request; outside changes of the files that it changes are numbered before it (I12, I13).
+        """Run a request; outside changes of its files are numbered before it (I12, I13).
 
-        Each further run holds the locks of the earlier ones. So only files without a lock can change again and again.
+        Each further run holds the locks of the earlier ones, so only files without a lock can change again.
 
-        Raises:
-            Rejected: it was refused, or such a file changed during each run.
+        Raises Rejected if it was refused, or such a file kept changing.
         """
         began = time.monotonic()
         for number in itertools.count(1):
@@ -375,11 +364,7 @@ class Worker:
                     raise Rejected(why, code="REMOTE_BUSY") from None
 
     def _require_new(self, request: _Request) -> None:
-        """Check that a request unknown to the journal was never done (I6).
-
-        Raises:
-            Rejected: it was done and its reply is gone, or that is unknown, or the id belongs to a different request.
-        """
+        """Refuse a request unknown to the journal that was or may have been done, or whose id is another's (I6)."""
         answered = self._store.journal.request_ids.find(request.id)
         if answered is not None:
             _require_same(request, answered.fingerprint, is_own=answered.token == token_digest(request.token_id))
@@ -434,7 +419,6 @@ class Worker:
         return Identity(request.actor, request.act_as, request.token_id, self._owners)
 
     def _attach(self, request: RunCommand | RunCall, values: Sequence[str]) -> Attached:
-        """Replace the attached files' ``values`` with private paths."""
         is_argv = isinstance(request, RunCommand)
         uploaded = partial(self._paths.upload, request.token_id)
         try:
@@ -501,7 +485,7 @@ class Worker:
 
 
 def _with_fingerprint[R: _Request](request: R) -> R:
-    """Return the request with a digest of its content, unless it already has one."""
+    """Return the request with a digest of its content, if it has none."""
     if isinstance(request, AbandonRequest | ImportProject) or request.fingerprint:
         return request
     contents = [_plain(value) for value in asked_by(request)]
@@ -509,7 +493,7 @@ def _with_fingerprint[R: _Request](request: R) -> R:
 
 
 def _plain(value: object) -> object:
-    """Return a request's field for its digest; an attached file counts by its content's digest."""
+    """Return a request's field for its digest; a file counts by its content's digest."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     if isinstance(value, Attachment):
@@ -519,11 +503,7 @@ def _plain(value: object) -> object:
 
 
 def _require_same(request: _Request, fingerprint: bytes, *, is_own: bool) -> None:
-    """Check that a request equals the one done with its id.
-
-    Raises:
-        Rejected: it differs.
-    """
+    """Refuse a request that differs from the one done with its id."""
     if not is_own:
         raise Rejected("this request id belongs to another token", code="REMOTE_FORBIDDEN")
     known = fingerprint.strip(b"\0")  # none in records of an earlier version
@@ -538,7 +518,7 @@ def _cause(request: RunCommand | RunCall, actor: str, description: str) -> Chang
 
 
 def _refuse_abandoned(request: AbandonRequest) -> None:
-    """Refuse a request that the journal does not know: its effects were undone, and it is not tried again."""
+    """Refuse a request that the journal does not know: its effects were undone."""
     raise Rejected(request.message, code=request.code)
 
 
@@ -556,7 +536,7 @@ def _reply(id_: str, seq: int, outcome: CommandOutcome, command: Command, attach
 
 
 def _bounded(outcome: CommandOutcome) -> CommandOutcome:
-    """Fail an operation whose reply exceeds a frame: JSON cannot be truncated."""
+    """Fail an operation whose reply exceeds a frame: JSON cannot be cut."""
     if outcome.answer is not None and len(outcome.answer.payload) > _MAX_OUTPUT_BYTES:
         outcome.answer, outcome.failure, outcome.is_final = None, "its reply is over 8 MiB", False
     return outcome
@@ -584,7 +564,7 @@ def _envelope(message: str) -> bytes:
 
 
 def _truncated(stdout: bytes, stderr: bytes) -> tuple[bytes, bytes]:
-    """Return the output, truncated to fit a frame, with a note if so."""
+    """Return the output, cut to fit a frame, with a note."""
     if max(len(stdout), len(stderr)) <= _MAX_OUTPUT_BYTES:
         return stdout, stderr
     note = b"lattice-remote: the command was run; its output is over 8 MiB and was truncated\n"

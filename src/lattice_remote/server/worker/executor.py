@@ -1,7 +1,4 @@
-"""Executor of lattice's commands and calls inside the worker, with their output and exit code.
-
-Commands run one at a time, in the main thread.
-"""
+"""Executor of lattice's commands and calls, one at a time, in the worker's main thread."""
 
 import errno
 import io
@@ -42,15 +39,14 @@ _FAILED = 400
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 """Errors of a full or failing disk."""
 _MAX_WAIT_S = 7 * 24 * 3600.0
-"""Maximum wait of ``resource acquire --wait``, whatever timeout it names."""
+"""Maximum wait of ``resource acquire --wait``."""
 
 
 @dataclass(frozen=True)
 class ResourceBusy:
-    """Request to wait: ``resource acquire --wait`` for a resource, or any command for a lock (``locks/tasks_...``).
+    """Request to wait for a resource, or for a lock (``locks/tasks_...``).
 
-    ``timeout_s`` is the total wait. ``retry_at`` is when the first holder's claim expires, in seconds since the epoch;
-    None if unknown.
+    ``timeout_s`` is the total wait, ``retry_at`` the expiry of the first holder's claim in seconds since the epoch.
     """
 
     resource: str
@@ -69,12 +65,11 @@ class CommandOutcome:
 
     Attributes:
         answer: of an operation that did not crash.
-        failure: one line if the command crashed, so that it must be undone; None otherwise.
-        no_room: the error, if it crashed because the disk is full.
-        is_final: it ended regularly and would end the same again. The reply to a crash is not remembered, so a retry
-            runs.
+        failure: one line if it crashed; None otherwise.
+        no_room: the error, if the disk is full.
+        is_final: it would end the same again; otherwise the reply is not remembered.
         waiting: it must wait; nothing was printed.
-        timeout: lattice's message for a lock held by another process for the whole timeout.
+        timeout: lattice's message, if another process held a lock for the whole timeout.
     """
 
     exit_code: int = 0
@@ -102,16 +97,13 @@ class _WouldWait(BaseException):
 
 
 class Executor:
-    """Runner of commands in the project at ``root``, the directory that contains ``.lattice``.
+    """Runner of commands in the project at ``root``, a real path, the directory that contains ``.lattice``.
 
-    Creating one changes the process: it loads lattice with ``LATTICE_ROOT`` set, collects hooks instead of running
-    them, and removes lattice's waiting. Create one per process.
+    Creating one patches lattice in this process, see ``patches``. Create one per process.
 
     Args:
-        root: a real path.
         lazy: omit lattice's fsyncs; the journal repairs files after a power cut.
-        capture: watches commands that write to a shared project. Their writes to existing files are published only
-            after they succeed.
+        capture: of a shared project: writes to existing files are published only after the command succeeds.
         make_id: makes the ULIDs, by which the repair identifies the writes of commands.
         locks: takes lattice's locks; None for a new table.
     """
@@ -181,13 +173,13 @@ class Executor:
     ) -> CommandOutcome:
         """Run a command line that the policy accepted; never raises an ``Exception``.
 
-        ``AccessDenied`` passes through. The output is as through a pipe. Locks stay held until ``release_locks``.
+        ``AccessDenied`` passes through. Locks stay held until ``release_locks``.
 
         Args:
             argv: without the program's name.
-            checked: the command's words that the policy saw; no other command runs. Empty for a line that only prints.
+            checked: the words of the only command that may run; empty for a line that only prints.
             last_try: do not wait for a resource.
-            may_wait: wait for a lock held by another process instead of failing with lattice's message.
+            may_wait: wait for a lock held by another process instead of failing as lattice does.
             ahead: resources and locks that earlier requests wait for; not taken.
             own_copies: files that the command may move instead of copying.
         """
@@ -214,8 +206,7 @@ class Executor:
     ) -> CommandOutcome:
         """Run an operation of a surface; never raises an ``Exception``.
 
-        It may run commands only through ``run_step``. ``AccessDenied`` passes through. Output is discarded.
-        ``may_wait`` and ``ahead`` are as for ``run``.
+        It runs commands only through ``run_step``. Output is discarded. The rest is as for ``run``.
         """
         self._begin("", ahead, last_try=True, may_wait=may_wait)
         outcome = CommandOutcome()
@@ -225,10 +216,7 @@ class Executor:
         return outcome
 
     def run_step(self, argv: Sequence[str], checked: str) -> CommandOutput:
-        """Run a command line as part of the running operation, otherwise as ``run``.
-
-        A crash is raised and ends the operation.
-        """
+        """Run a command line within the running operation. A crash ends the operation."""
         self._checked = checked
         self._clock.restart(is_over=True)
         exit_code = 0
@@ -354,7 +342,7 @@ def _pause() -> NoReturn:
 
 
 def _waiting() -> ResourceBusy:
-    """Return the resource that the running ``resource acquire`` waits for; call it within the command."""
+    """Return the resource that the running ``resource acquire`` waits for."""
     from lattice.cli.helpers import require_root, resolve_resource
 
     values = click.get_current_context().params

@@ -45,20 +45,14 @@ class SessionOwners:
         self._known: dict[str, Owner] | None = None
 
     def of(self, name: str, session: str) -> Owner | None:
-        """Return the owner of session ``name`` with the id ``session``; None if it was not started through this server.
-
-        Raises:
-            Rejected: the owners cannot be read.
-        """
+        """Return a session's owner; None if it was not started through this server. Raises Rejected."""
         owner = self._read().get(name)
         return owner if owner is not None and owner.session == session else None
 
     def note(self, operations: Iterable[Operation], token_id: str, actor: str) -> None:
         """Record the owner of the sessions that these operations start; durable once this returns.
 
-        Raises:
-            Rejected: the owners cannot be read.
-            OSError: they cannot be written; nothing has changed.
+        Raises Rejected or OSError, with nothing changed.
         """
         assert self._path is not None and self._sessions is not None, "only a project has sessions that start"
         started = {Path(each.path).stem: each.data for each in operations if _is_session(each)}  # type: ignore[union-attr]
@@ -96,7 +90,7 @@ def _is_session(operation: Operation) -> bool:
 
 @dataclass(frozen=True)
 class Identity:
-    """Identity of a requester: its token's actor, and patterns (``*`` matches anything) of other allowed actors."""
+    """A requester: its token's actor, and patterns (``*`` matches anything) of other allowed actors."""
 
     actor: str
     act_as: Sequence[str] = ()
@@ -112,23 +106,15 @@ class Identity:
         return any(re.fullmatch(pattern, fold(actor), re.DOTALL) for pattern in patterns)
 
     def require(self, actor: str, *, ignore_case: bool = False) -> None:
-        """Check that this token may act as ``actor``.
-
-        Raises:
-            Rejected: it may not; the message names the allowed actors.
-        """
+        """Raise Rejected, with the allowed actors, unless this token may act as ``actor``."""
         if not self.may_act_as(actor, ignore_case=ignore_case):
             allowed = ", ".join((self.actor, *self.act_as))
             raise Rejected(f"token may act as {allowed}; not as {actor}", code="REMOTE_FORBIDDEN")
 
     def require_session(self, name: str, session: str, *, to_end: bool) -> None:
-        """Check that this token may act as a session, or end it.
+        """Raise Rejected unless this token may act as a session, or end it.
 
-        A session belongs to the token that started it. Any token of the same actor may end it, for example one left
-        behind by another machine or a former token.
-
-        Raises:
-            Rejected: it belongs to another token.
+        A session belongs to the token that started it. Any token of the same actor may end it, such as one left behind.
         """
         owner = self.owners.of(name, session)
         if owner is None or owner.token_id == self.token_id or (to_end and owner.actor == self.actor):
@@ -145,8 +131,8 @@ class Identity:
 def _as_regex(pattern: str) -> str:
     """Return a pattern of actors as a regular expression that never backtracks past a star.
 
-    Taking the first match of each piece is sufficient, because the next star matches the rest. Without the atomic
-    groups a few stars could occupy the worker for hours.
+    The first match of each piece is sufficient, because the next star matches the rest. Without the atomic groups a few
+    stars could occupy the worker for hours.
     """
     first, *pieces = (re.escape(piece) for piece in pattern.split("*"))
     if not pieces:
@@ -163,10 +149,10 @@ def check_actor(
     *,
     is_lattices: bool,
 ) -> str | None:
-    """Return the actor that the command names, checked. Covers every way in which lattice takes an actor.
+    """Return the actor that the command names, checked, in every way in which lattice takes one.
 
-    These are: a session, the session to end, a new session, ``--actor``, and the default actor of a command. A
-    malformed name is left to lattice if the command ``is_lattices``.
+    These are: a session, the session to end, a new session, ``--actor``, and a command's default. A malformed name is
+    left to lattice if the command ``is_lattices``.
     """
     from lattice.core.actors import validate_base_name
     from lattice.core.ids import validate_actor
@@ -237,5 +223,4 @@ def is_plain(value: str) -> bool:
 
 
 def unsupported(message: str) -> Rejected:
-    """Return the refusal (REMOTE_UNSUPPORTED) of an argument not allowed in a remote project."""
     return Rejected(message, code="REMOTE_UNSUPPORTED")

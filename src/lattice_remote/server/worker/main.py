@@ -2,8 +2,8 @@
 
     python -m lattice_remote.server.worker.main --fd 5 --project-dir DATA/projects/web --slug web
 
-It exits on ``Stop``, when the server is gone (end of file), or when the storage fails: for good (``WorkerFailed``) if
-it could not keep a write, otherwise so that the next worker tries again.
+It exits on ``Stop``, at end of file, or when the storage fails: for good (``WorkerFailed``) if a write was lost,
+otherwise so that the next worker tries again.
 """
 
 import argparse
@@ -23,22 +23,22 @@ import msgspec
 from lattice_remote.server.config import JournalSettings
 from lattice_remote.server.ipc import ReceivedFrames, ToWorker, WorkerFailed
 from lattice_remote.server.journal.journal import Retention
-from lattice_remote.server.journal.repair import make_id
+from lattice_remote.server.journal.lattice_files import make_id
 from lattice_remote.server.logging import FORMAT_VARIABLE, LEVEL_VARIABLE, log_to_stderr
 from lattice_remote.server.tree.tree import SyncFailed
+from lattice_remote.server.worker.committer import CommitJob, Committer
 from lattice_remote.server.worker.dispatcher import Worker
 from lattice_remote.server.worker.executor import Executor
 from lattice_remote.server.worker.policy import not_of_plugins
 from lattice_remote.server.worker.recovery import open_store
-from lattice_remote.server.worker.store import CommitJob, Committer
 
 __all__ = ["code_directories", "main", "prepare_scratch"]
 
 
 def code_directories(project: Path) -> list[str]:
-    """Return the directories of Python and its packages, without the start directory.
+    """Return the directories of Python and its packages.
 
-    Directories inside the project are excluded: an environment there lies beside the data and the tokens.
+    Not the start directory, nor those around the project, where the data and the tokens are.
     """
     started_in = os.getcwd()
     standard = sysconfig.get_paths()

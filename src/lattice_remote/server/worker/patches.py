@@ -1,8 +1,4 @@
-"""Patches applied to lattice inside the worker: clock, file copies, locks and writes.
-
-``Executor`` installs them. Each behaves like the original apart from the documented difference;
-``tests/server/worker/test_patches.py`` compares them.
-"""
+"""Patches of lattice inside the worker, installed by ``Executor``. Each states how it differs from the original."""
 
 import errno
 import fcntl
@@ -29,7 +25,7 @@ from lattice_remote.server.tree.tree import EDITED_BY_HAND, INLINE_BYTES
 __all__ = ["LOCK_PREFIX", "Clock", "Disk", "Lock", "LockBusy", "LockTable", "Mover", "WriteSet", "parse_faster"]
 
 LOCK_PREFIX = "locks/"
-"""Prefix of lock names among resource names, which have no slash; for example ``locks/tasks_...``."""
+"""Prefix of lock names (``locks/tasks_...``) among resource names, which have no slash."""
 
 _MAX_OPEN_LOCKS = 128
 _AT_FDCWD = -100
@@ -37,11 +33,7 @@ _RENAME_EXCHANGE = 2
 
 
 class Clock:
-    """Replacement of ``time`` in lattice's resource commands, so that the worker never sleeps.
-
-    Args:
-        pause: called instead of a sleep; does not return.
-    """
+    """Replacement of ``time`` in lattice's resource commands: ``pause``, which does not return, instead of a sleep."""
 
     def __init__(self, pause: Callable[[], NoReturn]) -> None:
         self._pause = pause
@@ -65,7 +57,7 @@ class Clock:
 
 
 class Mover:
-    """Replacement of ``shutil`` in lattice's ``attach``: an attached file is moved instead of copied again."""
+    """Replacement of ``shutil`` in lattice's ``attach``: an attached file is moved, not copied again."""
 
     def __init__(self) -> None:
         self.own_copies: Collection[str] = ()
@@ -82,7 +74,7 @@ class Mover:
 
 
 def parse_faster(command: click.Command) -> None:
-    """Make a command build its parameters and its parser once. Click builds both several times for each line."""
+    """Make a command build its parameters and parser once; Click builds both several times for each line."""
     context = click.Context(command, info_name=command.name, **command.context_settings)
     parameters, parser = command.get_params(context), command.make_parser(context)
 
@@ -109,8 +101,8 @@ class LockBusy(BaseException):
 class LockTable:
     """Lattice's locks held by the running transaction, from first use to ``release_all``.
 
-    Plain ``lattice`` waits for them, so it never reads files that may still be rolled back. A lock held by another
-    process is not awaited here, since the worker serves other requests. Files of recent locks stay open.
+    So plain ``lattice`` never reads files that may be rolled back. A lock held by another process is not awaited here.
+    Files of recent locks stay open.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -182,11 +174,7 @@ class _LockFile(NamedTuple):
 
 
 class Lock:
-    """Replacement of ``FileLock``: the same flock on the same file, at a tenth of the cost.
-
-    Args:
-        take: takes the lock of a file for the transaction.
-    """
+    """Replacement of ``FileLock``: the same flock on the same file, at a tenth of the cost."""
 
     def __init__(self, take: Callable[[Path, float], None], path: Path, timeout: float) -> None:
         self._take, self._path, self._timeout_s = take, path, timeout
@@ -199,11 +187,7 @@ class Lock:
 
 
 def _open_lock(path: str) -> _LockFile | None:
-    """Open a lock's file; return None if that would wait for a lease of another process.
-
-    Flags and mode as in ``filelock``: symbolic links are not followed, leases are not awaited, and the umask decides
-    whether the user's group may lock.
-    """
+    """Open a lock's file as ``filelock`` does; return None if that would wait for a lease of another process."""
     flags = os.O_RDWR | os.O_CREAT | SAFE
     try:
         descriptor = os.open(path, flags, 0o666)
@@ -245,12 +229,10 @@ def _identity_at(path: str) -> tuple[int, int] | None:
 class WriteSet:
     """Pending writes of the running command to existing files, published when it succeeds.
 
-    Only ``atomic_write`` to an existing file, ``jsonl_append`` to an existing log, and ``write_text`` to an existing
-    plan or notes are deferred. The command reads its own writes; other processes do not see them. Plain ``lattice``
-    reads a snapshot before it takes the lock, so it never builds on a command that is refused later.
-
-    Any other write (a new file, a plan, a rename) first publishes the pending ones, which keeps lattice's order: the
-    event log before the snapshot (I8).
+    Deferred are ``atomic_write`` to a file, ``jsonl_append`` to a log, and ``write_text`` to a plan or notes, if it
+    exists. Only the command reads them. Plain ``lattice`` reads a snapshot before it locks, so it never builds on a
+    command that is refused later. Any other write first publishes the pending ones, in lattice's order: the event log
+    before the snapshot (I8).
 
     Args:
         sync_directory: makes a rename durable; None if lattice's fsyncs are omitted.
@@ -271,11 +253,7 @@ class WriteSet:
         self._written.clear()
 
     def publish(self) -> None:
-        """Perform the pending writes in order.
-
-        Raises:
-            OSError: the disk failed; the transaction must be rolled back.
-        """
+        """Perform the pending writes in order. Raises OSError; the transaction must then be rolled back."""
         if not self._waiting:
             return
         waiting = self._waiting.copy()
@@ -397,8 +375,8 @@ class WriteSet:
 def _replace(source: str, target: str) -> None:
     """Replace an existing file by exchanging the two names, then removing the old file.
 
-    A plain rename over a file makes ext4 write the new content to the disk at once (``auto_da_alloc``). That costs more
-    than the rest of a command, and the journal is the durable copy.
+    A rename over a file makes ext4 write the content to the disk at once (``auto_da_alloc``), which costs more than the
+    rest of a command. The journal is the durable copy.
     """
     if _exchange(source, target):
         os.unlink(source)
@@ -457,8 +435,8 @@ class Disk:
     """Replacement of ``os`` in lattice's file functions.
 
     Args:
-        writes: takes replacements of files; None to replace at once.
-        lazy: omit fsyncs, which the journal makes unnecessary.
+        writes: defers replacements; None to replace at once.
+        lazy: omit fsyncs.
     """
 
     def __init__(self, writes: WriteSet | None, *, lazy: bool) -> None:

@@ -55,11 +55,7 @@ _NESTING = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def check(kind: Kind, name: str, value: str) -> None:
-    """Check ``value`` for the parameter ``name``.
-
-    Raises:
-        Rejected: it is not allowed; the message gives the reason in one line.
-    """
+    """Check ``value`` for the parameter ``name``. Raises Rejected, with the reason in one line."""
     _CHECKS[kind](name, value)
 
 
@@ -141,7 +137,7 @@ _CHECKS: Mapping[Kind, Callable[[str, str], None]] = {
 
 
 def shown(value: str) -> str:
-    """Return a text from a peer, quoted and cut to fit one line of a message."""
+    """Return a text from a peer, quoted and cut for one line."""
     return repr(value if len(value) <= 60 else value[:60] + "...")
 
 
@@ -205,7 +201,7 @@ ROUTED: Mapping[str, Mapping[str, Kind]] = {
 }
 """The commands that a client may run here, with all their parameters, by their names in lattice's Click commands.
 
-Everything else is refused, since a command or option of a newer lattice may do anything.
+Everything else is refused: a command or option of a newer lattice may do anything.
 """
 
 
@@ -214,10 +210,9 @@ class Command:
     """Command line that may run.
 
     Attributes:
-        path: the command's words, for example ``resource acquire``; empty if the line only prints help or a usage
-            error.
+        path: the command's words; empty if the line only prints help or a usage error.
         values: given parameters by name: a text, True for a flag, or a tuple.
-        actor: the actor that the command names; None if it names none.
+        actor: named by the command; None if it names none.
     """
 
     path: str
@@ -249,8 +244,7 @@ def parse(
         plugin_commands: commands of the server's plugins that the administrator allows.
 
     Raises:
-        Rejected: REMOTE_UNSUPPORTED for a command or argument not allowed in a remote project, REMOTE_FORBIDDEN for an
-            actor that this token may not use.
+        Rejected: REMOTE_UNSUPPORTED, or REMOTE_FORBIDDEN for an actor that this token may not use.
     """
     for argument in argv:
         if "\0" in argument or len(argument.encode("utf-8", "surrogatepass")) > MAX_TEXT_BYTES:
@@ -278,11 +272,7 @@ def parse(
 
 
 def _split_line(cli: click.Group, argv: list[str], files: Collection[str]) -> tuple[str | None, dict[str, Any]]:
-    """Return the command's words and raw parameters; None for a line that only prints help or a version.
-
-    Raises:
-        click.UsageError: as Click raises it.
-    """
+    """Return the command's words and raw parameters; None for a line that only prints. Raises click.UsageError."""
     command: click.Command = cli
     words: list[str] = []
     while True:
@@ -337,8 +327,7 @@ def _refusal_reason(cli: click.Group, path: str) -> str:
 def _kinds_of_plugins(cli: click.Group, path: str) -> Mapping[str, Kind]:
     """Return the parameters of a plugin's command: texts, and the two by which lattice names the actor.
 
-    Raises:
-        Rejected: a parameter is a file, which would be the server's.
+    Raises Rejected if one is a file, which would be the server's.
     """
     known = {"actor": Kind.ACTOR, "session_name": Kind.SESSION}
     kinds: dict[str, Kind] = {}
@@ -370,9 +359,9 @@ def _context_of(command: click.Command) -> click.Context:
 
 
 def _check_files(path: str, values: Mapping[str, Any], kinds: Mapping[str, Kind], files: Collection[str]) -> None:
-    """Check that files are given only for file parameters, and only attached ones.
+    """Check that only attached files are given, and only for file parameters.
 
-    This check comes first: later messages quote the values they refuse, and must not reveal the server's paths.
+    This comes first: later messages quote refused values, and must not reveal the server's paths.
     """
     given = {value for name in values if kinds.get(name) is Kind.FILE for value in _as_tuple(values[name])}
     if not given.issuperset(files):
@@ -406,11 +395,7 @@ def _check_new_session(base_name: str, lattice_dir: Path) -> None:
 
 
 def check_new_task(task_id: str | None, lattice_dir: Path) -> None:
-    """Check the id of a new task; None if lattice generates it.
-
-    Raises:
-        Rejected: an archived task has this id.
-    """
+    """Refuse the id of an archived task as that of a new one; None if lattice generates it."""
     if task_id and os.path.lexists(lattice_dir / f"archive/tasks/{task_id}.json"):
         raise unsupported(f"{task_id} is the id of an archived task: unarchive it, or make one without an id")
 

@@ -1,8 +1,7 @@
 """Crash-safe replacement of an empty project by a checked candidate.
 
-A single rename to ``adopting/`` decides. Before it nothing has happened; after it every start of a worker continues
-until the replacement is done. The worker that renames exits at once and the next one finishes, so a crash takes the
-same path as the normal case.
+A rename to ``adopting/`` decides: every later start of a worker continues until the replacement is done. The worker
+that renames exits at once and the next one finishes, so a crash takes the path of the normal case.
 
     adopting/cause       the request, with the reply to send
     adopting/.lattice    the new project, until it is in place
@@ -42,11 +41,7 @@ _decoder = msgspec.msgpack.Decoder(ImportProject)
 
 
 def require_empty(lattice: Path, sizes: Mapping[str, int]) -> None:
-    """Check that the project was never used, according to the sizes of its files and its short ids.
-
-    Raises:
-        Rejected: it was used.
-    """
+    """Raise Rejected if the project was ever used, by the sizes of its files and its short ids."""
     used = first_sign_of_use(sizes.items())
     if used is None and _has_ids(lattice / "ids.json"):
         used = "short ids that were given out"
@@ -71,12 +66,9 @@ class _Ids(msgspec.Struct):
 
 
 def decide(project: Path, request: ImportProject) -> None:
-    """Commit to the request's candidate, which will be put in place even after a crash.
+    """Commit to the request's candidate, even after a crash. The calling worker must exit afterwards.
 
-    The calling process must be the project's writer, and must exit afterwards.
-
-    Raises:
-        OSError: nothing has happened.
+    Raises OSError if nothing has happened.
     """
     candidate = project / request.candidate
     descriptor = os.open(candidate / "cause", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -95,12 +87,9 @@ def is_adopting(project: Path) -> bool:
 
 
 def put_in_place(project: Path) -> ImportProject | None:
-    """Put a waiting candidate in place, at the start of a worker; return its request, None if no candidate waits.
+    """Put a waiting candidate in place; return its request, None if no candidate waits. Idempotent after a crash.
 
-    Idempotent after a crash. The caller starts a new epoch, then calls ``finish``.
-
-    Raises:
-        OSError: it is not possible now; the next start tries again.
+    The caller starts a new epoch, then calls ``finish``. Raises OSError; the next start tries again.
     """
     if not is_adopting(project):
         return None

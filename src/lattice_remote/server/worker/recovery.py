@@ -1,7 +1,6 @@
 """Recovery at the start of a worker: after a kill, a power cut, outside edits or a restored backup (I6, I7, I12).
 
-The tree is compared with the journal. An interrupted command is undone; every other difference becomes a numbered
-change.
+An interrupted command is undone; every other difference from the journal becomes a numbered change.
 """
 
 import contextlib
@@ -13,24 +12,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from lattice_remote.server.journal.contents import Contents
+from lattice_remote.server.journal.copies import is_copied, repair_copy
 from lattice_remote.server.journal.journal import Journal, Retention
-from lattice_remote.server.journal.repair import (
-    Contents,
-    Repair,
-    derive,
-    differing,
-    is_copied,
-    is_snapshot,
-    log_of,
-    repair_copy,
-)
+from lattice_remote.server.journal.lattice_files import derive, is_snapshot, log_of
+from lattice_remote.server.journal.repair import Repair, differing
 from lattice_remote.server.journal.segment import JournalReader, remove_segments
 from lattice_remote.server.tree.capture import Capture
 from lattice_remote.server.tree.tree import FileState, ManifestFile, ProjectTree, TreeDiff, load_manifest
 from lattice_remote.server.tree.undo import UndoLog
+from lattice_remote.server.worker.committer import Committer
 from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.project_import import answer_to, cause_of, finish, first_difference, put_in_place
-from lattice_remote.server.worker.store import Committer, Store, server_origin, start_new_epoch
+from lattice_remote.server.worker.store import Store, server_origin, start_new_epoch
 
 __all__ = ["Opened", "is_in_doubt", "open_store"]
 
@@ -43,7 +37,7 @@ class Opened:
 
     Attributes:
         notes: actions taken, one line each.
-        can_repair: power cuts are detected and repaired from the journal, so lattice's own fsyncs may be omitted.
+        can_repair: power cuts are detected and repaired, so lattice's own fsyncs may be omitted.
     """
 
     store: Store
@@ -62,8 +56,7 @@ class _History:
         files: the files at the journal's head.
         unsynced: paths changed since the manifest was written.
         listed: the manifest's files; other versions on disk are at least that new.
-        is_in_doubt: the machine may have stopped before the last worker shut down cleanly, so a file that differs from
-            the journal may be a lost write.
+        is_in_doubt: the machine may have stopped before the last worker, so a differing file may be a lost write.
         notes: problems found.
     """
 
@@ -79,19 +72,15 @@ class _History:
 def open_store(
     project: Path, scratch: Path, committer: Committer, *, code: Iterable[str], retention: Retention | None = None
 ) -> Opened:
-    """Open the project in ``project``, which contains ``.lattice/`` and gets ``journal/``.
+    """Open the project in ``project``, which contains ``.lattice/`` and gets ``journal/``. Raises OSError.
 
     A project waiting in ``adopting/`` is put in place first, see ``project_import``.
 
     Args:
-        project: a real path.
-        scratch: the worker's private directory, a real path.
+        project, scratch: real paths.
         committer: commits the differences found.
         code: directories of Python and its packages, which commands may read.
         retention: how much history is kept.
-
-    Raises:
-        OSError: a file cannot be read or written.
     """
     adopted = put_in_place(project)
     directory = project / "journal"
@@ -154,10 +143,7 @@ def open_store(
 
 
 def _make_locks(place: Path) -> bool:
-    """Create lattice's directory of locks; return whether it replaced a file.
-
-    A cache has a file there, so that plain lattice cannot write into it; ``rsync`` may have copied it.
-    """
+    """Create lattice's directory of locks; return whether it replaced a file, as a cache has."""
     is_file = place.is_file() or place.is_symlink()
     if is_file:
         place.unlink()
@@ -239,7 +225,7 @@ def _describe(found: TreeDiff, head: int) -> str:
 def _undo_interrupted_command(undo: UndoLog, journal: Journal, boot_id: str, tree: ProjectTree) -> list[str]:
     """Restore the pre-images of a command whose commit never reached the journal (I6).
 
-    Lines that plain lattice has since appended to a log stay (I12), and the snapshot is derived from the log again.
+    Lines that plain lattice has since appended stay (I12), and the snapshot is derived again.
     """
     pending = undo.pending
     if pending is None:
@@ -271,10 +257,7 @@ def _rederive_snapshots(restored: Iterable[str], of_others: Iterable[str], tree:
 
 @contextlib.contextmanager
 def _locked(paths: Iterable[str]) -> Iterator[None]:
-    """Hold lattice's locks on these files, which plain lattice may be writing since the last worker died.
-
-    After 10 s it continues without a lock, because the project must open.
-    """
+    """Hold lattice's locks on these files, for at most 10 s: the project must open."""
     from lattice.storage.locks import LockTimeout, multi_lock
 
     keys = {key for path in paths if (key := _lock_of(Path(path))) is not None}
@@ -300,10 +283,7 @@ def _lock_of(path: Path) -> str | None:
 
 
 def _boot_id(project: Path) -> str:
-    """Return an id of the machine's current boot and the device, since a snapshot may be mounted in the same boot.
-
-    Empty if unknown: nothing is trusted across a crash.
-    """
+    """Return an id of the machine's boot and of the device, which a mounted snapshot changes; empty if unknown."""
     if sys.platform != "linux":
         return ""
     try:

@@ -1,19 +1,15 @@
-"""Durable store of a project: commits of tree, undo log and journal (I1, I2, I5, I6), with group commit.
+"""Durable store of a project: tree, undo log and journal committed together (I1, I2, I5, I6).
 
-A transaction runs ``with store.transaction() as transaction:`` and ends with ``store.commit(...)`` or
-``store.roll_back()``. Until the commit's record is in the journal, a crash undoes the transaction.
+``with store.transaction():`` ends with ``commit`` or ``roll_back``. Until the record is in the journal, a crash undoes
+the transaction.
 """
 
 import contextlib
 import logging
 import os
-import queue
 import secrets
 import shlex
-import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,12 +31,10 @@ from lattice_remote.server.ipc import (
     PathState,
     RequestDone,
     ResultStats,
-    ToServer,
-    WorkerFailed,
-    encode_frames,
 )
+from lattice_remote.server.journal.copies import place_of
 from lattice_remote.server.journal.journal import Journal
-from lattice_remote.server.journal.repair import is_snapshot, place_of
+from lattice_remote.server.journal.lattice_files import is_snapshot
 from lattice_remote.server.journal.segment import Record, list_beside, remove_segments
 from lattice_remote.server.logging import masked
 from lattice_remote.server.tree.capture import AccessLog, Capture, Replacement
@@ -56,6 +50,7 @@ from lattice_remote.server.tree.tree import (
     sync_files,
 )
 from lattice_remote.server.tree.undo import Begin, UndoLog
+from lattice_remote.server.worker.committer import CommitJob, Committer
 from lattice_remote.server.worker.executor import ResourceBusy
 from lattice_remote.server.worker.patches import LockTable
 from lattice_remote.server.worker.stale_snapshots import files_of_task, grown_tasks, repair_task
@@ -63,8 +58,6 @@ from lattice_remote.server.worker.stale_snapshots import files_of_task, grown_ta
 __all__ = [
     "ChangeOrigin",
     "ChangeTooLarge",
-    "CommitJob",
-    "Committer",
     "OutsideChange",
     "Store",
     "command_words",
@@ -77,109 +70,7 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-_MAX_DELAY_S = 0.005
 _encoder = msgspec.msgpack.Encoder()
-
-
-@dataclass(frozen=True)
-class CommitJob:
-    """Fsync ``descriptor``, then call ``then``, then send ``message``."""
-
-    message: ToServer | None = None
-    descriptor: int | None = None
-    then: Callable[[], None] | None = None
-
-
-class Committer:
-    """Thread that commits jobs in order; a batch costs one fsync per journal file.
-
-    Jobs are committed after ``flush``, or at most ``_MAX_DELAY_S`` after ``flush_soon``. When the storage fails it
-    sends ``WorkerFailed`` and ends the process at once. Later jobs are never acknowledged, and the next start relies
-    only on the disk.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._jobs: deque[CommitJob] = deque()
-        self._delays: queue.SimpleQueue[float | None] = queue.SimpleQueue()  # until the next batch; None: the last
-        self._is_delayed = False
-        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: CommitJob) -> None:
-        self._jobs.append(job)
-
-    @property
-    def waiting(self) -> int:
-        """Number of jobs that are not being committed."""
-        return len(self._jobs)
-
-    def flush(self) -> None:
-        """Commit all jobs as soon as the running batch is done."""
-        self._delays.put(0.0)
-
-    def flush_soon(self) -> None:
-        """Commit all jobs even if ``flush`` is not called soon."""
-        if not self._is_delayed:
-            self._is_delayed = True
-            self._delays.put(_MAX_DELAY_S)
-
-    def finish(self) -> None:
-        """Finish all jobs and end the thread."""
-        self._delays.put(None)
-        self._thread.join()
-
-    def wait(self) -> None:
-        """Wait for every job submitted so far."""
-        done = threading.Event()
-        self.submit(CommitJob(then=done.set))
-        self.flush()
-        done.wait()
-
-    def _run(self) -> None:
-        try:
-            while self._run_batch():
-                pass
-        except Exception as error:  # noqa: BLE001 - after any error nothing may be acknowledged
-            _log.exception("cannot write the journal")
-            self._send([WorkerFailed(f"cannot write the journal: {error}")])
-            os._exit(1)
-
-    def _run_batch(self) -> bool:
-        """Run all jobs once they are due; return False after the last."""
-        delay = self._delays.get()
-        with contextlib.suppress(queue.Empty):
-            while delay:
-                delay = self._delays.get(timeout=delay)
-        self._is_delayed = False  # before the jobs are taken: a later one is either taken too or asks again
-        self._commit([self._jobs.popleft() for _ in range(len(self._jobs))])
-        return delay is not None
-
-    def _commit(self, jobs: list[CommitJob]) -> None:
-        began = time.perf_counter()
-        descriptors = dict.fromkeys(job.descriptor for job in jobs if job.descriptor is not None)
-        for descriptor in descriptors:
-            sync(descriptor)
-        synced_s = time.perf_counter() - began if descriptors else None
-        for job in jobs:
-            if job.then is not None:
-                job.then()
-        messages = [job.message for job in jobs if job.message is not None]
-        if messages:
-            self._send(messages if synced_s is None else _with_sync_time(messages, synced_s))
-
-    def _send(self, messages: list[ToServer]) -> None:
-        # The server may be gone: the commits are durable, and the main thread is about to notice.
-        with contextlib.suppress(OSError):
-            self._connection.sendall(encode_frames(*messages))
-
-
-def _with_sync_time(messages: list[ToServer], synced_s: float) -> list[ToServer]:
-    for number, message in enumerate(messages):
-        if isinstance(message, RequestDone):
-            timed = msgspec.structs.replace(message, synced_s=synced_s)
-            return [*messages[:number], timed, *messages[number + 1 :]]
-    return messages
 
 
 MAX_CHARS = 200
@@ -198,7 +89,7 @@ def describe_command(argv: Sequence[str]) -> str:
 
 
 def command_words(cli: click.Group, argv: Sequence[str]) -> str:
-    """Return the command's words of a line, for example ``resource acquire``, without options and values."""
+    """Return the words of a line's command, for example ``resource acquire``."""
     words: list[str] = []
     command: click.Command | None = cli
     for word in argv:
@@ -218,7 +109,6 @@ def describe_edit(path: str) -> str:
 
 
 def describe_paths(paths: Collection[str]) -> str:
-    """Return the first few paths and the number of others."""
     shown = ", ".join(list(paths)[:_MAX_PATHS])
     more = len(paths) - _MAX_PATHS
     if more <= 0:
@@ -232,22 +122,22 @@ def _cut(line: str) -> str:
 
 
 _MAX_MOVED_BYTES = 8 * 1024 * 1024
-"""Contents of larger moved files are not journalled: they would displace too much history."""
+"""Larger contents are not journalled: they would displace too much history."""
 _MAX_ENCODED_BYTES = MAX_FRAME_BYTES - 64 * 1024
 _MAX_LOCKED_TASKS = 64
 """Most tasks that are locked to number their outside changes; more come from a copied project, for example."""
 _REPLY_RETENTION_S = 600.0
-"""How long replies survive the end of their history; clients that lost their connection give up much sooner."""
+"""How long replies survive the end of their history."""
 
 
 class ChangeTooLarge(Exception):
-    """The change would exceed the maximum frame size."""
+    """A change over the maximum frame size."""
 
 
 class OutsideChange(BaseException):
-    """Another program has changed files that the running request is about to change. The request must run again.
+    """Another program has changed files that the request is about to change (``paths``, relative): it must run again.
 
-    No ``Exception``, so it passes a command's own error handling. ``paths`` are relative.
+    No ``Exception``, so it passes a command's own error handling.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
@@ -257,9 +147,9 @@ class OutsideChange(BaseException):
 
 @dataclass(frozen=True)
 class ChangeOrigin:
-    """Origin of a change: a request (``id``) of a token, or the server itself.
+    """Origin of a change: a request (``id``) of a token, or the server.
 
-    ``actor`` acts, with the token of ``token_actor``; ``fingerprint`` is the request's.
+    ``actor`` acts, with the token of ``token_actor``.
     """
 
     id: str
@@ -279,8 +169,7 @@ def server_origin(cause: str) -> ChangeOrigin:
 class Store:
     """Durable state of one project, opened by ``recovery.open_store``.
 
-    Raises OSError when the storage fails. The store must not be used afterwards: the process ends, and the next start
-    recovers.
+    Raises OSError when the storage fails. Then the process must end; the next start recovers.
     """
 
     def __init__(
@@ -311,19 +200,17 @@ class Store:
         """Whether the id of the running request is the caller's key; see ``Record``."""
 
     def begin_request(self, command: str, *, is_keyed: bool) -> None:
-        """Begin a request, called ``command`` in the log; the next report is its outcome."""
+        """Begin a request, called ``command`` in its report."""
         self._current, self.is_keyed = (command, time.perf_counter()), is_keyed
 
     def set_label(self, command: str) -> None:
-        """Set a better name for the request."""
         self._current = (command, self._current[1])
 
     @contextmanager
     def transaction(self) -> Iterator[AccessLog]:
         """Record accesses and pre-images in the block. Then call ``difference`` and ``commit``, or ``roll_back``.
 
-        Raises:
-            OutsideChange: the block was about to change a file with an outside change; the block is undone.
+        Raises OutsideChange, with the block undone, before it changes a file with an outside change.
         """
         self._undo.begin(Begin(self.journal.epoch, self.journal.head + 1, self._boot_id))
         try:
@@ -334,10 +221,7 @@ class Store:
             raise
 
     def _require_known(self, statuses: Mapping[str, os.stat_result | None]) -> None:
-        """Raise ``OutsideChange`` before a transaction first changes files that are not as last numbered.
-
-        Otherwise the outside change would become part of the request's, under its token (I13).
-        """
+        """Raise ``OutsideChange`` if files are not as last numbered: the token would get the change (I13)."""
         prefix = self.tree.absolute("")
         changed = [
             relative
@@ -348,11 +232,7 @@ class Store:
             raise OutsideChange(changed)
 
     def replace_text(self, path: str, text: bytes) -> None:
-        """Replace a plan or notes, or create it, within a transaction.
-
-        Raises:
-            OSError: it could not be written.
-        """
+        """Replace a plan or notes, or create it, within a transaction."""
         target = self.tree.absolute(path)
         directory, name = os.path.split(target)
         os.makedirs(directory, exist_ok=True)
@@ -390,7 +270,7 @@ class Store:
         """Number the outside changes of files, and of their tasks' other files, apart from the running request.
 
         Raises:
-            Rejected: the journal cannot be written (the disk is full).
+            Rejected: the disk is full.
             SyncFailed: the disk could not keep a content that the record refers to.
         """
         found, _ = self.find_outside_changes(paths)
@@ -405,14 +285,13 @@ class Store:
             raise _cannot_journal(error) from error
 
     def show_head(self) -> None:
-        """Publish to readers that the tree is at the journal's head; before the first request and in a new epoch."""
+        """Publish to readers that the tree is at the journal's head."""
         self._undo.clear(self.journal.head)
 
     def difference(self, touched: AccessLog, vouched: Mapping[int, TrustedDigest] | None = None) -> TreeDiff:
-        """Return a transaction's changes to the tree, before its end. ``vouched`` as for ``after_command``.
+        """Return the transaction's changes, before its end. ``vouched`` as for ``after_command``.
 
-        Raises:
-            OutsideChange: another program has changed a file after the transaction; the transaction was undone.
+        Raises OutsideChange, with the transaction undone, if another program has changed a file since.
         """
         found = self.tree.after_command(touched, self._undo.before, vouched)
         prefix = self.tree.absolute("")
@@ -424,10 +303,7 @@ class Store:
         return found
 
     def roll_back(self) -> None:
-        """Undo the transaction, restoring every file.
-
-        Changes by other programs are left for the next check of the tree, since a request has one outcome.
-        """
+        """Undo the transaction. Outside changes are left for the next check of the tree."""
         restored = self._undo.restore()
         prefix = self.tree.absolute("")
         found = self.tree.reconcile([path.removeprefix(prefix) for path in restored])
@@ -435,7 +311,7 @@ class Store:
             self.adopt(found)
 
     def adopt(self, difference: TreeDiff) -> None:
-        """Accept the files without a number: no announced content has changed."""
+        """Accept files without a number: no announced content has changed."""
         self._unsynced.update(difference.states)
         self.tree.accept(difference)
 
@@ -466,8 +342,8 @@ class Store:
             retry_at: when to look for outside changes again.
 
         Raises:
-            ChangeTooLarge: no frame can carry the change; the transaction must be rolled back.
-            Rejected: the journal cannot be written (the disk is full); the request was undone.
+            ChangeTooLarge: the transaction must be rolled back.
+            Rejected: the disk is full; the request was undone.
             OSError: the same, without a request.
             SyncFailed: the disk could not keep a content that the record refers to.
         """
@@ -522,8 +398,8 @@ class Store:
     def _write_ahead(self, path: str, size: int) -> None:
         """Journal the only durable copy of a content before a command overwrites it.
 
-        Lattice's own fsyncs are omitted, so a power cut could leave the file empty although the command was never
-        acknowledged. Costs one fsync per such file and segment. Snapshots can be derived from their logs.
+        Without lattice's fsyncs a power cut could leave the file empty although the command was never acknowledged.
+        Costs one fsync per file and segment. Snapshots follow from their logs.
         """
         relative = path.removeprefix(self.tree.absolute(""))
         state = self.tree.files.get(relative)
@@ -545,7 +421,7 @@ class Store:
         }
 
     def _undo_unrecorded(self, cause: ChangeOrigin, error: OSError) -> NoReturn:
-        """Undo a transaction that the journal has no space for.
+        """Undo a transaction that the journal has no room for.
 
         Raises:
             Rejected: it belongs to a request.
@@ -557,7 +433,7 @@ class Store:
         raise _cannot_journal(error)
 
     def _after(self, difference: TreeDiff) -> list[PathState]:
-        """Return the changed files; call it before ``adopt``."""
+        """Return the changed files, before ``adopt``."""
         files, after = self.tree.files, []
         for path, state in difference.states.items():
             if state is None:
@@ -567,17 +443,16 @@ class Store:
         return after
 
     def resend_reply(self, request_id: str, record: Record) -> None:
-        """Send the journalled reply of a request again."""
         made = record.seq if record.change is not None else None
         self._report_reply(request_id, record.reply, record.seq, self._stats(again=True, made=made))
 
     def reply_without_record(self, answer: Callable[[int], Result]) -> None:
-        """Send, in order, the reply to a request that was undone. It is not journalled, since a retry may succeed."""
+        """Send, in order, the reply to a request that was undone: a retry may succeed."""
         result = answer(self.journal.head)
         self._report_reply(result.id, encode(result), self.journal.head, self._stats(status=_status_of(result)))
 
     def refuse(self, refused: Refused) -> None:
-        """Send, in order, the refusal of a request. It is not journalled, since it had no effect."""
+        """Send, in order, a refusal. It is not journalled, since the request had no effect."""
         self._report_reply(refused.id, encode(refused), self.journal.head, self._stats(code=refused.code))
 
     def _report_reply(self, request_id: str, reply: bytes | None, seq: int, report: ResultStats) -> None:
@@ -591,7 +466,7 @@ class Store:
     # --- the journal's upkeep ---
 
     def keep_retention(self) -> None:
-        """Start a new journal segment if due; remove expired ones."""
+        """Start a new segment if due; remove expired ones."""
         if self.journal.is_rotation_due(now := time.time()):
             self._rotate()
         elif expired := self.journal.expire(now):
@@ -642,29 +517,29 @@ class Store:
         return paths
 
     def save_manifest(self, *, clean: bool) -> None:
-        """Fsync the files, then write the manifest. Every commit must be durable (``Committer.wait``)."""
+        """Fsync the files, then write the manifest; after ``Committer.wait``."""
         sync_files(self._take_unsynced())
         save_manifest(self._manifest_path, self.manifest(clean=clean))
         if self.journal.is_segment_new:
             self._list_beside(self.journal.segment)
 
     def _list_beside(self, segment: Path) -> None:
-        """Link the manifest just written, which describes the segment's beginning, beside the segment.
+        """Link the manifest, which describes the segment's beginning, beside the segment.
 
-        A copied directory may have a newer manifest than its journal reaches. Without hard links this is skipped.
+        A copied directory may have a newer manifest than its journal reaches. Skipped without hard links.
         """
         with contextlib.suppress(OSError):
             os.link(self._manifest_path, list_beside(segment))
 
     def new_epoch(self) -> None:
-        """Start a new history with the current files (I7); every commit must have been reported."""
+        """Start a new history with the current files (I7); after ``Committer.wait``."""
         sync_files(self._take_unsynced())  # the journal that could repair them is removed
         self.journal = start_new_epoch(self.journal)
         self._whole.clear()
         self.save_manifest(clean=False)
 
     def close(self) -> None:
-        """Shut down cleanly, so that the next start trusts the manifest."""
+        """Shut down in order, so that the next start trusts the manifest."""
         self._committer.finish()
         self.save_manifest(clean=True)
         self.journal.close()
@@ -676,7 +551,6 @@ def _cannot_journal(error: OSError) -> Rejected:
 
 
 def _is_made(state: FileState | None, made: Replacement) -> bool:
-    """Return whether a file is still the one that a transaction put in place."""
     return state is not None and state.inode == made.inode and made.digest in (None, state.digest)
 
 
@@ -690,13 +564,7 @@ def _status_of(result: Result | None) -> int:
 
 
 def start_new_epoch(journal: Journal) -> Journal:
-    """Close a journal and start a new history that still knows recent replies (I6).
-
-    From a damaged journal it keeps the readable replies, and that there were others.
-
-    Raises:
-        OSError: the old journal cannot be read, or the new one written.
-    """
+    """Close a journal and start a new history that knows its readable recent replies (I6). Raises OSError."""
     since = max(journal.since, time.time() - _REPLY_RETENTION_S)
     answered = [_carried_over(record) for record in journal.answered_since(since)]
     journal.close()
@@ -707,7 +575,7 @@ def start_new_epoch(journal: Journal) -> Journal:
 
 
 def _carried_over(record: Record) -> Record:
-    """Return a record for a new history: its files at number 0 contain the effects."""
+    """Return a record for a new history, whose files at number 0 contain the effects."""
     assert record.reply is not None, "a record with an id has an answer"
     answer = decode_server_frame(record.reply, max_bytes=len(record.reply))
     assert isinstance(answer, Result), "nothing else is journalled"
