@@ -49,9 +49,9 @@ async def until(condition: Callable[[], object], timeout_s: float = 60.0) -> Non
 
 @dataclass
 class Running:
-    """A running server: its hub, address, data directory, and one token for the project ``web``."""
+    """A running server: its registry, address, data directory, and one token for the project ``web``."""
 
-    hub: ProjectRegistry
+    registry: ProjectRegistry
     port: int
     data: DataDir
     token: str
@@ -99,15 +99,15 @@ async def serving(
     certificate: Certificate | None = None,
 ) -> AsyncIterator[Running]:
     """Run a server on a free port until the block ends."""
-    hub = ProjectRegistry(data, worker_command=worker, config=config)
-    hub.start()
+    registry = ProjectRegistry(data, worker_command=worker, config=config)
+    registry.start()
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = make_server(hub, certificate)
+    server = make_server(registry, certificate)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started or task.done())
     try:
-        yield Running(hub, port, data, token, server)
+        yield Running(registry, port, data, token, server)
     finally:
         server.should_exit = True
         await task

@@ -58,9 +58,9 @@ async def test_the_server_warns_when_everybody_may_change_who_may_do_what(
 ) -> None:
     async def warnings() -> list[str]:
         caplog.clear()
-        hub = ProjectRegistry(data)
-        hub.start()
-        await hub.stop()
+        registry = ProjectRegistry(data)
+        registry.start()
+        await registry.stop()
         return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
 
     assert await warnings() == []

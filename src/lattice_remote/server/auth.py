@@ -175,14 +175,14 @@ class Authenticator:
         self.signing_key = signing_key(self._key_path)
         self._logins.refresh()
 
-    def identify(self, visit: ConnectionQuota, token_text: str) -> Login | ApiError:
+    def identify(self, quota: ConnectionQuota, token_text: str) -> Login | ApiError:
         """Return the login of a token's text; "" belongs to no token (I9). A failed login is counted."""
         if self.stopping:
             return _stopping()
         self.refresh()  # a new token works at once
         login = self._logins.find(token_text)
         found = _unauthorized(UNKNOWN_TOKEN) if login is None else self._admitted(login)
-        return (visit.failed() or found) if isinstance(found, ApiError) else found
+        return (quota.failed() or found) if isinstance(found, ApiError) else found
 
     def identify_again(self, token_id: str, sha256: str) -> Login | ApiError:
         """Return the login of a token shown before, by its digest. An ended one is no failed login."""

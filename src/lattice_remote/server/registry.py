@@ -85,7 +85,7 @@ class ProjectRegistry:
         self.data = data
         self.auth = Authenticator(data)
         self.config = config or data.config()
-        self.door = AdmissionControl(self.config.limits, self.config.trusted_proxies)
+        self.admission = AdmissionControl(self.config.limits, self.config.trusted_proxies)
         self.responses = ResponseBudget(self.config.limits)
         self.send_budget = SendBudget()
         self.overviews = Overviews(data)
@@ -176,10 +176,10 @@ class ProjectRegistry:
         matched = _SOCKET_PATH.fullmatch(request.path)
         if matched is None:
             return ApiError(HTTPStatus.NOT_FOUND, "REMOTE_NOT_FOUND", "not found")
-        headers, visit = request.headers, connection.visit
+        headers, quota = request.headers, connection.quota
         authorization = headers.get_all("Authorization")
-        refusal = visit.enter(headers.get_all("X-Forwarded-For"), self.auth.shown(authorization))
-        login = refusal or self.auth.identify(visit, bearer(authorization))
+        refusal = quota.enter(headers.get_all("X-Forwarded-For"), self.auth.shown(authorization))
+        login = refusal or self.auth.identify(quota, bearer(authorization))
         if isinstance(login, ApiError):
             return login
         project = self.enter(login, matched[1])
@@ -188,7 +188,7 @@ class ProjectRegistry:
         if SUBPROTOCOL not in ",".join(headers.get_all("Sec-WebSocket-Protocol")).replace(" ", "").split(","):
             why = f"this server speaks {SUBPROTOCOL}; upgrade the client"
             return ApiError(HTTPStatus.UPGRADE_REQUIRED, "REMOTE_VERSION", why)
-        return visit.admit(login.token.id) or (login, project)
+        return quota.admit(login.token.id) or (login, project)
 
     def enter(self, login: Login, slug: str) -> Project | ApiError:
         """Return a project that an identified client may use; ``slug`` may be any string (I9)."""

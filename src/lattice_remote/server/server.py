@@ -81,14 +81,14 @@ def run(data: DataDir, config: Config, listener: socket.socket) -> None:
     status = statussocket.listen(data.path)
 
     async def serve() -> None:
-        hub, started = ProjectRegistry(data, config=config), datetime.now(UTC)
-        hub.start()
+        registry, started = ProjectRegistry(data, config=config), datetime.now(UTC)
+        registry.start()
 
         async def document() -> bytes:
-            return msgspec.json.encode(await status_of(hub, started))
+            return msgspec.json.encode(await status_of(registry, started))
 
         answering = None if status is None else asyncio.create_task(statussocket.answer(status, document))
-        await make_server(hub, certificate, notify, figures).serve(sockets=[listener])
+        await make_server(registry, certificate, notify, figures).serve(sockets=[listener])
         if answering is not None:
             answering.cancel()
             statussocket.remove(data.path)
@@ -143,7 +143,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def make_server(
-    hub: ProjectRegistry,
+    registry: ProjectRegistry,
     certificate: Certificate | None = None,
     notify: Callable[[str], None] = lambda _: None,
     figures: socket.socket | None = None,
@@ -152,11 +152,11 @@ def make_server(
 
     ``notify`` reports to a service manager. ``figures`` is a second listening socket, for the metrics alone.
     """
-    sockets = websocket_server(hub.serve, hub.check, lambda: not hub.stopping)
-    gauges = Gauges(hub)
-    config = _http_config(http_app(hub, gauges), cast("type[asyncio.Protocol]", partial(Handoff, server=sockets)))
+    sockets = websocket_server(registry.serve, registry.check, lambda: not registry.stopping)
+    gauges = Gauges(registry)
+    config = _http_config(http_app(registry, gauges), cast("type[asyncio.Protocol]", partial(Handoff, server=sockets)))
     metrics = None if figures is None else (figures, _http_config(metrics_app(gauges), "none"))
-    return _Server(config, hub, certificate, notify, metrics)
+    return _Server(config, registry, certificate, notify, metrics)
 
 
 def _http_config(app: ASGIApp, websockets: type[asyncio.Protocol] | Literal["none"]) -> uvicorn.Config:
@@ -181,14 +181,14 @@ class _Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        hub: ProjectRegistry,
+        registry: ProjectRegistry,
         certificate: Certificate | None,
         notify: Callable[[str], None],
         metrics: tuple[socket.socket, uvicorn.Config] | None,
     ) -> None:
         super().__init__(config)
         self._metrics = metrics
-        self._hub = hub
+        self._registry = registry
         self._certificate = certificate
         self._notify = notify
         self._upkeep: asyncio.Task[None] | None = None
@@ -198,11 +198,11 @@ class _Server(uvicorn.Server):
         assert sockets, "run() passes the one it listens on"
         [listener] = sockets
         context = None if self._certificate is None else self._certificate.context
-        acceptors = [Acceptor(listener, self._hub.door, partial(self._make_protocol, self.config), context)]
+        acceptors = [Acceptor(listener, self._registry.admission, partial(self._make_protocol, self.config), context)]
         if self._metrics is not None:  # a flood at one listener does not affect the other
             figures, config = self._metrics
-            door = AdmissionControl(self._hub.config.limits)
-            acceptors.append(Acceptor(figures, door, partial(self._make_protocol, config), None))
+            admission = AdmissionControl(self._registry.config.limits)
+            acceptors.append(Acceptor(figures, admission, partial(self._make_protocol, config), None))
         self.servers = [cast("asyncio.Server", acceptor) for acceptor in acceptors]
         for acceptor in acceptors:
             acceptor.start()
@@ -212,14 +212,14 @@ class _Server(uvicorn.Server):
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         scheme = "http" if context is None else "https"
-        self._hub.address = f"{scheme}://{shown}:{port}"
+        self._registry.address = f"{scheme}://{shown}:{port}"
         if self._metrics is not None:
             _log.info("serving metrics without authentication on %s:%d", *self._metrics[0].getsockname()[:2])
-        print(f"Listening on {self._hub.address}", flush=True)  # noqa: T201 - the one line of its output
+        print(f"Listening on {self._registry.address}", flush=True)  # noqa: T201 - the one line of its output
         self._notify("READY=1")
 
-    def _make_protocol(self, config: uvicorn.Config, visit: ConnectionQuota) -> asyncio.Protocol:
-        return PlainHttp(config, self.server_state, self.lifespan.state, visit=visit)
+    def _make_protocol(self, config: uvicorn.Config, quota: ConnectionQuota) -> asyncio.Protocol:
+        return PlainHttp(config, self.server_state, self.lifespan.state, quota=quota)
 
     async def _watch_certificate(self, certificate: Certificate) -> None:
         while True:
@@ -236,8 +236,8 @@ class _Server(uvicorn.Server):
             self._upkeep.cancel()
         for server in self.servers:
             server.close()
-        await self._hub.stop()
-        await self._hub.wait_until_alone(min(_GOODBYE_S, max(0.0, ends_at - loop.time())))
+        await self._registry.stop()
+        await self._registry.wait_until_alone(min(_GOODBYE_S, max(0.0, ends_at - loop.time())))
         # uvicorn waits for this long, though it declares an int, and 0.1 s before.
         self.config.timeout_graceful_shutdown = max(0.1, ends_at - 0.1 - loop.time())  # type: ignore[assignment]
         await super().shutdown(sockets)

@@ -110,24 +110,24 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
     started: datetime | None = None
 
 
-async def status_of(hub: ProjectRegistry, started: datetime) -> ServerStatus:
-    slugs = await asyncio.to_thread(hub.data.slugs)
-    on_disk = await asyncio.to_thread(lambda: {slug: _from_files(hub.data, slug, "idle") for slug in slugs})
-    streams = _streams(hub)
+async def status_of(registry: ProjectRegistry, started: datetime) -> ServerStatus:
+    slugs = await asyncio.to_thread(registry.data.slugs)
+    on_disk = await asyncio.to_thread(lambda: {slug: _from_files(registry.data, slug, "idle") for slug in slugs})
+    streams = _streams(registry)
     projects = []
     for slug, files in on_disk.items():
-        running = hub.projects.get(slug)
+        running = registry.projects.get(slug)
         if running is None:
             projects.append(files)
             continue
-        clients = [_of_peer(peer) for peer in hub.peers if peer.project is running] + streams.get(slug, [])
-        projects.append(_of_project(running, hub.state_of(slug), files, clients))
+        clients = [_of_peer(peer) for peer in registry.peers if peer.project is running] + streams.get(slug, [])
+        projects.append(_of_project(running, registry.state_of(slug), files, clients))
     return ServerStatus(
         running=True,
-        data=str(hub.data.path.absolute()),
+        data=str(registry.data.path.absolute()),
         projects=projects,
         pid=os.getpid(),
-        address=hub.address,
+        address=registry.address,
         started=started,
     )
 
@@ -187,9 +187,9 @@ def _of_peer(peer: ClientConnection) -> ClientStatus:
     )
 
 
-def _streams(hub: ProjectRegistry) -> dict[str, list[ClientStatus]]:
+def _streams(registry: ProjectRegistry) -> dict[str, list[ClientStatus]]:
     found: dict[str, list[ClientStatus]] = {}
-    for request in hub.ongoing:
+    for request in registry.ongoing:
         if request.is_stream and request.login is not None:
             token, since = request.login.token, datetime.fromtimestamp(request.since, UTC)
             stream = ClientStatus(
@@ -421,19 +421,19 @@ def present_status(data: DataDir) -> ServerStatus:
 class Gauges(Collector):
     """The metrics of a registry, counted and looked up. Make one for each."""
 
-    def __init__(self, hub: ProjectRegistry) -> None:
-        self._hub = hub
+    def __init__(self, registry: ProjectRegistry) -> None:
+        self._registry = registry
         self._journals: dict[str, int] = {}
-        hub.metrics.registry.register(self)
+        registry.metrics.registry.register(self)
 
     async def scraped(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics for Prometheus, and their content type, one that the caller accepts."""
-        journals = {slug: project.paths.journal for slug, project in self._hub.projects.items()}
+        journals = {slug: project.paths.journal for slug, project in self._registry.projects.items()}
         self._journals = await asyncio.to_thread(lambda: {slug: journal_bytes(at) for slug, at in journals.items()})
-        for peer in self._hub.peers:
+        for peer in self._registry.peers:
             peer.count_sent()
         encode, content_type = choose_encoder(accept)
-        return encode(self._hub.metrics.registry), content_type
+        return encode(self._registry.metrics.registry), content_type
 
     def describe(self) -> list[Metric]:
         """Nothing is looked up before a scrape."""
@@ -446,12 +446,12 @@ class Gauges(Collector):
         yield info
         yield from self._of_projects()
         yield from self._of_clients()
-        ongoing = Tally(request.route for request in self._hub.ongoing)
+        ongoing = Tally(request.route for request in self._registry.ongoing)
         yield _gauge("http_in_progress", "HTTP requests being answered, streams included.", ongoing, "route")
 
     def _of_projects(self) -> Iterator[Metric]:
-        projects = self._hub.projects
-        up = {slug: int(self._hub.state_of(slug) == "ready") for slug in projects}
+        projects = self._registry.projects
+        up = {slug: int(self._registry.state_of(slug) == "ready") for slug in projects}
         yield _gauge("project_up", "Whether a started project is available.", up)
         yield _gauge("head", "Sequence number of the last change.", {s: p.history.head for s, p in projects.items()})
         yield _gauge("journal_bytes", "Size of the journal on disk.", self._journals)
@@ -469,17 +469,17 @@ class Gauges(Collector):
         yield _gauge("queue_bytes", "What these writes weigh.", held)
 
     def _of_clients(self) -> Iterator[Metric]:
-        slugs = self._hub.projects
+        slugs = self._registry.projects
         clients = GaugeMetricFamily("lattice_remote_clients", "Connected clients, by kind.", labels=["project", "kind"])
         counted: Tally[tuple[str, str]] = Tally()
         behind, outboxes, fullest = Tally[str](), Tally[str](), dict.fromkeys(slugs, 0)
-        for peer in self._hub.peers:
+        for peer in self._registry.peers:
             slug, pending = peer.project.slug, peer.waiting_bytes
             counted[slug, "copy" if peer.replication.applied is not None else "writer"] += 1
             behind[slug] = max(behind[slug], peer.behind or 0)
             outboxes[slug] += pending
             fullest[slug] = max(fullest.get(slug, 0), pending)
-        for request in self._hub.ongoing:
+        for request in self._registry.ongoing:
             counted[request.project, "stream"] += request.is_stream and request.login is not None
         for slug in slugs:
             for kind in ("copy", "writer", "stream"):

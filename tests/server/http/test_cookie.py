@@ -33,11 +33,11 @@ TOKEN = Token(id="tok_1", sha256="d", projects=["web"], actor="human:ana")
 
 def request_with(cookies: str = "", *, scheme: str = "http", host: str = "192.0.2.1", **headers: str) -> Request:
     """Return a request that has come from ``host``; 10.0.0.1 is a trusted proxy."""
-    visit = AdmissionControl(LimitSettings(), ["10.0.0.1"]).arrive(host)
+    quota = AdmissionControl(LimitSettings(), ["10.0.0.1"]).arrive(host)
     raw = [(b"host", b"board.example"), (b"cookie", cookies.encode())]
     raw += [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": raw, "scheme": scheme}
-    return Request({**scope, "server": ("board.example", 80), "state": {"visit": visit}})
+    return Request({**scope, "server": ("board.example", 80), "state": {"quota": quota}})
 
 
 def given(cookies: Cookies, login: Login, request: Request) -> SimpleCookie:
@@ -283,8 +283,8 @@ def test_a_token_with_too_many_connections_is_refused_and_logged(
     objection: ApiError | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = request_with(authorization="Bearer x")
-    visit, entry, login = Admitting(objection), SimpleNamespace(login=None), Login(TOKEN, "d")
-    request.scope["state"] = {"visit": visit, "share": SimpleNamespace(token_id="")}
+    quota, entry, login = Admitting(objection), SimpleNamespace(login=None), Login(TOKEN, "d")
+    request.scope["state"] = {"quota": quota, "share": SimpleNamespace(token_id="")}
     monkeypatch.setattr(auth, "registry_of", lambda _: SimpleNamespace(auth=SimpleNamespace(identify=lambda *_: login)))
     monkeypatch.setattr(auth, "log_entry_of", lambda _: entry)
     if objection is None:
@@ -293,4 +293,4 @@ def test_a_token_with_too_many_connections_is_refused_and_logged(
         with pytest.raises(ApiError) as refused:
             auth.authenticated(request)
         assert refused.value is objection
-    assert visit.admitted == ["tok_1"] and entry.login is login
+    assert quota.admitted == ["tok_1"] and entry.login is login

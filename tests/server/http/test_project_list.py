@@ -135,7 +135,7 @@ async def test_a_project_whose_worker_does_not_start_is_no_ready_one(
             return requests.get(f"http://127.0.0.1:{running.port}{path}", headers=headers, timeout=60)
 
         asking = asyncio.create_task(asyncio.to_thread(get, "/projects/web"))
-        await until(lambda: running.hub.projects)
+        await until(lambda: running.registry.projects)
         starting = await asyncio.to_thread(get, "/readyz")
         assert (starting.status_code, starting.json()["reasons"][0].split(":")[0]) == (503, "starting")
         tried.touch()

@@ -178,7 +178,7 @@ async def test_a_rotated_token_sends_away_who_came_with_its_old_text(running: Ru
         await client.send(hello())
         _, new = tokens.rotate(token.id, grace=timedelta(hours=1))
         async with running.connected(new) as other:
-            assert running.hub.auth._logins.find(old) is not None
+            assert running.registry.auth._logins.find(old) is not None
             await client.ping()
             _, newest = tokens.rotate(token.id)
             for gone in (client, other):
@@ -225,7 +225,7 @@ async def test_broken_tokens_are_logged_once_and_those_before_stay(
     try:
         write_atomically(running.data.tokens, b"{broken")
         for _ in range(3):
-            running.hub.auth.refresh()
+            running.registry.auth.refresh()
         async with running.connected():
             pass
     finally:

@@ -92,7 +92,7 @@ async def test_a_page_gets_one_event_a_change_from_the_head_on(running: Running)
 
 
 async def position_of(running: Running, seq: int) -> str:
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     mark = await history.mark_at(seq)
     assert mark is not None
     return str(Position(history.epoch, seq, mark))
@@ -103,7 +103,7 @@ async def test_another_history_ends_the_stream_and_begins_with_a_reset(running: 
         await put(client, "{}")
     async with listening(running, since="0") as opened:
         [_, first] = await take(opened, 2)
-        project = running.hub.project("web")
+        project = running.registry.project("web")
         await project.rollback_proved(project.history.epoch, "a test says so")
         assert await asyncio.to_thread(list, opened) == []
     assert not first.id.startswith(project.history.epoch)
@@ -118,7 +118,7 @@ async def test_what_is_not_kept_any_more_is_reset(running: Running) -> None:
     async with writing(running) as client:
         for n in range(4):
             await put(client, f'{{"n": {n}}}')
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     history.oldest = 3
     async with listening(running, since=await position_of(running, 1)) as opened:
         [reset] = await take(opened, 1)
@@ -187,7 +187,7 @@ async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
     async with writing(running) as client:
         for _ in range(24):
             await put(client, '{"x": "' + "x" * 250_000 + '"}')
-    history, read = running.hub.project("web").history, list[weakref.ref[Batch]]()
+    history, read = running.registry.project("web").history, list[weakref.ref[Batch]]()
     original = history.changes_after
 
     async def reading(seq: int) -> Batch:
@@ -211,7 +211,9 @@ async def test_for_one_that_stalls_while_it_catches_up_next_to_nothing_is_held(
 
 def streams_of(running: Running) -> list[sse.EventStream]:
     return [
-        end.__self__ for end in running.hub.auth._staying if isinstance(getattr(end, "__self__", None), sse.EventStream)
+        end.__self__
+        for end in running.registry.auth._staying
+        if isinstance(getattr(end, "__self__", None), sse.EventStream)
     ]
 
 

@@ -67,7 +67,7 @@ async def test_the_journal_stays_within_its_bound_and_a_client_older_than_it_res
                 await comment(writer, "x" * 4000)
                 most = max(most, journal_bytes(running))
             written = writer.replica.head
-            assert running.hub.project("web").history.oldest > 2
+            assert running.registry.project("web").history.oldest > 2
         away.replica.disconnected()
         async with running.connected() as socket:
             await away.greet(socket)
@@ -90,7 +90,7 @@ async def test_age_expires_while_nothing_is_written(tmp_path: Path, monkeypatch:
         async with running.connected() as socket:
             await writer.greet(socket)
             await writer.run("create", "One", *ANA)
-        history = running.hub.project("web").history
+        history = running.registry.project("web").history
         await until(lambda: history.oldest == history.head + 1)
         assert history.head == 1 and journal_bytes(running) < 400, "nothing is left but a header"
         away.replica.disconnected()

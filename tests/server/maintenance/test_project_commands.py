@@ -180,22 +180,22 @@ with closing(Path({str(root)!r}), "at work"):
 
 
 async def test_a_running_server_lets_go_and_takes_up_again(data: DataDir) -> None:
-    hub = ProjectRegistry(data)
-    hub.start()
+    registry = ProjectRegistry(data)
+    registry.start()
     try:
-        project = hub.project("web")
+        project = registry.project("web")
         await project.opened()
         writer = project._worker
         assert writer is not None
         await asyncio.to_thread(archive_project, data, "web")
-        await until(lambda: "web" not in hub._projects)
+        await until(lambda: "web" not in registry._projects)
         assert await writer.wait(5), "its worker has ended"
         await asyncio.to_thread(unarchive_project, data, "web")
-        again = hub.project("web")
+        again = registry.project("web")
         await again.opened()
         assert again is not project and again.history.epoch == project.history.epoch, "its history goes on"
     finally:
-        await hub.stop()
+        await registry.stop()
 
 
 def test_fsck_finishes_what_was_cut_off(data: DataDir, own: Path) -> None:

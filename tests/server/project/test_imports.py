@@ -121,7 +121,7 @@ async def test_a_push_that_is_asked_again_is_answered_again(running: Running, ow
     first = await ask(running, request)
     assert isinstance(first, Pushed)
     assert await ask(running, request) == first
-    running.hub.project("web")._worker.kill()  # type: ignore[union-attr] - nothing depends on who answers
+    running.registry.project("web")._worker.kill()  # type: ignore[union-attr] - nothing depends on who answers
     assert await ask(running, request) == first
 
 
@@ -185,14 +185,14 @@ async def test_what_was_not_uploaded_with_this_token_can_not_be_pushed(running: 
     assert isinstance(refused, Refused) and refused.code == "REMOTE_NOT_FOUND"
     wrong_size = Push(secrets.token_hex(16), request.digest, request.size + 1)
     assert isinstance(await ask(running, wrong_size), Refused)
-    assert running.hub.project("web").history.used is None
+    assert running.registry.project("web").history.used is None
 
 
 async def test_a_push_that_is_asked_again_while_the_worker_has_it_joins(
     running: Running, own: dict[str, bytes]
 ) -> None:
     """I6: the answer may have been cut off at that moment, and a refusal would not be true."""
-    project = running.hub.project("web")
+    project = running.registry.project("web")
     async with running.connected() as first, running.connected() as second:
         one, two = await connected(first), await connected(second)
         request = await upload(one, pack_of(own))

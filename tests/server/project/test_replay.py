@@ -57,7 +57,7 @@ async def greeted(socket: ClientConnection) -> Welcome:
 
 async def test_the_changes_after_a_number_as_they_were_sent(running: Running) -> None:
     await write(running, 5)
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     async with running.connected() as socket:
         epoch = (await greeted(socket)).epoch
         answer = await ask(socket, epoch, 2)
@@ -89,7 +89,7 @@ async def test_many_changes_come_in_pieces_of_a_mebibyte(running: Running) -> No
         pieces, at = [], Position("", 0, b"")
         while changes := (await ask(socket, at.epoch, at.seq, at.mark)).changes:
             pieces.append([change.seq for change in changes])
-            at = Position(running.hub.project("web").history.epoch, changes[-1].seq, changes[-1].mark)
+            at = Position(running.registry.project("web").history.epoch, changes[-1].seq, changes[-1].mark)
     assert pieces == [[1, 2, 3], [4], [5]]
 
 
@@ -102,14 +102,14 @@ async def test_a_client_with_a_cache_may_ask_too(running: Running) -> None:
 
 
 async def mark_of(running: Running, seq: int) -> bytes:
-    mark = await running.hub.project("web").history.mark_at(seq)
+    mark = await running.registry.project("web").history.mark_at(seq)
     assert mark is not None
     return mark
 
 
 def genuine(running: Running, seq: int) -> bytes:
     """Return a mark as the project would have given it to another change ``seq`` before it was rolled back."""
-    project = running.hub.project("web")
+    project = running.registry.project("web")
     return ChangeIds(project.paths.journal).make(project.history.epoch, seq)
 
 
@@ -117,7 +117,7 @@ def genuine(running: Running, seq: int) -> bytes:
 async def test_a_made_up_position_proves_nothing(running: Running, seq: int) -> None:
     """I7: a token holder must not be able to end an epoch, whichever number and mark it makes up."""
     await write(running, 2)
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     epoch = history.epoch
     for mark in (b"another!", bytes(16), (await mark_of(running, 1)), b"x" * 32):
         async with running.connected() as socket:
@@ -133,7 +133,7 @@ async def test_a_made_up_position_proves_nothing(running: Running, seq: int) -> 
 @pytest.mark.parametrize("seq", [1, 2, 9])
 async def test_a_genuine_position_that_the_server_lacks_proves_a_rollback(running: Running, seq: int) -> None:
     await write(running, 2)
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     epoch, mark = history.epoch, genuine(running, seq)
     async with running.connected() as socket:
         await socket.send(hello(epoch=epoch, seq=seq, mark=mark))
@@ -150,7 +150,7 @@ async def test_a_genuine_position_that_the_server_lacks_proves_a_rollback(runnin
 async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -> None:
     """I7: anybody may guess a number; who has a change's mark has seen it."""
     await write(running, 2)
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     epoch = history.epoch
     async with running.connected() as socket:
         await greeted(socket)
@@ -167,7 +167,7 @@ async def test_a_number_alone_proves_nothing_and_a_mark_does(running: Running) -
 
 async def test_what_is_not_kept_is_said(running: Running) -> None:
     await write(running, 4)
-    history = running.hub.project("web").history
+    history = running.registry.project("web").history
     history.oldest = 3
     async with running.connected() as socket:
         epoch = (await greeted(socket)).epoch
@@ -181,7 +181,7 @@ async def test_a_history_that_changes_during_the_reading_is_another_epoch(
 ) -> None:
     """I7: changes of one epoch are never sent under the name of another."""
     await write(running, 2)
-    project = running.hub.project("web")
+    project = running.registry.project("web")
     read = project.history.changes_after
 
     async def reading(seq: int) -> list[tuple[int, bytes]]:

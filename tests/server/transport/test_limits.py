@@ -49,7 +49,7 @@ async def test_connections_of_a_token(tmp_path: Path) -> None:
             assert await refused(running) == (429, "REMOTE_BUSY", "10")
             async with running.connected(other):
                 pass
-        await until(lambda: not running.hub.door._by_token)
+        await until(lambda: not running.registry.admission._by_token)
         async with running.connected():
             pass
 
@@ -118,14 +118,14 @@ async def test_requests_with_a_token_are_not_those_of_its_address(tmp_path: Path
 async def test_connections_without_a_token_of_an_address(tmp_path: Path) -> None:
     async with limited(tmp_path, waiting_connections_per_address=2) as running, running.connected() as client:
         silent = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(2)]
-        await until(lambda: len(running.hub.door.unauthenticated) == 2)
+        await until(lambda: len(running.registry.admission.unauthenticated) == 2)
         reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
         answer = await reader.read()
         assert answer.startswith(b"HTTP/1.1 429 Too Many Requests\r\n")
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "REMOTE_BUSY"
         for one in (writer, *(writer for _, writer in silent)):
             one.close()
-        await until(lambda: not running.hub.door.unauthenticated)
+        await until(lambda: not running.registry.admission.unauthenticated)
         await (await client.ping())
         async with running.connected():
             pass
@@ -134,7 +134,7 @@ async def test_connections_without_a_token_of_an_address(tmp_path: Path) -> None
 async def test_a_stranger_that_waits_longest_makes_room(tmp_path: Path) -> None:
     async with limited(tmp_path, waiting_connections=3) as running:
         streams = [await asyncio.open_connection("127.0.0.1", running.port) for _ in range(3)]
-        await until(lambda: len(running.hub.door.unauthenticated) == 3)
+        await until(lambda: len(running.registry.admission.unauthenticated) == 3)
         async with running.connected() as client:
             with contextlib.suppress(ConnectionResetError):
                 assert await streams[0][0].read() == b""
@@ -220,12 +220,12 @@ async def test_messages_that_do_not_end(tmp_path: Path, fragment: int) -> None:
                     opcode = 0x00 if number else 0x02
                     client.transport.write(struct.pack(">BBQ", opcode, 0xFF, fragment) + b"\0\0\0\0")
                 client.transport.write(piece)
-        door = running.hub.door
-        await until(lambda: door._by_token.total() == 2)
-        await until(lambda: door.held_by_token.total() >= 19_000_000)
-        assert door.held_by_token.total() <= limit
+        admission = running.registry.admission
+        await until(lambda: admission._by_token.total() == 2)
+        await until(lambda: admission.held_by_token.total() >= 19_000_000)
+        assert admission.held_by_token.total() <= limit
         assert isinstance(await copy.run("put", "a", "x"), Reply)
-    await until(lambda: not door.held_by_token)
+    await until(lambda: not admission.held_by_token)
 
 
 async def test_messages_a_second(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ async def test_messages_a_second(tmp_path: Path) -> None:
 async def test_answers_that_are_not_read_are_bounded_for_all_connections_of_a_token(tmp_path: Path) -> None:
     """A reader that would exceed the bound is told to come back; the answer stays in the journal."""
     async with limited(tmp_path) as running:
-        budget = running.hub.send_budget = SendBudget(10_000_000)
+        budget = running.registry.send_budget = SendBudget(10_000_000)
         token_file = TokenFile(running.data.tokens)
         token_id = token_file.read()[0].id
         _, other = token_file.create(projects=["web"], actor="human:ben", act_as=[])

@@ -71,7 +71,7 @@ async def write_once(client: ClientConnection) -> Copy:
 
 async def resync_from(running: Running, client: ClientConnection, epoch: str, seq: int) -> Welcome:
     """Greet from a position with a genuine change id that this history lacks; return the welcome."""
-    mark = ChangeIds(running.hub.project("web").paths.journal).make(epoch, seq)
+    mark = ChangeIds(running.registry.project("web").paths.journal).make(epoch, seq)
     await client.send(hello(epoch=epoch, seq=seq, mark=mark))
     welcome = decode_server_frame(await client.recv())
     assert isinstance(welcome, Welcome)
@@ -235,9 +235,9 @@ async def upgraded(running: Running) -> socket.socket:
 async def stalled(running: Running) -> socket.socket:
     """Return a connection that greets, and then never reads again."""
     raw = await upgraded(running)
-    before = len(running.hub._peers)
+    before = len(running.registry._peers)
     await asyncio.get_running_loop().sock_sendall(raw, masked(hello()))
-    await until(lambda: sum(peer._live for peer in running.hub._peers) >= before)
+    await until(lambda: sum(peer._live for peer in running.registry._peers) >= before)
     return raw
 
 
@@ -256,17 +256,17 @@ async def test_answers_that_wait_for_a_client_to_catch_up_are_bounded(
         epoch = copy.replica.welcome.epoch  # type: ignore[union-attr]
         for _ in range(12):
             await copy.run("put", "a", "x" * 500_000)
-    await until(lambda: not running.hub._peers)
+    await until(lambda: not running.registry._peers)
     raw = await upgraded(running)
     try:
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(raw, masked(hello(epoch=epoch)))
-        await until(lambda: any(peer._sent for peer in running.hub._peers))
-        [peer] = running.hub._peers
+        await until(lambda: any(peer._sent for peer in running.registry._peers))
+        [peer] = running.registry._peers
         with contextlib.suppress(ConnectionError):
             for _ in range(400):
                 await loop.sock_sendall(raw, masked(encode(Run(secrets.token_hex(16), ["noop"]))))
-        await until(lambda: not running.hub._peers)
+        await until(lambda: not running.registry._peers)
         assert 0 < peer._deferred_bytes <= 5_000
     finally:
         raw.close()
@@ -278,7 +278,7 @@ async def test_a_client_that_greets_while_its_project_fails_is_told(
     async with running.connected() as other, running.connected() as client:
         copy = Copy()
         await copy.greet(other)
-        project = running.hub.project("web")
+        project = running.registry.project("web")
 
         async def mark_at(seq: int) -> bytes:
             await copy.send(Run(secrets.token_hex(16), ["fail"]))
@@ -295,7 +295,7 @@ async def test_a_client_that_greets_while_its_project_fails_is_told(
 async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = await stalled(running)
     try:
-        [peer] = running.hub._peers
+        [peer] = running.registry._peers
         monkeypatch.setattr(peer._outbox, "_max_bytes", 4_000_000)
         copy = Copy()
         slowest = 0.0
@@ -303,7 +303,7 @@ async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monke
             await copy.greet(client)
             await copy.sync()
             most = 0
-            while peer in running.hub._peers:
+            while peer in running.registry._peers:
                 before = time.monotonic()
                 assert isinstance(await copy.run("put", "a", "x" * 500_000), Reply)
                 slowest = max(slowest, time.monotonic() - before)
@@ -318,14 +318,14 @@ async def test_a_stalled_client_delays_nobody_and_is_cut(running: Running, monke
 async def test_a_stalled_client_is_cut_by_its_deadline(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = await stalled(running)
     try:
-        [peer] = running.hub._peers
+        [peer] = running.registry._peers
         monkeypatch.setattr(peer._outbox, "_deadline_s", 0.5)
         copy = Copy()
         async with running.connected() as client:
             await copy.greet(client)
             for _ in range(12):
                 await copy.run("put", "a", "x" * 500_000)
-            await until(lambda: peer not in running.hub._peers, 5.0)
+            await until(lambda: peer not in running.registry._peers, 5.0)
             assert isinstance(await copy.run("noop"), Reply)
     finally:
         raw.close()

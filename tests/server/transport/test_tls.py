@@ -56,10 +56,10 @@ async def handshake(running: Running, pair: Pair) -> object:
     """Connect anew, wait until that is over, and return the serial number of the certificate that was shown."""
     _, writer = await asyncio.open_connection("127.0.0.1", running.port, ssl=pair.trusting)
     serial = writer.get_extra_info("peercert")["serialNumber"]
-    await until(lambda: running.hub.door.unauthenticated)
+    await until(lambda: running.registry.admission.unauthenticated)
     writer.close()
     await writer.wait_closed()
-    await until(lambda: not running.hub.door.unauthenticated)
+    await until(lambda: not running.registry.admission.unauthenticated)
     return serial
 
 
@@ -100,7 +100,7 @@ def test_who_does_no_tls_is_cut_in_time_and_leaves_nothing(
                     with suppress(ConnectionResetError):
                         assert b"HTTP/1.1 200" not in await reader.read()
                 writer.close()
-            await until(lambda: not running.hub.door.unauthenticated)
+            await until(lambda: not running.registry.admission.unauthenticated)
             await until(lambda: len(os.listdir("/proc/self/fd")) <= files)
             async with running.connected(ssl=pair.trusting):
                 pass
@@ -116,10 +116,10 @@ def test_a_handshake_that_is_cut_to_make_room_leaves_nothing(loop: object, tmp_p
             await handshake(running, pair)  # uvloop opens a file of its own with the first
             files = len(os.listdir("/proc/self/fd"))
             reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-            await until(lambda: len(running.hub.door.unauthenticated))
-            visit = running.hub.door.unauthenticated.next_to_go()
-            visit.leave()
-            visit.cut()
+            await until(lambda: len(running.registry.admission.unauthenticated))
+            quota = running.registry.admission.unauthenticated.next_to_go()
+            quota.leave()
+            quota.cut()
             async with asyncio.timeout(5):
                 with suppress(ConnectionResetError):
                     assert await reader.read() == b""

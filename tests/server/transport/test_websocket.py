@@ -97,8 +97,8 @@ async def test_a_connection_counts_with_uvicorn_until_it_is_lost(running: Runnin
 @shares_a_server
 async def test_a_client_may_say_little_before_it_has_said_hello(running: Running) -> None:
     async with running.connected():
-        await until(lambda: len(running.hub._peers) == 1)
-        [peer] = running.hub._peers
+        await until(lambda: len(running.registry._peers) == 1)
+        [peer] = running.registry._peers
         connection = peer._connection
         assert connection.protocol.max_message_size == FIRST_FRAME_BYTES
         connection.allow_message_bytes(7)
@@ -148,9 +148,9 @@ class Hesitating:
         self.received = 0
         check, data_received = ProjectRegistry.check, Handoff.data_received
 
-        async def slow_check(hub: ProjectRegistry, connection: Handoff, request: Request) -> Response | None:
+        async def slow_check(registry: ProjectRegistry, connection: Handoff, request: Request) -> Response | None:
             await self.release.wait()
-            return check(hub, connection, request)
+            return check(registry, connection, request)
 
         def counting(connection: Handoff, data: bytes) -> None:
             self.received += len(data)
@@ -197,5 +197,5 @@ async def test_a_client_that_is_gone_before_the_answer_is_not_counted(
         await until(lambda: not running.server.server_state.connections)
         hesitating.release.set()
         async with running.connected():
-            await until(lambda: running.hub.door._by_token.total() == 1)
-        await until(lambda: not running.hub.door._by_token)
+            await until(lambda: running.registry.admission._by_token.total() == 1)
+        await until(lambda: not running.registry.admission._by_token)

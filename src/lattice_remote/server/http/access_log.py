@@ -30,7 +30,7 @@ _PROBES = {"/healthz", "/readyz", "/metrics"}
 """Polled every few seconds: logged only on an error, or with ``--log-level debug``."""
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
-_STRANGERS_PER_S, _STRANGERS_BURST = 2, 50
+_ANONYMOUS_PER_S, _ANONYMOUS_BURST = 2, 50
 """Rate of lines for unauthenticated requests; ten addresses could send a thousand per second."""
 _LEFT = 499
 """Status of a request whose client disconnected before the response, as in nginx."""
@@ -43,7 +43,7 @@ class AccessLogEntry:
 
     def __init__(self, scope: Scope, patterns: "_Patterns") -> None:
         self._scope, self._patterns = scope, patterns
-        self._visit: ConnectionQuota = scope["state"]["visit"]
+        self._quota: ConnectionQuota = scope["state"]["quota"]
         self.method = scope["method"] if scope["method"] in _METHODS else "other"
         self.since = time.time()
         """Time of arrival in seconds since 1970."""
@@ -53,13 +53,13 @@ class AccessLogEntry:
         self.status = _LEFT
         self.is_stream = False
         self.sent_bytes = 0
-        self._account: RequestOutcome | None = None
+        self._outcome: RequestOutcome | None = None
         self._began = time.monotonic()
 
     @property
     def address(self) -> str:
         """The client's address; behind a trusted proxy known after the headers were read."""
-        return self._visit.address
+        return self._quota.address
 
     @property
     def route(self) -> str:
@@ -79,15 +79,15 @@ class AccessLogEntry:
         http: PlainHttp = self._scope["state"]["http"]
         self.sent_bytes += http.take_streamed()
 
-    def take(self, account: RequestOutcome) -> None:
+    def take(self, outcome: RequestOutcome) -> None:
         """Take the outcome of a write. Only the last of several shares the request's line."""
-        if self._account is not None:
-            self._account.log()
-        self._account = account
+        if self._outcome is not None:
+            self._outcome.log()
+        self._outcome = outcome
 
     def log(self, left_out: int = 0) -> None:
         """Write the line; ``left_out`` is the number of suppressed lines before it."""
-        token, account = self.login.token if self.login else None, self._account
+        token, outcome = self.login.token if self.login else None, self._outcome
         fields: dict[str, object] = {
             "method": self.method,
             "path": self.path,
@@ -101,9 +101,9 @@ class AccessLogEntry:
             "token": token.id if token else None,
         }
         who, number = f"{token.actor} ({token.id}) at " if token else "", ""
-        if account is not None:
-            fields |= account.fields
-            number = account.change
+        if outcome is not None:
+            fields |= outcome.fields
+            number = outcome.change
         if left_out:
             fields["left_out"] = left_out
             number += f" (and {left_out} without a token before it)"
@@ -114,47 +114,47 @@ class AccessLogEntry:
 
 
 def log_entry_of(request: Request) -> AccessLogEntry:
-    record: AccessLogEntry = request.state.record
-    return record
+    entry: AccessLogEntry = request.state.entry
+    return entry
 
 
-def with_access_log(app: ASGIApp, hub: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
+def with_access_log(app: ASGIApp, registry: ProjectRegistry, routes: Sequence[BaseRoute]) -> ASGIApp:
     """Return the app with all requests counted and logged. ``routes`` are all its routes."""
-    patterns, strangers = _Patterns(routes), _AnonymousLines()
+    patterns, anonymous = _Patterns(routes), _AnonymousLines()
 
     async def recording(scope: Scope, receive: Receive, send: Send) -> None:
-        record = scope["state"]["record"] = AccessLogEntry(scope, patterns)
+        entry = scope["state"]["entry"] = AccessLogEntry(scope, patterns)
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                record.is_stream = _is_stream(message)
+                entry.status = message["status"]
+                entry.is_stream = _is_stream(message)
             elif message["type"] == "http.response.body":
-                record.sent_bytes += len(message.get("body", b""))
+                entry.sent_bytes += len(message.get("body", b""))
             await send(message)
 
-        with _counted(hub, record, strangers):
+        with _counted(registry, entry, anonymous):
             await app(scope, receive, sending)
 
     return recording
 
 
 @contextlib.contextmanager
-def _counted(hub: ProjectRegistry, record: AccessLogEntry, strangers: "_AnonymousLines") -> Iterator[None]:
-    hub.ongoing.add(record)
+def _counted(registry: ProjectRegistry, entry: AccessLogEntry, anonymous: "_AnonymousLines") -> Iterator[None]:
+    registry.ongoing.add(entry)
     try:
         yield
     finally:
-        hub.ongoing.discard(record)
-        record.count_streamed()
-        metrics = hub.metrics
-        route = record.route
-        metrics.http_requests.labels(record.method, route, record.status).inc()
-        metrics.http_sent_bytes.labels(route).inc(record.sent_bytes)
-        if not record.is_stream:
-            metrics.http_seconds.labels(route).observe(record.seconds)
-        if record.login is not None or strangers.allows_line():
-            record.log(strangers.take_left_out())
+        registry.ongoing.discard(entry)
+        entry.count_streamed()
+        metrics = registry.metrics
+        route = entry.route
+        metrics.http_requests.labels(entry.method, route, entry.status).inc()
+        metrics.http_sent_bytes.labels(route).inc(entry.sent_bytes)
+        if not entry.is_stream:
+            metrics.http_seconds.labels(route).observe(entry.seconds)
+        if entry.login is not None or anonymous.allows_line():
+            entry.log(anonymous.take_left_out())
 
 
 def _is_stream(start: MutableMapping[str, Any]) -> bool:
@@ -167,12 +167,12 @@ class _AnonymousLines:
     """Rate limit of lines for unauthenticated requests."""
 
     def __init__(self) -> None:
-        self._lines = TokenBucket(_STRANGERS_BURST, time.monotonic())
+        self._lines = TokenBucket(_ANONYMOUS_BURST, time.monotonic())
         self._left_out = 0
 
     def allows_line(self) -> bool:
         """Return whether one more request gets a line; else count it as suppressed."""
-        wait_s = self._lines.take(time.monotonic(), rate=_STRANGERS_PER_S, burst=_STRANGERS_BURST)
+        wait_s = self._lines.take(time.monotonic(), rate=_ANONYMOUS_PER_S, burst=_ANONYMOUS_BURST)
         self._left_out += bool(wait_s)
         return not wait_s
 

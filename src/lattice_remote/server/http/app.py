@@ -65,11 +65,11 @@ class Readiness(msgspec.Struct):
 
 async def _readyz(request: Request) -> Response:
     """Report whether every project is usable: 200, or 503 with the reasons and the number of projects for each."""
-    hub = registry_of(request)
-    slugs = await asyncio.to_thread(hub.data.slugs)
-    states = Counter(hub.state_of(slug) for slug in slugs)
+    registry = registry_of(request)
+    slugs = await asyncio.to_thread(registry.data.slugs)
+    states = Counter(registry.state_of(slug) for slug in slugs)
     reasons = [f"{_WHY[state]} ({states[state]} of {len(slugs)})" for state in _WHY if states[state]]
-    if hub.stopping:
+    if registry.stopping:
         reasons.insert(0, "stopping: the server is shutting down")
     status = "ready" if not reasons else "not ready"
     headers = {"Cache-Control": "no-store"} | ({"Retry-After": "1"} if reasons else {})
@@ -103,8 +103,8 @@ def metrics_app(gauges: Gauges) -> ASGIApp:
 _log = logging.getLogger(__name__)
 
 
-def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
-    """Return the HTTP application for a started registry. ``scope["state"]["visit"]`` must be a ``ConnectionQuota``."""
+def http_app(registry: ProjectRegistry, gauges: Gauges) -> ASGIApp:
+    """Return the HTTP application for a started registry. ``scope["state"]["quota"]`` must be a ``ConnectionQuota``."""
     routes = [
         *pages.routes,
         *pages.sign_in_routes,
@@ -121,34 +121,35 @@ def http_app(hub: ProjectRegistry, gauges: Gauges) -> ASGIApp:
     ]
     handlers = {404: _not_found, 405: _not_found, ApiError: _refuse, RemoteError: _refuse, Exception: _crashed}
     app = Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type] # each takes its own error
-    app.state.hub = hub
+    app.state.registry = registry
     app.state.gauges = gauges
     app.state.feeds = Feeds()
-    app.state.cookies = Cookies(hub.auth.signing_key, hub.config.sign_in_days)
-    bounded = closing_after_unread_body(with_paced_bodies(app, hub.responses))
-    return with_access_log(with_security_headers(_behind_admission(bounded, hub, app.state.cookies)), hub, routes)
+    app.state.cookies = Cookies(registry.auth.signing_key, registry.config.sign_in_days)
+    bounded = closing_after_unread_body(with_paced_bodies(app, registry.responses))
+    admitted = with_security_headers(_behind_admission(bounded, registry, app.state.cookies))
+    return with_access_log(admitted, registry, routes)
 
 
-def _behind_admission(app: ASGIApp, hub: ProjectRegistry, cookies: Cookies) -> ASGIApp:
+def _behind_admission(app: ASGIApp, registry: ProjectRegistry, cookies: Cookies) -> ASGIApp:
     """Return the app behind admission control."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
-        visit: ConnectionQuota = scope["state"]["visit"]
+        quota: ConnectionQuota = scope["state"]["quota"]
         headers = Headers(scope=scope)
-        token_id = hub.auth.shown(headers.getlist("Authorization")) or _shown_by_cookie(hub, cookies, scope)
-        refusal = visit.enter(headers.getlist("X-Forwarded-For"), token_id) or refuse_body(scope["method"], headers)
+        token_id = registry.auth.shown(headers.getlist("Authorization")) or _shown_by_cookie(registry, cookies, scope)
+        refusal = quota.enter(headers.getlist("X-Forwarded-For"), token_id) or refuse_body(scope["method"], headers)
         await (app if refusal is None else error_response(Request(scope), refusal))(scope, receive, send)
 
     return guarded
 
 
-def _shown_by_cookie(hub: ProjectRegistry, cookies: Cookies, scope: Scope) -> str:
+def _shown_by_cookie(registry: ProjectRegistry, cookies: Cookies, scope: Scope) -> str:
     """Return the id of the valid token of the browser's cookie, "" for none; its rights are not checked."""
     try:
         shown = cookies.read(Request(scope))
     except BadData:
         return ""
-    return "" if shown is None else hub.auth.shown_before(*shown)
+    return "" if shown is None else registry.auth.shown_before(*shown)
 
 
 # --- errors ---

@@ -38,8 +38,8 @@ _READING = {"GET", "HEAD"}
 
 def is_https(request: Request) -> bool:
     """Return whether the browser uses TLS to this server or to a trusted proxy."""
-    visit: ConnectionQuota = request.state.visit
-    by_proxy = visit.from_proxy and request.headers.get("X-Forwarded-Proto", "").split(",")[0].strip() == "https"
+    quota: ConnectionQuota = request.state.quota
+    by_proxy = quota.from_proxy and request.headers.get("X-Forwarded-Proto", "").split(",")[0].strip() == "https"
     return by_proxy or request.url.scheme == "https"
 
 
@@ -136,7 +136,7 @@ def _unauthorized(why: str) -> ApiError:
 class RequestContext:
     """An authenticated client and its open project."""
 
-    hub: ProjectRegistry
+    registry: ProjectRegistry
     login: Login
     project: Project
     share: ResponseShare
@@ -146,8 +146,8 @@ class RequestContext:
 
 
 def registry_of(request: Request) -> ProjectRegistry:
-    hub: ProjectRegistry = request.app.state.hub
-    return hub
+    registry: ProjectRegistry = request.app.state.registry
+    return registry
 
 
 def cookies_for(request: Request) -> Cookies:
@@ -160,20 +160,20 @@ def authenticated(request: Request) -> Login:
 
     Raises ApiError for an unknown token, too many connections, or a cookie from another site's page.
     """
-    visit: ConnectionQuota = request.state.visit
+    quota: ConnectionQuota = request.state.quota
     authorization = request.headers.getlist("Authorization")
     has_token = any(value.lower().startswith("bearer") for value in authorization)  # or a password for a proxy
     login = None if has_token else signed_in(request)
     if login is None and wants_page(request) and not authorization:
         login = _unauthorized("sign in first")  # the sign-in form, and no failed login
     if login is None:
-        login = registry_of(request).auth.identify(visit, bearer(authorization))
+        login = registry_of(request).auth.identify(quota, bearer(authorization))
     if isinstance(login, ApiError):
         raise login
     log_entry_of(request).login = login
     share: ResponseShare = request.state.share
     share.token_id = login.token.id
-    if (refusal := visit.admit(login.token.id)) is not None:
+    if (refusal := quota.admit(login.token.id)) is not None:
         raise refusal
     return login
 
@@ -188,8 +188,8 @@ def signed_in(request: Request) -> Login | ApiError | None:
     except SignatureExpired:
         return _unauthorized("the sign-in has expired; sign in again")
     except BadSignature:
-        visit: ConnectionQuota = request.state.visit
-        return visit.failed() or _unauthorized("the cookie is not from this server; sign in again")
+        quota: ConnectionQuota = request.state.quota
+        return quota.failed() or _unauthorized("the cookie is not from this server; sign in again")
     if shown is None:
         return None
     refuse_cross_site(request)

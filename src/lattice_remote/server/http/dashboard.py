@@ -57,12 +57,12 @@ async def _data(request: Request) -> Response:
     ``exact``: the data is the state at that position. Otherwise, during consecutive writes, it may include later
     changes, which the events then repeat.
     """
-    visitor = await request_context(request)
-    project = visitor.project
+    context = await request_context(request)
+    project = context.project
     history = project.history
     before = history.position
     pages = [ReadPage(f"/api/{part}") for part in _PARTS]
-    found, is_exact = await project.reader.read_together(pages, visitor.share)
+    found, is_exact = await project.reader.read_together(pages, context.share)
     at = history.position if is_exact else before
     board = {part: _data_of(each) for part, each in zip(_PARTS, found, strict=True)}
     where = {"epoch": at.epoch, "head": at.seq, "position": str(at), "exact": is_exact}
@@ -108,14 +108,14 @@ class _Saved(msgspec.Struct, frozen=True):
 
 
 async def read(request: Request) -> Response:
-    visitor = await request_context(request)
-    return ok(await _text(visitor, _text_path(request)))
+    context = await request_context(request)
+    return ok(await _text(context, _text_path(request)))
 
 
 async def write(request: Request) -> Response:
     """Merge an edit into the text; a conflict changes nothing and returns the present text."""
-    visitor, path = await request_context(request), _text_path(request)
-    most = visitor.hub.config.limits.text_bytes
+    context, path = await request_context(request), _text_path(request)
+    most = context.registry.config.limits.text_bytes
     body = await read_body(request, 4 * most + _OTHER_BYTES)  # every byte of both texts may be escaped
     try:
         asked = msgspec.json.decode(body, type=_Edit)
@@ -124,21 +124,21 @@ async def write(request: Request) -> Response:
     text, base = asked.text.encode(), None if asked.base is None else asked.base.encode()
     if max(len(text), len(base or b"")) > most:
         raise Rejected(f"{path} is longer than {most} bytes", code="REMOTE_TOO_LARGE")
-    stored = await edit(visitor, path, text, base=base, once=idempotency_key(request, visitor, body))
-    return ok(_Saved(stored.outcome, await _text(visitor, path)))
+    stored = await edit(context, path, text, base=base, once=idempotency_key(request, context, body))
+    return ok(_Saved(stored.outcome, await _text(context, path)))
 
 
 async def versions(request: Request) -> Response:
-    visitor, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
-    found, _ = await list_versions(visitor.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
+    context, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
+    found, _ = await list_versions(context.project, request.path_params["task_id"], kind, limit=MAX_VERSIONS)
     return ok(found)
 
 
 async def read_version(request: Request) -> Response:
-    visitor, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
-    async with visitor.share.making():
-        found = await version_text(visitor.project, request.path_params["task_id"], kind, request.path_params["change"])
-        visitor.share.hold(found.data)
+    context, kind = await request_context(request), _KINDS[_text_path(request).partition("/")[0]]
+    async with context.share.making():
+        found = await version_text(context.project, request.path_params["task_id"], kind, request.path_params["change"])
+        context.share.hold(found.data)
     try:
         return ok(_Text(found.data.decode()))
     except UnicodeDecodeError:
@@ -152,18 +152,18 @@ def _text_path(request: Request) -> str:
     return path
 
 
-async def _text(visitor: RequestContext, path: str) -> _Text:
+async def _text(context: RequestContext, path: str) -> _Text:
     """Return the file's text, from the archive if the task is there.
 
     Raises:
         Rejected: there is no such task.
     """
-    files = visitor.project.history.files
+    files = context.project.history.files
     task = f"tasks/{Path(path).stem}.json"
     if task not in files and f"archive/{task}" not in files:
         raise Rejected(f"there is no task {Path(path).stem}", code="REMOTE_NOT_FOUND")
     archived = task not in files
-    data = await text_at_head(visitor.project, f"archive/{path}" if archived else path, visitor.share)
+    data = await text_at_head(context.project, f"archive/{path}" if archived else path, context.share)
     try:
         text = None if data is None else data.decode()
     except UnicodeDecodeError:
@@ -200,25 +200,25 @@ class _PreparedPage(NamedTuple):
 
 
 async def _page(request: Request) -> Response:
-    visitor = await request_context(request)
-    made, name, token = await _dashboard(visitor), await _project_name(visitor), visitor.login.token
+    context = await request_context(request)
+    made, name, token = await _dashboard(context), await _project_name(context), context.login.token
     page = livepage.with_identity(made.page, name, token.actor, reads_only=token.read_only)
     return await _file(request, page, "text/html; charset=utf-8", {"Content-Security-Policy": made.policy})
 
 
-async def _project_name(visitor: RequestContext) -> str:
+async def _project_name(context: RequestContext) -> str:
     """Return the name in the project's configuration, or its slug."""
-    found = await visitor.project.reader.read(ReadPage("/api/config"), visitor.share)
+    found = await context.project.reader.read(ReadPage("/api/config"), context.share)
     try:
         name = msgspec.json.decode(found.body, type=_Named).data.project_name
     except msgspec.MsgspecError:  # a broken configuration, which the page reports
         name = None
-    return name or visitor.project.slug
+    return name or context.project.slug
 
 
-async def _dashboard(visitor: RequestContext) -> _PreparedPage:
-    page = await _read_file(visitor, "/")
-    scripts = [await _read_file(visitor, path.decode()) for path in _OWN_SCRIPT.findall(page.body)]
+async def _dashboard(context: RequestContext) -> _PreparedPage:
+    page = await _read_file(context, "/")
+    scripts = [await _read_file(context, path.decode()) for path in _OWN_SCRIPT.findall(page.body)]
     # Takes about 80 ms for a new version of the page: not in the event loop (I10).
     return await asyncio.to_thread(_prepare_page, page.body, tuple(script.body for script in scripts))
 
@@ -233,23 +233,23 @@ def _prepare_page(page: bytes, scripts: tuple[bytes, ...]) -> _PreparedPage:
 
 
 async def _static(request: Request) -> Response:
-    visitor = await request_context(request)
+    context = await request_context(request)
     name = request.path_params["name"]
     if not _STATIC.fullmatch(name):
         raise Rejected(f"{name!r} is not a file of the dashboard", code="REMOTE_NOT_FOUND")
-    found = await _read_file(visitor, f"/static/{name}")
-    if name.endswith(".js") and found.body in (made := await _dashboard(visitor)).scripts and made.quiet:
+    found = await _read_file(context, f"/static/{name}")
+    if name.endswith(".js") and found.body in (made := await _dashboard(context)).scripts and made.quiet:
         return await _file(request, livepage.without_handlers(found.body), found.content_type)
     return await _file(request, found.body, found.content_type)
 
 
-async def _read_file(visitor: RequestContext, path: str) -> ReadResult:
+async def _read_file(context: RequestContext, path: str) -> ReadResult:
     """Return a file of lattice's package from its dashboard.
 
     Raises:
         Rejected: there is no such file.
     """
-    found = await visitor.project.reader.read(ReadPage(path), visitor.share)
+    found = await context.project.reader.read(ReadPage(path), context.share)
     if found.status != HTTPStatus.OK:
         raise Rejected(f"there is no {path} in this version of the dashboard", code="REMOTE_NOT_FOUND")
     return found
@@ -272,13 +272,13 @@ _DIFFERENCE = "lattice-ranges"
 
 async def _read(request: Request) -> Response:
     """Return the response of lattice's handler, or the difference from the one that the client has."""
-    visitor = await request_context(request)
+    context = await request_context(request)
     query = f"?{request.url.query}" if request.url.query else ""
     base = request.headers.get("If-None-Match", "")
     base = base if _TAG.fullmatch(base) else ""
     takes_difference = _DIFFERENCE in request.headers.get("A-IM", "")
     asked = ReadPage(_path(request) + query, base, takes_difference, _takes_gzip(request))
-    found = await visitor.project.reader.read(asked, visitor.share)
+    found = await context.project.reader.read(asked, context.share)
     if found.status == HTTPStatus.NOT_MODIFIED:
         return Response(status_code=found.status, headers={"ETag": found.etag, **_BY_ENCODING})
     if not found.body:  # the handler crashed, or tried to write
@@ -302,7 +302,7 @@ _BY_ENCODING = {"Vary": "Accept-Encoding, A-IM"}
 
 async def _write(request: Request) -> Response:
     """Run a request of the page for the authenticated actor; it is journalled like a command."""
-    visitor = await request_context(request)
+    context = await request_context(request)
     try:
         body = await read_body(request, _MAX_BODY)
     except ApiError as error:
@@ -310,7 +310,7 @@ async def _write(request: Request) -> Response:
             raise
         why = f"Request body exceeds {_MAX_BODY} bytes"  # as lattice's own handler words it
         raise ApiError(error.status, "PAYLOAD_TOO_LARGE", why) from error
-    done = await call(visitor, "dashboard", _path(request), body, once=idempotency_key(request, visitor, body))
+    done = await call(context, "dashboard", _path(request), body, once=idempotency_key(request, context, body))
     return Response(done.payload, done.status, media_type="application/json")
 
 

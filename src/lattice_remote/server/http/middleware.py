@@ -90,7 +90,7 @@ async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -
 
     Raises ApiError if it is too long or too slow, the token's requests hold too much, or the client has disconnected.
     """
-    visit: ConnectionQuota = request.state.visit
+    quota: ConnectionQuota = request.state.quota
     length = request.headers.get("Content-Length", "0")
     if length.isdecimal() and int(length) > most:
         raise _too_large(most)
@@ -101,7 +101,7 @@ async def read_body(request: Request, most: int, *, within_s: float = _BODY_S) -
                 body += piece
                 if len(body) > most:
                     raise _too_large(most)
-                if not visit.holds(len(body)):
+                if not quota.holds(len(body)):
                     why = "too many bytes of unfinished requests with this token; try again"
                     raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, "REMOTE_BUSY", why, retry_after_s=1)
     except TimeoutError:
@@ -164,7 +164,7 @@ def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
 
     async def pacing(scope: Scope, receive: Receive, send: Send) -> None:
         share = scope["state"]["share"] = ResponseShare(budget)
-        visit: ConnectionQuota = scope["state"]["visit"]
+        quota: ConnectionQuota = scope["state"]["quota"]
 
         async def sending(message: Message) -> None:
             body = message.get("body", b"")
@@ -181,7 +181,7 @@ def with_paced_bodies(app: ASGIApp, budget: ResponseBudget) -> ASGIApp:
             await app(scope, receive, sending)
         finally:
             share.close()
-            visit.holds(0)
+            quota.holds(0)
 
     return pacing
 

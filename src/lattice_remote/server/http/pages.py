@@ -175,10 +175,10 @@ async def _sign_in(request: Request) -> Response:
     refuse_cross_site(request)
     form = await _form(request)
     following, token = local_path(form.get("next", "/")), form.get("token", "").strip()
-    visit: ConnectionQuota = request.state.visit
-    login = registry_of(request).auth.identify(visit, token)
+    quota: ConnectionQuota = request.state.quota
+    login = registry_of(request).auth.identify(quota, token)
     if not isinstance(login, ApiError):
-        login = visit.admit(login.token.id) or login
+        login = quota.admit(login.token.id) or login
     if isinstance(login, ApiError):
         return _retry_form(login, following)
     answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
@@ -235,18 +235,18 @@ class Listed(Overview, frozen=True):
     state: State
 
 
-async def listed(hub: ProjectRegistry, login: Login) -> list[Listed]:
+async def listed(registry: ProjectRegistry, login: Login) -> list[Listed]:
     """Return the existing projects of a token, by slug. Raises StorageError if a project's files cannot be read."""
-    slugs = [slug for slug in sorted(login.token.projects) if hub.data.has_project(slug)]
-    return list(await asyncio.gather(*(_list_project(hub, slug) for slug in slugs)))
+    slugs = [slug for slug in sorted(login.token.projects) if registry.data.has_project(slug)]
+    return list(await asyncio.gather(*(_list_project(registry, slug) for slug in slugs)))
 
 
-async def _list_project(hub: ProjectRegistry, slug: str) -> Listed:
+async def _list_project(registry: ProjectRegistry, slug: str) -> Listed:
     try:
-        seen = await hub.overviews.of(slug)
+        seen = await registry.overviews.of(slug)
     except OSError as error:
         raise StorageError(f"cannot read the files of project {slug!r}: {error.strerror or error}") from error
-    return Listed(**msgspec.structs.asdict(seen), state=hub.state_of(slug))
+    return Listed(**msgspec.structs.asdict(seen), state=registry.state_of(slug))
 
 
 async def _projects(request: Request) -> Response:

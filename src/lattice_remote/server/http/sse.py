@@ -234,10 +234,10 @@ _HELD_S = 0.5
 
 
 class EventStream:
-    """ASGI response with the changes after ``asked`` (None: the head); it also ends with the visitor's token."""
+    """ASGI response with the changes after ``asked`` (None: the head); it also ends with the context's token."""
 
-    def __init__(self, visitor: RequestContext, feeds: Feeds, asked: EventId | None, *, is_brief: bool) -> None:
-        self._visitor, self._project = visitor, visitor.project
+    def __init__(self, context: RequestContext, feeds: Feeds, asked: EventId | None, *, is_brief: bool) -> None:
+        self._context, self._project = context, context.project
         self._feeds, self._asked, self._is_brief = feeds, asked, is_brief
         self._over = asyncio.Event()
         self._sent = 0  # the last change queued, whole or in part
@@ -248,10 +248,10 @@ class EventStream:
         if scope["method"] != "HEAD":
             self._http: PlainHttp = scope["state"]["http"]
             self._is_chunked = scope["http_version"] != "1.0"  # an HTTP/1.0 body ends with the connection
-            token = self._visitor.login.token
+            token = self._context.login.token
             name = f"{self._project.slug}: events for {token.actor} ({token.id})"
             self._outbox = self._http.stream(name, self._over.set, max_bytes=_MAX_PENDING_BYTES)
-            with self._visitor.hub.auth.staying(self._visitor.login, self.end):
+            with self._context.registry.auth.staying(self._context.login, self.end):
                 await self._run()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -352,8 +352,8 @@ class EventStream:
 
 
 async def _events(request: Request) -> EventStream:
-    visitor = await request_context(request)
-    return EventStream(visitor, request.app.state.feeds, _asked_position(request), is_brief=False)
+    context = await request_context(request)
+    return EventStream(context, request.app.state.feeds, _asked_position(request), is_brief=False)
 
 
 async def page_events(request: Request) -> EventStream:

@@ -126,10 +126,10 @@ async def _send[T: ServerFrame](context: RequestContext, message: RunCommand | R
         raise project.failure
     if project.stopping:
         raise stopping()
-    if (refusal := context.hub.auth.ended(context.login)) is not None:  # the body may have arrived slowly
+    if (refusal := context.registry.auth.ended(context.login)) is not None:  # the body may have arrived slowly
         raise refusal
     try:
-        with context.hub.auth.staying(context.login, requester.end):
+        with context.registry.auth.staying(context.login, requester.end):
             project.submit(message, requester, context.on_result)
             reply = await requester.answered
     finally:
@@ -148,7 +148,7 @@ MAX_KEY_CHARS = 255
 _CONDITIONS = ("If-Match", "If-None-Match")
 
 
-def idempotency_key(request: Request, visitor: RequestContext, content: bytes) -> IdempotencyKey:
+def idempotency_key(request: Request, context: RequestContext, content: bytes) -> IdempotencyKey:
     """Return the id for a request with this body: that of its key, which is scoped to the token, or a new one.
 
     Raises Rejected if the key is malformed.
@@ -162,7 +162,7 @@ def idempotency_key(request: Request, visitor: RequestContext, content: bytes) -
             f"{KEY_HEADER} must occur once, with 1 to {MAX_KEY_CHARS} printable characters", code="REMOTE_PROTOCOL"
         )
     return IdempotencyKey(
-        _digest("key", visitor.login.token.id, key).hex(),
+        _digest("key", context.login.token.id, key).hex(),
         _digest(
             *(request.method, request.url.path, request.url.query, hashlib.sha256(content).hexdigest()),
             *(", ".join(request.headers.getlist(name)).strip() for name in _CONDITIONS),

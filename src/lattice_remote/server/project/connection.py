@@ -198,7 +198,7 @@ class ClientConnection:
         self._outbox.drained = self._release_answers
         self._budget = budget
         self._counted_bytes = 0  # of answers that the client has not taken
-        self._limits = connection.visit.limits
+        self._limits = connection.quota.limits
         self._name = f"{project.slug}: {token.actor} ({token.id}) at {connection.peer_name}"
         self._capabilities: frozenset[str] = frozenset()  # of the client
         self._follows = True
@@ -244,7 +244,7 @@ class ClientConnection:
     @property
     def address(self) -> str:
         """The client's address, according to admission control."""
-        return self._connection.visit.address
+        return self._connection.quota.address
 
     @property
     def behind(self) -> int | None:

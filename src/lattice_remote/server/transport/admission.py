@@ -184,12 +184,12 @@ class _Address:
 class ConnectionQuota:
     """One connection in the counts; its owner calls ``leave()`` when it is closed."""
 
-    def __init__(self, door: "AdmissionControl", host: str) -> None:
+    def __init__(self, admission: "AdmissionControl", host: str) -> None:
         self.cut: Callable[[], object] = lambda: None
         """Ends the connection at once; set by its owner."""
-        self._door = door
+        self._admission = admission
         self._host = host
-        self.since = door.clock()
+        self.since = admission.clock()
         """Time of acceptance, in seconds of ``AdmissionControl.clock``."""
         self._home: _Address | None = None  # behind a proxy it is known once a request has come
         self._refusal: ApiError | None = None
@@ -200,7 +200,7 @@ class ConnectionQuota:
 
     @property
     def limits(self) -> LimitSettings:
-        return self._door.limits
+        return self._admission.limits
 
     @property
     def address(self) -> str:
@@ -210,7 +210,7 @@ class ConnectionQuota:
     @property
     def from_proxy(self) -> bool:
         """Whether a trusted proxy made the connection; its headers about the client are trusted."""
-        return self._host in self._door.proxies
+        return self._host in self._admission.proxies
 
     def enter(self, forwarded_for: Sequence[str], token_id: str = "") -> ApiError | None:
         """Count a request's head; return the refusal, if any.
@@ -221,20 +221,20 @@ class ConnectionQuota:
                 people's
                 requests on one connection.
         """
-        proxies = self._door.proxies
+        proxies = self._admission.proxies
         if self._host in proxies and not self._gone:
             name = counted_as(proxies.origin(self._host, forwarded_for))
             if self._home is None or self._home.name != name:
                 self._leave_home()
-                self.come_from(self._door.known(name), is_new=not token_id)
+                self.come_from(self._admission.known(name), is_new=not token_id)
                 self._requests = 0
         self._requests += 1
         if token_id:  # other connections of its address
-            return self._door.too_fast_with(token_id, self.address)
+            return self._admission.too_fast_with(token_id, self.address)
         if (
             self._refusal is None and self._requests > 1 and self._home is not None
         ):  # the first came with its connection
-            self._refusal = self._door.too_fast(self._home)
+            self._refusal = self._admission.too_fast(self._home)
         return self._refusal
 
     def come_from(self, home: _Address, *, is_new: bool = True) -> None:
@@ -243,19 +243,19 @@ class ConnectionQuota:
         home.connections += 1
         home.admitted += bool(self._token_id)
         if not self._token_id:
-            self._door.unauthenticated.put(self, home.name)
-        self._refusal = self._door.one_more_from(home, is_new=is_new)
+            self._admission.unauthenticated.put(self, home.name)
+        self._refusal = self._admission.one_more_from(home, is_new=is_new)
 
     def log(self, reason: str) -> None:
-        self._door.log(reason, self.address)
+        self._admission.log(reason, self.address)
 
     def log_cut(self, reason: str) -> None:  # noqa: ARG002 - the figures in it differ each time
         """Log, at a limited rate, that it was cut because the client does not read."""
-        self._door.log("cut: the client does not read", self.address)
+        self._admission.log("cut: the client does not read", self.address)
 
     def failed(self) -> ApiError | None:
         """Count a request without a valid token; return the refusal if there were too many."""
-        return self._door.login_failed(self._door.known(self.address))
+        return self._admission.login_failed(self._admission.known(self.address))
 
     def admit(self, token_id: str) -> ApiError | None:
         """Count it for this token from now on, no longer as unauthenticated; or return the refusal.
@@ -266,13 +266,13 @@ class ConnectionQuota:
             return None
         if self._gone:  # closed while its request was checked: no later call would uncount it
             return _too_many("this connection is closed", 1)
-        if self._home is not None and not self._token_id and (refusal := self._door.one_more_admitted(self._home)):
+        if self._home is not None and not self._token_id and (refusal := self._admission.one_more_admitted(self._home)):
             return refusal
-        refusal = self._door.one_more_with(token_id, self.address)
+        refusal = self._admission.one_more_with(token_id, self.address)
         if refusal is None:
-            self._door.unauthenticated.remove(self)
+            self._admission.unauthenticated.remove(self)
             if self._token_id:
-                self._door.one_less_with(self._token_id)
+                self._admission.one_less_with(self._token_id)
             elif self._home is not None:
                 self._home.admitted += 1
             self._token_id = token_id
@@ -283,7 +283,7 @@ class ConnectionQuota:
 
         Small messages always pass.
         """
-        held = self._door.held_by_token
+        held = self._admission.held_by_token
         if self._token_id and not self._gone:
             held[self._token_id] += size - self._held
             self._held = size
@@ -295,9 +295,9 @@ class ConnectionQuota:
             self.holds(0)
             self._gone = True
             self._leave_home()
-            self._door.unauthenticated.remove(self)
+            self._admission.unauthenticated.remove(self)
             if self._token_id:
-                self._door.one_less_with(self._token_id)
+                self._admission.one_less_with(self._token_id)
 
     def _leave_home(self) -> None:
         if self._home is not None:
@@ -325,21 +325,21 @@ class AdmissionControl:
 
     def arrive(self, host: str) -> ConnectionQuota | None:
         """Count a new connection; return None if its address has no room for another unauthenticated one."""
-        visit = ConnectionQuota(self, host)
+        quota = ConnectionQuota(self, host)
         if host in self.proxies:
-            self.unauthenticated.put(visit, host)
+            self.unauthenticated.put(quota, host)
         else:
             home = self.known(counted_as(host))
             if self.unauthenticated.at(home.name) >= self.limits.waiting_connections_per_address:
                 oldest = self.unauthenticated.oldest_at(home.name)
-                if visit.since - oldest.since < _PATIENCE_S:
+                if quota.since - oldest.since < _PATIENCE_S:
                     self.log("too many connections without a token", home.name)
                     return None
                 self._cut(oldest)
-            visit.come_from(home)
+            quota.come_from(home)
         if len(self.unauthenticated) > self.limits.waiting_connections:
             self._cut(self.unauthenticated.next_to_go())
-        return visit
+        return quota
 
     def _cut(self, leaving: ConnectionQuota) -> None:
         self.log("cut, to make room for connections without a token", leaving.address)

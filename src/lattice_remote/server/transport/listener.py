@@ -111,12 +111,12 @@ class Acceptor:
     def __init__(
         self,
         listener: socket.socket,
-        door: AdmissionControl,
+        admission: AdmissionControl,
         make_protocol: Callable[[ConnectionQuota], asyncio.Protocol],
         context: ssl.SSLContext | None,
     ) -> None:
         self._listener = listener
-        self._door = door
+        self._admission = admission
         self._make_protocol = make_protocol
         self._context = context
         self._opening: set[asyncio.Task[None]] = set()
@@ -144,7 +144,9 @@ class Acceptor:
                 connection, address = await loop.sock_accept(self._listener)
             except OSError as error:  # an error of this connection, or of all
                 if error.errno in _EXHAUSTED:
-                    self._door.log(f"cannot accept a connection ({error.strerror}); raise the limit on open files", "?")
+                    self._admission.log(
+                        f"cannot accept a connection ({error.strerror}); raise the limit on open files", "?"
+                    )
                     await asyncio.sleep(_RETRY_S)
                 continue
             self._take(connection, address[0])
@@ -153,33 +155,33 @@ class Acceptor:
     def _take(self, connection: socket.socket, host: str) -> None:
         with contextlib.suppress(OSError, AttributeError):  # not every system has it
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        visit = self._door.arrive(host)
-        if visit is None:
+        quota = self._admission.arrive(host)
+        if quota is None:
             with contextlib.suppress(OSError):
                 if self._context is None:  # with TLS a response would cost a handshake
                     connection.send(_NO_ROOM.raw)
             connection.close()
             return
-        task = asyncio.get_running_loop().create_task(self._open(connection, visit))
+        task = asyncio.get_running_loop().create_task(self._open(connection, quota))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
-        visit.cut = task.cancel
+        quota.cut = task.cancel
 
-    async def _open(self, connection: socket.socket, visit: ConnectionQuota) -> None:
+    async def _open(self, connection: socket.socket, quota: ConnectionQuota) -> None:
         """Do the TLS handshake, if any, and give the connection to its protocol."""
         tls = self._context is not None
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: self._make_protocol(visit),
+                lambda: self._make_protocol(quota),
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=TLS_TIMEOUT_S if tls else None,
                 ssl_shutdown_timeout=_TLS_GOODBYE_S if tls else None,
             )
         except OSError:  # no TLS, or timed out, or gone
-            visit.leave()
+            quota.leave()
         except asyncio.CancelledError:
-            visit.leave()
+            quota.leave()
             raise
 
 

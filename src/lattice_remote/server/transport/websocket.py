@@ -75,12 +75,12 @@ class PlainHttp(H11Protocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         *,
-        visit: ConnectionQuota,
+        quota: ConnectionQuota,
     ) -> None:
-        super().__init__(config, server_state, {**app_state, "visit": visit, "http": self})
+        super().__init__(config, server_state, {**app_state, "quota": quota, "http": self})
         if config.ws_protocol_class is not None:
-            self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), visit=visit))
-        self._visit = visit
+            self.ws_protocol_class = cast("Any", functools.partial(cast("Any", config.ws_protocol_class), quota=quota))
+        self._quota = quota
         self._deadline: asyncio.TimerHandle | None = None
         self._streamed: tuple[SendQueue, Callable[[], None]] | None = None
         self._left = 0  # unread bytes of the last response at the last check
@@ -129,9 +129,9 @@ class PlainHttp(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._visit.cut = transport.abort
+        self._quota.cut = transport.abort
         # The queue is empty here: it only cuts a client that does not read uvicorn's own response.
-        self._stalling = SendQueue(transport, self._visit.address, log=self._visit.log_cut)
+        self._stalling = SendQueue(transport, self._quota.address, log=self._quota.log_cut)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -142,7 +142,7 @@ class PlainHttp(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer data that is not HTTP, unless another request on the connection is being answered."""
-        self._visit.log("no HTTP")
+        self._quota.log("no HTTP")
         answering: RequestResponseCycle | None = self.cycle
         if answering is not None and not answering.response_complete:
             answering.disconnected = True  # else its response fails, with a traceback in the log
@@ -157,7 +157,7 @@ class PlainHttp(H11Protocol):
             self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._visit.leave()
+        self._quota.leave()
         self._head_received()
         self._stalling.close()
         self._stream_lost()
@@ -195,7 +195,7 @@ class Handoff(ServerConnection):
         app_state: dict[str, Any],  # noqa: ARG002
         *,
         server: Server,
-        visit: ConnectionQuota,
+        quota: ConnectionQuota,
     ) -> None:
         super().__init__(
             ServerProtocol(subprotocols=[Subprotocol(SUBPROTOCOL)], max_size=FIRST_FRAME_BYTES),
@@ -206,8 +206,8 @@ class Handoff(ServerConnection):
             write_limit=_HIGH_WATER_BYTES,
         )
         self._state = server_state
-        self.visit = visit
-        self._messages_per_s = visit.limits.messages_per_second
+        self.quota = quota
+        self._messages_per_s = quota.limits.messages_per_second
         self._messages = TokenBucket(self._messages_per_s * _BURST_S, self.loop.time())
         self._fragments = 0  # bytes held of a message with frames outstanding
         self._over = False
@@ -248,8 +248,8 @@ class Handoff(ServerConnection):
             if self._over:
                 return
             super().data_received(data[start : start + _SLICE_BYTES])
-        if not self.visit.holds(self._fragments + len(self.protocol.reader.buffer)):
-            self.visit.log("too many bytes of unfinished messages")
+        if not self.quota.holds(self._fragments + len(self.protocol.reader.buffer)):
+            self.quota.log("too many bytes of unfinished messages")
             self._end_over("too many unfinished messages with this token")
         if self.outbox.pending_bytes > MAX_PENDING_BYTES:  # pongs count as well
             self.transport.abort()
@@ -267,18 +267,18 @@ class Handoff(ServerConnection):
     def _end_over(self, limit: str) -> None:
         """End it, and stop reading from it."""
         self._over = True
-        self.visit.holds(0)  # it is about to close; cut no other connection for it
+        self.quota.holds(0)  # it is about to close; cut no other connection for it
         self.end(1012, limit)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.visit.cut = cast("asyncio.Transport", transport).abort
+        self.quota.cut = cast("asyncio.Transport", transport).abort
         self._state.connections.add(cast("Any", self))
         super().connection_made(transport)
         self.outbox = SendQueue(self.transport, self.peer_name)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._state.connections.discard(cast("Any", self))
-        self.visit.leave()
+        self.quota.leave()
         self.outbox.close()
         super().connection_lost(exc)
 

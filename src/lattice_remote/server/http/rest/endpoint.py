@@ -83,20 +83,20 @@ async def validated_request(request: Request, query: type[Any], body: type[Any])
         ApiError: not authorized, or a body that is too long or of another media type.
         Rejected: 400, 404 or 422: the request does not match the endpoint.
     """
-    visitor = await request_context(request)
+    context = await request_context(request)
     if not all(part.isprintable() for part in request.path_params.values()):
         raise Rejected("not found: the name has characters that are not allowed", code="REMOTE_NOT_FOUND")
     found = _query(request, query)
     content = b""
     if body is not Nothing:
-        most = visitor.hub.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
+        most = context.registry.config.limits.text_bytes if body is bytes else MAX_JSON_BYTES
         if header_of(request, "Content-Encoding").lower() not in ("", "identity"):
             why = "send the body without Content-Encoding"
             raise ApiError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "REMOTE_PROTOCOL", why)
         content = await read_body(request, most)
     parsed = content if body is bytes else _json(request, content, body)
     return EndpointRequest(
-        visitor, dict(request.path_params), found, parsed, idempotency_key(request, visitor, content), request
+        context, dict(request.path_params), found, parsed, idempotency_key(request, context, content), request
     )
 
 
