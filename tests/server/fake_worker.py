@@ -7,7 +7,7 @@ sleep SECONDS      take long                       fail           report Failed
 want NAME SECONDS  as ``resource acquire --wait``: succeeds when resources/NAME/free exists, and removes it
 hook COMMAND       ask for a hook                  count          answer with the number of runs so far
 slow PATH TEXT     write the file, wait 50 ms, then commit
-undone PATH TEXT   write the file, wait 50 ms, then take it away again
+undone PATH TEXT   write the file, wait until the project has a file ``seen``, then delete both
 
 Where there is a file ``die-when-ready``, it is removed, and the worker ends as soon as it has opened the project.
 """
@@ -100,7 +100,9 @@ class FakeWorker:
                 self.commit(request, {path: text.encode()})
             case ["undone", path, text]:
                 self.write(path, text.encode())
-                time.sleep(0.05)
+                while not (seen := self.project / "seen").exists():
+                    time.sleep(0.01)
+                seen.unlink()
                 (self.tree / path).unlink()
                 self.send(RequestDone(request.id, self.journal.head, reply=self.reply(request, b"")))
             case ["die"]:
