@@ -23,6 +23,12 @@ from lattice_remote.errors import Misuse, StorageError
         ("https://host/projects/web/", "web", ("https://host", "web")),
         ("http://[::1]:80/a-b", None, ("http://[::1]:80", "a-b")),
         (" http://host:08443 ", None, ("http://host:8443", None)),
+        ("https://Host/Lattice/", None, ("https://host/Lattice/", None)),
+        ("https://host/lattice/", "lattice", ("https://host/lattice/", "lattice")),
+        ("https://host/a/b/web", None, ("https://host/a/b/", "web")),
+        ("https://host/a/projects/web/dashboard/?x=1#y", None, ("https://host/a/", "web")),
+        ("https://host/projects/web/dashboard/#/tasks", "web", ("https://host", "web")),
+        ("https://host/projects", None, ("https://host", "projects")),
     ],
 )
 def test_urls_have_one_form(text: str, project: str | None, expected: tuple[str, str | None]) -> None:
@@ -38,7 +44,12 @@ def test_urls_have_one_form(text: str, project: str | None, expected: tuple[str,
         ("http://host:0", None),
         ("http://host:65536", None),
         ("http://user:secret@host", None),
-        ("http://host/a/b", None),
+        ("http://host/../b", None),
+        ("http://host/a/./b/", None),
+        ("http://host/a//b", None),
+        ("http://host/a%2fb/web", None),
+        ("http://host/a/?x", None),
+        ("http://host/lattice", "web"),
         ("http://host/Web", None),
         ("http://host/web", "other"),
         ("http://host", "../x"),
@@ -56,6 +67,10 @@ def test_a_remote_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_remote(str(tmp_path), remote)
     assert read_remote(str(tmp_path)) == remote
     assert remote.websocket_url == "wss://host:1/projects/web/ws"
+    below = Remote("origin", "https://host/a/", "a")
+    write_remote(str(tmp_path), below)
+    assert read_remote(str(tmp_path)) == below and parse_url(below.place) == ("https://host/a/", "a")
+    assert below.websocket_url == "wss://host/a/projects/a/ws"
     assert {path.name for path in tmp_path.iterdir()} == {"remote.json", "home"}
 
 

@@ -60,6 +60,8 @@ def test_a_variable_that_is_no_url_is_named() -> None:
         ("http://[::ffff:8.8.8.8]", False),
         ("http://10.0.0.7:8443", False),
         ("http://board.example", False),
+        ("http://127.0.0.1/lattice/", True),
+        ("http://board.example/127.0.0.1/", False),
     ],
 )
 def test_plain_http_is_for_this_machine_unless_the_user_says_otherwise(url: str, loopback: bool) -> None:
@@ -97,3 +99,43 @@ def test_a_damaged_record_admits_nobody(kept: object) -> None:
     Path(trusted_servers.servers_path()).write_text(json.dumps({"servers": {HTTPS: kept}}))
     with pytest.raises(StorageError, match="not valid"):
         trusted_servers.admit(HTTPS)
+
+
+def test_headers_are_stored_privately_replaced_and_removed() -> None:
+    trusted_servers.record(trusted_servers.name(HTTPS, headers=["CF-Access-Client-Id: id.access", "X-Key: s3cret"]))
+    trusted_servers.record(trusted_servers.name(HTTPS, headers=["x-key: other"], max_cache_mib=9))
+    server = trusted_servers.admit(HTTPS, Server(HTTPS))
+    assert dict(server.headers) == {"cf-access-client-id": "id.access", "x-key": "other"}
+    assert "other" not in repr(server) and "access" not in repr(server)
+    assert stat.S_IMODE(Path(trusted_servers.servers_path()).stat().st_mode) == 0o600
+    assert trusted_servers.admit(HTTPS, Server("https://else.example")).headers == server.headers
+    trusted_servers.record(trusted_servers.name(HTTPS, headers=["X-Key:"]))
+    assert dict(trusted_servers.admit(HTTPS).headers) == {"cf-access-client-id": "id.access"}
+    assert trusted_servers.admit(HTTPS).max_cache_mib == 9
+    assert trusted_servers.admit(HTTPS + ":444", Server(HTTPS + ":444")).headers == ()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["secret", ": secret", "Authorization: secret", "host: secret", "Sec-WebSocket-Key: secret", "A: secret\r\nB: c"],
+)
+def test_a_header_that_is_malformed_or_ours_is_refused_without_its_value(line: str) -> None:
+    with pytest.raises(Misuse) as refused:
+        trusted_servers.name(HTTPS, headers=[line])
+    assert "secret" not in refused.value.message
+
+
+def test_a_client_certificate_is_kept_until_it_is_removed(tmp_path: Path) -> None:
+    for name in ("cert.pem", "key.pem"):
+        (tmp_path / name).write_text("x")
+    cert, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    trusted_servers.record(trusted_servers.name(HTTPS, client_cert=cert, client_key=key))
+    trusted_servers.record(Server(HTTPS, max_cache_mib=7))
+    assert (trusted_servers.admit(HTTPS).client_cert, trusted_servers.admit(HTTPS).client_key) == (cert, key)
+    trusted_servers.record(trusted_servers.name(HTTPS, client_cert=""))
+    assert trusted_servers.admit(HTTPS) == Server(HTTPS, max_cache_mib=7)
+    for wrong in ({"client_key": key}, {"client_cert": f"{cert}.none"}):
+        with pytest.raises(Misuse):
+            trusted_servers.name(HTTPS, **wrong)
+    with pytest.raises(Misuse, match="requires https"):
+        trusted_servers.name("http://board.example", client_cert=cert)

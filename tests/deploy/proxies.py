@@ -13,6 +13,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import requests
 import trustme
@@ -20,7 +21,7 @@ import trustme
 from programs import program
 from sandbox import wait_for
 
-__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "Nginx", "Proxy", "free_port", "with_places"]
+__all__ = ["DEPLOY", "NGINX_DEFAULT_S", "Caddy", "GatedNginx", "Nginx", "Proxy", "free_port", "with_places"]
 
 DEPLOY = Path(__file__).resolve().parents[2] / "examples" / "deploy"
 NGINX_DEFAULT_S = 0.3
@@ -57,6 +58,8 @@ class Proxy:
         self.url = f"https://localhost:{self.port}"
         self.ca_file = self.dir / "authority.pem"
         """Who vouches for it."""
+        self.answering: dict[str, Any] = {}
+        """Options of a request that it lets through."""
         self._process: subprocess.Popen[bytes] | None = None
 
     def argv(self) -> list[str]:
@@ -93,7 +96,7 @@ class Proxy:
         if self._process.poll() is not None:
             raise RuntimeError(f"{self.name} has ended: {self.log()}")
         try:
-            return requests.get(f"{self.url}/healthz", verify=str(self.ca_file), timeout=5).ok
+            return requests.get(f"{self.url}/healthz", verify=str(self.ca_file), timeout=5, **self.answering).ok
         except (requests.RequestException, OSError):  # OSError: the authority's file is not there yet
             return False
 
@@ -131,6 +134,33 @@ class Nginx(Proxy):
             f"include {self.dir}/site.conf; }}\n"
         )
         return [program("nginx"), "-p", str(self.dir), "-c", str(self.dir / "nginx.conf"), "-e", "stderr"]
+
+
+class GatedNginx(Nginx):
+    """The same, with the server below a path, for those who show a client certificate and a header."""
+
+    def __init__(self, directory: Path, upstream_port: int, header: str, value: str) -> None:
+        super().__init__(directory, upstream_port)
+        self.url += "/lattice"
+        self.cert, self.key = self.dir / "client.pem", self.dir / "client-key.pem"
+        self.answering = {"headers": {header: value}, "cert": (str(self.cert), str(self.key))}
+        self._gate = f'if ($http_{header.lower().replace("-", "_")} != "{value}") {{ return 403; }}'
+
+    def argv(self) -> list[str]:
+        argv = super().argv()
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(self.dir / "clients.pem")
+        issued = authority.issue_cert("ana@board.example.com")
+        issued.cert_chain_pems[0].write_to_path(self.cert)
+        issued.private_key_pem.write_to_path(self.key)
+        places = {
+            "location / {": f"ssl_client_certificate {self.dir}/clients.pem; ssl_verify_client on;"
+            f"location /lattice/ {{ {self._gate}",
+            "proxy_pass http://lattice_remote;": "proxy_pass http://lattice_remote/;",
+        }
+        site = self.dir / "site.conf"
+        site.write_text(with_places(site.read_text(), places))
+        return argv
 
 
 class Caddy(Proxy):

@@ -72,7 +72,7 @@ def test_a_person_signs_in_sees_the_projects_and_signs_out(browser: Browser, ser
         page.keyboard.type(token)
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading", name="Projects")).to_be_visible()
-        expect(page.get_by_role("link", name="board")).to_have_attribute("href", "/projects/board/dashboard/")
+        expect(page.get_by_role("link", name="board")).to_have_attribute("href", "./projects/board/dashboard/")
         expect(page.get_by_text("human:ana", exact=True)).to_be_visible()
         assert page.evaluate("document.cookie") == ""
         [cookie] = person.context.cookies()

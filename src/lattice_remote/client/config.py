@@ -18,6 +18,7 @@ __all__ = [
     "STATE_FILE",
     "UNPUSHED_FILE",
     "Remote",
+    "below",
     "change_setting",
     "check_command",
     "check_name",
@@ -43,6 +44,7 @@ _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::(?P<port>[0-9]{1,5}))?(?P<path>/[^?#\s]*)?(?P<rest>[?#]\S*)?",
     re.IGNORECASE,
 )
+_PREFIX = re.compile(r"(?:/(?!\.\.?/)[A-Za-z0-9._~-]{1,100}){0,8}/")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _COMMAND = re.compile(r"[\w-]{1,50}(?: [\w-]{1,50}){0,3}")
 _MAX_COMMANDS = 256
@@ -56,7 +58,7 @@ class Remote:
     name: str
     """The user's name for it, usually ``origin``."""
     url: str
-    """The server: scheme, host and port, without a trailing slash."""
+    """The server: scheme, host and port; a server below a path of a proxy has that too, with a slash at the end."""
     project: str
     """The project's slug on that server."""
     commands: tuple[str, ...] = ()
@@ -65,23 +67,30 @@ class Remote:
     @property
     def place(self) -> str:
         """Server and project as one URL, the inverse of ``parse_url``."""
-        return f"{self.url}/{self.project}".rstrip("/")
+        return below(self.url, self.project) if self.project else self.url
 
     @property
     def websocket_url(self) -> str:
-        return f"ws{self.url.removeprefix('http')}/projects/{self.project}/ws"
+        return below(f"ws{self.url.removeprefix('http')}", f"projects/{self.project}/ws")
+
+
+def below(url: str, path: str) -> str:
+    """Return the URL of a path of a server."""
+    return f"{url.rstrip('/')}/{path}"
 
 
 def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     """Return a server's normalized URL, and the slug: passed separately, or of the path.
 
-    The path is ``/SLUG``, or the address of a page of the project, such as ``/projects/SLUG/dashboard``.
+    The path is ``/SLUG``, or the address of a page of the project, such as ``/projects/SLUG/dashboard``. A path with a
+    slash at the end is a proxy's, below which the server is; ``/PATH/SLUG`` and its pages are below it too.
 
     Raises:
         Misuse: not an http or https URL, a malformed slug, or two different slugs.
     """
     match = _URL.fullmatch(text.strip())
-    if match is not None and match["rest"] and not (match["path"] or "").startswith("/projects/"):
+    prefix, page, rest = (match["path"] or "" if match else "").partition("/projects/")
+    if match is not None and match["rest"] and not page:
         match = None  # only the address of a page has a query
     if match is None and "@" in text:  # this part may be a password: it is not repeated
         raise Misuse("a server's URL holds no user and no password; store a token with: lattice remote login URL")
@@ -91,14 +100,23 @@ def parse_url(text: str, project: str | None = None) -> tuple[str, str | None]:
     if port is not None and not 0 < int(port) < 65536:
         raise Misuse(f"port {port} in {text!r} is out of range")
     url = f"{match['scheme'].lower()}://{match['host'].lower()}" + (f":{int(port)}" if port else "")
-    first, *rest = (match["path"] or "").strip("/").split("/")
-    slug = (rest[0] if first == "projects" and rest else "/".join((first, *rest))) or None
+    if page and rest.strip("/"):
+        prefix, slug = f"{prefix}/", rest.strip("/").partition("/")[0]
+    else:
+        prefix, slash, slug = (match["path"] or "").rpartition("/")
+        prefix += slash
+    slug = slug or None
     if slug and project and slug != project:
-        raise Misuse(f"the URL names project {slug!r}, but --project says {project!r}")
+        raise Misuse(
+            f"the URL names project {slug!r}, but --project says {project!r}; a server below a path has a URL with a "
+            f"slash at the end: {url}{prefix}{slug}/"
+        )
+    if prefix and not _PREFIX.fullmatch(prefix):
+        raise Misuse(f"not a server's path: {prefix!r}; it looks like https://host/path/")
     slug = slug or project
     if slug is not None and not _SLUG.fullmatch(slug):
         raise Misuse(f"not a project's slug: {slug!r}; lower-case letters, digits and dashes, at most 63")
-    return url, slug
+    return url + (prefix if prefix != "/" else ""), slug
 
 
 def is_unpushed(directory: str) -> bool:

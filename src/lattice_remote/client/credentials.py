@@ -192,10 +192,16 @@ def _load() -> _Tokens:
     return _checked(read(tokens_path(), _WHAT))
 
 
+def _normal(url: str) -> str:
+    """Return a URL that a user may have written as ``parse_url`` does: only below a path it ends in a slash."""
+    bare = url.rstrip("/")
+    return f"{bare}/" if "/" in bare.partition("://")[2] else bare
+
+
 def _checked(found: dict[str, Any]) -> _Tokens:
     try:
         return {
-            str(url).rstrip("/"): {ANY_PROJECT: kept}
+            _normal(str(url)): {ANY_PROJECT: kept}
             if isinstance(kept, str)
             else {str(slug): str(token) for slug, token in kept.items()}
             for url, kept in found.items()

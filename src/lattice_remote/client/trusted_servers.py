@@ -7,7 +7,9 @@ HTTP it stays on this machine, unless the user chose ``--insecure`` for this ser
 """
 
 import os
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lattice_remote.client import credentials
@@ -22,6 +24,7 @@ __all__ = [
     "forget",
     "from_environment",
     "is_loopback",
+    "known",
     "name",
     "record",
     "servers_path",
@@ -31,6 +34,10 @@ URL_ENV = "LATTICE_REMOTE_URL"
 """Names this user's server for commands that find a fresh clone, for example in a container."""
 DEFAULT_CACHE_MIB = 4096
 _WHAT = "servers"
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}):[ \t]*([\x20-\x7e]{0,8000})")
+_OWN_HEADERS = re.compile(
+    "authorization|connection|content-.*|expect|host|keep-alive|origin|proxy-.*|sec-.*|te|trailer|transfer-encoding|upgrade"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +52,56 @@ class Server:
     """Absolute path of the certificate authorities (PEM) to use instead of the system's; None: the system's."""
     max_cache_mib: int | None = None
     """Size limit for a cache of this server; None: ``DEFAULT_CACHE_MIB``."""
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Secrets that a proxy before the server asks for, sent with every request to it. An empty value removes one."""
+    client_cert: str | None = None
+    """Absolute path of this client's certificate (PEM); "": no longer."""
+    client_key: str | None = None
+    """Absolute path of its private key; None: in the same file."""
 
 
 def servers_path() -> str:
     return credentials.path_of("servers.json")
 
 
-def name(url: str, *, insecure: bool = False, ca_file: str | None = None, max_cache_mib: int | None = None) -> Server:
+def name(
+    url: str,
+    *,
+    insecure: bool = False,
+    ca_file: str | None = None,
+    max_cache_mib: int | None = None,
+    headers: Iterable[str] = (),
+    client_cert: str | None = None,
+    client_key: str | None = None,
+) -> Server:
     """Return a server from the user's options; only ``record`` stores it. Raises Misuse."""
-    if ca_file is not None and not url.startswith("https:"):
-        raise Misuse(f"--ca-file requires https; {url} is not verified")
-    if ca_file is not None and not os.path.isfile(ca_file):
-        raise Misuse(f"there is no file {ca_file}")
-    return Server(url, insecure, None if ca_file is None else os.path.abspath(ca_file), max_cache_mib)
+    if client_key and not client_cert:
+        raise Misuse("--client-key belongs to a certificate; name it too: --client-cert FILE")
+    paths: list[str | None] = []
+    for option, path in (("--ca-file", ca_file), ("--client-cert", client_cert), ("--client-key", client_key)):
+        if path and not url.startswith("https:"):
+            raise Misuse(f"{option} requires https; {url} has no TLS")
+        if path and not os.path.isfile(path):
+            raise Misuse(f"there is no file {path}")
+        paths.append(os.path.abspath(path) if path else path)
+    ca_path, cert, key = paths
+    return Server(url, insecure, ca_path, max_cache_mib, tuple(map(_header, headers)), cert, key)
+
+
+def _header(line: str) -> tuple[str, str]:
+    """Return name and value of ``NAME: VALUE``. Raises Misuse, without the value, which is a secret."""
+    match = _HEADER.fullmatch(line.strip())
+    if match is None:
+        raise Misuse("that is not a header; it looks like 'Name: value', in printable ASCII, or 'Name:' to remove it")
+    if _OWN_HEADERS.fullmatch(match[1].lower()):
+        raise Misuse(f"the header {match[1]} is lattice-remote's own; a proxy needs another one")
+    return match[1].lower(), match[2].strip()
+
+
+def known() -> list[Server]:
+    """Return the stored servers, by URL. Raises StorageError."""
+    found = credentials.read(servers_path(), _WHAT)
+    return [server for url in sorted(found) if (server := _of(found, url)) is not None]
 
 
 def record(server: Server) -> None:
@@ -69,7 +113,9 @@ def record(server: Server) -> None:
 
     def with_it(found: dict[str, Any]) -> dict[str, Any]:
         fields = asdict(_merged(_of(found, server.url), server))
-        return {**found, fields.pop("url"): fields}
+        fields["headers"] = dict(fields["headers"])
+        url = fields.pop("url")
+        return {**found, url: {name: value for name, value in fields.items() if value or name == "insecure"}}
 
     try:
         credentials.change(servers_path(), _WHAT, with_it)
@@ -142,7 +188,7 @@ def is_loopback(url: str) -> bool:
     """Return whether traffic to this URL certainly stays on this machine."""
     from ipaddress import ip_address
 
-    host = url.partition("://")[2]
+    host = url.partition("://")[2].partition("/")[0]
     host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -156,17 +202,29 @@ def _of(found: dict[str, Any], url: str) -> Server | None:
         return None
     fields = kept if isinstance(kept, dict) else {"insecure": None}
     insecure, ca_file, mib = fields.get("insecure", False), fields.get("ca_file"), fields.get("max_cache_mib")
-    if not isinstance(insecure, bool) or not isinstance(ca_file, str | None) or not isinstance(mib, int | None):
+    headers, cert, key = fields.get("headers", {}), fields.get("client_cert"), fields.get("client_key")
+    texts = [ca_file, cert, key, *(headers.values() if isinstance(headers, dict) else [headers])]
+    if (
+        not isinstance(insecure, bool)
+        or not isinstance(mib, int | None)
+        or not all(isinstance(text, str | None) for text in texts)
+    ):
         raise StorageError(f"{servers_path()} is not valid; repair it, or remove it and name your servers again")
-    return Server(url, insecure, ca_file, mib)
+    try:
+        secrets = tuple(_header(f"{name}: {value}") for name, value in (headers or {}).items())
+    except Misuse as error:
+        raise StorageError(f"{servers_path()}: {error.message}") from error
+    return Server(url, insecure, ca_file, mib, secrets, cert, key)
 
 
 def _merged(before: Server | None, server: Server) -> Server:
-    if before is None:
-        return server
+    certificate = (server.client_cert or None, server.client_key) if server.client_cert is not None else (None, None)
+    before = before or Server(server.url)
     return Server(
         server.url,
         server.insecure or before.insecure,
         server.ca_file or before.ca_file,
         before.max_cache_mib if server.max_cache_mib is None else server.max_cache_mib,
+        tuple(pair for pair in {**dict(before.headers), **dict(server.headers)}.items() if pair[1]),
+        *((before.client_cert, before.client_key) if server.client_cert is None else certificate),
     )

@@ -5,7 +5,9 @@
   var home = remote.url("../../../");
   remote.readsOnly = given.readsOnly !== undefined;
   remote.signIn = function () {
-    return { href: home + "sign-in?next=" + encodeURIComponent(location.pathname + location.hash), text: "Sign in" };
+    // A proxy may serve it below a path.
+    var here = location.pathname.slice(new URL(home, location.href).pathname.length - 1) + location.hash;
+    return { href: home + "sign-in?next=" + encodeURIComponent(here), text: "Sign in" };
   };
   function made(tag, id, text) {
     var element = document.createElement(tag);

@@ -16,6 +16,7 @@ from fake_server import TOKEN, FakeServer
 
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.agent.service import Service
+from lattice_remote.client.connection.dial import fetch_projects
 from lattice_remote.errors import ConnectionFailed, RemoteError
 
 DAY = datetime.timedelta(days=1)
@@ -205,6 +206,10 @@ async def test_a_redirect_is_not_followed(server: FakeServer, service: Service, 
     server.error_headers = {"Location": f"{site.server.url}/projects/web/ws"}
     server.cut()
     await fails(service, "it redirects to", "set-url")
+    with pytest.raises(ConnectionFailed, match="it redirects to"):
+        await asyncio.to_thread(
+            fetch_projects, server.url, TOKEN, trusted_servers.name(server.url, headers=["X-Key: 1"])
+        )
     assert site.server.requests == []
 
 

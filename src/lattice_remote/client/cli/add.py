@@ -40,6 +40,7 @@ from lattice_remote.client.cli.tokens import ask_for_token, listed_projects
 from lattice_remote.client.config import (
     REMOTE_FILE,
     Remote,
+    below,
     check_name,
     detachment,
     is_unpushed,
@@ -136,13 +137,15 @@ def _named_server(url: str, project: str | None, *, ca_file: str | None, insecur
 
 def _which_project(url: str) -> str:
     """Return the question for a project, with those that the user's token may use if the server lists them."""
+    name = url.rstrip("/").rpartition("/")[2]
+    hint = f"; without the slash at its end the URL means project {name!r}" if url.endswith("/") else ""
     try:
         slugs = [str(project["slug"]) for project in listed_projects(url)]
     except RemoteError:
         slugs = []
     if not slugs:
-        return "which project? Give --project SLUG, or a URL that ends in /SLUG"
-    return f"which project? Your token is for {', '.join(slugs)}; the URL is then {url}/{slugs[0]}"
+        return "which project? Give --project SLUG, or a URL that ends in /SLUG" + hint
+    return f"which project? Your token is for {', '.join(slugs)}; the URL is then {below(url, slugs[0])}"
 
 
 def _given(token: str | None, server: Server) -> str | None:

@@ -4,6 +4,7 @@ import asyncio
 import getpass
 import os
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ import typer
 from lattice_remote.client import credentials, trusted_servers
 from lattice_remote.client.cli.common import CaFile, Insecure, Json, Url, count, here, notify, print_result
 from lattice_remote.client.cli.push import connected
-from lattice_remote.client.config import Remote, parse_url
+from lattice_remote.client.config import Remote, below, parse_url
 from lattice_remote.client.trusted_servers import Server
 from lattice_remote.errors import ConnectionFailed, Misuse, Rejected, one_line
 
@@ -35,12 +36,12 @@ def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> 
     checked = asyncio.run(_check(server, slug, token)) if slug else _check_server(server, token)
     trusted_servers.record(server)
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
-    place = f"{server_url}/{slug}" if slug else server_url
+    place = below(server_url, slug) if slug else server_url
     typer.echo(f"Token for {place} is stored in {credentials.tokens_path()} ({one_line(checked)}).")
     if credentials.from_environment() is not None:
         notify("LATTICE_TOKEN is set and precedes any stored token")
     for project in credentials.projects(server_url) if slug is None else ():
-        advice = f"replace it: lattice remote login {server_url}/{project}"
+        advice = f"replace it: lattice remote login {below(server_url, project)}"
         notify(f"{project} has its own token, which precedes this one; {advice}")
 
 
@@ -109,26 +110,82 @@ def listed_projects(url: str, slug: str | None = None) -> list[dict[str, Any]]:
 @app.command()
 def trust(
     url: Url = "",
+    *,
     ca_file: CaFile = None,
     insecure: Insecure = False,
     max_cache: Annotated[
         int | None,
         typer.Option("--max-cache", metavar="MIB", min=1, help="Size limit of a cache of this server; else 4096."),
     ] = None,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'NAME: VALUE'", help="Sent to this server alone; - reads them, 'NAME:' removes one."),
+    ] = None,
+    client_cert: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Certificate (PEM) for a proxy that asks; '' for none.")
+    ] = None,
+    client_key: Annotated[str | None, typer.Option(metavar="FILE", help="Its private key, if in another file.")] = None,
+    listing: Annotated[
+        bool, typer.Option("--list", help="List the trusted servers, without the headers' values.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Trust a server with LATTICE_TOKEN, or set how to verify it.
 
-    Example: lattice remote trust https://board.example.org --ca-file company.pem
+    A proxy before it that authenticates gets headers or a client certificate.
+
+    Example: lattice remote trust https://board.example.org --header 'CF-Access-Client-Id: 1234.access'
     """
+    if listing:
+        _list_servers(as_json=as_json)
+        return
     server_url, _ = _server_and_slug(url)
-    server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file, max_cache_mib=max_cache)
+    server = trusted_servers.name(
+        server_url,
+        insecure=insecure,
+        ca_file=ca_file,
+        max_cache_mib=max_cache,
+        headers=_lines(header or []),
+        client_cert=client_cert,
+        client_key=client_key,
+    )
     known = trusted_servers.admit(server_url, server)
     trusted_servers.record(server)
+    if as_json:
+        print_result(_server_fields(known))
+    else:
+        typer.echo(f"Tokens may be sent to {server_url} ({_how(known)}); stored in {trusted_servers.servers_path()}.")
+
+
+def _lines(headers: list[str]) -> Iterator[str]:
+    """Yield the header lines; ``-`` stands for those on stdin, as a command line is visible to others."""
+    for header in headers:
+        yield from filter(str.strip, sys.stdin) if header == "-" else [header]
+
+
+def _list_servers(*, as_json: bool) -> None:
+    servers = trusted_servers.known()
+    if as_json:
+        print_result({"servers": [_server_fields(server) for server in servers]})
+        return
+    for server in servers:
+        typer.echo(f"{server.url}\t{_how(server)}")
+
+
+def _server_fields(server: Server) -> dict[str, Any]:
+    """Return a server's settings without secrets."""
+    names = ("url", "insecure", "ca_file", "max_cache_mib", "client_cert", "client_key")
+    return {name: getattr(server, name) for name in names} | {"headers": sorted(dict(server.headers))}
+
+
+def _how(server: Server) -> str:
     how = "TLS"
-    if known.url.startswith("http:"):
-        how = "over plain HTTP, readable on the way" if known.insecure else "this machine only"
-    by = f", verified with {known.ca_file}" if known.ca_file else ""
-    typer.echo(f"Tokens may be sent to {server_url} ({how}{by}); stored in {trusted_servers.servers_path()}.")
+    if server.url.startswith("http:"):
+        how = "over plain HTTP, readable on the way" if server.insecure else "this machine only"
+    by = f", verified with {server.ca_file}" if server.ca_file else ""
+    as_ = f", with the client certificate {server.client_cert}" if server.client_cert else ""
+    sent = f", with the headers {', '.join(sorted(dict(server.headers)))}" if server.headers else ""
+    return how + by + as_ + sent
 
 
 @app.command()

@@ -35,7 +35,7 @@ from websockets.proxy import get_proxy, parse_proxy
 from websockets.typing import Subprotocol
 from websockets.uri import parse_uri
 
-from lattice_remote.client.config import Remote
+from lattice_remote.client.config import Remote, below
 from lattice_remote.client.credentials import check_token
 from lattice_remote.client.trusted_servers import Server, admit, is_loopback
 from lattice_remote.errors import (
@@ -69,7 +69,11 @@ _MAX_LIST_BYTES = 4 * 1024 * 1024
 _PROBE_TIMEOUT_S = 2.0
 _MAX_QUEUED_FRAMES = 4
 """Received frames, each up to the protocol's limit, that may wait in the library besides our own queue."""
+_NO_PASSWORD = ""
+"""Keeps OpenSSL from asking for one on the terminal."""
 _COME_BACK = {429, 503}
+_WHO_ARE_YOU = {400, 401, 403, 407}
+"""Statuses of a proxy that authenticates. nginx answers 400 without a client certificate."""
 _NOBODY_BEHIND = {502, 504}
 """Statuses of a proxy that cannot reach the server."""
 _UNKNOWN_AUTHORITY = {18, 19, 20, 21}
@@ -141,8 +145,8 @@ async def open_socket(
             remote.websocket_url,
             create_connection=functools.partial(_Strict, on_accepted=on_accepted),  # type: ignore[arg-type] # any maker
             subprotocols=[Subprotocol(SUBPROTOCOL)],
-            additional_headers={"Authorization": f"Bearer {token}"},
-            ssl=_tls(server.ca_file) if is_tls else None,
+            additional_headers=[("Authorization", f"Bearer {token}"), *server.headers],
+            ssl=_tls(server) if is_tls else None,
             proxy=proxy,
             compression=None,
             max_size=MAX_FRAME_BYTES,
@@ -192,14 +196,15 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
         raise ConnectionFailed(f"{via}only connections to a project use SOCKS")
     handlers: list[BaseHandler] = [ProxyHandler({} if proxy is None else {"http": proxy, "https": proxy})]
     if url.startswith("https:"):
-        handlers.append(HTTPSHandler(context=_tls(server.ca_file)))
+        handlers.append(HTTPSHandler(context=_tls(server)))
     opener = OpenerDirector()
     for handler in (*handlers, HTTPHandler(), UnknownHandler()):
         opener.add_handler(handler)
-    request = Request(f"{url}/projects", headers={"Authorization": f"Bearer {check_token(token)}"})  # noqa: S310 - parsed
+    headers = {**dict(server.headers), "Authorization": f"Bearer {check_token(token)}"}
+    request = Request(below(url, "projects"), headers=headers)  # noqa: S310 - parsed
     try:
         with opener.open(request, timeout=OPEN_TIMEOUT_S) as answer:
-            status, headers, body = answer.status, answer.headers, answer.read(_MAX_LIST_BYTES)
+            status, answered, body = answer.status, answer.headers, answer.read(_MAX_LIST_BYTES)
     except TimeoutError as error:
         raise ConnectionFailed("timed out") from error
     except OSError as error:
@@ -212,7 +217,7 @@ def fetch_projects(url: str, token: str, named: Server | None) -> list[dict[str,
     except (HTTPException, ValueError) as error:
         raise ConnectionFailed("it is not a lattice-remote server") from error
     if status != HTTPStatus.OK:
-        raise _refusal(status, headers, body, remote)
+        raise _refusal(status, answered, body, remote)
     try:
         found = json.loads(body)["data"]
         return [{**project, "slug": str(project["slug"])} for project in found]
@@ -255,19 +260,35 @@ def _proxy(remote: Remote) -> tuple[str | None, str]:
 # --- TLS ---
 
 
-def _tls(ca_file: str | None) -> ssl.SSLContext:
+def _tls(server: Server) -> ssl.SSLContext:
     try:
-        return _context(ca_file, None if ca_file is None else os.stat(ca_file).st_mtime_ns)
+        return _context(server.ca_file, server.client_cert, server.client_key, _changed_ns(server))
     except (OSError, ssl.SSLError) as error:
         why = "it holds no certificate" if isinstance(error, ssl.SSLError) else error.strerror
-        raise Misuse(f"cannot use the authorities in {ca_file}: {why}", code="REMOTE_UNTRUSTED") from error
+        raise Misuse(f"cannot use the authorities in {server.ca_file}: {why}", code="REMOTE_UNTRUSTED") from error
+
+
+def _changed_ns(server: Server) -> tuple[int, ...]:
+    return tuple(os.stat(path).st_mtime_ns for path in (server.ca_file, server.client_cert, server.client_key) if path)
 
 
 @functools.lru_cache(maxsize=8)
-def _context(ca_file: str | None, _changed_ns: int | None) -> ssl.SSLContext:
-    """Return a context that verifies certificate and host name. Cached, as loading the system's authorities takes 20
-    ms."""
-    return ssl.create_default_context(cafile=ca_file)
+def _context(
+    ca_file: str | None, client_cert: str | None, client_key: str | None, _changed: tuple[int, ...]
+) -> ssl.SSLContext:
+    """Return a context that verifies certificate and host name, and shows the client's certificate. Cached, as loading
+    the system's authorities takes 20 ms."""
+    context = ssl.create_default_context(cafile=ca_file)
+    if client_cert:
+        try:
+            context.load_cert_chain(client_cert, client_key, password=_NO_PASSWORD)
+        except (OSError, ValueError) as error:  # an SSLError is an OSError
+            raise Misuse(
+                f"cannot use the client certificate {client_cert}: it needs a PEM certificate, and its private key "
+                "without a password",
+                code="REMOTE_UNTRUSTED",
+            ) from error
+    return context
 
 
 def _unverified(error: ssl.SSLCertVerificationError, remote: Remote) -> Rejected:
@@ -293,12 +314,12 @@ def _no_tls(reason: str | None) -> ConnectionFailed:
 
 async def _speaks_tls(remote: Remote) -> bool:
     """Return whether a port on which plain HTTP failed speaks TLS; only a handshake is sent."""
-    host, _, port = remote.url.removeprefix("http://").rpartition(":")
+    host, _, port = remote.url.removeprefix("http://").partition("/")[0].rpartition(":")
     if not port.isdecimal():
         return False
     try:
         async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=_tls(None))
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=_tls(Server(remote.url)))
     except ssl.SSLCertVerificationError:
         return True
     except (OSError, TimeoutError, Misuse):
@@ -336,14 +357,20 @@ def _foreign(status: int, location: str | None, remote: Remote, retry_after_s: f
         to = one_line(location or "elsewhere")[:200]
         return ConnectionFailed(
             f"it redirects to {to}, and a token is not sent after a redirect; if that is your server: "
-            f"lattice remote set-url {remote.name} URL"
+            f"lattice remote set-url {remote.name} URL; if a proxy authenticates there: {_authenticate(remote)}"
         )
     if status in _NOBODY_BEHIND:
         return ConnectionFailed(f"a proxy answers instead, HTTP {status}: the server is stopped or starting")
     message = f"a proxy or another program answers instead, HTTP {status}; check the URL and the proxy"
+    if status in _WHO_ARE_YOU:
+        message += f"; for one that authenticates: {_authenticate(remote)}"
     if status in _COME_BACK and retry_after_s is not None:
         return RetryLater(message, retry_after_s)
     return ConnectionFailed(message)
+
+
+def _authenticate(remote: Remote) -> str:
+    return f"lattice remote trust {remote.url} --header 'NAME: VALUE', or --client-cert FILE"
 
 
 def error_of(code: str, message: str, remote: Remote, retry_after_s: float | None = None) -> RemoteError:

@@ -58,6 +58,7 @@ _TYPES = {"pages.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
 def asset(name: str) -> str:
+    """Return the path of an asset."""
     return f"/pages/{hashlib.sha256(_content(name)).hexdigest()[:12]}/{name}"
 
 
@@ -105,10 +106,16 @@ def wanted_path(request: Request) -> str:
     return raw.decode("latin-1")
 
 
+def from_here(request: Request, path: str) -> str:
+    """Return a path of this server relative to the requested one: a proxy may serve it below any path."""
+    depth = request.scope["raw_path"].count(b"/") - 1
+    return ("../" * depth or "./") + path.removeprefix("/")
+
+
 def sign_in_path(request: Request) -> str:
     """Return the address of the sign-in page that leads back to the requested path."""
     wanted = local_path(wanted_path(request))
-    return "/sign-in" if wanted == "/" else f"/sign-in?next={quote(wanted, safe='/')}"
+    return from_here(request, "/sign-in" if wanted == "/" else f"/sign-in?next={quote(wanted, safe='/')}")
 
 
 _templates = Environment(
@@ -119,13 +126,20 @@ _templates = Environment(
     lstrip_blocks=True,
     auto_reload=False,
 )
-_templates.globals["asset"] = asset
 
 
 def page(
-    name: str, status: HTTPStatus = HTTPStatus.OK, headers: Mapping[str, str] | None = None, **values: Any
+    request: Request,
+    name: str,
+    status: HTTPStatus = HTTPStatus.OK,
+    headers: Mapping[str, str] | None = None,
+    **values: Any,
 ) -> Response:
-    html = _templates.get_template(f"{name}.html").render(values)
+    """Return a page from its template, in which ``root`` leads to this server's ``/``."""
+    root = from_here(request, "/")
+    html = _templates.get_template(f"{name}.html").render(
+        values, root=root, asset=lambda name: root + asset(name).removeprefix("/")
+    )
     given = {**(headers or {}), "Content-Security-Policy": OUR_PAGES}
     return Response(html, status, given, media_type="text/html")
 
@@ -136,18 +150,18 @@ def error_response(request: Request, error: ApiError) -> Response:
         return Response(error.body, error.status, error.headers)
     if error.status is HTTPStatus.UNAUTHORIZED and request.method in ("GET", "HEAD"):
         if is_cross_site_link(request):
-            return retry_page(local_path(wanted_path(request)))
+            return retry_page(request, local_path(wanted_path(request)))
         return RedirectResponse(sign_in_path(request), HTTPStatus.SEE_OTHER)
     headers = {name: value for name, value in error.headers.items() if name != "Content-Type"}
-    return page("refused", error.status, headers, error=error, phrase=error.status.phrase)
+    return page(request, "refused", error.status, headers, error=error, phrase=error.status.phrase)
 
 
-def retry_page(path: str) -> Response:
+def retry_page(request: Request, path: str) -> Response:
     """Return a page that repeats a request from another site, so that the browser sends its cookie.
 
     A link in an e-mail then needs no second sign-in.
     """
-    return page("onward", path=path)
+    return page(request, "onward", path=from_here(request, path))
 
 
 _MAX_FORM_BYTES = 8 * 1024
@@ -161,12 +175,12 @@ async def _sign_in_form(request: Request) -> Response:
     following = local_path(request.query_params.get("next", "/"))
     who = signed_in(request)
     if who is None and is_cross_site_link(request):
-        return retry_page(wanted_path(request))
+        return retry_page(request, wanted_path(request))
     if isinstance(who, Login):
-        return RedirectResponse(following, HTTPStatus.SEE_OTHER)
+        return RedirectResponse(from_here(request, following), HTTPStatus.SEE_OTHER)
     if who is None:
-        return page("sign_in", following=following, error="")
-    shown = page("sign_in", following=following, error=f"You are signed out: {who.message}.")
+        return page(request, "sign_in", following=following, error="")
+    shown = page(request, "sign_in", following=following, error=f"You are signed out: {who.message}.")
     cookies_for(request).take_back(request, shown)
     return shown
 
@@ -180,17 +194,17 @@ async def _sign_in(request: Request) -> Response:
     if not isinstance(login, ApiError):
         login = quota.admit(login.token.id) or login
     if isinstance(login, ApiError):
-        return _retry_form(login, following)
-    answer = RedirectResponse(following, HTTPStatus.SEE_OTHER)
+        return _retry_form(request, login, following)
+    answer = RedirectResponse(from_here(request, following), HTTPStatus.SEE_OTHER)
     cookies_for(request).give(request, answer, login)
     return answer
 
 
-def _retry_form(refusal: ApiError, following: str) -> Response:
+def _retry_form(request: Request, refusal: ApiError, following: str) -> Response:
     unknown = refusal.status is HTTPStatus.UNAUTHORIZED and refusal.message == UNKNOWN_TOKEN
     error = _NOT_KNOWN if unknown else f"{refusal.message[:1].upper()}{refusal.message[1:]}."
     headers = {} if refusal.retry_after_s is None else {"Retry-After": str(refusal.retry_after_s)}
-    return page("sign_in", refusal.status, headers, following=following, error=error)
+    return page(request, "sign_in", refusal.status, headers, following=following, error=error)
 
 
 async def _form(request: Request) -> dict[str, str]:
@@ -217,7 +231,7 @@ def _not_ours(status: HTTPStatus) -> ApiError:
 
 async def _sign_out(request: Request) -> Response:
     refuse_cross_site(request)
-    answer = RedirectResponse("/sign-in", HTTPStatus.SEE_OTHER)
+    answer = RedirectResponse(from_here(request, "/sign-in"), HTTPStatus.SEE_OTHER)
     cookies_for(request).take_back(request, answer)
     return answer
 
@@ -317,13 +331,13 @@ async def _home(request: Request) -> Response:
     login = authenticated(request)
     now = datetime.now(UTC)
     lines = [_line(project, now) for project in await listed(registry_of(request), login)]
-    return page("home", token=login.token, lines=lines)
+    return page(request, "home", token=login.token, lines=lines)
 
 
 async def _board(request: Request) -> Response:
     """Redirect to the board of the token's only project, else to the list of its projects."""
     slugs = [project.slug for project in await listed(registry_of(request), authenticated(request))]
-    target = f"../projects/{slugs[0]}/dashboard/" if len(slugs) == 1 else "../"
+    target = from_here(request, f"/projects/{slugs[0]}/dashboard/" if len(slugs) == 1 else "/")
     return RedirectResponse(target, HTTPStatus.SEE_OTHER)
 
 
