@@ -57,7 +57,7 @@ def test_commands_pass_the_gate_below_the_path(gated: tuple[Server, GatedNginx, 
     assert login.returncode == 0 and "accepted, acting as human:ana; for lattice" in login.stdout, login.stderr
     assert ana.ok("remote", "projects", url) == "lattice\tlattice\n"
     which = ana.run("remote", "clone", url)
-    assert which.returncode == 1 and f"the URL is then {url}lattice" in which.stderr
+    assert which.returncode == 1 and f"for example: {url}lattice" in which.stderr
     ana.ok("remote", "clone", f"{url}projects/lattice/dashboard/#/board", str(ana.dir / "pasted"))
     ana.ok("remote", "add", "origin", f"{url}lattice")
     assert json.loads((ana.lattice_dir / "remote.json").read_text())["url"] == url

@@ -63,9 +63,20 @@ def test_the_projects_of_a_token_are_listed_and_named_by_clone(sandbox: Sandbox)
     assert [project["slug"] for project in found] == ["api", "web"]
     refused = ana.run("remote", "clone", server.url)
     assert refused.returncode == 1
-    assert f"Your token is for api, web; the URL is then {server.url}/api" in refused.stderr
-    wrong = ana.run("remote", "login", server.url, stdin="ltr_wrong\n")
-    assert wrong.returncode == 1 and "token" in wrong.stderr
+    assert f"your token is for api, web; for example: {server.url}/api" in refused.stderr
+    stored = Path(ana.env["XDG_CONFIG_HOME"], "lattice", "tokens.json").read_bytes()
+    for typed, reason in (("ltr_wrong\n", f"{server.url} does not accept this token"), ("", "no token was given")):
+        for place in (server.url, f"{server.url}/web"):
+            wrong = ana.run("remote", "login", place, stdin=typed)
+            assert wrong.returncode == 1 and wrong.stderr.startswith(f"Error: {reason}")
+            assert wrong.stderr.count("\n") == 1 and "log in with" not in wrong.stderr
+    assert Path(ana.env["XDG_CONFIG_HOME"], "lattice", "tokens.json").read_bytes() == stored
+    for command in ("login", "projects", "trust", "logout"):
+        nowhere = ana.run("remote", command)
+        assert (nowhere.returncode, nowhere.stderr) == (
+            1,
+            "Error: no server is named, and there is no project here; name one: https://board.example.org\n",
+        )
     ana.ok("remote", "clone", f"{server.url}/projects/web/dashboard?task=WEB-1#top")
     assert (ana.dir / "web" / ".lattice" / "remote.json").exists()
     assert "web\t" in ana.elsewhere(ana.dir / "web").ok("remote", "projects")

@@ -136,7 +136,7 @@ def _named_server(url: str, project: str | None, *, ca_file: str | None, insecur
 
 
 def _which_project(url: str) -> str:
-    """Return the question for a project, with those that the user's token may use if the server lists them."""
+    """Return the message about a missing project, with those that the token may use if the server lists them."""
     name = url.rstrip("/").rpartition("/")[2]
     hint = f"; without the slash at its end the URL means project {name!r}" if url.endswith("/") else ""
     try:
@@ -144,8 +144,8 @@ def _which_project(url: str) -> str:
     except RemoteError:
         slugs = []
     if not slugs:
-        return "which project? Give --project SLUG, or a URL that ends in /SLUG" + hint
-    return f"which project? Your token is for {', '.join(slugs)}; the URL is then {below(url, slugs[0])}"
+        return "no project is named; use --project SLUG, or a URL that ends in /SLUG" + hint
+    return f"no project is named, and your token is for {', '.join(slugs)}; for example: {below(url, slugs[0])}"
 
 
 def _given(token: str | None, server: Server) -> str | None:

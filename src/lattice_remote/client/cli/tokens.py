@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from lattice_remote.client import credentials, trusted_servers
-from lattice_remote.client.cli.common import CaFile, Insecure, Json, Url, count, here, notify, print_result
+from lattice_remote.client.cli.common import (
+    CaFile,
+    Insecure,
+    Json,
+    Url,
+    count,
+    here,
+    lattice_directory,
+    notify,
+    print_result,
+)
 from lattice_remote.client.cli.push import connected
 from lattice_remote.client.config import Remote, below, parse_url
 from lattice_remote.client.trusted_servers import Server
@@ -33,7 +43,16 @@ def login(url: Url = "", ca_file: CaFile = None, insecure: Insecure = False) -> 
     server = trusted_servers.name(server_url, insecure=insecure, ca_file=ca_file)
     trusted_servers.admit(server_url, server)
     token = ask_for_token(server_url)
-    checked = asyncio.run(_check(server, slug, token)) if slug else _check_server(server, token)
+    try:
+        checked = asyncio.run(_check(server, slug, token)) if slug else _check_server(server, token)
+    except Rejected as error:
+        if error.code != "REMOTE_UNAUTHORIZED":
+            raise
+        raise Rejected(
+            f"{server_url} does not accept this token; nothing was stored. An administrator creates one with: "
+            f"lattice-remote token create --project {slug or 'SLUG'} --actor human:YOU",
+            code=error.code,
+        ) from error
     trusted_servers.record(server)
     credentials.store(server_url, slug or credentials.ANY_PROJECT, token)
     place = below(server_url, slug) if slug else server_url
@@ -206,11 +225,15 @@ def logout(url: Url = "") -> None:
 def ask_for_token(server_url: str) -> str:
     """Return a token that the user types, or the first line of stdin."""
     typed = getpass.getpass(f"Token for {server_url}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    if not typed.strip():
+        raise Misuse("no token was given; type it, or give it on stdin", code="REMOTE_UNAUTHORIZED")
     return credentials.check_token(typed.strip())
 
 
 def _server_and_slug(url: str) -> tuple[str, str | None]:
     if url:
         return parse_url(url)
+    if lattice_directory() is None:
+        raise Misuse("no server is named, and there is no project here; name one: https://board.example.org")
     _, found = here()
     return found.url, found.project
