@@ -12,7 +12,7 @@ import typer
 from typer._completion_classes import BashComplete
 from typer.main import get_command
 
-from lattice_remote.client.cli import add, launcher, push, remotes, remove, resolve, sync, tokens, watch
+from lattice_remote.client.cli import add, doctor, launcher, push, remotes, remove, resolve, sync, tokens, watch
 from lattice_remote.client.cli.common import Json, print_json
 from lattice_remote.errors import Misuse, RemoteError
 
@@ -81,7 +81,17 @@ def mcp() -> None:
 
 
 # In the order of ``lattice remote --help``.
-for _app in (add.app, push.app, sync.app, watch.app, watch.history_app, resolve.app, resolve.rescued_app, tokens.app):
+for _app in (
+    add.app,
+    push.app,
+    sync.app,
+    doctor.app,
+    watch.app,
+    watch.history_app,
+    resolve.app,
+    resolve.rescued_app,
+    tokens.app,
+):
     app.add_typer(_app)
 for _app in (remotes.app, remove.app, _own, sync.agent_app, launcher.app):
     app.add_typer(_app)
