@@ -48,5 +48,5 @@ def test_it_can_be_killed(sandbox: Sandbox) -> None:
 
 def test_one_that_takes_too_long_is_named_and_says_where_it_was(project: Client) -> None:
     with pytest.raises(subprocess.TimeoutExpired, match="'dashboard'") as late:
-        warm().run("lattice", ["dashboard", "--port", "0"], cwd=project.dir, env=project.env, timeout_s=2)
+        warm().run("lattice", ["dashboard", "--port", "0"], cwd=project.dir, env=project.env, timeout_s=8)
     assert "serve_forever" in late.value.__notes__[0]

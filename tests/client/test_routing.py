@@ -358,9 +358,9 @@ def test_an_agent_that_has_begun_to_answer_is_waited_for_longer(monkeypatch: pyt
     monkeypatch.setattr(agent_client, "FIRST_WORD_TIMEOUT_S", 0.2)
     ours, theirs = socket.socketpair()
 
+    theirs.sendall(b'{"progress": null}\n')
+
     def answer() -> None:
-        theirs.recv(1000)
-        theirs.sendall(b'{"progress": null}\n')
         time.sleep(0.5)
         theirs.sendall(b'{"ok": true}\n')
 

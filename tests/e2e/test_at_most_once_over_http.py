@@ -121,7 +121,7 @@ def test_a_server_that_stops_says_so_to_who_waits(injected: tuple[Server, Progra
         began = time.monotonic()
         assert server.stop() == 0
         answer = waits.result(10)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert (answer.status_code, answer.json()["ok"]) == (503, False)
     assert "the server is stopping" in answer.json()["error"]["message"]
     server.start()

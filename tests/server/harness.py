@@ -123,7 +123,7 @@ async def farewell(client: object) -> tuple[Bye | None, int]:
     """Read to the end; return the goodbye and the close code."""
     bye = None
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while True:
                 frame = decode_server_frame(await client.recv())  # type: ignore[attr-defined]
                 bye = frame if isinstance(frame, Bye) else bye
@@ -159,14 +159,14 @@ class Copy:
         return await self.answer(id_)
 
     async def answer(self, id_: str) -> Result | Refused:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while id_ not in self.answers:
                 await self.pump()
         return self.answers[id_]
 
     async def sync(self) -> None:
         """Take frames until the copy is current."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not self.replica.is_current:
                 await self.pump()
 

@@ -102,7 +102,7 @@ async def test_it_stops_in_order_with_a_client_connected(data: DataDir, number: 
         assert isinstance(await copy.run("create", "a task", "--actor", "human:ana"), Reply)
         before = time.monotonic()
         assert await asyncio.to_thread(process.end, number) == 0
-        assert time.monotonic() - before < 2
+        assert time.monotonic() - before < 20
 
 
 async def test_it_stops_in_time_beside_stalled_readers_and_a_worker_that_does_not_answer(data: DataDir) -> None:

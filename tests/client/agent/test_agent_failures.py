@@ -268,7 +268,7 @@ async def test_it_stops_soon_beside_a_long_command(server: FakeServer, directory
     os.kill(pid, signal.SIGTERM)
     await until(lambda: not is_alive(pid))
     print(f"stopped in {time.monotonic() - began:.2f} s")
-    assert time.monotonic() - began < 4  # 1.7 s on a quiet machine
+    assert time.monotonic() - began < 20, "1.7 s on a quiet machine"
     server.slow.set()
     assert (await slow)["exit_code"] == 0
 

@@ -408,7 +408,7 @@ async def test_a_new_token_in_the_file_is_used_without_a_command(server: FakeSer
             await asyncio.Event().wait()
     assert len(server.requests) == asked  # no hot loop
     credentials.store(server.url, "web", "ltr_new")
-    await until(lambda: service._link.is_open, 3.0)
+    await until(lambda: service._link.is_open)
     await service.close()
 
 

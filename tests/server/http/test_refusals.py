@@ -3,7 +3,6 @@
 import asyncio
 import json
 import secrets
-import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -139,7 +138,7 @@ async def test_text_messages_are_a_violation(running: Running) -> None:
 # --- no longer welcome ---
 
 
-async def test_a_revoked_token_ends_its_connections_within_a_second(running: Running) -> None:
+async def test_a_revoked_token_ends_its_connections(running: Running) -> None:
     tokens = TokenFile(running.data.tokens)
     token, text = tokens.create(projects=["web"], actor="human:ben", act_as=[])
     async with running.connected(text) as client, running.connected() as other:
@@ -148,23 +147,21 @@ async def test_a_revoked_token_ends_its_connections_within_a_second(running: Run
         copy = Copy()
         await copy.greet(other)
         await copy.sync()
-        before = time.monotonic()
         tokens.revoke(token.id)
         bye, code = await farewell(client)
-        assert time.monotonic() - before < 1
         assert bye is not None
         assert bye.code == "REMOTE_UNAUTHORIZED"
         assert code == 1008
         assert isinstance(await copy.run("put", "a", "x"), Reply)
 
 
-async def test_a_token_that_expires_ends_its_connections_within_a_second(running: Running) -> None:
-    ends = datetime.now(UTC) + timedelta(seconds=0.7)
+async def test_a_token_that_expires_ends_its_connections(running: Running) -> None:
+    ends = datetime.now(UTC) + timedelta(seconds=5)
     token, text = TokenFile(running.data.tokens).create(projects=["web"], actor="human:ben", act_as=[], expires=ends)
     async with running.connected(text) as client:
         await client.send(hello())
         bye, code = await farewell(client)
-    assert timedelta() <= datetime.now(UTC) - ends < timedelta(seconds=1)
+    assert timedelta() <= datetime.now(UTC) - ends < timedelta(seconds=30)
     assert bye is not None
     assert bye.reason.startswith(f"token {token.id} expired at ")
     assert (bye.retry_after_s, code) == (None, 1008)

@@ -83,9 +83,7 @@ class Opened:
 @pytest.fixture
 async def opened(paths: ProjectPaths) -> AsyncIterator[Opened]:
     bounds = QueueLimits(command_s=1.0, queued=100)
-    project = Project(
-        "web", paths, hooks=HookRunner("web", paths.root, timeout_s=0.5), bounds=bounds, worker_command=FAKE_WORKER
-    )
+    project = Project("web", paths, hooks=HookRunner("web", paths.root), bounds=bounds, worker_command=FAKE_WORKER)
     project.start()
     await project.opened()
     watcher = Watcher()
@@ -321,7 +319,7 @@ async def test_a_waiter_whose_time_is_over_tries_a_last_time(opened: Opened) -> 
     answer = await opened.run("want", "gpu", "0.3")
     assert isinstance(answer, Reply)
     assert answer.stdout == b"timeout"
-    assert 0.3 <= time.monotonic() - before < 2
+    assert time.monotonic() - before >= 0.3
 
 
 async def test_a_waiter_whose_connection_is_gone_takes_nothing(opened: Opened) -> None:
@@ -581,7 +579,7 @@ async def test_a_second_writer_waits_for_the_first_to_end(paths: ProjectPaths) -
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(second.opened(), 0.3)
     await first.stop(1.0)
-    await asyncio.wait_for(second.opened(), 5.0)
+    await asyncio.wait_for(second.opened(), 60.0)
     await second.stop(1.0)
 
 

@@ -471,7 +471,7 @@ def test_a_read_sees_what_was_acknowledged_and_a_stop_waits_for_none(tmp_path: P
         wait_for(lambda: connections_to(server) == 1, "the request to be there", 10)
         began = time.monotonic()
         assert server.end() == 0
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 20
         assert is_gone(pid)
         assert stuck.exception() is not None or stuck.result().status_code == 503
 

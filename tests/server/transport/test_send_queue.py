@@ -97,17 +97,17 @@ async def test_a_client_that_takes_nothing_is_cut_by_its_deadline(pipe: tuple[Pi
     end, _ = pipe
     end.outbox.push(b"x" * 500_000)
     waiting = asyncio.create_task(end.outbox.room())
-    await until(lambda: end.lost, 2.0)
-    await asyncio.wait_for(waiting, 1.0)
+    await until(lambda: end.lost)
+    await asyncio.wait_for(waiting, 60.0)
 
 
 async def test_a_client_that_takes_a_little_now_and_then_is_kept(pipe: tuple[Pipe, socket.socket]) -> None:
     end, theirs = pipe
-    end.outbox._deadline_s = 1.0
-    end.outbox.push(b"x" * 300_000)
+    end.outbox._deadline_s = 4.0
+    end.outbox.push(b"x" * 800_000)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    while loop.time() - began < 1.5:  # longer than the deadline
+    while loop.time() - began < 4.5:  # longer than the deadline
         await asyncio.sleep(0.05)
         await loop.sock_recv(theirs, 4096)
     assert not end.lost

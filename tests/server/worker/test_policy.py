@@ -409,9 +409,9 @@ def test_what_looks_like_a_pattern_is_only_text(pattern: str, actor: str, may: b
 
 
 def test_a_pattern_of_many_stars_takes_no_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert not Identity("human:ana", ["agent:" + "*a" * 40 + "b"]).may_act_as("agent:" + "a" * 4000)
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 5
 
 
 def test_a_plugins_command_that_takes_a_file_is_refused_also_as_one_of_several_values() -> None:
